@@ -1,0 +1,47 @@
+"""Train deep PyTorch networks without global backpropagation.
+
+    import torch, layerwise
+
+    model = torch.nn.Sequential(
+        torch.nn.Linear(64, 256), torch.nn.ReLU(),
+        torch.nn.Linear(256, 256), torch.nn.ReLU(),
+        torch.nn.Linear(256, 10),
+    )
+    learner = layerwise.Learner(model, "sll", optimizer="adamw", lr=1e-3)
+    for x, y in loader:
+        learner.step(x, y)          # in place of loss.backward(); optimizer.step()
+    logits = learner(x)
+"""
+
+from layerwise.blocks import Block, Partition, legal_cuts, partition
+from layerwise.errors import LayerwiseError
+from layerwise.learner import Learner, Metrics
+from layerwise.memory import MemoryUse, measure_memory
+from layerwise.optim import Schedule
+from layerwise.rules import create as create_rule
+from layerwise.rules import names as rule_names
+from layerwise.rules.base import Moment, Rule, Signal, Site, Start
+from layerwise.tasks import Classification
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Block",
+    "Classification",
+    "LayerwiseError",
+    "Learner",
+    "MemoryUse",
+    "Metrics",
+    "Moment",
+    "Partition",
+    "Rule",
+    "Schedule",
+    "Signal",
+    "Site",
+    "Start",
+    "create_rule",
+    "legal_cuts",
+    "measure_memory",
+    "partition",
+    "rule_names",
+]

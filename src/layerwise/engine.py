@@ -1,0 +1,200 @@
+"""The update order, once: forward on the detached input, signal, local backward, step, free, pass on."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from layerwise.blocks import Block
+from layerwise.errors import LayerwiseError
+from layerwise.optim import set_learning_rate
+from layerwise.randomness import derive_seed, seed_generators
+from layerwise.rules.base import Moment, Rule, Signal, Site
+from layerwise.tasks import Classification
+
+
+@dataclass
+class Unit:
+    """A site with what runs and learns there."""
+
+    site: Site
+    block: Block
+    auxiliary: nn.Module | None
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Parameters of the block and of the rule's auxiliary module."""
+        return self.block.parameters() + list(self.auxiliary.parameters() if self.auxiliary else [])
+
+
+@dataclass
+class Group:
+    """Neighbouring units that share one graph, one backward pass and one optimizer."""
+
+    units: list[Unit]
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer | None
+    """None where nothing learns; such a group runs without a graph."""
+    scaler: torch.amp.GradScaler
+    """Scales the signal where gradients are fp16; does nothing otherwise."""
+
+    @property
+    def name(self) -> str:
+        """Names of the units, joined."""
+        first, last = self.units[0].site.name, self.units[-1].site.name
+        return first if first == last else f"{first}..{last}"
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How blocks are run and updated; the same for every rule."""
+
+    device: torch.device
+    task: Classification
+    schedule: Callable[[int], float]
+    autocast: torch.dtype | None = None
+    clip: float | None = None
+    accumulate: int = 1
+    nonfinite: Literal["raise", "skip"] = "raise"
+    seed: int = 0
+
+
+@dataclass
+class Trace:
+    """What one pass leaves behind: scalars on the device, read when somebody asks."""
+
+    metrics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    finite: dict[str, Tensor] = field(default_factory=dict)
+    skipped: set[str] = field(default_factory=set)
+    logits: Tensor | None = None
+
+
+class NonFinite(LayerwiseError):
+    """A signal or a gradient is NaN or infinite."""
+
+    def __init__(self, block: str, step: int, input_is_finite: bool):
+        if input_is_finite:
+            cause = (
+                "lower the learning rate, clip gradients (clip=1.0), or count and skip such steps "
+                "(nonfinite='skip')"
+            )
+        else:
+            cause = "its input already holds NaN or infinity, so look at the data or the block before it"
+        super().__init__(f"block {block!r} has a non-finite loss or gradient at step {step}: {cause}.")
+
+
+def detach(tree: Any) -> Any:
+    """The same tensors without history; every boundary between groups is this call."""
+    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+class Engine:
+    """Runs groups of blocks for a rule. Nothing else in the library knows the update order."""
+
+    def __init__(self, rule: Rule, execution: Execution):
+        self.rule = rule
+        self.how = execution
+
+    def forward(
+        self, group: Group, h: Tensor, message: Any, y: Tensor, step: int | None, trace: Trace
+    ) -> tuple[list[Signal], Tensor, Any]:
+        """Run a group's blocks and ask the rule for its signals.
+
+        Args:
+            h: input of the group's first block.
+            message: of the site before.
+            step: the training step, which decides the random draws; None in evaluation.
+        """
+        signals = []
+        for unit in group.units:
+            out = self.run(unit, h, step)
+            with self.autocast():
+                moment = Moment(
+                    unit.site, out, h, message, y, self.how.task, unit.auxiliary, step is not None
+                )
+                signal = self.rule.signal(moment)
+            h = out if signal.output is None else signal.output
+            message = signal.message
+            if signal.loss is not None:
+                signal.metrics["loss"] = signal.loss
+            if signal.metrics:
+                trace.metrics[unit.site.name] = detach(signal.metrics)
+            if unit.site.is_head:
+                trace.logits = out.detach()
+            signals.append((signal, out))
+        return signals, h, message
+
+    def update(
+        self, group: Group, h: Tensor, message: Any, y: Tensor, step: int, trace: Trace
+    ) -> tuple[Tensor, Any]:
+        """One group's whole update; returns the detached input and message of the next group."""
+        learns = group.optimizer is not None
+        with torch.set_grad_enabled(learns):
+            signals, h_out, message_out = self.forward(group, h, message, y, step, trace)
+        if learns:
+            loss = self._backward(group, signals)
+            if (step + 1) % self.how.accumulate == 0:
+                self._step(group, h, loss, step, trace)
+        return detach(h_out), detach(message_out)
+
+    def run(self, unit: Unit, h: Tensor, step: int | None) -> Tensor:
+        """Run one block under its own random draws of this step."""
+        if step is not None:
+            seed = derive_seed(self.how.seed, "draw", step, unit.site.index)
+            seed_generators(seed, self.how.device)
+        with self.autocast():
+            return self.rule.run(unit.block, h)
+
+    def autocast(self) -> Any:
+        """The context of the chosen precision."""
+        if self.how.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.how.device.type, dtype=self.how.autocast)
+
+    def _backward(self, group: Group, signals: list[tuple[Signal, Tensor]]) -> Tensor:
+        """Backward inside the group only; returns the summed loss, without history."""
+        losses = [signal.loss for signal, _ in signals if signal.loss is not None]
+        roots = [(loss, torch.ones_like(loss)) for loss in losses]
+        roots += [(out, s.cotangent) for s, out in signals if s.cotangent is not None]
+        if roots:
+            outputs, cotangents = zip(*roots, strict=True)
+            if self.how.accumulate > 1:
+                cotangents = [c / self.how.accumulate for c in cotangents]
+            torch.autograd.backward(outputs, group.scaler.scale(cotangents))
+        return torch.stack([loss.detach().float() for loss in losses or [torch.zeros(())]]).sum()
+
+    def _step(self, group: Group, h: Tensor, loss: Tensor, step: int, trace: Trace) -> None:
+        """Check, clip, step, free the gradients."""
+        optimizer = group.optimizer
+        assert optimizer is not None
+        group.scaler.unscale_(optimizer)
+        gradients = [p.grad for p in group.parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if self._may_step(group, h, loss, norm, step, trace):
+            if self.how.clip is not None:
+                nn.utils.clip_grads_with_norm_(group.parameters, self.how.clip, norm)
+            set_learning_rate(optimizer, self.how.schedule(step // self.how.accumulate))
+            group.scaler.step(optimizer)
+        group.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _may_step(
+        self, group: Group, h: Tensor, loss: Tensor, norm: Tensor, step: int, trace: Trace
+    ) -> bool:
+        """Whether signal and gradient are finite; under a gradient scaler the scaler decides itself."""
+        if group.scaler.is_enabled():
+            return True
+        finite = torch.isfinite(loss + norm)
+        if self.how.nonfinite == "raise" and self.how.device.type != "cpu":
+            # Reading the flag here would wait for the device: it is read with the metrics.
+            trace.finite[group.name] = finite
+            return True
+        if bool(finite):
+            return True
+        if self.how.nonfinite == "skip":
+            trace.skipped.add(group.name)
+            return False
+        raise NonFinite(group.name, step, input_is_finite=bool(torch.isfinite(h).all()))

@@ -1,0 +1,86 @@
+"""Pure mathematics of the learning rules: functions of tensors, without state."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def log_bhattacharyya(log_p: Tensor, log_q: Tensor) -> Tensor:
+    r"""Logarithm of the Bhattacharyya coefficient of two categorical distributions.
+
+    $\log BC(p, q) = \log \sum_k \sqrt{p_k q_k}$, evaluated stably as
+    $\operatorname{logsumexp}_k \tfrac12 (\log p_k + \log q_k)$. It is 0 for $p = q$ and negative otherwise.
+
+    Args:
+        log_p: log-probabilities, shape `(..., K)`.
+        log_q: log-probabilities, shape `(..., K)`.
+
+    Returns:
+        A tensor of shape `(...)`, in nats.
+
+    >>> p = torch.tensor([0.5, 0.5]).log()
+    >>> float(log_bhattacharyya(p, p).abs()) < 1e-6
+    True
+    """
+    return torch.logsumexp(0.5 * (log_p + log_q), dim=-1)
+
+
+def neg_log_bc(log_p: Tensor, log_q: Tensor) -> Tensor:
+    r"""Bhattacharyya distance $-\log BC(p, q)$ of log-probabilities `(..., K)`; shape `(...)`."""
+    return -log_bhattacharyya(log_p, log_q)
+
+
+def one_minus_bc(log_p: Tensor, log_q: Tensor) -> Tensor:
+    r"""Squared Hellinger distance $1 - BC(p, q)$ of log-probabilities `(..., K)`; shape `(...)`."""
+    return 1.0 - log_bhattacharyya(log_p, log_q).exp()
+
+
+def hellinger(log_p: Tensor, log_q: Tensor) -> Tensor:
+    r"""Hellinger distance $\sqrt{1 - BC(p, q)}$ of log-probabilities `(..., K)`; shape `(...)`.
+
+    The square root has no derivative at $p = q$; below $1 - BC = 10^{-7}$ the gradient is set to zero.
+    """
+    return one_minus_bc(log_p, log_q).clamp_min(1e-7).sqrt()
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    r"""Kullback-Leibler divergence $KL(p \| q) = \sum_k p_k (\log p_k - \log q_k)$; shape `(...)`."""
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+
+
+def pool_features(h: Tensor, pool: str) -> Tensor:
+    """Reduce a block's output to one vector per prediction.
+
+    Args:
+        h: `(B, D)`, `(B, C, H, W)` or `(B, T, D)`.
+        pool: `"mean"` averages over space or tokens, `"cls"` takes the first token, `"none"` keeps every
+            position (a language model), `"flatten"` keeps everything in one vector.
+
+    Returns:
+        `(B, D)`, or `(B, T, D)` for `"none"` on tokens.
+
+    >>> pool_features(torch.ones(2, 3, 4, 4), "mean").shape
+    torch.Size([2, 3])
+    """
+    if pool == "flatten":
+        return h.flatten(1)
+    if h.dim() <= 2 or pool == "none":
+        return h
+    if pool == "cls":
+        return h[:, 0]
+    return h.flatten(2).mean(-1) if h.dim() >= 4 else h.mean(1)
+
+
+def normalise(h: Tensor, norm: str, eps: float = 1e-5) -> Tensor:
+    """Normalise the last dimension without parameters.
+
+    Args:
+        h: `(..., D)`.
+        norm: `"layer"` (zero mean, unit variance), `"rms"` (unit root mean square) or `"none"`.
+        eps: added to the variance.
+    """
+    if norm == "layer":
+        return F.layer_norm(h, h.shape[-1:], eps=eps)
+    if norm == "rms":
+        return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    return h

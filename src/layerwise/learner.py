@@ -1,0 +1,439 @@
+"""Learner: a model, a rule and an optimizer, in three lines of anybody's own training loop."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from layerwise import rules
+from layerwise.blocks import Partition, partition
+from layerwise.engine import Engine, Execution, Group, NonFinite, Trace, Unit, detach
+from layerwise.errors import LayerwiseError, suggestion
+from layerwise.optim import (
+    OptimizerFactory,
+    Schedule,
+    decay_groups,
+    optimizer_factory,
+)
+from layerwise.randomness import derive_seed, preserved_generators, seed_generators
+from layerwise.rules.base import Rule, Site, Start
+from layerwise.tasks import Classification
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass
+class Metrics:
+    """What one step measured: scalars that stay on the device until `read()`.
+
+    Attributes:
+        step: number of the step, from 0.
+        samples: size of the batch.
+        blocks: per block name (and `"head"`), the rule's scalars, such as `loss` and `accuracy`.
+        skipped: names of the groups whose update was skipped (`nonfinite="skip"`).
+    """
+
+    step: int
+    samples: int
+    blocks: dict[str, dict[str, Tensor]]
+    skipped: tuple[str, ...]
+    finite: dict[str, Tensor]
+
+    @property
+    def loss(self) -> Tensor:
+        """Loss at the head: a scalar on the device, in nats."""
+        return self.blocks["head"]["loss"]
+
+    @property
+    def accuracy(self) -> Tensor:
+        """Share of the batch that the head gets right: a scalar on the device."""
+        return self.blocks["head"]["accuracy"]
+
+    def read(self) -> dict[str, float]:
+        """All scalars as floats, keyed `"head/loss"`; this waits for the device.
+
+        Raises:
+            LayerwiseError: a loss or gradient of the step was not finite (on an accelerator it is noticed
+                here, because looking earlier would stall the device).
+        """
+        for name, finite in self.finite.items():
+            if not bool(finite):
+                raise NonFinite(name, self.step, input_is_finite=True)
+        names = [(block, key) for block, found in self.blocks.items() for key in found]
+        if not names:
+            return {}
+        values = torch.stack([self.blocks[block][key].float() for block, key in names]).tolist()
+        return {f"{block}/{key}": value for (block, key), value in zip(names, values, strict=True)}
+
+
+class Learner:
+    r"""Train a model with a learning rule, without global backpropagation.
+
+    In place of `loss.backward(); optimizer.step()`:
+
+        learner = Learner(model, "sll", optimizer="adamw", lr=1e-3)
+        for x, y in loader:
+            learner.step(x, y)
+        logits = learner(x)
+
+    Args:
+        model: a module, or a `Partition` of one. It is trained in place and stays an ordinary module.
+        rule: name of a rule, or a rule.
+        optimizer: `"adamw"`, `"adam"`, `"sgd"`, `"rmsprop"`, any class of `torch.optim` or its name, or a
+            callable from parameter groups to an optimizer. Every group of blocks gets its own.
+        lr: learning rate.
+        weight_decay: of weights; norms and biases have none.
+        optimizer_options: further arguments of the optimizer's class.
+        lr_multipliers: factor of the learning rate per block name.
+        schedule: multiplier of the learning rate as a function of the update number.
+        clip: largest norm of one group's gradient.
+        accumulate: batches per update. Gradients then live from one batch to the next, so that their memory
+            grows with depth; activations still do not.
+        precision: `"fp32"`, `"bf16"` or `"fp16"` (autocast; fp16 with a gradient scaler per group).
+        compile: run every block through `torch.compile`; a string names the backend.
+        channels_last: keep images and convolutions in channels-last order.
+        nonfinite: `"raise"` stops at a non-finite loss or gradient; `"skip"` leaves that block's update out
+            and counts the step in `skipped`.
+        label_smoothing: share of the target spread over all classes, in every loss that uses the label.
+        seed: of all random draws. A draw depends on (seed, step, block) only; torch's global generators are
+            left as they were.
+        cuts: where to cut the model, see `partition`.
+        blocks: number of blocks, see `partition`.
+        example: one batch of inputs; builds everything now instead of at the first step.
+
+    Raises:
+        LayerwiseError: an unknown rule, cut, optimizer or block name; a value out of range; labels or inputs
+            that do not fit the model.
+
+    >>> model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    >>> learner = Learner(model, "sll", lr=0.01)
+    >>> x, y = torch.randn(8, 4), torch.randint(3, (8,))
+    >>> metrics = learner.step(x, y)
+    >>> learner(x).shape
+    torch.Size([8, 3])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rule: str | Rule = "sll",
+        *,
+        optimizer: str | type[torch.optim.Optimizer] | OptimizerFactory = "adamw",
+        lr: float = 1e-3,
+        weight_decay: float = 0.01,
+        optimizer_options: Mapping[str, Any] | None = None,
+        lr_multipliers: Mapping[str, float] | None = None,
+        schedule: Callable[[int], float] | None = None,
+        clip: float | None = None,
+        accumulate: int = 1,
+        precision: Precision = "fp32",
+        compile: bool | str = False,
+        channels_last: bool = False,
+        nonfinite: Literal["raise", "skip"] = "raise",
+        label_smoothing: float = 0.0,
+        seed: int = 0,
+        cuts: Sequence[str] | str | None = None,
+        blocks: int | None = None,
+        example: Tensor | None = None,
+    ):
+        _check_options(clip, accumulate, precision, nonfinite)
+        self.rule = rules.create(rule) if isinstance(rule, str) else rule
+        self.network: Partition = partition(model, cuts, blocks=blocks, example=example)
+        names = [block.name for block in [*self.network.blocks, self.network.head]]
+        self.lr_multipliers = dict(lr_multipliers or {})
+        for name in self.lr_multipliers:
+            if name not in names:
+                raise LayerwiseError(
+                    f"lr_multipliers names no block {name!r}; {suggestion(name, names)}."
+                )
+        self.factory = optimizer_factory(
+            optimizer, lr=lr, weight_decay=weight_decay, options=optimizer_options
+        )
+        self.device = next(model.parameters()).device
+        self.channels_last = channels_last
+        if channels_last:
+            self.network.to(memory_format=torch.channels_last)
+        self._compile = compile
+        self._how: dict[str, Any] = {
+            "device": self.device,
+            "schedule": schedule or Schedule(),
+            "autocast": {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision],
+            "clip": clip,
+            "accumulate": accumulate,
+            "nonfinite": nonfinite,
+            "seed": seed,
+        }
+        self.label_smoothing = label_smoothing
+        self.steps = 0
+        self.skipped = 0
+        self.groups: list[Group] = []
+        self.auxiliary = nn.ModuleDict()
+        self._pending: Mapping[str, Any] | None = None
+        if example is not None:
+            self.build(example)
+
+    def build(self, x: Tensor) -> None:
+        """Make the rule's auxiliary modules and the optimizers; done by the first `step` if not before.
+
+        Args:
+            x: one batch of inputs; a single sample of it is run to learn the shapes.
+
+        Raises:
+            LayerwiseError: the network does not take such an input.
+        """
+        shapes = self._probe(x[:1].to(self.device))
+        blocks = [*self.network.blocks, self.network.head]
+        task = Classification(shapes[-1].shape[-1], self.label_smoothing)
+        units = []
+        for i, (block, h) in enumerate(zip(blocks, shapes, strict=True)):
+            site = Site(i, len(blocks) - 1, block.name)
+            with preserved_generators(self.device):
+                seed_generators(derive_seed(self._how["seed"], "auxiliary", i), self.device)
+                auxiliary = self.rule.auxiliary(site, h, task)
+            if auxiliary is not None:
+                self.auxiliary[str(i)] = auxiliary.to(self.device)
+            units.append(Unit(site, block, auxiliary))
+        self.task = task
+        self.engine = Engine(self.rule, Execution(task=task, **self._how))
+        self.groups = [
+            self._group([units[i] for i in members])
+            for members in self.rule.groups(len(blocks) - 1)
+        ]
+        if self._compile:
+            backend = self._compile if isinstance(self._compile, str) else "inductor"
+            for block in blocks:
+                block.run = torch.compile(block.run, backend=backend)
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self.load_state_dict(pending)
+
+    def _probe(self, x: Tensor) -> list[Tensor]:
+        """A sample of every block's output and of the logits, without touching running statistics."""
+        outputs, h, was_training = [], x, self.network.training
+        self.network.eval()
+        try:
+            with torch.no_grad(), preserved_generators(self.device):
+                for block in [*self.network.blocks, self.network.head]:
+                    try:
+                        h = block(h)
+                    except (RuntimeError, ValueError, IndexError) as reason:
+                        raise LayerwiseError(
+                            f"block {block.name!r} cannot take an input of shape {tuple(h.shape)} and "
+                            f"type {str(h.dtype).removeprefix('torch.')}: {str(reason).splitlines()[0]}; "
+                            "check the model against the data."
+                        ) from reason
+                    outputs.append(h)
+        finally:
+            self.network.train(was_training)
+        return outputs
+
+    def _group(self, units: list[Unit]) -> Group:
+        learning = [unit for unit in units if self.rule.trains(unit.site)]
+        groups = [
+            group
+            for unit in learning
+            for group in decay_groups(
+                unit.parameters(), self.lr_multipliers.get(unit.site.name, 1.0)
+            )
+        ]
+        return Group(
+            units,
+            parameters=[p for group in groups for p in group["params"]],
+            optimizer=self.factory(groups) if groups else None,
+            scaler=torch.amp.GradScaler(
+                self.device.type, enabled=self._how["autocast"] == torch.float16
+            ),
+        )
+
+    def step(self, x: Tensor, y: Tensor) -> Metrics:
+        """Train on one batch: every block is updated once, while the batch passes through.
+
+        Args:
+            x: inputs `(B, ...)`.
+            y: labels `(B,)`, or `(B, T)` for a language model.
+
+        Returns:
+            The step's metrics, still on the device.
+
+        Raises:
+            LayerwiseError: labels that do not fit, or a non-finite loss or gradient.
+        """
+        x, y = self._ready(x, y)
+        if not self.network.training:
+            self.network.train()
+        self.auxiliary.train()
+        step, trace = self.steps, Trace()
+        with preserved_generators(self.device):
+            seed_generators(derive_seed(self._how["seed"], "begin", step), self.device)
+            h, message = self.rule.begin(Start(x, y, self.task, self._forward_with_draws))
+            h, message = detach((h, message))
+            for group in self.groups:
+                h, message = self.engine.update(group, h, message, y, step, trace)
+        self.steps += 1
+        self.skipped += bool(trace.skipped)
+        return Metrics(step, len(x), trace.metrics, tuple(trace.skipped), trace.finite)
+
+    def evaluate(self, x: Tensor, y: Tensor) -> Metrics:
+        """The rule's scalars for one batch in evaluation mode; nothing is updated.
+
+        Args:
+            x: inputs `(B, ...)`.
+            y: labels as for `step`.
+        """
+        x, y = self._ready(x, y)
+        trace = Trace()
+        with self._evaluating():
+            h, message = self.rule.begin(Start(x, y, self.task, self.network))
+            for group in self.groups:
+                _, h, message = self.engine.forward(group, h, message, y, None, trace)
+        return Metrics(self.steps, len(x), trace.metrics, (), {})
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits `(B, ..., K)` for inputs `(B, ...)` in evaluation mode, without gradient."""
+        if not self.groups:
+            self.build(x)
+        with self._evaluating():
+            with self.engine.autocast():
+                return self.rule.predict(self.network, self._placed(x))
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        modes = self.network.training, self.auxiliary.training
+        self.network.eval()
+        self.auxiliary.eval()
+        try:
+            with torch.no_grad(), preserved_generators(self.device):
+                yield
+        finally:
+            self.network.train(modes[0])
+            self.auxiliary.train(modes[1])
+
+    def _forward_with_draws(self, x: Tensor) -> Tensor:
+        """The network's logits under this step's own random draws, without gradient."""
+        with torch.no_grad():
+            for group in self.groups:
+                for unit in group.units:
+                    x = self.engine.run(unit, x, self.steps)
+        return x
+
+    def _placed(self, x: Tensor) -> Tensor:
+        x = x.to(self.device, non_blocking=True)
+        if self.channels_last and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return x
+
+    def _ready(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        if len(x) == 0 or len(x) != len(y):
+            raise LayerwiseError(
+                f"the batch has {len(x)} inputs and {len(y)} labels; give one label per input, and at "
+                "least one of each."
+            )
+        if not self.groups:
+            self.build(x)
+        self.task.check(y)
+        return self._placed(x), y.to(self.device, non_blocking=True)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The network's parameters under the model's names, then the rule's under `auxiliary.`."""
+        yield from self.network.named_parameters()
+        for name, parameter in self.auxiliary.named_parameters():
+            yield f"auxiliary.{name}", parameter
+
+    def optimizer_states(self) -> dict[str, dict[str, Any]]:
+        """Optimizer state per parameter name, whatever the grouping of the blocks."""
+        names = {parameter: name for name, parameter in self.named_parameters()}
+        return {
+            names[parameter]: state
+            for group in self.groups
+            if group.optimizer is not None
+            for parameter, state in group.optimizer.state.items()
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides how training goes on.
+
+        Returns:
+            `model`: the model's own `state_dict`; `auxiliary`: the rule's modules; `optimizer`: state per
+            parameter name; `gradients`: what has accumulated since the last update; `scaler`: one state
+            per group; `rule`, `steps`, `skipped`. Tensors are not copied.
+        """
+        return {
+            "model": self.network.state_dict(),
+            "auxiliary": self.auxiliary.state_dict(),
+            "optimizer": self.optimizer_states(),
+            "gradients": {n: p.grad for n, p in self.named_parameters() if p.grad is not None},
+            "scaler": {group.name: group.scaler.state_dict() for group in self.groups},
+            "rule": self.rule.name,
+            "steps": self.steps,
+            "skipped": self.skipped,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`; before the first step it is kept until the shapes are known.
+
+        Raises:
+            LayerwiseError: the state is of another rule or another model; nothing is changed then.
+        """
+        if not self.groups:
+            self._pending = state
+            return
+        if state["rule"] != self.rule.name:
+            raise LayerwiseError(
+                f"the checkpoint was trained with rule {state['rule']!r}, not {self.rule.name!r}; choose "
+                "the same rule."
+            )
+        check_same_tensors(self.network.state_dict(), state["model"], "model")
+        check_same_tensors(self.auxiliary.state_dict(), state["auxiliary"], "rule")
+        self.network.load_state_dict(state["model"])
+        self.auxiliary.load_state_dict(state["auxiliary"])
+        names = {parameter: name for name, parameter in self.named_parameters()}
+        for group in self.groups:
+            if group.optimizer is not None:
+                packed = group.optimizer.state_dict()
+                found = [state["optimizer"].get(names[p]) for p in group.parameters]
+                packed["state"] = {i: s for i, s in enumerate(found) if s is not None}
+                group.optimizer.load_state_dict(packed)
+            if group.scaler.is_enabled():
+                group.scaler.load_state_dict(state["scaler"][group.name])
+        for parameter, name in names.items():
+            gradient = state["gradients"].get(name)
+            parameter.grad = None if gradient is None else gradient.to(parameter, copy=True)
+        self.steps, self.skipped = state["steps"], state["skipped"]
+
+
+def check_same_tensors(
+    own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str
+) -> None:
+    """Raise LayerwiseError unless both hold tensors of the same names and shapes."""
+    missing, extra = own.keys() - given.keys(), given.keys() - own.keys()
+    if missing or extra:
+        name = sorted(missing or extra)[0]
+        where = "is missing from the checkpoint" if missing else "is not part of this one"
+        raise LayerwiseError(
+            f"the checkpoint is of another {what}: {name!r} {where}; build the {what} with the options "
+            "that the checkpoint was made with."
+        )
+    for name, tensor in own.items():
+        if tensor.shape != given[name].shape:
+            raise LayerwiseError(
+                f"the checkpoint is of another {what}: {name!r} has shape {tuple(given[name].shape)} "
+                f"there and {tuple(tensor.shape)} here; build the {what} with the options that the "
+                "checkpoint was made with."
+            )
+
+
+def _check_options(
+    clip: float | None, accumulate: int, precision: str, nonfinite: str
+) -> None:
+    if clip is not None and not clip > 0:
+        raise LayerwiseError(f"clip is {clip}; it is a norm larger than 0, or None for no clipping.")
+    if accumulate < 1:
+        raise LayerwiseError(f"accumulate is {accumulate}; it is a number of batches, 1 or more.")
+    if precision not in ("fp32", "bf16", "fp16"):
+        raise LayerwiseError(f"unknown precision {precision!r}; choose fp32, bf16 or fp16.")
+    if nonfinite not in ("raise", "skip"):
+        raise LayerwiseError(f"nonfinite is {nonfinite!r}; choose 'raise' or 'skip'.")

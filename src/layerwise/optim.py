@@ -1,0 +1,173 @@
+"""Optimizers per group of blocks, learning-rate schedules, weight-decay groups."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.errors import LayerwiseError, suggestion
+
+OptimizerFactory = Callable[..., torch.optim.Optimizer]
+
+_PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "adamw": ("AdamW", {}),
+    "adam": ("Adam", {}),
+    "sgd": ("SGD", {"momentum": 0.9, "nesterov": True}),
+    "rmsprop": ("RMSprop", {}),
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    r"""Learning-rate multiplier as a pure function of the update number; no state to save.
+
+    - `constant`: 1.
+    - `cosine`: linear warm-up from 0 to 1, then $\tfrac12(1+\cos \pi s)$ down to `final`.
+    - `onecycle`: half a cosine from 1/25 up to 1, then half a cosine down to `final` (Smith & Topin,
+      arXiv 1708.07120, in the two-phase form).
+
+    >>> schedule = Schedule("onecycle", total=100, warmup=0.3)
+    >>> schedule(30), round(schedule(0), 3)
+    (1.0, 0.04)
+    """
+
+    kind: Literal["constant", "cosine", "onecycle"] = "constant"
+    """Form of the curve."""
+    total: int = 0
+    """Number of updates in the whole run."""
+    warmup: float = 0.0
+    """Share of the run that is spent warming up, in [0, 1)."""
+    final: float = 1e-5
+    """Multiplier at the end of the run."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.warmup < 1.0:
+            raise LayerwiseError(f"warmup is {self.warmup}; it is a share of the run, in [0, 1).")
+
+    def __call__(self, update: int) -> float:
+        """Multiplier for update number `update` (0 is the first)."""
+        if self.kind == "constant":
+            return 1.0
+        rise = self.warmup * self.total
+        if update < rise:
+            share = update / rise
+            if self.kind == "onecycle":
+                return 0.04 + 0.96 * (1 - math.cos(math.pi * share)) / 2
+            return (update + 1) / (rise + 1)
+        share = min((update - rise) / max(self.total - rise, 1), 1.0)
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * share)) / 2
+
+
+def optimizer_factory(
+    optimizer: str | type[torch.optim.Optimizer] | OptimizerFactory,
+    *,
+    lr: float,
+    weight_decay: float,
+    options: Mapping[str, Any] | None = None,
+) -> OptimizerFactory:
+    """A function from parameter groups to an optimizer.
+
+    Args:
+        optimizer: `"adamw"`, `"adam"`, `"sgd"` (Nesterov momentum 0.9), `"rmsprop"`, the name of any class in
+            `torch.optim`, such a class, or a callable that takes the parameter groups.
+        lr: learning rate; a plain callable sets its own and is scheduled from that.
+        weight_decay: for tensors of two or more dimensions; norms and biases get none.
+        options: further arguments of the optimizer's class, such as `{"betas": (0.9, 0.95)}`.
+
+    Raises:
+        LayerwiseError: an unknown name, an option that the class does not have, or an optimizer that needs
+            a closure.
+    """
+    if not lr > 0:
+        raise LayerwiseError(f"lr is {lr}; the learning rate must be larger than 0.")
+    if weight_decay < 0:
+        raise LayerwiseError(f"weight_decay is {weight_decay}; it must be 0 or larger.")
+    preset: dict[str, Any] = {}
+    if isinstance(optimizer, str):
+        class_name, preset = _PRESETS.get(optimizer.lower(), (optimizer, {}))
+        found = getattr(torch.optim, class_name, None)
+        if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+            raise LayerwiseError(
+                f"unknown optimizer {optimizer!r}; {suggestion(optimizer, list(_PRESETS))}, or a class of "
+                "torch.optim."
+            )
+        optimizer = found
+    if not isinstance(optimizer, type):
+        return optimizer
+    if issubclass(optimizer, torch.optim.LBFGS):
+        raise LayerwiseError(
+            "LBFGS needs a closure that runs the network again; choose a first-order optimizer, such as "
+            "adamw."
+        )
+    cls = optimizer
+    legal = inspect.signature(cls).parameters
+    arguments = {"lr": lr, **preset, **(options or {})}
+    for name in arguments:
+        if name not in legal:
+            raise LayerwiseError(
+                f"{cls.__name__} has no option {name!r}; {suggestion(name, list(legal))}."
+            )
+    if "weight_decay" in legal:
+        arguments["weight_decay"] = weight_decay
+
+    def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        fused = {}
+        if "fused" in legal and "fused" not in arguments and _can_fuse(groups):
+            fused = {"fused": True}
+        try:
+            return cls(groups, **arguments, **fused)
+        except (TypeError, ValueError) as reason:
+            raise LayerwiseError(f"{cls.__name__} refuses its options: {reason}.") from reason
+
+    return make
+
+
+def _can_fuse(groups: list[dict[str, Any]]) -> bool:
+    """One kernel for all tensors of a group: several times faster, where torch has it."""
+    tensors = [p for group in groups for p in group["params"]]
+    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in tensors)
+
+
+def decay_groups(
+    parameters: Iterable[nn.Parameter], multiplier: float = 1.0
+) -> list[dict[str, Any]]:
+    """Two parameter groups: weights, which decay, and vectors (norms, biases), which do not.
+
+    Args:
+        parameters: of one block and its auxiliary module.
+        multiplier: of the learning rate, kept in the group as `"lr_multiplier"`.
+
+    >>> layer = nn.Linear(3, 2)
+    >>> [len(group["params"]) for group in decay_groups(layer.parameters())]
+    [1, 1]
+    """
+    learned = [p for p in parameters if p.requires_grad]
+    weights = [p for p in learned if p.dim() >= 2]
+    vectors = [p for p in learned if p.dim() < 2]
+    groups: list[dict[str, Any]] = []
+    if weights:
+        groups.append({"params": weights, "lr_multiplier": multiplier})
+    if vectors:
+        groups.append({"params": vectors, "lr_multiplier": multiplier, "weight_decay": 0.0})
+    return groups
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, scheduled: float) -> None:
+    """Set every group's rate to its initial rate times its block's multiplier times the schedule's."""
+    for group in optimizer.param_groups:
+        base = group.setdefault("base_lr", group["lr"])
+        group["lr"] = base * group.get("lr_multiplier", 1.0) * scheduled
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """All tensors of an optimizer's state."""
+    return [
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    ]

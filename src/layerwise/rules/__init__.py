@@ -1,0 +1,103 @@
+"""Learning rules by name: `create("sll", weight=0.5)`; one file per rule.
+
+A rule from another package is found through the entry point group `layerwise.rules`:
+
+    [project.entry-points."layerwise.rules"]
+    my_rule = "my_package:MyRule"
+"""
+
+import dataclasses
+from importlib.metadata import entry_points
+
+from layerwise.errors import LayerwiseError, suggestion
+from layerwise.rules.backprop import Backprop, BackpropCheckpoint, BackpropOffload
+from layerwise.rules.base import Moment, Rule, Signal, Site, Start
+from layerwise.rules.controls import DeepSupervision, LastLayer
+from layerwise.rules.local_ce import LocalCE
+from layerwise.rules.sll import SLL
+from layerwise.rules.svp import SVP
+
+_BUILT_IN: tuple[type[Rule], ...] = (
+    SLL,
+    SVP,
+    LocalCE,
+    Backprop,
+    BackpropCheckpoint,
+    BackpropOffload,
+    DeepSupervision,
+    LastLayer,
+)
+
+
+def names() -> list[str]:
+    """Names of all rules, the built-in ones first.
+
+    >>> names()[:2]
+    ['sll', 'svp']
+    """
+    built_in = [rule.name for rule in _BUILT_IN]
+    outside = sorted(point.name for point in entry_points(group="layerwise.rules"))
+    return built_in + [name for name in outside if name not in built_in]
+
+
+def get(name: str) -> type[Rule]:
+    """The class of the rule called `name`.
+
+    Raises:
+        LayerwiseError: there is no such rule.
+    """
+    for rule in _BUILT_IN:
+        if rule.name == name:
+            return rule
+    for point in entry_points(group="layerwise.rules", name=name):
+        rule = point.load()
+        if not (isinstance(rule, type) and issubclass(rule, Rule)):
+            raise LayerwiseError(
+                f"the entry point layerwise.rules:{name} gives {rule!r}, which is not a subclass of "
+                "layerwise.rules.Rule; correct the package that declares it."
+            )
+        return rule
+    raise LayerwiseError(f"unknown rule {name!r}; {suggestion(name, names())}.")
+
+
+def create(name: str, **options: object) -> Rule:
+    """Make a rule by name, with any of its fields as options.
+
+    Args:
+        name: one of `names()`.
+        options: fields of the rule's dataclass.
+
+    Raises:
+        LayerwiseError: an unknown rule or option, or a value that the rule refuses.
+
+    >>> create("sll", weight=0.5).weight
+    0.5
+    """
+    rule = get(name)
+    legal = [f.name for f in dataclasses.fields(rule)]
+    for option in options:
+        if option not in legal:
+            raise LayerwiseError(
+                f"rule {name!r} has no option {option!r}; {suggestion(option, legal)}."
+            )
+    return rule(**options)
+
+
+__all__ = [
+    "SLL",
+    "SVP",
+    "Backprop",
+    "BackpropCheckpoint",
+    "BackpropOffload",
+    "DeepSupervision",
+    "LastLayer",
+    "LocalCE",
+    "Moment",
+    "Rule",
+    "Signal",
+    "Site",
+    "Start",
+    "create",
+    "get",
+    "names",
+]

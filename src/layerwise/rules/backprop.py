@@ -1,0 +1,81 @@
+"""Backpropagation through the whole network: the yardstick, and its two ways to save memory."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from layerwise.blocks import Block
+from layerwise.rules.base import Locality, Moment, Rule, Signal, cross_entropy_at_head
+
+
+@dataclass(frozen=True)
+class Backprop(Rule):
+    r"""Backpropagation: one cross-entropy at the head, one backward pass through all blocks.
+
+    $\min_\theta \; \mathrm{CE}\big(W_{out} f_L(\dots f_1(x)), y\big)$. All blocks and the head form one group
+    of the engine, so the code path is that of every other rule.
+
+    >>> Backprop().groups(blocks=3)
+    [range(0, 4)]
+    """
+
+    name: ClassVar[str] = "backprop"
+    locality: ClassVar[Locality] = "global"
+    crosses: ClassVar[str] = "activations forward; gradients backward through every block"
+    flat_memory: ClassVar[bool] = False
+    source: ClassVar[str] = "Rumelhart, Hinton & Williams, Nature 323 (1986)"
+    restrictions: ClassVar[str] = "Activations of all blocks are kept until the backward pass."
+
+    def groups(self, blocks: int) -> list[range]:
+        """One group: every block and the head."""
+        return [range(blocks + 1)]
+
+    def signal(self, at: Moment) -> Signal:
+        """Cross-entropy at the head; the blocks have no loss of their own."""
+        return cross_entropy_at_head(at) if at.site.is_head else Signal()
+
+
+@dataclass(frozen=True)
+class BackpropCheckpoint(Backprop):
+    """Backpropagation that keeps the blocks' inputs only and runs each block again in the backward pass.
+
+    The gradients are those of `backprop`, bit for bit; the price is one more forward pass.
+    """
+
+    name: ClassVar[str] = "backprop_checkpoint"
+    crosses: ClassVar[str] = "as backprop; each block's input is kept, the rest recomputed"
+    source: ClassVar[str] = "Chen et al., arXiv 1604.06174 (2016); torch.utils.checkpoint"
+    restrictions: ClassVar[str] = (
+        "Memory still grows with the number of blocks (one input each). Batch norm's running statistics "
+        "are updated twice per step."
+    )
+
+    def run(self, block: Block, h: Tensor) -> Tensor:
+        """Run a block under `torch.utils.checkpoint` where a graph is recorded."""
+        if not torch.is_grad_enabled():
+            return block(h)
+        out = checkpoint(block, h, use_reentrant=False)
+        assert isinstance(out, Tensor)
+        return out
+
+
+@dataclass(frozen=True)
+class BackpropOffload(Backprop):
+    """Backpropagation that keeps the saved activations in host memory until the backward pass.
+
+    The gradients are those of `backprop`, bit for bit. On an accelerator the device holds the activations
+    of one block at a time; on the CPU host and device are the same, so nothing is saved there.
+    """
+
+    name: ClassVar[str] = "backprop_offload"
+    crosses: ClassVar[str] = "as backprop; saved activations travel to the host and back"
+    source: ClassVar[str] = "torch.autograd.graph.save_on_cpu"
+    restrictions: ClassVar[str] = "Saves device memory only; on the CPU it is backprop."
+
+    def run(self, block: Block, h: Tensor) -> Tensor:
+        """Run a block; what autograd saves goes to host memory."""
+        with torch.autograd.graph.save_on_cpu():
+            return block(h)

@@ -1,0 +1,176 @@
+"""The contract of a learning rule: what it may look at, and what it must give to the engine.
+
+The engine runs one *group* of blocks at a time (most rules: one block) and owns the update order. A rule
+only answers questions. It sees tensors and modules; it knows no optimizer, device, process or data set.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from layerwise.blocks import Block
+from layerwise.tasks import Classification
+
+Locality = Literal["local", "interlocking", "broadcast", "perturbation", "equilibrium", "global"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where a rule acts: a block, or the head behind the last block."""
+
+    index: int
+    """0 .. blocks-1 for a block, `blocks` for the head."""
+    blocks: int
+    """Number of blocks in the network, the head not counted."""
+    name: str
+    """Name of the block, `"head"` for the head."""
+
+    @property
+    def is_head(self) -> bool:
+        """Whether this is the head."""
+        return self.index == self.blocks
+
+    @property
+    def depth(self) -> float:
+        """Relative depth: 0 at the first block, 1 at the last one and at the head."""
+        return min(self.index, self.blocks - 1) / max(self.blocks - 1, 1)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a rule may look at before the first block runs."""
+
+    x: Tensor
+    """The batch, `(B, ...)`."""
+    y: Tensor
+    """Labels, `(B,)`, or `(B, T)` for a language model."""
+    task: Classification
+    forward: Callable[[Tensor], Tensor]
+    """Runs the whole network without gradient, with this step's own random draws: logits `(B, ..., K)`.
+
+    This is how a global error is broadcast without keeping any activation: a second forward pass.
+    """
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What a rule may look at when a block has just run."""
+
+    site: Site
+    h: Tensor
+    """The block's output `(B, ...)`, with its graph (logits at the head)."""
+    h_in: Tensor
+    """The block's input; without history when the block is the first of its group."""
+    message: Any
+    """What the site before sent: tensors, or nested tuples, lists and dicts of them."""
+    y: Tensor
+    task: Classification
+    auxiliary: nn.Module | None
+    """The module that `Rule.auxiliary` made for this site."""
+    training: bool
+
+
+@dataclass
+class Signal:
+    """A rule's answer: the teaching signal of the block and what crosses to the next one.
+
+    Give `loss` (a scalar; its gradient is the signal), or `cotangent` (the gradient with respect to the
+    block's output, same shape as `Moment.h`), or both, or neither (the block does not learn here).
+    """
+
+    loss: Tensor | None = None
+    cotangent: Tensor | None = None
+    message: Any = None
+    """Handed to the next site; the engine detaches it at the end of a group."""
+    output: Tensor | None = None
+    """Input of the next block, where it is not the block's output (normalised, label attached, ...)."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """Scalars on the device, read later; a mean over the batch each."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Base class of the learning rules: a frozen dataclass whose fields are the rule's options.
+
+    A subclass declares the class attributes below and overrides the methods that it needs; `signal` is the
+    only one without a default. Draw random numbers with torch's ordinary functions: the engine starts the
+    generators anew for every (seed, step, block).
+    """
+
+    name: ClassVar[str]
+    """Name under which the rule is registered."""
+    locality: ClassVar[Locality]
+    """Where the teaching signal comes from; a test verifies it."""
+    crosses: ClassVar[str]
+    """What crosses a block boundary, in words."""
+    flat_memory: ClassVar[bool]
+    """Whether activations + gradients do not grow with the number of blocks; a test verifies it."""
+    source: ClassVar[str]
+    """Paper, year, and how far the code is the paper's statement."""
+    restrictions: ClassVar[str] = ""
+    """What the rule cannot do, in one or two sentences."""
+
+    def groups(self, blocks: int) -> list[range]:
+        """Which neighbouring sites share one graph, one backward pass and one optimizer.
+
+        Args:
+            blocks: number of blocks L; the head is site L.
+
+        Returns:
+            Contiguous ranges that cover `0 .. L`. The default gives every site its own.
+        """
+        return [range(i, i + 1) for i in range(blocks + 1)]
+
+    def trains(self, site: Site) -> bool:
+        """Whether the site's parameters learn; a group in which none does runs without a graph."""
+        return True
+
+    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
+        """The module that the rule adds at a site; `h` is a sample of the output, for its shape."""
+        return None
+
+    def begin(self, start: Start) -> tuple[Tensor, Any]:
+        """The first block's input and the first message."""
+        return start.x, None
+
+    def run(self, block: Block, h: Tensor) -> Tensor:
+        """Run a block; overridden where the forward pass itself differs (checkpointing, offloading)."""
+        return block(h)
+
+    def signal(self, at: Moment) -> Signal:
+        """The teaching signal and the next message, when the block at `at.site` has run."""
+        raise NotImplementedError
+
+    def predict(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Logits for `x`, given the network's plain forward pass; a rule that predicts otherwise overrides this."""
+        return forward(x)
+
+
+def cross_entropy_at_head(at: Moment) -> Signal:
+    """The signal of a head: the task's loss on its logits."""
+    return Signal(
+        loss=at.task.loss(at.h, at.y),
+        message=at.message,
+        metrics={"accuracy": at.task.correct(at.h, at.y) / at.y.numel()},
+    )
+
+
+def by_depth(value: float | tuple[float, ...], site: Site) -> float:
+    """A number at a site's depth: the same everywhere, or a piecewise linear function of relative depth.
+
+    Args:
+        value: a number; or the values at equally spaced depths from the first block to the last.
+        site: the place.
+
+    >>> by_depth((0.0, 1.0), Site(index=1, blocks=3, name="b"))
+    0.5
+    """
+    if isinstance(value, (int, float)):
+        return float(value)
+    if len(value) == 1:
+        return float(value[0])
+    place = site.depth * (len(value) - 1)
+    left = min(int(place), len(value) - 2)
+    return value[left] + (value[left + 1] - value[left]) * (place - left)

@@ -1,0 +1,50 @@
+"""Controls: what the locality costs (deep supervision) and what learning adds at all (last layer)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from layerwise.rules.base import Locality, Moment, Rule, Signal, Site, cross_entropy_at_head
+from layerwise.rules.local_ce import LocalCE
+
+
+@dataclass(frozen=True)
+class DeepSupervision(LocalCE):
+    r"""The losses of `local_ce`, summed, with no detach: one backward pass through the whole network.
+
+    $\min_\theta \sum_i \mathrm{CE}(W_i\,\mathrm{pool}(h_i) + b_i, y)$ with gradients through all blocks. The
+    difference in accuracy to `local_ce` is what gradient isolation costs.
+    """
+
+    name: ClassVar[str] = "deep_supervision"
+    locality: ClassVar[Locality] = "global"
+    crosses: ClassVar[str] = "activations forward; gradients backward through every block"
+    flat_memory: ClassVar[bool] = False
+    source: ClassVar[str] = "Lee et al., Deeply-Supervised Nets, AISTATS (2015); equal weights: our reading"
+    restrictions: ClassVar[str] = "A control: it needs at least the memory of backprop."
+
+    def groups(self, blocks: int) -> list[range]:
+        """One group: every block and the head."""
+        return [range(blocks + 1)]
+
+
+@dataclass(frozen=True)
+class LastLayer(Rule):
+    """Only the head learns; every block stays as it was drawn.
+
+    The floor of any comparison: a rule that does not beat it has trained nothing but the last layer.
+    """
+
+    name: ClassVar[str] = "last_layer"
+    locality: ClassVar[Locality] = "local"
+    crosses: ClassVar[str] = "detached activation"
+    flat_memory: ClassVar[bool] = True
+    source: ClassVar[str] = "the random-feature baseline"
+    restrictions: ClassVar[str] = "A control: the blocks do not learn."
+
+    def trains(self, site: Site) -> bool:
+        """Only the head."""
+        return site.is_head
+
+    def signal(self, at: Moment) -> Signal:
+        """Cross-entropy at the head."""
+        return cross_entropy_at_head(at) if at.site.is_head else Signal()

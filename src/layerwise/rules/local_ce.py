@@ -1,0 +1,74 @@
+"""Local cross-entropy: every block has its own learned linear head and nothing else."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from layerwise.rules.base import (
+    Locality,
+    Moment,
+    Rule,
+    Signal,
+    Site,
+    cross_entropy_at_head,
+)
+from layerwise.rules.readout import Pool, check_group, grouped, pool_vectors
+from layerwise.tasks import Classification
+
+
+@dataclass(frozen=True)
+class LocalCE(Rule):
+    r"""Greedy local learning: each block minimises the cross-entropy of its own learned linear head.
+
+    $$L_i = \mathrm{CE}(W_i \, \mathrm{pool}(h_i) + b_i, \; y), \qquad
+      h_i = f_i(\mathrm{stopgrad}(h_{i-1}))$$
+
+    The last block needs no head of its own: it is trained together with the network's head. With one block
+    this is backpropagation, bit for bit. It is the control of every rule with a local loss: what an
+    alignment term or a fixed projection gives shows against it.
+
+    >>> LocalCE(group=2).groups(blocks=5)
+    [range(0, 2), range(2, 4), range(4, 6)]
+    """
+
+    pool: Pool = "auto"
+    """How a block's output becomes a vector: auto | mean | cls | flatten | none (every position)."""
+    group: int = 1
+    """Neighbouring blocks that share one loss, one graph and one backward pass."""
+
+    name: ClassVar[str] = "local_ce"
+    locality: ClassVar[Locality] = "local"
+    crosses: ClassVar[str] = "detached activation"
+    flat_memory: ClassVar[bool] = True
+    source: ClassVar[str] = (
+        "Belilovsky, Eickenberg & Oyallon, arXiv 1812.11446 (2018), with the simplest head; last block "
+        "joined with the head: our reading"
+    )
+    restrictions: ClassVar[str] = "Early layers turn greedy: each one is asked for the whole answer."
+
+    def __post_init__(self) -> None:
+        check_group(self.group)
+
+    def groups(self, blocks: int) -> list[range]:
+        """`group` blocks each; the head belongs to the last group."""
+        return grouped(blocks, self.group, join_head=True)
+
+    def _has_head(self, site: Site) -> bool:
+        return (site.index + 1) % self.group == 0 and site.index < site.blocks - 1
+
+    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
+        """A linear head from the pooled output to the classes, for every group but the last."""
+        if not self._has_head(site):
+            return None
+        return nn.Linear(pool_vectors(h, self.pool, per_position=False).shape[-1], task.classes)
+
+    def signal(self, at: Moment) -> Signal:
+        """Cross-entropy of the block's own head, or of the network's at the end."""
+        if at.site.is_head:
+            return cross_entropy_at_head(at)
+        if at.auxiliary is None:
+            return Signal()
+        logits = at.auxiliary(pool_vectors(at.h, self.pool, at.y.dim() > 1))
+        accuracy = at.task.correct(logits, at.y) / at.y.numel()
+        return Signal(loss=at.task.loss(logits, at.y), metrics={"accuracy": accuracy})

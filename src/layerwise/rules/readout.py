@@ -1,0 +1,45 @@
+"""What the rules with a loss per block share: groups of blocks, and a vector out of a block's output."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from layerwise.errors import LayerwiseError
+from layerwise.functional import pool_features
+
+Pool = Literal["auto", "mean", "cls", "flatten", "none"]
+
+
+def grouped(blocks: int, size: int, join_head: bool) -> list[range]:
+    """Ranges of `size` neighbouring blocks; the head joins the last one, or stands alone.
+
+    >>> grouped(blocks=3, size=2, join_head=False)
+    [range(0, 2), range(2, 3), range(3, 4)]
+    """
+    groups = [range(i, min(i + size, blocks)) for i in range(0, blocks, size)]
+    if join_head:
+        groups[-1] = range(groups[-1].start, blocks + 1)
+    else:
+        groups.append(range(blocks, blocks + 1))
+    return groups
+
+
+def check_group(size: int) -> None:
+    """Raise LayerwiseError unless `size` is a number of blocks."""
+    if size < 1:
+        raise LayerwiseError(f"group is {size}; it is a number of neighbouring blocks, 1 or more.")
+
+
+def pool_vectors(h: Tensor, pool: Pool, per_position: bool) -> Tensor:
+    """One vector per prediction out of a block's output.
+
+    `"auto"` averages over space or tokens, and keeps every position where labels are given per position.
+
+    Args:
+        h: `(B, D)`, `(B, C, H, W)` or `(B, T, D)`.
+        pool: one of `Pool`.
+        per_position: whether there is a label for every position.
+    """
+    if pool == "auto":
+        pool = "none" if per_position else "mean"
+    return pool_features(h, pool)

@@ -1,0 +1,182 @@
+"""SLL: Stochastic Layer-wise Learning."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layerwise import functional
+from layerwise.errors import LayerwiseError
+from layerwise.rules.base import (
+    Locality,
+    Moment,
+    Rule,
+    Signal,
+    Site,
+    by_depth,
+    cross_entropy_at_head,
+)
+from layerwise.rules.readout import Pool, check_group, grouped, pool_vectors
+from layerwise.tasks import Classification
+
+SURROGATES = {
+    "neg_log_bc": functional.neg_log_bc,
+    "one_minus_bc": functional.one_minus_bc,
+    "hellinger": functional.hellinger,
+    "kl": functional.kl_divergence,
+}
+
+
+class Projection(nn.Module):
+    r"""Fixed random readout of a block: $v = s\, R\, (m \odot \mathrm{norm}(\mathrm{pool}(h)))$.
+
+    Args:
+        width: number of features D after pooling.
+        dim: rows d0 of R.
+        classes: number of classes K.
+        options: the rule, for scale, normalisation, dropout, distribution of R, kind of target.
+
+    Shapes: `(..., D)` to `(..., d0)`; `class_logits` maps `(..., d0)` to `(..., K)`.
+    """
+
+    def __init__(self, width: int, dim: int, classes: int, options: "SLL"):
+        super().__init__()
+        matrix = torch.randn(dim, width) / width**0.5
+        if options.projection == "orthonormal":
+            # The same mean square length of a row as the Gaussian matrix has: 1.
+            wide = torch.linalg.qr(torch.randn(max(dim, width), min(dim, width)))[0]
+            matrix = wide.T if dim <= width else wide * (dim / width) ** 0.5
+        self.register_buffer("matrix", matrix * options.scale)
+        code = torch.randn(classes, dim) / dim**0.5 if options.targets == "codebook" else None
+        self.register_buffer("code", code)
+        self.classes, self.norm, self.dropout = classes, options.norm, options.dropout
+
+    matrix: Tensor
+    code: Tensor | None
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits of the auxiliary posterior, in float32."""
+        features = functional.normalise(features.float(), self.norm)
+        features = F.dropout(features, self.dropout, self.training)
+        with torch.autocast(features.device.type, enabled=False):
+            return F.linear(features, self.matrix)
+
+    def class_logits(self, v: Tensor) -> Tensor:
+        """Logits of the classes: the first K entries, or the products with the codebook."""
+        return v[..., : self.classes] if self.code is None else F.linear(v, self.code)
+
+
+@dataclass(frozen=True)
+class SLL(Rule):
+    r"""Stochastic Layer-wise Learning: every block maximises its own ELBO-like objective.
+
+    For block i with output $h_i = f_i(\mathrm{stopgrad}(h_{i-1}))$, pooled to a vector:
+
+    $$v_i = s\,R_i\,(m_i \odot \mathrm{norm}(\mathrm{pool}(h_i))), \qquad q_i = \mathrm{softmax}(v_i)$$
+
+    $$L_i = -w_i \log q_i[y] + \lambda_i\, D(\mathrm{stopgrad}(q_{i-1}), q_i), \qquad
+      D(p, q) = -\log \sum_k \sqrt{p_k q_k}$$
+
+    $R_i \in \mathbb{R}^{d_0 \times d_i}$ is random and never trained, its entries are $N(0, 1/d_i)$; $m_i$ is
+    Bernoulli(1-p)/(1-p) in training. The first block has no second term. The head minimises the
+    cross-entropy of its logits.
+
+    What is the paper's and what is ours: the two terms, their equal weight, the fixed projection and the
+    optional dropout on it are stated by the paper; scale and normalisation of the projection, the softmax,
+    the neighbour (the previous block) and the treatment of the head are our reading. The Bhattacharyya
+    term makes the objective a surrogate, not a lower bound of the evidence; no claim about mutual
+    information is made here.
+
+    >>> SLL(surrogate="one_minus_bc", weight=0.5).groups(blocks=2)
+    [range(0, 1), range(1, 3)]
+    """
+
+    surrogate: Literal["neg_log_bc", "one_minus_bc", "hellinger", "kl", "none"] = "neg_log_bc"
+    """Divergence D between the posteriors of neighbouring blocks."""
+    weight: float | tuple[float, ...] = 1.0
+    """Weight lambda of the divergence; several numbers are a piecewise linear function of depth."""
+    likelihood_weight: float | tuple[float, ...] = 1.0
+    """Weight w of the likelihood term, likewise."""
+    neighbour: Literal["previous", "before_previous"] = "previous"
+    """Which block's posterior the divergence looks at."""
+    dim: int | None = None
+    """Rows d0 of the projection; the number of classes if not given."""
+    targets: Literal["index", "codebook"] = "index"
+    """The classes are the first K coordinates, or a fixed random code with K rows."""
+    projection: Literal["gaussian", "orthonormal"] = "gaussian"
+    """Distribution of R; both have rows of mean square length 1."""
+    scale: float = 1.0
+    """Scale s of the projection (an inverse temperature)."""
+    norm: Literal["layer", "rms", "none"] = "layer"
+    """Normalisation before the projection, without parameters."""
+    dropout: float = 0.0
+    """Probability p of the multiplicative dropout on the projection's input."""
+    pool: Pool = "auto"
+    """How a block's output becomes a vector: auto | mean | cls | flatten | none (every position)."""
+    group: int = 1
+    """Neighbouring blocks that share one objective, one graph and one backward pass."""
+    head: Literal["joint", "separate"] = "joint"
+    """Train the head's cross-entropy through the last block too, or on its detached output."""
+
+    name: ClassVar[str] = "sll"
+    locality: ClassVar[Locality] = "local"
+    crosses: ClassVar[str] = "detached activation and projection (d0 numbers per sample)"
+    flat_memory: ClassVar[bool] = True
+    source: ClassVar[str] = (
+        "Yin & Corradi, arXiv 2505.05181 v4 (2025); scale, normalisation, neighbour and head: our reading"
+    )
+    restrictions: ClassVar[str] = (
+        "Classification, per sample or per position. A single small convolution is too narrow for a fixed "
+        "projection: group two, or expect a loss of accuracy."
+    )
+
+    def __post_init__(self) -> None:
+        check_group(self.group)
+        if not 0.0 <= self.dropout < 1.0:
+            raise LayerwiseError(f"dropout is {self.dropout}; it is a probability in [0, 1).")
+        if not self.scale > 0:
+            raise LayerwiseError(f"scale is {self.scale}; it must be larger than 0.")
+
+    def groups(self, blocks: int) -> list[range]:
+        """`group` blocks each; the head joins the last group or stands alone."""
+        return grouped(blocks, self.group, join_head=self.head == "joint")
+
+    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
+        """The fixed projection, for the last block of every group."""
+        if site.is_head or not self._reads(site):
+            return None
+        dim = task.classes if self.dim is None else self.dim
+        if self.targets == "index" and dim < task.classes:
+            raise LayerwiseError(
+                f"dim is {dim}, smaller than the {task.classes} classes; use dim >= {task.classes} or "
+                'targets="codebook".'
+            )
+        width = pool_vectors(h, self.pool, per_position=False).shape[-1]
+        return Projection(width, dim, task.classes, self)
+
+    def _reads(self, site: Site) -> bool:
+        return (site.index + 1) % self.group == 0 or site.index == site.blocks - 1
+
+    def signal(self, at: Moment) -> Signal:
+        """Likelihood and alignment of the block's posterior; cross-entropy at the head."""
+        if at.site.is_head:
+            return cross_entropy_at_head(at)
+        if at.auxiliary is None:
+            return Signal(message=at.message)
+        assert isinstance(at.auxiliary, Projection)
+        v = at.auxiliary(pool_vectors(at.h, self.pool, at.y.dim() > 1))
+        logits = at.auxiliary.class_logits(v)
+        # With the index targets the softmax runs over all d0 coordinates; the label is one of the first K.
+        likelihood = at.task.loss(v if at.auxiliary.code is None else logits, at.y)
+        loss = by_depth(self.likelihood_weight, at.site) * likelihood
+        metrics = {"accuracy": at.task.correct(logits, at.y) / at.y.numel()}
+        sent = at.message or ()
+        back = {"previous": 1, "before_previous": 2}[self.neighbour]
+        if self.surrogate != "none" and len(sent) >= back:
+            log_p, log_q = sent[-back].detach().log_softmax(-1), v.log_softmax(-1)
+            divergence = SURROGATES[self.surrogate](log_p, log_q).mean()
+            loss = loss + by_depth(self.weight, at.site) * divergence
+            metrics["divergence"] = divergence
+        return Signal(loss=loss, message=(*sent, v)[-2:], metrics=metrics)

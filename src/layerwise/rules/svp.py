@@ -1,0 +1,48 @@
+"""SVP: Stochastic Variational Propagation, the earlier form of SLL."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch.nn.functional as F
+
+from layerwise.rules.base import Moment, Signal
+from layerwise.rules.sll import SLL
+
+
+@dataclass(frozen=True)
+class SVP(SLL):
+    r"""Stochastic Variational Propagation: KL between neighbours plus alignment of their projections.
+
+    $$L_i = -\log q_i[y] + \lambda\, KL(\mathrm{stopgrad}(q_{i-1}) \,\|\, q_i)
+            + \gamma\, \big(1 - \cos(v_i, \mathrm{stopgrad}(v_{i-1}))\big)$$
+
+    with the projections and posteriors of `sll`, whose options it shares. That SVP exists and aligns features
+    is the paper's statement; the cosine form of the alignment is our reading.
+
+    >>> SVP().surrogate
+    'kl'
+    """
+
+    surrogate: Literal["neg_log_bc", "one_minus_bc", "hellinger", "kl", "none"] = "kl"
+    """Divergence between the posteriors of neighbouring blocks."""
+    feature_weight: float = 1.0
+    """Weight gamma of the feature alignment."""
+
+    name: ClassVar[str] = "svp"
+    crosses: ClassVar[str] = "detached activation and projection (d0 numbers per sample)"
+    source: ClassVar[str] = (
+        "Yin & Corradi, arXiv 2505.05181 v1-v3 (2025), named SVP there; cosine alignment: our reading"
+    )
+
+    def signal(self, at: Moment) -> Signal:
+        """The signal of `sll` plus the cosine distance of neighbouring projections."""
+        signal = super().signal(at)
+        previous = at.message
+        if at.auxiliary is not None and previous:
+            v, before = signal.message[-1], previous[-1].detach()
+            distance = 1 - F.cosine_similarity(v, before, dim=-1).mean()
+            signal.loss = signal.loss + self.feature_weight * distance
+            signal.metrics["feature_distance"] = distance
+        return signal
+
+

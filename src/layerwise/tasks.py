@@ -1,0 +1,67 @@
+"""What the labels mean: the loss on logits, the target distribution, what counts as correct."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from layerwise.errors import LayerwiseError
+
+
+@dataclass(frozen=True)
+class Classification:
+    """One of K classes per prediction: per sample, or per position for a language model.
+
+    Every loss is the mean over predictions, in nats, computed in float32 whatever the precision of the
+    network.
+
+    >>> task = Classification(classes=10)
+    >>> y = torch.tensor([3, 7])
+    >>> round(float(task.loss(torch.zeros(2, 10), y)), 4)  # ln 10
+    2.3026
+    """
+
+    classes: int
+    """Number of classes K."""
+    label_smoothing: float = 0.0
+    """Share of the target's probability that is spread evenly over all K classes."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise LayerwiseError(
+                f"label_smoothing is {self.label_smoothing}; it must lie in [0, 1), 0 switches it off."
+            )
+
+    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Cross-entropy of `logits` `(..., K)` against labels `y` `(...)`: a scalar."""
+        return F.cross_entropy(
+            logits.float().flatten(0, -2), y.flatten(), label_smoothing=self.label_smoothing
+        )
+
+    def distribution(self, y: Tensor) -> Tensor:
+        """Target probabilities `(..., K)` of labels `y` `(...)`, with label smoothing."""
+        hot = F.one_hot(y, self.classes).float()
+        return hot * (1 - self.label_smoothing) + self.label_smoothing / self.classes
+
+    def correct(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Number of predictions whose largest logit is the label: an int64 scalar on the device."""
+        return (logits.argmax(-1) == y).sum()
+
+    def check(self, y: Tensor) -> None:
+        """Raise LayerwiseError unless `y` holds integer labels in `0 .. K-1`.
+
+        The values are looked at only on the host: on an accelerator the look would wait for the device.
+        """
+        if y.is_floating_point() or y.dtype == torch.bool:
+            raise LayerwiseError(
+                f"the labels are {str(y.dtype).removeprefix('torch.')}; give class numbers as int64."
+            )
+        if y.device.type == "cpu" and y.numel() > 0:
+            low, high = int(y.min()), int(y.max())
+            if low < 0 or high >= self.classes:
+                wrong = low if low < 0 else high
+                raise LayerwiseError(
+                    f"label {wrong} is out of range: the network has {self.classes} outputs, so labels "
+                    f"go from 0 to {self.classes - 1}."
+                )
