@@ -1,6 +1,6 @@
 """Partition a model into gradient-isolated blocks and a head, without changing what it computes."""
 
-import inspect
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -156,12 +156,26 @@ def legal_cuts(model: nn.Module) -> list[str]:
     ['0', '1']
     """
     if _is_sequential(model):
-        return [name for name, _ in _expanded(model, deep=True)][:-1]
+        children = _expanded(model, deep=True)
+        last = max((i for i, (_, child) in enumerate(children) if _weighted(child)), default=0)
+        return [name for name, _ in children[:last]]  # the head needs parameters
     try:
-        graph, ends = _trace(model, leaf=lambda path, module: module.__module__.startswith("torch.nn"))
+        graph, ends = _trace(
+            model,
+            leaf=lambda _, m: m.__module__.startswith("torch.nn") and not _is_sequential(m),
+        )
     except LayerwiseError:
         return []
     order = list(graph.nodes)
+    last = max(
+        (
+            i
+            for i, node in enumerate(order)
+            if node.op == "get_attr"
+            or (node.op == "call_module" and _weighted(model.get_submodule(str(node.target))))
+        ),
+        default=0,
+    )
     position = {node: i for i, node in enumerate(order)}
     # The last use of each value tells which values are alive behind a position.
     last_use = {node: max((position[user] for user in node.users), default=-1) for node in order}
@@ -169,7 +183,7 @@ def legal_cuts(model: nn.Module) -> list[str]:
     for path, nodes in ends.items():
         end = position[nodes[0]]
         alive = [n for n in order[: end + 1] if last_use[n] > end and n.op != "get_attr"]
-        if len(nodes) == 1 and alive == [nodes[0]]:
+        if len(nodes) == 1 and alive == [nodes[0]] and end < last:
             legal.append(path)
     return legal
 
@@ -178,6 +192,10 @@ def _listed(names: Sequence[str], most: int = 24) -> str:
     if not names:
         return "this model has no legal cut; wrap it as nn.Sequential"
     return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
+
+
+def _weighted(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 def _is_sequential(module: nn.Module) -> bool:
@@ -189,7 +207,9 @@ def _expanded(
 ) -> list[tuple[str, nn.Module]]:
     """The children of nested `nn.Sequential` containers, opened only where a cut lies inside (or all, if `deep`)."""
     found: list[tuple[str, nn.Module]] = []
-    for name, child in model.named_children():
+    for name, child in model._modules.items():  # named_children() leaves out a child held twice
+        if child is None:
+            continue
         path = prefix + name
         if _is_sequential(child) and len(child) > 0:
             inside = any(cut.startswith(path + ".") for cut in cuts)
@@ -249,7 +269,7 @@ def _cut(model: nn.Module, cuts: tuple[str, ...]) -> list[Block]:
         raise LayerwiseError(f"name at least one cut, out of {_listed(legal_cuts(model))}.")
     if len(set(cuts)) < len(cuts):
         raise LayerwiseError(f"a cut is named twice in {list(cuts)}; name each once.")
-    known = dict(model.named_modules())
+    known = dict(model.named_modules(remove_duplicate=False))
     for cut in cuts:
         if cut not in known or cut == "":
             raise LayerwiseError(f"unknown cut {cut!r}; legal cuts are {_listed(legal_cuts(model))}.")
@@ -266,7 +286,7 @@ def _cut(model: nn.Module, cuts: tuple[str, ...]) -> list[Block]:
 
 
 class _Chain:
-    """The composition of modules; the modules are looked up by name at each call."""
+    """The composition of modules."""
 
     def __init__(self, modules: list[nn.Module]):
         self.modules = modules
@@ -307,6 +327,10 @@ class _Tracer(fx.Tracer):
         self.leaf = leaf
         self.ends: dict[str, list[Any]] = {}
 
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        # One input; every other argument of forward takes its default.
+        return root_fn, [self.root, self.create_proxy("placeholder", "h", (), {})]
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return self.leaf(module_qualified_name, m)
 
@@ -320,10 +344,8 @@ def _trace(
     model: nn.Module, leaf: Callable[[str, nn.Module], bool]
 ) -> tuple[fx.Graph, dict[str, list[fx.Node]]]:
     tracer = _Tracer(leaf)
-    signature = inspect.signature(model.forward).parameters.values()
-    defaults = {p.name: p.default for p in signature if p.default is not inspect.Parameter.empty}
     try:
-        graph = tracer.trace(model, concrete_args=defaults or None)
+        graph = tracer.trace(model)
     except Exception as reason:  # tracing runs the user's own forward, which may raise anything
         raise LayerwiseError(
             f"{type(model).__name__}.forward cannot be traced ({str(reason).splitlines()[0]}); wrap the "
@@ -390,7 +412,10 @@ def _subgraph(
             tensors = [*child.named_parameters(), *child.named_buffers()]
             owned |= {f"{node.target}.{n}" for n, _ in tensors}
     part.output(fx.node.map_arg(result, lambda n: copies[n]))
-    return fx.Interpreter(model, graph=part).run, owned
+    # Python source that looks everything up in the model; faster than fx.Interpreter, and dynamo can read it.
+    source = part.python_code("self")
+    exec(source.src, source.globals)
+    return functools.partial(source.globals["forward"], model), owned
 
 
 def _check_ownership(model: nn.Module, blocks: list[Block]) -> None:

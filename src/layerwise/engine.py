@@ -40,6 +40,8 @@ class Group:
     """None where nothing learns; such a group runs without a graph."""
     scaler: torch.amp.GradScaler
     """Scales the signal where gradients are fp16; does nothing otherwise."""
+    buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Running statistics and what they were before the update, to be put back when it is skipped."""
 
     @property
     def name(self) -> str:
@@ -132,6 +134,8 @@ class Engine:
     ) -> tuple[Tensor, Any]:
         """One group's whole update; returns the detached input and message of the next group."""
         learns = group.optimizer is not None
+        if self.how.nonfinite == "skip" and step % self.how.accumulate == 0:
+            group.buffers = [(b, b.clone()) for unit in group.units for _, b in unit.block.named_buffers()]
         with torch.set_grad_enabled(learns):
             signals, h_out, message_out = self.forward(group, h, message, y, step, trace)
         if learns:
@@ -179,15 +183,17 @@ class Engine:
             set_learning_rate(optimizer, self.how.schedule(step // self.how.accumulate))
             group.scaler.step(optimizer)
         group.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        self._free(group)
+
+    def _free(self, group: Group) -> None:
+        assert group.optimizer is not None
+        group.optimizer.zero_grad(set_to_none=True)
 
     def _may_step(
         self, group: Group, h: Tensor, loss: Tensor, norm: Tensor, step: int, trace: Trace
     ) -> bool:
-        """Whether signal and gradient are finite; under a gradient scaler the scaler decides itself."""
-        if group.scaler.is_enabled():
-            return True
-        finite = torch.isfinite(loss + norm)
+        """Whether signal and gradient are finite; an overflow of scaled gradients is the scaler's own affair."""
+        finite = torch.isfinite(loss if group.scaler.is_enabled() else loss + norm)
         if self.how.nonfinite == "raise" and self.how.device.type != "cpu":
             # Reading the flag here would wait for the device: it is read with the metrics.
             trace.finite[group.name] = finite
@@ -196,5 +202,8 @@ class Engine:
             return True
         if self.how.nonfinite == "skip":
             trace.skipped.add(group.name)
+            for buffer, before in group.buffers:
+                buffer.copy_(before)
             return False
+        self._free(group)
         raise NonFinite(group.name, step, input_is_finite=bool(torch.isfinite(h).all()))

@@ -1,5 +1,6 @@
 """Learner: a model, a rule and an optimizer, in three lines of anybody's own training loop."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from layerwise import rules
 from layerwise.blocks import Partition, partition
 from layerwise.engine import Engine, Execution, Group, NonFinite, Trace, Unit, detach
 from layerwise.errors import LayerwiseError, suggestion
+from layerwise.memory import MemoryMeter, MemoryUse, optimizer_tensors
 from layerwise.optim import (
     OptimizerFactory,
     Schedule,
@@ -157,9 +159,10 @@ class Learner:
         if channels_last:
             self.network.to(memory_format=torch.channels_last)
         self._compile = compile
+        self.schedule = schedule or Schedule()
         self._how: dict[str, Any] = {
             "device": self.device,
-            "schedule": schedule or Schedule(),
+            "schedule": self.schedule,
             "autocast": {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision],
             "clip": clip,
             "accumulate": accumulate,
@@ -205,29 +208,25 @@ class Learner:
         if self._compile:
             backend = self._compile if isinstance(self._compile, str) else "inductor"
             for block in blocks:
-                block.run = torch.compile(block.run, backend=backend)
+                block.run = torch.compile(_with_own_code(block.run, block.name), backend=backend)
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self.load_state_dict(pending)
 
     def _probe(self, x: Tensor) -> list[Tensor]:
         """A sample of every block's output and of the logits, without touching running statistics."""
-        outputs, h, was_training = [], x, self.network.training
-        self.network.eval()
-        try:
-            with torch.no_grad(), preserved_generators(self.device):
-                for block in [*self.network.blocks, self.network.head]:
-                    try:
-                        h = block(h)
-                    except (RuntimeError, ValueError, IndexError) as reason:
-                        raise LayerwiseError(
-                            f"block {block.name!r} cannot take an input of shape {tuple(h.shape)} and "
-                            f"type {str(h.dtype).removeprefix('torch.')}: {str(reason).splitlines()[0]}; "
-                            "check the model against the data."
-                        ) from reason
-                    outputs.append(h)
-        finally:
-            self.network.train(was_training)
+        outputs, h = [], x
+        with self._evaluating():
+            for block in [*self.network.blocks, self.network.head]:
+                try:
+                    h = block(h)
+                except (RuntimeError, ValueError, IndexError) as reason:
+                    raise LayerwiseError(
+                        f"block {block.name!r} cannot take an input of shape {tuple(h.shape)} and "
+                        f"type {str(h.dtype).removeprefix('torch.')}: {str(reason).splitlines()[0]}; "
+                        "check the model against the data."
+                    ) from reason
+                outputs.append(h)
         return outputs
 
     def _group(self, units: list[Unit]) -> Group:
@@ -262,7 +261,7 @@ class Learner:
             LayerwiseError: labels that do not fit, or a non-finite loss or gradient.
         """
         x, y = self._ready(x, y)
-        if not self.network.training:
+        if not self.network.model.training:  # asked of the model, whose owner may have called eval() on it
             self.network.train()
         self.auxiliary.train()
         step, trace = self.steps, Trace()
@@ -275,6 +274,22 @@ class Learner:
         self.steps += 1
         self.skipped += bool(trace.skipped)
         return Metrics(step, len(x), trace.metrics, tuple(trace.skipped), trace.finite)
+
+    def measured_step(self, x: Tensor, y: Tensor) -> tuple[Metrics, MemoryUse]:
+        """One `step` under the memory meter: exact bytes, on the CPU at a few times the step's duration.
+
+        The optimizers' state exists from the first step on, so measure a later one.
+        """
+        tensors = [*self.network.parameters(), *self.network.buffers()]
+        tensors += [*self.auxiliary.parameters(), *self.auxiliary.buffers()]
+        optimizers = [group.optimizer for group in self.groups if group.optimizer is not None]
+        with MemoryMeter(
+            parameters=tensors,
+            optimizer_state=lambda: optimizer_tensors(optimizers),
+            device=self.device,
+        ) as meter:
+            metrics = self.step(x, y)
+        return metrics, meter.peak
 
     def evaluate(self, x: Tensor, y: Tensor) -> Metrics:
         """The rule's scalars for one batch in evaluation mode; nothing is updated.
@@ -289,6 +304,10 @@ class Learner:
             h, message = self.rule.begin(Start(x, y, self.task, self.network))
             for group in self.groups:
                 _, h, message = self.engine.forward(group, h, message, y, None, trace)
+            if type(self.rule).predict is not Rule.predict:
+                logits = self.rule.predict(self.network, x)
+                correct = self.task.correct(logits, y) / y.numel()
+                trace.metrics["head"] = {"loss": self.task.loss(logits, y), "accuracy": correct}
         return Metrics(self.steps, len(x), trace.metrics, (), {})
 
     @torch.no_grad()
@@ -302,15 +321,16 @@ class Learner:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        modes = self.network.training, self.auxiliary.training
+        modules = [self.network, *self.network.model.modules(), *self.auxiliary.modules()]
+        modes = [(module, module.training) for module in modules]
         self.network.eval()
         self.auxiliary.eval()
         try:
             with torch.no_grad(), preserved_generators(self.device):
                 yield
         finally:
-            self.network.train(modes[0])
-            self.auxiliary.train(modes[1])
+            for module, mode in modes:
+                module.training = mode
 
     def _forward_with_draws(self, x: Tensor) -> Tensor:
         """The network's logits under this step's own random draws, without gradient."""
@@ -396,13 +416,27 @@ class Learner:
                 packed = group.optimizer.state_dict()
                 found = [state["optimizer"].get(names[p]) for p in group.parameters]
                 packed["state"] = {i: s for i, s in enumerate(found) if s is not None}
-                group.optimizer.load_state_dict(packed)
+                group.optimizer.load_state_dict(copy.deepcopy(packed))  # torch would keep the given tensors
             if group.scaler.is_enabled():
                 group.scaler.load_state_dict(state["scaler"][group.name])
         for parameter, name in names.items():
             gradient = state["gradients"].get(name)
             parameter.grad = None if gradient is None else gradient.to(parameter, copy=True)
         self.steps, self.skipped = state["steps"], state["skipped"]
+
+
+def _with_own_code(run: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor], Tensor]:
+    """`run` as a function with a code object of its own.
+
+    Dynamo keeps what it compiled per code object, eight versions at most; blocks that shared one would fall
+    back to plain Python from the ninth on, and take each other's shapes for dynamic ones.
+    """
+
+    def block(h: Tensor) -> Tensor:
+        return run(h)
+
+    block.__code__ = block.__code__.replace(co_name=f"block {name}")
+    return block
 
 
 def check_same_tensors(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from layerwise.errors import LayerwiseError, suggestion
 
@@ -45,6 +45,13 @@ class Schedule:
     """Multiplier at the end of the run."""
 
     def __post_init__(self) -> None:
+        kinds = ["constant", "cosine", "onecycle"]
+        if self.kind not in kinds:
+            raise LayerwiseError(f"unknown schedule {self.kind!r}; {suggestion(self.kind, kinds)}.")
+        if self.kind != "constant" and self.total < 1:
+            raise LayerwiseError(
+                f"total is {self.total}; a {self.kind} schedule needs the number of updates in the run, 1 or more."
+            )
         if not 0.0 <= self.warmup < 1.0:
             raise LayerwiseError(f"warmup is {self.warmup}; it is a share of the run, in [0, 1).")
 
@@ -162,12 +169,3 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, scheduled: float) -> Non
         base = group.setdefault("base_lr", group["lr"])
         group["lr"] = base * group.get("lr_multiplier", 1.0) * scheduled
 
-
-def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """All tensors of an optimizer's state."""
-    return [
-        value
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, Tensor)
-    ]

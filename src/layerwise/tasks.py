@@ -35,6 +35,11 @@ class Classification:
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy of `logits` `(..., K)` against labels `y` `(...)`: a scalar."""
+        if logits.shape[:-1] != y.shape:
+            raise LayerwiseError(
+                f"the labels have shape {tuple(y.shape)} and the logits {tuple(logits.shape)}; give one class "
+                f"number per prediction, shape {tuple(logits.shape[:-1])}."
+            )
         return F.cross_entropy(
             logits.float().flatten(0, -2), y.flatten(), label_smoothing=self.label_smoothing
         )
@@ -53,7 +58,7 @@ class Classification:
 
         The values are looked at only on the host: on an accelerator the look would wait for the device.
         """
-        if y.is_floating_point() or y.dtype == torch.bool:
+        if y.dtype != torch.int64:
             raise LayerwiseError(
                 f"the labels are {str(y.dtype).removeprefix('torch.')}; give class numbers as int64."
             )

@@ -1,0 +1,255 @@
+"""Measurements of rules side by side: exact memory by depth, interleaved time per step."""
+
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from layerwise import models, rules
+from layerwise.checkpoint import write_atomically
+from layerwise.errors import LayerwiseError
+from layerwise.learner import Learner
+from layerwise.randomness import derive_seed, preserved_generators, seed_generators
+from layerwise.training import pick_device
+
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class _Shared:
+    model_options: dict[str, float] = field(default_factory=dict)
+    """Numbers for the model: --model-options width 256."""
+    shape: tuple[int, int, int] = (3, 32, 32)
+    """Channels, height and width of the random images."""
+    batch_size: int = 64
+    """Samples per batch."""
+    optimizer: str = "adamw"
+    """Optimizer of every rule."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the blocks (autocast)."""
+    device: str = "auto"
+    """cpu | cuda | cuda:N | auto."""
+    threads: int | None = None
+    """Threads of the CPU."""
+    json: str | None = None
+    """Write the figures to this file too."""
+
+
+@dataclass(frozen=True)
+class MemoryOptions(_Shared):
+    """Exact peak bytes of one training step, by depth."""
+
+    rule: tuple[str, ...] = ("sll", "local_ce", "backprop", "backprop_checkpoint", "backprop_offload")
+    """Rules to measure."""
+    model: tuple[str, ...] = ("mlp",)
+    """Models to measure."""
+    depths: str = "4,16,64,256"
+    """Numbers of blocks, separated by commas."""
+
+
+@dataclass(frozen=True)
+class SpeedOptions(_Shared):
+    """Time per training step, interleaved: every round runs each rule once, in turn."""
+
+    rules: tuple[str, ...] = ("sll", "backprop", "backprop_checkpoint")
+    """Rules to time; the ratios are to backprop where it is among them, else to the first."""
+    model: str = "vit"
+    """mlp | vgg | resnet | vit."""
+    depth: int | None = None
+    """Number of blocks; the model's own default if not given."""
+    rounds: int = 10
+    """Rounds that count."""
+    warmup: int = 2
+    """Rounds before them that do not."""
+
+
+def memory_of(
+    rule: str,
+    model: str,
+    depth: int,
+    *,
+    shape: tuple[int, int, int] = (3, 32, 32),
+    batch_size: int = 64,
+    optimizer: str = "adamw",
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    device: str = "cpu",
+    **model_options: float,
+) -> dict[str, Any]:
+    """Peak memory of a training step.
+
+    Args:
+        rule: name of a rule.
+        model: name of a model.
+        depth: number of blocks.
+        shape: channels, height, width.
+        batch_size: samples per batch.
+        optimizer: name of the optimizer.
+        precision: precision of the blocks.
+        device: where to run.
+        model_options: further dials of the model.
+
+    Returns:
+        `rule`, `model`, `depth`, and in bytes `parameters`, `optimizer`, `gradients`, `activations`, `peak`.
+
+    >>> row = memory_of("sll", "mlp", 2, shape=(1, 8, 8), batch_size=4, width=16)
+    >>> row["parameters"]  # 65*16 + 17*16 + 17*10 weights and two fixed 10x16 projections
+    7208
+    """
+    learner, x, y = _prepared(rule, model, depth, shape, batch_size, optimizer, precision, device, model_options)
+    learner.step(x, y)
+    _, use = learner.measured_step(x, y)
+    return {"rule": rule, "model": model, "depth": depth, **asdict(use)}
+
+
+def _prepared(
+    rule: str,
+    model: str,
+    depth: int | None,
+    shape: tuple[int, int, int],
+    batch_size: int,
+    optimizer: str,
+    precision: Literal["fp32", "bf16", "fp16"],
+    device: str,
+    model_options: dict[str, float],
+) -> tuple[Learner, Tensor, Tensor]:
+    where = pick_device(device)
+    dials: dict[str, Any] = {k: int(v) if float(v).is_integer() else v for k, v in model_options.items()}
+    if depth is not None:
+        dials["depth"] = depth
+    with preserved_generators(where):
+        seed_generators(derive_seed(0, "bench"), where)
+        network = models.create(model, shape, CLASSES, **dials).to(where)
+        x = torch.randn(batch_size, *shape, device=where)
+        y = torch.randint(CLASSES, (batch_size,), device=where)
+    return Learner(network, rule, optimizer=optimizer, precision=precision, lr=1e-4, example=x), x, y
+
+
+def memory_command(argv: list[str]) -> int:
+    """`layerwise bench memory`."""
+    options = _parse(MemoryOptions, argv, "bench memory")
+    try:
+        depths = [int(depth) for depth in options.depths.split(",")]
+    except ValueError as reason:
+        raise LayerwiseError(f"--depths {options.depths!r} is not a list such as 4,16,64.") from reason
+    rows = []
+    print(f"{'rule':<20}{'model':<8}{'depth':>6}" + "".join(f"{name:>14}" for name in COLUMNS) + "   (MiB)")
+    for model in options.model:
+        for rule in options.rule:
+            for depth in depths:
+                row = memory_of(
+                    rule,
+                    model,
+                    depth,
+                    shape=options.shape,
+                    batch_size=options.batch_size,
+                    optimizer=options.optimizer,
+                    precision=options.precision,
+                    device=options.device,
+                    **options.model_options,
+                )
+                rows.append(row)
+                figures = "".join(f"{row[name] / 2**20:>14.3f}" for name in COLUMNS)
+                print(f"{rule:<20}{model:<8}{depth:>6}{figures}", flush=True)
+    _write(options.json, rows)
+    return 0
+
+
+COLUMNS = ("parameters", "optimizer", "gradients", "activations", "peak")
+
+
+def speed_of(learners: dict[str, tuple[Learner, Tensor, Tensor]], rounds: int, warmup: int) -> dict[str, list[float]]:
+    """Seconds of every step, rules interleaved so that a slow moment of the machine hits all of them alike.
+
+    Args:
+        learners: per name a learner and its batch.
+        rounds: rounds that count.
+        warmup: rounds before them.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in learners}
+    names = list(learners)
+    for turn in range(warmup + rounds):
+        # The order rotates, so that no rule always runs behind the same one.
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            learner, x, y = learners[name]
+            started = time.perf_counter()
+            learner.step(x, y)
+            if learner.device.type == "cuda":
+                torch.cuda.synchronize(learner.device)
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def speed_command(argv: list[str]) -> int:
+    """`layerwise bench speed`."""
+    options = _parse(SpeedOptions, argv, "bench speed")
+    if options.rounds < 1 or options.warmup < 0:
+        raise LayerwiseError(f"rounds is {options.rounds} and warmup {options.warmup}; use at least 1 and 0.")
+    learners = {
+        rule: _prepared(
+            rule,
+            options.model,
+            options.depth,
+            options.shape,
+            options.batch_size,
+            options.optimizer,
+            options.precision,
+            options.device,
+            options.model_options,
+        )
+        for rule in options.rules
+    }
+    seconds = speed_of(learners, options.rounds, options.warmup)
+    base = "backprop" if "backprop" in seconds else options.rules[0]
+    print(f"{'rule':<22}{'ms/step':>10}{'samples/s':>12}{'ratio to ' + base:>24}{'10 % .. 90 %':>20}")
+    rows = []
+    for rule, times in seconds.items():
+        ratios = sorted(a / b for a, b in zip(times, seconds[base], strict=True))
+        low, high = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
+        median = statistics.median(times)
+        row = {
+            "rule": rule,
+            "model": options.model,
+            "depth": len(learners[rule][0].network.blocks),
+            "batch_size": options.batch_size,
+            "seconds": median,
+            "samples_per_second": options.batch_size / median,
+            "ratio": statistics.median(ratios),
+            "ratio_10": low,
+            "ratio_90": high,
+            "baseline": base,
+            "rounds": options.rounds,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+        rows.append(row)
+        print(
+            f"{rule:<22}{1000 * median:>10.2f}{row['samples_per_second']:>12.0f}{row['ratio']:>24.3f}"
+            f"{f'{low:.3f} .. {high:.3f}':>20}"
+        )
+    _write(options.json, rows)
+    return 0
+
+
+def _parse(cls: type, argv: Sequence[str], command: str) -> Any:
+    from layerwise.cli import parse
+
+    options = parse(cls, argv, command)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if min(options.shape) < 1 or options.batch_size < 1:
+        raise LayerwiseError("shape and batch size must be 1 or more.")
+    for name in options.rule if isinstance(options, MemoryOptions) else options.rules:
+        rules.get(name)
+    return options
+
+
+def _write(path: str | None, rows: list[dict[str, Any]]) -> None:
+    if path is not None:
+        write_atomically(Path(path), json.dumps(rows, indent=2) + "\n")

@@ -1,0 +1,182 @@
+"""Checkpoints: safetensors + JSON, no pickle; written whole or not at all, checked when read.
+
+A checkpoint is a folder `step-<number>` with two files: `state.safetensors` holds the tensors, `state.json`
+everything else, the tree that both belong to, and the digest of the tensors' file.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from layerwise.errors import LayerwiseError
+
+KEPT = 2  # complete checkpoints that stay: the newest, and one to fall back to
+
+
+class CorruptCheckpoint(LayerwiseError):
+    """A checkpoint folder is incomplete or its bytes have changed."""
+
+
+def save(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
+    """Write a checkpoint of nested mappings of tensors, numbers, strings and None.
+
+    Everything goes to a temporary folder that is renamed when complete, so a crash or a full disk at any
+    moment leaves the checkpoints before it as they were.
+
+    Args:
+        folder: folder of all checkpoints of a run.
+        step: number of finished steps; the name of the new checkpoint.
+        state: string keys at every level.
+
+    Raises:
+        LayerwiseError: the disk is full or the folder is not writable.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = save(Path(folder), 7, {"weight": torch.ones(2), "steps": 7})
+    ...     load(path)
+    {'weight': tensor([1., 1.]), 'steps': 7}
+    """
+    final = folder / f"step-{step:09d}"
+    partial = folder / f"step-{step:09d}.partial"
+    tensors: dict[str, Tensor] = {}
+    tree = _split(state, (), tensors)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file(tensors, partial / "state.safetensors")
+        about = {"tree": tree, "digest": _digest(partial / "state.safetensors")}
+        (partial / "state.json").write_text(json.dumps(about))
+        for file in partial.iterdir():
+            _flush(file)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        _flush(folder)
+    except (OSError, safetensors.SafetensorError) as reason:
+        shutil.rmtree(partial, ignore_errors=True)
+        last = latest(folder)
+        kept = f"; the last complete one is {last}" if last else ""
+        raise LayerwiseError(
+            f"could not write the checkpoint {final} ({_short(reason)}){kept}; free space or choose "
+            "another --out."
+        ) from reason
+    for old in complete(folder)[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint back, checked against its digest; tensors are on the host.
+
+    Raises:
+        CorruptCheckpoint: a file is missing, cut short or changed.
+    """
+    try:
+        about = json.loads((path / "state.json").read_text())
+        if _digest(path / "state.safetensors") != about["digest"]:
+            raise CorruptCheckpoint(
+                f"the checkpoint {path} is damaged: its tensors do not match their digest."
+            )
+        tensors = load_file(path / "state.safetensors")
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as reason:
+        raise CorruptCheckpoint(f"the checkpoint {path} is damaged: {_short(reason)}.") from reason
+    return _join(about["tree"], tensors)
+
+
+def complete(folder: Path) -> list[Path]:
+    """Complete checkpoints in `folder`, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.suffix != ".partial")
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint, or None."""
+    return next(reversed(complete(folder)), None)
+
+
+def load_latest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest checkpoint that can be read, and a sentence for each damaged one passed over.
+
+    Returns:
+        `(None, [])` where there is no checkpoint yet.
+
+    Raises:
+        CorruptCheckpoint: there are checkpoints, and all are damaged.
+    """
+    passed_over = []
+    for path in reversed(complete(folder)):
+        try:
+            return load(path), passed_over
+        except CorruptCheckpoint as damage:
+            passed_over.append(str(damage))
+    if passed_over:
+        raise CorruptCheckpoint(
+            f"every checkpoint in {folder} is damaged ({passed_over[0]}); start the run again."
+        )
+    return None, []
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a text file in one step: readers see the old text or the new one.
+
+    Raises:
+        LayerwiseError: the disk is full or the folder is not writable.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text)
+        _flush(partial)
+        partial.replace(path)
+    except OSError as reason:
+        raise LayerwiseError(f"could not write {path} ({_short(reason)}).") from reason
+
+
+def _split(tree: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
+    """Replace every tensor by a reference; a reference is a mapping with the one key `$tensor`."""
+    if isinstance(tree, Tensor):
+        name = "/".join(path)
+        # A copy: safetensors refuses tensors that share memory, and views may be strided.
+        tensors[name] = tree.detach().to("cpu", copy=True).contiguous()
+        return {"$tensor": name}
+    if isinstance(tree, Mapping):
+        return {str(key): _split(value, (*path, str(key)), tensors) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_split(value, (*path, str(i)), tensors) for i, value in enumerate(tree)]
+    return tree
+
+
+def _join(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(tree, dict):
+        if tree.keys() == {"$tensor"}:
+            return tensors[tree["$tensor"]]
+        return {key: _join(value, tensors) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_join(value, tensors) for value in tree]
+    return tree
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Make the system write a file or a folder's entries to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _short(reason: BaseException) -> str:
+    return (str(reason) or type(reason).__name__).splitlines()[0]

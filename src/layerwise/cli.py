@@ -1,0 +1,342 @@
+"""The command line: `layerwise COMMAND`; a mistake of the user's is one sentence and exit code 2."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, make_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from layerwise.errors import LayerwiseError, suggestion
+
+USAGE = """\
+layerwise: train deep networks without global backpropagation
+
+usage: layerwise COMMAND [OPTIONS]
+
+  train                 train a network (SLL on digits, if nothing else is said)
+  eval RUN              accuracy of a trained run on the test split, block by block
+  predict RUN INPUT     classes of images, as CSV
+  ls WHAT               list rules | models | data | recipes
+  describe RULE         equations, locality, what crosses a boundary, source, restrictions
+  bench memory|speed    exact peak bytes by depth; interleaved timing of rules
+  validate              check a rule's invariants on this machine, or the files of a run
+
+`layerwise COMMAND --help` lists the options of a command.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments without the program's name; those of the process if not given.
+
+    Returns:
+        The exit code: 0, 2 for a mistake of the user's, 128 + signal number when stopped.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(USAGE, end="")
+            return 0
+        if argv[0] == "--version":
+            from layerwise import __version__
+
+            print(__version__)
+            return 0
+        command, *rest = argv
+        if command not in COMMANDS:
+            raise LayerwiseError(f"unknown command {command!r}; {suggestion(command, list(COMMANDS))}.")
+        return COMMANDS[command](rest)
+    except LayerwiseError as error:
+        print(f"layerwise: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output has gone, for example `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("layerwise: stopped.", file=sys.stderr)
+        return 130
+
+
+def parse(cls: type, argv: Sequence[str], command: str, default: Any = None) -> Any:
+    """Parse options into a dataclass with tyro; what tyro refuses becomes one LayerwiseError."""
+    import tyro
+
+    printed = io.StringIO()
+    width = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "1000"  # so that tyro does not break its message into lines
+    try:
+        wants_help = any(word in ("-h", "--help") for word in argv)
+        with contextlib.redirect_stderr(printed) if not wants_help else contextlib.nullcontext():
+            if wants_help:
+                _restore("COLUMNS", width)
+            kwargs = {} if default is None else {"default": default}
+            return tyro.cli(cls, args=argv, prog=f"layerwise {command}", **kwargs)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise LayerwiseError(_one_sentence(printed.getvalue(), command)) from None
+    finally:
+        _restore("COLUMNS", width)
+
+
+def _restore(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+
+
+def _one_sentence(box: str, command: str) -> str:
+    """The message inside the frame that tyro draws."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [line.strip(" │╭╮╰╯─┃") for line in text.splitlines()]
+    lines = [line for line in lines if line]
+    message = lines[1] if len(lines) > 1 else "the options cannot be read"
+    hint = ""
+    if "Perhaps you meant:" in lines:
+        hint = f", did you mean {lines[lines.index('Perhaps you meant:') + 1].split()[0]}"
+    return f"{message.rstrip('.')}{hint}; see layerwise {command} --help."
+
+
+def _option(argv: list[str], name: str) -> str | None:
+    """Take `--name VALUE` or `--name=VALUE` out of the arguments; the last one counts."""
+    value, kept, words = None, [], iter(argv)
+    for word in words:
+        if word == f"--{name}":
+            value = next(words, None)
+            if value is None:
+                raise LayerwiseError(f"--{name} needs a value.")
+        elif word.startswith(f"--{name}="):
+            value = word.partition("=")[2]
+        else:
+            kept.append(word)
+    argv[:] = kept
+    return value
+
+
+def train_options(argv: list[str], command: str, extra: Sequence[tuple[str, Any, Any]] = ()) -> Any:
+    """Options of a run: a recipe (default: digits), then `--rule NAME`, `--model NAME`, then single fields.
+
+    Args:
+        argv: arguments; not changed.
+        command: the command's name, for the help text.
+        extra: further fields of the command, as for `dataclasses.make_dataclass`.
+
+    Returns:
+        A `TrainOptions` with the extra fields.
+    """
+    from layerwise import models, rules
+    from layerwise.options import TrainOptions, from_mapping, load_recipe
+
+    argv = list(argv)
+    recipe = load_recipe(_option(argv, "recipe") or "digits")
+    defaults = from_mapping(recipe.values, f"recipe {recipe.name}")
+    rule, model = _option(argv, "rule"), _option(argv, "model")
+    if rule is not None and rule != defaults.rule.name:
+        defaults = replace(defaults, rule=rules.create(rule))
+    if model is not None and models.options(model) is not type(defaults.model):
+        defaults = replace(defaults, model=models.options(model)())
+    # tyro reads the options of the rule and the model off their types, so both are made concrete here.
+    concrete = [("rule", type(defaults.rule), defaults.rule), ("model", type(defaults.model), defaults.model)]
+    parts = [(name, kind, field(default=value)) for name, kind, value in [*concrete, *extra]]
+    cls = make_dataclass("Options", parts, bases=(TrainOptions,), frozen=True)
+    cls.__doc__ = TrainOptions.__doc__
+    return parse(cls, argv, command, cls(**{f.name: getattr(defaults, f.name) for f in fields(TrainOptions)}))
+
+
+def train(argv: list[str]) -> int:
+    """`layerwise train`: train a network, or go on with a run."""
+    from layerwise.training import Interrupted, Run
+
+    command = shlex.join(["layerwise", "train", *argv])
+    words = list(argv)
+    resume = _option(words, "resume")
+    if resume is not None:
+        if words:
+            raise LayerwiseError(
+                f"--resume goes on with the options of the run, so {' '.join(words)!r} cannot be given; leave it out."
+            )
+        run = Run.resumed(Path(resume), command)
+    else:
+        run = Run(train_options(argv, "train"), command)
+    try:
+        result = run.train()
+    except Interrupted as stop:
+        print(f"layerwise: {stop}", file=sys.stderr)
+        return 128 + stop.signum
+    print(result_table(result, run.folder))
+    return 0
+
+
+def result_table(result: dict[str, Any], folder: Any) -> str:
+    """The end of a run, for a person to read."""
+    memory = result["memory_mib"]
+    held = ", ".join(f"{name} {memory[name]:.1f}" for name in ("parameters", "optimizer", "gradients", "activations"))
+    rows = {
+        "rule": f"{result['rule']} on {result['model']}, {result['data']}, seed {result['seed']}",
+        "test accuracy": f"{100 * result['test_accuracy']:.2f} %",
+        "val accuracy": "none" if result["val_accuracy"] is None else f"{100 * result['val_accuracy']:.2f} %",
+        "by block": " ".join(f"{name} {100 * value:.1f}" for name, value in result["blocks"].items()),
+        "training time": f"{result['train_seconds']:.1f} s, {result['samples_per_second']:,.0f} samples/s",
+        "peak memory": f"{memory['peak']:.1f} MiB ({held})",
+        "files": str(folder),
+    }
+    if result["skipped_steps"]:
+        rows["skipped steps"] = str(result["skipped_steps"])
+    rows |= {f"note {i}": note for i, note in enumerate(result["notes"], 1)}
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Accuracy and loss of a trained run, block by block."""
+
+    split: Literal["test", "val", "train"] = "test"
+    """Which part of the run's data set."""
+    batch_size: int = 512
+    """Samples per batch."""
+    device: str = "auto"
+    """cpu | cuda | cuda:N | auto."""
+    json: str | None = None
+    """Write the figures to this file too."""
+
+
+def evaluate(argv: list[str]) -> int:
+    """`layerwise eval RUN`."""
+    folder, rest = _positional(argv, "eval", EvalOptions, "RUN")
+    options = parse(EvalOptions, rest, "eval")
+    from layerwise import data, training
+    from layerwise.checkpoint import write_atomically
+
+    run, dataset, learner = training.load_run(Path(folder), options.device)
+    source = getattr(dataset, options.split)
+    if source is None:
+        raise LayerwiseError(f"the run in {folder} has no validation split (--val-fraction 0); use --split test.")
+    batches = data.Batches(
+        source,
+        options.batch_size,
+        seed=0,
+        mean=dataset.mean,
+        std=dataset.std,
+        device=learner.device,
+        shuffle=False,
+        drop_last=False,
+        channels_last=run.channels_last,
+    )
+    figures = training.evaluate(learner, batches)
+    width = max(map(len, figures))
+    print("\n".join(f"{name:<{width}}  {value:.4f}" for name, value in figures.items()))
+    if options.json:
+        write_atomically(Path(options.json), json.dumps({"run": folder, "split": options.split, **figures}) + "\n")
+    return 0
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """Classes of images with a trained run: an image file, a folder of images, or a .npy array (N, C, H, W).
+
+    Prints CSV: input, class, probability.
+    """
+
+    out: str | None = None
+    """File for the CSV; printed if not given."""
+    device: str = "auto"
+    """cpu | cuda | cuda:N | auto."""
+
+
+def predict(argv: list[str]) -> int:
+    """`layerwise predict RUN INPUT`."""
+    folder, rest = _positional(argv, "predict", PredictOptions, "RUN")
+    given, rest = _positional(rest, "predict", PredictOptions, "INPUT")
+    options = parse(PredictOptions, rest, "predict")
+    from layerwise.checkpoint import write_atomically
+    from layerwise.predicting import predictions
+
+    text = predictions(Path(folder), Path(given), options.device)
+    if options.out:
+        write_atomically(Path(options.out), text)
+    else:
+        print(text, end="")
+    return 0
+
+
+def _positional(argv: Sequence[str], command: str, options: type, name: str) -> tuple[str, list[str]]:
+    """The leading argument, which every call of the command must give."""
+    if any(word in ("-h", "--help") for word in argv):
+        print(f"usage: layerwise {command} {'RUN INPUT' if command == 'predict' else 'RUN'} [OPTIONS]\n")
+        parse(options, ["--help"], command)
+    if not argv or argv[0].startswith("-"):
+        raise LayerwiseError(f"{command} needs {name} as its argument; see layerwise {command} --help.")
+    return argv[0], list(argv[1:])
+
+
+def ls(argv: list[str]) -> int:
+    """`layerwise ls rules|models|data|recipes`."""
+    from layerwise import data, models, rules
+    from layerwise.options import load_recipe, recipe_names
+
+    def first_line(text: str | None) -> str:
+        return (text or "").strip().splitlines()[0]
+
+    lists: dict[str, Callable[[], dict[str, str]]] = {
+        "rules": lambda: {
+            name: f"{rules.get(name).locality:<13} {first_line(rules.get(name).__doc__)}" for name in rules.names()
+        },
+        "models": lambda: {name: first_line(models.describe(name)) for name in models.names()},
+        "data": lambda: {name: data.describe(name) for name in data.names()},
+        "recipes": lambda: {name: load_recipe(name).about for name in recipe_names()},
+    }
+    if len(argv) != 1 or argv[0] not in lists:
+        raise LayerwiseError(f"say what to list: layerwise ls {'|'.join(lists)}.")
+    rows = lists[argv[0]]()
+    width = max(map(len, rows))
+    print("\n".join(f"{name:<{width}}  {about}" for name, about in rows.items()))
+    return 0
+
+
+def describe(argv: list[str]) -> int:
+    """`layerwise describe RULE`."""
+    from layerwise import rules
+    from layerwise.describing import describe_rule
+
+    if len(argv) != 1:
+        raise LayerwiseError(f"name one rule: layerwise describe {'|'.join(rules.names())}.")
+    print(describe_rule(argv[0]))
+    return 0
+
+
+def bench(argv: list[str]) -> int:
+    """`layerwise bench memory|speed`."""
+    from layerwise import bench as benchmarks
+
+    kinds = {"memory": benchmarks.memory_command, "speed": benchmarks.speed_command}
+    if not argv or argv[0] not in kinds:
+        raise LayerwiseError(f"say what to measure: layerwise bench {'|'.join(kinds)}; --help lists the options.")
+    return kinds[argv[0]](argv[1:])
+
+
+def validate(argv: list[str]) -> int:
+    """`layerwise validate [RUN]`."""
+    from layerwise import validation
+
+    return validation.command(argv)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "eval": evaluate,
+    "predict": predict,
+    "ls": ls,
+    "describe": describe,
+    "bench": bench,
+    "validate": validate,
+}

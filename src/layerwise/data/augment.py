@@ -1,0 +1,95 @@
+"""Augmentations of a whole batch at once, on uint8 pixels, wherever the batch lives.
+
+Every draw is made on the host, so that the same generator gives the same batch on every device.
+"""
+
+import difflib
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from layerwise.errors import LayerwiseError
+
+
+def flip(images: Tensor, generator: Generator) -> Tensor:
+    """Mirror each image left to right with probability 1/2.
+
+    Args:
+        images: (B, C, H, W), any dtype.
+        generator: host generator that the B draws are taken from.
+
+    >>> images = torch.arange(4, dtype=torch.uint8).view(1, 1, 2, 2).repeat(8, 1, 1, 1)
+    >>> out = flip(images, Generator().manual_seed(0))
+    >>> sorted({tuple(image.flatten().tolist()) for image in out})
+    [(0, 1, 2, 3), (1, 0, 3, 2)]
+    """
+    mirrored = torch.rand(len(images), generator=generator) < 0.5
+    return torch.where(_on(images, mirrored)[:, None, None, None], images.flip(3), images)
+
+
+def crop(images: Tensor, generator: Generator) -> Tensor:
+    """Pad each image with zeros and cut a window of its own size at a random place.
+
+    The padding is `max(1, H // 8)` pixels on all four sides (4 for 32x32), all shifts are equally likely.
+
+    Args:
+        images: (B, C, H, W), any dtype.
+        generator: host generator that the draws are taken from.
+
+    >>> crop(torch.ones(2, 3, 32, 32, dtype=torch.uint8), Generator().manual_seed(0)).shape
+    torch.Size([2, 3, 32, 32])
+    """
+    count, channels, height, width = images.shape
+    pad = max(1, height // 8)
+    shift = _on(images, torch.randint(2 * pad + 1, (2, count), generator=generator))
+    rows = shift[0, :, None] + torch.arange(height, device=images.device)
+    columns = shift[1, :, None] + torch.arange(width, device=images.device)
+    # One gather on flattened planes: five times as fast as indexing with four index tensors.
+    places = rows[:, :, None] * (width + 2 * pad) + columns[:, None, :]
+    places = places.view(count, 1, -1).expand(-1, channels, -1)
+    return F.pad(images, (pad,) * 4).flatten(2).gather(2, places).view_as(images)
+
+
+def cutout(images: Tensor, generator: Generator) -> Tensor:
+    """Set a square of each image to zero (DeVries & Taylor 2017, https://arxiv.org/abs/1708.04552).
+
+    The side of the square is `max(1, H // 2)` (16 for 32x32); its centre is any pixel, and what falls outside the
+    image is cut off.
+
+    Args:
+        images: (B, C, H, W), any dtype.
+        generator: host generator that the draws are taken from.
+
+    >>> out = cutout(torch.ones(1, 1, 8, 8), Generator().manual_seed(0))
+    >>> 4 <= int((out == 0).sum()) <= 16
+    True
+    """
+    count, _, height, width = images.shape
+    side = max(1, height // 2)
+    centre = torch.stack([torch.randint(edge, (count,), generator=generator) for edge in (height, width)])
+    start = _on(images, centre)[:, :, None] - side // 2
+    rows = torch.arange(height, device=images.device) - start[0]
+    columns = torch.arange(width, device=images.device) - start[1]
+    hole = ((rows >= 0) & (rows < side))[:, :, None] & ((columns >= 0) & (columns < side))[:, None, :]
+    return images.masked_fill(hole[:, None], 0)
+
+
+AUGMENTATIONS = {"flip": flip, "crop": crop, "cutout": cutout}
+
+
+def check_augmentations(names: Sequence[str]) -> None:
+    """Raise LayerwiseError if a name is not an augmentation.
+
+    >>> check_augmentations(("flip", "crop"))
+    """
+    for name in names:
+        if name not in AUGMENTATIONS:
+            near = difflib.get_close_matches(name, AUGMENTATIONS, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise LayerwiseError(f"unknown augmentation {name!r}; {hint}choose from {', '.join(AUGMENTATIONS)}")
+
+
+def _on(images: Tensor, draws: Tensor) -> Tensor:
+    return draws.to(images.device, non_blocking=True)

@@ -1,0 +1,120 @@
+"""Batches whose order and augmentation are a pure function of (seed, epoch, batch index)."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Generator, Tensor
+
+from layerwise.data.augment import AUGMENTATIONS, check_augmentations
+from layerwise.data.sources import Source
+from layerwise.errors import LayerwiseError
+from layerwise.randomness import derive_seed
+
+
+class Batches:
+    """The batches of a source, shuffled, augmented and normalised.
+
+    Args:
+        source: where the samples come from; an in-memory source is moved to `device` once, here.
+        batch_size: samples per batch, at least 1.
+        seed: seed of order and augmentation; both depend on nothing but (seed, epoch, batch index).
+        augment: names out of `flip`, `crop`, `cutout`, applied in this order to the uint8 pixels.
+        mean, std: per channel, on the pixel scale [0, 1], C values each.
+        device: where the batches live; default "cpu".
+        shuffle: a new order each epoch; default True. False keeps the order of the source.
+        drop_last: leave out the last batch of an epoch if it is not full; default True.
+        channels_last: give x in the channels-last memory format; default False.
+
+    For evaluation use `shuffle=False, drop_last=False` and no augmentation.
+
+    Raises:
+        LayerwiseError: a batch size below 1 or, with `drop_last`, larger than the source; an unknown augmentation;
+            `mean` or `std` without one value per channel.
+
+    >>> from layerwise.data import InMemorySource
+    >>> source = InMemorySource(torch.zeros(10, 1, 4, 4, dtype=torch.uint8), torch.arange(10))
+    >>> batches = Batches(source, 4, seed=0, mean=(0.5,), std=(0.5,))
+    >>> len(batches)
+    2
+    >>> [(x.shape, x.min().item(), y.shape) for x, y in batches.epoch(0, start=1)]
+    [(torch.Size([4, 1, 4, 4]), -1.0, torch.Size([4]))]
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int,
+        *,
+        seed: int,
+        augment: Sequence[str] = (),
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device | str = "cpu",
+        shuffle: bool = True,
+        drop_last: bool = True,
+        channels_last: bool = False,
+    ):
+        if batch_size < 1:
+            raise LayerwiseError(f"batch size {batch_size} is not positive; use --batch-size 1 or more")
+        if drop_last and batch_size > len(source):
+            raise LayerwiseError(
+                f"batch size {batch_size} is larger than the {len(source)} training samples; "
+                f"use --batch-size {len(source)} or less"
+            )
+        check_augmentations(augment)
+        channels = source.shape[0]
+        if len(mean) != channels or len(std) != channels:
+            raise LayerwiseError(
+                f"{len(mean)} means and {len(std)} standard deviations do not fit images of {channels} channels; "
+                "give one value of each per channel"
+            )
+        self.device = torch.device(device)
+        self.source = source.to(self.device)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.augment = tuple(augment)
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.channels_last = channels_last
+        # (pixel / 255 - mean) / std as one multiplication and one addition.
+        spread = torch.tensor(std, dtype=torch.float64)
+        self._scale = (1 / (255 * spread)).float().view(-1, 1, 1).to(self.device)
+        self._shift = (-torch.tensor(mean, dtype=torch.float64) / spread).float().view(-1, 1, 1).to(self.device)
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        whole, rest = divmod(len(self.source), self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of one epoch, from batch `start` on: the same bits as when read from batch 0.
+
+        Args:
+            epoch: number of the epoch, from 0.
+            start: index of the first batch to give, 0 to `len(self)`; default 0.
+
+        Yields:
+            x: float32 (B, C, H, W), normalised; y: int64 (B,); both on `device`.
+
+        Raises:
+            LayerwiseError: `start` is outside 0 to `len(self)`.
+        """
+        if not 0 <= start <= len(self):
+            raise LayerwiseError(f"batch {start} is not in an epoch of {len(self)} batches; start at 0 to {len(self)}")
+        order = torch.arange(len(self.source))
+        if self.shuffle:
+            order = torch.randperm(len(self.source), generator=self._generator("order", epoch))
+        order = order.to(self.source.labels.device)
+        wanted = order.split(self.batch_size)[start : len(self)]
+        for index, (images, labels) in enumerate(self.source.batches(wanted), start):
+            images = images.to(self.device, non_blocking=True)
+            if self.augment:
+                generator = self._generator("augment", epoch, index)
+                for name in self.augment:
+                    images = AUGMENTATIONS[name](images, generator)
+            layout = torch.channels_last if self.channels_last else torch.contiguous_format
+            x = images.to(torch.float32, memory_format=layout).mul_(self._scale).add_(self._shift)
+            yield x, labels.to(self.device, non_blocking=True)
+
+    def _generator(self, *use: int | str) -> Generator:
+        return Generator().manual_seed(derive_seed(self.seed, *use))

@@ -1,0 +1,110 @@
+"""A small model zoo with one surface: a `depth` dial, named blocks and a head.
+
+Every model is an `nn.Sequential` of `block1` .. `blockN` and `head`, for images (B, channels,
+height, width) to logits (B, classes). Its attribute `block_names` lists the children after which it
+may be cut.
+
+Example:
+    >>> from layerwise import models
+    >>> model = models.create("mlp", shape=(1, 8, 8), classes=10, depth=2, width=32)
+    >>> [name for name, _ in model.named_children()]
+    ['block1', 'block2', 'head']
+"""
+
+import difflib
+import inspect
+from dataclasses import fields
+from typing import Any
+
+from layerwise.errors import LayerwiseError
+from layerwise.models.base import BlockSequential, ModelOptions
+from layerwise.models.mlp import MLP
+from layerwise.models.resnet import ResNet
+from layerwise.models.vgg import VGG
+from layerwise.models.vit import ViT
+
+__all__ = [
+    "MLP",
+    "VGG",
+    "BlockSequential",
+    "ModelOptions",
+    "ResNet",
+    "ViT",
+    "create",
+    "describe",
+    "names",
+    "options",
+]
+
+_MODELS: dict[str, type[ModelOptions]] = {"mlp": MLP, "resnet": ResNet, "vgg": VGG, "vit": ViT}
+
+
+def names() -> tuple[str, ...]:
+    """Names of all models.
+
+    Example:
+        >>> names()
+        ('mlp', 'resnet', 'vgg', 'vit')
+    """
+    return tuple(_MODELS)
+
+
+def options(name: str) -> type[ModelOptions]:
+    """The dataclass of a model's options; its fields and their defaults are the model's dials.
+
+    Raises:
+        LayerwiseError: there is no model of that name.
+
+    Example:
+        >>> options("vgg")(depth=8)
+        VGG(depth=8, width=64, dropout=0.0)
+    """
+    if name not in _MODELS:
+        raise _unknown("model", name, names())
+    return _MODELS[name]
+
+
+def create(name: str, shape: tuple[int, int, int], classes: int, **options_: Any) -> BlockSequential:
+    """Build a model by name for images of `shape` (channels, height, width) and `classes` logits.
+
+    Args:
+        name: one of `names()`.
+        shape: channels, height and width of an image.
+        classes: number of logits.
+        **options_: fields of `options(name)`; what is left out takes its default.
+
+    Raises:
+        LayerwiseError: unknown model or option, or an option that is out of range or does not fit.
+
+    Example:
+        >>> create("vit", (1, 8, 8), 10, depth=2).block_names
+        ('block1', 'block2')
+    """
+    kind = options(name)
+    legal = [field.name for field in fields(kind)]
+    for option in options_:
+        if option not in legal:
+            raise _unknown(f"option of {name}", option, legal)
+    return kind(**options_).build(shape, classes)
+
+
+def describe(name: str) -> str:
+    """What a model is, in a few lines, and its options with their defaults.
+
+    Raises:
+        LayerwiseError: there is no model of that name.
+
+    Example:
+        >>> print(describe("mlp").splitlines()[0])
+        Fully connected network: block i is a linear layer, norm, activation and dropout.
+    """
+    kind = options(name)
+    text = inspect.getdoc(kind) or ""
+    dials = [f"  {field.name} = {field.default}" for field in fields(kind)]
+    return "\n".join([text.partition("Example:")[0].rstrip(), "", "Options:", *dials])
+
+
+def _unknown(what: str, name: str, legal: "list[str] | tuple[str, ...]") -> LayerwiseError:
+    close = difflib.get_close_matches(name, legal, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return LayerwiseError(f"unknown {what} {name!r}; {hint}choose one of {', '.join(legal)}.")

@@ -1,0 +1,92 @@
+"""What the models share: checked options, and a plain `nn.Sequential` that names its blocks."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal, get_args, get_origin
+
+from torch import nn
+
+from layerwise.errors import LayerwiseError
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Base of every model's options; it checks them when they are made.
+
+    A whole number must be at least 1, a `dropout` in [0, 1), and a word one of those that the field
+    lists.
+
+    Raises:
+        LayerwiseError: an option is of the wrong type or out of range.
+
+    Example:
+        >>> from layerwise.models import MLP
+        >>> MLP(depth=0)
+        Traceback (most recent call last):
+        layerwise.errors.LayerwiseError: depth must be a whole number of at least 1, not 0.
+    """
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if get_origin(field.type) is Literal:
+                words = get_args(field.type)
+                require(value in words, f"{name} must be one of {', '.join(words)}, not {value!r}.")
+            elif field.type is int:
+                whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+                require(whole, f"{name} must be a whole number of at least 1, not {value!r}.")
+            elif name == "dropout":
+                fraction = isinstance(value, int | float) and 0 <= value < 1
+                require(fraction, f"dropout must be at least 0 and less than 1, not {value!r}.")
+
+    def build(self, shape: tuple[int, int, int], classes: int) -> "BlockSequential":
+        """Build the model for images of `shape` (channels, height, width) and `classes` logits.
+
+        Raises:
+            LayerwiseError: a size is less than 1, or the options do not fit the images.
+        """
+        raise NotImplementedError
+
+
+class BlockSequential(nn.Sequential):
+    """An `nn.Sequential` of blocks and a head; `forward` is the plain composition of its children.
+
+    Example:
+        >>> from layerwise.models import create
+        >>> create("mlp", (1, 8, 8), 10, depth=2).block_names
+        ('block1', 'block2')
+    """
+
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """Names of the children after which the network may be cut: all but the head."""
+        return tuple(name for name, _ in self.named_children() if name != "head")
+
+
+def named(**children: nn.Module) -> nn.Sequential:
+    """An `nn.Sequential` of the given children, by name and in order.
+
+    Names keep the keys of a state dict the same when an optional child (norm, dropout) comes or
+    goes.
+    """
+    return nn.Sequential(OrderedDict(children))
+
+
+def assemble(blocks: Sequence[nn.Module], head: nn.Module) -> BlockSequential:
+    """Blocks (children `block1` .. `blockN`) and a head as one model."""
+    children = [(f"block{number}", block) for number, block in enumerate(blocks, 1)]
+    return BlockSequential(OrderedDict([*children, ("head", head)]))
+
+
+def check_sizes(shape: Sequence[int], classes: int) -> None:
+    """Raise LayerwiseError unless `shape` is three positive sizes and `classes` is positive."""
+    good = len(shape) == 3 and all(isinstance(size, int) and size >= 1 for size in shape)
+    require(good, f"shape must be three positive sizes (channels, height, width), not {tuple(shape)}.")
+    require(classes >= 1, f"classes must be a whole number of at least 1, not {classes!r}.")
+
+
+def require(condition: bool, sentence: str) -> None:
+    """Raise LayerwiseError with `sentence` unless `condition` holds."""
+    if not condition:
+        raise LayerwiseError(sentence)

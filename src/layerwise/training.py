@@ -1,0 +1,433 @@
+"""A training run: epochs, schedule, evaluation, logs, checkpoints that continue to the same bits."""
+
+import contextlib
+import json
+import math
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from layerwise import checkpoint, data
+from layerwise.checkpoint import write_atomically
+from layerwise.errors import LayerwiseError
+from layerwise.learner import Learner
+from layerwise.memory import MemoryUse
+from layerwise.models import ModelOptions
+from layerwise.optim import Schedule
+from layerwise.options import TrainOptions, from_mapping, model_name, to_mapping
+from layerwise.progress import Progress
+from layerwise.randomness import derive_seed, preserved_generators, seed_generators
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; everything is saved.
+
+    Attributes:
+        signum: number of the signal.
+    """
+
+    def __init__(self, signum: int, sentence: str):
+        super().__init__(sentence)
+        self.signum = signum
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; `"auto"` is cuda where there is one.
+
+    Raises:
+        LayerwiseError: no such device on this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as reason:
+        raise LayerwiseError(f"unknown device {name!r}; choose cpu, cuda, cuda:N or auto.") from reason
+    if device.type not in ("cpu", "cuda"):
+        raise LayerwiseError(f"device {name!r} is not supported; choose cpu or cuda.")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise LayerwiseError(f"there is no device {name!r} here ({count} CUDA devices); choose cpu or auto.")
+        return torch.device("cuda", device.index or 0)
+    return device
+
+
+def build_model(options: ModelOptions, dataset: data.Dataset, seed: int) -> torch.nn.Module:
+    """The model for a data set, with initial weights that depend on `seed` only."""
+    with preserved_generators(torch.device("cpu")):
+        seed_generators(derive_seed(seed, "model"), torch.device("cpu"))
+        return options.build(dataset.shape, len(dataset.classes))
+
+
+class Run:
+    """One training run in one folder.
+
+    The folder holds `config.json`, `metrics.jsonl`, `checkpoints/`, and at the end `result.json` and
+    `model.safetensors` (the plain weights, for the model's own class).
+
+    Args:
+        options: what to train, and how.
+        command: the command line, for the record.
+        resume: folder of a run to go on with; the options are then the run's own.
+
+    Raises:
+        LayerwiseError: any mistake in the options or the data; nothing is written then.
+    """
+
+    def __init__(self, options: TrainOptions, command: str = "", resume: Path | None = None):
+        self.options, self.command = options, command
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        self.device = pick_device(options.device)
+        self.dataset = load_data(options)
+        self.train_batches, self.val_batches, self.test_batches = split_batches(options, self.dataset, self.device)
+        self.total = options.steps or options.epochs * len(self.train_batches)
+        self.learner = build_learner(options, self.dataset, self.device, self.total)
+        self.learner.build(next(self._batches(0))[0])
+        self.seconds = 0.0
+        self.samples = 0
+        self.memory: MemoryUse | None = None
+        self.last_val: dict[str, float] = {}
+        self.notes = list(self.dataset.notes)
+        self.folder = resume or _new_folder(options)
+        self._signum = 0
+        if resume is not None:
+            self._restore()
+        else:
+            write_atomically(self.folder / "config.json", json.dumps(to_mapping(options), indent=2) + "\n")
+
+    @classmethod
+    def resumed(cls, folder: Path, command: str = "") -> "Run":
+        """Go on with the run in `folder`.
+
+        Raises:
+            LayerwiseError: the folder holds no run, or its checkpoints are damaged.
+        """
+        file = folder / "config.json"
+        try:
+            values = json.loads(file.read_text())
+        except OSError as reason:
+            raise LayerwiseError(
+                f"{folder} holds no run to resume (no config.json); give the folder of an earlier run."
+            ) from reason
+        except ValueError as reason:
+            raise LayerwiseError(f"{file} is damaged ({reason}); start the run again.") from reason
+        return cls(from_mapping(values, str(file)), command, resume=folder)
+
+    def train(self) -> dict[str, Any]:
+        """Train to the end and return the contents of `result.json`.
+
+        Raises:
+            Interrupted: Ctrl-C or SIGTERM; a checkpoint has been written.
+            LayerwiseError: a non-finite loss, a full disk.
+        """
+        options = self.options
+        per_epoch = len(self.train_batches)
+        save_every = options.save_every or per_epoch
+        with Progress(self.total, per_epoch, self._title()) as progress, self._signals(), self._logs() as log:
+            started, saved = time.perf_counter(), self.seconds
+            for x, y in self._batches(self.learner.steps):
+                metrics = self._step(x, y)
+                step = self.learner.steps
+                self.samples += len(x)
+                self.seconds = saved + time.perf_counter() - started
+                if step % options.log_every == 0 or step == self.total:
+                    values = metrics.read()
+                    log({"step": step, "split": "train", "lr": self._rate(step - 1), **values})
+                    progress.show(step, values, self.samples / self.seconds, self.memory)
+                if step % per_epoch == 0 or step == self.total:
+                    # Evaluation is not training time.
+                    self.last_val = self._evaluate(self.val_batches)
+                    if self.last_val:
+                        log({"step": step, "split": "val", **self.last_val})
+                    progress.epoch(step, self.last_val, self.samples / self.seconds, self.memory)
+                    started, saved = time.perf_counter(), self.seconds
+                if step % save_every == 0 or step == self.total or self._signum:
+                    self._save()
+                if self._signum and step < self.total:
+                    name = signal.Signals(self._signum).name
+                    raise Interrupted(
+                        self._signum,
+                        f"stopped by {name} after step {step} of {self.total}; go on with: "
+                        f"layerwise train --resume {self.folder}",
+                    )
+            return self._finish(log)
+
+    def _step(self, x: Tensor, y: Tensor) -> Any:
+        # The second step is measured: by then the optimizers have their state.
+        if self.learner.steps == min(1, self.total - 1):
+            metrics, self.memory = self.learner.measured_step(x, y)
+            return metrics
+        return self.learner.step(x, y)
+
+    def _batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches from `step` to the end; which ones depends on the seed and the step only."""
+        per_epoch = len(self.train_batches)
+        while step < self.total:
+            for x, y in self.train_batches.epoch(step // per_epoch, step % per_epoch):
+                yield x, y
+                step += 1
+                if step == self.total:
+                    return
+
+    def _rate(self, step: int) -> float:
+        return self.options.lr * self.learner.schedule(step // self.options.accumulate)
+
+    def _evaluate(self, batches: data.Batches | None) -> dict[str, float]:
+        return evaluate(self.learner, batches) if batches is not None else {}
+
+    def _finish(self, log: Any) -> dict[str, Any]:
+        test = self._evaluate(self.test_batches)
+        log({"step": self.total, "split": "test", **test})
+        memory = self.memory.mib() if self.memory else {}
+        result = {
+            "rule": self.options.rule.name,
+            "model": model_name(self.options.model),
+            "data": self.options.data,
+            "seed": self.options.seed,
+            "epochs": self.total / len(self.train_batches),
+            "steps": self.total,
+            "test_accuracy": test["head/accuracy"],
+            "val_accuracy": self.last_val.get("head/accuracy"),
+            "test_loss": test["head/loss"],
+            "val_loss": self.last_val.get("head/loss"),
+            "blocks": {k.removesuffix("/accuracy"): v for k, v in test.items() if k.endswith("/accuracy")},
+            "train_seconds": self.seconds,
+            "samples_per_second": self.samples / self.seconds,
+            "memory_mib": memory,
+            "skipped_steps": self.learner.skipped,
+            "parameters": sum(p.numel() for p in self.learner.network.parameters()),
+            "torch": torch.__version__,
+            "device": _describe_device(self.device),
+            "threads": torch.get_num_threads(),
+            "command": self.command,
+            "notes": self.notes,
+        }
+        weights = self.learner.network.state_dict()
+        partial = self.folder / "model.safetensors.partial"
+        try:
+            save_file({name: w.detach().to("cpu", copy=True).contiguous() for name, w in weights.items()}, partial)
+            partial.replace(self.folder / "model.safetensors")
+        except OSError as reason:
+            raise LayerwiseError(f"could not write the weights to {self.folder} ({reason}).") from reason
+        write_atomically(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
+        return result
+
+    def _save(self) -> None:
+        state = {
+            "learner": self.learner.state_dict(),
+            "samples": self.samples,
+            "seconds": self.seconds,
+            "val": self.last_val,
+            "memory": vars(self.memory) if self.memory else None,
+            "threads": torch.get_num_threads(),
+        }
+        checkpoint.save(self.folder / "checkpoints", self.learner.steps, state)
+
+    def _restore(self) -> None:
+        state, damaged = checkpoint.load_latest(self.folder / "checkpoints")
+        self.notes += damaged
+        if state is not None:
+            self.learner.load_state_dict(state["learner"])
+            self.samples, self.seconds, self.last_val = state["samples"], state["seconds"], state["val"]
+            self.memory = MemoryUse(**state["memory"]) if state["memory"] else None
+            if state["threads"] != torch.get_num_threads():
+                self.notes.append(
+                    f"resumed with {torch.get_num_threads()} threads instead of {state['threads']}, so the bits "
+                    "may differ from an uninterrupted run"
+                )
+
+    def _title(self) -> str:
+        o = self.options
+        return f"{o.rule.name} · {model_name(o.model)} · {o.data} · seed {o.seed} · {self.folder}"
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM are remembered, and answered at the end of the step."""
+
+        def remember(signum: int, frame: Any) -> None:
+            self._signum = signum
+
+        try:
+            before = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread: signals are its business
+            before = {}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+    @contextlib.contextmanager
+    def _logs(self) -> Iterator[Any]:
+        """A function that writes one line to `metrics.jsonl`, and to TensorBoard where wanted."""
+        file = self.folder / "metrics.jsonl"
+        _drop_lines_after(file, self.learner.steps)
+        writer = _tensorboard(self.folder) if self.options.tensorboard else None
+        with file.open("a") as lines:
+
+            def log(values: dict[str, Any]) -> None:
+                try:
+                    lines.write(json.dumps(values) + "\n")
+                    lines.flush()
+                except OSError as reason:
+                    raise LayerwiseError(f"could not write {file} ({reason}); free space and resume.") from reason
+                if writer is not None:
+                    for name, value in values.items():
+                        if isinstance(value, float):
+                            writer.add_scalar(f"{values['split']}/{name}", value, values["step"])
+
+            yield log
+        if writer is not None:
+            writer.close()
+
+
+def evaluate(learner: Learner, batches: data.Batches) -> dict[str, float]:
+    """Mean over all samples of the rule's scalars per block; the head's are those of the rule's prediction.
+
+    Returns:
+        `"<block>/<scalar>"` to value; `head/accuracy` and `head/loss` always.
+    """
+    sums: dict[str, Tensor] = {}
+    count = 0
+    for x, y in batches.epoch(0):
+        metrics = learner.evaluate(x, y)
+        for block, scalars in metrics.blocks.items():
+            for name, value in scalars.items():
+                key = f"{block}/{name}"
+                sums[key] = sums.get(key, 0.0) + value.double() * len(x)
+        count += len(x)
+    return {key: float(value) / count for key, value in sums.items()}
+
+
+def load_data(options: TrainOptions) -> data.Dataset:
+    """The data set of a run."""
+    return data.load(options.data, val_fraction=options.val_fraction, size=options.image_size)
+
+
+def split_batches(
+    options: TrainOptions, dataset: data.Dataset, device: torch.device
+) -> tuple[data.Batches, data.Batches | None, data.Batches]:
+    """Batches of the training, validation and test split; validation may be empty."""
+    common: dict[str, Any] = {
+        "mean": dataset.mean,
+        "std": dataset.std,
+        "device": device,
+        "channels_last": options.channels_last,
+    }
+    train = data.Batches(
+        dataset.train, options.batch_size, seed=derive_seed(options.seed, "data"), augment=options.augment, **common
+    )
+    common |= {"seed": 0, "shuffle": False, "drop_last": False}
+    val = data.Batches(dataset.val, 2 * options.batch_size, **common) if dataset.val is not None else None
+    return train, val, data.Batches(dataset.test, 2 * options.batch_size, **common)
+
+
+def build_learner(options: TrainOptions, dataset: data.Dataset, device: torch.device, total: int) -> Learner:
+    """The learner of a run with `total` steps, before its first step."""
+    model = build_model(options.model, dataset, options.seed).to(device)
+    example = torch.zeros(2, *dataset.shape, device=device)
+    updates = math.ceil(total / options.accumulate)
+    return Learner(
+        model,
+        options.rule,
+        optimizer=options.optimizer,
+        optimizer_options=options.optimizer_options,
+        lr=options.lr,
+        lr_multipliers=options.lr_multipliers,
+        weight_decay=options.weight_decay,
+        schedule=Schedule(options.schedule, updates, options.warmup),
+        clip=options.clip,
+        accumulate=options.accumulate,
+        precision=options.precision,
+        compile=options.compile,
+        channels_last=options.channels_last,
+        nonfinite=options.nonfinite,
+        label_smoothing=options.label_smoothing,
+        seed=options.seed,
+        cuts=options.cuts,
+        blocks=options.blocks,
+        example=example,
+    )
+
+
+def load_run(folder: Path, device: str = "auto") -> tuple[TrainOptions, data.Dataset, Learner]:
+    """Options, data and trained learner of the run in `folder`, ready to predict.
+
+    Raises:
+        LayerwiseError: the folder holds no run, or no checkpoint that can be read.
+    """
+    file = folder / "config.json"
+    try:
+        options = from_mapping(json.loads(file.read_text()), str(file))
+    except OSError as reason:
+        raise LayerwiseError(f"{folder} holds no run (no config.json); give the folder of a run.") from reason
+    except ValueError as reason:
+        raise LayerwiseError(f"{file} is damaged ({reason}).") from reason
+    state, _ = checkpoint.load_latest(folder / "checkpoints")
+    if state is None:
+        raise LayerwiseError(f"the run in {folder} has no checkpoint yet; train it first.")
+    dataset = load_data(options)
+    learner = build_learner(options, dataset, pick_device(device), total=1)
+    learner.load_state_dict(state["learner"])
+    return options, dataset, learner
+
+
+def _new_folder(options: TrainOptions) -> Path:
+    """The folder of a new run, empty."""
+    base = f"runs/{options.data.replace('/', '_').replace(':', '_')}-{model_name(options.model)}"
+    folder = Path(options.out or f"{base}-{options.rule.name}-seed{options.seed}")
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            if options.out is not None and not options.overwrite:
+                raise LayerwiseError(
+                    f"{folder} is not empty; choose another --out, go on with --resume {folder}, or replace it "
+                    "with --overwrite."
+                )
+            if options.overwrite:
+                if not (folder / "config.json").exists():
+                    raise LayerwiseError(f"{folder} is not the folder of a run, so --overwrite does not delete it.")
+                shutil.rmtree(folder)
+            else:
+                number = 2
+                while folder.with_name(f"{folder.name}-{number}").exists():
+                    number += 1
+                folder = folder.with_name(f"{folder.name}-{number}")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as reason:
+        raise LayerwiseError(f"cannot write to {folder} ({reason.strerror}); choose another --out.") from reason
+    return folder
+
+
+def _drop_lines_after(file: Path, step: int) -> None:
+    """Forget what was logged after the checkpoint that the run goes on from, and any half-written line."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text().splitlines():
+        with contextlib.suppress(ValueError, KeyError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+    write_atomically(file, "".join(f"{line}\n" for line in kept))
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as reason:
+        raise LayerwiseError("TensorBoard is not installed; pip install 'layerwise[tensorboard]'.") from reason
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
+def _describe_device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return "cpu"
