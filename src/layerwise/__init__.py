@@ -1,5 +1,7 @@
 """Train deep PyTorch networks without global backpropagation.
 
+In a training loop of your own:
+
     import torch, layerwise
 
     model = torch.nn.Sequential(
@@ -13,6 +15,7 @@
     logits = learner(x)
 """
 
+from layerwise.allocation import keep_freed_memory
 from layerwise.blocks import Block, Partition, legal_cuts, partition
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner, Metrics
@@ -40,6 +43,7 @@ __all__ = [
     "Site",
     "Start",
     "create_rule",
+    "keep_freed_memory",
     "legal_cuts",
     "measure_memory",
     "partition",

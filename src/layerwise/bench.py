@@ -119,15 +119,19 @@ def _prepared(
     model_options: dict[str, float],
 ) -> tuple[Learner, Tensor, Tensor]:
     where = pick_device(device)
-    dials: dict[str, Any] = {k: int(v) if float(v).is_integer() else v for k, v in model_options.items()}
-    if depth is not None:
-        dials["depth"] = depth
+    dials = _dials(model_options, depth)
     with preserved_generators(where):
         seed_generators(derive_seed(0, "bench"), where)
         network = models.create(model, shape, CLASSES, **dials).to(where)
         x = torch.randn(batch_size, *shape, device=where)
         y = torch.randint(CLASSES, (batch_size,), device=where)
     return Learner(network, rule, optimizer=optimizer, precision=precision, lr=1e-4, example=x), x, y
+
+
+def _dials(model_options: dict[str, float], depth: int | None) -> dict[str, Any]:
+    """Options of the model as it takes them: the command line gives every number as a float."""
+    dials: dict[str, Any] = {k: int(v) if float(v).is_integer() else v for k, v in model_options.items()}
+    return dials if depth is None else dials | {"depth": depth}
 
 
 def memory_command(argv: list[str]) -> int:
@@ -137,6 +141,10 @@ def memory_command(argv: list[str]) -> int:
         depths = [int(depth) for depth in options.depths.split(",")]
     except ValueError as reason:
         raise LayerwiseError(f"--depths {options.depths!r} is not a list such as 4,16,64.") from reason
+    for model in options.model:
+        for depth in depths:
+            with torch.device("meta"):  # a mistake is told before the first measurement
+                models.create(model, options.shape, CLASSES, **_dials(options.model_options, depth))
     rows = []
     print(f"{'rule':<20}{'model':<8}{'depth':>6}" + "".join(f"{name:>14}" for name in COLUMNS) + "   (MiB)")
     for model in options.model:
@@ -242,7 +250,11 @@ def _parse(cls: type, argv: Sequence[str], command: str) -> Any:
 
     options = parse(cls, argv, command)
     if options.threads is not None:
+        if options.threads < 1:
+            raise LayerwiseError(f"threads is {options.threads}; it must be 1 or more.")
         torch.set_num_threads(options.threads)
+    if options.json is not None and not Path(options.json).parent.is_dir():
+        raise LayerwiseError(f"cannot write {options.json}: there is no folder {Path(options.json).parent}.")
     if min(options.shape) < 1 or options.batch_size < 1:
         raise LayerwiseError("shape and batch size must be 1 or more.")
     for name in options.rule if isinstance(options, MemoryOptions) else options.rules:

@@ -1,9 +1,10 @@
 """Checkpoints: safetensors + JSON, no pickle; written whole or not at all, checked when read.
 
 A checkpoint is a folder `step-<number>` with two files: `state.safetensors` holds the tensors, `state.json`
-everything else, the tree that both belong to, and the digest of the tensors' file.
+everything else, the tree that both belong to, and the digest of both.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -40,7 +40,7 @@ def save(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
     Raises:
         LayerwiseError: the disk is full or the folder is not writable.
 
-    >>> import tempfile
+    >>> import tempfile, torch
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = save(Path(folder), 7, {"weight": torch.ones(2), "steps": 7})
     ...     load(path)
@@ -54,7 +54,7 @@ def save(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_file(tensors, partial / "state.safetensors")
-        about = {"tree": tree, "digest": _digest(partial / "state.safetensors")}
+        about = {"tree": tree, "digest": _digest(partial / "state.safetensors", tree)}
         (partial / "state.json").write_text(json.dumps(about))
         for file in partial.iterdir():
             _flush(file)
@@ -83,10 +83,8 @@ def load(path: Path) -> dict[str, Any]:
     """
     try:
         about = json.loads((path / "state.json").read_text())
-        if _digest(path / "state.safetensors") != about["digest"]:
-            raise CorruptCheckpoint(
-                f"the checkpoint {path} is damaged: its tensors do not match their digest."
-            )
+        if _digest(path / "state.safetensors", about["tree"]) != about["digest"]:
+            raise CorruptCheckpoint(f"the checkpoint {path} is damaged: its bytes do not match their digest.")
         tensors = load_file(path / "state.safetensors")
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as reason:
         raise CorruptCheckpoint(f"the checkpoint {path} is damaged: {_short(reason)}.") from reason
@@ -137,18 +135,41 @@ def write_atomically(path: Path, text: str) -> None:
         _flush(partial)
         partial.replace(path)
     except OSError as reason:
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise LayerwiseError(f"could not write {path} ({_short(reason)}).") from reason
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Replace a safetensors file in one step.
+
+    Raises:
+        LayerwiseError: the disk is full or the folder is not writable.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        # Copies: safetensors refuses tensors that share memory, and views may be strided.
+        save_file({name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}, partial)
+        _flush(partial)
+        partial.replace(path)
+    except (OSError, safetensors.SafetensorError) as reason:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise LayerwiseError(f"could not write {path} ({_short(reason)}); free space and resume.") from reason
+
+
 def _split(tree: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
-    """Replace every tensor by a reference; a reference is a mapping with the one key `$tensor`."""
+    """Replace every tensor by a reference: a mapping with the one key `$tensor`; other keys with a `$` get a second."""
     if isinstance(tree, Tensor):
         name = "/".join(path)
+        while name in tensors:  # a key that holds a slash
+            name += "'"
         # A copy: safetensors refuses tensors that share memory, and views may be strided.
         tensors[name] = tree.detach().to("cpu", copy=True).contiguous()
         return {"$tensor": name}
     if isinstance(tree, Mapping):
-        return {str(key): _split(value, (*path, str(key)), tensors) for key, value in tree.items()}
+        keys = {key: f"${key}" if str(key).startswith("$") else str(key) for key in tree}
+        return {keys[key]: _split(value, (*path, str(key)), tensors) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
         return [_split(value, (*path, str(i)), tensors) for i, value in enumerate(tree)]
     return tree
@@ -158,15 +179,17 @@ def _join(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(tree, dict):
         if tree.keys() == {"$tensor"}:
             return tensors[tree["$tensor"]]
-        return {key: _join(value, tensors) for key, value in tree.items()}
+        return {key.removeprefix("$"): _join(value, tensors) for key, value in tree.items()}
     if isinstance(tree, list):
         return [_join(value, tensors) for value in tree]
     return tree
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path, tree: Any) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()
+        digest = hashlib.file_digest(file, "blake2b")
+    digest.update(json.dumps(tree).encode())
+    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:

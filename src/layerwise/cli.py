@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from layerwise.allocation import keep_freed_memory
 from layerwise.errors import LayerwiseError, suggestion
 
 USAGE = """\
@@ -53,10 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         command, *rest = argv
         if command not in COMMANDS:
             raise LayerwiseError(f"unknown command {command!r}; {suggestion(command, list(COMMANDS))}.")
+        keep_freed_memory()
         return COMMANDS[command](rest)
     except LayerwiseError as error:
         print(f"layerwise: {error}", file=sys.stderr)
         return 2
+    except SystemExit as stop:  # tyro has printed the help text
+        return int(stop.code or 0)
     except BrokenPipeError:  # the reader of our output has gone, for example `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -95,15 +99,27 @@ def _restore(name: str, value: str | None) -> None:
 
 
 def _one_sentence(box: str, command: str) -> str:
-    """The message inside the frame that tyro draws."""
+    """The message inside the frame that tyro draws, in our words."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    lines = [line.strip(" │╭╮╰╯─┃") for line in text.splitlines()]
-    lines = [line for line in lines if line]
+    lines = [line.strip("│┃| ") for line in text.splitlines()]
+    lines = [line for line in lines if line.strip("─-+╭╮╰╯ ")]  # the frame is drawn in ASCII on some terminals
     message = lines[1] if len(lines) > 1 else "the options cannot be read"
+    for pattern, words in PLAIN:
+        message = re.sub(pattern, words, message)
     hint = ""
     if "Perhaps you meant:" in lines:
         hint = f", did you mean {lines[lines.index('Perhaps you meant:') + 1].split()[0]}"
     return f"{message.rstrip('.')}{hint}; see layerwise {command} --help."
+
+
+PLAIN = (
+    (r"^Error parsing (--\S+): invalid literal for int\(\) with base 10: (.*)", r"\1 is \2, which is not a whole number"),
+    (r"^Error parsing (--\S+): could not convert string to float: (.*)", r"\1 is \2, which is not a number"),
+    (r"^Error parsing (--\S+): Failed to parse key-value pairs!", r"\1 takes pairs of a name and a number"),
+    (r"^Missing value for argument '(.*)'\. Expected 1 values", r"\1 needs a value"),
+    (r"^invalid choice (.*) for argument '(.*)'\. Expected one of \((.*)\)", r"\2 is \1; choose one of \3"),
+    (r"^Unrecognized options: ", "unknown options: "),
+)
 
 
 def _option(argv: list[str], name: str) -> str | None:
@@ -113,7 +129,7 @@ def _option(argv: list[str], name: str) -> str | None:
         if word == f"--{name}":
             value = next(words, None)
             if value is None:
-                raise LayerwiseError(f"--{name} needs a value.")
+                raise LayerwiseError(f"--{name} needs a value; see layerwise train --help.")
         elif word.startswith(f"--{name}="):
             value = word.partition("=")[2]
         else:
@@ -217,10 +233,12 @@ def evaluate(argv: list[str]) -> int:
     from layerwise import data, training
     from layerwise.checkpoint import write_atomically
 
-    run, dataset, learner = training.load_run(Path(folder), options.device)
-    source = getattr(dataset, options.split)
-    if source is None:
+    run, facts, learner, notes = training.load_run(Path(folder), options.device)
+    if options.split == "val" and run.val_fraction == 0:
         raise LayerwiseError(f"the run in {folder} has no validation split (--val-fraction 0); use --split test.")
+    dataset = training.load_data(run)
+    facts.check(dataset)
+    source = getattr(dataset, options.split)
     batches = data.Batches(
         source,
         options.batch_size,
@@ -233,6 +251,7 @@ def evaluate(argv: list[str]) -> int:
         channels_last=run.channels_last,
     )
     figures = training.evaluate(learner, batches)
+    _tell(notes)
     width = max(map(len, figures))
     print("\n".join(f"{name:<{width}}  {value:.4f}" for name, value in figures.items()))
     if options.json:
@@ -261,12 +280,18 @@ def predict(argv: list[str]) -> int:
     from layerwise.checkpoint import write_atomically
     from layerwise.predicting import predictions
 
-    text = predictions(Path(folder), Path(given), options.device)
+    text, notes = predictions(Path(folder), Path(given), options.device)
+    _tell(notes)
     if options.out:
         write_atomically(Path(options.out), text)
     else:
         print(text, end="")
     return 0
+
+
+def _tell(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(f"layerwise: note: {note}", file=sys.stderr)
 
 
 def _positional(argv: Sequence[str], command: str, options: type, name: str) -> tuple[str, list[str]]:

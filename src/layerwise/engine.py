@@ -40,6 +40,8 @@ class Group:
     """None where nothing learns; such a group runs without a graph."""
     scaler: torch.amp.GradScaler
     """Scales the signal where gradients are fp16; does nothing otherwise."""
+    idle: list[nn.Parameter] = field(default_factory=list)
+    """Parameters that the rule does not train; in the graph of those that it does they get gradients as well."""
     buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Running statistics and what they were before the update, to be put back when it is skipped."""
 
@@ -188,6 +190,8 @@ class Engine:
     def _free(self, group: Group) -> None:
         assert group.optimizer is not None
         group.optimizer.zero_grad(set_to_none=True)
+        for parameter in group.idle:
+            parameter.grad = None
 
     def _may_step(
         self, group: Group, h: Tensor, loss: Tensor, norm: Tensor, step: int, trace: Trace

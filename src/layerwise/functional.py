@@ -68,7 +68,7 @@ def pool_features(h: Tensor, pool: str) -> Tensor:
         return h
     if pool == "cls":
         return h[:, 0]
-    return h.flatten(2).mean(-1) if h.dim() >= 4 else h.mean(1)
+    return h.mean(dim=tuple(range(2, h.dim()))) if h.dim() >= 4 else h.mean(1)
 
 
 def normalise(h: Tensor, norm: str, eps: float = 1e-5) -> Tensor:

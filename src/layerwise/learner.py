@@ -21,7 +21,7 @@ from layerwise.optim import (
     optimizer_factory,
 )
 from layerwise.randomness import derive_seed, preserved_generators, seed_generators
-from layerwise.rules.base import Rule, Site, Start
+from layerwise.rules.base import Rule, Site, Start, check_words
 from layerwise.tasks import Classification
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -143,6 +143,7 @@ class Learner:
     ):
         _check_options(clip, accumulate, precision, nonfinite)
         self.rule = rules.create(rule) if isinstance(rule, str) else rule
+        check_words(self.rule)
         self.network: Partition = partition(model, cuts, blocks=blocks, example=example)
         names = [block.name for block in [*self.network.blocks, self.network.head]]
         self.lr_multipliers = dict(lr_multipliers or {})
@@ -169,6 +170,7 @@ class Learner:
             "nonfinite": nonfinite,
             "seed": seed,
         }
+        Classification(1, label_smoothing)  # refuses a wrong value now; the number of classes is known later
         self.label_smoothing = label_smoothing
         self.steps = 0
         self.skipped = 0
@@ -242,6 +244,7 @@ class Learner:
             units,
             parameters=[p for group in groups for p in group["params"]],
             optimizer=self.factory(groups) if groups else None,
+            idle=[p for unit in units if unit not in learning for p in unit.parameters()],
             scaler=torch.amp.GradScaler(
                 self.device.type, enabled=self._how["autocast"] == torch.float16
             ),

@@ -118,6 +118,8 @@ def optimizer_factory(
             raise LayerwiseError(
                 f"{cls.__name__} has no option {name!r}; {suggestion(name, list(legal))}."
             )
+        if isinstance(legal[name].default, bool):  # the command line gives numbers
+            arguments[name] = bool(arguments[name])
     if "weight_decay" in legal:
         arguments["weight_decay"] = weight_decay
 

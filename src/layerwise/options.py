@@ -1,6 +1,7 @@
 """The options of a training run: one dataclass that is the command line, the recipe and the checkpoint's record."""
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -94,6 +95,23 @@ class TrainOptions:
         for name in ("steps", "save_every", "threads", "blocks"):
             if getattr(self, name) is not None:
                 _at_least_one(name, getattr(self, name))
+        if not 0 <= self.val_fraction < 1:
+            raise LayerwiseError(f"val_fraction is {self.val_fraction}; it is a share in [0, 1), 0 for no validation.")
+        for name, factor in self.lr_multipliers.items():
+            if factor < 0:
+                raise LayerwiseError(f"lr_multipliers gives {name} the factor {factor}; it must be 0 or larger.")
+        for part in (self, self.rule, self.model):
+            for f in dataclasses.fields(part):
+                _finite(f.name, getattr(part, f.name))
+
+
+def _finite(name: str, value: Any) -> None:
+    """Refuse NaN and infinity, also inside of tuples and tables."""
+    if isinstance(value, (tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            _finite(name, item)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise LayerwiseError(f"{name} is {value}; give a finite number.")
 
 
 def _at_least_one(name: str, value: int) -> None:
@@ -127,6 +145,8 @@ def from_mapping(values: Mapping[str, Any], where: str = "the options") -> Train
     >>> from_mapping({"rule": {"name": "sll", "weight": 0.5}, "epochs": 3}).rule.weight
     0.5
     """
+    if not isinstance(values, Mapping):
+        raise LayerwiseError(f"{where}: there is no table of options but {values!r}.")
     given = dict(values)
     parts: dict[str, Any] = {}
     for part, find, default in (("rule", rules.get, "sll"), ("model", models.options, "mlp")):
@@ -195,7 +215,8 @@ def recipe_names() -> list[str]:
     >>> "digits" in recipe_names()
     True
     """
-    return sorted(file.name.removesuffix(".toml") for file in files("layerwise.recipes").iterdir() if file.name.endswith(".toml"))
+    found = [file.name for file in files("layerwise.recipes").iterdir()]
+    return sorted(name.removesuffix(".toml") for name in found if name.endswith(".toml"))
 
 
 def load_recipe(name: str) -> Recipe:

@@ -14,8 +14,8 @@ from layerwise.training import load_run
 BATCH = 256
 
 
-def predictions(folder: Path, given: Path, device: str = "auto") -> str:
-    """CSV with the class and its probability for every input.
+def predictions(folder: Path, given: Path, device: str = "auto") -> tuple[str, list[str]]:
+    """CSV with the class and its probability for every input, and what the user should know of the run.
 
     Args:
         folder: folder of a trained run.
@@ -25,10 +25,10 @@ def predictions(folder: Path, given: Path, device: str = "auto") -> str:
     Raises:
         LayerwiseError: no run, no images, or images that the network cannot take.
     """
-    _, dataset, learner = load_run(folder, device)
-    names, images = _read(given, dataset.shape)
-    mean = torch.tensor(dataset.mean).view(-1, 1, 1)
-    std = torch.tensor(dataset.std).view(-1, 1, 1)
+    _, facts, learner, notes = load_run(folder, device)
+    names, images = _read(given, facts.shape)
+    mean = torch.tensor(facts.mean).view(-1, 1, 1)
+    std = torch.tensor(facts.std).view(-1, 1, 1)
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["input", "class", "probability"])
@@ -36,8 +36,8 @@ def predictions(folder: Path, given: Path, device: str = "auto") -> str:
         x = (images[start : start + BATCH].float() / 255 - mean) / std
         probabilities = learner(x).float().softmax(-1).cpu()
         for name, row in zip(names[start : start + BATCH], probabilities, strict=True):
-            rows.writerow([name, dataset.classes[int(row.argmax())], f"{float(row.max()):.6f}"])
-    return text.getvalue()
+            rows.writerow([name, facts.classes[int(row.argmax())], f"{float(row.max()):.6f}"])
+    return text.getvalue(), notes
 
 
 def _read(given: Path, shape: tuple[int, int, int]) -> tuple[list[str], Tensor]:
@@ -50,9 +50,12 @@ def _read(given: Path, shape: tuple[int, int, int]) -> tuple[list[str], Tensor]:
         except (ValueError, OSError, EOFError) as reason:
             raise LayerwiseError(f"{given} is not a readable .npy array ({reason}).") from reason
         if array.ndim != 4 or array.shape[1:] != shape:
-            raise LayerwiseError(f"{given} has shape {array.shape}; the network takes (N, {', '.join(map(str, shape))}).")
+            wanted = ", ".join(map(str, shape))
+            raise LayerwiseError(f"{given} has shape {array.shape}; the network takes (N, {wanted}).")
         if not np.issubdtype(array.dtype, np.number) or not np.isfinite(array).all():
             raise LayerwiseError(f"{given} holds NaN, infinity or no numbers; give pixels from 0 to 255.")
+        if not len(array):
+            raise LayerwiseError(f"{given} holds no images.")
         return [str(i) for i in range(len(array))], torch.from_numpy(array.astype(np.float32))
     try:
         from PIL import Image, UnidentifiedImageError

@@ -3,15 +3,16 @@
 import contextlib
 import json
 import math
+import shlex
 import shutil
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from layerwise import checkpoint, data
@@ -60,11 +61,43 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def build_model(options: ModelOptions, dataset: data.Dataset, seed: int) -> torch.nn.Module:
+@dataclass(frozen=True)
+class Facts:
+    """What a run knows of its data: enough to build the network and to predict, and to notice another data set."""
+
+    shape: tuple[int, int, int]
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    sizes: tuple[int, ...]
+    """Samples of the training, validation and test split."""
+
+    @classmethod
+    def of(cls, dataset: data.Dataset) -> "Facts":
+        """The facts of a data set."""
+        sizes = tuple(0 if part is None else len(part) for part in (dataset.train, dataset.val, dataset.test))
+        return cls(dataset.shape, dataset.classes, dataset.mean, dataset.std, sizes)
+
+    def check(self, dataset: data.Dataset) -> None:
+        """Raise LayerwiseError unless `dataset` is the one that the facts are of."""
+        found = asdict(Facts.of(dataset))
+        for name, value in asdict(self).items():
+            if found[name] != value:
+                raise LayerwiseError(
+                    f"the data {dataset.name} has changed since the run began: its {name} was {_few(value)} and is "
+                    f"{_few(found[name])}; restore the data, or start a new run."
+                )
+
+
+def _few(values: tuple[Any, ...]) -> str:
+    return ", ".join(map(str, values[:10])) + (", ..." if len(values) > 10 else "")
+
+
+def build_model(options: ModelOptions, facts: Facts, seed: int) -> torch.nn.Module:
     """The model for a data set, with initial weights that depend on `seed` only."""
     with preserved_generators(torch.device("cpu")):
         seed_generators(derive_seed(seed, "model"), torch.device("cpu"))
-        return options.build(dataset.shape, len(dataset.classes))
+        return options.build(facts.shape, len(facts.classes))
 
 
 class Run:
@@ -90,13 +123,16 @@ class Run:
         self.dataset = load_data(options)
         self.train_batches, self.val_batches, self.test_batches = split_batches(options, self.dataset, self.device)
         self.total = options.steps or options.epochs * len(self.train_batches)
-        self.learner = build_learner(options, self.dataset, self.device, self.total)
+        self.facts = Facts.of(self.dataset)
+        self.learner = build_learner(options, self.facts, self.device, self.total)
         self.learner.build(next(self._batches(0))[0])
         self.seconds = 0.0
         self.samples = 0
         self.memory: MemoryUse | None = None
         self.last_val: dict[str, float] = {}
         self.notes = list(self.dataset.notes)
+        if options.tensorboard:
+            _summary_writer()
         self.folder = resume or _new_folder(options)
         self._signum = 0
         if resume is not None:
@@ -111,16 +147,7 @@ class Run:
         Raises:
             LayerwiseError: the folder holds no run, or its checkpoints are damaged.
         """
-        file = folder / "config.json"
-        try:
-            values = json.loads(file.read_text())
-        except OSError as reason:
-            raise LayerwiseError(
-                f"{folder} holds no run to resume (no config.json); give the folder of an earlier run."
-            ) from reason
-        except ValueError as reason:
-            raise LayerwiseError(f"{file} is damaged ({reason}); start the run again.") from reason
-        return cls(from_mapping(values, str(file)), command, resume=folder)
+        return cls(read_options(folder), command, resume=folder)
 
     def train(self) -> dict[str, Any]:
         """Train to the end and return the contents of `result.json`.
@@ -139,7 +166,7 @@ class Run:
                 step = self.learner.steps
                 self.samples += len(x)
                 self.seconds = saved + time.perf_counter() - started
-                if step % options.log_every == 0 or step == self.total:
+                if step % options.log_every == 0 or step % per_epoch == 0 or step == self.total:
                     values = metrics.read()
                     log({"step": step, "split": "train", "lr": self._rate(step - 1), **values})
                     progress.show(step, values, self.samples / self.seconds, self.memory)
@@ -157,7 +184,7 @@ class Run:
                     raise Interrupted(
                         self._signum,
                         f"stopped by {name} after step {step} of {self.total}; go on with: "
-                        f"layerwise train --resume {self.folder}",
+                        f"layerwise train --resume {shlex.quote(str(self.folder))}",
                     )
             return self._finish(log)
 
@@ -211,13 +238,7 @@ class Run:
             "command": self.command,
             "notes": self.notes,
         }
-        weights = self.learner.network.state_dict()
-        partial = self.folder / "model.safetensors.partial"
-        try:
-            save_file({name: w.detach().to("cpu", copy=True).contiguous() for name, w in weights.items()}, partial)
-            partial.replace(self.folder / "model.safetensors")
-        except OSError as reason:
-            raise LayerwiseError(f"could not write the weights to {self.folder} ({reason}).") from reason
+        checkpoint.write_tensors(self.folder / "model.safetensors", self.learner.network.state_dict())
         write_atomically(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
         return result
 
@@ -229,6 +250,8 @@ class Run:
             "val": self.last_val,
             "memory": vars(self.memory) if self.memory else None,
             "threads": torch.get_num_threads(),
+            "options": to_mapping(self.options),
+            "data": asdict(self.facts),
         }
         checkpoint.save(self.folder / "checkpoints", self.learner.steps, state)
 
@@ -236,6 +259,8 @@ class Run:
         state, damaged = checkpoint.load_latest(self.folder / "checkpoints")
         self.notes += damaged
         if state is not None:
+            check_options(self.options, state["options"], self.folder)
+            _facts(state).check(self.dataset)
             self.learner.load_state_dict(state["learner"])
             self.samples, self.seconds, self.last_val = state["samples"], state["seconds"], state["val"]
             self.memory = MemoryUse(**state["memory"]) if state["memory"] else None
@@ -251,15 +276,16 @@ class Run:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM are remembered, and answered at the end of the step."""
+        """Ctrl-C and SIGTERM are remembered and answered at the end of the step; a second one acts at once."""
+        before: dict[int, Any] = {}
 
         def remember(signum: int, frame: Any) -> None:
             self._signum = signum
+            signal.signal(signum, before[signum])
 
-        try:
-            before = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread: signals are its business
-            before = {}
+        with contextlib.suppress(ValueError):  # not in the main thread: signals are its business
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                before[signum] = signal.signal(signum, remember)
         try:
             yield
         finally:
@@ -271,23 +297,24 @@ class Run:
         """A function that writes one line to `metrics.jsonl`, and to TensorBoard where wanted."""
         file = self.folder / "metrics.jsonl"
         _drop_lines_after(file, self.learner.steps)
-        writer = _tensorboard(self.folder) if self.options.tensorboard else None
-        with file.open("a") as lines:
+        writer = _summary_writer()(str(self.folder / "tensorboard")) if self.options.tensorboard else None
 
-            def log(values: dict[str, Any]) -> None:
-                try:
+        def log(values: dict[str, Any]) -> None:
+            try:
+                with file.open("a") as lines:
                     lines.write(json.dumps(values) + "\n")
-                    lines.flush()
-                except OSError as reason:
-                    raise LayerwiseError(f"could not write {file} ({reason}); free space and resume.") from reason
-                if writer is not None:
-                    for name, value in values.items():
-                        if isinstance(value, float):
-                            writer.add_scalar(f"{values['split']}/{name}", value, values["step"])
+            except OSError as reason:
+                raise LayerwiseError(f"could not write {file} ({reason.strerror}); free space and resume.") from reason
+            if writer is not None:
+                for name, value in values.items():
+                    if isinstance(value, float):
+                        writer.add_scalar(f"{values['split']}/{name}", value, values["step"])
 
+        try:
             yield log
-        if writer is not None:
-            writer.close()
+        finally:
+            if writer is not None:
+                writer.close()
 
 
 def evaluate(learner: Learner, batches: data.Batches) -> dict[str, float]:
@@ -331,10 +358,10 @@ def split_batches(
     return train, val, data.Batches(dataset.test, 2 * options.batch_size, **common)
 
 
-def build_learner(options: TrainOptions, dataset: data.Dataset, device: torch.device, total: int) -> Learner:
+def build_learner(options: TrainOptions, facts: Facts, device: torch.device, total: int) -> Learner:
     """The learner of a run with `total` steps, before its first step."""
-    model = build_model(options.model, dataset, options.seed).to(device)
-    example = torch.zeros(2, *dataset.shape, device=device)
+    model = build_model(options.model, facts, options.seed).to(device)
+    example = torch.zeros(2, *facts.shape, device=device)
     updates = math.ceil(total / options.accumulate)
     return Learner(
         model,
@@ -359,26 +386,66 @@ def build_learner(options: TrainOptions, dataset: data.Dataset, device: torch.de
     )
 
 
-def load_run(folder: Path, device: str = "auto") -> tuple[TrainOptions, data.Dataset, Learner]:
-    """Options, data and trained learner of the run in `folder`, ready to predict.
+class Trained(NamedTuple):
+    """A run read back."""
+
+    options: TrainOptions
+    facts: Facts
+    learner: Learner
+    notes: list[str]
+    """What the user should know: the run is not finished, a damaged checkpoint was passed over."""
+
+
+def load_run(folder: Path, device: str = "auto") -> Trained:
+    """The learner of the run in `folder`, ready to predict; its data set is not touched.
 
     Raises:
         LayerwiseError: the folder holds no run, or no checkpoint that can be read.
     """
+    options = read_options(folder)
+    state, notes = checkpoint.load_latest(folder / "checkpoints")
+    if state is None:
+        raise LayerwiseError(f"the run in {folder} has no checkpoint yet; train it first.")
+    check_options(options, state["options"], folder)
+    facts = _facts(state)
+    learner = build_learner(options, facts, pick_device(device), total=1)
+    learner.load_state_dict(state["learner"])
+    if not (folder / "result.json").is_file():
+        notes.append(f"the run is not finished: these are its weights after step {learner.steps}")
+    return Trained(options, facts, learner, notes)
+
+
+def read_options(folder: Path) -> TrainOptions:
+    """The options of the run in `folder`.
+
+    Raises:
+        LayerwiseError: the folder holds no run, or its config.json is damaged.
+    """
     file = folder / "config.json"
     try:
-        options = from_mapping(json.loads(file.read_text()), str(file))
+        return from_mapping(json.loads(file.read_text()), str(file))
     except OSError as reason:
         raise LayerwiseError(f"{folder} holds no run (no config.json); give the folder of a run.") from reason
     except ValueError as reason:
-        raise LayerwiseError(f"{file} is damaged ({reason}).") from reason
-    state, _ = checkpoint.load_latest(folder / "checkpoints")
-    if state is None:
-        raise LayerwiseError(f"the run in {folder} has no checkpoint yet; train it first.")
-    dataset = load_data(options)
-    learner = build_learner(options, dataset, pick_device(device), total=1)
-    learner.load_state_dict(state["learner"])
-    return options, dataset, learner
+        raise LayerwiseError(f"{file} is damaged ({reason}); start the run again.") from reason
+
+
+FREE = ("device", "threads", "compile", "out", "overwrite", "save_every", "log_every", "tensorboard")
+
+
+def check_options(options: TrainOptions, trained: dict[str, Any], folder: Path) -> None:
+    """Raise LayerwiseError where config.json says other than the checkpoint on anything that decides the result."""
+    now = json.loads(json.dumps(to_mapping(options)))
+    for name in now.keys() - set(FREE):
+        if now[name] != trained.get(name):
+            raise LayerwiseError(
+                f"the checkpoint in {folder} is of another run: config.json has {name} = {json.dumps(now[name])} and "
+                f"the checkpoint {json.dumps(trained.get(name))}; put the options back, or start a new run."
+            )
+
+
+def _facts(state: dict[str, Any]) -> Facts:
+    return Facts(**{name: tuple(value) for name, value in state["data"].items()})
 
 
 def _new_folder(options: TrainOptions) -> Path:
@@ -414,17 +481,18 @@ def _drop_lines_after(file: Path, step: int) -> None:
     kept = []
     for line in file.read_text().splitlines():
         with contextlib.suppress(ValueError, KeyError):
-            if json.loads(line)["step"] <= step:
+            values = json.loads(line)
+            if values["step"] <= step and values["split"] != "test":  # the end is evaluated and logged anew
                 kept.append(line)
     write_atomically(file, "".join(f"{line}\n" for line in kept))
 
 
-def _tensorboard(folder: Path) -> Any:
+def _summary_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as reason:
         raise LayerwiseError("TensorBoard is not installed; pip install 'layerwise[tensorboard]'.") from reason
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter
 
 
 def _describe_device(device: torch.device) -> str:

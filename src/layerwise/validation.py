@@ -68,7 +68,12 @@ def rule_findings(rule: str, model: str) -> list[tuple[bool, str]]:
     return findings
 
 
-SMALL: dict[str, dict[str, float]] = {"mlp": {"width": 32}, "vgg": {"width": 8}, "resnet": {"width": 8}, "vit": {"width": 24}}
+SMALL: dict[str, dict[str, float]] = {
+    "mlp": {"width": 32},
+    "vgg": {"width": 8},
+    "resnet": {"width": 8},
+    "vit": {"width": 24},
+}
 
 
 def _maker(model: str) -> Callable[[], nn.Module]:
@@ -115,7 +120,7 @@ def _isolated(learner: Learner, x: torch.Tensor, y: torch.Tensor) -> tuple[bool,
         if group.optimizer is not None:
             own = {id(p) for p in group.parameters}
 
-            def look(optimizer: object, args: object, kwargs: object, own: set[int] = own, name: str = group.name) -> None:
+            def look(*_: object, own: set[int] = own, name: str = group.name) -> None:
                 strangers = [n for n, p in everything.items() if p.grad is not None and id(p) not in own]
                 leaks.extend(f"{name} -> {n}" for n in strangers)
 

@@ -7,7 +7,6 @@ import difflib
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from layerwise.errors import LayerwiseError
@@ -30,9 +29,11 @@ def flip(images: Tensor, generator: Generator) -> Tensor:
 
 
 def crop(images: Tensor, generator: Generator) -> Tensor:
-    """Pad each image with zeros and cut a window of its own size at a random place.
+    """Pad each image with its own reflection and cut a window of its own size at a random place.
 
-    The padding is `max(1, H // 8)` pixels on all four sides (4 for 32x32), all shifts are equally likely.
+    The padding is `max(1, H // 8)` pixels on all four sides (4 for 32x32), all shifts are equally likely. A black
+    border instead would be one more image edge for the mean over space to see, which is what the readout of an early
+    block looks at.
 
     Args:
         images: (B, C, H, W), any dtype.
@@ -43,13 +44,19 @@ def crop(images: Tensor, generator: Generator) -> Tensor:
     """
     count, channels, height, width = images.shape
     pad = max(1, height // 8)
-    shift = _on(images, torch.randint(2 * pad + 1, (2, count), generator=generator))
-    rows = shift[0, :, None] + torch.arange(height, device=images.device)
-    columns = shift[1, :, None] + torch.arange(width, device=images.device)
+    shift = _on(images, torch.randint(2 * pad + 1, (2, count), generator=generator)) - pad
+    rows = _reflected(shift[0, :, None] + torch.arange(height, device=images.device), height)
+    columns = _reflected(shift[1, :, None] + torch.arange(width, device=images.device), width)
     # One gather on flattened planes: five times as fast as indexing with four index tensors.
-    places = rows[:, :, None] * (width + 2 * pad) + columns[:, None, :]
+    places = rows[:, :, None] * width + columns[:, None, :]
     places = places.view(count, 1, -1).expand(-1, channels, -1)
-    return F.pad(images, (pad,) * 4).flatten(2).gather(2, places).view_as(images)
+    return images.flatten(2).gather(2, places).view_as(images)
+
+
+def _reflected(places: Tensor, size: int) -> Tensor:
+    """Indices beyond either edge, mirrored at it (the edge itself is not repeated)."""
+    last = size - 1
+    return (last - (last - places.abs()).abs()).clamp(0, last)
 
 
 def cutout(images: Tensor, generator: Generator) -> Tensor:

@@ -6,7 +6,7 @@ import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -169,10 +169,13 @@ def open_hub(repository: str, advice: str = "") -> dict[str, Rows]:
     """The splits of a data set on the Hugging Face hub, downloaded once and mapped from its cache."""
     datasets = need("datasets")
     with _quiet():
+        unreachable = _unreachable(repository)
         try:
-            found = datasets.load_dataset(repository)
+            with _offline() if unreachable else nullcontext():
+                found = datasets.load_dataset(repository)
         except Exception as error:  # anything may come out of the network stack and of a foreign loader
             reason = str(error).strip().partition("\n")[0].rstrip(".")
+            reason = reason.replace("OfflineModeIsEnabled", unreachable)
             raise LayerwiseError(
                 f"cannot get {repository} from the Hugging Face hub ({type(error).__name__}: {reason}); "
                 f"check the name and the network{advice}"
@@ -186,6 +189,32 @@ def open_hub(repository: str, advice: str = "") -> dict[str, Rows]:
         )
         for split, rows in found.items()
     }
+
+
+def _unreachable(repository: str) -> str:
+    """Why the hub cannot be reached, or "": `datasets` itself tries again for half a minute before it says so."""
+    hub = need("huggingface_hub")
+    try:
+        hub.HfApi().dataset_info(repository, timeout=5)
+    except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError):
+        return ""  # there was an answer, or `datasets` will say what is wrong with the name
+    except Exception as error:  # of the network library, which differs between versions of the hub's client
+        return str(error).strip().partition("\n")[0].rstrip(".")
+    return ""
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Let `datasets` look into its cache only."""
+    places = [need("datasets").config, need("huggingface_hub.constants")]
+    before = [place.HF_HUB_OFFLINE for place in places]
+    try:
+        for place in places:
+            place.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value
 
 
 def find_columns(schema: Any, title: str) -> tuple[str, str, tuple[str, ...] | None]:

@@ -9,7 +9,7 @@ from layerwise.models.base import BlockSequential, ModelOptions, assemble, check
 
 @dataclass(frozen=True)
 class VGG(ModelOptions):
-    """Plain conv net: block i is a 3x3 convolution, batch norm, ReLU, max-pool and dropout.
+    """Plain conv net: block i is a 3x3 convolution, batch norm, max-pool, ReLU and dropout.
 
     Block i (from 1) has `width * min(2 ** (i - 1), 4)` channels. Blocks 1, 2 and 3 end in a 2x2
     max-pool, unless it would leave an image smaller than 2x2: 8x8 digits are pooled twice. All
@@ -56,11 +56,12 @@ class VGG(ModelOptions):
         children: dict[str, nn.Module] = {
             "conv": nn.Conv2d(inputs, channels, 3, padding=1, bias=False),
             "norm": nn.BatchNorm2d(channels),
-            # Not in place: with a cut behind the norm it would overwrite the message it is given.
-            "activation": nn.ReLU(),
         }
+        # ReLU behind the max-pool: the same function, since ReLU is monotone, on a quarter of the pixels.
         if pool:
             children["pool"] = nn.MaxPool2d(2)
+        # Not in place: with a cut behind the norm it would overwrite the message it is given.
+        children["activation"] = nn.ReLU()
         if self.dropout:
             children["dropout"] = nn.Dropout(self.dropout)
         return named(**children)

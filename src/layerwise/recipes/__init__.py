@@ -1,0 +1,1 @@
+"""Named runs that come with the package: one TOML file each."""

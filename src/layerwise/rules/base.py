@@ -5,12 +5,13 @@ only answers questions. It sees tensors and modules; it knows no optimizer, devi
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from torch import Tensor, nn
 
 from layerwise.blocks import Block
+from layerwise.errors import LayerwiseError, suggestion
 from layerwise.tasks import Classification
 
 Locality = Literal["local", "interlocking", "broadcast", "perturbation", "equilibrium", "global"]
@@ -146,6 +147,18 @@ class Rule:
     def predict(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Logits for `x`, given the network's plain forward pass; a rule that predicts otherwise overrides this."""
         return forward(x)
+
+
+def check_words(rule: Rule) -> None:
+    """Raise LayerwiseError where an option is none of the words that its field lists.
+
+    The learner asks this of every rule, so that no rule has to.
+    """
+    for option in fields(rule):
+        value, words = getattr(rule, option.name), get_args(option.type)
+        if get_origin(option.type) is Literal and value not in words:
+            legal = suggestion(str(value), [str(word) for word in words])
+            raise LayerwiseError(f"{rule.name}'s option {option.name} is {value!r}; {legal}.")
 
 
 def cross_entropy_at_head(at: Moment) -> Signal:

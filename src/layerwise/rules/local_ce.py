@@ -61,7 +61,7 @@ class LocalCE(Rule):
         """A linear head from the pooled output to the classes, for every group but the last."""
         if not self._has_head(site):
             return None
-        return nn.Linear(pool_vectors(h, self.pool, per_position=False).shape[-1], task.classes)
+        return nn.Linear(pool_vectors(h, self.pool, per_position=False).shape[-1], task.classes, dtype=h.dtype)
 
     def signal(self, at: Moment) -> Signal:
         """Cross-entropy of the block's own head, or of the network's at the end."""

@@ -52,6 +52,7 @@ class Projection(nn.Module):
         code = torch.randn(classes, dim) / dim**0.5 if options.targets == "codebook" else None
         self.register_buffer("code", code)
         self.classes, self.norm, self.dropout = classes, options.norm, options.dropout
+        self.mixture = options.targets == "mixture"
 
     matrix: Tensor
     code: Tensor | None
@@ -64,8 +65,12 @@ class Projection(nn.Module):
             return F.linear(features, self.matrix)
 
     def class_logits(self, v: Tensor) -> Tensor:
-        """Logits of the classes: the first K entries, or the products with the codebook."""
-        return v[..., : self.classes] if self.code is None else F.linear(v, self.code)
+        """Logits of the classes: the first K entries, the products with the codebook, or sums over each class."""
+        if self.code is not None:
+            return F.linear(v, self.code)
+        if self.mixture:
+            return v.unflatten(-1, (self.classes, -1)).logsumexp(-1)
+        return v[..., : self.classes]
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ class SLL(Rule):
     """Which block's posterior the divergence looks at."""
     dim: int | None = None
     """Rows d0 of the projection; the number of classes if not given."""
-    targets: Literal["index", "codebook"] = "index"
+    targets: Literal["index", "codebook", "mixture"] = "index"
     """The classes are the first K coordinates, or a fixed random code with K rows."""
     projection: Literal["gaussian", "orthonormal"] = "gaussian"
     """Distribution of R; both have rows of mean square length 1."""
@@ -169,7 +174,7 @@ class SLL(Rule):
         v = at.auxiliary(pool_vectors(at.h, self.pool, at.y.dim() > 1))
         logits = at.auxiliary.class_logits(v)
         # With the index targets the softmax runs over all d0 coordinates; the label is one of the first K.
-        likelihood = at.task.loss(v if at.auxiliary.code is None else logits, at.y)
+        likelihood = at.task.loss(v if self.targets == "index" else logits, at.y)
         loss = by_depth(self.likelihood_weight, at.site) * likelihood
         metrics = {"accuracy": at.task.correct(logits, at.y) / at.y.numel()}
         sent = at.message or ()

@@ -1,0 +1,165 @@
+"""Run a grid of training runs that is written down in a folder, and write its table there.
+
+    python benchmarks/grid.py benchmarks/mnist_mlp --jobs 2
+
+The folder holds `grid.toml`: options common to all runs, and the rules to compare. Every rule is tuned over the
+same learning rates, on the validation split, with seed `tune_seed`; the test split is looked at only by the final
+runs. A run that is finished is not run again, so the command can be stopped and repeated. Raw results go to
+`raw/<run>/result.json`, the table to `table.md`, its numbers to `results.csv`, the machine to `environment.txt`.
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+
+def main() -> None:
+    """Tune, run the seeds, write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
+    parser.add_argument("--table", action="store_true", help="only write the table of what is there")
+    arguments = parser.parse_args()
+    folder = arguments.folder
+    grid = tomllib.loads((folder / "grid.toml").read_text())
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        if not arguments.table:
+            (folder / "environment.txt").write_text(environment(arguments.jobs))
+            list(pool.map(lambda cell: run(folder, grid, *cell), tuning_cells(grid)))
+        best = {name: tuned_rate(folder, grid, name) for name in grid["rules"]}
+        if not arguments.table:
+            finals = [(name, best[name], seed, False) for seed in grid["seeds"] for name in grid["rules"]]
+            list(pool.map(lambda cell: run(folder, grid, *cell), finals))
+    write_table(folder, grid, best)
+
+
+def tuning_cells(grid: dict) -> list[tuple[str, float, int, bool]]:
+    """Rule, learning rate, seed, whether it is a tuning run."""
+    return [(name, lr, grid["tune_seed"], True) for lr in grid["rates"] for name in grid["rules"]]
+
+
+def cell_name(name: str, lr: float, seed: int, tuning: bool) -> str:
+    """Folder of a run below `raw/`."""
+    return f"{'tune' if tuning else 'final'}-{name}-lr{lr:g}-seed{seed}"
+
+
+def run(folder: Path, grid: dict, name: str, lr: float, seed: int, tuning: bool) -> None:
+    """One training run in a process of its own."""
+    cell = folder / "raw" / cell_name(name, lr, seed, tuning)
+    if (cell / "result.json").exists():
+        return
+    phase = grid["tune"] if tuning else grid["final"]
+    command = [sys.executable, "-m", "layerwise", "train", *grid["common"], *grid["rules"][name], *phase]
+    command += ["--lr", f"{lr:g}", "--seed", str(seed), "--threads", "1"]
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "run"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, env=environment)
+        if done.returncode != 0:
+            print(f"{cell.name}: failed: {done.stderr.strip().splitlines()[-1]}", flush=True)
+            return
+        partial = cell.with_name(cell.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        result = json.loads((out / "result.json").read_text())
+        result["command"] = " ".join(["layerwise", *command[3:]])
+        (partial / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        shutil.copy(out / "metrics.jsonl", partial)
+        partial.rename(cell)
+    val = "" if result["val_accuracy"] is None else f"val {100 * result['val_accuracy']:.2f} "
+    print(f"{cell.name}: {val}test {100 * result['test_accuracy']:.2f} in {result['train_seconds']:.0f} s", flush=True)
+
+
+def tuned_rate(folder: Path, grid: dict, name: str) -> float:
+    """The learning rate with the best accuracy on the validation split."""
+    scores = {}
+    for lr in grid["rates"]:
+        file = folder / "raw" / cell_name(name, lr, grid["tune_seed"], True) / "result.json"
+        if file.exists():
+            scores[lr] = json.loads(file.read_text())["val_accuracy"]
+    return max(scores, key=scores.__getitem__) if scores else grid["rates"][0]
+
+
+def write_table(folder: Path, grid: dict, best: dict[str, float]) -> None:
+    """Mean, standard deviation and n of the finished final runs."""
+    rows = []
+    for name, lr in best.items():
+        results = []
+        for seed in grid["seeds"]:
+            file = folder / "raw" / cell_name(name, lr, seed, False) / "result.json"
+            if file.exists():
+                results.append(json.loads(file.read_text()))
+        if not results:
+            continue
+        accuracy = [100 * result["test_accuracy"] for result in results]
+        memory = results[0]["memory_mib"]
+        rows.append(
+            {
+                "rule": name,
+                "lr": f"{lr:g}",
+                "n": len(results),
+                "test_mean": f"{statistics.mean(accuracy):.2f}",
+                "test_std": f"{statistics.stdev(accuracy):.2f}" if len(accuracy) > 1 else "",
+                "blocks": " ".join(
+                    f"{100 * statistics.mean(result['blocks'][block] for result in results):.1f}"
+                    for block in results[0]["blocks"]
+                ),
+                "activations_gradients_mib": f"{memory['activations'] + memory['gradients']:.1f}",
+                "peak_mib": f"{memory['peak']:.1f}",
+                "seconds_mean": f"{statistics.mean(result['train_seconds'] for result in results):.0f}",
+            }
+        )
+    with (folder / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    rates = ", ".join(f"{lr:g}" for lr in grid["rates"])
+    lines = [
+        f"# {grid['title']}",
+        "",
+        grid["about"],
+        "",
+        f"Command: `python benchmarks/grid.py {folder.as_posix()}`. Learning rate of every rule out of {rates}, chosen on",
+        f"the validation split with seed {grid['tune_seed']}; test accuracy in % of the last weights, mean and standard",
+        "deviation over n seeds; accuracy of every block's own readout, then the head's; activations + gradients and",
+        "peak in MiB (exact); seconds of training with one thread, on a shared machine (a rough figure).",
+        "",
+        "| rule | lr | n | test accuracy | by block, head last | act. + grad. MiB | peak MiB | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['rule']} | {row['lr']} | {row['n']} | {row['test_mean']} ± {row['test_std']} | {row['blocks']} "
+            f"| {row['activations_gradients_mib']} | {row['peak_mib']} | {row['seconds_mean']} |"
+        )
+    lines += ["", "Machine:", "", "```", (folder / "environment.txt").read_text().strip(), "```", ""]
+    (folder / "table.md").write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+def environment(jobs: int) -> str:
+    """The machine and the versions, for the record."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        model = next((row.split(":")[1].strip() for row in cpuinfo.read_text().splitlines() if "model name" in row), model)
+    return (
+        f"cpu: {model}, {os.cpu_count()} cores, {jobs} runs at a time with one thread each\n"
+        f"python {platform.python_version()}, torch {torch.__version__}, {platform.system()} {platform.release()}\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

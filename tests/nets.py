@@ -1,0 +1,61 @@
+"""Small nets, a small problem, and what "the same bits" means; shared by the tests."""
+
+import copy
+
+import torch
+from torch import nn
+
+from layerwise import Learner, Partition, models
+
+SHAPE, CLASSES = (1, 8, 8), 4
+KINDS = ("mlp", "vgg", "vit")
+SIZES = {
+    "mlp": {"width": 16},
+    "vgg": {"width": 4},
+    "resnet": {"width": 4},
+    "vit": {"width": 8, "heads": 2},
+}
+
+
+def net(kind="mlp", depth=3, **options):
+    torch.manual_seed(7)
+    return models.create(kind, SHAPE, CLASSES, depth=depth, **{**SIZES[kind], **options})
+
+
+def problem(samples=64, seed=0, shape=SHAPE, classes=CLASSES):
+    """Noisy copies of one random image per class: separable, also by a linear map."""
+    draw = torch.Generator().manual_seed(seed)
+    templates = torch.randn(classes, *shape, generator=torch.Generator().manual_seed(99))
+    y = torch.arange(samples) % classes
+    return templates[y] + 0.3 * torch.randn(samples, *shape, generator=draw), y
+
+
+def batches(count, size=16):
+    return [problem(size, seed=1 + i) for i in range(count)]
+
+
+def tensors(module):
+    """A copy of all parameters and buffers (also those that no state_dict holds)."""
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return {name: tensor.detach().clone() for name, tensor in named}
+
+
+def same_bits(a, b):
+    """Whether two modules, dictionaries of tensors, or learners hold the same bits."""
+    if isinstance(a, Learner):
+        return same_bits(a.network, b.network) and same_bits(a.auxiliary, b.auxiliary)
+    a, b = (tensors(t) if isinstance(t, nn.Module) else t for t in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def trained(model, rule, data, **options):
+    """A learner that has taken one step per batch, on a copy of the model."""
+    learner = Learner(copy.deepcopy(model), rule, **options)
+    for x, y in data:
+        learner.step(x, y)
+    return learner
+
+
+def whole(model):
+    """The model as one block and its head."""
+    return Partition(model, [model.block_names[-1]])

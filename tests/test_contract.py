@@ -1,0 +1,263 @@
+"""What every rule must keep, for every family of models; a new rule is tested by being registered."""
+
+import copy
+import dataclasses
+import typing
+
+import pytest
+import torch
+from nets import CLASSES, KINDS, batches, net, problem, same_bits, tensors, trained
+
+from layerwise import Learner, Rule, create_rule, rule_names
+from layerwise.engine import Engine
+from layerwise.rules import get
+from layerwise.rules.base import Locality, Site
+
+RULES = rule_names()
+DATA = batches(3)
+X, Y = DATA[0]
+every_rule = pytest.mark.parametrize("rule", RULES)
+every_model = pytest.mark.parametrize("kind", KINDS)
+
+
+# --- What a rule declares
+
+
+@every_rule
+def test_a_rule_declares_what_it_is(rule):
+    kind = get(rule)
+    assert issubclass(kind, Rule)
+    assert kind.name == rule
+    assert kind.locality in typing.get_args(Locality)
+    assert isinstance(kind.flat_memory, bool)
+    for words in (kind.crosses, kind.source, kind.restrictions):
+        assert isinstance(words, str)
+    assert len(kind.crosses) > 5
+    assert len(kind.source) > 5
+    assert kind.__doc__ != Rule.__doc__
+    assert kind.signal is not Rule.signal
+
+
+@every_rule
+def test_a_rule_is_immutable_and_comparable_so_that_it_can_be_recorded(rule):
+    made = create_rule(rule)
+    assert dataclasses.is_dataclass(made)
+    assert made == create_rule(rule)
+    assert create_rule(rule, **dataclasses.asdict(made)) == made
+    for field in dataclasses.fields(made):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(made, field.name, getattr(made, field.name))
+
+
+@every_rule
+@pytest.mark.parametrize("blocks", [1, 2, 3, 7])
+def test_groups_are_neighbours_and_cover_every_site_once(rule, blocks):
+    groups = create_rule(rule).groups(blocks)
+    assert all(group.step == 1 and len(group) > 0 for group in groups)
+    assert [i for group in groups for i in group] == list(range(blocks + 1))
+
+
+@every_rule
+def test_a_local_rule_has_more_than_one_group_and_a_global_one_only_one(rule):
+    count = len(create_rule(rule).groups(6))
+    assert (count == 1) == (get(rule).locality == "global")
+
+
+# --- Locality
+
+
+class Watch:
+    """Follows every group's update: whose gradients are there, and what enters with a history."""
+
+    def __init__(self, learner, monkeypatch):
+        self.owner = {}
+        self.reached = []  # per group, the groups whose parameters had a gradient when it stepped
+        self.history = []  # names of groups whose input or message could carry a gradient back
+        self.learner = learner
+        for i, group in enumerate(learner.groups):
+            for unit in group.units:
+                self.owner |= {id(p): i for p in unit.parameters()}
+        update = Engine.update
+        backward = Engine._backward
+
+        def watched_update(engine, group, h, message, y, step, trace):
+            leaves = [h, *torch.utils._pytree.tree_leaves(message)]
+            if any(isinstance(t, torch.Tensor) and t.requires_grad for t in leaves):
+                self.history.append(group.name)
+            return update(engine, group, h, message, y, step, trace)
+
+        def watched_backward(engine, group, signals):
+            loss = backward(engine, group, signals)
+            found = {self.owner[id(p)] for _, p in learner.named_parameters() if p.grad is not None}
+            self.reached.append((learner.groups.index(group), found))
+            return loss
+
+        monkeypatch.setattr(Engine, "update", watched_update)
+        monkeypatch.setattr(Engine, "_backward", watched_backward)
+
+
+@every_rule
+@every_model
+def test_a_groups_signal_reaches_its_own_parameters_and_no_others(rule, kind, monkeypatch):
+    """Absent, not zero: at no time has a parameter of another group a gradient."""
+    learner = Learner(net(kind), rule, example=X)
+    watch = Watch(learner, monkeypatch)
+    for x, y in DATA[:2]:
+        learner.step(x, y)
+    assert watch.history == []
+    assert all(found == {own} for own, found in watch.reached)
+    trained_groups = [i for i, g in enumerate(learner.groups) if g.optimizer is not None]
+    assert [own for own, _ in watch.reached] == trained_groups * 2
+
+
+@every_rule
+def test_a_local_block_does_not_feel_what_comes_after_it(rule):
+    """Another head: the first block's update keeps its bits under a local rule, and not under a global one."""
+    model, other = net("mlp"), net("mlp")
+    with torch.no_grad():
+        other.head.weight.mul_(-3)
+    a, b = (trained(m, rule, DATA[:1], weight_decay=0.0).network.model for m in (model, other))
+    if get(rule).locality == "local":
+        assert same_bits(a.block1, b.block1)
+    if get(rule).locality == "global":
+        assert not same_bits(a.block1, b.block1)
+
+
+@every_rule
+@every_model
+def test_what_the_rule_sees_of_a_message_carries_no_gradient_back(rule, kind):
+    """Inside `signal`: the first input of a group, and its message, have no history."""
+    seen = []
+
+    class Spy(get(rule)):
+        def signal(self, at):
+            leaves = torch.utils._pytree.tree_leaves(at.message)
+            tensors_ = [t for t in [at.h_in, *leaves] if isinstance(t, torch.Tensor)]
+            seen.append((at.site.index, any(t.grad_fn is not None for t in tensors_)))
+            return super().signal(at)
+
+    spy = Spy()
+    Learner(net(kind), spy).step(X, Y)
+    firsts = {group.start for group in spy.groups(3)}
+    assert {index for index, _ in seen} == {0, 1, 2, 3}
+    assert not [index for index, history in seen if index in firsts and history]
+
+
+# --- Memory
+
+
+def working_memory(kind, rule, depth):
+    """Bytes of activations and gradients in a step, at their peak."""
+    wide = {"mlp": {"width": 64}, "vgg": {"width": 8}, "vit": {"width": 16, "heads": 2}}[kind]
+    learner = Learner(net(kind, depth=depth, **wide), rule)
+    x, y = problem(32)
+    learner.step(x, y)
+    _, use = learner.measured_step(x, y)
+    return use.activations + use.gradients
+
+
+@every_rule
+@every_model
+def test_working_memory_is_flat_in_depth_for_the_rules_that_say_so(rule, kind):
+    shallow, deep = (working_memory(kind, rule, depth) for depth in (4, 16))
+    if get(rule).flat_memory:
+        assert deep <= 1.01 * shallow
+    else:
+        assert deep > 1.2 * shallow
+
+
+# --- Training
+
+
+@every_rule
+@every_model
+def test_it_learns_a_separable_problem(rule, kind):
+    model = net(kind)
+    learner = Learner(model, rule, lr=0.01)
+    x, y = problem(64)
+    losses = [learner.step(x, y).read()["head/loss"] for _ in range(40)]
+    assert losses[-1] < 0.9 * losses[0]
+    test_x, test_y = problem(64, seed=5)
+    assert (learner(test_x).argmax(-1) == test_y).float().mean() > 2 / CLASSES
+
+
+@every_rule
+@every_model
+def test_what_is_fixed_stays_and_what_the_rule_trains_moves(rule, kind):
+    model = net(kind)
+    made = create_rule(rule)
+    learner = Learner(copy.deepcopy(model), made, example=X)
+    fixed = {name: b.clone() for name, b in learner.auxiliary.named_buffers()}
+    for x, y in DATA:
+        learner.step(x, y)
+    assert same_bits(fixed, dict(learner.auxiliary.named_buffers()))
+    for i, name in enumerate([*model.block_names, "head"]):
+        moved = any(
+            not torch.equal(a, b)
+            for a, b in zip(
+                getattr(model, name).parameters(),
+                getattr(learner.network.model, name).parameters(),
+                strict=True,
+            )
+        )
+        assert moved == made.trains(Site(i, 3, name)), name
+
+
+@every_rule
+@every_model
+def test_after_a_step_no_gradient_is_left(rule, kind):
+    learner = trained(net(kind), rule, DATA[:1])
+    assert not [name for name, p in learner.named_parameters() if p.grad is not None]
+
+
+# --- Repetition
+
+
+@every_rule
+@every_model
+def test_a_run_is_a_function_of_recipe_and_seed(rule, kind):
+    model = net(kind, dropout=0.2)
+    a, b = (trained(model, rule, DATA) for _ in range(2))
+    assert same_bits(a, b)
+
+
+@every_rule
+@every_model
+def test_a_run_goes_on_from_its_state_to_the_same_bits(rule, kind):
+    model = net(kind, dropout=0.2)
+    straight = trained(model, rule, DATA)
+    state = copy.deepcopy(trained(model, rule, DATA[:2]).state_dict())
+    resumed = Learner(net(kind, dropout=0.2), rule)
+    resumed.load_state_dict(state)
+    resumed.step(*DATA[2])
+    assert same_bits(resumed, straight)
+
+
+# --- Prediction
+
+
+@every_rule
+@every_model
+def test_prediction_is_a_plain_forward_pass(rule, kind):
+    learner = trained(net(kind, dropout=0.2), rule, DATA[:2])
+    out = learner(X)
+    assert out.shape == (len(X), CLASSES)
+    if type(learner.rule).predict is Rule.predict:
+        with torch.no_grad():
+            assert torch.equal(out, learner.network.model.eval()(X))
+
+
+@every_rule
+@every_model
+def test_evaluation_changes_nothing(rule, kind):
+    learner = trained(net(kind, dropout=0.2), rule, DATA[:2])
+    network, auxiliary = tensors(learner.network), tensors(learner.auxiliary)
+    generator = torch.get_rng_state()
+    first, second = learner.evaluate(X, Y).read(), learner.evaluate(X, Y).read()
+    assert first == second
+    assert {"head/loss", "head/accuracy"} <= first.keys()
+    assert same_bits(tensors(learner.network), network)
+    assert same_bits(tensors(learner.auxiliary), auxiliary)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert learner.steps == 2
+    assert all(p.grad is None for _, p in learner.named_parameters())

@@ -1,0 +1,175 @@
+"""Break the library on purpose, one line at a time, and see that the tests notice.
+
+Run from anywhere: `python tools/mutate.py [words of a mutant's name]`. Every mutant is a change of text in a
+copy of `src`; the tests named beside it must fail on it (and pass on the copy without it). Exit code 1 if a mutant
+survives (or the tests fail without one), 2 if its text does not occur in the source exactly once or pytest could not
+run its tests. Needs a system that can fork.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch._dynamo  # noqa: F401  once, for all forks; the first optimizer would import it
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKERS = 2
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One fault: pairs of text and replacement in a file, and the tests that must notice."""
+
+    name: str
+    file: str
+    changes: list[tuple[str, str]]
+    tests: str
+    """Test file and an expression for `pytest -k`."""
+
+
+CONTRACT, ENGINE, RULES = "test_contract.py", "test_engine.py", "test_rules.py"
+LOCAL = f"{CONTRACT} mlp and sll and (carries or reaches)"
+MEMORY = f"{CONTRACT} working_memory and mlp and local_ce"
+FREE = "        self._free(group)\n\n    def _free"
+MUTANTS = [
+    Mutant("activation not detached", "engine.py",
+           [("return detach(h_out), detach(message_out)", "return h_out, detach(message_out)")], LOCAL),
+    Mutant("message not detached", "engine.py",
+           [("return detach(h_out), detach(message_out)", "return detach(h_out), message_out")], LOCAL),
+    Mutant("zero_grad before backward", "engine.py",
+           [(FREE, "\n    def _free"),
+            ("loss = self._backward(group, signals)",
+             "self._free(group); loss = self._backward(group, signals)")], MEMORY),
+    Mutant("gradients zeroed, not freed", "engine.py",
+           [("zero_grad(set_to_none=True)", "zero_grad(set_to_none=False)")], MEMORY),
+    Mutant("one backward of all losses (memory)", "learner.py",
+           [("in self.rule.groups(len(blocks) - 1)", "in [range(len(blocks))]")], MEMORY),
+    Mutant("one backward of all losses (locality)", "learner.py",
+           [("in self.rule.groups(len(blocks) - 1)", "in [range(len(blocks))]")],
+           f"{CONTRACT} feel and sll"),
+    Mutant("metrics keep the graph", "engine.py",
+           [("= detach(signal.metrics)", "= signal.metrics")], "test_learner.py metrics_are"),
+    Mutant("forward without a graph", "engine.py",
+           [("torch.set_grad_enabled(learns)", "torch.no_grad()")], f"{CONTRACT} learns and mlp and sll"),
+    Mutant("draws do not depend on the block", "engine.py",
+           [('"draw", step, unit.site.index', '"draw", step')], f"{ENGINE} own_draws"),
+    Mutant("draws do not depend on the step", "engine.py",
+           [('"draw", step, unit.site.index', '"draw", unit.site.index')], f"{ENGINE} own_draws"),
+    Mutant("draws do not depend on the seed", "engine.py",
+           [('derive_seed(self.how.seed, "draw"', 'derive_seed("draw"')], f"{ENGINE} own_draws"),
+    Mutant("clipping left out", "engine.py",
+           [("nn.utils.clip_grads_with_norm_(group.parameters, self.how.clip, norm)", "pass")],
+           f"{ENGINE} clipping"),
+    Mutant("schedule ignored", "engine.py",
+           [("self.how.schedule(step // self.how.accumulate)", "1.0")], f"{ENGINE} schedule_multiplies"),
+    Mutant("schedule counts batches", "engine.py",
+           [("self.how.schedule(step // self.how.accumulate)", "self.how.schedule(step)")],
+           f"{ENGINE} schedule_multiplies"),
+    Mutant("accumulated sum, not mean", "engine.py",
+           [("[c / self.how.accumulate for c in cotangents]", "list(cotangents)")],
+           f"{ENGINE} accumulated and local_ce"),
+    Mutant("biases decay", "optim.py", [(', "weight_decay": 0.0}', "}")], f"{ENGINE} matrices_decay"),
+    Mutant("multiplier ignored", "optim.py",
+           [(' * group.get("lr_multiplier", 1.0)', "")], f"{ENGINE} multiplier"),
+    Mutant("sign of log BC", "functional.py",
+           [("return torch.logsumexp(0.5", "return -torch.logsumexp(0.5")], "test_functional.py bc"),
+    Mutant("KL from the block to its neighbour", "functional.py",
+           [("log_p.exp() * (log_p - log_q)", "log_q.exp() * (log_q - log_p)")], f"{RULES} kl"),
+    Mutant("neighbour not detached", "rules/sll.py",
+           [("sent[-back].detach()", "sent[-back]")], f"{RULES} neighbours_posterior"),
+    Mutant("sign of the likelihood", "rules/sll.py",
+           [("loss = by_depth(self.likelihood_weight", "loss = -by_depth(self.likelihood_weight")],
+           f"{RULES} likelihood or closed_form"),
+    Mutant("evaluation in training mode", "learner.py",
+           [("        self.network.eval()\n", "")], f"{CONTRACT} evaluation and vgg and sll"),
+    Mutant("optimizer state shared", "learner.py",
+           [("copy.deepcopy(packed)", "packed")], "test_learner.py share_nothing"),
+    Mutant("a module held twice runs once", "blocks.py",
+           [("in model._modules.items():", "in model.named_children():")],
+           "test_blocks.py models_bits and shared"),
+]  # fmt: skip
+
+
+def broken_copy(place: Path, mutant: Mutant | None) -> None:
+    """Copy `src` to `place` and apply the mutant; ValueError when its text is not there exactly once."""
+    shutil.copytree(ROOT / "src", place, ignore=shutil.ignore_patterns("__pycache__"))
+    if mutant is None:
+        return
+    path = place / "layerwise" / mutant.file
+    text = path.read_text()
+    for old, new in mutant.changes:
+        if text.count(old) != 1:
+            raise ValueError(f"{mutant.file} holds {text.count(old)} times: {old!r}")
+        text = text.replace(old, new)
+    path.write_text(text)
+
+
+def tests_on(place: Path, file: str, words: str) -> int:
+    """Run the tests on the package at `place`, in this very process; pytest's exit code (0 passed, 1 failed)."""
+    os.environ["PYTHONPATH"] = str(place)
+    sys.path.insert(0, str(place))
+    sys.dont_write_bytecode = True
+    os.chdir(ROOT)
+    with open(os.devnull, "w") as silence, redirect_stdout(silence), redirect_stderr(silence):
+        options = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
+        code = pytest.main([*options, str(ROOT / "tests" / file), "-k", words])
+    used = Path(sys.modules["layerwise"].__file__ or "")
+    return int(code) if used.is_relative_to(place) else 99  # never the tests of another copy
+
+
+def trial(job: tuple[Mutant | None, str]) -> tuple[str, float]:
+    """What became of the mutant: `killed`, `survived`, or the reason why nothing can be said."""
+    mutant, tests = job
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            broken_copy(Path(folder) / "src", mutant)
+            code = tests_on(Path(folder) / "src", *tests.split(" ", 1))
+            fate = {0: "survived", 1: "killed"}.get(code, f"error: pytest's exit code is {code}")
+        except ValueError as reason:
+            fate = f"error: {reason}"
+    return fate, time.perf_counter() - start
+
+
+def main() -> int:
+    """Try the mutants whose names hold the words given; print a table."""
+    words = " ".join(sys.argv[1:])
+    chosen = [mutant for mutant in MUTANTS if words in mutant.name]
+    if not chosen:
+        print(f"no mutant is called {words!r}")
+        return 2
+    start = time.perf_counter()
+    # First the tests on the copy that nothing was done to: there they must pass.
+    selected: dict[str, list[str]] = {}
+    for mutant in chosen:
+        file, expression = mutant.tests.split(" ", 1)
+        selected.setdefault(file, []).append(f"({expression})")
+    jobs: list[tuple[Mutant | None, str]] = [(None, f"{file} {' or '.join(found)}") for file, found in selected.items()]
+    jobs += [(mutant, mutant.tests) for mutant in chosen]
+    fates = []
+    # A fresh fork for every job: torch is imported once, the package anew.
+    with get_context("fork").Pool(WORKERS, maxtasksperchild=1) as pool:
+        for (mutant, tests), (fate, seconds) in zip(jobs, pool.imap(trial, jobs, chunksize=1), strict=True):
+            if mutant is None:
+                good, name, file = "survived", "no fault", tests.split(" ", 1)[0]
+            else:
+                good, name, file = "killed", mutant.name, mutant.file
+            fates.append("as it must" if fate == good else "error" if "error" in fate else "wrong")
+            print(f"{name:40s} {file:20s} {seconds:5.1f} s  {fate}", flush=True)
+    wrong, errors = fates.count("wrong"), fates.count("error")
+    print(
+        f"{len(chosen)} mutants, {len(selected)} test files: {wrong} not as it must be, {errors} errors; "
+        f"{time.perf_counter() - start:.0f} s"
+    )
+    return 2 if errors else int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
