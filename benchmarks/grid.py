@@ -131,10 +131,10 @@ def write_table(folder: Path, grid: dict, best: dict[str, float]) -> None:
         "",
         grid["about"],
         "",
-        f"Command: `python benchmarks/grid.py {folder.as_posix()}`. Learning rate of every rule out of {rates}, chosen on",
-        f"the validation split with seed {grid['tune_seed']}; test accuracy in % of the last weights, mean and standard",
-        "deviation over n seeds; accuracy of every block's own readout, then the head's; activations + gradients and",
-        "peak in MiB (exact); seconds of training with one thread, on a shared machine (a rough figure).",
+        f"Command: `python benchmarks/grid.py {folder.as_posix()}`. Learning rate of every rule out of {rates},",
+        f"chosen on the validation split with seed {grid['tune_seed']}; test accuracy in % of the last weights, mean",
+        "and standard deviation over n seeds; accuracy of every block's own readout, then the head's; activations",
+        "+ gradients and peak in MiB (exact); seconds of training with one thread on a shared machine (rough).",
         "",
         "| rule | lr | n | test accuracy | by block, head last | act. + grad. MiB | peak MiB | seconds |",
         "|---|---|---|---|---|---|---|---|",
@@ -154,7 +154,9 @@ def environment(jobs: int) -> str:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        model = next((row.split(":")[1].strip() for row in cpuinfo.read_text().splitlines() if "model name" in row), model)
+        model = next(
+            (row.split(":")[1].strip() for row in cpuinfo.read_text().splitlines() if "model name" in row), model
+        )
     return (
         f"cpu: {model}, {os.cpu_count()} cores, {jobs} runs at a time with one thread each\n"
         f"python {platform.python_version()}, torch {torch.__version__}, {platform.system()} {platform.release()}\n"

@@ -86,10 +86,10 @@ class ForwardForward(Rule):
         loss = F.softplus(self.threshold - true).mean() + F.softplus(false - self.threshold).mean()
         return Signal(loss=loss, output=F.layer_norm(at.h, at.h.shape[-1:]))
 
-    def predict(self, forward, x):
+    def predict(self, network, auxiliary, x):
         def goodness(label):
             h, total = self.overlay(x, torch.full((len(x),), label)), 0.0
-            for block in forward.blocks:
+            for block in network.blocks:
                 h = block(h)
                 total = total + h.square().mean(-1)
                 h = F.layer_norm(h, h.shape[-1:])

@@ -161,7 +161,7 @@ def test_wrong_batches_are_refused():
         plain(numbered(40), 512)
     with pytest.raises(LayerwiseError, match="batch size 0"):
         plain(numbered(40), 0)
-    with pytest.raises(LayerwiseError, match="unknown augmentation 'flop'; did you mean 'flip'.*flip, crop, cutout"):
+    with pytest.raises(LayerwiseError, match=r"unknown augmentation 'flop'; did you mean 'flip'.*flip, crop, cutout"):
         plain(numbered(40), 4, augment=("flop",))
     with pytest.raises(LayerwiseError, match="one value of each per channel"):
         plain(numbered(40), 4, mean=(0.1, 0.2))
@@ -402,7 +402,7 @@ def test_a_streamed_epoch_may_be_left_early_and_reports_a_broken_image(tmp_path)
     epoch = batches.epoch(0)
     next(epoch)
     epoch.close()
-    with pytest.raises(LayerwiseError, match="row 5 of .*train-b.parquet is not a readable image"):
+    with pytest.raises(LayerwiseError, match=r"row 5 of .*train-b.parquet is not a readable image"):
         list(batches.epoch(0))
 
 

@@ -127,6 +127,16 @@ def test_a_half_written_line_is_dropped(tmp_path, at_step):
     assert_same_run(whole, tmp_path / "run")
 
 
+def test_stopped_after_the_last_checkpoint(tmp_path, monkeypatch):
+    whole = train(tmp_path / "whole", *HARD)
+    with monkeypatch.context() as patch:
+        patch.setattr("layerwise.training.Run._finish", lambda self, log: kill())
+        with pytest.raises(Killed):
+            train(tmp_path / "run", *HARD)
+    resume(tmp_path / "run")
+    assert_same_run(whole, tmp_path / "run")
+
+
 def test_resuming_a_finished_run_changes_nothing(tmp_path):
     folder = train(tmp_path / "run", *HARD)
     before = (weights(folder), state(folder), lines(folder), result(folder))
@@ -168,7 +178,7 @@ def test_a_second_signal_acts_at_once(tmp_path, at_step, capsys):
 
 # In processes of their own
 
-LONG = split("--steps 400 --epochs 40 --batch-size 128 --save-every 7 --log-every 1")
+LONG = split("--steps 300 --epochs 40 --batch-size 128 --save-every 7 --log-every 1")
 
 
 def signalled(process, signum, folder, count):
@@ -187,13 +197,13 @@ def test_stopped_from_outside_again_and_again(tmp_path):
     whole, folder = train(tmp_path / "whole", *LONG), tmp_path / "run"
     words = ["train", *SMALL, *LONG, "--out", folder]
     signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT]
-    for signum, count in zip(signals, sorted(random.sample(range(2, 350), len(signals))), strict=True):
+    for signum, count in zip(signals, sorted(random.sample(range(2, 200), len(signals))), strict=True):
         code, err = signalled(start(*words), signum, folder, count)
         if signum == signal.SIGKILL:
             assert code == -signum, err
         else:
             assert code == 128 + signum, err
-            told = re.search(rf"stopped by {signum.name} after step (\d+) of 400; go on with: layerwise train --res", err)
+            told = re.search(rf"stopped by {signum.name} after step (\d+) of 300; go on with: layerwise train", err)
             assert told, err
             assert (folder / "checkpoints" / f"step-{int(told[1]):09d}").is_dir()
         assert "Traceback" not in err

@@ -89,9 +89,7 @@ def test_weights_fit_the_plain_model_and_predict_the_same(short):
     model = models.create("mlp", (1, 8, 8), 10, depth=2, width=16).eval()
     model.load_state_dict(weights(short), strict=True)
     digits = data.load("digits")
-    batches = data.Batches(
-        digits.test, 512, seed=0, mean=digits.mean, std=digits.std, shuffle=False, drop_last=False
-    )
+    batches = data.Batches(digits.test, 512, seed=0, mean=digits.mean, std=digits.std, shuffle=False, drop_last=False)
     with torch.no_grad():
         correct = sum(int((model(x).argmax(-1) == y).sum()) for x, y in batches.epoch(0))
     assert correct / len(digits.test) == pytest.approx(result(short)["test_accuracy"], abs=1e-6)
@@ -382,10 +380,10 @@ def test_any_options_survive_json(changes, weight):
     assert from_mapping(json.loads(json.dumps(to_mapping(options)))) == options
 
 
-WRONG = [{"lr": "fast"}, {"epochs": True}, {"rule": "sll"}, {"lrr": 1}, {"clip": math.nan}, {"rule": {"scale": math.inf}}]
+WRONG = [{"lr": "fast"}, {"epochs": True}, {"rule": "sll"}, {"lrr": 1}, {"clip": math.nan}]
 
 
-@pytest.mark.parametrize("values", [*WRONG, [], 3])
+@pytest.mark.parametrize("values", [*WRONG, {"rule": {"scale": math.inf}}, [], 3])
 def test_wrong_options_are_refused(values):
     with pytest.raises(LayerwiseError):
         from_mapping(values)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerwise.errors import LayerwiseError
@@ -171,8 +172,7 @@ def legal_cuts(model: nn.Module) -> list[str]:
         (
             i
             for i, node in enumerate(order)
-            if node.op == "get_attr"
-            or (node.op == "call_module" and _weighted(model.get_submodule(str(node.target))))
+            if node.op == "get_attr" or (node.op == "call_module" and _weighted(model.get_submodule(str(node.target))))
         ),
         default=0,
     )
@@ -211,7 +211,7 @@ def _expanded(
         if child is None:
             continue
         path = prefix + name
-        if _is_sequential(child) and len(child) > 0:
+        if _is_sequential(child) and child._modules:
             inside = any(cut.startswith(path + ".") for cut in cuts)
             if inside or deep:
                 found += _expanded(child, cuts, deep, path + ".")
@@ -252,9 +252,7 @@ def _finest_cuts(model: nn.Module) -> list[str]:
 def _weighted_cuts(model: nn.Module, deep: bool) -> list[str]:
     """Cut before every child with a weight of two or more dimensions; the others join the child before."""
     children = _expanded(model, deep=deep)
-    starts = [
-        i for i, (_, child) in enumerate(children) if any(p.dim() >= 2 for p in child.parameters())
-    ]
+    starts = [i for i, (_, child) in enumerate(children) if any(p.dim() >= 2 for p in child.parameters())]
     if len(starts) < 2:
         raise LayerwiseError(
             f"{type(model).__name__} has {len(starts)} children with weights, and a partition needs at "
@@ -278,9 +276,7 @@ def _cut(model: nn.Module, cuts: tuple[str, ...]) -> list[Block]:
     else:
         parts = _cut_graph(model, cuts)
     names = [*cuts, "head"]
-    blocks = [
-        Block(name, model, run, owned) for name, (run, owned) in zip(names, parts, strict=True)
-    ]
+    blocks = [Block(name, model, run, owned) for name, (run, owned) in zip(names, parts, strict=True)]
     _check_ownership(model, blocks)
     return blocks
 
@@ -297,9 +293,7 @@ class _Chain:
         return h
 
 
-def _cut_sequential(
-    model: nn.Module, cuts: tuple[str, ...]
-) -> list[tuple[Callable[[Tensor], Any], set[str]]]:
+def _cut_sequential(model: nn.Module, cuts: tuple[str, ...]) -> list[tuple[Callable[[Tensor], Any], set[str]]]:
     children = _expanded(model, cuts)
     order = [name for name, _ in children]
     ends = [order.index(cut) + 1 for cut in cuts]
@@ -340,9 +334,7 @@ class _Tracer(fx.Tracer):
         return out
 
 
-def _trace(
-    model: nn.Module, leaf: Callable[[str, nn.Module], bool]
-) -> tuple[fx.Graph, dict[str, list[fx.Node]]]:
+def _trace(model: nn.Module, leaf: Callable[[str, nn.Module], bool]) -> tuple[fx.Graph, dict[str, list[fx.Node]]]:
     tracer = _Tracer(leaf)
     try:
         graph = tracer.trace(model)
@@ -355,12 +347,8 @@ def _trace(
     return graph, ends
 
 
-def _cut_graph(
-    model: nn.Module, cuts: tuple[str, ...]
-) -> list[tuple[Callable[[Tensor], Any], set[str]]]:
-    graph, ends = _trace(
-        model, leaf=lambda path, _: not any(cut.startswith(path + ".") for cut in cuts)
-    )
+def _cut_graph(model: nn.Module, cuts: tuple[str, ...]) -> list[tuple[Callable[[Tensor], Any], set[str]]]:
+    graph, ends = _trace(model, leaf=lambda path, _: not any(cut.startswith(path + ".") for cut in cuts))
     order = [node for node in graph.nodes]
     position = {node: i for i, node in enumerate(order)}
     for cut in cuts:
@@ -411,7 +399,7 @@ def _subgraph(
             child = model.get_submodule(str(node.target))
             tensors = [*child.named_parameters(), *child.named_buffers()]
             owned |= {f"{node.target}.{n}" for n, _ in tensors}
-    part.output(fx.node.map_arg(result, lambda n: copies[n]))
+    part.output(map_arg(result, lambda n: copies[n]))
     # Python source that looks everything up in the model; faster than fx.Interpreter, and dynamo can read it.
     source = part.python_code("self")
     exec(source.src, source.globals)
@@ -438,23 +426,18 @@ def _check_ownership(model: nn.Module, blocks: list[Block]) -> None:
         )
 
 
-def _balanced(
-    model: nn.Module, cuts: Sequence[str], blocks: int, example: Tensor | None
-) -> list[str]:
+def _balanced(model: nn.Module, cuts: Sequence[str], blocks: int, example: Tensor | None) -> list[str]:
     """Choose `blocks` of the cuts so that the costliest block is as cheap as can be."""
     if not 1 <= blocks <= len(cuts):
         raise LayerwiseError(
-            f"blocks={blocks} is not possible: the model can be cut into 1 to {len(cuts)} blocks and a "
-            "head."
+            f"blocks={blocks} is not possible: the model can be cut into 1 to {len(cuts)} blocks and a head."
         )
     if blocks == len(cuts):
         return list(cuts)
     if blocks == 1:
         return [cuts[-1]]
     if example is None:
-        raise LayerwiseError(
-            f"blocks={blocks} is balanced by measured cost; give example=..., a batch of inputs."
-        )
+        raise LayerwiseError(f"blocks={blocks} is balanced by measured cost; give example=..., a batch of inputs.")
     cost = _operations(Partition(model, cuts), example)
     total = [0, *torch.tensor(cost).cumsum(0).tolist()]
     # best[k][i]: the smallest possible maximum when the first i blocks are joined to k.
@@ -462,9 +445,7 @@ def _balanced(
     for k in range(1, blocks + 1):
         for i in range(k, len(cost) + 1):
             best[k, i] = min(
-                (max(best[k - 1, j][0], total[i] - total[j]), j)
-                for j in range(k - 1, i)
-                if (k - 1, j) in best
+                (max(best[k - 1, j][0], total[i] - total[j]), j) for j in range(k - 1, i) if (k - 1, j) in best
             )
     chosen, i = [], len(cost)
     for k in range(blocks, 0, -1):

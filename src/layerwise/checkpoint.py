@@ -67,8 +67,7 @@ def save(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
         last = latest(folder)
         kept = f"; the last complete one is {last}" if last else ""
         raise LayerwiseError(
-            f"could not write the checkpoint {final} ({_short(reason)}){kept}; free space or choose "
-            "another --out."
+            f"could not write the checkpoint {final} ({_short(reason)}){kept}; free space or choose another --out."
         ) from reason
     for old in complete(folder)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
@@ -117,9 +116,7 @@ def load_latest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
         except CorruptCheckpoint as damage:
             passed_over.append(str(damage))
     if passed_over:
-        raise CorruptCheckpoint(
-            f"every checkpoint in {folder} is damaged ({passed_over[0]}); start the run again."
-        )
+        raise CorruptCheckpoint(f"every checkpoint in {folder} is damaged ({passed_over[0]}); start the run again.")
     return None, []
 
 

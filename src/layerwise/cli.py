@@ -55,15 +55,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command not in COMMANDS:
             raise LayerwiseError(f"unknown command {command!r}; {suggestion(command, list(COMMANDS))}.")
         keep_freed_memory()
-        return COMMANDS[command](rest)
+        code = COMMANDS[command](rest)
+        sys.stdout.flush()  # here, where a failure can still be told
+        return code
     except LayerwiseError as error:
         print(f"layerwise: {error}", file=sys.stderr)
         return 2
     except SystemExit as stop:  # tyro has printed the help text
         return int(stop.code or 0)
-    except BrokenPipeError:  # the reader of our output has gone, for example `| head`
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # Of stdout, then: what fails on a file is a LayerwiseError.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        if isinstance(error, BrokenPipeError):  # its reader has gone, for example `| head`
+            return 0
+        print(f"layerwise: cannot print ({error.strerror}).", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("layerwise: stopped.", file=sys.stderr)
         return 130
@@ -113,7 +121,7 @@ def _one_sentence(box: str, command: str) -> str:
 
 
 PLAIN = (
-    (r"^Error parsing (--\S+): invalid literal for int\(\) with base 10: (.*)", r"\1 is \2, which is not a whole number"),
+    (r"^Error parsing (--\S+): invalid literal for int\(\) .*: (.*)", r"\1 is \2, which is not a whole number"),
     (r"^Error parsing (--\S+): could not convert string to float: (.*)", r"\1 is \2, which is not a number"),
     (r"^Error parsing (--\S+): Failed to parse key-value pairs!", r"\1 takes pairs of a name and a number"),
     (r"^Missing value for argument '(.*)'\. Expected 1 values", r"\1 needs a value"),

@@ -19,7 +19,7 @@ def describe_rule(name: str) -> str:
     text = (inspect.getdoc(rule) or "").partition(">>>")[0].rstrip()
     facts = {
         "locality": f"{rule.locality} ({LOCALITIES[rule.locality]})",
-        "backpropagation": "through the whole network" if rule.locality == "global" else "only inside a group of blocks",
+        "backpropagation": "through the whole network" if rule.locality == "global" else "inside a group of blocks",
         "crosses": rule.crosses,
         "memory": "activations + gradients do not grow with the number of blocks"
         if rule.flat_memory

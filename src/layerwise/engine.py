@@ -35,13 +35,14 @@ class Group:
     """Neighbouring units that share one graph, one backward pass and one optimizer."""
 
     units: list[Unit]
+    ahead: list[Unit]
+    """Units behind them, of later groups, through which their signal passes; they lend the graph and do not learn."""
     parameters: list[nn.Parameter]
+    """What learns here."""
     optimizer: torch.optim.Optimizer | None
     """None where nothing learns; such a group runs without a graph."""
     scaler: torch.amp.GradScaler
     """Scales the signal where gradients are fp16; does nothing otherwise."""
-    idle: list[nn.Parameter] = field(default_factory=list)
-    """Parameters that the rule does not train; in the graph of those that it does they get gradients as well."""
     buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Running statistics and what they were before the update, to be put back when it is skipped."""
 
@@ -73,7 +74,6 @@ class Trace:
     metrics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     finite: dict[str, Tensor] = field(default_factory=dict)
     skipped: set[str] = field(default_factory=set)
-    logits: Tensor | None = None
 
 
 class NonFinite(LayerwiseError):
@@ -82,8 +82,7 @@ class NonFinite(LayerwiseError):
     def __init__(self, block: str, step: int, input_is_finite: bool):
         if input_is_finite:
             cause = (
-                "lower the learning rate, clip gradients (clip=1.0), or count and skip such steps "
-                "(nonfinite='skip')"
+                "lower the learning rate, clip gradients (clip=1.0), or count and skip such steps (nonfinite='skip')"
             )
         else:
             cause = "its input already holds NaN or infinity, so look at the data or the block before it"
@@ -104,36 +103,36 @@ class Engine:
 
     def forward(
         self, group: Group, h: Tensor, message: Any, y: Tensor, step: int | None, trace: Trace
-    ) -> tuple[list[Signal], Tensor, Any]:
+    ) -> tuple[list[tuple[Signal, Tensor]], Tensor, Any]:
         """Run a group's blocks and ask the rule for its signals.
 
         Args:
             h: input of the group's first block.
             message: of the site before.
             step: the training step, which decides the random draws; None in evaluation.
+
+        Returns:
+            Signals with the output that each one belongs to; input and message of the next group.
         """
-        signals = []
-        for unit in group.units:
+        signals: list[tuple[Signal, Tensor]] = []
+        passed_on = h, message
+        for unit in [*group.units, *(group.ahead if step is not None else [])]:
             out = self.run(unit, h, step)
             with self.autocast():
-                moment = Moment(
-                    unit.site, out, h, message, y, self.how.task, unit.auxiliary, step is not None
-                )
+                moment = Moment(unit.site, out, h, message, y, self.how.task, unit.auxiliary, step is not None)
                 signal = self.rule.signal(moment)
             h = out if signal.output is None else signal.output
             message = signal.message
             if signal.loss is not None:
                 signal.metrics["loss"] = signal.loss
-            if signal.metrics:
-                trace.metrics[unit.site.name] = detach(signal.metrics)
-            if unit.site.is_head:
-                trace.logits = out.detach()
             signals.append((signal, out))
-        return signals, h, message
+            if unit.site.index <= group.units[-1].site.index:
+                passed_on = h, message
+                if signal.metrics:
+                    trace.metrics[unit.site.name] = detach(signal.metrics)
+        return signals, *passed_on
 
-    def update(
-        self, group: Group, h: Tensor, message: Any, y: Tensor, step: int, trace: Trace
-    ) -> tuple[Tensor, Any]:
+    def update(self, group: Group, h: Tensor, message: Any, y: Tensor, step: int, trace: Trace) -> tuple[Tensor, Any]:
         """One group's whole update; returns the detached input and message of the next group."""
         learns = group.optimizer is not None
         if self.how.nonfinite == "skip" and step % self.how.accumulate == 0:
@@ -166,10 +165,13 @@ class Engine:
         roots = [(loss, torch.ones_like(loss)) for loss in losses]
         roots += [(out, s.cotangent) for s, out in signals if s.cotangent is not None]
         if roots:
-            outputs, cotangents = zip(*roots, strict=True)
+            cotangents = [cotangent for _, cotangent in roots]
             if self.how.accumulate > 1:
-                cotangents = [c / self.how.accumulate for c in cotangents]
-            torch.autograd.backward(outputs, group.scaler.scale(cotangents))
+                cotangents = [cotangent / self.how.accumulate for cotangent in cotangents]
+            # Gradients for this group's parameters alone: what lends its graph, or does not learn, gets none.
+            torch.autograd.backward(
+                [root for root, _ in roots], list(group.scaler.scale(cotangents)), inputs=group.parameters
+            )
         return torch.stack([loss.detach().float() for loss in losses or [torch.zeros(())]]).sum()
 
     def _step(self, group: Group, h: Tensor, loss: Tensor, step: int, trace: Trace) -> None:
@@ -185,17 +187,9 @@ class Engine:
             set_learning_rate(optimizer, self.how.schedule(step // self.how.accumulate))
             group.scaler.step(optimizer)
         group.scaler.update()
-        self._free(group)
+        optimizer.zero_grad(set_to_none=True)
 
-    def _free(self, group: Group) -> None:
-        assert group.optimizer is not None
-        group.optimizer.zero_grad(set_to_none=True)
-        for parameter in group.idle:
-            parameter.grad = None
-
-    def _may_step(
-        self, group: Group, h: Tensor, loss: Tensor, norm: Tensor, step: int, trace: Trace
-    ) -> bool:
+    def _may_step(self, group: Group, h: Tensor, loss: Tensor, norm: Tensor, step: int, trace: Trace) -> bool:
         """Whether signal and gradient are finite; an overflow of scaled gradients is the scaler's own affair."""
         finite = torch.isfinite(loss if group.scaler.is_enabled() else loss + norm)
         if self.how.nonfinite == "raise" and self.how.device.type != "cpu":
@@ -209,5 +203,6 @@ class Engine:
             for buffer, before in group.buffers:
                 buffer.copy_(before)
             return False
-        self._free(group)
+        assert group.optimizer is not None
+        group.optimizer.zero_grad(set_to_none=True)
         raise NonFinite(group.name, step, input_is_finite=bool(torch.isfinite(h).all()))

@@ -53,8 +53,9 @@ def pool_features(h: Tensor, pool: str) -> Tensor:
 
     Args:
         h: `(B, D)`, `(B, C, H, W)` or `(B, T, D)`.
-        pool: `"mean"` averages over space or tokens, `"cls"` takes the first token, `"none"` keeps every
-            position (a language model), `"flatten"` keeps everything in one vector.
+        pool: `"mean"` averages over space or tokens, `"moments"` gives mean and standard deviation over them
+            (2 C or 2 D numbers), `"cls"` takes the first token, `"none"` keeps every position (a language
+            model), `"flatten"` keeps everything in one vector.
 
     Returns:
         `(B, D)`, or `(B, T, D)` for `"none"` on tokens.
@@ -68,7 +69,11 @@ def pool_features(h: Tensor, pool: str) -> Tensor:
         return h
     if pool == "cls":
         return h[:, 0]
-    return h.mean(dim=tuple(range(2, h.dim()))) if h.dim() >= 4 else h.mean(1)
+    places = tuple(range(2, h.dim())) if h.dim() >= 4 else (1,)
+    if pool == "mean":
+        return h.mean(places)
+    variance, mean = torch.var_mean(h.float(), places, correction=0)
+    return torch.cat([mean, (variance + 1e-5).sqrt()], dim=-1)
 
 
 def normalise(h: Tensor, norm: str, eps: float = 1e-5) -> Tensor:

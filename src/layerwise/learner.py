@@ -149,16 +149,12 @@ class Learner:
         self.lr_multipliers = dict(lr_multipliers or {})
         for name in self.lr_multipliers:
             if name not in names:
-                raise LayerwiseError(
-                    f"lr_multipliers names no block {name!r}; {suggestion(name, names)}."
-                )
-        self.factory = optimizer_factory(
-            optimizer, lr=lr, weight_decay=weight_decay, options=optimizer_options
-        )
+                raise LayerwiseError(f"lr_multipliers names no block {name!r}; {suggestion(name, names)}.")
+        self.factory = optimizer_factory(optimizer, lr=lr, weight_decay=weight_decay, options=optimizer_options)
         self.device = next(model.parameters()).device
         self.channels_last = channels_last
         if channels_last:
-            self.network.to(memory_format=torch.channels_last)
+            self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self._compile = compile
         self.schedule = schedule or Schedule()
         self._how: dict[str, Any] = {
@@ -203,9 +199,11 @@ class Learner:
             units.append(Unit(site, block, auxiliary))
         self.task = task
         self.engine = Engine(self.rule, Execution(task=task, **self._how))
+        ranges = self.rule.groups(len(blocks) - 1)
+        ends = [later.start for later in ranges[1:]] + [len(units)]
         self.groups = [
-            self._group([units[i] for i in members])
-            for members in self.rule.groups(len(blocks) - 1)
+            self._group(units[members.start : end], ahead=units[end : members.stop])
+            for members, end in zip(ranges, ends, strict=True)
         ]
         if self._compile:
             backend = self._compile if isinstance(self._compile, str) else "inductor"
@@ -231,23 +229,19 @@ class Learner:
                 outputs.append(h)
         return outputs
 
-    def _group(self, units: list[Unit]) -> Group:
+    def _group(self, units: list[Unit], ahead: list[Unit]) -> Group:
         learning = [unit for unit in units if self.rule.trains(unit.site)]
         groups = [
             group
             for unit in learning
-            for group in decay_groups(
-                unit.parameters(), self.lr_multipliers.get(unit.site.name, 1.0)
-            )
+            for group in decay_groups(unit.parameters(), self.lr_multipliers.get(unit.site.name, 1.0))
         ]
         return Group(
             units,
+            ahead,
             parameters=[p for group in groups for p in group["params"]],
             optimizer=self.factory(groups) if groups else None,
-            idle=[p for unit in units if unit not in learning for p in unit.parameters()],
-            scaler=torch.amp.GradScaler(
-                self.device.type, enabled=self._how["autocast"] == torch.float16
-            ),
+            scaler=torch.amp.GradScaler(self.device.type, enabled=self._how["autocast"] == torch.float16),
         )
 
     def step(self, x: Tensor, y: Tensor) -> Metrics:
@@ -270,7 +264,7 @@ class Learner:
         step, trace = self.steps, Trace()
         with preserved_generators(self.device):
             seed_generators(derive_seed(self._how["seed"], "begin", step), self.device)
-            h, message = self.rule.begin(Start(x, y, self.task, self._forward_with_draws))
+            h, message = self.rule.begin(self._start(x, y, self._forward_with_draws))
             h, message = detach((h, message))
             for group in self.groups:
                 h, message = self.engine.update(group, h, message, y, step, trace)
@@ -304,11 +298,11 @@ class Learner:
         x, y = self._ready(x, y)
         trace = Trace()
         with self._evaluating():
-            h, message = self.rule.begin(Start(x, y, self.task, self.network))
+            h, message = self.rule.begin(self._start(x, y, self.network))
             for group in self.groups:
                 _, h, message = self.engine.forward(group, h, message, y, None, trace)
             if type(self.rule).predict is not Rule.predict:
-                logits = self.rule.predict(self.network, x)
+                logits = self.rule.predict(self.network, self._modules_by_site(), x)
                 correct = self.task.correct(logits, y) / y.numel()
                 trace.metrics["head"] = {"loss": self.task.loss(logits, y), "accuracy": correct}
         return Metrics(self.steps, len(x), trace.metrics, (), {})
@@ -318,9 +312,8 @@ class Learner:
         """Logits `(B, ..., K)` for inputs `(B, ...)` in evaluation mode, without gradient."""
         if not self.groups:
             self.build(x)
-        with self._evaluating():
-            with self.engine.autocast():
-                return self.rule.predict(self.network, self._placed(x))
+        with self._evaluating(), self.engine.autocast():
+            return self.rule.predict(self.network, self._modules_by_site(), self._placed(x))
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -334,6 +327,12 @@ class Learner:
         finally:
             for module, mode in modes:
                 module.training = mode
+
+    def _start(self, x: Tensor, y: Tensor, forward: Callable[[Tensor], Tensor]) -> Start:
+        return Start(x, y, self.task, self.network, self._modules_by_site(), forward)
+
+    def _modules_by_site(self) -> dict[int, nn.Module]:
+        return {int(index): module for index, module in self.auxiliary.items()}
 
     def _forward_with_draws(self, x: Tensor) -> Tensor:
         """The network's logits under this step's own random draws, without gradient."""
@@ -368,7 +367,7 @@ class Learner:
 
     def optimizer_states(self) -> dict[str, dict[str, Any]]:
         """Optimizer state per parameter name, whatever the grouping of the blocks."""
-        names = {parameter: name for name, parameter in self.named_parameters()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.named_parameters()}
         return {
             names[parameter]: state
             for group in self.groups
@@ -406,8 +405,7 @@ class Learner:
             return
         if state["rule"] != self.rule.name:
             raise LayerwiseError(
-                f"the checkpoint was trained with rule {state['rule']!r}, not {self.rule.name!r}; choose "
-                "the same rule."
+                f"the checkpoint was trained with rule {state['rule']!r}, not {self.rule.name!r}; choose the same rule."
             )
         check_same_tensors(self.network.state_dict(), state["model"], "model")
         check_same_tensors(self.auxiliary.state_dict(), state["auxiliary"], "rule")
@@ -442,9 +440,7 @@ def _with_own_code(run: Callable[[Tensor], Tensor], name: str) -> Callable[[Tens
     return block
 
 
-def check_same_tensors(
-    own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str
-) -> None:
+def check_same_tensors(own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
     """Raise LayerwiseError unless both hold tensors of the same names and shapes."""
     missing, extra = own.keys() - given.keys(), given.keys() - own.keys()
     if missing or extra:
@@ -463,9 +459,7 @@ def check_same_tensors(
             )
 
 
-def _check_options(
-    clip: float | None, accumulate: int, precision: str, nonfinite: str
-) -> None:
+def _check_options(clip: float | None, accumulate: int, precision: str, nonfinite: str) -> None:
     if clip is not None and not clip > 0:
         raise LayerwiseError(f"clip is {clip}; it is a norm larger than 0, or None for no clipping.")
     if accumulate < 1:

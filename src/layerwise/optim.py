@@ -95,29 +95,25 @@ def optimizer_factory(
         raise LayerwiseError(f"weight_decay is {weight_decay}; it must be 0 or larger.")
     preset: dict[str, Any] = {}
     if isinstance(optimizer, str):
-        class_name, preset = _PRESETS.get(optimizer.lower(), (optimizer, {}))
+        class_name, preset = _PRESETS.get(optimizer, (optimizer, {}))
         found = getattr(torch.optim, class_name, None)
         if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
             raise LayerwiseError(
-                f"unknown optimizer {optimizer!r}; {suggestion(optimizer, list(_PRESETS))}, or a class of "
-                "torch.optim."
+                f"unknown optimizer {optimizer!r}; {suggestion(optimizer, list(_PRESETS))}, or a class of torch.optim."
             )
         optimizer = found
     if not isinstance(optimizer, type):
         return optimizer
     if issubclass(optimizer, torch.optim.LBFGS):
         raise LayerwiseError(
-            "LBFGS needs a closure that runs the network again; choose a first-order optimizer, such as "
-            "adamw."
+            "LBFGS needs a closure that runs the network again; choose a first-order optimizer, such as adamw."
         )
     cls = optimizer
     legal = inspect.signature(cls).parameters
     arguments = {"lr": lr, **preset, **(options or {})}
     for name in arguments:
         if name not in legal:
-            raise LayerwiseError(
-                f"{cls.__name__} has no option {name!r}; {suggestion(name, list(legal))}."
-            )
+            raise LayerwiseError(f"{cls.__name__} has no option {name!r}; {suggestion(name, list(legal))}.")
         if isinstance(legal[name].default, bool):  # the command line gives numbers
             arguments[name] = bool(arguments[name])
     if "weight_decay" in legal:
@@ -128,7 +124,7 @@ def optimizer_factory(
         if "fused" in legal and "fused" not in arguments and _can_fuse(groups):
             fused = {"fused": True}
         try:
-            return cls(groups, **arguments, **fused)
+            return cls(groups, **arguments, **fused)  # pyright: ignore[reportArgumentType]
         except (TypeError, ValueError) as reason:
             raise LayerwiseError(f"{cls.__name__} refuses its options: {reason}.") from reason
 
@@ -141,9 +137,7 @@ def _can_fuse(groups: list[dict[str, Any]]) -> bool:
     return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in tensors)
 
 
-def decay_groups(
-    parameters: Iterable[nn.Parameter], multiplier: float = 1.0
-) -> list[dict[str, Any]]:
+def decay_groups(parameters: Iterable[nn.Parameter], multiplier: float = 1.0) -> list[dict[str, Any]]:
     """Two parameter groups: weights, which decay, and vectors (norms, biases), which do not.
 
     Args:
@@ -170,4 +164,3 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, scheduled: float) -> Non
     for group in optimizer.param_groups:
         base = group.setdefault("base_lr", group["lr"])
         group["lr"] = base * group.get("lr_multiplier", 1.0) * scheduled
-

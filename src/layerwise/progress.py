@@ -4,7 +4,7 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from layerwise.memory import MemoryUse
@@ -25,8 +25,7 @@ class Progress:
         self.console.print(title, markup=False, soft_wrap=True)
         self.bar = Bar(
             TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
+            BarColumn(bar_width=10),  # so that all of it fits into 80 columns
             TimeRemainingColumn(),
             console=self.console,
             transient=True,
@@ -45,10 +44,10 @@ class Progress:
     ) -> None:
         self.bar.stop()
 
-    def show(self, step: int, values: dict[str, float], speed: float, memory: MemoryUse | None) -> None:
+    def show(self, step: int, values: dict[str, float], speed: float) -> None:
         """Update the bar with the newest training scalars."""
         self.train = values
-        self.bar.update(self.task, completed=step, description=self._line(step, {}, speed, memory))
+        self.bar.update(self.task, completed=step, description=self._line(step, {}, speed, None))
 
     def epoch(self, step: int, val: dict[str, float], speed: float, memory: MemoryUse | None) -> None:
         """Print one line at the end of an epoch."""

@@ -40,9 +40,7 @@ class Classification:
                 f"the labels have shape {tuple(y.shape)} and the logits {tuple(logits.shape)}; give one class "
                 f"number per prediction, shape {tuple(logits.shape[:-1])}."
             )
-        return F.cross_entropy(
-            logits.float().flatten(0, -2), y.flatten(), label_smoothing=self.label_smoothing
-        )
+        return F.cross_entropy(logits.float().flatten(0, -2), y.flatten(), label_smoothing=self.label_smoothing)
 
     def distribution(self, y: Tensor) -> Tensor:
         """Target probabilities `(..., K)` of labels `y` `(...)`, with label smoothing."""
@@ -59,9 +57,7 @@ class Classification:
         The values are looked at only on the host: on an accelerator the look would wait for the device.
         """
         if y.dtype != torch.int64:
-            raise LayerwiseError(
-                f"the labels are {str(y.dtype).removeprefix('torch.')}; give class numbers as int64."
-            )
+            raise LayerwiseError(f"the labels are {str(y.dtype).removeprefix('torch.')}; give class numbers as int64.")
         if y.device.type == "cpu" and y.numel() > 0:
             low, high = int(y.min()), int(y.max())
             if low < 0 or high >= self.classes:

@@ -169,7 +169,7 @@ class Run:
                 if step % options.log_every == 0 or step % per_epoch == 0 or step == self.total:
                     values = metrics.read()
                     log({"step": step, "split": "train", "lr": self._rate(step - 1), **values})
-                    progress.show(step, values, self.samples / self.seconds, self.memory)
+                    progress.show(step, values, self.samples / self.seconds)
                 if step % per_epoch == 0 or step == self.total:
                     # Evaluation is not training time.
                     self.last_val = self._evaluate(self.val_batches)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -68,7 +68,7 @@ def rule_findings(rule: str, model: str) -> list[tuple[bool, str]]:
     return findings
 
 
-SMALL: dict[str, dict[str, float]] = {
+SMALL: dict[str, dict[str, Any]] = {
     "mlp": {"width": 32},
     "vgg": {"width": 8},
     "resnet": {"width": 8},

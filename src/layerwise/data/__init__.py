@@ -235,9 +235,9 @@ def _sources(
     test = splits[held_out] if held_out else None
     classes = train.names or tuple(map(str, sorted(set(_checked(train, "train")))))
     if len(classes) < 2:
-        raise LayerwiseError(f"{name} holds the one class {classes[0]!r}; give data with two or more classes")
+        raise LayerwiseError(f"{name} holds the one class {''.join(classes)!r}; give data with two or more classes")
     train_labels = _labels(train, "train", classes)
-    test_labels = None
+    test_labels = train_labels
     if test is not None:
         if test.names != train.names:
             raise LayerwiseError(

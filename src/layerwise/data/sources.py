@@ -87,7 +87,8 @@ class InMemorySource(Source):
     def __init__(self, images: Tensor, labels: Tensor):
         self.images = images
         self.labels = labels
-        self.shape = tuple(images.shape[1:])
+        channels, height, width = images.shape[1:]
+        self.shape = channels, height, width
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         return self.images.index_select(0, indices), self.labels.index_select(0, indices)
@@ -239,7 +240,7 @@ def _read_cache(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, int, int] |
     try:
         with safe_open(path, "pt") as file:
             images, about = file.get_tensor("images"), file.metadata()
-        whole = images.shape == shape and zlib.crc32(images.numpy()) == int(about["crc32"])
+        whole = images.shape == shape and zlib.crc32(images.numpy().tobytes()) == int(about["crc32"])
         return (images, int(about["resized"]), int(about["converted"])) if whole else None
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None  # absent, torn or of another make: built anew
@@ -249,7 +250,7 @@ def _write_cache(path: Path, images: Tensor, resized: int, converted: int) -> No
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    about = {"crc32": str(zlib.crc32(images.numpy())), "resized": str(resized), "converted": str(converted)}
+    about = {"crc32": str(zlib.crc32(images.numpy().tobytes())), "resized": str(resized), "converted": str(converted)}
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

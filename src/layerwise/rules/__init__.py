@@ -77,9 +77,7 @@ def create(name: str, **options: object) -> Rule:
     legal = [f.name for f in dataclasses.fields(rule)]
     for option in options:
         if option not in legal:
-            raise LayerwiseError(
-                f"rule {name!r} has no option {option!r}; {suggestion(option, legal)}."
-            )
+            raise LayerwiseError(f"rule {name!r} has no option {option!r}; {suggestion(option, legal)}.")
     return rule(**options)
 
 

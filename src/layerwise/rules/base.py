@@ -4,13 +4,13 @@ The engine runs one *group* of blocks at a time (most rules: one block) and owns
 only answers questions. It sees tensors and modules; it knows no optimizer, device, process or data set.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from torch import Tensor, nn
 
-from layerwise.blocks import Block
+from layerwise.blocks import Block, Partition
 from layerwise.errors import LayerwiseError, suggestion
 from layerwise.tasks import Classification
 
@@ -48,6 +48,10 @@ class Start:
     y: Tensor
     """Labels, `(B,)`, or `(B, T)` for a language model."""
     task: Classification
+    network: Partition
+    """The blocks and the head, for a rule that iterates over them before the update."""
+    auxiliary: Mapping[int, nn.Module]
+    """The rule's modules by index of their site."""
     forward: Callable[[Tensor], Tensor]
     """Runs the whole network without gradient, with this step's own random draws: logits `(B, ..., K)`.
 
@@ -120,7 +124,8 @@ class Rule:
             blocks: number of blocks L; the head is site L.
 
         Returns:
-            Contiguous ranges that cover `0 .. L`. The default gives every site its own.
+            Ranges of sites with rising starts that cover `0 .. L`. The default gives every site its own. Where a
+            range reaches into the next one, its signals pass through the sites there (which learn in their own turn).
         """
         return [range(i, i + 1) for i in range(blocks + 1)]
 
@@ -144,9 +149,9 @@ class Rule:
         """The teaching signal and the next message, when the block at `at.site` has run."""
         raise NotImplementedError
 
-    def predict(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Logits for `x`, given the network's plain forward pass; a rule that predicts otherwise overrides this."""
-        return forward(x)
+    def predict(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Tensor:
+        """Logits for `x`: the network's plain forward pass. A rule that predicts otherwise overrides this."""
+        return network(x)
 
 
 def check_words(rule: Rule) -> None:

@@ -33,7 +33,7 @@ class LocalCE(Rule):
     """
 
     pool: Pool = "auto"
-    """How a block's output becomes a vector: auto | mean | cls | flatten | none (every position)."""
+    """How a block's output becomes a vector: auto | mean | moments (and standard deviation) | cls | flatten | none."""
     group: int = 1
     """Neighbouring blocks that share one loss, one graph and one backward pass."""
 

@@ -7,21 +7,23 @@ from torch import Tensor
 from layerwise.errors import LayerwiseError
 from layerwise.functional import pool_features
 
-Pool = Literal["auto", "mean", "cls", "flatten", "none"]
+Pool = Literal["auto", "mean", "moments", "cls", "flatten", "none"]
 
 
-def grouped(blocks: int, size: int, join_head: bool) -> list[range]:
-    """Ranges of `size` neighbouring blocks; the head joins the last one, or stands alone.
+def grouped(blocks: int, size: int, join_head: bool, overlap: int = 0) -> list[range]:
+    """Ranges of `size` neighbouring blocks, each with a view of `overlap` blocks behind it.
+
+    The head joins the last block, or stands alone.
 
     >>> grouped(blocks=3, size=2, join_head=False)
     [range(0, 2), range(2, 3), range(3, 4)]
+    >>> grouped(blocks=3, size=1, join_head=True, overlap=1)
+    [range(0, 2), range(1, 4), range(2, 4)]
     """
-    groups = [range(i, min(i + size, blocks)) for i in range(0, blocks, size)]
+    stops = [(start, min(start + size + overlap, blocks)) for start in range(0, blocks, size)]
     if join_head:
-        groups[-1] = range(groups[-1].start, blocks + 1)
-    else:
-        groups.append(range(blocks, blocks + 1))
-    return groups
+        return [range(start, blocks + 1 if stop == blocks else stop) for start, stop in stops]
+    return [range(start, stop) for start, stop in stops] + [range(blocks, blocks + 1)]
 
 
 def check_group(size: int) -> None:

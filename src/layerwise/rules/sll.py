@@ -119,11 +119,13 @@ class SLL(Rule):
     dropout: float = 0.0
     """Probability p of the multiplicative dropout on the projection's input."""
     pool: Pool = "auto"
-    """How a block's output becomes a vector: auto | mean | cls | flatten | none (every position)."""
+    """How a block's output becomes a vector: auto | mean | moments (and standard deviation) | cls | flatten | none."""
     group: int = 1
     """Neighbouring blocks that share one objective, one graph and one backward pass."""
-    head: Literal["joint", "separate"] = "joint"
-    """Train the head's cross-entropy through the last block too, or on its detached output."""
+    overlap: int = 0
+    """Blocks behind a group through which their objectives reach it too (1 crosses one boundary backward)."""
+    head: Literal["both", "joint", "separate"] = "both"
+    """What trains the last block: the head's cross-entropy (joint), its own objective (separate), or both."""
 
     name: ClassVar[str] = "sll"
     locality: ClassVar[Locality] = "local"
@@ -146,7 +148,7 @@ class SLL(Rule):
 
     def groups(self, blocks: int) -> list[range]:
         """`group` blocks each; the head joins the last group or stands alone."""
-        return grouped(blocks, self.group, join_head=self.head == "joint")
+        return grouped(blocks, self.group, join_head=self.head != "separate", overlap=self.overlap)
 
     def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
         """The fixed projection, for the last block of every group."""
@@ -162,7 +164,9 @@ class SLL(Rule):
         return Projection(width, dim, task.classes, self)
 
     def _reads(self, site: Site) -> bool:
-        return (site.index + 1) % self.group == 0 or site.index == site.blocks - 1
+        if site.index == site.blocks - 1:
+            return self.head != "joint"
+        return (site.index + 1) % self.group == 0
 
     def signal(self, at: Moment) -> Signal:
         """Likelihood and alignment of the block's posterior; cross-entropy at the head."""

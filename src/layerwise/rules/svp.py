@@ -38,11 +38,9 @@ class SVP(SLL):
         """The signal of `sll` plus the cosine distance of neighbouring projections."""
         signal = super().signal(at)
         previous = at.message
-        if at.auxiliary is not None and previous:
+        if signal.loss is not None and at.auxiliary is not None and previous:
             v, before = signal.message[-1], previous[-1].detach()
             distance = 1 - F.cosine_similarity(v, before, dim=-1).mean()
             signal.loss = signal.loss + self.feature_weight * distance
             signal.metrics["feature_distance"] = distance
         return signal
-
-
