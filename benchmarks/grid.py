@@ -40,14 +40,16 @@ def main() -> None:
             list(pool.map(lambda cell: run(folder, grid, *cell), tuning_cells(grid)))
         best = {name: tuned_rate(folder, grid, name) for name in grid["rules"]}
         if not arguments.table:
-            finals = [(name, best[name], seed, False) for seed in grid["seeds"] for name in grid["rules"]]
+            chosen = grid.get("final_rules", list(grid["rules"]))
+            finals = [(name, best[name], seed, False) for seed in grid["seeds"] for name in chosen]
             list(pool.map(lambda cell: run(folder, grid, *cell), finals))
     write_table(folder, grid, best)
 
 
 def tuning_cells(grid: dict) -> list[tuple[str, float, int, bool]]:
     """Rule, learning rate, seed, whether it is a tuning run."""
-    return [(name, lr, grid["tune_seed"], True) for lr in grid["rates"] for name in grid["rules"]]
+    names = [name for name in grid["rules"] if name not in grid.get("tuned_as", {})]
+    return [(name, lr, grid["tune_seed"], True) for lr in grid["rates"] for name in names]
 
 
 def cell_name(name: str, lr: float, seed: int, tuning: bool) -> str:
@@ -83,7 +85,8 @@ def run(folder: Path, grid: dict, name: str, lr: float, seed: int, tuning: bool)
 
 
 def tuned_rate(folder: Path, grid: dict, name: str) -> float:
-    """The learning rate with the best accuracy on the validation split."""
+    """The learning rate with the best accuracy on the validation split; of another rule where the grid says so."""
+    name = grid.get("tuned_as", {}).get(name, name)
     scores = {}
     for lr in grid["rates"]:
         file = folder / "raw" / cell_name(name, lr, grid["tune_seed"], True) / "result.json"

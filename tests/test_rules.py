@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import CLASSES, batches, net, same_bits, trained
+from nets import CLASSES, batches, net, problem, same_bits, tensors, trained
 from torch import nn
 
 from layerwise import Classification, LayerwiseError, Learner, Moment, Site, create_rule, rule_names
+from layerwise.engine import Trace
 from layerwise.rules import SLL, get
 from layerwise.rules.base import by_depth
 
@@ -99,7 +100,7 @@ def test_kl_is_from_the_neighbour_to_the_block():
 
 
 def test_before_previous_looks_two_blocks_back():
-    rule = create_rule("sll", neighbour="before_previous", likelihood_weight=0.0)
+    rule = create_rule("sll", neighbour="before_previous", likelihood_weight=0.0, head="separate")
     first = moment(rule, hidden(seed=1), LABELS)
     second = moment(rule, hidden(seed=2), LABELS, index=1, message=rule.signal(first).message)
     sent = rule.signal(second)
@@ -204,6 +205,49 @@ def test_a_separate_head_does_not_reach_the_last_block():
         assert same_bits(a.block2, b.block2)
 
 
+def test_the_joint_head_is_aligned_with_the_last_projection():
+    rule = create_rule("sll", weight=0.5)
+    message = rule.signal(moment(rule, hidden(seed=5), LABELS)).message
+    logits = hidden().requires_grad_()
+    at = replace(moment(rule, logits, LABELS, index=3), message=message)
+    rule.signal(at).loss.backward()
+    p, q = message[-1].softmax(-1), logits.detach().softmax(-1)
+    r = (p * q).sqrt() / (p * q).sqrt().sum(-1, keepdim=True)
+    expected = q - F.one_hot(LABELS, CLASSES) + 0.5 * 0.5 * (q - r)
+    assert torch.allclose(logits.grad, expected / len(LABELS), atol=1e-6)
+
+
+def test_an_overlap_over_the_whole_network_is_backprop():
+    x, y = problem()
+    through = create_rule("sll", overlap=3, likelihood_weight=0.0, surrogate="none")
+    a = trained(net("mlp").double(), through, [(x.double(), y)] * 3, optimizer="sgd", lr=0.1)
+    b = trained(net("mlp").double(), "backprop", [(x.double(), y)] * 3, optimizer="sgd", lr=0.1)
+    for name, weight in tensors(a.network.model).items():
+        assert torch.allclose(weight, tensors(b.network.model)[name], atol=1e-12)
+
+
+def test_an_overlap_of_one_adds_the_next_objective_and_leaves_the_next_block_alone():
+    rule = create_rule("sll", overlap=1)
+    learner = Learner(net("mlp"), rule, optimizer="sgd", lr=1.0, optimizer_options={"momentum": 0.0, "nesterov": 0.0})
+    x, y = problem()
+    learner.build(x)
+    group = learner.groups[0]
+    assert [unit.site.name for unit in [*group.units, *group.ahead]] == ["block1", "block2"]
+    first, second = group.units[0].block, group.ahead[0].block
+    signals, h, _ = learner.engine.forward(group, x, None, y, 0, Trace())
+    assert torch.equal(h, first(x))  # what goes on to the next group is the first block's own output
+    total = sum(signal.loss for signal, _ in signals)
+    expected = torch.autograd.grad(total, first.parameters())
+    before = tensors(learner.network.model)
+    learner.engine.update(group, x, None, y, 0, Trace())
+    for (name, weight), gradient in zip(first.named_parameters(), expected, strict=True):
+        decay = 0.01 * before[name] if weight.dim() > 1 else 0.0
+        assert torch.allclose(weight.detach(), before[name] - gradient - decay, atol=1e-6)
+    for name, weight in second.named_parameters():
+        assert torch.equal(weight, before[name])
+        assert weight.grad is None
+
+
 def test_numbers_over_depth_are_piecewise_linear():
     sites = [Site(i, 5, "b") for i in range(6)]
     assert [by_depth(0.7, s) for s in sites] == [0.7] * 6
@@ -214,7 +258,7 @@ def test_numbers_over_depth_are_piecewise_linear():
 
 
 def test_a_weight_over_depth_reaches_the_loss():
-    flat, rising = create_rule("sll", weight=0.5), create_rule("sll", weight=(0.0, 1.0))
+    flat, rising = (create_rule("sll", weight=w, head="separate") for w in (0.5, (0.0, 1.0)))
     message = flat.signal(moment(flat, hidden(seed=5), LABELS)).message
     middle, last = (moment(flat, hidden(), LABELS, index=i, message=message) for i in (1, 2))
     assert torch.allclose(flat.signal(middle).loss, rising.signal(middle).loss)

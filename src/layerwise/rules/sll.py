@@ -52,7 +52,6 @@ class Projection(nn.Module):
         code = torch.randn(classes, dim) / dim**0.5 if options.targets == "codebook" else None
         self.register_buffer("code", code)
         self.classes, self.norm, self.dropout = classes, options.norm, options.dropout
-        self.mixture = options.targets == "mixture"
 
     matrix: Tensor
     code: Tensor | None
@@ -65,12 +64,8 @@ class Projection(nn.Module):
             return F.linear(features, self.matrix)
 
     def class_logits(self, v: Tensor) -> Tensor:
-        """Logits of the classes: the first K entries, the products with the codebook, or sums over each class."""
-        if self.code is not None:
-            return F.linear(v, self.code)
-        if self.mixture:
-            return v.unflatten(-1, (self.classes, -1)).logsumexp(-1)
-        return v[..., : self.classes]
+        """Logits of the classes: the first K entries, or the products with the codebook."""
+        return v[..., : self.classes] if self.code is None else F.linear(v, self.code)
 
 
 @dataclass(frozen=True)
@@ -85,14 +80,20 @@ class SLL(Rule):
       D(p, q) = -\log \sum_k \sqrt{p_k q_k}$$
 
     $R_i \in \mathbb{R}^{d_0 \times d_i}$ is random and never trained, its entries are $N(0, 1/d_i)$; $m_i$ is
-    Bernoulli(1-p)/(1-p) in training. The first block has no second term. The head minimises the
-    cross-entropy of its logits.
+    Bernoulli(1-p)/(1-p) in training. The first block has no second term. The head minimises the cross-entropy of
+    its logits; the last block learns from that too (`head="joint"`: $q_L$ is the network's own output, aligned with
+    $q_{L-1}$ where $d_0 = K$) or has a projection of its own (`head="separate"`).
 
-    What is the paper's and what is ours: the two terms, their equal weight, the fixed projection and the
-    optional dropout on it are stated by the paper; scale and normalisation of the projection, the softmax,
-    the neighbour (the previous block) and the treatment of the head are our reading. The Bhattacharyya
-    term makes the objective a surrogate, not a lower bound of the evidence; no claim about mutual
-    information is made here.
+    A single small convolution is stiff under a fixed projection. Three options give it room: `pool="moments"` reads
+    the standard deviation over space beside the mean, `group` lets neighbouring blocks share one objective, and
+    `overlap=1` lets the next block's objective reach back through that block: its gradient then crosses one
+    boundary, two blocks are alive at a time, and the rule is interlocking, no longer local.
+
+    What is the paper's and what is ours: the two terms, their equal weight, the fixed projection and the optional
+    dropout on it are stated by the paper; scale and normalisation of the projection, the softmax, the pooling, the
+    neighbour (the previous block), the treatment of the head, groups and overlap are our reading. The Bhattacharyya
+    term makes the objective a surrogate, not a lower bound of the evidence; no claim about mutual information is made
+    here.
 
     >>> SLL(surrogate="one_minus_bc", weight=0.5).groups(blocks=2)
     [range(0, 1), range(1, 3)]
@@ -108,7 +109,7 @@ class SLL(Rule):
     """Which block's posterior the divergence looks at."""
     dim: int | None = None
     """Rows d0 of the projection; the number of classes if not given."""
-    targets: Literal["index", "codebook", "mixture"] = "index"
+    targets: Literal["index", "codebook"] = "index"
     """The classes are the first K coordinates, or a fixed random code with K rows."""
     projection: Literal["gaussian", "orthonormal"] = "gaussian"
     """Distribution of R; both have rows of mean square length 1."""
@@ -123,9 +124,9 @@ class SLL(Rule):
     group: int = 1
     """Neighbouring blocks that share one objective, one graph and one backward pass."""
     overlap: int = 0
-    """Blocks behind a group through which their objectives reach it too (1 crosses one boundary backward)."""
-    head: Literal["both", "joint", "separate"] = "both"
-    """What trains the last block: the head's cross-entropy (joint), its own objective (separate), or both."""
+    """Blocks behind a group whose objectives reach it too; with 1, gradients cross one boundary (interlocking)."""
+    head: Literal["joint", "separate"] = "joint"
+    """What trains the last block: the head's cross-entropy (joint), or its own objective (separate)."""
 
     name: ClassVar[str] = "sll"
     locality: ClassVar[Locality] = "local"
@@ -135,23 +136,25 @@ class SLL(Rule):
         "Yin & Corradi, arXiv 2505.05181 v4 (2025); scale, normalisation, neighbour and head: our reading"
     )
     restrictions: ClassVar[str] = (
-        "Classification, per sample or per position. A single small convolution is too narrow for a fixed "
-        "projection: group two, or expect a loss of accuracy."
+        "Classification, per sample or per position. Single small convolutions lose accuracy under a fixed "
+        "projection; see the options pool, group and overlap."
     )
 
     def __post_init__(self) -> None:
         check_group(self.group)
+        if self.overlap < 0:
+            raise LayerwiseError(f"overlap is {self.overlap}; it is a number of blocks, 0 for none.")
         if not 0.0 <= self.dropout < 1.0:
             raise LayerwiseError(f"dropout is {self.dropout}; it is a probability in [0, 1).")
         if not self.scale > 0:
             raise LayerwiseError(f"scale is {self.scale}; it must be larger than 0.")
 
     def groups(self, blocks: int) -> list[range]:
-        """`group` blocks each; the head joins the last group or stands alone."""
+        """`group` blocks each, with a view of `overlap` more; the head joins the last block or stands alone."""
         return grouped(blocks, self.group, join_head=self.head != "separate", overlap=self.overlap)
 
     def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
-        """The fixed projection, for the last block of every group."""
+        """The fixed projection of every group, at its last block."""
         if site.is_head or not self._reads(site):
             return None
         dim = task.classes if self.dim is None else self.dim
@@ -169,9 +172,12 @@ class SLL(Rule):
         return (site.index + 1) % self.group == 0
 
     def signal(self, at: Moment) -> Signal:
-        """Likelihood and alignment of the block's posterior; cross-entropy at the head."""
+        """Likelihood and alignment of the posterior that is read off at this site."""
         if at.site.is_head:
-            return cross_entropy_at_head(at)
+            signal = cross_entropy_at_head(at)
+            if self.head == "joint":
+                self._align(signal, at, at.h.float())
+            return signal
         if at.auxiliary is None:
             return Signal(message=at.message)
         assert isinstance(at.auxiliary, Projection)
@@ -179,13 +185,21 @@ class SLL(Rule):
         logits = at.auxiliary.class_logits(v)
         # With the index targets the softmax runs over all d0 coordinates; the label is one of the first K.
         likelihood = at.task.loss(v if self.targets == "index" else logits, at.y)
-        loss = by_depth(self.likelihood_weight, at.site) * likelihood
-        metrics = {"accuracy": at.task.correct(logits, at.y) / at.y.numel()}
-        sent = at.message or ()
+        signal = Signal(
+            loss=by_depth(self.likelihood_weight, at.site) * likelihood,
+            message=(*(at.message or ()), v)[-2:],
+            metrics={"accuracy": at.task.correct(logits, at.y) / at.y.numel()},
+        )
+        self._align(signal, at, v)
+        return signal
+
+    def _align(self, signal: Signal, at: Moment, v: Tensor) -> None:
+        """Add the divergence to the neighbour's posterior, where there is one over the same categories."""
         back = {"previous": 1, "before_previous": 2}[self.neighbour]
-        if self.surrogate != "none" and len(sent) >= back:
-            log_p, log_q = sent[-back].detach().log_softmax(-1), v.log_softmax(-1)
-            divergence = SURROGATES[self.surrogate](log_p, log_q).mean()
-            loss = loss + by_depth(self.weight, at.site) * divergence
-            metrics["divergence"] = divergence
-        return Signal(loss=loss, message=(*sent, v)[-2:], metrics=metrics)
+        sent = at.message or ()
+        if self.surrogate == "none" or len(sent) < back or sent[-back].shape != v.shape or signal.loss is None:
+            return
+        log_p, log_q = sent[-back].detach().log_softmax(-1), v.log_softmax(-1)
+        divergence = SURROGATES[self.surrogate](log_p, log_q).mean()
+        signal.loss = signal.loss + by_depth(self.weight, at.site) * divergence
+        signal.metrics["divergence"] = divergence
