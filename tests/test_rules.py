@@ -226,6 +226,12 @@ def test_an_overlap_over_the_whole_network_is_backprop():
         assert torch.allclose(weight, tensors(b.network.model)[name], atol=1e-12)
 
 
+def test_a_rule_with_overlap_says_that_it_is_not_local():
+    assert create_rule("sll").locality == "local"
+    assert create_rule("sll", overlap=1).locality == "interlocking"
+    assert "gradients back over 1" in create_rule("sll", overlap=1).crosses
+
+
 def test_an_overlap_of_one_adds_the_next_objective_and_leaves_the_next_block_alone():
     rule = create_rule("sll", overlap=1)
     learner = Learner(net("mlp"), rule, optimizer="sgd", lr=1.0, optimizer_options={"momentum": 0.0, "nesterov": 0.0})
@@ -276,6 +282,7 @@ def test_labels_per_position_get_a_posterior_per_position():
 
 ILLEGAL = [
     ("sll", {"group": 0}),
+    ("sll", {"overlap": -1}),
     ("sll", {"dropout": 1.0}),
     ("sll", {"dropout": -0.1}),
     ("sll", {"scale": 0.0}),

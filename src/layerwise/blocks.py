@@ -190,7 +190,7 @@ def legal_cuts(model: nn.Module) -> list[str]:
 
 def _listed(names: Sequence[str], most: int = 24) -> str:
     if not names:
-        return "this model has no legal cut; wrap it as nn.Sequential"
+        return "none (wrap the model as nn.Sequential of its parts)"
     return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
 
 

@@ -144,6 +144,9 @@ class SLL(Rule):
         check_group(self.group)
         if self.overlap < 0:
             raise LayerwiseError(f"overlap is {self.overlap}; it is a number of blocks, 0 for none.")
+        if self.overlap > 0:  # what the class declares holds without overlap
+            object.__setattr__(self, "locality", "interlocking")
+            object.__setattr__(self, "crosses", f"{self.crosses}; gradients back over {self.overlap} boundaries")
         if not 0.0 <= self.dropout < 1.0:
             raise LayerwiseError(f"dropout is {self.dropout}; it is a probability in [0, 1).")
         if not self.scale > 0:

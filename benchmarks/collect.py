@@ -1,0 +1,116 @@
+"""Write the figures of the benchmark folders into README.md and docs/, between their markers.
+
+    python benchmarks/collect.py
+
+Nothing here is typed: accuracies come from `results.csv` of every folder with a `grid.toml`, bytes from
+`memory/*.json`, ratios from `speed/*.json`.
+"""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+ACCURACY = {  # column of the README: folder
+    "digits, MLP": "digits_mlp",
+    "MNIST, MLP": "mnist_mlp",
+    "Fashion-MNIST, MLP": "fashion_mlp",
+    "CIFAR-10, conv": "cifar10_conv",
+}
+LABELS = {  # rows of the conv net: rule and what is special about it
+    "sll_4": ("sll", "4 blocks, overlap 1"),
+    "sll_2": ("sll", "2 blocks"),
+    "local_ce_4_moments": ("local_ce", "4 blocks"),
+}
+
+
+def accuracies() -> dict[str, dict[str, list[str]]]:
+    """Rule to column to "mean ± std" texts."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for column, folder in ACCURACY.items():
+        file = HERE / folder / "results.csv"
+        if file.exists():
+            for row in csv.DictReader(file.open()):
+                rule, detail = LABELS.get(row["rule"], (row["rule"], ""))
+                text = f"{row['test_mean']} ± {row['test_std']}" + (f" ({detail})" if detail else "")
+                found.setdefault(rule, {}).setdefault(column, []).append(text)
+    return found
+
+
+def memory() -> dict[str, str]:
+    """Rule to activations + gradients of the ViT with the fewest and the most blocks."""
+    file = HERE / "memory" / "vit.json"
+    rows = json.loads(file.read_text()) if file.exists() else []
+    found = {}
+    for rule in dict.fromkeys(row["rule"] for row in rows):
+        held = {r["depth"]: (r["activations"] + r["gradients"]) / 2**20 for r in rows if r["rule"] == rule}
+        found[rule] = " → ".join(f"{held[depth]:.1f}" for depth in (min(held), max(held)))
+    return found
+
+
+def speed() -> dict[str, str]:
+    """Rule to its time per step on the 12-block ViT, as a ratio to backprop with its spread."""
+    file = HERE / "speed" / "vit12.json"
+    rows = json.loads(file.read_text()) if file.exists() else []
+    return {r["rule"]: f"{r['ratio']:.2f} ({r['ratio_10']:.2f} .. {r['ratio_90']:.2f})" for r in rows}
+
+
+def readme_table() -> str:
+    """One row per rule that has a figure."""
+    scores, bytes_held, ratios = accuracies(), memory(), speed()
+    columns = [column for column in ACCURACY if any(column in row for row in scores.values())]
+    head = ["rule", *columns, "act. + grad., ViT of 4 → 256 blocks, MiB", "time per step, ViT of 12 blocks, ÷ backprop"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for rule in dict.fromkeys([*scores, *bytes_held]):
+        cells = ["; ".join(scores.get(rule, {}).get(column, [])) for column in columns]
+        cells += [bytes_held.get(rule, ""), ratios.get(rule, "")]
+        lines.append(f"| `{rule}` | " + " | ".join(cells) + " |")
+    folders = ", ".join(
+        f"[{name}](benchmarks/{name})" for name in [*ACCURACY.values(), "memory", "speed"] if (HERE / name).exists()
+    )
+    note = (
+        "Test accuracy in %, mean ± standard deviation of 3 seeds, learning rate of every rule chosen on a validation\n"
+        "split; memory is exact; times are medians of interleaved steps on a shared machine (10 % .. 90 %). Commands,\n"
+        f"machine and raw results: {folders}."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def tables() -> str:
+    """Every table and text of the benchmark folders."""
+    parts = []
+    for file in sorted(HERE.glob("*/table.md")):
+        parts.append(re.sub(r"^# ", "## ", file.read_text().strip()))
+    for folder, title in (("memory", "Memory"), ("speed", "Speed")):
+        parts.append(f"## {title}\n\nCommand: `bash benchmarks/{folder}/run.sh`.")
+        for file in sorted((HERE / folder).glob("*.txt")):
+            parts.append(f"`{file.stem}`:\n\n```\n{file.read_text().rstrip()}\n```")
+    return "\n\n".join(parts)
+
+
+def fill(file: Path, marker: str, text: str) -> None:
+    """Replace what stands between `<!-- marker:begin ... -->` and `<!-- marker:end ... -->`."""
+    pattern = re.compile(rf"(<!-- {marker}:begin[^>]*-->\n).*?(<!-- {marker}:end[^>]*-->)", re.S)
+    old = file.read_text()
+    if not pattern.search(old):
+        raise SystemExit(f"{file} has no markers {marker}:begin and {marker}:end")
+    file.write_text(pattern.sub(lambda m: f"{m[1]}{text}\n{m[2]}", old))
+
+
+def main() -> None:
+    """Fill README.md, docs/results.md and the page of every rule."""
+    fill(ROOT / "README.md", "figures", readme_table())
+    fill(ROOT / "docs" / "results.md", "results", tables())
+    scores = accuracies()
+    for page in sorted((ROOT / "docs" / "rules").glob("*.md")):
+        if page.stem != "index":
+            rows = [f"| {column} | {text} |" for column, texts in scores.get(page.stem, {}).items() for text in texts]
+            lines = ["| task | test accuracy, % |", "|---|---|", *rows, ""] if rows else []
+            more = "Commands and the other rules beside it: [results](../results.md)."
+            fill(page, "figures", "\n".join([*lines, more]))
+
+
+if __name__ == "__main__":
+    main()
