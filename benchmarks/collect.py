@@ -90,6 +90,21 @@ def tables() -> str:
     return "\n\n".join(parts)
 
 
+def screening() -> str:
+    """The single runs that led to the options of `sll`."""
+    lines = ["| run | options beside the common ones | epochs | val, % | by block, head last |", "|---|---|---|---|---|"]
+    for file in sorted((HERE / "cifar10_screening" / "raw").glob("*.json")):
+        run = json.loads(file.read_text())
+        words = run["command"].split("--batch-size", 1)[1].split()
+        sizes = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "--batch-size"] or [words[0]]
+        options = " ".join(words[i] + " " + words[i + 1] for i, w in enumerate(words[:-1]) if w.startswith("--rule"))
+        blocks = " ".join(f"{100 * value:.1f}" for value in run["blocks"].values())
+        lines.append(
+            f"| {file.stem} | batch {sizes[-1]} {options} | {run['epochs']:g} | {100 * run['val_accuracy']:.1f} | {blocks} |"
+        )
+    return "\n".join(lines)
+
+
 def fill(file: Path, marker: str, text: str) -> None:
     """Replace what stands between `<!-- marker:begin ... -->` and `<!-- marker:end ... -->`."""
     pattern = re.compile(rf"(<!-- {marker}:begin[^>]*-->\n).*?(<!-- {marker}:end[^>]*-->)", re.S)
@@ -103,6 +118,7 @@ def main() -> None:
     """Fill README.md, docs/results.md and the page of every rule."""
     fill(ROOT / "README.md", "figures", readme_table())
     fill(ROOT / "docs" / "results.md", "results", tables())
+    fill(ROOT / "docs" / "log.md", "screening", screening())
     scores = accuracies()
     for page in sorted((ROOT / "docs" / "rules").glob("*.md")):
         if page.stem != "index":

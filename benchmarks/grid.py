@@ -48,6 +48,8 @@ def main() -> None:
 
 def tuning_cells(grid: dict) -> list[tuple[str, float, int, bool]]:
     """Rule, learning rate, seed, whether it is a tuning run."""
+    if len(grid["rates"]) == 1:
+        return []
     names = [name for name in grid["rules"] if name not in grid.get("tuned_as", {})]
     return [(name, lr, grid["tune_seed"], True) for lr in grid["rates"] for name in names]
 
@@ -129,15 +131,18 @@ def write_table(folder: Path, grid: dict, best: dict[str, float]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     rates = ", ".join(f"{lr:g}" for lr in grid["rates"])
+    chosen = f"out of {rates}, chosen on the validation split with seed {grid['tune_seed']}"
+    if len(grid["rates"]) == 1:
+        chosen = f"{rates}, the same for all, not tuned"
     lines = [
         f"# {grid['title']}",
         "",
         grid["about"],
         "",
-        f"Command: `python benchmarks/grid.py {folder.as_posix()}`. Learning rate of every rule out of {rates},",
-        f"chosen on the validation split with seed {grid['tune_seed']}; test accuracy in % of the last weights, mean",
-        "and standard deviation over n seeds; accuracy of every block's own readout, then the head's; activations",
-        "+ gradients and peak in MiB (exact); seconds of training with one thread on a shared machine (rough).",
+        f"Command: `python benchmarks/grid.py {folder.as_posix()}`. Learning rate of every rule {chosen};",
+        "test accuracy in % of the last weights, mean and standard deviation over n seeds; accuracy of every block's",
+        "own readout, then the head's; activations + gradients and peak in MiB (exact); seconds of training with one",
+        "thread on a shared machine (rough).",
         "",
         "| rule | lr | n | test accuracy | by block, head last | act. + grad. MiB | peak MiB | seconds |",
         "|---|---|---|---|---|---|---|---|",
