@@ -92,16 +92,15 @@ def tables() -> str:
 
 def screening() -> str:
     """The single runs that led to the options of `sll`."""
-    lines = ["| run | options beside the common ones | epochs | val, % | by block, head last |", "|---|---|---|---|---|"]
+    lines = ["| run | options | epochs | val, % | by block, head last |", "|---|---|---|---|---|"]
     for file in sorted((HERE / "cifar10_screening" / "raw").glob("*.json")):
         run = json.loads(file.read_text())
         words = run["command"].split("--batch-size", 1)[1].split()
         sizes = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "--batch-size"] or [words[0]]
         options = " ".join(words[i] + " " + words[i + 1] for i, w in enumerate(words[:-1]) if w.startswith("--rule"))
         blocks = " ".join(f"{100 * value:.1f}" for value in run["blocks"].values())
-        lines.append(
-            f"| {file.stem} | batch {sizes[-1]} {options} | {run['epochs']:g} | {100 * run['val_accuracy']:.1f} | {blocks} |"
-        )
+        value = f"{100 * run['val_accuracy']:.1f}"
+        lines.append(f"| {file.stem} | batch {sizes[-1]} {options} | {run['epochs']:g} | {value} | {blocks} |")
     return "\n".join(lines)
 
 

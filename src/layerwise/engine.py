@@ -124,7 +124,7 @@ class Engine:
             h = out if signal.output is None else signal.output
             message = signal.message
             if signal.loss is not None:
-                signal.metrics["loss"] = signal.loss
+                signal.metrics.setdefault("loss", signal.loss)
             signals.append((signal, out))
             if unit.site.index <= group.units[-1].site.index:
                 passed_on = h, message
@@ -187,7 +187,11 @@ class Engine:
             set_learning_rate(optimizer, self.how.schedule(step // self.how.accumulate))
             group.scaler.step(optimizer)
         group.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        self._free(group)
+
+    def _free(self, group: Group) -> None:
+        assert group.optimizer is not None
+        group.optimizer.zero_grad(set_to_none=True)
 
     def _may_step(self, group: Group, h: Tensor, loss: Tensor, norm: Tensor, step: int, trace: Trace) -> bool:
         """Whether signal and gradient are finite; an overflow of scaled gradients is the scaler's own affair."""
@@ -203,6 +207,5 @@ class Engine:
             for buffer, before in group.buffers:
                 buffer.copy_(before)
             return False
-        assert group.optimizer is not None
-        group.optimizer.zero_grad(set_to_none=True)
+        self._free(group)
         raise NonFinite(group.name, step, input_is_finite=bool(torch.isfinite(h).all()))

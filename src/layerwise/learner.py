@@ -199,7 +199,7 @@ class Learner:
             units.append(Unit(site, block, auxiliary))
         self.task = task
         self.engine = Engine(self.rule, Execution(task=task, **self._how))
-        ranges = self.rule.groups(len(blocks) - 1)
+        ranges = list(self.rule.groups(len(blocks) - 1))
         ends = [later.start for later in ranges[1:]] + [len(units)]
         self.groups = [
             self._group(units[members.start : end], ahead=units[end : members.stop])

@@ -92,7 +92,7 @@ class Signal:
     output: Tensor | None = None
     """Input of the next block, where it is not the block's output (normalised, label attached, ...)."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
-    """Scalars on the device, read later; a mean over the batch each."""
+    """Scalars on the device, read later; a mean over the batch each. `"loss"` is the loss above unless given."""
 
 
 @dataclass(frozen=True)
@@ -168,11 +168,10 @@ def check_words(rule: Rule) -> None:
 
 def cross_entropy_at_head(at: Moment) -> Signal:
     """The signal of a head: the task's loss on its logits."""
-    return Signal(
-        loss=at.task.loss(at.h, at.y),
-        message=at.message,
-        metrics={"accuracy": at.task.correct(at.h, at.y) / at.y.numel()},
-    )
+    loss = at.task.loss(at.h, at.y)
+    # Named here, so that it stays the task's loss where a rule adds to the signal.
+    metrics = {"loss": loss, "accuracy": at.task.correct(at.h, at.y) / at.y.numel()}
+    return Signal(loss=loss, message=at.message, metrics=metrics)
 
 
 def by_depth(value: float | tuple[float, ...], site: Site) -> float:
