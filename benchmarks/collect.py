@@ -22,6 +22,7 @@ ACCURACY = {  # column of the README: folder
 LABELS = {  # rows of the conv net: rule and what is special about it
     "sll_4": ("sll", "4 blocks, overlap 1"),
     "sll_2": ("sll", "2 blocks"),
+    "sll_2_overlap": ("sll", "2 blocks, overlap 1"),
     "local_ce_4_moments": ("local_ce", "4 blocks"),
 }
 

@@ -226,6 +226,14 @@ def test_an_overlap_over_the_whole_network_is_backprop():
         assert torch.allclose(weight, tensors(b.network.model)[name], atol=1e-12)
 
 
+def test_a_group_is_read_where_it_ends_and_where_its_view_ends():
+    for group, overlap, expected in ((2, 0, {1, 3}), (2, 1, {1, 2, 3, 4}), (3, 1, {2, 3}), (1, 2, {0, 1, 2, 3, 4})):
+        rule = create_rule("sll", group=group, overlap=overlap)
+        sites = [Site(i, 6, f"block{i + 1}") for i in range(6)]
+        read = {site.index for site in sites if rule.auxiliary(site, hidden(), TASK) is not None}
+        assert read == expected  # the last block (5) is read by the head
+
+
 def test_a_rule_with_overlap_says_that_it_is_not_local():
     assert create_rule("sll").locality == "local"
     assert create_rule("sll", overlap=1).locality == "interlocking"

@@ -172,7 +172,9 @@ class SLL(Rule):
     def _reads(self, site: Site) -> bool:
         if site.index == site.blocks - 1:
             return self.head != "joint"
-        return (site.index + 1) % self.group == 0
+        # Where a group ends, and where its view of the blocks behind it ends.
+        end = site.index + 1
+        return end % self.group == 0 or (end > self.overlap and (end - self.overlap) % self.group == 0)
 
     def signal(self, at: Moment) -> Signal:
         """Likelihood and alignment of the posterior that is read off at this site."""
