@@ -61,11 +61,11 @@ def test_result_has_every_field(short):
 def test_memory_is_that_of_the_network(short):
     memory = result(short)["memory_mib"]
     learned = 65 * 16 + 17 * 16 + 17 * 10
-    projections = 2 * 10 * 16
+    projections = 1 * 10 * 16  # of the first block; the last one is read by the head
     tensors = 6
     assert memory["parameters"] * 2**20 == 4 * (learned + projections)
     assert memory["optimizer"] * 2**20 == 4 * (2 * learned + tensors)  # two moments, one step counter per tensor
-    assert 0 < memory["gradients"] * 2**20 <= 4 * learned
+    assert 0 <= memory["gradients"] * 2**20 <= 4 * learned  # none yet, where the peak is in the forward pass
     assert memory["activations"] > 0
     assert result(short)["parameters"] == learned
 
@@ -75,14 +75,14 @@ def test_metrics_have_one_line_per_event(short):
     assert [line["step"] for line in lines(short, "val")] == [5, 10]
     assert [line["step"] for line in lines(short, "test")] == [10]
     for line in lines(short):
-        assert {"head/loss", "head/accuracy", "block1/loss", "block2/divergence"} <= line.keys()
+        assert {"head/loss", "head/accuracy", "block1/loss", "head/divergence"} <= line.keys()
         assert all(math.isfinite(value) for value in line.values() if isinstance(value, float))
 
 
 def test_result_is_the_last_evaluation(short):
     assert result(short)["test_accuracy"] == lines(short, "test")[0]["head/accuracy"]
     assert result(short)["val_accuracy"] == lines(short, "val")[-1]["head/accuracy"]
-    assert result(short)["blocks"].keys() == {"block1", "block2", "head"}
+    assert result(short)["blocks"].keys() == {"block1", "head"}
 
 
 def test_weights_fit_the_plain_model_and_predict_the_same(short):
@@ -224,7 +224,7 @@ def test_half_precision_keeps_fp32_weights_and_learns(tmp_path, precision):
 @pytest.mark.parametrize(
     ("words", "names"),
     [
-        (["--cuts", "block"], ["block1", "block2"]),
+        (["--cuts", "block", "--rule.head", "separate"], ["block1", "block2"]),
         (["--cuts", "block1", "--model.depth", "3"], ["block1"]),
         (["--blocks", "1"], None),
         (["--model.depth", "4", "--blocks", "2"], None),

@@ -98,8 +98,8 @@ def memory_of(
         `rule`, `model`, `depth`, and in bytes `parameters`, `optimizer`, `gradients`, `activations`, `peak`.
 
     >>> row = memory_of("sll", "mlp", 2, shape=(1, 8, 8), batch_size=4, width=16)
-    >>> row["parameters"]  # 65*16 + 17*16 + 17*10 weights and two fixed 10x16 projections
-    7208
+    >>> row["parameters"]  # 65*16 + 17*16 + 17*10 weights and a fixed 10x16 projection
+    6568
     """
     learner, x, y = _prepared(rule, model, depth, shape, batch_size, optimizer, precision, device, model_options)
     learner.step(x, y)
