@@ -96,12 +96,13 @@ def screening() -> str:
     lines = ["| run | options | epochs | val, % | by block, head last |", "|---|---|---|---|---|"]
     for file in sorted((HERE / "cifar10_screening" / "raw").glob("*.json")):
         run = json.loads(file.read_text())
-        words = run["command"].split("--batch-size", 1)[1].split()
-        sizes = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "--batch-size"] or [words[0]]
-        options = " ".join(words[i] + " " + words[i + 1] for i, w in enumerate(words[:-1]) if w.startswith("--rule"))
+        words = " ".join(run["command"].split()[2:]).split("--")
+        options = ", ".join(
+            word.strip() for word in words if word.startswith(("rule.", "rule ", "lr ", "batch-size "))
+        )
         blocks = " ".join(f"{100 * value:.1f}" for value in run["blocks"].values())
         value = f"{100 * run['val_accuracy']:.1f}"
-        lines.append(f"| {file.stem} | batch {sizes[-1]} {options} | {run['epochs']:g} | {value} | {blocks} |")
+        lines.append(f"| {file.stem} | {options} | {run['epochs']:g} | {value} | {blocks} |")
     return "\n".join(lines)
 
 

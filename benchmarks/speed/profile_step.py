@@ -49,5 +49,5 @@ def profile(rule: str, model: str, shape: tuple[int, int, int], batch: int, roun
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for rule in ("sll", "local_ce", "backprop"):
-        profile(rule, "mlp", (1, 28, 28), 128, rounds=40, depth=3, width=1000)
-        profile(rule, "vit", (3, 32, 32), 64, rounds=4, depth=12, width=192)
+        profile(rule, "mlp", (1, 28, 28), 128, rounds=20, depth=3, width=1000)
+        profile(rule, "vit", (3, 32, 32), 64, rounds=3, depth=12, width=192)
