@@ -23,6 +23,7 @@ LABELS = {  # rows of the conv net: rule and what is special about it
     "sll_4": ("sll", "4 blocks, overlap 1"),
     "sll_2": ("sll", "2 blocks"),
     "sll_2_overlap": ("sll", "2 blocks, overlap 1"),
+    "sll_2_own_and_next": ("sll", "2 blocks, overlap 1, own readout too"),
     "local_ce_4_moments": ("local_ce", "4 blocks"),
 }
 
@@ -35,7 +36,8 @@ def accuracies() -> dict[str, dict[str, list[str]]]:
         if file.exists():
             for row in csv.DictReader(file.open()):
                 rule, detail = LABELS.get(row["rule"], (row["rule"], ""))
-                text = f"{row['test_mean']} ± {row['test_std']}" + (f" ({detail})" if detail else "")
+                spread = f" ± {row['test_std']}" if row["test_std"] else ""
+                text = f"{row['test_mean']}{spread} ({detail + ', ' if detail else ''}n = {row['n']})"
                 found.setdefault(rule, {}).setdefault(column, []).append(text)
     return found
 
@@ -72,9 +74,9 @@ def readme_table() -> str:
         f"[{name}](benchmarks/{name})" for name in [*ACCURACY.values(), "memory", "speed"] if (HERE / name).exists()
     )
     note = (
-        "Test accuracy in %, mean ± standard deviation of 3 seeds, learning rate of every rule chosen on a validation\n"
-        "split; memory is exact; times are medians of interleaved steps on a shared machine (10 % .. 90 %). Commands,\n"
-        f"machine and raw results: {folders}."
+        "Test accuracy in %, mean ± standard deviation over n seeds; each folder says how the learning rates\n"
+        "were chosen. Memory is exact; times are medians of interleaved steps on a shared machine (10 % .. 90 %).\n"
+        f"Commands, machine and raw results: {folders}."
     )
     return "\n".join([*lines, "", note])
 
@@ -97,9 +99,7 @@ def screening() -> str:
     for file in sorted((HERE / "cifar10_screening" / "raw").glob("*.json")):
         run = json.loads(file.read_text())
         words = " ".join(run["command"].split()[2:]).split("--")
-        options = ", ".join(
-            word.strip() for word in words if word.startswith(("rule.", "rule ", "lr ", "batch-size "))
-        )
+        options = ", ".join(word.strip() for word in words if word.startswith(("rule.", "rule ", "lr ", "batch-size ")))
         blocks = " ".join(f"{100 * value:.1f}" for value in run["blocks"].values())
         value = f"{100 * run['val_accuracy']:.1f}"
         lines.append(f"| {file.stem} | {options} | {run['epochs']:g} | {value} | {blocks} |")
