@@ -40,8 +40,7 @@ def main() -> None:
             list(pool.map(lambda cell: run(folder, grid, *cell), tuning_cells(grid)))
         best = {name: tuned_rate(folder, grid, name) for name in grid["rules"]}
         if not arguments.table:
-            chosen = grid.get("final_rules", list(grid["rules"]))
-            finals = [(name, best[name], seed, False) for seed in grid["seeds"] for name in chosen]
+            finals = [(name, best[name], seed, False) for seed in grid["seeds"] for name in grid["rules"]]
             list(pool.map(lambda cell: run(folder, grid, *cell), finals))
     write_table(folder, grid, best)
 
@@ -142,7 +141,7 @@ def write_table(folder: Path, grid: dict, best: dict[str, float]) -> None:
         f"Command: `python benchmarks/grid.py {folder.as_posix()}`. Learning rate of every rule {chosen};",
         "test accuracy in % of the last weights, mean and standard deviation over n seeds; accuracy of every block's",
         "own readout, then the head's; activations + gradients and peak in MiB (exact); seconds of training with one",
-        "thread on a shared machine (rough).",
+        "thread on a shared machine (rough). Rows with fewer than three seeds, or missing, were not finished.",
         "",
         "| rule | lr | n | test accuracy | by block, head last | act. + grad. MiB | peak MiB | seconds |",
         "|---|---|---|---|---|---|---|---|",
