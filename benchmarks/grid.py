@@ -141,7 +141,7 @@ def write_table(folder: Path, grid: dict, best: dict[str, float]) -> None:
         f"Command: `python benchmarks/grid.py {folder.as_posix()}`. Learning rate of every rule {chosen};",
         "test accuracy in % of the last weights, mean and standard deviation over n seeds; accuracy of every block's",
         "own readout, then the head's; activations + gradients and peak in MiB (exact); seconds of training with one",
-        "thread on a shared machine (rough). Rows with fewer than three seeds, or missing, were not finished.",
+        "thread on a shared machine (rough). Rows with fewer seeds than the grid, or missing, were not finished.",
         "",
         "| rule | lr | n | test accuracy | by block, head last | act. + grad. MiB | peak MiB | seconds |",
         "|---|---|---|---|---|---|---|---|",

@@ -11,7 +11,8 @@ def keep_freed_memory() -> bool:
     """Ask the C library to reuse freed memory instead of giving it back to the system.
 
     A rule that frees a block's graph before the next block runs asks for the same large buffers again and again. By
-    default glibc takes each of them fresh from the system, which then clears every page. Afterwards the process holds its peak until it ends; no result changes.
+    default glibc takes each of them fresh from the system, which then clears every page. Afterwards the process holds
+    its peak until it ends; no result changes.
 
     Called by the command line; call it once, before training, in a program of your own.
 
