@@ -20,11 +20,10 @@ ACCURACY = {  # column of the README: folder
     "CIFAR-10, conv": "cifar10_conv",
 }
 LABELS = {  # rows of the conv net: rule and what is special about it
-    "sll_4": ("sll", "4 blocks, overlap 1"),
-    "sll_2": ("sll", "2 blocks"),
+    "sll_4_overlap": ("sll", "4 blocks, overlap 1"),
     "sll_2_overlap": ("sll", "2 blocks, overlap 1"),
-    "sll_2_own_and_next": ("sll", "2 blocks, overlap 1, own readout too"),
-    "local_ce_4_moments": ("local_ce", "4 blocks"),
+    "sll_2": ("sll", "2 blocks"),
+    "local_ce_4": ("local_ce", "4 blocks"),
 }
 
 

@@ -24,7 +24,7 @@ def moment(rule, h, y, *, index=0, blocks=3, task=TASK, message=None):
     site = Site(index, blocks, f"block{index + 1}")
     torch.manual_seed(index)
     auxiliary = rule.auxiliary(site, h.detach(), task)
-    return Moment(site, h, h, message, y, task, auxiliary, training=True)
+    return Moment(site, h, h, message, y, task, auxiliary, training=True, last=True)
 
 
 def hidden(samples=6, width=CLASSES, seed=0):
@@ -219,19 +219,25 @@ def test_the_joint_head_is_aligned_with_the_last_projection():
 
 def test_an_overlap_over_the_whole_network_is_backprop():
     x, y = problem()
-    through = create_rule("sll", overlap=3, likelihood_weight=0.0, surrogate="none")
+    through = create_rule("sll", overlap=3)
     a = trained(net("mlp").double(), through, [(x.double(), y)] * 3, optimizer="sgd", lr=0.1)
     b = trained(net("mlp").double(), "backprop", [(x.double(), y)] * 3, optimizer="sgd", lr=0.1)
     for name, weight in tensors(a.network.model).items():
         assert torch.allclose(weight, tensors(b.network.model)[name], atol=1e-12)
 
 
-def test_a_group_is_read_where_it_ends_and_where_its_view_ends():
-    for group, overlap, expected in ((2, 0, {1, 3}), (2, 1, {1, 2, 3, 4}), (3, 1, {2, 3}), (1, 2, {0, 1, 2, 3, 4})):
+def test_a_group_is_read_where_its_view_ends():
+    for group, overlap, expected in (
+        (2, 0, {1, 3}),
+        (2, 1, {2, 4}),
+        (3, 1, {3}),
+        (1, 0, {0, 1, 2, 3, 4}),
+        (1, 2, {2, 3, 4}),
+    ):
         rule = create_rule("sll", group=group, overlap=overlap)
         sites = [Site(i, 6, f"block{i + 1}") for i in range(6)]
         read = {site.index for site in sites if rule.auxiliary(site, hidden(), TASK) is not None}
-        assert read == expected  # the last block (5) is read by the head
+        assert read == expected  # a view that holds the last block (5) ends at the head
 
 
 def test_a_rule_with_overlap_says_that_it_is_not_local():
@@ -240,7 +246,7 @@ def test_a_rule_with_overlap_says_that_it_is_not_local():
     assert "gradients back over 1" in create_rule("sll", overlap=1).crosses
 
 
-def test_an_overlap_of_one_adds_the_next_objective_and_leaves_the_next_block_alone():
+def test_an_overlap_of_one_reads_behind_the_next_block_and_leaves_that_block_alone():
     rule = create_rule("sll", overlap=1)
     learner = Learner(net("mlp"), rule, optimizer="sgd", lr=1.0, optimizer_options={"momentum": 0.0, "nesterov": 0.0})
     x, y = problem()
@@ -248,10 +254,13 @@ def test_an_overlap_of_one_adds_the_next_objective_and_leaves_the_next_block_alo
     group = learner.groups[0]
     assert [unit.site.name for unit in [*group.units, *group.ahead]] == ["block1", "block2"]
     first, second = group.units[0].block, group.ahead[0].block
-    signals, h, _ = learner.engine.forward(group, x, None, y, 0, Trace())
+    signals, h, message = learner.engine.forward(group, x, None, y, 0, Trace())
     assert torch.equal(h, first(x))  # what goes on to the next group is the first block's own output
-    total = sum(signal.loss for signal, _ in signals)
-    expected = torch.autograd.grad(total, first.parameters())
+    readout = learner.auxiliary["1"](second(first(x)))
+    assert torch.equal(message[-1], readout)  # and the posterior behind the second
+    (loss,) = [signal.loss for signal, _ in signals if signal.loss is not None]
+    assert torch.allclose(loss, F.cross_entropy(readout, y))
+    expected = torch.autograd.grad(F.cross_entropy(readout, y), first.parameters())
     before = tensors(learner.network.model)
     learner.engine.update(group, x, None, y, 0, Trace())
     for (name, weight), gradient in zip(first.named_parameters(), expected, strict=True):
