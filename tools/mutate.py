@@ -57,7 +57,7 @@ MUTANTS = [
     Mutant("gradients for what lends its graph", "engine.py",
            [(", inputs=group.parameters", "")], f"{RULES} overlap_of_one"),
     Mutant("the lending block's output is passed on", "engine.py",
-           [("if unit is group.units[-1]:", "if True:")], f"{RULES} overlap_of_one"),
+           [("if unit.site.index <= group.units[-1].site.index:", "if True:")], f"{RULES} overlap_of_one"),
     Mutant("metrics keep the graph", "engine.py",
            [("= detach(signal.metrics)", "= signal.metrics")], "test_learner.py metrics_are"),
     Mutant("forward without a graph", "engine.py",

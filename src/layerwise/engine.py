@@ -112,38 +112,25 @@ class Engine:
             step: the training step, which decides the random draws; None in evaluation.
 
         Returns:
-            Signals with the output that each one belongs to; the next group's input, which is the output of this
-            group's own last block; its message, which is what the end of this group's view sent.
+            Signals with the output that each one belongs to; input and message of the next group.
         """
         signals: list[tuple[Signal, Tensor]] = []
-        units = [*group.units, *(group.ahead if step is not None else [])]
-        passed_on = h
-        for unit in units:
+        passed_on = h, message
+        for unit in [*group.units, *(group.ahead if step is not None else [])]:
             out = self.run(unit, h, step)
             with self.autocast():
-                signal = self.rule.signal(
-                    Moment(
-                        unit.site,
-                        out,
-                        h,
-                        message,
-                        y,
-                        self.how.task,
-                        unit.auxiliary,
-                        training=step is not None,
-                        last=unit is units[-1],
-                    )
-                )
+                moment = Moment(unit.site, out, h, message, y, self.how.task, unit.auxiliary, step is not None)
+                signal = self.rule.signal(moment)
             h = out if signal.output is None else signal.output
             message = signal.message
             if signal.loss is not None:
                 signal.metrics.setdefault("loss", signal.loss)
             signals.append((signal, out))
-            if signal.metrics:
-                trace.metrics[unit.site.name] = detach(signal.metrics)
-            if unit is group.units[-1]:
-                passed_on = h
-        return signals, passed_on, message
+            if unit.site.index <= group.units[-1].site.index:
+                passed_on = h, message
+                if signal.metrics:
+                    trace.metrics[unit.site.name] = detach(signal.metrics)
+        return signals, *passed_on
 
     def update(self, group: Group, h: Tensor, message: Any, y: Tensor, step: int, trace: Trace) -> tuple[Tensor, Any]:
         """One group's whole update; returns the detached input and message of the next group."""

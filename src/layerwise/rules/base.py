@@ -69,15 +69,12 @@ class Moment:
     h_in: Tensor
     """The block's input; without history when the block is the first of its group."""
     message: Any
-    """What the site before sent (to the first of a group: the last site that the group before looked at): tensors,
-    or nested tuples, lists and dicts of them."""
+    """What the site before sent: tensors, or nested tuples, lists and dicts of them."""
     y: Tensor
     task: Classification
     auxiliary: nn.Module | None
     """The module that `Rule.auxiliary` made for this site."""
     training: bool
-    last: bool
-    """Whether the group's view ends here: its graph grows no further (in evaluation no group looks ahead)."""
 
 
 @dataclass

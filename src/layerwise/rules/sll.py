@@ -86,8 +86,8 @@ class SLL(Rule):
 
     A single small convolution is stiff under a fixed projection. Three options give it room: `pool="moments"` reads
     the standard deviation over space beside the mean, `group` lets neighbouring blocks share one objective, and
-    `overlap=1` reads a block off behind the next one, through which the gradient comes back: it crosses one boundary,
-    two blocks are alive at a time, and the rule is interlocking, no longer local.
+    `overlap=1` moves every readout behind one block more, and each trains all groups that see it: gradients cross one
+    boundary, two blocks are alive at a time, and the rule is interlocking, no longer local.
 
     What is the paper's and what is ours: the two terms, their equal weight, the fixed projection and the optional
     dropout on it are stated by the paper; scale and normalisation of the projection, the softmax, the pooling, the
@@ -124,7 +124,7 @@ class SLL(Rule):
     group: int = 1
     """Neighbouring blocks that share one objective, one graph and one backward pass."""
     overlap: int = 0
-    """Blocks behind a group through which it is read off; with 1, gradients cross one boundary (interlocking)."""
+    """Blocks behind a group through which it is read off, too; with 1, gradients cross one boundary (interlocking)."""
     head: Literal["joint", "separate"] = "joint"
     """What trains the last block: the head's cross-entropy (joint), or its own objective (separate)."""
 
@@ -157,7 +157,7 @@ class SLL(Rule):
         return grouped(blocks, self.group, join_head=self.head != "separate", overlap=self.overlap)
 
     def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
-        """The fixed projection of every group, where its view ends; the head is its own readout."""
+        """A fixed projection where a group's view ends; the head is its own readout."""
         if site.is_head or not any(view.stop == site.index + 1 for view in self.groups(site.blocks)):
             return None
         dim = task.classes if self.dim is None else self.dim
@@ -170,9 +170,7 @@ class SLL(Rule):
         return Projection(width, dim, task.classes, self)
 
     def signal(self, at: Moment) -> Signal:
-        """Likelihood and alignment of the posterior that is read off where the group's view ends."""
-        if at.training and not at.last:
-            return Signal(message=at.message)
+        """Likelihood and alignment of the posterior that is read off at this site."""
         if at.site.is_head:
             signal = cross_entropy_at_head(at)
             if self.head == "joint":
