@@ -1,7 +1,7 @@
 """A small model zoo with one surface: a `depth` dial, named blocks and a head.
 
-Every model is an `nn.Sequential` of `block1` .. `blockN` and `head`, for images (B, channels,
-height, width) to logits (B, classes). Its attribute `block_names` lists the children after which it
+Every model is an `nn.Sequential` of blocks (`block1` .. `blockN`; `sid_cascade` names its parts) and `head`, for
+images (B, channels, height, width) to logits (B, classes). Its attribute `block_names` lists the children after which it
 may be cut.
 
 Example:
@@ -20,6 +20,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.models.base import BlockSequential, ModelOptions
 from layerwise.models.mlp import MLP
 from layerwise.models.resnet import ResNet
+from layerwise.models.sid_cascade import SIDCascade
 from layerwise.models.vgg import VGG
 from layerwise.models.vit import ViT
 
@@ -29,6 +30,7 @@ __all__ = [
     "BlockSequential",
     "ModelOptions",
     "ResNet",
+    "SIDCascade",
     "ViT",
     "create",
     "describe",
@@ -36,7 +38,13 @@ __all__ = [
     "options",
 ]
 
-_MODELS: dict[str, type[ModelOptions]] = {"mlp": MLP, "resnet": ResNet, "vgg": VGG, "vit": ViT}
+_MODELS: dict[str, type[ModelOptions]] = {
+    "mlp": MLP,
+    "resnet": ResNet,
+    "sid_cascade": SIDCascade,
+    "vgg": VGG,
+    "vit": ViT,
+}
 
 
 def names() -> tuple[str, ...]:
@@ -44,7 +52,7 @@ def names() -> tuple[str, ...]:
 
     Example:
         >>> names()
-        ('mlp', 'resnet', 'vgg', 'vit')
+        ('mlp', 'resnet', 'sid_cascade', 'vgg', 'vit')
     """
     return tuple(_MODELS)
 
