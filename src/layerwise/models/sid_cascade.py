@@ -29,20 +29,21 @@ class UniformBelief(nn.Module):
 class Refine(nn.Module):
     """A module of the cascade: state `[log p | z]` `(B, K + D)` to the state with its own belief in place of p.
 
-    The belief is a softmax of Linear, ReLU, Linear on `concat(p, z)`. Its logarithm is what the state holds, so that
+    The belief is a softmax of Linear, ReLU, dropout, Linear on `concat(p, z)`. Its logarithm is what the state holds, so that
     no logarithm of a probability is ever taken.
     """
 
-    def __init__(self, classes: int, features: int, hidden: int):
+    def __init__(self, classes: int, features: int, hidden: int, dropout: float):
         super().__init__()
         self.hidden = nn.Linear(classes + features, hidden)
+        self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(hidden, classes)
 
     def logits(self, state: Tensor) -> Tensor:
         """Logits `(B, K)` of the new belief."""
         classes = self.out.out_features
         inputs = torch.cat([state[:, :classes].exp(), state[:, classes:]], dim=-1)
-        return self.out(F.relu(self.hidden(inputs)))
+        return self.out(self.dropout(F.relu(self.hidden(inputs))))
 
     def forward(self, state: Tensor) -> Tensor:
         """The next state."""
@@ -97,6 +98,8 @@ class SIDCascade(ModelOptions):
     """Number of modules, the head included; 0 for a linear head on the extractor."""
     width: int = 128
     """Features of the extractor; the modules have twice as many hidden units."""
+    dropout: float = 0.0
+    """Probability of zeroing an activation, behind the pools of the extractor and in the modules' hidden layer."""
 
     def build(self, shape: tuple[int, int, int], classes: int) -> BlockSequential:
         """Build the model for images of `shape` (channels, height, width) and `classes` logits.
@@ -108,9 +111,9 @@ class SIDCascade(ModelOptions):
         require(min(shape[1:]) >= 4, f"sid_cascade pools twice, so images need 4x4 pixels, not {shape[1]}x{shape[2]}.")
         width, half, quarter = self.width, max(self.width // 2, 1), max(self.width // 4, 1)
         children: dict[str, nn.Module] = {
-            "extractor1": named(**_stage(shape[0], quarter, half)),
+            "extractor1": named(**_stage(shape[0], quarter, half, self.dropout)),
             "extractor2": named(
-                **_stage(half, width, width),
+                **_stage(half, width, width, self.dropout),
                 average=nn.AdaptiveAvgPool2d(1),
                 flatten=nn.Flatten(),
                 linear=nn.Linear(width, width),
@@ -118,20 +121,23 @@ class SIDCascade(ModelOptions):
             ),
         }
         for i in range(1, self.depth):
-            children[f"module{i}"] = Refine(classes, width, 2 * width)
+            children[f"module{i}"] = Refine(classes, width, 2 * width, self.dropout)
         if self.depth:
-            children["head"] = LastRefine(classes, width, 2 * width)
+            children["head"] = LastRefine(classes, width, 2 * width, self.dropout)
         else:
             children["head"] = LinearReadout(classes, width)
         return BlockSequential(OrderedDict(children))
 
 
-def _stage(inputs: int, first: int, second: int) -> dict[str, nn.Module]:
+def _stage(inputs: int, first: int, second: int, dropout: float) -> dict[str, nn.Module]:
     """Two convolutions; the second one's ReLU stands behind the max-pool: the same function on a quarter of pixels."""
-    return {
+    children: dict[str, nn.Module] = {
         "conv1": nn.Conv2d(inputs, first, 3, padding=1),
         "activation1": nn.ReLU(),
         "conv2": nn.Conv2d(first, second, 3, padding=1),
         "pool": nn.MaxPool2d(2),
         "activation2": nn.ReLU(),
     }
+    if dropout:
+        children["dropout"] = nn.Dropout(dropout)
+    return children
