@@ -1,8 +1,8 @@
 """A small model zoo with one surface: a `depth` dial, named blocks and a head.
 
-Every model is an `nn.Sequential` of blocks (`block1` .. `blockN`; `sid_cascade` names its parts) and `head`, for
-images (B, channels, height, width) to logits (B, classes). Its attribute `block_names` lists the children after which it
-may be cut.
+Every model is an `nn.Sequential` of blocks (`block1` .. `blockN`; `sid_cascade` names its parts)
+and `head`, for images (B, channels, height, width) to logits (B, classes). Its attribute
+`block_names` lists the children after which it may be cut.
 
 Example:
     >>> from layerwise import models

@@ -14,8 +14,8 @@ from layerwise.errors import LayerwiseError
 class ModelOptions:
     """Base of every model's options; it checks them when they are made.
 
-    A whole number must be at least 1 (or what `least` says), a `dropout` in [0, 1), and a word one of those that the field
-    lists.
+    A whole number must be at least 1 (or what `least` says), a `dropout` in [0, 1), and a word one
+    of those that the field lists.
 
     Raises:
         LayerwiseError: an option is of the wrong type or out of range.
