@@ -41,7 +41,7 @@ def test_version(capsys):
     assert printed(capsys, "--version") == f"{__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "predict", "bench memory", "bench speed", "validate"])
+@pytest.mark.parametrize("command", ["train", "eval", "beliefs", "predict", "bench memory", "bench speed", "validate"])
 def test_each_help_is_printed(capsys, command):
     out = printed(capsys, *split(command), "--help")
     assert f"usage: layerwise {command}" in out

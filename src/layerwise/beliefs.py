@@ -28,6 +28,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
 from layerwise.rules.base import Site, by_depth
 from layerwise.rules.sid import Direction, Distillation, divergences
+from layerwise.tasks import Classification
 
 
 def alphas(alpha: float | tuple[float, ...], modules: int) -> list[float]:
@@ -194,7 +195,7 @@ def measure(
         beliefs = torch.stack(learner.beliefs(x)).double().flatten(1, -2)
         y = y.flatten()
         weights = alphas(rule.alpha, len(beliefs) - 1)
-        for name, values in _quantities(beliefs, y, learner, weights, rule.direction).items():
+        for name, values in quantities(beliefs, y, learner.task, weights, rule.direction).items():
             sums[name] = sums.get(name, 0) + values.double().sum(-1).cpu()
         for i, threshold in enumerate(thresholds):
             chosen, used = early_exit(beliefs, threshold)
@@ -215,11 +216,19 @@ def measure(
     return {"modules": modules, "early_exit": early}
 
 
-def _quantities(
-    beliefs: Tensor, y: Tensor, learner: Learner, weights: list[float], direction: Direction
+def quantities(
+    beliefs: Tensor, y: Tensor, task: Classification, weights: Sequence[float], direction: Direction
 ) -> dict[str, Tensor]:
-    """Per sample: `(L + 1, B)` for every belief, `(L, B)` for every module."""
-    target = learner.task.distribution(y).to(beliefs.dtype)
+    """What `measure` averages: `(L + 1, B)` for every belief, `(L, B)` for every module.
+
+    Args:
+        beliefs: log-probabilities `(L + 1, B, K)`, the uniform belief first.
+        y: labels `(B,)`.
+        task: the task.
+        weights: alpha of each of the L modules.
+        direction: of the divergences.
+    """
+    target = task.distribution(y).to(beliefs.dtype)
     alpha = torch.tensor(weights, dtype=beliefs.dtype, device=beliefs.device)[:, None]
     before, after = beliefs[:-1], beliefs[1:]
     label, _ = divergences(beliefs, beliefs, target, direction)
@@ -355,6 +364,10 @@ class BeliefsOptions:
 def command(folder: Path, options: BeliefsOptions) -> list[str]:
     """`layerwise beliefs RUN`: prints the tables; returns what the user should know of the run."""
     found, notes = report(folder, options.split, options.thresholds, options.batch_size, options.device)
+    if options.plot:
+        draw(found["modules"], Path(options.plot))
+    if options.json:
+        write_atomically(Path(options.json), json.dumps(found, indent=2) + "\n")
     print(f"{'module':>6}" + "".join(f"{name:>14}" for name in COLUMNS))
     for i, row in enumerate(found["modules"]):
         print(f"{i:>6}" + "".join(f"{row[name]:>14.4f}" if name in row else f"{'':>14}" for name in COLUMNS))
@@ -367,10 +380,6 @@ def command(folder: Path, options: BeliefsOptions) -> list[str]:
             f"stopping at probability {row['threshold']:g}: accuracy {row['accuracy']:.4f} with "
             f"{row['modules_used']:.2f} of {len(found['modules']) - 1} modules"
         )
-    if options.json:
-        write_atomically(Path(options.json), json.dumps(found, indent=2) + "\n")
-    if options.plot:
-        draw(found["modules"], Path(options.plot))
     return notes
 
 
