@@ -330,6 +330,17 @@ def test_what_is_passed_on_is_what_the_papers_first_phase_would_have_computed():
     assert not torch.allclose(learner.beliefs(wide(X))[1], first_phase[1])  # the update moved them afterwards
 
 
+@pytest.mark.parametrize(("extractor", "share"), [("sum", 1.0), ("mean", 0.25), ("last", None)])
+def test_what_goes_back_is_a_share_of_the_features_gradient_and_none_of_the_beliefs(extractor, share):
+    rule, gradient = create_rule("sid_cascade", extractor=extractor), torch.randn(5, CLASSES + 7)
+    found = rule.to_trunk(Site(2, 5, "module1"), gradient, Classification(CLASSES))
+    if share is None:
+        assert found is None
+        found, share = rule.to_trunk(Site(5, 5, "head"), gradient, Classification(CLASSES)), 1.0
+    assert torch.equal(found[:, :CLASSES], torch.zeros(5, CLASSES))
+    assert torch.allclose(found[:, CLASSES:], share * gradient[:, CLASSES:])
+
+
 def test_plain_forward_is_the_cascade():
     model = cascade().eval()
     beliefs = by_hand(model, wide(X), Y, 0.5, "forward", Classification(CLASSES), [1.0] * 4)
