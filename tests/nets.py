@@ -29,6 +29,16 @@ def kinds(rule):
     return OWN_MODEL.get(rule, KINDS)
 
 
+def cascade(depth=4, **options):
+    """SID's model in double precision."""
+    torch.manual_seed(3)
+    return models.create("sid_cascade", SHAPE, CLASSES, depth=depth, **{"width": 16, **options}).double()
+
+
+def wide(x):
+    return x.double()
+
+
 def problem(samples=64, seed=0, shape=SHAPE, classes=CLASSES):
     """Noisy copies of one random image per class: separable, also by a linear map."""
     draw = torch.Generator().manual_seed(seed)

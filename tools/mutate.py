@@ -35,7 +35,7 @@ class Mutant:
 
 
 CONTRACT, ENGINE, RULES = "test_contract.py", "test_engine.py", "test_rules.py"
-SID = "test_sid.py"
+SID, TRUNK = "test_sid.py", "test_trunk.py"
 LOCAL = f"{CONTRACT} mlp and sll and (carries or reaches)"
 MEMORY = f"{CONTRACT} working_memory and mlp and local_ce"
 FREE = "        self._free(group)\n\n    def _free"
@@ -62,12 +62,12 @@ MUTANTS = [
     Mutant("trunk's gradient not accumulated", "engine.py",
            [("trunk.gradient += sent_back", "trunk.gradient = sent_back")], f"{SID} module_after_module and sum"),
     Mutant("trunk's gradient divided by the batches twice", "engine.py",
-           [("(self.how.accumulate / scale)", "(1.0 / scale)")], f"{SID} accumulated"),
+           [("(self.how.accumulate / scale)", "(1.0 / scale)")], f"{TRUNK} accumulated"),
     Mutant("trunk's gradient scaled twice", "engine.py",
-           [("(self.how.accumulate / scale)", "self.how.accumulate")], f"{SID} scaler"),
+           [("(self.how.accumulate / scale)", "self.how.accumulate")], f"{TRUNK} scaler"),
     Mutant("trunk's graph cut", "engine.py",
            [("Trunk(first, h, signals, out,", "Trunk(first, h, signals, out.detach().requires_grad_(),")],
-           f"{SID} gets_the_sum"),
+           f"{TRUNK} gets_the_sum"),
     Mutant("all modules' graphs at once", "rules/sid.py",
            [("for i in range(end, blocks + 1)]", "for i in range(end, end)] + [range(end, blocks + 1)]")],
            f"{SID} memory and sum"),
