@@ -1,4 +1,4 @@
-"""Write the figures of the benchmark folders into README.md and docs/, between their markers.
+"""Write the figures of the benchmark folders into README.md, docs/ and the recipes.
 
     python benchmarks/collect.py
 
@@ -39,6 +39,15 @@ LABELS = {  # rows of the conv net and of the cascade: rule and what is special 
     "cascade_backprop_5": ("backprop", "5 modules"),
     "cascade_backprop_10": ("backprop", "10 modules"),
     "linear_head": ("backprop", "linear head"),
+}
+
+
+RECIPES = {  # recipe: folder and row that measured it
+    "digits": ("digits_mlp", "sll"),
+    "mnist": ("mnist_mlp", "sll"),
+    "fashion_mnist": ("fashion_mlp", "sll"),
+    "cifar10": ("cifar10_conv", "sll_4_overlap"),
+    "cifar10_two_blocks": ("cifar10_conv", "sll_2_overlap"),
 }
 
 
@@ -120,6 +129,16 @@ def screening() -> str:
     return "\n".join(lines)
 
 
+def fill_recipe(name: str, folder: str, rule: str) -> None:
+    """Replace the last section of a recipe, `[expected]`, by what was measured."""
+    file = ROOT / "src" / "layerwise" / "recipes" / f"{name}.toml"
+    row = next(row for row in csv.DictReader((HERE / folder / "results.csv").open()) if row["rule"] == rule)
+    kept = file.read_text().partition("\n[expected]")[0].rstrip()
+    figure = f"{row['test_mean']} ± {row['test_std']} (n = {row['n']})"
+    command = f"python benchmarks/grid.py benchmarks/{folder}"
+    file.write_text(f'{kept}\n\n[expected]\ntest_accuracy = "{figure}"\ncommand = "{command}"\n')
+
+
 def fill(file: Path, marker: str, text: str) -> None:
     """Replace what stands between `<!-- marker:begin ... -->` and `<!-- marker:end ... -->`."""
     pattern = re.compile(rf"(<!-- {marker}:begin[^>]*-->\n).*?(<!-- {marker}:end[^>]*-->)", re.S)
@@ -130,10 +149,12 @@ def fill(file: Path, marker: str, text: str) -> None:
 
 
 def main() -> None:
-    """Fill README.md, docs/results.md and the page of every rule."""
+    """Fill README.md, docs/results.md, the page of every rule and the recipes."""
     fill(ROOT / "README.md", "figures", readme_table())
     fill(ROOT / "docs" / "results.md", "results", tables())
     fill(ROOT / "docs" / "log.md", "screening", screening())
+    for name, (folder, rule) in RECIPES.items():
+        fill_recipe(name, folder, rule)
     scores = accuracies(ACCURACY | CASCADE)
     for page in sorted((ROOT / "docs" / "rules").glob("*.md")):
         if page.stem != "index":

@@ -252,11 +252,11 @@ def test_options_are_frozen_and_described():
 
 WRONG = [
     (lambda: models.create("vggg", (1, 8, 8), 10), "did you mean 'vgg'?"),
-    (lambda: models.create("x", (1, 8, 8), 10), "choose one of mlp, resnet, sid_cascade, vgg, vit"),
+    (lambda: models.create("x", (1, 8, 8), 10), "legal names: mlp, resnet, sid_cascade, vgg, vit"),
     (lambda: models.options("resnt"), "did you mean 'resnet'?"),
     (lambda: models.describe("resnt"), "did you mean 'resnet'?"),
     (lambda: models.create("mlp", (1, 8, 8), 10, dept=2), "'dept'; did you mean 'depth'?"),
-    (lambda: models.create("resnet", (1, 8, 8), 10, dropout=0.1), "choose one of depth, width"),
+    (lambda: models.create("resnet", (1, 8, 8), 10, dropout=0.1), "legal names: depth, width"),
     (lambda: models.MLP(depth=0), "depth must be a whole number of at least 1, not 0"),
     (lambda: models.MLP(depth=True), "depth must be a whole number"),
     (lambda: models.MLP(width="wide"), "width must be a whole number of at least 1, not 'wide'"),

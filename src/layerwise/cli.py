@@ -325,10 +325,14 @@ def _positional(argv: Sequence[str], command: str, options: type, name: str) -> 
 def ls(argv: list[str]) -> int:
     """`layerwise ls rules|models|data|recipes`."""
     from layerwise import data, models, rules
-    from layerwise.options import load_recipe, recipe_names
+    from layerwise.options import Recipe, load_recipe, recipe_names
 
     def first_line(text: str | None) -> str:
         return (text or "").strip().splitlines()[0]
+
+    def recipe_line(recipe: Recipe) -> str:
+        accuracy = recipe.expected.get("test_accuracy")
+        return recipe.about + (f" Measured: {accuracy} % on the test split." if accuracy else "")
 
     lists: dict[str, Callable[[], dict[str, str]]] = {
         "rules": lambda: {
@@ -336,7 +340,7 @@ def ls(argv: list[str]) -> int:
         },
         "models": lambda: {name: first_line(models.describe(name)) for name in models.names()},
         "data": lambda: {name: data.describe(name) for name in data.names()},
-        "recipes": lambda: {name: load_recipe(name).about for name in recipe_names()},
+        "recipes": lambda: {name: recipe_line(load_recipe(name)) for name in recipe_names()},
     }
     if len(argv) != 1 or argv[0] not in lists:
         raise LayerwiseError(f"say what to list: layerwise ls {'|'.join(lists)}.")

@@ -183,8 +183,9 @@ class Learner:
             x: one batch of inputs; a single sample of it is run to learn the shapes.
 
         Raises:
-            LayerwiseError: the network does not take such an input.
+            LayerwiseError: the network does not take such an input, or is not what was partitioned.
         """
+        self.network.check_modules()
         shapes = self._probe(x[:1].to(self.device))
         blocks = [*self.network.blocks, self.network.head]
         task = Classification(shapes[-1].shape[-1], self.label_smoothing)

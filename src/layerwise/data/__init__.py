@@ -9,7 +9,6 @@
 (torch.Size([64, 1, 8, 8]), torch.float32, torch.int64)
 """
 
-import difflib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from layerwise.data.rows import (
     open_parquet,
 )
 from layerwise.data.sources import InMemorySource, Source, StreamedSource, decoded, sample_form
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, suggestion
 from layerwise.randomness import derive_seed
 
 __all__ = [
@@ -134,8 +133,8 @@ def load(
     True
     >>> load("mnits")
     Traceback (most recent call last):
-    layerwise.errors.LayerwiseError: unknown data set 'mnits'; did you mean 'mnist'? choose from digits, mnist, \
-fashion_mnist, cifar10, cifar100, hf:owner/name, imagefolder:PATH, parquet:PATH
+    layerwise.errors.LayerwiseError: unknown data set 'mnits'; did you mean 'mnist'? legal names: digits, mnist, \
+fashion_mnist, cifar10, cifar100, hf:owner/name, imagefolder:PATH, parquet:PATH.
     """
     if not 0 <= val_fraction < 1:
         raise LayerwiseError(f"validation fraction {val_fraction} is not in [0, 1); use 0 for no validation split")
@@ -300,9 +299,7 @@ def _open(name: str, root: str | Path | None, limit: int) -> dict[str, Rows]:
 
 
 def _unknown(name: str) -> LayerwiseError:
-    near = difflib.get_close_matches(name, DESCRIPTIONS, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return LayerwiseError(f"unknown data set {name!r}; {hint}choose from {', '.join(DESCRIPTIONS)}")
+    return LayerwiseError(f"unknown data set {name!r}; {suggestion(name, list(DESCRIPTIONS))}.")
 
 
 def _checked(rows: Rows, split: str) -> list:

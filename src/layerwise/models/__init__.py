@@ -11,12 +11,11 @@ Example:
     ['block1', 'block2', 'head']
 """
 
-import difflib
 import inspect
 from dataclasses import fields
 from typing import Any
 
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, suggestion
 from layerwise.models.base import BlockSequential, ModelOptions
 from layerwise.models.mlp import MLP
 from layerwise.models.resnet import ResNet
@@ -113,6 +112,4 @@ def describe(name: str) -> str:
 
 
 def _unknown(what: str, name: str, legal: "list[str] | tuple[str, ...]") -> LayerwiseError:
-    close = difflib.get_close_matches(name, legal, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return LayerwiseError(f"unknown {what} {name!r}; {hint}choose one of {', '.join(legal)}.")
+    return LayerwiseError(f"unknown {what} {name!r}; {suggestion(name, legal)}.")
