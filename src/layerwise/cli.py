@@ -22,6 +22,7 @@ usage: layerwise COMMAND [OPTIONS]
 
   train                 train a network (SLL on digits, if nothing else is said)
   eval RUN              accuracy of a trained run on the test split, block by block
+  beliefs RUN           what SID's theory says, measured module by module; early exit
   predict RUN INPUT     classes of images, as CSV
   ls WHAT               list rules | models | data | recipes
   describe RULE         equations, locality, what crosses a boundary, source, restrictions
@@ -267,6 +268,15 @@ def evaluate(argv: list[str]) -> int:
     return 0
 
 
+def beliefs(argv: list[str]) -> int:
+    """`layerwise beliefs RUN`."""
+    from layerwise.beliefs import BeliefsOptions, command
+
+    folder, rest = _positional(argv, "beliefs", BeliefsOptions, "RUN")
+    _tell(command(Path(folder), parse(BeliefsOptions, rest, "beliefs")))
+    return 0
+
+
 @dataclass(frozen=True)
 class PredictOptions:
     """Classes of images with a trained run: an image file, a folder of images, or a .npy array (N, C, H, W).
@@ -371,6 +381,7 @@ def validate(argv: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "eval": evaluate,
+    "beliefs": beliefs,
     "predict": predict,
     "ls": ls,
     "describe": describe,

@@ -267,8 +267,7 @@ class Learner:
             seed_generators(derive_seed(self._how["seed"], "begin", step), self.device)
             h, message = self.rule.begin(self._start(x, y, self._forward_with_draws))
             h, message = detach((h, message))
-            for group in self.groups:
-                h, message = self.engine.update(group, h, message, y, step, trace)
+            self.engine.step(self.groups, h, message, y, step, trace)
         self.steps += 1
         self.skipped += bool(trace.skipped)
         return Metrics(step, len(x), trace.metrics, tuple(trace.skipped), trace.finite)
@@ -305,7 +304,8 @@ class Learner:
             if type(self.rule).predict is not Rule.predict:
                 logits = self.rule.predict(self.network, self._modules_by_site(), x)
                 correct = self.task.correct(logits, y) / y.numel()
-                trace.metrics["head"] = {"loss": self.task.loss(logits, y), "accuracy": correct}
+                head = {"loss": self.task.loss(logits, y), "accuracy": correct}
+                trace.metrics["head"] = trace.metrics.get("head", {}) | head
         return Metrics(self.steps, len(x), trace.metrics, (), {})
 
     @torch.no_grad()
@@ -315,6 +315,34 @@ class Learner:
             self.build(x)
         with self._evaluating(), self.engine.autocast():
             return self.rule.predict(self.network, self._modules_by_site(), self._placed(x))
+
+    @torch.no_grad()
+    def beliefs(self, x: Tensor, threshold: float | None = None) -> list[Tensor]:
+        """What the sites believe about `x`, in evaluation mode, for rules that pass beliefs on.
+
+        Args:
+            x: inputs `(B, ...)`.
+            threshold: stop behind the first site at which every sample's largest probability has reached it, at that
+                site or before; run all sites if not given.
+
+        Returns:
+            Log-probabilities `(B, ..., K)`: the uniform belief, then one per site that was run.
+
+        Raises:
+            LayerwiseError: the rule passes on no beliefs.
+        """
+        if not self.groups:
+            self.build(x)
+        found: list[Tensor] = []
+        with self._evaluating(), self.engine.autocast():
+            passed = torch.zeros((), dtype=torch.bool, device=self.device)
+            for belief in self.rule.beliefs(self.network, self._modules_by_site(), self._placed(x)):
+                found.append(belief)
+                if threshold is not None:
+                    passed = passed | (belief.amax(-1).exp() >= threshold)
+                    if bool(passed.all()):
+                        break
+        return found
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

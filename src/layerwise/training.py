@@ -219,6 +219,8 @@ class Run:
             "rule": self.options.rule.name,
             "model": model_name(self.options.model),
             "data": self.options.data,
+            "label_noise": self.options.label_noise,
+            "label_noise_kind": self.options.label_noise_kind if self.options.label_noise else None,
             "seed": self.options.seed,
             "epochs": self.total / len(self.train_batches),
             "steps": self.total,
@@ -337,7 +339,14 @@ def evaluate(learner: Learner, batches: data.Batches) -> dict[str, float]:
 
 def load_data(options: TrainOptions) -> data.Dataset:
     """The data set of a run."""
-    return data.load(options.data, val_fraction=options.val_fraction, size=options.image_size)
+    return data.load(
+        options.data,
+        val_fraction=options.val_fraction,
+        size=options.image_size,
+        label_noise=options.label_noise,
+        label_noise_kind=options.label_noise_kind,
+        clean_validation=options.clean_validation,
+    )
 
 
 def split_batches(
@@ -436,6 +445,8 @@ FREE = ("device", "threads", "compile", "out", "overwrite", "save_every", "log_e
 def check_options(options: TrainOptions, trained: dict[str, Any], folder: Path) -> None:
     """Raise LayerwiseError where config.json says other than the checkpoint on anything that decides the result."""
     now = json.loads(json.dumps(to_mapping(options)))
+    # Options that are newer than the checkpoint had the value that is their default now.
+    trained = json.loads(json.dumps(to_mapping(TrainOptions()))) | trained
     for name in now.keys() - set(FREE):
         if now[name] != trained.get(name):
             raise LayerwiseError(

@@ -1,8 +1,8 @@
 """A small model zoo with one surface: a `depth` dial, named blocks and a head.
 
-Every model is an `nn.Sequential` of `block1` .. `blockN` and `head`, for images (B, channels,
-height, width) to logits (B, classes). Its attribute `block_names` lists the children after which it
-may be cut.
+Every model is an `nn.Sequential` of blocks (`block1` .. `blockN`; `sid_cascade` names its parts)
+and `head`, for images (B, channels, height, width) to logits (B, classes). Its attribute
+`block_names` lists the children after which it may be cut.
 
 Example:
     >>> from layerwise import models
@@ -19,6 +19,7 @@ from layerwise.errors import LayerwiseError, suggestion
 from layerwise.models.base import BlockSequential, ModelOptions
 from layerwise.models.mlp import MLP
 from layerwise.models.resnet import ResNet
+from layerwise.models.sid_cascade import SIDCascade
 from layerwise.models.vgg import VGG
 from layerwise.models.vit import ViT
 
@@ -28,6 +29,7 @@ __all__ = [
     "BlockSequential",
     "ModelOptions",
     "ResNet",
+    "SIDCascade",
     "ViT",
     "create",
     "describe",
@@ -35,7 +37,13 @@ __all__ = [
     "options",
 ]
 
-_MODELS: dict[str, type[ModelOptions]] = {"mlp": MLP, "resnet": ResNet, "vgg": VGG, "vit": ViT}
+_MODELS: dict[str, type[ModelOptions]] = {
+    "mlp": MLP,
+    "resnet": ResNet,
+    "sid_cascade": SIDCascade,
+    "vgg": VGG,
+    "vit": ViT,
+}
 
 
 def names() -> tuple[str, ...]:
@@ -43,7 +51,7 @@ def names() -> tuple[str, ...]:
 
     Example:
         >>> names()
-        ('mlp', 'resnet', 'vgg', 'vit')
+        ('mlp', 'resnet', 'sid_cascade', 'vgg', 'vit')
     """
     return tuple(_MODELS)
 

@@ -14,12 +14,15 @@ from layerwise.rules.backprop import Backprop, BackpropCheckpoint, BackpropOfflo
 from layerwise.rules.base import Moment, Rule, Signal, Site, Start
 from layerwise.rules.controls import DeepSupervision, LastLayer
 from layerwise.rules.local_ce import LocalCE
+from layerwise.rules.sid import SID, SIDCascade
 from layerwise.rules.sll import SLL
 from layerwise.rules.svp import SVP
 
 _BUILT_IN: tuple[type[Rule], ...] = (
     SLL,
     SVP,
+    SID,
+    SIDCascade,
     LocalCE,
     Backprop,
     BackpropCheckpoint,
@@ -82,6 +85,7 @@ def create(name: str, **options: object) -> Rule:
 
 
 __all__ = [
+    "SID",
     "SLL",
     "SVP",
     "Backprop",
@@ -92,6 +96,7 @@ __all__ = [
     "LocalCE",
     "Moment",
     "Rule",
+    "SIDCascade",
     "Signal",
     "Site",
     "Start",
