@@ -1,8 +1,12 @@
 """Pure mathematics of the learning rules: functions of tensors, without state."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+GRID = 4096  # numbers that `pool_features(h, "grid")` leaves at most
 
 
 def log_bhattacharyya(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -54,14 +58,17 @@ def pool_features(h: Tensor, pool: str) -> Tensor:
     Args:
         h: `(B, D)`, `(B, C, H, W)` or `(B, T, D)`.
         pool: `"mean"` averages over space or tokens, `"moments"` gives mean and standard deviation over them
-            (2 C or 2 D numbers), `"cls"` takes the first token, `"none"` keeps every position (a language
-            model), `"flatten"` keeps everything in one vector.
+            (2 C or 2 D numbers), `"grid"` averages an image over the cells of the finest square grid that leaves
+            at most 4096 numbers (tokens as `"mean"`), `"cls"` takes the first token, `"none"` keeps every position
+            (a language model), `"flatten"` keeps everything in one vector.
 
     Returns:
         `(B, D)`, or `(B, T, D)` for `"none"` on tokens.
 
     >>> pool_features(torch.ones(2, 3, 4, 4), "mean").shape
     torch.Size([2, 3])
+    >>> pool_features(torch.ones(2, 256, 8, 8), "grid").shape  # 4 x 4 cells
+    torch.Size([2, 4096])
     """
     if pool == "flatten":
         return h.flatten(1)
@@ -70,7 +77,10 @@ def pool_features(h: Tensor, pool: str) -> Tensor:
     if pool == "cls":
         return h[:, 0]
     places = tuple(range(2, h.dim())) if h.dim() >= 4 else (1,)
-    if pool == "mean":
+    if pool == "grid" and h.dim() == 4:
+        side = max(min(math.isqrt(GRID // h.shape[1]), *h.shape[2:]), 1)
+        return F.adaptive_avg_pool2d(h, side).flatten(1)
+    if pool in ("mean", "grid"):
         return h.mean(places)
     variance, mean = torch.var_mean(h.float(), places, correction=0)
     return torch.cat([mean, (variance + 1e-5).sqrt()], dim=-1)

@@ -14,6 +14,7 @@ from layerwise.rules.backprop import Backprop, BackpropCheckpoint, BackpropOfflo
 from layerwise.rules.base import Moment, Rule, Signal, Site, Start
 from layerwise.rules.controls import DeepSupervision, LastLayer
 from layerwise.rules.local_ce import LocalCE
+from layerwise.rules.mono_forward import MonoForward
 from layerwise.rules.sll import SLL
 from layerwise.rules.svp import SVP
 
@@ -21,6 +22,7 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     SLL,
     SVP,
     LocalCE,
+    MonoForward,
     Backprop,
     BackpropCheckpoint,
     BackpropOffload,
@@ -91,6 +93,7 @@ __all__ = [
     "LastLayer",
     "LocalCE",
     "Moment",
+    "MonoForward",
     "Rule",
     "Signal",
     "Site",
