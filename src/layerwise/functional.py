@@ -99,3 +99,25 @@ def normalise(h: Tensor, norm: str, eps: float = 1e-5) -> Tensor:
     if norm == "rms":
         return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
     return h
+
+
+def goodness(h: Tensor, kind: str) -> Tensor:
+    """Activity of a block per sample: the sum or the mean of the squares of all its units, in float32.
+
+    Args:
+        h: `(B, ...)`.
+        kind: `"sum"` or `"mean"`.
+
+    Returns:
+        `(B,)`.
+
+    >>> goodness(torch.tensor([[3.0, 4.0]]), "sum"), goodness(torch.tensor([[3.0, 4.0]]), "mean")
+    (tensor([25.]), tensor([12.5000]))
+    """
+    squares = h.float().flatten(1).square()
+    return squares.sum(1) if kind == "sum" else squares.mean(1)
+
+
+def unit_length(h: Tensor) -> Tensor:
+    """Each sample of `(B, ...)` divided by the root mean square of all its units: its goodness is gone."""
+    return normalise(h.flatten(1).float(), "rms").view_as(h).to(h.dtype)

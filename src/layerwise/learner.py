@@ -323,6 +323,8 @@ class Learner:
         self.auxiliary.eval()
         try:
             with torch.no_grad(), preserved_generators(self.device):
+                # A rule that samples when it predicts (or makes negatives) gives the same answer each time.
+                seed_generators(derive_seed(self._how["seed"], "evaluation"), self.device)
                 yield
         finally:
             for module, mode in modes:

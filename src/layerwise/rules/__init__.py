@@ -13,6 +13,7 @@ from layerwise.errors import LayerwiseError, suggestion
 from layerwise.rules.backprop import Backprop, BackpropCheckpoint, BackpropOffload
 from layerwise.rules.base import Moment, Rule, Signal, Site, Start
 from layerwise.rules.controls import DeepSupervision, LastLayer
+from layerwise.rules.forward_forward import ForwardForward
 from layerwise.rules.local_ce import LocalCE
 from layerwise.rules.mono_forward import MonoForward
 from layerwise.rules.sll import SLL
@@ -23,6 +24,7 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     SVP,
     LocalCE,
     MonoForward,
+    ForwardForward,
     Backprop,
     BackpropCheckpoint,
     BackpropOffload,
@@ -90,6 +92,7 @@ __all__ = [
     "BackpropCheckpoint",
     "BackpropOffload",
     "DeepSupervision",
+    "ForwardForward",
     "LastLayer",
     "LocalCE",
     "Moment",

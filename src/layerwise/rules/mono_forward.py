@@ -33,7 +33,7 @@ class MonoForward(LocalCE):
     """
 
     pool: Pool = "grid"
-    """How a block's output becomes a vector: grid (at most 4096 numbers) | flatten (the paper) | mean | moments | none."""
+    """How a block's output becomes a vector: grid (at most 4096 numbers) | flatten (the paper) | mean | moments."""
     predictor: Literal["last", "sum"] = "last"
     """Whose goodness decides: the last block's, or the sum over all blocks."""
 
