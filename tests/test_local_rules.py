@@ -1,4 +1,4 @@
-"""Closed forms of the rules with local losses: Mono-Forward, Forward-Forward."""
+"""Closed forms of the rules with local losses: Mono-Forward, Forward-Forward and Layer Collaboration."""
 
 import pytest
 import torch
@@ -283,7 +283,55 @@ def test_what_forward_forward_cannot_do_is_one_sentence():
         label_input.hybrid_images(vectors()[0])
 
 
+# --- Layer Collaboration
+
+
+@pytest.mark.parametrize("gamma", ["earlier", "all"])
+def test_layer_collaboration_moves_a_linear_block_by_the_closed_form(gamma):
+    """dL/dW = 2 (p - t) h x^T, where p = sigmoid(own + the other blocks' goodness - theta), of the same sample."""
+    model, (x, y) = linear_blocks(), vectors()
+    rule = create_rule("layer_collaboration", gamma=gamma, threshold=0.4)
+    learner = Learner(model, rule, example=x, **PLAIN_SGD)
+    before = [model[i].weight.detach().clone() for i in range(3)]
+    seen = watched(learner, x, y)
+    h, old = seen[0]["h_in"], []
+    for weight in before:  # the whole network before the step
+        h = h @ weight.T
+        old.append(h.square().sum(1))
+        h = h / rms(h)
+    told = torch.zeros(2 * len(y))
+    for i, (weight, at) in enumerate(zip(before, seen, strict=True)):
+        h = at["h_in"] @ weight.T
+        own = h.square().sum(1)
+        others = told if gamma == "earlier" else sum(old) - own
+        told = told + own
+        true, false = (own + others - 0.4 * h.shape[1]).chunk(2)
+        push = torch.cat([-torch.sigmoid(-true), torch.sigmoid(false)])
+        gradient = (2 * push[:, None] * h).T @ at["h_in"] / len(y)
+        assert at["loss"] == pytest.approx((softplus(-true).mean() + softplus(false).mean()).item(), rel=1e-4)
+        assert torch.allclose(model[i].weight, weight - 0.1 * gradient, atol=1e-5)
+
+
+def test_collaboration_with_nobody_before_is_forward_forward():
+    a, b = (trained(net("mlp"), create_rule(rule), [(X, Y)]) for rule in ("forward_forward", "layer_collaboration"))
+    assert same_bits(a.network.model.block1, b.network.model.block1)
+    assert not same_bits(a.network.model.block2, b.network.model.block2)
+
+
+def test_later_blocks_are_heard_by_a_first_pass_only():
+    assert create_rule("layer_collaboration").locality == "local"
+    assert create_rule("layer_collaboration", gamma="all").locality == "broadcast"
+    model, other = net("mlp"), net("mlp")
+    with torch.no_grad():
+        other.block3.linear.weight.mul_(-3)
+    for gamma, same in (("earlier", True), ("all", False)):
+        rule = create_rule("layer_collaboration", gamma=gamma)
+        a, b = (trained(m, rule, [(X, Y)]).network.model for m in (model, other))
+        assert same_bits(a.block1, b.block1) is same
+
+
 ILLEGAL = [
+    ("layer_collaboration", {"gamma": "later"}),
     ("forward_forward", {"negatives": "hybrid"}),
     ("forward_forward", {"skip": -1}),
     ("forward_forward", {"alpha": 0.0}),

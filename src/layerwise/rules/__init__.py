@@ -14,6 +14,7 @@ from layerwise.rules.backprop import Backprop, BackpropCheckpoint, BackpropOfflo
 from layerwise.rules.base import Moment, Rule, Signal, Site, Start
 from layerwise.rules.controls import DeepSupervision, LastLayer
 from layerwise.rules.forward_forward import ForwardForward
+from layerwise.rules.layer_collaboration import LayerCollaboration
 from layerwise.rules.local_ce import LocalCE
 from layerwise.rules.mono_forward import MonoForward
 from layerwise.rules.sll import SLL
@@ -25,6 +26,7 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     LocalCE,
     MonoForward,
     ForwardForward,
+    LayerCollaboration,
     Backprop,
     BackpropCheckpoint,
     BackpropOffload,
@@ -94,6 +96,7 @@ __all__ = [
     "DeepSupervision",
     "ForwardForward",
     "LastLayer",
+    "LayerCollaboration",
     "LocalCE",
     "Moment",
     "MonoForward",
