@@ -1,4 +1,6 @@
-"""Closed forms of the rules with local losses: Mono-Forward, Forward-Forward and Layer Collaboration."""
+"""Closed forms of the rules with local losses: Mono-Forward, PredSim, Forward-Forward and Layer Collaboration."""
+
+import math
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ import torch.nn.functional as F
 from nets import CLASSES, batches, net, same_bits, tensors, trained
 from torch import nn
 
-from layerwise import LayerwiseError, Learner, create_rule
+from layerwise import LayerwiseError, Learner, create_rule, functional
 from layerwise.rules import label_input
 
 X, Y = batches(1)[0]
@@ -83,6 +85,64 @@ def test_a_large_map_is_averaged_onto_a_grid_of_at_most_4096_numbers():
     assert [learner.auxiliary[i].in_features for i in "01"] == [4096, 2048]
     learner = Learner(net("vgg", width=257), "mono_forward", example=X)
     assert learner.auxiliary["0"].in_features == 257 * 9
+
+
+# --- PredSim
+
+
+@pytest.mark.parametrize("kind", ["mlp", "vgg", "vit"])
+@pytest.mark.parametrize("loss", ["predsim", "pred", "sim"])
+def test_predsim_is_the_weighted_sum_of_its_two_losses(kind, loss):
+    learner = trained(net(kind), create_rule("predsim", loss=loss, beta=0.7), batches(2))
+    h, told = X, learner.evaluate(X, Y).read()
+    labels = torch.corrcoef(F.one_hot(Y, CLASSES).double())  # the rows' correlations: cosines of centred rows
+    model = learner.network.model.eval()
+    for i, name in enumerate(model.block_names):
+        heads = learner.auxiliary[str(i)]
+        with torch.no_grad():
+            h = model.get_submodule(name)(h)
+            total = 0.0
+            if loss != "sim":
+                pooled = h.mean(1) if kind == "vit" else h.flatten(1)  # a small map is not averaged
+                total += (1.0 if loss == "pred" else 0.3) * F.cross_entropy(heads.classifier(pooled), Y)
+            if loss != "pred":
+                z = heads.map(h)
+                rows = z.flatten(2).std(2) if kind == "vgg" else z.flatten(1)
+                distance = (torch.corrcoef(rows.double()) - labels).square().mean()
+                assert told[f"{name}/similarity"] == pytest.approx(distance.item(), abs=1e-5)
+                total += (1.0 if loss == "sim" else 0.7) * distance
+        assert told[f"{name}/loss"] == pytest.approx(total.item(), abs=1e-5)
+
+
+def test_labels_of_two_classes_have_the_similarity_minus_one_over_k_minus_one():
+    wanted = functional.similarity(torch.eye(7)[[0, 3, 3]])
+    assert torch.allclose(wanted, torch.tensor([[1, -1 / 6, -1 / 6], [-1 / 6, 1, 1], [-1 / 6, 1, 1]]), atol=1e-6)
+
+
+def test_the_classifier_starts_at_zero_so_that_the_first_step_moves_similarities_only():
+    pred, sim, both = (
+        Learner(net("mlp"), create_rule("predsim", loss=k), example=X) for k in ("pred", "sim", "predsim")
+    )
+    assert pred.step(X, Y).read()["block1/loss"] == pytest.approx(math.log(CLASSES))
+    assert pred.network.model.block1.linear.weight.grad is None
+    start = net("mlp").block1.linear.weight
+    decayed = start * (1 - 1e-3 * 0.01)
+    assert torch.allclose(pred.network.model.block1.linear.weight, decayed, atol=1e-7)
+    both.step(X, Y)
+    assert not torch.allclose(both.network.model.block1.linear.weight, decayed, atol=1e-4)
+    assert sim.auxiliary["0"].classifier is None
+
+
+def test_dead_units_and_single_places_give_finite_gradients():
+    rule = create_rule("predsim", loss="sim")
+    learner = Learner(net("vgg", depth=4), rule, example=X)
+    with torch.no_grad():
+        learner.network.model.block1.norm.weight.zero_()  # every output of the block is the ReLU of 0
+    learner.step(X, Y)
+    wide = nn.Sequential(nn.Conv2d(1, 4, 8), nn.Conv2d(4, 4, 1), nn.Sequential(nn.Flatten(), nn.Linear(4, CLASSES)))
+    learner = Learner(wide, rule)
+    learner.step(X, Y)  # maps of one place: the values themselves are the row
+    assert all(p.isfinite().all() for _, p in learner.named_parameters())
 
 
 # --- Forward-Forward
@@ -331,6 +391,9 @@ def test_later_blocks_are_heard_by_a_first_pass_only():
 
 
 ILLEGAL = [
+    ("predsim", {"beta": 1.5}),
+    ("predsim", {"loss": "both"}),
+    ("predsim", {"group": 0}),
     ("layer_collaboration", {"gamma": "later"}),
     ("forward_forward", {"negatives": "hybrid"}),
     ("forward_forward", {"skip": -1}),

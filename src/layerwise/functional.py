@@ -121,3 +121,15 @@ def goodness(h: Tensor, kind: str) -> Tensor:
 def unit_length(h: Tensor) -> Tensor:
     """Each sample of `(B, ...)` divided by the root mean square of all its units: its goodness is gone."""
     return normalise(h.flatten(1).float(), "rms").view_as(h).to(h.dtype)
+
+
+def similarity(x: Tensor) -> Tensor:
+    """Cosine similarities of the rows of `(B, D)` after each row's own mean is taken off: `(B, B)`, in float32.
+
+    >>> similarity(torch.eye(3))[0]  # two classes out of K: -1 / (K - 1)
+    tensor([ 1.0000, -0.5000, -0.5000])
+    """
+    centred = x.float() - x.float().mean(1, keepdim=True)
+    directions = F.normalize(centred, dim=1)
+    with torch.autocast(x.device.type, enabled=False):
+        return directions @ directions.T

@@ -17,6 +17,7 @@ from layerwise.rules.forward_forward import ForwardForward
 from layerwise.rules.layer_collaboration import LayerCollaboration
 from layerwise.rules.local_ce import LocalCE
 from layerwise.rules.mono_forward import MonoForward
+from layerwise.rules.predsim import PredSim
 from layerwise.rules.sll import SLL
 from layerwise.rules.svp import SVP
 
@@ -25,6 +26,7 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     SVP,
     LocalCE,
     MonoForward,
+    PredSim,
     ForwardForward,
     LayerCollaboration,
     Backprop,
@@ -100,6 +102,7 @@ __all__ = [
     "LocalCE",
     "Moment",
     "MonoForward",
+    "PredSim",
     "Rule",
     "Signal",
     "Site",
