@@ -1,4 +1,4 @@
-"""Closed forms of the rules with local losses: Mono-Forward, PredSim, Forward-Forward and Layer Collaboration."""
+"""Closed forms of the rules with local losses: Mono-Forward, PredSim, DGL, Forward-Forward and Layer Collaboration."""
 
 import math
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from layerwise import LayerwiseError, Learner, create_rule, functional
 from layerwise.rules import label_input
+from layerwise.rules.dgl import auxiliary_network
 
 X, Y = batches(1)[0]
 PLAIN_SGD = {"optimizer": torch.optim.SGD, "lr": 0.1, "weight_decay": 0.0}
@@ -143,6 +144,58 @@ def test_dead_units_and_single_places_give_finite_gradients():
     learner = Learner(wide, rule)
     learner.step(X, Y)  # maps of one place: the values themselves are the row
     assert all(p.isfinite().all() for _, p in learner.named_parameters())
+
+
+# --- DGL
+
+
+@pytest.mark.parametrize(("network", "maps"), [("mlp_sr", (2, 4)), ("cnn", (6, 14)), ("mlp", (6, 14))])
+def test_the_auxiliary_networks_have_the_sizes_of_the_paper(network, maps):
+    """A block of 5 channels; MLP-SR works on maps of ceil(6 / 4) x ceil(14 / 4)."""
+    channels, seen = 5, []
+    made = auxiliary_network(torch.zeros(1, channels, 6, 14), CLASSES, network, "auto")
+    for module in made.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda module, given, out: seen.append((module.kernel_size, out.shape[2:])))
+    assert made(torch.randn(3, channels, 6, 14)).shape == (3, CLASSES)
+    wide = 4 * channels
+    mlp = 3 * (wide * wide + wide + 2 * wide) + wide * CLASSES + CLASSES
+    square, two = channels * channels + 2 * channels, 2 * (9 * channels * channels + 2 * channels)
+    sizes = {"mlp_sr": 3 * square + mlp, "cnn": two + wide * CLASSES + CLASSES, "mlp": mlp}
+    assert sum(p.numel() for p in made.parameters()) == sizes[network]
+    expected = {"mlp_sr": [((1, 1), maps)] * 3, "cnn": [((3, 3), maps)] * 2, "mlp": []}
+    assert seen == expected[network]
+
+
+@pytest.mark.parametrize("kind", ["mlp", "vgg", "vit"])
+def test_dgl_is_the_cross_entropy_of_the_auxiliary_networks(kind):
+    learner = trained(net(kind), "dgl", batches(2))
+    told, h = learner.evaluate(X, Y).read(), X
+    model = learner.network.model.eval()
+    learner.auxiliary.eval()
+    with torch.no_grad():
+        for i, name in enumerate(model.block_names[:2]):
+            h = model.get_submodule(name)(h)
+            logits = learner.auxiliary[str(i)](h.mean(1) if kind == "vit" else h)
+            assert told[f"{name}/loss"] == pytest.approx(F.cross_entropy(logits, Y).item(), abs=1e-5)
+        assert list(learner.auxiliary) == ["0", "1"]  # the last block is read by the head
+        assert told["head/loss"] == pytest.approx(F.cross_entropy(model(X), Y).item(), abs=1e-5)
+
+
+def test_a_skipped_update_puts_the_statistics_of_the_auxiliary_network_back():
+    learner = trained(net("vgg"), "dgl", batches(2), nonfinite="skip")
+    before = tensors(learner.auxiliary)
+    bad = X.clone()
+    bad[0] = float("nan")
+    learner.step(bad, Y)
+    assert learner.skipped == 1
+    assert same_bits(tensors(learner.auxiliary), before)
+
+
+def test_dgl_reads_one_label_per_sample():
+    language = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 8), nn.Linear(8, CLASSES))
+    with pytest.raises(LayerwiseError, match="one label per sample"):
+        Learner(language, "dgl").step(torch.randint(5, (2, 3)), torch.randint(CLASSES, (2, 3)))
 
 
 # --- Forward-Forward
@@ -391,6 +444,7 @@ def test_later_blocks_are_heard_by_a_first_pass_only():
 
 
 ILLEGAL = [
+    ("dgl", {"network": "conv"}),
     ("predsim", {"beta": 1.5}),
     ("predsim", {"loss": "both"}),
     ("predsim", {"group": 0}),

@@ -29,6 +29,11 @@ class Unit:
         """Parameters of the block and of the rule's auxiliary module."""
         return self.block.parameters() + list(self.auxiliary.parameters() if self.auxiliary else [])
 
+    def buffers(self) -> list[Tensor]:
+        """Buffers of both."""
+        own = [buffer for _, buffer in self.block.named_buffers()]
+        return own + list(self.auxiliary.buffers() if self.auxiliary else [])
+
 
 @dataclass
 class Group:
@@ -136,7 +141,7 @@ class Engine:
         """One group's whole update; returns the detached input and message of the next group."""
         learns = group.optimizer is not None
         if self.how.nonfinite == "skip" and step % self.how.accumulate == 0:
-            group.buffers = [(b, b.clone()) for unit in group.units for _, b in unit.block.named_buffers()]
+            group.buffers = [(b, b.clone()) for unit in group.units for b in unit.buffers()]
         with torch.set_grad_enabled(learns):
             signals, h_out, message_out = self.forward(group, h, message, y, step, trace)
         if learns:

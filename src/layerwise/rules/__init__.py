@@ -13,6 +13,7 @@ from layerwise.errors import LayerwiseError, suggestion
 from layerwise.rules.backprop import Backprop, BackpropCheckpoint, BackpropOffload
 from layerwise.rules.base import Moment, Rule, Signal, Site, Start
 from layerwise.rules.controls import DeepSupervision, LastLayer
+from layerwise.rules.dgl import DGL
 from layerwise.rules.forward_forward import ForwardForward
 from layerwise.rules.layer_collaboration import LayerCollaboration
 from layerwise.rules.local_ce import LocalCE
@@ -27,6 +28,7 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     LocalCE,
     MonoForward,
     PredSim,
+    DGL,
     ForwardForward,
     LayerCollaboration,
     Backprop,
@@ -90,6 +92,7 @@ def create(name: str, **options: object) -> Rule:
 
 
 __all__ = [
+    "DGL",
     "SLL",
     "SVP",
     "Backprop",
