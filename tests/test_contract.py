@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import typing
 
 import pytest
@@ -54,7 +55,10 @@ def test_a_rule_is_immutable_and_comparable_so_that_it_can_be_recorded(rule):
 def test_groups_are_neighbours_and_cover_every_site_once(rule, blocks):
     groups = create_rule(rule).groups(blocks)
     assert all(group.step == 1 and len(group) > 0 for group in groups)
-    assert [i for group in groups for i in group] == list(range(blocks + 1))
+    own = [range(g.start, later.start) for g, later in itertools.pairwise([*groups, range(blocks + 1, blocks + 2)])]
+    assert [i for sites in own for i in sites] == list(range(blocks + 1))
+    assert all(sites.stop <= group.stop <= blocks + 1 for sites, group in zip(own, groups, strict=True))
+    assert own == groups or create_rule(rule).locality == "interlocking"
 
 
 @every_rule
@@ -133,12 +137,13 @@ def test_what_the_rule_sees_of_a_message_carries_no_gradient_back(rule, kind):
         def signal(self, at):
             leaves = torch.utils._pytree.tree_leaves(at.message)
             tensors_ = [t for t in [at.h_in, *leaves] if isinstance(t, torch.Tensor)]
-            seen.append((at.site.index, any(t.grad_fn is not None for t in tensors_)))
+            if at.site.index == at.view.start or at.site.index not in firsts:  # else it lends its graph
+                seen.append((at.site.index, any(t.grad_fn is not None for t in tensors_)))
             return super().signal(at)
 
     spy = Spy()
-    Learner(net(kind), spy).step(X, Y)
     firsts = {group.start for group in spy.groups(3)}
+    Learner(net(kind), spy).step(X, Y)
     assert {index for index, _ in seen} == {0, 1, 2, 3}
     assert not [index for index, history in seen if index in firsts and history]
 

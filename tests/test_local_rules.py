@@ -1,4 +1,4 @@
-"""Closed forms of the rules with local losses: Mono-Forward, PredSim, DGL, Forward-Forward and Layer Collaboration."""
+"""Closed forms of Mono-Forward, PredSim, DGL, interlocking, Forward-Forward, Layer Collaboration."""
 
 import math
 
@@ -196,6 +196,57 @@ def test_dgl_reads_one_label_per_sample():
     language = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 8), nn.Linear(8, CLASSES))
     with pytest.raises(LayerwiseError, match="one label per sample"):
         Learner(language, "dgl").step(torch.randint(5, (2, 3)), torch.randint(CLASSES, (2, 3)))
+
+
+# --- Interlocking backpropagation
+
+
+@pytest.mark.parametrize("kind", ["mlp", "vgg", "vit"])
+def test_interlocking_all_blocks_is_backprop_bit_for_bit(kind):
+    model = net(kind, dropout=0.2)
+    a, b = (trained(model, rule, batches(3)) for rule in (create_rule("interlocking", n=3), "backprop"))
+    assert not list(a.auxiliary)
+    for (name, p), (_, q) in zip(a.named_parameters(), b.named_parameters(), strict=True):
+        assert torch.equal(p, q), name  # batch norm's running statistics have seen each batch more than once
+
+
+def test_one_wise_interlocking_is_local_ce():
+    a, b = (trained(net("mlp"), rule, batches(3)) for rule in (create_rule("interlocking", n=1), "local_ce"))
+    assert same_bits(a, b)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_block_follows_the_loss_n_minus_one_blocks_ahead_and_its_head_its_own(n):
+    """Every gradient written down with autograd, on the network before the step."""
+    model, (x, y) = linear_blocks(depth=5), vectors()
+    learner = Learner(model, create_rule("interlocking", n=n), example=x, **PLAIN_SGD)
+    learner.auxiliary.double()
+    assert list(learner.auxiliary) == [str(k) for k in range(n - 1, 4)]
+    activations = [x]
+    for layer in model:
+        activations.append(layer(activations[-1]))
+    losses = {k: F.cross_entropy(learner.auxiliary[str(k)](activations[k + 1]), y) for k in range(n - 1, 4)}
+    losses[4] = F.cross_entropy(activations[-1], y)
+    expected = {}
+    for i in range(5):
+        (gradient,) = torch.autograd.grad(losses[min(i + n - 1, 4)], [model[i].weight], retain_graph=True)
+        expected[f"{i}.weight"] = model[i].weight.detach() - 0.1 * gradient
+    for k in range(n - 1, 4):
+        head = learner.auxiliary[str(k)]
+        (gradient,) = torch.autograd.grad(losses[k], [head.weight], retain_graph=True)
+        expected[f"auxiliary.{k}.weight"] = head.weight.detach() - 0.1 * gradient
+    learner.step(x, y)
+    after = dict(learner.named_parameters())
+    for name, weight in expected.items():
+        assert torch.allclose(after[name], weight), name
+
+
+def test_only_the_last_n_blocks_feel_the_head():
+    model, other = net("mlp", depth=5), net("mlp", depth=5)
+    with torch.no_grad():
+        other.head.weight.mul_(-3)
+    a, b = (trained(m, create_rule("interlocking", n=2), batches(1)).network.model for m in (model, other))
+    assert [same_bits(getattr(a, name), getattr(b, name)) for name in a.block_names] == [True] * 3 + [False] * 2
 
 
 # --- Forward-Forward
@@ -444,6 +495,7 @@ def test_later_blocks_are_heard_by_a_first_pass_only():
 
 
 ILLEGAL = [
+    ("interlocking", {"n": 0}),
     ("dgl", {"network": "conv"}),
     ("predsim", {"beta": 1.5}),
     ("predsim", {"loss": "both"}),

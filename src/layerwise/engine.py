@@ -121,10 +121,12 @@ class Engine:
         """
         signals: list[tuple[Signal, Tensor]] = []
         passed_on = h, message
-        for unit in [*group.units, *(group.ahead if step is not None else [])]:
+        units = [*group.units, *(group.ahead if step is not None else [])]
+        view = range(units[0].site.index, units[-1].site.index + 1)
+        for unit in units:
             out = self.run(unit, h, step)
             with self.autocast():
-                moment = Moment(unit.site, out, h, message, y, self.how.task, unit.auxiliary, step is not None)
+                moment = Moment(unit.site, out, h, message, y, self.how.task, unit.auxiliary, step is not None, view)
                 signal = self.rule.signal(moment)
             h = out if signal.output is None else signal.output
             message = signal.message

@@ -15,6 +15,7 @@ from layerwise.rules.base import Moment, Rule, Signal, Site, Start
 from layerwise.rules.controls import DeepSupervision, LastLayer
 from layerwise.rules.dgl import DGL
 from layerwise.rules.forward_forward import ForwardForward
+from layerwise.rules.interlocking import Interlocking
 from layerwise.rules.layer_collaboration import LayerCollaboration
 from layerwise.rules.local_ce import LocalCE
 from layerwise.rules.mono_forward import MonoForward
@@ -29,6 +30,7 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     MonoForward,
     PredSim,
     DGL,
+    Interlocking,
     ForwardForward,
     LayerCollaboration,
     Backprop,
@@ -100,6 +102,7 @@ __all__ = [
     "BackpropOffload",
     "DeepSupervision",
     "ForwardForward",
+    "Interlocking",
     "LastLayer",
     "LayerCollaboration",
     "LocalCE",

@@ -75,6 +75,8 @@ class Moment:
     auxiliary: nn.Module | None
     """The module that `Rule.auxiliary` made for this site."""
     training: bool
+    view: range = range(0)
+    """The sites that this pass runs as one graph: the group's own, then (in training) those that lend it theirs."""
 
 
 @dataclass
