@@ -1,11 +1,11 @@
-"""Closed forms of Mono-Forward, PredSim, DGL, interlocking, Forward-Forward, Layer Collaboration."""
+"""Closed forms of the rules with local losses, and what they refuse."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import CLASSES, batches, net, same_bits, tensors, trained
+from nets import CLASSES, batches, net, problem, same_bits, tensors, trained
 from torch import nn
 
 from layerwise import LayerwiseError, Learner, create_rule, functional
@@ -247,6 +247,65 @@ def test_only_the_last_n_blocks_feel_the_head():
         other.head.weight.mul_(-3)
     a, b = (trained(m, create_rule("interlocking", n=2), batches(1)).network.model for m in (model, other))
     assert [same_bits(getattr(a, name), getattr(b, name)) for name in a.block_names] == [True] * 3 + [False] * 2
+
+
+# --- Gradient reconciliation
+
+
+@pytest.mark.parametrize("distance", ["squared", "cosine"])
+def test_gradients_are_reconciled_as_written_down(distance):
+    """Every block's gradient, with autograd on the blocks one by one; tanh, so that second derivatives matter."""
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)]
+    model, (x, y) = nn.Sequential(*layers, nn.Linear(6, CLASSES)).double(), vectors()
+    rule = create_rule("gradient_reconciliation", weight=0.7, distance=distance)
+    learner = Learner(model, rule, example=x, **PLAIN_SGD)
+    learner.auxiliary.double()
+    parts = [[layers[0], learner.auxiliary["0"]], [layers[1], learner.auxiliary["1"]], [layers[2], model[3]]]
+    h, wanted, expected = x, None, {}
+    for block, head in parts:
+        h_in = h.detach().requires_grad_()
+        h = block(h_in)
+        per_sample = F.cross_entropy(head(h), y, reduction="none")
+        total = per_sample.mean()
+        (sent,) = torch.autograd.grad(per_sample.sum(), h, retain_graph=True)
+        if wanted is not None:
+            (own,) = torch.autograd.grad(per_sample.sum(), h_in, create_graph=True)
+            cosine = (own * wanted).sum(1) / (own.norm(dim=1) * wanted.norm(dim=1))
+            total = total + 0.7 * ((1 - cosine) if distance == "cosine" else (own - wanted).square().sum(1)).mean()
+        weights = [*block.parameters(), *head.parameters()]
+        for p, gradient in zip(weights, torch.autograd.grad(total, weights), strict=True):
+            expected[p] = p.detach() - 0.1 * gradient
+        wanted = sent
+    learner.step(x, y)
+    assert len(expected) == len(list(learner.named_parameters()))
+    for p, after in expected.items():
+        assert torch.allclose(p, after, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "vgg"])
+def test_reconciliation_without_weight_is_local_ce(kind):
+    rule = create_rule("gradient_reconciliation", weight=0.0, group=2)
+    a, b = (trained(net(kind), r, batches(3)) for r in (rule, create_rule("local_ce", group=2)))
+    for (name, p), (_, q) in zip(a.named_parameters(), b.named_parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-6), name
+
+
+def test_reconciliation_makes_the_gradients_agree():
+    x, y = problem()
+    told = {}
+    for weight in (0.0, 1.0):
+        rule = create_rule("gradient_reconciliation", weight=weight, distance="cosine")
+        learner = Learner(net("mlp", activation="tanh"), rule, lr=0.01)
+        told[weight] = [learner.step(x, y).read()["block2/disagreement"] for _ in range(30)]
+    assert told[1.0][-1] < 0.7 * told[0.0][-1]
+
+
+def test_token_numbers_need_no_gradient():
+    language = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, CLASSES))
+    learner = Learner(language, "gradient_reconciliation")
+    metrics = learner.step(torch.randint(5, (2, 3)), torch.randint(CLASSES, (2, 3))).read()
+    assert "1/disagreement" in metrics and "0/disagreement" not in metrics
 
 
 # --- Forward-Forward
@@ -495,6 +554,8 @@ def test_later_blocks_are_heard_by_a_first_pass_only():
 
 
 ILLEGAL = [
+    ("gradient_reconciliation", {"weight": -1.0}),
+    ("gradient_reconciliation", {"distance": "l1"}),
     ("interlocking", {"n": 0}),
     ("dgl", {"network": "conv"}),
     ("predsim", {"beta": 1.5}),

@@ -15,6 +15,7 @@ from layerwise.rules.base import Moment, Rule, Signal, Site, Start
 from layerwise.rules.controls import DeepSupervision, LastLayer
 from layerwise.rules.dgl import DGL
 from layerwise.rules.forward_forward import ForwardForward
+from layerwise.rules.gradient_reconciliation import GradientReconciliation
 from layerwise.rules.interlocking import Interlocking
 from layerwise.rules.layer_collaboration import LayerCollaboration
 from layerwise.rules.local_ce import LocalCE
@@ -31,6 +32,7 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     PredSim,
     DGL,
     Interlocking,
+    GradientReconciliation,
     ForwardForward,
     LayerCollaboration,
     Backprop,
@@ -102,6 +104,7 @@ __all__ = [
     "BackpropOffload",
     "DeepSupervision",
     "ForwardForward",
+    "GradientReconciliation",
     "Interlocking",
     "LastLayer",
     "LayerCollaboration",
