@@ -18,13 +18,13 @@ from layerwise.rules.local_ce import LocalCE
 class GradientReconciliation(LocalCE):
     r"""Successive Gradient Reconciliation: local losses whose gradients agree at the boundary between two blocks.
 
-    With the local cross-entropy $\ell_k$ of block k (as in `local_ce`) on its input $x_{k-1}$, the block before's output:
+    With the local cross-entropy $\ell_k$ of block k (as in `local_ce`) and its input $x_{k-1}$:
 
     $$L_k = \ell_k + \lambda \; \mathbb{E}_{\text{samples}} \Big\| \frac{\partial \ell_k}{\partial x_{k-1}} -
       \mathrm{stopgrad}\Big(\frac{\partial \ell_{k-1}}{\partial x_{k-1}}\Big) \Big\|^2$$
 
-    The gradients are those of the sample's own loss. The first is differentiated again, through block k only; the second
-    is sent along with the activation. No gradient leaves a block.
+    The gradients are those of the sample's own loss. The first is differentiated again, through block k only; the
+    second is sent along with the activation. No gradient leaves a block.
 
     That the gradient on a block's input is drawn towards that of the block before on its output, within gradient
     isolation, is the paper's statement. Its weight, the scale of the distance, the cosine and the last block, which
