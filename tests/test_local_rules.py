@@ -1,6 +1,7 @@
 """Closed forms of the rules with local losses, and what they refuse."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from nets import CLASSES, batches, net, problem, same_bits, tensors, trained
 from torch import nn
 
-from layerwise import LayerwiseError, Learner, create_rule, functional
+from layerwise import Classification, LayerwiseError, Learner, create_rule, functional
 from layerwise.rules import label_input
 from layerwise.rules.dgl import auxiliary_network
 
@@ -465,6 +466,15 @@ def test_the_overlay_is_one_bright_pixel_and_the_neutral_label_is_faint_everywhe
     assert torch.allclose(neutral[:, :CLASSES], (low + (high - low) / CLASSES).expand(-1, CLASSES))
 
 
+@pytest.mark.parametrize("label", ["overlay", "map"])
+def test_the_scale_of_a_label_multiplies_what_it_changes(label):
+    first = SimpleNamespace(spatial=False, classes=CLASSES)
+    p = F.one_hot(Y, CLASSES).float()
+    one, three = (create_rule("forward_forward", label=label, label_scale=k).labelled(X, p, first) for k in (1.0, 3.0))
+    none = create_rule("forward_forward", label=label).labelled(X, 0 * p, first)
+    assert torch.allclose(three - none, 3 * (one - none), atol=1e-4)
+
+
 @pytest.mark.parametrize(("height", "width", "classes"), [(8, 8, 40), (5, 9, 7), (28, 28, 100)])
 def test_the_maps_of_the_labels_are_orthogonal_and_of_one_size(height, width, classes):
     x = torch.randn(1, 3, height, width)
@@ -553,7 +563,55 @@ def test_later_blocks_are_heard_by_a_first_pass_only():
         assert same_bits(a.block1, b.block1) is same
 
 
+# --- Scalable Forward-Forward
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.8])
+def test_the_margin_loss_is_its_formula(margin):
+    rule = create_rule("scalable_ff", margin=margin)
+    g, y = torch.rand(6, CLASSES, dtype=torch.float64), torch.arange(6) % CLASSES
+    expected = 0.0
+    for row, label in zip(g, y, strict=True):
+        others = [c for c in range(CLASSES) if c != label]
+        expected += math.log(1 + sum(math.exp(row[c] - row[label] + margin) for c in others)) / 6
+    assert rule.margin_loss(g, y, Classification(CLASSES)).item() == pytest.approx(expected, rel=1e-5)
+    if margin == 0:
+        assert expected == pytest.approx(F.cross_entropy(g, y).item())
+
+
+@pytest.mark.parametrize("kind", ["mlp", "vgg", "vit"])
+@pytest.mark.parametrize("predictor", ["mean", "last"])
+def test_the_goodness_of_a_class_is_the_mean_square_of_its_channel(kind, predictor):
+    rule = create_rule("scalable_ff", kernel=3, predictor=predictor)
+    learner = trained(net(kind), rule, [(X, Y)])
+    told, model, h, found = learner.evaluate(X, Y).read(), learner.network.model.eval(), X, []
+    with torch.no_grad():
+        for i, name in enumerate(model.block_names):
+            h = model.get_submodule(name)(h)
+            axis = 1 if kind == "vgg" else -1
+            spread = (h.var(axis, correction=0, keepdim=True) + 1e-5).sqrt()
+            h = (h - h.mean(axis, keepdim=True)) / spread
+            a = learner.auxiliary[str(i)].channels(h)
+            places = {"mlp": (), "vgg": (2, 3), "vit": (1,)}[kind]
+            found.append(a.square().mean(places) if places else a.square())
+            assert told[f"{name}/loss"] == pytest.approx(F.cross_entropy(found[-1], Y).item(), rel=1e-4)
+    expected = sum(found) / len(found) if predictor == "mean" else found[-1]
+    assert torch.allclose(learner(X), expected, rtol=1e-3, atol=1e-4)
+    assert told["head/accuracy"] == pytest.approx((expected.argmax(1) == Y).float().mean().item())
+
+
+def test_the_training_metric_of_the_head_is_the_predictors_own():
+    for predictor in ("mean", "last"):
+        rule = create_rule("scalable_ff", predictor=predictor)
+        learner = Learner(net("mlp"), rule, example=X, lr=1e-12, weight_decay=0.0)
+        told, expected = learner.step(X, Y).read(), learner.evaluate(X, Y).read()
+        assert told["head/loss"] == pytest.approx(expected["head/loss"], rel=1e-5)
+        assert told["head/accuracy"] == expected["head/accuracy"]
+
+
 ILLEGAL = [
+    ("scalable_ff", {"kernel": 2}),
+    ("scalable_ff", {"predictor": "sum"}),
     ("gradient_reconciliation", {"weight": -1.0}),
     ("gradient_reconciliation", {"distance": "l1"}),
     ("interlocking", {"n": 0}),

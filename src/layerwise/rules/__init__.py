@@ -21,6 +21,7 @@ from layerwise.rules.layer_collaboration import LayerCollaboration
 from layerwise.rules.local_ce import LocalCE
 from layerwise.rules.mono_forward import MonoForward
 from layerwise.rules.predsim import PredSim
+from layerwise.rules.scalable_ff import ScalableFF
 from layerwise.rules.sll import SLL
 from layerwise.rules.svp import SVP
 
@@ -35,6 +36,7 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     GradientReconciliation,
     ForwardForward,
     LayerCollaboration,
+    ScalableFF,
     Backprop,
     BackpropCheckpoint,
     BackpropOffload,
@@ -113,6 +115,7 @@ __all__ = [
     "MonoForward",
     "PredSim",
     "Rule",
+    "ScalableFF",
     "Signal",
     "Site",
     "Start",

@@ -85,6 +85,8 @@ class ForwardForward(Rule):
     """A wrong label at random, a probable one, or (without labels) an image put together out of two."""
     label: Literal["auto", "overlay", "map"] = "auto"
     """Label in the first pixels, or as a wave over the image; auto: a wave where the first block keeps space."""
+    label_scale: float = 1.0
+    """Size of the label: factor of the bright pixel's distance from the dark ones, or of the wave."""
     predictor: Literal["goodness", "softmax"] = "goodness"
     """Goodness with every label, or linear readouts with a neutral one."""
     skip: int = 1
@@ -152,7 +154,7 @@ class ForwardForward(Rule):
     def labelled(self, x: Tensor, p: Tensor, first: Layer) -> Tensor:
         """Samples `(B, ...)` with class probabilities `(B, K)` written into them."""
         wide = first.spatial if self.label == "auto" else self.label == "map"
-        return (label_map if wide else overlay)(x, p.to(x.dtype))
+        return (label_map if wide else overlay)(x, self.label_scale * p.to(x.dtype))
 
     def _neutral(self, x: Tensor, first: Layer) -> Tensor:
         return self.labelled(x, x.new_full((len(x), first.classes), 1 / first.classes), first)
