@@ -11,6 +11,7 @@ from torch import nn
 
 from layerwise import Classification, LayerwiseError, Learner, create_rule, functional
 from layerwise.rules import label_input
+from layerwise.rules.counter_current import Feedback
 from layerwise.rules.dgl import auxiliary_network
 
 X, Y = batches(1)[0]
@@ -609,7 +610,68 @@ def test_the_training_metric_of_the_head_is_the_predictors_own():
         assert told["head/accuracy"] == expected["head/accuracy"]
 
 
+# --- Counter-Current Learning
+
+
+def test_counter_current_moves_block_and_feedback_by_the_closed_form():
+    """With S = A B^T and E = 2 c (S - e_y): dW = E B x^T and db = E^T A, for linear blocks; c = 256 s / (D B K)."""
+    model, (x, y) = linear_blocks(), vectors()
+    learner = Learner(model, create_rule("counter_current", scale=0.25), example=x, **PLAIN_SGD)
+    learner.auxiliary.double()
+    forward = [model[i].weight.detach().clone() for i in range(3)]
+    back = [learner.auxiliary[str(i)].layer.weight.detach().clone() for i in range(3)]
+    assert [tuple(w.shape) for w in back] == [(5, 5), (5, 5), (5, CLASSES)]
+    inward = [None, None, torch.eye(CLASSES).double()]
+    for level in (1, 0):
+        inward[level] = F.elu(inward[level + 1] @ back[level + 1].T)
+    learner.step(x, y)
+    a = x
+    for level in range(3):
+        a_in, a = a, a @ forward[level].T
+        linear = inward[level] @ back[level].T
+        b = F.elu(linear)
+        error = 2 * 256 * 0.25 / 5 * (a @ b.T - F.one_hot(y, CLASSES)) / (len(y) * CLASSES)
+        slope = torch.where(linear > 0, torch.ones_like(linear), linear.exp())
+        after = learner.auxiliary[str(level)].layer.weight
+        assert torch.allclose(model[level].weight, forward[level] - 0.1 * (error @ b).T @ a_in, atol=1e-5)
+        assert torch.allclose(after, back[level] - 0.1 * (slope * (error.T @ a)).T @ inward[level], atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "decorrelation"), [("vgg", 0.5), ("vgg", 0.0), ("vit", 0.5)])
+def test_counter_current_on_maps_and_tokens_is_its_formula(kind, decorrelation):
+    learner = trained(net(kind), create_rule("counter_current", decorrelation=decorrelation), [(X, Y)])
+    told, model, shapes = learner.evaluate(X, Y).read(), learner.network.model.eval(), []
+    with torch.no_grad():
+        b, feedback = torch.eye(CLASSES), {}
+        for level in (2, 1, 0):
+            b = feedback[level] = learner.auxiliary[str(level)](b)
+        h = X
+        for level, name in enumerate(model.block_names):
+            h = model.get_submodule(name)(h)
+            assert feedback[level].shape == (CLASSES, *h.shape[1:])
+            shapes.append(tuple(h.shape[1:]))
+            a, b = (
+                t.flatten(1) / t.flatten(1).norm(dim=1, keepdim=True).clamp_min(1e-12) for t in (h, feedback[level])
+            )
+            expected = (a @ b.T - F.one_hot(Y, CLASSES)).square().mean()
+            if kind == "vgg":
+                for t in (a, b):
+                    expected = expected + decorrelation * (t @ t.T - torch.eye(len(t))).square().mean()
+            assert told[f"{name}/loss"] == pytest.approx(expected.item(), rel=1e-4)
+    assert learner.groups[0].units[0].site.shapes == (*shapes, (CLASSES,))
+
+
+def test_between_unlike_shapes_the_feedback_is_one_linear_layer():
+    layer = Feedback((6,), (3, 2, 2))
+    assert layer(torch.randn(CLASSES, 6)).shape == (CLASSES, 3, 2, 2)
+    assert [p.shape for p in layer.parameters()] == [(12, 6)]
+    up = Feedback((5, 2, 2), (3, 4, 6))
+    assert up(torch.randn(CLASSES, 5, 2, 2)).shape == (CLASSES, 3, 4, 6)
+
+
 ILLEGAL = [
+    ("counter_current", {"scale": 0.0}),
+    ("counter_current", {"decorrelation": -0.5}),
     ("scalable_ff", {"kernel": 2}),
     ("scalable_ff", {"predictor": "sum"}),
     ("gradient_reconciliation", {"weight": -1.0}),

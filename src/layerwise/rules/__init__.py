@@ -13,6 +13,7 @@ from layerwise.errors import LayerwiseError, suggestion
 from layerwise.rules.backprop import Backprop, BackpropCheckpoint, BackpropOffload
 from layerwise.rules.base import Moment, Rule, Signal, Site, Start
 from layerwise.rules.controls import DeepSupervision, LastLayer
+from layerwise.rules.counter_current import CounterCurrent
 from layerwise.rules.dgl import DGL
 from layerwise.rules.forward_forward import ForwardForward
 from layerwise.rules.gradient_reconciliation import GradientReconciliation
@@ -37,6 +38,7 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     ForwardForward,
     LayerCollaboration,
     ScalableFF,
+    CounterCurrent,
     Backprop,
     BackpropCheckpoint,
     BackpropOffload,
@@ -104,6 +106,7 @@ __all__ = [
     "Backprop",
     "BackpropCheckpoint",
     "BackpropOffload",
+    "CounterCurrent",
     "DeepSupervision",
     "ForwardForward",
     "GradientReconciliation",

@@ -27,6 +27,8 @@ class Site:
     """Number of blocks in the network, the head not counted."""
     name: str
     """Name of the block, `"head"` for the head."""
+    shapes: tuple[tuple[int, ...], ...] = ()
+    """Shapes of one sample's output at every site, this one and the head included."""
 
     @property
     def is_head(self) -> bool:
