@@ -539,7 +539,8 @@ def test_layer_collaboration_moves_a_linear_block_by_the_closed_form(gamma):
         own = h.square().sum(1)
         others = told if gamma == "earlier" else sum(old) - own
         told = told + own
-        true, false = (own + others - 0.4 * h.shape[1]).chunk(2)
+        theta = 0.4 * h.shape[1] * (i + 1 if gamma == "earlier" else 3)
+        true, false = (own + others - theta).chunk(2)
         push = torch.cat([-torch.sigmoid(-true), torch.sigmoid(false)])
         gradient = (2 * push[:, None] * h).T @ at["h_in"] / len(y)
         assert at["loss"] == pytest.approx((softplus(-true).mean() + softplus(false).mean()).item(), rel=1e-4)

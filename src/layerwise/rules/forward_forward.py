@@ -167,7 +167,7 @@ class ForwardForward(Rule):
         samples, message = len(at.y), dict(at.message)
         g = goodness(at.h[: 2 * samples], self.goodness)
         own, others = g.chunk(2), self.others(at, g).chunk(2)
-        loss = self.contrast(own[0] + others[0], own[1] + others[1], at.h[0].numel())
+        loss = self.contrast(own[0] + others[0], own[1] + others[1], self.theta(at))
         metrics = {"loss": loss, "accuracy": (own[0] > own[1]).float().mean()}
         if self.peer > 0:
             loss = loss + self.peer * at.auxiliary.peer_loss(at.h[:samples], at.training)
@@ -181,12 +181,15 @@ class ForwardForward(Rule):
         last = at.site.index == at.site.blocks - 1
         return Signal(loss, message=message, output=reading if last and len(reading) else direction, metrics=metrics)
 
-    def contrast(self, positive: Tensor, negative: Tensor, units: int) -> Tensor:
-        """Mean loss of goodness `(B,)` of positive and negative samples, for a block with so many units."""
+    def theta(self, at: Moment) -> float:
+        """Threshold of the block's goodness."""
+        default, units = (1.0, at.h[0].numel()) if self.goodness == "sum" else (2.0, 1)
+        return (default if self.threshold is None else self.threshold) * units
+
+    def contrast(self, positive: Tensor, negative: Tensor, theta: float) -> Tensor:
+        """Mean loss of the goodness `(B,)` of positive and negative samples."""
         if self.loss == "symba":
             return F.softplus(-self.alpha * (positive - negative)).mean()
-        per_unit, unit_count = (1.0, units) if self.goodness == "sum" else (2.0, 1)
-        theta = (per_unit if self.threshold is None else self.threshold) * unit_count
         return (F.softplus(theta - positive) + F.softplus(negative - theta)).mean()
 
     def others(self, at: Moment, g: Tensor) -> Tensor:
