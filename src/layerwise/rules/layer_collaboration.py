@@ -23,8 +23,8 @@ class LayerCollaboration(ForwardForward):
     gamma is that of the same sample, positive or negative. It has no gradient, so it only weighs samples: a block stops
     pushing where the others have decided. Labels, negatives and predictors are those of `forward_forward`.
 
-    The equations and both forms of gamma are the paper's. Ours: theta is that of one block times the number of blocks in
-    the sum (with less, late blocks fall silent); for `gamma="all"`, the sum is of the blocks before this step's
+    The equations and both forms of gamma are the paper's. Ours: theta is that of one block times the number of blocks
+    in the sum (with less, late blocks fall silent); for `gamma="all"`, the sum is of the blocks before this step's
     updates, without the block's own goodness of now; every block is asked by default when predicting.
 
     >>> LayerCollaboration(gamma="all").locality
@@ -42,7 +42,7 @@ class LayerCollaboration(ForwardForward):
         "detached activation of unit length and goodness (one number per sample), for a positive and a negative sample"
     )
     source: ClassVar[str] = (
-        "Lorberbom, Gat, Adi, Schwing & Hazan, arXiv 2305.12393 (2024); threshold, options of forward_forward: our reading"
+        "Lorberbom, Gat, Adi, Schwing & Hazan, arXiv 2305.12393 (2024); threshold, further options: our reading"
     )
 
     def __post_init__(self) -> None:
