@@ -29,6 +29,11 @@ class Unit:
         """Parameters of the block and of the rule's auxiliary module."""
         return self.block.parameters() + list(self.auxiliary.parameters() if self.auxiliary else [])
 
+    def buffers(self) -> list[Tensor]:
+        """Buffers of both."""
+        own = [buffer for _, buffer in self.block.named_buffers()]
+        return own + list(self.auxiliary.buffers() if self.auxiliary else [])
+
 
 @dataclass
 class Group:
@@ -130,10 +135,12 @@ class Engine:
         """
         signals: list[tuple[Signal, Tensor]] = []
         passed_on = h, message
-        for unit in [*group.units, *(group.ahead if step is not None else [])]:
+        units = [*group.units, *(group.ahead if step is not None else [])]
+        view = range(units[0].site.index, units[-1].site.index + 1)
+        for unit in units:
             out = self.run(unit, h, step)
             with self.autocast():
-                moment = Moment(unit.site, out, h, message, y, self.how.task, unit.auxiliary, step is not None)
+                moment = Moment(unit.site, out, h, message, y, self.how.task, unit.auxiliary, step is not None, view)
                 signal = self.rule.signal(moment)
             h = out if signal.output is None else signal.output
             message = signal.message
@@ -201,7 +208,7 @@ class Engine:
     ) -> tuple[list[tuple[Signal, Tensor]], Tensor, Any]:
         """The forward pass of an update: with a graph where something learns."""
         if self.how.nonfinite == "skip" and step % self.how.accumulate == 0:
-            group.buffers = [(b, b.clone()) for unit in group.units for _, b in unit.block.named_buffers()]
+            group.buffers = [(b, b.clone()) for unit in group.units for b in unit.buffers()]
         with torch.set_grad_enabled(group.optimizer is not None):
             return self.forward(group, h, message, y, step, trace)
 

@@ -191,7 +191,7 @@ class Learner:
         task = Classification(shapes[-1].shape[-1], self.label_smoothing)
         units = []
         for i, (block, h) in enumerate(zip(blocks, shapes, strict=True)):
-            site = Site(i, len(blocks) - 1, block.name)
+            site = Site(i, len(blocks) - 1, block.name, tuple(tuple(out.shape[1:]) for out in shapes))
             with preserved_generators(self.device):
                 seed_generators(derive_seed(self._how["seed"], "auxiliary", i), self.device)
                 auxiliary = self.rule.auxiliary(site, h, task)
@@ -352,6 +352,8 @@ class Learner:
         self.auxiliary.eval()
         try:
             with torch.no_grad(), preserved_generators(self.device):
+                # A rule that samples when it predicts (or makes negatives) gives the same answer each time.
+                seed_generators(derive_seed(self._how["seed"], "evaluation"), self.device)
                 yield
         finally:
             for module, mode in modes:

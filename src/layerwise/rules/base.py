@@ -27,6 +27,8 @@ class Site:
     """Number of blocks in the network, the head not counted."""
     name: str
     """Name of the block, `"head"` for the head."""
+    shapes: tuple[tuple[int, ...], ...] = ()
+    """Shapes of one sample's output at every site, this one and the head included."""
 
     @property
     def is_head(self) -> bool:
@@ -75,6 +77,8 @@ class Moment:
     auxiliary: nn.Module | None
     """The module that `Rule.auxiliary` made for this site."""
     training: bool
+    view: range = range(0)
+    """The sites that this pass runs as one graph: the group's own, then (in training) those that lend it theirs."""
 
 
 @dataclass
