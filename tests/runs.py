@@ -14,7 +14,7 @@ from layerwise.cli import main
 __all__ = ["SMALL", "TIMING", "contents", "lines", "result", "split", "start", "state", "train", "weights"]
 
 SMALL = split("--model.width 16 --model.depth 2 --batch-size 256 --threads 1")
-TIMING = ("train_seconds", "samples_per_second")
+TIMING = ("train_seconds", "samples_per_second", "seconds")
 
 
 def train(folder, *words):
@@ -36,8 +36,13 @@ def result(folder):
 
 
 def lines(folder, split=None):
+    """What was logged, timing aside."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if split in (None, line["split"])]
+    return [
+        {name: value for name, value in line.items() if name not in TIMING}
+        for line in found
+        if split in (None, line["split"])
+    ]
 
 
 def weights(folder):
