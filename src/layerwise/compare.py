@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from layerwise import rules
-from layerwise.cells import Cell, train
+from layerwise.cells import Cell, cell_folder, train
 from layerwise.checkpoint import write_atomically
 from layerwise.environment import environment
 from layerwise.errors import LayerwiseError, suggestion
@@ -214,7 +214,7 @@ class Grid:
         return found
 
     def _cell(self, label: str, what: str, seed: int, part: str, options: TrainOptions) -> Cell:
-        folder = self.folder / part / re.sub(r"[^\w.=+-]", "-", label) / what.replace(" ", "")
+        folder = self.folder / cell_folder(label, what, part)
         return Cell(label, f"{label} {what}", replace(options, seed=seed, out=str(folder)))
 
     def _trials(self, label: str) -> list[Cell]:
@@ -415,5 +415,5 @@ def command(argv: list[str]) -> int:
     print(table(summary["rules"]))
     print(f"files: {grid.folder}")
     if options.report:
-        write_report(grid.folder)
+        print(f"report: {write_report(grid.folder)}")
     return int(any(found["failed"] for found in summary["rules"].values()))
