@@ -11,7 +11,7 @@ INK = "#010203"  # stands for the colour of text until the SVG is written
 COLOURS = ("#3b8ee0", "#2da44e", "#e0702b", "#b08a00", "#a371f7", "#d6569f", "#1fa3a3", "#8c7361")
 MARKS = "osD^vP*X"
 STYLE = "<style>svg{color:#1f2328}@media(prefers-color-scheme:dark){svg{color:#e6edf3}}</style>"
-WIDTH = 4.7  # inches; about a phone's width at the size of running text
+WIDTH = 4.3  # inches; about a phone's width at the size of running text
 Curves = Mapping[str, Sequence[tuple[float, float, float | None]]]
 """Rule to (x, mean, standard deviation or None) in order of x."""
 
@@ -90,12 +90,15 @@ def curves(axes: Any, found: Curves, x: str, y: str, looks: Mapping[str, dict[st
             low, high = ([m + sign * (d or 0) for m, d in zip(means, deviations, strict=True)] for sign in (-1, 1))
             axes.fill_between(places, low, high, color=looks[rule]["color"], alpha=0.18, lw=0)
     if log:
+        from matplotlib.ticker import LogLocator
+
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         places = sorted({point[0] for points in found.values() for point in points})
         axes.set_xticks(places, [f"{place:g}" for place in places])
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     _finish(axes, x, y)
 
 
@@ -122,25 +125,29 @@ def pareto(points: Mapping[str, tuple[float, float]]) -> list[tuple[float, float
     return front
 
 
-def heat(axes: Any, rows: Mapping[str, Mapping[str, float | None]], limits: tuple[float, float] | None) -> None:
-    """Rules against layers; numbers in the cells where there is room."""
+def heat(
+    axes: Any, rows: Mapping[str, Mapping[str, float | None]], limits: tuple[float, float] | None, form: str
+) -> None:
+    """Rules against layers; numbers (written as `form` says) in the cells where there is room."""
     layers = list(dict.fromkeys(name for row in rows.values() for name in row))
     values = [[row.get(layer) for layer in layers] for row in rows.values()]
     known = [value for row in values for value in row if value is not None]
     low, high = limits or (min(known), max(known))
     numbers = [[float("nan") if value is None else value for value in row] for row in values]
-    image = axes.imshow(numbers, cmap="viridis", vmin=low, vmax=high if high > low else low + 1, aspect="auto")
+    image = axes.pcolormesh(numbers, cmap="viridis", vmin=low, vmax=high if high > low else low + 1, linewidth=0)
+    axes.invert_yaxis()
     step = -(-len(layers) // 12)
-    axes.set_xticks(range(0, len(layers), step), layers[::step], rotation=0 if len(layers) <= 6 else 60)
-    axes.set_yticks(range(len(rows)), list(rows))
+    places = [i + 0.5 for i in range(0, len(layers), step)]
+    axes.set_xticks(places, layers[::step], rotation=0 if len(layers) <= 6 else 60)
+    axes.set_yticks([i + 0.5 for i in range(len(rows))], list(rows))
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if len(layers) <= 9:
         for i, row in enumerate(values):
             for j, value in enumerate(row):
                 if value is not None:
-                    bright = image.norm(value) > 0.6
-                    axes.text(j, i, short(value), ha="center", va="center", color="#111111" if bright else "#ffffff")
+                    colour = "#111111" if image.norm(value) > 0.6 else "#ffffff"
+                    axes.text(j + 0.5, i + 0.5, format(value, form), ha="center", va="center", color=colour)
     else:
         axes.figure.colorbar(image, ax=axes, pad=0.02).outline.set_visible(False)
 

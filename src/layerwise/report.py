@@ -16,8 +16,7 @@ from layerwise.environment import in_words
 from layerwise.errors import LayerwiseError
 from layerwise.summary import COLUMNS, spread, table_rows
 
-LAYERS: dict[str, tuple[str, str, tuple[float, float] | None]] = {
-    # quantity: title, caption, limits of the colours
+LAYERS: dict[str, tuple[str, str, tuple[float, float] | None]] = {  # quantity: title, caption, limits of the colours
     "accuracy": (
         "Own readout: accuracy, %",
         "Test accuracy of what the rule reads off each block; a rule without local readouts has the head's only.",
@@ -297,12 +296,13 @@ def _layers(runs: Runs, origin: Origin) -> Section:
     for quantity, (title, caption, limits) in (LAYERS | own).items():
         found = runs.heat(quantity)
         if found:
+            form = ".1f" if quantity in PERCENT else ".3g" if quantity in own else ".3f"
             alt = "; ".join(f"{rule}: {_row(row)}" for rule, row in found.items())
             figure = figures.render(
                 f"layers_{quantity}",
                 title,
                 f"{title}, per rule and block. {alt}.",
-                lambda axes, found=found, limits=limits: figures.heat(axes, found, limits),
+                lambda axes, found=found, limits=limits, form=form: figures.heat(axes, found, limits, form),
                 height=0.7 + 0.36 * len(found),
             )
             section.add(figure, caption, origin)

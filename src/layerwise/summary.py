@@ -126,7 +126,7 @@ def _by_seed(rows: Sequence[dict[str, Any]], label: str) -> dict[int, float]:
 
 
 def plus_minus(found: dict[str, Any] | None, digits: int, factor: float = 1.0) -> str:
-    """Mean and standard deviation as text.
+    """Mean and standard deviation as text; the mean alone where there is no spread.
 
     >>> plus_minus({"mean": 0.97, "sd": 0.01, "n": 3}, 1, factor=100)
     '97.0 ± 1.0'
@@ -134,7 +134,7 @@ def plus_minus(found: dict[str, Any] | None, digits: int, factor: float = 1.0) -
     if found is None:
         return "-"
     text = f"{factor * found['mean']:.{digits}f}"
-    return text if found["sd"] is None else f"{text} ± {factor * found['sd']:.{digits}f}"
+    return f"{text} ± {factor * found['sd']:.{digits}f}" if found["sd"] else text
 
 
 def difference_in_words(found: dict[str, Any] | None) -> str:

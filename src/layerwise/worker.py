@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from layerwise import training
 from layerwise.allocation import keep_freed_memory
+from layerwise.bench import flops_of
 from layerwise.diagnostics import diagnose
 from layerwise.engine import NonFinite
 from layerwise.errors import LayerwiseError
@@ -48,8 +48,7 @@ def measure(task: dict[str, Any], warmup: int = 2, timed: int = 3) -> dict[str, 
     batches, _, _ = training.split_batches(options, dataset, device)
     learner = training.build_learner(options, training.Facts.of(dataset), device, total=warmup + timed)
     x, y = next(iter(batches.epoch(0)))
-    with FlopCounterMode(display=False) as counter:
-        learner.step(x, y)
+    flops = flops_of(learner, x, y)
     _, use = learner.measured_step(x, y)
     seconds = []
     for _ in range(warmup + timed):
@@ -57,7 +56,7 @@ def measure(task: dict[str, Any], warmup: int = 2, timed: int = 3) -> dict[str, 
         learner.step(x, y).read()  # the reading waits for an accelerator
         seconds.append(time.perf_counter() - started)
     return {
-        "flops_per_step": counter.get_total_flops(),
+        "flops_per_step": flops,
         "seconds_per_step": statistics.median(seconds[warmup:]),
         "peak_bytes": use.peak,
         "steps_per_epoch": len(batches),
