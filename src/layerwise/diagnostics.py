@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from layerwise import data
 from layerwise.checkpoint import write_atomically
@@ -216,28 +216,23 @@ def gradient_cosines(learner: Learner, x: Tensor, y: Tensor) -> dict[str, float 
     return found
 
 
-@torch.no_grad()
-def features(network: nn.Module, batches: Sequence[Tensor]) -> dict[str, Tensor]:
+def features(learner: Learner, batches: Sequence[Tensor]) -> dict[str, Tensor]:
     """Outputs of every block in evaluation mode, on the host.
 
     Args:
-        network: a `Partition`, as in `Learner.network`.
+        learner: what trains the network; it is not changed.
         batches: inputs `(B, ...)`.
 
     Returns:
         Name of the block to `(N, ...)`.
     """
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    collected: dict[str, list[Tensor]] = {}
-    try:
-        for h in batches:
-            for block in network.blocks:  # pyright: ignore[reportGeneralTypeIssues]
+    collected: dict[str, list[Tensor]] = {block.name: [] for block in learner.network.blocks}
+    with learner.evaluating():
+        for x in batches:
+            h = x.to(learner.device)
+            for block in learner.network.blocks:
                 h = block(h)
-                collected.setdefault(block.name, []).append(h.float().cpu())
-    finally:
-        for module, mode in modes:
-            module.training = mode
+                collected[block.name].append(h.float().cpu())
     return {name: torch.cat(parts) for name, parts in collected.items()}
 
 
@@ -299,10 +294,10 @@ def diagnose(folder: Path, twin: Path | None = None, device: str = "auto") -> di
     (train_x, train_y), (test_x, test_y) = (
         _first(data.Batches(part, 128, **common)) for part in (dataset.train, dataset.test)
     )
-    test = features(learner.network, test_x)
-    rows = layer_table(features(learner.network, train_x), train_y, test, test_y)
+    test = features(learner, test_x)
+    rows = layer_table(features(learner, train_x), train_y, test, test_y)
     cosines = gradient_cosines(learner, train_x[0], train_y[: len(train_x[0])])
-    other = features(load_run(twin, device).learner.network, test_x) if twin is not None else {}
+    other = features(load_run(twin, device).learner, test_x) if twin is not None else {}
     for name, row in rows.items():
         row["gradient_cosine"] = cosines[name]
         if other.keys() == rows.keys():
