@@ -194,7 +194,7 @@ def comparison(folder: Path, page: dict[str, Any]) -> None:
     record = json.loads((folder / "compare.json").read_text())
     summary = json.loads((folder / "summary.json").read_text())
     machine = json.loads((folder / "environment.json").read_text())
-    rows = list(csv.DictReader((folder / "results.csv").open()))
+    rows = list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
     runs = Runs.read(folder, rows)
     rules = summary["rules"]
     looks = figures.look(list(rules))
