@@ -46,7 +46,7 @@ def render(name: str, title: str, alt: str, draw: Callable[[Any], None], height:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
-    style = {"svg.fonttype": "none", "svg.hashsalt": "layerwise", "font.size": 9.0}
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "layerwise", "font.size": 9.0}
     style |= {"font.family": "sans-serif", "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"]}
     style |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
     with matplotlib.rc_context(style):

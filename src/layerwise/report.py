@@ -245,7 +245,7 @@ def _accuracy(runs: Runs, looks: Any, record: dict[str, Any], origin: Origin) ->
     section = Section("Accuracy", "Validation accuracy after every epoch; bands are one standard deviation over seeds.")
     per_epoch = {rule: plan.get("steps_per_epoch", 1) for rule, plan in record["plan"].items()}
     steps = runs.curves("step")
-    epochs = {rule: [(x / per_epoch.get(rule, 1), *rest) for x, *rest in points] for rule, points in steps.items()}
+    epochs = {rule: [(x / per_epoch.get(rule, 1), y, sd) for x, y, sd in points] for rule, points in steps.items()}
     for name, found, x in (
         ("accuracy_epochs", epochs, "epochs"),
         ("accuracy_seconds", runs.curves("seconds"), "seconds of training"),
