@@ -228,21 +228,26 @@ def test_the_best_trial_is_that_of_the_validation_split():
 # Killed and repeated
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(4, marks=pytest.mark.slow)])
-def test_killed_at_any_moment_and_repeated_it_gives_the_same(comparison, tmp_path, kills):
-    """SIGKILL, then to the end with another number of jobs; what was finished is not run again."""
-    draw, folder = random.Random(kills), tmp_path / "out"
+BLOWS = [[signal.SIGKILL], [signal.SIGINT, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL]]
+
+
+@pytest.mark.parametrize("blows", [BLOWS[0], pytest.param(BLOWS[1], marks=pytest.mark.slow)], ids=len)
+def test_stopped_at_any_moment_and_repeated_it_gives_the_same(comparison, tmp_path, blows):
+    """Stopped, then run to the end with another number of jobs; what was finished is not run again."""
+    draw, folder = random.Random(len(blows)), tmp_path / "out"
     finished = {}
-    for kill in range(1, kills + 1):
-        process = start(*COMPARE, "--no-report", "--jobs", "2", "--out", folder, stderr=subprocess.DEVNULL)
+    for count, blow in enumerate(blows, 1):
+        process = start(*COMPARE, "--no-report", "--jobs", "2", "--out", folder)
         deadline = time.monotonic() + 120
-        while len(list(folder.glob("runs/*/*/result.json"))) < kill:
+        while len(list(folder.glob("runs/*/*/result.json"))) < count:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.send_signal(blow)
+        err = process.communicate()[1]
+        if blow == signal.SIGINT:
+            assert (process.returncode, err.splitlines()[-1]) == (130, "layerwise: stopped.")
         for file in folder.glob("runs/*/*/result.json"):
             finished.setdefault(file, file.stat().st_mtime_ns)
     half = cell(folder, "backprop", 1)  # last of the list
@@ -443,7 +448,7 @@ def test_jobs_fit_cores_and_memory(monkeypatch):
 def test_time_left_is_that_of_the_work_left(monkeypatch, capsys):
     now = [100.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
-    with progress.GridProgress(100.0, "grid") as grid:
+    with progress.GridProgress(100.0, 3, "grid") as grid:
         grid.skipped(20.0)
         assert grid.left() == "?"
         grid.begun("a", 40.0, lambda: 0.5)
@@ -451,7 +456,7 @@ def test_time_left_is_that_of_the_work_left(monkeypatch, capsys):
         assert grid.left() == "1:30"  # 20 of 80 in 30 s
         now[0] += 10
         grid.ended("a", "a is done")
-    assert capsys.readouterr().err.splitlines() == ["grid", "a is done · 0:40 left"]
+    assert capsys.readouterr().err.splitlines() == ["grid", "a is done · 2 of 3 · 0:40 left"]
 
 
 def test_a_torn_log_is_no_progress(tmp_path):

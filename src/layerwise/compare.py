@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import os
 import re
 import shlex
 import sys
@@ -29,7 +30,7 @@ from layerwise.training import pick_device
 from layerwise.tuning import choose, trial_options
 
 RIVALS = ("sll", "local_ce", "backprop", "backprop_checkpoint")
-LOCK, PATIENCE = "lock", 100  # tenths of a second
+PATIENCE = 100  # tenths of a second
 NEVER = 10**9  # no checkpoint before the last step: a run that was cut short begins again
 PER_RULE = (
     "lr",
@@ -195,8 +196,9 @@ class Grid:
             self._measure(pool)
             self._write_record()
             cells = [cell for label in self.rules for cell in self._trials(label)]
+            runs = len(cells) + self.options.seeds * len(self.rules)
             work = sum(map(self._cost, cells)) + self.options.seeds * sum(map(self._label_cost, self.rules))
-            with GridProgress(work, f"comparison of {len(self.rules)} rules · {self.folder}") as progress:
+            with GridProgress(work, runs, f"comparison of {len(self.rules)} rules · {self.folder}") as progress:
                 self._train(pool, cells, progress)
                 self.chosen = {label: self._choose(label) for label in self.rules}
                 finals = self.finals()
@@ -241,7 +243,7 @@ class Grid:
         """Refuse a folder that is not ours, or holds a comparison with other options."""
         record = self.folder / "compare.json"
         if not record.exists():
-            if {path.name for path in self.folder.iterdir()} - {LOCK, "workers.log", "compare.json.partial"}:
+            if {path.name for path in self.folder.iterdir()} - {"workers.log", "compare.json.partial"}:
                 raise LayerwiseError(f"{self.folder} is not empty and holds no comparison; choose another --out.")
             return
         before = json.loads(record.read_text())
@@ -365,7 +367,7 @@ def in_words(cell: Cell) -> str:
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[int]:
-    """Make a folder and hold it against a second comparison; yields the number of the lock's file.
+    """Make a folder and lock it against a second comparison; yields the number of the open folder.
 
     Workers of a comparison that was killed hold the lock for the moment that they live on. What was made is removed
     again where nothing came into it.
@@ -376,10 +378,10 @@ def claimed(folder: Path) -> Iterator[int]:
     fresh = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("w")
+        lock = os.open(folder, os.O_RDONLY)
     except OSError as reason:
         raise LayerwiseError(f"cannot write to {folder} ({reason.strerror}); choose another --out.") from reason
-    with lock:
+    try:
         for attempt in range(PATIENCE):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -389,14 +391,15 @@ def claimed(folder: Path) -> Iterator[int]:
                     raise LayerwiseError(f"another comparison is running in {folder}; wait for it.") from reason
                 time.sleep(0.1)
         try:
-            yield lock.fileno()
+            yield lock
         finally:
             log = folder / "workers.log"
             if log.exists() and not log.stat().st_size:
                 log.unlink()
-            (folder / LOCK).unlink()
             if fresh and not any(folder.iterdir()):
                 folder.rmdir()
+    finally:
+        os.close(lock)
 
 
 def command(argv: list[str]) -> int:

@@ -92,11 +92,13 @@ class GridProgress:
 
     Args:
         work: the work of all runs, in any unit.
+        runs: their number.
         title: first line.
     """
 
-    def __init__(self, work: float, title: str):
+    def __init__(self, work: float, runs: int, title: str):
         self.work, self.done = work, 0.0
+        self.runs, self.over = runs, 0
         self.running: dict[str, tuple[float, Callable[[], float]]] = {}
         self.console = Console(stderr=True, highlight=False)
         self.console.print(title, markup=False, soft_wrap=True)
@@ -130,6 +132,7 @@ class GridProgress:
     def skipped(self, work: float) -> None:
         """A run was finished before, so it takes no time now."""
         self.work -= work
+        self.over += 1
 
     def begun(self, name: str, work: float, share: Callable[[], float]) -> None:
         """A run has started; `share()` tells how much of it is done, from 0 to 1."""
@@ -138,8 +141,9 @@ class GridProgress:
     def ended(self, name: str, line: str) -> None:
         """A run has ended, well or not; `line` is printed."""
         self.done += self.running.pop(name)[0]
+        self.over += 1
         if not self.console.is_terminal:
-            line += f" · {self.left()} left"
+            line += f" · {self.over} of {self.runs} · {self.left()} left"
         self.console.print(line, markup=False, soft_wrap=True)
 
     def left(self) -> str:
@@ -154,5 +158,5 @@ class GridProgress:
 
     def _refresh(self) -> None:
         while not self._over.wait(1.0):
-            names = ", ".join(self.running.copy())
-            self.bar.update(self.task, total=self.work, completed=self._done(), description=names, left=self.left())
+            words = f"{self.over} of {self.runs} · {', '.join(self.running.copy())}"
+            self.bar.update(self.task, total=self.work, completed=self._done(), description=words, left=self.left())

@@ -126,7 +126,7 @@ def _by_seed(rows: Sequence[dict[str, Any]], label: str) -> dict[int, float]:
 
 
 def plus_minus(found: dict[str, Any] | None, digits: int, factor: float = 1.0) -> str:
-    """Mean and standard deviation as text; the mean alone where there is no spread.
+    """Mean and standard deviation as text.
 
     >>> plus_minus({"mean": 0.97, "sd": 0.01, "n": 3}, 1, factor=100)
     '97.0 ± 1.0'
@@ -134,7 +134,16 @@ def plus_minus(found: dict[str, Any] | None, digits: int, factor: float = 1.0) -
     if found is None:
         return "-"
     text = f"{factor * found['mean']:.{digits}f}"
-    return f"{text} ± {factor * found['sd']:.{digits}f}" if found["sd"] else text
+    return text if found["sd"] is None else f"{text} ± {factor * found['sd']:.{digits}f}"
+
+
+def exact(found: dict[str, Any] | None, digits: int) -> str:
+    """A figure that is the same for every seed; with its spread where it is not.
+
+    >>> exact({"mean": 4.25, "sd": 0.0, "n": 3}, 2)
+    '4.25'
+    """
+    return plus_minus(found if found is None or found["sd"] else found | {"sd": None}, digits)
 
 
 def difference_in_words(found: dict[str, Any] | None) -> str:
@@ -161,8 +170,8 @@ def table_rows(summary: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
                 str(found["n"]) + (f" ({len(found['failed'])} failed)" if found["failed"] else ""),
                 plus_minus(found["test_accuracy"], 2, 100),
                 difference_in_words(found[f"difference_to_{BASELINE}"]),
-                plus_minus(found["activations_gradients_mib"], 2),
-                plus_minus(found["peak_mib"], 2),
+                exact(found["activations_gradients_mib"], 2),
+                exact(found["peak_mib"], 2),
                 plus_minus(found["train_seconds"], 1),
             )
         )
