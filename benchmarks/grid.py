@@ -15,14 +15,15 @@ import os
 import platform
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import tomllib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+
+from layerwise import cells, cli
+from layerwise.environment import processor
+from layerwise.pool import Pool
 
 
 def main() -> None:
@@ -34,14 +35,13 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.folder
     grid = tomllib.loads((folder / "grid.toml").read_text())
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        if not arguments.table:
-            (folder / "environment.txt").write_text(environment(arguments.jobs))
-            list(pool.map(lambda cell: run(folder, grid, *cell), tuning_cells(grid)))
-        best = {name: tuned_rate(folder, grid, name) for name in grid["rules"]}
-        if not arguments.table:
-            finals = [(name, best[name], seed, False) for seed in grid["seeds"] for name in grid["rules"]]
-            list(pool.map(lambda cell: run(folder, grid, *cell), finals))
+    if not arguments.table:
+        (folder / "environment.txt").write_text(environment(arguments.jobs))
+        run(folder, grid, tuning_cells(grid), arguments.jobs)
+    best = {name: tuned_rate(folder, grid, name) for name in grid["rules"]}
+    if not arguments.table:
+        finals = [(name, best[name], seed, False) for seed in grid["seeds"] for name in grid["rules"]]
+        run(folder, grid, finals, arguments.jobs)
     write_table(folder, grid, best)
 
 
@@ -58,29 +58,34 @@ def cell_name(name: str, lr: float, seed: int, tuning: bool) -> str:
     return f"{'tune' if tuning else 'final'}-{name}-lr{lr:g}-seed{seed}"
 
 
-def run(folder: Path, grid: dict, name: str, lr: float, seed: int, tuning: bool) -> None:
-    """One training run in a process of its own."""
-    cell = folder / "raw" / cell_name(name, lr, seed, tuning)
-    if (cell / "result.json").exists():
+def run(folder: Path, grid: dict, wanted: list[tuple[str, float, int, bool]], jobs: int) -> None:
+    """Run what is not there yet, in the worker processes of `layerwise compare`."""
+    commands, runs = {}, []
+    with tempfile.TemporaryDirectory() as scratch, Pool(jobs, Path(scratch) / "workers.log") as pool:
+        for name, lr, seed, tuning in wanted:
+            place = folder / "raw" / cell_name(name, lr, seed, tuning)
+            if not (place / "result.json").exists():
+                words = [*grid["common"], *grid["rules"][name], *grid["tune" if tuning else "final"]]
+                words += ["--lr", f"{lr:g}", "--seed", str(seed), "--threads", "1"]
+                options = cli.train_options([*words, "--out", str(Path(scratch) / place.name)], "train")
+                commands[place.name] = " ".join(["layerwise", "train", *words])
+                runs.append(cells.Cell(name, place.name, options))
+        cells.train(runs, pool, jobs, ended=lambda cell: keep(cell, folder / "raw" / cell.name, commands[cell.name]))
+
+
+def keep(cell: cells.Cell, place: Path, command: str) -> None:
+    """Put a finished run's result and metrics into their folder, whole or not at all."""
+    result = cell.result
+    if result is None:
+        print(f"{cell.name}: failed: {(cell.failure or {}).get('reason')}", flush=True)
         return
-    phase = grid["tune"] if tuning else grid["final"]
-    command = [sys.executable, "-m", "layerwise", "train", *grid["common"], *grid["rules"][name], *phase]
-    command += ["--lr", f"{lr:g}", "--seed", str(seed), "--threads", "1"]
-    with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "run"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, env=environment)
-        if done.returncode != 0:
-            print(f"{cell.name}: failed: {done.stderr.strip().splitlines()[-1]}", flush=True)
-            return
-        partial = cell.with_name(cell.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        result = json.loads((out / "result.json").read_text())
-        result["command"] = " ".join(["layerwise", *command[3:]])
-        (partial / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-        shutil.copy(out / "metrics.jsonl", partial)
-        partial.rename(cell)
+    partial = place.with_name(place.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    (partial / "result.json").write_text(json.dumps(result | {"command": command}, indent=2) + "\n")
+    shutil.copy(cell.folder / "metrics.jsonl", partial)
+    partial.rename(place)
+    shutil.rmtree(cell.folder)
     val = "" if result["val_accuracy"] is None else f"val {100 * result['val_accuracy']:.2f} "
     print(f"{cell.name}: {val}test {100 * result['test_accuracy']:.2f} in {result['train_seconds']:.0f} s", flush=True)
 
@@ -158,14 +163,8 @@ def write_table(folder: Path, grid: dict, best: dict[str, float]) -> None:
 
 def environment(jobs: int) -> str:
     """The machine and the versions, for the record."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        model = next(
-            (row.split(":")[1].strip() for row in cpuinfo.read_text().splitlines() if "model name" in row), model
-        )
     return (
-        f"cpu: {model}, {os.cpu_count()} cores, {jobs} runs at a time with one thread each\n"
+        f"cpu: {processor()}, {os.cpu_count()} cores, {jobs} runs at a time with one thread each\n"
         f"python {platform.python_version()}, torch {torch.__version__}, {platform.system()} {platform.release()}\n"
     )
 

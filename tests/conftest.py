@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from runs import COMPARE, start
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -10,3 +11,15 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def comparison(tmp_path_factory):
+    """The folder of a small comparison with its report, made as a user makes it."""
+    folder = tmp_path_factory.mktemp("comparison") / "out"
+    process = start(*COMPARE, "--jobs", "2", "--out", folder)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    (folder.parent / "stdout").write_text(out)
+    (folder.parent / "stderr").write_text(err)
+    return folder

@@ -11,10 +11,13 @@ from safetensors.torch import load_file
 from layerwise import checkpoint
 from layerwise.cli import main
 
-__all__ = ["SMALL", "TIMING", "contents", "lines", "result", "split", "start", "state", "train", "weights"]
+__all__ = ["COMPARE", "SMALL", "TIMING", "contents", "lines", "result", "split", "start", "state", "train", "weights"]
 
+COMPARE = split(
+    "compare --rules sll,sll:overlap=1 backprop --seeds 2 --epochs 2 --model.width 16 --model.depth 2 --batch-size 256"
+)
 SMALL = split("--model.width 16 --model.depth 2 --batch-size 256 --threads 1")
-TIMING = ("train_seconds", "samples_per_second")
+TIMING = ("train_seconds", "samples_per_second", "seconds")
 
 
 def train(folder, *words):
@@ -36,8 +39,13 @@ def result(folder):
 
 
 def lines(folder, split=None):
+    """What was logged, timing aside."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if split in (None, line["split"])]
+    return [
+        {name: value for name, value in line.items() if name not in TIMING}
+        for line in found
+        if split in (None, line["split"])
+    ]
 
 
 def weights(folder):

@@ -41,11 +41,13 @@ def test_version(capsys):
     assert printed(capsys, "--version") == f"{__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "beliefs", "predict", "bench memory", "bench speed", "validate"])
+@pytest.mark.parametrize(
+    "command", ["train", "compare", "report", "eval", "beliefs", "predict", "bench memory", "bench speed", "validate"]
+)
 def test_each_help_is_printed(capsys, command):
     out = printed(capsys, *split(command), "--help")
     assert f"usage: layerwise {command}" in out
-    assert "--device" in out or command == "validate"
+    assert "--device" in out or command in ("report", "validate")
 
 
 @pytest.mark.parametrize("rule", rules.names())
@@ -230,7 +232,13 @@ def test_bench_speed_gives_every_rule(capsys, tmp_path):
         assert row["ratio_10"] <= row["ratio"] <= row["ratio_90"]
         assert (row["depth"], row["rounds"], row["baseline"]) == (2, 3, "backprop")
         assert row["rule"] in out
+        assert sum(row["shares"].values()) == pytest.approx(1)
+        assert all(0 < row["shares"][part] < 1 for part in ("forward", "backward", "optimizer"))
     assert rows[1]["ratio"] == 1
+    # A product of matrices is two operations per weight and sample; backprop: forward, weights, inputs but the first.
+    first, rest = 64 * 16, 16 * 16 + 16 * 10
+    assert rows[1]["flops"] == 4 * 2 * (2 * first + 3 * rest)
+    assert rows[2]["flops"] - rows[1]["flops"] == 4 * 2 * (first + 16 * 16)  # the blocks' forward pass once more
 
 
 # Processes of their own

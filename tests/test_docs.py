@@ -25,6 +25,7 @@ PUBLIC = (
     "layerwise.data",
     "layerwise.functional",
     "layerwise.memory",
+    "layerwise.diagnostics",
 )
 
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from markdown import ROOT, blocks, layerwise, run_page
 
-from layerwise import cli
+from layerwise import cli, compare
 
 README = ROOT / "README.md"
 COMMANDS = [line for language, text, _ in blocks(README) if language == "sh" for line in text.splitlines()]
 SET_UP = [line for line in COMMANDS if "venv" in line]
+MAIN = ".venv/bin/layerwise compare --epochs 10 --out runs/first"
 TOUR = [line for line in COMMANDS if line not in SET_UP]
 
 
@@ -27,9 +28,9 @@ def test_there_are_two_set_up_commands_of_one_line_each():
     run, test = (line.split(" && ") for line in SET_UP)
     assert run[0] == test[0] == "python -m venv .venv"
     install = ".venv/bin/pip install -c constraints.txt -e "
-    assert run[1] == install + "."
+    assert run[1] == install + "'.[report]'"
     assert test[1] == install + "'.[test]'"
-    assert run[2:] == [".venv/bin/layerwise train"]
+    assert run[2:] == [MAIN]
     assert test[2:] == [".venv/bin/pytest"]
 
 
@@ -52,11 +53,16 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", [".venv/bin/layerwise train", *TOUR], ids=lambda command: command.partition("#")[0])
+@pytest.mark.parametrize("command", [MAIN, *TOUR], ids=lambda command: command.partition("#")[0])
 def test_every_command_works_as_printed(command, folder, monkeypatch):
     """In order, in one folder; training is cut short, and what needs a download is only parsed."""
     monkeypatch.chdir(folder)
     words = shlex.split(command, comments=True)
+    if words[1] == "compare":
+        if command != MAIN:  # one of them is enough
+            assert compare.Grid(cli.train_options(words[2:], "compare", compare.CompareOptions)).options.seeds == 2
+            return
+        words += shlex.split("--seeds 1 --steps 2 --model.width 16 --no-report")
     if words[1] == "train" and "--resume" not in words:
         if "--data" in words:
             assert cli.train_options(words[2:], "train").data == words[words.index("--data") + 1]

@@ -27,6 +27,7 @@ FIELDS = {
     "train_seconds": float,
     "samples_per_second": float,
     "memory_mib": dict,
+    "flops_per_step": int,
     "torch": str,
     "device": str,
     "command": str,
@@ -68,6 +69,20 @@ def test_memory_is_that_of_the_network(short):
     assert 0 <= memory["gradients"] * 2**20 <= 4 * learned  # none yet, where the peak is in the forward pass
     assert memory["activations"] > 0
     assert result(short)["parameters"] == learned
+
+
+def test_flops_are_those_of_the_matrix_products(short):
+    """Two per weight and sample: forward, gradient of weights, gradient of inputs (not of a group's first layer)."""
+    first, second, head, projection = 64 * 16, 16 * 16, 16 * 10, 16 * 10
+    forward, weights_back = first + second + head + projection, first + second + head
+    inputs_back = projection + head  # each group's first layer sees a detached input
+    assert result(short)["flops_per_step"] == 2 * 256 * (forward + weights_back + inputs_back)
+
+
+def test_the_seconds_of_an_epoch_are_training_time(short):
+    text = (short / "metrics.jsonl").read_text().splitlines()
+    seconds = [json.loads(line)["seconds"] for line in text if json.loads(line)["split"] == "val"]
+    assert 0 < seconds[0] < seconds[1] == pytest.approx(result(short)["train_seconds"])
 
 
 def test_metrics_have_one_line_per_event(short):

@@ -1,21 +1,26 @@
 """Measurements of rules side by side: exact memory by depth, interleaved time per step."""
 
 import json
+import shlex
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from layerwise import models, rules
 from layerwise.checkpoint import write_atomically
+from layerwise.engine import Engine
+from layerwise.environment import environment
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
 from layerwise.randomness import derive_seed, preserved_generators, seed_generators
+from layerwise.report import write_report
 from layerwise.training import pick_device
 
 CLASSES = 10
@@ -39,6 +44,8 @@ class _Shared:
     """Threads of the CPU."""
     json: str | None = None
     """Write the figures to this file too."""
+    out: str | None = None
+    """Folder for the figures with command and machine, and report.html; that of a comparison gains a section."""
 
 
 @dataclass(frozen=True)
@@ -164,11 +171,75 @@ def memory_command(argv: list[str]) -> int:
                 rows.append(row)
                 figures = "".join(f"{row[name] / 2**20:>14.3f}" for name in COLUMNS)
                 print(f"{rule:<20}{model:<8}{depth:>6}{figures}", flush=True)
-    _write(options.json, rows)
-    return 0
+    return _write(options, rows, "memory", argv)
 
 
 COLUMNS = ("parameters", "optimizer", "gradients", "activations", "peak")
+
+
+PARTS = ("forward", "backward", "optimizer", "other")
+
+
+class TimedEngine(Engine):
+    """An engine that adds up the seconds of its parts.
+
+    `forward`: the blocks and the rule's signals; `backward`: inside the groups, with what is computed again there;
+    `optimizer`: check, clip, step and free. On an accelerator every part is waited for, which costs what would have
+    overlapped, so that shares are told and not times.
+    """
+
+    def __init__(self, engine: Engine):
+        super().__init__(engine.rule, engine.how)
+        self.seconds: dict[str, float] = dict.fromkeys(PARTS[:3], 0.0)
+
+    def _timed(self, part: str, work: Callable[..., Any], *arguments: Any) -> Any:
+        synchronize(self.how.device)
+        started = time.perf_counter()
+        result = work(*arguments)
+        synchronize(self.how.device)
+        self.seconds[part] += time.perf_counter() - started
+        return result
+
+    def forward(self, *arguments: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._timed("forward", super().forward, *arguments)
+
+    def _backward(self, *arguments: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._timed("backward", super()._backward, *arguments)
+
+    def _step(self, *arguments: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._timed("optimizer", super()._step, *arguments)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for an accelerator."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def shares_of(learner: Learner, x: Tensor, y: Tensor, steps: int = 3) -> dict[str, float]:
+    """Shares of a step's time that go to each of `PARTS`; they add up to 1.
+
+    `other` is what is neither: the rule's `begin`, checks of the batch, seeds.
+    """
+    plain = learner.engine
+    learner.engine = timed = TimedEngine(plain)
+    try:
+        started = time.perf_counter()
+        for _ in range(steps):
+            learner.step(x, y)
+        synchronize(learner.device)
+        whole = time.perf_counter() - started
+    finally:
+        learner.engine = plain
+    shares = {part: seconds / whole for part, seconds in timed.seconds.items()}
+    return shares | {"other": 1.0 - sum(shares.values())}
+
+
+def flops_of(learner: Learner, x: Tensor, y: Tensor) -> int:
+    """Floating-point operations of one training step, as torch counts them (matrix products and convolutions)."""
+    with FlopCounterMode(display=False) as counter:
+        learner.step(x, y)
+    return counter.get_total_flops()
 
 
 def speed_of(learners: dict[str, tuple[Learner, Tensor, Tensor]], rounds: int, warmup: int) -> dict[str, list[float]]:
@@ -187,8 +258,7 @@ def speed_of(learners: dict[str, tuple[Learner, Tensor, Tensor]], rounds: int, w
             learner, x, y = learners[name]
             started = time.perf_counter()
             learner.step(x, y)
-            if learner.device.type == "cuda":
-                torch.cuda.synchronize(learner.device)
+            synchronize(learner.device)
             if turn >= warmup:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
@@ -215,7 +285,10 @@ def speed_command(argv: list[str]) -> int:
     }
     seconds = speed_of(learners, options.rounds, options.warmup)
     base = "backprop" if "backprop" in seconds else options.rules[0]
-    print(f"{'rule':<22}{'ms/step':>10}{'samples/s':>12}{'ratio to ' + base:>24}{'10 % .. 90 %':>20}")
+    print(
+        f"{'rule':<22}{'ms/step':>10}{'samples/s':>12}{'ratio to ' + base:>24}{'10 % .. 90 %':>20}{'GFLOP':>10}"
+        "   forward / backward / optimizer / other, %"
+    )
     rows = []
     for rule, times in seconds.items():
         ratios = sorted(a / b for a, b in zip(times, seconds[base], strict=True))
@@ -235,14 +308,16 @@ def speed_command(argv: list[str]) -> int:
             "rounds": options.rounds,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
+            "flops": flops_of(*learners[rule]),
+            "shares": shares_of(*learners[rule]),
         }
         rows.append(row)
         print(
             f"{rule:<22}{1000 * median:>10.2f}{row['samples_per_second']:>12.0f}{row['ratio']:>24.3f}"
-            f"{f'{low:.3f} .. {high:.3f}':>20}"
+            f"{f'{low:.3f} .. {high:.3f}':>20}{row['flops'] / 1e9:>10.2f}   "
+            + " / ".join(f"{100 * row['shares'][part]:.0f}" for part in PARTS)
         )
-    _write(options.json, rows)
-    return 0
+    return _write(options, rows, "speed", argv)
 
 
 def _parse(cls: type, argv: Sequence[str], command: str) -> Any:
@@ -255,6 +330,13 @@ def _parse(cls: type, argv: Sequence[str], command: str) -> Any:
         torch.set_num_threads(options.threads)
     if options.json is not None and not Path(options.json).parent.is_dir():
         raise LayerwiseError(f"cannot write {options.json}: there is no folder {Path(options.json).parent}.")
+    if options.out is not None:
+        try:
+            Path(options.out).mkdir(parents=True, exist_ok=True)
+        except OSError as reason:
+            raise LayerwiseError(
+                f"cannot write to {options.out} ({reason.strerror}); choose another --out."
+            ) from reason
     if min(options.shape) < 1 or options.batch_size < 1:
         raise LayerwiseError("shape and batch size must be 1 or more.")
     for name in options.rule if isinstance(options, MemoryOptions) else options.rules:
@@ -262,6 +344,12 @@ def _parse(cls: type, argv: Sequence[str], command: str) -> Any:
     return options
 
 
-def _write(path: str | None, rows: list[dict[str, Any]]) -> None:
-    if path is not None:
-        write_atomically(Path(path), json.dumps(rows, indent=2) + "\n")
+def _write(options: Any, rows: list[dict[str, Any]], kind: str, argv: Sequence[str]) -> int:
+    if options.json is not None:
+        write_atomically(Path(options.json), json.dumps(rows, indent=2) + "\n")
+    if options.out is not None:
+        command = shlex.join(["layerwise", "bench", kind, *argv])
+        found = {"command": command, "environment": environment(), "rows": rows}
+        write_atomically(Path(options.out) / f"{kind}.json", json.dumps(found, indent=2) + "\n")
+        print(f"report: {write_report(Path(options.out))}")
+    return 0

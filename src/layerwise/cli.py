@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from layerwise.allocation import keep_freed_memory
 from layerwise.errors import LayerwiseError, suggestion
@@ -21,6 +21,8 @@ layerwise: train deep networks without global backpropagation
 usage: layerwise COMMAND [OPTIONS]
 
   train                 train a network (SLL on digits, if nothing else is said)
+  compare               rules side by side over several seeds, with one report
+  report DIR            the report of a comparison or benchmark, drawn again
   eval RUN              accuracy of a trained run on the test split, block by block
   beliefs RUN           what SID's theory says, measured module by module; early exit
   predict RUN INPUT     classes of images, as CSV
@@ -40,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; those of the process if not given.
 
     Returns:
-        The exit code: 0, 2 for a mistake of the user's, 128 + signal number when stopped.
+        The exit code: 0, 1 when a run of a comparison failed, 2 for a mistake of the user's, 128 + signal number when
+        stopped.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -147,17 +150,20 @@ def _option(argv: list[str], name: str) -> str | None:
     return value
 
 
-def train_options(argv: list[str], command: str, extra: Sequence[tuple[str, Any, Any]] = ()) -> Any:
+def train_options(argv: list[str], command: str, base: type | None = None, hidden: Sequence[str] = ()) -> Any:
     """Options of a run: a recipe (default: digits), then `--rule NAME`, `--model NAME`, then single fields.
 
     Args:
         argv: arguments; not changed.
         command: the command's name, for the help text.
-        extra: further fields of the command, as for `dataclasses.make_dataclass`.
+        base: what is parsed: `TrainOptions`, or a subclass with further fields.
+        hidden: fields that the command does not offer.
 
     Returns:
-        A `TrainOptions` with the extra fields.
+        Options of the type `base`.
     """
+    import tyro
+
     from layerwise import models, rules
     from layerwise.options import TrainOptions, from_mapping, load_recipe
 
@@ -169,11 +175,14 @@ def train_options(argv: list[str], command: str, extra: Sequence[tuple[str, Any,
         defaults = replace(defaults, rule=rules.create(rule))
     if model is not None and models.options(model) is not type(defaults.model):
         defaults = replace(defaults, model=models.options(model)())
+    base = base or TrainOptions
     # tyro reads the options of the rule and the model off their types, so both are made concrete here.
-    concrete = [("rule", type(defaults.rule), defaults.rule), ("model", type(defaults.model), defaults.model)]
-    parts = [(name, kind, field(default=value)) for name, kind, value in [*concrete, *extra]]
-    cls = make_dataclass("Options", parts, bases=(TrainOptions,), frozen=True)
-    cls.__doc__ = TrainOptions.__doc__
+    kinds: dict[str, Any] = {"rule": type(defaults.rule), "model": type(defaults.model)}
+    hints = get_type_hints(base) | kinds
+    kinds |= {name: Annotated[hints[name], tyro.conf.Suppress, tyro.conf.Fixed] for name in hidden}
+    parts = [(name, kind, field(default=getattr(defaults, name))) for name, kind in kinds.items()]
+    cls = make_dataclass("Options", parts, bases=(base,), frozen=True)
+    cls.__doc__ = base.__doc__
     return parse(cls, argv, command, cls(**{f.name: getattr(defaults, f.name) for f in fields(TrainOptions)}))
 
 
@@ -361,6 +370,20 @@ def describe(argv: list[str]) -> int:
     return 0
 
 
+def compare(argv: list[str]) -> int:
+    """`layerwise compare`."""
+    from layerwise import compare as comparing
+
+    return comparing.command(argv)
+
+
+def report(argv: list[str]) -> int:
+    """`layerwise report DIR`."""
+    from layerwise import report as reporting
+
+    return reporting.command(argv)
+
+
 def bench(argv: list[str]) -> int:
     """`layerwise bench memory|speed`."""
     from layerwise import bench as benchmarks
@@ -380,6 +403,8 @@ def validate(argv: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
+    "compare": compare,
+    "report": report,
     "eval": evaluate,
     "beliefs": beliefs,
     "predict": predict,

@@ -217,7 +217,7 @@ class Learner:
     def _probe(self, x: Tensor) -> list[Tensor]:
         """A sample of every block's output and of the logits, without touching running statistics."""
         outputs, h = [], x
-        with self._evaluating():
+        with self.evaluating():
             for block in [*self.network.blocks, self.network.head]:
                 try:
                     h = block(h)
@@ -297,7 +297,7 @@ class Learner:
         """
         x, y = self._ready(x, y)
         trace = Trace()
-        with self._evaluating():
+        with self.evaluating():
             h, message = self.rule.begin(self._start(x, y, self.network))
             for group in self.groups:
                 _, h, message = self.engine.forward(group, h, message, y, None, trace)
@@ -313,7 +313,7 @@ class Learner:
         """Logits `(B, ..., K)` for inputs `(B, ...)` in evaluation mode, without gradient."""
         if not self.groups:
             self.build(x)
-        with self._evaluating(), self.engine.autocast():
+        with self.evaluating(), self.engine.autocast():
             return self.rule.predict(self.network, self._modules_by_site(), self._placed(x))
 
     @torch.no_grad()
@@ -345,7 +345,8 @@ class Learner:
         return found
 
     @contextmanager
-    def _evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
+        """A context in which all modules are in evaluation mode, without gradient; every mode is put back after it."""
         modules = [self.network, *self.network.model.modules(), *self.auxiliary.modules()]
         modes = [(module, module.training) for module in modules]
         self.network.eval()

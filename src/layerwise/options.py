@@ -245,3 +245,38 @@ def load_recipe(name: str) -> Recipe:
         raise LayerwiseError(f"the recipe {name} cannot be read: {reason}.") from reason
     about, expected = values.pop("about", ""), values.pop("expected", {})
     return Recipe(name, about, values, expected)
+
+
+def to_words(options: TrainOptions) -> list[str]:
+    """The shortest `layerwise train` arguments that give these options; the inverse of the command line.
+
+    >>> to_words(from_mapping({**load_recipe("digits").values, "epochs": 3, "rule": {"name": "sll", "overlap": 1}}))
+    ['--rule', 'sll', '--rule.overlap', '1', '--epochs', '3']
+    """
+    recipe = from_mapping(load_recipe("digits").values)  # what the command line starts from
+    words = ["--rule", options.rule.name, *_differing(options.rule, recipe.rule, "rule.")]
+    if type(options.model) is not type(recipe.model):
+        words += ["--model", model_name(options.model)]
+    words += _differing(options.model, recipe.model, "model.")
+    same = dataclasses.replace(recipe, rule=options.rule, model=options.model)
+    return words + _differing(options, same, "")
+
+
+def _differing(own: Any, base: Any, prefix: str) -> list[str]:
+    """`--name value` of the fields in which an object differs from another, or from its type's defaults."""
+    base = base if type(base) is type(own) else type(own)()
+    words = []
+    for name in (f.name for f in dataclasses.fields(own)):
+        value = getattr(own, name)
+        if value == getattr(base, name):
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{prefix}{flag}" if value else f"--{prefix}no-{flag}")
+        elif isinstance(value, dict):
+            words += [f"--{prefix}{flag}", *(str(word) for item in value.items() for word in item)]
+        elif isinstance(value, tuple):
+            words += [f"--{prefix}{flag}", *map(str, value)]
+        else:
+            words += [f"--{prefix}{flag}", str(value)]
+    return words

@@ -1,11 +1,14 @@
 """Progress of a run: a live bar on a terminal, plain lines elsewhere."""
 
+import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 
 from layerwise.memory import MemoryUse
 
@@ -71,5 +74,89 @@ class Progress:
         return " · ".join(parts)
 
     def _left(self, step: int) -> str:
-        seconds = (time.perf_counter() - self.started) / step * (self.total - step)
-        return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+        return clock((time.perf_counter() - self.started) / step * (self.total - step))
+
+
+def clock(seconds: float) -> str:
+    """Seconds as minutes and seconds, with hours where there are any.
+
+    >>> clock(65), clock(3661)
+    ('1:05', '1:01:01')
+    """
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+class GridProgress:
+    """Shows how far a grid of runs is, and the time left: a live bar on a terminal, a line per finished run elsewhere.
+
+    Args:
+        work: the work of all runs, in any unit.
+        runs: their number.
+        title: first line.
+    """
+
+    def __init__(self, work: float, runs: int, title: str):
+        self.work, self.done = work, 0.0
+        self.runs, self.over = runs, 0
+        self.running: dict[str, tuple[float, Callable[[], float]]] = {}
+        self.console = Console(stderr=True, highlight=False)
+        self.console.print(title, markup=False, soft_wrap=True)
+        self.bar = Bar(
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[left]} left"),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("starting", total=work, left="?")
+        self.started = time.perf_counter()
+        self._over = threading.Event()
+        self._watch = threading.Thread(target=self._refresh, daemon=True)
+
+    def __enter__(self) -> "GridProgress":
+        self.bar.start()
+        if self.console.is_terminal:
+            self._watch.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        if self._watch.is_alive():
+            self._watch.join()
+        self.bar.stop()
+
+    def skipped(self, work: float) -> None:
+        """A run was finished before, so it takes no time now."""
+        self.work -= work
+        self.over += 1
+
+    def begun(self, name: str, work: float, share: Callable[[], float]) -> None:
+        """A run has started; `share()` tells how much of it is done, from 0 to 1."""
+        self.running[name] = (work, share)
+
+    def ended(self, name: str, line: str) -> None:
+        """A run has ended, well or not; `line` is printed."""
+        self.done += self.running.pop(name)[0]
+        self.over += 1
+        if not self.console.is_terminal:
+            line += f" · {self.over} of {self.runs} · {self.left()} left"
+        self.console.print(line, markup=False, soft_wrap=True)
+
+    def left(self) -> str:
+        """Time left, as the work done so far tells."""
+        done = self._done()
+        if done <= 0:
+            return "?"
+        return clock((time.perf_counter() - self.started) / done * max(self.work - done, 0))
+
+    def _done(self) -> float:
+        return self.done + sum(work * share() for work, share in self.running.copy().values())
+
+    def _refresh(self) -> None:
+        while not self._over.wait(1.0):
+            words = f"{self.over} of {self.runs} · {', '.join(self.running.copy())}"
+            self.bar.update(self.task, total=self.work, completed=self._done(), description=words, left=self.left())

@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import shlex
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -14,15 +13,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from layerwise import checkpoint, data
 from layerwise.checkpoint import write_atomically
 from layerwise.errors import LayerwiseError
+from layerwise.folders import check_options, drop_lines_after, new_folder, read_options
 from layerwise.learner import Learner
 from layerwise.memory import MemoryUse
 from layerwise.models import ModelOptions
 from layerwise.optim import Schedule
-from layerwise.options import TrainOptions, from_mapping, model_name, to_mapping
+from layerwise.options import TrainOptions, model_name, to_mapping
 from layerwise.progress import Progress
 from layerwise.randomness import derive_seed, preserved_generators, seed_generators
 
@@ -129,11 +130,12 @@ class Run:
         self.seconds = 0.0
         self.samples = 0
         self.memory: MemoryUse | None = None
+        self.flops: int | None = None
         self.last_val: dict[str, float] = {}
         self.notes = list(self.dataset.notes)
         if options.tensorboard:
             _summary_writer()
-        self.folder = resume or _new_folder(options)
+        self.folder = resume or new_folder(options)
         self._signum = 0
         if resume is not None:
             self._restore()
@@ -174,7 +176,7 @@ class Run:
                     # Evaluation is not training time.
                     self.last_val = self._evaluate(self.val_batches)
                     if self.last_val:
-                        log({"step": step, "split": "val", **self.last_val})
+                        log({"step": step, "split": "val", "seconds": self.seconds, **self.last_val})
                     progress.epoch(step, self.last_val, self.samples / self.seconds, self.memory)
                     started, saved = time.perf_counter(), self.seconds
                 if step % save_every == 0 or step == self.total or self._signum:
@@ -189,11 +191,16 @@ class Run:
             return self._finish(log)
 
     def _step(self, x: Tensor, y: Tensor) -> Any:
-        # The second step is measured: by then the optimizers have their state.
-        if self.learner.steps == min(1, self.total - 1):
-            metrics, self.memory = self.learner.measured_step(x, y)
-            return metrics
-        return self.learner.step(x, y)
+        counter = FlopCounterMode(display=False) if self.learner.steps == 0 else None
+        with counter or contextlib.nullcontext():
+            # The second step's memory is measured: by then the optimizers have their state.
+            if self.learner.steps == min(1, self.total - 1):
+                metrics, self.memory = self.learner.measured_step(x, y)
+            else:
+                metrics = self.learner.step(x, y)
+        if counter is not None:
+            self.flops = counter.get_total_flops()
+        return metrics
 
     def _batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches from `step` to the end; which ones depends on the seed and the step only."""
@@ -232,6 +239,7 @@ class Run:
             "train_seconds": self.seconds,
             "samples_per_second": self.samples / self.seconds,
             "memory_mib": memory,
+            "flops_per_step": self.flops,
             "skipped_steps": self.learner.skipped,
             "parameters": sum(p.numel() for p in self.learner.network.parameters()),
             "torch": torch.__version__,
@@ -251,6 +259,7 @@ class Run:
             "seconds": self.seconds,
             "val": self.last_val,
             "memory": vars(self.memory) if self.memory else None,
+            "flops": self.flops,
             "threads": torch.get_num_threads(),
             "options": to_mapping(self.options),
             "data": asdict(self.facts),
@@ -266,6 +275,7 @@ class Run:
             self.learner.load_state_dict(state["learner"])
             self.samples, self.seconds, self.last_val = state["samples"], state["seconds"], state["val"]
             self.memory = MemoryUse(**state["memory"]) if state["memory"] else None
+            self.flops = state.get("flops")  # not in the checkpoints of version 0.1.0
             if state["threads"] != torch.get_num_threads():
                 self.notes.append(
                     f"resumed with {torch.get_num_threads()} threads instead of {state['threads']}, so the bits "
@@ -298,7 +308,7 @@ class Run:
     def _logs(self) -> Iterator[Any]:
         """A function that writes one line to `metrics.jsonl`, and to TensorBoard where wanted."""
         file = self.folder / "metrics.jsonl"
-        _drop_lines_after(file, self.learner.steps)
+        drop_lines_after(file, self.learner.steps)
         writer = _summary_writer()(str(self.folder / "tensorboard")) if self.options.tensorboard else None
 
         def log(values: dict[str, Any]) -> None:
@@ -424,78 +434,8 @@ def load_run(folder: Path, device: str = "auto") -> Trained:
     return Trained(options, facts, learner, notes)
 
 
-def read_options(folder: Path) -> TrainOptions:
-    """The options of the run in `folder`.
-
-    Raises:
-        LayerwiseError: the folder holds no run, or its config.json is damaged.
-    """
-    file = folder / "config.json"
-    try:
-        return from_mapping(json.loads(file.read_text()), str(file))
-    except OSError as reason:
-        raise LayerwiseError(f"{folder} holds no run (no config.json); give the folder of a run.") from reason
-    except ValueError as reason:
-        raise LayerwiseError(f"{file} is damaged ({reason}); start the run again.") from reason
-
-
-FREE = ("device", "threads", "compile", "out", "overwrite", "save_every", "log_every", "tensorboard")
-
-
-def check_options(options: TrainOptions, trained: dict[str, Any], folder: Path) -> None:
-    """Raise LayerwiseError where config.json says other than the checkpoint on anything that decides the result."""
-    now = json.loads(json.dumps(to_mapping(options)))
-    # Options that are newer than the checkpoint had the value that is their default now.
-    trained = json.loads(json.dumps(to_mapping(TrainOptions()))) | trained
-    for name in now.keys() - set(FREE):
-        if now[name] != trained.get(name):
-            raise LayerwiseError(
-                f"the checkpoint in {folder} is of another run: config.json has {name} = {json.dumps(now[name])} and "
-                f"the checkpoint {json.dumps(trained.get(name))}; put the options back, or start a new run."
-            )
-
-
 def _facts(state: dict[str, Any]) -> Facts:
     return Facts(**{name: tuple(value) for name, value in state["data"].items()})
-
-
-def _new_folder(options: TrainOptions) -> Path:
-    """The folder of a new run, empty."""
-    base = f"runs/{options.data.replace('/', '_').replace(':', '_')}-{model_name(options.model)}"
-    folder = Path(options.out or f"{base}-{options.rule.name}-seed{options.seed}")
-    try:
-        if folder.exists() and any(folder.iterdir()):
-            if options.out is not None and not options.overwrite:
-                raise LayerwiseError(
-                    f"{folder} is not empty; choose another --out, go on with --resume {folder}, or replace it "
-                    "with --overwrite."
-                )
-            if options.overwrite:
-                if not (folder / "config.json").exists():
-                    raise LayerwiseError(f"{folder} is not the folder of a run, so --overwrite does not delete it.")
-                shutil.rmtree(folder)
-            else:
-                number = 2
-                while folder.with_name(f"{folder.name}-{number}").exists():
-                    number += 1
-                folder = folder.with_name(f"{folder.name}-{number}")
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as reason:
-        raise LayerwiseError(f"cannot write to {folder} ({reason.strerror}); choose another --out.") from reason
-    return folder
-
-
-def _drop_lines_after(file: Path, step: int) -> None:
-    """Forget what was logged after the checkpoint that the run goes on from, and any half-written line."""
-    if not file.exists():
-        return
-    kept = []
-    for line in file.read_text().splitlines():
-        with contextlib.suppress(ValueError, KeyError):
-            values = json.loads(line)
-            if values["step"] <= step and values["split"] != "test":  # the end is evaluated and logged anew
-                kept.append(line)
-    write_atomically(file, "".join(f"{line}\n" for line in kept))
 
 
 def _summary_writer() -> Any:

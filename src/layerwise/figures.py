@@ -1,0 +1,180 @@
+"""Figures of a report: drawn once, as SVG that follows the reader's light or dark mode, and as PNG for papers."""
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+INK = "#010203"  # stands for the colour of text until the SVG is written
+COLOURS = ("#3b8ee0", "#2da44e", "#e0702b", "#b08a00", "#a371f7", "#d6569f", "#1fa3a3", "#8c7361")
+MARKS = "osD^vP*X"
+STYLE = "<style>svg{color:#1f2328}@media(prefers-color-scheme:dark){svg{color:#e6edf3}}</style>"
+WIDTH = 4.3  # inches; about a phone's width at the size of running text
+Curves = Mapping[str, Sequence[tuple[float, float, float | None]]]
+"""Rule to (x, mean, standard deviation or None) in order of x."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawn figure."""
+
+    name: str
+    """Stem of its files."""
+    title: str
+    alt: str
+    """What it shows, for those who do not see it."""
+    svg: str
+    """For the page: text and lines have the colour of the text around it."""
+    png: bytes
+
+
+def render(name: str, title: str, alt: str, draw: Callable[[Any], None], height: float = 3.0) -> Figure:
+    """Make a figure with one pair of axes.
+
+    Args:
+        name: stem of its files, and prefix of the identifiers in the SVG, so that several fit on one page.
+        title: heading.
+        alt: what it shows, in words.
+        draw: draws on matplotlib axes.
+        height: in inches.
+
+    The bytes depend on what is drawn only: no date, and identifiers from a fixed salt.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas
+
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "layerwise", "font.size": 9.0}
+    style |= {"font.family": "sans-serif", "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"]}
+    style |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+    with matplotlib.rc_context(style):
+        canvas = Canvas(figsize=(WIDTH, height), layout="constrained")
+        FigureCanvasAgg(canvas)
+        draw(canvas.add_subplot())
+        text, png = io.StringIO(), io.BytesIO()
+        canvas.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        canvas.savefig(png, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+    return Figure(name, title, alt, _inline(text.getvalue(), name), png.getvalue())
+
+
+def _inline(svg: str, name: str) -> str:
+    """The SVG element alone, as wide as its place, in the colour of the text around it."""
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    return "\n".join(line.rstrip() for line in svg.splitlines())
+
+
+def save(figure: Figure, folder: Path) -> None:
+    """Write the figure as files of its own: SVG in light and dark mode, PNG on white."""
+    start = figure.svg.index(">") + 1
+    head = figure.svg[:start].replace("<svg", '<svg width="620"', 1)
+    (folder / f"{figure.name}.svg").write_text(f"{head}\n<title>{figure.alt}</title>{STYLE}{figure.svg[start:]}\n")
+    (folder / f"{figure.name}.png").write_bytes(figure.png)
+
+
+def look(rules: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Colour and mark per rule, the same in every figure of a report."""
+    return {rule: {"color": COLOURS[i % 8], "marker": MARKS[i % 8]} for i, rule in enumerate(rules)}
+
+
+def curves(axes: Any, found: Curves, x: str, y: str, looks: Mapping[str, dict[str, str]], log: bool = False) -> None:
+    """Curves with bands of one standard deviation."""
+    for rule, points in found.items():
+        places, means, deviations = zip(*points, strict=True)
+        axes.plot(places, means, label=rule, ms=3.5, lw=1.3, **looks[rule])
+        if any(deviations):
+            low, high = ([m + sign * (d or 0) for m, d in zip(means, deviations, strict=True)] for sign in (-1, 1))
+            axes.fill_between(places, low, high, color=looks[rule]["color"], alpha=0.18, lw=0)
+    if log:
+        from matplotlib.ticker import LogLocator
+
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        places = sorted({point[0] for points in found.values() for point in points})
+        axes.set_xticks(places, [f"{place:g}" for place in places])
+        axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    _finish(axes, x, y)
+
+
+def trade(axes: Any, found: Mapping[str, tuple[float, float, float | None]], x: str, y: str, looks: Any) -> None:
+    """One point per rule, and the line of those that no other beats in both."""
+    for rule, (place, mean, deviation) in found.items():
+        axes.errorbar(place, mean, yerr=deviation, label=rule, ms=7, capsize=3, ls="none", **looks[rule])
+    front = pareto({rule: point[:2] for rule, point in found.items()})
+    axes.plot(*zip(*front, strict=True), drawstyle="steps-post", color=INK, lw=0.8, ls=":", zorder=0)
+    axes.margins(0.12, 0.18)
+    _finish(axes, x, y)
+
+
+def pareto(points: Mapping[str, tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other point beats: none has less x and at least as much y. In order of x.
+
+    >>> pareto({"a": (1, 5), "b": (2, 4), "c": (3, 9)})
+    [(1, 5), (3, 9)]
+    """
+    front: list[tuple[float, float]] = []
+    for point in sorted(points.values(), key=lambda p: (p[0], -p[1])):
+        if not front or point[1] > front[-1][1]:
+            front.append(point)
+    return front
+
+
+def heat(
+    axes: Any, rows: Mapping[str, Mapping[str, float | None]], limits: tuple[float, float] | None, form: str
+) -> None:
+    """Rules against layers; numbers (written as `form` says) in the cells where there is room."""
+    layers = list(dict.fromkeys(name for row in rows.values() for name in row))
+    values = [[row.get(layer) for layer in layers] for row in rows.values()]
+    known = [value for row in values for value in row if value is not None]
+    low, high = limits or (min(known), max(known))
+    numbers = [[float("nan") if value is None else value for value in row] for row in values]
+    image = axes.pcolormesh(numbers, cmap="viridis", vmin=low, vmax=high if high > low else low + 1, linewidth=0)
+    axes.invert_yaxis()
+    step = -(-len(layers) // 12)
+    places = [i + 0.5 for i in range(0, len(layers), step)]
+    axes.set_xticks(places, layers[::step], rotation=0 if len(layers) <= 6 else 60)
+    axes.set_yticks([i + 0.5 for i in range(len(rows))], list(rows))
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    if len(layers) <= 9:
+        for i, row in enumerate(values):
+            for j, value in enumerate(row):
+                if value is not None:
+                    colour = "#111111" if image.norm(value) > 0.6 else "#ffffff"
+                    axes.text(j + 0.5, i + 0.5, format(value, form), ha="center", va="center", color=colour)
+    else:
+        axes.figure.colorbar(image, ax=axes, pad=0.02).outline.set_visible(False)
+
+
+def shares(axes: Any, rows: Mapping[str, Mapping[str, float]], x: str) -> None:
+    """Stacked bars: the parts of a whole per rule."""
+    parts = list(next(iter(rows.values())))
+    for i, part in enumerate(parts):
+        left = [sum(list(row.values())[:i]) for row in rows.values()]
+        axes.barh(list(rows), [row[part] for row in rows.values()], left=left, color=COLOURS[i], label=part, height=0.6)
+    axes.invert_yaxis()
+    _finish(axes, x, "", grid="x")
+
+
+def short(value: float) -> str:
+    """Three digits, without an exponent where none is needed.
+
+    >>> short(0.98765), short(97.54), short(0.0)
+    ('0.988', '97.5', '0')
+    """
+    return f"{value:.3g}"
+
+
+def _finish(axes: Any, x: str, y: str, grid: str = "y") -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, alpha=0.25, color=INK, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.figure.legend(loc="outside lower center", ncols=2, frameon=False)

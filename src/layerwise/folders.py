@@ -1,0 +1,81 @@
+"""The folder of a run: made empty, its options read back, its log cut where a run goes on."""
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from layerwise.checkpoint import write_atomically
+from layerwise.errors import LayerwiseError
+from layerwise.options import TrainOptions, from_mapping, model_name, to_mapping
+
+
+def read_options(folder: Path) -> TrainOptions:
+    """The options of the run in `folder`.
+
+    Raises:
+        LayerwiseError: the folder holds no run, or its config.json is damaged.
+    """
+    file = folder / "config.json"
+    try:
+        return from_mapping(json.loads(file.read_text()), str(file))
+    except OSError as reason:
+        raise LayerwiseError(f"{folder} holds no run (no config.json); give the folder of a run.") from reason
+    except ValueError as reason:
+        raise LayerwiseError(f"{file} is damaged ({reason}); start the run again.") from reason
+
+
+FREE = ("device", "threads", "compile", "out", "overwrite", "save_every", "log_every", "tensorboard")
+
+
+def check_options(options: TrainOptions, trained: dict[str, Any], folder: Path) -> None:
+    """Raise LayerwiseError where config.json says other than the checkpoint on anything that decides the result."""
+    now = json.loads(json.dumps(to_mapping(options)))
+    # Options that are newer than the checkpoint had the value that is their default now.
+    trained = json.loads(json.dumps(to_mapping(TrainOptions()))) | trained
+    for name in now.keys() - set(FREE):
+        if now[name] != trained.get(name):
+            raise LayerwiseError(
+                f"the checkpoint in {folder} is of another run: config.json has {name} = {json.dumps(now[name])} and "
+                f"the checkpoint {json.dumps(trained.get(name))}; put the options back, or start a new run."
+            )
+
+
+def new_folder(options: TrainOptions) -> Path:
+    """The folder of a new run, empty."""
+    base = f"runs/{options.data.replace('/', '_').replace(':', '_')}-{model_name(options.model)}"
+    folder = Path(options.out or f"{base}-{options.rule.name}-seed{options.seed}")
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            if options.out is not None and not options.overwrite:
+                raise LayerwiseError(
+                    f"{folder} is not empty; choose another --out, go on with --resume {folder}, or replace it "
+                    "with --overwrite."
+                )
+            if options.overwrite:
+                if not (folder / "config.json").exists():
+                    raise LayerwiseError(f"{folder} is not the folder of a run, so --overwrite does not delete it.")
+                shutil.rmtree(folder)
+            else:
+                number = 2
+                while folder.with_name(f"{folder.name}-{number}").exists():
+                    number += 1
+                folder = folder.with_name(f"{folder.name}-{number}")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as reason:
+        raise LayerwiseError(f"cannot write to {folder} ({reason.strerror}); choose another --out.") from reason
+    return folder
+
+
+def drop_lines_after(file: Path, step: int) -> None:
+    """Forget what was logged after the checkpoint that the run goes on from, and any half-written line."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text().splitlines():
+        with contextlib.suppress(ValueError, KeyError):
+            values = json.loads(line)
+            if values["step"] <= step and values["split"] != "test":  # the end is evaluated and logged anew
+                kept.append(line)
+    write_atomically(file, "".join(f"{line}\n" for line in kept))
