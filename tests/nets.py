@@ -76,3 +76,19 @@ def trained(model, rule, data, **options):
 def whole(model):
     """The model as one block and its head."""
     return Partition(model, [model.block_names[-1]])
+
+
+PLAIN_SGD = {"optimizer": torch.optim.SGD, "lr": 0.1, "weight_decay": 0.0}
+
+
+def linear_blocks(inputs=6, width=5, depth=3):
+    """Linear blocks, in float64: what a step does to them can be written down."""
+    torch.manual_seed(0)
+    sizes = [inputs] + [width] * (depth - 1)
+    layers = [nn.Linear(size, width, bias=False) for size in sizes]
+    return nn.Sequential(*layers, nn.Linear(width, CLASSES)).double()
+
+
+def vectors(samples=16, inputs=6):
+    draw = torch.Generator().manual_seed(3)
+    return torch.randn(samples, inputs, generator=draw, dtype=torch.float64), torch.arange(samples) % CLASSES

@@ -242,7 +242,7 @@ class Engine:
             if self.how.accumulate > 1:
                 cotangents = [cotangent / self.how.accumulate for cotangent in cotangents]
             # Gradients for this group's parameters alone: what lends its graph, or does not learn, gets none.
-            wanted = [*group.parameters, *([h] if h.requires_grad else [])]
+            wanted = [*group.parameters, *([h] if self.rule.has_trunk() and h.requires_grad else [])]
             torch.autograd.backward([root for root, _ in roots], list(group.scaler.scale(cotangents)), inputs=wanted)
         return torch.stack([loss.detach().float() for loss in losses or [torch.zeros(())]]).sum()
 

@@ -229,7 +229,8 @@ class ForwardForward(Rule):
         for site, _, direction in self.activities(
             network, x if self.negatives == "hybrid" else self._neutral(x, first)
         ):
-            readout = auxiliary[site.index].readout
-            if readout is not None:
-                logits = logits + readout(pool_vectors(direction, "auto", False))
+            layer = auxiliary[site.index]
+            assert isinstance(layer, Layer)
+            if layer.readout is not None:
+                logits = logits + layer.readout(pool_vectors(direction, "auto", False))
         return logits + network.head(direction).float()

@@ -47,7 +47,7 @@ def label_map(x: Tensor, p: Tensor) -> Tensor:
     """
     if x.dim() != 4:
         raise LayerwiseError(f"label='map' needs images, not inputs of shape {tuple(x.shape)}; use label='overlay'.")
-    waves = _waves(*x.shape[2:], p.shape[1]).to(x)
+    waves = _waves(x.shape[2], x.shape[3], p.shape[1]).to(x)
     scale = x.flatten(1).std(1).view(-1, 1, 1, 1)
     return x + scale * torch.tensordot(p, waves, dims=1).unsqueeze(1)
 
