@@ -1,4 +1,4 @@
-"""Write the figures of the benchmark folders into README.md and docs/, between their markers.
+"""Write the figures of the benchmark folders into README.md, docs/ and the recipes.
 
     python benchmarks/collect.py
 
@@ -19,18 +19,42 @@ ACCURACY = {  # column of the README: folder
     "Fashion-MNIST, MLP": "fashion_mlp",
     "CIFAR-10, conv": "cifar10_conv",
 }
-LABELS = {  # rows of the conv net: rule and what is special about it
+CASCADE = {  # further rows of the rules' pages: folder
+    "MNIST, SID's cascade, 5 epochs": "sid_mnist",
+    "Fashion-MNIST, SID's cascade, 400 steps": "sid_fashion",
+    "Fashion-MNIST, SID's cascade, SGD, 400 steps": "sid_fashion_sgd",
+    "CIFAR-10, SID's cascade, 400 steps": "sid_cifar10",
+}
+LABELS = {  # rows of the conv net and of the cascade: rule and what is special about it
     "sll_4_overlap": ("sll", "4 blocks, overlap 1"),
     "sll_2_overlap": ("sll", "2 blocks, overlap 1"),
     "sll_2": ("sll", "2 blocks"),
     "local_ce_4": ("local_ce", "4 blocks"),
+    "sid_2": ("sid_cascade", "2 modules"),
+    "sid_5": ("sid_cascade", "5 modules"),
+    "sid_10": ("sid_cascade", "10 modules"),
+    "sid_local_5": ("sid_cascade", '5 modules, extractor="local"'),
+    "alpha1_5": ("sid_cascade", "5 modules, alpha 1"),
+    "cascade_backprop_2": ("backprop", "2 modules"),
+    "cascade_backprop_5": ("backprop", "5 modules"),
+    "cascade_backprop_10": ("backprop", "10 modules"),
+    "linear_head": ("backprop", "linear head"),
 }
 
 
-def accuracies() -> dict[str, dict[str, list[str]]]:
+RECIPES = {  # recipe: folder and row that measured it
+    "digits": ("digits_mlp", "sll"),
+    "mnist": ("mnist_mlp", "sll"),
+    "fashion_mnist": ("fashion_mlp", "sll"),
+    "cifar10": ("cifar10_conv", "sll_4_overlap"),
+    "cifar10_two_blocks": ("cifar10_conv", "sll_2_overlap"),
+}
+
+
+def accuracies(folders: dict[str, str]) -> dict[str, dict[str, list[str]]]:
     """Rule to column to "mean ± std" texts."""
     found: dict[str, dict[str, list[str]]] = {}
-    for column, folder in ACCURACY.items():
+    for column, folder in folders.items():
         file = HERE / folder / "results.csv"
         if file.exists():
             for row in csv.DictReader(file.open()):
@@ -61,7 +85,7 @@ def speed() -> dict[str, str]:
 
 def readme_table() -> str:
     """One row per rule that has a figure."""
-    scores, bytes_held, ratios = accuracies(), memory(), speed()
+    scores, bytes_held, ratios = accuracies(ACCURACY), memory(), speed()
     columns = [column for column in ACCURACY if any(column in row for row in scores.values())]
     head = ["rule", *columns, "act. + grad., ViT of 4 → 256 blocks, MiB", "time per step, ViT of 12 blocks, ÷ backprop"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
@@ -105,6 +129,16 @@ def screening() -> str:
     return "\n".join(lines)
 
 
+def fill_recipe(name: str, folder: str, rule: str) -> None:
+    """Replace the last section of a recipe, `[expected]`, by what was measured."""
+    file = ROOT / "src" / "layerwise" / "recipes" / f"{name}.toml"
+    row = next(row for row in csv.DictReader((HERE / folder / "results.csv").open()) if row["rule"] == rule)
+    kept = file.read_text().partition("\n[expected]")[0].rstrip()
+    figure = f"{row['test_mean']} ± {row['test_std']} (n = {row['n']})"
+    command = f"python benchmarks/grid.py benchmarks/{folder}"
+    file.write_text(f'{kept}\n\n[expected]\ntest_accuracy = "{figure}"\ncommand = "{command}"\n')
+
+
 def fill(file: Path, marker: str, text: str) -> None:
     """Replace what stands between `<!-- marker:begin ... -->` and `<!-- marker:end ... -->`."""
     pattern = re.compile(rf"(<!-- {marker}:begin[^>]*-->\n).*?(<!-- {marker}:end[^>]*-->)", re.S)
@@ -115,11 +149,13 @@ def fill(file: Path, marker: str, text: str) -> None:
 
 
 def main() -> None:
-    """Fill README.md, docs/results.md and the page of every rule."""
+    """Fill README.md, docs/results.md, the page of every rule and the recipes."""
     fill(ROOT / "README.md", "figures", readme_table())
     fill(ROOT / "docs" / "results.md", "results", tables())
     fill(ROOT / "docs" / "log.md", "screening", screening())
-    scores = accuracies()
+    for name, (folder, rule) in RECIPES.items():
+        fill_recipe(name, folder, rule)
+    scores = accuracies(ACCURACY | CASCADE)
     for page in sorted((ROOT / "docs" / "rules").glob("*.md")):
         if page.stem != "index":
             rows = [f"| {column} | {text} |" for column, texts in scores.get(page.stem, {}).items() for text in texts]

@@ -9,10 +9,12 @@ from layerwise import Learner, Partition, models
 
 SHAPE, CLASSES = (1, 8, 8), 4
 KINDS = ("mlp", "vgg", "vit")
+OWN_MODEL = {"sid_cascade": ("sid_cascade",)}  # rules that train one model only
 SIZES = {
     "mlp": {"width": 16},
     "vgg": {"width": 4},
     "resnet": {"width": 4},
+    "sid_cascade": {"width": 16},
     "vit": {"width": 8, "heads": 2},
 }
 
@@ -20,6 +22,21 @@ SIZES = {
 def net(kind="mlp", depth=3, **options):
     torch.manual_seed(7)
     return models.create(kind, SHAPE, CLASSES, depth=depth, **{**SIZES[kind], **options})
+
+
+def kinds(rule):
+    """Models on which a rule is tested."""
+    return OWN_MODEL.get(rule, KINDS)
+
+
+def cascade(depth=4, **options):
+    """SID's model in double precision."""
+    torch.manual_seed(3)
+    return models.create("sid_cascade", SHAPE, CLASSES, depth=depth, **{"width": 16, **options}).double()
+
+
+def wide(x):
+    return x.double()
 
 
 def problem(samples=64, seed=0, shape=SHAPE, classes=CLASSES):

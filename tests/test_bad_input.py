@@ -139,6 +139,17 @@ train --rule.group 0                         | group is 0
 train --rule.dim 3                           | dim is 3, smaller than the 10 classes
 train --rule.dropout 1.5                     | dropout is 1.5; [0, 1)
 train --rule.scale 0                         | scale is 0; larger than 0
+train --rule sid_cascade                     | trains the model 'sid_cascade'; use rule 'sid'
+train --rule sid --rule.direction reverse    | direction="reverse"; label_smoothing
+train --rule sid --rule.direction back       | 'back'; --rule.direction; reverse
+train --rule sid --rule.alpha 0              | alpha is 0.0; larger than 0
+train --rule sid --rule.alpha 0.5 2          | alpha is 2.0; at most 1
+train --rule sid --rule.hidden -1            | hidden is -1
+train --label-noise 1                        | label noise 1.0; [0, 1)
+train --label-noise nan                      | label_noise is nan; finite
+train --label-noise-kind random              | 'random'; --label-noise-kind; pairs
+train --label-noise 0.2 --label-noise-kind pairs | cifar10; symmetric
+train --model sid_cascade --model.depth -1   | depth must be a whole number of at least 0, not -1
 train --model.depth 0                        | depth must be a whole number of at least 1, not 0
 train --model.dropout 1.5                    | dropout must be at least 0 and less than 1, not 1.5
 train --model vit --model.patch 3            | patch; 3; 8
@@ -171,6 +182,10 @@ train --resume B/other_lr                    | another run; lr = 0.5; 0.001
 train --resume B/torn                        | every checkpoint; is damaged
 train --resume B/grown_run                   | grown has changed since the run began; eel
 eval                                         | eval needs RUN
+beliefs                                      | beliefs needs RUN
+beliefs B/absent                             | B/absent holds no run
+beliefs B/run                                | rule 'sll'; refines no belief
+beliefs B/run --split all                    | 'all'; --split; val
 eval B/absent                                | B/absent holds no run
 eval B/full                                  | B/full holds no run
 eval B/fresh                                 | no checkpoint yet; train it first

@@ -13,7 +13,7 @@ from nets import net, same_bits
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from layerwise import LayerwiseError, Partition, legal_cuts, partition
+from layerwise import LayerwiseError, Learner, Partition, legal_cuts, partition
 
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
 
@@ -391,3 +391,12 @@ def test_a_model_that_cannot_be_traced_says_how_to_write_it():
     with pytest.raises(LayerwiseError, match=r"Branching\.forward .* wrap the model as nn\.Sequential"):
         Partition(Branching(), ["a"])
     assert legal_cuts(Branching()) == []
+
+
+def test_a_module_replaced_after_the_cut_is_noticed():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    parts = partition(model)
+    model[2] = nn.Linear(8, 8)
+    with pytest.raises(LayerwiseError, match="module '2' was replaced"):
+        Learner(parts).step(torch.randn(4, 4), torch.tensor([0, 1, 0, 1]))
+    assert Learner(partition(model)).step(torch.randn(4, 4), torch.tensor([0, 1, 0, 1])).read()

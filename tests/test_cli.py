@@ -42,7 +42,7 @@ def test_version(capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "compare", "report", "eval", "predict", "bench memory", "bench speed", "validate"]
+    "command", ["train", "compare", "report", "eval", "beliefs", "predict", "bench memory", "bench speed", "validate"]
 )
 def test_each_help_is_printed(capsys, command):
     out = printed(capsys, *split(command), "--help")
@@ -165,9 +165,10 @@ def test_predict_needs_no_data_set(run, pictures, capsys, monkeypatch):
     assert len(printed(capsys, "predict", run, pictures / "digits.npy").splitlines()) == 9
 
 
-@pytest.mark.parametrize("rule", ["sll", "local_ce", "backprop"])
+@pytest.mark.parametrize("rule", ["sll", "local_ce", "backprop", "sid_cascade"])
 def test_validate_finds_the_declared_properties(capsys, rule):
-    out = printed(capsys, "validate", "--rule", rule)
+    model = rule if rule == "sid_cascade" else "mlp"
+    out = printed(capsys, "validate", "--rule", rule, "--model", model)
     assert all(line.startswith("ok  ") for line in out.splitlines())
     assert ("no group's signal leaves a gradient" in out) == (rule != "backprop")
     assert ("bit for bit" in out.splitlines()[-1]) == (rule == "local_ce")

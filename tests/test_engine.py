@@ -376,7 +376,8 @@ def dynamo():
 
     dynamo.reset()
     dynamo.utils.counters.clear()
-    with dynamo.config.patch(fail_on_recompile_limit_hit=True):
+    strict = "fail_on_recompile_limit_hit" if hasattr(dynamo.config, "recompile_limit") else "fail_on_cache_limit_hit"
+    with dynamo.config.patch({strict: True}):  # the second is its name up to torch 2.6
         yield dynamo.utils.counters
     dynamo.reset()
 

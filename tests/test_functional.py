@@ -120,6 +120,9 @@ FLAT = torch.arange(6.0).reshape(2, 3)
         (IMAGE, "flatten", IMAGE.reshape(2, 60)),
         (TOKENS, "flatten", TOKENS.reshape(2, 12)),
         (FLAT, "flatten", FLAT),
+        (IMAGE[..., :4], "grid", IMAGE[..., :4].reshape(2, 48)),  # 48 numbers: nothing to average
+        (torch.ones(1, 2000, 2, 2), "grid", torch.ones(1, 2000)),
+        (TOKENS, "grid", TOKENS.mean(1)),
     ],
 )
 def test_pooling(h, pool, expected):

@@ -14,6 +14,7 @@ SMALL = {
     "mlp": {"width": 12},
     "vgg": {"width": 4},
     "resnet": {"width": 4},
+    "sid_cascade": {"width": 12},
     "vit": {"width": 12},
 }
 SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32)]
@@ -21,6 +22,13 @@ SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32)]
 
 def count(module):
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def block_names(name, depth):
+    """The cascade has its extractor in two blocks, and its last module is the head."""
+    if name == "sid_cascade":
+        return ("extractor1", "extractor2", *(f"module{i}" for i in range(1, depth)))
+    return tuple(f"block{i}" for i in range(1, depth + 1))
 
 
 def compose(model, x):
@@ -38,7 +46,7 @@ def test_surface(name, depth, shape):
     x = torch.randn(3, *shape)
     assert isinstance(model, nn.Sequential)
     assert type(model).forward is nn.Sequential.forward
-    assert model.block_names == tuple(f"block{i}" for i in range(1, depth + 1))
+    assert model.block_names == block_names(name, depth)
     assert [child for child, _ in model.named_children()] == [*model.block_names, "head"]
     assert all(count(child) > 0 for child in model.children())
     assert model(x).shape == (3, 7)
@@ -49,7 +57,7 @@ def test_surface(name, depth, shape):
 @pytest.mark.parametrize("name", models.names())
 def test_defaults_fit_the_digits(name):
     model = models.create(name, (1, 8, 8), 10).eval()
-    assert len(model.block_names) == models.options(name)().depth
+    assert model.block_names == block_names(name, models.options(name)().depth)
     assert model(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
 
 
@@ -57,7 +65,7 @@ def test_defaults_fit_the_digits(name):
 def test_a_deep_model_adds_blocks_no_larger_than_a_shallow_ones(name):
     shape = (1, 8, 8)
     deep = models.create(name, shape, 10, depth=256, **SMALL[name])
-    assert len(deep.block_names) == 256
+    assert len(deep.block_names) >= 256
     hidden = torch.zeros(1, *shape)
     sizes = []
     with torch.no_grad():
@@ -85,6 +93,27 @@ def test_the_same_seed_builds_the_same_model(name):
 
     first, second = build(), build()
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize(("classes", "module"), [(10, 38_154), (100, 84_324)])
+def test_sid_cascade_has_the_sizes_of_the_authors_code(classes, module):
+    model = models.SIDCascade(depth=3).build((3, 32, 32), classes)
+    assert count(model.extractor1) + count(model.extractor2) == 257_344
+    assert [count(part) for part in (model.module1, model.module2, model.head)] == [module] * 3
+    state = model.extractor2(model.extractor1(torch.randn(2, 3, 32, 32)))
+    assert state.shape == (2, classes + 128)
+    assert torch.allclose(state[:, :classes].exp(), torch.full((2, classes), 1 / classes))
+    after = model.module1(state)
+    assert torch.equal(after[:, classes:], state[:, classes:])
+    assert torch.allclose(after[:, :classes].exp().sum(-1), torch.ones(2))
+
+
+def test_a_cascade_may_have_no_module_but_not_less():
+    assert count(models.SIDCascade(depth=0).build((3, 32, 32), 10).head) == 129 * 10
+    with pytest.raises(LayerwiseError, match="depth must be a whole number of at least 0"):
+        models.SIDCascade(depth=-1)
+    with pytest.raises(LayerwiseError, match="pools twice"):
+        models.SIDCascade().build((1, 3, 8), 10)
 
 
 def test_mlp_size():
@@ -193,7 +222,7 @@ def test_vit_sees_where_a_patch_is():
     assert not torch.allclose(model(x), model(x.flip(-1).roll(4, -1)))
 
 
-@pytest.mark.parametrize("name", ["mlp", "vgg", "vit"])
+@pytest.mark.parametrize("name", ["mlp", "sid_cascade", "vgg", "vit"])
 def test_dropout_acts_in_training_only(name):
     torch.manual_seed(0)
     model = models.create(name, (1, 8, 8), 10, depth=2, dropout=0.5, **SMALL[name])
@@ -223,11 +252,11 @@ def test_options_are_frozen_and_described():
 
 WRONG = [
     (lambda: models.create("vggg", (1, 8, 8), 10), "did you mean 'vgg'?"),
-    (lambda: models.create("x", (1, 8, 8), 10), "choose one of mlp, resnet, vgg, vit"),
+    (lambda: models.create("x", (1, 8, 8), 10), "legal names: mlp, resnet, sid_cascade, vgg, vit"),
     (lambda: models.options("resnt"), "did you mean 'resnet'?"),
     (lambda: models.describe("resnt"), "did you mean 'resnet'?"),
     (lambda: models.create("mlp", (1, 8, 8), 10, dept=2), "'dept'; did you mean 'depth'?"),
-    (lambda: models.create("resnet", (1, 8, 8), 10, dropout=0.1), "choose one of depth, width"),
+    (lambda: models.create("resnet", (1, 8, 8), 10, dropout=0.1), "legal names: depth, width"),
     (lambda: models.MLP(depth=0), "depth must be a whole number of at least 1, not 0"),
     (lambda: models.MLP(depth=True), "depth must be a whole number"),
     (lambda: models.MLP(width="wide"), "width must be a whole number of at least 1, not 'wide'"),

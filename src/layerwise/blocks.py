@@ -79,13 +79,14 @@ class Partition(nn.Module):
         self._non_persistent_buffers_set = model._non_persistent_buffers_set
         self.__dict__.update(model=model, cuts=tuple(cuts))
         *blocks, head = _cut(model, tuple(cuts))
-        self.__dict__.update(blocks=blocks, head=head)
+        self.__dict__.update(blocks=blocks, head=head, _known=dict(model.named_modules(remove_duplicate=False)))
         self.training = model.training
 
     model: nn.Module
     cuts: tuple[str, ...]
     blocks: list[Block]
     head: Block
+    _known: dict[str, nn.Module]
 
     def forward(self, x: Tensor) -> Tensor:
         """Run all blocks and the head: the model's output for `x`, bit for bit."""
@@ -98,6 +99,15 @@ class Partition(nn.Module):
         self.model.train(mode)
         self.training = mode
         return self
+
+    def check_modules(self) -> None:
+        """Raise LayerwiseError where a module of the model was replaced: its block still runs the old one."""
+        now = dict(self.model.named_modules(remove_duplicate=False))
+        for name, module in self._known.items():
+            if now.get(name) is not module:
+                raise LayerwiseError(
+                    f"module {name!r} was replaced after the model was cut; call partition(model) again."
+                )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Partition, (self.model, self.cuts)

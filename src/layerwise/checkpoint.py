@@ -120,15 +120,15 @@ def load_latest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     return None, []
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file in one step: readers see the old text or the new one.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file in one step: readers see the old content or the new one.
 
     Raises:
         LayerwiseError: the disk is full or the folder is not writable.
     """
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(text)
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
         _flush(partial)
         partial.replace(path)
     except OSError as reason:

@@ -24,6 +24,7 @@ usage: layerwise COMMAND [OPTIONS]
   compare               rules side by side over several seeds, with one report
   report DIR            the report of a comparison or benchmark, drawn again
   eval RUN              accuracy of a trained run on the test split, block by block
+  beliefs RUN           what SID's theory says, measured module by module; early exit
   predict RUN INPUT     classes of images, as CSV
   ls WHAT               list rules | models | data | recipes
   describe RULE         equations, locality, what crosses a boundary, source, restrictions
@@ -276,6 +277,15 @@ def evaluate(argv: list[str]) -> int:
     return 0
 
 
+def beliefs(argv: list[str]) -> int:
+    """`layerwise beliefs RUN`."""
+    from layerwise.beliefs import BeliefsOptions, command
+
+    folder, rest = _positional(argv, "beliefs", BeliefsOptions, "RUN")
+    _tell(command(Path(folder), parse(BeliefsOptions, rest, "beliefs")))
+    return 0
+
+
 @dataclass(frozen=True)
 class PredictOptions:
     """Classes of images with a trained run: an image file, a folder of images, or a .npy array (N, C, H, W).
@@ -324,10 +334,14 @@ def _positional(argv: Sequence[str], command: str, options: type, name: str) -> 
 def ls(argv: list[str]) -> int:
     """`layerwise ls rules|models|data|recipes`."""
     from layerwise import data, models, rules
-    from layerwise.options import load_recipe, recipe_names
+    from layerwise.options import Recipe, load_recipe, recipe_names
 
     def first_line(text: str | None) -> str:
         return (text or "").strip().splitlines()[0]
+
+    def recipe_line(recipe: Recipe) -> str:
+        accuracy = recipe.expected.get("test_accuracy")
+        return recipe.about + (f" Measured: {accuracy} % on the test split." if accuracy else "")
 
     lists: dict[str, Callable[[], dict[str, str]]] = {
         "rules": lambda: {
@@ -335,7 +349,7 @@ def ls(argv: list[str]) -> int:
         },
         "models": lambda: {name: first_line(models.describe(name)) for name in models.names()},
         "data": lambda: {name: data.describe(name) for name in data.names()},
-        "recipes": lambda: {name: load_recipe(name).about for name in recipe_names()},
+        "recipes": lambda: {name: recipe_line(load_recipe(name)) for name in recipe_names()},
     }
     if len(argv) != 1 or argv[0] not in lists:
         raise LayerwiseError(f"say what to list: layerwise ls {'|'.join(lists)}.")
@@ -392,6 +406,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "compare": compare,
     "report": report,
     "eval": evaluate,
+    "beliefs": beliefs,
     "predict": predict,
     "ls": ls,
     "describe": describe,

@@ -35,7 +35,7 @@ def describe_rule(name: str) -> str:
 
 LOCALITIES = {
     "local": "a block learns from its own loss only",
-    "interlocking": "a block learns from the losses of the next few blocks",
+    "interlocking": "a block learns from the losses of blocks behind it too",
     "broadcast": "the error at the output is sent to every block",
     "perturbation": "forward passes only",
     "equilibrium": "iterated local inference",

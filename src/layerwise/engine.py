@@ -1,6 +1,6 @@
 """The update order, once: forward on the detached input, signal, local backward, step, free, pass on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -28,6 +28,11 @@ class Unit:
     def parameters(self) -> list[nn.Parameter]:
         """Parameters of the block and of the rule's auxiliary module."""
         return self.block.parameters() + list(self.auxiliary.parameters() if self.auxiliary else [])
+
+    def buffers(self) -> list[Tensor]:
+        """Buffers of both."""
+        own = [buffer for _, buffer in self.block.named_buffers()]
+        return own + list(self.auxiliary.buffers() if self.auxiliary else [])
 
 
 @dataclass
@@ -76,6 +81,20 @@ class Trace:
     skipped: set[str] = field(default_factory=set)
 
 
+@dataclass
+class Trunk:
+    """The first group while it waits: its graph is kept until the later groups have sent their gradients back."""
+
+    group: Group
+    h: Tensor
+    """Its input."""
+    signals: list[tuple[Signal, Tensor]]
+    out: Tensor
+    """Its output, with the graph."""
+    gradient: Tensor
+    """Sum of what the later groups sent back, of the shape of `out`."""
+
+
 class NonFinite(LayerwiseError):
     """A signal or a gradient is NaN or infinite."""
 
@@ -116,10 +135,12 @@ class Engine:
         """
         signals: list[tuple[Signal, Tensor]] = []
         passed_on = h, message
-        for unit in [*group.units, *(group.ahead if step is not None else [])]:
+        units = [*group.units, *(group.ahead if step is not None else [])]
+        view = range(units[0].site.index, units[-1].site.index + 1)
+        for unit in units:
             out = self.run(unit, h, step)
             with self.autocast():
-                moment = Moment(unit.site, out, h, message, y, self.how.task, unit.auxiliary, step is not None)
+                moment = Moment(unit.site, out, h, message, y, self.how.task, unit.auxiliary, step is not None, view)
                 signal = self.rule.signal(moment)
             h = out if signal.output is None else signal.output
             message = signal.message
@@ -132,18 +153,70 @@ class Engine:
                     trace.metrics[unit.site.name] = detach(signal.metrics)
         return signals, *passed_on
 
-    def update(self, group: Group, h: Tensor, message: Any, y: Tensor, step: int, trace: Trace) -> tuple[Tensor, Any]:
-        """One group's whole update; returns the detached input and message of the next group."""
-        learns = group.optimizer is not None
-        if self.how.nonfinite == "skip" and step % self.how.accumulate == 0:
-            group.buffers = [(b, b.clone()) for unit in group.units for _, b in unit.block.named_buffers()]
-        with torch.set_grad_enabled(learns):
-            signals, h_out, message_out = self.forward(group, h, message, y, step, trace)
-        if learns:
-            loss = self._backward(group, signals)
-            if (step + 1) % self.how.accumulate == 0:
-                self._step(group, h, loss, step, trace)
+    def step(self, groups: Sequence[Group], h: Tensor, message: Any, y: Tensor, step: int, trace: Trace) -> None:
+        """Update all groups in order, while one batch passes through; a trunk waits and is updated last.
+
+        Args:
+            groups: in the order of the network.
+            h: detached input of the first.
+            message: the first message, detached.
+            y: labels.
+            step: number of the training step.
+            trace: where metrics go.
+        """
+        waiting, trunk = list(groups), None
+        if self.rule.has_trunk() and groups[0].optimizer is not None:
+            first = waiting.pop(0)
+            signals, out, message = self._with_graph(first, h, message, y, step, trace)
+            trunk = Trunk(first, h, signals, out, gradient=torch.zeros_like(out))
+            h, message = detach(out), detach(message)
+        for group in waiting:
+            h, message = self.update(group, h, message, y, step, trace, trunk)
+        if trunk is not None:
+            sent_back = (Signal(cotangent=trunk.gradient), trunk.out)
+            self._learn(trunk.group, trunk.h, [*trunk.signals, sent_back], step, trace)
+
+    def update(
+        self,
+        group: Group,
+        h: Tensor,
+        message: Any,
+        y: Tensor,
+        step: int,
+        trace: Trace,
+        trunk: Trunk | None = None,
+    ) -> tuple[Tensor, Any]:
+        """One group's whole update; returns the detached input and message of the next group.
+
+        Where there is a trunk, the gradient on the group's input goes back to it, as the rule says.
+        """
+        if trunk is not None and group.optimizer is not None:
+            h = h.detach().requires_grad_()
+        signals, h_out, message_out = self._with_graph(group, h, message, y, step, trace)
+        scale = group.scaler.get_scale() if trunk is not None else 1.0  # the step below may change it
+        if group.optimizer is not None:
+            self._learn(group, h, signals, step, trace)
+        if trunk is not None and h.grad is not None:
+            gradient = h.grad * (self.how.accumulate / scale)  # in the units of the loss
+            sent_back = self.rule.to_trunk(group.units[0].site, gradient, self.how.task)
+            if sent_back is not None:
+                trunk.gradient += sent_back
         return detach(h_out), detach(message_out)
+
+    def _with_graph(
+        self, group: Group, h: Tensor, message: Any, y: Tensor, step: int, trace: Trace
+    ) -> tuple[list[tuple[Signal, Tensor]], Tensor, Any]:
+        """The forward pass of an update: with a graph where something learns."""
+        if self.how.nonfinite == "skip" and step % self.how.accumulate == 0:
+            group.buffers = [(b, b.clone()) for unit in group.units for b in unit.buffers()]
+        with torch.set_grad_enabled(group.optimizer is not None):
+            return self.forward(group, h, message, y, step, trace)
+
+    def _learn(self, group: Group, h: Tensor, signals: list[tuple[Signal, Tensor]], step: int, trace: Trace) -> None:
+        """Backward, and the optimizer's step where enough batches have accumulated."""
+        loss = self._backward(group, h, signals)
+        if (step + 1) % self.how.accumulate == 0:
+            self._step(group, h, loss, step, trace)
 
     def run(self, unit: Unit, h: Tensor, step: int | None) -> Tensor:
         """Run one block under its own random draws of this step."""
@@ -159,8 +232,8 @@ class Engine:
             return nullcontext()
         return torch.autocast(self.how.device.type, dtype=self.how.autocast)
 
-    def _backward(self, group: Group, signals: list[tuple[Signal, Tensor]]) -> Tensor:
-        """Backward inside the group only; returns the summed loss, without history."""
+    def _backward(self, group: Group, h: Tensor, signals: list[tuple[Signal, Tensor]]) -> Tensor:
+        """Backward inside the group only, down to its input for a trunk; returns the summed loss, without history."""
         losses = [signal.loss for signal, _ in signals if signal.loss is not None]
         roots = [(loss, torch.ones_like(loss)) for loss in losses]
         roots += [(out, s.cotangent) for s, out in signals if s.cotangent is not None]
@@ -169,9 +242,8 @@ class Engine:
             if self.how.accumulate > 1:
                 cotangents = [cotangent / self.how.accumulate for cotangent in cotangents]
             # Gradients for this group's parameters alone: what lends its graph, or does not learn, gets none.
-            torch.autograd.backward(
-                [root for root, _ in roots], list(group.scaler.scale(cotangents)), inputs=group.parameters
-            )
+            wanted = [*group.parameters, *([h] if h.requires_grad else [])]
+            torch.autograd.backward([root for root, _ in roots], list(group.scaler.scale(cotangents)), inputs=wanted)
         return torch.stack([loss.detach().float() for loss in losses or [torch.zeros(())]]).sum()
 
     def _step(self, group: Group, h: Tensor, loss: Tensor, step: int, trace: Trace) -> None:

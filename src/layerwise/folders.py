@@ -32,6 +32,8 @@ FREE = ("device", "threads", "compile", "out", "overwrite", "save_every", "log_e
 def check_options(options: TrainOptions, trained: dict[str, Any], folder: Path) -> None:
     """Raise LayerwiseError where config.json says other than the checkpoint on anything that decides the result."""
     now = json.loads(json.dumps(to_mapping(options)))
+    # Options that are newer than the checkpoint had the value that is their default now.
+    trained = json.loads(json.dumps(to_mapping(TrainOptions()))) | trained
     for name in now.keys() - set(FREE):
         if now[name] != trained.get(name):
             raise LayerwiseError(

@@ -1,8 +1,12 @@
 """Pure mathematics of the learning rules: functions of tensors, without state."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+GRID = 4096  # numbers that `pool_features(h, "grid")` leaves at most
 
 
 def log_bhattacharyya(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -54,14 +58,17 @@ def pool_features(h: Tensor, pool: str) -> Tensor:
     Args:
         h: `(B, D)`, `(B, C, H, W)` or `(B, T, D)`.
         pool: `"mean"` averages over space or tokens, `"moments"` gives mean and standard deviation over them
-            (2 C or 2 D numbers), `"cls"` takes the first token, `"none"` keeps every position (a language
-            model), `"flatten"` keeps everything in one vector.
+            (2 C or 2 D numbers), `"grid"` averages an image over the cells of the finest square grid that leaves
+            at most 4096 numbers (tokens as `"mean"`), `"cls"` takes the first token, `"none"` keeps every position
+            (a language model), `"flatten"` keeps everything in one vector.
 
     Returns:
         `(B, D)`, or `(B, T, D)` for `"none"` on tokens.
 
     >>> pool_features(torch.ones(2, 3, 4, 4), "mean").shape
     torch.Size([2, 3])
+    >>> pool_features(torch.ones(2, 256, 8, 8), "grid").shape  # 4 x 4 cells
+    torch.Size([2, 4096])
     """
     if pool == "flatten":
         return h.flatten(1)
@@ -70,7 +77,10 @@ def pool_features(h: Tensor, pool: str) -> Tensor:
     if pool == "cls":
         return h[:, 0]
     places = tuple(range(2, h.dim())) if h.dim() >= 4 else (1,)
-    if pool == "mean":
+    if pool == "grid" and h.dim() == 4:
+        side = max(min(math.isqrt(GRID // h.shape[1]), *h.shape[2:]), 1)
+        return F.adaptive_avg_pool2d(h, side).flatten(1)
+    if pool in ("mean", "grid"):
         return h.mean(places)
     variance, mean = torch.var_mean(h.float(), places, correction=0)
     return torch.cat([mean, (variance + 1e-5).sqrt()], dim=-1)
@@ -89,3 +99,37 @@ def normalise(h: Tensor, norm: str, eps: float = 1e-5) -> Tensor:
     if norm == "rms":
         return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
     return h
+
+
+def goodness(h: Tensor, kind: str) -> Tensor:
+    """Activity of a block per sample: the sum or the mean of the squares of all its units, in float32.
+
+    Args:
+        h: `(B, ...)`.
+        kind: `"sum"` or `"mean"`.
+
+    Returns:
+        `(B,)`.
+
+    >>> goodness(torch.tensor([[3.0, 4.0]]), "sum"), goodness(torch.tensor([[3.0, 4.0]]), "mean")
+    (tensor([25.]), tensor([12.5000]))
+    """
+    squares = h.float().flatten(1).square()
+    return squares.sum(1) if kind == "sum" else squares.mean(1)
+
+
+def unit_length(h: Tensor) -> Tensor:
+    """Each sample of `(B, ...)` divided by the root mean square of all its units: its goodness is gone."""
+    return normalise(h.flatten(1).float(), "rms").view_as(h).to(h.dtype)
+
+
+def similarity(x: Tensor) -> Tensor:
+    """Cosine similarities of the rows of `(B, D)` after each row's own mean is taken off: `(B, B)`, in float32.
+
+    >>> similarity(torch.eye(3))[0]  # two classes out of K: -1 / (K - 1)
+    tensor([ 1.0000, -0.5000, -0.5000])
+    """
+    centred = x.float() - x.float().mean(1, keepdim=True)
+    directions = F.normalize(centred, dim=1)
+    with torch.autocast(x.device.type, enabled=False):
+        return directions @ directions.T

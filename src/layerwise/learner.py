@@ -14,12 +14,7 @@ from layerwise.blocks import Partition, partition
 from layerwise.engine import Engine, Execution, Group, NonFinite, Trace, Unit, detach
 from layerwise.errors import LayerwiseError, suggestion
 from layerwise.memory import MemoryMeter, MemoryUse, optimizer_tensors
-from layerwise.optim import (
-    OptimizerFactory,
-    Schedule,
-    decay_groups,
-    optimizer_factory,
-)
+from layerwise.optim import OptimizerFactory, Schedule, decay_groups, optimizer_factory
 from layerwise.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.rules.base import Rule, Site, Start, check_words
 from layerwise.tasks import Classification
@@ -183,14 +178,15 @@ class Learner:
             x: one batch of inputs; a single sample of it is run to learn the shapes.
 
         Raises:
-            LayerwiseError: the network does not take such an input.
+            LayerwiseError: the network does not take such an input, or is not what was partitioned.
         """
+        self.network.check_modules()
         shapes = self._probe(x[:1].to(self.device))
         blocks = [*self.network.blocks, self.network.head]
         task = Classification(shapes[-1].shape[-1], self.label_smoothing)
         units = []
         for i, (block, h) in enumerate(zip(blocks, shapes, strict=True)):
-            site = Site(i, len(blocks) - 1, block.name)
+            site = Site(i, len(blocks) - 1, block.name, tuple(tuple(out.shape[1:]) for out in shapes))
             with preserved_generators(self.device):
                 seed_generators(derive_seed(self._how["seed"], "auxiliary", i), self.device)
                 auxiliary = self.rule.auxiliary(site, h, task)
@@ -266,8 +262,7 @@ class Learner:
             seed_generators(derive_seed(self._how["seed"], "begin", step), self.device)
             h, message = self.rule.begin(self._start(x, y, self._forward_with_draws))
             h, message = detach((h, message))
-            for group in self.groups:
-                h, message = self.engine.update(group, h, message, y, step, trace)
+            self.engine.step(self.groups, h, message, y, step, trace)
         self.steps += 1
         self.skipped += bool(trace.skipped)
         return Metrics(step, len(x), trace.metrics, tuple(trace.skipped), trace.finite)
@@ -304,7 +299,8 @@ class Learner:
             if type(self.rule).predict is not Rule.predict:
                 logits = self.rule.predict(self.network, self._modules_by_site(), x)
                 correct = self.task.correct(logits, y) / y.numel()
-                trace.metrics["head"] = {"loss": self.task.loss(logits, y), "accuracy": correct}
+                head = {"loss": self.task.loss(logits, y), "accuracy": correct}
+                trace.metrics["head"] = trace.metrics.get("head", {}) | head
         return Metrics(self.steps, len(x), trace.metrics, (), {})
 
     @torch.no_grad()
@@ -315,6 +311,34 @@ class Learner:
         with self.evaluating(), self.engine.autocast():
             return self.rule.predict(self.network, self._modules_by_site(), self._placed(x))
 
+    @torch.no_grad()
+    def beliefs(self, x: Tensor, threshold: float | None = None) -> list[Tensor]:
+        """What the sites believe about `x`, in evaluation mode, for rules that pass beliefs on.
+
+        Args:
+            x: inputs `(B, ...)`.
+            threshold: stop behind the first site at which every sample's largest probability has reached it, at that
+                site or before; run all sites if not given.
+
+        Returns:
+            Log-probabilities `(B, ..., K)`: the uniform belief, then one per site that was run.
+
+        Raises:
+            LayerwiseError: the rule passes on no beliefs.
+        """
+        if not self.groups:
+            self.build(x)
+        found: list[Tensor] = []
+        with self.evaluating(), self.engine.autocast():
+            passed = torch.zeros((), dtype=torch.bool, device=self.device)
+            for belief in self.rule.beliefs(self.network, self._modules_by_site(), self._placed(x)):
+                found.append(belief)
+                if threshold is not None:
+                    passed = passed | (belief.amax(-1).exp() >= threshold)
+                    if bool(passed.all()):
+                        break
+        return found
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """A context in which all modules are in evaluation mode, without gradient; every mode is put back after it."""
@@ -324,6 +348,8 @@ class Learner:
         self.auxiliary.eval()
         try:
             with torch.no_grad(), preserved_generators(self.device):
+                # A rule that samples when it predicts (or makes negatives) gives the same answer each time.
+                seed_generators(derive_seed(self._how["seed"], "evaluation"), self.device)
                 yield
         finally:
             for module, mode in modes:

@@ -34,6 +34,12 @@ class TrainOptions:
     """Side in pixels to which images are resized; their own size if not given."""
     val_fraction: float = 0.1
     """Share of the training set that is held out for validation; 0 trains on everything."""
+    label_noise: float = 0.0
+    """Share of wrong labels in the training and validation split, the same ones whatever the seed."""
+    label_noise_kind: Literal["symmetric", "pairs"] = "symmetric"
+    """Any other class, or pairs of classes that look alike (cifar10 only)."""
+    clean_validation: bool = False
+    """Keep the true labels of the validation split."""
     cuts: str = "block"
     """Where to cut the model: block | layer | names of modules separated by commas."""
     blocks: int | None = None

@@ -226,6 +226,8 @@ class Run:
             "rule": self.options.rule.name,
             "model": model_name(self.options.model),
             "data": self.options.data,
+            "label_noise": self.options.label_noise,
+            "label_noise_kind": self.options.label_noise_kind if self.options.label_noise else None,
             "seed": self.options.seed,
             "epochs": self.total / len(self.train_batches),
             "steps": self.total,
@@ -347,7 +349,14 @@ def evaluate(learner: Learner, batches: data.Batches) -> dict[str, float]:
 
 def load_data(options: TrainOptions) -> data.Dataset:
     """The data set of a run."""
-    return data.load(options.data, val_fraction=options.val_fraction, size=options.image_size)
+    return data.load(
+        options.data,
+        val_fraction=options.val_fraction,
+        size=options.image_size,
+        label_noise=options.label_noise,
+        label_noise_kind=options.label_noise_kind,
+        clean_validation=options.clean_validation,
+    )
 
 
 def split_batches(

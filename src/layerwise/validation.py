@@ -22,7 +22,7 @@ class ValidateOptions:
 
     rule: str = "sll"
     """Rule to check."""
-    model: Literal["mlp", "vgg", "resnet", "vit"] = "mlp"
+    model: Literal["mlp", "vgg", "resnet", "vit", "sid_cascade"] = "mlp"
     """Model to check it on."""
 
 
@@ -73,6 +73,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "vgg": {"width": 8},
     "resnet": {"width": 8},
     "vit": {"width": 24},
+    "sid_cascade": {"width": 16},
 }
 
 

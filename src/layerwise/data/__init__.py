@@ -9,7 +9,6 @@
 (torch.Size([64, 1, 8, 8]), torch.float32, torch.int64)
 """
 
-import difflib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Generator, Tensor
 
 from layerwise.data.augment import AUGMENTATIONS, crop, cutout, flip
 from layerwise.data.batches import Batches
+from layerwise.data.noise import NoiseKind, noisy_labels
 from layerwise.data.rows import (
     TEST_NAMES,
     Rows,
@@ -29,7 +29,7 @@ from layerwise.data.rows import (
     open_parquet,
 )
 from layerwise.data.sources import InMemorySource, Source, StreamedSource, decoded, sample_form
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, suggestion
 from layerwise.randomness import derive_seed
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "flip",
     "load",
     "names",
+    "noisy_labels",
     "stratified_split",
 ]
 
@@ -104,6 +105,9 @@ def load(
     root: str | Path | None = None,
     size: int | None = None,
     in_memory_limit: int = 2 * 2**30,
+    label_noise: float = 0.0,
+    label_noise_kind: NoiseKind = "symmetric",
+    clean_validation: bool = False,
 ) -> Dataset:
     """Load a data set of labelled images.
 
@@ -116,6 +120,10 @@ def load(
         size: side in pixels that images are scaled and centre-cropped to; default: their most common size, or 224
             when they are streamed.
         in_memory_limit: bytes of decoded pixels above which images are decoded on demand; default 2 GiB.
+        label_noise: share of wrong labels in the training and the validation split, see `noisy_labels`; default 0. A
+            sample's label does not depend on how the splits are cut, and the test split is never touched.
+        label_noise_kind: "symmetric" or "pairs".
+        clean_validation: keep the true labels of the validation split; default False.
 
     Raises:
         LayerwiseError: an unknown name, an argument out of its range, data that cannot be found, reached or read, no
@@ -125,8 +133,8 @@ def load(
     True
     >>> load("mnits")
     Traceback (most recent call last):
-    layerwise.errors.LayerwiseError: unknown data set 'mnits'; did you mean 'mnist'? choose from digits, mnist, \
-fashion_mnist, cifar10, cifar100, hf:owner/name, imagefolder:PATH, parquet:PATH
+    layerwise.errors.LayerwiseError: unknown data set 'mnits'; did you mean 'mnist'? legal names: digits, mnist, \
+fashion_mnist, cifar10, cifar100, hf:owner/name, imagefolder:PATH, parquet:PATH.
     """
     if not 0 <= val_fraction < 1:
         raise LayerwiseError(f"validation fraction {val_fraction} is not in [0, 1); use 0 for no validation split")
@@ -143,14 +151,20 @@ fashion_mnist, cifar10, cifar100, hf:owner/name, imagefolder:PATH, parquet:PATH
             f"{name} has no test split: {len(test)} of its {len(rest) + len(part)} samples, "
             "the same in every run, are the test split"
         )
+    noisy = noisy_labels(train.labels, classes, label_noise, label_noise_kind)
     val = None
-    if val_fraction:
+    if not val_fraction:
+        train = train.relabelled(noisy)
+    else:
         rest, part = stratified_split(train.labels, val_fraction, seed)
         if not len(part):
             raise LayerwiseError(
                 f"validation fraction {val_fraction} of {len(train)} training samples is no sample; raise it or use 0"
             )
-        train, val = train.subset(rest), train.subset(part)
+        val = train.subset(part)
+        train = train.subset(rest).relabelled(noisy[rest])
+        if not clean_validation:
+            val = val.relabelled(noisy[part])
     mean, std, sampled = _mean_std(train)
     if sampled < len(train):
         notes.append(f"mean and std are estimated from {sampled} of {len(train)} training images")
@@ -285,9 +299,7 @@ def _open(name: str, root: str | Path | None, limit: int) -> dict[str, Rows]:
 
 
 def _unknown(name: str) -> LayerwiseError:
-    near = difflib.get_close_matches(name, DESCRIPTIONS, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return LayerwiseError(f"unknown data set {name!r}; {hint}choose from {', '.join(DESCRIPTIONS)}")
+    return LayerwiseError(f"unknown data set {name!r}; {suggestion(name, list(DESCRIPTIONS))}.")
 
 
 def _checked(rows: Rows, split: str) -> list:

@@ -3,13 +3,12 @@
 Every draw is made on the host, so that the same generator gives the same batch on every device.
 """
 
-import difflib
 from collections.abc import Sequence
 
 import torch
 from torch import Generator, Tensor
 
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, suggestion
 
 
 def flip(images: Tensor, generator: Generator) -> Tensor:
@@ -93,9 +92,7 @@ def check_augmentations(names: Sequence[str]) -> None:
     """
     for name in names:
         if name not in AUGMENTATIONS:
-            near = difflib.get_close_matches(name, AUGMENTATIONS, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise LayerwiseError(f"unknown augmentation {name!r}; {hint}choose from {', '.join(AUGMENTATIONS)}")
+            raise LayerwiseError(f"unknown augmentation {name!r}; {suggestion(name, list(AUGMENTATIONS))}.")
 
 
 def _on(images: Tensor, draws: Tensor) -> Tensor:

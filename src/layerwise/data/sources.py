@@ -1,5 +1,6 @@
 """Where samples come from: uint8 tensors in memory, or image files that are decoded on demand."""
 
+import copy
 import hashlib
 import io
 import json
@@ -69,6 +70,12 @@ class Source(ABC):
     @abstractmethod
     def to(self, device: torch.device) -> "Source":
         """The source with its pixels on `device`, if it holds any."""
+
+    def relabelled(self, labels: Tensor) -> "Source":
+        """The same images with other labels, int64 (N,)."""
+        other = copy.copy(self)
+        other.labels = labels
+        return other
 
 
 class InMemorySource(Source):

@@ -1,8 +1,8 @@
 """A small model zoo with one surface: a `depth` dial, named blocks and a head.
 
-Every model is an `nn.Sequential` of `block1` .. `blockN` and `head`, for images (B, channels,
-height, width) to logits (B, classes). Its attribute `block_names` lists the children after which it
-may be cut.
+Every model is an `nn.Sequential` of blocks (`block1` .. `blockN`; `sid_cascade` names its parts)
+and `head`, for images (B, channels, height, width) to logits (B, classes). Its attribute
+`block_names` lists the children after which it may be cut.
 
 Example:
     >>> from layerwise import models
@@ -11,15 +11,15 @@ Example:
     ['block1', 'block2', 'head']
 """
 
-import difflib
 import inspect
 from dataclasses import fields
 from typing import Any
 
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, suggestion
 from layerwise.models.base import BlockSequential, ModelOptions
 from layerwise.models.mlp import MLP
 from layerwise.models.resnet import ResNet
+from layerwise.models.sid_cascade import SIDCascade
 from layerwise.models.vgg import VGG
 from layerwise.models.vit import ViT
 
@@ -29,6 +29,7 @@ __all__ = [
     "BlockSequential",
     "ModelOptions",
     "ResNet",
+    "SIDCascade",
     "ViT",
     "create",
     "describe",
@@ -36,7 +37,13 @@ __all__ = [
     "options",
 ]
 
-_MODELS: dict[str, type[ModelOptions]] = {"mlp": MLP, "resnet": ResNet, "vgg": VGG, "vit": ViT}
+_MODELS: dict[str, type[ModelOptions]] = {
+    "mlp": MLP,
+    "resnet": ResNet,
+    "sid_cascade": SIDCascade,
+    "vgg": VGG,
+    "vit": ViT,
+}
 
 
 def names() -> tuple[str, ...]:
@@ -44,7 +51,7 @@ def names() -> tuple[str, ...]:
 
     Example:
         >>> names()
-        ('mlp', 'resnet', 'vgg', 'vit')
+        ('mlp', 'resnet', 'sid_cascade', 'vgg', 'vit')
     """
     return tuple(_MODELS)
 
@@ -105,6 +112,4 @@ def describe(name: str) -> str:
 
 
 def _unknown(what: str, name: str, legal: "list[str] | tuple[str, ...]") -> LayerwiseError:
-    close = difflib.get_close_matches(name, legal, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return LayerwiseError(f"unknown {what} {name!r}; {hint}choose one of {', '.join(legal)}.")
+    return LayerwiseError(f"unknown {what} {name!r}; {suggestion(name, legal)}.")

@@ -1,9 +1,9 @@
 """What the models share: checked options, and a plain `nn.Sequential` that names its blocks."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, get_args, get_origin
+from typing import ClassVar, Literal, get_args, get_origin
 
 from torch import nn
 
@@ -14,8 +14,8 @@ from layerwise.errors import LayerwiseError
 class ModelOptions:
     """Base of every model's options; it checks them when they are made.
 
-    A whole number must be at least 1, a `dropout` in [0, 1), and a word one of those that the field
-    lists.
+    A whole number must be at least 1 (or what `least` says), a `dropout` in [0, 1), and a word one
+    of those that the field lists.
 
     Raises:
         LayerwiseError: an option is of the wrong type or out of range.
@@ -27,6 +27,9 @@ class ModelOptions:
         layerwise.errors.LayerwiseError: depth must be a whole number of at least 1, not 0.
     """
 
+    least: ClassVar[Mapping[str, int]] = {}
+    """Smallest whole numbers that differ from 1, by name of the option."""
+
     def __post_init__(self) -> None:
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
@@ -34,8 +37,9 @@ class ModelOptions:
                 words = get_args(field.type)
                 require(value in words, f"{name} must be one of {', '.join(words)}, not {value!r}.")
             elif field.type is int:
-                whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-                require(whole, f"{name} must be a whole number of at least 1, not {value!r}.")
+                least = self.least.get(name, 1)
+                whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+                require(whole, f"{name} must be a whole number of at least {least}, not {value!r}.")
             elif name == "dropout":
                 fraction = isinstance(value, int | float) and 0 <= value < 1
                 require(fraction, f"dropout must be at least 0 and less than 1, not {value!r}.")

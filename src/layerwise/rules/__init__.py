@@ -13,14 +13,35 @@ from layerwise.errors import LayerwiseError, suggestion
 from layerwise.rules.backprop import Backprop, BackpropCheckpoint, BackpropOffload
 from layerwise.rules.base import Moment, Rule, Signal, Site, Start
 from layerwise.rules.controls import DeepSupervision, LastLayer
+from layerwise.rules.counter_current import CounterCurrent
+from layerwise.rules.dgl import DGL
+from layerwise.rules.forward_forward import ForwardForward
+from layerwise.rules.gradient_reconciliation import GradientReconciliation
+from layerwise.rules.interlocking import Interlocking
+from layerwise.rules.layer_collaboration import LayerCollaboration
 from layerwise.rules.local_ce import LocalCE
+from layerwise.rules.mono_forward import MonoForward
+from layerwise.rules.predsim import PredSim
+from layerwise.rules.scalable_ff import ScalableFF
+from layerwise.rules.sid import SID, SIDCascade
 from layerwise.rules.sll import SLL
 from layerwise.rules.svp import SVP
 
 _BUILT_IN: tuple[type[Rule], ...] = (
     SLL,
     SVP,
+    SID,
+    SIDCascade,
     LocalCE,
+    MonoForward,
+    PredSim,
+    DGL,
+    Interlocking,
+    GradientReconciliation,
+    ForwardForward,
+    LayerCollaboration,
+    ScalableFF,
+    CounterCurrent,
     Backprop,
     BackpropCheckpoint,
     BackpropOffload,
@@ -82,16 +103,27 @@ def create(name: str, **options: object) -> Rule:
 
 
 __all__ = [
+    "DGL",
+    "SID",
     "SLL",
     "SVP",
     "Backprop",
     "BackpropCheckpoint",
     "BackpropOffload",
+    "CounterCurrent",
     "DeepSupervision",
+    "ForwardForward",
+    "GradientReconciliation",
+    "Interlocking",
     "LastLayer",
+    "LayerCollaboration",
     "LocalCE",
     "Moment",
+    "MonoForward",
+    "PredSim",
     "Rule",
+    "SIDCascade",
+    "ScalableFF",
     "Signal",
     "Site",
     "Start",

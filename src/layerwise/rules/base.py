@@ -4,7 +4,7 @@ The engine runs one *group* of blocks at a time (most rules: one block) and owns
 only answers questions. It sees tensors and modules; it knows no optimizer, device, process or data set.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
@@ -27,6 +27,8 @@ class Site:
     """Number of blocks in the network, the head not counted."""
     name: str
     """Name of the block, `"head"` for the head."""
+    shapes: tuple[tuple[int, ...], ...] = ()
+    """Shapes of one sample's output at every site, this one and the head included."""
 
     @property
     def is_head(self) -> bool:
@@ -75,6 +77,8 @@ class Moment:
     auxiliary: nn.Module | None
     """The module that `Rule.auxiliary` made for this site."""
     training: bool
+    view: range = range(0)
+    """The sites that this pass runs as one graph: the group's own, then (in training) those that lend it theirs."""
 
 
 @dataclass
@@ -133,6 +137,26 @@ class Rule:
         """Whether the site's parameters learn; a group in which none does runs without a graph."""
         return True
 
+    def has_trunk(self) -> bool:
+        """Whether the first group is a trunk: a part that learns last, from what the groups behind it send back.
+
+        The trunk's graph is kept while they learn, one after the other, each with a graph of its own.
+        """
+        return False
+
+    def to_trunk(self, site: Site, gradient: Tensor, task: Classification) -> Tensor | None:
+        """What a group sends back to the trunk; nothing for None. The engine sums it over the groups.
+
+        Args:
+            site: the group's first site.
+            gradient: of the group's loss on its input `(B, ...)`.
+            task: the task.
+
+        Returns:
+            A share of the gradient on the trunk's output, of its shape.
+        """
+        return gradient
+
     def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
         """The module that the rule adds at a site; `h` is a sample of the output, for its shape."""
         return None
@@ -152,6 +176,14 @@ class Rule:
     def predict(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Tensor:
         """Logits for `x`: the network's plain forward pass. A rule that predicts otherwise overrides this."""
         return network(x)
+
+    def beliefs(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Iterator[Tensor]:
+        """Log-probabilities `(B, ..., K)` that cross from site to site, the first message included, as they arise.
+
+        Raises:
+            LayerwiseError: the rule passes on no beliefs.
+        """
+        raise LayerwiseError(f"rule {self.name!r} passes on no beliefs; those that do are 'sid' and 'sid_cascade'.")
 
 
 def check_words(rule: Rule) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from layerwise.errors import LayerwiseError
 from layerwise.functional import pool_features
 
-Pool = Literal["auto", "mean", "moments", "cls", "flatten", "none"]
+Pool = Literal["auto", "mean", "moments", "grid", "cls", "flatten", "none"]
 
 
 def grouped(blocks: int, size: int, join_head: bool, overlap: int = 0) -> list[range]:
@@ -35,13 +35,15 @@ def check_group(size: int) -> None:
 def pool_vectors(h: Tensor, pool: Pool, per_position: bool) -> Tensor:
     """One vector per prediction out of a block's output.
 
-    `"auto"` averages over space or tokens, and keeps every position where labels are given per position.
+    `"auto"` averages over space or tokens. Where labels are given per position, `"auto"` and `"grid"` keep them all.
 
     Args:
         h: `(B, D)`, `(B, C, H, W)` or `(B, T, D)`.
         pool: one of `Pool`.
         per_position: whether there is a label for every position.
     """
-    if pool == "auto":
+    if per_position and pool == "grid":
+        pool = "none"
+    elif pool == "auto":
         pool = "none" if per_position else "mean"
     return pool_features(h, pool)

@@ -1,0 +1,100 @@
+"""DGL: decoupled greedy learning, with auxiliary networks that are deep but cheap."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+
+from layerwise.errors import LayerwiseError
+from layerwise.rules.base import Moment, Signal, Site
+from layerwise.rules.local_ce import LocalCE
+from layerwise.rules.readout import Pool, pool_vectors
+from layerwise.tasks import Classification
+
+Kind = Literal["mlp_sr", "cnn", "mlp"]
+
+
+def _mlp(inputs: int, width: int, layers: int, classes: int) -> list[nn.Module]:
+    """`layers` hidden layers with batch norm and ReLU, and a linear layer onto the classes."""
+    modules: list[nn.Module] = []
+    for _ in range(layers):
+        modules += [nn.Linear(inputs, width), nn.BatchNorm1d(width), nn.ReLU()]
+        inputs = width
+    return [*modules, nn.Linear(inputs, classes)]
+
+
+def _convolutions(channels: int, kernel: int, count: int) -> list[nn.Module]:
+    modules: list[nn.Module] = []
+    for _ in range(count):
+        modules += [nn.Conv2d(channels, channels, kernel, padding=kernel // 2, bias=False)]
+        modules += [nn.BatchNorm2d(channels), nn.ReLU()]
+    return modules
+
+
+def auxiliary_network(h: Tensor, classes: int, kind: Kind, pool: Pool) -> nn.Module:
+    """The auxiliary network that reads a block's output.
+
+    Args:
+        h: a sample of the output.
+        classes: number of classes K.
+        kind: for maps `(B, C, H, W)`, `"mlp_sr"` (averaged to a quarter of the side, three 1x1 convolutions, averaged
+            to 2x2, three hidden layers of 4 C units), `"cnn"` (two 3x3 convolutions, averaged to 2x2, linear) or
+            `"mlp"` (averaged to 2x2, three hidden layers of 4 C units). Other outputs get three hidden layers of their
+            own width behind the pooling, whatever the kind.
+        pool: how tokens become a vector.
+    """
+    if h.dim() != 4:
+        width = pool_vectors(h, pool, per_position=False).shape[-1]
+        return nn.Sequential(*_mlp(width, width, 3, classes))
+    channels = h.shape[1]
+    square = [nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+    if kind == "cnn":
+        return nn.Sequential(*_convolutions(channels, 3, 2), *square, nn.Linear(4 * channels, classes))
+    staged = [nn.AdaptiveAvgPool2d(tuple(math.ceil(side / 4) for side in h.shape[2:])), *_convolutions(channels, 1, 3)]
+    return nn.Sequential(*(staged if kind == "mlp_sr" else []), *square, *_mlp(4 * channels, 4 * channels, 3, classes))
+
+
+@dataclass(frozen=True)
+class DGL(LocalCE):
+    r"""Decoupled greedy learning: each block minimises the cross-entropy of its own auxiliary network.
+
+    $$L_i = \mathrm{CE}(a_i(h_i), \; y), \qquad h_i = f_i(\mathrm{stopgrad}(h_{i-1}))$$
+
+    $a_i$ is deeper than a linear head, so that the block need not turn its features into the answer itself. The
+    default, MLP-SR, works on a quarter of the side with 1x1 convolutions and a small MLP: about 5 % of the operations
+    of the networks of the paper. The last block is trained through the network's head. All blocks learn from every
+    batch, as in the paper's synchronous form; the asynchronous one, with buffers between the blocks, is not there.
+
+    The paper's: the objective and the three auxiliary networks. Ours: blocks that are no convolutions get an MLP of
+    their own width, tokens are averaged for it.
+
+    >>> DGL(network="cnn").groups(blocks=3)
+    [range(0, 1), range(1, 2), range(2, 4)]
+    """
+
+    network: Kind = "mlp_sr"
+    """Auxiliary network behind a convolution: mlp_sr | cnn | mlp; other blocks have an MLP."""
+
+    name: ClassVar[str] = "dgl"
+    source: ClassVar[str] = (
+        "Belilovsky, Eickenberg & Oyallon, arXiv 1901.08164 (2019); blocks that are no convolutions: our reading"
+    )
+    restrictions: ClassVar[str] = (
+        "One label per sample, batches of two or more (batch norm). Synchronous: no buffers between the blocks."
+    )
+
+    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
+        """The auxiliary network of every group but the last."""
+        return auxiliary_network(h, task.classes, self.network, self.pool) if self._has_head(site) else None
+
+    def signal(self, at: Moment) -> Signal:
+        """Cross-entropy of the auxiliary network, or of the network's head at the end."""
+        if at.y.dim() > 1:
+            raise LayerwiseError("dgl's auxiliary networks read one label per sample, not one per position.")
+        if at.site.is_head or at.auxiliary is None or at.h.dim() != 4:
+            return super().signal(at)
+        logits = at.auxiliary(at.h)
+        return Signal(
+            loss=at.task.loss(logits, at.y), metrics={"accuracy": at.task.correct(logits, at.y) / at.y.numel()}
+        )

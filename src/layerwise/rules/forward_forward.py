@@ -1,0 +1,235 @@
+"""Forward-Forward: every block is active on true samples and quiet on false ones."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layerwise.blocks import Partition
+from layerwise.errors import LayerwiseError
+from layerwise.functional import goodness, unit_length
+from layerwise.rules.base import Locality, Moment, Rule, Signal, Site, Start
+from layerwise.rules.label_input import hybrid_images, label_map, overlay, wrong_labels
+from layerwise.rules.readout import pool_vectors
+from layerwise.tasks import Classification
+
+
+class Layer(nn.Module):
+    """What the rule keeps at a block.
+
+    Args:
+        h: a sample of the block's output.
+        classes: number of classes K.
+        reads: whether the softmax predictor reads this block.
+        peers: whether the mean activity of its units is followed.
+    """
+
+    def __init__(self, h: Tensor, classes: int, reads: bool, peers: bool):
+        super().__init__()
+        self.classes, self.spatial = classes, h.dim() > 2
+        self.readout = nn.Linear(pool_vectors(h, "auto", per_position=False).shape[-1], classes) if reads else None
+        self.register_buffer("mean", torch.zeros(h.shape[1:]) if peers else None)
+
+    mean: Tensor | None
+
+    def peer_loss(self, h: Tensor, training: bool) -> Tensor:
+        """Variance over the units of their running mean activity, `h` `(B, ...)` included."""
+        assert self.mean is not None
+        mean = 0.9 * self.mean + 0.1 * h.float().mean(0)
+        if training:
+            self.mean.copy_(mean.detach())
+        return (mean - mean.mean()).square().mean()
+
+
+@dataclass(frozen=True)
+class ForwardForward(Rule):
+    r"""Forward-Forward: a local contrast between samples with the true and with a false label.
+
+    The label is written into the input. With $g_i = \sum_j h_{ij}^2$ (or the mean), taken before normalisation:
+
+    $$h_i = f_i\big(\mathrm{stopgrad}(h_{i-1} / \mathrm{rms}(h_{i-1}))\big), \qquad
+      L_i = \log(1 + e^{\theta - g_i^{+}}) + \log(1 + e^{g_i^{-} - \theta})$$
+
+    or, with `loss="symba"`, $L_i = \log(1 + e^{-\alpha (g_i^{+} - g_i^{-})})$. Only the direction of a block's activity
+    is passed on, so that the next block cannot read the goodness off its length.
+
+    Two predictors. `"goodness"` runs the network once with every label, all in one batch, and takes the one with the
+    largest sum of goodness over the blocks behind the first; the network's head is not used. `"softmax"` runs it once
+    with a neutral label and adds up linear readouts of those blocks, the network's head being the last of them.
+
+    Negatives are the same sample with a wrong label, uniform (`"random"`) or drawn as the predictor finds it probable
+    (`"hard"`: the whole network's opinion is then broadcast), or, without any label, images put together out of two
+    (`"hybrid"`, for the softmax predictor).
+
+    The paper's: the objective, the normalisation, the overlay, the three kinds of negatives, both predictors, peer
+    normalisation. Ours: readouts that are fitted one after the other, each to what those before it leave (the paper
+    fits one to all blocks' activities at once, which would have to be kept); the label map, as waves over the image in
+    the manner of Scodellaro et al. (arXiv 2312.14924); peer normalisation's momentum of 0.9; theta as a multiple.
+
+    >>> ForwardForward(loss="symba").groups(blocks=2)
+    [range(0, 1), range(1, 2), range(2, 3)]
+    """
+
+    goodness: Literal["sum", "mean"] = "sum"
+    """Sum or mean of the squared activities."""
+    threshold: float | None = None
+    """Threshold theta: of the mean square, default 2; of the sum of squares per unit, default 1."""
+    loss: Literal["logistic", "symba"] = "logistic"
+    """Contrast of each sample with the threshold, or of positive with negative."""
+    alpha: float = 4.0
+    """Steepness of the loss `symba`."""
+    negatives: Literal["random", "hard", "hybrid"] = "random"
+    """A wrong label at random, a probable one, or (without labels) an image put together out of two."""
+    label: Literal["auto", "overlay", "map"] = "auto"
+    """Label in the first pixels, or as a wave over the image; auto: a wave where the first block keeps space."""
+    label_scale: float = 1.0
+    """Size of the label: factor of the bright pixel's distance from the dark ones, or of the wave."""
+    predictor: Literal["goodness", "softmax"] = "goodness"
+    """Goodness with every label, or linear readouts with a neutral one."""
+    skip: int = 1
+    """Blocks at the input that no predictor looks at (the last block always counts)."""
+    peer: float = 0.0
+    """Weight of peer normalisation: keeps the units' mean activities alike (0.03 in a public implementation)."""
+
+    name: ClassVar[str] = "forward_forward"
+    locality: ClassVar[Locality] = "local"
+    crosses: ClassVar[str] = "detached activation of unit length, for a positive and a negative sample"
+    flat_memory: ClassVar[bool] = True
+    source: ClassVar[str] = (
+        "Hinton, arXiv 2212.13345 (2022); SymBa: Lee & Song, arXiv 2303.08418 (2023); readouts, label map: our reading"
+    )
+    restrictions: ClassVar[str] = (
+        "One label per sample. Prediction by goodness runs the network once per class, and the plain network's output "
+        "means nothing then. Batch norm sees positive and negative samples together."
+    )
+
+    def __post_init__(self) -> None:
+        if self.negatives == "hybrid" and self.predictor != "softmax":
+            raise LayerwiseError("hybrid images carry no label to compare; use predictor='softmax' with them.")
+        if self.skip < 0:
+            raise LayerwiseError(f"skip is {self.skip}; it is a number of blocks, 0 for none.")
+        if not self.alpha > 0:
+            raise LayerwiseError(f"alpha is {self.alpha}; it must be larger than 0.")
+        if self.negatives == "hard":  # what the class declares holds for the other kinds
+            object.__setattr__(self, "locality", "broadcast")
+            object.__setattr__(self, "crosses", f"{self.crosses}; the network's predictions choose the negative label")
+
+    def trains(self, site: Site) -> bool:
+        """All blocks; the head as the last readout of the softmax predictor."""
+        return not site.is_head or self.predictor == "softmax"
+
+    def _counts(self, site: Site) -> bool:
+        return site.index >= min(self.skip, site.blocks - 1)
+
+    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
+        """A readout for the softmax predictor, running means for peer normalisation, what the label looks like."""
+        if site.is_head:
+            return None
+        reads = self.predictor == "softmax" and self._counts(site) and site.index < site.blocks - 1
+        return Layer(h, task.classes, reads, self.peer > 0)
+
+    def begin(self, start: Start) -> tuple[Tensor, Any]:
+        """Positive and negative samples, one behind the other, then (for the softmax predictor) neutral ones."""
+        if start.y.dim() > 1:
+            raise LayerwiseError(f"{self.name} writes one label per sample into the input, not one per position.")
+        first = start.auxiliary[0]
+        assert isinstance(first, Layer)
+        if self.negatives == "hybrid":
+            parts = [start.x, hybrid_images(start.x)]
+        else:
+            wrong = wrong_labels(start.y, first.classes, self._opinion(start))
+            parts = [self.labelled(start.x, F.one_hot(y, first.classes), first) for y in (start.y, wrong)]
+            if self.predictor == "softmax":
+                parts.append(self._neutral(start.x, first))
+        zeros = start.x.new_zeros(len(start.x), dtype=torch.float32)
+        return unit_length(torch.cat(parts)), {"votes": torch.cat([zeros, zeros]), "logits": zeros[:, None]}
+
+    @torch.no_grad()
+    def _opinion(self, start: Start) -> Tensor | None:
+        return self.predict(start.network, start.auxiliary, start.x) if self.negatives == "hard" else None
+
+    def labelled(self, x: Tensor, p: Tensor, first: Layer) -> Tensor:
+        """Samples `(B, ...)` with class probabilities `(B, K)` written into them."""
+        wide = first.spatial if self.label == "auto" else self.label == "map"
+        return (label_map if wide else overlay)(x, self.label_scale * p.to(x.dtype))
+
+    def _neutral(self, x: Tensor, first: Layer) -> Tensor:
+        return self.labelled(x, x.new_full((len(x), first.classes), 1 / first.classes), first)
+
+    def signal(self, at: Moment) -> Signal:
+        """The contrast of the block's goodness; what it votes; its direction as the next block's input."""
+        if at.site.is_head:
+            return self._head(at)
+        assert isinstance(at.auxiliary, Layer)
+        samples, message = len(at.y), dict(at.message)
+        g = goodness(at.h[: 2 * samples], self.goodness)
+        own, others = g.chunk(2), self.others(at, g).chunk(2)
+        loss = self.contrast(own[0] + others[0], own[1] + others[1], self.theta(at))
+        metrics = {"loss": loss, "accuracy": (own[0] > own[1]).float().mean()}
+        if self.peer > 0:
+            loss = loss + self.peer * at.auxiliary.peer_loss(at.h[:samples], at.training)
+        direction = unit_length(at.h)
+        reading = direction[:samples] if self.negatives == "hybrid" else direction[2 * samples :]
+        if self._counts(at.site):
+            message["votes"] = message["votes"] + g
+        if at.auxiliary.readout is not None:
+            message["logits"] = message["logits"] + at.auxiliary.readout(pool_vectors(reading.detach(), "auto", False))
+            loss = loss + at.task.loss(message["logits"], at.y)
+        last = at.site.index == at.site.blocks - 1
+        return Signal(loss, message=message, output=reading if last and len(reading) else direction, metrics=metrics)
+
+    def theta(self, at: Moment) -> float:
+        """Threshold of the block's goodness."""
+        default, units = (1.0, at.h[0].numel()) if self.goodness == "sum" else (2.0, 1)
+        return (default if self.threshold is None else self.threshold) * units
+
+    def contrast(self, positive: Tensor, negative: Tensor, theta: float) -> Tensor:
+        """Mean loss of the goodness `(B,)` of positive and negative samples."""
+        if self.loss == "symba":
+            return F.softplus(-self.alpha * (positive - negative)).mean()
+        return (F.softplus(theta - positive) + F.softplus(negative - theta)).mean()
+
+    def others(self, at: Moment, g: Tensor) -> Tensor:
+        """What is added to the goodness `(2 B,)` in the loss: nothing here, other blocks' goodness in collaboration."""
+        return torch.zeros_like(g)
+
+    def _head(self, at: Moment) -> Signal:
+        """The last readout; or, where goodness predicts, how often the true label beats the false one."""
+        if self.predictor == "softmax":
+            logits = at.message["logits"] + at.h.float()
+            loss = at.task.loss(logits, at.y)
+            return Signal(loss, metrics={"loss": loss, "accuracy": at.task.correct(logits, at.y) / at.y.numel()})
+        true, false = at.message["votes"].chunk(2)
+        return Signal(metrics={"loss": F.softplus(false - true).mean(), "accuracy": (true > false).float().mean()})
+
+    def activities(self, network: Partition, x: Tensor) -> Iterator[tuple[Site, Tensor, Tensor]]:
+        """Run the blocks on an input; gives each one's site, activity and direction `(B, ...)`."""
+        h = unit_length(x)
+        for index, block in enumerate(network.blocks):
+            h = block(h)
+            direction = unit_length(h)
+            yield Site(index, len(network.blocks), block.name), h, direction
+            h = direction
+
+    def predict(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Tensor:
+        """Summed goodness with every label, or summed readouts with the neutral one: `(B, K)`."""
+        first = auxiliary[0]
+        assert isinstance(first, Layer)
+        if self.predictor == "goodness":
+            labels = torch.eye(first.classes, device=x.device).repeat(len(x), 1)
+            every = self.labelled(x.repeat_interleave(first.classes, 0), labels, first)
+            found = self.activities(network, every)
+            votes = sum(goodness(h, self.goodness) for site, h, _ in found if self._counts(site))
+            assert isinstance(votes, Tensor)
+            return votes.view(len(x), first.classes)
+        logits, direction = x.new_zeros(()), x
+        for site, _, direction in self.activities(
+            network, x if self.negatives == "hybrid" else self._neutral(x, first)
+        ):
+            readout = auxiliary[site.index].readout
+            if readout is not None:
+                logits = logits + readout(pool_vectors(direction, "auto", False))
+        return logits + network.head(direction).float()

@@ -1,0 +1,85 @@
+"""Successive Gradient Reconciliation: neighbours' losses should pull on what lies between them in one direction."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from layerwise.blocks import Block
+from layerwise.errors import LayerwiseError
+from layerwise.rules.base import Moment, Signal
+from layerwise.rules.local_ce import LocalCE
+
+
+@dataclass(frozen=True)
+class GradientReconciliation(LocalCE):
+    r"""Successive Gradient Reconciliation: local losses whose gradients agree at the boundary between two blocks.
+
+    With the local cross-entropy $\ell_k$ of block k (as in `local_ce`) and its input $x_{k-1}$:
+
+    $$L_k = \ell_k + \lambda \; \mathbb{E}_{\text{samples}} \Big\| \frac{\partial \ell_k}{\partial x_{k-1}} -
+      \mathrm{stopgrad}\Big(\frac{\partial \ell_{k-1}}{\partial x_{k-1}}\Big) \Big\|^2$$
+
+    The gradients are those of the sample's own loss. The first is differentiated again, through block k only; the
+    second is sent along with the activation. No gradient leaves a block.
+
+    That the gradient on a block's input is drawn towards that of the block before on its output, within gradient
+    isolation, is the paper's statement. Its weight, the scale of the distance, the cosine and the last block, which
+    learns through the network's head, are our reading: the paper's text was not at hand.
+
+    >>> GradientReconciliation(distance="cosine").groups(blocks=2)
+    [range(0, 1), range(1, 3)]
+    """
+
+    weight: float = 0.1
+    """Weight lambda of the reconciliation."""
+    distance: Literal["squared", "cosine"] = "squared"
+    """Squared distance of the two gradients, or one minus their cosine, which is blind to the size of the losses."""
+
+    name: ClassVar[str] = "gradient_reconciliation"
+    crosses: ClassVar[str] = "detached activation and the gradient of the block's own loss on it"
+    source: ClassVar[str] = "Yang et al., arXiv 2406.05222 (2024); weight, scale and distance: our reading"
+    restrictions: ClassVar[str] = (
+        "Blocks are differentiated twice, which costs about one more backward pass; torch.compile cannot do it."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weight < 0:
+            raise LayerwiseError(f"weight is {self.weight}; it must be 0 or larger.")
+
+    def run(self, block: Block, h: Tensor) -> Tensor:
+        """Run a block so that it can be differentiated twice, on its input too."""
+        if not torch.is_grad_enabled():
+            return block(h)
+        if h.is_floating_point() and h.is_leaf:
+            h.requires_grad_()
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no second derivative
+            return block(h)
+
+    def signal(self, at: Moment) -> Signal:
+        """The local loss, drawn towards agreement; sends the gradient of that loss on the block's output."""
+        wanted, x = at.message or (None, None)
+        if at.site.index == at.view.start:
+            x = at.h_in
+        signal = super().signal(at)
+        if not at.training or signal.loss is None:
+            return replace(signal, message=(wanted, x))
+        loss, samples = signal.loss, len(at.h)
+        signal.metrics["loss"] = loss
+        if wanted is not None and x is not None:
+            (own,) = torch.autograd.grad(loss, x, create_graph=True)
+            own, wanted = samples * own.float().flatten(1), wanted.float().flatten(1)
+            if self.distance == "squared":
+                disagreement = (own - wanted).square().sum(1).mean()
+            else:
+                disagreement = 1 - F.cosine_similarity(own, wanted, dim=1).mean()
+            signal.loss = loss + self.weight * disagreement
+            signal.metrics["disagreement"] = disagreement
+        if not at.site.is_head:
+            (sent,) = torch.autograd.grad(loss, at.h, retain_graph=True)
+            signal.message = (samples * sent, None)
+        return signal

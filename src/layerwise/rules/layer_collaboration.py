@@ -1,0 +1,78 @@
+"""Layer Collaboration: forward-forward whose blocks know what the other blocks think of the sample."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from layerwise.functional import goodness
+from layerwise.rules.base import Locality, Moment, Signal, Start
+from layerwise.rules.forward_forward import ForwardForward
+
+
+@dataclass(frozen=True)
+class LayerCollaboration(ForwardForward):
+    r"""Layer Collaboration: the goodness of the other blocks is added inside the logistic.
+
+    $$p_i(x) = \sigma\big(g_i(x) + \gamma_i(x) - \theta\big), \qquad
+      L_i = -\log p_i(x^{+}) - \log(1 - p_i(x^{-}))$$
+
+    with $\gamma_i = \mathrm{stopgrad} \sum_{t < i} g_t$ (`gamma="earlier"`), which comes along with the sample, or
+    $\gamma_i = \mathrm{stopgrad} \sum_{t \ne i} g_t$ (`gamma="all"`), which takes a forward pass before the update.
+    gamma is that of the same sample, positive or negative. It has no gradient, so it only weighs samples: a block stops
+    pushing where the others have decided. Labels, negatives and predictors are those of `forward_forward`.
+
+    The equations and both forms of gamma are the paper's. Ours: theta is that of one block times the number of blocks
+    in the sum (with less, late blocks fall silent); for `gamma="all"`, the sum is of the blocks before this step's
+    updates, without the block's own goodness of now; every block is asked by default when predicting.
+
+    >>> LayerCollaboration(gamma="all").locality
+    'broadcast'
+    """
+
+    gamma: Literal["earlier", "all"] = "earlier"
+    """Whose goodness a block is told: that of the blocks before it, or of all others."""
+    skip: int = 0
+    """Blocks at the input that no predictor looks at (the last block always counts)."""
+
+    name: ClassVar[str] = "layer_collaboration"
+    locality: ClassVar[Locality] = "local"
+    crosses: ClassVar[str] = (
+        "detached activation of unit length and goodness (one number per sample), for a positive and a negative sample"
+    )
+    source: ClassVar[str] = (
+        "Lorberbom, Gat, Adi, Schwing & Hazan, arXiv 2305.12393 (2024); threshold, further options: our reading"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gamma == "all":  # what the class declares holds for the earlier blocks
+            object.__setattr__(self, "locality", "broadcast")
+            object.__setattr__(self, "crosses", f"{self.crosses}; that of later blocks comes from a first forward pass")
+
+    def begin(self, start: Start) -> tuple[Tensor, Any]:
+        """The samples; what the blocks think of them where all are asked."""
+        x, message = super().begin(start)
+        message["gamma"] = torch.zeros_like(message["votes"])
+        if self.gamma == "all":
+            with torch.no_grad():
+                for _, h, _ in self.activities(start.network, x):
+                    message["gamma"] += goodness(h[: 2 * len(start.y)], self.goodness)
+        return x, message
+
+    def theta(self, at: Moment) -> float:
+        """Threshold of the summed goodness: one block's for every block in the sum."""
+        return super().theta(at) * (at.site.index + 1 if self.gamma == "earlier" else at.site.blocks)
+
+    def others(self, at: Moment, g: Tensor) -> Tensor:
+        """The other blocks' goodness `(2 B,)`, without gradient."""
+        return at.message["gamma"] if self.gamma == "earlier" else at.message["gamma"] - g.detach()
+
+    def signal(self, at: Moment) -> Signal:
+        """That of forward-forward; tells the next block what this one and those before it think."""
+        signal = super().signal(at)
+        if self.gamma == "earlier" and not at.site.is_head:
+            own = goodness(at.h[: 2 * len(at.y)], self.goodness)
+            signal.message["gamma"] = at.message["gamma"] + own
+        return signal

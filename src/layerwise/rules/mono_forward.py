@@ -1,0 +1,68 @@
+"""Mono-Forward: every block is read off by a learned projection and trained by the cross-entropy of that."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+
+from layerwise.blocks import Partition
+from layerwise.errors import LayerwiseError
+from layerwise.rules.base import Moment, Signal, Site
+from layerwise.rules.local_ce import LocalCE
+from layerwise.rules.readout import Pool, pool_vectors
+from layerwise.tasks import Classification
+
+
+@dataclass(frozen=True)
+class MonoForward(LocalCE):
+    r"""Mono-Forward: the goodness of a class is a learned projection of the block's activity.
+
+    $$a_i = f_i(\mathrm{stopgrad}(a_{i-1})), \qquad G_i = M_i \, \mathrm{pool}(a_i), \qquad
+      L_i = \mathrm{CE}(G_i, y)$$
+
+    $M_i$ (K x D, learned, no bias) and the block's own weights follow the gradient of $L_i$ alone. The network's head
+    is the last block's projection. The class is that of the largest goodness of the last block (`predictor="last"`,
+    a plain forward pass), or of the largest $\sum_i G_i$ (`predictor="sum"`).
+
+    The equations and both predictors are the paper's; pooling a convolution's output onto a grid before $M_i$ and
+    using the network's head (with its bias) as the last projection are our reading.
+
+    >>> MonoForward(predictor="sum").groups(blocks=2)
+    [range(0, 1), range(1, 3)]
+    """
+
+    pool: Pool = "grid"
+    """How a block's output becomes a vector: grid (at most 4096 numbers) | flatten (the paper) | mean | moments."""
+    predictor: Literal["last", "sum"] = "last"
+    """Whose goodness decides: the last block's, or the sum over all blocks."""
+
+    name: ClassVar[str] = "mono_forward"
+    source: ClassVar[str] = (
+        "Gong, Li & Abdulla, arXiv 2501.09238 (2025); pooling, and the head as last projection: our reading"
+    )
+    restrictions: ClassVar[str] = "Early blocks turn greedy: each one is asked for the whole answer."
+
+    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
+        """The projection M of every group but the last, whose projection is the head."""
+        if not self._has_head(site):
+            return None
+        width = pool_vectors(h, self.pool, per_position=False).shape[-1]
+        return nn.Linear(width, task.classes, bias=False, dtype=h.dtype)
+
+    def signal(self, at: Moment) -> Signal:
+        """Cross-entropy of the block's goodness."""
+        if at.y.dim() > 1 and self.predictor == "sum" and self.pool != "none":
+            raise LayerwiseError('predictor="sum" with a label per position needs pool="none"; give it, or use "last".')
+        return super().signal(at)
+
+    def predict(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Tensor:
+        """Goodness of every class, of the last block or summed over all: `(B, ..., K)`."""
+        if self.predictor == "last":
+            return network(x)
+        h, total = x, 0.0
+        for index, block in enumerate(network.blocks):
+            h = block(h)
+            if index in auxiliary:
+                total = total + auxiliary[index](pool_vectors(h, self.pool, per_position=False))
+        return total + network.head(h)

@@ -1,0 +1,119 @@
+"""PredSim: a local classifier, and similarities between samples that should be those of their labels."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layerwise.errors import LayerwiseError
+from layerwise.functional import similarity
+from layerwise.rules.base import Locality, Moment, Rule, Signal, Site, cross_entropy_at_head
+from layerwise.rules.readout import check_group, grouped, pool_vectors
+from layerwise.tasks import Classification
+
+
+class Heads(nn.Module):
+    """The two local networks of a block: a linear classifier that starts at zero, and a map before the similarities.
+
+    Args:
+        h: a sample of the block's output.
+        classes: number of classes K.
+        loss: which of the two there are.
+    """
+
+    def __init__(self, h: Tensor, classes: int, loss: str):
+        super().__init__()
+        self.classifier = self.map = None
+        if loss != "sim":
+            self.classifier = nn.Linear(pool_vectors(h, "grid", per_position=False).shape[-1], classes)
+            nn.init.zeros_(self.classifier.weight)
+            nn.init.zeros_(self.classifier.bias)
+        if loss != "pred":
+            image = h.dim() == 4
+            width = h.shape[1 if image else -1]
+            self.map = (
+                nn.Conv2d(width, width, 3, padding=1, bias=False) if image else nn.Linear(width, width, bias=False)
+            )
+
+    def rows(self, h: Tensor) -> Tensor:
+        """A vector per sample, `(B, D)`: of an image, the standard deviation of each map over the places."""
+        assert self.map is not None
+        z = self.map(h)
+        spread = z.dim() == 4 and z[0, 0].numel() > 1
+        return z.float().flatten(2).std(2) if spread else z.flatten(1)
+
+
+@dataclass(frozen=True)
+class PredSim(Rule):
+    r"""PredSim: local cross-entropy, and similarity matching within the batch.
+
+    $$L_i = (1 - \beta)\, \mathrm{CE}\big(W_i\, \mathrm{pool}(h_i), y\big)
+          + \beta\, \mathrm{mean}\big(S(C_i h_i) - S(e_y)\big)^2, \qquad
+      h_i = f_i(\mathrm{stopgrad}(h_{i-1}))$$
+
+    S is the B x B matrix of the cosine similarities of mean-centred rows, $e_y$ the one-hot labels. $C_i$ is a learned
+    3x3 convolution, whose maps' standard deviations over space are the row, or a learned matrix; $W_i$ is linear on at
+    most 4096 pooled numbers and starts at zero. The head learns from the cross-entropy on the detached last activation.
+    With $\beta = 0.99$ the similarity has the weight 0.99. `loss="pred"` and `loss="sim"` are its two terms alone.
+
+    All of this is the paper's, but for these: the loss sees the block's output behind its dropout; the head's loss has
+    the weight 1 (the paper: $1 - \beta$; the same under Adam); the mapped tokens of a sample are one row.
+
+    >>> PredSim(loss="sim").groups(blocks=2)
+    [range(0, 1), range(1, 2), range(2, 3)]
+    """
+
+    loss: Literal["predsim", "pred", "sim"] = "predsim"
+    """Both terms, the classifier alone, or the similarities alone."""
+    beta: float = 0.99
+    """Weight of the similarities; the classifier has 1 - beta."""
+    group: int = 1
+    """Neighbouring blocks that share one loss, one graph and one backward pass."""
+
+    name: ClassVar[str] = "predsim"
+    locality: ClassVar[Locality] = "local"
+    crosses: ClassVar[str] = "detached activation"
+    flat_memory: ClassVar[bool] = True
+    source: ClassVar[str] = "Nøkland & Eidnes, arXiv 1901.06656 (2019); tokens: our reading"
+    restrictions: ClassVar[str] = (
+        "One label per sample. The similarities depend on who else is in the batch: keep 64 samples or more."
+    )
+
+    def __post_init__(self) -> None:
+        check_group(self.group)
+        if not 0 <= self.beta <= 1:
+            raise LayerwiseError(f"beta is {self.beta}; it is a share in [0, 1].")
+
+    def groups(self, blocks: int) -> list[range]:
+        """`group` blocks each; the head on its own."""
+        return grouped(blocks, self.group, join_head=False)
+
+    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
+        """The classifier and the map of every group of blocks."""
+        ends = (site.index + 1) % self.group == 0 or site.index == site.blocks - 1
+        return Heads(h, task.classes, self.loss) if ends and not site.is_head else None
+
+    def signal(self, at: Moment) -> Signal:
+        """Cross-entropy of the local classifier and distance of the similarities from those of the labels."""
+        if at.y.dim() > 1:
+            raise LayerwiseError("predsim compares samples, which have one label each, not one per position.")
+        if at.site.is_head:
+            return cross_entropy_at_head(at)
+        heads = at.auxiliary
+        if heads is None:
+            return Signal()
+        assert isinstance(heads, Heads)
+        share = {"pred": 0.0, "sim": 1.0}.get(self.loss, self.beta)
+        loss, metrics = torch.zeros((), device=at.h.device), {}
+        if heads.classifier is not None:
+            logits = heads.classifier(pool_vectors(at.h, "grid", per_position=False))
+            loss = loss + (1 - share) * at.task.loss(logits, at.y)
+            metrics["accuracy"] = at.task.correct(logits, at.y) / at.y.numel()
+        if heads.map is not None:
+            wanted = similarity(F.one_hot(at.y, at.task.classes))
+            # Not F.mse_loss, whose scalar keeps a storage of B x B numbers alive with the metrics.
+            metrics["similarity"] = (similarity(heads.rows(at.h)) - wanted).square().mean()
+            loss = loss + share * metrics["similarity"]
+        return Signal(loss=loss, metrics=metrics)

@@ -1,0 +1,120 @@
+"""Scalable Forward-Forward: the goodness of a class is the activity of its own auxiliary channel."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layerwise.blocks import Partition
+from layerwise.errors import LayerwiseError
+from layerwise.functional import normalise
+from layerwise.rules.base import Locality, Moment, Rule, Signal, Site
+from layerwise.tasks import Classification
+
+
+def channel_norm(h: Tensor) -> Tensor:
+    """Zero mean and unit variance over the channels, at every place of `(B, C, H, W)`, `(B, T, D)` or `(B, D)`."""
+    return normalise(h.movedim(1, -1), "layer").movedim(-1, 1) if h.dim() == 4 else normalise(h, "layer")
+
+
+class ChannelGoodness(nn.Module):
+    """One auxiliary channel per class, and how active each is.
+
+    Args:
+        h: a sample of the block's output.
+        classes: number of classes K.
+        kernel: side of the convolution behind a map; other outputs get a linear layer.
+    """
+
+    def __init__(self, h: Tensor, classes: int, kernel: int):
+        super().__init__()
+        if h.dim() == 4:
+            self.channels: nn.Module = nn.Conv2d(h.shape[1], classes, kernel, padding=kernel // 2)
+        else:
+            self.channels = nn.Linear(h.shape[-1], classes)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Mean square of every class's channel over the places of the normalised `h`: `(B, K)`, in float32."""
+        a = self.channels(channel_norm(h)).float().square()
+        return a.mean((2, 3)) if a.dim() == 4 else a.mean(1) if a.dim() == 3 else a
+
+
+@dataclass(frozen=True)
+class ScalableFF(Rule):
+    r"""Scalable Forward-Forward: one pass, the true class's channel positive and all others negative.
+
+    With an auxiliary convolution of K channels, $A_i = \mathrm{conv}_i(\mathrm{LN}(h_i))$:
+
+    $$g_{ic} = \mathrm{mean}_{\text{places}} A_{ic}^2, \qquad
+      L_i = \log\Big(1 + \sum_{c \ne y} e^{g_{ic} - g_{iy} + m}\Big), \qquad
+      h_i = f_i(\mathrm{stopgrad}(\mathrm{LN}(h_{i-1})))$$
+
+    The channels are for the loss only and are not passed on. A block may be a single convolution, or a residual block
+    with ordinary backpropagation inside (the hybrid form): that is a matter of where the model is cut. The class is
+    that of the largest goodness, averaged over the blocks or of the last one; the network's head is not used.
+
+    The goodness of auxiliary channels, the normalisation between blocks, and both predictors are the author's. The
+    form of the loss, which is only named "log-sum-exp margin" there, is our reading; with m = 0 it is the cross-entropy
+    on g. So are outputs that are no maps: tokens are places, and a vector is one place.
+
+    >>> ScalableFF(margin=0.5).groups(blocks=2)
+    [range(0, 1), range(1, 2), range(2, 3)]
+    """
+
+    margin: float = 0.0
+    """Margin m by which the true class's goodness should exceed the others."""
+    kernel: int = 1
+    """Side of the auxiliary convolution, an odd number: 1, or a bit larger, such as 5."""
+    predictor: Literal["mean", "last"] = "mean"
+    """Whose goodness decides: the mean over all blocks, or the last block's."""
+
+    name: ClassVar[str] = "scalable_ff"
+    locality: ClassVar[Locality] = "local"
+    crosses: ClassVar[str] = "detached activation, normalised over its channels"
+    flat_memory: ClassVar[bool] = True
+    source: ClassVar[str] = "Krutsylo, arXiv 2501.03176 (2025); form of the margin loss: our reading"
+    restrictions: ClassVar[str] = "One label per sample. The network's head is not used; its output means nothing."
+
+    def __post_init__(self) -> None:
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise LayerwiseError(f"kernel is {self.kernel}; it is an odd number, 1 or more.")
+
+    def trains(self, site: Site) -> bool:
+        """All blocks; the head is not used."""
+        return not site.is_head
+
+    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
+        """The channels of every block."""
+        return None if site.is_head else ChannelGoodness(h, task.classes, self.kernel)
+
+    def signal(self, at: Moment) -> Signal:
+        """The margin loss of the block's goodness; the goodness of all blocks so far goes along, for the metrics."""
+        if at.y.dim() > 1:
+            raise LayerwiseError("scalable_ff has one goodness per class and sample, not one per position.")
+        if at.site.is_head:
+            votes = at.message / at.site.blocks if self.predictor == "mean" else at.message
+            accuracy = at.task.correct(votes, at.y) / at.y.numel()
+            return Signal(metrics={"loss": self.margin_loss(votes, at.y, at.task), "accuracy": accuracy})
+        assert at.auxiliary is not None
+        g = at.auxiliary(at.h)
+        carried = at.message + g if self.predictor == "mean" and at.message is not None else g
+        accuracy = at.task.correct(g, at.y) / at.y.numel()
+        loss = self.margin_loss(g, at.y, at.task)
+        return Signal(loss, message=carried, output=channel_norm(at.h), metrics={"accuracy": accuracy})
+
+    def margin_loss(self, g: Tensor, y: Tensor, task: Classification) -> Tensor:
+        """Mean of log(1 + sum over the other classes of exp(g_c - g_y + m)), for `g` `(B, K)`."""
+        return task.loss(g - self.margin * F.one_hot(y, task.classes), y)
+
+    def predict(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Tensor:
+        """Goodness of every class, averaged over the blocks or of the last one: `(B, K)`."""
+        h, total = x, torch.zeros((), device=x.device)
+        for index, block in enumerate(network.blocks):
+            h = block(h)
+            g = auxiliary[index](h)
+            total = total + g / len(network.blocks) if self.predictor == "mean" else g
+            h = channel_norm(h)
+        return total

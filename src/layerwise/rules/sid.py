@@ -1,0 +1,358 @@
+"""SID: Synergistic Information Distillation, on any network and on the cascade of its paper."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.blocks import Partition
+from layerwise.errors import LayerwiseError
+from layerwise.functional import kl_divergence
+from layerwise.rules.base import Locality, Moment, Rule, Signal, Site, by_depth
+from layerwise.rules.readout import Pool, check_group, grouped, pool_vectors
+from layerwise.tasks import Classification
+
+Direction = Literal["forward", "reverse"]
+
+
+def divergences(log_p: Tensor, log_before: Tensor, target: Tensor, direction: Direction) -> tuple[Tensor, Tensor]:
+    r"""The two divergences of SID's objective: of a belief and the target, of a belief and the one before.
+
+    `forward`: $KL(y \| p)$ and $KL(p_{before} \| p)$. `reverse`: $KL(p \| y)$ and $KL(p \| p_{before})$; infinite
+    where y is 0.
+
+    Args:
+        log_p: log-probabilities of the belief, `(..., K)`.
+        log_before: of the belief before, `(..., K)`.
+        target: probabilities, `(..., K)`.
+        direction: of the divergences.
+
+    Returns:
+        Two tensors `(...)`, in nats.
+
+    >>> half, target = torch.tensor([0.5, 0.5]).log(), torch.tensor([1.0, 0.0])
+    >>> [round(float(d), 4) for d in divergences(half, half, target, "forward")]  # ln 2 and 0
+    [0.6931, 0.0]
+    """
+    if direction == "forward":
+        return (torch.xlogy(target, target) - target * log_p).sum(-1), kl_divergence(log_before, log_p)
+    return kl_divergence(log_p, target.log()), kl_divergence(log_p, log_before)
+
+
+def uniform_belief(like: Tensor, classes: int) -> Tensor:
+    """Log of the uniform belief, `(..., K)` for `like` `(..., D)`; float32 or wider."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return like.new_full((*like.shape[:-1], classes), -math.log(classes), dtype=dtype)
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Log-probabilities of logits, in float32 or wider."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class Distillation(Rule):
+    """What `sid` and `sid_cascade` share: the objective of a belief."""
+
+    direction: Direction = "forward"
+    """Direction of both KL divergences; reverse needs label smoothing."""
+    alpha: float | tuple[float, ...] = 0.5
+    """Weight of the target; several numbers are a piecewise linear function of depth (as many as beliefs: a list)."""
+
+    def __post_init__(self) -> None:
+        for alpha in self.alpha if isinstance(self.alpha, tuple) else (self.alpha,):
+            if not 0 < alpha <= 1:
+                raise LayerwiseError(f"alpha is {alpha}; it is a weight larger than 0 and at most 1.")
+        if self.alpha == ():
+            raise LayerwiseError("alpha has no number; give one, or several for a function of depth.")
+
+    def place(self, site: Site) -> Site | None:
+        """The site's belief, counted among the beliefs of the network; None where the rule reads none."""
+        raise NotImplementedError
+
+    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
+        """No module; refuses what the objective cannot do."""
+        if self.direction == "reverse" and task.label_smoothing == 0:
+            raise LayerwiseError(
+                f'{self.name} with direction="reverse" needs a target without zeros; set label_smoothing to more than '
+                '0 (--label-smoothing 0.1), or use direction="forward".'
+            )
+        return None
+
+    def distil(self, at: Moment, logits: Tensor, log_before: Tensor) -> Signal:
+        """The objective of the belief softmax(logits), given the belief before."""
+        place = self.place(at.site)
+        assert place is not None
+        alpha, log_p, log_before = by_depth(self.alpha, place), log_softmax(logits), log_before.detach()
+        target = at.task.distribution(at.y).to(log_p.dtype)
+        label, consistency = divergences(log_p, log_before, target, self.direction)
+        each = alpha * label + (1 - alpha) * consistency
+        signal = Signal(loss=each.mean(), message=log_p)
+        signal.metrics = {
+            "accuracy": at.task.correct(log_p, at.y) / at.y.numel(),
+            "label_kl": label.mean(),
+            "consistency": consistency.mean(),
+        }
+        if at.site.is_head:
+            signal.metrics["loss"] = at.task.loss(log_p, at.y)
+        if not at.training:  # not worth the time in training
+            before, _ = divergences(log_before, log_before, target, self.direction)
+            signal.metrics["entropy"] = -(log_p.exp() * log_p).sum(-1).mean()
+            signal.metrics["descent"] = (each <= alpha * before).to(log_p.dtype).mean()
+        return signal
+
+
+class BeliefHead(nn.Module):
+    """Belief and features to the logits of the next belief: a linear layer on `concat(p, v)`, or two with ReLU.
+
+    Shapes: log-probabilities `(..., K)` and features `(..., D)` to `(..., K)`.
+    """
+
+    def __init__(self, classes: int, width: int, hidden: int, dtype: torch.dtype):
+        super().__init__()
+        self.classes = classes
+        out = nn.Linear(hidden or classes + width, classes, dtype=dtype)
+        self.layers = nn.Sequential(nn.Linear(classes + width, hidden, dtype=dtype), nn.ReLU(), out) if hidden else out
+
+    def forward(self, log_before: Tensor, features: Tensor) -> Tensor:
+        """Logits of the next belief."""
+        return self.layers(torch.cat([log_before.exp().to(features.dtype), features], dim=-1))
+
+
+class BeliefToLogits(nn.Module):
+    """Adds V p to the network's logits; V is K x K and starts at zero."""
+
+    def __init__(self, classes: int, dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(classes, classes, dtype=dtype))
+
+    def forward(self, log_before: Tensor, logits: Tensor) -> Tensor:
+        """Logits of the last belief, `(..., K)`."""
+        return logits + nn.functional.linear(log_before.exp().to(self.weight.dtype), self.weight)
+
+
+@dataclass(frozen=True)
+class SID(Distillation):
+    r"""Synergistic Information Distillation on any network: every block refines the belief of the block before.
+
+    For block i with output $h_i = f_i(\mathrm{stopgrad}(h_{i-1}))$, pooled to a vector, and $p_0$ uniform:
+
+    $$p_i = \mathrm{softmax}(g_i(\mathrm{concat}(p_{i-1}, \mathrm{pool}(h_i)))), \qquad
+      p_L = \mathrm{softmax}(W_{out} h_L + V p_{L-1})$$
+
+    $$L_i = \alpha_i\, KL(y \| p_i) + (1 - \alpha_i)\, KL(\mathrm{stopgrad}(p_{i-1}) \| p_i)$$
+
+    with a learned belief head $g_i$ (one linear layer; two with `hidden`). With `direction="reverse"` both
+    divergences have $p_i$ first. The last block has no belief head: it learns through the network's own head, whose
+    logits get the belief before as well. $V$ starts at 0. Prediction is the whole stack of beliefs, not the plain
+    network.
+
+    The objective is the paper's; that features of an ordinary network take the place of its shared extractor, which
+    makes the rule block-local, the form of the belief heads and of the head are our reading. The gradient of $L_i$ on
+    the logits is $p_i - (\alpha_i y + (1 - \alpha_i) p_{i-1})$ in the forward direction.
+
+    >>> SID(group=2).groups(blocks=3)
+    [range(0, 2), range(2, 4)]
+    """
+
+    hidden: int = 0
+    """Units of the belief heads' hidden layer; 0 for a linear belief head."""
+    pool: Pool = "auto"
+    """How a block's output becomes a vector: auto | mean | moments (and standard deviation) | cls | flatten | none."""
+    group: int = 1
+    """Neighbouring blocks that share one belief, one graph and one backward pass."""
+
+    name: ClassVar[str] = "sid"
+    locality: ClassVar[Locality] = "local"
+    crosses: ClassVar[str] = "detached activation and belief (K numbers per sample)"
+    flat_memory: ClassVar[bool] = True
+    source: ClassVar[str] = (
+        "Ye & Tang, arXiv 2510.03273 (2025), for the objective; belief heads on an ordinary network: our reading"
+    )
+    restrictions: ClassVar[str] = (
+        'Classification; one label per position needs pool="none". direction="reverse" needs label smoothing.'
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_group(self.group)
+        if self.hidden < 0:
+            raise LayerwiseError(f"hidden is {self.hidden}; it is a number of units, 0 for a linear belief head.")
+
+    def groups(self, blocks: int) -> list[range]:
+        """`group` blocks each; the head belongs to the last group."""
+        return grouped(blocks, self.group, join_head=True)
+
+    def place(self, site: Site) -> Site | None:
+        """One belief per group, where its last block has run, or the head."""
+        count = len(self.groups(site.blocks))
+        if site.is_head:
+            return Site(count - 1, count, site.name)
+        if (site.index + 1) % self.group or site.index + 1 >= site.blocks:
+            return None
+        return Site(site.index // self.group, count, site.name)
+
+    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
+        """A belief head for every group but the last, whose belief is the network's own head's."""
+        super().auxiliary(site, h, task)
+        if self.place(site) is None:
+            return None
+        if site.is_head:
+            return BeliefToLogits(task.classes, h.dtype)
+        return BeliefHead(task.classes, self._vectors(h).shape[-1], self.hidden, h.dtype)
+
+    def _vectors(self, h: Tensor) -> Tensor:
+        return pool_vectors(h, self.pool, per_position=False)
+
+    def signal(self, at: Moment) -> Signal:
+        """The objective of the group's belief."""
+        if at.auxiliary is None:
+            return Signal(message=at.message)
+        if at.y.dim() > 1 and self.pool != "none":
+            raise LayerwiseError('sid reads a belief per sample, and there is a label per position; set pool="none".')
+        features = at.h if at.site.is_head else self._vectors(at.h)
+        before = at.message if at.message is not None else uniform_belief(features, at.task.classes)
+        return self.distil(at, at.auxiliary(before, features), before)
+
+    def beliefs(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Iterator[Tensor]:
+        """The uniform belief, then one per group: log-probabilities `(B, ..., K)`."""
+        belief = None
+        for index, block in enumerate([*network.blocks, network.head]):
+            x = block(x)
+            if index not in auxiliary:
+                continue
+            features = x if block is network.head else self._vectors(x)
+            if belief is None:
+                first = next(p for p in auxiliary[len(network.blocks)].parameters())
+                belief = uniform_belief(features, len(first))
+                yield belief
+            belief = log_softmax(auxiliary[index](belief, features))
+            yield belief
+
+    def predict(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Tensor:
+        """The last belief, as log-probabilities `(B, ..., K)`."""
+        *_, last = self.beliefs(network, auxiliary, x)
+        return last
+
+
+EXTRACTOR = 2
+"""Blocks of the model `sid_cascade` that hold its extractor."""
+
+
+@dataclass(frozen=True)
+class SIDCascade(Distillation):
+    r"""Synergistic Information Distillation as in its paper: modules refine a belief, given the same features.
+
+    With features $z = c(x)$ of a shared extractor and $p_0$ uniform, module i computes
+    $p_i = f_i(\mathrm{stopgrad}(p_{i-1}), z)$ and minimises
+
+    $$L_i = \alpha_i\, KL(y \| p_i) + (1 - \alpha_i)\, KL(\mathrm{stopgrad}(p_{i-1}) \| p_i)$$
+
+    over its own parameters; with `direction="reverse"` both divergences have $p_i$ first. The paper's first phase,
+    which computes all beliefs without gradient, is not run: a module's belief is passed on before the module is
+    updated, so what the next one gets is what that phase would have given it.
+
+    What trains the extractor is the option `extractor`. `sum`: the sum of all modules' gradients on z, as in the
+    authors' code; `mean` and `last` weight them otherwise. In these three the extractor is an ordinary network under
+    backpropagation, whose loss is that of the modules; only the modules are isolated from one another. They run one
+    after the other, each with a graph of its own, and their gradients add up on z before the extractor's one backward
+    pass: the gradients are those of one backward pass of the summed losses, the memory does not grow with the number
+    of modules. `local`: each half of the extractor has a learned linear head and learns from that alone; modules get a
+    detached z, and nothing crosses any boundary backwards.
+
+    It trains the model `sid_cascade`. The belief is the head's output, so prediction is the plain cascade.
+
+    >>> SIDCascade().groups(blocks=3)
+    [range(0, 2), range(2, 3), range(3, 4)]
+    >>> SIDCascade(extractor="local").groups(blocks=3)
+    [range(0, 1), range(1, 2), range(2, 3), range(3, 4)]
+    """
+
+    extractor: Literal["sum", "mean", "last", "local"] = "sum"
+    """What trains the extractor: all modules' gradients, summed or averaged, the last one's, or heads of its own."""
+
+    name: ClassVar[str] = "sid_cascade"
+    locality: ClassVar[Locality] = "interlocking"
+    crosses: ClassVar[str] = (
+        "detached features and belief (K numbers per sample); the gradient on the features, back to the extractor"
+    )
+    flat_memory: ClassVar[bool] = True
+    source: ClassVar[str] = (
+        "Ye & Tang, arXiv 2510.03273 (2025) and the authors' published code; one pass instead of two phases, and "
+        'extractor="mean", "last", "local": ours'
+    )
+    restrictions: ClassVar[str] = (
+        "Trains the model sid_cascade only. Its extractor learns by backpropagation from all modules, unless "
+        'extractor="local". direction="reverse" needs label smoothing.'
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.extractor == "local":  # what the class declares holds for the others
+            object.__setattr__(self, "locality", "local")
+            object.__setattr__(self, "crosses", "detached features and belief (K numbers per sample)")
+
+    def groups(self, blocks: int) -> list[range]:
+        """Every module its own; the extractor one group, or two where it learns from its own heads."""
+        end = 0 if self.extractor == "local" else min(EXTRACTOR, blocks)
+        trunk = [range(end)] if end else []
+        return trunk + [range(i, i + 1) for i in range(end, blocks + 1)]
+
+    def has_trunk(self) -> bool:
+        """The extractor learns last, unless it has heads of its own."""
+        return self.extractor != "local"
+
+    def to_trunk(self, site: Site, gradient: Tensor, task: Classification) -> Tensor | None:
+        """The gradient on the features, weighted; none on the belief."""
+        if self.extractor == "last" and not site.is_head:
+            return None
+        place = self.place(site)
+        assert place is not None
+        sent_back = gradient / place.blocks if self.extractor == "mean" else gradient.clone()
+        sent_back[:, : task.classes] = 0
+        return sent_back
+
+    def place(self, site: Site) -> Site | None:
+        """One belief per module; the head is the last one."""
+        if site.index < EXTRACTOR:
+            return None
+        return Site(site.index - EXTRACTOR, site.blocks - EXTRACTOR + 1, site.name)
+
+    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
+        """A linear head for each half of an extractor that learns locally."""
+        super().auxiliary(site, h, task)
+        if site.index < EXTRACTOR and site.name != f"extractor{site.index + 1}":
+            raise LayerwiseError(
+                "rule 'sid_cascade' trains the model 'sid_cascade', cut as it comes (--model sid_cascade, no --cuts or "
+                "--blocks); for any other network use rule 'sid'."
+            )
+        if self.place(site) is not None or self.extractor != "local":
+            return None
+        return nn.Linear(self._features(site, h, task).shape[-1], task.classes, dtype=h.dtype)
+
+    def _features(self, site: Site, h: Tensor, task: Classification) -> Tensor:
+        """A vector out of the output of the extractor's half: the mean over space, or the features of the state."""
+        return h[:, task.classes :] if h.dim() == 2 else pool_vectors(h, "mean", per_position=False)
+
+    def signal(self, at: Moment) -> Signal:
+        """The objective of the module's belief; in the extractor, the cross-entropy of its own head if it has one."""
+        if self.place(at.site) is not None:
+            log_before = at.h_in[:, : at.task.classes]
+            return self.distil(at, at.h if at.site.is_head else at.h[:, : at.task.classes], log_before)
+        if at.auxiliary is None:
+            return Signal()
+        logits = at.auxiliary(self._features(at.site, at.h, at.task))
+        accuracy = at.task.correct(logits, at.y) / at.y.numel()
+        return Signal(loss=at.task.loss(logits, at.y), metrics={"accuracy": accuracy})
+
+    def beliefs(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Iterator[Tensor]:
+        """The uniform belief, then one per module: log-probabilities `(B, K)`."""
+        classes = len(network.head.parameters()[-1])  # the bias of the last layer
+        for index, block in enumerate(network.blocks):
+            x = block(x)
+            if index >= EXTRACTOR - 1:
+                yield x[:, :classes]
+        yield log_softmax(network.head(x))
