@@ -29,7 +29,7 @@ from layerwise.summary import BASELINE, as_csv, result_row, summarise, table
 from layerwise.training import pick_device
 from layerwise.tuning import choose, trial_options
 
-RIVALS = ("sll", "local_ce", "backprop", "backprop_checkpoint")
+RIVALS = ("sll", "sid", "local_ce", "backprop", "backprop_checkpoint")
 PATIENCE = 100  # tenths of a second
 NEVER = 10**9  # no checkpoint before the last step: a run that was cut short begins again
 PER_RULE = (

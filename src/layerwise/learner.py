@@ -14,12 +14,7 @@ from layerwise.blocks import Partition, partition
 from layerwise.engine import Engine, Execution, Group, NonFinite, Trace, Unit, detach
 from layerwise.errors import LayerwiseError, suggestion
 from layerwise.memory import MemoryMeter, MemoryUse, optimizer_tensors
-from layerwise.optim import (
-    OptimizerFactory,
-    Schedule,
-    decay_groups,
-    optimizer_factory,
-)
+from layerwise.optim import OptimizerFactory, Schedule, decay_groups, optimizer_factory
 from layerwise.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.rules.base import Rule, Site, Start, check_words
 from layerwise.tasks import Classification
@@ -334,7 +329,7 @@ class Learner:
         if not self.groups:
             self.build(x)
         found: list[Tensor] = []
-        with self._evaluating(), self.engine.autocast():
+        with self.evaluating(), self.engine.autocast():
             passed = torch.zeros((), dtype=torch.bool, device=self.device)
             for belief in self.rule.beliefs(self.network, self._modules_by_site(), self._placed(x)):
                 found.append(belief)

@@ -51,7 +51,13 @@ LAYERS: dict[str, tuple[str, str, tuple[float, float] | None]] = {  # quantity: 
     "dead": ("Dead units", "Share of units that give the same value for every test sample.", (0.0, 1.0)),
 }
 PERCENT = ("accuracy", "probe_accuracy")
-REPORTED = {"divergence": "Divergence to the block before", "belief_kl": "Belief KL to the label"}
+REPORTED = {
+    "divergence": "Divergence to the block before",
+    "label_kl": "Belief: KL to the label",
+    "consistency": "Belief: KL to the belief before",
+    "entropy": "Belief: entropy",
+    "descent": "Belief: share of samples that descend",
+}
 
 
 @dataclass
