@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import batches, net, problem, same_bits, tensors
 
-from layerwise import Learner, functional
+from layerwise import Learner, functional, rules
 from layerwise import diagnostics as dx
 
 
@@ -189,6 +189,18 @@ def test_looking_changes_nothing(rule):
     assert learner.steps == 1
     assert states == {k: v["step"] for k, v in learner.optimizer_states().items()}
     assert all(p.grad is None for _, p in learner.named_parameters())
+
+
+@pytest.mark.parametrize("rule", [name for name in rules.names() if not name.startswith("sid_cascade")])
+def test_every_rule_has_its_angles(rule):
+    """After a step: the cosines are finite or None, and the table of layers is whole."""
+    learner = Learner(net(), rule)
+    x, y = problem()
+    learner.step(x, y)
+    cosines = dx.gradient_cosines(learner, x, y)
+    assert list(cosines) == ["block1", "block2", "block3", "head"]
+    assert any(value is not None for value in cosines.values())
+    assert all(value is None or -1.000001 <= value <= 1.000001 for value in cosines.values())
 
 
 # All layers

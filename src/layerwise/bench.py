@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from layerwise import models, rules
 from layerwise.checkpoint import write_atomically
 from layerwise.engine import Engine
 from layerwise.environment import environment
 from layerwise.errors import LayerwiseError
+from layerwise.flops import FlopMeter
 from layerwise.learner import Learner
 from layerwise.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.report import write_report
@@ -237,9 +237,9 @@ def shares_of(learner: Learner, x: Tensor, y: Tensor, steps: int = 3) -> dict[st
 
 def flops_of(learner: Learner, x: Tensor, y: Tensor) -> int:
     """Floating-point operations of one training step, as torch counts them (matrix products and convolutions)."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopMeter() as meter:
         learner.step(x, y)
-    return counter.get_total_flops()
+    return meter.total
 
 
 def speed_of(learners: dict[str, tuple[Learner, Tensor, Tensor]], rounds: int, warmup: int) -> dict[str, list[float]]:

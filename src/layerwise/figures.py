@@ -77,8 +77,13 @@ def save(figure: Figure, folder: Path) -> None:
 
 
 def look(rules: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Colour and mark per rule, the same in every figure of a report."""
-    return {rule: {"color": COLOURS[i % 8], "marker": MARKS[i % 8]} for i, rule in enumerate(rules)}
+    """Colour and mark per rule, the same in every figure of a report; 64 different pairs."""
+    return {rule: {"color": COLOURS[i % 8], "marker": MARKS[(i + i // 8) % 8]} for i, rule in enumerate(rules)}
+
+
+def height(rules: int) -> float:
+    """Height in inches of a figure with a legend of so many rules."""
+    return 2.75 + 0.19 * -(-rules // 2)
 
 
 def curves(axes: Any, found: Curves, x: str, y: str, looks: Mapping[str, dict[str, str]], log: bool = False) -> None:
@@ -89,6 +94,8 @@ def curves(axes: Any, found: Curves, x: str, y: str, looks: Mapping[str, dict[st
         if any(deviations):
             low, high = ([m + sign * (d or 0) for m, d in zip(means, deviations, strict=True)] for sign in (-1, 1))
             axes.fill_between(places, low, high, color=looks[rule]["color"], alpha=0.18, lw=0)
+    if all(float(point[0]).is_integer() for points in found.values() for point in points):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     if log:
         from matplotlib.ticker import LogLocator
 

@@ -242,7 +242,10 @@ def notes(rules: dict[str, Any], fixed: dict[str, Any]) -> list[str]:
     rates = {
         rule: f"{summary['lr']:g} / {summary['weight_decay']:g}" for rule, summary in rules.items() if summary["lr"]
     }
+    rates = {rule: f"{found['lr']:g} / {found['weight_decay']:g}" for rule, found in rules.items() if found["lr"]}
     words = "; ".join(f"{rule} {rate}" for rule, rate in rates.items())
+    if len({*rates.values()}) == 1:
+        words = f"{next(iter(rates.values()))} for all"
     how = f"chosen out of {fixed['tune']} trials on the validation split" if fixed["tune"] else "not tuned"
     return [*found, f"Learning rate / weight decay, {how}: {words}."]
 
@@ -263,7 +266,7 @@ def _accuracy(runs: Runs, looks: Any, record: dict[str, Any], origin: Origin) ->
                 f"Accuracy over {x}",
                 f"Validation accuracy over {x}, one curve per rule; at the end: {ends}.",
                 lambda axes, found=found, x=x: figures.curves(axes, found, x, "validation accuracy, %", looks),
-                height=3.4,
+                height=figures.height(len(found)),
             )
             section.add(figure, f"Validation accuracy over {x}; mean and band over seeds.", origin)
     return section
@@ -290,7 +293,7 @@ def _costs(rules: dict[str, Any], looks: Any, origin: Origin) -> Section:
                 f"Accuracy against {words.split(',')[0]}",
                 f"Test accuracy against {words}. {values}.",
                 lambda axes, points=points, words=words: figures.trade(axes, points, words, "test accuracy, %", looks),
-                height=3.4,
+                height=figures.height(len(points)),
             )
             section.add(figure, f"Test accuracy (mean, standard deviation) against {words}.", origin)
     return section
@@ -364,7 +367,7 @@ def _depths(name: str, rows: list[dict[str, Any]], looks: Any, origin: Origin) -
             f"Activations and gradients of one step of {model} against the number of blocks, from the least to the "
             f"most: {ends}.",
             lambda axes, points=points: figures.curves(axes, points, "number of blocks", "MiB", looks, log=True),
-            height=3.4,
+            height=figures.height(len(points)),
         )
         section.add(figure, "Activations + gradients at the peak of a step, against the number of blocks.", origin)
     return section

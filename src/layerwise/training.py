@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from layerwise import checkpoint, data
 from layerwise.checkpoint import write_atomically
 from layerwise.errors import LayerwiseError
+from layerwise.flops import FlopMeter
 from layerwise.folders import check_options, drop_lines_after, new_folder, read_options
 from layerwise.learner import Learner
 from layerwise.memory import MemoryUse
@@ -191,15 +191,15 @@ class Run:
             return self._finish(log)
 
     def _step(self, x: Tensor, y: Tensor) -> Any:
-        counter = FlopCounterMode(display=False) if self.learner.steps == 0 else None
-        with counter or contextlib.nullcontext():
+        meter = FlopMeter() if self.learner.steps == 0 else None
+        with meter or contextlib.nullcontext():
             # The second step's memory is measured: by then the optimizers have their state.
             if self.learner.steps == min(1, self.total - 1):
                 metrics, self.memory = self.learner.measured_step(x, y)
             else:
                 metrics = self.learner.step(x, y)
-        if counter is not None:
-            self.flops = counter.get_total_flops()
+        if meter is not None:
+            self.flops = meter.total
         return metrics
 
     def _batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,0 +1,32 @@
+"""Floating-point operations, counted by torch's formulas: matrix products, convolutions and attention."""
+
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+
+class FlopMeter(TorchDispatchMode):
+    """Context manager that counts the operations of the code inside, backward passes too; read `total` after.
+
+    The formulas are those of `torch.utils.flop_counter.FlopCounterMode`, which also follows modules through the graph
+    and for that puts hooks on it; a rule that asks autograd for gradients itself cannot run under those.
+
+    >>> import torch
+    >>> with FlopMeter() as meter:
+    ...     product = torch.ones(2, 3) @ torch.ones(3, 5)
+    >>> meter.total  # a multiplication and an addition for each of 2 * 3 * 5
+    60
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.total += count(*args, **kwargs, out_val=result)
+        return result
