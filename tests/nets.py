@@ -5,11 +5,10 @@ import copy
 import torch
 from torch import nn
 
-from layerwise import Learner, Partition, models
+from layerwise import Learner, Partition, models, rules
 
 SHAPE, CLASSES = (1, 8, 8), 4
 KINDS = ("mlp", "vgg", "vit")
-OWN_MODEL = {"sid_cascade": ("sid_cascade",)}  # rules that train one model only
 SIZES = {
     "mlp": {"width": 16},
     "vgg": {"width": 4},
@@ -26,7 +25,8 @@ def net(kind="mlp", depth=3, **options):
 
 def kinds(rule):
     """Models on which a rule is tested."""
-    return OWN_MODEL.get(rule, KINDS)
+    own = rules.get(rule).model
+    return KINDS if own is None else (own,)
 
 
 def cascade(depth=4, **options):

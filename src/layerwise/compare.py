@@ -57,7 +57,7 @@ class CompareOptions(TrainOptions):
     """
 
     rules: tuple[str, ...] = RIVALS
-    """Rules, with options behind colons: sll sll:overlap=1:lr=2e-3 backprop; several numbers as weight=0/1."""
+    """Rules, with options behind colons: sll sll:overlap=1:lr=2e-3 backprop; several numbers as weight=0/1; or all."""
     seeds: int = 3
     """Number of seeds: 0, 1, ..."""
     budget: Literal["epochs", "steps", "seconds", "flops"] | None = None
@@ -80,7 +80,7 @@ def read_rules(words: Sequence[str], common: TrainOptions) -> dict[str, TrainOpt
     Args:
         words: `name` or `name:option=value:...`, several in one word with commas between. An option is a field of the
             rule or one of `PER_RULE`; a value is a number, a word, `none`, `true`, `false`, or numbers with `/`
-            between.
+            between. `all` stands for every rule that trains the model, with its default options.
         common: the options that all have in common.
 
     Raises:
@@ -90,7 +90,9 @@ def read_rules(words: Sequence[str], common: TrainOptions) -> dict[str, TrainOpt
     1
     """
     found: dict[str, TrainOptions] = {}
-    for label in (part for word in words for part in word.split(",") if part):
+    every = [name for name in rules.names() if rules.get(name).model in (None, model_name(common.model))]
+    labels = [part for word in words for part in word.split(",") if part]
+    for label in (name for part in labels for name in (every if part == "all" else [part])):
         name, *settings = label.split(":")
         rule = rules.get(name)
         own = [f.name for f in dataclasses.fields(rule)]

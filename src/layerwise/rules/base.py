@@ -120,6 +120,8 @@ class Rule:
     """Paper, year, and how far the code is the paper's statement."""
     restrictions: ClassVar[str] = ""
     """What the rule cannot do, in one or two sentences."""
+    model: ClassVar[str | None] = None
+    """The one model that the rule trains; None for a rule that trains any network."""
 
     def groups(self, blocks: int) -> list[range]:
         """Which neighbouring sites share one graph, one backward pass and one optimizer.
