@@ -120,6 +120,11 @@ class Rule:
     """Paper, year, and how far the code is the paper's statement."""
     restrictions: ClassVar[str] = ""
     """What the rule cannot do, in one or two sentences."""
+    predicts_at_head: ClassVar[bool] = False
+    """Whether what `signal` tells of the head is the accuracy and loss of `predict`, where that is overridden.
+
+    A pipeline, whose blocks live on several ranks and run once, serves such rules only.
+    """
 
     def groups(self, blocks: int) -> list[range]:
         """Which neighbouring sites share one graph, one backward pass and one optimizer.
