@@ -130,7 +130,7 @@ class Run:
         self.total = options.steps or options.epochs * len(self.train_batches)
         self.facts = Facts.of(self.dataset)
         self.learner = build_learner(options, self.facts, self.device, self.total, stage)
-        self.learner.build(next(self._batches(0))[0])
+        next(self._batches(0))  # data that cannot be read are told of before anything is written
         self.seconds = 0.0
         self.samples = 0
         self.memory: MemoryUse | None = None

@@ -164,6 +164,7 @@ class PipelineRun(Run):
         if self.to_last is not None:
             self.to_last.send(own)
             self.to_last.drain()
+            self.flops = self.memory = None  # told, and not to be counted twice
             return own["learner"]
         found = [inlet.receive() for inlet in self.to_all] + [own]
         flops = [part["flops"] for part in found if part["flops"] is not None]
@@ -182,8 +183,8 @@ class PipelineRun(Run):
     def _finish(self, log: Any) -> dict[str, Any]:
         if self.stage.last:
             self.notes.append(
-                f"trained by a pipeline of {self.ranks.count} ranks ({', '.join(self.stage.blocks)}); memory is that of "
-                "the rank with the largest peak"
+                f"trained by a pipeline of {self.ranks.count} ranks ({', '.join(self.stage.blocks)}); memory is that "
+                "of the rank with the largest peak"
             )
             return super()._finish(log)
         self._evaluate(self.test_batches)

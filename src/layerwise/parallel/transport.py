@@ -190,8 +190,8 @@ class Ranks:
         for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
                 raise LayerwiseError(
-                    "--parallel pipeline needs several processes; start it with torchrun --nproc-per-node N -m layerwise "
-                    "train --parallel pipeline ..."
+                    "--parallel pipeline needs several processes; start it with torchrun --nproc-per-node N -m "
+                    "layerwise train --parallel pipeline ..."
                 )
         self.limit = datetime.timedelta(seconds=timeout)
         # NCCL refuses two ranks on one device; messages then go over the host.
@@ -267,7 +267,7 @@ class Ranks:
                     errors = [
                         (
                             0,
-                            f"rank {rank} has other {wrong[0]} than rank 0; start every rank with the same command on the same data.",
+                            f"rank {rank} has other {wrong[0]} than rank 0; give all ranks the same command and data.",
                         )
                     ]
                     break
