@@ -211,6 +211,7 @@ class Ranks:
                 "all of them were started and that the address and port of the first can be reached."
             ) from reason
         self.wire = device if nccl else torch.device("cpu")
+        self.agreed = 0
         self.blocks: list[str] = []
         """What each rank holds, for error sentences."""
 
@@ -252,13 +253,16 @@ class Ranks:
         Raises:
             LayerwiseError: the sentence of the lowest rank that has one; `Elsewhere` on the others.
         """
-        found: list[Any] = [None] * self.count
+        # Through the store, which outlives a rank that ends at once.
+        self.agreed += 1
+        keys = [f"agreed/{self.agreed}/{rank}" for rank in range(self.count)]
         try:
-            dist.all_gather_object(found, (error, facts))
+            self.store.set(keys[self.rank], pickle.dumps((error, facts)))
+            self.store.wait(keys, self.limit)
+            found = [pickle.loads(self.store.get(key)) for key in keys]
         except RuntimeError as reason:
-            raise LayerwiseError(
-                self.told(f"a rank ended before the run began ({str(reason).splitlines()[0]}).")
-            ) from reason
+            sentence = f"a rank was not ready within {self.limit.total_seconds():g} s, so the run has not begun."
+            raise LayerwiseError(self.told(sentence)) from reason
         errors = [(rank, sentence) for rank, (sentence, _) in enumerate(found) if sentence is not None]
         if not errors:
             for rank, (_, other) in enumerate(found):
