@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from layerwise import LayerwiseError, Learner, rules
 from layerwise.blocks import balanced_ends
 from layerwise.cli import main
-from layerwise.data import Batches, InMemorySource
+from layerwise.data import Batches, InMemorySource, load
 from layerwise.parallel.stage import Stage, joined
 from layerwise.parallel.transport import Form, Slot, layout_of
 
@@ -173,6 +173,7 @@ def job(ranks, folder, words, of_rank=None):
     """Ranks of a job, as torchrun starts them: their common store is kept by the process that started them."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     folder.mkdir(exist_ok=True)
+    load("digits")  # imported once, here
 
     def child(rank):
         os.environ |= {
@@ -359,7 +360,7 @@ def test_without_torchrun_it_says_how(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["train", *TINY]) == 2
     assert "add --parallel pipeline" in capsys.readouterr().err
-    for words, sentence in (("--stages 2,x", "as in 3,3"), ("--timeout 0", "larger than 0")):
+    for words, sentence in (("--stages 2,x", "such as 3,3"), ("--timeout 0", "larger than 0")):
         assert main([*PIPELINE, *TINY, *split(words)]) == 2
         assert sentence in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

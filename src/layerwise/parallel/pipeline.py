@@ -18,7 +18,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.memory import MemoryUse
 from layerwise.options import TrainOptions, to_mapping
 from layerwise.parallel.stage import Stage, joined
-from layerwise.parallel.transport import DONE, FORWARD, STATE, Elsewhere, Inlet, Outlet, Prefetched, Ranks, guarded
+from layerwise.parallel.transport import DONE, FORWARD, STATE, Inlet, Outlet, Prefetched, Ranks, Refused, guarded
 from layerwise.progress import Progress
 from layerwise.training import Facts, Interrupted, Run, pick_device
 
@@ -73,11 +73,10 @@ class PipelineRun(Run):
         try:
             super().__init__(options, command, resume, self.stage)
             self.ranks.agree(None)
-        except Elsewhere:
+        except Refused:
             raise
         except LayerwiseError as error:
-            self.ranks.agree(str(error))
-            raise
+            self.ranks.agree(str(error))  # which raises
         self._connect()
         if not self.stage.first:
             self.train_batches = self.train_batches.without_images()
@@ -250,10 +249,9 @@ def train(
 
     try:
         return guarded(ranks, work)
-    except Elsewhere:
-        code = 2
     except LayerwiseError as error:
-        print(f"layerwise: {error}", file=sys.stderr)
+        if not isinstance(error, Refused) or error.teller == ranks.rank:
+            print(f"layerwise: {error}", file=sys.stderr)
         code = 2
     except BaseException:
         traceback.print_exc()

@@ -21,8 +21,16 @@ DEPTH = 4  # batches under way between two ranks, at most
 FORWARD, STATE, DONE = 0, 1, 2  # tags: batches and figures to the next rank, state to the last, its answer at the end
 
 
-class Elsewhere(LayerwiseError):
-    """Another rank tells the user what is wrong."""
+class Refused(LayerwiseError):
+    """The ranks have agreed not to begin.
+
+    Attributes:
+        teller: the rank that tells the user why.
+    """
+
+    def __init__(self, sentence: str, teller: int):
+        super().__init__(sentence)
+        self.teller = teller
 
 
 @dataclass(frozen=True)
@@ -251,7 +259,7 @@ class Ranks:
             facts: name to what must be the same everywhere.
 
         Raises:
-            LayerwiseError: the sentence of the lowest rank that has one; `Elsewhere` on the others.
+            Refused: on all ranks, with the sentence of the lowest one that has one.
         """
         # Through the store, which outlives a rank that ends at once.
         self.agreed += 1
@@ -277,7 +285,7 @@ class Ranks:
                     break
         if errors:
             rank, sentence = errors[0]
-            raise (LayerwiseError if rank == self.rank else Elsewhere)(sentence)
+            raise Refused(sentence, teller=rank)
 
 
 def local_ranks() -> int:
@@ -289,7 +297,7 @@ def guarded(ranks: Ranks, work: Callable[[], Any]) -> Any:
     """Do the work of a rank; where it fails, the other ranks are told which rank and why."""
     try:
         return work()
-    except Elsewhere:
+    except Refused:
         raise
     except LayerwiseError as error:
         ranks.told(f"{ranks.name(ranks.rank)} has stopped: {error}")
