@@ -453,9 +453,7 @@ class Learner:
                 f"the checkpoint was trained with rule {state['rule']!r}, not {self.rule.name!r}; choose the same rule."
             )
         check_same_tensors(self.network.state_dict(), state["model"], "model")
-        auxiliary = state["auxiliary"]
-        if self.stage is not None:  # the modules of its own sites
-            auxiliary = {n: t for n, t in auxiliary.items() if n.partition(".")[0] in self.auxiliary}
+        auxiliary = state["auxiliary"] if self.stage is None else self.stage.own(state["auxiliary"], self.auxiliary)
         check_same_tensors(self.auxiliary.state_dict(), auxiliary, "rule")
         own = held(self.network.state_dict())
         self.network.load_state_dict({name: state["model"][name] for name in own}, strict=False)

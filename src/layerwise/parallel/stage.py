@@ -95,6 +95,10 @@ class Stage:
                 give_up(network.model, [t for block in part for _, t in block.named_buffers()])
         return range([0, *ends][self.rank], ends[self.rank])
 
+    def own(self, tensors: Mapping[str, Tensor], auxiliary: nn.ModuleDict) -> dict[str, Tensor]:
+        """Of the tensors of all auxiliary modules, those of the modules here."""
+        return {name: tensor for name, tensor in tensors.items() if name.partition(".")[0] in auxiliary}
+
     def receive(self) -> tuple[Tensor, Any]:
         """Input and message of the first group here."""
         self.stop, self._skipped, h, message = detach(self.link.receive())
