@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_map_only
 
 from layerwise.data import Dataset
 from layerwise.errors import LayerwiseError
@@ -101,7 +102,7 @@ class PipelineRun(Run):
         tree = self.inlet.receive()
         if self.ranks.wire == self.device:
             return tree
-        return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(self.device), tree)
+        return tree_map_only(torch.Tensor, lambda t: t.to(self.device), tree)
 
     def send(self, tree: Any) -> None:
         """Hand a tree to the next rank."""
@@ -111,11 +112,7 @@ class PipelineRun(Run):
     # What differs from a run in one process.
 
     def _device(self) -> torch.device:
-        device = pick_device(self.options.device)
-        if device.type == "cuda" and ":" not in self.options.device:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-            torch.cuda.set_device(device)
-        return device
+        return self.ranks.device
 
     def _open(self, resume: Path | None) -> Path:
         # Nothing is written before all ranks are ready for the same run.
@@ -208,6 +205,16 @@ class PipelineRun(Run):
         dist.destroy_process_group()
 
 
+def pick_own_device(name: str) -> torch.device:
+    """The device of this rank: cuda and auto mean the one with the rank's number on its machine."""
+    device = pick_device(name)
+    if device.type == "cuda":
+        if ":" not in name:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    return device
+
+
 def digest(dataset: Dataset) -> str:
     """What tells one data set from another: its facts and every label."""
     found = hashlib.blake2b(repr(Facts.of(dataset)).encode())
@@ -231,7 +238,7 @@ def train(
         resume: folder of a run to go on with.
         show: prints the result of a finished run.
     """
-    ranks = Ranks(how.timeout, torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"))
+    ranks = Ranks(how.timeout, pick_own_device(options.device))
 
     def work() -> int:
         run = PipelineRun(ranks, how, options, command, resume)

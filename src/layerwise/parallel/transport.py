@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 from torch.utils._pytree import tree_leaves, tree_map
 
 from layerwise.errors import LayerwiseError
@@ -205,7 +206,7 @@ class Ranks:
         # NCCL refuses two ranks on one device; messages then go over the host.
         nccl = device.type == "cuda" and dist.is_nccl_available() and local_ranks() <= torch.cuda.device_count()
         try:
-            self.store, self.rank, self.count = next(dist.rendezvous("env://", timeout=self.limit))
+            self.store, self.rank, self.count = next(rendezvous("env://", timeout=self.limit))
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if nccl else "gloo",
                 store=self.store,
@@ -218,6 +219,7 @@ class Ranks:
                 f"the ranks did not find one another within {timeout:g} s ({str(reason).splitlines()[0]}); check that "
                 "all of them were started and that the address and port of the first can be reached."
             ) from reason
+        self.device = device
         self.wire = device if nccl else torch.device("cpu")
         self.agreed = 0
         self.blocks: list[str] = []
@@ -265,9 +267,9 @@ class Ranks:
         self.agreed += 1
         keys = [f"agreed/{self.agreed}/{rank}" for rank in range(self.count)]
         try:
-            self.store.set(keys[self.rank], pickle.dumps((error, facts)))
+            self.store.set(keys[self.rank], pickle.dumps((error, facts)).hex())
             self.store.wait(keys, self.limit)
-            found = [pickle.loads(self.store.get(key)) for key in keys]
+            found = [pickle.loads(bytes.fromhex(self.store.get(key).decode())) for key in keys]
         except RuntimeError as reason:
             sentence = f"a rank was not ready within {self.limit.total_seconds():g} s, so the run has not begun."
             raise LayerwiseError(self.told(sentence)) from reason
