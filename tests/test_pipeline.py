@@ -24,8 +24,9 @@ from layerwise import LayerwiseError, Learner, rules
 from layerwise.blocks import balanced_ends
 from layerwise.cli import main
 from layerwise.data import Batches, InMemorySource, load
-from layerwise.parallel.stage import Stage, joined
+from layerwise.parallel.stage import Stage
 from layerwise.parallel.transport import Form, Slot, layout_of
+from layerwise.state import joined
 
 TINY = split("--model.width 8 --model.depth 4 --batch-size 128 --steps 6 --threads 1 --device cpu --augment crop")
 PIPELINE = split("train --parallel pipeline --timeout 30")

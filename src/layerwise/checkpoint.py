@@ -155,25 +155,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise LayerwiseError(f"could not write {path} ({_short(reason)}); free space and resume.") from reason
 
 
-def check_same_tensors(own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
-    """Raise LayerwiseError unless both hold tensors of the same names and shapes."""
-    missing, extra = own.keys() - given.keys(), given.keys() - own.keys()
-    if missing or extra:
-        name = sorted(missing or extra)[0]
-        where = "is missing from the checkpoint" if missing else "is not part of this one"
-        raise LayerwiseError(
-            f"the checkpoint is of another {what}: {name!r} {where}; build the {what} with the options "
-            "that the checkpoint was made with."
-        )
-    for name, tensor in own.items():
-        if tensor.shape != given[name].shape:
-            raise LayerwiseError(
-                f"the checkpoint is of another {what}: {name!r} has shape {tuple(given[name].shape)} "
-                f"there and {tuple(tensor.shape)} here; build the {what} with the options that the "
-                "checkpoint was made with."
-            )
-
-
 def _split(tree: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
     """Replace every tensor by a reference: a mapping with the one key `$tensor`; other keys with a `$` get a second."""
     if isinstance(tree, Tensor):

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from layerwise import rules
 from layerwise.blocks import Partition, partition
-from layerwise.checkpoint import check_same_tensors
 from layerwise.engine import Engine, Execution, Group, NonFinite, Trace, Unit, detach
 from layerwise.errors import LayerwiseError, suggestion
 from layerwise.memory import MemoryMeter, MemoryUse, optimizer_tensors
 from layerwise.optim import OptimizerFactory, Schedule, decay_groups, optimizer_factory
-from layerwise.parallel.stage import Stage, held
+from layerwise.parallel.stage import Stage
 from layerwise.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.rules.base import Rule, Site, Start, check_words
+from layerwise.state import check_same_tensors, held
 from layerwise.tasks import Classification
 
 Precision = Literal["fp32", "bf16", "fp16"]

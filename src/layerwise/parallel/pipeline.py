@@ -18,9 +18,10 @@ from layerwise.data import Dataset
 from layerwise.errors import LayerwiseError
 from layerwise.memory import MemoryUse
 from layerwise.options import TrainOptions, to_mapping
-from layerwise.parallel.stage import Stage, joined
+from layerwise.parallel.stage import Stage
 from layerwise.parallel.transport import DONE, FORWARD, STATE, Inlet, Outlet, Prefetched, Ranks, Refused, guarded
 from layerwise.progress import Progress
+from layerwise.state import joined
 from layerwise.training import Facts, Interrupted, Run, pick_device
 
 
@@ -85,13 +86,10 @@ class PipelineRun(Run):
             self.test_batches = self.test_batches.without_images()
 
     def _connect(self) -> None:
-        rank, last, wire = self.ranks.rank, self.ranks.count - 1, self.ranks.wire
+        rank, wire = self.ranks.rank, self.ranks.wire
         self.ranks.blocks = self.stage.blocks
         self.outlet = None if self.stage.last else Outlet(self.ranks, rank + 1, FORWARD, wire)
         self.inlet = None if self.stage.first else Prefetched(Inlet(self.ranks, rank - 1, FORWARD, wire))
-        host = torch.device("cpu")
-        self.to_last = None if self.stage.last else Outlet(self.ranks, last, STATE, host)
-        self.to_all = [Inlet(self.ranks, r, STATE, host) for r in range(last)] if self.stage.last else []
         self.stage.link = self
 
     # The stage's link.
@@ -157,12 +155,14 @@ class PipelineRun(Run):
 
     def _state(self) -> dict[str, Any]:
         own = {"learner": self.learner.state_dict(), "flops": self.flops, "memory": self.memory and asdict(self.memory)}
-        if self.to_last is not None:
-            self.to_last.send(own)
-            self.to_last.drain()
+        last, host = self.ranks.count - 1, torch.device("cpu")
+        if not self.stage.last:
+            outlet = Outlet(self.ranks, last, STATE, host)  # made anew, so that no copy of the state stays behind
+            outlet.send(own)
+            outlet.drain()
             self.flops = self.memory = None  # told, and not to be counted twice
             return own["learner"]
-        found = [inlet.receive() for inlet in self.to_all] + [own]
+        found = [Inlet(self.ranks, rank, STATE, host).receive() for rank in range(last)] + [own]
         flops = [part["flops"] for part in found if part["flops"] is not None]
         self.flops = sum(flops) if flops else None
         # A rank is a device of its own: what counts is the fullest.
@@ -260,6 +260,9 @@ def train(
         if not isinstance(error, Refused) or error.teller == ranks.rank:
             print(f"layerwise: {error}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:
+        print("layerwise: stopped.", file=sys.stderr)
+        code = 130
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -147,16 +147,3 @@ def give_up(model: nn.Module, tensors: Sequence[Tensor]) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and id(buffer) in gone:
                 module._buffers[name] = buffer.to("meta")
-
-
-def held(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those that are on this rank."""
-    return {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
-
-
-def joined(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The state of one whole learner out of those of all stages, in the order of the ranks."""
-    whole = dict(states[-1])
-    for part in ("model", "auxiliary", "optimizer", "gradients", "scaler"):
-        whole[part] = {name: value for state in states for name, value in state[part].items()}
-    return whole
