@@ -448,29 +448,38 @@ def _balanced(model: nn.Module, cuts: Sequence[str], blocks: int, example: Tenso
         return [cuts[-1]]
     if example is None:
         raise LayerwiseError(f"blocks={blocks} is balanced by measured cost; give example=..., a batch of inputs.")
-    cost = _operations(Partition(model, cuts), example)
+    *cost, _ = operations(Partition(model, cuts), example)
+    return [cuts[end - 1] for end in balanced_ends(cost, blocks)]
+
+
+def balanced_ends(cost: Sequence[int], parts: int) -> list[int]:
+    """Ends of `parts` contiguous, non-empty ranges whose largest summed cost is as small as can be.
+
+    >>> balanced_ends([1, 1, 4, 1, 1], 3)
+    [2, 3, 5]
+    """
     total = [0, *torch.tensor(cost).cumsum(0).tolist()]
-    # best[k][i]: the smallest possible maximum when the first i blocks are joined to k.
+    # best[k][i]: the smallest possible maximum when the first i are joined to k.
     best = {(0, 0): (0, 0)}
-    for k in range(1, blocks + 1):
+    for k in range(1, parts + 1):
         for i in range(k, len(cost) + 1):
             best[k, i] = min(
                 (max(best[k - 1, j][0], total[i] - total[j]), j) for j in range(k - 1, i) if (k - 1, j) in best
             )
-    chosen, i = [], len(cost)
-    for k in range(blocks, 0, -1):
-        chosen.append(cuts[i - 1])
+    ends, i = [], len(cost)
+    for k in range(parts, 0, -1):
+        ends.append(i)
         i = best[k, i][1]
-    return chosen[::-1]
+    return ends[::-1]
 
 
-def _operations(parts: Partition, example: Tensor) -> list[int]:
-    """Floating-point operations of each block's forward pass; exact, so the same cut on every machine."""
+def operations(parts: Partition, example: Tensor) -> list[int]:
+    """Floating-point operations of the forward pass of each block and the head; exact, the same on every machine."""
     was_training = parts.training
     parts.eval()
     costs, h = [], example
     with torch.no_grad():
-        for block in parts.blocks:
+        for block in [*parts.blocks, parts.head]:
             with FlopCounterMode(display=False) as counter:
                 h = block(h)
             costs.append(counter.get_total_flops())

@@ -188,19 +188,31 @@ def train_options(argv: list[str], command: str, base: type | None = None, hidde
 
 def train(argv: list[str]) -> int:
     """`layerwise train`: train a network, or go on with a run."""
+    from layerwise.folders import read_options
+    from layerwise.options import TrainOptions
+    from layerwise.parallel import pipeline
     from layerwise.training import Interrupted, Run
 
     command = shlex.join(["layerwise", "train", *argv])
     words = list(argv)
     resume = _option(words, "resume")
     if resume is not None:
+        given = {f.name: _option(words, f.name) for f in fields(pipeline.ParallelOptions)}
         if words:
             raise LayerwiseError(
                 f"--resume goes on with the options of the run, so {' '.join(words)!r} cannot be given; leave it out."
             )
-        run = Run.resumed(Path(resume), command)
+        words = [word for name, value in given.items() if value is not None for word in (f"--{name}", value)]
+        how = parse(pipeline.ParallelOptions, words, "train")
+        folder, options = Path(resume), read_options(Path(resume))
     else:
-        run = Run(train_options(argv, "train"), command)
+        how = train_options(argv, "train", pipeline.TrainCommand)
+        folder, options = None, TrainOptions(**{f.name: getattr(how, f.name) for f in fields(TrainOptions)})
+    if how.parallel == "pipeline":
+        return pipeline.train(how, options, command, folder, lambda *found: print(result_table(*found)))
+    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise LayerwiseError("torchrun has started several processes of the same run; add --parallel pipeline.")
+    run = Run(options, command, folder)
     try:
         result = run.train()
     except Interrupted as stop:

@@ -153,7 +153,9 @@ class Engine:
                     trace.metrics[unit.site.name] = detach(signal.metrics)
         return signals, *passed_on
 
-    def step(self, groups: Sequence[Group], h: Tensor, message: Any, y: Tensor, step: int, trace: Trace) -> None:
+    def step(
+        self, groups: Sequence[Group], h: Tensor, message: Any, y: Tensor, step: int, trace: Trace
+    ) -> tuple[Tensor, Any]:
         """Update all groups in order, while one batch passes through; a trunk waits and is updated last.
 
         Args:
@@ -163,6 +165,9 @@ class Engine:
             y: labels.
             step: number of the training step.
             trace: where metrics go.
+
+        Returns:
+            Output and message of the last, detached: what a pipeline's next rank gets.
         """
         waiting, trunk = list(groups), None
         if self.rule.has_trunk() and groups[0].optimizer is not None:
@@ -175,6 +180,7 @@ class Engine:
         if trunk is not None:
             sent_back = (Signal(cotangent=trunk.gradient), trunk.out)
             self._learn(trunk.group, trunk.h, [*trunk.signals, sent_back], step, trace)
+        return h, message
 
     def update(
         self,

@@ -15,8 +15,10 @@ from layerwise.engine import Engine, Execution, Group, NonFinite, Trace, Unit, d
 from layerwise.errors import LayerwiseError, suggestion
 from layerwise.memory import MemoryMeter, MemoryUse, optimizer_tensors
 from layerwise.optim import OptimizerFactory, Schedule, decay_groups, optimizer_factory
+from layerwise.parallel.stage import Stage
 from layerwise.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.rules.base import Rule, Site, Start, check_words
+from layerwise.state import check_same_tensors, held
 from layerwise.tasks import Classification
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -100,6 +102,7 @@ class Learner:
         cuts: where to cut the model, see `partition`.
         blocks: number of blocks, see `partition`.
         example: one batch of inputs; builds everything now instead of at the first step.
+        stage: the part of the network that this process runs, as one of several ranks; all of it if not given.
 
     Raises:
         LayerwiseError: an unknown rule, cut, optimizer or block name; a value out of range; labels or inputs
@@ -135,6 +138,7 @@ class Learner:
         cuts: Sequence[str] | str | None = None,
         blocks: int | None = None,
         example: Tensor | None = None,
+        stage: Stage | None = None,
     ):
         _check_options(clip, accumulate, precision, nonfinite)
         self.rule = rules.create(rule) if isinstance(rule, str) else rule
@@ -163,6 +167,7 @@ class Learner:
         }
         Classification(1, label_smoothing)  # refuses a wrong value now; the number of classes is known later
         self.label_smoothing = label_smoothing
+        self.stage = stage
         self.steps = 0
         self.skipped = 0
         self.groups: list[Group] = []
@@ -184,22 +189,25 @@ class Learner:
         shapes = self._probe(x[:1].to(self.device))
         blocks = [*self.network.blocks, self.network.head]
         task = Classification(shapes[-1].shape[-1], self.label_smoothing)
+        ranges = list(self.rule.groups(len(blocks) - 1))
+        ends = [later.start for later in ranges[1:]] + [len(blocks)]
+        mine = range(len(ranges))
+        if self.stage is not None:
+            mine = self.stage.choose(self.rule, self.network, ranges, x[:1].to(self.device))
+        sites = range(ranges[mine.start].start, ends[mine.stop - 1])
         units = []
         for i, (block, h) in enumerate(zip(blocks, shapes, strict=True)):
             site = Site(i, len(blocks) - 1, block.name, tuple(tuple(out.shape[1:]) for out in shapes))
             with preserved_generators(self.device):
                 seed_generators(derive_seed(self._how["seed"], "auxiliary", i), self.device)
-                auxiliary = self.rule.auxiliary(site, h, task)
+                auxiliary = self.rule.auxiliary(site, h, task) if i in sites else None
             if auxiliary is not None:
                 self.auxiliary[str(i)] = auxiliary.to(self.device)
             units.append(Unit(site, block, auxiliary))
         self.task = task
         self.engine = Engine(self.rule, Execution(task=task, **self._how))
-        ranges = list(self.rule.groups(len(blocks) - 1))
-        ends = [later.start for later in ranges[1:]] + [len(units)]
         self.groups = [
-            self._group(units[members.start : end], ahead=units[end : members.stop])
-            for members, end in zip(ranges, ends, strict=True)
+            self._group(units[ranges[i].start : ends[i]], ahead=units[ends[i] : ranges[i].stop]) for i in mine
         ]
         if self._compile:
             backend = self._compile if isinstance(self._compile, str) else "inductor"
@@ -260,11 +268,10 @@ class Learner:
         step, trace = self.steps, Trace()
         with preserved_generators(self.device):
             seed_generators(derive_seed(self._how["seed"], "begin", step), self.device)
-            h, message = self.rule.begin(self._start(x, y, self._forward_with_draws))
-            h, message = detach((h, message))
-            self.engine.step(self.groups, h, message, y, step, trace)
+            h, message = self._begin(x, y, self._forward_with_draws)
+            h, message = self.engine.step(self.groups, h, message, y, step, trace)
         self.steps += 1
-        self.skipped += bool(trace.skipped)
+        self.skipped += self._pass_on(h, message, bool(trace.skipped))
         return Metrics(step, len(x), trace.metrics, tuple(trace.skipped), trace.finite)
 
     def measured_step(self, x: Tensor, y: Tensor) -> tuple[Metrics, MemoryUse]:
@@ -293,10 +300,11 @@ class Learner:
         x, y = self._ready(x, y)
         trace = Trace()
         with self.evaluating():
-            h, message = self.rule.begin(self._start(x, y, self.network))
+            h, message = self._begin(x, y, self.network)
             for group in self.groups:
                 _, h, message = self.engine.forward(group, h, message, y, None, trace)
-            if type(self.rule).predict is not Rule.predict:
+            self._pass_on(h, message, skipped=False)
+            if type(self.rule).predict is not Rule.predict and not self.rule.predicts_at_head:
                 logits = self.rule.predict(self.network, self._modules_by_site(), x)
                 correct = self.task.correct(logits, y) / y.numel()
                 head = {"loss": self.task.loss(logits, y), "accuracy": correct}
@@ -355,6 +363,16 @@ class Learner:
             for module, mode in modes:
                 module.training = mode
 
+    def _begin(self, x: Tensor, y: Tensor, forward: Callable[[Tensor], Tensor]) -> tuple[Tensor, Any]:
+        """Input and message of the first group here: the rule's, or what the rank before has sent."""
+        if self.stage is not None and not self.stage.first:
+            return self.stage.receive()
+        return detach(self.rule.begin(self._start(x, y, forward)))
+
+    def _pass_on(self, h: Tensor, message: Any, skipped: bool) -> bool:
+        """Hand the batch to the next rank, if there is one; returns whether any update of it was skipped so far."""
+        return skipped if self.stage is None else self.stage.pass_on(h, message, skipped)
+
     def _start(self, x: Tensor, y: Tensor, forward: Callable[[Tensor], Tensor]) -> Start:
         return Start(x, y, self.task, self.network, self._modules_by_site(), forward)
 
@@ -408,10 +426,10 @@ class Learner:
         Returns:
             `model`: the model's own `state_dict`; `auxiliary`: the rule's modules; `optimizer`: state per
             parameter name; `gradients`: what has accumulated since the last update; `scaler`: one state
-            per group; `rule`, `steps`, `skipped`. Tensors are not copied.
+            per group; `rule`, `steps`, `skipped`. Tensors are not copied. A stage's own part, where there is one.
         """
         return {
-            "model": self.network.state_dict(),
+            "model": held(self.network.state_dict()),
             "auxiliary": self.auxiliary.state_dict(),
             "optimizer": self.optimizer_states(),
             "gradients": {n: p.grad for n, p in self.named_parameters() if p.grad is not None},
@@ -435,10 +453,12 @@ class Learner:
                 f"the checkpoint was trained with rule {state['rule']!r}, not {self.rule.name!r}; choose the same rule."
             )
         check_same_tensors(self.network.state_dict(), state["model"], "model")
-        check_same_tensors(self.auxiliary.state_dict(), state["auxiliary"], "rule")
-        self.network.load_state_dict(state["model"])
-        self.auxiliary.load_state_dict(state["auxiliary"])
-        names = {parameter: name for name, parameter in self.named_parameters()}
+        auxiliary = state["auxiliary"] if self.stage is None else self.stage.own(state["auxiliary"], self.auxiliary)
+        check_same_tensors(self.auxiliary.state_dict(), auxiliary, "rule")
+        own = held(self.network.state_dict())
+        self.network.load_state_dict({name: state["model"][name] for name in own}, strict=False)
+        self.auxiliary.load_state_dict(auxiliary)
+        names = {parameter: name for name, parameter in self.named_parameters() if not parameter.is_meta}
         for group in self.groups:
             if group.optimizer is not None:
                 packed = group.optimizer.state_dict()
@@ -465,25 +485,6 @@ def _with_own_code(run: Callable[[Tensor], Tensor], name: str) -> Callable[[Tens
 
     block.__code__ = block.__code__.replace(co_name=f"block {name}")
     return block
-
-
-def check_same_tensors(own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
-    """Raise LayerwiseError unless both hold tensors of the same names and shapes."""
-    missing, extra = own.keys() - given.keys(), given.keys() - own.keys()
-    if missing or extra:
-        name = sorted(missing or extra)[0]
-        where = "is missing from the checkpoint" if missing else "is not part of this one"
-        raise LayerwiseError(
-            f"the checkpoint is of another {what}: {name!r} {where}; build the {what} with the options "
-            "that the checkpoint was made with."
-        )
-    for name, tensor in own.items():
-        if tensor.shape != given[name].shape:
-            raise LayerwiseError(
-                f"the checkpoint is of another {what}: {name!r} has shape {tuple(given[name].shape)} "
-                f"there and {tuple(tensor.shape)} here; build the {what} with the options that the "
-                "checkpoint was made with."
-            )
 
 
 def _check_options(clip: float | None, accumulate: int, precision: str, nonfinite: str) -> None:

@@ -20,11 +20,12 @@ class Progress:
         total: steps in the whole run.
         per_epoch: steps in an epoch.
         title: first line.
+        quiet: show nothing.
     """
 
-    def __init__(self, total: int, per_epoch: int, title: str):
+    def __init__(self, total: int, per_epoch: int, title: str, quiet: bool = False):
         self.total, self.per_epoch = total, per_epoch
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, quiet=quiet)
         self.console.print(title, markup=False, soft_wrap=True)
         self.bar = Bar(
             TextColumn("{task.description}"),
@@ -32,7 +33,7 @@ class Progress:
             TimeRemainingColumn(),
             console=self.console,
             transient=True,
-            disable=not self.console.is_terminal,
+            disable=quiet or not self.console.is_terminal,
         )
         self.task = self.bar.add_task("starting", total=total)
         self.started = time.perf_counter()

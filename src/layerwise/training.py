@@ -24,6 +24,7 @@ from layerwise.memory import MemoryUse
 from layerwise.models import ModelOptions
 from layerwise.optim import Schedule
 from layerwise.options import TrainOptions, model_name, to_mapping
+from layerwise.parallel.stage import Stage
 from layerwise.progress import Progress
 from layerwise.randomness import derive_seed, preserved_generators, seed_generators
 
@@ -111,22 +112,25 @@ class Run:
         options: what to train, and how.
         command: the command line, for the record.
         resume: folder of a run to go on with; the options are then the run's own.
+        stage: the part of the network that this process trains; all of it if not given.
 
     Raises:
         LayerwiseError: any mistake in the options or the data; nothing is written then.
     """
 
-    def __init__(self, options: TrainOptions, command: str = "", resume: Path | None = None):
+    def __init__(
+        self, options: TrainOptions, command: str = "", resume: Path | None = None, stage: Stage | None = None
+    ):
         self.options, self.command = options, command
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        self.device = pick_device(options.device)
+        self.device = self._device()
         self.dataset = load_data(options)
         self.train_batches, self.val_batches, self.test_batches = split_batches(options, self.dataset, self.device)
         self.total = options.steps or options.epochs * len(self.train_batches)
         self.facts = Facts.of(self.dataset)
-        self.learner = build_learner(options, self.facts, self.device, self.total)
-        self.learner.build(next(self._batches(0))[0])
+        self.learner = build_learner(options, self.facts, self.device, self.total, stage)
+        next(self._batches(0))  # data that cannot be read are told of before anything is written
         self.seconds = 0.0
         self.samples = 0
         self.memory: MemoryUse | None = None
@@ -135,12 +139,18 @@ class Run:
         self.notes = list(self.dataset.notes)
         if options.tensorboard:
             _summary_writer()
-        self.folder = resume or new_folder(options)
+        self.folder = self._open(resume)
         self._signum = 0
         if resume is not None:
             self._restore()
-        else:
-            write_atomically(self.folder / "config.json", json.dumps(to_mapping(options), indent=2) + "\n")
+
+    def _open(self, resume: Path | None) -> Path:
+        """The folder of the run, with its options in it."""
+        if resume is not None:
+            return resume
+        folder = new_folder(self.options)
+        write_atomically(folder / "config.json", json.dumps(to_mapping(self.options), indent=2) + "\n")
+        return folder
 
     @classmethod
     def resumed(cls, folder: Path, command: str = "") -> "Run":
@@ -161,7 +171,7 @@ class Run:
         options = self.options
         per_epoch = len(self.train_batches)
         save_every = options.save_every or per_epoch
-        with Progress(self.total, per_epoch, self._title()) as progress, self._signals(), self._logs() as log:
+        with self._progress(per_epoch) as progress, self._signals(), self._logs() as log:
             started, saved = time.perf_counter(), self.seconds
             for x, y in self._batches(self.learner.steps):
                 metrics = self._step(x, y)
@@ -169,7 +179,7 @@ class Run:
                 self.samples += len(x)
                 self.seconds = saved + time.perf_counter() - started
                 if step % options.log_every == 0 or step % per_epoch == 0 or step == self.total:
-                    values = metrics.read()
+                    values = self._of_all_blocks(metrics.read())
                     log({"step": step, "split": "train", "lr": self._rate(step - 1), **values})
                     progress.show(step, values, self.samples / self.seconds)
                 if step % per_epoch == 0 or step == self.total:
@@ -179,12 +189,13 @@ class Run:
                         log({"step": step, "split": "val", "seconds": self.seconds, **self.last_val})
                     progress.epoch(step, self.last_val, self.samples / self.seconds, self.memory)
                     started, saved = time.perf_counter(), self.seconds
-                if step % save_every == 0 or step == self.total or self._signum:
+                stop = self._stop()
+                if step % save_every == 0 or step == self.total or stop:
                     self._save()
-                if self._signum and step < self.total:
-                    name = signal.Signals(self._signum).name
+                if stop and step < self.total:
+                    name = signal.Signals(stop).name
                     raise Interrupted(
-                        self._signum,
+                        stop,
                         f"stopped by {name} after step {step} of {self.total}; go on with: "
                         f"layerwise train --resume {shlex.quote(str(self.folder))}",
                     )
@@ -216,11 +227,30 @@ class Run:
         return self.options.lr * self.learner.schedule(step // self.options.accumulate)
 
     def _evaluate(self, batches: data.Batches | None) -> dict[str, float]:
-        return evaluate(self.learner, batches) if batches is not None else {}
+        return self._of_all_blocks(evaluate(self.learner, batches)) if batches is not None else {}
+
+    # What a run on several ranks does otherwise.
+
+    def _device(self) -> torch.device:
+        return pick_device(self.options.device)
+
+    def _progress(self, per_epoch: int) -> Progress:
+        return Progress(self.total, per_epoch, self._title())
+
+    def _of_all_blocks(self, values: dict[str, float]) -> dict[str, float]:
+        return values
+
+    def _state(self) -> dict[str, Any]:
+        return self.learner.state_dict()
+
+    def _stop(self) -> int:
+        """Number of the signal that ends the run behind this step, or 0."""
+        return self._signum
 
     def _finish(self, log: Any) -> dict[str, Any]:
         test = self._evaluate(self.test_batches)
         log({"step": self.total, "split": "test", **test})
+        weights = self._state()["model"]
         memory = self.memory.mib() if self.memory else {}
         result = {
             "rule": self.options.rule.name,
@@ -248,13 +278,13 @@ class Run:
             "command": self.command,
             "notes": self.notes,
         }
-        checkpoint.write_tensors(self.folder / "model.safetensors", self.learner.network.state_dict())
+        checkpoint.write_tensors(self.folder / "model.safetensors", weights)
         write_atomically(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
         return result
 
     def _save(self) -> None:
         state = {
-            "learner": self.learner.state_dict(),
+            "learner": self._state(),
             "samples": self.samples,
             "seconds": self.seconds,
             "val": self.last_val,
@@ -377,7 +407,9 @@ def split_batches(
     return train, val, data.Batches(dataset.test, 2 * options.batch_size, **common)
 
 
-def build_learner(options: TrainOptions, facts: Facts, device: torch.device, total: int) -> Learner:
+def build_learner(
+    options: TrainOptions, facts: Facts, device: torch.device, total: int, stage: Stage | None = None
+) -> Learner:
     """The learner of a run with `total` steps, before its first step."""
     model = build_model(options.model, facts, options.seed).to(device)
     example = torch.zeros(2, *facts.shape, device=device)
@@ -402,6 +434,7 @@ def build_learner(options: TrainOptions, facts: Facts, device: torch.device, tot
         cuts=options.cuts,
         blocks=options.blocks,
         example=example,
+        stage=stage,
     )
 
 

@@ -1,5 +1,6 @@
 """Batches whose order and augmentation are a pure function of (seed, epoch, batch index)."""
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -76,6 +77,7 @@ class Batches:
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.channels_last = channels_last
+        self.labels_only = False
         # (pixel / 255 - mean) / std as one multiplication and one addition.
         spread = torch.tensor(std, dtype=torch.float64)
         self._scale = (1 / (255 * spread)).float().view(-1, 1, 1).to(self.device)
@@ -85,6 +87,12 @@ class Batches:
         """Batches per epoch."""
         whole, rest = divmod(len(self.source), self.batch_size)
         return whole + (rest > 0 and not self.drop_last)
+
+    def without_images(self) -> "Batches":
+        """The same batches with the labels alone: x is empty (B, 0), no image is read, augmented or moved."""
+        other = copy.copy(self)
+        other.labels_only = True
+        return other
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of one epoch, from batch `start` on: the same bits as when read from batch 0.
@@ -106,6 +114,11 @@ class Batches:
             order = torch.randperm(len(self.source), generator=self._generator("order", epoch))
         order = order.to(self.source.labels.device)
         wanted = order.split(self.batch_size)[start : len(self)]
+        if self.labels_only:
+            for indices in wanted:
+                labels = self.source.labels[indices].to(self.device, non_blocking=True)
+                yield torch.empty(len(labels), 0, device=self.device), labels
+            return
         for index, (images, labels) in enumerate(self.source.batches(wanted), start):
             images = images.to(self.device, non_blocking=True)
             if self.augment:

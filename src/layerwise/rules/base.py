@@ -122,6 +122,11 @@ class Rule:
     """What the rule cannot do, in one or two sentences."""
     model: ClassVar[str | None] = None
     """The one model that the rule trains; None for a rule that trains any network."""
+    predicts_at_head: ClassVar[bool] = False
+    """Whether what `signal` tells of the head is the accuracy and loss of `predict`, where that is overridden.
+
+    A pipeline, whose blocks live on several ranks and run once, serves such rules only.
+    """
 
     def groups(self, blocks: int) -> list[range]:
         """Which neighbouring sites share one graph, one backward pass and one optimizer.

@@ -172,6 +172,7 @@ class SID(Distillation):
     source: ClassVar[str] = (
         "Ye & Tang, arXiv 2510.03273 (2025), for the objective; belief heads on an ordinary network: our reading"
     )
+    predicts_at_head: ClassVar[bool] = True
     restrictions: ClassVar[str] = (
         'Classification; one label per position needs pool="none". direction="reverse" needs label smoothing.'
     )

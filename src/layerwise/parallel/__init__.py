@@ -1,0 +1,1 @@
+"""Training on several ranks: the forward-only pipeline."""

@@ -1,0 +1,271 @@
+"""`layerwise train --parallel pipeline`: a run whose blocks live on several ranks; messages go forward only."""
+
+import contextlib
+import hashlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch.utils._pytree import tree_map_only
+
+from layerwise.data import Dataset
+from layerwise.errors import LayerwiseError
+from layerwise.memory import MemoryUse
+from layerwise.options import TrainOptions, to_mapping
+from layerwise.parallel.stage import Stage
+from layerwise.parallel.transport import DONE, FORWARD, STATE, Inlet, Outlet, Prefetched, Ranks, Refused, guarded
+from layerwise.progress import Progress
+from layerwise.state import joined
+from layerwise.training import Facts, Interrupted, Run, pick_device
+
+
+@dataclass(frozen=True)
+class ParallelOptions:
+    """How the processes of one run share the work; none of it changes the result."""
+
+    parallel: Literal["none", "pipeline"] = "none"
+    """none | pipeline (blocks on several ranks, messages forward only; start it with torchrun)."""
+    stages: str | None = None
+    """Groups of blocks per rank, such as 3,3; balanced by their floating-point operations if not given."""
+    timeout: float = 300.0
+    """Seconds after which a rank that does not answer counts as lost."""
+
+    def __post_init__(self) -> None:
+        if not self.timeout > 0:
+            raise LayerwiseError(f"timeout is {self.timeout}; it is a number of seconds larger than 0.")
+        self.counts()
+
+    def counts(self) -> list[int] | None:
+        """Groups per rank, where they are given."""
+        if self.stages is None:
+            return None
+        try:
+            return [int(word) for word in self.stages.split(",")]
+        except ValueError:
+            raise LayerwiseError(
+                f"stages is {self.stages!r}; give one number of groups per rank, such as 3,3."
+            ) from None
+
+
+@dataclass(frozen=True)
+class TrainCommand(ParallelOptions, TrainOptions):
+    """Train a network with a learning rule.
+
+    Choose the rule and the model by name, `--rule sll --model vgg`; the options of both follow below.
+    """
+
+
+class PipelineRun(Run):
+    """One rank's part of a run. The last rank, where the head is, writes the folder.
+
+    Everything travels forward: batches, the figures of the log behind them, and the word to stop, which is the first
+    rank's. So no rank waits for one that comes after it, but for room in the queue and, at checkpoints, for its own
+    state to be taken.
+    """
+
+    def __init__(self, ranks: Ranks, how: ParallelOptions, options: TrainOptions, command: str, resume: Path | None):
+        self.ranks = ranks
+        self.stage = Stage(ranks.rank, ranks.count, how.counts())
+        try:
+            super().__init__(options, command, resume, self.stage)
+            self.ranks.agree(None)
+        except Refused:
+            raise
+        except LayerwiseError as error:
+            self.ranks.agree(str(error))  # which raises
+        self._connect()
+        if not self.stage.first:
+            self.train_batches = self.train_batches.without_images()
+            self.val_batches = self.val_batches and self.val_batches.without_images()
+            self.test_batches = self.test_batches.without_images()
+
+    def _connect(self) -> None:
+        rank, wire = self.ranks.rank, self.ranks.wire
+        self.ranks.blocks = self.stage.blocks
+        self.outlet = None if self.stage.last else Outlet(self.ranks, rank + 1, FORWARD, wire)
+        self.inlet = None if self.stage.first else Prefetched(Inlet(self.ranks, rank - 1, FORWARD, wire))
+        self.stage.link = self
+
+    # The stage's link.
+
+    def receive(self) -> Any:
+        """The next tree from the rank before, on this rank's device."""
+        assert self.inlet is not None
+        tree = self.inlet.receive()
+        if self.ranks.wire == self.device:
+            return tree
+        return tree_map_only(torch.Tensor, lambda t: t.to(self.device), tree)
+
+    def send(self, tree: Any) -> None:
+        """Hand a tree to the next rank."""
+        assert self.outlet is not None
+        self.outlet.send(tree)
+
+    # What differs from a run in one process.
+
+    def _device(self) -> torch.device:
+        return self.ranks.device
+
+    def _open(self, resume: Path | None) -> Path:
+        # Nothing is written before all ranks are ready for the same run.
+        self.ranks.agree(None, {"data": digest(self.dataset), "options": to_mapping(self.options)})
+        if self.stage.last:
+            return super()._open(resume)
+        return resume or Path(self.options.out or ".")
+
+    def _restore(self) -> None:
+        super()._restore()
+        if not self.stage.last:
+            self.memory = self.flops = None  # the last rank's are those of all
+
+    def _progress(self, per_epoch: int) -> Progress:
+        return Progress(self.total, per_epoch, self._title(), quiet=not self.stage.last)
+
+    def _title(self) -> str:
+        return f"{super()._title()} · {self.ranks.count} ranks: {', '.join(self.stage.blocks)}"
+
+    @contextlib.contextmanager
+    def _logs(self) -> Iterator[Any]:
+        if self.stage.last:
+            with super()._logs() as log:
+                yield log
+        else:
+            yield lambda values: None
+
+    def _step(self, x: torch.Tensor, y: torch.Tensor) -> Any:
+        if self.stage.first:
+            self.stage.stop = self._signum
+        return super()._step(x, y)
+
+    def _stop(self) -> int:
+        return self.stage.stop
+
+    def _of_all_blocks(self, values: dict[str, float]) -> dict[str, float]:
+        if not self.stage.first:
+            values = {**self.receive(), **values}
+        if not self.stage.last:
+            self.send(values)
+        return values
+
+    def _state(self) -> dict[str, Any]:
+        own = {"learner": self.learner.state_dict(), "flops": self.flops, "memory": self.memory and asdict(self.memory)}
+        last, host = self.ranks.count - 1, torch.device("cpu")
+        if not self.stage.last:
+            outlet = Outlet(self.ranks, last, STATE, host)  # made anew, so that no copy of the state stays behind
+            outlet.send(own)
+            outlet.drain()
+            self.flops = self.memory = None  # told, and not to be counted twice
+            return own["learner"]
+        found = [Inlet(self.ranks, rank, STATE, host).receive() for rank in range(last)] + [own]
+        flops = [part["flops"] for part in found if part["flops"] is not None]
+        self.flops = sum(flops) if flops else None
+        # A rank is a device of its own: what counts is the fullest.
+        memory = [MemoryUse(**part["memory"]) for part in found if part["memory"] is not None]
+        self.memory = max(memory, key=lambda use: use.peak, default=None)
+        return joined([part["learner"] for part in found])
+
+    def _save(self) -> None:
+        if self.stage.last:
+            super()._save()
+        else:
+            self._state()
+
+    def _finish(self, log: Any) -> dict[str, Any]:
+        if self.stage.last:
+            self.notes.append(
+                f"trained by a pipeline of {self.ranks.count} ranks ({', '.join(self.stage.blocks)}); memory is that "
+                "of the rank with the largest peak"
+            )
+            return super()._finish(log)
+        self._evaluate(self.test_batches)
+        self._state()
+        return {}
+
+    def close(self) -> None:
+        """The end, on all ranks together: nobody leaves before the last rank has written everything."""
+        others = range(self.ranks.count - 1)
+        if self.outlet is not None:
+            self.outlet.send(None)
+            self.outlet.drain()
+            Inlet(self.ranks, self.ranks.count - 1, DONE, torch.device("cpu")).receive()
+        if self.inlet is not None:
+            self.inlet.receive()
+        if self.stage.last:
+            done = [Outlet(self.ranks, rank, DONE, torch.device("cpu")) for rank in others]
+            for outlet in done:
+                outlet.send(None)
+            for outlet in done:
+                outlet.drain()
+        dist.destroy_process_group()
+
+
+def pick_own_device(name: str) -> torch.device:
+    """The device of this rank: cuda and auto mean the one with the rank's number on its machine."""
+    device = pick_device(name)
+    if device.type == "cuda":
+        if ":" not in name:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    return device
+
+
+def digest(dataset: Dataset) -> str:
+    """What tells one data set from another: its facts and every label."""
+    found = hashlib.blake2b(repr(Facts.of(dataset)).encode())
+    for part in (dataset.train, dataset.val, dataset.test):
+        if part is not None:
+            found.update(part.labels.cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def train(
+    how: ParallelOptions, options: TrainOptions, command: str, resume: Path | None, show: Callable[[Any, Path], None]
+) -> int:
+    """One rank of `layerwise train --parallel pipeline`; returns the exit code.
+
+    Where it fails, the process ends here: a thread may wait for a rank that is gone, and nobody is to wait for that.
+
+    Args:
+        how: of the ranks.
+        options: of the run.
+        command: for the record.
+        resume: folder of a run to go on with.
+        show: prints the result of a finished run.
+    """
+    ranks = Ranks(how.timeout, pick_own_device(options.device))
+
+    def work() -> int:
+        run = PipelineRun(ranks, how, options, command, resume)
+        try:
+            result = run.train()
+        except Interrupted as stop:
+            if run.stage.last:
+                print(f"layerwise: {stop}", file=sys.stderr)
+            run.close()
+            return 128 + stop.signum
+        run.close()
+        if run.stage.last:
+            show(result, run.folder)
+        return 0
+
+    try:
+        return guarded(ranks, work)
+    except LayerwiseError as error:
+        if not isinstance(error, Refused) or error.teller == ranks.rank:
+            print(f"layerwise: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("layerwise: stopped.", file=sys.stderr)
+        code = 130
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

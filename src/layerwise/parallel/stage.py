@@ -1,0 +1,149 @@
+"""A stage: the range of groups that one rank of a pipeline runs, and what comes in and goes out of it."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from layerwise.blocks import Partition, balanced_ends, operations
+from layerwise.engine import detach
+from layerwise.errors import LayerwiseError
+from layerwise.rules.base import Rule
+
+
+class Link(Protocol):
+    """The way from the rank before, and to the next one."""
+
+    def receive(self) -> Any:
+        """The next tree of tensors from the rank before, in the order in which it sent them."""
+        ...
+
+    def send(self, tree: Any) -> None:
+        """Hand a tree of tensors to the next rank; returns before it has arrived."""
+        ...
+
+
+class Stage:
+    """Which groups this rank runs, and the batch on its way through the ranks.
+
+    Args:
+        rank: number of this rank, from 0.
+        ranks: how many there are.
+        counts: groups per rank; balanced by floating-point operations if not given.
+
+    Attributes:
+        link: set before the first batch.
+        blocks: per rank, names of the first and the last block; known when the learner is built.
+        stop: number of the signal by which the first rank stops the run behind this batch; 0 to go on.
+    """
+
+    def __init__(self, rank: int, ranks: int, counts: Sequence[int] | None = None):
+        self.rank, self.ranks, self.counts = rank, ranks, counts
+        self.blocks: list[str] = []
+        self.stop = 0
+        self._skipped = False
+
+    link: Link
+
+    @property
+    def first(self) -> bool:
+        """Whether the images enter here."""
+        return self.rank == 0
+
+    @property
+    def last(self) -> bool:
+        """Whether the head is here."""
+        return self.rank == self.ranks - 1
+
+    def choose(self, rule: Rule, network: Partition, groups: Sequence[range], example: Tensor) -> range:
+        """The groups of this rank; the other ranks' parameters are given up.
+
+        Args:
+            rule: asked whether a pipeline can serve it.
+            network: all blocks and the head.
+            groups: sites of all groups.
+            example: one sample, on which the operations are counted.
+
+        Raises:
+            LayerwiseError: the rule needs more than what goes forward, or there are fewer groups than ranks.
+        """
+        check_rule(rule, groups)
+        if len(groups) < self.ranks:
+            raise LayerwiseError(
+                f"{self.ranks} ranks cannot share {len(groups)} groups of blocks, as each needs one; start at most "
+                f"{len(groups)} (--nproc-per-node {len(groups)}), or cut the model finer."
+            )
+        bounds = [group.start for group in groups] + [groups[-1].stop]
+        if self.counts is None:
+            cost = operations(network, example)
+            ends = balanced_ends([sum(cost[a:b]) for a, b in itertools.pairwise(bounds)], self.ranks)
+        elif len(self.counts) != self.ranks or sum(self.counts) != len(groups) or min(self.counts) < 1:
+            given = ",".join(map(str, self.counts))
+            raise LayerwiseError(
+                f"--stages {given} does not share {len(groups)} groups among {self.ranks} ranks; give one number per "
+                f"rank, each at least 1, that add up to {len(groups)}."
+            )
+        else:
+            ends = [sum(self.counts[: i + 1]) for i in range(self.ranks)]
+        blocks, self.blocks = [*network.blocks, network.head], []
+        for i, (start, end) in enumerate(itertools.pairwise([0, *ends])):
+            part = blocks[bounds[start] : bounds[end]]
+            self.blocks.append(part[0].name if len(part) == 1 else f"{part[0].name}..{part[-1].name}")
+            if i != self.rank:
+                give_up(network.model, [t for block in part for t in block.parameters()])
+                give_up(network.model, [t for block in part for _, t in block.named_buffers()])
+        return range([0, *ends][self.rank], ends[self.rank])
+
+    def own(self, tensors: Mapping[str, Tensor], auxiliary: nn.ModuleDict) -> dict[str, Tensor]:
+        """Of the tensors of all auxiliary modules, those of the modules here."""
+        return {name: tensor for name, tensor in tensors.items() if name.partition(".")[0] in auxiliary}
+
+    def receive(self) -> tuple[Tensor, Any]:
+        """Input and message of the first group here."""
+        self.stop, self._skipped, h, message = detach(self.link.receive())
+        return h, message
+
+    def pass_on(self, h: Tensor, message: Any, skipped: bool) -> bool:
+        """Hand output and message of the last group here to the next rank.
+
+        Returns:
+            Whether any update of this batch was skipped, here or before.
+        """
+        skipped = skipped or self._skipped
+        if not self.last:
+            self.link.send((self.stop, skipped, h, message))
+        return skipped
+
+
+def check_rule(rule: Rule, groups: Sequence[range]) -> None:
+    """Raise LayerwiseError where a rule needs more than what goes forward from block to block, once."""
+    for i, group in enumerate(groups[1:], 1):
+        if groups[i - 1].stop > group.start:
+            why = "its signals pass through blocks of later groups"
+            break
+    else:
+        if rule.locality != "local" or rule.has_trunk():
+            why = f"its locality is {rule.locality!r}, not 'local'"
+        elif type(rule).begin is not Rule.begin:
+            why = "what it begins with may look at the whole network"
+        elif type(rule).predict is not Rule.predict and not rule.predicts_at_head:
+            why = "it predicts from the whole network, not at the head"
+        else:
+            return
+    raise LayerwiseError(
+        f"rule {rule.name!r} cannot be trained by a pipeline, because {why}; train it in one process, or choose a rule "
+        "such as 'sll', 'sid' or 'local_ce'."
+    )
+
+
+def give_up(model: nn.Module, tensors: Sequence[Tensor]) -> None:
+    """Replace parameters and buffers by ones that have a shape and no memory."""
+    gone = {id(tensor) for tensor in tensors}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in gone:
+                module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and id(buffer) in gone:
+                module._buffers[name] = buffer.to("meta")

@@ -1,0 +1,384 @@
+"""The forward-only pipeline: the bits of one process, and a clear end where a rank fails."""
+
+import contextlib
+import copy
+import itertools
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from shlex import split
+
+import pytest
+import torch
+import torch.distributed as dist
+from nets import KINDS, batches, net, problem, same_bits, trained
+from runs import contents, lines, result, state, weights
+from torch.utils._pytree import tree_leaves
+
+from layerwise import LayerwiseError, Learner, rules
+from layerwise.blocks import balanced_ends
+from layerwise.cli import main
+from layerwise.data import Batches, InMemorySource, load
+from layerwise.parallel.stage import Stage
+from layerwise.parallel.transport import Form, Slot, layout_of
+from layerwise.state import joined
+
+TINY = split("--model.width 8 --model.depth 4 --batch-size 128 --steps 6 --threads 1 --device cpu --augment crop")
+PIPELINE = split("train --parallel pipeline --timeout 30")
+LONG = [*TINY, *split("--steps 100000 --log-every 1 --save-every 1000000")]
+
+
+SERVED = ("sll", "svp", "sid", "local_ce", "last_layer", "predsim", "dgl", "gradient_reconciliation")
+
+
+class Pipe:
+    """A link inside one process."""
+
+    def __init__(self, before, after):
+        self.before, self.after = before, after
+
+    def receive(self):
+        return self.before.popleft()
+
+    def send(self, tree):
+        self.after.append(tree)
+
+
+def stages(model, rule, ranks, example, counts=None, **options):
+    ways = [deque() for _ in range(ranks + 1)]
+    learners = []
+    for rank in range(ranks):
+        stage = Stage(rank, ranks, counts)
+        stage.link = Pipe(ways[rank], ways[rank + 1])
+        learners.append(Learner(copy.deepcopy(model), rule, stage=stage, example=example, **options))
+    return learners
+
+
+def through(learners, method, x, y):
+    """One batch through all stages; the later ones get labels alone."""
+    found = [getattr(learner, method)(x if i == 0 else x[:, :0], y) for i, learner in enumerate(learners)]
+    return {block: scalars for metrics in found for block, scalars in metrics.blocks.items()}
+
+
+def same_state(a, b):
+    """Whether two states of learners hold the same names and bits, in whatever order."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_state(a[name], b[name]) for name in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rule", ["sll", "sid", "local_ce"])
+def test_stages_have_the_bits_of_one_process(rule, kind, ranks):
+    rule = rules.create(rule, **({"dropout": 0.2} if rule == "sll" else {}))
+    model = net(kind, 4, **({} if kind == "vgg" else {"dropout": 0.2}))
+    data = batches(3)
+    one = trained(model, rule, data)
+    learners = stages(model, rule, ranks, data[0][0])
+    for x, y in data:
+        through(learners, "step", x, y)
+    assert same_state(joined([learner.state_dict() for learner in learners]), one.state_dict())
+    x, y = problem(24, seed=5)
+    assert same_state(through(learners, "evaluate", x, y), one.evaluate(x, y).blocks)
+    # No rank holds anything of another one's.
+    held = [{n for n, p in learner.named_parameters() if not p.is_meta} for learner in learners]
+    assert sum(map(len, held)) == len(set.union(*held)) == len(dict(one.named_parameters()))
+
+
+@pytest.mark.parametrize("name", [name for name in rules.names() if name != "sid_cascade"])
+def test_a_rule_is_served_to_the_same_bits_or_refused(name):
+    model, data = net("mlp", 4), batches(2)
+    if name not in SERVED:
+        with pytest.raises(LayerwiseError, match=f"{name!r} cannot be trained by a pipeline, because"):
+            stages(model, name, 2, data[0][0])
+        return
+    learners = stages(model, name, 2, data[0][0])
+    for x, y in data:
+        through(learners, "step", x, y)
+    state = joined([learner.state_dict() for learner in learners])
+    assert same_state(state, trained(model, name, data).state_dict())
+
+
+def test_what_is_skipped_anywhere_is_counted_once():
+    model, data = net("mlp", 4), batches(2)
+    data[1][0][0, 0, 0, 0] = torch.nan
+    one = trained(model, "sll", data, nonfinite="skip")
+    learners = stages(model, "sll", 3, data[0][0], nonfinite="skip")
+    for x, y in data:
+        through(learners, "step", x, y)
+    assert learners[-1].skipped == one.skipped == 1
+
+
+def test_a_state_is_read_by_any_number_of_stages():
+    model, data = net("vit", 4), batches(4)
+    one = trained(model, "sid", data, clip=1.0)
+    first = stages(model, "sid", 4, data[0][0], clip=1.0)
+    for x, y in data[:2]:
+        through(first, "step", x, y)
+    second = stages(model, "sid", 2, data[0][0], clip=1.0)
+    for learner in second:
+        learner.load_state_dict(joined([part.state_dict() for part in first]))
+    for x, y in data[2:]:
+        through(second, "step", x, y)
+    assert same_state(joined([learner.state_dict() for learner in second]), one.state_dict())
+
+
+def test_the_cut_is_balanced_or_as_given():
+    x, _ = problem(2)
+    given = stages(net("mlp", 4), "sll", 2, x, counts=[3, 1])
+    assert [len(learner.groups) for learner in given] == [3, 1]
+    assert given[0].stage.blocks == ["block1..block3", "block4..head"]
+    # By brute force over all cuts into three.
+    cost = [5, 1, 1, 7, 2, 3]
+    best = min(max(sum(cost[:a]), sum(cost[a:b]), sum(cost[b:])) for a in range(1, 5) for b in range(a + 1, 6))
+    ends = [0, *balanced_ends(cost, 3)]
+    assert max(sum(cost[a:b]) for a, b in itertools.pairwise(ends)) == best
+    for counts in ([2, 1], [4], [4, 0], [5, -1]):
+        with pytest.raises(LayerwiseError, match="give one number per rank"):
+            stages(net("mlp", 4), "sll", 2, x, counts=counts)
+
+
+def test_labels_alone_are_the_labels():
+    source = InMemorySource(torch.zeros(20, 1, 4, 4, dtype=torch.uint8), torch.arange(20))
+    both = Batches(source, 6, seed=3, mean=(0.5,), std=(0.5,))
+    for (x, y), (nothing, alone) in zip(both.epoch(2, 1), both.without_images().epoch(2, 1), strict=True):
+        assert torch.equal(y, alone)
+        assert nothing.shape == (len(x), 0)
+
+
+def test_a_tree_keeps_its_layout_on_the_way():
+    """Kernels may depend on the order of dimensions in memory, and their bits with them."""
+    image = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    tree = {"h": image, "parts": (torch.ones(3, dtype=torch.bool), None, 7), "empty": torch.empty(0, 2)}
+    slot = Slot()
+    slot.fit(layout_of(tree), torch.device("cpu"))
+    assert slot.tree["h"].stride() == image.stride()
+    assert slot.tree["parts"][0].dtype == torch.bool and slot.tree["parts"][1:] == (None, 7)
+    before = slot.flat
+    slot.fit(layout_of(copy.deepcopy(tree)), torch.device("cpu"))
+    assert slot.flat is before  # the same buffers for the same layout
+    assert Form.of(image[:, :, :, 0]).shape == (2, 3, 4)
+    assert len(tree_leaves(slot.tree)) == 5
+
+
+# Processes.
+
+
+@contextlib.contextmanager
+def job(ranks, folder, words, of_rank=None):
+    """Ranks of a job, as torchrun starts them: their common store is kept by the process that started them."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    folder.mkdir(exist_ok=True)
+    load("digits")  # imported once, here
+
+    def child(rank):
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        code = main([*words, *(of_rank or {}).get(rank, [])])
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    processes = [multiprocessing.get_context("fork").Process(target=child, args=(rank,)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def ended(processes, folder, seconds=60):
+    """Exit codes and what each rank has said."""
+    limit = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(limit - time.monotonic(), 0.1))
+        assert process.exitcode is not None, "hangs"
+    return [p.exitcode for p in processes], [(folder / f"err{i}").read_text() for i in range(len(processes))]
+
+
+def run(ranks, folder, words, of_rank=None):
+    with job(ranks, folder, words, of_rank) as processes:
+        return ended(processes, folder)
+
+
+def under_way(out, processes, count=3):
+    """Wait until a few steps are logged."""
+    limit = time.monotonic() + 60
+    while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < count:
+        assert all(p.is_alive() for p in processes) and time.monotonic() < limit
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [
+        (2, "--rule sll --rule.dropout 0.1 --model mlp --model.dropout 0.1"),
+        (4, "--rule sid --model vit --model.heads 2 --model.dropout 0.1 --log-every 2"),
+        (4, "--rule local_ce --model vgg --clip 1 --val-fraction 0"),
+    ],
+    ids=lambda value: value if isinstance(value, int) else "",
+)
+def test_a_run_on_several_ranks_is_the_run_in_one_process(ranks, words, tmp_path):
+    words = [*split(words), *TINY]
+    one, many = tmp_path / "one", tmp_path / "many"
+    codes, errors = run(ranks, tmp_path / "job", [*PIPELINE, *words, "--out", str(many)])
+    assert codes == [0] * ranks, errors
+    assert "test accuracy" in (tmp_path / "job" / f"out{ranks - 1}").read_text()
+    assert not "".join(errors[:-1])  # one rank speaks
+    assert main(["train", *words, "--out", str(one)]) == 0
+    assert same_bits(weights(one), weights(many))
+    assert same_state(state(one), state(many))
+    assert lines(one) == lines(many)
+    changed = {"train_seconds", "samples_per_second", "memory_mib", "command", "notes"}
+    a, b = ({k: v for k, v in result(folder).items() if k not in changed} for folder in (one, many))
+    assert a == b
+    assert result(many)["memory_mib"]["parameters"] < result(one)["memory_mib"]["parameters"]
+
+
+def test_a_signal_stops_all_ranks_behind_the_same_step(tmp_path):
+    out, folder = tmp_path / "out", tmp_path / "job"
+    with job(3, folder, [*PIPELINE, *LONG, "--out", str(out)]) as processes:
+        under_way(out, processes)
+        for process in processes:
+            os.kill(process.pid, signal.SIGTERM)
+        codes, errors = ended(processes, folder)
+    assert codes == [128 + signal.SIGTERM] * 3, errors
+    assert "go on with" in errors[2] and not errors[0] and not errors[1]
+    assert state(out)["steps"] == lines(out, "train")[-1]["step"]
+    assert not (out / "result.json").exists()
+
+
+def test_a_stopped_run_goes_on_with_another_number_of_ranks(tmp_path):
+    one, many = tmp_path / "one", tmp_path / "many"
+    words = [*TINY, *split("--model.dropout 0.1 --save-every 2")]
+    assert main(["train", *words, "--out", str(one)]) == 0
+    assert run(3, tmp_path / "job", [*PIPELINE, *words, "--out", str(many)])[0] == [0] * 3
+
+    def stop_earlier():
+        """As if it had been killed before its last checkpoint."""
+        shutil.rmtree(max((many / "checkpoints").iterdir()))
+        (many / "result.json").unlink()
+
+    stop_earlier()
+    codes, errors = run(2, tmp_path / "job", [*PIPELINE, "--resume", str(many)])
+    assert codes == [0, 0], errors
+    assert same_state(state(many), state(one)) and lines(many) == lines(one)
+    stop_earlier()
+    assert main(["train", "--resume", str(many)]) == 0
+    assert same_state(state(many), state(one)) and same_bits(weights(many), weights(one))
+    assert result(many)["flops_per_step"] == result(one)["flops_per_step"]
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_a_killed_rank_ends_the_others(victim, tmp_path):
+    out, folder = tmp_path / "out", tmp_path / "job"
+    with job(3, folder, [*PIPELINE, *LONG, "--out", str(out)]) as processes:
+        under_way(out, processes)
+        os.kill(processes[victim].pid, signal.SIGKILL)
+        codes, errors = ended(processes, folder)
+    blocks = ["block1", "block2", "block3..head"]
+    for rank in {0, 1, 2} - {victim}:
+        assert codes[rank] == 2
+        assert f"layerwise: rank {victim} ({blocks[victim]}) has ended" in errors[rank]
+        assert "Traceback" not in errors[rank]
+    assert not (out / "result.json").exists()
+    assert not list(out.rglob("*.partial"))
+
+
+def test_a_rank_that_hangs_is_noticed_within_the_limit(tmp_path):
+    out, folder = tmp_path / "out", tmp_path / "job"
+    with job(3, folder, [*PIPELINE, *LONG, "--timeout", "2", "--out", str(out)]) as processes:
+        under_way(out, processes)
+        os.kill(processes[1].pid, signal.SIGSTOP)
+        begun = time.monotonic()
+        for rank in (0, 2):
+            processes[rank].join(20)
+        assert time.monotonic() - begun < 10
+        assert [processes[rank].exitcode for rank in (0, 2)] == [2, 2]
+    told = [(folder / f"err{rank}").read_text() for rank in (0, 2)]
+    assert all("rank 1 (block2) has not answered" in text and "for 2 s" in text for text in told), told
+
+
+def test_a_rank_that_fails_is_named_with_its_reason(tmp_path):
+    words = [*PIPELINE, *TINY, *split("--optimizer sgd --lr 1e30 --schedule constant --out"), str(tmp_path / "out")]
+    codes, errors = run(2, tmp_path / "job", words)
+    assert codes == [2, 2]
+    assert all("non-finite" in error for error in errors), errors
+    assert any("has stopped: block" in error for error in errors)
+    assert not (tmp_path / "out" / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "of_rank", "sentence"),
+    [
+        ("--rule backprop", {}, "'backprop' cannot be trained by a pipeline, because its locality is 'global'"),
+        ("--model.depth 1", {}, "2 ranks cannot share 1 groups of blocks"),
+        ("--stages 1,1", {}, "--stages 1,1 does not share 4 groups among 2 ranks"),
+        ("", {1: ["--label-noise", "0.5"]}, "rank 1 has other data than rank 0"),
+        ("", {1: ["--lr", "0.5"]}, "rank 1 has other options than rank 0"),
+        ("", {1: ["--augment", "spin"]}, "spin"),
+        ("--out FULL", {}, "is not empty"),
+    ],
+)
+def test_a_mistake_is_one_sentence_of_one_rank(words, of_rank, sentence, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    words = [word.replace("FULL", str(tmp_path / "full")) for word in split(words)]
+    codes, errors = run(2, tmp_path / "job", [*PIPELINE, *TINY, "--out", str(tmp_path / "out"), *words], of_rank)
+    assert codes == [2, 2]
+    (said,) = [error for error in errors if error]
+    assert said.startswith("layerwise: ") and said.count("\n") == 1 and sentence in said
+    assert not (tmp_path / "out").exists()
+    assert list(contents(tmp_path / "full")) == ["file"]
+
+
+def test_without_torchrun_it_says_how(capsys, monkeypatch, tmp_path):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert main([*PIPELINE, *TINY]) == 2
+    assert "start it with torchrun" in capsys.readouterr().err
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", *TINY]) == 2
+    assert "add --parallel pipeline" in capsys.readouterr().err
+    for words, sentence in (("--stages 2,x", "such as 3,3"), ("--timeout 0", "larger than 0")):
+        assert main([*PIPELINE, *TINY, *split(words)]) == 2
+        assert sentence in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_that_never_comes_is_waited_for_no_longer_than_the_limit(capsys, monkeypatch):
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": store.port}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    assert main([*PIPELINE, *TINY, "--timeout", "1"]) == 2
+    assert "did not find one another within 1 s" in capsys.readouterr().err
+
+
+def test_torchrun_starts_it(tmp_path):
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "layerwise"]
+    words += [*PIPELINE, *TINY, "--out", str(tmp_path / "out")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "test accuracy" in done.stdout
+    assert result(tmp_path / "out")["steps"] == 6
