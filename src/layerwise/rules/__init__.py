@@ -10,6 +10,7 @@ import dataclasses
 from importlib.metadata import entry_points
 
 from layerwise.errors import LayerwiseError, suggestion
+from layerwise.rules.auglocal import AugLocal
 from layerwise.rules.backprop import Backprop, BackpropCheckpoint, BackpropOffload
 from layerwise.rules.base import Moment, Rule, Signal, Site, Start
 from layerwise.rules.controls import DeepSupervision, LastLayer
@@ -36,6 +37,7 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     MonoForward,
     PredSim,
     DGL,
+    AugLocal,
     Interlocking,
     GradientReconciliation,
     ForwardForward,
@@ -107,6 +109,7 @@ __all__ = [
     "SID",
     "SLL",
     "SVP",
+    "AugLocal",
     "Backprop",
     "BackpropCheckpoint",
     "BackpropOffload",
