@@ -33,7 +33,8 @@ PIPELINE = split("train --parallel pipeline --timeout 30")
 LONG = [*TINY, *split("--steps 100000 --log-every 1 --save-every 1000000")]
 
 
-SERVED = ("sll", "svp", "sid", "local_ce", "last_layer", "predsim", "dgl", "auglocal", "gradient_reconciliation")
+SERVED = ("sll", "svp", "sid", "local_ce", "last_layer", "predsim", "dgl", "auglocal", "infopro")
+SERVED += ("gradient_reconciliation",)
 
 
 class Pipe:

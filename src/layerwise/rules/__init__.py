@@ -18,6 +18,7 @@ from layerwise.rules.counter_current import CounterCurrent
 from layerwise.rules.dgl import DGL
 from layerwise.rules.forward_forward import ForwardForward
 from layerwise.rules.gradient_reconciliation import GradientReconciliation
+from layerwise.rules.infopro import InfoPro
 from layerwise.rules.interlocking import Interlocking
 from layerwise.rules.layer_collaboration import LayerCollaboration
 from layerwise.rules.local_ce import LocalCE
@@ -38,6 +39,7 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     PredSim,
     DGL,
     AugLocal,
+    InfoPro,
     Interlocking,
     GradientReconciliation,
     ForwardForward,
@@ -117,6 +119,7 @@ __all__ = [
     "DeepSupervision",
     "ForwardForward",
     "GradientReconciliation",
+    "InfoPro",
     "Interlocking",
     "LastLayer",
     "LayerCollaboration",
