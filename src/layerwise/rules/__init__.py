@@ -23,6 +23,7 @@ from layerwise.rules.interlocking import Interlocking
 from layerwise.rules.layer_collaboration import LayerCollaboration
 from layerwise.rules.local_ce import LocalCE
 from layerwise.rules.mono_forward import MonoForward
+from layerwise.rules.periodic_guidance import PeriodicGuidance
 from layerwise.rules.predsim import PredSim
 from layerwise.rules.scalable_ff import ScalableFF
 from layerwise.rules.sid import SID, SIDCascade
@@ -42,6 +43,7 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     InfoPro,
     Interlocking,
     GradientReconciliation,
+    PeriodicGuidance,
     ForwardForward,
     LayerCollaboration,
     ScalableFF,
@@ -126,6 +128,7 @@ __all__ = [
     "LocalCE",
     "Moment",
     "MonoForward",
+    "PeriodicGuidance",
     "PredSim",
     "Rule",
     "SIDCascade",
