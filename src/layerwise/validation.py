@@ -22,7 +22,7 @@ class ValidateOptions:
 
     rule: str = "sll"
     """Rule to check."""
-    model: Literal["mlp", "vgg", "resnet", "vit", "sid_cascade"] = "mlp"
+    model: Literal["mlp", "vgg", "resnet", "vit", "sid_cascade", "noprop"] = "mlp"
     """Model to check it on."""
 
 
@@ -74,6 +74,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "resnet": {"width": 8},
     "vit": {"width": 24},
     "sid_cascade": {"width": 16},
+    "noprop": {"width": 4},
 }
 
 

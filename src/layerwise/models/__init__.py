@@ -18,6 +18,7 @@ from typing import Any
 from layerwise.errors import LayerwiseError, suggestion
 from layerwise.models.base import BlockSequential, ModelOptions
 from layerwise.models.mlp import MLP
+from layerwise.models.noprop import NoProp
 from layerwise.models.resnet import ResNet
 from layerwise.models.sid_cascade import SIDCascade
 from layerwise.models.vgg import VGG
@@ -28,6 +29,7 @@ __all__ = [
     "VGG",
     "BlockSequential",
     "ModelOptions",
+    "NoProp",
     "ResNet",
     "SIDCascade",
     "ViT",
@@ -39,6 +41,7 @@ __all__ = [
 
 _MODELS: dict[str, type[ModelOptions]] = {
     "mlp": MLP,
+    "noprop": NoProp,
     "resnet": ResNet,
     "sid_cascade": SIDCascade,
     "vgg": VGG,
@@ -51,7 +54,7 @@ def names() -> tuple[str, ...]:
 
     Example:
         >>> names()
-        ('mlp', 'resnet', 'sid_cascade', 'vgg', 'vit')
+        ('mlp', 'noprop', 'resnet', 'sid_cascade', 'vgg', 'vit')
     """
     return tuple(_MODELS)
 

@@ -23,6 +23,7 @@ from layerwise.rules.interlocking import Interlocking
 from layerwise.rules.layer_collaboration import LayerCollaboration
 from layerwise.rules.local_ce import LocalCE
 from layerwise.rules.mono_forward import MonoForward
+from layerwise.rules.noprop import NoPropDT
 from layerwise.rules.periodic_guidance import PeriodicGuidance
 from layerwise.rules.predsim import PredSim
 from layerwise.rules.scalable_ff import ScalableFF
@@ -48,6 +49,7 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     LayerCollaboration,
     ScalableFF,
     CounterCurrent,
+    NoPropDT,
     Backprop,
     BackpropCheckpoint,
     BackpropOffload,
@@ -128,6 +130,7 @@ __all__ = [
     "LocalCE",
     "Moment",
     "MonoForward",
+    "NoPropDT",
     "PeriodicGuidance",
     "PredSim",
     "Rule",
