@@ -24,6 +24,7 @@ CASCADE = {  # further rows of the rules' pages: folder
     "Fashion-MNIST, SID's cascade, 400 steps": "sid_fashion",
     "Fashion-MNIST, SID's cascade, SGD, 400 steps": "sid_fashion_sgd",
     "CIFAR-10, SID's cascade, 400 steps": "sid_cifar10",
+    "MNIST, NoProp's network, 2 epochs": "mnist_noprop",
 }
 LABELS = {  # rows of the conv net and of the cascade: rule and what is special about it
     "sll_4_overlap": ("sll", "4 blocks, overlap 1"),
