@@ -110,7 +110,7 @@ def simulate(
     return spans
 
 
-def forward_only(costs: Sequence[float], steps: int, size: float = 0.0, queue: int = DEPTH) -> list[list[Op]]:
+def forward_only(costs: Sequence[float], steps: int, size: float = 0.0, queue: int = 2 * DEPTH) -> list[list[Op]]:
     """Our pipeline: rank r works on batch t as soon as it has it, and is at most `queue` finished batches ahead.
 
     start(r, t) = max(end(r, t - 1), arrival of (r - 1, t), word that (r + 1, t - 1 - queue) has begun)
@@ -301,7 +301,7 @@ def predicted(
         speed: see `simulate`.
         steps: batches to simulate; enough for the steady state if not given.
     """
-    skip = 2 * ranks + 2 * DEPTH if schedule == "pipeline" else 1
+    skip = 2 * (ranks + 2 * DEPTH) if schedule == "pipeline" else 1
     steps = steps or skip + (24 if schedule == "pipeline" else 3)
     if schedule == "pipeline":
         bounds = itertools.pairwise([0, *balanced_ends(operations, ranks)])

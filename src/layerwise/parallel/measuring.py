@@ -39,7 +39,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
 from layerwise.optim import decay_groups, optimizer_factory
 from layerwise.parallel.stage import Stage
-from layerwise.parallel.transport import FORWARD, Inlet, Outlet, Prefetched, Ranks
+from layerwise.parallel.transport import FORWARD, Outlet, Prefetched, Ranks
 
 SCHEDULES = {
     "gpipe": ScheduleGPipe,
@@ -91,8 +91,8 @@ class Link:
 
     def __init__(self, ranks: Ranks):
         rank, wire = ranks.rank, ranks.wire
-        self.outlet = None if rank == ranks.count - 1 else Outlet(ranks, rank + 1, FORWARD, wire)
-        self.inlet = None if rank == 0 else Prefetched(Inlet(ranks, rank - 1, FORWARD, wire))
+        self.outlet = None if rank == ranks.count - 1 else Outlet(ranks, rank + 1, FORWARD, wire, ranks.lanes)
+        self.inlet = None if rank == 0 else Prefetched(ranks, rank - 1, FORWARD, wire, ranks.lanes)
         self.found: Any = None
         self.bytes = 0
 
@@ -116,8 +116,7 @@ class Link:
     def close(self) -> None:
         """Tell the next rank that nothing more comes."""
         if self.outlet is not None:
-            self.outlet.send(None)
-            self.outlet.drain()
+            self.outlet.end()
 
 
 class CountedStage(PipelineStage):
