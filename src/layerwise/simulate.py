@@ -17,6 +17,8 @@ from layerwise.parallel.transport import DEPTH
 
 PARTS = {"gpipe": 1, "1f1b": 1, "zb1p": 1, "zbv": 2}
 """Schedules of backpropagation, and how many parts of the network each rank holds."""
+WAITS = {"gpipe": "phases", "1f1b": "turns", "zb1p": "steps", "zbv": "steps"}
+"""When their ranks wait for what they send, see `scheduled`."""
 Action = tuple[str, int, int]
 """What is done, to which part of the network, with which micro-batch: F forward, B backward, I and W its halves."""
 
@@ -38,13 +40,21 @@ class Op:
     name: Hashable
     seconds: float
     needs: tuple[Hashable, ...] = ()
-    """Names of ops of other ranks that have to arrive here first; `("begun", name)` for the word that it has begun."""
+    """Names of ops of other ranks that have to arrive here first; `("begun", name)` for the word that it has begun,
+    `("sent", name)` for the end of sending one of this rank's own."""
     to: tuple[int, ...] = ()
     """Ranks that its result is sent to when it is done."""
     bytes: float = 0.0
     """Size of the result."""
     tells: tuple[int, ...] = ()
     """Ranks that are told when it begins; the word costs latency and no bandwidth."""
+    asked: bool = False
+    """Whether the result is sent only when it has been asked for, as gloo does: the rank that needs it asks when it
+    comes to that op."""
+    lane: int | None = None
+    """Results of the same lane are sent one after another, each when the one before it has arrived and that is known."""
+    trips: int = 1
+    """Messages of which the result is made, each sent when it is known that the one before it has arrived."""
 
 
 def simulate(
@@ -67,24 +77,45 @@ def simulate(
     (3.0, 4.0)
     """
     wire, speed = wire or Wire(), speed or (lambda running: 1.0)
+    home = {op.name: (rank, op) for rank, program in enumerate(programs) for op in program}
     arrived: list[set[Hashable]] = [set() for _ in programs]
-    free: dict[tuple[int, int], float] = {}
+    free: dict[Hashable, float] = {}
     begun: dict[Hashable, float] = {}
     spans: dict[Hashable, tuple[float, float]] = {}
-    position = [0] * len(programs)
+    position, reached = [0] * len(programs), [-1] * len(programs)
     left: dict[int, float] = {}  # seconds of work of the ranks that compute now
     events: list[tuple[float, int, int, Hashable]] = []
     order, now = itertools.count(), 0.0
     idle = set(range(len(programs)))
+
+    def later(seconds: float, rank: int, name: Hashable) -> None:
+        heapq.heappush(events, (seconds, next(order), rank, name))
+
+    def send(op: Op, rank: int, other: int) -> None:
+        way = (rank, other)
+        start = max(now, free.get(way, 0.0), free.get((way, op.lane), 0.0) if op.lane is not None else 0.0)
+        free[way] = start + op.bytes / wire.bandwidth
+        arrival = free[way] + (2 * op.trips - 1) * wire.latency
+        free[way, op.lane] = arrival + wire.latency
+        later(free[way], rank, ("sent", op.name))
+        later(arrival, other, op.name)
+
     while True:
         for rank in sorted(idle):
             if position[rank] == len(programs[rank]):
                 idle.discard(rank)
-            elif arrived[rank].issuperset((op := programs[rank][position[rank]]).needs):
+                continue
+            op = programs[rank][position[rank]]
+            if reached[rank] < position[rank]:
+                reached[rank] = position[rank]
+                for name in op.needs:
+                    if name in home and home[name][1].asked:
+                        later(now + wire.latency, home[name][0], ("asked", name))
+            if arrived[rank].issuperset(op.needs):
                 idle.discard(rank)
                 left[rank], begun[op.name] = op.seconds, now
                 for told in op.tells:
-                    heapq.heappush(events, (now + wire.latency, next(order), told, ("begun", op.name)))
+                    later(now + wire.latency, told, ("begun", op.name))
         if not left and not events:
             break
         rate = speed(len(left)) if left else 1.0
@@ -98,19 +129,24 @@ def simulate(
             spans[op.name] = begun[op.name], now
             position[rank] += 1
             idle.add(rank)
-            for other in op.to:
-                free[rank, other] = max(now, free.get((rank, other), 0.0)) + op.bytes / wire.bandwidth
-                heapq.heappush(events, (free[rank, other] + wire.latency, next(order), other, op.name))
+            if not op.asked or ("asked", op.name) in arrived[rank]:
+                for other in op.to:
+                    send(op, rank, other)
         while events and events[0][0] <= now:
             _, _, rank, name = heapq.heappop(events)
             arrived[rank].add(name)
+            if isinstance(name, tuple) and name[0] == "asked" and name[1] in spans:
+                for other in home[name[1]][1].to:
+                    send(home[name[1]][1], rank, other)
     if idle:
         stuck = min(idle)
         raise ValueError(f"rank {stuck} waits for ever at {programs[stuck][position[stuck]].name}.")
     return spans
 
 
-def forward_only(costs: Sequence[float], steps: int, size: float = 0.0, queue: int = 2 * DEPTH) -> list[list[Op]]:
+def forward_only(
+    costs: Sequence[float], steps: int, size: float = 0.0, queue: int = 2 * DEPTH, lanes: int = DEPTH, trips: int = 3
+) -> list[list[Op]]:
     """Our pipeline: rank r works on batch t as soon as it has it, and is at most `queue` finished batches ahead.
 
     start(r, t) = max(end(r, t - 1), arrival of (r - 1, t), word that (r + 1, t - 1 - queue) has begun)
@@ -120,6 +156,8 @@ def forward_only(costs: Sequence[float], steps: int, size: float = 0.0, queue: i
         steps: batches.
         size: bytes per batch from each rank to the next.
         queue: batches that may wait between two ranks.
+        lanes: that the batches take in turn.
+        trips: messages per batch; as a rule whether the layout has changed, the activation, the rule's message.
     """
     last = len(costs) - 1
     return [
@@ -134,6 +172,8 @@ def forward_only(costs: Sequence[float], steps: int, size: float = 0.0, queue: i
                 to=(rank + 1,) if rank < last else (),
                 bytes=size,
                 tells=(rank - 1,) if rank > 0 else (),
+                lane=step % lanes,
+                trips=trips,
             )
             for step in range(steps)
         ]
@@ -182,7 +222,11 @@ def actions(schedule: str, ranks: int, micro_batches: int) -> list[list[Action]]
 
 
 def scheduled(
-    orders: Sequence[Sequence[Action]], costs: Sequence[Mapping[str, float]], steps: int, size: float = 0.0
+    orders: Sequence[Sequence[Action]],
+    costs: Sequence[Mapping[str, float]],
+    steps: int,
+    size: float = 0.0,
+    wait: str = "steps",
 ) -> list[list[Op]]:
     """Programs of a backpropagation pipeline; every batch ends with the optimizer's step.
 
@@ -191,26 +235,35 @@ def scheduled(
         costs: per part of the network, seconds of `F`, `B`, `I`, `W` for one micro-batch, and `optimizer`.
         steps: batches.
         size: bytes of one micro-batch at a boundary, forward or backward.
+        wait: when a rank waits until what it sent has gone: at the end of `steps`, of `phases` (forward and backward),
+            or `turns`, before it begins with what comes next, two forwards in a row aside.
     """
     home = {part: rank for rank, order in enumerate(orders) for _, part, _ in order}
     last = max(home)
     programs: list[list[Op]] = []
     for rank, order in enumerate(orders):
-        program = []
+        program: list[Op] = []
+        sending: list[Hashable] = []
         for step in range(steps):
+            before = ""
             for kind, part, micro in order:
                 seen = "B" if kind == "I" else kind
-                neighbour = {"F": (part - 1, part + 1), "B": (part + 1, part - 1)}.get(seen)
-                needs, to = (), ()
-                if neighbour is not None:
-                    before, after = neighbour
-                    if 0 <= before <= last and home[before] != rank:
-                        needs = ((seen, before, micro, step),)
-                    if 0 <= after <= last and home[after] != rank:
-                        to = (home[after],)
-                program.append(Op((seen, part, micro, step), costs[part][kind], needs, to, size))
+                below, above = {"F": (part - 1, part + 1), "B": (part + 1, part - 1)}.get(seen, (-1, -1))
+                needs: list[Hashable] = []
+                if 0 <= below <= last and home[below] != rank:
+                    needs.append((seen, below, micro, step))
+                if wait == "turns" and (before, seen) != ("F", "F") or wait == "phases" and (before, seen) == ("F", "B"):
+                    needs += sending
+                    sending = []
+                name = (seen, part, micro, step)
+                to = (home[above],) if 0 <= above <= last and home[above] != rank else ()
+                program.append(Op(name, costs[part][kind], tuple(needs), to, size, asked=True))
+                if to:
+                    sending.append(("sent", name))
+                before = seen
             own = sum(costs[part]["optimizer"] for part in sorted({part for _, part, _ in order}))
-            program.append(Op(("optimizer", rank, 0, step), own))
+            program.append(Op(("optimizer", rank, 0, step), own, tuple(sending)))
+            sending = []
         programs.append(program)
     return programs
 
@@ -310,6 +363,6 @@ def predicted(
         return period(simulate(programs, wire, speed), finals, skip)
     orders = actions(schedule, ranks, micro_batches)
     parts = costs.parts(operations, PARTS[schedule] * ranks, micro_batches)
-    spans = simulate(scheduled(orders, parts, steps, size / micro_batches), wire, speed)
+    spans = simulate(scheduled(orders, parts, steps, size / micro_batches, WAITS[schedule]), wire, speed)
     ends = [max(spans["optimizer", rank, 0, step][1] for rank in range(ranks)) for step in range(steps)]
     return (ends[-1] - ends[skip - 1]) / (steps - skip)
