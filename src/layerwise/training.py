@@ -382,6 +382,7 @@ def load_data(options: TrainOptions) -> data.Dataset:
     return data.load(
         options.data,
         val_fraction=options.val_fraction,
+        train_samples=options.train_samples,
         size=options.image_size,
         label_noise=options.label_noise,
         label_noise_kind=options.label_noise_kind,
