@@ -19,7 +19,7 @@ from nets import same_bits
 from runs import contents, lines, result, split, weights
 from safetensors.torch import load_file, save_file
 
-from layerwise import checkpoint
+from layerwise import checkpoint, models
 from layerwise.cli import main
 from layerwise.parallel import parts
 
@@ -76,6 +76,36 @@ def test_one_process_reads_what_several_ranks_wrote(one, three, tmp_path, capsys
     shutil.rmtree(checkpoint.latest(copy / "checkpoints"))
     assert main(["train", "--resume", str(copy)]) == 0
     same_run(copy, one)
+
+
+def test_export_fills_the_models_own_class(one, three, tmp_path, capsys):
+    model = models.create("mlp", (1, 8, 8), 10, width=8, depth=4, dropout=0.1)
+    for folder in (one, three):
+        assert main(["export", str(folder), str(tmp_path / "weights.safetensors")]) == 0
+        assert not capsys.readouterr().err
+        model.load_state_dict(load_file(tmp_path / "weights.safetensors"))
+        assert same_bits(model, weights(one))
+    (copy := copied(three, tmp_path) / "result.json").unlink()
+    assert main(["export", str(copy.parent), str(tmp_path / "weights.safetensors")]) == 0
+    assert "not finished: these are its weights after step 6" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("RUN nowhere/file", "could not write nowhere/file"),
+        ("RUN", "export needs FILE"),
+        ("", "export needs RUN"),
+        ("nowhere file", "nowhere holds no run"),
+        ("RUN file --device cpu", "unknown options: --device"),
+    ],
+)
+def test_a_mistake_in_export_is_one_sentence(words, sentence, three, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", *split(words.replace("RUN", str(three)))]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and sentence in told
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone", "exchanged", "json"])

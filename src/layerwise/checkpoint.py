@@ -192,7 +192,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     except (OSError, safetensors.SafetensorError) as reason:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise LayerwiseError(f"could not write {path} ({_short(reason)}); free space and resume.") from reason
+        raise LayerwiseError(
+            f"could not write {path} ({_short(reason)}); free space or choose another place."
+        ) from reason
 
 
 def split(state: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:

@@ -460,17 +460,27 @@ def load_run(folder: Path, device: str = "auto") -> Trained:
     Raises:
         LayerwiseError: the folder holds no run, or no checkpoint that can be read.
     """
+    options, state, notes = read_state(folder)
+    facts = _facts(state)
+    learner = build_learner(options, facts, pick_device(device), total=1)
+    learner.load_state_dict(state["learner"])
+    return Trained(options, facts, learner, notes)
+
+
+def read_state(folder: Path) -> tuple[TrainOptions, dict[str, Any], list[str]]:
+    """Options and newest checkpoint of the run in `folder`, and what the user should know of them.
+
+    Raises:
+        LayerwiseError: the folder holds no run, or no checkpoint that can be read.
+    """
     options = read_options(folder)
     state, notes = checkpoint.load_latest(folder / "checkpoints")
     if state is None:
         raise LayerwiseError(f"the run in {folder} has no checkpoint yet; train it first.")
     check_options(options, state["options"], folder)
-    facts = _facts(state)
-    learner = build_learner(options, facts, pick_device(device), total=1)
-    learner.load_state_dict(state["learner"])
     if not (folder / "result.json").is_file():
-        notes.append(f"the run is not finished: these are its weights after step {learner.steps}")
-    return Trained(options, facts, learner, notes)
+        notes.append(f"the run is not finished: these are its weights after step {state['learner']['steps']}")
+    return options, state, notes
 
 
 def _facts(state: dict[str, Any]) -> Facts:
