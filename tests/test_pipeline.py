@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from dataclasses import dataclass
 from shlex import split
 
 import pytest
@@ -23,11 +24,10 @@ from layerwise import LayerwiseError, Learner, rules
 from layerwise.blocks import balanced_ends
 from layerwise.cli import main
 from layerwise.data import Batches, InMemorySource
+from layerwise.parallel.pipeline import PipelineRun
 from layerwise.parallel.stage import Stage
 from layerwise.parallel.transport import Form, Slot, layout_of
 from layerwise.state import joined
-
-SERVED = ("sll", "svp", "sid", "local_ce", "last_layer", "predsim", "dgl", "gradient_reconciliation")
 
 
 class Pipe:
@@ -88,7 +88,7 @@ def test_stages_have_the_bits_of_one_process(rule, kind, ranks):
 @pytest.mark.parametrize("name", [name for name in rules.names() if name != "sid_cascade"])
 def test_a_rule_is_served_to_the_same_bits_or_refused(name):
     model, data = net("mlp", 4), batches(2)
-    if name not in SERVED:
+    if rules.get(name).locality != "local":
         with pytest.raises(LayerwiseError, match=f"{name!r} cannot be trained by a pipeline, because"):
             stages(model, name, 2, data[0][0])
         return
@@ -97,6 +97,72 @@ def test_a_rule_is_served_to_the_same_bits_or_refused(name):
         through(learners, "step", x, y)
     state = joined([learner.state_dict() for learner in learners])
     assert same_state(state, trained(model, name, data).state_dict())
+
+
+FAMILIES = [
+    ("forward_forward", {"peer": 0.03}),
+    ("forward_forward", {"predictor": "softmax", "loss": "symba"}),
+    ("forward_forward", {"predictor": "softmax", "negatives": "hybrid"}),
+    ("layer_collaboration", {}),
+    ("mono_forward", {"predictor": "sum"}),
+    ("mono_forward", {}),
+    ("scalable_ff", {}),
+    ("scalable_ff", {"predictor": "last"}),
+]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rule", "options"), FAMILIES)
+def test_rules_that_make_samples_or_add_up_votes_have_the_bits_of_one_process(rule, options, kind, ranks):
+    rule = rules.create(rule, **options)
+    model, data = net(kind, 4), batches(3)
+    one = trained(model, rule, data)
+    learners = stages(model, rule, ranks, data[0][0])
+    for x, y in data:
+        through(learners, "step", x, y)
+    assert same_state(joined([learner.state_dict() for learner in learners]), one.state_dict())
+    x, y = problem(24, seed=5)
+    expected = one.evaluate(x, y).blocks
+    assert same_state(through(learners, "evaluate", x, y), expected)
+    # What is evaluated is what is predicted.
+    assert expected["head"]["accuracy"] == (one(x).argmax(1) == y).float().mean()
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "why"),
+    [
+        ("forward_forward", {"negatives": "hard"}, "its locality is 'broadcast'"),
+        ("layer_collaboration", {"gamma": "all"}, "its locality is 'broadcast'"),
+        ("counter_current", {}, "feedback activations of the K classes downwards"),
+        ("sll", {"overlap": 1}, "its signals pass through blocks of later groups"),
+    ],
+)
+def test_a_rule_that_needs_later_blocks_is_refused_with_the_reason(rule, options, why):
+    with pytest.raises(LayerwiseError, match=f"{rule}' cannot be trained by a pipeline, because .*{why}"):
+        stages(net("mlp", 4), rules.create(rule, **options), 2, problem(2)[0])
+
+
+@dataclass(frozen=True)
+class LooksAround(rules.get("local_ce")):
+    """Declares nothing of what it begins with."""
+
+    def begin(self, start):
+        return start.x, start.forward(start.x)
+
+
+@dataclass(frozen=True)
+class AllAtOnce(rules.get("local_ce")):
+    """Predicts from the whole network."""
+
+    def predict(self, network, auxiliary, x):
+        return -network(x)
+
+
+@pytest.mark.parametrize(("rule", "why"), [(LooksAround, "begins with may look at"), (AllAtOnce, "network at once")])
+def test_a_rule_that_declares_nothing_is_refused(rule, why):
+    with pytest.raises(LayerwiseError, match=why):
+        stages(net("mlp", 4), rule(), 2, problem(2)[0])
 
 
 def test_what_is_skipped_anywhere_is_counted_once():
@@ -144,6 +210,19 @@ def test_labels_alone_are_the_labels():
     for (x, y), (nothing, alone) in zip(both.epoch(2, 1), both.without_images().epoch(2, 1), strict=True):
         assert torch.equal(y, alone)
         assert nothing.shape == (len(x), 0)
+
+
+def test_later_ranks_keep_no_images(tmp_path, monkeypatch):
+    def train(run):
+        data, batches = run.dataset, (run.train_batches, run.val_batches, run.test_batches)
+        sources = [data.train, data.val, data.test, *(b.source for b in batches)]
+        assert [source.images.is_meta for source in sources] == [not run.stage.first] * 6
+        return real(run)
+
+    real = PipelineRun.train
+    monkeypatch.setattr(PipelineRun, "train", train)
+    codes, errors = run(3, tmp_path / "job", [*PIPELINE, *TINY, "--out", str(tmp_path / "out")])
+    assert codes == [0, 0, 0], errors
 
 
 def test_a_tree_keeps_its_layout_on_the_way():

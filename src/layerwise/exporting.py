@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from layerwise.checkpoint import write_tensors
-from layerwise.rules.base import Rule
 from layerwise.training import read_state
 
 
@@ -26,7 +25,7 @@ def export(folder: Path, file: Path) -> list[str]:
     """
     options, state, notes = read_state(folder)
     write_tensors(file, state["learner"]["model"])
-    if type(options.rule).predict is not Rule.predict:
+    if not options.rule.predicts_plainly():
         notes.append(
             f"rule {options.rule.name!r} predicts with more than the network's own weights, which is all that {file} "
             "holds; its accuracy is that of layerwise predict and eval"

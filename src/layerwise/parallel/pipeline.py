@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,6 +99,13 @@ class PipelineRun(Run):
             self.train_batches = self.train_batches.without_images()
             self.val_batches = self.val_batches and self.val_batches.without_images()
             self.test_batches = self.test_batches.without_images()
+            data = self.dataset
+            self.dataset = replace(
+                data,
+                train=data.train.without_images(),
+                val=data.val and data.val.without_images(),
+                test=data.test.without_images(),
+            )
 
     def _connect(self) -> None:
         rank, wire = self.ranks.rank, self.ranks.wire
