@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from jobs import PIPELINE, TINY, new_store, run
+from jobs import PIPELINE, TINY, job, new_store, run
 from nets import same_bits
 from runs import contents, lines, result, split, weights
 from safetensors.torch import load_file, save_file
@@ -199,7 +199,7 @@ def test_a_rank_killed_while_it_writes_and_the_restart(ranks, victim, one, monke
     out = tmp_path / "runs" / "digits-mlp-sll-seed0-2"
     for rank in set(range(ranks)) - {victim}:
         assert codes[rank] == 2
-        assert "has ended" in errors[rank] and "Traceback" not in errors[rank]
+        assert f"rank {victim} (" in errors[rank].split("has ended")[0] and "Traceback" not in errors[rank]
     assert [path.name for path in checkpoint.complete(out / "checkpoints")] == ["step-000000002"]
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
@@ -207,6 +207,40 @@ def test_a_rank_killed_while_it_writes_and_the_restart(ranks, victim, one, monke
     assert codes == [0] * ranks, errors
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"digits-mlp-sll-seed0", out.name}
     same_run(out, one)
+
+
+def test_a_rank_that_hangs_while_it_writes_is_named(monkeypatch, tmp_path):
+    def stop(tensors, path):
+        save_file(tensors, path)
+        if os.environ["RANK"] == "1" and "000000004" in str(path):
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    monkeypatch.setattr(parts, "save_file", stop)
+    out, folder = tmp_path / "out", tmp_path / "job"
+    with job(3, folder, [*PIPELINE, *DROPPING, "--timeout", "2", "--out", str(out)]) as processes:
+        for rank in (0, 2):
+            processes[rank].join(30)
+        assert [processes[rank].exitcode for rank in (0, 2)] == [2, 2]
+    told = [(folder / f"err{rank}").read_text() for rank in (0, 2)]
+    assert all("rank 1 (block2) has not answered" in text and "for 2 s" in text for text in told), told
+    assert [path.name for path in checkpoint.complete(out / "checkpoints")] == ["step-000000002"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words", "sentence"),
+    [
+        (5, [], "5 ranks cannot share 4 groups of blocks"),
+        (2, ["--stages", "2,1"], "--stages 2,1 does not share 4 groups among 2 ranks"),
+    ],
+)
+def test_a_number_of_ranks_that_does_not_fit_is_refused_on_resume(ranks, words, sentence, three, tmp_path):
+    copy = copied(three, tmp_path)
+    before = contents(copy)
+    codes, errors = run(ranks, tmp_path / "job", [*PIPELINE, *words, "--resume", str(copy)])
+    assert codes == [2] * ranks
+    (said,) = [error for error in errors if error]
+    assert sentence in said and said.count("\n") == 1
+    assert contents(copy) == before
 
 
 def test_a_restart_does_not_take_up_the_run_of_somebody_else(three, tmp_path):

@@ -5,6 +5,7 @@ import itertools
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -388,6 +389,17 @@ def test_a_rank_that_never_comes_is_waited_for_no_longer_than_the_limit(capsys, 
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     assert main([*PIPELINE, *TINY, "--timeout", "1"]) == 2
     assert "did not find one another within 1 s" in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_told(capsys, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, str(value))
+        assert main([*PIPELINE, *TINY]) == 2
+    assert f"port {port} of localhost is in use" in capsys.readouterr().err
 
 
 def test_torchrun_starts_it(tmp_path):

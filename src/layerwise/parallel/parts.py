@@ -22,13 +22,20 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_together
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from layerwise.checkpoint import FAILURES, begin, digest, flush, make_current, not_written, split
+from layerwise.checkpoint import begin, digest, flush, make_current, not_written, split
 from layerwise.parallel.transport import Refused
 
 Join = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]]
 
 
-def save(folder: Path, step: int, state: Mapping[str, Any], join: Join, group: dist.ProcessGroup | None) -> None:
+def save(
+    folder: Path,
+    step: int,
+    state: Mapping[str, Any],
+    join: Join,
+    group: dist.ProcessGroup | None,
+    written: Callable[[], None] = lambda: None,
+) -> None:
     """Write a checkpoint of all ranks together, whole or not at all; none leaves before it is complete.
 
     Args:
@@ -37,18 +44,19 @@ def save(folder: Path, step: int, state: Mapping[str, Any], join: Join, group: d
         state: this rank's; nested mappings of tensors (also sharded ones), numbers, strings and None.
         join: the whole tree out of those of all ranks.
         group: of the ranks.
+        written: called when this rank's part has been written.
 
     Raises:
         Refused: on every rank, where one of them could not write.
         RuntimeError: a rank is gone.
     """
     tree, tensors = split(state)
-    writer = Writer(folder, step, tree, join)
+    writer = Writer(folder, step, tree, join, written)
     try:
         save_together(tensors, storage_writer=writer, process_group=group)
     except CheckpointException as failed:
         rank, (reason, _) = min(failed.failures.items())
-        if not isinstance(reason, FAILURES):
+        if not isinstance(reason, Exception):
             raise reason from None
         raise Refused(str(not_written(folder, step, reason)), teller=rank) from None
 
@@ -56,8 +64,8 @@ def save(folder: Path, step: int, state: Mapping[str, Any], join: Join, group: d
 class Writer(StorageWriter):
     """A folder with a safetensors file per rank, which is renamed when all have been written."""
 
-    def __init__(self, folder: Path, step: int, tree: Any, join: Join):
-        self.folder, self.step, self.tree, self.join = folder, step, tree, join
+    def __init__(self, folder: Path, step: int, tree: Any, join: Join, written: Callable[[], None]):
+        self.folder, self.step, self.tree, self.join, self.written = folder, step, tree, join, written
         self.partial = folder / f"step-{step:09d}.partial"
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -93,6 +101,7 @@ class Writer(StorageWriter):
         save_file({key: t.contiguous() for key, t in tensors.items() if isinstance(t, Tensor)}, path)
         flush(path)
         part = path.name, digest(path.name, path)
+        self.written()
         done.set_result([WriteResult(item.index, path.stat().st_size, (part, _key(item))) for item in plan.items])
         return done
 

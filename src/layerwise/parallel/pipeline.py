@@ -195,8 +195,10 @@ class PipelineRun(Run):
 
     def _write(self, state: dict[str, Any]) -> None:
 
-        with self.ranks.together("writing a checkpoint"):
-            self._write_part(self.folder / "checkpoints", self.learner.steps, state, joined_runs, self.ranks.group)
+        with self.ranks.together() as written:
+            self._write_part(
+                self.folder / "checkpoints", self.learner.steps, state, joined_runs, self.ranks.group, written
+            )
 
     def _weights(self) -> Mapping[str, torch.Tensor]:
         state, _ = checkpoint.load_latest(self.folder / "checkpoints")  # written behind the last step

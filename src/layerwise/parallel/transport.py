@@ -20,7 +20,6 @@ from layerwise.errors import LayerwiseError
 
 DEPTH = 4  # batches under way between two ranks, at most
 FORWARD, DONE = 0, 1  # tags: batches and figures to the next rank, the last one's answer at the end
-GO_ON = "the run stops, and goes on from its last checkpoint with --resume"
 
 
 class Refused(LayerwiseError):
@@ -243,29 +242,41 @@ class Ranks:
             raise self.lost(peer, str(reason)) from reason
 
     @contextlib.contextmanager
-    def together(self, doing: str) -> Any:
-        """A context in which all ranks do one thing; where one of them does not come, it is named."""
+    def together(self) -> Any:
+        """A context in which all ranks do one thing; where one of them does not come, or stays in it, it is named.
+
+        It gives a function, to be called when this rank has done its own share.
+        """
         self.meetings += 1
-        here = [f"meeting/{self.meetings}/{rank}" for rank in range(self.count)]
+        number = self.meetings
+
+        def mark(what: str) -> None:
+            self.store.set(f"{what}/{number}/{self.rank}", "yes")
+
         try:
-            self.store.set(here[self.rank], "here")
-            yield
+            mark("here")
+            yield lambda: mark("done")
         except RuntimeError as reason:
-            absent: list[int] = []
+            missing: list[int] = []
             with contextlib.suppress(RuntimeError):
-                absent = [rank for rank, key in enumerate(here) if not self.store.check([key])]
-            if absent:
-                raise self.lost(absent[0], str(reason)) from reason
-            sentence = f"a rank has ended or does not answer, as {self.name(self.rank)} noticed while {doing}"
-            raise LayerwiseError(self.told(f"{sentence}; {GO_ON}.")) from reason
+                for what in ("here", "done"):
+                    keys = [f"{what}/{number}/{rank}" for rank in range(self.count)]
+                    missing = missing or [i for i, key in enumerate(keys) if not self.store.check([key])]
+            others = [self.name(rank) for rank in missing or [0] if rank != self.rank]
+            raise self._gone(" or ".join(others) or "a rank", str(reason)) from reason
 
     def lost(self, peer: int, reason: str) -> LayerwiseError:
         """What is wrong with `peer`, or what was told of another rank before."""
+        return self._gone(self.name(peer), reason)
+
+    def _gone(self, who: str, reason: str) -> LayerwiseError:
         if "timed out" in reason.lower():
             about = f"has not answered {self.name(self.rank)} for {self.limit.total_seconds():g} s"
         else:
             about = f"has ended, as {self.name(self.rank)} noticed"
-        return LayerwiseError(self.told(f"{self.name(peer)} {about}; {GO_ON}."))
+        return LayerwiseError(
+            self.told(f"{who} {about}; the run stops, and goes on from its last checkpoint with --resume.")
+        )
 
     def told(self, sentence: str) -> str:
         """Tell all ranks why the job ends; gives back what was told first."""
