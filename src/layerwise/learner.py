@@ -197,7 +197,8 @@ class Learner:
         sites = range(ranges[mine.start].start, ends[mine.stop - 1])
         units = []
         for i, (block, h) in enumerate(zip(blocks, shapes, strict=True)):
-            site = Site(i, len(blocks) - 1, block.name, tuple(tuple(out.shape[1:]) for out in shapes))
+            outputs = tuple(tuple(out.shape[1:]) for out in shapes)
+            site = Site(i, len(blocks) - 1, block.name, outputs, tuple(x.shape[1:]), self.network)
             with preserved_generators(self.device):
                 seed_generators(derive_seed(self._how["seed"], "auxiliary", i), self.device)
                 auxiliary = self.rule.auxiliary(site, h, task) if i in sites else None

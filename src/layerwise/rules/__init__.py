@@ -10,6 +10,7 @@ import dataclasses
 from importlib.metadata import entry_points
 
 from layerwise.errors import LayerwiseError, suggestion
+from layerwise.rules.auglocal import AugLocal
 from layerwise.rules.backprop import Backprop, BackpropCheckpoint, BackpropOffload
 from layerwise.rules.base import Moment, Rule, Signal, Site, Start
 from layerwise.rules.controls import DeepSupervision, LastLayer
@@ -17,6 +18,7 @@ from layerwise.rules.counter_current import CounterCurrent
 from layerwise.rules.dgl import DGL
 from layerwise.rules.forward_forward import ForwardForward
 from layerwise.rules.gradient_reconciliation import GradientReconciliation
+from layerwise.rules.infopro import InfoPro
 from layerwise.rules.interlocking import Interlocking
 from layerwise.rules.layer_collaboration import LayerCollaboration
 from layerwise.rules.local_ce import LocalCE
@@ -36,6 +38,8 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     MonoForward,
     PredSim,
     DGL,
+    AugLocal,
+    InfoPro,
     Interlocking,
     GradientReconciliation,
     ForwardForward,
@@ -107,6 +111,7 @@ __all__ = [
     "SID",
     "SLL",
     "SVP",
+    "AugLocal",
     "Backprop",
     "BackpropCheckpoint",
     "BackpropOffload",
@@ -114,6 +119,7 @@ __all__ = [
     "DeepSupervision",
     "ForwardForward",
     "GradientReconciliation",
+    "InfoPro",
     "Interlocking",
     "LastLayer",
     "LayerCollaboration",

@@ -29,6 +29,10 @@ class Site:
     """Name of the block, `"head"` for the head."""
     shapes: tuple[tuple[int, ...], ...] = ()
     """Shapes of one sample's output at every site, this one and the head included."""
+    inputs: tuple[int, ...] = ()
+    """Shape of one sample of the network's input."""
+    network: Partition | None = field(default=None, compare=False, repr=False)
+    """The blocks and the head, for a rule whose auxiliary modules are built after them (`Block.redrawn`)."""
 
     @property
     def is_head(self) -> bool:
