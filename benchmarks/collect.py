@@ -20,12 +20,17 @@ ACCURACY = {  # column of the README: folder
     "CIFAR-10, conv": "cifar10_conv",
 }
 CASCADE = {  # further rows of the rules' pages: folder
+    "Cora, public split": "cora",
     "MNIST, SID's cascade, 5 epochs": "sid_mnist",
     "Fashion-MNIST, SID's cascade, 400 steps": "sid_fashion",
     "Fashion-MNIST, SID's cascade, SGD, 400 steps": "sid_fashion_sgd",
     "CIFAR-10, SID's cascade, 400 steps": "sid_cifar10",
 }
-LABELS = {  # rows of the conv net and of the cascade: rule and what is special about it
+LABELS = {  # rows of the conv net, the cascade and the graph: rule and what is special about it
+    "graph_forward_gcn": ("graph_forward", "GCN"),
+    "graph_forward_gat": ("graph_forward", "GAT"),
+    "backprop_gcn": ("backprop", "GCN"),
+    "backprop_gat": ("backprop", "GAT"),
     "sll_4_overlap": ("sll", "4 blocks, overlap 1"),
     "sll_2_overlap": ("sll", "2 blocks, overlap 1"),
     "sll_2": ("sll", "2 blocks"),

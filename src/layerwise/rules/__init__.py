@@ -17,6 +17,7 @@ from layerwise.rules.counter_current import CounterCurrent
 from layerwise.rules.dgl import DGL
 from layerwise.rules.forward_forward import ForwardForward
 from layerwise.rules.gradient_reconciliation import GradientReconciliation
+from layerwise.rules.graph_forward import GraphForward
 from layerwise.rules.interlocking import Interlocking
 from layerwise.rules.layer_collaboration import LayerCollaboration
 from layerwise.rules.local_ce import LocalCE
@@ -42,6 +43,7 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     LayerCollaboration,
     ScalableFF,
     CounterCurrent,
+    GraphForward,
     Backprop,
     BackpropCheckpoint,
     BackpropOffload,
@@ -114,6 +116,7 @@ __all__ = [
     "DeepSupervision",
     "ForwardForward",
     "GradientReconciliation",
+    "GraphForward",
     "Interlocking",
     "LastLayer",
     "LayerCollaboration",
