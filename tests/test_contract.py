@@ -157,7 +157,7 @@ def test_what_the_rule_sees_of_a_message_carries_no_gradient_back(rule, kind):
 
 def working_memory(kind, rule, depth):
     """Bytes of activations and gradients in a step, at their peak."""
-    wide = {"mlp": {"width": 64}, "vgg": {"width": 8}, "vit": {"width": 16, "heads": 2}, "sid_cascade": {}}[kind]
+    wide = {"mlp": {"width": 64}, "vgg": {"width": 8}, "vit": {"width": 16, "heads": 2}}.get(kind, {})
     learner = Learner(net(kind, depth=depth, **wide), rule)
     x, y = problem(32)
     learner.step(x, y)
