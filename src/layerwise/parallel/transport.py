@@ -19,12 +19,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from layerwise.errors import LayerwiseError
 
 DEPTH = 4  # batches on the way from one rank to the next; as many more wait at the sender
-FORWARD, STATE, DONE = 0, 1, 2  # tags: batches and figures to the next rank, state to the last, its answer at the end
+FORWARD, DONE = 0, 1  # tags: batches and figures to the next rank, the last one's answer at the end
 TAGS = 8  # from the tag of one lane to that of the next
 
 
 class Refused(LayerwiseError):
-    """The ranks have agreed not to begin.
+    """The ranks have agreed not to begin, or not to go on.
 
     Attributes:
         teller: the rank that tells the user why.
@@ -250,7 +250,10 @@ class Ranks:
         # NCCL refuses two ranks on one device; messages then go over the host.
         nccl = device.type == "cuda" and dist.is_nccl_available() and local_ranks() <= torch.cuda.device_count()
         try:
-            self.store, self.rank, self.count = next(rendezvous("env://", timeout=self.limit))
+            store, self.rank, self.count = next(rendezvous("env://", timeout=self.limit))
+            # torchrun keeps its store over restarts, with what the ranks of earlier attempts have left in it.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            self.store = dist.PrefixStore(f"attempt/{attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if nccl else "gloo",
                 store=self.store,
@@ -258,15 +261,16 @@ class Ranks:
                 world_size=self.count,
                 timeout=self.limit,
             )
+            group = dist.new_group(backend="gloo", timeout=self.limit)
         except (RuntimeError, ValueError, TimeoutError) as reason:
-            raise LayerwiseError(
-                f"the ranks did not find one another within {timeout:g} s ({str(reason).splitlines()[0]}); check that "
-                "all of them were started and that the address and port of the first can be reached."
-            ) from reason
+            raise LayerwiseError(not_met(str(reason), timeout)) from reason
+        assert isinstance(group, dist.ProcessGroup)
+        self.group = group
+        """For what all ranks do together, on the host."""
         self.device = device
         self.wire = device if nccl else torch.device("cpu")
         self.lanes = 1 if nccl else DEPTH  # NCCL has no tags, and streams of its own
-        self.agreed = 0
+        self.agreed = self.meetings = 0
         self.blocks: list[str] = []
         """What each rank holds, for error sentences."""
 
@@ -282,14 +286,41 @@ class Ranks:
         except RuntimeError as reason:
             raise self.lost(peer, str(reason)) from reason
 
+    @contextlib.contextmanager
+    def together(self) -> Any:
+        """A context in which all ranks do one thing; where one of them does not come, or stays in it, it is named.
+
+        It gives a function, to be called when this rank has done its own share.
+        """
+        self.meetings += 1
+        number = self.meetings
+
+        def mark(what: str) -> None:
+            self.store.set(f"{what}/{number}/{self.rank}", "yes")
+
+        try:
+            mark("here")
+            yield lambda: mark("done")
+        except RuntimeError as reason:
+            missing: list[int] = []
+            with contextlib.suppress(RuntimeError):
+                for what in ("here", "done"):
+                    keys = [f"{what}/{number}/{rank}" for rank in range(self.count)]
+                    missing = missing or [i for i, key in enumerate(keys) if not self.store.check([key])]
+            others = [self.name(rank) for rank in missing or [0] if rank != self.rank]
+            raise self._gone(" or ".join(others) or "a rank", str(reason)) from reason
+
     def lost(self, peer: int, reason: str) -> LayerwiseError:
         """What is wrong with `peer`, or what was told of another rank before."""
+        return self._gone(self.name(peer), reason)
+
+    def _gone(self, who: str, reason: str) -> LayerwiseError:
         if "timed out" in reason.lower():
             about = f"has not answered {self.name(self.rank)} for {self.limit.total_seconds():g} s"
         else:
             about = f"has ended, as {self.name(self.rank)} noticed"
         return LayerwiseError(
-            self.told(f"{self.name(peer)} {about}; the run stops, and goes on from its last checkpoint with --resume.")
+            self.told(f"{who} {about}; the run stops, and goes on from its last checkpoint with --resume.")
         )
 
     def told(self, sentence: str) -> str:
@@ -298,12 +329,16 @@ class Ranks:
             return self.store.compare_set("failure", "", sentence).decode()
         return sentence
 
-    def agree(self, error: str | None, facts: Any = None) -> None:
+    def agree(self, error: str | None, facts: Any = None, word: Any = None) -> list[Any]:
         """Go on only if all ranks do, with the same facts.
 
         Args:
             error: what is wrong here.
             facts: name to what must be the same everywhere.
+            word: what this rank tells the others.
+
+        Returns:
+            The words of all ranks.
 
         Raises:
             Refused: on all ranks, with the sentence of the lowest one that has one.
@@ -312,15 +347,15 @@ class Ranks:
         self.agreed += 1
         keys = [f"agreed/{self.agreed}/{rank}" for rank in range(self.count)]
         try:
-            self.store.set(keys[self.rank], pickle.dumps((error, facts)).hex())
+            self.store.set(keys[self.rank], pickle.dumps((error, facts, word)).hex())
             self.store.wait(keys, self.limit)
             found = [pickle.loads(bytes.fromhex(self.store.get(key).decode())) for key in keys]
         except RuntimeError as reason:
             sentence = f"a rank was not ready within {self.limit.total_seconds():g} s, so the run has not begun."
             raise LayerwiseError(self.told(sentence)) from reason
-        errors = [(rank, sentence) for rank, (sentence, _) in enumerate(found) if sentence is not None]
+        errors = [(rank, sentence) for rank, (sentence, _, _) in enumerate(found) if sentence is not None]
         if not errors:
-            for rank, (_, other) in enumerate(found):
+            for rank, (_, other, _) in enumerate(found):
                 wrong = [name for name, value in (found[0][1] or {}).items() if other[name] != value]
                 if wrong:
                     errors = [
@@ -333,6 +368,20 @@ class Ranks:
         if errors:
             rank, sentence = errors[0]
             raise Refused(sentence, teller=rank)
+        return [word for _, _, word in found]
+
+
+def not_met(reason: str, timeout: float) -> str:
+    """Why the ranks have not met, in a sentence."""
+    if "EADDRINUSE" in reason or "address already in use" in reason.lower():
+        return (
+            f"port {os.environ['MASTER_PORT']} of {os.environ['MASTER_ADDR']} is in use, so the ranks cannot meet "
+            "there; choose another one (torchrun --master-port), or start torchrun with --standalone."
+        )
+    return (
+        f"the ranks did not find one another within {timeout:g} s ({reason.splitlines()[0]}); check that all of them "
+        "were started and that the address and port of the first can be reached."
+    )
 
 
 def local_ranks() -> int:
