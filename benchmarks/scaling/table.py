@@ -25,8 +25,8 @@ def main() -> None:
         "# Throughput on several processes",
         "",
         f"{first['model']} of {first['depth']} blocks, batch {first['batch_size']}, {first['threads']} thread per rank; "
-        f"median of {first['rounds']} interleaved rounds of {first['steps']} steps (10 % .. 90 %). Each throughput is that "
-        "of the steady state; *fill* is the time until the last rank has its first batch done, which a pipeline of torch "
+        f"median of {first['rounds']} interleaved rounds of {first['steps']} steps (10 % .. 90 %). Each throughput is "
+        "that of the steady state; *fill* is the time until the last rank has its first batch done, which a pipeline of torch "
         "pays in every step and ours once. *simulated* is what the simulator makes of the blocks' times in one process.",
         "",
         f"Command: `{found['command']}` (`bash benchmarks/scaling/run.sh`); machine: {machine}.",
@@ -71,8 +71,8 @@ def main() -> None:
             body.append([str(ranks), str(next(iter(here.values()))["depth"]), *cells])
         lines += [
             "",
-            f"Simulated: one rank per host, {simulated[0]['latency_ms']:g} ms and {simulated[0]['gbit_per_second'] or 'any'} "
-            "Gbit/s between two neighbours, a network that grows with the ranks; samples/s, and in brackets how many "
+            f"Simulated: one rank per host, {simulated[0]['latency_ms']:g} ms and "
+            f"{simulated[0]['gbit_per_second'] or 'any'} Gbit/s between two neighbours, a network that grows with the ranks; samples/s, and in brackets how many "
             "times one process with the same rule. Micro-batches: as many as ranks, at least those measured.",
             "",
             *table(["ranks", "blocks", *ways], body),
