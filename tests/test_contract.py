@@ -168,13 +168,7 @@ def test_what_the_rule_sees_of_a_message_carries_no_gradient_back(rule, kind):
 
 def working_memory(kind, rule, depth):
     """Bytes of activations and gradients in a step, at their peak."""
-    wide = {
-        "mlp": {"width": 64},
-        "vgg": {"width": 8},
-        "vit": {"width": 16, "heads": 2},
-        "sid_cascade": {},
-        "noprop": {},
-    }[kind]
+    wide = {"mlp": {"width": 64}, "vgg": {"width": 8}, "vit": {"width": 16, "heads": 2}}.get(kind, {})
     learner = Learner(net(kind, depth=depth, **wide), rule)
     x, y = problem(32)
     learner.step(x, y)
@@ -276,7 +270,7 @@ def test_prediction_is_a_plain_forward_pass(rule, kind):
     learner = trained(net(kind, dropout=0.2), rule, DATA[:2])
     out = learner(X)
     assert out.shape == (len(X), CLASSES)
-    if type(learner.rule).predict is Rule.predict:
+    if learner.rule.predicts_plainly():
         with torch.no_grad():
             assert torch.equal(out, learner.network.model.eval()(X))
 

@@ -18,6 +18,7 @@ from layerwise.rules.counter_current import CounterCurrent
 from layerwise.rules.dgl import DGL
 from layerwise.rules.forward_forward import ForwardForward
 from layerwise.rules.gradient_reconciliation import GradientReconciliation
+from layerwise.rules.graph_forward import GraphForward
 from layerwise.rules.infopro import InfoPro
 from layerwise.rules.interlocking import Interlocking
 from layerwise.rules.layer_collaboration import LayerCollaboration
@@ -49,6 +50,7 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     LayerCollaboration,
     ScalableFF,
     CounterCurrent,
+    GraphForward,
     NoPropDT,
     Backprop,
     BackpropCheckpoint,
@@ -123,6 +125,7 @@ __all__ = [
     "DeepSupervision",
     "ForwardForward",
     "GradientReconciliation",
+    "GraphForward",
     "InfoPro",
     "Interlocking",
     "LastLayer",

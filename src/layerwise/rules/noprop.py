@@ -60,7 +60,7 @@ class NoPropDT(Rule):
     """Factor eta of every block's loss."""
 
     name: ClassVar[str] = "noprop_dt"
-    model: ClassVar[str | None] = "noprop"
+    models: ClassVar[tuple[str, ...]] = ("noprop",)
     locality: ClassVar[Locality] = "local"
     crosses: ClassVar[str] = "the input; in prediction a noisy label (K numbers per sample) too"
     flat_memory: ClassVar[bool] = True
