@@ -29,7 +29,7 @@ usage: layerwise COMMAND [OPTIONS]
   export RUN FILE       the trained weights as one safetensors file, for your own model class
   ls WHAT               list rules | models | data | recipes
   describe RULE         equations, locality, what crosses a boundary, source, restrictions
-  bench memory|speed    exact peak bytes by depth; interleaved timing of rules
+  bench KIND            memory (exact bytes by depth) | speed (rules, interleaved) | scaling (processes)
   validate              check a rule's invariants on this machine, or the files of a run
 
 `layerwise COMMAND --help` lists the options of a command.
@@ -420,10 +420,11 @@ def report(argv: list[str]) -> int:
 
 
 def bench(argv: list[str]) -> int:
-    """`layerwise bench memory|speed`."""
+    """`layerwise bench memory|speed|scaling`."""
     from layerwise import bench as benchmarks
+    from layerwise import scaling
 
-    kinds = {"memory": benchmarks.memory_command, "speed": benchmarks.speed_command}
+    kinds = {"memory": benchmarks.memory_command, "speed": benchmarks.speed_command, "scaling": scaling.command}
     if not argv or argv[0] not in kinds:
         raise LayerwiseError(f"say what to measure: layerwise bench {'|'.join(kinds)}; --help lists the options.")
     return kinds[argv[0]](argv[1:])

@@ -197,7 +197,8 @@ class Learner:
         sites = range(ranges[mine.start].start, ends[mine.stop - 1])
         units = []
         for i, (block, h) in enumerate(zip(blocks, shapes, strict=True)):
-            site = Site(i, len(blocks) - 1, block.name, tuple(tuple(out.shape[1:]) for out in shapes))
+            outputs = tuple(tuple(out.shape[1:]) for out in shapes)
+            site = Site(i, len(blocks) - 1, block.name, outputs, tuple(x.shape[1:]), self.network)
             with preserved_generators(self.device):
                 seed_generators(derive_seed(self._how["seed"], "auxiliary", i), self.device)
                 auxiliary = self.rule.auxiliary(site, h, task) if i in sites else None
@@ -306,8 +307,7 @@ class Learner:
             self._pass_on(h, message, skipped=False)
             apart = not self.rule.predicts_plainly() and not self.rule.predicts_at_head
             if apart and (logits := self._predicted(x)) is not None:
-                correct = self.task.correct(logits, y) / y.numel()
-                head = {"loss": self.task.loss(logits, y), "accuracy": correct}
+                head = {"loss": self.task.loss(logits, y), "accuracy": self.task.accuracy(logits, y)}
                 trace.metrics["head"] = trace.metrics.get("head", {}) | head
         return Metrics(self.steps, len(x), trace.metrics, (), {})
 
@@ -394,7 +394,7 @@ class Learner:
         with torch.no_grad():
             for group in self.groups:
                 for unit in group.units:
-                    x = self.engine.run(unit, x, self.steps)
+                    x = self.engine.run(unit, x, None, self.steps)
         return x
 
     def _placed(self, x: Tensor) -> Tensor:
@@ -411,7 +411,7 @@ class Learner:
             )
         if not self.groups:
             self.build(x)
-        self.task.check(y)
+        self.task.check(y, self.rule.unlabelled)
         return self._placed(x), y.to(self.device, non_blocking=True)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -108,10 +108,10 @@ class PipelineRun(Run):
             )
 
     def _connect(self) -> None:
-        rank, wire = self.ranks.rank, self.ranks.wire
+        rank, wire, lanes = self.ranks.rank, self.ranks.wire, self.ranks.lanes
         self.ranks.blocks = self.stage.blocks
-        self.outlet = None if self.stage.last else Outlet(self.ranks, rank + 1, FORWARD, wire)
-        self.inlet = None if self.stage.first else Prefetched(Inlet(self.ranks, rank - 1, FORWARD, wire))
+        self.outlet = None if self.stage.last else Outlet(self.ranks, rank + 1, FORWARD, wire, lanes)
+        self.inlet = None if self.stage.first else Prefetched(self.ranks, rank - 1, FORWARD, wire, lanes)
         self.stage.link = self
 
     # The stage's link.
@@ -219,11 +219,10 @@ class PipelineRun(Run):
         """The end, on all ranks together: nobody leaves before the last rank has written everything."""
         others = range(self.ranks.count - 1)
         if self.outlet is not None:
-            self.outlet.send(None)
-            self.outlet.drain()
+            self.outlet.end()
             Inlet(self.ranks, self.ranks.count - 1, DONE, torch.device("cpu")).receive()
         if self.inlet is not None:
-            self.inlet.receive()
+            self.inlet.end()
         if self.stage.last:
             done = [Outlet(self.ranks, rank, DONE, torch.device("cpu")) for rank in others]
             for outlet in done:

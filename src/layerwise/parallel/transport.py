@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from layerwise.errors import LayerwiseError
 
-DEPTH = 4  # batches under way between two ranks, at most
+DEPTH = 4  # batches on the way from one rank to the next; as many more wait at the sender
 FORWARD, DONE = 0, 1  # tags: batches and figures to the next rank, the last one's answer at the end
+TAGS = 8  # from the tag of one lane to that of the next
 
 
 class Refused(LayerwiseError):
@@ -82,16 +83,20 @@ class Slot:
 
 
 class Outlet:
-    """The sending end of a way to another rank. A header goes ahead where the layout changes."""
+    """The sending end of a way to another rank. A header goes ahead where the layout changes.
 
-    def __init__(self, ranks: "Ranks", peer: int, tag: int, device: torch.device):
+    Trees take the lanes in turn. gloo sends nothing before the receiver has said that it waits, so that each lane has
+    one message on its way at a time; several lanes keep a long wire full.
+    """
+
+    def __init__(self, ranks: "Ranks", peer: int, tag: int, device: torch.device, lanes: int = 1):
         self.ranks, self.peer, self.tag, self.device = ranks, peer, tag, device
         self.slots = [Slot() for _ in range(DEPTH)]
-        self.count, self.layout = 0, b""
+        self.count, self.layouts = 0, [b""] * lanes
 
     def send(self, tree: Any) -> None:
         """Copy a tree and start sending it; waits only while `DEPTH` earlier ones are under way."""
-        slot = self.slots[self.count % DEPTH]
+        slot, lane = self.slots[self.count % DEPTH], self.count % len(self.layouts)
         self.count += 1
         self._wait(slot)
         layout = layout_of(tree)
@@ -99,15 +104,21 @@ class Outlet:
         for target, leaf in zip(tree_leaves(slot.tree), tree_leaves(tree), strict=True):
             if isinstance(leaf, Tensor):
                 target.copy_(leaf.detach())
-        header = b"" if layout == self.layout else layout
-        self.layout = layout
+        header = b"" if layout == self.layouts[lane] else layout
+        self.layouts[lane] = layout
         parts = [torch.tensor([len(header)])]
         if header:
             parts.append(torch.frombuffer(bytearray(header), dtype=torch.uint8))
         parts += [flat for flat in slot.flat if flat.numel()]
         with self.ranks.watching(self.peer):
             # A work holds its tensor, which therefore lives until it has gone.
-            slot.works = [(dist.isend(part, self.peer, tag=self.tag), part) for part in parts]
+            slot.works = [(dist.isend(part, self.peer, tag=self.tag + TAGS * lane), part) for part in parts]
+
+    def end(self) -> None:
+        """Tell every lane that nothing more comes, and wait until that has gone."""
+        for _ in self.layouts:
+            self.send(None)
+        self.drain()
 
     def drain(self) -> None:
         """Wait until everything has gone."""
@@ -122,11 +133,25 @@ class Outlet:
 
 
 class Inlet:
-    """The receiving end."""
+    """The receiving end of a way with one lane.
 
-    def __init__(self, ranks: "Ranks", peer: int, tag: int, device: torch.device, slots: int = 1):
+    Args:
+        slots: trees of which the tensors are kept.
+        limit: for every wait; that of the ranks if not given.
+    """
+
+    def __init__(
+        self,
+        ranks: "Ranks",
+        peer: int,
+        tag: int,
+        device: torch.device,
+        slots: int = 1,
+        limit: datetime.timedelta | None = None,
+    ):
         self.ranks, self.peer, self.tag, self.device = ranks, peer, tag, device
         self.slots = [Slot() for _ in range(slots)]
+        self.limit = limit or ranks.limit
         self.count, self.layout = 0, b""
 
     def receive(self) -> Any:
@@ -149,22 +174,22 @@ class Inlet:
         with self.ranks.watching(self.peer):
             work = dist.irecv(flat, self.peer, tag=self.tag)
             assert work is not None
-            work.wait(self.ranks.limit)
+            work.wait(self.limit)
 
 
-class Prefetched:
-    """An inlet that is read ahead by a thread, up to `DEPTH` trees; None, sent as the last tree, ends it."""
+class Lane:
+    """An inlet that is read ahead by a thread, up to `ahead` trees that nobody has taken; None ends it."""
 
-    def __init__(self, inlet: Inlet):
-        inlet.slots = [Slot() for _ in range(DEPTH + 2)]  # those waiting, one in use, one being filled
+    def __init__(self, inlet: Inlet, ahead: int):
         self.inlet = inlet
-        self.found: queue.Queue[Any] = queue.Queue(DEPTH)
-        self.thread = threading.Thread(target=self._read, daemon=True, name="receiver")
-        self.thread.start()
+        self.room = threading.Semaphore(ahead)
+        self.found: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=self._read, daemon=True, name="receiver").start()
 
     def _read(self) -> None:
         tree: Any = ()
         while tree is not None:
+            self.room.acquire()
             try:
                 tree = self.inlet.receive()
             except Exception as failure:  # told where the tree is asked for
@@ -172,16 +197,40 @@ class Prefetched:
                 return
             self.found.put(tree)
 
+
+class Prefetched:
+    """The receiving end of a way with lanes, read ahead up to `DEPTH` trees; None, sent on every lane, ends it.
+
+    Its time limit is that of the peer's silence, which shows where the next tree is asked for: a lane waits for its
+    own next tree through several steps of the peer.
+    """
+
+    def __init__(self, ranks: "Ranks", peer: int, tag: int, device: torch.device, lanes: int = 1):
+        ahead = DEPTH // lanes
+        limit = 2 * DEPTH * ranks.limit
+        # Slots: those that wait or are being filled, and one in use.
+        inlets = [Inlet(ranks, peer, tag + TAGS * lane, device, ahead + 1, limit) for lane in range(lanes)]
+        self.ranks, self.peer = ranks, peer
+        self.lanes = [Lane(inlet, ahead) for inlet in inlets]
+        self.count = 0
+
     def receive(self) -> Any:
-        """The next tree."""
-        ranks = self.inlet.ranks
+        """The next tree; its tensors are overwritten after the one that follows has been asked for."""
+        lane = self.lanes[self.count % len(self.lanes)]
+        self.count += 1
         try:
-            tree = self.found.get(timeout=2 * ranks.limit.total_seconds())
-        except queue.Empty:  # the thread has a limit of its own, so this is the second net
-            raise ranks.lost(self.inlet.peer, "timed out") from None
+            tree = lane.found.get(timeout=self.ranks.limit.total_seconds())
+        except queue.Empty:
+            raise self.ranks.lost(self.peer, "timed out") from None
         if isinstance(tree, Exception):
             raise tree
+        lane.room.release()
         return tree
+
+    def end(self) -> None:
+        """Take the None of every lane, after which nothing of the peer's is on its way."""
+        for _ in self.lanes:
+            self.receive()
 
 
 class Ranks:
@@ -225,6 +274,7 @@ class Ranks:
         """For what all ranks do together, on the host."""
         self.device = device
         self.wire = device if nccl else torch.device("cpu")
+        self.lanes = 1 if nccl else DEPTH  # NCCL has no tags, and streams of its own
         self.agreed = self.meetings = 0
         self.blocks: list[str] = []
         """What each rank holds, for error sentences."""
