@@ -28,9 +28,9 @@ def main() -> None:
     lines = [
         "# Two hosts: pipelines over a wire with delay",
         "",
-        "Two ranks in two network namespaces of one machine, one thread each, and a wire with delay and limited bandwidth "
-        f"between them (`link.py`). Median of {rounds} rounds, least .. most; in brackets what is left of the throughput of "
-        "the first row, and what the simulator says.",
+        "Two ranks in two network namespaces of one machine, one thread each, and a wire with delay and limited "
+        f"bandwidth between them (`link.py`). Median of {rounds} rounds, least .. most; in brackets what is left of "
+        "the throughput of the first row, and what the simulator says.",
         "",
         f"Command: `bash benchmarks/two_hosts/run.sh`, which gives `layerwise bench scaling {options}`; machine: "
         f"{(folder / 'environment.txt').read_text().strip()}.",

@@ -45,8 +45,8 @@ ABOUT = {
 class ScalingOptions(Problem):
     """Throughput on several processes, interleaved: every round runs each way once, in turn.
 
-    Ways: rule and backprop in one process; apart (processes that share nothing: what the machine gives); pipeline (ours);
-    data (torch's DistributedDataParallel); torch's pipelines gpipe, 1f1b, zb1p and zbv (zero bubble). On the CPU.
+    Ways: rule and backprop in one process; apart (processes that share nothing: what the machine gives); pipeline
+    (ours); data (torch's DistributedDataParallel); torch's gpipe, 1f1b, zb1p and zbv (zero bubble). On the CPU.
     """
 
     rule: str = "sll"
@@ -140,7 +140,6 @@ class Crew:
     Args:
         ranks: how many.
         options: of the benchmark.
-        depth: number of blocks.
         log: file for what they write to standard error.
     """
 
@@ -154,10 +153,14 @@ class Crew:
         try:
             for rank in range(ranks):
                 self._start(rank, hosts[rank % len(hosts)], threads)
-            self.ask([setup | {"rank": rank} for rank in range(ranks)])
         except BaseException:
             self.close()
             raise
+        self.setup = [setup | {"rank": rank} for rank in range(ranks)]
+
+    def meet(self) -> None:
+        """Wait until the processes have found one another; the first that they are asked."""
+        self.ask(self.setup)
 
     def _start(self, rank: int, host: str, threads: int) -> None:
         command = [*shlex.split(host), sys.executable, "-m", "layerwise.parallel.measuring"]
@@ -291,6 +294,8 @@ def measured(
         for ranks in sorted({ranks for _, ranks in jobs}):
             crews[ranks] = Crew(ranks, options, log)
             stack.callback(crews[ranks].close)
+        for crew in crews.values():  # which start side by side
+            crew.meet()
         for turn in range(options.rounds):
             started = time.monotonic()
             # The order rotates, so that no way always runs behind the same one.
@@ -316,9 +321,7 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(found), found[len(found) // 10], found[-1 - len(found) // 10]
 
 
-def rows_of(
-    options: ScalingOptions, series: dict[tuple[str, int], Series], blocks: int
-) -> Iterator[dict[str, Any]]:
+def rows_of(options: ScalingOptions, series: dict[tuple[str, int], Series], blocks: int) -> Iterator[dict[str, Any]]:
     """One row per series, as it is printed and written."""
     base = series["rule", 1].rates
     for (way, ranks), found in series.items():
@@ -474,8 +477,8 @@ def simulated_table(options: ScalingOptions, rows: Sequence[dict[str, Any]]) -> 
     """What was simulated, for a person to read."""
     found = [row for row in rows if "speedup" in row]
     yield (
-        f"simulated: one rank per host, {options.latency:g} ms and {options.bandwidth:g} Gbit/s between two; samples/s, "
-        "and how many times one process with the same rule"
+        f"simulated: one rank per host, {options.latency:g} ms and {options.bandwidth:g} Gbit/s between two; "
+        "samples/s, and how many times one process with the same rule"
     )
     ways = list(dict.fromkeys(row["way"] for row in found))
     yield f"{'ranks':>6}{'blocks':>8}{'micro-batches':>15}" + "".join(f"{way:>20}" for way in ways)

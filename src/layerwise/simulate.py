@@ -5,7 +5,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,7 +52,7 @@ class Op:
     """Whether the result is sent only when it has been asked for, as gloo does: the rank that needs it asks when it
     comes to that op."""
     lane: int | None = None
-    """Results of the same lane are sent one after another, each when the one before it has arrived and that is known."""
+    """Results of the same lane are sent one after another, each when it is known that the one before has arrived."""
     trips: int = 1
     """Messages of which the result is made, each sent when it is known that the one before it has arrived."""
 
@@ -252,7 +252,9 @@ def scheduled(
                 needs: list[Hashable] = []
                 if 0 <= below <= last and home[below] != rank:
                     needs.append((seen, below, micro, step))
-                if wait == "turns" and (before, seen) != ("F", "F") or wait == "phases" and (before, seen) == ("F", "B"):
+                if (wait == "turns" and (before, seen) != ("F", "F")) or (
+                    wait == "phases" and (before, seen) == ("F", "B")
+                ):
                     needs += sending
                     sending = []
                 name = (seen, part, micro, step)
@@ -274,7 +276,7 @@ def period(spans: Mapping[Hashable, tuple[float, float]], finals: Sequence[Hasha
     return (ends[-1] - ends[skip - 1]) / (len(ends) - skip)
 
 
-def grown(row: Sequence[float], blocks: int) -> list[float]:
+def grown(row: Sequence[Any], blocks: int) -> list[Any]:
     """Figures per block and head of a network with so many blocks, whose inner ones are the median inner one.
 
     >>> grown([5, 1, 2, 3, 7], 2)
@@ -304,14 +306,14 @@ class Costs:
 
     def grown(self, blocks: int) -> "Costs":
         """A network of so many blocks, whose inner ones cost what the median inner one costs."""
-        rows = (self.rule, self.forward, self.backward, self.input, self.optimizer)
-        return Costs(*(grown(row, blocks) for row in rows), self.micro_batches)
+        names = ("rule", "forward", "backward", "input", "optimizer")
+        return replace(self, **{name: grown(getattr(self, name), blocks) for name in names})
 
     def backprop(self) -> float:
         """Seconds of one batch of backpropagation in one process."""
         return self.micro_batches * (sum(self.forward) + sum(self.backward)) + sum(self.optimizer)
 
-    def parts(self, operations: Sequence[float], number: int, micro_batches: int) -> list[dict[str, float]]:
+    def parts(self, operations: Sequence[int], number: int, micro_batches: int) -> list[dict[str, float]]:
         """What `scheduled` needs for a network cut into so many parts, micro-batches costing by their size."""
         scale = self.micro_batches / micro_batches
         found = []
@@ -334,12 +336,11 @@ def predicted(
     schedule: str,
     ranks: int,
     costs: Costs,
-    operations: Sequence[float],
+    operations: Sequence[int],
     size: float,
     micro_batches: int,
     wire: Wire | None = None,
     speed: Callable[[int], float] | None = None,
-    steps: int | None = None,
 ) -> float:
     """Seconds per batch in the steady state.
 
@@ -352,15 +353,17 @@ def predicted(
         micro_batches: per batch, for the schedules of backpropagation.
         wire: between ranks.
         speed: see `simulate`.
-        steps: batches to simulate; enough for the steady state if not given.
     """
-    skip = 2 * (ranks + 2 * DEPTH) if schedule == "pipeline" else 1
-    steps = steps or skip + (24 if schedule == "pipeline" else 3)
     if schedule == "pipeline":
+        skip = 2 * (ranks + 2 * DEPTH)
+        counted = skip + 24
+        # Where ranks slow one another down, none may idle at the end.
+        ahead = 0 if speed is None else (ranks - 1) * (2 * DEPTH + 1)
         bounds = itertools.pairwise([0, *balanced_ends(operations, ranks)])
-        programs = forward_only([sum(costs.rule[start:end]) for start, end in bounds], steps, size)
-        finals: list[Hashable] = [(ranks - 1, step) for step in range(steps)]
-        return period(simulate(programs, wire, speed), finals, skip)
+        own = [sum(costs.rule[start:end]) for start, end in bounds]
+        spans = simulate(forward_only(own, counted + ahead, size), wire, speed)
+        return period(spans, [(ranks - 1, step) for step in range(counted)], skip)
+    skip, steps = 1, 4
     orders = actions(schedule, ranks, micro_batches)
     parts = costs.parts(operations, PARTS[schedule] * ranks, micro_batches)
     spans = simulate(scheduled(orders, parts, steps, size / micro_batches, WAITS[schedule]), wire, speed)

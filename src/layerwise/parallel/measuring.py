@@ -49,19 +49,22 @@ SCHEDULES = {
 }
 
 
+Way = tuple[Callable[[], Any], Callable[[], float]]
+"""One step of training, and the bytes sent so far."""
+
+
 class Clock:
     """Wall time, and how much of it this thread computed or stood in the queue for a core."""
 
     def __init__(self) -> None:
-        self.wall, self.busy, self.queued = time.perf_counter(), time.thread_time(), queued_seconds()
+        self.wall = time.perf_counter()
+        self.busy, self.queued = time.thread_time(), queued_seconds()
 
     def read(self) -> dict[str, float]:
         """`seconds` since the clock was made, and of these `busy` and `queued`; the rest was waiting for something."""
-        return {
-            "seconds": time.perf_counter() - self.wall,
-            "busy": time.thread_time() - self.busy,
-            "queued": queued_seconds() - self.queued,
-        }
+        # The wall's interval holds the others.
+        queued, busy = queued_seconds() - self.queued, time.thread_time() - self.busy
+        return {"seconds": time.perf_counter() - self.wall, "busy": busy, "queued": queued}
 
 
 def queued_seconds() -> float:
@@ -186,18 +189,17 @@ class Rank:
         way, warmup, steps = task["way"], task["warmup"], task["steps"]
         if way == "pipeline":
             return self._pipeline(warmup, steps)
-        if way in ("rule", "backprop"):
-            rule = self.task["rule"] if way == "rule" else "backprop"
-            return self._steps(*self._once(way, lambda: self._whole(rule)), warmup, steps)
-        if way == "data":
-            return self._steps(*self._once(way, self._data), warmup, steps)
-        return self._steps(*self._once(way, lambda: self._schedule(way)), warmup, steps)
+        makers: dict[str, Callable[[], Way]] = {
+            "rule": lambda: self._whole(self.task["rule"]),
+            "backprop": lambda: self._whole("backprop"),
+            "data": self._data,
+        }
+        step, sent = self._once(way, makers.get(way, lambda: self._schedule(way)))
+        return self._steps(step, sent, warmup, steps)
 
-    def _steps(
-        self, step: Callable[[], Any], sent: Callable[[], float], warmup: int, steps: int, fill: float = 0.0
-    ) -> dict[str, Any]:
-        started = time.perf_counter()
-        for turn in range(warmup):
+    def _steps(self, step: Callable[[], Any], sent: Callable[[], float], warmup: int, steps: int) -> dict[str, Any]:
+        started, fill = time.perf_counter(), 0.0
+        for _ in range(warmup):
             step()
             fill = fill or time.perf_counter() - started
         before, clock = sent(), Clock()
@@ -205,7 +207,7 @@ class Rank:
             step()
         return clock.read() | {"fill": fill, "bytes": (sent() - before) / steps}
 
-    def _whole(self, rule: str) -> tuple[Callable[[], Any], Callable[[], float]]:
+    def _whole(self, rule: str) -> Way:
         """The whole network in this process."""
         learner = self._learner(rule)
         learner.engine = GroupTimes(learner.engine)
@@ -223,7 +225,8 @@ class Rank:
         x = self.x if stage.first else self.x[:, :0]
         self.runs += 1
         key, enough = f"enough/{self.runs}", threading.Event()
-        store = self.ranks.store.clone()  # one that another thread may wait on
+        store: Any = self.ranks.store
+        store = store.clone()  # one that another thread may wait on
 
         def listen() -> None:
             with contextlib.suppress(RuntimeError):
@@ -251,7 +254,7 @@ class Rank:
         assert found is not None
         return found
 
-    def _data(self) -> tuple[Callable[[], Any], Callable[[], float]]:
+    def _data(self) -> Way:
         """Backpropagation with the batch shared among the ranks, by torch's DistributedDataParallel."""
         model = DistributedDataParallel(self._model())
         parameters = list(model.parameters())
@@ -269,7 +272,7 @@ class Rank:
 
         return step, lambda: share * self.made.get("data steps", 0)
 
-    def _schedule(self, way: str) -> tuple[Callable[[], Any], Callable[[], float]]:
+    def _schedule(self, way: str) -> Way:
         """Backpropagation by one of torch's schedules over the same blocks."""
         model = self._model()
         parts = self.count * (2 if way == "zbv" else 1)
@@ -313,22 +316,17 @@ class Rank:
             h = h.detach().requires_grad_(i > 0)
             last, weights = i == len(children) - 1, list(child.parameters())
 
-            def forward(h: Tensor = h, child: nn.Module = child, last: bool = last) -> Tensor:
-                out = child(h)
-                return F.cross_entropy(out, y) if last else out
+            def forward(child: nn.Module, h: Tensor, last: bool) -> Tensor:
+                return F.cross_entropy(child(h), y) if last else child(h)
 
-            out, seconds = timed_call(forward)
+            out, seconds = timed_call(forward, child, h, last)
             found.setdefault("forward", []).append(seconds)
-            above = torch.ones_like(out)
-            partial = 0.0
+            above, partial = torch.ones_like(out), 0.0
             if i > 0:
-                _, partial = timed_call(lambda out=out, h=h, above=above: torch.autograd.grad(out, h, above))
-                out = forward()
+                _, partial = timed_call(torch.autograd.grad, out, h, above)
+                out = forward(child, h, last)
             found.setdefault("input", []).append(partial)
-            wanted = [h, *weights] if i > 0 else weights
-            grads, seconds = timed_call(
-                lambda out=out, wanted=wanted, above=above: torch.autograd.grad(out, wanted, above)
-            )
+            grads, seconds = timed_call(torch.autograd.grad, out, [h, *weights] if i > 0 else weights, above)
             found.setdefault("backward", []).append(seconds)
             for weight, grad in zip(weights, grads[-len(weights) :], strict=True):
                 weight.grad = grad
@@ -338,17 +336,18 @@ class Rank:
             h = out.detach()
         return found
 
-    def weights(self, task: dict[str, Any]) -> dict[str, float]:
-        """Sum of squares of every parameter that this rank trains in one way, by name; for tests."""
-        model = self.made[f"model {task['way']}"] if task["way"] in SCHEDULES else None
-        model = self.made[f"learner {task['way']}"].network.model if model is None else model
-        return {name: float(p.detach().double().square().sum()) for name, p in model.named_parameters()}
+    def weights(self, task: dict[str, Any]) -> dict[str, list[float]]:
+        """The network of one way by the names of its parameters, of which other ranks may train some; for tests."""
+        way = task["way"]
+        model = self.made[f"model {way}"] if way in SCHEDULES else self.made[f"learner {way}"].network.model
+        return {name: parameter.flatten().tolist() for name, parameter in model.named_parameters()}
 
 
-def timed_call(work: Callable[[], Any]) -> tuple[Any, float]:
+def timed_call(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
     """What `work` gives, and its seconds."""
     started = time.perf_counter()
-    return work(), time.perf_counter() - started
+    result = work(*arguments)
+    return result, time.perf_counter() - started
 
 
 def main() -> None:
