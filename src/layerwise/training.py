@@ -20,6 +20,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.flops import FlopMeter
 from layerwise.folders import check_options, drop_lines_after, new_folder, read_options
 from layerwise.learner import Learner
+from layerwise.mapped import OnFile
 from layerwise.memory import MemoryUse
 from layerwise.models import ModelOptions
 from layerwise.optim import Schedule
@@ -27,6 +28,7 @@ from layerwise.options import TrainOptions, model_name, to_mapping
 from layerwise.parallel.stage import Stage
 from layerwise.progress import Progress
 from layerwise.randomness import derive_seed, preserved_generators, seed_generators
+from layerwise.streaming import nearest_folder
 
 
 class Interrupted(Exception):
@@ -297,7 +299,8 @@ class Run:
         checkpoint.save(self.folder / "checkpoints", self.learner.steps, state)
 
     def _restore(self) -> None:
-        state, damaged = checkpoint.load_latest(self.folder / "checkpoints")
+        streamed = self.options.stream != "none"
+        state, damaged = checkpoint.load_latest(self.folder / "checkpoints", mapped=streamed)
         self.notes += damaged
         if state is not None:
             check_options(self.options, state["options"], self.folder)
@@ -411,7 +414,9 @@ def build_learner(
     options: TrainOptions, facts: Facts, device: torch.device, total: int, stage: Stage | None = None
 ) -> Learner:
     """The learner of a run with `total` steps, before its first step."""
-    model = build_model(options.model, facts, options.seed).to(device)
+    folder = Path(options.stream_folder or nearest_folder(Path(options.out or "runs")))
+    with OnFile(folder) if options.stream == "disk" else contextlib.nullcontext():
+        model = build_model(options.model, facts, options.seed)
     example = torch.zeros(2, *facts.shape, device=device)
     updates = math.ceil(total / options.accumulate)
     return Learner(
@@ -435,6 +440,9 @@ def build_learner(
         blocks=options.blocks,
         example=example,
         stage=stage,
+        device=device,
+        stream=options.stream,
+        stream_folder=folder,
     )
 
 
@@ -455,7 +463,7 @@ def load_run(folder: Path, device: str = "auto") -> Trained:
         LayerwiseError: the folder holds no run, or no checkpoint that can be read.
     """
     options = read_options(folder)
-    state, notes = checkpoint.load_latest(folder / "checkpoints")
+    state, notes = checkpoint.load_latest(folder / "checkpoints", mapped=options.stream != "none")
     if state is None:
         raise LayerwiseError(f"the run in {folder} has no checkpoint yet; train it first.")
     check_options(options, state["options"], folder)
