@@ -1,6 +1,7 @@
 """Tensors whose bytes are those of a file, and whose pages can be given back at any time."""
 
 import mmap
+import os
 import tempfile
 import weakref
 from pathlib import Path
@@ -16,6 +17,14 @@ class Mapped(mmap.mmap):
 
 
 _live: "weakref.WeakSet[Mapped]" = weakref.WeakSet()
+
+
+def unnamed_file(folder: Path, owner: object) -> int:
+    """A new file without a name, open for as long as `owner` lives: the system takes it back however that ends."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        handle = os.dup(file.fileno())
+    weakref.finalize(owner, os.close, handle)
+    return handle
 
 
 def map_file(handle: int, length: int, offset: int = 0, own_changes: bool = False) -> Mapped:
@@ -71,7 +80,7 @@ class OnFile(TorchFunctionMode):
 
     def __init__(self, folder: Path):
         super().__init__()
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  it lives as long as its tensors
+        self._file = unnamed_file(folder, self)
         self._mapped: Mapped | None = None
         self._used = self._length = 0
 
@@ -88,8 +97,8 @@ class OnFile(TorchFunctionMode):
         needed = -(-tensor.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
         if self._mapped is None or self._used + needed > len(self._mapped):
             room = max(CHUNK, needed)
-            self._file.truncate(self._length + room)  # sparse: what is not written takes no place on the disk
-            self._mapped = map_file(self._file.fileno(), room, self._length)
+            os.ftruncate(self._file, self._length + room)  # sparse: what is not written takes no place on the disk
+            self._mapped = map_file(self._file, room, self._length)
             self._used, self._length = 0, self._length + room
         place = tensor_at(self._mapped, self._used, tuple(tensor.shape), tensor.dtype)
         self._used += needed

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import mmap
 import os
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from layerwise.blocks import Block
 from layerwise.engine import Group, Unit
 from layerwise.errors import LayerwiseError
-from layerwise.mapped import Mapped, map_file, release_pages, tensor_at
+from layerwise.mapped import Mapped, map_file, release_pages, tensor_at, unnamed_file
 from layerwise.memory import MemoryUse, optimizer_tensors, tensor_bytes
 from layerwise.rules.base import Rule
 
@@ -189,7 +188,7 @@ class DiskStore:
     def __init__(self, folder: Path, device: torch.device):
         self.folder = folder
         try:
-            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  open until the learner dies
+            self._file = unnamed_file(folder, self)
         except OSError as reason:
             raise LayerwiseError(
                 f"cannot stream blocks to {folder} ({reason.strerror}); choose another --stream-folder."
@@ -208,7 +207,7 @@ class DiskStore:
             room += -room % mmap.ALLOCATIONGRANULARITY
             place, self._end = self._end, self._end + room
             self._places[part] = place, room
-            self._file.truncate(self._end)
+            os.ftruncate(self._file, self._end)
         for offset, chunk in chunks:
             if chunk.device.type != "cpu":
                 chunk = self._staged(len(chunk)).copy_(chunk)
@@ -224,7 +223,7 @@ class DiskStore:
     def view(self, part: Part) -> Tensor:
         """The bytes as a mapping of the file; none of them is in memory before it is read."""
         if self._mapped is None or len(self._mapped) < self._end:
-            self._mapped = map_file(self._file.fileno(), self._end)
+            self._mapped = map_file(self._file, self._end)
         return tensor_at(self._mapped, self._places[part][0], (part.length,))
 
     def _staged(self, length: int) -> Tensor:
@@ -236,7 +235,7 @@ class DiskStore:
         """Repeat a call until all bytes are moved; the system may move fewer at a time."""
         try:
             while len(rest):
-                moved = call(self._file.fileno(), rest, at)
+                moved = call(self._file, rest, at)
                 if moved == 0:
                     raise OSError(0, "the scratch file has been cut short")
                 rest, at = rest[moved:], at + moved
