@@ -152,7 +152,7 @@ class Learner:
         stream_folder: str | Path | None = None,
     ):
         _check_options(clip, accumulate, precision, nonfinite)
-        check_stream(stream, stage)
+        check_stream(stream, stage, compile)
         self.rule = rules.create(rule) if isinstance(rule, str) else rule
         check_words(self.rule)
         self.network: Partition = partition(model, cuts, blocks=blocks, example=example)
@@ -338,8 +338,8 @@ class Learner:
                 with self._resident(group.units):
                     _, h, message = self.engine.forward(group, h, message, y, None, trace)
             self._pass_on(h, message, skipped=False)
-            if type(self.rule).predict is not Rule.predict and not self.rule.predicts_at_head:
-                logits = self.rule.predict(self.network, self._modules_by_site(), x)
+            apart = not self.rule.predicts_plainly() and not self.rule.predicts_at_head
+            if apart and (logits := self._predicted(x)) is not None:
                 correct = self.task.correct(logits, y) / y.numel()
                 head = {"loss": self.task.loss(logits, y), "accuracy": correct}
                 trace.metrics["head"] = trace.metrics.get("head", {}) | head
@@ -407,6 +407,16 @@ class Learner:
     def _pass_on(self, h: Tensor, message: Any, skipped: bool) -> bool:
         """Hand the batch to the next rank, if there is one; returns whether any update of it was skipped so far."""
         return skipped if self.stage is None else self.stage.pass_on(h, message, skipped)
+
+    def _predicted(self, x: Tensor) -> Tensor | None:
+        """What the rule predicts; None where a later rank knows."""
+        if self.stage is None:
+            return self.rule.predict(self.network, self._modules_by_site(), x)
+        h, message = self.rule.ask(x, self._modules_by_site().get(0)) if self.stage.first else self.stage.receive()
+        for unit in (unit for group in self.groups for unit in group.units):
+            h, message = self.rule.answer(unit.site, unit.block(h), message, unit.auxiliary)
+        self.stage.pass_on(h, message, skipped=False)
+        return h if self.stage.last else None
 
     def _start(self, x: Tensor, y: Tensor, forward: Callable[[Tensor], Tensor]) -> Start:
         return Start(x, y, self.task, self.network, self._modules_by_site(), forward)
@@ -506,7 +516,6 @@ class Learner:
                 self._load([group], state, auxiliary)
             release_pages()
         self.steps, self.skipped = state["steps"], state["skipped"]
-
 
     def _load(self, groups: Sequence[Group], state: Mapping[str, Any], auxiliary: Mapping[str, Tensor]) -> None:
         """Take over what belongs to these groups, whose tensors are on the device."""

@@ -280,8 +280,8 @@ class Stream:
         window = max(len({owners[site] for site in view}) for view in views)
         if window == len(blocks):
             raise LayerwiseError(
-                f"rule {rule.name!r} cannot be streamed on this network, because all its blocks are needed at once; leave "
-                "--stream out, or choose a rule such as 'sll', 'sid' or 'local_ce' and a deeper network."
+                f"rule {rule.name!r} cannot be streamed on this network, because all its blocks are needed at once; "
+                "leave --stream out, or choose a rule such as 'sll', 'sid' or 'local_ce' and a deeper network."
             )
         self.device = device
         self.store: Store = HostStore(device) if kind == "host" else DiskStore(folder, device)
@@ -490,12 +490,16 @@ class Stream:
         return self._blanks[dtype]
 
 
-def check_stream(stream: str, stage: object) -> None:
+def check_stream(stream: str, stage: object, compile: bool | str) -> None:
     """Raise LayerwiseError unless blocks can be streamed so."""
     if stream not in get_args(Where):
         raise LayerwiseError(f"stream is {stream!r}; choose none, host or disk.")
     if stream != "none" and stage is not None:
         raise LayerwiseError("the blocks of several ranks cannot be streamed; leave --stream or --parallel out.")
+    if stream != "none" and compile:
+        raise LayerwiseError(
+            "streamed blocks share memory, which torch.compile refuses; leave --stream or --compile out."
+        )
 
 
 def nearest_folder(path: Path) -> Path:
