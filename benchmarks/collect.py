@@ -26,13 +26,18 @@ MORE = [  # folders with further rows of the rules' pages, under the title of th
     "cifar10_conv_short",
     "mnist_local_rules",
     "mnist_forward_forward",
+    "cora",
     "sid_mnist",
     "sid_fashion",
     "sid_fashion_sgd",
     "sid_cifar10",
     "sid_cifar10_sgd",
 ]
-LABELS = {  # rows of the conv net and of the cascade: rule and what is special about it
+LABELS = {  # rows of the conv net, the cascade and the graph: rule and what is special about it
+    "graph_forward_gcn": ("graph_forward", "GCN"),
+    "graph_forward_gat": ("graph_forward", "GAT"),
+    "backprop_gcn": ("backprop", "GCN"),
+    "backprop_gat": ("backprop", "GAT"),
     "sll_4_overlap": ("sll", "4 blocks, overlap 1"),
     "sll_2_overlap": ("sll", "2 blocks, overlap 1"),
     "sll_2": ("sll", "2 blocks"),

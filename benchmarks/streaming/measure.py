@@ -78,8 +78,9 @@ def table(rows: list[dict], timed: dict) -> str:
         "",
         f"MLP of width {WIDTH}, `sll`, AdamW, batch {BATCH}, one thread. A block's weight is "
         f"{WIDTH**2 * 4 / 2**20:.0f} MiB, {3 * WIDTH**2 * 4 / 2**20:.0f} MiB with the optimizer's state. Resident: the "
-        f"system's high-water mark (VmHWM) of a whole `layerwise train` of {STEPS} steps with checkpoint and evaluation, in a process of its own. Exact: "
-        "peak of the memory meter in one step, parameters and optimizer state in it as far as they are on the device.",
+        f"system's high-water mark (VmHWM) of a whole `layerwise train` of {STEPS} steps with checkpoint and "
+        "evaluation, in a process of its own. Exact: peak of the memory meter in one step, parameters and optimizer "
+        "state in it as far as they are on the device.",
         "",
         "Command: `bash benchmarks/streaming/run.sh`.",
         "",

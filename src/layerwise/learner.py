@@ -182,7 +182,7 @@ class Learner:
         Classification(1, label_smoothing)  # refuses a wrong value now; the number of classes is known later
         self.label_smoothing = label_smoothing
         self.stage = stage
-        self._stream_to = stream, Path(stream_folder or tempfile.gettempdir())
+        self._stream_to: tuple[Where, Path] = stream, Path(stream_folder or tempfile.gettempdir())
         self.stream: Stream | None = None
         self.steps = 0
         self.skipped = 0
@@ -215,7 +215,10 @@ class Learner:
         if self.stage is not None:
             mine = self.stage.choose(self.rule, self.network, ranges, x[:1].to(self.device))
         sizes = tuple(tuple(out.shape[1:]) for out in shapes)
-        units = [Unit(Site(i, len(blocks) - 1, block.name, sizes), block, None) for i, block in enumerate(blocks)]
+        units = []
+        for i, block in enumerate(blocks):
+            site = Site(i, len(blocks) - 1, block.name, sizes, tuple(x.shape[1:]), self.network)
+            units.append(Unit(site, block, None))
         self.task = task
         self.engine = Engine(self.rule, Execution(task=task, **self._how), self._resident)
         groups = []
@@ -340,8 +343,7 @@ class Learner:
             self._pass_on(h, message, skipped=False)
             apart = not self.rule.predicts_plainly() and not self.rule.predicts_at_head
             if apart and (logits := self._predicted(x)) is not None:
-                correct = self.task.correct(logits, y) / y.numel()
-                head = {"loss": self.task.loss(logits, y), "accuracy": correct}
+                head = {"loss": self.task.loss(logits, y), "accuracy": self.task.accuracy(logits, y)}
                 trace.metrics["head"] = trace.metrics.get("head", {}) | head
         return Metrics(self.steps, len(x), trace.metrics, (), {})
 
@@ -429,7 +431,7 @@ class Learner:
         with torch.no_grad():
             for group in self.groups:
                 for unit in group.units:
-                    x = self.engine.run(unit, x, self.steps)
+                    x = self.engine.run(unit, x, None, self.steps)
         return x
 
     def _placed(self, x: Tensor) -> Tensor:
@@ -446,7 +448,7 @@ class Learner:
             )
         if not self.groups:
             self.build(x)
-        self.task.check(y)
+        self.task.check(y, self.rule.unlabelled)
         return self._placed(x), y.to(self.device, non_blocking=True)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -119,7 +119,7 @@ class Part:
         chunks, entries, end = [], [], 0
         for tensor in tensors:
             storage, width = tensor.untyped_storage(), tensor.element_size()
-            address, length, offset = storage.data_ptr(), storage.nbytes(), tensor.storage_offset()
+            address, length, offset = storage.data_ptr(), storage.nbytes(), int(tensor.storage_offset())
             if self.slot is not None and address == home:  # the slot's storage: which of the old ones was it?
                 old = max(start for start in before if start <= offset * width)
                 address, length, offset = address + old, before[old], offset - old // width
@@ -211,12 +211,12 @@ class DiskStore:
         for offset, chunk in chunks:
             if chunk.device.type != "cpu":
                 chunk = self._staged(len(chunk)).copy_(chunk)
-            self._move(os.pwrite, memoryview(chunk.numpy()), place + offset)
+            self._move(os.pwrite, view_of(chunk), place + offset)
 
     def read(self, part: Part, length: int, into: Tensor) -> None:
         """Read from the file."""
         found = into[:length] if into.device.type == "cpu" else self._staged(length)
-        self._move(lambda file, rest, at: os.preadv(file, [rest], at), memoryview(found.numpy()), self._places[part][0])
+        self._move(lambda file, rest, at: os.preadv(file, [rest], at), view_of(found), self._places[part][0])
         if into.device.type != "cpu":
             into[:length].copy_(found)
 
@@ -463,7 +463,8 @@ class Stream:
             if self._side is None:
                 return move()
             with torch.cuda.stream(self._side):
-                self._side.wait_event(ready)
+                if ready is not None:
+                    self._side.wait_event(ready)
                 move()
                 return self._side.record_event()
 
@@ -488,6 +489,11 @@ class Stream:
             value = torch.nan if dtype.is_floating_point or dtype.is_complex else 0
             self._blanks[dtype] = torch.full((), value, dtype=dtype, device=self.device)
         return self._blanks[dtype]
+
+
+def view_of(found: Tensor) -> memoryview:
+    """Bytes on the host, as files read and write them."""
+    return found.numpy().data
 
 
 def check_stream(stream: str, stage: object, compile: bool | str) -> None:

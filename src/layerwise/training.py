@@ -19,16 +19,18 @@ from layerwise.checkpoint import write_atomically
 from layerwise.errors import LayerwiseError
 from layerwise.flops import FlopMeter
 from layerwise.folders import check_options, drop_lines_after, new_folder, read_options
+from layerwise.graphs import Graph
 from layerwise.learner import Learner
 from layerwise.mapped import OnFile
 from layerwise.memory import MemoryUse
-from layerwise.models import ModelOptions
+from layerwise.models import GraphModelOptions, ModelOptions
 from layerwise.optim import Schedule
 from layerwise.options import TrainOptions, model_name, to_mapping
 from layerwise.parallel.stage import Stage
 from layerwise.progress import Progress
 from layerwise.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.streaming import nearest_folder
+from layerwise.tasks import UNLABELLED
 
 
 class Interrupted(Exception):
@@ -74,13 +76,17 @@ class Facts:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     sizes: tuple[int, ...]
-    """Samples of the training, validation and test split."""
+    """Labelled samples of the training, validation and test split."""
+    graph: tuple[int, ...] = ()
+    """Nodes and edges, where the samples are the nodes of a graph."""
 
     @classmethod
     def of(cls, dataset: data.Dataset) -> "Facts":
         """The facts of a data set."""
-        sizes = tuple(0 if part is None else len(part) for part in (dataset.train, dataset.val, dataset.test))
-        return cls(dataset.shape, dataset.classes, dataset.mean, dataset.std, sizes)
+        parts = (dataset.train, dataset.val, dataset.test)
+        sizes = tuple(0 if part is None else int((part.labels != UNLABELLED).sum()) for part in parts)
+        graph = () if dataset.graph is None else (len(dataset.graph.labels), dataset.graph.edges.shape[1])
+        return cls(dataset.shape, dataset.classes, dataset.mean, dataset.std, sizes, graph)
 
     def check(self, dataset: data.Dataset) -> None:
         """Raise LayerwiseError unless `dataset` is the one that the facts are of."""
@@ -97,11 +103,18 @@ def _few(values: tuple[Any, ...]) -> str:
     return ", ".join(map(str, values[:10])) + (", ..." if len(values) > 10 else "")
 
 
-def build_model(options: ModelOptions, facts: Facts, seed: int) -> torch.nn.Module:
-    """The model for a data set, with initial weights that depend on `seed` only."""
+def build_model(options: ModelOptions, facts: Facts, seed: int, graph: Graph | None = None) -> torch.nn.Module:
+    """The model for a data set, with initial weights that depend on `seed` only.
+
+    Without the data's graph, a graph network has an empty one of the right size, which a checkpoint fills.
+    """
     with preserved_generators(torch.device("cpu")):
         seed_generators(derive_seed(seed, "model"), torch.device("cpu"))
-        return options.build(facts.shape, len(facts.classes))
+        if not isinstance(options, GraphModelOptions):
+            return options.build(facts.shape, len(facts.classes))
+        if graph is None and facts.graph:
+            graph = Graph.blank(*facts.graph, classes=len(facts.classes))
+        return options.build(facts.shape, len(facts.classes), graph)
 
 
 class Run:
@@ -131,7 +144,7 @@ class Run:
         self.train_batches, self.val_batches, self.test_batches = split_batches(options, self.dataset, self.device)
         self.total = options.steps or options.epochs * len(self.train_batches)
         self.facts = Facts.of(self.dataset)
-        self.learner = build_learner(options, self.facts, self.device, self.total, stage)
+        self.learner = build_learner(options, self.facts, self.device, self.total, stage, self.dataset.graph)
         next(self._batches(0))  # data that cannot be read are told of before anything is written
         self.seconds = 0.0
         self.samples = 0
@@ -418,12 +431,17 @@ def split_batches(
 
 
 def build_learner(
-    options: TrainOptions, facts: Facts, device: torch.device, total: int, stage: Stage | None = None
+    options: TrainOptions,
+    facts: Facts,
+    device: torch.device,
+    total: int,
+    stage: Stage | None = None,
+    graph: Graph | None = None,
 ) -> Learner:
     """The learner of a run with `total` steps, before its first step."""
     folder = Path(options.stream_folder or nearest_folder(Path(options.out or "runs")))
     with OnFile(folder) if options.stream == "disk" else contextlib.nullcontext():
-        model = build_model(options.model, facts, options.seed)
+        model = build_model(options.model, facts, options.seed, graph)
     example = torch.zeros(2, *facts.shape, device=device)
     updates = math.ceil(total / options.accumulate)
     return Learner(

@@ -46,9 +46,11 @@ class Source(ABC):
     Attributes:
         labels: int64 (N,).
         shape: (C, H, W) of every image.
+        whole: whether the samples belong together, so that one batch holds them all, in order.
     """
 
     labels: Tensor
+    whole = False
     shape: tuple[int, int, int]
 
     def __len__(self) -> int:

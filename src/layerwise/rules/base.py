@@ -29,6 +29,10 @@ class Site:
     """Name of the block, `"head"` for the head."""
     shapes: tuple[tuple[int, ...], ...] = ()
     """Shapes of one sample's output at every site, this one and the head included."""
+    inputs: tuple[int, ...] = ()
+    """Shape of one sample of the network's input."""
+    network: Partition | None = field(default=None, compare=False, repr=False)
+    """The blocks and the head, for a rule whose auxiliary modules are built after them (`Block.redrawn`)."""
 
     @property
     def is_head(self) -> bool:
@@ -120,8 +124,10 @@ class Rule:
     """Paper, year, and how far the code is the paper's statement."""
     restrictions: ClassVar[str] = ""
     """What the rule cannot do, in one or two sentences."""
-    model: ClassVar[str | None] = None
-    """The one model that the rule trains; None for a rule that trains any network."""
+    models: ClassVar[tuple[str, ...]] = ()
+    """The models that the rule trains; empty for a rule that trains any network."""
+    unlabelled: ClassVar[bool] = False
+    """Whether a label may be -100, for a sample that counts in no loss and no accuracy; a test verifies it."""
     begins_with_batch: ClassVar[bool] = False
     """Whether `begin`, where it is overridden, looks at nothing but the batch, its draws and the first site's module.
 
@@ -177,8 +183,14 @@ class Rule:
         """The first block's input and the first message."""
         return start.x, None
 
-    def run(self, block: Block, h: Tensor) -> Tensor:
-        """Run a block; overridden where the forward pass itself differs (checkpointing, offloading)."""
+    def run(self, block: Block, h: Tensor, message: Any) -> Tensor:
+        """Run a block; overridden where the forward pass itself differs (checkpointing, offloading).
+
+        Args:
+            block: what to run.
+            h: its input.
+            message: what the site before sent; None in `Start.forward`.
+        """
         return block(h)
 
     def signal(self, at: Moment) -> Signal:
@@ -251,7 +263,7 @@ def cross_entropy_at_head(at: Moment) -> Signal:
     """The signal of a head: the task's loss on its logits."""
     loss = at.task.loss(at.h, at.y)
     # Named here, so that it stays the task's loss where a rule adds to the signal.
-    metrics = {"loss": loss, "accuracy": at.task.correct(at.h, at.y) / at.y.numel()}
+    metrics = {"loss": loss, "accuracy": at.task.accuracy(at.h, at.y)}
     return Signal(loss=loss, message=at.message, metrics=metrics)
 
 
