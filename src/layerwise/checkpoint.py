@@ -234,7 +234,7 @@ def save_file(tensors: Mapping[str, Tensor], path: Path) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             flat = tensors[name].detach().to("cpu").contiguous().view(-1)
-            file.write(memoryview(flat.view(torch.uint8).numpy()))
+            file.write(flat.view(torch.uint8).numpy().data)
             release_pages()
 
 
