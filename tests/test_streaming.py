@@ -19,7 +19,7 @@ from layerwise import LayerwiseError, Learner, Partition, checkpoint, rules
 from layerwise.cli import main
 from layerwise.mapped import OnFile, map_file, release_pages, tensor_at
 
-REFUSED = ("backprop", "backprop_checkpoint", "backprop_offload", "deep_supervision")
+REFUSED = ("backprop", "backprop_checkpoint", "backprop_offload", "deep_supervision", "periodic_guidance")
 TINY = split("--model.width 16 --model.depth 4 --batch-size 256 --steps 6 --model.dropout 0.2 --augment crop")
 
 

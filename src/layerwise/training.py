@@ -219,8 +219,8 @@ class Run:
     def _step(self, x: Tensor, y: Tensor) -> Any:
         meter = FlopMeter() if self.learner.steps == 0 else None
         with meter or contextlib.nullcontext():
-            # The second step's memory is measured: by then the optimizers have their state. So is that of the first step
-            # in which a rule joins groups; the larger one is told.
+            # The second step's memory is measured: by then the optimizers have their state. So is that of the first
+            # step in which a rule joins groups; the larger one is told.
             groups = " ".join(group.name for group in self.learner.groups_at(self.learner.steps))
             if self.learner.steps >= min(1, self.total - 1) and groups not in self._measured:
                 self._measured.add(groups)
