@@ -197,7 +197,8 @@ class Learner:
         sites = range(ranges[mine.start].start, ends[mine.stop - 1])
         units = []
         for i, (block, h) in enumerate(zip(blocks, shapes, strict=True)):
-            site = Site(i, len(blocks) - 1, block.name, tuple(tuple(out.shape[1:]) for out in shapes))
+            outputs = tuple(tuple(out.shape[1:]) for out in shapes)
+            site = Site(i, len(blocks) - 1, block.name, outputs, tuple(x.shape[1:]), self.network)
             with preserved_generators(self.device):
                 seed_generators(derive_seed(self._how["seed"], "auxiliary", i), self.device)
                 auxiliary = self.rule.auxiliary(site, h, task) if i in sites else None
@@ -304,8 +305,8 @@ class Learner:
             for group in self.groups:
                 _, h, message = self.engine.forward(group, h, message, y, None, trace)
             self._pass_on(h, message, skipped=False)
-            if type(self.rule).predict is not Rule.predict and not self.rule.predicts_at_head:
-                logits = self.rule.predict(self.network, self._modules_by_site(), x)
+            apart = not self.rule.predicts_plainly() and not self.rule.predicts_at_head
+            if apart and (logits := self._predicted(x)) is not None:
                 head = {"loss": self.task.loss(logits, y), "accuracy": self.task.accuracy(logits, y)}
                 trace.metrics["head"] = trace.metrics.get("head", {}) | head
         return Metrics(self.steps, len(x), trace.metrics, (), {})
@@ -371,6 +372,16 @@ class Learner:
     def _pass_on(self, h: Tensor, message: Any, skipped: bool) -> bool:
         """Hand the batch to the next rank, if there is one; returns whether any update of it was skipped so far."""
         return skipped if self.stage is None else self.stage.pass_on(h, message, skipped)
+
+    def _predicted(self, x: Tensor) -> Tensor | None:
+        """What the rule predicts; None where a later rank knows."""
+        if self.stage is None:
+            return self.rule.predict(self.network, self._modules_by_site(), x)
+        h, message = self.rule.ask(x, self._modules_by_site().get(0)) if self.stage.first else self.stage.receive()
+        for unit in (unit for group in self.groups for unit in group.units):
+            h, message = self.rule.answer(unit.site, unit.block(h), message, unit.auxiliary)
+        self.stage.pass_on(h, message, skipped=False)
+        return h if self.stage.last else None
 
     def _start(self, x: Tensor, y: Tensor, forward: Callable[[Tensor], Tensor]) -> Start:
         return Start(x, y, self.task, self.network, self._modules_by_site(), forward)

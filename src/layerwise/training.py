@@ -6,7 +6,7 @@ import math
 import shlex
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -159,10 +159,9 @@ class Run:
 
     def _open(self, resume: Path | None) -> Path:
         """The folder of the run, with its options in it."""
-        if resume is not None:
-            return resume
-        folder = new_folder(self.options)
-        write_atomically(folder / "config.json", json.dumps(to_mapping(self.options), indent=2) + "\n")
+        folder = resume or self._new_folder()
+        if not (folder / "config.json").exists():
+            write_atomically(folder / "config.json", json.dumps(to_mapping(self.options), indent=2) + "\n")
         return folder
 
     @classmethod
@@ -253,8 +252,16 @@ class Run:
     def _of_all_blocks(self, values: dict[str, float]) -> dict[str, float]:
         return values
 
-    def _state(self) -> dict[str, Any]:
-        return self.learner.state_dict()
+    def _new_folder(self) -> Path:
+        return new_folder(self.options)
+
+    def _write(self, state: dict[str, Any]) -> None:
+        """Write a checkpoint."""
+        checkpoint.save(self.folder / "checkpoints", self.learner.steps, state)
+
+    def _weights(self) -> Mapping[str, Tensor]:
+        """The trained weights, under the model's own names."""
+        return self.learner.state_dict()["model"]
 
     def _stop(self) -> int:
         """Number of the signal that ends the run behind this step, or 0."""
@@ -263,7 +270,6 @@ class Run:
     def _finish(self, log: Any) -> dict[str, Any]:
         test = self._evaluate(self.test_batches)
         log({"step": self.total, "split": "test", **test})
-        weights = self._state()["model"]
         memory = self.memory.mib() if self.memory else {}
         result = {
             "rule": self.options.rule.name,
@@ -291,13 +297,13 @@ class Run:
             "command": self.command,
             "notes": self.notes,
         }
-        checkpoint.write_tensors(self.folder / "model.safetensors", weights)
+        checkpoint.write_tensors(self.folder / "model.safetensors", self._weights())
         write_atomically(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
         return result
 
     def _save(self) -> None:
         state = {
-            "learner": self._state(),
+            "learner": self.learner.state_dict(),
             "samples": self.samples,
             "seconds": self.seconds,
             "val": self.last_val,
@@ -307,7 +313,7 @@ class Run:
             "options": to_mapping(self.options),
             "data": asdict(self.facts),
         }
-        checkpoint.save(self.folder / "checkpoints", self.learner.steps, state)
+        self._write(state)
 
     def _restore(self) -> None:
         state, damaged = checkpoint.load_latest(self.folder / "checkpoints")
@@ -395,6 +401,7 @@ def load_data(options: TrainOptions) -> data.Dataset:
     return data.load(
         options.data,
         val_fraction=options.val_fraction,
+        train_samples=options.train_samples,
         size=options.image_size,
         label_noise=options.label_noise,
         label_noise_kind=options.label_noise_kind,
@@ -472,17 +479,27 @@ def load_run(folder: Path, device: str = "auto") -> Trained:
     Raises:
         LayerwiseError: the folder holds no run, or no checkpoint that can be read.
     """
+    options, state, notes = read_state(folder)
+    facts = _facts(state)
+    learner = build_learner(options, facts, pick_device(device), total=1)
+    learner.load_state_dict(state["learner"])
+    return Trained(options, facts, learner, notes)
+
+
+def read_state(folder: Path) -> tuple[TrainOptions, dict[str, Any], list[str]]:
+    """Options and newest checkpoint of the run in `folder`, and what the user should know of them.
+
+    Raises:
+        LayerwiseError: the folder holds no run, or no checkpoint that can be read.
+    """
     options = read_options(folder)
     state, notes = checkpoint.load_latest(folder / "checkpoints")
     if state is None:
         raise LayerwiseError(f"the run in {folder} has no checkpoint yet; train it first.")
     check_options(options, state["options"], folder)
-    facts = _facts(state)
-    learner = build_learner(options, facts, pick_device(device), total=1)
-    learner.load_state_dict(state["learner"])
     if not (folder / "result.json").is_file():
-        notes.append(f"the run is not finished: these are its weights after step {learner.steps}")
-    return Trained(options, facts, learner, notes)
+        notes.append(f"the run is not finished: these are its weights after step {state['learner']['steps']}")
+    return options, state, notes
 
 
 def _facts(state: dict[str, Any]) -> Facts:

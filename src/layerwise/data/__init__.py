@@ -107,6 +107,7 @@ def load(
     name: str = "digits",
     *,
     val_fraction: float = 0.1,
+    train_samples: int | None = None,
     seed: int = 0,
     root: str | Path | None = None,
     size: int | None = None,
@@ -121,7 +122,8 @@ def load(
         name: a name or form that `names()` lists; default "digits".
         val_fraction: part of the training samples, in [0, 1), that becomes the validation split, stratified by class;
             default 0.1.
-        seed: seed of the validation split, default 0; not the seed of the run. The test split depends on no option.
+        train_samples: how many of the training samples behind that split are kept, stratified by class; default all.
+        seed: of both choices, default 0; not the seed of the run. The test split depends on no option.
         root: folder that holds <name>/**/*.parquet; default $LAYERWISE_DATA, then the Hugging Face hub.
         size: side in pixels that images are scaled and centre-cropped to; default: their most common size, or 224
             when they are streamed.
@@ -160,19 +162,26 @@ fashion_mnist, cifar10, cifar100, cora, hf:owner/name, imagefolder:PATH, parquet
             "the same in every run, are the test split"
         )
     noisy = noisy_labels(train.labels, classes, label_noise, label_noise_kind)
-    val = None
-    if not val_fraction:
-        train = train.relabelled(noisy)
-    else:
-        rest, part = stratified_split(train.labels, val_fraction, seed)
+    kept, val = torch.arange(len(train)), None
+    if val_fraction:
+        kept, part = stratified_split(train.labels, val_fraction, seed)
         if not len(part):
             raise LayerwiseError(
                 f"validation fraction {val_fraction} of {len(train)} training samples is no sample; raise it or use 0"
             )
         val = train.subset(part)
-        train = train.subset(rest).relabelled(noisy[rest])
         if not clean_validation:
             val = val.relabelled(noisy[part])
+    if train_samples is not None:
+        if not len(classes) <= train_samples <= len(kept):
+            raise LayerwiseError(
+                f"train_samples is {train_samples}; give a number from {len(classes)}, one per class, to {len(kept)}"
+            )
+        if train_samples < len(kept):
+            kept = kept[stratified_split(train.labels[kept], train_samples / len(kept), seed)[1]]
+    if len(kept) < len(train):
+        train = train.subset(kept)
+    train = train.relabelled(noisy[kept])
     mean, std, sampled = _mean_std(train)
     if sampled < len(train):
         notes.append(f"mean and std are estimated from {sampled} of {len(train)} training images")

@@ -95,8 +95,9 @@ class Batches:
         return whole + (rest > 0 and not self.drop_last)
 
     def without_images(self) -> "Batches":
-        """The same batches with the labels alone: x is empty (B, 0), no image is read, augmented or moved."""
+        """The same batches with the labels alone: x is empty (B, 0), no image is kept, read, augmented or moved."""
         other = copy.copy(self)
+        other.source = self.source.without_images()
         other.labels_only = True
         return other
 

@@ -73,6 +73,10 @@ class Source(ABC):
     def to(self, device: torch.device) -> "Source":
         """The source with its pixels on `device`, if it holds any."""
 
+    def without_images(self) -> "Source":
+        """The labels alone; the pixels, if it holds any, are not kept."""
+        return self
+
     def relabelled(self, labels: Tensor) -> "Source":
         """The same images with other labels, int64 (N,)."""
         other = copy.copy(self)
@@ -110,6 +114,9 @@ class InMemorySource(Source):
 
     def to(self, device: torch.device) -> "InMemorySource":
         return InMemorySource(self.images.to(device), self.labels.to(device))
+
+    def without_images(self) -> "InMemorySource":
+        return InMemorySource(self.images.to("meta"), self.labels)
 
 
 class StreamedSource(Source):

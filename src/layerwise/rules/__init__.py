@@ -10,6 +10,7 @@ import dataclasses
 from importlib.metadata import entry_points
 
 from layerwise.errors import LayerwiseError, suggestion
+from layerwise.rules.auglocal import AugLocal
 from layerwise.rules.backprop import Backprop, BackpropCheckpoint, BackpropOffload
 from layerwise.rules.base import Moment, Rule, Signal, Site, Start
 from layerwise.rules.controls import DeepSupervision, LastLayer
@@ -18,6 +19,7 @@ from layerwise.rules.dgl import DGL
 from layerwise.rules.forward_forward import ForwardForward
 from layerwise.rules.gradient_reconciliation import GradientReconciliation
 from layerwise.rules.graph_forward import GraphForward
+from layerwise.rules.infopro import InfoPro
 from layerwise.rules.interlocking import Interlocking
 from layerwise.rules.layer_collaboration import LayerCollaboration
 from layerwise.rules.local_ce import LocalCE
@@ -37,6 +39,8 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     MonoForward,
     PredSim,
     DGL,
+    AugLocal,
+    InfoPro,
     Interlocking,
     GradientReconciliation,
     ForwardForward,
@@ -109,6 +113,7 @@ __all__ = [
     "SID",
     "SLL",
     "SVP",
+    "AugLocal",
     "Backprop",
     "BackpropCheckpoint",
     "BackpropOffload",
@@ -117,6 +122,7 @@ __all__ = [
     "ForwardForward",
     "GradientReconciliation",
     "GraphForward",
+    "InfoPro",
     "Interlocking",
     "LastLayer",
     "LayerCollaboration",
