@@ -83,7 +83,7 @@ def activities(learner: Learner, x: Tensor, y: Tensor) -> dict[str, Tensor]:
 
 
 def class_units(h: Tensor, y: Tensor, classes: int) -> dict[str, float]:
-    """Share of units of which one class holds more than half of the mean activity, and for how many classes some are."""
+    """Share of units of which one class holds more than half of the mean activity; how many classes have some."""
     means = torch.stack([h[y == k].mean(0) for k in range(classes)])  # (K, D)
     share = means / means.sum(0).clamp_min(1e-12)
     best, which = share.max(0)
@@ -118,7 +118,15 @@ def table(found: dict, options: argparse.Namespace) -> str:
             cells = [spread([row[key] for row in rows]) for key in ("hoyer", "dead", "specific")]
             classes = spread([row["classes"] for row in rows], 1)
             lines.append(f"| {name} | {accuracy} | {layer} | {' | '.join(cells)} | {classes} |")
-    lines += ["", "Machine:", "", "```", f"cpu: {processor()}, one thread, shared; torch {torch.__version__}", "```", ""]
+    lines += [
+        "",
+        "Machine:",
+        "",
+        "```",
+        f"cpu: {processor()}, one thread, shared; torch {torch.__version__}",
+        "```",
+        "",
+    ]
     return "\n".join(lines)
 
 
