@@ -38,6 +38,7 @@ CONTRACT, ENGINE, RULES = "test_contract.py", "test_engine.py", "test_rules.py"
 SID, TRUNK = "test_sid.py", "test_trunk.py"
 LOCAL = f"{CONTRACT} mlp and sll and (carries or reaches)"
 MEMORY = f"{CONTRACT} working_memory and mlp and local_ce"
+PIPE, PARTS = "test_pipeline.py", "test_parts.py"
 FREE = "        self._free(group)\n\n    def _free"
 MUTANTS = [
     Mutant("activation not detached", "engine.py",
@@ -122,6 +123,11 @@ MUTANTS = [
     Mutant("sign of the likelihood", "rules/sll.py",
            [("loss=by_depth(self.likelihood_weight", "loss=-by_depth(self.likelihood_weight")],
            f"{RULES} likelihood or closed_form"),
+    Mutant("an unlabelled sample counts as wrong", "tasks.py",
+           [("self.correct(logits, y) / (y != UNLABELLED).sum()", "self.correct(logits, y) / y.numel()")],
+           "test_graph_forward.py counts_in_no_loss"),
+    Mutant("a known node sees its own label", "rules/graph_forward.py",
+           [('self.variant == "nodes" or self.links == "both"', "True")], "test_graph_forward.py links_in"),
     Mutant("evaluation in training mode", "learner.py",
            [("        self.network.eval()\n", "")], f"{CONTRACT} evaluation and vgg and sll"),
     Mutant("optimizer state shared", "learner.py",
@@ -129,6 +135,19 @@ MUTANTS = [
     Mutant("a module held twice runs once", "blocks.py",
            [("in model._modules.items():", "in model.named_children():")],
            "test_blocks.py models_bits and shared"),
+    Mutant("torn parts are read", "checkpoint.py",
+           [('digest(about) == said and all(digest(f, path / f) == d for f, d in about["parts"].items())', "True")],
+           f"{PARTS} alone_writes"),
+    Mutant("a restart takes any run", "folders.py",
+           [('(folder / "job").read_text() == _job() + "\\n"', '(folder / "job").read_text()')],
+           f"{PARTS} folder_of_its_own"),
+    Mutant("votes stay behind at a boundary", "learner.py",
+           [("self.stage.pass_on(h, message, skipped=False)\n        return h if",
+             "self.stage.pass_on(h, message * 0, skipped=False)\n        return h if")],
+           f"{PIPE} votes and mlp and scalable"),
+    Mutant("later ranks begin on their own", "learner.py",
+           [("            return self.stage.receive()\n", "            return self.stage.receive()[0], None\n")],
+           f"{PIPE} bits_of_one_process and mlp and sid"),
 ]  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """The update order, once: forward on the detached input, signal, local backward, step, free, pass on."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -114,11 +114,21 @@ def detach(tree: Any) -> Any:
 
 
 class Engine:
-    """Runs groups of blocks for a rule. Nothing else in the library knows the update order."""
+    """Runs groups of blocks for a rule. Nothing else in the library knows the update order.
 
-    def __init__(self, rule: Rule, execution: Execution):
+    Attributes:
+        resident: the context in which units run; streamed ones are on the device inside.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        execution: Execution,
+        resident: Callable[[Sequence[Unit]], AbstractContextManager[None]] = lambda units: nullcontext(),
+    ):
         self.rule = rule
         self.how = execution
+        self.resident = resident
 
     def forward(
         self, group: Group, h: Tensor, message: Any, y: Tensor, step: int | None, trace: Trace
@@ -172,14 +182,17 @@ class Engine:
         waiting, trunk = list(groups), None
         if self.rule.has_trunk() and groups[0].optimizers:
             first = waiting.pop(0)
-            signals, out, message = self._with_graph(first, h, message, y, step, trace)
+            with self.resident(first.units):
+                signals, out, message = self._with_graph(first, h, message, y, step, trace)
             trunk = Trunk(first, h, signals, out, gradient=torch.zeros_like(out))
             h, message = detach(out), detach(message)
         for group in waiting:
-            h, message = self.update(group, h, message, y, step, trace, trunk)
+            with self.resident([*group.units, *group.ahead]):
+                h, message = self.update(group, h, message, y, step, trace, trunk)
         if trunk is not None:
             sent_back = (Signal(cotangent=trunk.gradient), trunk.out)
-            self._learn(trunk.group, trunk.h, [*trunk.signals, sent_back], step, trace)
+            with self.resident(trunk.group.units):
+                self._learn(trunk.group, trunk.h, [*trunk.signals, sent_back], step, trace)
         return h, message
 
     def update(

@@ -21,6 +21,7 @@ from layerwise.flops import FlopMeter
 from layerwise.folders import check_options, drop_lines_after, new_folder, read_options
 from layerwise.graphs import Graph
 from layerwise.learner import Learner
+from layerwise.mapped import OnFile
 from layerwise.memory import MemoryUse
 from layerwise.models import GraphModelOptions, ModelOptions
 from layerwise.optim import Schedule
@@ -28,6 +29,7 @@ from layerwise.options import TrainOptions, model_name, to_mapping
 from layerwise.parallel.stage import Stage
 from layerwise.progress import Progress
 from layerwise.randomness import derive_seed, preserved_generators, seed_generators
+from layerwise.streaming import nearest_folder
 from layerwise.tasks import UNLABELLED
 
 
@@ -322,7 +324,8 @@ class Run:
         self._write(state)
 
     def _restore(self) -> None:
-        state, damaged = checkpoint.load_latest(self.folder / "checkpoints")
+        streamed = self.options.stream != "none"
+        state, damaged = checkpoint.load_latest(self.folder / "checkpoints", mapped=streamed)
         self.notes += damaged
         if state is not None:
             check_options(self.options, state["options"], self.folder)
@@ -444,7 +447,9 @@ def build_learner(
     graph: Graph | None = None,
 ) -> Learner:
     """The learner of a run with `total` steps, before its first step."""
-    model = build_model(options.model, facts, options.seed, graph).to(device)
+    folder = Path(options.stream_folder or nearest_folder(Path(options.out or "runs")))
+    with OnFile(folder) if options.stream == "disk" else contextlib.nullcontext():
+        model = build_model(options.model, facts, options.seed, graph)
     example = torch.zeros(2, *facts.shape, device=device)
     updates = math.ceil(total / options.accumulate)
     return Learner(
@@ -468,6 +473,9 @@ def build_learner(
         blocks=options.blocks,
         example=example,
         stage=stage,
+        device=device,
+        stream=options.stream,
+        stream_folder=folder,
     )
 
 
@@ -501,7 +509,7 @@ def read_state(folder: Path) -> tuple[TrainOptions, dict[str, Any], list[str]]:
         LayerwiseError: the folder holds no run, or no checkpoint that can be read.
     """
     options = read_options(folder)
-    state, notes = checkpoint.load_latest(folder / "checkpoints")
+    state, notes = checkpoint.load_latest(folder / "checkpoints", mapped=options.stream != "none")
     if state is None:
         raise LayerwiseError(f"the run in {folder} has no checkpoint yet; train it first.")
     check_options(options, state["options"], folder)
