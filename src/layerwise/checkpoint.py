@@ -185,8 +185,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """
     partial = path.with_name(path.name + ".partial")
     try:
-        # Copies: safetensors refuses tensors that share memory, and views may be strided.
-        save_file({name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}, partial)
+        save_file(_apart(tensors), partial)
         flush(partial)
         partial.replace(path)
     except (OSError, safetensors.SafetensorError) as reason:
@@ -195,6 +194,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise LayerwiseError(
             f"could not write {path} ({_short(reason)}); free space or choose another place."
         ) from reason
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the host, contiguous and without shared memory, as safetensors wants them; copied where needed."""
+    found, end = {}, 0
+    host = [(name, tensor.detach().cpu().contiguous()) for name, tensor in tensors.items()]
+    for name, tensor in sorted(host, key=lambda item: item[1].data_ptr()):
+        found[name] = tensor.clone() if tensor.data_ptr() < end else tensor
+        end = max(end, tensor.data_ptr() + tensor.nbytes)
+    return found
 
 
 def split(state: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:

@@ -37,15 +37,15 @@ class Unit:
 
 @dataclass
 class Group:
-    """Neighbouring units that share one graph, one backward pass and one optimizer."""
+    """Neighbouring units that share one graph and one backward pass."""
 
     units: list[Unit]
     ahead: list[Unit]
     """Units behind them, of later groups, through which their signal passes; they lend the graph and do not learn."""
     parameters: list[nn.Parameter]
     """What learns here."""
-    optimizer: torch.optim.Optimizer | None
-    """None where nothing learns; such a group runs without a graph."""
+    optimizers: list[torch.optim.Optimizer]
+    """One, or those of the groups that are joined here; none where nothing learns, which runs without a graph."""
     scaler: torch.amp.GradScaler
     """Scales the signal where gradients are fp16; does nothing otherwise."""
     buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -170,7 +170,7 @@ class Engine:
             Output and message of the last, detached: what a pipeline's next rank gets.
         """
         waiting, trunk = list(groups), None
-        if self.rule.has_trunk() and groups[0].optimizer is not None:
+        if self.rule.has_trunk() and groups[0].optimizers:
             first = waiting.pop(0)
             signals, out, message = self._with_graph(first, h, message, y, step, trace)
             trunk = Trunk(first, h, signals, out, gradient=torch.zeros_like(out))
@@ -196,11 +196,11 @@ class Engine:
 
         Where there is a trunk, the gradient on the group's input goes back to it, as the rule says.
         """
-        if trunk is not None and group.optimizer is not None:
+        if trunk is not None and group.optimizers:
             h = h.detach().requires_grad_()
         signals, h_out, message_out = self._with_graph(group, h, message, y, step, trace)
         scale = group.scaler.get_scale() if trunk is not None else 1.0  # the step below may change it
-        if group.optimizer is not None:
+        if group.optimizers:
             self._learn(group, h, signals, step, trace)
         if trunk is not None and h.grad is not None:
             gradient = h.grad * (self.how.accumulate / scale)  # in the units of the loss
@@ -215,7 +215,7 @@ class Engine:
         """The forward pass of an update: with a graph where something learns."""
         if self.how.nonfinite == "skip" and step % self.how.accumulate == 0:
             group.buffers = [(b, b.clone()) for unit in group.units for b in unit.buffers()]
-        with torch.set_grad_enabled(group.optimizer is not None):
+        with torch.set_grad_enabled(bool(group.optimizers)):
             return self.forward(group, h, message, y, step, trace)
 
     def _learn(self, group: Group, h: Tensor, signals: list[tuple[Signal, Tensor]], step: int, trace: Trace) -> None:
@@ -254,22 +254,22 @@ class Engine:
 
     def _step(self, group: Group, h: Tensor, loss: Tensor, step: int, trace: Trace) -> None:
         """Check, clip, step, free the gradients."""
-        optimizer = group.optimizer
-        assert optimizer is not None
-        group.scaler.unscale_(optimizer)
+        for optimizer in group.optimizers:
+            group.scaler.unscale_(optimizer)
         gradients = [p.grad for p in group.parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         if self._may_step(group, h, loss, norm, step, trace):
             if self.how.clip is not None:
                 nn.utils.clip_grads_with_norm_(group.parameters, self.how.clip, norm)
-            set_learning_rate(optimizer, self.how.schedule(step // self.how.accumulate))
-            group.scaler.step(optimizer)
+            for optimizer in group.optimizers:
+                set_learning_rate(optimizer, self.how.schedule(step // self.how.accumulate))
+                group.scaler.step(optimizer)
         group.scaler.update()
         self._free(group)
 
     def _free(self, group: Group) -> None:
-        assert group.optimizer is not None
-        group.optimizer.zero_grad(set_to_none=True)
+        for optimizer in group.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def _may_step(self, group: Group, h: Tensor, loss: Tensor, norm: Tensor, step: int, trace: Trace) -> bool:
         """Whether signal and gradient are finite; an overflow of scaled gradients is the scaler's own affair."""

@@ -172,6 +172,8 @@ class Learner:
         self.skipped = 0
         self.groups: list[Group] = []
         self.auxiliary = nn.ModuleDict()
+        self._groupings: dict[tuple[range, ...], list[Group]] = {}
+        self._scalers: dict[str, Any] = {}
         self._pending: Mapping[str, Any] | None = None
         if example is not None:
             self.build(example)
@@ -210,6 +212,7 @@ class Learner:
         self.groups = [
             self._group(units[ranges[i].start : ends[i]], ahead=units[ends[i] : ranges[i].stop]) for i in mine
         ]
+        self._groupings = {tuple(ranges): self.groups}
         if self._compile:
             backend = self._compile if isinstance(self._compile, str) else "inductor"
             for block in blocks:
@@ -245,9 +248,46 @@ class Learner:
             units,
             ahead,
             parameters=[p for group in groups for p in group["params"]],
-            optimizer=self.factory(groups) if groups else None,
-            scaler=torch.amp.GradScaler(self.device.type, enabled=self._how["autocast"] == torch.float16),
+            optimizers=[self.factory(groups)] if groups else [],
+            scaler=self._scaler(),
         )
+
+    def _scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.device.type, enabled=self._how["autocast"] == torch.float16)
+
+    def groups_at(self, step: int) -> list[Group]:
+        """The groups in which a training step updates the blocks: `groups`, unless the rule joins some of them there.
+
+        Raises:
+            LayerwiseError: the rule asks for groups that are not neighbours of its own, joined.
+        """
+        blocks = len(self.network.blocks)
+        ranges = tuple(self.rule.groups_at(step // self._how["accumulate"], blocks))
+        if ranges not in self._groupings:
+            self._groupings[ranges] = self._joined(ranges)
+        return self._groupings[ranges]
+
+    def _joined(self, ranges: Sequence[range]) -> list[Group]:
+        """The groups, put together so that each begins where one of `ranges` does; optimizers stay what they are."""
+        units = [unit for group in self.groups for unit in group.units]
+        starts = [wanted.start for wanted in ranges]
+        own = [group.units[0].site.index for group in self.groups]
+        if not set(starts) <= set(own):
+            raise LayerwiseError(f"rule {self.rule.name!r} parts a group in some steps; it can only join neighbours.")
+        made = []
+        for wanted, stop in zip(ranges, [*starts[1:], len(units)], strict=True):
+            parts = [group for group, start in zip(self.groups, own, strict=True) if wanted.start <= start < stop]
+            group = Group(
+                units[wanted.start : stop],
+                ahead=units[stop : wanted.stop],
+                parameters=[p for part in parts for p in part.parameters],
+                optimizers=[optimizer for part in parts for optimizer in part.optimizers],
+                scaler=self._scaler(),
+            )
+            if group.scaler.is_enabled() and group.name in self._scalers:
+                group.scaler.load_state_dict(self._scalers[group.name])
+            made.append(group)
+        return made
 
     def step(self, x: Tensor, y: Tensor) -> Metrics:
         """Train on one batch: every block is updated once, while the batch passes through.
@@ -270,7 +310,7 @@ class Learner:
         with preserved_generators(self.device):
             seed_generators(derive_seed(self._how["seed"], "begin", step), self.device)
             h, message = self._begin(x, y, self._forward_with_draws)
-            h, message = self.engine.step(self.groups, h, message, y, step, trace)
+            h, message = self.engine.step(self.groups_at(step), h, message, y, step, trace)
         self.steps += 1
         self.skipped += self._pass_on(h, message, bool(trace.skipped))
         return Metrics(step, len(x), trace.metrics, tuple(trace.skipped), trace.finite)
@@ -282,7 +322,7 @@ class Learner:
         """
         tensors = [*self.network.parameters(), *self.network.buffers()]
         tensors += [*self.auxiliary.parameters(), *self.auxiliary.buffers()]
-        optimizers = [group.optimizer for group in self.groups if group.optimizer is not None]
+        optimizers = [optimizer for group in self.groups for optimizer in group.optimizers]
         with MemoryMeter(
             parameters=tensors,
             optimizer_state=lambda: optimizer_tensors(optimizers),
@@ -426,8 +466,8 @@ class Learner:
         return {
             names[parameter]: state
             for group in self.groups
-            if group.optimizer is not None
-            for parameter, state in group.optimizer.state.items()
+            for optimizer in group.optimizers
+            for parameter, state in optimizer.state.items()
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -443,7 +483,7 @@ class Learner:
             "auxiliary": self.auxiliary.state_dict(),
             "optimizer": self.optimizer_states(),
             "gradients": {n: p.grad for n, p in self.named_parameters() if p.grad is not None},
-            "scaler": {group.name: group.scaler.state_dict() for group in self.groups},
+            "scaler": {g.name: g.scaler.state_dict() for groups in self._groupings.values() for g in groups},
             "rule": self.rule.name,
             "steps": self.steps,
             "skipped": self.skipped,
@@ -470,13 +510,15 @@ class Learner:
         self.auxiliary.load_state_dict(auxiliary)
         names = {parameter: name for name, parameter in self.named_parameters() if not parameter.is_meta}
         for group in self.groups:
-            if group.optimizer is not None:
-                packed = group.optimizer.state_dict()
+            for optimizer in group.optimizers:
+                packed = optimizer.state_dict()
                 found = [state["optimizer"].get(names[p]) for p in group.parameters]
                 packed["state"] = {i: s for i, s in enumerate(found) if s is not None}
-                group.optimizer.load_state_dict(copy.deepcopy(packed))  # torch would keep the given tensors
+                optimizer.load_state_dict(copy.deepcopy(packed))  # torch would keep the given tensors
             if group.scaler.is_enabled():
                 group.scaler.load_state_dict(state["scaler"][group.name])
+        self._scalers = state["scaler"]
+        self._groupings = {ranges: groups for ranges, groups in self._groupings.items() if groups is self.groups}
         for parameter, name in names.items():
             gradient = state["gradients"].get(name)
             parameter.grad = None if gradient is None else gradient.to(parameter, copy=True)

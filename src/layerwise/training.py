@@ -147,6 +147,7 @@ class Run:
         self.seconds = 0.0
         self.samples = 0
         self.memory: MemoryUse | None = None
+        self._measured: set[str] = set()
         self.flops: int | None = None
         self.last_val: dict[str, float] = {}
         self.notes = list(self.dataset.notes)
@@ -216,9 +217,13 @@ class Run:
     def _step(self, x: Tensor, y: Tensor) -> Any:
         meter = FlopMeter() if self.learner.steps == 0 else None
         with meter or contextlib.nullcontext():
-            # The second step's memory is measured: by then the optimizers have their state.
-            if self.learner.steps == min(1, self.total - 1):
-                metrics, self.memory = self.learner.measured_step(x, y)
+            # The second step's memory is measured: by then the optimizers have their state. So is that of the first step
+            # in which a rule joins groups; the larger one is told.
+            groups = " ".join(group.name for group in self.learner.groups_at(self.learner.steps))
+            if self.learner.steps >= min(1, self.total - 1) and groups not in self._measured:
+                self._measured.add(groups)
+                metrics, memory = self.learner.measured_step(x, y)
+                self.memory = max(self.memory or memory, memory, key=lambda use: use.peak)
             else:
                 metrics = self.learner.step(x, y)
         if meter is not None:
@@ -308,6 +313,7 @@ class Run:
             "seconds": self.seconds,
             "val": self.last_val,
             "memory": vars(self.memory) if self.memory else None,
+            "measured": sorted(self._measured),
             "flops": self.flops,
             "threads": torch.get_num_threads(),
             "options": to_mapping(self.options),
@@ -324,6 +330,8 @@ class Run:
             self.learner.load_state_dict(state["learner"])
             self.samples, self.seconds, self.last_val = state["samples"], state["seconds"], state["val"]
             self.memory = MemoryUse(**state["memory"]) if state["memory"] else None
+            groups = [" ".join(group.name for group in self.learner.groups)] if self.memory else []
+            self._measured = set(state.get("measured", groups))
             self.flops = state.get("flops")  # not in the checkpoints of version 0.1.0
             if state["threads"] != torch.get_num_threads():
                 self.notes.append(
