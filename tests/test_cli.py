@@ -59,7 +59,7 @@ def test_version(capsys):
 def test_each_help_is_printed(capsys, command):
     out = printed(capsys, *split(command), "--help")
     assert f"usage: layerwise {command}" in out
-    assert "--device" in out or command in ("report", "validate")
+    assert "--device" in out or command in ("report", "bench scaling", "validate")
 
 
 @pytest.mark.parametrize("rule", rules.names())

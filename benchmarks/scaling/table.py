@@ -26,10 +26,11 @@ def main() -> None:
     lines = [
         "# Throughput on several processes",
         "",
-        f"{first['model']} of {first['depth']} blocks, batch {first['batch_size']}, {first['threads']} thread per rank; "
-        f"median of {first['rounds']} interleaved rounds of {first['steps']} steps (10 % .. 90 %). Each throughput is "
-        "that of the steady state; *fill* is the time until the last rank has its first batch done, which a pipeline of torch "
-        "pays in every step and ours once. *simulated* is what the simulator makes of the blocks' times in one process.",
+        f"{first['model']} of {first['depth']} blocks, batch {first['batch_size']}, threads per rank: "
+        f"{first['threads']}; median of {first['rounds']} interleaved rounds of {first['steps']} steps (10 % .. 90 %). "
+        "Throughput is that of the steady state; *fill* is the time until the last rank has its first batch done, "
+        "which torch's pipelines pay in every step and ours once. *simulated* is what the simulator makes of the "
+        "blocks' times in one process.",
         "",
         f"Command: `{found['command']}` (`bash benchmarks/scaling/run.sh`); machine: {machine}.",
         "",
@@ -74,8 +75,9 @@ def main() -> None:
         lines += [
             "",
             f"Simulated: one rank per host, {simulated[0]['latency_ms']:g} ms and "
-            f"{simulated[0]['gbit_per_second'] or 'any'} Gbit/s between two neighbours, a network that grows with the ranks; samples/s, and in brackets how many "
-            "times one process with the same rule. Micro-batches: as many as ranks, at least those measured.",
+            f"{simulated[0]['gbit_per_second'] or 'any'} Gbit/s between two neighbours, a network that grows with "
+            "the ranks; samples/s, and in brackets how many times one process with the same rule. Micro-batches: as "
+            "many as ranks, at least those measured.",
             "",
             *table(["ranks", "blocks", *ways], body),
         ]
