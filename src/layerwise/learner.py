@@ -15,6 +15,7 @@ from layerwise.engine import Engine, Execution, Group, NonFinite, Trace, Unit, d
 from layerwise.errors import LayerwiseError, suggestion
 from layerwise.memory import MemoryMeter, MemoryUse, optimizer_tensors
 from layerwise.optim import OptimizerFactory, Schedule, decay_groups, optimizer_factory
+from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
 from layerwise.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.rules.base import Rule, Site, Start, check_words
@@ -30,7 +31,7 @@ class Metrics:
 
     Attributes:
         step: number of the step, from 0.
-        samples: size of the batch.
+        samples: size of the batch, the shares of all replicas together.
         blocks: per block name (and `"head"`), the rule's scalars, such as `loss` and `accuracy`.
         skipped: names of the groups whose update was skipped (`nonfinite="skip"`).
     """
@@ -103,6 +104,8 @@ class Learner:
         blocks: number of blocks, see `partition`.
         example: one batch of inputs; builds everything now instead of at the first step.
         stage: the part of the network that this process runs, as one of several ranks; all of it if not given.
+        replicas: the processes that train the same blocks, each on its share of every batch; none if not given. Draws
+            then depend on the replica too, but those of the initial weights, which are the first one's.
 
     Raises:
         LayerwiseError: an unknown rule, cut, optimizer or block name; a value out of range; labels or inputs
@@ -139,6 +142,7 @@ class Learner:
         blocks: int | None = None,
         example: Tensor | None = None,
         stage: Stage | None = None,
+        replicas: Replicas | None = None,
     ):
         _check_options(clip, accumulate, precision, nonfinite)
         self.rule = rules.create(rule) if isinstance(rule, str) else rule
@@ -163,11 +167,14 @@ class Learner:
             "clip": clip,
             "accumulate": accumulate,
             "nonfinite": nonfinite,
-            "seed": seed,
+            # The first replica draws what one process would; the others must not drop the same units as it does.
+            "seed": derive_seed(seed, "replica", replicas.rank) if replicas is not None and replicas.rank else seed,
+            "replicas": replicas,
         }
+        self._seed = seed
         Classification(1, label_smoothing)  # refuses a wrong value now; the number of classes is known later
         self.label_smoothing = label_smoothing
-        self.stage = stage
+        self.stage, self.replicas = stage, replicas
         self.steps = 0
         self.skipped = 0
         self.groups: list[Group] = []
@@ -199,7 +206,7 @@ class Learner:
         for i, (block, h) in enumerate(zip(blocks, shapes, strict=True)):
             site = Site(i, len(blocks) - 1, block.name, tuple(tuple(out.shape[1:]) for out in shapes))
             with preserved_generators(self.device):
-                seed_generators(derive_seed(self._how["seed"], "auxiliary", i), self.device)
+                seed_generators(derive_seed(self._seed, "auxiliary", i), self.device)
                 auxiliary = self.rule.auxiliary(site, h, task) if i in sites else None
             if auxiliary is not None:
                 self.auxiliary[str(i)] = auxiliary.to(self.device)
@@ -213,6 +220,10 @@ class Learner:
             backend = self._compile if isinstance(self._compile, str) else "inductor"
             for block in blocks:
                 block.run = torch.compile(_with_own_code(block.run, block.name), backend=backend)
+        if self.replicas is not None:
+            found = [*self.network.parameters(), *self.network.buffers()]
+            found += [*self.auxiliary.parameters(), *self.auxiliary.buffers()]
+            self.replicas.copy_from_first(tensor for tensor in found if not tensor.is_meta)
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self.load_state_dict(pending)
@@ -272,7 +283,15 @@ class Learner:
             h, message = self.engine.step(self.groups, h, message, y, step, trace)
         self.steps += 1
         self.skipped += self._pass_on(h, message, bool(trace.skipped))
-        return Metrics(step, len(x), trace.metrics, tuple(trace.skipped), trace.finite)
+        samples = len(x) * (1 if self.replicas is None else self.replicas.count)
+        return Metrics(step, samples, trace.metrics, tuple(trace.skipped), trace.finite)
+
+    def average(self) -> None:
+        """Average over the replicas what an unfinished update has accumulated; afterwards all hold the same bits."""
+        for group in self.groups:
+            if self.replicas is not None and group.optimizer is not None:
+                running = [buffer for unit in group.units for buffer in unit.running()]
+                self.replicas.reduce(group.parameters, running, torch.zeros((), device=self.device))()
 
     def measured_step(self, x: Tensor, y: Tensor) -> tuple[Metrics, MemoryUse]:
         """One `step` under the memory meter: exact bytes, on the CPU at a few times the step's duration.
