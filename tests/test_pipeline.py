@@ -176,8 +176,11 @@ def job(ranks, folder, words, of_rank=None):
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     folder.mkdir(exist_ok=True)
     load("digits")  # imported once, here
+    context = multiprocessing.get_context("fork")
+    begin = context.Event()  # the store's thread must have nothing to do while this process is forked
 
     def child(rank):
+        begin.wait()
         os.environ |= {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
@@ -190,14 +193,15 @@ def job(ranks, folder, words, of_rank=None):
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        code = main([*words, *(of_rank or {}).get(rank, [])])
+        code = words(rank) if callable(words) else main([*words, *(of_rank or {}).get(rank, [])])
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
-    processes = [multiprocessing.get_context("fork").Process(target=child, args=(rank,)) for rank in range(ranks)]
+    processes = [context.Process(target=child, args=(rank,)) for rank in range(ranks)]
     for process in processes:
         process.start()
+    begin.set()
     try:
         yield processes
     finally:

@@ -20,7 +20,7 @@ class Share:
     count: int = 1
 
     def of(self, tensor: Tensor) -> Tensor:
-        """This part of the last dimension; where the parts cannot be equal, the first ones are larger by one."""
+        """The part in the last dimension; where the parts cannot be equal, the first ones are larger by one."""
         return tensor.tensor_split(self.count, dim=-1)[self.index]
 
 

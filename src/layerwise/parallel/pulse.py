@@ -20,7 +20,8 @@ class Pulse:
         self.ranks = ranks
         self.every = min(0.5, ranks.limit.total_seconds() / 8)
         self.entered = 0
-        self.store = ranks.store.clone()  # a client waits for its own answers, one call at a time
+        # A client of its own, as a client serves one call at a time; torch's stubs do not know `clone`.
+        self.store = ranks.store.clone()  # pyright: ignore[reportAttributeAccessIssue]
         self._beat(0)
         threading.Thread(target=self._beats, daemon=True, name="pulse").start()
 

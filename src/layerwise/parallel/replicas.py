@@ -24,29 +24,22 @@ class Replicas:
 
     Args:
         ranks: the processes of the job.
-        members: the ranks that hold these blocks; all if not given. Every rank of the job has to make the groups of all
-            in the same order, so `groups` has one list for each, this rank's among them.
 
     Attributes:
         rank: this one's number among the replicas.
         count: how many there are.
     """
 
-    def __init__(self, ranks: Ranks, groups: Sequence[Sequence[int]] | None = None):
+    def __init__(self, ranks: Ranks):
         self.ranks, self.pulse = ranks, Pulse(ranks)
-        self.group: Any = None
-        for members in groups or []:
-            made = dist.new_group(list(members), timeout=ranks.limit)
-            if ranks.rank in members:
-                self.group = made
-        self.rank, self.count = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.rank, self.count = ranks.rank, ranks.count
 
     def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors with those of the first replica."""
         self.ranks.agree(None)  # a rank that has not come so far says why
         for tensor in tensors:
             with self.pulse.watching():
-                dist.broadcast(tensor.detach(), group=self.group, group_src=0)
+                dist.broadcast(tensor.detach(), src=0)
 
     def reduce(
         self, parameters: Sequence[nn.Parameter], running: Sequence[Tensor], loss: Tensor
@@ -82,7 +75,7 @@ class Replicas:
                     view.copy_(target)
             flat /= self.count
             with self.pulse.watching():
-                sent.append((dist.all_reduce(flat, group=self.group, async_op=True), flat, views, targets))
+                sent.append((dist.all_reduce(flat, async_op=True), flat, views, targets))
 
         def arrived() -> Tensor:
             flag = torch.zeros((), device=loss.device)
@@ -102,7 +95,7 @@ class Replicas:
         """Start to look for the largest of the replicas' numbers; gives a function that waits for it."""
         found = torch.tensor([value])
         with self.pulse.watching():
-            work = dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+            work = dist.all_reduce(found, op=dist.ReduceOp.MAX, async_op=True)
 
         def arrived() -> int:
             self._wait(work, found)
@@ -112,9 +105,9 @@ class Replicas:
 
     def gather(self, value: Any) -> list[Any]:
         """What every replica gives, in their order; waits for all of them."""
-        found = [None] * self.count
+        found: list[Any] = [None] * self.count
         with self.pulse.watching():
-            dist.all_gather_object(found, value, group=self.group)
+            dist.all_gather_object(found, value)
         return found
 
     def _wait(self, work: Any, tensor: Tensor) -> None:
