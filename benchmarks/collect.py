@@ -9,6 +9,7 @@ Nothing here is typed: accuracies come from `results.csv` of every folder with a
 import csv
 import json
 import re
+import tomllib
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -19,16 +20,30 @@ ACCURACY = {  # column of the README: folder
     "Fashion-MNIST, MLP": "fashion_mlp",
     "CIFAR-10, conv": "cifar10_conv",
 }
-CASCADE = {  # further rows of the rules' pages: folder
-    "MNIST, SID's cascade, 5 epochs": "sid_mnist",
-    "Fashion-MNIST, SID's cascade, 400 steps": "sid_fashion",
-    "Fashion-MNIST, SID's cascade, SGD, 400 steps": "sid_fashion_sgd",
-    "CIFAR-10, SID's cascade, 400 steps": "sid_cifar10",
-}
-LABELS = {  # rows of the conv net and of the cascade: rule and what is special about it
+MORE = [  # folders with further rows of the rules' pages, under the title of their grid
+    "mnist_conv",
+    "fashion_conv",
+    "cifar10_conv_short",
+    "mnist_local_rules",
+    "mnist_forward_forward",
+    "cora",
+    "sid_mnist",
+    "sid_fashion",
+    "sid_fashion_sgd",
+    "sid_cifar10",
+    "sid_cifar10_sgd",
+]
+LABELS = {  # rows of the conv net, the cascade and the graph: rule and what is special about it
+    "graph_forward_gcn": ("graph_forward", "GCN"),
+    "graph_forward_gat": ("graph_forward", "GAT"),
+    "backprop_gcn": ("backprop", "GCN"),
+    "backprop_gat": ("backprop", "GAT"),
     "sll_4_overlap": ("sll", "4 blocks, overlap 1"),
     "sll_2_overlap": ("sll", "2 blocks, overlap 1"),
     "sll_2": ("sll", "2 blocks"),
+    "predsim_norm": ("predsim", "batch norm, dropout"),
+    "backprop_norm": ("backprop", "batch norm, dropout"),
+    "forward_forward_softmax": ("forward_forward", "hard negatives, softmax predictor"),
     "local_ce_4": ("local_ce", "4 blocks"),
     "sid_2": ("sid_cascade", "2 modules"),
     "sid_5": ("sid_cascade", "5 modules"),
@@ -49,6 +64,11 @@ RECIPES = {  # recipe: folder and row that measured it
     "cifar10": ("cifar10_conv", "sll_4_overlap"),
     "cifar10_two_blocks": ("cifar10_conv", "sll_2_overlap"),
 }
+
+
+def title(folder: str) -> str:
+    """Title of a folder's grid."""
+    return tomllib.loads((HERE / folder / "grid.toml").read_text())["title"]
 
 
 def accuracies(folders: dict[str, str]) -> dict[str, dict[str, list[str]]]:
@@ -155,7 +175,7 @@ def main() -> None:
     fill(ROOT / "docs" / "log.md", "screening", screening())
     for name, (folder, rule) in RECIPES.items():
         fill_recipe(name, folder, rule)
-    scores = accuracies(ACCURACY | CASCADE)
+    scores = accuracies(ACCURACY | {title(folder): folder for folder in MORE})
     for page in sorted((ROOT / "docs" / "rules").glob("*.md")):
         if page.stem != "index":
             rows = [f"| {column} | {text} |" for column, texts in scores.get(page.stem, {}).items() for text in texts]

@@ -4,8 +4,9 @@
 
 The folder holds `grid.toml`: options common to all runs, and the rules to compare. Every rule is tuned over the
 same learning rates, on the validation split, with seed `tune_seed`; the test split is looked at only by the final
-runs. A run that is finished is not run again, so the command can be stopped and repeated. Raw results go to
-`raw/<run>/result.json`, the table to `table.md`, its numbers to `results.csv`, the machine to `environment.txt`.
+runs. With `descent = true` the table tells how often SID's local objective fell. A run that is finished is not run
+again, so the command can be stopped and repeated. Raw results go to `raw/<run>/result.json`, the table to
+`table.md`, its numbers to `results.csv`, the machine to `environment.txt`.
 """
 
 import argparse
@@ -24,6 +25,8 @@ import torch
 from layerwise import cells, cli
 from layerwise.environment import processor
 from layerwise.pool import Pool
+
+DESCENT = "Descent: share of test samples whose local objective is no larger than before the module, mean over modules."
 
 
 def main() -> None:
@@ -105,13 +108,12 @@ def write_table(folder: Path, grid: dict, best: dict[str, float]) -> None:
     """Mean, standard deviation and n of the finished final runs."""
     rows = []
     for name, lr in best.items():
-        results = []
-        for seed in grid["seeds"]:
-            file = folder / "raw" / cell_name(name, lr, seed, False) / "result.json"
-            if file.exists():
-                results.append(json.loads(file.read_text()))
+        cells = [folder / "raw" / cell_name(name, lr, seed, False) for seed in grid["seeds"]]
+        cells = [cell for cell in cells if (cell / "result.json").exists()]
+        results = [json.loads((cell / "result.json").read_text()) for cell in cells]
         if not results:
             continue
+        descents = [share for cell in cells for share in descent(cell)]
         accuracy = [100 * result["test_accuracy"] for result in results]
         memory = results[0]["memory_mib"]
         rows.append(
@@ -128,6 +130,7 @@ def write_table(folder: Path, grid: dict, best: dict[str, float]) -> None:
                 "activations_gradients_mib": f"{memory['activations'] + memory['gradients']:.1f}",
                 "peak_mib": f"{memory['peak']:.1f}",
                 "seconds_mean": f"{statistics.mean(result['train_seconds'] for result in results):.0f}",
+                "descent_percent": f"{100 * statistics.mean(descents):.0f}" if descents else "",
             }
         )
     with (folder / "results.csv").open("w", newline="") as file:
@@ -138,6 +141,18 @@ def write_table(folder: Path, grid: dict, best: dict[str, float]) -> None:
     chosen = f"out of {rates}, chosen on the validation split with seed {grid['tune_seed']}"
     if len(grid["rates"]) == 1:
         chosen = f"{rates}, the same for all, not tuned"
+    columns = {  # of the table: field
+        "rule": "rule",
+        "lr": "lr",
+        "n": "n",
+        "test accuracy": "test",
+        "by block, head last": "blocks",
+        "act. + grad. MiB": "activations_gradients_mib",
+        "peak MiB": "peak_mib",
+        "seconds": "seconds_mean",
+    }
+    if grid.get("descent"):
+        columns["descent, %"] = "descent_percent"
     lines = [
         f"# {grid['title']}",
         "",
@@ -147,18 +162,25 @@ def write_table(folder: Path, grid: dict, best: dict[str, float]) -> None:
         "test accuracy in % of the last weights, mean and standard deviation over n seeds; accuracy of every block's",
         "own readout, then the head's; activations + gradients and peak in MiB (exact); seconds of training with one",
         "thread on a shared machine (rough). Rows with fewer seeds than the grid, or missing, were not finished.",
+        *([DESCENT] if grid.get("descent") else []),
         "",
-        "| rule | lr | n | test accuracy | by block, head last | act. + grad. MiB | peak MiB | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| " + " | ".join(columns) + " |",
+        "|---" * len(columns) + "|",
     ]
     for row in rows:
-        lines.append(
-            f"| {row['rule']} | {row['lr']} | {row['n']} | {row['test_mean']} ± {row['test_std']} | {row['blocks']} "
-            f"| {row['activations_gradients_mib']} | {row['peak_mib']} | {row['seconds_mean']} |"
-        )
+        shown = row | {"test": f"{row['test_mean']} ± {row['test_std']}"}
+        lines.append("| " + " | ".join(str(shown[field]) for field in columns.values()) + " |")
     lines += ["", "Machine:", "", "```", (folder / "environment.txt").read_text().strip(), "```", ""]
     (folder / "table.md").write_text("\n".join(lines))
     print("\n".join(lines))
+
+
+def descent(cell: Path) -> list[float]:
+    """SID's share of samples with descent on the test split, module by module; empty for other rules."""
+    lines = [json.loads(line) for line in (cell / "metrics.jsonl").read_text().splitlines()]
+    return [
+        value for line in lines if line["split"] == "test" for name, value in line.items() if name.endswith("/descent")
+    ]
 
 
 def environment(jobs: int) -> str:

@@ -2,10 +2,12 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
 from layerwise import Learner, Partition, models, rules
+from layerwise.graphs import Graph
 
 SHAPE, CLASSES = (1, 8, 8), 4
 KINDS = ("mlp", "vgg", "vit")
@@ -15,18 +17,30 @@ SIZES = {
     "resnet": {"width": 4},
     "sid_cascade": {"width": 16},
     "vit": {"width": 8, "heads": 2},
+    "gcn": {"width": 16, "dropout": 0.0},
+    "gat": {"width": 16, "dropout": 0.0, "heads": 2},
 }
 
 
 def net(kind="mlp", depth=3, **options):
+    if kind in ("gcn", "gat"):
+        pytest.importorskip("torch_geometric", reason="the graph extra (PyTorch Geometric) is not installed")
+        options["graph"] = graph()
     torch.manual_seed(7)
     return models.create(kind, SHAPE, CLASSES, depth=depth, **{**SIZES[kind], **options})
 
 
+def graph(nodes=64, known=32):
+    """A graph for `problem`: every node and the next one of its class, both ways; labels of the first nodes known."""
+    here = torch.arange(nodes - CLASSES)
+    edges = torch.stack([here, here + CLASSES])
+    labels = torch.where(torch.arange(nodes) < known, torch.arange(nodes) % CLASSES, -100)
+    return Graph(torch.cat([edges, edges.flip(0)], dim=1), labels, CLASSES)
+
+
 def kinds(rule):
     """Models on which a rule is tested."""
-    own = rules.get(rule).model
-    return KINDS if own is None else (own,)
+    return rules.get(rule).models or KINDS
 
 
 def cascade(depth=4, **options):

@@ -226,6 +226,15 @@ bench speed --model mpl                      | unknown model 'mpl'; did you mean
 bench speed --model-options width 2.5        | width; 2.5
 bench speed --optimizer adamm --model mlp    | unknown optimizer 'adamm'
 bench speed --threads 0                      | threads is 0
+bench scaling --ranks 1,x                    | --ranks '1,x'
+bench scaling --ranks 0                      | --ranks '0'
+bench scaling --ways rule gpip               | unknown way 'gpip'; did you mean 'gpipe'?
+bench scaling --ways pipeline                | the ways must hold rule
+bench scaling --ranks 8                      | micro-batches is 4; at least as many as ranks (8)
+bench scaling --depth 3                      | zbv on 4 ranks needs 8 parts
+bench scaling --rounds 0                     | rounds is 0
+bench scaling --simulate 1                   | simulate is 1
+bench scaling --bandwidth 0                  | bandwidth 0.0
 validate --rule slll                         | unknown rule 'slll'; did you mean 'sll'?
 validate --model mpl                         | 'mpl'; --model; mlp
 validate B/absent                            | B/absent holds no run

@@ -119,7 +119,7 @@ def test_a_crash_while_writing_leaves_no_checkpoint(tmp_path, monkeypatch):
     """What a killed process leaves behind is not taken for a checkpoint, and is replaced by the next one."""
     checkpoint.save(tmp_path, 1, STATE)
     with monkeypatch.context() as patch:
-        patch.setattr("layerwise.checkpoint._flush", lambda path: None)
+        patch.setattr("layerwise.checkpoint.flush", lambda path: None)
         patch.setattr("pathlib.Path.rename", crash)
         with pytest.raises(Crash):
             checkpoint.save(tmp_path, 2, STATE)

@@ -42,7 +42,19 @@ def test_version(capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "compare", "report", "eval", "beliefs", "predict", "bench memory", "bench speed", "validate"]
+    "command",
+    [
+        "train",
+        "compare",
+        "report",
+        "eval",
+        "beliefs",
+        "predict",
+        "bench memory",
+        "bench speed",
+        "bench scaling",
+        "validate",
+    ],
 )
 def test_each_help_is_printed(capsys, command):
     out = printed(capsys, *split(command), "--help")

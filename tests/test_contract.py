@@ -157,7 +157,7 @@ def test_what_the_rule_sees_of_a_message_carries_no_gradient_back(rule, kind):
 
 def working_memory(kind, rule, depth):
     """Bytes of activations and gradients in a step, at their peak."""
-    wide = {"mlp": {"width": 64}, "vgg": {"width": 8}, "vit": {"width": 16, "heads": 2}, "sid_cascade": {}}[kind]
+    wide = {"mlp": {"width": 64}, "vgg": {"width": 8}, "vit": {"width": 16, "heads": 2}}.get(kind, {})
     learner = Learner(net(kind, depth=depth, **wide), rule)
     x, y = problem(32)
     learner.step(x, y)
@@ -167,8 +167,9 @@ def working_memory(kind, rule, depth):
 
 @every_rule_and_model
 def test_working_memory_is_flat_in_depth_for_the_rules_that_say_so(rule, kind):
-    # Five blocks, so that the shallow net too has a wide block that is not the last one (which the head may read).
-    shallow, deep = (working_memory(kind, rule, depth) for depth in (5, 17))
+    # Seven blocks, so that the shallow net too has wide blocks that are not the last one (which the head may read), and
+    # as wide a block half way (which an auxiliary network may be built after).
+    shallow, deep = (working_memory(kind, rule, depth) for depth in (7, 21))
     if get(rule).flat_memory:
         assert deep <= 1.01 * shallow
     else:
@@ -252,7 +253,7 @@ def test_prediction_is_a_plain_forward_pass(rule, kind):
     learner = trained(net(kind, dropout=0.2), rule, DATA[:2])
     out = learner(X)
     assert out.shape == (len(X), CLASSES)
-    if type(learner.rule).predict is Rule.predict:
+    if learner.rule.predicts_plainly():
         with torch.no_grad():
             assert torch.equal(out, learner.network.model.eval()(X))
 

@@ -280,6 +280,30 @@ def test_validation_fraction_out_of_range(fraction):
         load("digits", val_fraction=fraction)
 
 
+def test_fewer_training_samples_leave_the_other_splits_and_the_shares_of_the_classes_alone():
+    whole, few = load("digits"), load("digits", train_samples=200)
+    assert len(few.train) == 200
+    assert torch.equal(few.val.images, whole.val.images)
+    assert torch.equal(few.test.images, whole.test.images)
+    known = {
+        (image.numpy().tobytes(), int(label))
+        for image, label in zip(*whole.train.batch(torch.arange(1294)), strict=True)
+    }
+    assert all((i.numpy().tobytes(), int(y)) in known for i, y in zip(*few.train.batch(torch.arange(200)), strict=True))
+    expected = 200 * torch.bincount(whole.train.labels) / len(whole.train)
+    assert (torch.bincount(few.train.labels) - expected).abs().max() <= 1
+    again, other = load("digits", train_samples=200), load("digits", train_samples=200, seed=1)
+    assert torch.equal(few.train.images, again.train.images)
+    assert not torch.equal(few.train.images, other.train.images)
+    assert torch.equal(load("digits", train_samples=1294).train.images, whole.train.images)
+
+
+@pytest.mark.parametrize("count", [0, 9, 1295])
+def test_a_number_of_training_samples_that_is_not_there_is_refused(count):
+    with pytest.raises(LayerwiseError, match=f"train_samples is {count}; give a number from 10"):
+        load("digits", train_samples=count)
+
+
 def test_validation_fraction_of_no_sample(tmp_path):
     write_split_parquet(tmp_path)
     with pytest.raises(LayerwiseError, match="is no sample; raise it or use 0"):

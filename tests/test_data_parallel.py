@@ -9,9 +9,10 @@ from shlex import split
 
 import pytest
 import torch
+from jobs import LONG, TINY, ended, job, run, under_way
 from nets import PLAIN_SGD, batches, net, same_bits, trained
 from runs import contents, lines, result, state, weights
-from test_pipeline import LONG, TINY, ended, job, run, same_state, under_way
+from test_pipeline import same_state
 from torch import nn
 
 from layerwise import LayerwiseError, Learner, Partition, rules
@@ -32,11 +33,10 @@ def share(x, rank, ranks):
 def spread(ranks, folder, work):
     """What `work(replicas)` gives on every rank of a job."""
 
-    def child(rank):
+    def child():
         replicas = Replicas(Ranks(30, torch.device("cpu")))
-        torch.save(work(replicas), folder / f"found{rank}")
+        torch.save(work(replicas), folder / f"found{replicas.rank}")
         replicas.gather(None)
-        return 0
 
     with job(ranks, folder, child) as processes:
         codes, errors = ended(processes, folder)

@@ -94,6 +94,11 @@ def test_noise_is_a_property_of_the_sample_not_of_the_split():
     total = len(clean.train) + len(clean.val)
     assert sum(changed) == round(0.4 * total)
     assert min(changed) > 0
+    few = data.load("digits", label_noise=0.4, train_samples=300).train
+    given = {
+        image.numpy().tobytes(): int(label) for image, label in zip(*noisy.train.batch(torch.arange(1294)), strict=True)
+    }
+    assert [given[image.numpy().tobytes()] for image in few.images] == few.labels.tolist()
     assert sorted(whole.train.labels.tolist()) == sorted([*noisy.train.labels.tolist(), *noisy.val.labels.tolist()])
 
 

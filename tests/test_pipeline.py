@@ -1,21 +1,22 @@
 """The forward-only pipeline: the bits of one process, and a clear end where a rank fails."""
 
-import contextlib
 import copy
 import itertools
-import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import deque
+from dataclasses import dataclass
 from shlex import split
 
 import pytest
 import torch
 import torch.distributed as dist
+from jobs import LONG, PIPELINE, TINY, ended, job, run, under_way
 from nets import KINDS, batches, net, problem, same_bits, trained
 from runs import contents, lines, result, state, weights
 from torch.utils._pytree import tree_leaves
@@ -23,17 +24,11 @@ from torch.utils._pytree import tree_leaves
 from layerwise import LayerwiseError, Learner, rules
 from layerwise.blocks import balanced_ends
 from layerwise.cli import main
-from layerwise.data import Batches, InMemorySource, load
+from layerwise.data import Batches, InMemorySource
+from layerwise.parallel.pipeline import PipelineRun
 from layerwise.parallel.stage import Stage
 from layerwise.parallel.transport import Form, Slot, layout_of
 from layerwise.state import joined
-
-TINY = split("--model.width 8 --model.depth 4 --batch-size 128 --steps 6 --threads 1 --device cpu --augment crop")
-PIPELINE = split("train --parallel pipeline --timeout 30")
-LONG = [*TINY, *split("--steps 100000 --log-every 1 --save-every 1000000")]
-
-
-SERVED = ("sll", "svp", "sid", "local_ce", "last_layer", "predsim", "dgl", "gradient_reconciliation")
 
 
 class Pipe:
@@ -94,7 +89,7 @@ def test_stages_have_the_bits_of_one_process(rule, kind, ranks):
 @pytest.mark.parametrize("name", [name for name in rules.names() if name != "sid_cascade"])
 def test_a_rule_is_served_to_the_same_bits_or_refused(name):
     model, data = net("mlp", 4), batches(2)
-    if name not in SERVED:
+    if rules.get(name).locality != "local":
         with pytest.raises(LayerwiseError, match=f"{name!r} cannot be trained by a pipeline, because"):
             stages(model, name, 2, data[0][0])
         return
@@ -103,6 +98,72 @@ def test_a_rule_is_served_to_the_same_bits_or_refused(name):
         through(learners, "step", x, y)
     state = joined([learner.state_dict() for learner in learners])
     assert same_state(state, trained(model, name, data).state_dict())
+
+
+FAMILIES = [
+    ("forward_forward", {"peer": 0.03}),
+    ("forward_forward", {"predictor": "softmax", "loss": "symba"}),
+    ("forward_forward", {"predictor": "softmax", "negatives": "hybrid"}),
+    ("layer_collaboration", {}),
+    ("mono_forward", {"predictor": "sum"}),
+    ("mono_forward", {}),
+    ("scalable_ff", {}),
+    ("scalable_ff", {"predictor": "last"}),
+]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rule", "options"), FAMILIES)
+def test_rules_that_make_samples_or_add_up_votes_have_the_bits_of_one_process(rule, options, kind, ranks):
+    rule = rules.create(rule, **options)
+    model, data = net(kind, 4), batches(3)
+    one = trained(model, rule, data)
+    learners = stages(model, rule, ranks, data[0][0])
+    for x, y in data:
+        through(learners, "step", x, y)
+    assert same_state(joined([learner.state_dict() for learner in learners]), one.state_dict())
+    x, y = problem(24, seed=5)
+    expected = one.evaluate(x, y).blocks
+    assert same_state(through(learners, "evaluate", x, y), expected)
+    # What is evaluated is what is predicted.
+    assert expected["head"]["accuracy"] == (one(x).argmax(1) == y).float().mean()
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "why"),
+    [
+        ("forward_forward", {"negatives": "hard"}, "its locality is 'broadcast'"),
+        ("layer_collaboration", {"gamma": "all"}, "its locality is 'broadcast'"),
+        ("counter_current", {}, "feedback activations of the K classes downwards"),
+        ("sll", {"overlap": 1}, "its signals pass through blocks of later groups"),
+    ],
+)
+def test_a_rule_that_needs_later_blocks_is_refused_with_the_reason(rule, options, why):
+    with pytest.raises(LayerwiseError, match=f"{rule}' cannot be trained by a pipeline, because .*{why}"):
+        stages(net("mlp", 4), rules.create(rule, **options), 2, problem(2)[0])
+
+
+@dataclass(frozen=True)
+class LooksAround(rules.get("local_ce")):
+    """Declares nothing of what it begins with."""
+
+    def begin(self, start):
+        return start.x, start.forward(start.x)
+
+
+@dataclass(frozen=True)
+class AllAtOnce(rules.get("local_ce")):
+    """Predicts from the whole network."""
+
+    def predict(self, network, auxiliary, x):
+        return -network(x)
+
+
+@pytest.mark.parametrize(("rule", "why"), [(LooksAround, "begins with may look at"), (AllAtOnce, "network at once")])
+def test_a_rule_that_declares_nothing_is_refused(rule, why):
+    with pytest.raises(LayerwiseError, match=why):
+        stages(net("mlp", 4), rule(), 2, problem(2)[0])
 
 
 def test_what_is_skipped_anywhere_is_counted_once():
@@ -152,6 +213,19 @@ def test_labels_alone_are_the_labels():
         assert nothing.shape == (len(x), 0)
 
 
+def test_later_ranks_keep_no_images(tmp_path, monkeypatch):
+    def train(run):
+        data, batches = run.dataset, (run.train_batches, run.val_batches, run.test_batches)
+        sources = [data.train, data.val, data.test, *(b.source for b in batches)]
+        assert [source.images.is_meta for source in sources] == [not run.stage.first] * 6
+        return real(run)
+
+    real = PipelineRun.train
+    monkeypatch.setattr(PipelineRun, "train", train)
+    codes, errors = run(3, tmp_path / "job", [*PIPELINE, *TINY, "--out", str(tmp_path / "out")])
+    assert codes == [0, 0, 0], errors
+
+
 def test_a_tree_keeps_its_layout_on_the_way():
     """Kernels may depend on the order of dimensions in memory, and their bits with them."""
     image = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
@@ -168,68 +242,6 @@ def test_a_tree_keeps_its_layout_on_the_way():
 
 
 # Processes.
-
-
-@contextlib.contextmanager
-def job(ranks, folder, words, of_rank=None):
-    """Ranks of a job, as torchrun starts them: their common store is kept by the process that started them."""
-    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    folder.mkdir(exist_ok=True)
-    load("digits")  # imported once, here
-    context = multiprocessing.get_context("fork")
-    begin = context.Event()  # the store's thread must have nothing to do while this process is forked
-
-    def child(rank):
-        begin.wait()
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": str(store.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-        }
-        for number, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        code = words(rank) if callable(words) else main([*words, *(of_rank or {}).get(rank, [])])
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-    processes = [context.Process(target=child, args=(rank,)) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    begin.set()
-    try:
-        yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-
-
-def ended(processes, folder, seconds=60):
-    """Exit codes and what each rank has said."""
-    limit = time.monotonic() + seconds
-    for process in processes:
-        process.join(max(limit - time.monotonic(), 0.1))
-        assert process.exitcode is not None, "hangs"
-    return [p.exitcode for p in processes], [(folder / f"err{i}").read_text() for i in range(len(processes))]
-
-
-def run(ranks, folder, words, of_rank=None):
-    with job(ranks, folder, words, of_rank) as processes:
-        return ended(processes, folder)
-
-
-def under_way(out, processes, count=3):
-    """Wait until a few steps are logged."""
-    limit = time.monotonic() + 60
-    while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < count:
-        assert all(p.is_alive() for p in processes) and time.monotonic() < limit
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(
@@ -377,6 +389,17 @@ def test_a_rank_that_never_comes_is_waited_for_no_longer_than_the_limit(capsys, 
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     assert main([*PIPELINE, *TINY, "--timeout", "1"]) == 2
     assert "did not find one another within 1 s" in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_told(capsys, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, str(value))
+        assert main([*PIPELINE, *TINY]) == 2
+    assert f"port {port} of localhost is in use" in capsys.readouterr().err
 
 
 def test_torchrun_starts_it(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from layerwise import models, rules
 from layerwise.checkpoint import write_atomically
@@ -24,10 +24,14 @@ from layerwise.report import write_report
 from layerwise.training import pick_device
 
 CLASSES = 10
+CPU = torch.device("cpu")
+LEARNING_RATE = 1e-4
 
 
 @dataclass(frozen=True)
-class _Shared:
+class Problem:
+    """What every benchmark trains, and where the figures go."""
+
     model_options: dict[str, float] = field(default_factory=dict)
     """Numbers for the model: --model-options width 256."""
     shape: tuple[int, int, int] = (3, 32, 32)
@@ -36,16 +40,20 @@ class _Shared:
     """Samples per batch."""
     optimizer: str = "adamw"
     """Optimizer of every rule."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of the blocks (autocast)."""
-    device: str = "auto"
-    """cpu | cuda | cuda:N | auto."""
     threads: int | None = None
-    """Threads of the CPU."""
+    """Threads of the CPU, of each process."""
     json: str | None = None
     """Write the figures to this file too."""
     out: str | None = None
     """Folder for the figures with command and machine, and report.html; that of a comparison gains a section."""
+
+
+@dataclass(frozen=True)
+class _Shared(Problem):
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the blocks (autocast)."""
+    device: str = "auto"
+    """cpu | cuda | cuda:N | auto."""
 
 
 @dataclass(frozen=True)
@@ -126,13 +134,24 @@ def _prepared(
     model_options: dict[str, float],
 ) -> tuple[Learner, Tensor, Tensor]:
     where = pick_device(device)
-    dials = _dials(model_options, depth)
-    with preserved_generators(where):
-        seed_generators(derive_seed(0, "bench"), where)
-        network = models.create(model, shape, CLASSES, **dials).to(where)
-        x = torch.randn(batch_size, *shape, device=where)
-        y = torch.randint(CLASSES, (batch_size,), device=where)
-    return Learner(network, rule, optimizer=optimizer, precision=precision, lr=1e-4, example=x), x, y
+    network = network_of(model, depth, shape, model_options).to(where)
+    x, y = (tensor.to(where) for tensor in batch_of(shape, batch_size))
+    return Learner(network, rule, optimizer=optimizer, precision=precision, lr=LEARNING_RATE, example=x), x, y
+
+
+def network_of(model: str, depth: int | None, shape: Sequence[int], model_options: dict[str, float]) -> nn.Sequential:
+    """The network that is measured: the same weights in every process."""
+    with preserved_generators(CPU):
+        seed_generators(derive_seed(0, "bench"), CPU)
+        channels, height, width = shape
+        return models.create(model, (channels, height, width), CLASSES, **_dials(model_options, depth))
+
+
+def batch_of(shape: Sequence[int], batch_size: int) -> tuple[Tensor, Tensor]:
+    """Random images `(B, C, H, W)` and labels `(B,)`: the same in every process."""
+    with preserved_generators(CPU):
+        seed_generators(derive_seed(0, "bench batch"), CPU)
+        return torch.randn(batch_size, *shape), torch.randint(CLASSES, (batch_size,))
 
 
 def _dials(model_options: dict[str, float], depth: int | None) -> dict[str, Any]:
@@ -143,7 +162,7 @@ def _dials(model_options: dict[str, float], depth: int | None) -> dict[str, Any]
 
 def memory_command(argv: list[str]) -> int:
     """`layerwise bench memory`."""
-    options = _parse(MemoryOptions, argv, "bench memory")
+    options = parse_problem(MemoryOptions, argv, "bench memory")
     try:
         depths = [int(depth) for depth in options.depths.split(",")]
     except ValueError as reason:
@@ -171,7 +190,7 @@ def memory_command(argv: list[str]) -> int:
                 rows.append(row)
                 figures = "".join(f"{row[name] / 2**20:>14.3f}" for name in COLUMNS)
                 print(f"{rule:<20}{model:<8}{depth:>6}{figures}", flush=True)
-    return _write(options, rows, "memory", argv)
+    return write_figures(options, rows, "memory", argv)
 
 
 COLUMNS = ("parameters", "optimizer", "gradients", "activations", "peak")
@@ -266,7 +285,7 @@ def speed_of(learners: dict[str, tuple[Learner, Tensor, Tensor]], rounds: int, w
 
 def speed_command(argv: list[str]) -> int:
     """`layerwise bench speed`."""
-    options = _parse(SpeedOptions, argv, "bench speed")
+    options = parse_problem(SpeedOptions, argv, "bench speed")
     if options.rounds < 1 or options.warmup < 0:
         raise LayerwiseError(f"rounds is {options.rounds} and warmup {options.warmup}; use at least 1 and 0.")
     learners = {
@@ -317,10 +336,11 @@ def speed_command(argv: list[str]) -> int:
             f"{f'{low:.3f} .. {high:.3f}':>20}{row['flops'] / 1e9:>10.2f}   "
             + " / ".join(f"{100 * row['shares'][part]:.0f}" for part in PARTS)
         )
-    return _write(options, rows, "speed", argv)
+    return write_figures(options, rows, "speed", argv)
 
 
-def _parse(cls: type, argv: Sequence[str], command: str) -> Any:
+def parse_problem(cls: type, argv: Sequence[str], command: str) -> Any:
+    """Options of a benchmark; what they name exists, and what they write to can be written."""
     from layerwise.cli import parse
 
     options = parse(cls, argv, command)
@@ -339,12 +359,14 @@ def _parse(cls: type, argv: Sequence[str], command: str) -> Any:
             ) from reason
     if min(options.shape) < 1 or options.batch_size < 1:
         raise LayerwiseError("shape and batch size must be 1 or more.")
-    for name in options.rule if isinstance(options, MemoryOptions) else options.rules:
+    names = options.rules if isinstance(options, SpeedOptions) else options.rule
+    for name in [names] if isinstance(names, str) else names:
         rules.get(name)
     return options
 
 
-def _write(options: Any, rows: list[dict[str, Any]], kind: str, argv: Sequence[str]) -> int:
+def write_figures(options: Any, rows: list[dict[str, Any]], kind: str, argv: Sequence[str]) -> int:
+    """Write the files that the options ask for; returns the exit code."""
     if options.json is not None:
         write_atomically(Path(options.json), json.dumps(rows, indent=2) + "\n")
     if options.out is not None:

@@ -1,5 +1,6 @@
 """Partition a model into gradient-isolated blocks and a head, without changing what it computes."""
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -50,6 +51,40 @@ class Block:
     def parameters(self) -> list[nn.Parameter]:
         """The block's parameters, in the model's order."""
         return [parameter for _, parameter in self.named_parameters()]
+
+    def redrawn(self, device: torch.device) -> nn.Sequential:
+        """A module of the block's layers and sizes with weights of its own, drawn by each layer's `reset_parameters`.
+
+        Args:
+            device: where it lives; the block itself may be on another one, or on none (`meta`).
+
+        Raises:
+            LayerwiseError: the block was traced out of a model, so there is no chain of modules to copy, or a module
+                of it holds parameters and cannot draw them anew.
+
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> Partition(net, ["1", "3"]).blocks[1].redrawn(torch.device("cpu"))
+        Sequential(
+          (0): Linear(in_features=8, out_features=8, bias=True)
+          (1): ReLU()
+        )
+        """
+        if not isinstance(self.run, _Chain):
+            raise LayerwiseError(
+                f"block {self.name!r} was traced out of {type(self._model).__name__}, so no module can be copied with "
+                "new weights; wrap the model as nn.Sequential of its parts."
+            )
+        made = copy.deepcopy(nn.Sequential(*self.run.modules)).to_empty(device=device)
+        for module in made.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+            elif [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+                raise LayerwiseError(
+                    f"block {self.name!r} holds a {type(module).__name__}, which has no reset_parameters(), so it "
+                    "cannot be copied with new weights; give it that method."
+                )
+        return made
 
     def __repr__(self) -> str:
         return f"Block({self.name!r}, {sum(p.numel() for p in self.parameters())} parameters)"

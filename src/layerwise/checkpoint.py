@@ -1,7 +1,8 @@
 """Checkpoints: safetensors + JSON, no pickle; written whole or not at all, checked when read.
 
 A checkpoint is a folder `step-<number>` with two files: `state.safetensors` holds the tensors, `state.json`
-everything else, the tree that both belong to, and the digest of both.
+everything else, the tree that both belong to, and the digest of both. One that several ranks have written
+(`layerwise.parallel.parts`) has a safetensors file per rank, and `state.json` holds a digest of each.
 """
 
 import contextlib
@@ -46,48 +47,87 @@ def save(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
     ...     load(path)
     {'weight': tensor([1., 1.]), 'steps': 7}
     """
-    final = folder / f"step-{step:09d}"
-    partial = folder / f"step-{step:09d}.partial"
-    tensors: dict[str, Tensor] = {}
-    tree = _split(state, (), tensors)
+    tree, tensors = split(state)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        partial = begin(folder, step)
         save_file(tensors, partial / "state.safetensors")
-        about = {"tree": tree, "digest": _digest(partial / "state.safetensors", tree)}
-        (partial / "state.json").write_text(json.dumps(about))
-        for file in partial.iterdir():
-            _flush(file)
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-        _flush(folder)
-    except (OSError, safetensors.SafetensorError) as reason:
-        shutil.rmtree(partial, ignore_errors=True)
-        last = latest(folder)
-        kept = f"; the last complete one is {last}" if last else ""
-        raise LayerwiseError(
-            f"could not write the checkpoint {final} ({_short(reason)}){kept}; free space or choose another --out."
-        ) from reason
-    for old in complete(folder)[:-KEPT]:
+        about = {"tree": tree, "digest": digest(tree, partial / "state.safetensors")}
+        return make_current(partial, about)
+    except FAILURES as reason:
+        raise not_written(folder, step, reason) from reason
+
+
+FAILURES = (OSError, safetensors.SafetensorError)  # what a disk that is full or not writable raises
+
+
+def begin(folder: Path, step: int) -> Path:
+    """The temporary folder of a new checkpoint, empty."""
+    partial = folder / f"step-{step:09d}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def make_current(partial: Path, about: Mapping[str, Any]) -> Path:
+    """Complete a checkpoint by its `state.json`, rename it, and drop the oldest."""
+    final = partial.with_suffix("")
+    (partial / "state.json").write_text(json.dumps(about))
+    for file in partial.iterdir():
+        flush(file)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    flush(final.parent)
+    for old in complete(final.parent)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
+def not_written(folder: Path, step: int, reason: BaseException) -> LayerwiseError:
+    """Why a checkpoint could not be written; what there is of it is removed."""
+    final = folder / f"step-{step:09d}"
+    shutil.rmtree(final.with_suffix(".partial"), ignore_errors=True)
+    last = latest(folder)
+    kept = f"; the last complete one is {last}" if last else ""
+    return LayerwiseError(
+        f"could not write the checkpoint {final} ({_short(reason)}){kept}; free space or choose another --out."
+    )
+
+
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint back, checked against its digest; tensors are on the host.
+    """Read a checkpoint back, checked against its digest; tensors are on the host, mapped from the file.
 
     Raises:
         CorruptCheckpoint: a file is missing, cut short or changed.
     """
     try:
         about = json.loads((path / "state.json").read_text())
-        if _digest(path / "state.safetensors", about["tree"]) != about["digest"]:
+        said = about.pop("digest")
+        if "parts" in about:
+            files = list(about["parts"])
+            whole = digest(about) == said and all(digest(f, path / f) == d for f, d in about["parts"].items())
+        else:
+            files = ["state.safetensors"]
+            whole = digest(about["tree"], path / files[0]) == said
+        if not whole:
             raise CorruptCheckpoint(f"the checkpoint {path} is damaged: its bytes do not match their digest.")
-        tensors = load_file(path / "state.safetensors")
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as reason:
+        tensors: dict[str, Tensor] = {}
+        for file in files:
+            tensors |= load_file(path / file)
+        for name, shards in about.get("shards", {}).items():
+            tensors[name] = _assembled(shards, tensors)
+    except (*FAILURES, ValueError, KeyError, TypeError) as reason:
         raise CorruptCheckpoint(f"the checkpoint {path} is damaged: {_short(reason)}.") from reason
     return _join(about["tree"], tensors)
+
+
+def _assembled(shards: Mapping[str, Any], tensors: dict[str, Tensor]) -> Tensor:
+    """One tensor out of its shards, which are taken out of `tensors`."""
+    parts = [(tensors.pop(key), offset) for key, offset in shards["offsets"].items()]
+    whole = parts[0][0].new_empty(shards["shape"])
+    for part, offset in parts:
+        whole[tuple(slice(start, start + size) for start, size in zip(offset, part.shape, strict=True))] = part
+    return whole
 
 
 def complete(folder: Path) -> list[Path]:
@@ -129,7 +169,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        _flush(partial)
+        flush(partial)
         partial.replace(path)
     except OSError as reason:
         with contextlib.suppress(OSError):
@@ -147,12 +187,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         # Copies: safetensors refuses tensors that share memory, and views may be strided.
         save_file({name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}, partial)
-        _flush(partial)
+        flush(partial)
         partial.replace(path)
     except (OSError, safetensors.SafetensorError) as reason:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise LayerwiseError(f"could not write {path} ({_short(reason)}); free space and resume.") from reason
+        raise LayerwiseError(
+            f"could not write {path} ({_short(reason)}); free space or choose another place."
+        ) from reason
+
+
+def split(state: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+    """The tree of a state, with references in place of its tensors, and copies of these."""
+    tensors: dict[str, Tensor] = {}
+    return _split(state, (), tensors), tensors
 
 
 def _split(tree: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
@@ -182,14 +230,17 @@ def _join(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     return tree
 
 
-def _digest(path: Path, tree: Any) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "blake2b")
-    digest.update(json.dumps(tree).encode())
-    return digest.hexdigest()
+def digest(tree: Any, file: Path | None = None) -> str:
+    """BLAKE2b of the bytes of a file, if one is given, and of a tree behind them."""
+    found = hashlib.blake2b()
+    if file is not None:
+        with file.open("rb") as opened:
+            found = hashlib.file_digest(opened, "blake2b")
+    found.update(json.dumps(tree).encode())
+    return found.hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Make the system write a file or a folder's entries to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

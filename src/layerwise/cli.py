@@ -26,9 +26,10 @@ usage: layerwise COMMAND [OPTIONS]
   eval RUN              accuracy of a trained run on the test split, block by block
   beliefs RUN           what SID's theory says, measured module by module; early exit
   predict RUN INPUT     classes of images, as CSV
+  export RUN FILE       the trained weights as one safetensors file, for your own model class
   ls WHAT               list rules | models | data | recipes
   describe RULE         equations, locality, what crosses a boundary, source, restrictions
-  bench memory|speed    exact peak bytes by depth; interleaved timing of rules
+  bench KIND            memory (exact bytes by depth) | speed (rules, interleaved) | scaling (processes)
   validate              check a rule's invariants on this machine, or the files of a run
 
 `layerwise COMMAND --help` lists the options of a command.
@@ -329,6 +330,25 @@ def predict(argv: list[str]) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    """The trained weights of a run as one safetensors file, under the model's own parameter names.
+
+    Also of a run that several ranks have trained, or that is not finished.
+    """
+
+
+def export(argv: list[str]) -> int:
+    """`layerwise export RUN FILE`."""
+    folder, rest = _positional(argv, "export", ExportOptions, "RUN")
+    file, rest = _positional(rest, "export", ExportOptions, "FILE")
+    parse(ExportOptions, rest, "export")
+    from layerwise.exporting import export as write
+
+    _tell(write(Path(folder), Path(file)))
+    return 0
+
+
 def _tell(notes: Sequence[str]) -> None:
     for note in notes:
         print(f"layerwise: note: {note}", file=sys.stderr)
@@ -337,7 +357,8 @@ def _tell(notes: Sequence[str]) -> None:
 def _positional(argv: Sequence[str], command: str, options: type, name: str) -> tuple[str, list[str]]:
     """The leading argument, which every call of the command must give."""
     if any(word in ("-h", "--help") for word in argv):
-        print(f"usage: layerwise {command} {'RUN INPUT' if command == 'predict' else 'RUN'} [OPTIONS]\n")
+        given = {"predict": "RUN INPUT", "export": "RUN FILE"}.get(command, "RUN")
+        print(f"usage: layerwise {command} {given} [OPTIONS]\n")
         parse(options, ["--help"], command)
     if not argv or argv[0].startswith("-"):
         raise LayerwiseError(f"{command} needs {name} as its argument; see layerwise {command} --help.")
@@ -398,10 +419,11 @@ def report(argv: list[str]) -> int:
 
 
 def bench(argv: list[str]) -> int:
-    """`layerwise bench memory|speed`."""
+    """`layerwise bench memory|speed|scaling`."""
     from layerwise import bench as benchmarks
+    from layerwise import scaling
 
-    kinds = {"memory": benchmarks.memory_command, "speed": benchmarks.speed_command}
+    kinds = {"memory": benchmarks.memory_command, "speed": benchmarks.speed_command, "scaling": scaling.command}
     if not argv or argv[0] not in kinds:
         raise LayerwiseError(f"say what to measure: layerwise bench {'|'.join(kinds)}; --help lists the options.")
     return kinds[argv[0]](argv[1:])
@@ -421,6 +443,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluate,
     "beliefs": beliefs,
     "predict": predict,
+    "export": export,
     "ls": ls,
     "describe": describe,
     "bench": bench,

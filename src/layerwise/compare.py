@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from layerwise import rules
+from layerwise import models, rules
 from layerwise.cells import Cell, cell_folder, train
 from layerwise.checkpoint import write_atomically
 from layerwise.environment import environment
@@ -90,7 +90,7 @@ def read_rules(words: Sequence[str], common: TrainOptions) -> dict[str, TrainOpt
     1
     """
     found: dict[str, TrainOptions] = {}
-    every = [name for name in rules.names() if rules.get(name).model in (None, model_name(common.model))]
+    every = [name for name in rules.names() if model_name(common.model) in (rules.get(name).models or models.names())]
     labels = [part for word in words for part in word.split(",") if part]
     for label in (name for part in labels for name in (every if part == "all" else [part])):
         name, *settings = label.split(":")

@@ -36,7 +36,7 @@ def describe_rule(name: str) -> str:
 LOCALITIES = {
     "local": "a block learns from its own loss only",
     "interlocking": "a block learns from the losses of blocks behind it too",
-    "broadcast": "the error at the output is sent to every block",
+    "broadcast": "something from the output or from later blocks is sent to every block",
     "perturbation": "forward passes only",
     "equilibrium": "iterated local inference",
     "global": "gradients flow through the whole network",

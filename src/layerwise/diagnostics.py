@@ -21,6 +21,7 @@ from layerwise.checkpoint import write_atomically
 from layerwise.functional import log_bhattacharyya, pool_features
 from layerwise.learner import Learner
 from layerwise.rules.base import Rule
+from layerwise.tasks import UNLABELLED
 from layerwise.training import load_data, load_run
 
 SAMPLES = 1024
@@ -294,17 +295,24 @@ def diagnose(folder: Path, twin: Path | None = None, device: str = "auto") -> di
     (train_x, train_y), (test_x, test_y) = (
         _first(data.Batches(part, 128, **common)) for part in (dataset.train, dataset.test)
     )
-    test = features(learner, test_x)
-    rows = layer_table(features(learner, train_x), train_y, test, test_y)
+    test = _labelled(features(learner, test_x), test_y)
+    train = _labelled(features(learner, train_x), train_y)
+    test_labels = test_y[test_y != UNLABELLED]
+    rows = layer_table(train, train_y[train_y != UNLABELLED], test, test_labels)
     cosines = gradient_cosines(learner, train_x[0], train_y[: len(train_x[0])])
-    other = features(load_run(twin, device).learner, test_x) if twin is not None else {}
+    other = _labelled(features(load_run(twin, device).learner, test_x), test_y) if twin is not None else {}
     for name, row in rows.items():
         row["gradient_cosine"] = cosines[name]
         if other.keys() == rows.keys():
             row["cka_to_backprop"] = linear_cka(*(pool_features(h[name], "mean") for h in (test, other)))
-    found = {"samples": len(test_y), "blocks": {name: _numbers(row) for name, row in rows.items()}}
+    found = {"samples": len(test_labels), "blocks": {name: _numbers(row) for name, row in rows.items()}}
     write_atomically(folder / "diagnostics.json", json.dumps(found, indent=2) + "\n")
     return found
+
+
+def _labelled(found: dict[str, Tensor], y: Tensor) -> dict[str, Tensor]:
+    """The features of the samples that have a label."""
+    return {name: h[y != UNLABELLED] for name, h in found.items()}
 
 
 def _first(batches: data.Batches) -> tuple[list[Tensor], Tensor]:

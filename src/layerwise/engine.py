@@ -163,7 +163,7 @@ class Engine:
         units = [*group.units, *(group.ahead if step is not None else [])]
         view = range(units[0].site.index, units[-1].site.index + 1)
         for unit in units:
-            out = self.run(unit, h, step)
+            out = self.run(unit, h, message, step)
             with self.autocast():
                 moment = Moment(unit.site, out, h, message, y, self.how.task, unit.auxiliary, step is not None, view)
                 signal = self.rule.signal(moment)
@@ -267,13 +267,13 @@ class Engine:
         if waiting is not None:
             waiting()
 
-    def run(self, unit: Unit, h: Tensor, step: int | None) -> Tensor:
+    def run(self, unit: Unit, h: Tensor, message: Any, step: int | None) -> Tensor:
         """Run one block under its own random draws of this step."""
         if step is not None:
             seed = derive_seed(self.how.seed, "draw", step, unit.site.index)
             seed_generators(seed, self.how.device)
         with self.autocast():
-            return self.rule.run(unit.block, h)
+            return self.rule.run(unit.block, h, message)
 
     def autocast(self) -> Any:
         """The context of the chosen precision."""

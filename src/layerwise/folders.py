@@ -1,8 +1,12 @@
 """The folder of a run: made empty, its options read back, its log cut where a run goes on."""
 
 import contextlib
+import itertools
 import json
+import os
 import shutil
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +46,15 @@ def check_options(options: TrainOptions, trained: dict[str, Any], folder: Path) 
             )
 
 
+def wanted_folder(options: TrainOptions) -> Path:
+    """The folder of a run, as given or by the run's name."""
+    base = f"runs/{options.data.replace('/', '_').replace(':', '_')}-{model_name(options.model)}"
+    return Path(options.out or f"{base}-{options.rule.name}-seed{options.seed}")
+
+
 def new_folder(options: TrainOptions) -> Path:
     """The folder of a new run, empty."""
-    base = f"runs/{options.data.replace('/', '_').replace(':', '_')}-{model_name(options.model)}"
-    folder = Path(options.out or f"{base}-{options.rule.name}-seed{options.seed}")
+    folder = wanted_folder(options)
     try:
         if folder.exists() and any(folder.iterdir()):
             if options.out is not None and not options.overwrite:
@@ -58,14 +67,40 @@ def new_folder(options: TrainOptions) -> Path:
                     raise LayerwiseError(f"{folder} is not the folder of a run, so --overwrite does not delete it.")
                 shutil.rmtree(folder)
             else:
-                number = 2
-                while folder.with_name(f"{folder.name}-{number}").exists():
-                    number += 1
-                folder = folder.with_name(f"{folder.name}-{number}")
+                folder = next(path for path in numbered(folder) if not path.exists())
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as reason:
         raise LayerwiseError(f"cannot write to {folder} ({reason.strerror}); choose another --out.") from reason
     return folder
+
+
+def numbered(folder: Path) -> Iterator[Path]:
+    """The folder, and the names for further runs of its name: -2, -3, ..."""
+    yield folder
+    yield from (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+
+
+def mark(folder: Path) -> None:
+    """Note in the folder of a new run which job of torchrun it belongs to, so that a restart of it finds the run."""
+    write_atomically(folder / "job", _job() + "\n")
+
+
+def folder_of_restarted(options: TrainOptions) -> Path | None:
+    """The folder that an earlier attempt of this job has made; None at the first, or where it made none."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return None
+    first = wanted_folder(options)
+    for folder in [first] if options.out else itertools.takewhile(Path.exists, numbered(first)):
+        with contextlib.suppress(OSError):
+            if (folder / "job").read_text() == _job() + "\n":
+                return folder
+    return None
+
+
+def _job() -> str:
+    """What tells one start of torchrun from another: its id, or else its process, which starts every attempt."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return name if name != "none" else f"{socket.gethostname()} {os.getppid()}"
 
 
 def drop_lines_after(file: Path, step: int) -> None:

@@ -133,3 +133,35 @@ def similarity(x: Tensor) -> Tensor:
     directions = F.normalize(centred, dim=1)
     with torch.autocast(x.device.type, enabled=False):
         return directions @ directions.T
+
+
+def supervised_contrastive(z: Tensor, y: Tensor, temperature: float) -> Tensor:
+    r"""Supervised contrastive loss: samples of one class are near one another, among all others of the batch.
+
+    $$\frac{1}{|A|} \sum_{i \in A} \frac{-1}{|P_i|} \sum_{p \in P_i}
+      \log \frac{\exp(\hat z_i \cdot \hat z_p / \tau)}{\sum_{a \ne i} \exp(\hat z_i \cdot \hat z_a / \tau)}$$
+
+    $\hat z$ has unit length, $P_i$ are the other samples of the class of i, A the samples that have such
+    others (the loss is 0 where there is none). Source: Khosla et al., arXiv 2004.11362 (2020), equation 2.
+
+    Args:
+        z: `(B, D)`.
+        y: labels `(B,)`.
+        temperature: $\tau$.
+
+    Returns:
+        A scalar, in float32.
+
+    >>> z = torch.eye(2).repeat(2, 1)  # its own class at 1, the two others at 0
+    >>> round(float(supervised_contrastive(z, torch.tensor([0, 1, 0, 1]), 1.0)), 4)  # ln(e + 2) - 1
+    0.5514
+    """
+    directions = F.normalize(z.float(), dim=1)
+    with torch.autocast(z.device.type, enabled=False):
+        scores = directions @ directions.T / temperature
+    itself = torch.eye(len(y), dtype=torch.bool, device=y.device)
+    log_p = scores - scores.masked_fill(itself, -math.inf).logsumexp(1, keepdim=True)
+    same = (y[:, None] == y) & ~itself
+    others = same.sum(1)
+    mean = torch.where(same, log_p, 0.0).sum(1) / others.clamp_min(1)
+    return -mean.sum() / (others > 0).sum().clamp_min(1)

@@ -204,7 +204,8 @@ class Learner:
         sites = range(ranges[mine.start].start, ends[mine.stop - 1])
         units = []
         for i, (block, h) in enumerate(zip(blocks, shapes, strict=True)):
-            site = Site(i, len(blocks) - 1, block.name, tuple(tuple(out.shape[1:]) for out in shapes))
+            outputs = tuple(tuple(out.shape[1:]) for out in shapes)
+            site = Site(i, len(blocks) - 1, block.name, outputs, tuple(x.shape[1:]), self.network)
             with preserved_generators(self.device):
                 seed_generators(derive_seed(self._seed, "auxiliary", i), self.device)
                 auxiliary = self.rule.auxiliary(site, h, task) if i in sites else None
@@ -289,7 +290,7 @@ class Learner:
     def average(self) -> None:
         """Average over the replicas what an unfinished update has accumulated; afterwards all hold the same bits."""
         for group in self.groups:
-            if self.replicas is not None and group.optimizer is not None:
+            if self.replicas is not None and group.parameters:
                 running = [buffer for unit in group.units for buffer in unit.running()]
                 self.replicas.reduce(group.parameters, running, torch.zeros((), device=self.device))()
 
@@ -323,10 +324,9 @@ class Learner:
             for group in self.groups:
                 _, h, message = self.engine.forward(group, h, message, y, None, trace)
             self._pass_on(h, message, skipped=False)
-            if type(self.rule).predict is not Rule.predict and not self.rule.predicts_at_head:
-                logits = self.rule.predict(self.network, self._modules_by_site(), x)
-                correct = self.task.correct(logits, y) / y.numel()
-                head = {"loss": self.task.loss(logits, y), "accuracy": correct}
+            apart = not self.rule.predicts_plainly() and not self.rule.predicts_at_head
+            if apart and (logits := self._predicted(x)) is not None:
+                head = {"loss": self.task.loss(logits, y), "accuracy": self.task.accuracy(logits, y)}
                 trace.metrics["head"] = trace.metrics.get("head", {}) | head
         return Metrics(self.steps, len(x), trace.metrics, (), {})
 
@@ -392,6 +392,16 @@ class Learner:
         """Hand the batch to the next rank, if there is one; returns whether any update of it was skipped so far."""
         return skipped if self.stage is None else self.stage.pass_on(h, message, skipped)
 
+    def _predicted(self, x: Tensor) -> Tensor | None:
+        """What the rule predicts; None where a later rank knows."""
+        if self.stage is None:
+            return self.rule.predict(self.network, self._modules_by_site(), x)
+        h, message = self.rule.ask(x, self._modules_by_site().get(0)) if self.stage.first else self.stage.receive()
+        for unit in (unit for group in self.groups for unit in group.units):
+            h, message = self.rule.answer(unit.site, unit.block(h), message, unit.auxiliary)
+        self.stage.pass_on(h, message, skipped=False)
+        return h if self.stage.last else None
+
     def _start(self, x: Tensor, y: Tensor, forward: Callable[[Tensor], Tensor]) -> Start:
         return Start(x, y, self.task, self.network, self._modules_by_site(), forward)
 
@@ -403,7 +413,7 @@ class Learner:
         with torch.no_grad():
             for group in self.groups:
                 for unit in group.units:
-                    x = self.engine.run(unit, x, self.steps)
+                    x = self.engine.run(unit, x, None, self.steps)
         return x
 
     def _placed(self, x: Tensor) -> Tensor:
@@ -420,7 +430,7 @@ class Learner:
             )
         if not self.groups:
             self.build(x)
-        self.task.check(y)
+        self.task.check(y, self.rule.unlabelled)
         return self._placed(x), y.to(self.device, non_blocking=True)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

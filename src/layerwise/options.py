@@ -27,13 +27,15 @@ class TrainOptions:
     rule: Rule = field(default_factory=lambda: rules.create("sll"))
     model: ModelOptions = field(default_factory=lambda: models.options("mlp")())
     data: str = "digits"
-    """digits | mnist | fashion_mnist | cifar10 | cifar100 | hf:owner/name | imagefolder:PATH | parquet:PATH."""
+    """digits | mnist | fashion_mnist | cifar10 | cifar100 | cora | hf:owner/name | imagefolder:PATH | parquet:PATH."""
     augment: tuple[str, ...] = ()
     """Random changes of training images: flip, crop, cutout."""
     image_size: int | None = None
     """Side in pixels to which images are resized; their own size if not given."""
     val_fraction: float = 0.1
     """Share of the training set that is held out for validation; 0 trains on everything."""
+    train_samples: int | None = None
+    """Train on so many samples only, the same ones whatever the seed; all of them if not given."""
     label_noise: float = 0.0
     """Share of wrong labels in the training and validation split, the same ones whatever the seed."""
     label_noise_kind: Literal["symmetric", "pairs"] = "symmetric"
@@ -98,7 +100,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate", "log_every"):
             _at_least_one(name, getattr(self, name))
-        for name in ("steps", "save_every", "threads", "blocks"):
+        for name in ("steps", "save_every", "threads", "blocks", "train_samples"):
             if getattr(self, name) is not None:
                 _at_least_one(name, getattr(self, name))
         if not 0 <= self.val_fraction < 1:

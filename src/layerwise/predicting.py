@@ -26,6 +26,8 @@ def predictions(folder: Path, given: Path, device: str = "auto") -> tuple[str, l
         LayerwiseError: no run, no images, or images that the network cannot take.
     """
     _, facts, learner, notes = load_run(folder, device)
+    if facts.graph:
+        raise LayerwiseError(f"the run in {folder} knows the nodes of its own graph only; use layerwise eval.")
     names, images = _read(given, facts.shape)
     mean = torch.tensor(facts.mean).view(-1, 1, 1)
     std = torch.tensor(facts.std).view(-1, 1, 1)

@@ -342,13 +342,15 @@ def _bench(file: Path) -> dict[str, Any] | None:
 
 
 def bench(found: dict[str, Any], page: dict[str, Any]) -> None:
-    """Put a memory or speed benchmark on the page."""
+    """Put a benchmark of memory, speed or scaling on the page."""
     rows, machine = found["rows"], found["environment"]
     origin = Origin(found["command"], in_words(machine) if machine else "The file does not say on which machine.")
     page["origins"].append(origin)
     looks = figures.look(list(dict.fromkeys(row["rule"] for row in rows)))
     if "activations" in rows[0]:
         page["sections"].append(_depths(found["name"], rows, looks, origin))
+    elif "way" in rows[0]:
+        page["sections"].append(_scaling(found["name"], rows, origin))
     elif "ratio" in rows[0]:
         page["sections"].append(_speeds(found["name"], rows, origin))
 
@@ -389,6 +391,28 @@ def _speeds(name: str, rows: list[dict[str, Any]], origin: Origin) -> Section:
         height=1.4 + 0.35 * len(rows),
     )
     section.add(figure, f"Median over {rows[0]['rounds']} rounds. {values}.", origin)
+    return section
+
+
+def _scaling(name: str, rows: list[dict[str, Any]], origin: Origin) -> Section:
+    section = Section("Throughput on several processes", "Ways interleaved; medians; one batch per step.")
+    measured = [row for row in rows if "samples_per_second" in row]
+    parts = {}
+    for row in measured:
+        shares = {part: sum(row[part]) / row["ranks"] for part in ("busy", "queued", "waiting")}
+        parts[f"{row['way']}, {row['ranks']}"] = {p: 1000 * row["seconds"] * share for p, share in shares.items()}
+    values = "; ".join(
+        f"{row['way']} on {row['ranks']}: {row['samples_per_second']:.1f} samples/s, {row['ratio']:.2f} times rule"
+        for row in measured
+    )
+    figure = figures.render(
+        f"{name}_time",
+        f"Time per batch, {rows[0]['model']} of {rows[0]['depth']} blocks",
+        f"Milliseconds per batch by way and number of processes: computing, queued for a core, waiting. {values}.",
+        lambda axes: figures.shares(axes, parts, "ms per batch"),
+        height=1.4 + 0.35 * len(measured),
+    )
+    section.add(figure, f"Median over {rows[0]['rounds']} rounds, mean over the processes. {values}.", origin)
     return section
 
 

@@ -8,13 +8,16 @@ from torch import Tensor
 
 from layerwise.errors import LayerwiseError
 
+UNLABELLED = -100
+"""Label of a prediction that counts in no loss and no accuracy (torch's own value)."""
+
 
 @dataclass(frozen=True)
 class Classification:
     """One of K classes per prediction: per sample, or per position for a language model.
 
-    Every loss is the mean over predictions, in nats, computed in float32 whatever the precision of the
-    network.
+    Every loss is the mean over predictions, those with the label -100 left out, in nats, computed in float32 whatever
+    the precision of the network.
 
     >>> task = Classification(classes=10)
     >>> y = torch.tensor([3, 7])
@@ -51,13 +54,25 @@ class Classification:
         """Number of predictions whose largest logit is the label: an int64 scalar on the device."""
         return (logits.argmax(-1) == y).sum()
 
-    def check(self, y: Tensor) -> None:
-        """Raise LayerwiseError unless `y` holds integer labels in `0 .. K-1`.
+    def accuracy(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Share of the labelled predictions that are correct: a scalar on the device.
+
+        >>> Classification(2).accuracy(torch.eye(2)[[0, 1, 1]], torch.tensor([0, 0, -100]))
+        tensor(0.5000)
+        """
+        return self.correct(logits, y) / (y != UNLABELLED).sum()
+
+    def check(self, y: Tensor, unlabelled: bool = False) -> None:
+        """Raise LayerwiseError unless `y` holds integer labels in `0 .. K-1`, or -100 where that is allowed.
 
         The values are looked at only on the host: on an accelerator the look would wait for the device.
         """
         if y.dtype != torch.int64:
             raise LayerwiseError(f"the labels are {str(y.dtype).removeprefix('torch.')}; give class numbers as int64.")
+        if unlabelled and y.device.type == "cpu":
+            y = y[y != UNLABELLED]
+            if not y.numel():
+                raise LayerwiseError("none of the labels counts: all are -100; give at least one.")
         if y.device.type == "cpu" and y.numel() > 0:
             low, high = int(y.min()), int(y.max())
             if low < 0 or high >= self.classes:

@@ -6,7 +6,7 @@ import math
 import shlex
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,15 +19,17 @@ from layerwise.checkpoint import write_atomically
 from layerwise.errors import LayerwiseError
 from layerwise.flops import FlopMeter
 from layerwise.folders import check_options, drop_lines_after, new_folder, read_options
+from layerwise.graphs import Graph
 from layerwise.learner import Learner
 from layerwise.memory import MemoryUse
-from layerwise.models import ModelOptions
+from layerwise.models import GraphModelOptions, ModelOptions
 from layerwise.optim import Schedule
 from layerwise.options import TrainOptions, model_name, to_mapping
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
 from layerwise.progress import Progress
 from layerwise.randomness import derive_seed, preserved_generators, seed_generators
+from layerwise.tasks import UNLABELLED
 
 
 class Interrupted(Exception):
@@ -73,13 +75,17 @@ class Facts:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     sizes: tuple[int, ...]
-    """Samples of the training, validation and test split."""
+    """Labelled samples of the training, validation and test split."""
+    graph: tuple[int, ...] = ()
+    """Nodes and edges, where the samples are the nodes of a graph."""
 
     @classmethod
     def of(cls, dataset: data.Dataset) -> "Facts":
         """The facts of a data set."""
-        sizes = tuple(0 if part is None else len(part) for part in (dataset.train, dataset.val, dataset.test))
-        return cls(dataset.shape, dataset.classes, dataset.mean, dataset.std, sizes)
+        parts = (dataset.train, dataset.val, dataset.test)
+        sizes = tuple(0 if part is None else int((part.labels != UNLABELLED).sum()) for part in parts)
+        graph = () if dataset.graph is None else (len(dataset.graph.labels), dataset.graph.edges.shape[1])
+        return cls(dataset.shape, dataset.classes, dataset.mean, dataset.std, sizes, graph)
 
     def check(self, dataset: data.Dataset) -> None:
         """Raise LayerwiseError unless `dataset` is the one that the facts are of."""
@@ -96,11 +102,18 @@ def _few(values: tuple[Any, ...]) -> str:
     return ", ".join(map(str, values[:10])) + (", ..." if len(values) > 10 else "")
 
 
-def build_model(options: ModelOptions, facts: Facts, seed: int) -> torch.nn.Module:
-    """The model for a data set, with initial weights that depend on `seed` only."""
+def build_model(options: ModelOptions, facts: Facts, seed: int, graph: Graph | None = None) -> torch.nn.Module:
+    """The model for a data set, with initial weights that depend on `seed` only.
+
+    Without the data's graph, a graph network has an empty one of the right size, which a checkpoint fills.
+    """
     with preserved_generators(torch.device("cpu")):
         seed_generators(derive_seed(seed, "model"), torch.device("cpu"))
-        return options.build(facts.shape, len(facts.classes))
+        if not isinstance(options, GraphModelOptions):
+            return options.build(facts.shape, len(facts.classes))
+        if graph is None and facts.graph:
+            graph = Graph.blank(*facts.graph, classes=len(facts.classes))
+        return options.build(facts.shape, len(facts.classes), graph)
 
 
 class Run:
@@ -136,7 +149,7 @@ class Run:
         self.train_batches, self.val_batches, self.test_batches = split_batches(options, self.dataset, self.device)
         self.total = options.steps or options.epochs * len(self.train_batches)
         self.facts = Facts.of(self.dataset)
-        self.learner = build_learner(options, self.facts, self.device, self.total, stage, replicas)
+        self.learner = build_learner(options, self.facts, self.device, self.total, stage, self.dataset.graph, replicas)
         next(self._batches(0))  # data that cannot be read are told of before anything is written
         self.seconds = 0.0
         self.samples = 0
@@ -153,10 +166,9 @@ class Run:
 
     def _open(self, resume: Path | None) -> Path:
         """The folder of the run, with its options in it."""
-        if resume is not None:
-            return resume
-        folder = new_folder(self.options)
-        write_atomically(folder / "config.json", json.dumps(to_mapping(self.options), indent=2) + "\n")
+        folder = resume or self._new_folder()
+        if not (folder / "config.json").exists():
+            write_atomically(folder / "config.json", json.dumps(to_mapping(self.options), indent=2) + "\n")
         return folder
 
     @classmethod
@@ -247,8 +259,16 @@ class Run:
     def _of_all_blocks(self, values: dict[str, float]) -> dict[str, float]:
         return values
 
-    def _state(self) -> dict[str, Any]:
-        return self.learner.state_dict()
+    def _new_folder(self) -> Path:
+        return new_folder(self.options)
+
+    def _write(self, state: dict[str, Any]) -> None:
+        """Write a checkpoint."""
+        checkpoint.save(self.folder / "checkpoints", self.learner.steps, state)
+
+    def _weights(self) -> Mapping[str, Tensor]:
+        """The trained weights, under the model's own names."""
+        return self.learner.state_dict()["model"]
 
     def _stop(self) -> int:
         """Number of the signal that ends the run behind this step, or 0."""
@@ -257,7 +277,6 @@ class Run:
     def _finish(self, log: Any) -> dict[str, Any]:
         test = self._evaluate(self.test_batches)
         log({"step": self.total, "split": "test", **test})
-        weights = self._state()["model"]
         memory = self.memory.mib() if self.memory else {}
         result = {
             "rule": self.options.rule.name,
@@ -285,13 +304,13 @@ class Run:
             "command": self.command,
             "notes": self.notes,
         }
-        checkpoint.write_tensors(self.folder / "model.safetensors", weights)
+        checkpoint.write_tensors(self.folder / "model.safetensors", self._weights())
         write_atomically(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
         return result
 
     def _save(self) -> None:
         state = {
-            "learner": self._state(),
+            "learner": self.learner.state_dict(),
             "samples": self.samples,
             "seconds": self.seconds,
             "val": self.last_val,
@@ -301,7 +320,7 @@ class Run:
             "options": to_mapping(self.options),
             "data": asdict(self.facts),
         }
-        checkpoint.save(self.folder / "checkpoints", self.learner.steps, state)
+        self._write(state)
 
     def _restore(self) -> None:
         state, damaged = checkpoint.load_latest(self.folder / "checkpoints")
@@ -401,6 +420,7 @@ def load_data(options: TrainOptions) -> data.Dataset:
     return data.load(
         options.data,
         val_fraction=options.val_fraction,
+        train_samples=options.train_samples,
         size=options.image_size,
         label_noise=options.label_noise,
         label_noise_kind=options.label_noise_kind,
@@ -432,10 +452,11 @@ def build_learner(
     device: torch.device,
     total: int,
     stage: Stage | None = None,
+    graph: Graph | None = None,
     replicas: Replicas | None = None,
 ) -> Learner:
     """The learner of a run with `total` steps, before its first step."""
-    model = build_model(options.model, facts, options.seed).to(device)
+    model = build_model(options.model, facts, options.seed, graph).to(device)
     example = torch.zeros(2, *facts.shape, device=device)
     updates = math.ceil(total / options.accumulate)
     return Learner(
@@ -479,17 +500,27 @@ def load_run(folder: Path, device: str = "auto") -> Trained:
     Raises:
         LayerwiseError: the folder holds no run, or no checkpoint that can be read.
     """
+    options, state, notes = read_state(folder)
+    facts = _facts(state)
+    learner = build_learner(options, facts, pick_device(device), total=1)
+    learner.load_state_dict(state["learner"])
+    return Trained(options, facts, learner, notes)
+
+
+def read_state(folder: Path) -> tuple[TrainOptions, dict[str, Any], list[str]]:
+    """Options and newest checkpoint of the run in `folder`, and what the user should know of them.
+
+    Raises:
+        LayerwiseError: the folder holds no run, or no checkpoint that can be read.
+    """
     options = read_options(folder)
     state, notes = checkpoint.load_latest(folder / "checkpoints")
     if state is None:
         raise LayerwiseError(f"the run in {folder} has no checkpoint yet; train it first.")
     check_options(options, state["options"], folder)
-    facts = _facts(state)
-    learner = build_learner(options, facts, pick_device(device), total=1)
-    learner.load_state_dict(state["learner"])
     if not (folder / "result.json").is_file():
-        notes.append(f"the run is not finished: these are its weights after step {learner.steps}")
-    return Trained(options, facts, learner, notes)
+        notes.append(f"the run is not finished: these are its weights after step {state['learner']['steps']}")
+    return options, state, notes
 
 
 def _facts(state: dict[str, Any]) -> Facts:

@@ -81,7 +81,7 @@ def _maker(model: str) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
-            dials = {name: int(value) for name, value in SMALL[model].items()}
+            dials: dict[str, Any] = {name: int(value) for name, value in SMALL[model].items()}
             return models.create(model, (1, 8, 8), 10, depth=3, **dials)
 
     return make

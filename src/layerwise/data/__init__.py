@@ -1,4 +1,4 @@
-"""Labelled images: data sets by name, and batches that depend on nothing but (seed, epoch, batch index).
+"""Labelled images, and nodes of a graph: data sets by name, batches that depend on (seed, epoch, batch index) only.
 
 >>> data = load("digits")
 >>> data.shape, len(data.classes), len(data.train), len(data.val), len(data.test)
@@ -18,6 +18,7 @@ from torch import Generator, Tensor
 
 from layerwise.data.augment import AUGMENTATIONS, crop, cutout, flip
 from layerwise.data.batches import Batches
+from layerwise.data.nodes import CORA_CLASSES, NodeSource, cora
 from layerwise.data.noise import NoiseKind, noisy_labels
 from layerwise.data.rows import (
     TEST_NAMES,
@@ -30,6 +31,7 @@ from layerwise.data.rows import (
 )
 from layerwise.data.sources import InMemorySource, Source, StreamedSource, decoded, sample_form
 from layerwise.errors import LayerwiseError, suggestion
+from layerwise.graphs import Graph
 from layerwise.randomness import derive_seed
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "Batches",
     "Dataset",
     "InMemorySource",
+    "NodeSource",
     "Source",
     "StreamedSource",
     "crop",
@@ -61,6 +64,7 @@ DESCRIPTIONS = {
     "fashion_mnist": "70,000 articles of clothing, 28x28 grey, 10 classes",
     "cifar10": "60,000 photographs, 32x32 RGB, 10 classes",
     "cifar100": "60,000 photographs, 32x32 RGB, 100 (fine) classes",
+    "cora": "2,708 papers that cite each other, 1,433 words, 7 classes; labels of 140 papers, public split",
     "hf:owner/name": "any image-classification data set on the Hugging Face hub",
     "imagefolder:PATH": "a folder with one folder of images per class, or with train/ and test/ of that form",
     "parquet:PATH": "one parquet file or a folder of them with train or test in the names: an image and a label column",
@@ -84,6 +88,7 @@ class Dataset:
         val: what to select by, carved from the training samples; None when `val_fraction` was 0.
         test: what to report on.
         notes: what was done to the data that the user did not ask for, a sentence each.
+        graph: edges between the samples, with the labels of the training split; None where there are none.
     """
 
     name: str
@@ -95,12 +100,14 @@ class Dataset:
     val: Source | None
     test: Source
     notes: tuple[str, ...]
+    graph: Graph | None = None
 
 
 def load(
     name: str = "digits",
     *,
     val_fraction: float = 0.1,
+    train_samples: int | None = None,
     seed: int = 0,
     root: str | Path | None = None,
     size: int | None = None,
@@ -115,7 +122,8 @@ def load(
         name: a name or form that `names()` lists; default "digits".
         val_fraction: part of the training samples, in [0, 1), that becomes the validation split, stratified by class;
             default 0.1.
-        seed: seed of the validation split, default 0; not the seed of the run. The test split depends on no option.
+        train_samples: how many of the training samples behind that split are kept, stratified by class; default all.
+        seed: of both choices, default 0; not the seed of the run. The test split depends on no option.
         root: folder that holds <name>/**/*.parquet; default $LAYERWISE_DATA, then the Hugging Face hub.
         size: side in pixels that images are scaled and centre-cropped to; default: their most common size, or 224
             when they are streamed.
@@ -134,12 +142,14 @@ def load(
     >>> load("mnits")
     Traceback (most recent call last):
     layerwise.errors.LayerwiseError: unknown data set 'mnits'; did you mean 'mnist'? legal names: digits, mnist, \
-fashion_mnist, cifar10, cifar100, hf:owner/name, imagefolder:PATH, parquet:PATH.
+fashion_mnist, cifar10, cifar100, cora, hf:owner/name, imagefolder:PATH, parquet:PATH.
     """
     if not 0 <= val_fraction < 1:
         raise LayerwiseError(f"validation fraction {val_fraction} is not in [0, 1); use 0 for no validation split")
     if size is not None and size < 1:
         raise LayerwiseError(f"image size {size} is not positive; give a number of pixels")
+    if name == "cora":
+        return _cora(root, size, label_noise)
     if name == "digits":
         classes, train, test, notes = _digits()
     else:
@@ -152,19 +162,26 @@ fashion_mnist, cifar10, cifar100, hf:owner/name, imagefolder:PATH, parquet:PATH.
             "the same in every run, are the test split"
         )
     noisy = noisy_labels(train.labels, classes, label_noise, label_noise_kind)
-    val = None
-    if not val_fraction:
-        train = train.relabelled(noisy)
-    else:
-        rest, part = stratified_split(train.labels, val_fraction, seed)
+    kept, val = torch.arange(len(train)), None
+    if val_fraction:
+        kept, part = stratified_split(train.labels, val_fraction, seed)
         if not len(part):
             raise LayerwiseError(
                 f"validation fraction {val_fraction} of {len(train)} training samples is no sample; raise it or use 0"
             )
         val = train.subset(part)
-        train = train.subset(rest).relabelled(noisy[rest])
         if not clean_validation:
             val = val.relabelled(noisy[part])
+    if train_samples is not None:
+        if not len(classes) <= train_samples <= len(kept):
+            raise LayerwiseError(
+                f"train_samples is {train_samples}; give a number from {len(classes)}, one per class, to {len(kept)}"
+            )
+        if train_samples < len(kept):
+            kept = kept[stratified_split(train.labels[kept], train_samples / len(kept), seed)[1]]
+    if len(kept) < len(train):
+        train = train.subset(kept)
+    train = train.relabelled(noisy[kept])
     mean, std, sampled = _mean_std(train)
     if sampled < len(train):
         notes.append(f"mean and std are estimated from {sampled} of {len(train)} training images")
@@ -234,6 +251,14 @@ def _digits() -> tuple[tuple[str, ...], Source, None, list[str]]:
     pixels = torch.from_numpy(found.images).mul(255 / 16).round().to(torch.uint8)  # stored as 0 to 16
     labels = torch.from_numpy(found.target).to(torch.int64)
     return tuple(str(name) for name in found.target_names), InMemorySource(pixels[:, None], labels), None, []
+
+
+def _cora(root: str | Path | None, size: int | None, label_noise: float) -> Dataset:
+    if size is not None or label_noise:
+        raise LayerwiseError("the nodes of cora are no images and have no label noise; leave both options out")
+    train, val, test, graph = cora(root)
+    notes = ("the nodes are one batch and cora has its own validation split: batch size and val_fraction do nothing",)
+    return Dataset("cora", CORA_CLASSES, train.shape, (0.0,), (1.0,), train, val, test, notes, graph)
 
 
 def _sources(

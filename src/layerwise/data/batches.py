@@ -26,11 +26,13 @@ class Batches:
         drop_last: leave out the last batch of an epoch if it is not full; default True.
         channels_last: give x in the channels-last memory format; default False.
 
+    A source whose samples belong together (the nodes of a graph) gives one batch, whatever `batch_size` and `shuffle`.
+
     For evaluation use `shuffle=False, drop_last=False` and no augmentation.
 
     Raises:
         LayerwiseError: a batch size below 1 or, with `drop_last`, larger than the source; an unknown augmentation;
-            `mean` or `std` without one value per channel.
+            `mean` or `std` without one value per channel; augmentation of what is no image.
 
     >>> from layerwise.data import InMemorySource
     >>> source = InMemorySource(torch.zeros(10, 1, 4, 4, dtype=torch.uint8), torch.arange(10))
@@ -57,12 +59,16 @@ class Batches:
     ):
         if batch_size < 1:
             raise LayerwiseError(f"batch size {batch_size} is not positive; use --batch-size 1 or more")
-        if drop_last and batch_size > len(source):
+        if drop_last and batch_size > len(source) and not source.whole:
             raise LayerwiseError(
                 f"batch size {batch_size} is larger than the {len(source)} training samples; "
                 f"use --batch-size {len(source)} or less"
             )
         check_augmentations(augment)
+        if source.whole:
+            batch_size, shuffle = len(source), False
+            if augment:
+                raise LayerwiseError("the nodes of a graph are no images to augment; leave --augment out")
         channels = source.shape[0]
         if len(mean) != channels or len(std) != channels:
             raise LayerwiseError(
@@ -90,8 +96,9 @@ class Batches:
         return whole + (rest > 0 and not self.drop_last)
 
     def without_images(self) -> "Batches":
-        """The same batches with the labels alone: x is empty (B, 0), no image is read, augmented or moved."""
+        """The same batches with the labels alone: x is empty (B, 0), no image is kept, read, augmented or moved."""
         other = copy.copy(self)
+        other.source = self.source.without_images()
         other.labels_only = True
         return other
 

@@ -46,9 +46,11 @@ class Source(ABC):
     Attributes:
         labels: int64 (N,).
         shape: (C, H, W) of every image.
+        whole: whether the samples belong together, so that one batch holds them all, in order.
     """
 
     labels: Tensor
+    whole = False
     shape: tuple[int, int, int]
 
     def __len__(self) -> int:
@@ -70,6 +72,10 @@ class Source(ABC):
     @abstractmethod
     def to(self, device: torch.device) -> "Source":
         """The source with its pixels on `device`, if it holds any."""
+
+    def without_images(self) -> "Source":
+        """The labels alone; the pixels, if it holds any, are not kept."""
+        return self
 
     def relabelled(self, labels: Tensor) -> "Source":
         """The same images with other labels, int64 (N,)."""
@@ -108,6 +114,9 @@ class InMemorySource(Source):
 
     def to(self, device: torch.device) -> "InMemorySource":
         return InMemorySource(self.images.to(device), self.labels.to(device))
+
+    def without_images(self) -> "InMemorySource":
+        return InMemorySource(self.images.to("meta"), self.labels)
 
 
 class StreamedSource(Source):

@@ -16,7 +16,9 @@ from dataclasses import fields
 from typing import Any
 
 from layerwise.errors import LayerwiseError, suggestion
+from layerwise.graphs import Graph
 from layerwise.models.base import BlockSequential, ModelOptions
+from layerwise.models.gnn import GAT, GCN, GraphModelOptions
 from layerwise.models.mlp import MLP
 from layerwise.models.resnet import ResNet
 from layerwise.models.sid_cascade import SIDCascade
@@ -24,9 +26,12 @@ from layerwise.models.vgg import VGG
 from layerwise.models.vit import ViT
 
 __all__ = [
+    "GAT",
+    "GCN",
     "MLP",
     "VGG",
     "BlockSequential",
+    "GraphModelOptions",
     "ModelOptions",
     "ResNet",
     "SIDCascade",
@@ -38,6 +43,8 @@ __all__ = [
 ]
 
 _MODELS: dict[str, type[ModelOptions]] = {
+    "gat": GAT,
+    "gcn": GCN,
     "mlp": MLP,
     "resnet": ResNet,
     "sid_cascade": SIDCascade,
@@ -51,7 +58,7 @@ def names() -> tuple[str, ...]:
 
     Example:
         >>> names()
-        ('mlp', 'resnet', 'sid_cascade', 'vgg', 'vit')
+        ('gat', 'gcn', 'mlp', 'resnet', 'sid_cascade', 'vgg', 'vit')
     """
     return tuple(_MODELS)
 
@@ -71,13 +78,16 @@ def options(name: str) -> type[ModelOptions]:
     return _MODELS[name]
 
 
-def create(name: str, shape: tuple[int, int, int], classes: int, **options_: Any) -> BlockSequential:
+def create(
+    name: str, shape: tuple[int, int, int], classes: int, *, graph: Graph | None = None, **options_: Any
+) -> BlockSequential:
     """Build a model by name for images of `shape` (channels, height, width) and `classes` logits.
 
     Args:
         name: one of `names()`.
         shape: channels, height and width of an image.
         classes: number of logits.
+        graph: what the nodes of a graph network are linked by (`gcn`, `gat`).
         **options_: fields of `options(name)`; what is left out takes its default.
 
     Raises:
@@ -92,7 +102,12 @@ def create(name: str, shape: tuple[int, int, int], classes: int, **options_: Any
     for option in options_:
         if option not in legal:
             raise _unknown(f"option of {name}", option, legal)
-    return kind(**options_).build(shape, classes)
+    made = kind(**options_)
+    if isinstance(made, GraphModelOptions):
+        return made.build(shape, classes, graph)
+    if graph is not None:
+        raise LayerwiseError(f"the model {name} has no use for a graph; choose gcn or gat, or leave it out.")
+    return made.build(shape, classes)
 
 
 def describe(name: str) -> str:

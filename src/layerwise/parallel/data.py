@@ -8,7 +8,8 @@ from torch import Tensor
 
 from layerwise.data import Batches
 from layerwise.errors import LayerwiseError
-from layerwise.options import TrainOptions
+from layerwise.models import GraphModelOptions
+from layerwise.options import TrainOptions, model_name
 from layerwise.parallel.pipeline import ParallelOptions, RankRun
 from layerwise.parallel.replicas import Replicas, check_shares
 from layerwise.parallel.transport import Ranks, Refused
@@ -27,9 +28,14 @@ class DataRun(RankRun):
         self._signum_of_all = 0
         try:
             check_shares(options.batch_size, ranks.count)
+            if isinstance(options.model, GraphModelOptions):
+                raise LayerwiseError(
+                    f"a graph is one sample and has no shares, so {model_name(options.model)} cannot be trained with "
+                    "--parallel data; train it in one process."
+                )
             self.replicas = Replicas(ranks)
-            super().__init__(options, command, resume, replicas=self.replicas)
-            ranks.agree(None)
+            super().__init__(options, command, self._begun(options, resume), replicas=self.replicas)
+            ranks.agree(None, {"checkpoint": self.learner.steps})
         except Refused:
             raise
         except LayerwiseError as error:

@@ -5,8 +5,8 @@ import hashlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +14,14 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_map_only
 
+from layerwise import checkpoint
 from layerwise.data import Dataset
 from layerwise.errors import LayerwiseError
+from layerwise.folders import folder_of_restarted, mark
 from layerwise.memory import MemoryUse
 from layerwise.options import TrainOptions, to_mapping
 from layerwise.parallel.stage import Stage
-from layerwise.parallel.transport import DONE, FORWARD, STATE, Inlet, Outlet, Prefetched, Ranks, Refused, guarded
+from layerwise.parallel.transport import DONE, FORWARD, Inlet, Outlet, Prefetched, Ranks, Refused, guarded
 from layerwise.progress import Progress
 from layerwise.state import joined
 from layerwise.training import Facts, Interrupted, Run, pick_device
@@ -62,6 +64,11 @@ class TrainCommand(ParallelOptions, TrainOptions):
     """
 
 
+def joined_runs(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The state of a run out of those of all stages: the last one's, with the whole learner."""
+    return {**states[-1], "learner": joined([state["learner"] for state in states])}
+
+
 class RankRun(Run):
     """One rank's part of a run. One of the ranks writes the folder."""
 
@@ -76,6 +83,14 @@ class RankRun(Run):
         """The end, on all ranks together: nobody leaves before everything is written."""
         raise NotImplementedError
 
+    def _begun(self, options: TrainOptions, resume: Path | None) -> Path | None:
+        """The run to go on with: a restart goes on with what its job has begun, whose folder one rank knows."""
+        if resume is not None:
+            return resume
+        found = folder_of_restarted(options) if self.writes else None
+        words = self.ranks.agree(None, word=found and str(found.resolve()))
+        return next((Path(word) for word in words if word), None)
+
     def _device(self) -> torch.device:
         return self.ranks.device
 
@@ -85,6 +100,11 @@ class RankRun(Run):
         if self.writes:
             return super()._open(resume)
         return resume or Path(self.options.out or ".")
+
+    def _new_folder(self) -> Path:
+        folder = super()._new_folder()
+        mark(folder)
+        return folder
 
     def _progress(self, per_epoch: int) -> Progress:
         return Progress(self.total, per_epoch, self._title(), quiet=not self.writes)
@@ -99,19 +119,23 @@ class RankRun(Run):
 
 
 class PipelineRun(RankRun):
-    """One rank's part of a run. The last rank, where the head is, writes the folder.
+    """One rank's part of a run. The last rank, where the head is, writes the folder; all write the checkpoints.
 
     Everything travels forward: batches, the figures of the log behind them, and the word to stop, which is the first
-    rank's. So no rank waits for one that comes after it, but for room in the queue and, at checkpoints, for its own
-    state to be taken.
+    rank's. So no rank waits for one that comes after it, but for room in the queue and, at checkpoints, until all
+    have written their parts.
     """
 
     def __init__(self, ranks: Ranks, how: ParallelOptions, options: TrainOptions, command: str, resume: Path | None):
-        self.ranks = ranks
+        from layerwise.parallel import parts  # here, as torch's share of it takes a second to import
+
+        self.ranks, self._write_part = ranks, parts.save
         self.stage = Stage(ranks.rank, ranks.count, how.counts())
         try:
-            super().__init__(options, command, resume, self.stage)
-            self.ranks.agree(None)
+            super().__init__(options, command, self._begun(options, resume), self.stage)
+            folder = ranks.agree(None, {"checkpoint": self.learner.steps}, str(self.folder.resolve()))[-1]
+            if not self.stage.last:
+                self.folder = Path(folder)
         except Refused:
             raise
         except LayerwiseError as error:
@@ -121,12 +145,19 @@ class PipelineRun(RankRun):
             self.train_batches = self.train_batches.without_images()
             self.val_batches = self.val_batches and self.val_batches.without_images()
             self.test_batches = self.test_batches.without_images()
+            data = self.dataset
+            self.dataset = replace(
+                data,
+                train=data.train.without_images(),
+                val=data.val and data.val.without_images(),
+                test=data.test.without_images(),
+            )
 
     def _connect(self) -> None:
-        rank, wire = self.ranks.rank, self.ranks.wire
+        rank, wire, lanes = self.ranks.rank, self.ranks.wire, self.ranks.lanes
         self.ranks.blocks = self.stage.blocks
-        self.outlet = None if self.stage.last else Outlet(self.ranks, rank + 1, FORWARD, wire)
-        self.inlet = None if self.stage.first else Prefetched(Inlet(self.ranks, rank - 1, FORWARD, wire))
+        self.outlet = None if self.stage.last else Outlet(self.ranks, rank + 1, FORWARD, wire, lanes)
+        self.inlet = None if self.stage.first else Prefetched(self.ranks, rank - 1, FORWARD, wire, lanes)
         self.stage.link = self
 
     # The stage's link.
@@ -174,28 +205,30 @@ class PipelineRun(RankRun):
             self.send(values)
         return values
 
-    def _state(self) -> dict[str, Any]:
-        own = {"learner": self.learner.state_dict(), "flops": self.flops, "memory": self.memory and asdict(self.memory)}
-        last, host = self.ranks.count - 1, torch.device("cpu")
-        if not self.stage.last:
-            outlet = Outlet(self.ranks, last, STATE, host)  # made anew, so that no copy of the state stays behind
-            outlet.send(own)
-            outlet.drain()
-            self.flops = self.memory = None  # told, and not to be counted twice
-            return own["learner"]
-        found = [Inlet(self.ranks, rank, STATE, host).receive() for rank in range(last)] + [own]
-        flops = [part["flops"] for part in found if part["flops"] is not None]
-        self.flops = sum(flops) if flops else None
-        # A rank is a device of its own: what counts is the fullest.
-        memory = [MemoryUse(**part["memory"]) for part in found if part["memory"] is not None]
-        self.memory = max(memory, key=lambda use: use.peak, default=None)
-        return joined([part["learner"] for part in found])
-
     def _save(self) -> None:
-        if self.stage.last:
-            super()._save()
-        else:
-            self._state()
+        # What the work has cost goes forward, too, and is the last rank's to tell, once.
+        if not self.stage.first:
+            flops, memory = self.receive()
+            self.flops = sum(found) if (found := [n for n in (flops, self.flops) if n is not None]) else None
+            # A rank is a device of its own: what counts is the fullest.
+            uses = [MemoryUse(**memory)] if memory else []
+            self.memory = max(uses + ([self.memory] if self.memory else []), key=lambda use: use.peak, default=None)
+        if not self.stage.last:
+            self.send((self.flops, self.memory and asdict(self.memory)))
+            self.flops = self.memory = None
+        super()._save()
+
+    def _write(self, state: dict[str, Any]) -> None:
+
+        with self.ranks.together() as written:
+            self._write_part(
+                self.folder / "checkpoints", self.learner.steps, state, joined_runs, self.ranks.group, written
+            )
+
+    def _weights(self) -> Mapping[str, torch.Tensor]:
+        state, _ = checkpoint.load_latest(self.folder / "checkpoints")  # written behind the last step
+        assert state is not None
+        return state["learner"]["model"]
 
     def _finish(self, log: Any) -> dict[str, Any]:
         if self.stage.last:
@@ -205,15 +238,13 @@ class PipelineRun(RankRun):
             )
             return super()._finish(log)
         self._evaluate(self.test_batches)
-        self._state()
         return {}
 
     def close(self) -> None:
         """The end, on all ranks together: nobody leaves before the last rank has written everything."""
         others = range(self.ranks.count - 1)
         if self.outlet is not None:
-            self.outlet.send(None)
-            self.outlet.drain()
+            self.outlet.end()
             Inlet(self.ranks, self.ranks.count - 1, DONE, torch.device("cpu")).receive()
         if self.inlet is not None:
             self.inlet.receive()

@@ -18,12 +18,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from layerwise.errors import LayerwiseError
 
-DEPTH = 4  # batches under way between two ranks, at most
-FORWARD, STATE, DONE = 0, 1, 2  # tags: batches and figures to the next rank, state to the last, its answer at the end
+DEPTH = 4  # batches on the way from one rank to the next; as many more wait at the sender
+FORWARD, DONE = 0, 1  # tags: batches and figures to the next rank, the last one's answer at the end
+TAGS = 8  # from the tag of one lane to that of the next
 
 
 class Refused(LayerwiseError):
-    """The ranks have agreed not to begin.
+    """The ranks have agreed not to begin, or not to go on.
 
     Attributes:
         teller: the rank that tells the user why.
@@ -82,16 +83,20 @@ class Slot:
 
 
 class Outlet:
-    """The sending end of a way to another rank. A header goes ahead where the layout changes."""
+    """The sending end of a way to another rank. A header goes ahead where the layout changes.
 
-    def __init__(self, ranks: "Ranks", peer: int, tag: int, device: torch.device):
+    Trees take the lanes in turn. gloo sends nothing before the receiver has said that it waits, so that each lane has
+    one message on its way at a time; several lanes keep a long wire full.
+    """
+
+    def __init__(self, ranks: "Ranks", peer: int, tag: int, device: torch.device, lanes: int = 1):
         self.ranks, self.peer, self.tag, self.device = ranks, peer, tag, device
         self.slots = [Slot() for _ in range(DEPTH)]
-        self.count, self.layout = 0, b""
+        self.count, self.layouts = 0, [b""] * lanes
 
     def send(self, tree: Any) -> None:
         """Copy a tree and start sending it; waits only while `DEPTH` earlier ones are under way."""
-        slot = self.slots[self.count % DEPTH]
+        slot, lane = self.slots[self.count % DEPTH], self.count % len(self.layouts)
         self.count += 1
         self._wait(slot)
         layout = layout_of(tree)
@@ -99,15 +104,21 @@ class Outlet:
         for target, leaf in zip(tree_leaves(slot.tree), tree_leaves(tree), strict=True):
             if isinstance(leaf, Tensor):
                 target.copy_(leaf.detach())
-        header = b"" if layout == self.layout else layout
-        self.layout = layout
+        header = b"" if layout == self.layouts[lane] else layout
+        self.layouts[lane] = layout
         parts = [torch.tensor([len(header)])]
         if header:
             parts.append(torch.frombuffer(bytearray(header), dtype=torch.uint8))
         parts += [flat for flat in slot.flat if flat.numel()]
         with self.ranks.watching(self.peer):
             # A work holds its tensor, which therefore lives until it has gone.
-            slot.works = [(dist.isend(part, self.peer, tag=self.tag), part) for part in parts]
+            slot.works = [(dist.isend(part, self.peer, tag=self.tag + TAGS * lane), part) for part in parts]
+
+    def end(self) -> None:
+        """Tell every lane that nothing more comes, and wait until that has gone."""
+        for _ in self.layouts:
+            self.send(None)
+        self.drain()
 
     def drain(self) -> None:
         """Wait until everything has gone."""
@@ -122,11 +133,25 @@ class Outlet:
 
 
 class Inlet:
-    """The receiving end."""
+    """The receiving end of a way with one lane.
 
-    def __init__(self, ranks: "Ranks", peer: int, tag: int, device: torch.device, slots: int = 1):
+    Args:
+        slots: trees of which the tensors are kept.
+        limit: for every wait; that of the ranks if not given.
+    """
+
+    def __init__(
+        self,
+        ranks: "Ranks",
+        peer: int,
+        tag: int,
+        device: torch.device,
+        slots: int = 1,
+        limit: datetime.timedelta | None = None,
+    ):
         self.ranks, self.peer, self.tag, self.device = ranks, peer, tag, device
         self.slots = [Slot() for _ in range(slots)]
+        self.limit = limit or ranks.limit
         self.count, self.layout = 0, b""
 
     def receive(self) -> Any:
@@ -149,22 +174,22 @@ class Inlet:
         with self.ranks.watching(self.peer):
             work = dist.irecv(flat, self.peer, tag=self.tag)
             assert work is not None
-            work.wait(self.ranks.limit)
+            work.wait(self.limit)
 
 
-class Prefetched:
-    """An inlet that is read ahead by a thread, up to `DEPTH` trees; None, sent as the last tree, ends it."""
+class Lane:
+    """An inlet that is read ahead by a thread, up to `ahead` trees that nobody has taken; None ends it."""
 
-    def __init__(self, inlet: Inlet):
-        inlet.slots = [Slot() for _ in range(DEPTH + 2)]  # those waiting, one in use, one being filled
+    def __init__(self, inlet: Inlet, ahead: int):
         self.inlet = inlet
-        self.found: queue.Queue[Any] = queue.Queue(DEPTH)
-        self.thread = threading.Thread(target=self._read, daemon=True, name="receiver")
-        self.thread.start()
+        self.room = threading.Semaphore(ahead)
+        self.found: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=self._read, daemon=True, name="receiver").start()
 
     def _read(self) -> None:
         tree: Any = ()
         while tree is not None:
+            self.room.acquire()
             try:
                 tree = self.inlet.receive()
             except Exception as failure:  # told where the tree is asked for
@@ -172,15 +197,34 @@ class Prefetched:
                 return
             self.found.put(tree)
 
+
+class Prefetched:
+    """The receiving end of a way with lanes, read ahead up to `DEPTH` trees; None, sent on every lane, ends it.
+
+    Its time limit is that of the peer's silence, which shows where the next tree is asked for: a lane waits for its
+    own next tree through several steps of the peer.
+    """
+
+    def __init__(self, ranks: "Ranks", peer: int, tag: int, device: torch.device, lanes: int = 1):
+        ahead = DEPTH // lanes
+        limit = 2 * DEPTH * ranks.limit
+        # Slots: those that wait or are being filled, and one in use.
+        inlets = [Inlet(ranks, peer, tag + TAGS * lane, device, ahead + 1, limit) for lane in range(lanes)]
+        self.ranks, self.peer = ranks, peer
+        self.lanes = [Lane(inlet, ahead) for inlet in inlets]
+        self.count = 0
+
     def receive(self) -> Any:
-        """The next tree."""
-        ranks = self.inlet.ranks
+        """The next tree; its tensors are overwritten after the one that follows has been asked for."""
+        lane = self.lanes[self.count % len(self.lanes)]
+        self.count += 1
         try:
-            tree = self.found.get(timeout=2 * ranks.limit.total_seconds())
-        except queue.Empty:  # the thread has a limit of its own, so this is the second net
-            raise ranks.lost(self.inlet.peer, "timed out") from None
+            tree = lane.found.get(timeout=self.ranks.limit.total_seconds())
+        except queue.Empty:
+            raise self.ranks.lost(self.peer, "timed out") from None
         if isinstance(tree, Exception):
             raise tree
+        lane.room.release()
         return tree
 
 
@@ -206,7 +250,10 @@ class Ranks:
         # NCCL refuses two ranks on one device; messages then go over the host.
         nccl = device.type == "cuda" and dist.is_nccl_available() and local_ranks() <= torch.cuda.device_count()
         try:
-            self.store, self.rank, self.count = next(rendezvous("env://", timeout=self.limit))
+            store, self.rank, self.count = next(rendezvous("env://", timeout=self.limit))
+            # torchrun keeps its store over restarts, with what the ranks of earlier attempts have left in it.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            self.store = dist.PrefixStore(f"attempt/{attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if nccl else "gloo",
                 store=self.store,
@@ -214,14 +261,16 @@ class Ranks:
                 world_size=self.count,
                 timeout=self.limit,
             )
+            group = dist.new_group(backend="gloo", timeout=self.limit)
         except (RuntimeError, ValueError, TimeoutError) as reason:
-            raise LayerwiseError(
-                f"the ranks did not find one another within {timeout:g} s ({str(reason).splitlines()[0]}); check that "
-                "all of them were started and that the address and port of the first can be reached."
-            ) from reason
+            raise LayerwiseError(not_met(str(reason), timeout)) from reason
+        assert isinstance(group, dist.ProcessGroup)
+        self.group = group
+        """For what all ranks do together, on the host."""
         self.device = device
         self.wire = device if nccl else torch.device("cpu")
-        self.agreed = 0
+        self.lanes = 1 if nccl else DEPTH  # NCCL has no tags, and streams of its own
+        self.agreed = self.meetings = 0
         self.blocks: list[str] = []
         """What each rank holds, for error sentences."""
 
@@ -237,14 +286,41 @@ class Ranks:
         except RuntimeError as reason:
             raise self.lost(peer, str(reason)) from reason
 
+    @contextlib.contextmanager
+    def together(self) -> Any:
+        """A context in which all ranks do one thing; where one of them does not come, or stays in it, it is named.
+
+        It gives a function, to be called when this rank has done its own share.
+        """
+        self.meetings += 1
+        number = self.meetings
+
+        def mark(what: str) -> None:
+            self.store.set(f"{what}/{number}/{self.rank}", "yes")
+
+        try:
+            mark("here")
+            yield lambda: mark("done")
+        except RuntimeError as reason:
+            missing: list[int] = []
+            with contextlib.suppress(RuntimeError):
+                for what in ("here", "done"):
+                    keys = [f"{what}/{number}/{rank}" for rank in range(self.count)]
+                    missing = missing or [i for i, key in enumerate(keys) if not self.store.check([key])]
+            others = [self.name(rank) for rank in missing or [0] if rank != self.rank]
+            raise self._gone(" or ".join(others) or "a rank", str(reason)) from reason
+
     def lost(self, peer: int, reason: str) -> LayerwiseError:
         """What is wrong with `peer`, or what was told of another rank before."""
+        return self._gone(self.name(peer), reason)
+
+    def _gone(self, who: str, reason: str) -> LayerwiseError:
         if "timed out" in reason.lower():
             about = f"has not answered {self.name(self.rank)} for {self.limit.total_seconds():g} s"
         else:
             about = f"has ended, as {self.name(self.rank)} noticed"
         return LayerwiseError(
-            self.told(f"{self.name(peer)} {about}; the run stops, and goes on from its last checkpoint with --resume.")
+            self.told(f"{who} {about}; the run stops, and goes on from its last checkpoint with --resume.")
         )
 
     def told(self, sentence: str) -> str:
@@ -253,12 +329,16 @@ class Ranks:
             return self.store.compare_set("failure", "", sentence).decode()
         return sentence
 
-    def agree(self, error: str | None, facts: Any = None) -> None:
+    def agree(self, error: str | None, facts: Any = None, word: Any = None) -> list[Any]:
         """Go on only if all ranks do, with the same facts.
 
         Args:
             error: what is wrong here.
             facts: name to what must be the same everywhere.
+            word: what this rank tells the others.
+
+        Returns:
+            The words of all ranks.
 
         Raises:
             Refused: on all ranks, with the sentence of the lowest one that has one.
@@ -267,15 +347,15 @@ class Ranks:
         self.agreed += 1
         keys = [f"agreed/{self.agreed}/{rank}" for rank in range(self.count)]
         try:
-            self.store.set(keys[self.rank], pickle.dumps((error, facts)).hex())
+            self.store.set(keys[self.rank], pickle.dumps((error, facts, word)).hex())
             self.store.wait(keys, self.limit)
             found = [pickle.loads(bytes.fromhex(self.store.get(key).decode())) for key in keys]
         except RuntimeError as reason:
             sentence = f"a rank was not ready within {self.limit.total_seconds():g} s, so the run has not begun."
             raise LayerwiseError(self.told(sentence)) from reason
-        errors = [(rank, sentence) for rank, (sentence, _) in enumerate(found) if sentence is not None]
+        errors = [(rank, sentence) for rank, (sentence, _, _) in enumerate(found) if sentence is not None]
         if not errors:
-            for rank, (_, other) in enumerate(found):
+            for rank, (_, other, _) in enumerate(found):
                 wrong = [name for name, value in (found[0][1] or {}).items() if other[name] != value]
                 if wrong:
                     errors = [
@@ -288,6 +368,20 @@ class Ranks:
         if errors:
             rank, sentence = errors[0]
             raise Refused(sentence, teller=rank)
+        return [word for _, _, word in found]
+
+
+def not_met(reason: str, timeout: float) -> str:
+    """Why the ranks have not met, in a sentence."""
+    if "EADDRINUSE" in reason or "address already in use" in reason.lower():
+        return (
+            f"port {os.environ['MASTER_PORT']} of {os.environ['MASTER_ADDR']} is in use, so the ranks cannot meet "
+            "there; choose another one (torchrun --master-port), or start torchrun with --standalone."
+        )
+    return (
+        f"the ranks did not find one another within {timeout:g} s ({reason.splitlines()[0]}); check that all of them "
+        "were started and that the address and port of the first can be reached."
+    )
 
 
 def local_ranks() -> int:

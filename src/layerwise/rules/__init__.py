@@ -10,6 +10,7 @@ import dataclasses
 from importlib.metadata import entry_points
 
 from layerwise.errors import LayerwiseError, suggestion
+from layerwise.rules.auglocal import AugLocal
 from layerwise.rules.backprop import Backprop, BackpropCheckpoint, BackpropOffload
 from layerwise.rules.base import Moment, Rule, Signal, Site, Start
 from layerwise.rules.controls import DeepSupervision, LastLayer
@@ -17,6 +18,8 @@ from layerwise.rules.counter_current import CounterCurrent
 from layerwise.rules.dgl import DGL
 from layerwise.rules.forward_forward import ForwardForward
 from layerwise.rules.gradient_reconciliation import GradientReconciliation
+from layerwise.rules.graph_forward import GraphForward
+from layerwise.rules.infopro import InfoPro
 from layerwise.rules.interlocking import Interlocking
 from layerwise.rules.layer_collaboration import LayerCollaboration
 from layerwise.rules.local_ce import LocalCE
@@ -36,12 +39,15 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     MonoForward,
     PredSim,
     DGL,
+    AugLocal,
+    InfoPro,
     Interlocking,
     GradientReconciliation,
     ForwardForward,
     LayerCollaboration,
     ScalableFF,
     CounterCurrent,
+    GraphForward,
     Backprop,
     BackpropCheckpoint,
     BackpropOffload,
@@ -107,6 +113,7 @@ __all__ = [
     "SID",
     "SLL",
     "SVP",
+    "AugLocal",
     "Backprop",
     "BackpropCheckpoint",
     "BackpropOffload",
@@ -114,6 +121,8 @@ __all__ = [
     "DeepSupervision",
     "ForwardForward",
     "GradientReconciliation",
+    "GraphForward",
+    "InfoPro",
     "Interlocking",
     "LastLayer",
     "LayerCollaboration",

@@ -1,7 +1,7 @@
 """Backpropagation through the whole network: the yardstick, and its two ways to save memory."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class Backprop(Rule):
     locality: ClassVar[Locality] = "global"
     crosses: ClassVar[str] = "activations forward; gradients backward through every block"
     flat_memory: ClassVar[bool] = False
+    unlabelled: ClassVar[bool] = True
     source: ClassVar[str] = "Rumelhart, Hinton & Williams, Nature 323 (1986)"
     restrictions: ClassVar[str] = "Activations of all blocks are kept until the backward pass."
 
@@ -53,7 +54,7 @@ class BackpropCheckpoint(Backprop):
         "are updated twice per step."
     )
 
-    def run(self, block: Block, h: Tensor) -> Tensor:
+    def run(self, block: Block, h: Tensor, message: Any) -> Tensor:
         """Run a block under `torch.utils.checkpoint` where a graph is recorded."""
         if not torch.is_grad_enabled():
             return block(h)
@@ -75,7 +76,7 @@ class BackpropOffload(Backprop):
     source: ClassVar[str] = "torch.autograd.graph.save_on_cpu"
     restrictions: ClassVar[str] = "Saves device memory only; on the CPU it is backprop."
 
-    def run(self, block: Block, h: Tensor) -> Tensor:
+    def run(self, block: Block, h: Tensor, message: Any) -> Tensor:
         """Run a block; what autograd saves goes to host memory."""
         with torch.autograd.graph.save_on_cpu():
             return block(h)

@@ -29,6 +29,10 @@ class Site:
     """Name of the block, `"head"` for the head."""
     shapes: tuple[tuple[int, ...], ...] = ()
     """Shapes of one sample's output at every site, this one and the head included."""
+    inputs: tuple[int, ...] = ()
+    """Shape of one sample of the network's input."""
+    network: Partition | None = field(default=None, compare=False, repr=False)
+    """The blocks and the head, for a rule whose auxiliary modules are built after them (`Block.redrawn`)."""
 
     @property
     def is_head(self) -> bool:
@@ -120,12 +124,19 @@ class Rule:
     """Paper, year, and how far the code is the paper's statement."""
     restrictions: ClassVar[str] = ""
     """What the rule cannot do, in one or two sentences."""
-    model: ClassVar[str | None] = None
-    """The one model that the rule trains; None for a rule that trains any network."""
-    predicts_at_head: ClassVar[bool] = False
-    """Whether what `signal` tells of the head is the accuracy and loss of `predict`, where that is overridden.
+    models: ClassVar[tuple[str, ...]] = ()
+    """The models that the rule trains; empty for a rule that trains any network."""
+    unlabelled: ClassVar[bool] = False
+    """Whether a label may be -100, for a sample that counts in no loss and no accuracy; a test verifies it."""
+    begins_with_batch: ClassVar[bool] = False
+    """Whether `begin`, where it is overridden, looks at nothing but the batch, its draws and the first site's module.
 
-    A pipeline, whose blocks live on several ranks and run once, serves such rules only.
+    In a pipeline, whose blocks live on several ranks, it then runs on the first one; other rules are refused.
+    """
+    predicts_at_head: ClassVar[bool] = False
+    """Whether what `signal` tells of the head is the accuracy and loss of the rule's own prediction.
+
+    Evaluation then takes one pass; otherwise prediction has a pass of its own.
     """
 
     def groups(self, blocks: int) -> list[range]:
@@ -172,17 +183,60 @@ class Rule:
         """The first block's input and the first message."""
         return start.x, None
 
-    def run(self, block: Block, h: Tensor) -> Tensor:
-        """Run a block; overridden where the forward pass itself differs (checkpointing, offloading)."""
+    def run(self, block: Block, h: Tensor, message: Any) -> Tensor:
+        """Run a block; overridden where the forward pass itself differs (checkpointing, offloading).
+
+        Args:
+            block: what to run.
+            h: its input.
+            message: what the site before sent; None in `Start.forward`.
+        """
         return block(h)
 
     def signal(self, at: Moment) -> Signal:
         """The teaching signal and the next message, when the block at `at.site` has run."""
         raise NotImplementedError
 
+    def ask(self, x: Tensor, auxiliary: nn.Module | None) -> tuple[Tensor, Any]:
+        """Input of the first block and first message of a forward pass of prediction; `begin` without labels.
+
+        Args:
+            x: inputs `(B, ...)`.
+            auxiliary: the rule's module at the first site.
+        """
+        return x, None
+
+    def answer(self, site: Site, h: Tensor, message: Any, auxiliary: nn.Module | None) -> tuple[Tensor, Any]:
+        """What a site makes of its block's output in a forward pass of prediction, such as adding to a vote.
+
+        It sees one site at a time, so that a pipeline predicts as well, site by site.
+
+        Args:
+            site: the place.
+            h: the block's output; the network's logits at the head.
+            message: what the site before, or `ask`, has sent.
+            auxiliary: the rule's module here.
+
+        Returns:
+            Input of the next block (the rule's logits `(B, ..., K)` at the head), and the next message.
+        """
+        return h, message
+
     def predict(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Tensor:
-        """Logits for `x`: the network's plain forward pass. A rule that predicts otherwise overrides this."""
-        return network(x)
+        """Logits `(B, ..., K)` for `x`: a forward pass with `ask` and `answer`; without these, the plain network's.
+
+        A rule that predicts from all sites at once overrides this. A pipeline then refuses it, unless
+        `predicts_at_head`.
+        """
+        h, message = self.ask(x, auxiliary.get(0))
+        for index, block in enumerate([*network.blocks, network.head]):
+            site = Site(index, len(network.blocks), block.name)
+            h, message = self.answer(site, block(h), message, auxiliary.get(index))
+        return h
+
+    def predicts_plainly(self) -> bool:
+        """Whether the prediction is the network's plain output."""
+        return all(getattr(type(self), name) is getattr(Rule, name) for name in ("ask", "answer", "predict"))
 
     def beliefs(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Iterator[Tensor]:
         """Log-probabilities `(B, ..., K)` that cross from site to site, the first message included, as they arise.
@@ -209,7 +263,7 @@ def cross_entropy_at_head(at: Moment) -> Signal:
     """The signal of a head: the task's loss on its logits."""
     loss = at.task.loss(at.h, at.y)
     # Named here, so that it stays the task's loss where a rule adds to the signal.
-    metrics = {"loss": loss, "accuracy": at.task.correct(at.h, at.y) / at.y.numel()}
+    metrics = {"loss": loss, "accuracy": at.task.accuracy(at.h, at.y)}
     return Signal(loss=loss, message=at.message, metrics=metrics)
 
 

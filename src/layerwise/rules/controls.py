@@ -38,6 +38,7 @@ class LastLayer(Rule):
     locality: ClassVar[Locality] = "local"
     crosses: ClassVar[str] = "detached activation"
     flat_memory: ClassVar[bool] = True
+    unlabelled: ClassVar[bool] = True
     source: ClassVar[str] = "the random-feature baseline"
     restrictions: ClassVar[str] = "A control: the blocks do not learn."
 

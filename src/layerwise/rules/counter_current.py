@@ -75,7 +75,7 @@ class CounterCurrent(Rule):
     """Weight of the two decorrelation terms behind maps."""
 
     name: ClassVar[str] = "counter_current"
-    locality: ClassVar[Locality] = "local"
+    locality: ClassVar[Locality] = "broadcast"
     crosses: ClassVar[str] = "detached activation upwards; detached feedback activations of the K classes downwards"
     flat_memory: ClassVar[bool] = True
     source: ClassVar[str] = (

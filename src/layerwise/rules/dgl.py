@@ -77,6 +77,7 @@ class DGL(LocalCE):
     """Auxiliary network behind a convolution: mlp_sr | cnn | mlp; other blocks have an MLP."""
 
     name: ClassVar[str] = "dgl"
+    unlabelled: ClassVar[bool] = False  # the auxiliary network's batch norm sees all samples
     source: ClassVar[str] = (
         "Belilovsky, Eickenberg & Oyallon, arXiv 1901.08164 (2019); blocks that are no convolutions: our reading"
     )
@@ -95,6 +96,4 @@ class DGL(LocalCE):
         if at.site.is_head or at.auxiliary is None or at.h.dim() != 4:
             return super().signal(at)
         logits = at.auxiliary(at.h)
-        return Signal(
-            loss=at.task.loss(logits, at.y), metrics={"accuracy": at.task.correct(logits, at.y) / at.y.numel()}
-        )
+        return Signal(loss=at.task.loss(logits, at.y), metrics={"accuracy": at.task.accuracy(logits, at.y)})

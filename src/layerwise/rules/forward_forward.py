@@ -1,6 +1,5 @@
 """Forward-Forward: every block is active on true samples and quiet on false ones."""
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -8,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layerwise.blocks import Partition
 from layerwise.errors import LayerwiseError
 from layerwise.functional import goodness, unit_length
 from layerwise.rules.base import Locality, Moment, Rule, Signal, Site, Start
@@ -98,6 +96,7 @@ class ForwardForward(Rule):
     locality: ClassVar[Locality] = "local"
     crosses: ClassVar[str] = "detached activation of unit length, for a positive and a negative sample"
     flat_memory: ClassVar[bool] = True
+    begins_with_batch: ClassVar[bool] = True
     source: ClassVar[str] = (
         "Hinton, arXiv 2212.13345 (2022); SymBa: Lee & Song, arXiv 2303.08418 (2023); readouts, label map: our reading"
     )
@@ -205,32 +204,24 @@ class ForwardForward(Rule):
         true, false = at.message["votes"].chunk(2)
         return Signal(metrics={"loss": F.softplus(false - true).mean(), "accuracy": (true > false).float().mean()})
 
-    def activities(self, network: Partition, x: Tensor) -> Iterator[tuple[Site, Tensor, Tensor]]:
-        """Run the blocks on an input; gives each one's site, activity and direction `(B, ...)`."""
-        h = unit_length(x)
-        for index, block in enumerate(network.blocks):
-            h = block(h)
-            direction = unit_length(h)
-            yield Site(index, len(network.blocks), block.name), h, direction
-            h = direction
-
-    def predict(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Tensor:
-        """Summed goodness with every label, or summed readouts with the neutral one: `(B, K)`."""
-        first = auxiliary[0]
-        assert isinstance(first, Layer)
+    def ask(self, x: Tensor, auxiliary: nn.Module | None) -> tuple[Tensor, Any]:
+        """The samples with every label, or with the neutral one."""
+        assert isinstance(auxiliary, Layer)
         if self.predictor == "goodness":
-            labels = torch.eye(first.classes, device=x.device).repeat(len(x), 1)
-            every = self.labelled(x.repeat_interleave(first.classes, 0), labels, first)
-            found = self.activities(network, every)
-            votes = sum(goodness(h, self.goodness) for site, h, _ in found if self._counts(site))
-            assert isinstance(votes, Tensor)
-            return votes.view(len(x), first.classes)
-        logits, direction = x.new_zeros(()), x
-        for site, _, direction in self.activities(
-            network, x if self.negatives == "hybrid" else self._neutral(x, first)
-        ):
-            layer = auxiliary[site.index]
-            assert isinstance(layer, Layer)
-            if layer.readout is not None:
-                logits = logits + layer.readout(pool_vectors(direction, "auto", False))
-        return logits + network.head(direction).float()
+            labels = torch.eye(auxiliary.classes, device=x.device).repeat(len(x), 1)
+            x = self.labelled(x.repeat_interleave(auxiliary.classes, 0), labels, auxiliary)
+        elif self.negatives != "hybrid":
+            x = self._neutral(x, auxiliary)
+        return unit_length(x), x.new_zeros(())
+
+    def answer(self, site: Site, h: Tensor, message: Any, auxiliary: nn.Module | None) -> tuple[Tensor, Any]:
+        """Adds up goodness, or readouts, of which the network's head is the last: `(B, K)`."""
+        if site.is_head:
+            return message.view(-1, h.shape[-1]) if self.predictor == "goodness" else message + h.float(), None
+        assert isinstance(auxiliary, Layer)
+        direction = unit_length(h)
+        if self.predictor == "goodness":
+            vote = goodness(h, self.goodness) if self._counts(site) else None
+        else:
+            vote = auxiliary.readout and auxiliary.readout(pool_vectors(direction, "auto", False))
+        return direction, message if vote is None else message + vote

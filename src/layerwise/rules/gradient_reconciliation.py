@@ -1,7 +1,7 @@
 """Successive Gradient Reconciliation: neighbours' losses should pull on what lies between them in one direction."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,7 @@ class GradientReconciliation(LocalCE):
     """Squared distance of the two gradients, or one minus their cosine, which is blind to the size of the losses."""
 
     name: ClassVar[str] = "gradient_reconciliation"
+    unlabelled: ClassVar[bool] = False  # gradients are compared per sample
     crosses: ClassVar[str] = "detached activation and the gradient of the block's own loss on it"
     source: ClassVar[str] = "Yang et al., arXiv 2406.05222 (2024); weight, scale and distance: our reading"
     restrictions: ClassVar[str] = (
@@ -51,7 +52,7 @@ class GradientReconciliation(LocalCE):
         if self.weight < 0:
             raise LayerwiseError(f"weight is {self.weight}; it must be 0 or larger.")
 
-    def run(self, block: Block, h: Tensor) -> Tensor:
+    def run(self, block: Block, h: Tensor, message: Any) -> Tensor:
         """Run a block so that it can be differentiated twice, on its input too."""
         if not torch.is_grad_enabled():
             return block(h)

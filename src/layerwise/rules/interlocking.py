@@ -69,5 +69,5 @@ class Interlocking(Rule):
             return Signal()
         h = at.h if last else at.h.detach()
         logits = at.auxiliary(pool_vectors(h, self.pool, at.y.dim() > 1))
-        accuracy = at.task.correct(logits, at.y) / at.y.numel()
+        accuracy = at.task.accuracy(logits, at.y)
         return Signal(loss=at.task.loss(logits, at.y), metrics={"accuracy": accuracy})

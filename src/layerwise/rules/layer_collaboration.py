@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from layerwise.functional import goodness
+from layerwise.functional import goodness, unit_length
 from layerwise.rules.base import Locality, Moment, Signal, Start
 from layerwise.rules.forward_forward import ForwardForward
 
@@ -57,8 +57,11 @@ class LayerCollaboration(ForwardForward):
         message["gamma"] = torch.zeros_like(message["votes"])
         if self.gamma == "all":
             with torch.no_grad():
-                for _, h, _ in self.activities(start.network, x):
+                h = unit_length(x)
+                for block in start.network.blocks:
+                    h = block(h)
                     message["gamma"] += goodness(h[: 2 * len(start.y)], self.goodness)
+                    h = unit_length(h)
         return x, message
 
     def theta(self, at: Moment) -> float:

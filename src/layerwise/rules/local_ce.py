@@ -41,6 +41,7 @@ class LocalCE(Rule):
     locality: ClassVar[Locality] = "local"
     crosses: ClassVar[str] = "detached activation"
     flat_memory: ClassVar[bool] = True
+    unlabelled: ClassVar[bool] = True
     source: ClassVar[str] = (
         "Belilovsky, Eickenberg & Oyallon, arXiv 1812.11446 (2018), with the simplest head; last block "
         "joined with the head: our reading"
@@ -70,5 +71,5 @@ class LocalCE(Rule):
         if at.auxiliary is None:
             return Signal()
         logits = at.auxiliary(pool_vectors(at.h, self.pool, at.y.dim() > 1))
-        accuracy = at.task.correct(logits, at.y) / at.y.numel()
+        accuracy = at.task.accuracy(logits, at.y)
         return Signal(loss=at.task.loss(logits, at.y), metrics={"accuracy": accuracy})

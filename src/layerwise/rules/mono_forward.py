@@ -1,12 +1,10 @@
 """Mono-Forward: every block is read off by a learned projection and trained by the cross-entropy of that."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from layerwise.blocks import Partition
 from layerwise.errors import LayerwiseError
 from layerwise.rules.base import Moment, Signal, Site
 from layerwise.rules.local_ce import LocalCE
@@ -56,13 +54,17 @@ class MonoForward(LocalCE):
             raise LayerwiseError('predictor="sum" with a label per position needs pool="none"; give it, or use "last".')
         return super().signal(at)
 
-    def predict(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Tensor:
-        """Goodness of every class, of the last block or summed over all: `(B, ..., K)`."""
+    def predicts_plainly(self) -> bool:
+        """Where the last block's goodness decides."""
+        return self.predictor == "last"
+
+    def answer(self, site: Site, h: Tensor, message: Any, auxiliary: nn.Module | None) -> tuple[Tensor, Any]:
+        """Adds the block's goodness to the sum, which is the answer at the head."""
         if self.predictor == "last":
-            return network(x)
-        h, total = x, 0.0
-        for index, block in enumerate(network.blocks):
-            h = block(h)
-            if index in auxiliary:
-                total = total + auxiliary[index](pool_vectors(h, self.pool, per_position=False))
-        return total + network.head(h)
+            return h, None
+        total = 0.0 if message is None else message
+        if site.is_head:
+            return total + h, None
+        if auxiliary is not None:
+            total = total + auxiliary(pool_vectors(h, self.pool, per_position=False))
+        return h, total

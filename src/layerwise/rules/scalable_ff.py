@@ -1,14 +1,11 @@
 """Scalable Forward-Forward: the goodness of a class is the activity of its own auxiliary channel."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layerwise.blocks import Partition
 from layerwise.errors import LayerwiseError
 from layerwise.functional import normalise
 from layerwise.rules.base import Locality, Moment, Rule, Signal, Site
@@ -109,12 +106,12 @@ class ScalableFF(Rule):
         """Mean of log(1 + sum over the other classes of exp(g_c - g_y + m)), for `g` `(B, K)`."""
         return task.loss(g - self.margin * F.one_hot(y, task.classes), y)
 
-    def predict(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Tensor:
+    def answer(self, site: Site, h: Tensor, message: Any, auxiliary: nn.Module | None) -> tuple[Tensor, Any]:
         """Goodness of every class, averaged over the blocks or of the last one: `(B, K)`."""
-        h, total = x, torch.zeros((), device=x.device)
-        for index, block in enumerate(network.blocks):
-            h = block(h)
-            g = auxiliary[index](h)
-            total = total + g / len(network.blocks) if self.predictor == "mean" else g
-            h = channel_norm(h)
-        return total
+        if site.is_head:
+            return message, None
+        assert auxiliary is not None
+        g = auxiliary(h)
+        if self.predictor == "mean":
+            g = g / site.blocks if message is None else message + g / site.blocks
+        return channel_norm(h), g

@@ -276,7 +276,7 @@ class SIDCascade(Distillation):
     """What trains the extractor: all modules' gradients, summed or averaged, the last one's, or heads of its own."""
 
     name: ClassVar[str] = "sid_cascade"
-    model: ClassVar[str | None] = "sid_cascade"
+    models: ClassVar[tuple[str, ...]] = ("sid_cascade",)
     locality: ClassVar[Locality] = "interlocking"
     crosses: ClassVar[str] = (
         "detached features and belief (K numbers per sample); the gradient on the features, back to the extractor"

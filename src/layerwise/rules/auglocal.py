@@ -1,0 +1,153 @@
+"""AugLocal: auxiliary networks that are built after the later blocks, so that a block learns what these will need."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layerwise.errors import LayerwiseError
+from layerwise.rules.base import Locality, Moment, Rule, Signal, Site, cross_entropy_at_head
+from layerwise.rules.readout import Pool, pool_vectors
+from layerwise.tasks import Classification
+
+
+class Adapter(nn.Module):
+    """From one block's output to the input of another: averaged over space, and a linear map of the channels.
+
+    Args:
+        given: shape of one sample as it comes, `(D,)`, `(T, D)` or `(C, H, W)`.
+        wanted: shape of one sample as it is wanted.
+    """
+
+    def __init__(self, given: tuple[int, ...], wanted: tuple[int, ...]):
+        super().__init__()
+        self.size = None
+        if len(given) == len(wanted) == 3:
+            self.size = wanted[1:] if given[1:] != wanted[1:] else None
+            self.map: nn.Module = nn.Conv2d(given[0], wanted[0], 1, bias=False)
+        elif given[:-1] == wanted[:-1]:
+            self.map = nn.Linear(given[-1], wanted[-1], bias=False)
+        else:
+            raise LayerwiseError(
+                f"auglocal cannot lead an output of shape {given} into a block that takes {wanted}; join the blocks "
+                "between which the form changes."
+            )
+
+    def forward(self, h: Tensor) -> Tensor:
+        """`(B, *wanted)` from `(B, *given)`."""
+        return self.map(h if self.size is None else F.adaptive_avg_pool2d(h, self.size))
+
+
+class AuxiliaryNetwork(nn.Module):
+    """Copies of later blocks with weights of their own, and a linear classifier on their pooled output.
+
+    Args:
+        site: whose output is read.
+        indices: of the blocks to copy, in order.
+        h: a sample of the output.
+        classes: number of classes K.
+        pool: how the last copy's output becomes a vector.
+    """
+
+    def __init__(self, site: Site, indices: list[int], h: Tensor, classes: int, pool: Pool):
+        super().__init__()
+        assert site.network is not None
+        self.pool: Pool = pool
+        layers, shape = [], site.shapes[site.index]
+        for index in indices:
+            wanted = site.shapes[index - 1]
+            if shape != wanted:
+                layers.append(Adapter(shape, wanted))
+            layers.append(site.network.blocks[index].redrawn(h.device))
+            shape = site.shapes[index]
+        self.layers = nn.Sequential(*layers)
+        width = pool_vectors(h.new_empty(1, *shape), pool, per_position=False).shape[-1]
+        self.classifier = nn.Linear(width, classes)
+        # As in the paper's code, which is about maps.
+        self.norm = nn.BatchNorm1d(width) if len(indices) == 1 and len(shape) == 3 else nn.Identity()
+        self.to(h.dtype)
+
+    def logits(self, h: Tensor, per_position: bool) -> Tensor:
+        """Logits `(B, ..., K)`."""
+        return self.classifier(self.norm(pool_vectors(self.layers(h), self.pool, per_position)))
+
+
+@dataclass(frozen=True)
+class AugLocal(Rule):
+    r"""Augmented local learning: each block minimises the cross-entropy behind copies of blocks that follow it.
+
+    $$L_l = \mathrm{CE}(a_l(h_l), y), \qquad h_l = f_l(\mathrm{stopgrad}(h_{l-1}))$$
+
+    The auxiliary network $a_l$ of block l, out of L (counted from 0), is made of $d_l$ blocks of the kind and width of
+    blocks that lie evenly between it and the end, with weights of their own,
+
+    $$j_i = \mathrm{round}\Big(l + \frac{L - 1 - l}{d_l}\, i\Big), \; i = 1 .. d_l, \qquad
+      d_l = \max\Big(1, \mathrm{round}\big(d\,(1 - \tfrac{\tau l}{K - 2}) + \tfrac{\tau l}{K - 2}\big)\Big)$$
+
+    and a linear classifier on their pooled output. The last d blocks are trained together, through the network's head;
+    with them there are K = L - d + 1 groups. Prediction is a plain forward pass.
+
+    The objective, the blocks that are chosen and the depths are the paper's and its code's. Ours: K in the formula of
+    the depths; copies are exact, so that where the width or the size of the maps differs, they are led in by averaging
+    and a linear map (the paper builds the block with the input that it gets); weights are drawn by `reset_parameters`.
+
+    >>> AugLocal(depth=2).groups(blocks=4)
+    [range(0, 1), range(1, 2), range(2, 5)]
+    >>> AugLocal(depth=3).chosen(index=0, blocks=9)
+    [3, 5, 8]
+    """
+
+    depth: int = 2
+    """Blocks d in the first block's auxiliary network, and at the end of the network, where they learn together."""
+    taper: float = 0.5
+    """How much the depth falls towards the end: tau in [0, 1], 0 for the same depth everywhere, 1 down to one block."""
+    pool: Pool = "auto"
+    """How the last copy's output becomes a vector: auto | mean | moments (and standard deviation) | grid | cls."""
+
+    name: ClassVar[str] = "auglocal"
+    locality: ClassVar[Locality] = "local"
+    crosses: ClassVar[str] = "detached activation"
+    flat_memory: ClassVar[bool] = True
+    source: ClassVar[str] = (
+        "Ma, Wu, Si & Tan, arXiv 2402.17318 (2024) and its code; number of groups in the depths, and how copies are "
+        "led in: our reading"
+    )
+    restrictions: ClassVar[str] = (
+        "Blocks must be chains of modules that can draw their weights anew (reset_parameters). The auxiliary networks "
+        "cost up to d blocks for each block."
+    )
+
+    def __post_init__(self) -> None:
+        if self.depth < 1:
+            raise LayerwiseError(f"depth is {self.depth}; it is a number of blocks, 1 or more.")
+        if not 0 <= self.taper <= 1:
+            raise LayerwiseError(f"taper is {self.taper}; it is a share in [0, 1].")
+
+    def groups(self, blocks: int) -> list[range]:
+        """Every block its own, but for the last `depth`, which learn together with the head."""
+        alone = max(blocks - self.depth, 0)
+        return [range(i, i + 1) for i in range(alone)] + [range(alone, blocks + 1)]
+
+    def chosen(self, index: int, blocks: int) -> list[int]:
+        """Which blocks the auxiliary network of block `index` copies, out of `blocks`."""
+        along = self.taper * index / max(blocks - self.depth - 1, 1)  # K - 2
+        count = max(1, round(self.depth * (1 - along) + along))
+        return [round(index + (blocks - 1 - index) / count * i) for i in range(1, count + 1)]
+
+    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
+        """Copies of later blocks, for every block that learns alone."""
+        if site.index >= site.blocks - self.depth:
+            return None
+        return AuxiliaryNetwork(site, self.chosen(site.index, site.blocks), h, task.classes, self.pool)
+
+    def signal(self, at: Moment) -> Signal:
+        """Cross-entropy behind the copies, or of the network's head at the end."""
+        if at.site.is_head:
+            return cross_entropy_at_head(at)
+        if at.auxiliary is None:
+            return Signal()
+        assert isinstance(at.auxiliary, AuxiliaryNetwork)
+        logits = at.auxiliary.logits(at.h, at.y.dim() > 1)
+        accuracy = at.task.correct(logits, at.y) / at.y.numel()
+        return Signal(loss=at.task.loss(logits, at.y), metrics={"accuracy": accuracy})

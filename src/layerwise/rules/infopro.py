@@ -1,0 +1,203 @@
+"""InfoPro: a block is asked to keep what the input held, and to tell the classes apart."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layerwise.errors import LayerwiseError
+from layerwise.functional import supervised_contrastive
+from layerwise.rules.base import Locality, Moment, Rule, Signal, Site, by_depth, cross_entropy_at_head
+from layerwise.rules.readout import check_group, grouped, pool_vectors
+from layerwise.tasks import Classification
+
+FEATURES = 128
+
+
+class Decoder(nn.Module):
+    """Logits of the input's values out of a block's output.
+
+    From maps to an image: bilinear up-sampling, 3x3 convolution to 12 channels, batch norm, ReLU, 3x3 convolution. From
+    tokens to an image: a linear map of each token to the pixels of its patch (a class token tells nothing). From a
+    vector: one linear map.
+
+    Args:
+        given: shape of one sample of the output.
+        wanted: shape of one sample of the input.
+    """
+
+    def __init__(self, given: tuple[int, ...], wanted: tuple[int, ...]):
+        super().__init__()
+        self.wanted, self.patch = wanted, 0
+        if len(given) == len(wanted) == 3:
+            self.layers: nn.Module = nn.Sequential(
+                nn.Upsample(wanted[1:], mode="bilinear"),
+                nn.Conv2d(given[0], 12, 3, padding=1, bias=False),
+                nn.BatchNorm2d(12),
+                nn.ReLU(),
+                nn.Conv2d(12, wanted[0], 3, padding=1),
+            )
+        elif len(given) == 1:
+            self.layers = nn.Linear(given[0], math.prod(wanted))
+        else:
+            self.patch = _patch(given, wanted)
+            self.layers = nn.Linear(given[-1], wanted[0] * self.patch**2)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """`(B, *wanted)` from `(B, *given)`."""
+        if not self.patch:
+            return self.layers(h).view(-1, *self.wanted)
+        rows, columns = (side // self.patch for side in self.wanted[1:])
+        pixels = self.layers(h[:, -rows * columns :]).mT.unflatten(-1, (rows, columns))
+        return F.pixel_shuffle(pixels, self.patch)
+
+
+def _patch(given: tuple[int, ...], wanted: tuple[int, ...]) -> int:
+    """Side of the square patches in which tokens `(T, D)`, or all but the first, cover an image."""
+    if len(given) == 2 and len(wanted) == 3:
+        for side in range(1, min(wanted[1:]) + 1):
+            whole = wanted[1] % side == 0 and wanted[2] % side == 0
+            if whole and given[0] - wanted[1] * wanted[2] // side**2 in (0, 1):
+                return side
+    raise LayerwiseError(
+        f"infopro reconstructs the input, and cannot tell how an output of shape {given} covers an input of shape "
+        f"{wanted}; set reconstruction=0, or choose a rule such as local_ce."
+    )
+
+
+def reader(h: Tensor, outputs: int) -> nn.Module:
+    """The auxiliary network: 3x3 convolution with stride 2, batch norm, ReLU, mean (for maps); two linear layers."""
+    width = h.shape[1 if h.dim() == 4 else -1]
+    maps = [
+        nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    ]
+    return nn.Sequential(
+        *(maps if h.dim() == 4 else []), nn.Linear(width, FEATURES), nn.ReLU(), nn.Linear(FEATURES, outputs)
+    )
+
+
+class Heads(nn.Module):
+    """What reads a block: a decoder, and an auxiliary network, each where its loss has a weight."""
+
+    def __init__(self, decoder: nn.Module | None, reader: nn.Module | None):
+        super().__init__()
+        self.decoder, self.reader = decoder, reader
+
+
+def brightness(x: Tensor) -> Tensor:
+    """Images `(B, C, H, W)`, however normalised, with each one's extremes at 0 and 1; a flat image becomes 0."""
+    flat = x.float().flatten(1)
+    low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
+    return ((flat - low) / (high - low).clamp_min(1e-6)).view_as(x)
+
+
+@dataclass(frozen=True)
+class InfoPro(Rule):
+    r"""InfoPro: local losses that keep information about the input, and drop what does not serve the task.
+
+    $$L_k = \lambda_k\, R(d_k(h_k), x) + \mu_k\, T(a_k(h_k), y), \qquad h_k = f_k(\mathrm{stopgrad}(h_{k-1}))$$
+
+    R is the binary cross-entropy of the decoded image, a mean over pixels; T is the cross-entropy, or the supervised
+    contrastive loss on 128 features (`task="contrast"`). $\lambda_k$ and $\mu_k$ are linear in depth, from the first to
+    the last but one group; the last group minimises the cross-entropy of the network's head. The input travels along
+    as the message. Prediction is a plain forward pass.
+
+    The objective, both networks behind maps and the weights (those of the paper's runs with four groups) are the
+    paper's and its code's. Ours: the target is the image with its own extremes at 0 and 1, since the rule does not know
+    the normalisation; inputs that are no images are compared by their squared distance; linear decoders behind vectors
+    and tokens.
+
+    >>> InfoPro(task="contrast").groups(blocks=2)
+    [range(0, 1), range(1, 3)]
+    """
+
+    task: Literal["ce", "contrast"] = "ce"
+    """Cross-entropy of the auxiliary network, or the supervised contrastive loss of its features."""
+    reconstruction: float | tuple[float, ...] = (1.0, 0.0)
+    """Weight lambda of the reconstruction: a number, or its values along the depth of the groups but the last."""
+    classification: float | tuple[float, ...] = (0.0, 1.0)
+    """Weight mu of the task, likewise."""
+    temperature: float = 0.07
+    """Temperature of the contrastive loss."""
+    group: int = 1
+    """Neighbouring blocks that share one loss, one graph and one backward pass."""
+
+    name: ClassVar[str] = "infopro"
+    locality: ClassVar[Locality] = "local"
+    crosses: ClassVar[str] = "detached activation and the input"
+    flat_memory: ClassVar[bool] = True
+    source: ClassVar[str] = (
+        "Wang et al., arXiv 2101.10832 (2021) and its code; range of the target, other inputs than images, vectors and "
+        "tokens: our reading"
+    )
+    restrictions: ClassVar[str] = (
+        "One label per sample, batches of two or more. Good weights depend on the network and the number of groups. "
+        "Reconstruction is for images and vectors of numbers."
+    )
+
+    def __post_init__(self) -> None:
+        check_group(self.group)
+        for name in ("reconstruction", "classification"):
+            value = getattr(self, name)
+            if min(value if isinstance(value, tuple) else (value,), default=-1.0) < 0:
+                raise LayerwiseError(f"{name} is {value}; give numbers of 0 or larger.")
+        if not self.temperature > 0:
+            raise LayerwiseError(f"temperature is {self.temperature}; it must be larger than 0.")
+
+    def groups(self, blocks: int) -> list[range]:
+        """`group` blocks each; the head belongs to the last group."""
+        return grouped(blocks, self.group, join_head=True)
+
+    def weights(self, site: Site) -> tuple[float, float]:
+        """The weights of reconstruction and task at a site; 0 but at the end of a group with a loss of its own."""
+        last = len(self.groups(site.blocks)) - 1
+        number = site.index // self.group
+        if site.is_head or number == last or (site.index + 1) % self.group:
+            return 0.0, 0.0
+        place = Site(number, last, site.name)
+        return by_depth(self.reconstruction, place), by_depth(self.classification, place)
+
+    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
+        """Decoder and auxiliary network of every group but the last, as far as they have a weight."""
+        keep, tell = self.weights(site)
+        if not keep and not tell:
+            return None
+        decoder = Decoder(tuple(h.shape[1:]), site.inputs) if keep else None
+        outputs = FEATURES if self.task == "contrast" else task.classes
+        return Heads(decoder, reader(h, outputs) if tell else None).to(h.dtype)
+
+    def signal(self, at: Moment) -> Signal:
+        """Reconstruction and task of the group, or the cross-entropy of the network's head."""
+        if at.y.dim() > 1:
+            raise LayerwiseError("infopro's auxiliary networks read one label per sample, not one per position.")
+        if at.site.is_head:
+            return cross_entropy_at_head(at)
+        x = at.h_in if at.site.index == 0 else at.message
+        if at.auxiliary is None:
+            return Signal(message=x)
+        assert isinstance(at.auxiliary, Heads)
+        keep, tell = self.weights(at.site)
+        loss, metrics = torch.zeros((), device=at.h.device), {}
+        if at.auxiliary.decoder is not None:
+            decoded = at.auxiliary.decoder(at.h).float()
+            if x.dim() == 4:
+                metrics["reconstruction"] = F.binary_cross_entropy_with_logits(decoded, brightness(x))
+            else:
+                metrics["reconstruction"] = F.mse_loss(decoded, x.float())
+            loss = loss + keep * metrics["reconstruction"]
+        if at.auxiliary.reader is not None:
+            found = at.auxiliary.reader(at.h if at.h.dim() == 4 else pool_vectors(at.h, "mean", per_position=False))
+            if self.task == "contrast":
+                metrics["contrast"] = supervised_contrastive(found, at.y, self.temperature)
+                loss = loss + tell * metrics["contrast"]
+            else:
+                metrics["accuracy"] = at.task.correct(found, at.y) / at.y.numel()
+                loss = loss + tell * at.task.loss(found, at.y)
+        return Signal(loss=loss, message=x, metrics=metrics)

@@ -1,0 +1,87 @@
+"""Ranks of a job, in processes that are forked off the test; shared by the tests."""
+
+import contextlib
+import multiprocessing
+import os
+import sys
+import time
+from shlex import split
+
+import torch.distributed as dist
+
+from layerwise.cli import main
+from layerwise.data import load
+
+TINY = split("--model.width 8 --model.depth 4 --batch-size 128 --steps 6 --threads 1 --device cpu --augment crop")
+PIPELINE = split("train --parallel pipeline --timeout 30")
+LONG = [*TINY, *split("--steps 100000 --log-every 1 --save-every 1000000")]
+
+
+def new_store():
+    return dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+
+
+@contextlib.contextmanager
+def job(ranks, folder, words, of_rank=None, attempt=0, store=None):
+    """Ranks of a job, as torchrun starts them: their common store is kept by the process that started them.
+
+    `words` are those of a command, or a function that each rank calls.
+    """
+    store = store or new_store()
+    folder.mkdir(exist_ok=True)
+    load("digits")  # imported once, here
+    context = multiprocessing.get_context("fork")
+    begin = context.Event()  # the store's thread must have nothing to do while this process is forked
+
+    def child(rank):
+        begin.wait()
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": str(attempt),
+        }
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        code = words() if callable(words) else main([*words, *(of_rank or {}).get(rank, [])])
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
+
+    processes = [context.Process(target=child, args=(rank,)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    begin.set()
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def ended(processes, folder, seconds=60):
+    """Exit codes and what each rank has said."""
+    limit = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(limit - time.monotonic(), 0.1))
+        assert process.exitcode is not None, "hangs"
+    return [p.exitcode for p in processes], [(folder / f"err{i}").read_text() for i in range(len(processes))]
+
+
+def run(ranks, folder, words, of_rank=None, attempt=0, store=None):
+    with job(ranks, folder, words, of_rank, attempt, store) as processes:
+        return ended(processes, folder)
+
+
+def under_way(out, processes, count=3):
+    """Wait until a few steps are logged."""
+    limit = time.monotonic() + 60
+    while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < count:
+        assert all(p.is_alive() for p in processes) and time.monotonic() < limit
+        time.sleep(0.02)
