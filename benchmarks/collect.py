@@ -27,6 +27,7 @@ MORE = [  # folders with further rows of the rules' pages, under the title of th
     "mnist_local_rules",
     "mnist_forward_forward",
     "cora",
+    "mnist_noprop",
     "sid_mnist",
     "sid_fashion",
     "sid_fashion_sgd",

@@ -15,6 +15,7 @@ SIZES = {
     "mlp": {"width": 16},
     "vgg": {"width": 4},
     "resnet": {"width": 4},
+    "noprop": {"width": 2},
     "sid_cascade": {"width": 16},
     "vit": {"width": 8, "heads": 2},
     "gcn": {"width": 16, "dropout": 0.0},

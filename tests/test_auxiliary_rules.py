@@ -1,5 +1,7 @@
 """Closed forms of the rules with auxiliary networks of their own: AugLocal, InfoPro, periodic guidance."""
 
+import copy
+import json
 import re
 
 import pytest
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from nets import CLASSES, PLAIN_SGD, batches, linear_blocks, net, same_bits, trained, vectors
 from torch import nn
 
-from layerwise import LayerwiseError, Learner, create_rule, functional
+from layerwise import LayerwiseError, Learner, cli, create_rule, functional
 from layerwise.rules.infopro import Decoder, brightness
 
 X, Y = batches(1)[0]
@@ -243,7 +245,120 @@ def test_blocks_in_a_group_share_the_weights_of_their_group():
     assert [rule.weights(site) for site in sites] == [(0, 0), (3, 0.5), (0, 0), (1, 0.5), (0, 0), (0, 0), (0, 0)]
 
 
+# --- Periodic guidance
+
+
+@pytest.mark.parametrize("kind", ["mlp", "vgg", "vit"])
+@pytest.mark.parametrize(("guided", "like"), [(0, "dgl"), (3, "backprop")])
+def test_never_guided_is_dgl_and_always_guided_is_backprop_bit_for_bit(kind, guided, like):
+    model, rule = net(kind, dropout=0.2), create_rule("periodic_guidance", period=3, guided=guided)
+    a, b = (trained(model, r, batches(4)) for r in (rule, like))
+    assert same_bits(a.network, b.network)
+    if like == "dgl":
+        assert same_bits(a, b)
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_guided_steps_follow_the_global_loss_and_the_others_the_local_ones(clip):
+    """Three steps of a period of two, written by hand: one Adam over everything, fed by the losses of the step."""
+    model, data = net("mlp", depth=2), batches(4)
+    # A bias in front of batch norm has no gradient but rounding errors, which a larger eps keeps small.
+    options = {"clip": clip, "optimizer_options": {"eps": 1e-3}}
+    learner = Learner(copy.deepcopy(model), create_rule("periodic_guidance", period=2), example=X, **options)
+    heads = copy.deepcopy(learner.auxiliary)
+    weights = [*model.parameters(), *heads.parameters()]
+    groups = [[*model.block1.parameters(), *heads.parameters()], [*model.block2.parameters(), *model.head.parameters()]]
+    options = [{"params": [p for p in weights if p.dim() > 1]}, {"params": [p for p in weights if p.dim() == 1]}]
+    options[1]["weight_decay"] = 0.0
+    adam = torch.optim.AdamW(options, lr=1e-3, eps=1e-3, weight_decay=0.01)
+    for step, (x, y) in enumerate(data):
+        h = model.block1(x)
+        if step % 2:
+            loss, clipped = F.cross_entropy(model(x), y), [list(model.parameters())]
+        else:
+            loss = F.cross_entropy(heads["0"](h), y)
+            loss, clipped = loss + F.cross_entropy(model.head(model.block2(h.detach())), y), groups
+        loss.backward()
+        for own in clipped if clip else ():
+            torch.nn.utils.clip_grads_with_norm_(own, clip, torch.nn.utils.get_total_norm([p.grad for p in own]))
+        adam.step()
+        adam.zero_grad(set_to_none=True)
+        learner.step(x, y)
+    for (name, p), wanted in zip(learner.named_parameters(), weights, strict=True):
+        assert torch.allclose(p, wanted, atol=1e-6), name
+    steps = {name: int(state["step"]) for name, state in learner.optimizer_states().items()}
+    assert {steps[name] for name in steps if name.startswith("auxiliary.")} == {2}
+    assert {steps[name] for name in steps if not name.startswith("auxiliary.")} == {4}
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"precision": "fp16"}], ids=str)
+def test_guidance_goes_on_from_its_state_to_the_same_bits(stop, options):
+    model, data = net("mlp", dropout=0.2), batches(5)
+    rule = create_rule("periodic_guidance", period=2)
+    straight = trained(model, rule, data, **options)
+    state = copy.deepcopy(trained(model, rule, data[:stop], **options).state_dict())
+    resumed = Learner(net("mlp", dropout=0.2), rule, **options)
+    resumed.load_state_dict(state)
+    for x, y in data[stop:]:
+        resumed.step(x, y)
+    assert same_bits(resumed, straight)
+    assert resumed.state_dict()["scaler"] == straight.state_dict()["scaler"]
+
+
+def test_batches_that_make_one_update_are_of_one_kind():
+    """With two batches for each update, the second update is the guided one; its halves weigh alike."""
+    model, data = net("mlp"), batches(4, size=8)
+    rule = create_rule("periodic_guidance", period=2)
+    a = trained(model, rule, data, accumulate=2)
+    names = [[group.name for group in a.groups_at(step)] for step in range(4)]
+    assert names == [["block1", "block2", "block3..head"]] * 2 + [["block1..head"]] * 2
+    assert [state["step"].item() for name, state in a.optimizer_states().items() if "block1" in name] == [2.0, 2.0]
+
+
+def test_only_guided_steps_need_the_memory_of_backprop():
+    def held(rule, depth, steps):
+        learner = trained(net("mlp", depth=depth, width=64), rule, batches(steps))
+        _, use = learner.measured_step(X, Y)
+        return use.activations + use.gradients
+
+    guided = create_rule("periodic_guidance", period=3)
+    assert held(guided, 17, 1) <= 1.01 * held(guided, 7, 1)  # step 1, a local one
+    assert held(guided, 17, 2) > 2 * held(guided, 7, 2)
+    assert held(guided, 17, 2) == pytest.approx(held("backprop", 17, 2), rel=0.02)
+
+
+def test_a_run_tells_the_memory_of_its_dearest_step(tmp_path):
+    told = {}
+    for guided in (0, 1):
+        words = f"train --rule periodic_guidance --rule.period 4 --rule.guided {guided} --model.width 64 --steps 6"
+        folder = tmp_path / str(guided)
+        assert cli.main([*words.split(), "--model.depth", "20", "--batch-size", "512", "--out", str(folder)]) == 0
+        told[guided] = json.loads((folder / "result.json").read_text())["memory_mib"]["activations"]
+    assert told[1] > 2 * told[0]
+
+
+class Parting(type(create_rule("periodic_guidance"))):
+    """Asks for groups that part its own in its second step."""
+
+    def groups_at(self, update, blocks):
+        return [range(1), range(1, blocks + 1)] if update == 1 else [range(blocks + 1)]
+
+    def groups(self, blocks):
+        return [range(blocks + 1)]
+
+
+def test_a_rule_may_join_groups_and_not_part_them():
+    learner = trained(net("mlp"), Parting(), batches(1))
+    with pytest.raises(LayerwiseError, match="parts a group in some steps"):
+        learner.step(X, Y)
+
+
 ILLEGAL = [
+    ("periodic_guidance", {"period": 0}),
+    ("periodic_guidance", {"guided": 11}),
+    ("periodic_guidance", {"guided": -1}),
+    ("periodic_guidance", {"network": "conv"}),
     ("infopro", {"reconstruction": -1.0}),
     ("infopro", {"classification": ()}),
     ("infopro", {"temperature": 0.0}),

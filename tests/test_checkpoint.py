@@ -105,6 +105,21 @@ def test_full_disk_is_one_sentence_and_loses_nothing(tmp_path, monkeypatch, brok
     assert contents(tmp_path) == before
 
 
+def test_tensors_that_share_memory_are_written_apart(tmp_path):
+    whole = torch.arange(12.0).view(3, 4)
+    tensors = {
+        "a": whole,
+        "tied": whole,
+        "turned": whole.t(),
+        "row": whole[1],
+        "scalar": whole[2, 3],
+        "none": whole[:0],
+    }
+    checkpoint.write_tensors(tmp_path / "file", tensors)
+    found = load_file(tmp_path / "file")
+    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
 @pytest.mark.parametrize(("write", "value"), [("write_atomically", "new"), ("write_tensors", {"w": torch.ones(2)})])
 def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch, write, value):
     file = tmp_path / "file"

@@ -64,6 +64,17 @@ def test_groups_are_neighbours_and_cover_every_site_once(rule, blocks):
 
 
 @every_rule
+def test_the_groups_of_any_update_are_those_of_the_rule_or_neighbours_joined(rule):
+    made = create_rule(rule)
+    own = made.groups(6)
+    for update in range(24):
+        groups = made.groups_at(update, 6)
+        assert {group.start for group in groups} <= {group.start for group in own}
+        assert groups[0].start == 0 and groups[-1].stop == 7
+        assert groups == made.groups_at(update, 6)
+
+
+@every_rule
 def test_a_local_rule_has_more_than_one_group_and_a_global_one_only_one(rule):
     count = len(create_rule(rule).groups(6))
     assert (count == 1) == (get(rule).locality == "global")
@@ -111,7 +122,7 @@ def test_a_groups_signal_reaches_its_own_parameters_and_no_others(rule, kind, mo
         learner.step(x, y)
     assert watch.history == []
     assert all(found == {own} for own, found in watch.reached)
-    trained_groups = [i for i, g in enumerate(learner.groups) if g.optimizer is not None]
+    trained_groups = [i for i, g in enumerate(learner.groups) if g.optimizers]
     if learner.rule.has_trunk():  # it learns last
         trained_groups.append(trained_groups.pop(0))
     assert [own for own, _ in watch.reached] == trained_groups * 2
@@ -161,8 +172,14 @@ def working_memory(kind, rule, depth):
     learner = Learner(net(kind, depth=depth, **wide), rule)
     x, y = problem(32)
     learner.step(x, y)
-    _, use = learner.measured_step(x, y)
-    return use.activations + use.gradients
+    seen, held = [], []
+    for step in range(1, 12):  # the first step of every grouping
+        if learner.groups_at(step) not in seen:
+            seen.append(learner.groups_at(step))
+            learner.steps = step
+            _, use = learner.measured_step(x, y)
+            held.append(use.activations + use.gradients)
+    return max(held)
 
 
 @every_rule_and_model

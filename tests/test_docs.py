@@ -147,6 +147,8 @@ def test_only_the_engine_knows_the_update_order():
     order = re.compile(r"\.backward\(|\.zero_grad\(|\w*(optimizer|scaler)\w*\.step\(")
     for file in (ROOT / "src").rglob("*.py"):
         code = re.sub(r'r?""".*?"""', "", file.read_text(), flags=re.DOTALL)
+        if file.name == "measuring.py":
+            continue  # the rivals, written as their users write them: torch's data parallel and pipelines
         if file.name != "engine.py":
             assert not order.search(code), f"{file.name}: {order.search(code)[0]}"
         else:

@@ -261,7 +261,8 @@ def test_the_schedule_multiplies_the_rate_by_update_number_not_by_batch():
     rates = {
         n: group["lr"]
         for g in learner.groups
-        for group in g.optimizer.param_groups
+        for optimizer in g.optimizers
+        for group in optimizer.param_groups
         for n, p in learner.network.named_parameters()
         if any(p is q for q in group["params"])
     }
@@ -274,7 +275,7 @@ def test_a_callable_optimizer_keeps_its_own_rate_and_is_scheduled():
         net("mlp"), "sll", DATA[:1],
         optimizer=lambda groups: torch.optim.SGD(groups, lr=0.3), schedule=lambda update: 0.5,
     )  # fmt: skip
-    rates = {group["lr"] for g in learner.groups for group in g.optimizer.param_groups}
+    rates = {group["lr"] for g in learner.groups for optimizer in g.optimizers for group in optimizer.param_groups}
     assert rates == {0.15}
 
 

@@ -14,6 +14,7 @@ SMALL = {
     "mlp": {"width": 12},
     "vgg": {"width": 4},
     "resnet": {"width": 4},
+    "noprop": {"width": 2},
     "sid_cascade": {"width": 12},
     "vit": {"width": 12},
 }
@@ -223,7 +224,7 @@ def test_vit_sees_where_a_patch_is():
     assert not torch.allclose(model(x), model(x.flip(-1).roll(4, -1)))
 
 
-@pytest.mark.parametrize("name", ["mlp", "sid_cascade", "vgg", "vit"])
+@pytest.mark.parametrize("name", ["mlp", "noprop", "sid_cascade", "vgg", "vit"])
 def test_dropout_acts_in_training_only(name):
     torch.manual_seed(0)
     model = models.create(name, (1, 8, 8), 10, depth=2, dropout=0.5, **SMALL[name])
@@ -253,7 +254,7 @@ def test_options_are_frozen_and_described():
 
 WRONG = [
     (lambda: models.create("vggg", (1, 8, 8), 10), "did you mean 'vgg'?"),
-    (lambda: models.create("x", (1, 8, 8), 10), "legal names: gat, gcn, mlp, resnet, sid_cascade, vgg, vit"),
+    (lambda: models.create("x", (1, 8, 8), 10), "legal names: gat, gcn, mlp, noprop, resnet, sid_cascade, vgg, vit"),
     (lambda: models.options("resnt"), "did you mean 'resnet'?"),
     (lambda: models.describe("resnt"), "did you mean 'resnet'?"),
     (lambda: models.create("mlp", (1, 8, 8), 10, dept=2), "'dept'; did you mean 'depth'?"),

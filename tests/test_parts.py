@@ -19,8 +19,9 @@ from nets import same_bits
 from runs import contents, lines, result, split, weights
 from safetensors.torch import load_file, save_file
 
-from layerwise import checkpoint, models
+from layerwise import checkpoint, folders, models
 from layerwise.cli import main
+from layerwise.options import TrainOptions
 from layerwise.parallel import parts
 
 DROPPING = [*TINY, *split("--model.dropout 0.1 --save-every 2")]
@@ -127,6 +128,42 @@ def test_a_torn_part_is_passed_over(damage, three, tmp_path):
     found, notes = checkpoint.load_latest(copy)
     assert found["learner"]["steps"] == 4
     assert len(notes) == 1 and "damaged" in notes[0]
+
+
+def test_one_rank_alone_writes_parts_with_digests(tmp_path):
+    state = {"w": torch.arange(6.0).view(2, 3), "steps": 3}
+    with pytest.warns(UserWarning, match="single process"):
+        parts.save(tmp_path, 3, state, lambda trees: trees[0], None)
+    (path,) = checkpoint.complete(tmp_path)
+    assert torch.equal(checkpoint.load(path)["w"], state["w"])
+    part = path / "rank-0.safetensors"
+    part.write_bytes(part.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(checkpoint.CorruptCheckpoint, match="do not match their digest"):
+        checkpoint.load(path)
+
+
+def test_a_restart_finds_the_folder_of_its_own_job(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    options = TrainOptions()
+    others, own = folders.new_folder(options), Path(f"{folders.wanted_folder(options)}-2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "theirs")
+    folders.mark(others)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "ours")
+    assert folders.new_folder(options) == own
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert folders.folder_of_restarted(options) is None  # the first attempt has not got so far
+    folders.mark(own)
+    assert folders.folder_of_restarted(options) == own
+    assert folders.folder_of_restarted(TrainOptions(out=str(others))) is None
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert folders.folder_of_restarted(options) is None
+    # Without an id of its own, the process of torchrun tells.
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    folders.mark(own)
+    assert folders.folder_of_restarted(options) == own
+    monkeypatch.setattr(os, "getppid", lambda: -1)
+    assert folders.folder_of_restarted(options) is None
 
 
 def test_sharded_tensors_are_put_together_again(tmp_path):

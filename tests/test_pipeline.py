@@ -89,7 +89,7 @@ def test_stages_have_the_bits_of_one_process(rule, kind, ranks):
 @pytest.mark.parametrize("name", [name for name in rules.names() if name != "sid_cascade"])
 def test_a_rule_is_served_to_the_same_bits_or_refused(name):
     model, data = net("mlp", 4), batches(2)
-    if rules.get(name).locality != "local":
+    if rules.get(name).locality != "local" or name == "graph_forward":  # which begins with the network's graph
         with pytest.raises(LayerwiseError, match=f"{name!r} cannot be trained by a pipeline, because"):
             stages(model, name, 2, data[0][0])
         return

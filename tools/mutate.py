@@ -38,6 +38,7 @@ CONTRACT, ENGINE, RULES = "test_contract.py", "test_engine.py", "test_rules.py"
 SID, TRUNK = "test_sid.py", "test_trunk.py"
 LOCAL = f"{CONTRACT} mlp and sll and (carries or reaches)"
 MEMORY = f"{CONTRACT} working_memory and mlp and local_ce"
+PIPE, PARTS = "test_pipeline.py", "test_parts.py"
 FREE = "        self._free(group)\n\n    def _free"
 MUTANTS = [
     Mutant("activation not detached", "engine.py",
@@ -57,6 +58,13 @@ MUTANTS = [
            f"{CONTRACT} feel and sll"),
     Mutant("gradients for what lends its graph", "engine.py",
            [(", inputs=wanted", "")], f"{RULES} overlap_of_one"),
+    Mutant("joined groups step one optimizer", "learner.py",
+           [("for part in parts for optimizer in part.opt", "for part in parts[:1] for optimizer in part.opt")],
+           "test_auxiliary_rules.py always_guided and mlp"),
+    Mutant("the sampler's step is passed on in training", "rules/noprop.py",
+           [("if at.training:", "if False:")], "test_noprop.py any_order"),
+    Mutant("guidance counts batches", "learner.py",
+           [('step // self._how["accumulate"]', "step")], "test_auxiliary_rules.py make_one_update"),
     Mutant("the lending block's output is passed on", "engine.py",
            [("if unit.site.index <= group.units[-1].site.index:", "if True:")], f"{RULES} overlap_of_one"),
     Mutant("trunk's gradient not accumulated", "engine.py",
@@ -84,7 +92,7 @@ MUTANTS = [
     Mutant("metrics keep the graph", "engine.py",
            [("= detach(signal.metrics)", "= signal.metrics")], "test_learner.py metrics_are"),
     Mutant("forward without a graph", "engine.py",
-           [("torch.set_grad_enabled(group.optimizer is not None)", "torch.no_grad()")],
+           [("torch.set_grad_enabled(bool(group.optimizers))", "torch.no_grad()")],
            f"{CONTRACT} learns and mlp and sll"),
     Mutant("draws do not depend on the block", "engine.py",
            [('"draw", step, unit.site.index', '"draw", step')], f"{ENGINE} own_draws"),
@@ -129,6 +137,19 @@ MUTANTS = [
     Mutant("a module held twice runs once", "blocks.py",
            [("in model._modules.items():", "in model.named_children():")],
            "test_blocks.py models_bits and shared"),
+    Mutant("torn parts are read", "checkpoint.py",
+           [('digest(about) == said and all(digest(f, path / f) == d for f, d in about["parts"].items())', "True")],
+           f"{PARTS} alone_writes"),
+    Mutant("a restart takes any run", "folders.py",
+           [('(folder / "job").read_text() == _job() + "\\n"', '(folder / "job").read_text()')],
+           f"{PARTS} folder_of_its_own"),
+    Mutant("votes stay behind at a boundary", "learner.py",
+           [("self.stage.pass_on(h, message, skipped=False)\n        return h if",
+             "self.stage.pass_on(h, message * 0, skipped=False)\n        return h if")],
+           f"{PIPE} votes and mlp and scalable"),
+    Mutant("later ranks begin on their own", "learner.py",
+           [("            return self.stage.receive()\n", "            return self.stage.receive()[0], None\n")],
+           f"{PIPE} bits_of_one_process and mlp and sid"),
 ]  # fmt: skip
 
 

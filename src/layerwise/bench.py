@@ -208,7 +208,7 @@ class TimedEngine(Engine):
     """
 
     def __init__(self, engine: Engine):
-        super().__init__(engine.rule, engine.how)
+        super().__init__(engine.rule, engine.how, engine.resident)
         self.seconds: dict[str, float] = dict.fromkeys(PARTS[:3], 0.0)
 
     def _timed(self, part: str, work: Callable[..., Any], *arguments: Any) -> Any:

@@ -22,16 +22,20 @@ class Block:
     Attributes:
         name: the cut behind the block (`"head"` for the part behind the last cut).
         run: the function from the block's input tensor to its output tensor.
+        before: called before every run, if anything; a streamed block has to be fetched.
     """
 
     def __init__(self, name: str, model: nn.Module, run: Callable[[Tensor], Any], names: set[str]):
         self.name = name
         self.run = run
+        self.before: Callable[[], None] | None = None
         self._model = model
         self._names = names
 
     def __call__(self, h: Tensor) -> Tensor:
         """Run the block. Raises LayerwiseError when it returns anything but one tensor."""
+        if self.before is not None:
+            self.before()
         out = self.run(h)
         if not isinstance(out, Tensor):
             raise LayerwiseError(
@@ -51,6 +55,15 @@ class Block:
     def parameters(self) -> list[nn.Parameter]:
         """The block's parameters, in the model's order."""
         return [parameter for _, parameter in self.named_parameters()]
+
+    def places(self) -> list[tuple[dict[str, Any], str]]:
+        """Where the block's parameters and buffers are held: a module's registry, and the name in it."""
+        found = []
+        for name in sorted(self._names):
+            path, _, last = name.rpartition(".")
+            module = self._model.get_submodule(path)
+            found.append((module._parameters if last in module._parameters else module._buffers, last))
+        return found
 
     def redrawn(self, device: torch.device) -> nn.Sequential:
         """A module of the block's layers and sizes with weights of its own, drawn by each layer's `reset_parameters`.

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from layerwise.errors import LayerwiseError
+from layerwise.mapped import map_file, release_pages, tensor_at
 
 KEPT = 2  # complete checkpoints that stay: the newest, and one to fall back to
 
@@ -94,8 +96,12 @@ def not_written(folder: Path, step: int, reason: BaseException) -> LayerwiseErro
     )
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint back, checked against its digest; tensors are on the host, mapped from the file.
+def load(path: Path, mapped: bool = False) -> dict[str, Any]:
+    """Read a checkpoint back, checked against its digest; tensors are on the host.
+
+    Args:
+        path: of the checkpoint.
+        mapped: leave the bytes in the file until they are read; not to be changed.
 
     Raises:
         CorruptCheckpoint: a file is missing, cut short or changed.
@@ -113,7 +119,7 @@ def load(path: Path) -> dict[str, Any]:
             raise CorruptCheckpoint(f"the checkpoint {path} is damaged: its bytes do not match their digest.")
         tensors: dict[str, Tensor] = {}
         for file in files:
-            tensors |= load_file(path / file)
+            tensors |= (_map_tensors if mapped else load_file)(path / file)
         for name, shards in about.get("shards", {}).items():
             tensors[name] = _assembled(shards, tensors)
     except (*FAILURES, ValueError, KeyError, TypeError) as reason:
@@ -140,8 +146,8 @@ def latest(folder: Path) -> Path | None:
     return next(reversed(complete(folder)), None)
 
 
-def load_latest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """The newest checkpoint that can be read, and a sentence for each damaged one passed over.
+def load_latest(folder: Path, mapped: bool = False) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest checkpoint that can be read, as by `load`, and a sentence for each damaged one passed over.
 
     Returns:
         `(None, [])` where there is no checkpoint yet.
@@ -152,7 +158,7 @@ def load_latest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     passed_over = []
     for path in reversed(complete(folder)):
         try:
-            return load(path), passed_over
+            return load(path, mapped), passed_over
         except CorruptCheckpoint as damage:
             passed_over.append(str(damage))
     if passed_over:
@@ -185,8 +191,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """
     partial = path.with_name(path.name + ".partial")
     try:
-        # Copies: safetensors refuses tensors that share memory, and views may be strided.
-        save_file({name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}, partial)
+        save_file(tensors, partial)
         flush(partial)
         partial.replace(path)
     except (OSError, safetensors.SafetensorError) as reason:
@@ -198,9 +203,51 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def split(state: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
-    """The tree of a state, with references in place of its tensors, and copies of these."""
+    """The tree of a state, with references in place of its tensors, and these."""
     tensors: dict[str, Tensor] = {}
     return _split(state, (), tensors), tensors
+
+
+TYPES = {  # names in the format
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+def save_file(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file, one tensor after the other, so that never more than one is in memory twice.
+
+    The library's own writer wants all of them at once, as copies. Its order is kept: wide types first, so that all
+    lie aligned.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    names, header, end = {dtype: name for name, dtype in TYPES.items()}, {}, 0
+    for name in order:
+        start, end = end, end + tensors[name].nbytes
+        about = {"dtype": names[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+        header[name] = about
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            flat = tensors[name].detach().to("cpu").contiguous().view(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
+            release_pages()
+
+
+def _map_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, none of which is in memory before it is read."""
+    with path.open("rb") as file:
+        first = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(first - 8))
+        mapped = map_file(file.fileno(), path.stat().st_size, own_changes=True)
+    return {
+        name: tensor_at(mapped, first + about["data_offsets"][0], tuple(about["shape"]), TYPES[about["dtype"]])
+        for name, about in header.items()
+    }
 
 
 def _split(tree: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
@@ -209,8 +256,7 @@ def _split(tree: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
         name = "/".join(path)
         while name in tensors:  # a key that holds a slash
             name += "'"
-        # A copy: safetensors refuses tensors that share memory, and views may be strided.
-        tensors[name] = tree.detach().to("cpu", copy=True).contiguous()
+        tensors[name] = tree
         return {"$tensor": name}
     if isinstance(tree, Mapping):
         keys = {key: f"${key}" if str(key).startswith("$") else str(key) for key in tree}

@@ -345,7 +345,9 @@ def export(argv: list[str]) -> int:
     parse(ExportOptions, rest, "export")
     from layerwise.exporting import export as write
 
-    _tell(write(Path(folder), Path(file)))
+    written, notes = write(Path(folder), Path(file))
+    _tell(notes)
+    print(written)
     return 0
 
 

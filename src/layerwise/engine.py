@@ -1,7 +1,7 @@
 """The update order, once: forward on the detached input, signal, local backward, step, free, pass on."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -44,15 +44,15 @@ class Unit:
 
 @dataclass
 class Group:
-    """Neighbouring units that share one graph, one backward pass and one optimizer."""
+    """Neighbouring units that share one graph and one backward pass."""
 
     units: list[Unit]
     ahead: list[Unit]
     """Units behind them, of later groups, through which their signal passes; they lend the graph and do not learn."""
     parameters: list[nn.Parameter]
     """What learns here."""
-    optimizer: torch.optim.Optimizer | None
-    """None where nothing learns; such a group runs without a graph."""
+    optimizers: list[torch.optim.Optimizer]
+    """One, or those of the groups that are joined here; none where nothing learns, which runs without a graph."""
     scaler: torch.amp.GradScaler
     """Scales the signal where gradients are fp16; does nothing otherwise."""
     buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -137,13 +137,23 @@ def detach(tree: Any) -> Any:
 
 
 class Engine:
-    """Runs groups of blocks for a rule. Nothing else in the library knows the update order."""
+    """Runs groups of blocks for a rule. Nothing else in the library knows the update order.
 
-    def __init__(self, rule: Rule, execution: Execution):
+    Attributes:
+        resident: the context in which units run; streamed ones are on the device inside.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        execution: Execution,
+        resident: Callable[[Sequence[Unit]], AbstractContextManager[None]] = lambda units: nullcontext(),
+    ):
         self.rule = rule
         self.how = execution
         self._reduced: Callable[[], None] | None = None
         """The step of the group whose gradients are being averaged over the replicas."""
+        self.resident = resident
 
     def forward(
         self, group: Group, h: Tensor, message: Any, y: Tensor, step: int | None, trace: Trace
@@ -195,16 +205,19 @@ class Engine:
             Output and message of the last, detached: what a pipeline's next rank gets.
         """
         waiting, trunk = list(groups), None
-        if self.rule.has_trunk() and groups[0].optimizer is not None:
+        if self.rule.has_trunk() and groups[0].optimizers:
             first = waiting.pop(0)
-            signals, out, message = self._with_graph(first, h, message, y, step, trace)
+            with self.resident(first.units):
+                signals, out, message = self._with_graph(first, h, message, y, step, trace)
             trunk = Trunk(first, h, signals, out, gradient=torch.zeros_like(out))
             h, message = detach(out), detach(message)
         for group in waiting:
-            h, message = self.update(group, h, message, y, step, trace, trunk)
+            with self.resident([*group.units, *group.ahead]):
+                h, message = self.update(group, h, message, y, step, trace, trunk)
         if trunk is not None:
             sent_back = (Signal(cotangent=trunk.gradient), trunk.out)
-            self._learn(trunk.group, trunk.h, [*trunk.signals, sent_back], step, trace)
+            with self.resident(trunk.group.units):
+                self._learn(trunk.group, trunk.h, [*trunk.signals, sent_back], step, trace)
         self._step_reduced()
         return h, message
 
@@ -222,11 +235,11 @@ class Engine:
 
         Where there is a trunk, the gradient on the group's input goes back to it, as the rule says.
         """
-        if trunk is not None and group.optimizer is not None:
+        if trunk is not None and group.optimizers:
             h = h.detach().requires_grad_()
         signals, h_out, message_out = self._with_graph(group, h, message, y, step, trace)
         scale = group.scaler.get_scale() if trunk is not None else 1.0  # the step below may change it
-        if group.optimizer is not None:
+        if group.optimizers:
             self._learn(group, h, signals, step, trace)
         if trunk is not None and h.grad is not None:
             gradient = h.grad * (self.how.accumulate / scale)  # in the units of the loss
@@ -241,7 +254,7 @@ class Engine:
         """The forward pass of an update: with a graph where something learns."""
         if self.how.nonfinite == "skip" and step % self.how.accumulate == 0:
             group.buffers = [(b, b.clone()) for unit in group.units for b in unit.buffers()]
-        with torch.set_grad_enabled(group.optimizer is not None):
+        with torch.set_grad_enabled(bool(group.optimizers)):
             return self.forward(group, h, message, y, step, trace)
 
     def _learn(self, group: Group, h: Tensor, signals: list[tuple[Signal, Tensor]], step: int, trace: Trace) -> None:
@@ -297,22 +310,22 @@ class Engine:
 
     def _step(self, group: Group, h: Tensor, loss: Tensor, step: int, trace: Trace) -> None:
         """Check, clip, step, free the gradients."""
-        optimizer = group.optimizer
-        assert optimizer is not None
-        group.scaler.unscale_(optimizer)
+        for optimizer in group.optimizers:
+            group.scaler.unscale_(optimizer)
         gradients = [p.grad for p in group.parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         if self._may_step(group, h, loss, norm, step, trace):
             if self.how.clip is not None:
                 nn.utils.clip_grads_with_norm_(group.parameters, self.how.clip, norm)
-            set_learning_rate(optimizer, self.how.schedule(step // self.how.accumulate))
-            group.scaler.step(optimizer)
+            for optimizer in group.optimizers:
+                set_learning_rate(optimizer, self.how.schedule(step // self.how.accumulate))
+                group.scaler.step(optimizer)
         group.scaler.update()
         self._free(group)
 
     def _free(self, group: Group) -> None:
-        assert group.optimizer is not None
-        group.optimizer.zero_grad(set_to_none=True)
+        for optimizer in group.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def _may_step(self, group: Group, h: Tensor, loss: Tensor, norm: Tensor, step: int, trace: Trace) -> bool:
         """Whether signal and gradient are finite; an overflow of scaled gradients is the scaler's own affair."""

@@ -6,7 +6,7 @@ from layerwise.checkpoint import write_tensors
 from layerwise.training import read_state
 
 
-def export(folder: Path, file: Path) -> list[str]:
+def export(folder: Path, file: Path) -> tuple[str, list[str]]:
     """Write the weights of a run's newest checkpoint, whoever wrote it, under the model's own parameter names.
 
     No model is built here, and none of this library's is needed: `model.load_state_dict(load_file(file))`, with
@@ -17,17 +17,19 @@ def export(folder: Path, file: Path) -> list[str]:
         file: where to write; replaced in one step if it exists.
 
     Returns:
-        What the user should know, a sentence each: the run is not finished, a damaged checkpoint was passed over,
-        the rule predicts with more than these weights.
+        What has been written, in words; and what the user should know, a sentence each: the run is not finished, a
+        damaged checkpoint was passed over, the rule predicts with more than these weights.
 
     Raises:
         LayerwiseError: no run, no checkpoint that can be read, a file that cannot be written.
     """
     options, state, notes = read_state(folder)
-    write_tensors(file, state["learner"]["model"])
+    weights = state["learner"]["model"]
+    write_tensors(file, weights)
     if not options.rule.predicts_plainly():
         notes.append(
             f"rule {options.rule.name!r} predicts with more than the network's own weights, which is all that {file} "
             "holds; its accuracy is that of layerwise predict and eval"
         )
-    return notes
+    numbers = sum(tensor.numel() for tensor in weights.values())
+    return f"{file}: {len(weights)} tensors, {numbers:,} numbers, of step {state['learner']['steps']}", notes

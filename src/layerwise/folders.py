@@ -30,7 +30,10 @@ def read_options(folder: Path) -> TrainOptions:
         raise LayerwiseError(f"{file} is damaged ({reason}); start the run again.") from reason
 
 
-FREE = ("device", "threads", "compile", "out", "overwrite", "save_every", "log_every", "tensorboard")
+FREE = (
+    *("device", "threads", "compile", "stream", "stream_folder"),
+    *("out", "overwrite", "save_every", "log_every", "tensorboard"),
+)
 
 
 def check_options(options: TrainOptions, trained: dict[str, Any], folder: Path) -> None:

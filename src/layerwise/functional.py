@@ -165,3 +165,32 @@ def supervised_contrastive(z: Tensor, y: Tensor, temperature: float) -> Tensor:
     others = same.sum(1)
     mean = torch.where(same, log_p, 0.0).sum(1) / others.clamp_min(1)
     return -mean.sum() / (others > 0).sum().clamp_min(1)
+
+
+def signal_share(t: int, steps: int) -> float:
+    r"""Share of the signal in a diffusion that runs from noise to signal: a cosine that reaches neither 0 nor 1.
+
+    $\bar\alpha_t = \cos^2\big(\frac{\pi}{2}(1 - \frac{t + 1}{T + 2})\big)$ for t = 0 .. T = `steps`: $z_t$ is
+    $\sqrt{\bar\alpha_t}\, u + \sqrt{1 - \bar\alpha_t}\, \epsilon$.
+
+    >>> round(signal_share(0, 10), 3), round(signal_share(10, 10), 3)
+    (0.017, 0.983)
+    """
+    return math.cos(math.pi / 2 * (1 - (t + 1) / (steps + 2))) ** 2
+
+
+def denoising_step(t: int, steps: int) -> tuple[float, float, float]:
+    r"""Factors of $z_t = A\, u + B\, z_{t-1} + \sqrt C\, \epsilon$, the t-th step of that diffusion towards a signal u.
+
+    With $\alpha = \bar\alpha_{t-1} / \bar\alpha_t$: $A = \sqrt{\bar\alpha_t}\,(1 - \alpha) / (1 - \bar\alpha_{t-1})$,
+    $B = \sqrt{\alpha}\,(1 - \bar\alpha_t) / (1 - \bar\alpha_{t-1})$,
+    $C = (1 - \bar\alpha_t)(1 - \alpha) / (1 - \bar\alpha_{t-1})$.
+
+    >>> a, b, c = denoising_step(3, 10)
+    >>> abs(a + b * signal_share(2, 10) ** 0.5 - signal_share(3, 10) ** 0.5) < 1e-12  # a chain keeps its share
+    True
+    """
+    before, after = signal_share(t - 1, steps), signal_share(t, steps)
+    alpha = before / after
+    a = math.sqrt(after) * (1 - alpha) / (1 - before)
+    return a, math.sqrt(alpha) * (1 - after) / (1 - before), (1 - after) * (1 - alpha) / (1 - before)

@@ -1,9 +1,11 @@
 """Learner: a model, a rule and an optimizer, in three lines of anybody's own training loop."""
 
 import copy
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,6 +15,7 @@ from layerwise import rules
 from layerwise.blocks import Partition, partition
 from layerwise.engine import Engine, Execution, Group, NonFinite, Trace, Unit, detach
 from layerwise.errors import LayerwiseError, suggestion
+from layerwise.mapped import release_pages
 from layerwise.memory import MemoryMeter, MemoryUse, optimizer_tensors
 from layerwise.optim import OptimizerFactory, Schedule, decay_groups, optimizer_factory
 from layerwise.parallel.replicas import Replicas
@@ -20,6 +23,7 @@ from layerwise.parallel.stage import Stage
 from layerwise.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.rules.base import Rule, Site, Start, check_words
 from layerwise.state import check_same_tensors, held
+from layerwise.streaming import Stream, Where, check_stream
 from layerwise.tasks import Classification
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -106,6 +110,10 @@ class Learner:
         stage: the part of the network that this process runs, as one of several ranks; all of it if not given.
         replicas: the processes that train the same blocks, each on its share of every batch; none if not given. Draws
             then depend on the replica too, but those of the initial weights, which are the first one's.
+        device: where blocks run; where the model's parameters are if not given.
+        stream: `"host"` or `"disk"` keeps parameters and optimizer state there, and on the device only those of the
+            groups that are about to run; `unstream` brings them back. Until then the model's own tensors show nothing.
+        stream_folder: for the file of `"disk"`; the system's folder for temporary files if not given.
 
     Raises:
         LayerwiseError: an unknown rule, cut, optimizer or block name; a value out of range; labels or inputs
@@ -143,8 +151,12 @@ class Learner:
         example: Tensor | None = None,
         stage: Stage | None = None,
         replicas: Replicas | None = None,
+        device: torch.device | str | None = None,
+        stream: Where = "none",
+        stream_folder: str | Path | None = None,
     ):
         _check_options(clip, accumulate, precision, nonfinite)
+        check_stream(stream, stage or replicas, compile)
         self.rule = rules.create(rule) if isinstance(rule, str) else rule
         check_words(self.rule)
         self.network: Partition = partition(model, cuts, blocks=blocks, example=example)
@@ -154,7 +166,9 @@ class Learner:
             if name not in names:
                 raise LayerwiseError(f"lr_multipliers names no block {name!r}; {suggestion(name, names)}.")
         self.factory = optimizer_factory(optimizer, lr=lr, weight_decay=weight_decay, options=optimizer_options)
-        self.device = next(model.parameters()).device
+        self.device = next(model.parameters()).device if device is None else torch.device(device)
+        if device is not None and stream == "none":
+            self.network.to(self.device)
         self.channels_last = channels_last
         if channels_last:
             self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -175,10 +189,14 @@ class Learner:
         Classification(1, label_smoothing)  # refuses a wrong value now; the number of classes is known later
         self.label_smoothing = label_smoothing
         self.stage, self.replicas = stage, replicas
+        self._stream_to: tuple[Where, Path] = stream, Path(stream_folder or tempfile.gettempdir())
+        self.stream: Stream | None = None
         self.steps = 0
         self.skipped = 0
         self.groups: list[Group] = []
         self.auxiliary = nn.ModuleDict()
+        self._groupings: dict[tuple[range, ...], list[Group]] = {}
+        self._scalers: dict[str, Any] = {}
         self._pending: Mapping[str, Any] | None = None
         if example is not None:
             self.build(example)
@@ -193,30 +211,37 @@ class Learner:
             LayerwiseError: the network does not take such an input, or is not what was partitioned.
         """
         self.network.check_modules()
-        shapes = self._probe(x[:1].to(self.device))
         blocks = [*self.network.blocks, self.network.head]
-        task = Classification(shapes[-1].shape[-1], self.label_smoothing)
         ranges = list(self.rule.groups(len(blocks) - 1))
         ends = [later.start for later in ranges[1:]] + [len(blocks)]
+        kind, folder = self._stream_to
+        if kind != "none" and self.stream is None:  # an earlier attempt may have failed at the input
+            own = [blocks[sites.start : end] for sites, end in zip(ranges, ends, strict=True)]
+            self.stream = Stream(kind, folder, self.device, self.rule, own, ranges)
+        shapes = self._probe(x[:1].to(self.device))
+        task = Classification(shapes[-1].shape[-1], self.label_smoothing)
         mine = range(len(ranges))
         if self.stage is not None:
             mine = self.stage.choose(self.rule, self.network, ranges, x[:1].to(self.device))
-        sites = range(ranges[mine.start].start, ends[mine.stop - 1])
+        sizes = tuple(tuple(out.shape[1:]) for out in shapes)
         units = []
-        for i, (block, h) in enumerate(zip(blocks, shapes, strict=True)):
-            outputs = tuple(tuple(out.shape[1:]) for out in shapes)
-            site = Site(i, len(blocks) - 1, block.name, outputs, tuple(x.shape[1:]), self.network)
-            with preserved_generators(self.device):
-                seed_generators(derive_seed(self._seed, "auxiliary", i), self.device)
-                auxiliary = self.rule.auxiliary(site, h, task) if i in sites else None
-            if auxiliary is not None:
-                self.auxiliary[str(i)] = auxiliary.to(self.device)
-            units.append(Unit(site, block, auxiliary))
+        for i, block in enumerate(blocks):
+            site = Site(i, len(blocks) - 1, block.name, sizes, tuple(x.shape[1:]), self.network)
+            units.append(Unit(site, block, None))
         self.task = task
-        self.engine = Engine(self.rule, Execution(task=task, **self._how))
-        self.groups = [
-            self._group(units[ranges[i].start : ends[i]], ahead=units[ends[i] : ranges[i].stop]) for i in mine
-        ]
+        self.engine = Engine(self.rule, Execution(task=task, **self._how), self._resident)
+        groups = []
+        for i in mine:
+            own = units[ranges[i].start : ends[i]]
+            with self._resident(own):
+                for unit in own:
+                    unit.auxiliary = self._auxiliary(unit.site, shapes[unit.site.index])
+                group = self._group(own, ahead=units[ends[i] : ranges[i].stop])
+                groups.append(group)
+                if self.stream is not None:
+                    self.stream.add(group)
+        self.groups = groups
+        self._groupings = {tuple(ranges): self.groups}
         if self._compile:
             backend = self._compile if isinstance(self._compile, str) else "inductor"
             for block in blocks:
@@ -228,6 +253,19 @@ class Learner:
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self.load_state_dict(pending)
+
+    def _resident(self, units: Sequence[Unit]) -> AbstractContextManager[None]:
+        """A context in which the tensors of these units are on the device."""
+        return nullcontext() if self.stream is None else self.stream.resident(units)
+
+    def _auxiliary(self, site: Site, h: Tensor) -> nn.Module | None:
+        """The rule's module at a site, where it has one."""
+        with preserved_generators(self.device):
+            seed_generators(derive_seed(self._seed, "auxiliary", site.index), self.device)
+            auxiliary = self.rule.auxiliary(site, h, self.task)
+        if auxiliary is not None:
+            self.auxiliary[str(site.index)] = auxiliary.to(self.device)
+        return auxiliary
 
     def _probe(self, x: Tensor) -> list[Tensor]:
         """A sample of every block's output and of the logits, without touching running statistics."""
@@ -256,9 +294,46 @@ class Learner:
             units,
             ahead,
             parameters=[p for group in groups for p in group["params"]],
-            optimizer=self.factory(groups) if groups else None,
-            scaler=torch.amp.GradScaler(self.device.type, enabled=self._how["autocast"] == torch.float16),
+            optimizers=[self.factory(groups)] if groups else [],
+            scaler=self._scaler(),
         )
+
+    def _scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.device.type, enabled=self._how["autocast"] == torch.float16)
+
+    def groups_at(self, step: int) -> list[Group]:
+        """The groups in which a training step updates the blocks: `groups`, unless the rule joins some of them there.
+
+        Raises:
+            LayerwiseError: the rule asks for groups that are not neighbours of its own, joined.
+        """
+        blocks = len(self.network.blocks)
+        ranges = tuple(self.rule.groups_at(step // self._how["accumulate"], blocks))
+        if ranges not in self._groupings:
+            self._groupings[ranges] = self._joined(ranges)
+        return self._groupings[ranges]
+
+    def _joined(self, ranges: Sequence[range]) -> list[Group]:
+        """The groups, put together so that each begins where one of `ranges` does; optimizers stay what they are."""
+        units = [unit for group in self.groups for unit in group.units]
+        starts = [wanted.start for wanted in ranges]
+        own = [group.units[0].site.index for group in self.groups]
+        if not set(starts) <= set(own):
+            raise LayerwiseError(f"rule {self.rule.name!r} parts a group in some steps; it can only join neighbours.")
+        made = []
+        for wanted, stop in zip(ranges, [*starts[1:], len(units)], strict=True):
+            parts = [group for group, start in zip(self.groups, own, strict=True) if wanted.start <= start < stop]
+            group = Group(
+                units[wanted.start : stop],
+                ahead=units[stop : wanted.stop],
+                parameters=[p for part in parts for p in part.parameters],
+                optimizers=[optimizer for part in parts for optimizer in part.optimizers],
+                scaler=self._scaler(),
+            )
+            if group.scaler.is_enabled() and group.name in self._scalers:
+                group.scaler.load_state_dict(self._scalers[group.name])
+            made.append(group)
+        return made
 
     def step(self, x: Tensor, y: Tensor) -> Metrics:
         """Train on one batch: every block is updated once, while the batch passes through.
@@ -281,7 +356,7 @@ class Learner:
         with preserved_generators(self.device):
             seed_generators(derive_seed(self._how["seed"], "begin", step), self.device)
             h, message = self._begin(x, y, self._forward_with_draws)
-            h, message = self.engine.step(self.groups, h, message, y, step, trace)
+            h, message = self.engine.step(self.groups_at(step), h, message, y, step, trace)
         self.steps += 1
         self.skipped += self._pass_on(h, message, bool(trace.skipped))
         samples = len(x) * (1 if self.replicas is None else self.replicas.count)
@@ -301,14 +376,14 @@ class Learner:
         """
         tensors = [*self.network.parameters(), *self.network.buffers()]
         tensors += [*self.auxiliary.parameters(), *self.auxiliary.buffers()]
-        optimizers = [group.optimizer for group in self.groups if group.optimizer is not None]
+        optimizers = [optimizer for group in self.groups for optimizer in group.optimizers]
         with MemoryMeter(
             parameters=tensors,
             optimizer_state=lambda: optimizer_tensors(optimizers),
             device=self.device,
         ) as meter:
             metrics = self.step(x, y)
-        return metrics, meter.peak
+        return metrics, meter.peak if self.stream is None else self.stream.counted(meter.peak)
 
     def evaluate(self, x: Tensor, y: Tensor) -> Metrics:
         """The rule's scalars for one batch in evaluation mode; nothing is updated.
@@ -322,7 +397,8 @@ class Learner:
         with self.evaluating():
             h, message = self._begin(x, y, self.network)
             for group in self.groups:
-                _, h, message = self.engine.forward(group, h, message, y, None, trace)
+                with self._resident(group.units):
+                    _, h, message = self.engine.forward(group, h, message, y, None, trace)
             self._pass_on(h, message, skipped=False)
             apart = not self.rule.predicts_plainly() and not self.rule.predicts_at_head
             if apart and (logits := self._predicted(x)) is not None:
@@ -374,7 +450,8 @@ class Learner:
         self.network.eval()
         self.auxiliary.eval()
         try:
-            with torch.no_grad(), preserved_generators(self.device):
+            unchanging = nullcontext() if self.stream is None else self.stream.unchanging()
+            with torch.no_grad(), unchanging, preserved_generators(self.device):
                 # A rule that samples when it predicts (or makes negatives) gives the same answer each time.
                 seed_generators(derive_seed(self._how["seed"], "evaluation"), self.device)
                 yield
@@ -445,8 +522,8 @@ class Learner:
         return {
             names[parameter]: state
             for group in self.groups
-            if group.optimizer is not None
-            for parameter, state in group.optimizer.state.items()
+            for optimizer in group.optimizers
+            for parameter, state in optimizer.state.items()
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -456,17 +533,26 @@ class Learner:
             `model`: the model's own `state_dict`; `auxiliary`: the rule's modules; `optimizer`: state per
             parameter name; `gradients`: what has accumulated since the last update; `scaler`: one state
             per group; `rule`, `steps`, `skipped`. Tensors are not copied. A stage's own part, where there is one.
+            Streamed tensors are views of what the host or the file holds, right until the next step.
         """
-        return {
-            "model": held(self.network.state_dict()),
-            "auxiliary": self.auxiliary.state_dict(),
+        streamed = self.stream is not None
+        state = {
+            "model": held(self.network.state_dict(keep_vars=streamed)),
+            "auxiliary": self.auxiliary.state_dict(keep_vars=streamed),
             "optimizer": self.optimizer_states(),
             "gradients": {n: p.grad for n, p in self.named_parameters() if p.grad is not None},
-            "scaler": {group.name: group.scaler.state_dict() for group in self.groups},
+            "scaler": {g.name: g.scaler.state_dict() for groups in self._groupings.values() for g in groups},
             "rule": self.rule.name,
             "steps": self.steps,
             "skipped": self.skipped,
         }
+        return state if self.stream is None else self.stream.stored(state)
+
+    def unstream(self) -> None:
+        """Bring all streamed blocks to the device, for good: the model is an ordinary module again."""
+        if self.stream is not None:
+            self.stream.end()
+            self.stream, self._stream_to = None, ("none", self._stream_to[1])
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`; before the first step it is kept until the shapes are known.
@@ -484,22 +570,35 @@ class Learner:
         check_same_tensors(self.network.state_dict(), state["model"], "model")
         auxiliary = state["auxiliary"] if self.stage is None else self.stage.own(state["auxiliary"], self.auxiliary)
         check_same_tensors(self.auxiliary.state_dict(), auxiliary, "rule")
-        own = held(self.network.state_dict())
-        self.network.load_state_dict({name: state["model"][name] for name in own}, strict=False)
-        self.auxiliary.load_state_dict(auxiliary)
-        names = {parameter: name for name, parameter in self.named_parameters() if not parameter.is_meta}
-        for group in self.groups:
-            if group.optimizer is not None:
-                packed = group.optimizer.state_dict()
+        if self.stream is None:
+            self._load(self.groups, state, auxiliary)
+        for group in self.groups if self.stream is not None else ():
+            with self._resident(group.units):
+                self._load([group], state, auxiliary)
+            release_pages()
+        self._scalers = state["scaler"]
+        self._groupings = {ranges: groups for ranges, groups in self._groupings.items() if groups is self.groups}
+        self.steps, self.skipped = state["steps"], state["skipped"]
+
+    def _load(self, groups: Sequence[Group], state: Mapping[str, Any], auxiliary: Mapping[str, Tensor]) -> None:
+        """Take over what belongs to these groups, whose tensors are on the device."""
+        away = set() if self.stream is None else self.stream.away()
+        for module, given in ((self.network, state["model"]), (self.auxiliary, auxiliary)):
+            own = held(module.state_dict(keep_vars=True))
+            here = {name: given[name] for name, tensor in own.items() if id(tensor) not in away}
+            module.load_state_dict(here, strict=False)
+        names = {p: name for name, p in self.named_parameters() if not p.is_meta and id(p) not in away}
+        for group in groups:
+            for optimizer in group.optimizers:
+                packed = optimizer.state_dict()
                 found = [state["optimizer"].get(names[p]) for p in group.parameters]
                 packed["state"] = {i: s for i, s in enumerate(found) if s is not None}
-                group.optimizer.load_state_dict(copy.deepcopy(packed))  # torch would keep the given tensors
+                optimizer.load_state_dict(copy.deepcopy(packed))  # torch would keep the given tensors
             if group.scaler.is_enabled():
                 group.scaler.load_state_dict(state["scaler"][group.name])
         for parameter, name in names.items():
             gradient = state["gradients"].get(name)
             parameter.grad = None if gradient is None else gradient.to(parameter, copy=True)
-        self.steps, self.skipped = state["steps"], state["skipped"]
 
 
 def _with_own_code(run: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor], Tensor]:

@@ -21,6 +21,7 @@ from layerwise.flops import FlopMeter
 from layerwise.folders import check_options, drop_lines_after, new_folder, read_options
 from layerwise.graphs import Graph
 from layerwise.learner import Learner
+from layerwise.mapped import OnFile
 from layerwise.memory import MemoryUse
 from layerwise.models import GraphModelOptions, ModelOptions
 from layerwise.optim import Schedule
@@ -29,6 +30,7 @@ from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
 from layerwise.progress import Progress
 from layerwise.randomness import derive_seed, preserved_generators, seed_generators
+from layerwise.streaming import nearest_folder
 from layerwise.tasks import UNLABELLED
 
 
@@ -154,6 +156,7 @@ class Run:
         self.seconds = 0.0
         self.samples = 0
         self.memory: MemoryUse | None = None
+        self._measured: set[str] = set()
         self.flops: int | None = None
         self.last_val: dict[str, float] = {}
         self.notes = list(self.dataset.notes)
@@ -223,9 +226,13 @@ class Run:
     def _step(self, x: Tensor, y: Tensor) -> Any:
         meter = FlopMeter() if self.learner.steps == 0 else None
         with meter or contextlib.nullcontext():
-            # The second step's memory is measured: by then the optimizers have their state.
-            if self.learner.steps == min(1, self.total - 1):
-                metrics, self.memory = self.learner.measured_step(x, y)
+            # The second step's memory is measured: by then the optimizers have their state. So is that of the first
+            # step in which a rule joins groups; the larger one is told.
+            groups = " ".join(group.name for group in self.learner.groups_at(self.learner.steps))
+            if self.learner.steps >= min(1, self.total - 1) and groups not in self._measured:
+                self._measured.add(groups)
+                metrics, memory = self.learner.measured_step(x, y)
+                self.memory = max(self.memory or memory, memory, key=lambda use: use.peak)
             else:
                 metrics = self.learner.step(x, y)
         if meter is not None:
@@ -315,6 +322,7 @@ class Run:
             "seconds": self.seconds,
             "val": self.last_val,
             "memory": vars(self.memory) if self.memory else None,
+            "measured": sorted(self._measured),
             "flops": self.flops,
             "threads": torch.get_num_threads(),
             "options": to_mapping(self.options),
@@ -323,7 +331,8 @@ class Run:
         self._write(state)
 
     def _restore(self) -> None:
-        state, damaged = checkpoint.load_latest(self.folder / "checkpoints")
+        streamed = self.options.stream != "none"
+        state, damaged = checkpoint.load_latest(self.folder / "checkpoints", mapped=streamed)
         self.notes += damaged
         if state is not None:
             check_options(self.options, state["options"], self.folder)
@@ -331,6 +340,8 @@ class Run:
             self.learner.load_state_dict(state["learner"])
             self.samples, self.seconds, self.last_val = state["samples"], state["seconds"], state["val"]
             self.memory = MemoryUse(**state["memory"]) if state["memory"] else None
+            groups = [" ".join(group.name for group in self.learner.groups)] if self.memory else []
+            self._measured = set(state.get("measured", groups))
             self.flops = state.get("flops")  # not in the checkpoints of version 0.1.0
             if state["threads"] != torch.get_num_threads():
                 self.notes.append(
@@ -456,7 +467,9 @@ def build_learner(
     replicas: Replicas | None = None,
 ) -> Learner:
     """The learner of a run with `total` steps, before its first step."""
-    model = build_model(options.model, facts, options.seed, graph).to(device)
+    folder = Path(options.stream_folder or nearest_folder(Path(options.out or "runs")))
+    with OnFile(folder) if options.stream == "disk" else contextlib.nullcontext():
+        model = build_model(options.model, facts, options.seed, graph)
     example = torch.zeros(2, *facts.shape, device=device)
     updates = math.ceil(total / options.accumulate)
     return Learner(
@@ -481,6 +494,9 @@ def build_learner(
         example=example,
         stage=stage,
         replicas=replicas,
+        device=device,
+        stream=options.stream,
+        stream_folder=folder,
     )
 
 
@@ -514,7 +530,7 @@ def read_state(folder: Path) -> tuple[TrainOptions, dict[str, Any], list[str]]:
         LayerwiseError: the folder holds no run, or no checkpoint that can be read.
     """
     options = read_options(folder)
-    state, notes = checkpoint.load_latest(folder / "checkpoints")
+    state, notes = checkpoint.load_latest(folder / "checkpoints", mapped=options.stream != "none")
     if state is None:
         raise LayerwiseError(f"the run in {folder} has no checkpoint yet; train it first.")
     check_options(options, state["options"], folder)

@@ -22,7 +22,7 @@ class ValidateOptions:
 
     rule: str = "sll"
     """Rule to check."""
-    model: Literal["mlp", "vgg", "resnet", "vit", "sid_cascade"] = "mlp"
+    model: Literal["mlp", "vgg", "resnet", "vit", "sid_cascade", "noprop"] = "mlp"
     """Model to check it on."""
 
 
@@ -74,6 +74,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "resnet": {"width": 8},
     "vit": {"width": 24},
     "sid_cascade": {"width": 16},
+    "noprop": {"width": 4},
 }
 
 
@@ -118,14 +119,14 @@ def _isolated(learner: Learner, x: torch.Tensor, y: torch.Tensor) -> tuple[bool,
     leaks = []
     everything = dict(learner.named_parameters())
     for group in learner.groups:
-        if group.optimizer is not None:
+        for optimizer in group.optimizers:
             own = {id(p) for p in group.parameters}
 
             def look(*_: object, own: set[int] = own, name: str = group.name) -> None:
                 strangers = [n for n, p in everything.items() if p.grad is not None and id(p) not in own]
                 leaks.extend(f"{name} -> {n}" for n in strangers)
 
-            group.optimizer.register_step_pre_hook(look)
+            optimizer.register_step_pre_hook(look)
     learner.step(x, y)
     detail = f" (not so: {leaks[0]})" if leaks else ""
     return not leaks, f"no group's signal leaves a gradient in another group's parameters{detail}"

@@ -20,6 +20,7 @@ from layerwise.graphs import Graph
 from layerwise.models.base import BlockSequential, ModelOptions
 from layerwise.models.gnn import GAT, GCN, GraphModelOptions
 from layerwise.models.mlp import MLP
+from layerwise.models.noprop import NoProp
 from layerwise.models.resnet import ResNet
 from layerwise.models.sid_cascade import SIDCascade
 from layerwise.models.vgg import VGG
@@ -33,6 +34,7 @@ __all__ = [
     "BlockSequential",
     "GraphModelOptions",
     "ModelOptions",
+    "NoProp",
     "ResNet",
     "SIDCascade",
     "ViT",
@@ -46,6 +48,7 @@ _MODELS: dict[str, type[ModelOptions]] = {
     "gat": GAT,
     "gcn": GCN,
     "mlp": MLP,
+    "noprop": NoProp,
     "resnet": ResNet,
     "sid_cascade": SIDCascade,
     "vgg": VGG,
@@ -58,7 +61,7 @@ def names() -> tuple[str, ...]:
 
     Example:
         >>> names()
-        ('gat', 'gcn', 'mlp', 'resnet', 'sid_cascade', 'vgg', 'vit')
+        ('gat', 'gcn', 'mlp', 'noprop', 'resnet', 'sid_cascade', 'vgg', 'vit')
     """
     return tuple(_MODELS)
 

@@ -247,7 +247,7 @@ class PipelineRun(RankRun):
             self.outlet.end()
             Inlet(self.ranks, self.ranks.count - 1, DONE, torch.device("cpu")).receive()
         if self.inlet is not None:
-            self.inlet.receive()
+            self.inlet.end()
         if self.stage.last:
             done = [Outlet(self.ranks, rank, DONE, torch.device("cpu")) for rank in others]
             for outlet in done:

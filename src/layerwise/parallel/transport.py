@@ -227,6 +227,11 @@ class Prefetched:
         lane.room.release()
         return tree
 
+    def end(self) -> None:
+        """Take the None of every lane, after which nothing of the peer's is on its way."""
+        for _ in self.lanes:
+            self.receive()
+
 
 class Ranks:
     """The processes of a job: who this one is, and what became of the others.

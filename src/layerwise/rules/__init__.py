@@ -24,6 +24,8 @@ from layerwise.rules.interlocking import Interlocking
 from layerwise.rules.layer_collaboration import LayerCollaboration
 from layerwise.rules.local_ce import LocalCE
 from layerwise.rules.mono_forward import MonoForward
+from layerwise.rules.noprop import NoPropDT
+from layerwise.rules.periodic_guidance import PeriodicGuidance
 from layerwise.rules.predsim import PredSim
 from layerwise.rules.scalable_ff import ScalableFF
 from layerwise.rules.sid import SID, SIDCascade
@@ -43,11 +45,13 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     InfoPro,
     Interlocking,
     GradientReconciliation,
+    PeriodicGuidance,
     ForwardForward,
     LayerCollaboration,
     ScalableFF,
     CounterCurrent,
     GraphForward,
+    NoPropDT,
     Backprop,
     BackpropCheckpoint,
     BackpropOffload,
@@ -129,6 +133,8 @@ __all__ = [
     "LocalCE",
     "Moment",
     "MonoForward",
+    "NoPropDT",
+    "PeriodicGuidance",
     "PredSim",
     "Rule",
     "SIDCascade",

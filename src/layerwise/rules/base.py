@@ -151,6 +151,18 @@ class Rule:
         """
         return [range(i, i + 1) for i in range(blocks + 1)]
 
+    def groups_at(self, update: int, blocks: int) -> list[range]:
+        """The groups of one update: those of `groups`, or neighbours of them joined.
+
+        Where they are joined, one backward pass goes through all their blocks, and their optimizers step one after the
+        other. Evaluation keeps to `groups`.
+
+        Args:
+            update: number of the update, from 0; with `accumulate` batches for each.
+            blocks: number of blocks L.
+        """
+        return self.groups(blocks)
+
     def trains(self, site: Site) -> bool:
         """Whether the site's parameters learn; a group in which none does runs without a graph."""
         return True
