@@ -64,6 +64,7 @@ RECIPES = {  # recipe: folder and row that measured it
     "fashion_mnist": ("fashion_mlp", "sll"),
     "cifar10": ("cifar10_conv", "sll_4_overlap"),
     "cifar10_two_blocks": ("cifar10_conv", "sll_2_overlap"),
+    "cora": ("cora", "graph_forward_gcn"),
 }
 
 

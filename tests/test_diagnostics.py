@@ -191,7 +191,7 @@ def test_looking_changes_nothing(rule):
     assert all(p.grad is None for _, p in learner.named_parameters())
 
 
-@pytest.mark.parametrize("rule", [name for name in rules.names() if rules.get(name).model is None])
+@pytest.mark.parametrize("rule", [name for name in rules.names() if not rules.get(name).models])
 def test_every_rule_has_its_angles(rule):
     """After a step: the cosines are finite or None, and the table of layers is whole."""
     learner = Learner(net(), rule)

@@ -24,7 +24,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.size = None
         if len(given) == len(wanted) == 3:
-            self.size = list(wanted[1:]) if given[1:] != wanted[1:] else None
+            self.size = (wanted[1], wanted[2]) if given[1:] != wanted[1:] else None
             self.map: nn.Module = nn.Conv2d(given[0], wanted[0], 1, bias=False)
         elif given[:-1] == wanted[:-1]:
             self.map = nn.Linear(given[-1], wanted[-1], bias=False)
