@@ -137,8 +137,6 @@ MUTANTS = [
              "self._step(group, h, arrived(), step, trace)")], "test_data_parallel.py steps_while"),
     Mutant("all groups' gradients are alive", "engine.py",
            [("        self._step_reduced()\n        loss =", "        loss =")], "test_data_parallel.py steps_while"),
-    Mutant("gradients summed over replicas", "parallel/replicas.py",
-           [("flat /= self.count", "pass")], "test_data_parallel.py every_rule"),
     Mutant("a module held twice runs once", "blocks.py",
            [("in model._modules.items():", "in model.named_children():")],
            "test_blocks.py models_bits and shared"),
