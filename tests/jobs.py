@@ -30,8 +30,11 @@ def job(ranks, folder, words, of_rank=None, attempt=0, store=None):
     store = store or new_store()
     folder.mkdir(exist_ok=True)
     load("digits")  # imported once, here
+    context = multiprocessing.get_context("fork")
+    begin = context.Event()  # the store's thread must have nothing to do while this process is forked
 
     def child(rank):
+        begin.wait()
         os.environ |= {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
@@ -50,9 +53,10 @@ def job(ranks, folder, words, of_rank=None, attempt=0, store=None):
         sys.stderr.flush()
         os._exit(code or 0)
 
-    processes = [multiprocessing.get_context("fork").Process(target=child, args=(rank,)) for rank in range(ranks)]
+    processes = [context.Process(target=child, args=(rank,)) for rank in range(ranks)]
     for process in processes:
         process.start()
+    begin.set()
     try:
         yield processes
     finally:

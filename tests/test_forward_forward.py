@@ -125,7 +125,7 @@ def test_peer_normalisation_is_the_variance_of_the_running_mean():
     (at, *_), _ = watched(plain, x, y), peer.step(x, y)
     h = at["h_in"][: len(y)] @ model[0].weight.T
     mean = 0.1 * h.mean(0)
-    assert torch.allclose(peer.auxiliary["0"].mean.double(), mean.detach(), atol=1e-6)
+    assert torch.allclose(peer.auxiliary["0"].running_mean.double(), mean.detach(), atol=1e-6)
     (gradient,) = torch.autograd.grad(0.5 * (mean - mean.mean()).square().mean(), model[0].weight)
     moved = plain.network.model[0].weight - peer.network.model[0].weight
     assert torch.allclose(moved, 0.1 * gradient, atol=1e-6)

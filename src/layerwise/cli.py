@@ -191,7 +191,7 @@ def train(argv: list[str]) -> int:
     """`layerwise train`: train a network, or go on with a run."""
     from layerwise.folders import read_options
     from layerwise.options import TrainOptions
-    from layerwise.parallel import pipeline
+    from layerwise.parallel import data, pipeline
     from layerwise.training import Interrupted, Run
 
     command = shlex.join(["layerwise", "train", *argv])
@@ -209,10 +209,11 @@ def train(argv: list[str]) -> int:
     else:
         how = train_options(argv, "train", pipeline.TrainCommand)
         folder, options = None, TrainOptions(**{f.name: getattr(how, f.name) for f in fields(TrainOptions)})
-    if how.parallel == "pipeline":
-        return pipeline.train(how, options, command, folder, lambda *found: print(result_table(*found)))
+    if how.parallel != "none":
+        kind = {"pipeline": pipeline.PipelineRun, "data": data.DataRun}[how.parallel]
+        return pipeline.train(kind, how, options, command, folder, lambda *found: print(result_table(*found)))
     if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise LayerwiseError("torchrun has started several processes of the same run; add --parallel pipeline.")
+        raise LayerwiseError("torchrun has started several processes of the same run; add --parallel pipeline or data.")
     run = Run(options, command, folder)
     try:
         result = run.train()

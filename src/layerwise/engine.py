@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,15 @@ class Unit:
 
     def buffers(self) -> list[Tensor]:
         """Buffers of both."""
-        own = [buffer for _, buffer in self.block.named_buffers()]
-        return own + list(self.auxiliary.buffers() if self.auxiliary else [])
+        return [buffer for _, buffer in self._named_buffers()]
+
+    def running(self) -> list[Tensor]:
+        """Running statistics: the buffers that are called `running_...`, as torch's norms have it."""
+        named = self._named_buffers()
+        return [buffer for name, buffer in named if name.rpartition(".")[2].startswith("running_")]
+
+    def _named_buffers(self) -> list[tuple[str, Tensor]]:
+        return [*self.block.named_buffers(), *(self.auxiliary.named_buffers() if self.auxiliary else [])]
 
 
 @dataclass
@@ -58,6 +65,21 @@ class Group:
         return first if first == last else f"{first}..{last}"
 
 
+class Reducer(Protocol):
+    """Who averages over the processes that train the same blocks on other samples of the batch."""
+
+    def reduce(
+        self, parameters: Sequence[nn.Parameter], running: Sequence[Tensor], loss: Tensor
+    ) -> Callable[[], Tensor]:
+        """Start to average gradients and running statistics.
+
+        Returns:
+            A function that waits until the averages are in place, and gives a number that is finite where the loss is
+            finite everywhere.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Execution:
     """How blocks are run and updated; the same for every rule."""
@@ -70,6 +92,7 @@ class Execution:
     accumulate: int = 1
     nonfinite: Literal["raise", "skip"] = "raise"
     seed: int = 0
+    replicas: Reducer | None = None
 
 
 @dataclass
@@ -128,6 +151,8 @@ class Engine:
     ):
         self.rule = rule
         self.how = execution
+        self._reduced: Callable[[], None] | None = None
+        """The step of the group whose gradients are being averaged over the replicas."""
         self.resident = resident
 
     def forward(
@@ -193,6 +218,7 @@ class Engine:
             sent_back = (Signal(cotangent=trunk.gradient), trunk.out)
             with self.resident(trunk.group.units):
                 self._learn(trunk.group, trunk.h, [*trunk.signals, sent_back], step, trace)
+        self._step_reduced()
         return h, message
 
     def update(
@@ -232,10 +258,27 @@ class Engine:
             return self.forward(group, h, message, y, step, trace)
 
     def _learn(self, group: Group, h: Tensor, signals: list[tuple[Signal, Tensor]], step: int, trace: Trace) -> None:
-        """Backward, and the optimizer's step where enough batches have accumulated."""
+        """Backward, and the optimizer's step where enough batches have accumulated.
+
+        With replicas the step comes when their gradients have, while the next group runs forward; before its backward
+        pass at the latest, so that never more than one group's gradients are alive.
+        """
+        self._step_reduced()
         loss = self._backward(group, h, signals)
-        if (step + 1) % self.how.accumulate == 0:
+        if (step + 1) % self.how.accumulate:
+            return
+        if self.how.replicas is None:
             self._step(group, h, loss, step, trace)
+            return
+        running = [buffer for unit in group.units for buffer in unit.running()]
+        arrived = self.how.replicas.reduce(group.parameters, running, loss)
+        self._reduced = lambda: self._step(group, h, arrived(), step, trace)
+
+    def _step_reduced(self) -> None:
+        """The step of the group whose gradients are on their way, if there is one."""
+        waiting, self._reduced = self._reduced, None
+        if waiting is not None:
+            waiting()
 
     def run(self, unit: Unit, h: Tensor, message: Any, step: int | None) -> Tensor:
         """Run one block under its own random draws of this step."""

@@ -18,6 +18,7 @@ from layerwise.errors import LayerwiseError, suggestion
 from layerwise.mapped import release_pages
 from layerwise.memory import MemoryMeter, MemoryUse, optimizer_tensors
 from layerwise.optim import OptimizerFactory, Schedule, decay_groups, optimizer_factory
+from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
 from layerwise.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.rules.base import Rule, Site, Start, check_words
@@ -34,7 +35,7 @@ class Metrics:
 
     Attributes:
         step: number of the step, from 0.
-        samples: size of the batch.
+        samples: size of the batch, the shares of all replicas together.
         blocks: per block name (and `"head"`), the rule's scalars, such as `loss` and `accuracy`.
         skipped: names of the groups whose update was skipped (`nonfinite="skip"`).
     """
@@ -107,6 +108,8 @@ class Learner:
         blocks: number of blocks, see `partition`.
         example: one batch of inputs; builds everything now instead of at the first step.
         stage: the part of the network that this process runs, as one of several ranks; all of it if not given.
+        replicas: the processes that train the same blocks, each on its share of every batch; none if not given. Draws
+            then depend on the replica too, but those of the initial weights, which are the first one's.
         device: where blocks run; where the model's parameters are if not given.
         stream: `"host"` or `"disk"` keeps parameters and optimizer state there, and on the device only those of the
             groups that are about to run; `unstream` brings them back. Until then the model's own tensors show nothing.
@@ -147,12 +150,13 @@ class Learner:
         blocks: int | None = None,
         example: Tensor | None = None,
         stage: Stage | None = None,
+        replicas: Replicas | None = None,
         device: torch.device | str | None = None,
         stream: Where = "none",
         stream_folder: str | Path | None = None,
     ):
         _check_options(clip, accumulate, precision, nonfinite)
-        check_stream(stream, stage, compile)
+        check_stream(stream, stage or replicas, compile)
         self.rule = rules.create(rule) if isinstance(rule, str) else rule
         check_words(self.rule)
         self.network: Partition = partition(model, cuts, blocks=blocks, example=example)
@@ -177,11 +181,14 @@ class Learner:
             "clip": clip,
             "accumulate": accumulate,
             "nonfinite": nonfinite,
-            "seed": seed,
+            # The first replica draws what one process would; the others must not drop the same units as it does.
+            "seed": derive_seed(seed, "replica", replicas.rank) if replicas is not None and replicas.rank else seed,
+            "replicas": replicas,
         }
+        self._seed = seed
         Classification(1, label_smoothing)  # refuses a wrong value now; the number of classes is known later
         self.label_smoothing = label_smoothing
-        self.stage = stage
+        self.stage, self.replicas = stage, replicas
         self._stream_to: tuple[Where, Path] = stream, Path(stream_folder or tempfile.gettempdir())
         self.stream: Stream | None = None
         self.steps = 0
@@ -239,6 +246,10 @@ class Learner:
             backend = self._compile if isinstance(self._compile, str) else "inductor"
             for block in blocks:
                 block.run = torch.compile(_with_own_code(block.run, block.name), backend=backend)
+        if self.replicas is not None:
+            found = [*self.network.parameters(), *self.network.buffers()]
+            found += [*self.auxiliary.parameters(), *self.auxiliary.buffers()]
+            self.replicas.copy_from_first(tensor for tensor in found if not tensor.is_meta)
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self.load_state_dict(pending)
@@ -250,7 +261,7 @@ class Learner:
     def _auxiliary(self, site: Site, h: Tensor) -> nn.Module | None:
         """The rule's module at a site, where it has one."""
         with preserved_generators(self.device):
-            seed_generators(derive_seed(self._how["seed"], "auxiliary", site.index), self.device)
+            seed_generators(derive_seed(self._seed, "auxiliary", site.index), self.device)
             auxiliary = self.rule.auxiliary(site, h, self.task)
         if auxiliary is not None:
             self.auxiliary[str(site.index)] = auxiliary.to(self.device)
@@ -348,7 +359,15 @@ class Learner:
             h, message = self.engine.step(self.groups_at(step), h, message, y, step, trace)
         self.steps += 1
         self.skipped += self._pass_on(h, message, bool(trace.skipped))
-        return Metrics(step, len(x), trace.metrics, tuple(trace.skipped), trace.finite)
+        samples = len(x) * (1 if self.replicas is None else self.replicas.count)
+        return Metrics(step, samples, trace.metrics, tuple(trace.skipped), trace.finite)
+
+    def average(self) -> None:
+        """Average over the replicas what an unfinished update has accumulated; afterwards all hold the same bits."""
+        for group in self.groups:
+            if self.replicas is not None and group.parameters:
+                running = [buffer for unit in group.units for buffer in unit.running()]
+                self.replicas.reduce(group.parameters, running, torch.zeros((), device=self.device))()
 
     def measured_step(self, x: Tensor, y: Tensor) -> tuple[Metrics, MemoryUse]:
         """One `step` under the memory meter: exact bytes, on the CPU at a few times the step's duration.

@@ -6,7 +6,7 @@ import math
 import shlex
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from layerwise.memory import MemoryUse
 from layerwise.models import GraphModelOptions, ModelOptions
 from layerwise.optim import Schedule
 from layerwise.options import TrainOptions, model_name, to_mapping
+from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
 from layerwise.progress import Progress
 from layerwise.randomness import derive_seed, preserved_generators, seed_generators
@@ -128,13 +129,19 @@ class Run:
         command: the command line, for the record.
         resume: folder of a run to go on with; the options are then the run's own.
         stage: the part of the network that this process trains; all of it if not given.
+        replicas: the processes that train the same blocks on their share of every batch; none if not given.
 
     Raises:
         LayerwiseError: any mistake in the options or the data; nothing is written then.
     """
 
     def __init__(
-        self, options: TrainOptions, command: str = "", resume: Path | None = None, stage: Stage | None = None
+        self,
+        options: TrainOptions,
+        command: str = "",
+        resume: Path | None = None,
+        stage: Stage | None = None,
+        replicas: Replicas | None = None,
     ):
         self.options, self.command = options, command
         if options.threads is not None:
@@ -144,7 +151,7 @@ class Run:
         self.train_batches, self.val_batches, self.test_batches = split_batches(options, self.dataset, self.device)
         self.total = options.steps or options.epochs * len(self.train_batches)
         self.facts = Facts.of(self.dataset)
-        self.learner = build_learner(options, self.facts, self.device, self.total, stage, self.dataset.graph)
+        self.learner = build_learner(options, self.facts, self.device, self.total, stage, self.dataset.graph, replicas)
         next(self._batches(0))  # data that cannot be read are told of before anything is written
         self.seconds = 0.0
         self.samples = 0
@@ -191,7 +198,7 @@ class Run:
             for x, y in self._batches(self.learner.steps):
                 metrics = self._step(x, y)
                 step = self.learner.steps
-                self.samples += len(x)
+                self.samples += metrics.samples
                 self.seconds = saved + time.perf_counter() - started
                 if step % options.log_every == 0 or step % per_epoch == 0 or step == self.total:
                     values = self._of_all_blocks(metrics.read())
@@ -395,6 +402,11 @@ def evaluate(learner: Learner, batches: data.Batches) -> dict[str, float]:
     Returns:
         `"<block>/<scalar>"` to value; `head/accuracy` and `head/loss` always.
     """
+    return mean_of([totals(learner, batches)])
+
+
+def totals(learner: Learner, batches: data.Batches) -> tuple[dict[str, float], int]:
+    """Sums over samples of the rule's scalars per block, and the number of samples."""
     sums: dict[str, Tensor] = {}
     count = 0
     for x, y in batches.epoch(0):
@@ -404,7 +416,14 @@ def evaluate(learner: Learner, batches: data.Batches) -> dict[str, float]:
                 key = f"{block}/{name}"
                 sums[key] = sums.get(key, 0.0) + value.double() * len(x)
         count += len(x)
-    return {key: float(value) / count for key, value in sums.items()}
+    return {key: float(value) for key, value in sums.items()}, count
+
+
+def mean_of(parts: Sequence[tuple[dict[str, float], int]]) -> dict[str, float]:
+    """Means over all samples, out of the totals of parts of a data set."""
+    count = sum(samples for _, samples in parts)
+    names = {name: None for sums, _ in parts for name in sums}  # in their order
+    return {name: sum(sums.get(name, 0.0) for sums, _ in parts) / count for name in names}
 
 
 def load_data(options: TrainOptions) -> data.Dataset:
@@ -445,6 +464,7 @@ def build_learner(
     total: int,
     stage: Stage | None = None,
     graph: Graph | None = None,
+    replicas: Replicas | None = None,
 ) -> Learner:
     """The learner of a run with `total` steps, before its first step."""
     folder = Path(options.stream_folder or nearest_folder(Path(options.out or "runs")))
@@ -473,6 +493,7 @@ def build_learner(
         blocks=options.blocks,
         example=example,
         stage=stage,
+        replicas=replicas,
         device=device,
         stream=options.stream,
         stream_folder=folder,

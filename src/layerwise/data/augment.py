@@ -4,6 +4,7 @@ Every draw is made on the host, so that the same generator gives the same batch 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
@@ -11,23 +12,39 @@ from torch import Generator, Tensor
 from layerwise.errors import LayerwiseError, suggestion
 
 
-def flip(images: Tensor, generator: Generator) -> Tensor:
+@dataclass(frozen=True)
+class Share:
+    """One of `count` equal parts of a batch. Its draws are those of the whole batch for its samples."""
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The part in the last dimension; where the parts cannot be equal, the first ones are larger by one."""
+        return tensor.tensor_split(self.count, dim=-1)[self.index]
+
+
+WHOLE = Share()
+
+
+def flip(images: Tensor, generator: Generator, share: Share = WHOLE) -> Tensor:
     """Mirror each image left to right with probability 1/2.
 
     Args:
         images: (B, C, H, W), any dtype.
-        generator: host generator that the B draws are taken from.
+        generator: host generator that the draws are taken from.
+        share: the part of the batch that the images are; default all of it.
 
     >>> images = torch.arange(4, dtype=torch.uint8).view(1, 1, 2, 2).repeat(8, 1, 1, 1)
     >>> out = flip(images, Generator().manual_seed(0))
     >>> sorted({tuple(image.flatten().tolist()) for image in out})
     [(0, 1, 2, 3), (1, 0, 3, 2)]
     """
-    mirrored = torch.rand(len(images), generator=generator) < 0.5
+    mirrored = share.of(torch.rand(len(images) * share.count, generator=generator)) < 0.5
     return torch.where(_on(images, mirrored)[:, None, None, None], images.flip(3), images)
 
 
-def crop(images: Tensor, generator: Generator) -> Tensor:
+def crop(images: Tensor, generator: Generator, share: Share = WHOLE) -> Tensor:
     """Pad each image with its own reflection and cut a window of its own size at a random place.
 
     The padding is `max(1, H // 8)` pixels on all four sides (4 for 32x32), all shifts are equally likely. A black
@@ -37,13 +54,15 @@ def crop(images: Tensor, generator: Generator) -> Tensor:
     Args:
         images: (B, C, H, W), any dtype.
         generator: host generator that the draws are taken from.
+        share: the part of the batch that the images are; default all of it.
 
     >>> crop(torch.ones(2, 3, 32, 32, dtype=torch.uint8), Generator().manual_seed(0)).shape
     torch.Size([2, 3, 32, 32])
     """
     count, channels, height, width = images.shape
     pad = max(1, height // 8)
-    shift = _on(images, torch.randint(2 * pad + 1, (2, count), generator=generator)) - pad
+    draws = torch.randint(2 * pad + 1, (2, count * share.count), generator=generator)
+    shift = _on(images, share.of(draws)) - pad
     rows = _reflected(shift[0, :, None] + torch.arange(height, device=images.device), height)
     columns = _reflected(shift[1, :, None] + torch.arange(width, device=images.device), width)
     # One gather on flattened planes: five times as fast as indexing with four index tensors.
@@ -58,7 +77,7 @@ def _reflected(places: Tensor, size: int) -> Tensor:
     return (last - (last - places.abs()).abs()).clamp(0, last)
 
 
-def cutout(images: Tensor, generator: Generator) -> Tensor:
+def cutout(images: Tensor, generator: Generator, share: Share = WHOLE) -> Tensor:
     """Set a square of each image to zero (DeVries & Taylor 2017, https://arxiv.org/abs/1708.04552).
 
     The side of the square is `max(1, H // 2)` (16 for 32x32); its centre is any pixel, and what falls outside the
@@ -67,6 +86,7 @@ def cutout(images: Tensor, generator: Generator) -> Tensor:
     Args:
         images: (B, C, H, W), any dtype.
         generator: host generator that the draws are taken from.
+        share: the part of the batch that the images are; default all of it.
 
     >>> out = cutout(torch.ones(1, 1, 8, 8), Generator().manual_seed(0))
     >>> 4 <= int((out == 0).sum()) <= 16
@@ -74,8 +94,9 @@ def cutout(images: Tensor, generator: Generator) -> Tensor:
     """
     count, _, height, width = images.shape
     side = max(1, height // 2)
-    centre = torch.stack([torch.randint(edge, (count,), generator=generator) for edge in (height, width)])
-    start = _on(images, centre)[:, :, None] - side // 2
+    whole = count * share.count
+    centre = torch.stack([torch.randint(edge, (whole,), generator=generator) for edge in (height, width)])
+    start = _on(images, share.of(centre))[:, :, None] - side // 2
     rows = torch.arange(height, device=images.device) - start[0]
     columns = torch.arange(width, device=images.device) - start[1]
     hole = ((rows >= 0) & (rows < side))[:, :, None] & ((columns >= 0) & (columns < side))[:, None, :]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Generator, Tensor
 
-from layerwise.data.augment import AUGMENTATIONS, check_augmentations
+from layerwise.data.augment import AUGMENTATIONS, WHOLE, Share, check_augmentations
 from layerwise.data.sources import Source
 from layerwise.errors import LayerwiseError
 from layerwise.randomness import derive_seed
@@ -84,6 +84,7 @@ class Batches:
         self.drop_last = drop_last
         self.channels_last = channels_last
         self.labels_only = False
+        self.part = WHOLE
         # (pixel / 255 - mean) / std as one multiplication and one addition.
         spread = torch.tensor(std, dtype=torch.float64)
         self._scale = (1 / (255 * spread)).float().view(-1, 1, 1).to(self.device)
@@ -99,6 +100,15 @@ class Batches:
         other = copy.copy(self)
         other.source = self.source.without_images()
         other.labels_only = True
+        return other
+
+    def share(self, index: int, count: int) -> "Batches":
+        """Of the same batches, part `index` of `count`: the very images that the whole batches hold there.
+
+        Parts of a batch that `count` does not divide differ by one sample; empty ones are left out.
+        """
+        other = copy.copy(self)
+        other.part = Share(index, count)
         return other
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -120,7 +130,8 @@ class Batches:
         if self.shuffle:
             order = torch.randperm(len(self.source), generator=self._generator("order", epoch))
         order = order.to(self.source.labels.device)
-        wanted = order.split(self.batch_size)[start : len(self)]
+        wanted = [self.part.of(batch) for batch in order.split(self.batch_size)[start : len(self)]]
+        wanted = [batch for batch in wanted if len(batch)]
         if self.labels_only:
             for indices in wanted:
                 labels = self.source.labels[indices].to(self.device, non_blocking=True)
@@ -131,7 +142,7 @@ class Batches:
             if self.augment:
                 generator = self._generator("augment", epoch, index)
                 for name in self.augment:
-                    images = AUGMENTATIONS[name](images, generator)
+                    images = AUGMENTATIONS[name](images, generator, self.part)
             layout = torch.channels_last if self.channels_last else torch.contiguous_format
             x = images.to(torch.float32, memory_format=layout).mul_(self._scale).add_(self._shift)
             yield x, labels.to(self.device, non_blocking=True)

@@ -31,8 +31,9 @@ from layerwise.training import Facts, Interrupted, Run, pick_device
 class ParallelOptions:
     """How the processes of one run share the work; none of it changes the result."""
 
-    parallel: Literal["none", "pipeline"] = "none"
-    """none | pipeline (blocks on several ranks, messages forward only; start it with torchrun)."""
+    parallel: Literal["none", "pipeline", "data"] = "none"
+    """none | pipeline (blocks on several ranks, messages forward only) | data (all blocks on every rank, gradients
+    averaged); start it with torchrun."""
     stages: str | None = None
     """Groups of blocks per rank, such as 3,3; balanced by their floating-point operations if not given."""
     timeout: float = 300.0
@@ -68,7 +69,56 @@ def joined_runs(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**states[-1], "learner": joined([state["learner"] for state in states])}
 
 
-class PipelineRun(Run):
+class RankRun(Run):
+    """One rank's part of a run. One of the ranks writes the folder."""
+
+    ranks: Ranks
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank writes the folder, and speaks for all."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """The end, on all ranks together: nobody leaves before everything is written."""
+        raise NotImplementedError
+
+    def _begun(self, options: TrainOptions, resume: Path | None) -> Path | None:
+        """The run to go on with: a restart goes on with what its job has begun, whose folder one rank knows."""
+        if resume is not None:
+            return resume
+        found = folder_of_restarted(options) if self.writes else None
+        words = self.ranks.agree(None, word=found and str(found.resolve()))
+        return next((Path(word) for word in words if word), None)
+
+    def _device(self) -> torch.device:
+        return self.ranks.device
+
+    def _open(self, resume: Path | None) -> Path:
+        # Nothing is written before all ranks are ready for the same run.
+        self.ranks.agree(None, {"data": digest(self.dataset), "options": to_mapping(self.options)})
+        if self.writes:
+            return super()._open(resume)
+        return resume or Path(self.options.out or ".")
+
+    def _new_folder(self) -> Path:
+        folder = super()._new_folder()
+        mark(folder)
+        return folder
+
+    def _progress(self, per_epoch: int) -> Progress:
+        return Progress(self.total, per_epoch, self._title(), quiet=not self.writes)
+
+    @contextlib.contextmanager
+    def _logs(self) -> Iterator[Any]:
+        if self.writes:
+            with super()._logs() as log:
+                yield log
+        else:
+            yield lambda values: None
+
+
+class PipelineRun(RankRun):
     """One rank's part of a run. The last rank, where the head is, writes the folder; all write the checkpoints.
 
     Everything travels forward: batches, the figures of the log behind them, and the word to stop, which is the first
@@ -82,11 +132,7 @@ class PipelineRun(Run):
         self.ranks, self._write_part = ranks, parts.save
         self.stage = Stage(ranks.rank, ranks.count, how.counts())
         try:
-            if resume is None:  # a restart goes on with what its job has begun; the last rank knows the folder
-                found = folder_of_restarted(options) if self.stage.last else None
-                found = ranks.agree(None, word=found and str(found.resolve()))[-1]
-                resume = found and Path(found)
-            super().__init__(options, command, resume, self.stage)
+            super().__init__(options, command, self._begun(options, resume), self.stage)
             folder = ranks.agree(None, {"checkpoint": self.learner.steps}, str(self.folder.resolve()))[-1]
             if not self.stage.last:
                 self.folder = Path(folder)
@@ -131,39 +177,18 @@ class PipelineRun(Run):
 
     # What differs from a run in one process.
 
-    def _device(self) -> torch.device:
-        return self.ranks.device
-
-    def _open(self, resume: Path | None) -> Path:
-        # Nothing is written before all ranks are ready for the same run.
-        self.ranks.agree(None, {"data": digest(self.dataset), "options": to_mapping(self.options)})
-        if self.stage.last:
-            return super()._open(resume)
-        return resume or Path(self.options.out or ".")
-
-    def _new_folder(self) -> Path:
-        folder = super()._new_folder()
-        mark(folder)
-        return folder
+    @property
+    def writes(self) -> bool:
+        """The last rank does, where the head is."""
+        return self.stage.last
 
     def _restore(self) -> None:
         super()._restore()
         if not self.stage.last:
             self.memory = self.flops = None  # the last rank's are those of all
 
-    def _progress(self, per_epoch: int) -> Progress:
-        return Progress(self.total, per_epoch, self._title(), quiet=not self.stage.last)
-
     def _title(self) -> str:
         return f"{super()._title()} · {self.ranks.count} ranks: {', '.join(self.stage.blocks)}"
-
-    @contextlib.contextmanager
-    def _logs(self) -> Iterator[Any]:
-        if self.stage.last:
-            with super()._logs() as log:
-                yield log
-        else:
-            yield lambda values: None
 
     def _step(self, x: torch.Tensor, y: torch.Tensor) -> Any:
         if self.stage.first:
@@ -252,13 +277,19 @@ def digest(dataset: Dataset) -> str:
 
 
 def train(
-    how: ParallelOptions, options: TrainOptions, command: str, resume: Path | None, show: Callable[[Any, Path], None]
+    kind: Callable[[Ranks, ParallelOptions, TrainOptions, str, Path | None], RankRun],
+    how: ParallelOptions,
+    options: TrainOptions,
+    command: str,
+    resume: Path | None,
+    show: Callable[[Any, Path], None],
 ) -> int:
-    """One rank of `layerwise train --parallel pipeline`; returns the exit code.
+    """One rank of `layerwise train --parallel ...`; returns the exit code.
 
     Where it fails, the process ends here: a thread may wait for a rank that is gone, and nobody is to wait for that.
 
     Args:
+        kind: of the run.
         how: of the ranks.
         options: of the run.
         command: for the record.
@@ -268,16 +299,16 @@ def train(
     ranks = Ranks(how.timeout, pick_own_device(options.device))
 
     def work() -> int:
-        run = PipelineRun(ranks, how, options, command, resume)
+        run = kind(ranks, how, options, command, resume)
         try:
             result = run.train()
         except Interrupted as stop:
-            if run.stage.last:
+            if run.writes:
                 print(f"layerwise: {stop}", file=sys.stderr)
             run.close()
             return 128 + stop.signum
         run.close()
-        if run.stage.last:
+        if run.writes:
             show(result, run.folder)
         return 0
 

@@ -248,8 +248,8 @@ class Ranks:
         for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
                 raise LayerwiseError(
-                    "--parallel pipeline needs several processes; start it with torchrun --nproc-per-node N -m "
-                    "layerwise train --parallel pipeline ..."
+                    "--parallel needs several processes; start it with torchrun --nproc-per-node N -m layerwise train "
+                    "--parallel ..."
                 )
         self.limit = datetime.timedelta(seconds=timeout)
         # NCCL refuses two ranks on one device; messages then go over the host.

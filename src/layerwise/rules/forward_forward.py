@@ -29,16 +29,16 @@ class Layer(nn.Module):
         super().__init__()
         self.classes, self.spatial = classes, h.dim() > 2
         self.readout = nn.Linear(pool_vectors(h, "auto", per_position=False).shape[-1], classes) if reads else None
-        self.register_buffer("mean", torch.zeros(h.shape[1:]) if peers else None)
+        self.register_buffer("running_mean", torch.zeros(h.shape[1:]) if peers else None)
 
-    mean: Tensor | None
+    running_mean: Tensor | None
 
     def peer_loss(self, h: Tensor, training: bool) -> Tensor:
         """Variance over the units of their running mean activity, `h` `(B, ...)` included."""
-        assert self.mean is not None
-        mean = 0.9 * self.mean + 0.1 * h.float().mean(0)
+        assert self.running_mean is not None
+        mean = 0.9 * self.running_mean + 0.1 * h.float().mean(0)
         if training:
-            self.mean.copy_(mean.detach())
+            self.running_mean.copy_(mean.detach())
         return (mean - mean.mean()).square().mean()
 
 

@@ -1,0 +1,126 @@
+"""Replicas: processes that hold the same blocks and train them on different samples of one batch."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from layerwise.errors import LayerwiseError
+from layerwise.parallel.pulse import Pulse
+from layerwise.parallel.transport import Ranks
+
+
+class Replicas:
+    r"""The processes that hold the same blocks, each with its share of every batch.
+
+    With N replicas and shares of B / N samples, the mean of their gradients is the gradient of the mean loss over the
+    B samples:
+
+    $$\frac1N \sum_{r=1}^{N} \nabla \frac{N}{B} \sum_{i \in \text{share } r} \ell_i = \nabla \frac1B \sum_i \ell_i$$
+
+    Give it to a `Learner`, whose `step` then takes this rank's share; all replicas call it equally often.
+
+    Args:
+        ranks: the processes of the job.
+
+    Attributes:
+        rank: this one's number among the replicas.
+        count: how many there are.
+    """
+
+    def __init__(self, ranks: Ranks):
+        self.ranks, self.pulse = ranks, Pulse(ranks)
+        self.rank, self.count = ranks.rank, ranks.count
+
+    def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite tensors with those of the first replica."""
+        self.ranks.agree(None)  # a rank that has not come so far says why
+        for tensor in tensors:
+            with self.pulse.watching():
+                dist.broadcast(tensor.detach(), src=0)
+
+    def reduce(
+        self, parameters: Sequence[nn.Parameter], running: Sequence[Tensor], loss: Tensor
+    ) -> Callable[[], Tensor]:
+        """Start to average gradients and running statistics over the replicas, in one flat bucket per type.
+
+        Args:
+            parameters: those whose gradients are averaged; these live in the bucket from now on.
+            running: running statistics, written when the averages have arrived.
+            loss: a scalar, of which only matters whether it is finite.
+
+        Returns:
+            A function that waits for the averages, puts them in place, and gives 0, or NaN where the loss of any
+            replica was not finite: the same everywhere, as is all that was averaged.
+        """
+        learned = [p for p in parameters if p.grad is not None]
+        sources: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in [*learned, *running]:
+            sources.setdefault(tensor.dtype, []).append(tensor)
+        sent = []
+        for dtype, targets in sources.items() or [(torch.float32, [])]:
+            flat = torch.empty(sum(t.numel() for t in targets) + 1, dtype=dtype, device=loss.device)
+            flat[-1] = loss * 0
+            parts = flat[:-1].split([t.numel() for t in targets])
+            # In the order of the parameter's own memory, as fused optimizers want it.
+            views = [part.as_strided(t.shape, t.stride()) for part, t in zip(parts, targets, strict=True)]
+            for view, target in zip(views, targets, strict=True):
+                if isinstance(target, nn.Parameter):
+                    assert target.grad is not None
+                    view.copy_(target.grad)
+                    target.grad = None
+                else:
+                    view.copy_(target)
+            flat /= self.count
+            with self.pulse.watching():
+                sent.append((dist.all_reduce(flat, async_op=True), flat, views, targets))
+
+        def arrived() -> Tensor:
+            flag = torch.zeros((), device=loss.device)
+            for work, flat, views, targets in sent:
+                self._wait(work, flat)
+                flag = flag + flat[-1]
+                for view, target in zip(views, targets, strict=True):
+                    if isinstance(target, nn.Parameter):
+                        target.grad = view
+                    else:
+                        target.copy_(view)
+            return flag
+
+        return arrived
+
+    def largest(self, value: int) -> Callable[[], int]:
+        """Start to look for the largest of the replicas' numbers; gives a function that waits for it."""
+        found = torch.tensor([value])
+        with self.pulse.watching():
+            work = dist.all_reduce(found, op=dist.ReduceOp.MAX, async_op=True)
+
+        def arrived() -> int:
+            self._wait(work, found)
+            return int(found)
+
+        return arrived
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every replica gives, in their order; waits for all of them."""
+        found: list[Any] = [None] * self.count
+        with self.pulse.watching():
+            dist.all_gather_object(found, value)
+        return found
+
+    def _wait(self, work: Any, tensor: Tensor) -> None:
+        with self.pulse.watching():
+            # With a limit NCCL's wait would hold the host up; its own watchdog keeps the group's limit.
+            work.wait(*([] if tensor.is_cuda else [self.ranks.limit]))
+
+
+def check_shares(batch_size: int, count: int) -> None:
+    """Raise LayerwiseError unless a batch can be cut into equal shares: the loss is the mean over all its samples."""
+    if batch_size % count:
+        lower, upper = batch_size // count * count, -(-batch_size // count) * count
+        raise LayerwiseError(
+            f"{count} replicas cannot share a batch of {batch_size} samples equally; use --batch-size "
+            f"{f'{lower} or {upper}' if lower else upper}."
+        )
