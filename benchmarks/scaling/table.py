@@ -1,7 +1,5 @@
 """Write table.md and environment.txt out of raw/scaling.json."""
 
-# ruff: noqa: E501 - the sentences of the table
-
 import json
 from pathlib import Path
 
