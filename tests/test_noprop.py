@@ -94,17 +94,17 @@ def test_a_schedule_rises_and_tells_its_slope(schedule):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_schedule_ends_where_discrete_time_of_ten_steps_does(schedule):
-    share = schedule(torch.tensor([[0.0], [1.0]], dtype=torch.float64))[0].sigmoid()
-    assert share[1].item() == pytest.approx(signal_share(10, 10), rel=1e-6)
+def test_a_schedule_ends_where_it_should(schedule):
+    log_snr = schedule(torch.tensor([[0.0], [1.0]], dtype=torch.float64))[0]
+    assert log_snr[1].item() == pytest.approx(3, rel=1e-6)
     if schedule in SCHEDULES[:2]:  # how noisy it begins is learned
-        assert share[0].item() == pytest.approx(signal_share(0, 10), rel=1e-5)
+        assert log_snr[0].item() == pytest.approx(-3, rel=1e-5)
 
 
-def test_the_cosine_in_continuous_time_goes_through_the_steps():
-    t = torch.arange(11.0, dtype=torch.float64)[:, None] / 10
-    expected = torch.tensor([signal_share(i, 10) for i in range(11)], dtype=torch.float64)
-    assert torch.allclose(CosineSchedule()(t)[0].sigmoid()[:, 0], expected)
+def test_the_angle_of_the_cosine_rises_evenly():
+    t = torch.linspace(0, 1, 11, dtype=torch.float64)[:, None]
+    angle = CosineSchedule()(t)[0].sigmoid().sqrt().asin()[:, 0]
+    assert torch.allclose(angle.diff(), angle.diff()[:1])
 
 
 def test_the_divergence_from_the_prior_is_that_of_the_normals():
@@ -175,7 +175,7 @@ def test_a_perfect_label_costs_nothing_in_continuous_time_but_the_divergence(sch
     learner = made("noprop_ct", schedule=schedule)
     answer(monkeypatch, learner, lambda z, x, t: z.sum() * 0 + 100 * HOT)
     told = learner.step(X, Y).read()
-    first = torch.tensor(signal_share(0, 10))
+    first = torch.tensor(-3.0).sigmoid()
     divergence = prior_divergence(HOT, first).mean().item() if schedule == "learned" else 0.0
     assert told["block1/loss"] == pytest.approx(divergence, rel=1e-4, abs=1e-7)
 
@@ -189,8 +189,9 @@ def test_the_loss_in_continuous_time_is_the_distance_times_the_rise_of_the_ratio
 
     answer(monkeypatch, learner, even)
     told = learner.step(X, Y).read()
-    angle, distance = torch.pi / 24 * (10 * times[0] + 1), (1 / CLASSES - HOT).square().sum(1, keepdim=True)
-    rise = 2 * angle.tan() / angle.cos().square() * (torch.pi / 24 * 10)  # of SNR = tan^2
+    first, last = torch.tensor([-1.5, 1.5]).exp().atan()
+    angle, distance = first + (last - first) * times[0], (1 / CLASSES - HOT).square().sum(1, keepdim=True)
+    rise = 2 * angle.tan() / angle.cos().square() * (last - first)  # of SNR = tan^2
     assert told["block1/loss"] == pytest.approx((0.7 / 2 * rise * distance).mean().item(), rel=1e-4)
 
 
@@ -250,7 +251,7 @@ def test_what_the_network_sees_at_any_time_is_a_draw_around_the_label(rule, monk
     if rule == "noprop_ct":
         share = torch.sigmoid(LearnedSchedule()(t)[0].detach())
         is_a_standard_normal((z - share.sqrt() * u[MANY_Y]) / (1 - share).sqrt())
-        end, share = at_the_end[:, :CLASSES] @ u + at_the_end[:, CLASSES : CLASSES + 6], signal_share(10, 10)
+        end, share = at_the_end[:, :CLASSES] @ u + at_the_end[:, CLASSES : CLASSES + 6], torch.tensor(3.0).sigmoid()
         is_a_standard_normal((end - share**0.5 * u[MANY_Y]) / (1 - share) ** 0.5)
     else:
         is_a_standard_normal((z - t * u[MANY_Y]) / ((1 - t).square() + 0.1**2).sqrt())
@@ -416,7 +417,7 @@ def test_a_perfect_label_keeps_the_marginals_of_continuous_time(schedule, monkey
         z = learner.rule.predict(learner.network, {}, X)
     torch.manual_seed(0)
     noise = torch.randn(len(X), CLASSES)
-    (first, last) = (signal_share(t, 10) for t in (0, 10))
+    first, last = torch.tensor([-3.0, 3.0]).sigmoid()
     rest = (1 - last) ** 0.5 / (1 - first) ** 0.5 * (noise - first**0.5 * HOT)
     assert torch.allclose(z, last**0.5 * HOT + rest, atol=2e-3)
 

@@ -8,13 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layerwise.functional import denoising_step, mixture, signal_share, squared_distances
+from layerwise.functional import denoising_step, mixture, squared_distances
 from layerwise.models.base import BlockSequential, ModelOptions, assemble, check_sizes, require
 
 WAVES = 8  # pairs of sine and cosine that tell a network the time
-TOP = math.log(
-    signal_share(10, 10) / (1 - signal_share(10, 10))
-)  # log SNR at t = 1; at t = 0 it begins as its negative
+TOP = 3.0  # log SNR at t = 1 in continuous time; at t = 0 it begins as the negative
 
 
 def state(*parts: Tensor) -> Tensor:
@@ -152,12 +150,13 @@ class Flow(Denoiser):
 
 
 class CosineSchedule(nn.Module):
-    r"""`signal_share` of ten steps, between them: $\bar\alpha(t) = \sin^2(\frac{\pi}{2} \frac{10 t + 1}{12})$."""
+    r"""$\bar\alpha(t) = \sin^2 \theta$, where the angle rises evenly, from $\log SNR$ = -3 to 3."""
 
     def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
         r"""$\log SNR(t)$ and its derivative, both of the shape of t."""
-        angle = math.pi / 24 * (10 * t + 1)
-        return 2 * angle.tan().log(), 10 * math.pi / 6 / (2 * angle).sin()
+        first, last = (math.atan(math.exp(end / 2)) for end in (-TOP, TOP))
+        angle = first + (last - first) * t
+        return 2 * angle.tan().log(), 4 * (last - first) / (2 * angle).sin()
 
 
 class LearnedSchedule(nn.Module):
