@@ -441,6 +441,26 @@ def test_flow_matching_may_ask_its_head(monkeypatch):
 # --- Use
 
 
+@pytest.mark.parametrize(
+    ("rule", "model", "least"),
+    [("noprop_dt", {"labels": "learned", "depth": 3}, 0.85), ("noprop_ct", {}, 0.55), ("noprop_fm", {}, 0.7)],
+    ids=str,
+)
+def test_it_learns_the_digits(rule, model, least):
+    """Two hundred steps; ten classes."""
+    digits = data.load("digits")
+    how = {"seed": 0, "mean": digits.mean, "std": digits.std}
+    training = data.Batches(digits.train, 64, **how)
+    x, y = next(data.Batches(digits.test, len(digits.test), **how).epoch(0))
+    torch.manual_seed(0)
+    network = models.create(KINDS[rule], digits.shape, 10, width=8, embedding="mlp", **model)
+    learner = Learner(network, rule, lr=5e-3)
+    while learner.steps < 200:
+        for batch in training.epoch(learner.steps // len(training)):
+            learner.step(*batch)
+    assert (learner(x).argmax(1) == y).float().mean() > least
+
+
 @every_rule
 @pytest.mark.parametrize("labels", ["learned", "prototype"])
 def test_labels_that_are_learned_and_radial_heads_learn(rule, labels):
