@@ -305,8 +305,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _storages(tensors: Iterable[Tensor]) -> Iterator[torch.UntypedStorage]:
-    """The storages of strided tensors; a sparse tensor's parts are seen where they are made."""
-    return (t.untyped_storage() for t in tensors if t.layout is torch.strided)
+    """The storages of strided tensors, of a sharded one that of its share; a sparse tensor's are seen when made."""
+    found = (getattr(t, "_local_tensor", t) for t in tensors)
+    return (t.untyped_storage() for t in found if t.layout is torch.strided)
 
 
 def _supported(device: torch.device | str) -> torch.device:
