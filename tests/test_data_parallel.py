@@ -9,9 +9,9 @@ from shlex import split
 
 import pytest
 import torch
-from jobs import LONG, TINY, ended, job, run, under_way
+from jobs import LONG, TINY, check_killed, check_refused, ended, job, run, under_way
 from nets import PLAIN_SGD, batches, kinds, net, same_bits, trained
-from runs import contents, lines, result, state, weights
+from runs import lines, result, state, weights
 from test_pipeline import same_state
 from torch import nn
 
@@ -49,7 +49,14 @@ def learned(replicas, model, rule, data, **options):
     learner = Learner(copy.deepcopy(model), rule, replicas=replicas, **options)
     for x, y in data:
         learner.step(share(x, replicas.rank, replicas.count), share(y, replicas.rank, replicas.count))
-    return copy.deepcopy(learner.state_dict())
+    return copy.deepcopy(whole(learner.state_dict()))
+
+
+def whole(tree):
+    """A state with whole tensors in place of shares; all ranks together."""
+    if isinstance(tree, dict):
+        return {name: whole(value) for name, value in tree.items()}
+    return tree.full_tensor() if hasattr(tree, "full_tensor") else tree
 
 
 def close(a, b, tolerance=1e-5):
@@ -280,16 +287,8 @@ def test_a_signal_to_one_rank_stops_all_behind_the_same_step(tmp_path):
 
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_killed_rank_ends_the_others(victim, tmp_path):
-    out, folder = tmp_path / "out", tmp_path / "job"
-    with job(3, folder, [*DATA, *LONG, "--batch-size", "129", "--out", str(out)]) as processes:
-        under_way(out, processes)
-        os.kill(processes[victim].pid, signal.SIGKILL)
-        codes, errors = ended(processes, folder)
-    for rank in {0, 1, 2} - {victim}:
-        assert codes[rank] == 2
-        assert f"layerwise: rank {victim} has ended" in errors[rank], errors
-        assert "Traceback" not in errors[rank]
-    assert not (out / "result.json").exists() and not list(out.rglob("*.partial"))
+    words = [*DATA, *LONG, "--batch-size", "129"]
+    check_killed(3, victim, f"rank {victim}", tmp_path / "out", tmp_path / "job", words)
 
 
 def test_a_rank_that_hangs_is_noticed_within_the_limit(tmp_path):
@@ -318,15 +317,7 @@ def test_a_rank_that_hangs_is_noticed_within_the_limit(tmp_path):
     ],
 )
 def test_a_mistake_is_one_sentence_of_one_rank(words, of_rank, sentence, tmp_path):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").write_text("mine")
-    words = [word.replace("FULL", str(tmp_path / "full")) for word in split(words)]
-    codes, errors = run(2, tmp_path / "job", [*DATA, *TINY, "--out", str(tmp_path / "out"), *words], of_rank)
-    assert codes == [2, 2]
-    (said,) = [error for error in errors if error]
-    assert said.startswith("layerwise: ") and said.count("\n") == 1 and sentence in said
-    assert not (tmp_path / "out").exists()
-    assert list(contents(tmp_path / "full")) == ["file"]
+    check_refused(2, [*DATA, *TINY, *split(words)], of_rank, sentence, tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_all_replicas(tmp_path):

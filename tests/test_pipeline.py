@@ -16,9 +16,9 @@ from shlex import split
 import pytest
 import torch
 import torch.distributed as dist
-from jobs import LONG, PIPELINE, TINY, ended, job, run, under_way
+from jobs import LONG, PIPELINE, TINY, check_killed, check_refused, ended, job, run, under_way
 from nets import KINDS, batches, net, problem, same_bits, trained
-from runs import contents, lines, result, state, weights
+from runs import lines, result, state, weights
 from torch.utils._pytree import tree_leaves
 
 from layerwise import LayerwiseError, Learner, rules
@@ -307,18 +307,9 @@ def test_a_stopped_run_goes_on_with_another_number_of_ranks(tmp_path):
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
 def test_a_killed_rank_ends_the_others(victim, tmp_path):
-    out, folder = tmp_path / "out", tmp_path / "job"
-    with job(3, folder, [*PIPELINE, *LONG, "--out", str(out)]) as processes:
-        under_way(out, processes)
-        os.kill(processes[victim].pid, signal.SIGKILL)
-        codes, errors = ended(processes, folder)
     blocks = ["block1", "block2", "block3..head"]
-    for rank in {0, 1, 2} - {victim}:
-        assert codes[rank] == 2
-        assert f"layerwise: rank {victim} ({blocks[victim]}) has ended" in errors[rank]
-        assert "Traceback" not in errors[rank]
-    assert not (out / "result.json").exists()
-    assert not list(out.rglob("*.partial"))
+    name = f"rank {victim} ({blocks[victim]})"
+    check_killed(3, victim, name, tmp_path / "out", tmp_path / "job", [*PIPELINE, *LONG])
 
 
 def test_a_rank_that_hangs_is_noticed_within_the_limit(tmp_path):
@@ -357,15 +348,7 @@ def test_a_rank_that_fails_is_named_with_its_reason(tmp_path):
     ],
 )
 def test_a_mistake_is_one_sentence_of_one_rank(words, of_rank, sentence, tmp_path):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").write_text("mine")
-    words = [word.replace("FULL", str(tmp_path / "full")) for word in split(words)]
-    codes, errors = run(2, tmp_path / "job", [*PIPELINE, *TINY, "--out", str(tmp_path / "out"), *words], of_rank)
-    assert codes == [2, 2]
-    (said,) = [error for error in errors if error]
-    assert said.startswith("layerwise: ") and said.count("\n") == 1 and sentence in said
-    assert not (tmp_path / "out").exists()
-    assert list(contents(tmp_path / "full")) == ["file"]
+    check_refused(2, [*PIPELINE, *TINY, *split(words)], of_rank, sentence, tmp_path)
 
 
 def test_without_torchrun_it_says_how(capsys, monkeypatch, tmp_path):

@@ -31,11 +31,13 @@ class DataRun(RankRun):
             if isinstance(options.model, GraphModelOptions):
                 raise LayerwiseError(
                     f"a graph is one sample and has no shares, so {model_name(options.model)} cannot be trained with "
-                    "--parallel data; train it in one process."
+                    f"--parallel {how.parallel}; train it in one process."
                 )
-            self.replicas = Replicas(ranks)
+            self.replicas = self._replicas()
             super().__init__(options, command, self._begun(options, resume), replicas=self.replicas)
-            ranks.agree(None, {"checkpoint": self.learner.steps})
+            folder = ranks.agree(None, {"checkpoint": self.learner.steps}, str(self.folder.resolve()))[0]
+            if not self.writes:
+                self.folder = Path(folder)
         except Refused:
             raise
         except LayerwiseError as error:
@@ -44,6 +46,9 @@ class DataRun(RankRun):
         self.train_batches = self.train_batches.share(*share)
         self.val_batches = self.val_batches and self.val_batches.share(*share)
         self.test_batches = self.test_batches.share(*share)
+
+    def _replicas(self) -> Replicas:
+        return Replicas(self.ranks)
 
     @property
     def writes(self) -> bool:
@@ -73,13 +78,19 @@ class DataRun(RankRun):
         return mean_of([(found, 1) for found in self.replicas.gather(values)])
 
     def _evaluate(self, batches: Batches | None) -> dict[str, float]:
-        return mean_of(self.replicas.gather(totals(self.learner, batches))) if batches is not None else {}
+        return mean_of(self.replicas.gather(self._totals(batches))) if batches is not None else {}
+
+    def _totals(self, batches: Batches) -> tuple[dict[str, float], int]:
+        return totals(self.learner, batches)
 
     def _save(self) -> None:
         if self.learner.steps % self.options.accumulate:
             self.learner.average()
+        super()._save()
+
+    def _write(self, state: dict[str, Any]) -> None:
         if self.writes:
-            super()._save()
+            super()._write(state)
 
     def _finish(self, log: Any) -> dict[str, Any]:
         if self.writes:

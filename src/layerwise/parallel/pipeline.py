@@ -31,9 +31,9 @@ from layerwise.training import Facts, Interrupted, Run, pick_device
 class ParallelOptions:
     """How the processes of one run share the work; none of it changes the result."""
 
-    parallel: Literal["none", "pipeline", "data"] = "none"
+    parallel: Literal["none", "pipeline", "data", "sharded"] = "none"
     """none | pipeline (blocks on several ranks, messages forward only) | data (all blocks on every rank, gradients
-    averaged); start it with torchrun."""
+    averaged) | sharded (data, and parameters are shared out); start it with torchrun."""
     stages: str | None = None
     """Groups of blocks per rank, such as 3,3; balanced by their floating-point operations if not given."""
     timeout: float = 300.0
@@ -62,11 +62,6 @@ class TrainCommand(ParallelOptions, TrainOptions):
 
     Choose the rule and the model by name, `--rule sll --model vgg`; the options of both follow below.
     """
-
-
-def joined_runs(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The state of a run out of those of all stages: the last one's, with the whole learner."""
-    return {**states[-1], "learner": joined([state["learner"] for state in states])}
 
 
 class RankRun(Run):
@@ -118,7 +113,27 @@ class RankRun(Run):
             yield lambda values: None
 
 
-class PipelineRun(RankRun):
+class PartsRun(RankRun):
+    """A run whose ranks write every checkpoint together, each its own part."""
+
+    def _write(self, state: dict[str, Any]) -> None:
+        from layerwise.parallel import parts  # here, as torch's share of it takes a second to import
+
+        with self.ranks.together() as written:
+            folder = self.folder / "checkpoints"
+            parts.save(folder, self.learner.steps, state, self._joined, self.ranks.group, written)
+
+    def _joined(self, states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """The state of the run out of those of all ranks."""
+        raise NotImplementedError
+
+    def _weights(self) -> Mapping[str, torch.Tensor]:
+        state, _ = checkpoint.load_latest(self.folder / "checkpoints")  # written behind the last step
+        assert state is not None
+        return state["learner"]["model"]
+
+
+class PipelineRun(PartsRun):
     """One rank's part of a run. The last rank, where the head is, writes the folder; all write the checkpoints.
 
     Everything travels forward: batches, the figures of the log behind them, and the word to stop, which is the first
@@ -127,9 +142,7 @@ class PipelineRun(RankRun):
     """
 
     def __init__(self, ranks: Ranks, how: ParallelOptions, options: TrainOptions, command: str, resume: Path | None):
-        from layerwise.parallel import parts  # here, as torch's share of it takes a second to import
-
-        self.ranks, self._write_part = ranks, parts.save
+        self.ranks = ranks
         self.stage = Stage(ranks.rank, ranks.count, how.counts())
         try:
             super().__init__(options, command, self._begun(options, resume), self.stage)
@@ -218,17 +231,9 @@ class PipelineRun(RankRun):
             self.flops = self.memory = None
         super()._save()
 
-    def _write(self, state: dict[str, Any]) -> None:
-
-        with self.ranks.together() as written:
-            self._write_part(
-                self.folder / "checkpoints", self.learner.steps, state, joined_runs, self.ranks.group, written
-            )
-
-    def _weights(self) -> Mapping[str, torch.Tensor]:
-        state, _ = checkpoint.load_latest(self.folder / "checkpoints")  # written behind the last step
-        assert state is not None
-        return state["learner"]["model"]
+    def _joined(self, states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """The last stage's, with the whole learner."""
+        return {**states[-1], "learner": joined([state["learner"] for state in states])}
 
     def _finish(self, log: Any) -> dict[str, Any]:
         if self.stage.last:
