@@ -15,6 +15,7 @@ from layerwise.data import load
 
 TINY = split("--model.width 8 --model.depth 4 --batch-size 128 --steps 6 --threads 1 --device cpu --augment crop")
 PIPELINE = split("train --parallel pipeline --timeout 30")
+DATA = split("train --parallel data --timeout 30")
 LONG = [*TINY, *split("--steps 100000 --log-every 1 --save-every 1000000")]
 
 
@@ -113,3 +114,18 @@ def check_refused(ranks, words, of_rank, sentence, folder):
     assert said.startswith("layerwise: ") and said.count("\n") == 1 and sentence in said
     assert not (folder / "out").exists()
     assert [file.name for file in full.iterdir()] == ["file"] and (full / "file").read_text() == "mine"
+
+
+def check_hangs(name, out, folder, words):
+    """Of three ranks the second is stopped; the others end within the limit of two seconds, with a sentence."""
+    with job(3, folder, [*words, "--timeout", "2", "--out", str(out)]) as processes:
+        under_way(out, processes)
+        os.kill(processes[1].pid, signal.SIGSTOP)
+        begun = time.monotonic()
+        for rank in (0, 2):
+            processes[rank].join(20)
+        assert time.monotonic() - begun < 10
+        assert [processes[rank].exitcode for rank in (0, 2)] == [2, 2]
+    told = [(folder / f"err{rank}").read_text() for rank in (0, 2)]
+    assert all(f"layerwise: {name} has" in text for text in told), told
+    return told

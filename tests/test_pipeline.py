@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections import deque
 from dataclasses import dataclass
 from shlex import split
@@ -16,7 +15,7 @@ from shlex import split
 import pytest
 import torch
 import torch.distributed as dist
-from jobs import LONG, PIPELINE, TINY, check_killed, check_refused, ended, job, run, under_way
+from jobs import DATA, LONG, PIPELINE, TINY, check_hangs, check_killed, check_refused, ended, job, run, under_way
 from nets import KINDS, batches, net, problem, same_bits, trained
 from runs import lines, result, state, weights
 from torch.utils._pytree import tree_leaves
@@ -313,17 +312,8 @@ def test_a_killed_rank_ends_the_others(victim, tmp_path):
 
 
 def test_a_rank_that_hangs_is_noticed_within_the_limit(tmp_path):
-    out, folder = tmp_path / "out", tmp_path / "job"
-    with job(3, folder, [*PIPELINE, *LONG, "--timeout", "2", "--out", str(out)]) as processes:
-        under_way(out, processes)
-        os.kill(processes[1].pid, signal.SIGSTOP)
-        begun = time.monotonic()
-        for rank in (0, 2):
-            processes[rank].join(20)
-        assert time.monotonic() - begun < 10
-        assert [processes[rank].exitcode for rank in (0, 2)] == [2, 2]
-    told = [(folder / f"err{rank}").read_text() for rank in (0, 2)]
-    assert all("rank 1 (block2) has not answered" in text and "for 2 s" in text for text in told), told
+    told = check_hangs("rank 1 (block2)", tmp_path / "out", tmp_path / "job", [*PIPELINE, *LONG])
+    assert all("has not answered" in text and "for 2 s" in text for text in told), told
 
 
 def test_a_rank_that_fails_is_named_with_its_reason(tmp_path):
@@ -360,7 +350,12 @@ def test_without_torchrun_it_says_how(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["train", *TINY]) == 2
     assert "add --parallel pipeline" in capsys.readouterr().err
-    for words, sentence in (("--stages 2,x", "such as 3,3"), ("--timeout 0", "larger than 0")):
+    for words, sentence in (
+        ("--stages 2,x", "such as 3,3"),
+        ("--timeout 0", "larger than 0"),
+        ("--replicas 0", "1 or more"),
+        ("--parallel data --replicas 2", "goes with --parallel pipeline"),
+    ):
         assert main([*PIPELINE, *TINY, *split(words)]) == 2
         assert sentence in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -393,3 +388,68 @@ def test_torchrun_starts_it(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "test accuracy" in done.stdout
     assert result(tmp_path / "out")["steps"] == 6
+
+
+# Pipelines side by side.
+
+TWO_BY_TWO = [*PIPELINE, "--replicas", "2"]
+
+
+@pytest.mark.parametrize(
+    "words", ["--rule sll --model.dropout 0.1 --save-every 3 --accumulate 2", "--rule local_ce --clip 1"]
+)
+def test_pipelines_side_by_side_have_the_bits_of_replicas(words, tmp_path):
+    words = [*split(words), *TINY, *split("--log-every 1")]
+    two, four = tmp_path / "two", tmp_path / "four"
+    assert run(2, tmp_path / "job", [*DATA, *words, "--out", str(two)])[0] == [0, 0]
+    codes, errors = run(4, tmp_path / "job", [*TWO_BY_TWO, *words, "--out", str(four)])
+    assert codes == [0] * 4, errors
+    assert "test accuracy" in (tmp_path / "job" / "out1").read_text()
+    assert not "".join(error for rank, error in enumerate(errors) if rank != 1)  # one rank speaks
+    same_run(four, two)
+    for ranks in (4, 2, 1) if "sll" in words else ():
+        shutil.rmtree(max((four / "checkpoints").iterdir()))  # as if killed between two batches of an update
+        (four / "result.json").unlink()
+        # Replicas go on to the same bits, whether each is a pipeline or not; one process goes on.
+        again = {4: TWO_BY_TWO, 2: DATA}.get(ranks)
+        if again is None:
+            assert main(["train", "--resume", str(four)]) == 0
+        else:
+            codes, errors = run(ranks, tmp_path / "job", [*again, "--resume", str(four)])
+            assert codes == [0] * ranks, errors
+            same_run(four, two)
+
+
+def same_run(a, b):
+    assert same_bits(weights(a), weights(b))
+    assert same_state(state(a), state(b))
+    assert lines(a) == lines(b)
+    assert result(a)["flops_per_step"] == result(b)["flops_per_step"]
+
+
+@pytest.mark.parametrize("victim", [0, 3])
+def test_a_killed_rank_of_one_pipeline_ends_both(victim, tmp_path):
+    block = ["block1..block2", "block3..head"][victim % 2]
+    words = [*TWO_BY_TWO, *LONG, "--stages", "2,2"]
+    check_killed(4, victim, f"rank {victim} ({block})", tmp_path / "out", tmp_path / "job", words)
+
+
+def test_a_signal_to_one_pipeline_stops_both_behind_the_same_step(tmp_path):
+    out, folder = tmp_path / "out", tmp_path / "job"
+    with job(4, folder, [*TWO_BY_TWO, *LONG, "--out", str(out)]) as processes:
+        under_way(out, processes)
+        os.kill(processes[2].pid, signal.SIGTERM)
+        codes, errors = ended(processes, folder)
+    assert codes == [128 + signal.SIGTERM] * 4, errors
+    assert state(out)["steps"] == lines(out, "train")[-1]["step"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words", "sentence"),
+    [
+        (3, "", "3 ranks cannot form 2 pipelines of equal length; start a multiple of 2 ranks (--nproc-per-node 4)"),
+        (4, "--batch-size 127", "2 replicas cannot share a batch of 127 samples equally"),
+    ],
+)
+def test_a_mistake_with_pipelines_is_one_sentence(ranks, words, sentence, tmp_path):
+    check_refused(ranks, [*TWO_BY_TWO, *TINY, *split(words)], {}, sentence, tmp_path)

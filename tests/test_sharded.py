@@ -1,21 +1,19 @@
 """Shards: each rank keeps a share of parameters, gradients and optimizer state, and learns what replicas learn."""
 
-import os
 import shutil
-import signal
 from shlex import split
 
 import pytest
 import torch
-from jobs import LONG, TINY, check_killed, check_refused, ended, job, run, under_way
+from jobs import LONG, TINY, check_hangs, check_killed, check_refused, run
 from nets import PLAIN_SGD, batches, kinds, net, same_bits
-from runs import contents, lines, result, state, weights
+from runs import lines, result, state, weights
 from safetensors.torch import load_file
-from test_data_parallel import close, learned, normed, share, similar, spread
+from test_data_parallel import close, learned, normed, similar, spread
 from test_pipeline import same_state
 from torch import nn
 
-from layerwise import LayerwiseError, Learner, Partition, checkpoint, models, rules
+from layerwise import LayerwiseError, Learner, checkpoint, models, rules
 from layerwise.cli import main
 from layerwise.memory import optimizer_tensors, tensor_bytes
 from layerwise.parallel.replicas import Replicas
@@ -102,12 +100,12 @@ def test_a_rank_keeps_a_share_and_gathers_one_group_once_per_batch(tmp_path):
     one = Learner(net("mlp", 8, width=64), "local_ce", example=x)
     whole_bytes = tensor_bytes(p for _, p in one.named_parameters())
     largest = max(tensor_bytes(group.parameters) for group in one.groups)
-    for gathered, open_at_once, held, gone, state, use in spread(4, tmp_path, work, Shards):
+    for gathered, open_at_once, held, gone, moments, use in spread(4, tmp_path, work, Shards):
         assert gathered == [1] * len(one.groups)
         assert open_at_once == 1
         assert gone == 0
-        assert held == whole_bytes / 4 and state == 2 * held  # every size is a multiple of four
-        steps = use.optimizer - state  # the step counters of AdamW, four bytes per tensor
+        assert held == whole_bytes / 4 and moments == 2 * held  # every size is a multiple of four
+        steps = use.optimizer - moments  # the step counters of AdamW, four bytes per tensor
         assert steps == 4 * len(list(one.named_parameters()))
         assert use.parameters == held + largest
         assert 0 < use.gradients <= 2 * largest
@@ -142,3 +140,67 @@ def test_what_cannot_be_shared_out_is_refused(tmp_path):
             said, ("precision=fp16", "compile=True", "channels_last=True", "Adafactor may look", "(1,)"), strict=True
         ):
             assert words in sentence
+
+
+# Runs.
+
+
+def stop_earlier(folder):
+    """As if the run had been killed before its last checkpoint."""
+    shutil.rmtree(max((folder / "checkpoints").iterdir()))
+    (folder / "result.json").unlink()
+
+
+def test_a_run_with_shares_is_the_run_in_one_process_and_goes_on_anywhere(tmp_path, capsys):
+    one, many, copy = tmp_path / "one", tmp_path / "many", tmp_path / "copy"
+    # Of the last batch of validation, the second rank has no sample.
+    words = [*TINY, *split("--batch-size 120 --val-fraction 0.1676 --save-every 3 --accumulate 2 --log-every 1")]
+    assert main(["train", *words, "--out", str(one)]) == 0
+    codes, errors = run(2, tmp_path / "job", [*SHARDED, *words, "--out", str(many)])
+    assert codes == [0, 0], errors
+    assert "test accuracy" in (tmp_path / "job" / "out0").read_text() and not errors[1]
+    similar(lines(one), lines(many))
+    assert result(one)["flops_per_step"] == result(many)["flops_per_step"]
+    assert state(one)["optimizer"].keys() == state(many)["optimizer"].keys()
+    newest = checkpoint.latest(many / "checkpoints")
+    assert {file.name for file in newest.iterdir()} == {"rank-0.safetensors", "rank-1.safetensors", "state.json"}
+    sizes = [(newest / f"rank-{rank}.safetensors").stat().st_size for rank in (0, 1)]
+    assert max(sizes) < 0.75 * sum(sizes)
+
+    assert main(["export", str(many), str(tmp_path / "weights.safetensors")]) == 0
+    model = models.create("mlp", (1, 8, 8), 10, width=8, depth=4)
+    model.load_state_dict(load_file(tmp_path / "weights.safetensors"))
+    assert same_bits(model, weights(many))
+
+    shutil.copytree(many, copy)
+    for ranks in (2, 3, 1):
+        stop_earlier(copy)  # between two batches of an update
+        if ranks == 1:
+            assert main(["train", "--resume", str(copy)]) == 0
+        else:
+            codes, errors = run(ranks, tmp_path / "job", [*SHARDED, "--resume", str(copy)])
+            assert codes == [0] * ranks, errors
+        if ranks == 2:
+            assert same_state(state(copy), state(many)) and lines(copy) == lines(many)
+        a, b = weights(one), weights(copy)
+        assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
+
+
+def test_a_killed_rank_ends_the_others(tmp_path):
+    check_killed(3, 1, "rank 1", tmp_path / "out", tmp_path / "job", [*SHARDED, *LONG, "--batch-size", "129"])
+
+
+def test_a_rank_that_hangs_is_noticed_within_the_limit(tmp_path):
+    check_hangs("rank 1", tmp_path / "out", tmp_path / "job", [*SHARDED, *LONG, "--batch-size", "129"])
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--batch-size 127", "2 replicas cannot share a batch of 127 samples equally"),
+        ("--optimizer Adafactor", "Adafactor may look at whole tensors"),
+        ("--stream host", "the blocks of several ranks cannot be streamed"),
+    ],
+)
+def test_a_mistake_is_one_sentence_of_one_rank(words, sentence, tmp_path):
+    check_refused(2, [*SHARDED, *TINY, *split(words)], {}, sentence, tmp_path)

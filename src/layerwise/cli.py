@@ -216,7 +216,9 @@ def train(argv: list[str]) -> int:
             kind = {"pipeline": pipeline.PipelineRun, "data": data.DataRun}[how.parallel]
         return pipeline.train(kind, how, options, command, folder, lambda *found: print(result_table(*found)))
     if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise LayerwiseError("torchrun has started several processes of the same run; add --parallel pipeline, data or sharded.")
+        raise LayerwiseError(
+            "torchrun has started several processes of the same run; add --parallel pipeline, data or sharded."
+        )
     run = Run(options, command, folder)
     try:
         result = run.train()

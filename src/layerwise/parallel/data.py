@@ -8,10 +8,9 @@ from torch import Tensor
 
 from layerwise.data import Batches
 from layerwise.errors import LayerwiseError
-from layerwise.models import GraphModelOptions
-from layerwise.options import TrainOptions, model_name
-from layerwise.parallel.pipeline import ParallelOptions, RankRun
-from layerwise.parallel.replicas import Replicas, check_shares
+from layerwise.options import TrainOptions
+from layerwise.parallel.pipeline import ParallelOptions, RankRun, check_can_share
+from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.transport import Ranks, Refused
 from layerwise.training import mean_of, totals
 
@@ -27,12 +26,7 @@ class DataRun(RankRun):
         self.ranks = ranks
         self._signum_of_all = 0
         try:
-            check_shares(options.batch_size, ranks.count)
-            if isinstance(options.model, GraphModelOptions):
-                raise LayerwiseError(
-                    f"a graph is one sample and has no shares, so {model_name(options.model)} cannot be trained with "
-                    f"--parallel {how.parallel}; train it in one process."
-                )
+            check_can_share(options, ranks.count, how)
             self.replicas = self._replicas()
             super().__init__(options, command, self._begun(options, resume), replicas=self.replicas)
             folder = ranks.agree(None, {"checkpoint": self.learner.steps}, str(self.folder.resolve()))[0]

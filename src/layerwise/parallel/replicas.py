@@ -27,6 +27,7 @@ class Replicas:
 
     Args:
         ranks: the processes of the job.
+        group: those of them that are replicas of one another; all if not given.
 
     Attributes:
         rank: this one's number among the replicas.
@@ -35,9 +36,11 @@ class Replicas:
 
     every_batch = False
 
-    def __init__(self, ranks: Ranks):
-        self.ranks, self.pulse = ranks, Pulse(ranks)
-        self.rank, self.count = ranks.rank, ranks.count
+    def __init__(self, ranks: Ranks, group: dist.ProcessGroup | None = None):
+        self.ranks, self.group = ranks, group
+        members = range(ranks.count) if group is None else dist.get_process_group_ranks(group)
+        self.pulse = Pulse(ranks, members)
+        self.first, self.rank, self.count = members[0], members.index(ranks.rank), len(members)
 
     def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors with those of the first replica."""
@@ -52,7 +55,7 @@ class Replicas:
     def _copy(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             with self.pulse.watching():
-                dist.broadcast(tensor.detach(), src=0)
+                dist.broadcast(tensor.detach(), src=self.first, group=self.group)
 
     def reduce(
         self, parameters: Sequence[nn.Parameter], running: Sequence[Tensor], loss: Tensor
@@ -88,7 +91,7 @@ class Replicas:
                     view.copy_(target)
             flat /= self.count
             with self.pulse.watching():
-                sent.append((dist.all_reduce(flat, async_op=True), flat, views, targets))
+                sent.append((dist.all_reduce(flat, group=self.group, async_op=True), flat, views, targets))
 
         def arrived() -> Tensor:
             flag = torch.zeros((), device=loss.device)
@@ -147,7 +150,7 @@ class Replicas:
         """Start to look for the largest of the replicas' numbers; gives a function that waits for it."""
         found = torch.tensor([value])
         with self.pulse.watching():
-            work = dist.all_reduce(found, op=dist.ReduceOp.MAX, async_op=True)
+            work = dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
 
         def arrived() -> int:
             self._wait(work, found)
@@ -159,7 +162,7 @@ class Replicas:
         """What every replica gives, in their order; waits for all of them."""
         found: list[Any] = [None] * self.count
         with self.pulse.watching():
-            dist.all_gather_object(found, value)
+            dist.all_gather_object(found, value, group=self.group)
         return found
 
     def _wait(self, work: Any, tensor: Tensor) -> None:

@@ -153,7 +153,7 @@ class Shards(Replicas):
     # What is gathered, and when.
 
     def kept(self, parameter: nn.Parameter) -> nn.Parameter:
-        """This rank's share of a parameter of the model; an optimizer's update of it is seen there."""
+        """The share of a parameter of the model that this rank keeps; an optimizer's update of it is seen there."""
         return self._kept.get(parameter, parameter)
 
     def whole(self, parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
@@ -272,4 +272,3 @@ class Shards(Replicas):
         views = [{self._parts[unit.block] for unit in (*group.units, *group.ahead)} for group in groups]
         gathered = max(sum(part.bytes for part in parts) for parts in views)
         return replace(use, parameters=use.parameters + gathered, peak=use.peak + gathered)
-
