@@ -291,7 +291,7 @@ def test_a_killed_rank_ends_the_others(victim, tmp_path):
 
 def test_a_rank_that_hangs_is_noticed_within_the_limit(tmp_path):
     # Gloo closes its connections where it has waited too long, so that one of the two may see them closed.
-    check_hangs("rank 1", tmp_path / "out", tmp_path / "job", [*DATA, *LONG, "--batch-size", "129"])
+    check_hangs(3, 1, "rank 1", tmp_path / "out", tmp_path / "job", [*DATA, *LONG, "--batch-size", "129"])
 
 
 @pytest.mark.parametrize(

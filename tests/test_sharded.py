@@ -32,7 +32,7 @@ def both(shards, model, rule, data, **options):
 
 def test_every_rule_has_the_bits_of_replicas(tmp_path):
     names = [name for name in rules.names() if "mlp" in kinds(name)]
-    cases = [(name, kind) for kind in ("mlp", "vit", "vgg") for name in (names if kind == "mlp" else ["sll", "sid"])]
+    cases = [*((name, "mlp") for name in names), ("sid", "vit"), ("sll", "vgg")]
     data = batches(2, size=24)
 
     def work(shards):
@@ -46,18 +46,20 @@ def test_every_rule_has_the_bits_of_replicas(tmp_path):
 
 def test_more_ranks_and_other_options(tmp_path):
     """Three ranks, some without a row of a parameter; clipping, accumulation, skipped steps, batch norm, a trunk."""
-    data, flat = batches(4, size=24), [(x.flatten(1), y) for x, y in batches(4, size=24)]
+    data = batches(3, size=24)
+    flat = [(x.flatten(1), y) for x, y in data[:2]]
     broken = [(x.clone(), y) for x, y in flat]
     broken[1][0][-1, 0] = torch.nan  # in the last share
     cases = {
-        "adamw": (net("vit", 2), "sid", data, {"clip": 0.5}),
-        "accumulated": (net("mlp", 3), "local_ce", data, {"accumulate": 2, "clip": 0.1, **PLAIN_SGD}),
-        "half": (net("mlp", 3), "local_ce", data[:3], {"accumulate": 2, **PLAIN_SGD}),
+        "adamw": (net("mlp", 3), "sid", data, {}),
+        "clipped": (net("vit", 2), "sid", data[:2], {"clip": 0.1, **PLAIN_SGD}),
+        "accumulated": (net("mlp", 3), "local_ce", data[:2], {"accumulate": 2, "clip": 0.1, **PLAIN_SGD}),
+        "half": (net("mlp", 3), "local_ce", data, {"accumulate": 2, **PLAIN_SGD}),
         "skipped": (normed(), "local_ce", broken, {"nonfinite": "skip", **PLAIN_SGD}),
         "normed": (normed(), "local_ce", flat, PLAIN_SGD),
-        "trunk": (net("sid_cascade", 3), "sid_cascade", data, {"clip": 0.5, **PLAIN_SGD}),
-        "frozen": (net("mlp", 3), "last_layer", data, {}),
-        "bf16": (net("mlp", 3), "sll", data, {"precision": "bf16", **PLAIN_SGD}),
+        "trunk": (net("sid_cascade", 3), "sid_cascade", data[:2], {"clip": 0.5, **PLAIN_SGD}),
+        "frozen": (net("mlp", 3), "last_layer", data[:2], PLAIN_SGD),
+        "bf16": (net("mlp", 3), "sll", data[:2], {"precision": "bf16", **PLAIN_SGD}),
     }
 
     def work(shards):
@@ -65,12 +67,14 @@ def test_more_ranks_and_other_options(tmp_path):
 
     first, *others = spread(3, tmp_path, work, Shards)
     for name, (own, plain) in first.items():
-        assert close(own, plain, 1e-6), name
+        assert close(own, plain), name
         assert own["skipped"] == plain["skipped"] == (name == "skipped")
         assert all(same_state(own, other[name][0]) for other in others), name
-    # Gradients are averaged behind every batch, so that shares alone live on.
-    assert first["half"][0]["gradients"].keys() == first["half"][1]["gradients"].keys() != set()
-    assert all(same_state(first["half"][0]["gradients"], other["half"][0]["gradients"]) for other in others)
+    # Gradients are averaged behind every batch, so that shares alone live on; a replica's are its own so far.
+    half = first["half"][0]["gradients"]
+    replicas = [found["half"][1]["gradients"] for found in (first, *others)]
+    assert half.keys() == replicas[0].keys() != set()
+    assert all(torch.allclose(half[n], sum(own[n] for own in replicas) / 3, atol=1e-6) for n in half)
 
 
 def test_a_rank_keeps_a_share_and_gathers_one_group_once_per_batch(tmp_path):
@@ -190,8 +194,9 @@ def test_a_killed_rank_ends_the_others(tmp_path):
     check_killed(3, 1, "rank 1", tmp_path / "out", tmp_path / "job", [*SHARDED, *LONG, "--batch-size", "129"])
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_noticed_within_the_limit(tmp_path):
-    check_hangs("rank 1", tmp_path / "out", tmp_path / "job", [*SHARDED, *LONG, "--batch-size", "129"])
+    check_hangs(3, 1, "rank 1", tmp_path / "out", tmp_path / "job", [*SHARDED, *LONG, "--batch-size", "129"])
 
 
 @pytest.mark.parametrize(

@@ -623,15 +623,17 @@ class Learner:
                 gradient = own.to(parameter.device, parameter.dtype, copy=True)
             parameter.grad = gradient
 
-    def _stored(self, own: nn.Parameter, value: Any) -> Any:
+    def _stored(self, own: Tensor, value: Any) -> Any:
         """What belongs to `own`, as a part of what all ranks hold."""
-        whole = self.replicas is None or not isinstance(value, Tensor)
-        return value if whole else self.replicas.stored(own, value)
+        if self.replicas is None or not isinstance(value, Tensor):
+            return value
+        return self.replicas.stored(own, value)
 
     def _laid_out(self, own: Tensor, given: Any) -> Any:
         """What a tensor like `own` holds of the whole tensor `given`; other values as they are."""
-        whole = self.replicas is None or not isinstance(given, Tensor)
-        return given if whole else self.replicas.laid_out(own, given)
+        if self.replicas is None or not isinstance(given, Tensor):
+            return given
+        return self.replicas.laid_out(own, given)
 
 
 def _with_own_code(run: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor], Tensor]:

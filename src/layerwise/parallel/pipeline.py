@@ -157,10 +157,12 @@ def check_can_share(options: TrainOptions, count: int, how: ParallelOptions) -> 
 def replicas_of_stages(ranks: Ranks, count: int) -> Replicas:
     """The ranks that hold the same stage as this one, a column of the mesh of `count` pipelines."""
     mesh = torch.arange(ranks.count).view(count, -1)
-    rows, _ = dist.new_subgroups_by_enumeration(mesh.tolist(), timeout=ranks.limit)
-    columns, _ = dist.new_subgroups_by_enumeration(mesh.T.tolist(), timeout=ranks.limit)
+    # Groups of our own, as those that torch would make for the mesh have no time limit.
+    groups: list[Any] = [
+        dist.new_subgroups_by_enumeration(members.tolist(), timeout=ranks.limit)[0] for members in (mesh.T, mesh)
+    ]
     names = ("data", "pipeline")
-    device_mesh = DeviceMesh.from_group([columns, rows], ranks.wire.type, mesh, mesh_dim_names=names)
+    device_mesh = DeviceMesh.from_group(groups, ranks.wire.type, mesh, mesh_dim_names=names)
     return Replicas(ranks, device_mesh.get_group("data"))
 
 

@@ -138,7 +138,7 @@ class Replicas:
         """Of the whole tensor `given`, what belongs to `own`."""
         return given
 
-    def stored(self, own: nn.Parameter, tensor: Tensor) -> Tensor:
+    def stored(self, own: Tensor, tensor: Tensor) -> Tensor:
         """A tensor that belongs to `own`, as it is to be stored."""
         return tensor
 

@@ -1,7 +1,7 @@
 """Shards: replicas that keep a share of every parameter each, and gather one group's at a time to run it."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -83,9 +83,9 @@ class Shards(Replicas):
         super().__init__(ranks)
         self.mesh = init_device_mesh(ranks.device.type, (self.count,), mesh_dim_names=("data",))
         self._parts: WeakKeyDictionary[Block, Gatherable] = WeakKeyDictionary()
-        self._shared = WeakTensorKeyDictionary()
+        self._shared: MutableMapping[Tensor, Shared] = WeakTensorKeyDictionary()
         """By this rank's share, an ordinary tensor, for optimizers that know nothing of sharding."""
-        self._kept = WeakTensorKeyDictionary()
+        self._kept: MutableMapping[Tensor, nn.Parameter] = WeakTensorKeyDictionary()
         """This rank's share of what the model holds."""
         self._open: list[Gatherable] = []
         self._running = False
@@ -259,7 +259,7 @@ class Shards(Replicas):
         found = distribute_tensor(given.to(own.device), self.mesh, sharded.placements, src_data_rank=None)
         return found if own is sharded else found.to_local()
 
-    def stored(self, own: nn.Parameter, tensor: Tensor) -> Tensor:
+    def stored(self, own: Tensor, tensor: Tensor) -> Tensor:
         """A tensor that belongs to this rank's share of a parameter, as a part of the whole one."""
         if own not in self._shared or tensor.shape != own.shape:
             return tensor
