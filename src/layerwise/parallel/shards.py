@@ -22,9 +22,10 @@ from layerwise.memory import MemoryUse, tensor_bytes
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.transport import Ranks
 
-ELEMENTWISE = frozenset(
-    {"SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop"}
-)
+ELEMENTWISE = {
+    getattr(torch.optim, name)
+    for name in "SGD Adam AdamW RMSprop Adagrad Adadelta Adamax NAdam RAdam ASGD Rprop".split()
+}
 """Optimizers that treat every element on its own, so that a share's update is that share of the update."""
 
 # torch 2.13 has renamed it, and warns of the old name.
@@ -106,10 +107,10 @@ class Shards(Replicas):
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise LayerwiseError unless it treats every element on its own."""
-        if type(optimizer).__name__ not in ELEMENTWISE:
+        if type(optimizer) not in ELEMENTWISE:
             raise LayerwiseError(
                 f"{type(optimizer).__name__} may look at whole tensors, and a rank has a share of each; choose one of "
-                f"{', '.join(sorted(ELEMENTWISE))}, or --parallel data."
+                f"{', '.join(sorted(known.__name__ for known in ELEMENTWISE))}, or --parallel data."
             )
 
     def adopt(self, model: nn.Module, units: Sequence[Unit]) -> None:
@@ -239,6 +240,7 @@ class Shards(Replicas):
         """The whole gradient, cut as the parameter is."""
         about = self._shared[parameter]
         (placement,) = about.sharded.placements
+        assert isinstance(placement, Shard) and about.whole.grad is not None
         return about.whole.grad.chunk(self.count, placement.dim)
 
     def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
