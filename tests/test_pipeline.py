@@ -1,6 +1,7 @@
 """The forward-only pipeline: the bits of one process, and a clear end where a rank fails."""
 
 import copy
+import datetime
 import itertools
 import os
 import shutil
@@ -11,11 +12,25 @@ import sys
 from collections import deque
 from dataclasses import dataclass
 from shlex import split
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from jobs import DATA, LONG, PIPELINE, TINY, check_hangs, check_killed, check_refused, ended, job, run, under_way
+from jobs import (
+    DATA,
+    LONG,
+    PIPELINE,
+    TINY,
+    check_hangs,
+    check_killed,
+    check_refused,
+    ended,
+    job,
+    new_store,
+    run,
+    under_way,
+)
 from nets import KINDS, batches, net, problem, same_bits, trained
 from runs import lines, result, state, weights
 from torch.utils._pytree import tree_leaves
@@ -25,8 +40,9 @@ from layerwise.blocks import balanced_ends
 from layerwise.cli import main
 from layerwise.data import Batches, InMemorySource
 from layerwise.parallel.pipeline import PipelineRun
+from layerwise.parallel.pulse import Pulse
 from layerwise.parallel.stage import Stage
-from layerwise.parallel.transport import Form, Slot, layout_of
+from layerwise.parallel.transport import Form, Ranks, Slot, layout_of
 from layerwise.state import joined
 
 
@@ -430,6 +446,29 @@ def test_a_killed_rank_of_one_pipeline_ends_both(tmp_path):
 def test_a_rank_that_hangs_is_named_by_those_that_wait_for_others(tmp_path):
     words = [*TWO_BY_TWO, *LONG, "--stages", "2,2"]
     check_hangs(4, 0, "rank 0 (block1..block2)", tmp_path / "out", tmp_path / "job", words)
+
+
+def test_who_gives_no_sign_of_life_is_to_blame_not_who_waits_for_it(monkeypatch):
+    ranks = object.__new__(Ranks)  # no processes: what the others write is written here
+    ranks.store, ranks.rank, ranks.count, ranks.blocks = new_store(), 0, 3, []
+    ranks.limit = datetime.timedelta(seconds=30)
+    monkeypatch.setattr(Pulse, "_beats", lambda self: None)
+    Pulse(ranks, range(2))
+    alive = {1, 2}
+
+    def sleep(_):
+        for rank in alive:
+            ranks.store.set(f"pulse/{rank}", "1 0")
+
+    monkeypatch.setattr("layerwise.parallel.pulse.time", SimpleNamespace(sleep=sleep))
+    for alive, guilty in (({1, 2}, 1), ({1}, 2)):
+        for rank in (1, 2):
+            ranks.store.set(f"pulse/{rank}", "0 0")
+        assert str(ranks.lost(1, "closed")).startswith(f"rank {guilty} has ended")
+        ranks.store.delete_key("failure")
+    # Where the reason is known already, nobody listens.
+    ranks.told("rank 2 has stopped")
+    assert str(ranks.lost(1, "closed")) == "rank 2 has stopped"
 
 
 def test_a_signal_to_one_pipeline_stops_both_behind_the_same_step(tmp_path):

@@ -150,6 +150,8 @@ MUTANTS = [
            [("self.stage.pass_on(h, message, skipped=False)\n        return h if",
              "self.stage.pass_on(h, message * 0, skipped=False)\n        return h if")],
            f"{PIPE} votes and mlp and scalable"),
+    Mutant("who waits for a silent rank is blamed", "parallel/transport.py",
+           [("return self.gone(self.suspect(peer), reason)", "return self.gone(peer, reason)")], f"{PIPE} sign_of_life"),
     Mutant("later ranks begin on their own", "learner.py",
            [("            return self.stage.receive()\n", "            return self.stage.receive()[0], None\n")],
            f"{PIPE} bits_of_one_process and mlp and sid"),

@@ -109,7 +109,8 @@ class Learner:
         example: one batch of inputs; builds everything now instead of at the first step.
         stage: the part of the network that this process runs, as one of several ranks; all of it if not given.
         replicas: the processes that train the same blocks, each on its share of every batch; none if not given. Draws
-            then depend on the replica too, but those of the initial weights, which are the first one's.
+            then depend on the replica too, but those of the initial weights, which are the first one's. With `Shards`
+            each keeps a share of parameters and optimizer state, and all have to predict and evaluate equally often.
         device: where blocks run; where the model's parameters are if not given.
         stream: `"host"` or `"disk"` keeps parameters and optimizer state there, and on the device only those of the
             groups that are about to run; `unstream` brings them back. Until then the model's own tensors show nothing.

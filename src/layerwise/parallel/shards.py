@@ -22,10 +22,8 @@ from layerwise.memory import MemoryUse, tensor_bytes
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.transport import Ranks
 
-ELEMENTWISE = {
-    getattr(torch.optim, name)
-    for name in "SGD Adam AdamW RMSprop Adagrad Adadelta Adamax NAdam RAdam ASGD Rprop".split()
-}
+_NAMES = ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop")
+ELEMENTWISE = {getattr(torch.optim, name): name for name in _NAMES}
 """Optimizers that treat every element on its own, so that a share's update is that share of the update."""
 
 # torch 2.13 has renamed it, and warns of the old name.
@@ -110,7 +108,7 @@ class Shards(Replicas):
         if type(optimizer) not in ELEMENTWISE:
             raise LayerwiseError(
                 f"{type(optimizer).__name__} may look at whole tensors, and a rank has a share of each; choose one of "
-                f"{', '.join(sorted(known.__name__ for known in ELEMENTWISE))}, or --parallel data."
+                f"{', '.join(_NAMES)}, or --parallel data."
             )
 
     def adopt(self, model: nn.Module, units: Sequence[Unit]) -> None:
@@ -240,7 +238,8 @@ class Shards(Replicas):
         """The whole gradient, cut as the parameter is."""
         about = self._shared[parameter]
         (placement,) = about.sharded.placements
-        assert isinstance(placement, Shard) and about.whole.grad is not None
+        assert isinstance(placement, Shard)
+        assert about.whole.grad is not None
         return about.whole.grad.chunk(self.count, placement.dim)
 
     def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:

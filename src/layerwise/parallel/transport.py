@@ -278,8 +278,10 @@ class Ranks:
         self.agreed = self.meetings = 0
         self.blocks: list[str] = []
         """What each rank holds, for error sentences."""
-        self.suspect: Callable[[int], int] = lambda peer: peer
-        """Who is to blame where a message to or from a rank fails; a pulse knows more."""
+
+    def suspect(self, peer: int) -> int:
+        """Who is to blame where a message to or from `peer` fails; a pulse, which knows more, takes this one's place."""
+        return peer
 
     def name(self, rank: int) -> str:
         """A rank in words."""
