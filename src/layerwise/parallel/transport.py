@@ -280,7 +280,7 @@ class Ranks:
         """What each rank holds, for error sentences."""
 
     def suspect(self, peer: int) -> int:
-        """Who is to blame where a message to or from `peer` fails; a pulse, which knows more, takes this one's place."""
+        """Who is to blame where a message to or from `peer` fails; a pulse, which knows more, replaces this."""
         return peer
 
     def name(self, rank: int) -> str:
