@@ -244,11 +244,11 @@ class Shards(Replicas):
 
     def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Norm of the averaged gradients: the root of the sum of the shares' squares."""
-        square = super().norm(parameters).to(self.ranks.device).square()
+        square = super().norm(parameters).to(self.ranks.device, torch.float64).square()  # which may not overflow
         with self.pulse.watching():
             work = dist.all_reduce(square, async_op=True)
         self._wait(work, square)
-        return square.sqrt()
+        return square.sqrt().float()
 
     # States.
 
