@@ -219,6 +219,8 @@ bench memory --rule slll                     | unknown rule 'slll'; did you mean
 bench memory --model mpl                     | unknown model 'mpl'; did you mean 'mlp'?
 bench memory --model-options wdth 3          | 'wdth'; did you mean 'width'?
 bench memory --batch-size 0                  | batch size
+bench memory --stream disk                   | 'backprop' cannot be streamed
+bench memory --stream disk --rule sll --stream-folder no/such | cannot stream blocks to no/such
 bench memory --json B/full/a/b               | cannot write; B/full/a/b
 bench speed --rounds 0                       | rounds is 0
 bench speed --rules backprop slll            | unknown rule 'slll'; did you mean 'sll'?
