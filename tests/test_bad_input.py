@@ -234,6 +234,7 @@ bench scaling --ways rule gpip               | unknown way 'gpip'; did you mean 
 bench scaling --ways pipeline                | the ways must hold rule
 bench scaling --ranks 8                      | micro-batches is 4; at least as many as ranks (8)
 bench scaling --depth 3                      | zbv on 4 ranks needs 8 parts
+bench scaling --ways rule data --batch-size 6 | 4 replicas cannot share a batch of 6; --batch-size 4 or 8
 bench scaling --rounds 0                     | rounds is 0
 bench scaling --simulate 1                   | simulate is 1
 bench scaling --bandwidth 0                  | bandwidth 0.0
