@@ -239,8 +239,8 @@ def first_messages(wire):
 @pytest.mark.slow
 def test_flowers_own_runner_gives_the_same_table(tmp_path):
     options = replace(TINY, out=str(tmp_path / "table.json"))
-    words = {**vars(options), "clients": None}
-    config = " ".join(f"{name.replace('_', '-')}={json.dumps(value)}" for name, value in words.items() if value is not None)
+    words = {name.replace("_", "-"): json.dumps(value) for name, value in vars(options).items() if name != "clients"}
+    config = " ".join(f"{name}={value}" for name, value in words.items())
     done = subprocess.run(
         ["bash", EXAMPLE / "run.sh", config],
         env=os.environ | {"CLIENTS": "2", "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"},

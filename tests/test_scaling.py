@@ -188,8 +188,8 @@ def test_every_way_moves_weights_as_one_process_does_and_a_process_that_dies_is_
             return first
 
         one.ask([{"do": "measure", "way": "rule", "warmup": 1, "steps": 1}])
-        rule = one.ask([{"do": "weights", "way": "sll"}])[0]
-        for found, whole in ((shared("data"), rule), (shared("ddp"), one.ask([{"do": "weights", "way": "backprop"}])[0])):
+        for way, alone in (("data", "sll"), ("ddp", "backprop")):
+            found, whole = shared(way), one.ask([{"do": "weights", "way": alone}])[0]
             for name, start in before.items():
                 change = start.new_tensor(whole[name]) - start
                 assert (start.new_tensor(found[name]) - start - change).norm() < 1e-2 * change.norm()

@@ -357,7 +357,9 @@ def bench(found: dict[str, Any], page: dict[str, Any]) -> None:
 
 def _depths(name: str, rows: list[dict[str, Any]], looks: Any, origin: Origin) -> Section:
     section = Section("Memory against depth", "One training step; exact bytes on the CPU, the allocator's on CUDA.")
-    kinds = [("", "Activations + gradients", ("activations", "gradients"), "at the peak of a step")]
+    kinds: list[tuple[str, str, tuple[str, ...], str]] = [
+        ("", "Activations + gradients", ("activations", "gradients"), "at the peak of a step")
+    ]
     if all(row.get("resident") for row in rows):
         kinds.append(("_resident", "Resident memory", ("resident",), f"of a process, blocks on {rows[0]['stream']}"))
     for model in dict.fromkeys(row["model"] for row in rows):
