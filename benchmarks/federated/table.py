@@ -33,10 +33,10 @@ def main() -> None:
         f"FedAvg (Flower) over {first['clients']} clients, {first['train_samples']:,} training images of MNIST in all; "
         f"MLP {first['depth']}x{first['width']}, {first['precision']}, batch {first['batch_size']}, "
         f"{first['local_epochs']} local epochs per round; AdamW at {first['lr']:g} (tuned for no rule), which begins "
-        "anew in every round. Shards: IID, or skewed by a Dirichlet distribution over clients with alpha = 0.5. Accuracy "
-        "is that of the averaged network on the 10,000 test images by the rule's own predictor, mean ± standard deviation "
-        f"over {len(seeds)} seeds; *- backprop* is the mean of the differences seed by seed. Bytes and memory are "
-        "those of one client, exact; memory is that of a training step.",
+        "anew in every round. Shards: IID, or skewed by a Dirichlet distribution over clients with alpha = 0.5. "
+        "Accuracy is that of the averaged network on the 10,000 test images by the rule's own predictor, mean ± "
+        f"standard deviation over {len(seeds)} seeds; *- backprop* is the mean of the differences seed by seed. Bytes "
+        "and memory are those of one client, exact; memory is that of a training step.",
         "",
         "Command: `bash benchmarks/federated/run.sh`.",
         "",
