@@ -156,6 +156,8 @@ MUTANTS = [
     Mutant("later ranks begin on their own", "learner.py",
            [("            return self.stage.receive()\n", "            return self.stage.receive()[0], None\n")],
            f"{PIPE} bits_of_one_process and mlp and sid"),
+    Mutant("a link leaves the last words of its lanes", "parallel/measuring.py",
+           [("for _ in self.inlet.lanes[1:]:", "for _ in ():")], "test_scaling.py last_word"),
 ]  # fmt: skip
 
 

@@ -220,7 +220,7 @@ class Learner:
         kind, folder = self._stream_to
         if kind != "none" and self.stream is None:  # an earlier attempt may have failed at the input
             own = [blocks[sites.start : end] for sites, end in zip(ranges, ends, strict=True)]
-            self.stream = Stream(kind, folder, self.device, self.rule, own, ranges)
+            self.stream = Stream(kind, folder, self.device, self.rule, own)
         shapes = self._probe(x[:1].to(self.device))
         task = Classification(shapes[-1].shape[-1], self.label_smoothing)
         mine = range(len(ranges))
