@@ -195,6 +195,8 @@ class Learner:
         self._stream_to: tuple[Where, Path] = stream, Path(stream_folder or tempfile.gettempdir())
         self.stream: Stream | None = None
         self.steps = 0
+        self.prepares = type(self.rule).prepare is not Rule.prepare
+        self._prepared = False
         self.skipped = 0
         self.groups: list[Group] = []
         self.auxiliary = nn.ModuleDict()
@@ -344,6 +346,25 @@ class Learner:
             made.append(group)
         return made
 
+    @torch.no_grad()
+    def prepare(self, x: Tensor, y: Tensor) -> None:
+        """Show training data to a rule that starts from them; the first `step` shows its own batch if nobody has.
+
+        Args:
+            x: inputs `(N, ...)`, as many as fit.
+            y: their labels.
+
+        Raises:
+            LayerwiseError: labels that do not fit, or data from which the rule cannot start.
+        """
+        x, y = self._ready(x, y)
+        with preserved_generators(self.device):
+            seed_generators(derive_seed(self._seed, "prepare"), self.device)
+            self.rule.prepare(self.network, x, y)
+        if self.replicas is not None:  # each has seen its own share
+            self.replicas.copy_from_first(p for p in self.network.parameters() if not p.is_meta)
+        self._prepared = True
+
     def step(self, x: Tensor, y: Tensor) -> Metrics:
         """Train on one batch: every block is updated once, while the batch passes through.
 
@@ -358,6 +379,8 @@ class Learner:
             LayerwiseError: labels that do not fit, or a non-finite loss or gradient.
         """
         x, y = self._ready(x, y)
+        if self.steps == 0 and self.prepares and not self._prepared:
+            self.prepare(x, y)
         if not self.network.model.training:  # asked of the model, whose owner may have called eval() on it
             self.network.train()
         self.auxiliary.train()
@@ -485,7 +508,8 @@ class Learner:
         return skipped if self.stage is None else self.stage.pass_on(h, message, skipped)
 
     def _predicted(self, x: Tensor) -> Tensor | None:
-        """What the rule predicts; None where a later rank knows."""
+        """What the rule predicts, with the draws of `__call__`; None where a later rank knows."""
+        seed_generators(derive_seed(self._how["seed"], "evaluation"), self.device)
         if self.stage is None:
             return self.rule.predict(self.network, self._modules_by_site(), x)
         h, message = self.rule.ask(x, self._modules_by_site().get(0)) if self.stage.first else self.stage.receive()

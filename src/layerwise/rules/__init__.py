@@ -24,7 +24,7 @@ from layerwise.rules.interlocking import Interlocking
 from layerwise.rules.layer_collaboration import LayerCollaboration
 from layerwise.rules.local_ce import LocalCE
 from layerwise.rules.mono_forward import MonoForward
-from layerwise.rules.noprop import NoPropDT
+from layerwise.rules.noprop import NoPropCT, NoPropDT, NoPropFM
 from layerwise.rules.periodic_guidance import PeriodicGuidance
 from layerwise.rules.predsim import PredSim
 from layerwise.rules.scalable_ff import ScalableFF
@@ -52,6 +52,8 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     CounterCurrent,
     GraphForward,
     NoPropDT,
+    NoPropCT,
+    NoPropFM,
     Backprop,
     BackpropCheckpoint,
     BackpropOffload,
@@ -133,7 +135,9 @@ __all__ = [
     "LocalCE",
     "Moment",
     "MonoForward",
+    "NoPropCT",
     "NoPropDT",
+    "NoPropFM",
     "PeriodicGuidance",
     "PredSim",
     "Rule",
