@@ -80,6 +80,8 @@ class Facts:
     """Labelled samples of the training, validation and test split."""
     graph: tuple[int, ...] = ()
     """Nodes and edges, where the samples are the nodes of a graph."""
+    columns: tuple[str, ...] = ()
+    """Names of the columns, where the samples are the rows of a table."""
 
     @classmethod
     def of(cls, dataset: data.Dataset) -> "Facts":
@@ -87,7 +89,7 @@ class Facts:
         parts = (dataset.train, dataset.val, dataset.test)
         sizes = tuple(0 if part is None else int((part.labels != UNLABELLED).sum()) for part in parts)
         graph = () if dataset.graph is None else (len(dataset.graph.labels), dataset.graph.edges.shape[1])
-        return cls(dataset.shape, dataset.classes, dataset.mean, dataset.std, sizes, graph)
+        return cls(dataset.shape, dataset.classes, dataset.mean, dataset.std, sizes, graph, dataset.columns)
 
     def check(self, dataset: data.Dataset) -> None:
         """Raise LayerwiseError unless `dataset` is the one that the facts are of."""
@@ -152,7 +154,9 @@ class Run:
         self.total = options.steps or options.epochs * len(self.train_batches)
         self.facts = Facts.of(self.dataset)
         self.learner = build_learner(options, self.facts, self.device, self.total, stage, self.dataset.graph, replicas)
-        next(self._batches(0))  # data that cannot be read are told of before anything is written
+        # What does not go together, and data that cannot be read, are told of before anything is written.
+        check_fit(options, self.learner, self.dataset)
+        next(self._batches(0))
         self.seconds = 0.0
         self.samples = 0
         self.memory: MemoryUse | None = None
@@ -227,8 +231,9 @@ class Run:
         meter = FlopMeter() if self.learner.steps == 0 else None
         with meter or contextlib.nullcontext():
             # The second step's memory is measured: by then the optimizers have their state. So is that of the first
-            # step in which a rule joins groups; the larger one is told.
-            groups = " ".join(group.name for group in self.learner.groups_at(self.learner.steps))
+            # step in which a rule joins groups or lets others rest; the largest one is told.
+            groups = self.learner.groups_at(self.learner.steps)
+            groups = " ".join(group.name for group in groups if group.optimizers)
             if self.learner.steps >= min(1, self.total - 1) and groups not in self._measured:
                 self._measured.add(groups)
                 metrics, memory = self.learner.measured_step(x, y)
@@ -340,7 +345,7 @@ class Run:
             self.learner.load_state_dict(state["learner"])
             self.samples, self.seconds, self.last_val = state["samples"], state["seconds"], state["val"]
             self.memory = MemoryUse(**state["memory"]) if state["memory"] else None
-            groups = [" ".join(group.name for group in self.learner.groups)] if self.memory else []
+            groups = [" ".join(group.name for group in self.learner.groups if group.optimizers)] if self.memory else []
             self._measured = set(state.get("measured", groups))
             self.flops = state.get("flops")  # not in the checkpoints of version 0.1.0
             if state["threads"] != torch.get_num_threads():
@@ -498,6 +503,18 @@ def build_learner(
         stream=options.stream,
         stream_folder=folder,
     )
+
+
+def check_fit(options: TrainOptions, learner: Learner, dataset: data.Dataset) -> None:
+    """Raise LayerwiseError unless the rule trains such a model and can do with the labels that the data have."""
+    wanted, model = options.rule.models, model_name(options.model)
+    if wanted and model not in wanted:
+        raise LayerwiseError(
+            f"rule {options.rule.name!r} does not train the model {model!r}; choose the model {' or '.join(wanted)}."
+        )
+    for part in (dataset.train, dataset.val, dataset.test):
+        if part is not None:
+            learner.check_labels(part.labels)
 
 
 class Trained(NamedTuple):
