@@ -154,8 +154,10 @@ class Run:
         self.total = options.steps or options.epochs * len(self.train_batches)
         self.facts = Facts.of(self.dataset)
         self.learner = build_learner(options, self.facts, self.device, self.total, stage, self.dataset.graph, replicas)
-        # What does not go together, and data that cannot be read, are told of before anything is written.
-        check_fit(options, self.learner, self.dataset)
+        # Labels that the rule cannot do with, and data that cannot be read, are told of before anything is written.
+        for part in (self.dataset.train, self.dataset.val, self.dataset.test):
+            if part is not None:
+                self.learner.check_labels(part.labels)
         next(self._batches(0))
         self.seconds = 0.0
         self.samples = 0
@@ -471,13 +473,17 @@ def build_learner(
     graph: Graph | None = None,
     replicas: Replicas | None = None,
 ) -> Learner:
-    """The learner of a run with `total` steps, before its first step."""
+    """The learner of a run with `total` steps, before its first step.
+
+    Raises:
+        LayerwiseError: options that the rule, the model or the optimizer refuses, or that do not go together.
+    """
     folder = Path(options.stream_folder or nearest_folder(Path(options.out or "runs")))
     with OnFile(folder) if options.stream == "disk" else contextlib.nullcontext():
         model = build_model(options.model, facts, options.seed, graph)
     example = torch.zeros(2, *facts.shape, device=device)
     updates = math.ceil(total / options.accumulate)
-    return Learner(
+    learner = Learner(
         model,
         options.rule,
         optimizer=options.optimizer,
@@ -503,18 +509,12 @@ def build_learner(
         stream=options.stream,
         stream_folder=folder,
     )
-
-
-def check_fit(options: TrainOptions, learner: Learner, dataset: data.Dataset) -> None:
-    """Raise LayerwiseError unless the rule trains such a model and can do with the labels that the data have."""
-    wanted, model = options.rule.models, model_name(options.model)
-    if wanted and model not in wanted:
+    wanted, given = options.rule.models, model_name(options.model)
+    if wanted and given not in wanted:  # asked last, as a rule that can tell by itself tells more
         raise LayerwiseError(
-            f"rule {options.rule.name!r} does not train the model {model!r}; choose the model {' or '.join(wanted)}."
+            f"rule {options.rule.name!r} does not train the model {given!r}; choose the model {' or '.join(wanted)}."
         )
-    for part in (dataset.train, dataset.val, dataset.test):
-        if part is not None:
-            learner.check_labels(part.labels)
+    return learner
 
 
 class Trained(NamedTuple):
