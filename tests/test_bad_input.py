@@ -140,6 +140,12 @@ train --rule.dim 3                           | dim is 3, smaller than the 10 cla
 train --rule.dropout 1.5                     | dropout is 1.5; [0, 1)
 train --rule.scale 0                         | scale is 0; larger than 0
 train --rule sid_cascade                     | trains the model 'sid_cascade'; use rule 'sid'
+train --rule graph_forward                   | does not train the model 'mlp'; gcn or gat
+train --rule graph_forward --model vit       | does not train the model 'vit'; gcn or gat
+train --rule noprop_dt                       | trains the model 'noprop'
+train --rule boosted --rule.updates 0        | updates is 0; 1 or more
+train --rule ssl_local --rule.augment flop   | unknown augmentation 'flop'; did you mean 'flip'?
+train --data B/absent.csv                    | no file B/absent.csv
 train --rule sid --rule.direction reverse    | direction="reverse"; label_smoothing
 train --rule sid --rule.direction back       | 'back'; --rule.direction; reverse
 train --rule sid --rule.alpha 0              | alpha is 0.0; larger than 0

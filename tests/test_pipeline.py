@@ -123,6 +123,8 @@ FAMILIES = [
     ("layer_collaboration", {}),
     ("mono_forward", {"predictor": "sum"}),
     ("mono_forward", {}),
+    ("boosted", {"updates": 1}),
+    ("ssl_local", {}),
     ("scalable_ff", {}),
     ("scalable_ff", {"predictor": "last"}),
 ]
