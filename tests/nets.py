@@ -16,6 +16,8 @@ SIZES = {
     "vgg": {"width": 4},
     "resnet": {"width": 4},
     "noprop": {"width": 2},
+    "noprop_ct": {"width": 4},
+    "noprop_fm": {"width": 2},
     "sid_cascade": {"width": 16},
     "vit": {"width": 8, "heads": 2},
     "gcn": {"width": 16, "dropout": 0.0},
@@ -42,6 +44,11 @@ def graph(nodes=64, known=32):
 def kinds(rule):
     """Models on which a rule is tested."""
     return rules.get(rule).models or KINDS
+
+
+def made(rule):
+    """A rule by name, with options under which every block has its turn within three steps."""
+    return rules.create(rule, **({"updates": 1} if rule == "boosted" else {}))
 
 
 def cascade(depth=4, **options):

@@ -20,7 +20,7 @@ from layerwise.data import Batches, InMemorySource
 from layerwise.parallel.replicas import Replicas, check_shares
 from layerwise.parallel.transport import Ranks
 
-OF_SHARES = {"predsim", "dgl", "periodic_guidance", "forward_forward", "layer_collaboration"}
+OF_SHARES = {"predsim", "dgl", "periodic_guidance", "forward_forward", "layer_collaboration", "ssl_local"}
 """Rules that compare, normalise or draw within a batch: theirs is the share of a rank."""
 
 

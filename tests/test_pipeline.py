@@ -104,8 +104,8 @@ def test_stages_have_the_bits_of_one_process(rule, kind, ranks):
 @pytest.mark.parametrize("name", [name for name in rules.names() if name != "sid_cascade"])
 def test_a_rule_is_served_to_the_same_bits_or_refused(name):
     model, data = net("mlp", 4), batches(2)
-    # graph_forward begins with the network's graph, noprop_dt with the number of blocks.
-    if rules.get(name).locality != "local" or name in ("graph_forward", "noprop_dt"):
+    # graph_forward begins with the network's graph, NoProp with its embeddings.
+    if rules.get(name).locality != "local" or name.startswith(("graph_forward", "noprop")):
         with pytest.raises(LayerwiseError, match=f"{name!r} cannot be trained by a pipeline, because"):
             stages(model, name, 2, data[0][0])
         return
@@ -123,6 +123,8 @@ FAMILIES = [
     ("layer_collaboration", {}),
     ("mono_forward", {"predictor": "sum"}),
     ("mono_forward", {}),
+    ("boosted", {"updates": 1}),
+    ("ssl_local", {}),
     ("scalable_ff", {}),
     ("scalable_ff", {"predictor": "last"}),
 ]

@@ -25,7 +25,7 @@ usage: layerwise COMMAND [OPTIONS]
   report DIR            the report of a comparison or benchmark, drawn again
   eval RUN              accuracy of a trained run on the test split, block by block
   beliefs RUN           what SID's theory says, measured module by module; early exit
-  predict RUN INPUT     classes of images, as CSV
+  predict RUN INPUT     classes of images, or of the rows of a table, as CSV
   export RUN FILE       the trained weights as one safetensors file, for your own model class
   ls WHAT               list rules | models | data | recipes
   describe RULE         equations, locality, what crosses a boundary, source, restrictions

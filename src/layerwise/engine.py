@@ -52,7 +52,7 @@ class Group:
     parameters: list[nn.Parameter]
     """What learns here."""
     optimizers: list[torch.optim.Optimizer]
-    """One, or those of the groups that are joined here; none where nothing learns, which runs without a graph."""
+    """One, or those of the groups that are joined here; none where nothing learns or all rests: no graph then."""
     scaler: torch.amp.GradScaler
     """Scales the signal where gradients are fp16; does nothing otherwise."""
     buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -186,7 +186,8 @@ class Engine:
         for unit in units:
             out = self.run(unit, h, message, step)
             with self.autocast():
-                moment = Moment(unit.site, out, h, message, y, self.how.task, unit.auxiliary, step is not None, view)
+                training, learns = step is not None, step is not None and bool(group.optimizers)
+                moment = Moment(unit.site, out, h, message, y, self.how.task, unit.auxiliary, training, learns, view)
                 signal = self.rule.signal(moment)
             h = out if signal.output is None else signal.output
             message = signal.message
@@ -263,7 +264,7 @@ class Engine:
         self, group: Group, h: Tensor, message: Any, y: Tensor, step: int, trace: Trace
     ) -> tuple[list[tuple[Signal, Tensor]], Tensor, Any]:
         """The forward pass of an update: with a graph where something learns."""
-        if self.how.nonfinite == "skip" and step % self.how.accumulate == 0:
+        if self.how.nonfinite == "skip" and group.optimizers and step % self.how.accumulate == 0:
             group.buffers = [(b, b.clone()) for unit in group.units for b in unit.buffers()]
         with torch.set_grad_enabled(bool(group.optimizers)):
             return self.forward(group, h, message, y, step, trace)

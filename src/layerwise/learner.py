@@ -4,7 +4,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from layerwise.randomness import derive_seed, preserved_generators, seed_generat
 from layerwise.rules.base import Rule, Site, Start, check_words
 from layerwise.state import check_same_tensors, held
 from layerwise.streaming import Stream, Where, check_stream
-from layerwise.tasks import Classification
+from layerwise.tasks import UNLABELLED, Classification
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -195,10 +195,13 @@ class Learner:
         self._stream_to: tuple[Where, Path] = stream, Path(stream_folder or tempfile.gettempdir())
         self.stream: Stream | None = None
         self.steps = 0
+        self.prepares = type(self.rule).prepare is not Rule.prepare
+        self._prepared = False
         self.skipped = 0
         self.groups: list[Group] = []
         self.auxiliary = nn.ModuleDict()
-        self._groupings: dict[tuple[range, ...], list[Group]] = {}
+        self._groupings: dict[tuple[tuple[range, ...], tuple[bool, ...]], list[Group]] = {}
+        """By the ranges that a rule asks for, and by which of them learn; `()` for all."""
         self._scalers: dict[str, Any] = {}
         self._pending: Mapping[str, Any] | None = None
         if example is not None:
@@ -220,7 +223,7 @@ class Learner:
         kind, folder = self._stream_to
         if kind != "none" and self.stream is None:  # an earlier attempt may have failed at the input
             own = [blocks[sites.start : end] for sites, end in zip(ranges, ends, strict=True)]
-            self.stream = Stream(kind, folder, self.device, self.rule, own, ranges)
+            self.stream = Stream(kind, folder, self.device, self.rule, own)
         shapes = self._probe(x[:1].to(self.device))
         task = Classification(shapes[-1].shape[-1], self.label_smoothing)
         mine = range(len(ranges))
@@ -249,7 +252,7 @@ class Learner:
                 if self.stream is not None:
                     self.stream.add(group)
         self.groups = groups
-        self._groupings = {tuple(ranges): self.groups}
+        self._groupings = {(tuple(ranges), ()): self.groups}
         if self._compile:
             backend = self._compile if isinstance(self._compile, str) else "inductor"
             for block in blocks:
@@ -311,16 +314,25 @@ class Learner:
         return torch.amp.GradScaler(self.device.type, enabled=self._how["autocast"] == torch.float16)
 
     def groups_at(self, step: int) -> list[Group]:
-        """The groups in which a training step updates the blocks: `groups`, unless the rule joins some of them there.
+        """The groups in which a training step updates the blocks: `groups`, unless the rule joins or rests some there.
 
         Raises:
             LayerwiseError: the rule asks for groups that are not neighbours of its own, joined.
         """
-        blocks = len(self.network.blocks)
-        ranges = tuple(self.rule.groups_at(step // self._how["accumulate"], blocks))
-        if ranges not in self._groupings:
-            self._groupings[ranges] = self._joined(ranges)
-        return self._groupings[ranges]
+        update = step // self._how["accumulate"]
+        ranges = tuple(self.rule.groups_at(update, len(self.network.blocks)))
+        if (ranges, ()) not in self._groupings:
+            self._groupings[ranges, ()] = self._joined(ranges)
+        groups = self._groupings[ranges, ()]
+        learns = [self.rule.learns_at(update, group.units[0].site) for group in groups]
+        if all(learns):
+            return groups
+        if (ranges, tuple(learns)) not in self._groupings:
+            self._groupings[ranges, tuple(learns)] = [
+                group if wanted else replace(group, parameters=[], optimizers=[])
+                for group, wanted in zip(groups, learns, strict=True)
+            ]
+        return self._groupings[ranges, tuple(learns)]
 
     def _joined(self, ranges: Sequence[range]) -> list[Group]:
         """The groups, put together so that each begins where one of `ranges` does; optimizers stay what they are."""
@@ -344,6 +356,25 @@ class Learner:
             made.append(group)
         return made
 
+    @torch.no_grad()
+    def prepare(self, x: Tensor, y: Tensor) -> None:
+        """Show training data to a rule that starts from them; the first `step` shows its own batch if nobody has.
+
+        Args:
+            x: inputs `(N, ...)`, as many as fit.
+            y: their labels.
+
+        Raises:
+            LayerwiseError: labels that do not fit, or data from which the rule cannot start.
+        """
+        x, y = self._ready(x, y)
+        with preserved_generators(self.device):
+            seed_generators(derive_seed(self._seed, "prepare"), self.device)
+            self.rule.prepare(self.network, x, y)
+        if self.replicas is not None:  # each has seen its own share
+            self.replicas.copy_from_first(p for p in self.network.parameters() if not p.is_meta)
+        self._prepared = True
+
     def step(self, x: Tensor, y: Tensor) -> Metrics:
         """Train on one batch: every block is updated once, while the batch passes through.
 
@@ -358,6 +389,8 @@ class Learner:
             LayerwiseError: labels that do not fit, or a non-finite loss or gradient.
         """
         x, y = self._ready(x, y)
+        if self.steps == 0 and self.prepares and not self._prepared:
+            self.prepare(x, y)
         if not self.network.model.training:  # asked of the model, whose owner may have called eval() on it
             self.network.train()
         self.auxiliary.train()
@@ -485,7 +518,8 @@ class Learner:
         return skipped if self.stage is None else self.stage.pass_on(h, message, skipped)
 
     def _predicted(self, x: Tensor) -> Tensor | None:
-        """What the rule predicts; None where a later rank knows."""
+        """What the rule predicts, with the draws of `__call__`; None where a later rank knows."""
+        seed_generators(derive_seed(self._how["seed"], "evaluation"), self.device)
         if self.stage is None:
             return self.rule.predict(self.network, self._modules_by_site(), x)
         h, message = self.rule.ask(x, self._modules_by_site().get(0)) if self.stage.first else self.stage.receive()
@@ -522,8 +556,21 @@ class Learner:
             )
         if not self.groups:
             self.build(x)
-        self.task.check(y, self.rule.unlabelled)
+        self.check_labels(y)
         return self._placed(x), y.to(self.device, non_blocking=True)
+
+    def check_labels(self, y: Tensor) -> None:
+        """Raise LayerwiseError unless all labels `y` are classes of the network, or -100 for a rule that allows it.
+
+        The values are looked at only on the host: on an accelerator the look would wait for the device.
+        """
+        if not self.rule.unlabelled and y.device.type == "cpu" and bool((y == UNLABELLED).any()):
+            able = [name for name in rules.names() if rules.get(name).unlabelled and not rules.get(name).models]
+            raise LayerwiseError(
+                f"rule {self.rule.name!r} needs a label for every sample, and {int((y == UNLABELLED).sum())} of "
+                f"{y.numel()} have none (-100); choose a rule that leaves such samples out: {', '.join(able)}."
+            )
+        self.task.check(y, self.rule.unlabelled)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The network's parameters under the model's names, then the rule's under `auxiliary.`."""
@@ -593,7 +640,7 @@ class Learner:
                 self._load([group], state, auxiliary)
             release_pages()
         self._scalers = state["scaler"]
-        self._groupings = {ranges: groups for ranges, groups in self._groupings.items() if groups is self.groups}
+        self._groupings = {key: groups for key, groups in self._groupings.items() if groups is self.groups}
         self.steps, self.skipped = state["steps"], state["skipped"]
 
     def _load(self, groups: Sequence[Group], state: Mapping[str, Any], auxiliary: Mapping[str, Tensor]) -> None:

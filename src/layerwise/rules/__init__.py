@@ -13,6 +13,7 @@ from layerwise.errors import LayerwiseError, suggestion
 from layerwise.rules.auglocal import AugLocal
 from layerwise.rules.backprop import Backprop, BackpropCheckpoint, BackpropOffload
 from layerwise.rules.base import Moment, Rule, Signal, Site, Start
+from layerwise.rules.boosted import Boosted
 from layerwise.rules.controls import DeepSupervision, LastLayer
 from layerwise.rules.counter_current import CounterCurrent
 from layerwise.rules.dgl import DGL
@@ -24,12 +25,13 @@ from layerwise.rules.interlocking import Interlocking
 from layerwise.rules.layer_collaboration import LayerCollaboration
 from layerwise.rules.local_ce import LocalCE
 from layerwise.rules.mono_forward import MonoForward
-from layerwise.rules.noprop import NoPropDT
+from layerwise.rules.noprop import NoPropCT, NoPropDT, NoPropFM
 from layerwise.rules.periodic_guidance import PeriodicGuidance
 from layerwise.rules.predsim import PredSim
 from layerwise.rules.scalable_ff import ScalableFF
 from layerwise.rules.sid import SID, SIDCascade
 from layerwise.rules.sll import SLL
+from layerwise.rules.ssl_local import SSLLocal
 from layerwise.rules.svp import SVP
 
 _BUILT_IN: tuple[type[Rule], ...] = (
@@ -52,6 +54,10 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     CounterCurrent,
     GraphForward,
     NoPropDT,
+    NoPropCT,
+    NoPropFM,
+    Boosted,
+    SSLLocal,
     Backprop,
     BackpropCheckpoint,
     BackpropOffload,
@@ -121,6 +127,7 @@ __all__ = [
     "Backprop",
     "BackpropCheckpoint",
     "BackpropOffload",
+    "Boosted",
     "CounterCurrent",
     "DeepSupervision",
     "ForwardForward",
@@ -133,11 +140,14 @@ __all__ = [
     "LocalCE",
     "Moment",
     "MonoForward",
+    "NoPropCT",
     "NoPropDT",
+    "NoPropFM",
     "PeriodicGuidance",
     "PredSim",
     "Rule",
     "SIDCascade",
+    "SSLLocal",
     "ScalableFF",
     "Signal",
     "Site",

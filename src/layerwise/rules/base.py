@@ -81,6 +81,8 @@ class Moment:
     auxiliary: nn.Module | None
     """The module that `Rule.auxiliary` made for this site."""
     training: bool
+    learns: bool = False
+    """Whether the site's group learns in this pass; False in evaluation, and where it rests (`Rule.learns_at`)."""
     view: range = range(0)
     """The sites that this pass runs as one graph: the group's own, then (in training) those that lend it theirs."""
 
@@ -167,6 +169,17 @@ class Rule:
         """Whether the site's parameters learn; a group in which none does runs without a graph."""
         return True
 
+    def learns_at(self, update: int, site: Site) -> bool:
+        """Whether the group that begins at the site learns in one update; one that rests runs without a graph.
+
+        Blocks that are trained one after the other take turns in this way.
+
+        Args:
+            update: number of the update, from 0; with `accumulate` batches for each.
+            site: the first site of a group, as `groups` has them.
+        """
+        return True
+
     def has_trunk(self) -> bool:
         """Whether the first group is a trunk: a part that learns last, from what the groups behind it send back.
 
@@ -190,6 +203,15 @@ class Rule:
     def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
         """The module that the rule adds at a site; `h` is a sample of the output, for its shape."""
         return None
+
+    def prepare(self, network: Partition, x: Tensor, y: Tensor) -> None:
+        """Look at training data once, before the first step, and set tensors of the network; nothing by default.
+
+        Args:
+            network: the blocks and the head.
+            x: samples `(N, ...)`: a few thousand in a run, the first batch in a loop of one's own.
+            y: their labels.
+        """
 
     def begin(self, start: Start) -> tuple[Tensor, Any]:
         """The first block's input and the first message."""
