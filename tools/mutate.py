@@ -145,7 +145,7 @@ MUTANTS = [
     Mutant("optimizer state shared", "learner.py",
            [("copy.deepcopy(packed)", "packed")], "test_learner.py share_nothing"),
     Mutant("the step waits for no forward pass", "engine.py",
-           [("self._reduced = lambda: self._step(group, h, arrived(), step, trace)",
+           [("self._reduced = (lambda: self._step(group, h, arrived(), step, trace)) if due else arrived",
              "self._step(group, h, arrived(), step, trace)")], "test_data_parallel.py steps_while"),
     Mutant("all groups' gradients are alive", "engine.py",
            [("        self._step_reduced()\n        loss =", "        loss =")], "test_data_parallel.py steps_while"),
