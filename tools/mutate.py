@@ -153,6 +153,21 @@ MUTANTS = [
     Mutant("later ranks begin on their own", "learner.py",
            [("            return self.stage.receive()\n", "            return self.stage.receive()[0], None\n")],
            f"{PIPE} bits_of_one_process and mlp and sid"),
+    Mutant("a group at rest learns", "learner.py",
+           [("group if wanted else replace(group, parameters=[], optimizers=[])", "group")],
+           "test_boosted.py only_the_stage and mlp"),
+    Mutant("boosting fits the label, not the residual", "rules/boosted.py",
+           [("at.task.distribution(at.y) - total.softmax(-1)", "at.task.distribution(at.y)")],
+           "test_boosted.py negative_gradient"),
+    Mutant("a stage without a turn adds its output", "rules/boosted.py",
+           [("if at.learns:", "if at.training:")], "test_boosted.py adds_nothing"),
+    Mutant("both views are the same one", "rules/ssl_local.py",
+           [("torch.cat([self.view(start.x), self.view(start.x), start.x])",
+             "torch.cat([*[self.view(start.x)] * 2, start.x])")], "test_ssl_local.py views_that_differ"),
+    Mutant("a table is standardised in float32", "data/batches.py",
+           [("(1, torch.float64)", "(1, torch.float32)")], "test_tables.py standardised"),
+    Mutant("labels are looked at when the folder is there", "training.py",
+           [("self.learner.check_labels(part.labels)", "pass")], "test_graph_forward.py wrong_use"),
 ]  # fmt: skip
 
 
