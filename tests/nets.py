@@ -16,6 +16,8 @@ SIZES = {
     "vgg": {"width": 4},
     "resnet": {"width": 4},
     "noprop": {"width": 2},
+    "noprop_ct": {"width": 4},
+    "noprop_fm": {"width": 2},
     "sid_cascade": {"width": 16},
     "vit": {"width": 8, "heads": 2},
     "gcn": {"width": 16, "dropout": 0.0},

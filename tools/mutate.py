@@ -40,6 +40,7 @@ LOCAL = f"{CONTRACT} mlp and sll and (carries or reaches)"
 MEMORY = f"{CONTRACT} working_memory and mlp and local_ce"
 PIPE, PARTS = "test_pipeline.py", "test_parts.py"
 FREE = "        self._free(group)\n\n    def _free"
+AGAIN = '        seed_generators(derive_seed(self._how["seed"], "evaluation"), self.device)\n'
 MUTANTS = [
     Mutant("activation not detached", "engine.py",
            [("return detach(h_out), detach(message_out)", "return h_out, detach(message_out)")], LOCAL),
@@ -62,7 +63,18 @@ MUTANTS = [
            [("for part in parts for optimizer in part.opt", "for part in parts[:1] for optimizer in part.opt")],
            "test_auxiliary_rules.py always_guided and mlp"),
     Mutant("the sampler's step is passed on in training", "rules/noprop.py",
-           [("if at.training:", "if False:")], "test_noprop.py any_order"),
+           [("        if at.training:", "        if False:")], "test_noprop.py any_order"),
+    Mutant("embeddings learn without the prior", "rules/noprop.py",
+           [("signal.loss + prior_divergence(u[at.y], share).mean()", "signal.loss")], "test_noprop.py head_moves"),
+    Mutant("blocks keep their first embeddings", "rules/noprop.py",
+           [("embedding(block).copy_(u)", "pass")], "test_noprop.py copy_of_the_steps and dt"),
+    Mutant("slope of the schedule loses a factor", "models/noprop.py",
+           [("width * (b * a * at_t", "width * (b * at_t")], "test_noprop.py tells_its_slope"),
+    Mutant("the velocity's way starts elsewhere", "rules/noprop.py",
+           [('- at.message["origin"]', "")], "test_noprop.py perfect_velocity_costs"),
+    Mutant("prediction in evaluation has other draws", "learner.py",
+           [(AGAIN + "        if self.stage is None", "        if self.stage is None")],
+           "test_noprop.py what_evaluation_reports and one_hot"),
     Mutant("guidance counts batches", "learner.py",
            [('step // self._how["accumulate"]', "step")], "test_auxiliary_rules.py make_one_update"),
     Mutant("the lending block's output is passed on", "engine.py",
@@ -150,6 +162,9 @@ MUTANTS = [
            [("self.stage.pass_on(h, message, skipped=False)\n        return h if",
              "self.stage.pass_on(h, message * 0, skipped=False)\n        return h if")],
            f"{PIPE} votes and mlp and scalable"),
+    Mutant("who waits for a silent rank is blamed", "parallel/transport.py",
+           [("return self.gone(self.suspect(peer), reason)", "return self.gone(peer, reason)")],
+           f"{PIPE} sign_of_life"),
     Mutant("later ranks begin on their own", "learner.py",
            [("            return self.stage.receive()\n", "            return self.stage.receive()[0], None\n")],
            f"{PIPE} bits_of_one_process and mlp and sid"),
@@ -168,6 +183,8 @@ MUTANTS = [
            [("(1, torch.float64)", "(1, torch.float32)")], "test_tables.py standardised"),
     Mutant("labels are looked at when the folder is there", "training.py",
            [("self.learner.check_labels(part.labels)", "pass")], "test_graph_forward.py wrong_use"),
+    Mutant("a link leaves the last words of its lanes", "parallel/measuring.py",
+           [("for _ in self.inlet.lanes[1:]:", "for _ in ():")], "test_scaling.py last_word"),
 ]  # fmt: skip
 
 

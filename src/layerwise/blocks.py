@@ -56,6 +56,19 @@ class Block:
         """The block's parameters, in the model's order."""
         return [parameter for _, parameter in self.named_parameters()]
 
+    def tensor(self, name: str) -> Tensor:
+        """The block's parameter or buffer `name` (its name in the model), on the device.
+
+        Raises:
+            LayerwiseError: the block has none of that name.
+        """
+        if self.before is not None:
+            self.before()
+        for found, tensor in [*self.named_parameters(), *self.named_buffers()]:
+            if found == name:
+                return tensor
+        raise LayerwiseError(f"block {self.name!r} has no tensor {name!r}.")
+
     def places(self) -> list[tuple[dict[str, Any], str]]:
         """Where the block's parameters and buffers are held: a module's registry, and the name in it."""
         found = []

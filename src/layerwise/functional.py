@@ -1,6 +1,7 @@
 """Pure mathematics of the learning rules: functions of tensors, without state."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -252,3 +253,65 @@ def denoising_step(t: int, steps: int) -> tuple[float, float, float]:
     alpha = before / after
     a = math.sqrt(after) * (1 - alpha) / (1 - before)
     return a, math.sqrt(alpha) * (1 - after) / (1 - before), (1 - after) * (1 - alpha) / (1 - before)
+
+
+def mixture(p: Tensor, rows: Tensor) -> Tensor:
+    r"""$\sum_k p_k u_k$ of coefficients `(B, K)` and rows u `(K, D)`: `(B, D)`, in the rows' own precision.
+
+    >>> mixture(torch.tensor([[0.5, 0.5]]), torch.eye(2))
+    tensor([[0.5000, 0.5000]])
+    """
+    with torch.autocast(p.device.type, enabled=False):
+        return p.to(rows.dtype) @ rows
+
+
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    r"""$\|a_i - b_j\|^2$ of rows `(N, D)` and `(M, D)`: `(N, M)`, in their own precision.
+
+    >>> squared_distances(torch.zeros(1, 2), torch.tensor([[3.0, 4.0], [1.0, 0.0]]))
+    tensor([[25.,  1.]])
+    """
+    with torch.autocast(a.device.type, enabled=False):
+        return a.square().sum(1, keepdim=True) - 2 * a @ b.T + b.square().sum(1)
+
+
+def prior_divergence(u: Tensor, share: Tensor | float) -> Tensor:
+    r"""$KL(N(\sqrt{\bar\alpha}\, u, (1 - \bar\alpha) I) \,\|\, N(0, I))$ for each row of u `(B, D)`: `(B,)`, in nats.
+
+    It is $\frac12 (\bar\alpha \|u\|^2 - D \bar\alpha - D \log(1 - \bar\alpha))$; `share` is $\bar\alpha$, a number.
+
+    >>> float(prior_divergence(torch.ones(1, 3), 0.0))
+    0.0
+    """
+    share, size = torch.as_tensor(share).to(u), u.shape[1]
+    return (share * u.square().sum(1) - size * share - size * torch.log1p(-share)) / 2
+
+
+def medoid(x: Tensor) -> int:
+    """Index of the row of `(N, D)` whose median distance to the others is smallest (of two in the middle, the larger).
+
+    >>> medoid(torch.tensor([[0.0], [9.0], [4.0], [6.0]]))
+    3
+    """
+    distances = torch.cdist(x, x).fill_diagonal_(math.inf)
+    return int(distances.median(1).values.argmin())
+
+
+def integrate(velocity: Callable[[Tensor, float], Tensor], z: Tensor, steps: int, solver: str) -> Tensor:
+    """Follow $dz/dt$ = `velocity(z, t)` from t = 0 to t = 1 in equal steps.
+
+    Args:
+        velocity: a function of z and t, of the shape of z.
+        z: where it starts.
+        steps: how many.
+        solver: `"euler"`, or `"heun"` (second order, two velocities per step).
+
+    >>> integrate(lambda z, t: torch.tensor(2 * t), torch.tensor(0.0), 4, "heun")
+    tensor(1.)
+    """
+    for i in range(steps):
+        now = velocity(z, i / steps)
+        if solver == "heun":
+            now = (now + velocity(z + now / steps, (i + 1) / steps)) / 2
+        z = z + now / steps
+    return z

@@ -109,7 +109,8 @@ class Learner:
         example: one batch of inputs; builds everything now instead of at the first step.
         stage: the part of the network that this process runs, as one of several ranks; all of it if not given.
         replicas: the processes that train the same blocks, each on its share of every batch; none if not given. Draws
-            then depend on the replica too, but those of the initial weights, which are the first one's.
+            then depend on the replica too, but those of the initial weights, which are the first one's. With `Shards`
+            each keeps a share of parameters and optimizer state, and all have to predict and evaluate equally often.
         device: where blocks run; where the model's parameters are if not given.
         stream: `"host"` or `"disk"` keeps parameters and optimizer state there, and on the device only those of the
             groups that are about to run; `unstream` brings them back. Until then the model's own tensors show nothing.
@@ -157,6 +158,8 @@ class Learner:
     ):
         _check_options(clip, accumulate, precision, nonfinite)
         check_stream(stream, stage or replicas, compile)
+        if replicas is not None:
+            replicas.check(precision=precision, compile=compile, channels_last=channels_last)
         self.rule = rules.create(rule) if isinstance(rule, str) else rule
         check_words(self.rule)
         self.network: Partition = partition(model, cuts, blocks=blocks, example=example)
@@ -192,6 +195,8 @@ class Learner:
         self._stream_to: tuple[Where, Path] = stream, Path(stream_folder or tempfile.gettempdir())
         self.stream: Stream | None = None
         self.steps = 0
+        self.prepares = type(self.rule).prepare is not Rule.prepare
+        self._prepared = False
         self.skipped = 0
         self.groups: list[Group] = []
         self.auxiliary = nn.ModuleDict()
@@ -218,7 +223,7 @@ class Learner:
         kind, folder = self._stream_to
         if kind != "none" and self.stream is None:  # an earlier attempt may have failed at the input
             own = [blocks[sites.start : end] for sites, end in zip(ranges, ends, strict=True)]
-            self.stream = Stream(kind, folder, self.device, self.rule, own, ranges)
+            self.stream = Stream(kind, folder, self.device, self.rule, own)
         shapes = self._probe(x[:1].to(self.device))
         task = Classification(shapes[-1].shape[-1], self.label_smoothing)
         mine = range(len(ranges))
@@ -231,12 +236,17 @@ class Learner:
             units.append(Unit(site, block, None))
         self.task = task
         self.engine = Engine(self.rule, Execution(task=task, **self._how), self._resident)
+        if self.replicas is not None:
+            found = [*self.network.parameters(), *self.network.buffers()]
+            self.replicas.copy_from_first(tensor for tensor in found if not tensor.is_meta)
         groups = []
         for i in mine:
             own = units[ranges[i].start : ends[i]]
             with self._resident(own):
                 for unit in own:
                     unit.auxiliary = self._auxiliary(unit.site, shapes[unit.site.index])
+                if self.replicas is not None:
+                    self.replicas.adopt(self.network.model, own)
                 group = self._group(own, ahead=units[ends[i] : ranges[i].stop])
                 groups.append(group)
                 if self.stream is not None:
@@ -247,16 +257,14 @@ class Learner:
             backend = self._compile if isinstance(self._compile, str) else "inductor"
             for block in blocks:
                 block.run = torch.compile(_with_own_code(block.run, block.name), backend=backend)
-        if self.replicas is not None:
-            found = [*self.network.parameters(), *self.network.buffers()]
-            found += [*self.auxiliary.parameters(), *self.auxiliary.buffers()]
-            self.replicas.copy_from_first(tensor for tensor in found if not tensor.is_meta)
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self.load_state_dict(pending)
 
     def _resident(self, units: Sequence[Unit]) -> AbstractContextManager[None]:
-        """A context in which the tensors of these units are on the device."""
+        """A context in which the tensors of these units are on the device, and whole."""
+        if self.replicas is not None:
+            return self.replicas.resident(units)
         return nullcontext() if self.stream is None else self.stream.resident(units)
 
     def _auxiliary(self, site: Site, h: Tensor) -> nn.Module | None:
@@ -289,15 +297,18 @@ class Learner:
         groups = [
             group
             for unit in learning
-            for group in decay_groups(unit.parameters(), self.lr_multipliers.get(unit.site.name, 1.0))
+            for group in decay_groups(map(self._kept, unit.parameters()), self.lr_multipliers.get(unit.site.name, 1.0))
         ]
-        return Group(
-            units,
-            ahead,
-            parameters=[p for group in groups for p in group["params"]],
-            optimizers=[self.factory(groups)] if groups else [],
-            scaler=self._scaler(),
-        )
+        optimizers = [self.factory(groups)] if groups else []
+        if self.replicas is not None:
+            for optimizer in optimizers:
+                self.replicas.check_optimizer(optimizer)
+        parameters = [p for group in groups for p in group["params"]]
+        return Group(units, ahead, parameters, optimizers, self._scaler())
+
+    def _kept(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What learns here of a parameter of the model: all of it, or a share."""
+        return parameter if self.replicas is None else self.replicas.kept(parameter)
 
     def _scaler(self) -> torch.amp.GradScaler:
         return torch.amp.GradScaler(self.device.type, enabled=self._how["autocast"] == torch.float16)
@@ -345,6 +356,25 @@ class Learner:
             made.append(group)
         return made
 
+    @torch.no_grad()
+    def prepare(self, x: Tensor, y: Tensor) -> None:
+        """Show training data to a rule that starts from them; the first `step` shows its own batch if nobody has.
+
+        Args:
+            x: inputs `(N, ...)`, as many as fit.
+            y: their labels.
+
+        Raises:
+            LayerwiseError: labels that do not fit, or data from which the rule cannot start.
+        """
+        x, y = self._ready(x, y)
+        with preserved_generators(self.device):
+            seed_generators(derive_seed(self._seed, "prepare"), self.device)
+            self.rule.prepare(self.network, x, y)
+        if self.replicas is not None:  # each has seen its own share
+            self.replicas.copy_from_first(p for p in self.network.parameters() if not p.is_meta)
+        self._prepared = True
+
     def step(self, x: Tensor, y: Tensor) -> Metrics:
         """Train on one batch: every block is updated once, while the batch passes through.
 
@@ -359,6 +389,8 @@ class Learner:
             LayerwiseError: labels that do not fit, or a non-finite loss or gradient.
         """
         x, y = self._ready(x, y)
+        if self.steps == 0 and self.prepares and not self._prepared:
+            self.prepare(x, y)
         if not self.network.model.training:  # asked of the model, whose owner may have called eval() on it
             self.network.train()
         self.auxiliary.train()
@@ -386,6 +418,8 @@ class Learner:
         """
         tensors = [*self.network.parameters(), *self.network.buffers()]
         tensors += [*self.auxiliary.parameters(), *self.auxiliary.buffers()]
+        if self.replicas is not None:
+            tensors += self.replicas.whole([p for group in self.groups for p in group.parameters])
         optimizers = [optimizer for group in self.groups for optimizer in group.optimizers]
         with MemoryMeter(
             parameters=tensors,
@@ -393,6 +427,8 @@ class Learner:
             device=self.device,
         ) as meter:
             metrics = self.step(x, y)
+        if self.replicas is not None:
+            return metrics, self.replicas.counted(meter.peak, self.groups_at(metrics.step))
         return metrics, meter.peak if self.stream is None else self.stream.counted(meter.peak)
 
     def evaluate(self, x: Tensor, y: Tensor) -> Metrics:
@@ -468,6 +504,8 @@ class Learner:
         finally:
             for module, mode in modes:
                 module.training = mode
+            if self.replicas is not None:
+                self.replicas.release()
 
     def _begin(self, x: Tensor, y: Tensor, forward: Callable[[Tensor], Tensor]) -> tuple[Tensor, Any]:
         """Input and message of the first group here: the rule's, or what the rank before has sent."""
@@ -480,7 +518,8 @@ class Learner:
         return skipped if self.stage is None else self.stage.pass_on(h, message, skipped)
 
     def _predicted(self, x: Tensor) -> Tensor | None:
-        """What the rule predicts; None where a later rank knows."""
+        """What the rule predicts, with the draws of `__call__`; None where a later rank knows."""
+        seed_generators(derive_seed(self._how["seed"], "evaluation"), self.device)
         if self.stage is None:
             return self.rule.predict(self.network, self._modules_by_site(), x)
         h, message = self.rule.ask(x, self._modules_by_site().get(0)) if self.stage.first else self.stage.receive()
@@ -541,9 +580,9 @@ class Learner:
 
     def optimizer_states(self) -> dict[str, dict[str, Any]]:
         """Optimizer state per parameter name, whatever the grouping of the blocks."""
-        names: dict[Tensor, str] = {parameter: name for name, parameter in self.named_parameters()}
+        names: dict[Tensor, str] = {self._kept(parameter): name for name, parameter in self.named_parameters()}
         return {
-            names[parameter]: state
+            names[parameter]: {name: self._stored(parameter, value) for name, value in state.items()}
             for group in self.groups
             for optimizer in group.optimizers
             for parameter, state in optimizer.state.items()
@@ -559,11 +598,12 @@ class Learner:
             Streamed tensors are views of what the host or the file holds, right until the next step.
         """
         streamed = self.stream is not None
+        own = [(name, self._kept(parameter)) for name, parameter in self.named_parameters()]
         state = {
             "model": held(self.network.state_dict(keep_vars=streamed)),
             "auxiliary": self.auxiliary.state_dict(keep_vars=streamed),
             "optimizer": self.optimizer_states(),
-            "gradients": {n: p.grad for n, p in self.named_parameters() if p.grad is not None},
+            "gradients": {n: self._stored(p, p.grad) for n, p in own if p.grad is not None},
             "scaler": {g.name: g.scaler.state_dict() for groups in self._groupings.values() for g in groups},
             "rule": self.rule.name,
             "steps": self.steps,
@@ -608,20 +648,40 @@ class Learner:
         away = set() if self.stream is None else self.stream.away()
         for module, given in ((self.network, state["model"]), (self.auxiliary, auxiliary)):
             own = held(module.state_dict(keep_vars=True))
-            here = {name: given[name] for name, tensor in own.items() if id(tensor) not in away}
+            here = {name: self._laid_out(t, given[name]) for name, t in own.items() if id(t) not in away}
             module.load_state_dict(here, strict=False)
-        names = {p: name for name, p in self.named_parameters() if not p.is_meta and id(p) not in away}
+        here = {p: name for name, p in self.named_parameters() if not p.is_meta and id(p) not in away}
+        names = {self._kept(p): name for p, name in here.items()}
         for group in groups:
             for optimizer in group.optimizers:
                 packed = optimizer.state_dict()
-                found = [state["optimizer"].get(names[p]) for p in group.parameters]
-                packed["state"] = {i: s for i, s in enumerate(found) if s is not None}
+                found = [(p, state["optimizer"].get(names[p])) for p in group.parameters]
+                packed["state"] = {
+                    i: {name: self._laid_out(p, value) for name, value in s.items()}
+                    for i, (p, s) in enumerate(found)
+                    if s is not None
+                }
                 optimizer.load_state_dict(copy.deepcopy(packed))  # torch would keep the given tensors
             if group.scaler.is_enabled():
                 group.scaler.load_state_dict(state["scaler"][group.name])
         for parameter, name in names.items():
             gradient = state["gradients"].get(name)
-            parameter.grad = None if gradient is None else gradient.to(parameter, copy=True)
+            if gradient is not None:
+                own = self._laid_out(parameter, gradient)
+                gradient = own.to(parameter.device, parameter.dtype, copy=True)
+            parameter.grad = gradient
+
+    def _stored(self, own: Tensor, value: Any) -> Any:
+        """What belongs to `own`, as a part of what all ranks hold."""
+        if self.replicas is None or not isinstance(value, Tensor):
+            return value
+        return self.replicas.stored(own, value)
+
+    def _laid_out(self, own: Tensor, given: Any) -> Any:
+        """What a tensor like `own` holds of the whole tensor `given`; other values as they are."""
+        if self.replicas is None or not isinstance(given, Tensor):
+            return given
+        return self.replicas.laid_out(own, given)
 
 
 def _with_own_code(run: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor], Tensor]:

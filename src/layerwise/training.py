@@ -33,6 +33,8 @@ from layerwise.randomness import derive_seed, preserved_generators, seed_generat
 from layerwise.streaming import nearest_folder
 from layerwise.tasks import UNLABELLED
 
+PREPARE = 2048  # training samples that a rule may look at before the first step
+
 
 class Interrupted(Exception):
     """The run was asked to stop; everything is saved.
@@ -159,6 +161,8 @@ class Run:
             if part is not None:
                 self.learner.check_labels(part.labels)
         next(self._batches(0))
+        if self.learner.prepares:
+            self._prepare()
         self.seconds = 0.0
         self.samples = 0
         self.memory: MemoryUse | None = None
@@ -172,6 +176,13 @@ class Run:
         self._signum = 0
         if resume is not None:
             self._restore()
+
+    def _prepare(self) -> None:
+        """Show the rule training samples, without augmentation."""
+        dataset, seed = self.dataset, self.train_batches.seed
+        size = min(PREPARE, len(dataset.train))
+        batches = data.Batches(dataset.train, size, seed=seed, mean=dataset.mean, std=dataset.std, device=self.device)
+        self.learner.prepare(*next(batches.epoch(0)))
 
     def _open(self, resume: Path | None) -> Path:
         """The folder of the run, with its options in it."""

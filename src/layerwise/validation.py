@@ -22,7 +22,7 @@ class ValidateOptions:
 
     rule: str = "sll"
     """Rule to check."""
-    model: Literal["mlp", "vgg", "resnet", "vit", "sid_cascade", "noprop"] = "mlp"
+    model: Literal["mlp", "vgg", "resnet", "vit", "sid_cascade", "noprop", "noprop_ct", "noprop_fm"] = "mlp"
     """Model to check it on."""
 
 
@@ -75,6 +75,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "vit": {"width": 24},
     "sid_cascade": {"width": 16},
     "noprop": {"width": 4},
+    "noprop_ct": {"width": 4},
+    "noprop_fm": {"width": 4},
 }
 
 

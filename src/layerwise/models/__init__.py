@@ -20,7 +20,7 @@ from layerwise.graphs import Graph
 from layerwise.models.base import BlockSequential, ModelOptions
 from layerwise.models.gnn import GAT, GCN, GraphModelOptions
 from layerwise.models.mlp import MLP
-from layerwise.models.noprop import NoProp
+from layerwise.models.noprop import NoProp, NoPropCT, NoPropFM
 from layerwise.models.resnet import ResNet
 from layerwise.models.sid_cascade import SIDCascade
 from layerwise.models.vgg import VGG
@@ -35,6 +35,8 @@ __all__ = [
     "GraphModelOptions",
     "ModelOptions",
     "NoProp",
+    "NoPropCT",
+    "NoPropFM",
     "ResNet",
     "SIDCascade",
     "ViT",
@@ -49,6 +51,8 @@ _MODELS: dict[str, type[ModelOptions]] = {
     "gcn": GCN,
     "mlp": MLP,
     "noprop": NoProp,
+    "noprop_ct": NoPropCT,
+    "noprop_fm": NoPropFM,
     "resnet": ResNet,
     "sid_cascade": SIDCascade,
     "vgg": VGG,
@@ -61,7 +65,7 @@ def names() -> tuple[str, ...]:
 
     Example:
         >>> names()
-        ('gat', 'gcn', 'mlp', 'noprop', 'resnet', 'sid_cascade', 'vgg', 'vit')
+        ('gat', 'gcn', 'mlp', 'noprop', 'noprop_ct', 'noprop_fm', 'resnet', 'sid_cascade', 'vgg', 'vit')
     """
     return tuple(_MODELS)
 

@@ -127,6 +127,8 @@ def check_rule(rule: Rule, groups: Sequence[range]) -> None:
             why = f"its locality is {rule.locality!r}, not 'local' (across a boundary goes: {rule.crosses})"
         elif type(rule).begin is not Rule.begin and not rule.begins_with_batch:
             why = "what it begins with may look at the whole network"
+        elif type(rule).prepare is not Rule.prepare:
+            why = "it sets the network up from training data"
         elif type(rule).predict is not Rule.predict and not rule.predicts_at_head:
             why = "it predicts from the whole network at once"
         else:

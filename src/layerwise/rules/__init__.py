@@ -25,7 +25,7 @@ from layerwise.rules.interlocking import Interlocking
 from layerwise.rules.layer_collaboration import LayerCollaboration
 from layerwise.rules.local_ce import LocalCE
 from layerwise.rules.mono_forward import MonoForward
-from layerwise.rules.noprop import NoPropDT
+from layerwise.rules.noprop import NoPropCT, NoPropDT, NoPropFM
 from layerwise.rules.periodic_guidance import PeriodicGuidance
 from layerwise.rules.predsim import PredSim
 from layerwise.rules.scalable_ff import ScalableFF
@@ -54,6 +54,8 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     CounterCurrent,
     GraphForward,
     NoPropDT,
+    NoPropCT,
+    NoPropFM,
     Boosted,
     SSLLocal,
     Backprop,
@@ -138,7 +140,9 @@ __all__ = [
     "LocalCE",
     "Moment",
     "MonoForward",
+    "NoPropCT",
     "NoPropDT",
+    "NoPropFM",
     "PeriodicGuidance",
     "PredSim",
     "Rule",

@@ -204,6 +204,15 @@ class Rule:
         """The module that the rule adds at a site; `h` is a sample of the output, for its shape."""
         return None
 
+    def prepare(self, network: Partition, x: Tensor, y: Tensor) -> None:
+        """Look at training data once, before the first step, and set tensors of the network; nothing by default.
+
+        Args:
+            network: the blocks and the head.
+            x: samples `(N, ...)`: a few thousand in a run, the first batch in a loop of one's own.
+            y: their labels.
+        """
+
     def begin(self, start: Start) -> tuple[Tensor, Any]:
         """The first block's input and the first message."""
         return start.x, None

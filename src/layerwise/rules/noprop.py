@@ -1,54 +1,139 @@
-"""NoProp with discrete time: every block learns to clear a noisy label, and none waits for another."""
+"""NoProp: networks learn to clear a noisy label, in discrete time, in continuous time, and by flow matching."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layerwise.blocks import Partition
+from layerwise.blocks import Block, Partition
 from layerwise.errors import LayerwiseError
-from layerwise.functional import denoising_step, signal_share
+from layerwise.functional import (
+    denoising_step,
+    integrate,
+    medoid,
+    mixture,
+    prior_divergence,
+    signal_share,
+    squared_distances,
+)
 from layerwise.rules.base import Locality, Moment, Rule, Signal, Site, Start, cross_entropy_at_head
 from layerwise.tasks import Classification
 
 
-def signal_to_noise(t: int, steps: int) -> float:
-    r"""$SNR(t) = \bar\alpha_t / (1 - \bar\alpha_t)$ of `functional.signal_share`."""
-    share = signal_share(t, steps)
-    return share / (1 - share)
+def embedding(block: Block) -> Tensor:
+    """Embeddings of the classes U `(K, D)`: the head's own, or a block's copy of them."""
+    return block.tensor(f"{block.name}.embedding")
 
 
-def noisy(u: Tensor, t: int, steps: int) -> Tensor:
-    r"""A draw of $z_t \sim N(\sqrt{\bar\alpha_t}\, u, 1 - \bar\alpha_t)$, of the shape of u."""
-    share = signal_share(t, steps)
-    return share**0.5 * u + (1 - share) ** 0.5 * torch.randn_like(u)
+def embedding_at(site: Site) -> Tensor:
+    """The same of the block, or of the head, at a site."""
+    assert site.network is not None
+    return embedding([*site.network.blocks, site.network.head][site.index])
 
 
-def with_z(state: Tensor, z: Tensor) -> Tensor:
-    """The state `[z | x]` with another z `(B, K)`."""
-    return torch.cat([z, state[:, z.shape[1] :]], dim=1)
+def state(*parts: Tensor) -> Tensor:
+    """What crosses: coefficients p `(B, K)` and a rest r `(B, D)` of a label z = p U + r, the image; t before them."""
+    return torch.cat([part.flatten(1).float() for part in parts], dim=1)
+
+
+def drawn(p: Tensor, share: Tensor | float, size: int) -> tuple[Tensor, Tensor]:
+    r"""Both parts of a draw of $z \sim N(\sqrt{\bar\alpha}\, p U, (1 - \bar\alpha) I)$ of length `size`, p `(B, K)`."""
+    share = torch.as_tensor(share).to(p)
+    return share.sqrt() * p, (1 - share).sqrt() * torch.randn(len(p), size, device=p.device)
+
+
+def times(p: Tensor) -> Tensor:
+    """A time from U(0, 1) for each of the samples `(B, ...)`, `(B, 1)`; together they are spread evenly."""
+    places = torch.arange(len(p), device=p.device) / len(p)
+    return ((torch.rand(1, device=p.device) + places) % 1)[:, None]
+
+
+def divided(state: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """p, r and the image of a state `[p | r | x]`."""
+    classes, size = u.shape
+    return state[:, :classes], state[:, classes : classes + size], state[:, classes + size :]
 
 
 @dataclass(frozen=True)
-class NoPropDT(Rule):
+class Denoising(Rule):
+    """What the three rules have in common: their own model, and embeddings that are learned in one place."""
+
+    locality: ClassVar[Locality] = "local"
+    flat_memory: ClassVar[bool] = True
+
+    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
+        """Nothing; refuses a network that passes on no state."""
+        (kind,), network = self.models, site.network
+        assert network is not None
+        cut = [block.name for block in [*network.blocks, network.head]]
+        children = [name for name, _ in network.model.named_children()]
+        first = getattr(network.model, "block1", None)
+        if getattr(first, "trained_as", None) != kind or cut != children:
+            raise LayerwiseError(
+                f"rule {self.name!r} trains the model {kind!r}, cut as it comes (--model {kind}, no --cuts or "
+                "--blocks)."
+            )
+        return None
+
+    def prepare(self, network: Partition, x: Tensor, y: Tensor) -> None:
+        """Prototypes: a class is embedded as the image of it whose median distance to the others is smallest.
+
+        Raises:
+            LayerwiseError: a class has no image.
+        """
+        if not getattr(network.model.head, "from_data", False):
+            return
+        u = embedding(network.head)
+        for k in range(len(u)):
+            images = x[y == k].flatten(1)
+            if not len(images):
+                raise LayerwiseError(
+                    f"prototypes start as images of their classes, and class {k} has none among the {len(x)} samples "
+                    "seen before the first step; give larger batches, or more samples to Learner.prepare."
+                )
+            u[k] = images[medoid(images)]
+
+    def shared(self, network: Partition) -> Tensor | None:
+        """What the blocks are told of the embeddings at the start of a step: a copy, where they learn."""
+        u = embedding(network.head)
+        return u.detach().clone() if u.requires_grad else None
+
+    def run(self, block: Block, h: Tensor, message: Any) -> Tensor:
+        """Run a block with the embeddings that it was told of."""
+        u = (message or {}).get("embedding")
+        if u is not None and block.name != "head":
+            embedding(block).copy_(u)
+        return block(h)
+
+    def signal_at_head(self, at: Moment, share: Tensor | float) -> Signal:
+        r"""Cross-entropy; where embeddings learn, $KL(q(z_0|y) \,\|\, N(0, I))$ with `share` $\bar\alpha_0$ as well."""
+        signal, u = cross_entropy_at_head(at), embedding_at(at.site)
+        if u.requires_grad and signal.loss is not None:
+            signal.loss = signal.loss + prior_divergence(u[at.y], share).mean()
+        return signal
+
+
+@dataclass(frozen=True)
+class NoPropDT(Denoising):
     r"""NoProp, discrete time: block t is given a noisy label and the image, and learns to tell the label.
 
-    With $u_y$ the one-hot label, $z_{t-1} \sim N(\sqrt{\bar\alpha_{t-1}}\, u_y, 1 - \bar\alpha_{t-1})$ drawn anew for
-    every block, and $\hat u_t(z_{t-1}, x)$ a softmax over the classes, block t of T minimises
+    With $u_y$ the embedding of the label, $z_{t-1} \sim N(\sqrt{\bar\alpha_{t-1}}\, u_y, 1 - \bar\alpha_{t-1})$ drawn
+    anew for every block, and $\hat u_t(z_{t-1}, x)$ a mean of the embeddings under a softmax, block t of T minimises
 
     $$L_t = \tfrac{T}{2}\, \eta\, (SNR(t) - SNR(t-1))\, \| \hat u_t(z_{t-1}, x) - u_y \|^2, \qquad
       SNR(t) = \bar\alpha_t / (1 - \bar\alpha_t)$$
 
-    and the head the cross-entropy on a draw of $z_T$. What a block gets depends on sample, label and its own draw, on
-    no other block: they may be trained in any order. Prediction starts from $z_0 \sim N(0, I)$ and runs
-    $z_t = A_t \hat u_t + B_t z_{t-1} + \sqrt{C_t}\, \epsilon$ through all blocks.
+    and the head the cross-entropy on a draw of $z_T$ and $KL(q(z_0|y) \,\|\, N(0, I))$. What a block gets depends on
+    sample, label and its own draw, on no other block: they may be trained in any order. Prediction starts from
+    $z_0 \sim N(0, I)$ and runs $z_t = A_t \hat u_t + B_t z_{t-1} + \sqrt{C_t}\, \epsilon$ through all blocks.
 
     The objective, the weights, the sampler and $\eta = 0.1$ are the paper's. Ours: the end points of the cosine
-    schedule; one-hot embeddings only, for which the KL term of the paper's bound is a constant and left out; blocks
-    learn side by side, batch by batch (the paper: one block after the other within an epoch); sizes of the model.
+    schedule; blocks learn side by side, batch by batch (the paper: one block after the other within an epoch); sizes of
+    the model; and who trains embeddings that are learned. In the paper every loss moves them. Here they belong to the
+    head, whose loss alone moves them; a block reads the copy that it was given at the start of the step.
 
     It trains the model `noprop`.
 
@@ -61,70 +146,262 @@ class NoPropDT(Rule):
 
     name: ClassVar[str] = "noprop_dt"
     models: ClassVar[tuple[str, ...]] = ("noprop",)
-    locality: ClassVar[Locality] = "local"
-    crosses: ClassVar[str] = "the input; in prediction a noisy label (K numbers per sample) too"
-    flat_memory: ClassVar[bool] = True
+    crosses: ClassVar[str] = (
+        "the input; in prediction a noisy label too; embeddings that are learned, from the head to the blocks"
+    )
     source: ClassVar[str] = (
-        "Li, Teh & Pascanu, arXiv 2503.24322 (2025); end points of the schedule, order of training, sizes: our reading"
+        "Li, Teh & Pascanu, arXiv 2503.24322 (2025); end points of the schedule, order of training, who trains the "
+        "embeddings, sizes: our reading"
     )
     predicts_at_head: ClassVar[bool] = True
     restrictions: ClassVar[str] = (
-        "Trains the model noprop only. One-hot embeddings and discrete time; every block embeds the image anew. The "
-        "accuracy of the head in training is that of a drawn label, not of a prediction."
+        "Trains the model noprop only; every block embeds the image anew. The accuracy of the head in training is that "
+        "of a drawn label, not of a prediction."
     )
 
     def __post_init__(self) -> None:
         if not self.eta > 0:
             raise LayerwiseError(f"eta is {self.eta}; it must be larger than 0.")
 
-    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
-        """Nothing; refuses a network that passes on no state."""
-        name = "head" if site.is_head else f"block{site.index + 1}"
-        pixels = 1
-        for size in site.inputs:
-            pixels *= size
-        fits = all(shape == (task.classes + pixels,) for shape in site.shapes[:-1])
-        if site.name != name or not fits:
-            raise LayerwiseError(
-                "rule 'noprop_dt' trains the model 'noprop', cut as it comes (--model noprop, no --cuts or --blocks)."
-            )
-        return None
-
     def begin(self, start: Start) -> tuple[Tensor, Any]:
         """The state of the first block: a draw of z_0 and the image."""
-        steps, x = len(start.network.blocks), start.x.flatten(1).float()
-        u = F.one_hot(start.y, start.task.classes).to(x)
-        z = noisy(u, 0, steps) if start.network.training else torch.randn_like(u)
-        return torch.cat([z, x], dim=1), None
+        (classes, size), network = embedding(start.network.head).shape, start.network
+        hot = F.one_hot(start.y, classes).float()
+        if network.training:
+            return state(*drawn(hot, signal_share(0, len(network.blocks)), size), start.x), {
+                "embedding": self.shared(network)
+            }
+        return state(*drawn(0 * hot, 0.0, size), start.x), None
 
     def loss_weight(self, site: Site) -> float:
         """Factor of the squared distance at the block of step t = site.index + 1."""
-        gain = signal_to_noise(site.index + 1, site.blocks) - signal_to_noise(site.index, site.blocks)
-        return site.blocks / 2 * self.eta * gain
+        shares = (signal_share(site.index + more, site.blocks) for more in (0, 1))
+        before, after = (share / (1 - share) for share in shares)
+        return site.blocks / 2 * self.eta * (after - before)
 
     def signal(self, at: Moment) -> Signal:
         """Squared distance of the block's label from the true one; passes on another draw, or the sampler's next z."""
+        t, steps, u = at.site.index + 1, at.site.blocks, embedding_at(at.site)
         if at.site.is_head:
-            return cross_entropy_at_head(at)
-        classes, t, steps = at.task.classes, at.site.index + 1, at.site.blocks
-        a, b, c = denoising_step(t, steps)
-        step, u = at.h[:, :classes], at.task.distribution(at.y)
-        found = (step - b * at.h_in[:, :classes]) / a
-        loss = self.loss_weight(at.site) * (found - u).square().sum(1).mean()
+            return self.signal_at_head(at, signal_share(0, steps))
+        a, _, c = denoising_step(t, steps)
+        p, r, x = divided(at.h, u)
+        distance = mixture(p / a - at.task.distribution(at.y), u).square().sum(1)
         if at.training:
-            z = noisy(F.one_hot(at.y, classes).to(step), t, steps)
+            p_next, r_next = drawn(F.one_hot(at.y, len(u)).to(p), signal_share(t, steps), u.shape[1])
         else:
-            z = step + c**0.5 * torch.randn_like(step)
-        accuracy = at.task.correct(found, at.y) / at.y.numel()
-        return Signal(loss=loss, output=with_z(at.h, z), metrics={"accuracy": accuracy})
+            p_next, r_next = p, r + c**0.5 * torch.randn_like(r)
+        return Signal(
+            loss=self.loss_weight(at.site) * distance.mean(),
+            message=at.message,
+            output=state(p_next, r_next, x),
+            metrics={"accuracy": at.task.accuracy(p, at.y)},
+        )
 
     def predict(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Tensor:
         """Logits `(B, K)` behind a run of the sampler."""
-        steps, classes = len(network.blocks), len(network.head.parameters()[-1])
-        z = torch.randn(len(x), classes, dtype=torch.float32, device=x.device)
-        h = torch.cat([z, x.flatten(1).float()], dim=1)
+        steps, u = len(network.blocks), embedding(network.head)
+        h = state(*drawn(x.new_zeros(len(x), len(u)).float(), 0.0, u.shape[1]), x)
         for t, block in enumerate(network.blocks, 1):
-            h = block(h)
-            z = h[:, :classes]
-            h = with_z(h, z + denoising_step(t, steps)[2] ** 0.5 * torch.randn_like(z))
+            p, r, image = divided(block(h), u)
+            h = state(p, r + denoising_step(t, steps)[2] ** 0.5 * torch.randn_like(r), image)
         return network.head(h)
+
+
+@dataclass(frozen=True)
+class _AnyTime(Denoising):
+    """One network, told the time."""
+
+    steps: int | None = None
+    """Steps of the sampler; the model's depth if not given. The paper takes 1000."""
+    solver: Literal["euler", "heun"] = "euler"
+    """Of the sampler; `heun` asks the network twice per step."""
+
+    crosses: ClassVar[str] = "the input and a noisy label; embeddings that are learned, from the head to the block"
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise LayerwiseError(f"steps is {self.steps}; it is a number of steps, 1 or more.")
+
+    def sampled(self, network: Partition, velocity: Any, u: Tensor, x: Tensor) -> Tensor:
+        """z_1 `(B, D)`, from z_0 ~ N(0, I) along a velocity of (z, t)."""
+        steps = self.steps or vars(network.model.get_submodule("block1"))["steps"]
+        z = torch.randn(len(x), u.shape[1], dtype=torch.float32, device=x.device)
+        return integrate(velocity, z, steps, self.solver)
+
+
+@dataclass(frozen=True)
+class NoPropCT(_AnyTime):
+    r"""NoProp, continuous time: one network is given a time, a noisy label and the image, and learns to tell the label.
+
+    With $u_y$ the embedding of the label, $t \sim U(0, 1)$ for every sample,
+    $z_t \sim N(\sqrt{\bar\alpha(t)}\, u_y, 1 - \bar\alpha(t))$ and $\hat u(z_t, x, t)$ a mean of the embeddings under a
+    softmax, the block minimises
+
+    $$\tfrac12\, \eta\, SNR'(t)\, \| \hat u(z_t, x, t) - u_y \|^2, \qquad SNR = \bar\alpha / (1 - \bar\alpha)$$
+
+    and the head the cross-entropy on a draw of $z_1$; $KL(q(z_0|y) \,\|\, N(0, I))$ is added where what it depends on
+    is learned. Prediction follows the ordinary differential equation of the diffusion from $z_0 \sim N(0, I)$:
+
+    $$\frac{dz}{dt} = \tfrac12 \frac{d \log SNR}{dt} \big( \sqrt{\bar\alpha}\, \hat u(z, x, t) - \bar\alpha z \big)$$
+
+    Objective, weights, schedules, $\eta = 1$ are the paper's. Ours: the solver; sizes; times that are spread evenly
+    over a batch; and who trains what. In the paper one loss moves everything. Here embeddings belong to the head and
+    move by cross-entropy and KL; a learned schedule belongs to the block and moves by its loss and KL, with $SNR(1)$
+    fixed, whose price is the head's.
+
+    It trains the model `noprop_ct`, which holds the schedule.
+
+    >>> NoPropCT(steps=1000).groups(blocks=1)
+    [range(0, 1), range(1, 2)]
+    """
+
+    eta: float = 1.0
+    """Factor eta of the block's loss."""
+
+    name: ClassVar[str] = "noprop_ct"
+    models: ClassVar[tuple[str, ...]] = ("noprop_ct",)
+    source: ClassVar[str] = (
+        "Li, Teh & Pascanu, arXiv 2503.24322 (2025); who trains the embeddings and the schedule, solver, sizes: "
+        "our reading"
+    )
+    restrictions: ClassVar[str] = (
+        "Trains the model noprop_ct only: one block and its head. Inside the block it is backprop; what takes no "
+        "memory is the number of denoising steps. Predicting runs the block once per step. Accuracies in training are "
+        "those of drawn labels."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.eta > 0:
+            raise LayerwiseError(f"eta is {self.eta}; it must be larger than 0.")
+
+    def schedule(self, network: Partition, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Log SNR and its derivative at times `(B, 1)`."""
+        return network.model.get_submodule("block1.schedule")(t)
+
+    def begin(self, start: Start) -> tuple[Tensor, Any]:
+        """A time, the label and noise, which the block mixes; in evaluation noise alone, at t = 0."""
+        (classes, size), training = embedding(start.network.head).shape, start.network.training
+        p = F.one_hot(start.y, classes).float() * training
+        t = times(p) * training
+        message = {"embedding": self.shared(start.network)} if training else None
+        return state(t, p, torch.randn(len(p), size, device=p.device), start.x), message
+
+    def signal(self, at: Moment) -> Signal:
+        """Squared distance of the block's label from the true one; passes on a draw of z_1."""
+        if at.site.is_head:
+            return self.signal_at_head(at, at.message["share"])
+        assert at.site.network is not None
+        u, t = embedding_at(at.site), at.h_in[:, :1]
+        p, _, x = divided(at.h, u)
+        log_snr, slope = self.schedule(at.site.network, t)
+        distance = mixture(p - at.task.distribution(at.y), u).square().sum(1, keepdim=True)
+        loss = self.eta / 2 * (slope * log_snr.exp() * distance).mean()
+        first, last = self.schedule(at.site.network, torch.tensor([[0.0], [1.0]], device=t.device))[0].sigmoid()[:, 0]
+        if first.requires_grad:
+            loss = loss + prior_divergence(u[at.y], first).mean()
+        draw = state(*drawn(F.one_hot(at.y, len(u)).to(p), last.detach(), u.shape[1]), x)
+        return Signal(
+            loss=loss,
+            message={"share": first},
+            output=draw if at.training else None,
+            metrics={"accuracy": at.task.accuracy(p, at.y)},
+        )
+
+    def predict(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Tensor:
+        """Logits `(B, K)` of the head behind the equation."""
+        u = embedding(network.head)
+        none = torch.zeros(len(x), len(u), device=x.device)
+
+        def velocity(z: Tensor, time: float) -> Tensor:
+            t = torch.full_like(z[:, :1], time)
+            log_snr, slope = self.schedule(network, t)
+            share = log_snr.sigmoid()
+            p, _, _ = divided(network.blocks[0](state(t, none, z / (1 - share).sqrt(), x)), u)
+            return slope / 2 * (share.sqrt() * mixture(p, u) - share * z)
+
+        return network.head(state(none, self.sampled(network, velocity, u, x), x))
+
+
+@dataclass(frozen=True)
+class NoPropFM(_AnyTime):
+    r"""NoProp with flow matching: one network is given a time, a label on its way, the image, and learns where it goes.
+
+    With $u_y$ the embedding of the label, $z_0 \sim N(0, I)$, $t \sim U(0, 1)$ for every sample and
+    $z_t \sim N(t\, u_y + (1 - t)\, z_0, \sigma^2)$, the block minimises
+
+    $$\| v(z_t, x, t) - (u_y - z_0) \|^2$$
+
+    and the head the cross-entropy on $\tilde z_1 = z_t + (1 - t)\, v$. Prediction follows $dz/dt = v(z, x, t)$ from
+    $z_0 \sim N(0, I)$ to the nearest embedding.
+
+    Objective and predictor are the paper's. Ours: $\sigma$; the solver; sizes; times that are spread evenly over a
+    batch; the head learns for one-hot labels too (where the paper needs none); and who trains what. In the paper both
+    terms move everything. Here embeddings belong to the head and move by its cross-entropy, which does not reach v.
+
+    It trains the model `noprop_fm`.
+
+    >>> NoPropFM(steps=1000).groups(blocks=1)
+    [range(0, 1), range(1, 2)]
+    """
+
+    sigma: float = 0.1
+    """Standard deviation of the noise around the way from z_0 to the embedding."""
+    predictor: Literal["nearest", "head"] = "nearest"
+    """What tells the class at the end of the way: the nearest embedding, or the head."""
+
+    name: ClassVar[str] = "noprop_fm"
+    models: ClassVar[tuple[str, ...]] = ("noprop_fm",)
+    source: ClassVar[str] = (
+        "Li, Teh & Pascanu, arXiv 2503.24322 (2025); who trains the embeddings, sigma, solver, sizes: our reading"
+    )
+    restrictions: ClassVar[str] = (
+        "Trains the model noprop_fm only: one block and its head. Inside the block it is backprop; what takes no "
+        "memory is the number of steps. Predicting runs the block once per step. Accuracies in training are those of "
+        "drawn labels."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.sigma >= 0:
+            raise LayerwiseError(f"sigma is {self.sigma}; it is a standard deviation, 0 or more.")
+
+    def begin(self, start: Start) -> tuple[Tensor, Any]:
+        """A time, the label's share of z_t and the rest of it; in evaluation z_0 alone, at t = 0."""
+        (classes, size), training = embedding(start.network.head).shape, start.network.training
+        hot = F.one_hot(start.y, classes).float()
+        t, origin = times(hot) * training, torch.randn(len(hot), size, device=hot.device)
+        r = (1 - t) * origin + self.sigma * training * torch.randn_like(origin)
+        message = {"origin": origin, "embedding": self.shared(start.network) if training else None}
+        return state(t, t * hot, r, start.x), message
+
+    def signal(self, at: Moment) -> Signal:
+        """Squared distance of the velocity from the way to the label; passes on where it leads at t = 1."""
+        if at.site.is_head:
+            return cross_entropy_at_head(at)
+        u, t = embedding_at(at.site), at.h_in[:, :1]
+        v, _, x = divided(at.h, u)
+        p, r, _ = divided(at.h_in[:, 1:], u)
+        p = p + (1 - t) * v
+        wanted = mixture(at.task.distribution(at.y), u) - at.message["origin"]
+        loss = (mixture(v, u) - wanted).square().sum(1).mean()
+        accuracy = at.task.accuracy(self.nearest(mixture(p, u) + r, u), at.y)
+        return Signal(loss=loss, output=state(p, r, x), metrics={"accuracy": accuracy})
+
+    @staticmethod
+    def nearest(z: Tensor, u: Tensor) -> Tensor:
+        """Logits `(B, K)` of labels `(B, D)`: halves of the squared distances to the embeddings, negative."""
+        return -squared_distances(z, u) / 2
+
+    def predict(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Tensor:
+        """Logits `(B, K)` where the way ends."""
+        u = embedding(network.head)
+        none = torch.zeros(len(x), len(u), device=x.device)
+
+        def velocity(z: Tensor, time: float) -> Tensor:
+            v, _, _ = divided(network.blocks[0](state(torch.full_like(z[:, :1], time), none, z, x)), u)
+            return mixture(v, u)
+
+        z = self.sampled(network, velocity, u, x)
+        return self.nearest(z, u) if self.predictor == "nearest" else network.head(state(none, z, x))
