@@ -1,4 +1,7 @@
-"""One thread: the nets here are so small that a second thread only waits, and bits depend on the count."""
+"""One thread: the nets here are so small that a second thread only waits, and bits depend on the count.
+
+One seed before every test: a test that fails does so again.
+"""
 
 import pytest
 import torch
@@ -11,6 +14,11 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _one_seed():
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

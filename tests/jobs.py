@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from shlex import split
@@ -14,6 +15,7 @@ from layerwise.data import load
 
 TINY = split("--model.width 8 --model.depth 4 --batch-size 128 --steps 6 --threads 1 --device cpu --augment crop")
 PIPELINE = split("train --parallel pipeline --timeout 30")
+DATA = split("train --parallel data --timeout 30")
 LONG = [*TINY, *split("--steps 100000 --log-every 1 --save-every 1000000")]
 
 
@@ -85,3 +87,46 @@ def under_way(out, processes, count=3):
     while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < count:
         assert all(p.is_alive() for p in processes) and time.monotonic() < limit
         time.sleep(0.02)
+
+
+def check_killed(ranks, victim, name, out, folder, words):
+    """Every other rank of a job ends with a sentence about a rank that is killed, and nothing is half-written."""
+    with job(ranks, folder, [*words, "--out", str(out)]) as processes:
+        under_way(out, processes)
+        os.kill(processes[victim].pid, signal.SIGKILL)
+        codes, errors = ended(processes, folder)
+    for rank in {*range(ranks)} - {victim}:
+        assert codes[rank] == 2
+        assert f"layerwise: {name} has ended" in errors[rank], errors
+        assert "Traceback" not in errors[rank]
+    assert not (out / "result.json").exists() and not list(out.rglob("*.partial"))
+
+
+def check_refused(ranks, words, of_rank, sentence, folder):
+    """A mistake is one sentence of one rank, with exit code 2, and nothing is written; FULL is a folder in use."""
+    full = folder / "full"
+    full.mkdir()
+    (full / "file").write_text("mine")
+    words = [word.replace("FULL", str(full)) for word in words]
+    codes, errors = run(ranks, folder / "job", [words[0], "--out", str(folder / "out"), *words[1:]], of_rank)
+    assert codes == [2] * ranks
+    (said,) = [error for error in errors if error]
+    assert said.startswith("layerwise: ") and said.count("\n") == 1 and sentence in said
+    assert not (folder / "out").exists()
+    assert [file.name for file in full.iterdir()] == ["file"] and (full / "file").read_text() == "mine"
+
+
+def check_hangs(ranks, victim, name, out, folder, words):
+    """One rank is stopped; the others end within the limit of two seconds, with a sentence about it."""
+    others = [rank for rank in range(ranks) if rank != victim]
+    with job(ranks, folder, [*words, "--timeout", "2", "--out", str(out)]) as processes:
+        under_way(out, processes)
+        os.kill(processes[victim].pid, signal.SIGSTOP)
+        begun = time.monotonic()
+        for rank in others:
+            processes[rank].join(20)
+        assert time.monotonic() - begun < 10
+        assert all(processes[rank].exitcode == 2 for rank in others)
+    told = [(folder / f"err{rank}").read_text() for rank in others]
+    assert all(f"layerwise: {name} has" in text for text in told), told
+    return told

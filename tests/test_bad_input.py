@@ -140,6 +140,12 @@ train --rule.dim 3                           | dim is 3, smaller than the 10 cla
 train --rule.dropout 1.5                     | dropout is 1.5; [0, 1)
 train --rule.scale 0                         | scale is 0; larger than 0
 train --rule sid_cascade                     | trains the model 'sid_cascade'; use rule 'sid'
+train --rule graph_forward                   | does not train the model 'mlp'; gcn or gat
+train --rule graph_forward --model vit       | does not train the model 'vit'; gcn or gat
+train --rule noprop_dt                       | trains the model 'noprop'
+train --rule boosted --rule.updates 0        | updates is 0; 1 or more
+train --rule ssl_local --rule.augment flop   | unknown augmentation 'flop'; did you mean 'flip'?
+train --data B/absent.csv                    | no file B/absent.csv
 train --rule sid --rule.direction reverse    | direction="reverse"; label_smoothing
 train --rule sid --rule.direction back       | 'back'; --rule.direction; reverse
 train --rule sid --rule.alpha 0              | alpha is 0.0; larger than 0
@@ -219,6 +225,8 @@ bench memory --rule slll                     | unknown rule 'slll'; did you mean
 bench memory --model mpl                     | unknown model 'mpl'; did you mean 'mlp'?
 bench memory --model-options wdth 3          | 'wdth'; did you mean 'width'?
 bench memory --batch-size 0                  | batch size
+bench memory --stream disk                   | 'backprop' cannot be streamed
+bench memory --stream disk --rule sll --stream-folder no/such | cannot stream blocks to no/such
 bench memory --json B/full/a/b               | cannot write; B/full/a/b
 bench speed --rounds 0                       | rounds is 0
 bench speed --rules backprop slll            | unknown rule 'slll'; did you mean 'sll'?
@@ -232,6 +240,7 @@ bench scaling --ways rule gpip               | unknown way 'gpip'; did you mean 
 bench scaling --ways pipeline                | the ways must hold rule
 bench scaling --ranks 8                      | micro-batches is 4; at least as many as ranks (8)
 bench scaling --depth 3                      | zbv on 4 ranks needs 8 parts
+bench scaling --ways rule data --batch-size 6 | 4 replicas cannot share a batch of 6; --batch-size 4 or 8
 bench scaling --rounds 0                     | rounds is 0
 bench scaling --simulate 1                   | simulate is 1
 bench scaling --bandwidth 0                  | bandwidth 0.0

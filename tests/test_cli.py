@@ -225,13 +225,32 @@ def test_bench_memory_counts_exactly(capsys, tmp_path):
     assert [(row["rule"], row["depth"]) for row in rows] == [("sll", 2), ("sll", 5), ("backprop", 2), ("backprop", 5)]
     for row in rows:
         parts = ["parameters", "optimizer", "gradients", "activations"]
-        assert list(row) == ["rule", "model", "depth", *parts, "peak"]
+        assert list(row) == ["rule", "model", "depth", "stream", *parts, "peak"]
         assert row["peak"] == sum(row[part] for part in parts)
         depth, weights = row["depth"], 65 * 16 + (row["depth"] - 1) * 17 * 16 + 17 * 10
         assert row["parameters"] == 4 * (weights + ((depth - 1) * 10 * 16 if row["rule"] == "sll" else 0))
         assert row["optimizer"] == 4 * (2 * weights + 2 * (depth + 1))  # AdamW: two moments, a counter per tensor
     few, many = rows[2:]
     assert many["gradients"] - few["gradients"] == 4 * 3 * 17 * 16  # backprop holds the gradient of every block
+
+
+def test_bench_memory_of_streamed_blocks_is_flat(capsys, tmp_path):
+    """A block of width 512 has a weight of 1 MiB; two of them are on the device, with gradients of one."""
+    file, block = tmp_path / "memory.json", 4 * 513 * 512
+    words = split("--shape 1 8 8 --batch-size 4 --threads 1 --model-options width 512 --depths 6,38 --rule local_ce")
+    words += ["--stream", "disk", "--stream-folder", str(tmp_path), "--out", str(tmp_path / "out"), "--json", str(file)]
+    out = printed(capsys, "bench", "memory", *words)
+    few, many = rows = json.loads(file.read_text())
+    assert [(row["depth"], row["stream"]) for row in rows] == [(6, "disk"), (38, "disk")]
+    for row in rows:
+        assert 2 * block <= row["parameters"] < 2.5 * block
+        assert 4 * block <= row["optimizer"] < 5 * block
+        assert row["peak"] == sum(row[part] for part in ("parameters", "optimizer", "gradients", "activations"))
+        assert row["resident"] is None or f"{row['resident'] / 2**20:.3f}" in out
+    if many["resident"] is not None:
+        assert few["resident"] > few["peak"]
+        assert many["resident"] - few["resident"] < 32 * 3 * block / 3  # weights and two moments of 32 more blocks
+    assert "Resident" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_bench_speed_gives_every_rule(capsys, tmp_path):

@@ -4,14 +4,13 @@ import copy
 import os
 import shutil
 import signal
-import time
 from shlex import split
 
 import pytest
 import torch
-from jobs import LONG, TINY, ended, job, run, under_way
+from jobs import DATA, LONG, TINY, check_hangs, check_killed, check_refused, ended, job, run, under_way
 from nets import PLAIN_SGD, batches, kinds, net, same_bits, trained
-from runs import contents, lines, result, state, weights
+from runs import lines, result, state, weights
 from test_pipeline import same_state
 from torch import nn
 
@@ -21,8 +20,7 @@ from layerwise.data import Batches, InMemorySource
 from layerwise.parallel.replicas import Replicas, check_shares
 from layerwise.parallel.transport import Ranks
 
-DATA = split("train --parallel data --timeout 30")
-OF_SHARES = {"predsim", "dgl", "periodic_guidance", "forward_forward", "layer_collaboration"}
+OF_SHARES = {"predsim", "dgl", "periodic_guidance", "forward_forward", "layer_collaboration", "ssl_local"}
 """Rules that compare, normalise or draw within a batch: theirs is the share of a rank."""
 
 
@@ -30,11 +28,11 @@ def share(x, rank, ranks):
     return x.chunk(ranks)[rank]
 
 
-def spread(ranks, folder, work):
+def spread(ranks, folder, work, kind=Replicas):
     """What `work(replicas)` gives on every rank of a job."""
 
     def child():
-        replicas = Replicas(Ranks(30, torch.device("cpu")))
+        replicas = kind(Ranks(30, torch.device("cpu")))
         torch.save(work(replicas), folder / f"found{replicas.rank}")
         replicas.gather(None)
 
@@ -49,7 +47,14 @@ def learned(replicas, model, rule, data, **options):
     learner = Learner(copy.deepcopy(model), rule, replicas=replicas, **options)
     for x, y in data:
         learner.step(share(x, replicas.rank, replicas.count), share(y, replicas.rank, replicas.count))
-    return copy.deepcopy(learner.state_dict())
+    return copy.deepcopy(whole(learner.state_dict()))
+
+
+def whole(tree):
+    """A state with whole tensors in place of shares; all ranks together."""
+    if isinstance(tree, dict):
+        return {name: whole(value) for name, value in tree.items()}
+    return tree.full_tensor() if hasattr(tree, "full_tensor") else tree
 
 
 def close(a, b, tolerance=1e-5):
@@ -59,7 +64,7 @@ def close(a, b, tolerance=1e-5):
     return all((one[n].double() - other[n].double()).abs().max() < tolerance for one, other in pairs for n in one)
 
 
-class Events:
+class Events(Replicas):
     """A reducer in one process that notes when it is asked."""
 
     rank, count = 0, 1
@@ -68,6 +73,9 @@ class Events:
         self.seen = []
 
     def copy_from_first(self, tensors):
+        pass
+
+    def adopt(self, model, units):
         pass
 
     def reduce(self, parameters, running, loss):
@@ -277,31 +285,13 @@ def test_a_signal_to_one_rank_stops_all_behind_the_same_step(tmp_path):
 
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_killed_rank_ends_the_others(victim, tmp_path):
-    out, folder = tmp_path / "out", tmp_path / "job"
-    with job(3, folder, [*DATA, *LONG, "--batch-size", "129", "--out", str(out)]) as processes:
-        under_way(out, processes)
-        os.kill(processes[victim].pid, signal.SIGKILL)
-        codes, errors = ended(processes, folder)
-    for rank in {0, 1, 2} - {victim}:
-        assert codes[rank] == 2
-        assert f"layerwise: rank {victim} has ended" in errors[rank], errors
-        assert "Traceback" not in errors[rank]
-    assert not (out / "result.json").exists() and not list(out.rglob("*.partial"))
+    words = [*DATA, *LONG, "--batch-size", "129"]
+    check_killed(3, victim, f"rank {victim}", tmp_path / "out", tmp_path / "job", words)
 
 
 def test_a_rank_that_hangs_is_noticed_within_the_limit(tmp_path):
-    out, folder = tmp_path / "out", tmp_path / "job"
-    with job(3, folder, [*DATA, *LONG, "--batch-size", "129", "--timeout", "2", "--out", str(out)]) as processes:
-        under_way(out, processes)
-        os.kill(processes[1].pid, signal.SIGSTOP)
-        begun = time.monotonic()
-        for rank in (0, 2):
-            processes[rank].join(20)
-        assert time.monotonic() - begun < 10
-        assert [processes[rank].exitcode for rank in (0, 2)] == [2, 2]
-    told = [(folder / f"err{rank}").read_text() for rank in (0, 2)]
     # Gloo closes its connections where it has waited too long, so that one of the two may see them closed.
-    assert all("layerwise: rank 1 has" in text for text in told), told
+    check_hangs(3, 1, "rank 1", tmp_path / "out", tmp_path / "job", [*DATA, *LONG, "--batch-size", "129"])
 
 
 @pytest.mark.parametrize(
@@ -315,15 +305,7 @@ def test_a_rank_that_hangs_is_noticed_within_the_limit(tmp_path):
     ],
 )
 def test_a_mistake_is_one_sentence_of_one_rank(words, of_rank, sentence, tmp_path):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").write_text("mine")
-    words = [word.replace("FULL", str(tmp_path / "full")) for word in split(words)]
-    codes, errors = run(2, tmp_path / "job", [*DATA, *TINY, "--out", str(tmp_path / "out"), *words], of_rank)
-    assert codes == [2, 2]
-    (said,) = [error for error in errors if error]
-    assert said.startswith("layerwise: ") and said.count("\n") == 1 and sentence in said
-    assert not (tmp_path / "out").exists()
-    assert list(contents(tmp_path / "full")) == ["file"]
+    check_refused(2, [*DATA, *TINY, *split(words)], of_rank, sentence, tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_all_replicas(tmp_path):

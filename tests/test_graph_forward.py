@@ -35,7 +35,9 @@ def test_what_is_unlabelled_counts_in_no_loss_and_no_accuracy():
     task = Classification(CLASSES, label_smoothing=0.1)
     logits, y = torch.randn(6, CLASSES), torch.tensor([1, -100, 0, -100, 3, 2])
     assert torch.equal(task.loss(logits, y), task.loss(logits[y >= 0], y[y >= 0]))
-    assert torch.equal(task.accuracy(logits, y), task.accuracy(logits[y >= 0], y[y >= 0]))
+    logits[0, 1] = 9  # right
+    logits[2, 1] = 9  # wrong
+    assert 0 < task.accuracy(logits, y) == task.accuracy(logits[y >= 0], y[y >= 0])
 
 
 @pytest.mark.parametrize("rule", [r for r in rule_names() if rules.get(r).unlabelled and not rules.get(r).models])
@@ -53,7 +55,7 @@ def test_an_unlabelled_sample_teaches_nothing(rule):
 
 
 def test_other_rules_refuse_an_unlabelled_sample():
-    with pytest.raises(LayerwiseError, match="label -100 is out of range"):
+    with pytest.raises(LayerwiseError, match="needs a label for every sample, and 1 of 3 have none"):
         Learner(net("mlp"), "sll").step(X[:3], torch.tensor([0, 1, -100]))
     with pytest.raises(LayerwiseError, match="all are -100"):
         Learner(net("mlp"), "backprop").step(X[:2], torch.tensor([-100, -100]))
@@ -312,9 +314,12 @@ def test_wrong_use_of_cora_is_one_sentence(cora, tmp_path, capsys):
         ("--data cora --augment flip", "no images to augment"),
         ("--data digits --model gcn", "need data with a graph"),
         ("--data cora --rule graph_forward --model mlp", "choose the model gcn or gat"),
+        ("--data cora --model mlp", "rule 'sll' needs a label for every sample"),
+        ("--data cora --rule boosted", "choose a rule that leaves such samples out: local_ce, mono_forward, backprop"),
     ):
         assert main(["train", *words.split(), "--out", "none"]) == 2
         assert sentence in capsys.readouterr().err
+        assert not Path("none").exists()
     (tmp_path / "cora" / "cora.npz").write_bytes(b"PK\x03\x04")
     assert main(["train", "--data", "cora"]) == 2
     assert "not a readable file of Cora" in capsys.readouterr().err

@@ -2,7 +2,9 @@
 
 import json
 import time
+from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from runs import split, start
@@ -10,6 +12,7 @@ from runs import split, start
 from layerwise import LayerwiseError
 from layerwise.bench import network_of
 from layerwise.cli import main
+from layerwise.parallel.measuring import Link
 from layerwise.scaling import Crew, ScalingOptions, contention
 from layerwise.simulate import (
     PARTS,
@@ -127,7 +130,7 @@ def test_all_ways_are_measured_and_simulated(tmp_path, capsys):
     out = capsys.readouterr().out
     rows = json.loads(file.read_text())
     measured = {(row["way"], row["ranks"]): row for row in rows if "samples_per_second" in row}
-    several = ("apart", "pipeline", "data", "gpipe", "1f1b", "zb1p", "zbv")
+    several = ("apart", "pipeline", "data", "ddp", "gpipe", "1f1b", "zb1p", "zbv")
     assert set(measured) == {("rule", 1), ("backprop", 1), ("pipeline", 1), *((way, 2) for way in several)}
     assert measured["rule", 1]["ratio"] == 1
     for (_, ranks), row in measured.items():
@@ -144,7 +147,8 @@ def test_all_ways_are_measured_and_simulated(tmp_path, capsys):
     assert sent["gpipe"] == sent["1f1b"] == sent["zb1p"] == [activation, activation]
     assert sent["zbv"] == [2 * activation] * 2
     network = network_of("mlp", 4, (1, 8, 8), {"width": 16})
-    assert sent["data"] == [sum(p.nbytes for p in network.parameters())] * 2
+    assert sent["data"] == sent["ddp"] == [sum(p.nbytes for p in network.parameters())] * 2  # sll's readouts are fixed
+    assert (measured["data", 2]["rule"], measured["ddp", 2]["rule"]) == ("sll", "backprop")
     grown_rows = [row for row in rows if "speedup" in row]
     assert {row["ranks"] for row in grown_rows} == {2, 4}
     assert all(0 < row["speedup"] < row["ranks"] * 1.001 for row in grown_rows)
@@ -153,7 +157,7 @@ def test_all_ways_are_measured_and_simulated(tmp_path, capsys):
     assert "Throughput on several processes" in (folder / "report.html").read_text()
 
 
-def test_torchs_pipelines_give_the_gradients_of_backprop_and_a_process_that_dies_is_told(tmp_path):
+def test_every_way_moves_weights_as_one_process_does_and_a_process_that_dies_is_told(tmp_path):
     options = ScalingOptions(
         model="mlp", depth=4, model_options={"width": 16}, shape=(1, 8, 8), batch_size=16, optimizer="sgd", timeout=30
     )
@@ -176,12 +180,35 @@ def test_torchs_pipelines_give_the_gradients_of_backprop_and_a_process_that_dies
             for name, change in moved(two, way).items():
                 error = (change - wanted[name]).norm() / wanted[name].norm()
                 assert error < 1e-2, (way, name, error)  # single precision, of weights that moved by 1e-4
+
+        def shared(way):
+            two.ask([{"do": "measure", "way": way, "warmup": 1, "steps": 1}] * 2)
+            first, second = two.ask([{"do": "weights", "way": way}] * 2)
+            assert first == second
+            return first
+
+        one.ask([{"do": "measure", "way": "rule", "warmup": 1, "steps": 1}])
+        for way, alone in (("data", "sll"), ("ddp", "backprop")):
+            found, whole = shared(way), one.ask([{"do": "weights", "way": alone}])[0]
+            for name, start in before.items():
+                change = start.new_tensor(whole[name]) - start
+                assert (start.new_tensor(found[name]) - start - change).norm() < 1e-2 * change.norm()
         two.processes[1].kill()
         with pytest.raises(LayerwiseError, match=r"process \d of 2 failed"):
             two.ask([{"do": "measure", "way": "gpipe", "warmup": 1, "steps": 1}] * 2)
     finally:
         one.close()
         two.close()
+
+
+def test_at_the_end_of_a_way_every_lane_has_given_its_last_word():
+    link = Link(SimpleNamespace(rank=0, count=1, wire=None, lanes=4))
+    link.inlet = inlet = SimpleNamespace(lanes=range(4), found=deque(["batch"] * 6 + [None] * 4))
+    inlet.receive = inlet.found.popleft
+    while link.take():
+        assert link.receive() == "batch"
+    link.close()
+    assert not inlet.found
 
 
 def test_nobody_outlives_the_command():

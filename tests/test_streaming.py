@@ -65,6 +65,7 @@ def test_a_rule_is_streamed_to_the_same_bits_or_refused(name):
 WIDER = {
     "ahead": ("mlp", rules.create("sll", overlap=2), {}),
     "joined": ("mlp", rules.create("local_ce", group=2), {}),
+    "turns": ("mlp", rules.create("boosted", updates=1), {}),
     "trunk": ("sid_cascade", "sid_cascade", {}),
     "hard negatives": ("mlp", rules.create("forward_forward", negatives="hard"), {}),
     "asks all blocks first": ("mlp", rules.create("layer_collaboration", gamma="all"), {}),

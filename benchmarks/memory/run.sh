@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 measure() { # name, model, then options
-    layerwise bench memory --model "$2" --threads 1 --depths 4,16,64,256 --json "$1.json" "${@:3}" | tee "$1.txt"
+    layerwise bench memory --model "$2" --threads 1 --depths 4,12,24,64,256 --json "$1.json" "${@:3}" | tee "$1.txt"
 }
 measure mlp mlp --batch-size 64 --shape 1 28 28 --model-options width 256
 measure conv vgg --batch-size 16 --model-options width 16

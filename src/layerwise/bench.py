@@ -1,8 +1,12 @@
 """Measurements of rules side by side: exact memory by depth, interleaved time per step."""
 
+import contextlib
 import json
 import shlex
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,14 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from layerwise import models, rules
+from layerwise.allocation import keep_freed_memory
 from layerwise.checkpoint import write_atomically
 from layerwise.engine import Engine
 from layerwise.environment import environment
 from layerwise.errors import LayerwiseError
 from layerwise.flops import FlopMeter
 from layerwise.learner import Learner
+from layerwise.mapped import OnFile
+from layerwise.memory import resident_peak
 from layerwise.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.report import write_report
+from layerwise.streaming import DiskStore, Where, window_of
 from layerwise.training import pick_device
 
 CLASSES = 10
@@ -66,6 +74,10 @@ class MemoryOptions(_Shared):
     """Models to measure."""
     depths: str = "4,16,64,256"
     """Numbers of blocks, separated by commas."""
+    stream: Where = "none"
+    """none | host | disk: where blocks wait; each figure then comes from a process, whose resident peak is told."""
+    stream_folder: str | None = None
+    """Folder for the file of --stream disk; that of temporary files if not given."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +106,8 @@ def memory_of(
     optimizer: str = "adamw",
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     device: str = "cpu",
+    stream: Where = "none",
+    stream_folder: str | None = None,
     **model_options: float,
 ) -> dict[str, Any]:
     """Peak memory of a training step.
@@ -107,19 +121,53 @@ def memory_of(
         optimizer: name of the optimizer.
         precision: precision of the blocks.
         device: where to run.
+        stream: where the blocks wait that do not run: none, host or disk.
+        stream_folder: for the file of disk; the system's folder for temporary files if not given.
         model_options: further dials of the model.
 
     Returns:
-        `rule`, `model`, `depth`, and in bytes `parameters`, `optimizer`, `gradients`, `activations`, `peak`.
+        `rule`, `model`, `depth`, `stream`, and in bytes `parameters`, `optimizer`, `gradients`, `activations`, `peak`.
+        Of streamed blocks, those count that are on the device.
 
     >>> row = memory_of("sll", "mlp", 2, shape=(1, 8, 8), batch_size=4, width=16)
     >>> row["parameters"]  # 65*16 + 17*16 + 17*10 weights and a fixed 10x16 projection
     6568
     """
-    learner, x, y = _prepared(rule, model, depth, shape, batch_size, optimizer, precision, device, model_options)
+    where = stream, stream_folder
+    learner, x, y = _prepared(rule, model, depth, shape, batch_size, optimizer, precision, device, model_options, where)
     learner.step(x, y)
     _, use = learner.measured_step(x, y)
-    return {"rule": rule, "model": model, "depth": depth, **asdict(use)}
+    return {"rule": rule, "model": model, "depth": depth, "stream": stream, **asdict(use)}
+
+
+def _apart(task: dict[str, Any]) -> dict[str, Any]:
+    """`memory_of` in a process of its own, whose largest resident size the row tells as `resident`."""
+    command = [sys.executable, "-c", "from layerwise import bench; bench.answer_apart()"]
+    done = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True)
+    try:
+        answer = json.loads(done.stdout)
+    except json.JSONDecodeError:
+        words = done.stderr.strip().splitlines() or ["it said nothing"]
+        raise LayerwiseError(
+            f"the process that measured {task['rule']} at depth {task['depth']} has ended with exit code "
+            f"{done.returncode} ({words[-1]}); choose smaller --depths, or find out what ended it."
+        ) from None
+    if "failure" in answer:
+        raise LayerwiseError(answer["failure"])
+    return answer
+
+
+def answer_apart() -> None:
+    """The other process: arguments of `memory_of` from standard input, the row to standard output, as JSON."""
+    keep_freed_memory()
+    task = json.loads(sys.stdin.read())
+    torch.set_num_threads(task.pop("threads"))
+    try:
+        answer = memory_of(**task)
+        answer["resident"] = resident_peak()
+    except LayerwiseError as error:
+        answer = {"failure": str(error)}
+    print(json.dumps(answer))
 
 
 def _prepared(
@@ -132,11 +180,15 @@ def _prepared(
     precision: Literal["fp32", "bf16", "fp16"],
     device: str,
     model_options: dict[str, float],
+    stream_to: tuple[Where, str | None] = ("none", None),
 ) -> tuple[Learner, Tensor, Tensor]:
     where = pick_device(device)
-    network = network_of(model, depth, shape, model_options).to(where)
+    stream, folder = stream_to[0], Path(stream_to[1] or tempfile.gettempdir())
+    with OnFile(folder) if stream == "disk" else contextlib.nullcontext():  # as in a run: never all of it in memory
+        network = network_of(model, depth, shape, model_options)
     x, y = (tensor.to(where) for tensor in batch_of(shape, batch_size))
-    return Learner(network, rule, optimizer=optimizer, precision=precision, lr=LEARNING_RATE, example=x), x, y
+    how: dict[str, Any] = {"device": where, "stream": stream, "stream_folder": folder}
+    return Learner(network, rule, optimizer=optimizer, precision=precision, lr=LEARNING_RATE, example=x, **how), x, y
 
 
 def network_of(model: str, depth: int | None, shape: Sequence[int], model_options: dict[str, float]) -> nn.Sequential:
@@ -170,25 +222,34 @@ def memory_command(argv: list[str]) -> int:
     for model in options.model:
         for depth in depths:
             with torch.device("meta"):  # a mistake is told before the first measurement
-                models.create(model, options.shape, CLASSES, **_dials(options.model_options, depth))
+                network = models.create(model, options.shape, CLASSES, **_dials(options.model_options, depth))
+            for rule in options.rule if options.stream != "none" else ():
+                window_of(rules.create(rule), len(network.block_names))
+    if options.stream == "disk":
+        DiskStore(Path(options.stream_folder or tempfile.gettempdir()), CPU)  # refuses a folder that it cannot use
     rows = []
-    print(f"{'rule':<20}{'model':<8}{'depth':>6}" + "".join(f"{name:>14}" for name in COLUMNS) + "   (MiB)")
+    columns = COLUMNS if options.stream == "none" else (*COLUMNS, "resident")
+    print(f"{'rule':<20}{'model':<8}{'depth':>6}" + "".join(f"{name:>14}" for name in columns) + "   (MiB)")
     for model in options.model:
         for rule in options.rule:
             for depth in depths:
-                row = memory_of(
-                    rule,
-                    model,
-                    depth,
-                    shape=options.shape,
-                    batch_size=options.batch_size,
-                    optimizer=options.optimizer,
-                    precision=options.precision,
-                    device=options.device,
+                task = {
+                    "rule": rule,
+                    "model": model,
+                    "depth": depth,
+                    "shape": options.shape,
+                    "batch_size": options.batch_size,
+                    "optimizer": options.optimizer,
+                    "precision": options.precision,
+                    "device": options.device,
+                    "stream": options.stream,
+                    "stream_folder": options.stream_folder,
                     **options.model_options,
-                )
+                }
+                apart = options.stream != "none"
+                row = _apart(task | {"threads": torch.get_num_threads()}) if apart else memory_of(**task)
                 rows.append(row)
-                figures = "".join(f"{row[name] / 2**20:>14.3f}" for name in COLUMNS)
+                figures = "".join(f"{'-' if row[n] is None else f'{row[n] / 2**20:.3f}':>14}" for n in columns)
                 print(f"{rule:<20}{model:<8}{depth:>6}{figures}", flush=True)
     return write_figures(options, rows, "memory", argv)
 

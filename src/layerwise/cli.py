@@ -25,7 +25,7 @@ usage: layerwise COMMAND [OPTIONS]
   report DIR            the report of a comparison or benchmark, drawn again
   eval RUN              accuracy of a trained run on the test split, block by block
   beliefs RUN           what SID's theory says, measured module by module; early exit
-  predict RUN INPUT     classes of images, as CSV
+  predict RUN INPUT     classes of images, or of the rows of a table, as CSV
   export RUN FILE       the trained weights as one safetensors file, for your own model class
   ls WHAT               list rules | models | data | recipes
   describe RULE         equations, locality, what crosses a boundary, source, restrictions
@@ -210,10 +210,15 @@ def train(argv: list[str]) -> int:
         how = train_options(argv, "train", pipeline.TrainCommand)
         folder, options = None, TrainOptions(**{f.name: getattr(how, f.name) for f in fields(TrainOptions)})
     if how.parallel != "none":
-        kind = {"pipeline": pipeline.PipelineRun, "data": data.DataRun}[how.parallel]
+        if how.parallel == "sharded":
+            from layerwise.parallel.sharded import ShardedRun as kind  # here, as fully_shard takes seconds to import
+        else:
+            kind = {"pipeline": pipeline.PipelineRun, "data": data.DataRun}[how.parallel]
         return pipeline.train(kind, how, options, command, folder, lambda *found: print(result_table(*found)))
     if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise LayerwiseError("torchrun has started several processes of the same run; add --parallel pipeline or data.")
+        raise LayerwiseError(
+            "torchrun has started several processes of the same run; add --parallel pipeline, data or sharded."
+        )
     run = Run(options, command, folder)
     try:
         result = run.train()

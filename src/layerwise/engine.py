@@ -52,7 +52,7 @@ class Group:
     parameters: list[nn.Parameter]
     """What learns here."""
     optimizers: list[torch.optim.Optimizer]
-    """One, or those of the groups that are joined here; none where nothing learns, which runs without a graph."""
+    """One, or those of the groups that are joined here; none where nothing learns or all rests: no graph then."""
     scaler: torch.amp.GradScaler
     """Scales the signal where gradients are fp16; does nothing otherwise."""
     buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -67,6 +67,17 @@ class Group:
 
 class Reducer(Protocol):
     """Who averages over the processes that train the same blocks on other samples of the batch."""
+
+    every_batch: bool
+    """Whether gradients are averaged behind every batch, not only where an update is due."""
+
+    def whole(self, parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
+        """Those that blocks run with, in place of what is kept of them here."""
+        ...
+
+    def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Norm of the averaged gradients."""
+        ...
 
     def reduce(
         self, parameters: Sequence[nn.Parameter], running: Sequence[Tensor], loss: Tensor
@@ -151,7 +162,7 @@ class Engine:
     ):
         self.rule = rule
         self.how = execution
-        self._reduced: Callable[[], None] | None = None
+        self._reduced: Callable[[], Any] | None = None
         """The step of the group whose gradients are being averaged over the replicas."""
         self.resident = resident
 
@@ -175,7 +186,8 @@ class Engine:
         for unit in units:
             out = self.run(unit, h, message, step)
             with self.autocast():
-                moment = Moment(unit.site, out, h, message, y, self.how.task, unit.auxiliary, step is not None, view)
+                training, learns = step is not None, step is not None and bool(group.optimizers)
+                moment = Moment(unit.site, out, h, message, y, self.how.task, unit.auxiliary, training, learns, view)
                 signal = self.rule.signal(moment)
             h = out if signal.output is None else signal.output
             message = signal.message
@@ -252,7 +264,7 @@ class Engine:
         self, group: Group, h: Tensor, message: Any, y: Tensor, step: int, trace: Trace
     ) -> tuple[list[tuple[Signal, Tensor]], Tensor, Any]:
         """The forward pass of an update: with a graph where something learns."""
-        if self.how.nonfinite == "skip" and step % self.how.accumulate == 0:
+        if self.how.nonfinite == "skip" and group.optimizers and step % self.how.accumulate == 0:
             group.buffers = [(b, b.clone()) for unit in group.units for b in unit.buffers()]
         with torch.set_grad_enabled(bool(group.optimizers)):
             return self.forward(group, h, message, y, step, trace)
@@ -265,14 +277,14 @@ class Engine:
         """
         self._step_reduced()
         loss = self._backward(group, h, signals)
-        if (step + 1) % self.how.accumulate:
-            return
+        due = (step + 1) % self.how.accumulate == 0
         if self.how.replicas is None:
-            self._step(group, h, loss, step, trace)
-            return
-        running = [buffer for unit in group.units for buffer in unit.running()]
-        arrived = self.how.replicas.reduce(group.parameters, running, loss)
-        self._reduced = lambda: self._step(group, h, arrived(), step, trace)
+            if due:
+                self._step(group, h, loss, step, trace)
+        elif due or self.how.replicas.every_batch:
+            running = [buffer for unit in group.units for buffer in unit.running()]
+            arrived = self.how.replicas.reduce(group.parameters, running, loss)
+            self._reduced = (lambda: self._step(group, h, arrived(), step, trace)) if due else arrived
 
     def _step_reduced(self) -> None:
         """The step of the group whose gradients are on their way, if there is one."""
@@ -304,7 +316,8 @@ class Engine:
             if self.how.accumulate > 1:
                 cotangents = [cotangent / self.how.accumulate for cotangent in cotangents]
             # Gradients for this group's parameters alone: what lends its graph, or does not learn, gets none.
-            wanted = [*group.parameters, *([h] if self.rule.has_trunk() and h.requires_grad else [])]
+            own = group.parameters if self.how.replicas is None else self.how.replicas.whole(group.parameters)
+            wanted = [*own, *([h] if self.rule.has_trunk() and h.requires_grad else [])]
             torch.autograd.backward([root for root, _ in roots], list(group.scaler.scale(cotangents)), inputs=wanted)
         return torch.stack([loss.detach().float() for loss in losses or [torch.zeros(())]]).sum()
 
@@ -312,8 +325,10 @@ class Engine:
         """Check, clip, step, free the gradients."""
         for optimizer in group.optimizers:
             group.scaler.unscale_(optimizer)
-        gradients = [p.grad for p in group.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        if self.how.replicas is None:
+            norm = nn.utils.get_total_norm([p.grad for p in group.parameters if p.grad is not None])
+        else:
+            norm = self.how.replicas.norm(group.parameters)
         if self._may_step(group, h, loss, norm, step, trace):
             if self.how.clip is not None:
                 nn.utils.clip_grads_with_norm_(group.parameters, self.how.clip, norm)

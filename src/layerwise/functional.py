@@ -168,6 +168,64 @@ def supervised_contrastive(z: Tensor, y: Tensor, temperature: float) -> Tensor:
     return -mean.sum() / (others > 0).sum().clamp_min(1)
 
 
+def nt_xent(z: Tensor, temperature: float) -> Tensor:
+    r"""SimCLR's loss: each view is near the other view of its sample, among all others of the batch.
+
+    $$\frac{1}{2B} \sum_a -\log \frac{\exp(\hat z_a \cdot \hat z_{a'} / \tau)}
+      {\sum_{b \ne a} \exp(\hat z_a \cdot \hat z_b / \tau)}$$
+
+    $\hat z$ has unit length, $a' = a \pm B$. It is the supervised contrastive loss where a sample is a class.
+    Source: Chen et al., arXiv 2002.05709 (2020), equation 1.
+
+    Args:
+        z: `(2 B, D)`, second views behind the first ones, in the same order.
+        temperature: $\tau$.
+
+    Returns:
+        A scalar, in float32.
+
+    >>> round(float(nt_xent(torch.ones(6, 2), 0.1)), 4)  # ln 5: nothing tells the views apart
+    1.6094
+    """
+    return supervised_contrastive(z, torch.arange(len(z) // 2, device=z.device).repeat(2), temperature)
+
+
+def matched(z: Tensor) -> Tensor:
+    """Share of the views `(2 B, D)`, ordered as for `nt_xent`, whose nearest other view is of their own sample.
+
+    >>> matched(torch.eye(3).repeat(2, 1))
+    tensor(1.)
+    """
+    directions = F.normalize(z.float(), dim=1)
+    with torch.autocast(z.device.type, enabled=False):
+        nearest = (directions @ directions.T).fill_diagonal_(-math.inf).argmax(1)
+    own = torch.arange(len(z), device=z.device).roll(len(z) // 2)
+    return (nearest == own).float().mean()
+
+
+def newton_step(f: Tensor, total: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Slope and curvature of the cross-entropy of $F + \rho f$ at $\rho = 0$; Newton's $\rho$ is their quotient.
+
+    The slope is $\langle f \cdot r \rangle$ with the residual $r = y - p$, $p = \mathrm{softmax}(F)$, the curvature
+    $\langle \sum_k p_k f_k^2 - (\sum_k p_k f_k)^2 \rangle$, means over the batch.
+
+    Args:
+        f: direction `(B, K)`.
+        total: F `(B, K)`.
+        residual: r `(B, K)`.
+
+    Returns:
+        Two scalars; the slope counts downhill.
+
+    >>> slope, curvature = newton_step(torch.tensor([[1.0, -1.0]]), torch.zeros(1, 2), torch.tensor([[0.5, -0.5]]))
+    >>> float(slope), float(curvature)
+    (1.0, 1.0)
+    """
+    p = total.softmax(-1)
+    centred = f - (p * f).sum(-1, keepdim=True)
+    return (f * residual).sum(-1).mean(), (p * centred.square()).sum(-1).mean()
+
+
 def signal_share(t: int, steps: int) -> float:
     r"""Share of the signal in a diffusion that runs from noise to signal: a cosine that reaches neither 0 nor 1.
 

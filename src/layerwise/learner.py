@@ -4,7 +4,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from layerwise.randomness import derive_seed, preserved_generators, seed_generat
 from layerwise.rules.base import Rule, Site, Start, check_words
 from layerwise.state import check_same_tensors, held
 from layerwise.streaming import Stream, Where, check_stream
-from layerwise.tasks import Classification
+from layerwise.tasks import UNLABELLED, Classification
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -109,7 +109,8 @@ class Learner:
         example: one batch of inputs; builds everything now instead of at the first step.
         stage: the part of the network that this process runs, as one of several ranks; all of it if not given.
         replicas: the processes that train the same blocks, each on its share of every batch; none if not given. Draws
-            then depend on the replica too, but those of the initial weights, which are the first one's.
+            then depend on the replica too, but those of the initial weights, which are the first one's. With `Shards`
+            each keeps a share of parameters and optimizer state, and all have to predict and evaluate equally often.
         device: where blocks run; where the model's parameters are if not given.
         stream: `"host"` or `"disk"` keeps parameters and optimizer state there, and on the device only those of the
             groups that are about to run; `unstream` brings them back. Until then the model's own tensors show nothing.
@@ -157,6 +158,8 @@ class Learner:
     ):
         _check_options(clip, accumulate, precision, nonfinite)
         check_stream(stream, stage or replicas, compile)
+        if replicas is not None:
+            replicas.check(precision=precision, compile=compile, channels_last=channels_last)
         self.rule = rules.create(rule) if isinstance(rule, str) else rule
         check_words(self.rule)
         self.network: Partition = partition(model, cuts, blocks=blocks, example=example)
@@ -197,7 +200,8 @@ class Learner:
         self.skipped = 0
         self.groups: list[Group] = []
         self.auxiliary = nn.ModuleDict()
-        self._groupings: dict[tuple[range, ...], list[Group]] = {}
+        self._groupings: dict[tuple[tuple[range, ...], tuple[bool, ...]], list[Group]] = {}
+        """By the ranges that a rule asks for, and by which of them learn; `()` for all."""
         self._scalers: dict[str, Any] = {}
         self._pending: Mapping[str, Any] | None = None
         if example is not None:
@@ -219,7 +223,7 @@ class Learner:
         kind, folder = self._stream_to
         if kind != "none" and self.stream is None:  # an earlier attempt may have failed at the input
             own = [blocks[sites.start : end] for sites, end in zip(ranges, ends, strict=True)]
-            self.stream = Stream(kind, folder, self.device, self.rule, own, ranges)
+            self.stream = Stream(kind, folder, self.device, self.rule, own)
         shapes = self._probe(x[:1].to(self.device))
         task = Classification(shapes[-1].shape[-1], self.label_smoothing)
         mine = range(len(ranges))
@@ -232,32 +236,35 @@ class Learner:
             units.append(Unit(site, block, None))
         self.task = task
         self.engine = Engine(self.rule, Execution(task=task, **self._how), self._resident)
+        if self.replicas is not None:
+            found = [*self.network.parameters(), *self.network.buffers()]
+            self.replicas.copy_from_first(tensor for tensor in found if not tensor.is_meta)
         groups = []
         for i in mine:
             own = units[ranges[i].start : ends[i]]
             with self._resident(own):
                 for unit in own:
                     unit.auxiliary = self._auxiliary(unit.site, shapes[unit.site.index])
+                if self.replicas is not None:
+                    self.replicas.adopt(self.network.model, own)
                 group = self._group(own, ahead=units[ends[i] : ranges[i].stop])
                 groups.append(group)
                 if self.stream is not None:
                     self.stream.add(group)
         self.groups = groups
-        self._groupings = {tuple(ranges): self.groups}
+        self._groupings = {(tuple(ranges), ()): self.groups}
         if self._compile:
             backend = self._compile if isinstance(self._compile, str) else "inductor"
             for block in blocks:
                 block.run = torch.compile(_with_own_code(block.run, block.name), backend=backend)
-        if self.replicas is not None:
-            found = [*self.network.parameters(), *self.network.buffers()]
-            found += [*self.auxiliary.parameters(), *self.auxiliary.buffers()]
-            self.replicas.copy_from_first(tensor for tensor in found if not tensor.is_meta)
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self.load_state_dict(pending)
 
     def _resident(self, units: Sequence[Unit]) -> AbstractContextManager[None]:
-        """A context in which the tensors of these units are on the device."""
+        """A context in which the tensors of these units are on the device, and whole."""
+        if self.replicas is not None:
+            return self.replicas.resident(units)
         return nullcontext() if self.stream is None else self.stream.resident(units)
 
     def _auxiliary(self, site: Site, h: Tensor) -> nn.Module | None:
@@ -290,30 +297,42 @@ class Learner:
         groups = [
             group
             for unit in learning
-            for group in decay_groups(unit.parameters(), self.lr_multipliers.get(unit.site.name, 1.0))
+            for group in decay_groups(map(self._kept, unit.parameters()), self.lr_multipliers.get(unit.site.name, 1.0))
         ]
-        return Group(
-            units,
-            ahead,
-            parameters=[p for group in groups for p in group["params"]],
-            optimizers=[self.factory(groups)] if groups else [],
-            scaler=self._scaler(),
-        )
+        optimizers = [self.factory(groups)] if groups else []
+        if self.replicas is not None:
+            for optimizer in optimizers:
+                self.replicas.check_optimizer(optimizer)
+        parameters = [p for group in groups for p in group["params"]]
+        return Group(units, ahead, parameters, optimizers, self._scaler())
+
+    def _kept(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What learns here of a parameter of the model: all of it, or a share."""
+        return parameter if self.replicas is None else self.replicas.kept(parameter)
 
     def _scaler(self) -> torch.amp.GradScaler:
         return torch.amp.GradScaler(self.device.type, enabled=self._how["autocast"] == torch.float16)
 
     def groups_at(self, step: int) -> list[Group]:
-        """The groups in which a training step updates the blocks: `groups`, unless the rule joins some of them there.
+        """The groups in which a training step updates the blocks: `groups`, unless the rule joins or rests some there.
 
         Raises:
             LayerwiseError: the rule asks for groups that are not neighbours of its own, joined.
         """
-        blocks = len(self.network.blocks)
-        ranges = tuple(self.rule.groups_at(step // self._how["accumulate"], blocks))
-        if ranges not in self._groupings:
-            self._groupings[ranges] = self._joined(ranges)
-        return self._groupings[ranges]
+        update = step // self._how["accumulate"]
+        ranges = tuple(self.rule.groups_at(update, len(self.network.blocks)))
+        if (ranges, ()) not in self._groupings:
+            self._groupings[ranges, ()] = self._joined(ranges)
+        groups = self._groupings[ranges, ()]
+        learns = [self.rule.learns_at(update, group.units[0].site) for group in groups]
+        if all(learns):
+            return groups
+        if (ranges, tuple(learns)) not in self._groupings:
+            self._groupings[ranges, tuple(learns)] = [
+                group if wanted else replace(group, parameters=[], optimizers=[])
+                for group, wanted in zip(groups, learns, strict=True)
+            ]
+        return self._groupings[ranges, tuple(learns)]
 
     def _joined(self, ranges: Sequence[range]) -> list[Group]:
         """The groups, put together so that each begins where one of `ranges` does; optimizers stay what they are."""
@@ -399,6 +418,8 @@ class Learner:
         """
         tensors = [*self.network.parameters(), *self.network.buffers()]
         tensors += [*self.auxiliary.parameters(), *self.auxiliary.buffers()]
+        if self.replicas is not None:
+            tensors += self.replicas.whole([p for group in self.groups for p in group.parameters])
         optimizers = [optimizer for group in self.groups for optimizer in group.optimizers]
         with MemoryMeter(
             parameters=tensors,
@@ -406,6 +427,8 @@ class Learner:
             device=self.device,
         ) as meter:
             metrics = self.step(x, y)
+        if self.replicas is not None:
+            return metrics, self.replicas.counted(meter.peak, self.groups_at(metrics.step))
         return metrics, meter.peak if self.stream is None else self.stream.counted(meter.peak)
 
     def evaluate(self, x: Tensor, y: Tensor) -> Metrics:
@@ -481,6 +504,8 @@ class Learner:
         finally:
             for module, mode in modes:
                 module.training = mode
+            if self.replicas is not None:
+                self.replicas.release()
 
     def _begin(self, x: Tensor, y: Tensor, forward: Callable[[Tensor], Tensor]) -> tuple[Tensor, Any]:
         """Input and message of the first group here: the rule's, or what the rank before has sent."""
@@ -531,8 +556,21 @@ class Learner:
             )
         if not self.groups:
             self.build(x)
-        self.task.check(y, self.rule.unlabelled)
+        self.check_labels(y)
         return self._placed(x), y.to(self.device, non_blocking=True)
+
+    def check_labels(self, y: Tensor) -> None:
+        """Raise LayerwiseError unless all labels `y` are classes of the network, or -100 for a rule that allows it.
+
+        The values are looked at only on the host: on an accelerator the look would wait for the device.
+        """
+        if not self.rule.unlabelled and y.device.type == "cpu" and bool((y == UNLABELLED).any()):
+            able = [name for name in rules.names() if rules.get(name).unlabelled and not rules.get(name).models]
+            raise LayerwiseError(
+                f"rule {self.rule.name!r} needs a label for every sample, and {int((y == UNLABELLED).sum())} of "
+                f"{y.numel()} have none (-100); choose a rule that leaves such samples out: {', '.join(able)}."
+            )
+        self.task.check(y, self.rule.unlabelled)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The network's parameters under the model's names, then the rule's under `auxiliary.`."""
@@ -542,9 +580,9 @@ class Learner:
 
     def optimizer_states(self) -> dict[str, dict[str, Any]]:
         """Optimizer state per parameter name, whatever the grouping of the blocks."""
-        names: dict[Tensor, str] = {parameter: name for name, parameter in self.named_parameters()}
+        names: dict[Tensor, str] = {self._kept(parameter): name for name, parameter in self.named_parameters()}
         return {
-            names[parameter]: state
+            names[parameter]: {name: self._stored(parameter, value) for name, value in state.items()}
             for group in self.groups
             for optimizer in group.optimizers
             for parameter, state in optimizer.state.items()
@@ -560,11 +598,12 @@ class Learner:
             Streamed tensors are views of what the host or the file holds, right until the next step.
         """
         streamed = self.stream is not None
+        own = [(name, self._kept(parameter)) for name, parameter in self.named_parameters()]
         state = {
             "model": held(self.network.state_dict(keep_vars=streamed)),
             "auxiliary": self.auxiliary.state_dict(keep_vars=streamed),
             "optimizer": self.optimizer_states(),
-            "gradients": {n: p.grad for n, p in self.named_parameters() if p.grad is not None},
+            "gradients": {n: self._stored(p, p.grad) for n, p in own if p.grad is not None},
             "scaler": {g.name: g.scaler.state_dict() for groups in self._groupings.values() for g in groups},
             "rule": self.rule.name,
             "steps": self.steps,
@@ -601,7 +640,7 @@ class Learner:
                 self._load([group], state, auxiliary)
             release_pages()
         self._scalers = state["scaler"]
-        self._groupings = {ranges: groups for ranges, groups in self._groupings.items() if groups is self.groups}
+        self._groupings = {key: groups for key, groups in self._groupings.items() if groups is self.groups}
         self.steps, self.skipped = state["steps"], state["skipped"]
 
     def _load(self, groups: Sequence[Group], state: Mapping[str, Any], auxiliary: Mapping[str, Tensor]) -> None:
@@ -609,20 +648,40 @@ class Learner:
         away = set() if self.stream is None else self.stream.away()
         for module, given in ((self.network, state["model"]), (self.auxiliary, auxiliary)):
             own = held(module.state_dict(keep_vars=True))
-            here = {name: given[name] for name, tensor in own.items() if id(tensor) not in away}
+            here = {name: self._laid_out(t, given[name]) for name, t in own.items() if id(t) not in away}
             module.load_state_dict(here, strict=False)
-        names = {p: name for name, p in self.named_parameters() if not p.is_meta and id(p) not in away}
+        here = {p: name for name, p in self.named_parameters() if not p.is_meta and id(p) not in away}
+        names = {self._kept(p): name for p, name in here.items()}
         for group in groups:
             for optimizer in group.optimizers:
                 packed = optimizer.state_dict()
-                found = [state["optimizer"].get(names[p]) for p in group.parameters]
-                packed["state"] = {i: s for i, s in enumerate(found) if s is not None}
+                found = [(p, state["optimizer"].get(names[p])) for p in group.parameters]
+                packed["state"] = {
+                    i: {name: self._laid_out(p, value) for name, value in s.items()}
+                    for i, (p, s) in enumerate(found)
+                    if s is not None
+                }
                 optimizer.load_state_dict(copy.deepcopy(packed))  # torch would keep the given tensors
             if group.scaler.is_enabled():
                 group.scaler.load_state_dict(state["scaler"][group.name])
         for parameter, name in names.items():
             gradient = state["gradients"].get(name)
-            parameter.grad = None if gradient is None else gradient.to(parameter, copy=True)
+            if gradient is not None:
+                own = self._laid_out(parameter, gradient)
+                gradient = own.to(parameter.device, parameter.dtype, copy=True)
+            parameter.grad = gradient
+
+    def _stored(self, own: Tensor, value: Any) -> Any:
+        """What belongs to `own`, as a part of what all ranks hold."""
+        if self.replicas is None or not isinstance(value, Tensor):
+            return value
+        return self.replicas.stored(own, value)
+
+    def _laid_out(self, own: Tensor, given: Any) -> Any:
+        """What a tensor like `own` holds of the whole tensor `given`; other values as they are."""
+        if self.replicas is None or not isinstance(given, Tensor):
+            return given
+        return self.replicas.laid_out(own, given)
 
 
 def _with_own_code(run: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor], Tensor]:

@@ -28,7 +28,8 @@ class TrainOptions:
     rule: Rule = field(default_factory=lambda: rules.create("sll"))
     model: ModelOptions = field(default_factory=lambda: models.options("mlp")())
     data: str = "digits"
-    """digits | mnist | fashion_mnist | cifar10 | cifar100 | cora | hf:owner/name | imagefolder:PATH | parquet:PATH."""
+    """digits | mnist | fashion_mnist | cifar10 | cifar100 | cora | hf:owner/name | imagefolder:PATH | parquet:PATH |
+    PATH.csv."""
     augment: tuple[str, ...] = ()
     """Random changes of training images: flip, crop, cutout."""
     image_size: int | None = None

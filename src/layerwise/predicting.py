@@ -1,4 +1,4 @@
-"""Classes of images with a trained run."""
+"""Classes of images, or of the rows of a table, with a trained run."""
 
 import csv
 import io
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from layerwise.data.tables import read_columns
 from layerwise.errors import LayerwiseError
 from layerwise.training import load_run
 
@@ -19,31 +20,38 @@ def predictions(folder: Path, given: Path, device: str = "auto") -> tuple[str, l
 
     Args:
         folder: folder of a trained run.
-        given: an image, a folder of images, or a `.npy` array of pixels `(N, C, H, W)`, 0 to 255.
+        given: an image, a folder of images, or a `.npy` array of pixels `(N, C, H, W)`, 0 to 255; for a run on a
+            table, a CSV file with the same columns.
         device: where to run.
 
     Raises:
-        LayerwiseError: no run, no images, or images that the network cannot take.
+        LayerwiseError: no run, no images, or images that the network cannot take, a table without its columns.
     """
     _, facts, learner, notes = load_run(folder, device)
     if facts.graph:
         raise LayerwiseError(f"the run in {folder} knows the nodes of its own graph only; use layerwise eval.")
-    names, images = _read(given, facts.shape)
-    mean = torch.tensor(facts.mean).view(-1, 1, 1)
-    std = torch.tensor(facts.std).view(-1, 1, 1)
+    names, values = _read(given, facts.shape) if not facts.columns else _rows(given, facts.columns)
+    mean = torch.tensor(facts.mean, dtype=values.dtype).view(-1, 1, 1)
+    std = torch.tensor(facts.std, dtype=values.dtype).view(-1, 1, 1)
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["input", "class", "probability"])
-    for start in range(0, len(images), BATCH):
-        x = (images[start : start + BATCH].float() / 255 - mean) / std
+    for start in range(0, len(values), BATCH):
+        x = ((values[start : start + BATCH] - mean) / std).float()
         probabilities = learner(x).float().softmax(-1).cpu()
         for name, row in zip(names[start : start + BATCH], probabilities, strict=True):
             rows.writerow([name, facts.classes[int(row.argmax())], f"{float(row.max()):.6f}"])
     return text.getvalue(), notes
 
 
+def _rows(given: Path, columns: tuple[str, ...]) -> tuple[list[str], Tensor]:
+    """Numbers of the rows, from 0, and the values of the columns, float64 `(N, columns, 1, 1)`."""
+    values = read_columns(given, columns)
+    return [str(row) for row in range(len(values))], values
+
+
 def _read(given: Path, shape: tuple[int, int, int]) -> tuple[list[str], Tensor]:
-    """Names and pixels `(N, C, H, W)`, resized to the shape that the network was trained on."""
+    """Names and brightness in [0, 1] `(N, C, H, W)`, resized to the shape that the network was trained on."""
     if not given.exists():
         raise LayerwiseError(f"there is no file or folder {given}; give an image, a folder of images or a .npy array.")
     if given.suffix == ".npy":
@@ -58,7 +66,7 @@ def _read(given: Path, shape: tuple[int, int, int]) -> tuple[list[str], Tensor]:
             raise LayerwiseError(f"{given} holds NaN, infinity or no numbers; give pixels from 0 to 255.")
         if not len(array):
             raise LayerwiseError(f"{given} holds no images.")
-        return [str(i) for i in range(len(array))], torch.from_numpy(array.astype(np.float32))
+        return [str(i) for i in range(len(array))], torch.from_numpy(array.astype(np.float32)) / 255
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as reason:
@@ -76,4 +84,4 @@ def _read(given: Path, shape: tuple[int, int, int]) -> tuple[list[str], Tensor]:
         names.append(str(file))
     if not images:
         raise LayerwiseError(f"{given} holds no images.")
-    return names, torch.stack(images)
+    return names, torch.stack(images).float() / 255

@@ -357,21 +357,26 @@ def bench(found: dict[str, Any], page: dict[str, Any]) -> None:
 
 def _depths(name: str, rows: list[dict[str, Any]], looks: Any, origin: Origin) -> Section:
     section = Section("Memory against depth", "One training step; exact bytes on the CPU, the allocator's on CUDA.")
+    kinds: list[tuple[str, str, tuple[str, ...], str]] = [
+        ("", "Activations + gradients", ("activations", "gradients"), "at the peak of a step")
+    ]
+    if all(row.get("resident") for row in rows):
+        kinds.append(("_resident", "Resident memory", ("resident",), f"of a process, blocks on {rows[0]['stream']}"))
     for model in dict.fromkeys(row["model"] for row in rows):
-        points: dict[str, list[tuple[float, float, None]]] = {}
-        for row in sorted((row for row in rows if row["model"] == model), key=lambda row: row["depth"]):
-            held = (row["activations"] + row["gradients"]) / 2**20
-            points.setdefault(row["rule"], []).append((row["depth"], held, None))
-        ends = "; ".join(f"{rule} {p[0][1]:.3g} to {p[-1][1]:.3g} MiB" for rule, p in points.items())
-        figure = figures.render(
-            f"{name}_{model}",
-            f"Activations + gradients, {model}",
-            f"Activations and gradients of one step of {model} against the number of blocks, from the least to the "
-            f"most: {ends}.",
-            lambda axes, points=points: figures.curves(axes, points, "number of blocks", "MiB", looks, log=True),
-            height=figures.height(len(points)),
-        )
-        section.add(figure, "Activations + gradients at the peak of a step, against the number of blocks.", origin)
+        for suffix, title, parts, where in kinds:
+            points: dict[str, list[tuple[float, float, None]]] = {}
+            for row in sorted((row for row in rows if row["model"] == model), key=lambda row: row["depth"]):
+                held = sum(row[part] for part in parts) / 2**20
+                points.setdefault(row["rule"], []).append((row["depth"], held, None))
+            ends = "; ".join(f"{rule} {p[0][1]:.3g} to {p[-1][1]:.3g} MiB" for rule, p in points.items())
+            figure = figures.render(
+                f"{name}_{model}{suffix}",
+                f"{title}, {model}",
+                f"{title} of one step of {model} against the number of blocks, from the least to the most: {ends}.",
+                lambda axes, points=points: figures.curves(axes, points, "number of blocks", "MiB", looks, log=True),
+                height=figures.height(len(points)),
+            )
+            section.add(figure, f"{title} {where}, against the number of blocks.", origin)
     return section
 
 

@@ -23,17 +23,19 @@ import torch
 from layerwise.bench import Problem, batch_of, network_of, parse_problem, write_figures
 from layerwise.blocks import operations, partition
 from layerwise.errors import LayerwiseError, suggestion
+from layerwise.parallel.replicas import check_shares
 from layerwise.pool import cores
 from layerwise.simulate import PARTS, Costs, Wire, grown, predicted
 
-WAYS = ("rule", "backprop", "apart", "pipeline", "data", *PARTS)
+WAYS = ("rule", "backprop", "apart", "pipeline", "data", "ddp", *PARTS)
 ALONE = ("rule", "backprop")
 ABOUT = {
     "rule": "the rule in one process",
     "backprop": "backpropagation in one process",
     "apart": "the rule in processes that share nothing, each with a whole network: what the machine gives",
     "pipeline": "our forward-only pipeline",
-    "data": "backpropagation with the batch shared among the ranks (torch's DistributedDataParallel)",
+    "data": "our data parallel: the rule with the batch shared among the ranks",
+    "ddp": "backpropagation with the batch shared among the ranks (torch's DistributedDataParallel)",
     "gpipe": "torch's ScheduleGPipe",
     "1f1b": "torch's Schedule1F1B",
     "zb1p": "torch's ScheduleInterleavedZeroBubble, one stage per rank",
@@ -46,11 +48,11 @@ class ScalingOptions(Problem):
     """Throughput on several processes, interleaved: every round runs each way once, in turn.
 
     Ways: rule and backprop in one process; apart (processes that share nothing: what the machine gives); pipeline
-    (ours); data (torch's DistributedDataParallel); torch's gpipe, 1f1b, zb1p and zbv (zero bubble). On the CPU.
+    and data (ours); ddp (torch's DistributedDataParallel); torch's gpipe, 1f1b, zb1p and zbv (zero bubble). On the CPU.
     """
 
     rule: str = "sll"
-    """Rule of the pipeline and of one process."""
+    """Rule of one process, the pipeline and data parallel."""
     model: str = "vit"
     """mlp | vgg | resnet | vit."""
     depth: int | None = None
@@ -58,7 +60,7 @@ class ScalingOptions(Problem):
     ranks: str = "1,2,4"
     """Numbers of processes, separated by commas."""
     ways: tuple[str, ...] = WAYS
-    """What to measure, out of rule backprop apart pipeline data gpipe 1f1b zb1p zbv."""
+    """What to measure, out of rule backprop apart pipeline data ddp gpipe 1f1b zb1p zbv."""
     micro_batches: int = 4
     """Parts of a batch in torch's pipelines; ours needs none."""
     rounds: int = 5
@@ -125,8 +127,8 @@ def check(options: ScalingOptions, blocks: int) -> None:
                 f"{way} on {most} ranks needs {needed} parts, and the network has {blocks} blocks and a head; choose a "
                 "larger --depth, fewer --ranks, or other --ways."
             )
-    if "data" in options.ways and most > options.batch_size:
-        raise LayerwiseError(f"{most} ranks cannot share a batch of {options.batch_size}; use a larger --batch-size.")
+    for ranks in options.counts() if {"data", "ddp"} & {*options.ways} else ():
+        check_shares(options.batch_size, ranks)
     if options.simulate is not None:
         if options.simulate < 2:
             raise LayerwiseError(f"simulate is {options.simulate}; it is a number of ranks, 2 or more.")
@@ -330,7 +332,7 @@ def rows_of(options: ScalingOptions, series: dict[tuple[str, int], Series], bloc
         yield {
             "way": way,
             "ranks": ranks,
-            "rule": options.rule if way in ("rule", "apart", "pipeline") else "backprop",
+            "rule": options.rule if way in ("rule", "apart", "pipeline", "data") else "backprop",
             "model": options.model,
             "depth": blocks,
             "batch_size": options.batch_size,

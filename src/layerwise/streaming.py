@@ -261,7 +261,6 @@ class Stream:
         device: where blocks run; the parameters may still be on the host.
         rule: asked whether streaming it saves anything.
         blocks: per group, the blocks that learn there.
-        views: per group, the sites that run as one graph.
 
     Raises:
         LayerwiseError: all blocks would be on the device at once, the folder cannot be written to, the disk is full.
@@ -274,15 +273,9 @@ class Stream:
         device: torch.device,
         rule: Rule,
         blocks: Sequence[Sequence[Block]],
-        views: Sequence[range],
     ):
         owners = [i for i, group in enumerate(blocks) for _ in group]
-        window = max(len({owners[site] for site in view}) for view in views)
-        if window == len(blocks) or type(rule).groups_at is not Rule.groups_at:
-            raise LayerwiseError(
-                f"rule {rule.name!r} cannot be streamed on this network, because all its blocks are needed at once; "
-                "leave --stream out, or choose a rule such as 'sll', 'sid' or 'local_ce' and a deeper network."
-            )
+        window = window_of(rule, len(owners) - 1)
         self.device = device
         self.store: Store = HostStore(device) if kind == "host" else DiskStore(folder, device)
         self.changing = True
@@ -489,6 +482,23 @@ class Stream:
             value = torch.nan if dtype.is_floating_point or dtype.is_complex else 0
             self._blanks[dtype] = torch.full((), value, dtype=dtype, device=self.device)
         return self._blanks[dtype]
+
+
+def window_of(rule: Rule, blocks: int) -> int:
+    """The largest number of groups that run as one graph, in a network of so many blocks.
+
+    Raises:
+        LayerwiseError: it is all of them, so that streaming would save nothing.
+    """
+    views = rule.groups(blocks)
+    starts = [view.start for view in views]
+    window = max(sum(start in view for start in starts) for view in views)
+    if window == len(views) or type(rule).groups_at is not Rule.groups_at:
+        raise LayerwiseError(
+            f"rule {rule.name!r} cannot be streamed on this network, because all its blocks are needed at once; "
+            "leave --stream out, or choose a rule such as 'sll', 'sid' or 'local_ce' and a deeper network."
+        )
+    return window
 
 
 def view_of(found: Tensor) -> memoryview:

@@ -82,6 +82,8 @@ class Facts:
     """Labelled samples of the training, validation and test split."""
     graph: tuple[int, ...] = ()
     """Nodes and edges, where the samples are the nodes of a graph."""
+    columns: tuple[str, ...] = ()
+    """Names of the columns, where the samples are the rows of a table."""
 
     @classmethod
     def of(cls, dataset: data.Dataset) -> "Facts":
@@ -89,7 +91,7 @@ class Facts:
         parts = (dataset.train, dataset.val, dataset.test)
         sizes = tuple(0 if part is None else int((part.labels != UNLABELLED).sum()) for part in parts)
         graph = () if dataset.graph is None else (len(dataset.graph.labels), dataset.graph.edges.shape[1])
-        return cls(dataset.shape, dataset.classes, dataset.mean, dataset.std, sizes, graph)
+        return cls(dataset.shape, dataset.classes, dataset.mean, dataset.std, sizes, graph, dataset.columns)
 
     def check(self, dataset: data.Dataset) -> None:
         """Raise LayerwiseError unless `dataset` is the one that the facts are of."""
@@ -154,7 +156,11 @@ class Run:
         self.total = options.steps or options.epochs * len(self.train_batches)
         self.facts = Facts.of(self.dataset)
         self.learner = build_learner(options, self.facts, self.device, self.total, stage, self.dataset.graph, replicas)
-        next(self._batches(0))  # data that cannot be read are told of before anything is written
+        # Labels that the rule cannot do with, and data that cannot be read, are told of before anything is written.
+        for part in (self.dataset.train, self.dataset.val, self.dataset.test):
+            if part is not None:
+                self.learner.check_labels(part.labels)
+        next(self._batches(0))
         if self.learner.prepares:
             self._prepare()
         self.seconds = 0.0
@@ -238,8 +244,9 @@ class Run:
         meter = FlopMeter() if self.learner.steps == 0 else None
         with meter or contextlib.nullcontext():
             # The second step's memory is measured: by then the optimizers have their state. So is that of the first
-            # step in which a rule joins groups; the larger one is told.
-            groups = " ".join(group.name for group in self.learner.groups_at(self.learner.steps))
+            # step in which a rule joins groups or lets others rest; the largest one is told.
+            groups = self.learner.groups_at(self.learner.steps)
+            groups = " ".join(group.name for group in groups if group.optimizers)
             if self.learner.steps >= min(1, self.total - 1) and groups not in self._measured:
                 self._measured.add(groups)
                 metrics, memory = self.learner.measured_step(x, y)
@@ -351,7 +358,7 @@ class Run:
             self.learner.load_state_dict(state["learner"])
             self.samples, self.seconds, self.last_val = state["samples"], state["seconds"], state["val"]
             self.memory = MemoryUse(**state["memory"]) if state["memory"] else None
-            groups = [" ".join(group.name for group in self.learner.groups)] if self.memory else []
+            groups = [" ".join(group.name for group in self.learner.groups if group.optimizers)] if self.memory else []
             self._measured = set(state.get("measured", groups))
             self.flops = state.get("flops")  # not in the checkpoints of version 0.1.0
             if state["threads"] != torch.get_num_threads():
@@ -477,13 +484,17 @@ def build_learner(
     graph: Graph | None = None,
     replicas: Replicas | None = None,
 ) -> Learner:
-    """The learner of a run with `total` steps, before its first step."""
+    """The learner of a run with `total` steps, before its first step.
+
+    Raises:
+        LayerwiseError: options that the rule, the model or the optimizer refuses, or that do not go together.
+    """
     folder = Path(options.stream_folder or nearest_folder(Path(options.out or "runs")))
     with OnFile(folder) if options.stream == "disk" else contextlib.nullcontext():
         model = build_model(options.model, facts, options.seed, graph)
     example = torch.zeros(2, *facts.shape, device=device)
     updates = math.ceil(total / options.accumulate)
-    return Learner(
+    learner = Learner(
         model,
         options.rule,
         optimizer=options.optimizer,
@@ -509,6 +520,12 @@ def build_learner(
         stream=options.stream,
         stream_folder=folder,
     )
+    wanted, given = options.rule.models, model_name(options.model)
+    if wanted and given not in wanted:  # asked last, as a rule that can tell by itself tells more
+        raise LayerwiseError(
+            f"rule {options.rule.name!r} does not train the model {given!r}; choose the model {' or '.join(wanted)}."
+        )
+    return learner
 
 
 class Trained(NamedTuple):

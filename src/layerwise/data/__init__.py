@@ -1,4 +1,4 @@
-"""Labelled images, and nodes of a graph: data sets by name, batches that depend on (seed, epoch, batch index) only.
+"""Labelled images, nodes of a graph, rows of a table: data sets by name, batches that depend on their number only.
 
 >>> data = load("digits")
 >>> data.shape, len(data.classes), len(data.train), len(data.val), len(data.test)
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
-from layerwise.data.augment import AUGMENTATIONS, crop, cutout, flip
+from layerwise.augment import AUGMENTATIONS, crop, cutout, flip
 from layerwise.data.batches import Batches
 from layerwise.data.nodes import CORA_CLASSES, NodeSource, cora
 from layerwise.data.noise import NoiseKind, noisy_labels
@@ -30,6 +30,7 @@ from layerwise.data.rows import (
     open_parquet,
 )
 from layerwise.data.sources import InMemorySource, Source, StreamedSource, decoded, sample_form
+from layerwise.data.tables import TableSource, column_statistics, read_table
 from layerwise.errors import LayerwiseError, suggestion
 from layerwise.graphs import Graph
 from layerwise.randomness import derive_seed
@@ -42,6 +43,7 @@ __all__ = [
     "NodeSource",
     "Source",
     "StreamedSource",
+    "TableSource",
     "crop",
     "cutout",
     "describe",
@@ -68,6 +70,7 @@ DESCRIPTIONS = {
     "hf:owner/name": "any image-classification data set on the Hugging Face hub",
     "imagefolder:PATH": "a folder with one folder of images per class, or with train/ and test/ of that form",
     "parquet:PATH": "one parquet file or a folder of them with train or test in the names: an image and a label column",
+    "PATH.csv": "a table: a line of names, a column called label (or class, target, y), all others numbers",
 }
 TEST_FRACTION = 0.2  # of the samples, where a data set brings no test split
 TEST_SEED = 20_240  # of that split; a constant, so that no option moves a sample between training and test
@@ -82,13 +85,15 @@ class Dataset:
     Attributes:
         name: what it was loaded by.
         classes: names of the K classes, in the order of the labels 0 to K - 1.
-        shape: (C, H, W) of an image.
+        shape: (C, H, W) of an image; (columns, 1, 1) of a row of a table.
         mean, std: per channel, on the pixel scale [0, 1], of the training split only; std is 1 for a constant channel.
+            Of a table, per column and on its own scale.
         train: what to learn from.
         val: what to select by, carved from the training samples; None when `val_fraction` was 0.
         test: what to report on.
         notes: what was done to the data that the user did not ask for, a sentence each.
         graph: edges between the samples, with the labels of the training split; None where there are none.
+        columns: names of the columns of a table; empty for anything else.
     """
 
     name: str
@@ -101,6 +106,7 @@ class Dataset:
     test: Source
     notes: tuple[str, ...]
     graph: Graph | None = None
+    columns: tuple[str, ...] = ()
 
 
 def load(
@@ -116,7 +122,7 @@ def load(
     label_noise_kind: NoiseKind = "symmetric",
     clean_validation: bool = False,
 ) -> Dataset:
-    """Load a data set of labelled images.
+    """Load a data set: labelled images, the nodes of a graph, or the rows of a table.
 
     Args:
         name: a name or form that `names()` lists; default "digits".
@@ -135,14 +141,15 @@ def load(
 
     Raises:
         LayerwiseError: an unknown name, an argument out of its range, data that cannot be found, reached or read, no
-            image or label column, labels that are negative, absent or unknown, fewer than two classes.
+            image or label column, cells that are no numbers, labels that are negative, absent or unknown, fewer than
+            two classes.
 
     >>> load("digits", val_fraction=0).val is None
     True
     >>> load("mnits")
     Traceback (most recent call last):
     layerwise.errors.LayerwiseError: unknown data set 'mnits'; did you mean 'mnist'? legal names: digits, mnist, \
-fashion_mnist, cifar10, cifar100, cora, hf:owner/name, imagefolder:PATH, parquet:PATH.
+fashion_mnist, cifar10, cifar100, cora, hf:owner/name, imagefolder:PATH, parquet:PATH, PATH.csv.
     """
     if not 0 <= val_fraction < 1:
         raise LayerwiseError(f"validation fraction {val_fraction} is not in [0, 1); use 0 for no validation split")
@@ -150,8 +157,14 @@ fashion_mnist, cifar10, cifar100, cora, hf:owner/name, imagefolder:PATH, parquet
         raise LayerwiseError(f"image size {size} is not positive; give a number of pixels")
     if name == "cora":
         return _cora(root, size, label_noise)
+    columns: tuple[str, ...] = ()
     if name == "digits":
         classes, train, test, notes = _digits()
+    elif name.endswith(".csv") and ":" not in name:
+        if size is not None:
+            raise LayerwiseError("the rows of a table are no images; leave --image-size out")
+        train, classes, columns = read_table(Path(name))
+        test, notes = None, []
     else:
         classes, train, test, notes = _sources(name, root, size, in_memory_limit)
     if test is None:
@@ -185,7 +198,7 @@ fashion_mnist, cifar10, cifar100, cora, hf:owner/name, imagefolder:PATH, parquet
     mean, std, sampled = _mean_std(train)
     if sampled < len(train):
         notes.append(f"mean and std are estimated from {sampled} of {len(train)} training images")
-    return Dataset(name, classes, train.shape, mean, std, train, val, test, tuple(notes))
+    return Dataset(name, classes, train.shape, mean, std, train, val, test, tuple(notes), columns=columns)
 
 
 def names() -> list[str]:
@@ -206,6 +219,8 @@ def describe(name: str) -> str:
     >>> describe("cifar10")
     '60,000 photographs, 32x32 RGB, 10 classes'
     """
+    if name.endswith(".csv") and ":" not in name:
+        return DESCRIPTIONS["PATH.csv"]
     prefix = name.partition(":")[0] + ":"
     for known, text in DESCRIPTIONS.items():
         if name == known or known.startswith(prefix):
@@ -363,7 +378,9 @@ def _few(names: tuple[str, ...] | None) -> str:
 
 
 def _mean_std(source: Source) -> tuple[tuple[float, ...], tuple[float, ...], int]:
-    """Mean and std per channel on the scale [0, 1], and the number of images they come from."""
+    """Mean and std per channel on the scale [0, 1], and the number of images they come from; of a table as it is."""
+    if isinstance(source, TableSource):
+        return *column_statistics(source.images), len(source)
     step = 1 if isinstance(source, InMemorySource) else max(1, len(source) // STATISTICS_SAMPLE)
     indices = torch.arange(0, len(source), step)
     # Summed as integers: exact, so the same bits whatever the chunks and the number of threads.

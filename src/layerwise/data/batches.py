@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Generator, Tensor
 
-from layerwise.data.augment import AUGMENTATIONS, WHOLE, Share, check_augmentations
+from layerwise.augment import AUGMENTATIONS, WHOLE, Share, check_augmentations
 from layerwise.data.sources import Source
 from layerwise.errors import LayerwiseError
 from layerwise.randomness import derive_seed
@@ -19,8 +19,8 @@ class Batches:
         source: where the samples come from; an in-memory source is moved to `device` once, here.
         batch_size: samples per batch, at least 1.
         seed: seed of order and augmentation; both depend on nothing but (seed, epoch, batch index).
-        augment: names out of `flip`, `crop`, `cutout`, applied in this order to the uint8 pixels.
-        mean, std: per channel, on the pixel scale [0, 1], C values each.
+        augment: names out of `flip`, `crop`, `cutout`, applied in this order to the uint8 pixels; for pictures only.
+        mean, std: per channel, on the pixel scale [0, 1] (of a table, the columns' own), C values each.
         device: where the batches live; default "cpu".
         shuffle: a new order each epoch; default True. False keeps the order of the source.
         drop_last: leave out the last batch of an epoch if it is not full; default True.
@@ -65,10 +65,11 @@ class Batches:
                 f"use --batch-size {len(source)} or less"
             )
         check_augmentations(augment)
+        if augment and not source.pictures:
+            what = "nodes of a graph" if source.whole else "rows of a table"
+            raise LayerwiseError(f"the {what} are no images to augment; leave --augment out")
         if source.whole:
             batch_size, shuffle = len(source), False
-            if augment:
-                raise LayerwiseError("the nodes of a graph are no images to augment; leave --augment out")
         channels = source.shape[0]
         if len(mean) != channels or len(std) != channels:
             raise LayerwiseError(
@@ -85,10 +86,12 @@ class Batches:
         self.channels_last = channels_last
         self.labels_only = False
         self.part = WHOLE
-        # (pixel / 255 - mean) / std as one multiplication and one addition.
+        # (pixel / 255 - mean) / std as one multiplication and one addition; in float64 for a table, where a mean may be
+        # many times the spread.
+        unit, self._type = (255, torch.float32) if source.dtype == torch.uint8 else (1, torch.float64)
         spread = torch.tensor(std, dtype=torch.float64)
-        self._scale = (1 / (255 * spread)).float().view(-1, 1, 1).to(self.device)
-        self._shift = (-torch.tensor(mean, dtype=torch.float64) / spread).float().view(-1, 1, 1).to(self.device)
+        scale, shift = 1 / (unit * spread), -torch.tensor(mean, dtype=torch.float64) / spread
+        self._scale, self._shift = (f.to(self._type).view(-1, 1, 1).to(self.device) for f in (scale, shift))
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -144,8 +147,8 @@ class Batches:
                 for name in self.augment:
                     images = AUGMENTATIONS[name](images, generator, self.part)
             layout = torch.channels_last if self.channels_last else torch.contiguous_format
-            x = images.to(torch.float32, memory_format=layout).mul_(self._scale).add_(self._shift)
-            yield x, labels.to(self.device, non_blocking=True)
+            x = images.to(self._type, copy=True, memory_format=layout).mul_(self._scale).add_(self._shift)
+            yield x.to(torch.float32), labels.to(self.device, non_blocking=True)
 
     def _generator(self, *use: int | str) -> Generator:
         return Generator().manual_seed(derive_seed(self.seed, *use))

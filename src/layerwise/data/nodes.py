@@ -36,9 +36,7 @@ class NodeSource(InMemorySource):
     """
 
     whole = True
-
-    def to(self, device: torch.device) -> "NodeSource":
-        return NodeSource(self.images.to(device), self.labels.to(device))
+    pictures = False
 
 
 class Nodes(NamedTuple):

@@ -235,15 +235,16 @@ def find_columns(schema: Any, title: str) -> tuple[str, str, tuple[str, ...] | N
         text = types.is_string(field.type) or types.is_large_string(field.type)
         return kind(field.name) == "ClassLabel" or types.is_integer(field.type) or text
 
-    image = _pick("image", [field.name for field in schema if is_image(field)], IMAGE_NAMES, schema, title)
+    image = pick("image", [field.name for field in schema if is_image(field)], IMAGE_NAMES, schema.names, title)
     labels = [field.name for field in schema if is_label(field)]
     noted_labels = [name for name in labels if kind(name) == "ClassLabel"]
-    label = _pick("label", noted_labels or labels, LABEL_NAMES, schema, title)
+    label = pick("label", noted_labels or labels, LABEL_NAMES, schema.names, title)
     names = features[label].get("names") if kind(label) == "ClassLabel" else None
     return image, label, tuple(names) if names else None
 
 
-def _pick(what: str, candidates: list[str], usual: Sequence[str], schema: Any, title: str) -> str:
+def pick(what: str, candidates: list[str], usual: Sequence[str], columns: Sequence[str], title: str) -> str:
+    """The column to use: the first of the usual names among the candidates, or the only candidate."""
     for name in usual:
         if name in candidates:
             return name
@@ -251,7 +252,7 @@ def _pick(what: str, candidates: list[str], usual: Sequence[str], schema: Any, t
         return candidates[0]
     problem = f"several {what} columns ({', '.join(candidates)})" if candidates else f"no {what} column"
     raise LayerwiseError(
-        f"{title} has {problem} among its columns {', '.join(schema.names)}; name the one to use {usual[0]!r}"
+        f"{title} has {problem} among its columns {', '.join(columns)}; name the one to use {usual[0]!r}"
     )
 
 

@@ -41,16 +41,20 @@ class Form(NamedTuple):
 
 
 class Source(ABC):
-    """Labelled images, read by index.
+    """Labelled samples, read by index: images, or what is laid out like them.
 
     Attributes:
         labels: int64 (N,).
         shape: (C, H, W) of every image.
         whole: whether the samples belong together, so that one batch holds them all, in order.
+        pictures: whether the samples are pictures, which may be augmented.
+        dtype: of the values: uint8 for pixels, of which mean and std count 255 as 1, or float64.
     """
 
     labels: Tensor
     whole = False
+    pictures = True
+    dtype = torch.uint8
     shape: tuple[int, int, int]
 
     def __len__(self) -> int:
@@ -91,6 +95,8 @@ class InMemorySource(Source):
         images: uint8 (N, C, H, W).
         labels: int64 (N,).
 
+    A subclass keeps its kind in `subset`, `to` and `without_images`.
+
     >>> source = InMemorySource(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 1]))
     >>> images, labels = source.batch(torch.tensor([2, 0]))
     >>> images.shape, labels.tolist()
@@ -110,13 +116,13 @@ class InMemorySource(Source):
         return map(self.batch, indices)
 
     def subset(self, indices: Tensor) -> "InMemorySource":
-        return InMemorySource(*self.batch(indices))
+        return type(self)(*self.batch(indices))
 
     def to(self, device: torch.device) -> "InMemorySource":
-        return InMemorySource(self.images.to(device), self.labels.to(device))
+        return type(self)(self.images.to(device), self.labels.to(device))
 
     def without_images(self) -> "InMemorySource":
-        return InMemorySource(self.images.to("meta"), self.labels)
+        return type(self)(self.images.to("meta"), self.labels)
 
 
 class StreamedSource(Source):

@@ -8,10 +8,9 @@ from torch import Tensor
 
 from layerwise.data import Batches
 from layerwise.errors import LayerwiseError
-from layerwise.models import GraphModelOptions
-from layerwise.options import TrainOptions, model_name
-from layerwise.parallel.pipeline import ParallelOptions, RankRun
-from layerwise.parallel.replicas import Replicas, check_shares
+from layerwise.options import TrainOptions
+from layerwise.parallel.pipeline import ParallelOptions, RankRun, check_can_share
+from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.transport import Ranks, Refused
 from layerwise.training import mean_of, totals
 
@@ -27,15 +26,12 @@ class DataRun(RankRun):
         self.ranks = ranks
         self._signum_of_all = 0
         try:
-            check_shares(options.batch_size, ranks.count)
-            if isinstance(options.model, GraphModelOptions):
-                raise LayerwiseError(
-                    f"a graph is one sample and has no shares, so {model_name(options.model)} cannot be trained with "
-                    "--parallel data; train it in one process."
-                )
-            self.replicas = Replicas(ranks)
+            check_can_share(options, ranks.count, how)
+            self.replicas = self._replicas()
             super().__init__(options, command, self._begun(options, resume), replicas=self.replicas)
-            ranks.agree(None, {"checkpoint": self.learner.steps})
+            folder = ranks.agree(None, {"checkpoint": self.learner.steps}, str(self.folder.resolve()))[0]
+            if not self.writes:
+                self.folder = Path(folder)
         except Refused:
             raise
         except LayerwiseError as error:
@@ -44,6 +40,9 @@ class DataRun(RankRun):
         self.train_batches = self.train_batches.share(*share)
         self.val_batches = self.val_batches and self.val_batches.share(*share)
         self.test_batches = self.test_batches.share(*share)
+
+    def _replicas(self) -> Replicas:
+        return Replicas(self.ranks)
 
     @property
     def writes(self) -> bool:
@@ -73,13 +72,19 @@ class DataRun(RankRun):
         return mean_of([(found, 1) for found in self.replicas.gather(values)])
 
     def _evaluate(self, batches: Batches | None) -> dict[str, float]:
-        return mean_of(self.replicas.gather(totals(self.learner, batches))) if batches is not None else {}
+        return mean_of(self.replicas.gather(self._totals(batches))) if batches is not None else {}
+
+    def _totals(self, batches: Batches) -> tuple[dict[str, float], int]:
+        return totals(self.learner, batches)
 
     def _save(self) -> None:
         if self.learner.steps % self.options.accumulate:
             self.learner.average()
+        super()._save()
+
+    def _write(self, state: dict[str, Any]) -> None:
         if self.writes:
-            super()._save()
+            super()._write(state)
 
     def _finish(self, log: Any) -> dict[str, Any]:
         if self.writes:

@@ -38,6 +38,7 @@ from layerwise.engine import Engine
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
 from layerwise.optim import decay_groups, optimizer_factory
+from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
 from layerwise.parallel.transport import FORWARD, Outlet, Prefetched, Ranks
 
@@ -117,9 +118,12 @@ class Link:
         self.outlet.send(tree)
 
     def close(self) -> None:
-        """Tell the next rank that nothing more comes."""
+        """Tell the next rank that nothing more comes, and take what the rank before has sent to say so."""
         if self.outlet is not None:
             self.outlet.end()
+        if self.inlet is not None:
+            for _ in self.inlet.lanes[1:]:  # `take` has found the None of one lane
+                self.inlet.receive()
 
 
 class CountedStage(PipelineStage):
@@ -167,9 +171,17 @@ class Rank:
     def _model(self) -> nn.Sequential:
         return network_of(self.task["model"], self.task["depth"], self.task["shape"], self.task["model_options"])
 
-    def _learner(self, rule: str, stage: Stage | None = None) -> Learner:
+    def _learner(self, rule: str, stage: Stage | None = None, replicas: Replicas | None = None) -> Learner:
         options = {"optimizer": self.task["optimizer"], "lr": LEARNING_RATE}
-        return Learner(self._model(), rule, example=self.x, stage=stage, **options)
+        return Learner(self._model(), rule, example=self.x, stage=stage, replicas=replicas, **options)
+
+    def _share(self) -> tuple[Tensor, Tensor]:
+        """What this rank takes of the batch, where it is shared."""
+        return self.x.chunk(self.count)[self.number], self.y.chunk(self.count)[self.number]
+
+    def _ring(self, parameters: Sequence[nn.Parameter]) -> float:
+        """Bytes that a ring sends per rank to average the gradients: what is known of them, as gloo does not tell."""
+        return 2 * (self.count - 1) / self.count * sum(p.nbytes for p in parameters if p.requires_grad)
 
     def _optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         """The optimizer that a learner would make."""
@@ -193,6 +205,7 @@ class Rank:
             "rule": lambda: self._whole(self.task["rule"]),
             "backprop": lambda: self._whole("backprop"),
             "data": self._data,
+            "ddp": self._ddp,
         }
         step, sent = self._once(way, makers.get(way, lambda: self._schedule(way)))
         return self._steps(step, sent, warmup, steps)
@@ -255,22 +268,29 @@ class Rank:
         return found
 
     def _data(self) -> Way:
+        """Our data parallel: the rule with the batch shared among the ranks."""
+        learner = self._learner(self.task["rule"], replicas=Replicas(self.ranks))
+        self.made["learner data"] = learner
+        x, y = self._share()
+        size = self._ring([p for group in learner.groups for p in group.parameters])
+        return lambda: learner.step(x, y), lambda: size * learner.steps
+
+    def _ddp(self) -> Way:
         """Backpropagation with the batch shared among the ranks, by torch's DistributedDataParallel."""
-        model = DistributedDataParallel(self._model())
+        self.made["model ddp"] = network = self._model()
+        model = DistributedDataParallel(network)
         parameters = list(model.parameters())
         optimizer = self._optimizer(parameters)
-        x, y = self.x.chunk(self.count)[self.number], self.y.chunk(self.count)[self.number]
-        # Of a ring: what is known of the bytes, as gloo does not tell them.
-        share = 2 * (self.count - 1) / self.count * sum(p.nbytes for p in parameters if p.requires_grad)
-        steps = itertools.count(1)
+        x, y = self._share()
+        size, steps = self._ring(parameters), itertools.count(1)
 
         def step() -> None:
-            self.made["data steps"] = next(steps)
+            self.made["ddp steps"] = next(steps)
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
             optimizer.zero_grad()
 
-        return step, lambda: share * self.made.get("data steps", 0)
+        return step, lambda: size * self.made.get("ddp steps", 0)
 
     def _schedule(self, way: str) -> Way:
         """Backpropagation by one of torch's schedules over the same blocks."""
@@ -339,7 +359,7 @@ class Rank:
     def weights(self, task: dict[str, Any]) -> dict[str, list[float]]:
         """The network of one way by the names of its parameters, of which other ranks may train some; for tests."""
         way = task["way"]
-        model = self.made[f"model {way}"] if way in SCHEDULES else self.made[f"learner {way}"].network.model
+        model = self.made.get(f"model {way}") or self.made[f"learner {way}"].network.model
         return {name: parameter.flatten().tolist() for name, parameter in model.named_parameters()}
 
 

@@ -12,36 +12,46 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_map_only
 
 from layerwise import checkpoint
-from layerwise.data import Dataset
+from layerwise.data import Batches, Dataset
 from layerwise.errors import LayerwiseError
 from layerwise.folders import folder_of_restarted, mark
 from layerwise.memory import MemoryUse
-from layerwise.options import TrainOptions, to_mapping
+from layerwise.models import GraphModelOptions
+from layerwise.options import TrainOptions, model_name, to_mapping
+from layerwise.parallel.replicas import Replicas, check_shares
 from layerwise.parallel.stage import Stage
 from layerwise.parallel.transport import DONE, FORWARD, Inlet, Outlet, Prefetched, Ranks, Refused, guarded
 from layerwise.progress import Progress
 from layerwise.state import joined
-from layerwise.training import Facts, Interrupted, Run, pick_device
+from layerwise.training import Facts, Interrupted, Run, mean_of, pick_device, totals
 
 
 @dataclass(frozen=True)
 class ParallelOptions:
     """How the processes of one run share the work; none of it changes the result."""
 
-    parallel: Literal["none", "pipeline", "data"] = "none"
+    parallel: Literal["none", "pipeline", "data", "sharded"] = "none"
     """none | pipeline (blocks on several ranks, messages forward only) | data (all blocks on every rank, gradients
-    averaged); start it with torchrun."""
+    averaged) | sharded (data, and parameters are shared out); start it with torchrun."""
     stages: str | None = None
     """Groups of blocks per rank, such as 3,3; balanced by their floating-point operations if not given."""
+    replicas: int = 1
+    """Pipelines side by side, each on its share of every batch; they divide the ranks among them."""
     timeout: float = 300.0
     """Seconds after which a rank that does not answer counts as lost."""
 
     def __post_init__(self) -> None:
         if not self.timeout > 0:
             raise LayerwiseError(f"timeout is {self.timeout}; it is a number of seconds larger than 0.")
+        if self.replicas < 1 or (self.replicas > 1 and self.parallel != "pipeline"):
+            raise LayerwiseError(
+                f"replicas is {self.replicas} with --parallel {self.parallel}; it is a number of pipelines, 1 or more, "
+                "and goes with --parallel pipeline (with data and sharded every rank is one)."
+            )
         self.counts()
 
     def counts(self) -> list[int] | None:
@@ -62,11 +72,6 @@ class TrainCommand(ParallelOptions, TrainOptions):
 
     Choose the rule and the model by name, `--rule sll --model vgg`; the options of both follow below.
     """
-
-
-def joined_runs(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The state of a run out of those of all stages: the last one's, with the whole learner."""
-    return {**states[-1], "learner": joined([state["learner"] for state in states])}
 
 
 class RankRun(Run):
@@ -118,29 +123,89 @@ class RankRun(Run):
             yield lambda values: None
 
 
-class PipelineRun(RankRun):
+class PartsRun(RankRun):
+    """A run whose ranks write every checkpoint together, each its own part."""
+
+    def _write(self, state: dict[str, Any]) -> None:
+        from layerwise.parallel import parts  # here, as torch's share of it takes a second to import
+
+        with self.ranks.together() as written:
+            folder = self.folder / "checkpoints"
+            parts.save(folder, self.learner.steps, state, self._joined, self.ranks.group, written)
+
+    def _joined(self, states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """The state of the run out of those of all ranks."""
+        raise NotImplementedError
+
+    def _weights(self) -> Mapping[str, torch.Tensor]:
+        state, _ = checkpoint.load_latest(self.folder / "checkpoints")  # written behind the last step
+        assert state is not None
+        return state["learner"]["model"]
+
+
+def check_can_share(options: TrainOptions, count: int, how: ParallelOptions) -> None:
+    """Raise LayerwiseError unless `count` replicas can share each batch of a run."""
+    check_shares(options.batch_size, count)
+    if isinstance(options.model, GraphModelOptions):
+        with_replicas = f"--parallel {how.parallel}" + (f" --replicas {count}" if how.replicas > 1 else "")
+        raise LayerwiseError(
+            f"a graph is one sample and has no shares, so {model_name(options.model)} cannot be trained with "
+            f"{with_replicas}; train it in one process."
+        )
+
+
+def replicas_of_stages(ranks: Ranks, count: int) -> Replicas:
+    """The ranks that hold the same stage as this one, a column of the mesh of `count` pipelines."""
+    mesh = torch.arange(ranks.count).view(count, -1)
+    # Groups of our own, as those that torch would make for the mesh have no time limit.
+    groups: list[Any] = [
+        dist.new_subgroups_by_enumeration(members.tolist(), timeout=ranks.limit)[0] for members in (mesh.T, mesh)
+    ]
+    names = ("data", "pipeline")
+    device_mesh = DeviceMesh.from_group(groups, ranks.wire.type, mesh, mesh_dim_names=names)
+    return Replicas(ranks, device_mesh.get_group("data"))
+
+
+class PipelineRun(PartsRun):
     """One rank's part of a run. The last rank, where the head is, writes the folder; all write the checkpoints.
 
     Everything travels forward: batches, the figures of the log behind them, and the word to stop, which is the first
     rank's. So no rank waits for one that comes after it, but for room in the queue and, at checkpoints, until all
     have written their parts.
+
+    With replicas, several pipelines stand side by side, a row of the mesh each. Messages stay within the row; ranks
+    that hold the same stage average its gradients. The last rank of the first pipeline writes the folder.
     """
 
     def __init__(self, ranks: Ranks, how: ParallelOptions, options: TrainOptions, command: str, resume: Path | None):
-        from layerwise.parallel import parts  # here, as torch's share of it takes a second to import
-
-        self.ranks, self._write_part = ranks, parts.save
-        self.stage = Stage(ranks.rank, ranks.count, how.counts())
+        self.ranks, self.replicas = ranks, None
+        self._signum_of_all = 0
         try:
-            super().__init__(options, command, self._begun(options, resume), self.stage)
-            folder = ranks.agree(None, {"checkpoint": self.learner.steps}, str(self.folder.resolve()))[-1]
-            if not self.stage.last:
-                self.folder = Path(folder)
+            self.length, rest = divmod(ranks.count, how.replicas)
+            if rest or not self.length:
+                raise LayerwiseError(
+                    f"{ranks.count} ranks cannot form {how.replicas} pipelines of equal length; start a multiple of "
+                    f"{how.replicas} ranks (--nproc-per-node {how.replicas * (self.length + 1)})."
+                )
+            self.row, number = divmod(ranks.rank, self.length)
+            self.stage = Stage(number, self.length, how.counts())
+            if how.replicas > 1:
+                check_can_share(options, how.replicas, how)
+                self.replicas = replicas_of_stages(ranks, how.replicas)
+            super().__init__(options, command, self._begun(options, resume), self.stage, self.replicas)
+            words = ranks.agree(None, {"checkpoint": self.learner.steps}, str(self.folder.resolve()))
+            if not self.writes:
+                self.folder = Path(words[self.length - 1])
         except Refused:
             raise
         except LayerwiseError as error:
             self.ranks.agree(str(error))  # which raises
         self._connect()
+        if self.replicas is not None:
+            share = self.row, self.replicas.count
+            self.train_batches = self.train_batches.share(*share)
+            self.val_batches = self.val_batches and self.val_batches.share(*share)
+            self.test_batches = self.test_batches.share(*share)
         if not self.stage.first:
             self.train_batches = self.train_batches.without_images()
             self.val_batches = self.val_batches and self.val_batches.without_images()
@@ -155,7 +220,7 @@ class PipelineRun(RankRun):
 
     def _connect(self) -> None:
         rank, wire, lanes = self.ranks.rank, self.ranks.wire, self.ranks.lanes
-        self.ranks.blocks = self.stage.blocks
+        self.ranks.blocks = self.stage.blocks * (self.ranks.count // self.length)
         self.outlet = None if self.stage.last else Outlet(self.ranks, rank + 1, FORWARD, wire, lanes)
         self.inlet = None if self.stage.first else Prefetched(self.ranks, rank - 1, FORWARD, wire, lanes)
         self.stage.link = self
@@ -179,8 +244,8 @@ class PipelineRun(RankRun):
 
     @property
     def writes(self) -> bool:
-        """The last rank does, where the head is."""
-        return self.stage.last
+        """The last rank of the first pipeline does, where the head is."""
+        return self.stage.last and self.row == 0
 
     def _restore(self) -> None:
         super()._restore()
@@ -188,24 +253,50 @@ class PipelineRun(RankRun):
             self.memory = self.flops = None  # the last rank's are those of all
 
     def _title(self) -> str:
-        return f"{super()._title()} · {self.ranks.count} ranks: {', '.join(self.stage.blocks)}"
+        return f"{super()._title()} · {self._how_many()}: {', '.join(self.stage.blocks)}"
+
+    def _how_many(self) -> str:
+        return f"{self.length} ranks" if self.replicas is None else f"{self.replicas.count} x {self.length} ranks"
 
     def _step(self, x: torch.Tensor, y: torch.Tensor) -> Any:
+        agreed = None
         if self.stage.first:
             self.stage.stop = self._signum
-        return super()._step(x, y)
+            if self.replicas is not None:
+                # All pipelines stop behind the same batch, so the word is what they had agreed on before it.
+                self.stage.stop = self._signum_of_all
+                agreed = self.replicas.largest(self._signum)
+        metrics = super()._step(x, y)
+        if self.replicas is not None and self.learner.steps == 1 and self.flops is not None:
+            self.flops *= self.replicas.count
+        if agreed is not None:
+            self._signum_of_all = agreed()
+        return metrics
 
     def _stop(self) -> int:
         return self.stage.stop
 
     def _of_all_blocks(self, values: dict[str, float]) -> dict[str, float]:
+        return self._mean(values, 1)
+
+    def _evaluate(self, batches: Batches | None) -> dict[str, float]:
+        return self._mean(*totals(self.learner, batches)) if batches is not None else {}
+
+    def _mean(self, sums: dict[str, float], count: int) -> dict[str, float]:
+        """Means of all blocks over all pipelines, at the last rank of each; elsewhere those of the blocks so far."""
         if not self.stage.first:
-            values = {**self.receive(), **values}
+            sums = {**self.receive(), **sums}
         if not self.stage.last:
-            self.send(values)
-        return values
+            self.send(sums)
+        return mean_of(self._gathered((sums, count)))
+
+    def _gathered(self, value: Any) -> list[Any]:
+        """What the last ranks of all pipelines give; elsewhere this rank's alone."""
+        return self.replicas.gather(value) if self.replicas is not None and self.stage.last else [value]
 
     def _save(self) -> None:
+        if self.replicas is not None and self.learner.steps % self.options.accumulate:
+            self.learner.average()
         # What the work has cost goes forward, too, and is the last rank's to tell, once.
         if not self.stage.first:
             flops, memory = self.receive()
@@ -216,24 +307,20 @@ class PipelineRun(RankRun):
         if not self.stage.last:
             self.send((self.flops, self.memory and asdict(self.memory)))
             self.flops = self.memory = None
+        uses = [use for use in self._gathered(self.memory) if use is not None]
+        self.memory = max(uses, key=lambda use: use.peak, default=None)
         super()._save()
 
-    def _write(self, state: dict[str, Any]) -> None:
-
-        with self.ranks.together() as written:
-            self._write_part(
-                self.folder / "checkpoints", self.learner.steps, state, joined_runs, self.ranks.group, written
-            )
-
-    def _weights(self) -> Mapping[str, torch.Tensor]:
-        state, _ = checkpoint.load_latest(self.folder / "checkpoints")  # written behind the last step
-        assert state is not None
-        return state["learner"]["model"]
+    def _joined(self, states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """The last stage's, with the whole learner; other pipelines hold the same."""
+        first = states[: self.length]
+        return {**first[-1], "learner": joined([state["learner"] for state in first])}
 
     def _finish(self, log: Any) -> dict[str, Any]:
-        if self.stage.last:
+        if self.writes:
+            pipelines = "a pipeline" if self.replicas is None else f"{self.replicas.count} pipelines"
             self.notes.append(
-                f"trained by a pipeline of {self.ranks.count} ranks ({', '.join(self.stage.blocks)}); memory is that "
+                f"trained by {pipelines} of {self.length} ranks ({', '.join(self.stage.blocks)}); memory is that "
                 "of the rank with the largest peak"
             )
             return super()._finish(log)
@@ -242,13 +329,14 @@ class PipelineRun(RankRun):
 
     def close(self) -> None:
         """The end, on all ranks together: nobody leaves before the last rank has written everything."""
-        others = range(self.ranks.count - 1)
+        others = range(self.ranks.rank - self.stage.rank, self.ranks.rank)
         if self.outlet is not None:
             self.outlet.end()
-            Inlet(self.ranks, self.ranks.count - 1, DONE, torch.device("cpu")).receive()
+            Inlet(self.ranks, (self.row + 1) * self.length - 1, DONE, torch.device("cpu")).receive()
         if self.inlet is not None:
             self.inlet.end()
         if self.stage.last:
+            self._gathered(None)
             done = [Outlet(self.ranks, rank, DONE, torch.device("cpu")) for rank in others]
             for outlet in done:
                 outlet.send(None)

@@ -3,6 +3,7 @@
 import contextlib
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from layerwise.errors import LayerwiseError
@@ -14,10 +15,15 @@ class Pulse:
 
     A collective that fails does not tell whose fault it is: a neighbour may have waited for somebody else. The
     rank whose thread is silent has ended or was stopped; if none is, the one that has come least far hangs.
+
+    Args:
+        ranks: the processes of the job.
+        members: the numbers of those that take part in the same collectives.
     """
 
-    def __init__(self, ranks: Ranks):
-        self.ranks = ranks
+    def __init__(self, ranks: Ranks, members: Sequence[int]):
+        self.ranks, self.members = ranks, members
+        ranks.suspect = self.suspect
         self.every = min(0.5, ranks.limit.total_seconds() / 8)
         self.entered = 0
         # A client of its own, as a client serves one call at a time; torch's stubs do not know `clone`.
@@ -47,20 +53,33 @@ class Pulse:
 
     def _lost(self, reason: str) -> LayerwiseError:
         general = f"the ranks have lost one another ({reason.splitlines()[0]}); go on from the last checkpoint."
-        others = [rank for rank in range(self.ranks.count) if rank != self.ranks.rank]
         try:
             if self.ranks.store.check(["failure"]):
                 return LayerwiseError(self.ranks.told(general))
-            before = self._read(others)
-            time.sleep(3 * self.every)
-            now = self._read(others)
+            silent, entered = self._listen()
         except RuntimeError:  # whoever keeps the store may be gone too
             return LayerwiseError(general)
-        silent = [rank for rank in others if now[rank] == before[rank]]
-        late = [rank for rank in others if int(now[rank].split()[1]) < self.entered]
+        late = [rank for rank in self.members if entered[rank] < self.entered]
         if not silent and not late:
             return LayerwiseError(self.ranks.told(general))
-        return self.ranks.lost((silent or late)[0], reason)
+        return self.ranks.gone((silent or late)[0], reason)
+
+    def suspect(self, peer: int) -> int:
+        """Who is to blame where a message to or from `peer` fails: a rank that is silent, else the peer."""
+        with contextlib.suppress(RuntimeError):
+            if not self.ranks.store.check(["failure"]):
+                silent, _ = self._listen()
+                return (silent or [peer])[0]
+        return peer
+
+    def _listen(self) -> tuple[list[int], dict[int, int]]:
+        """The ranks that give no sign of life, and how far each has come."""
+        others = [rank for rank in range(self.ranks.count) if rank != self.ranks.rank]
+        before = self._read(others)
+        time.sleep(3 * self.every)
+        now = self._read(others)
+        silent = [rank for rank in others if now[rank] == before[rank]]
+        return silent, {rank: int(value.split()[1]) for rank, value in now.items()} | {self.ranks.rank: self.entered}
 
     def _read(self, ranks: list[int]) -> dict[int, str]:
         found = self.ranks.store.multi_get([f"pulse/{rank}" for rank in ranks])

@@ -1,13 +1,16 @@
 """Replicas: processes that hold the same blocks and train them on different samples of one batch."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from layerwise.engine import Group, Unit
 from layerwise.errors import LayerwiseError
+from layerwise.memory import MemoryUse
 from layerwise.parallel.pulse import Pulse
 from layerwise.parallel.transport import Ranks
 
@@ -24,22 +27,35 @@ class Replicas:
 
     Args:
         ranks: the processes of the job.
+        group: those of them that are replicas of one another; all if not given.
 
     Attributes:
         rank: this one's number among the replicas.
         count: how many there are.
     """
 
-    def __init__(self, ranks: Ranks):
-        self.ranks, self.pulse = ranks, Pulse(ranks)
-        self.rank, self.count = ranks.rank, ranks.count
+    every_batch = False
+
+    def __init__(self, ranks: Ranks, group: dist.ProcessGroup | None = None):
+        self.ranks, self.group = ranks, group
+        members = range(ranks.count) if group is None else dist.get_process_group_ranks(group)
+        self.pulse = Pulse(ranks, members)
+        self.first, self.rank, self.count = members[0], members.index(ranks.rank), len(members)
 
     def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors with those of the first replica."""
         self.ranks.agree(None)  # a rank that has not come so far says why
+        self._copy(tensors)
+
+    def adopt(self, model: nn.Module, units: Sequence[Unit]) -> None:
+        """Take a group of `model`, whose own tensors are the first replica's already, before its optimizer is made."""
+        auxiliary = [unit.auxiliary for unit in units if unit.auxiliary is not None]
+        self._copy(tensor for module in auxiliary for tensor in (*module.parameters(), *module.buffers()))
+
+    def _copy(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             with self.pulse.watching():
-                dist.broadcast(tensor.detach(), src=0)
+                dist.broadcast(tensor.detach(), src=self.first, group=self.group)
 
     def reduce(
         self, parameters: Sequence[nn.Parameter], running: Sequence[Tensor], loss: Tensor
@@ -75,7 +91,7 @@ class Replicas:
                     view.copy_(target)
             flat /= self.count
             with self.pulse.watching():
-                sent.append((dist.all_reduce(flat, async_op=True), flat, views, targets))
+                sent.append((dist.all_reduce(flat, group=self.group, async_op=True), flat, views, targets))
 
         def arrived() -> Tensor:
             flag = torch.zeros((), device=loss.device)
@@ -91,11 +107,50 @@ class Replicas:
 
         return arrived
 
+    def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Norm of the averaged gradients, a scalar; the same bits on every replica."""
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+    # What differs where parameters are shared out (`Shards`).
+
+    def check(self, **options: Any) -> None:
+        """Raise LayerwiseError where an option of the learner cannot be served."""
+
+    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise LayerwiseError where an optimizer cannot be served."""
+
+    def whole(self, parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
+        """The parameters that blocks run with: they themselves."""
+        return parameters
+
+    def resident(self, units: Sequence[Unit]) -> AbstractContextManager[None]:
+        """A context in which units can run."""
+        return nullcontext()
+
+    def release(self) -> None:
+        """Let go of what is gathered."""
+
+    def kept(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What learns here of a parameter of the model."""
+        return parameter
+
+    def laid_out(self, own: Tensor, given: Tensor) -> Tensor:
+        """Of the whole tensor `given`, what belongs to `own`."""
+        return given
+
+    def stored(self, own: Tensor, tensor: Tensor) -> Tensor:
+        """A tensor that belongs to `own`, as it is to be stored."""
+        return tensor
+
+    def counted(self, use: MemoryUse, groups: Sequence[Group]) -> MemoryUse:
+        """A measured step with what is gathered."""
+        return use
+
     def largest(self, value: int) -> Callable[[], int]:
         """Start to look for the largest of the replicas' numbers; gives a function that waits for it."""
         found = torch.tensor([value])
         with self.pulse.watching():
-            work = dist.all_reduce(found, op=dist.ReduceOp.MAX, async_op=True)
+            work = dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
 
         def arrived() -> int:
             self._wait(work, found)
@@ -107,7 +162,7 @@ class Replicas:
         """What every replica gives, in their order; waits for all of them."""
         found: list[Any] = [None] * self.count
         with self.pulse.watching():
-            dist.all_gather_object(found, value)
+            dist.all_gather_object(found, value, group=self.group)
         return found
 
     def _wait(self, work: Any, tensor: Tensor) -> None:

@@ -279,6 +279,10 @@ class Ranks:
         self.blocks: list[str] = []
         """What each rank holds, for error sentences."""
 
+    def suspect(self, peer: int) -> int:
+        """Who is to blame where a message to or from `peer` fails; a pulse, which knows more, replaces this."""
+        return peer
+
     def name(self, rank: int) -> str:
         """A rank in words."""
         return f"rank {rank} ({self.blocks[rank]})" if self.blocks else f"rank {rank}"
@@ -316,8 +320,12 @@ class Ranks:
             raise self._gone(" or ".join(others) or "a rank", str(reason)) from reason
 
     def lost(self, peer: int, reason: str) -> LayerwiseError:
-        """What is wrong with `peer`, or what was told of another rank before."""
-        return self._gone(self.name(peer), reason)
+        """What is wrong with `peer`, or with another rank that it waits for, or what was told before."""
+        return self.gone(self.suspect(peer), reason)
+
+    def gone(self, rank: int, reason: str) -> LayerwiseError:
+        """What is wrong with a rank, or what was told of another one before."""
+        return self._gone(self.name(rank), reason)
 
     def _gone(self, who: str, reason: str) -> LayerwiseError:
         if "timed out" in reason.lower():

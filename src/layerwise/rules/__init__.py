@@ -13,6 +13,7 @@ from layerwise.errors import LayerwiseError, suggestion
 from layerwise.rules.auglocal import AugLocal
 from layerwise.rules.backprop import Backprop, BackpropCheckpoint, BackpropOffload
 from layerwise.rules.base import Moment, Rule, Signal, Site, Start
+from layerwise.rules.boosted import Boosted
 from layerwise.rules.controls import DeepSupervision, LastLayer
 from layerwise.rules.counter_current import CounterCurrent
 from layerwise.rules.dgl import DGL
@@ -30,6 +31,7 @@ from layerwise.rules.predsim import PredSim
 from layerwise.rules.scalable_ff import ScalableFF
 from layerwise.rules.sid import SID, SIDCascade
 from layerwise.rules.sll import SLL
+from layerwise.rules.ssl_local import SSLLocal
 from layerwise.rules.svp import SVP
 
 _BUILT_IN: tuple[type[Rule], ...] = (
@@ -54,6 +56,8 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     NoPropDT,
     NoPropCT,
     NoPropFM,
+    Boosted,
+    SSLLocal,
     Backprop,
     BackpropCheckpoint,
     BackpropOffload,
@@ -123,6 +127,7 @@ __all__ = [
     "Backprop",
     "BackpropCheckpoint",
     "BackpropOffload",
+    "Boosted",
     "CounterCurrent",
     "DeepSupervision",
     "ForwardForward",
@@ -142,6 +147,7 @@ __all__ = [
     "PredSim",
     "Rule",
     "SIDCascade",
+    "SSLLocal",
     "ScalableFF",
     "Signal",
     "Site",

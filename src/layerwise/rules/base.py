@@ -81,6 +81,8 @@ class Moment:
     auxiliary: nn.Module | None
     """The module that `Rule.auxiliary` made for this site."""
     training: bool
+    learns: bool = False
+    """Whether the site's group learns in this pass; False in evaluation, and where it rests (`Rule.learns_at`)."""
     view: range = range(0)
     """The sites that this pass runs as one graph: the group's own, then (in training) those that lend it theirs."""
 
@@ -165,6 +167,17 @@ class Rule:
 
     def trains(self, site: Site) -> bool:
         """Whether the site's parameters learn; a group in which none does runs without a graph."""
+        return True
+
+    def learns_at(self, update: int, site: Site) -> bool:
+        """Whether the group that begins at the site learns in one update; one that rests runs without a graph.
+
+        Blocks that are trained one after the other take turns in this way.
+
+        Args:
+            update: number of the update, from 0; with `accumulate` batches for each.
+            site: the first site of a group, as `groups` has them.
+        """
         return True
 
     def has_trunk(self) -> bool:

@@ -1,0 +1,275 @@
+"""Shards: replicas that keep a share of every parameter each, and gather one group's at a time to run it."""
+
+import functools
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from layerwise.blocks import Block
+from layerwise.engine import Group, Unit
+from layerwise.errors import LayerwiseError
+from layerwise.memory import MemoryUse, tensor_bytes
+from layerwise.parallel.replicas import Replicas
+from layerwise.parallel.transport import Ranks
+
+_NAMES = ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop")
+ELEMENTWISE = {getattr(torch.optim, name): name for name in _NAMES}
+"""Optimizers that treat every element on its own, so that a share's update is that share of the update."""
+
+# torch 2.13 has renamed it, and warns of the old name.
+scattered_sum: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Part(nn.Module):
+    """A group as one module, which torch's `fully_shard` asks for; it never runs as such.
+
+    The blocks own no modules, so the whole model is in it; its other parameters are ignored.
+    """
+
+    def __init__(self, model: nn.Module, units: Sequence[Unit]):
+        super().__init__()
+        self.model = model
+        self.auxiliary = nn.ModuleList(unit.auxiliary for unit in units if unit.auxiliary is not None)
+
+
+@dataclass(eq=False)
+class Gatherable:
+    """A group's parameters."""
+
+    module: FSDPModule
+    bytes: int = 0
+    """Of the whole parameters."""
+
+
+@dataclass(eq=False)
+class Shared:
+    """A parameter that is shared out."""
+
+    sharded: DTensor
+    """What the model holds while nothing is gathered."""
+    whole: nn.Parameter
+    """What it holds otherwise."""
+
+
+class Shards(Replicas):
+    r"""Replicas each of which keeps the N-th part of every parameter, gradient and optimizer state.
+
+    A group's parameters are gathered when it is about to run, once per batch: its backward pass follows its forward
+    pass at once, where global backpropagation gathers them for each. Behind the backward pass the whole parameters
+    are freed, and each rank gets its share of the mean gradient,
+
+    $$g_r = \Big[\frac1N \sum_{q=1}^{N} \nabla_q\Big]_{\text{share } r},$$
+
+    with which its optimizer steps while the next group runs forward. Sharding and gathering are torch's `fully_shard`.
+
+    Args:
+        ranks: the processes of the job.
+    """
+
+    every_batch = True  # else every group's whole gradients would live from one batch of an update to the next
+
+    def __init__(self, ranks: Ranks):
+        super().__init__(ranks)
+        self.mesh = init_device_mesh(ranks.device.type, (self.count,), mesh_dim_names=("data",))
+        self._parts: WeakKeyDictionary[Block, Gatherable] = WeakKeyDictionary()
+        self._shared: MutableMapping[Tensor, Shared] = WeakTensorKeyDictionary()
+        """By this rank's share, an ordinary tensor, for optimizers that know nothing of sharding."""
+        self._kept: MutableMapping[Tensor, nn.Parameter] = WeakTensorKeyDictionary()
+        """This rank's share of what the model holds."""
+        self._open: list[Gatherable] = []
+        self._running = False
+
+    def check(self, **options: Any) -> None:
+        """Raise LayerwiseError for what `fully_shard` does not serve.
+
+        Args:
+            options: of the learner: `precision`, `compile`, `channels_last`.
+        """
+        for name, refused, instead in (
+            ("precision", options["precision"] == "fp16", "use bf16 or fp32"),
+            ("compile", options["compile"], "leave it out"),
+            ("channels_last", options["channels_last"], "leave it out"),
+        ):
+            if refused:
+                raise LayerwiseError(f"sharded parameters cannot be trained with {name}={options[name]}; {instead}.")
+
+    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise LayerwiseError unless it treats every element on its own."""
+        if type(optimizer) not in ELEMENTWISE:
+            raise LayerwiseError(
+                f"{type(optimizer).__name__} may look at whole tensors, and a rank has a share of each; choose one of "
+                f"{', '.join(_NAMES)}, or --parallel data."
+            )
+
+    def adopt(self, model: nn.Module, units: Sequence[Unit]) -> None:
+        """Share out a group's parameters."""
+        super().adopt(model, units)
+        found = [p for unit in units for p in unit.parameters()]
+        for parameter in found:
+            if parameter.dim() == 0:
+                raise LayerwiseError(
+                    f"a parameter of group {units[0].site.name!r} is a single number, which cannot be shared out; give "
+                    "it the shape (1,), or use --parallel data."
+                )
+        part = Part(model, units)
+        own = set(found)
+        others = {p for p in part.parameters() if p not in own}
+        fully_shard(part, mesh=self.mesh, ignored_params=others, shard_placement_fn=self._placement)
+        assert isinstance(part, FSDPModule)
+        sharded = [p for unit in units for p in unit.parameters()]
+        gatherable = Gatherable(part)
+        self._gather(gatherable)
+        whole = [p for unit in units for p in unit.parameters()]
+        gatherable.bytes = tensor_bytes(whole)
+        self.release()
+        for before, after in zip(sharded, whole, strict=True):
+            assert isinstance(before, DTensor)
+            own = self._kept[before] = nn.Parameter(before.to_local().detach(), before.requires_grad)
+            self._shared[own] = Shared(before, after)
+        need = functools.partial(self._need, gatherable)
+        for unit in units:
+            self._parts[unit.block] = gatherable
+            unit.block.before = need
+            for module in unit.auxiliary.modules() if unit.auxiliary is not None else ():
+                module.register_forward_pre_hook(lambda *_, need=need: need())
+
+    def _placement(self, parameter: nn.Parameter) -> Shard | None:
+        """Rows are shared out; where there are too few, another dimension that can be cut evenly."""
+        if parameter.shape[0] >= self.count:
+            return None
+        return next((Shard(i) for i, size in enumerate(parameter.shape) if size and size % self.count == 0), None)
+
+    # What is gathered, and when.
+
+    def kept(self, parameter: nn.Parameter) -> nn.Parameter:
+        """The share of a parameter of the model that this rank keeps; an optimizer's update of it is seen there."""
+        return self._kept.get(parameter, parameter)
+
+    def whole(self, parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
+        """The parameters that blocks run with; they have memory while they are gathered."""
+        return [self._shared[parameter].whole for parameter in parameters]
+
+    @contextmanager
+    def resident(self, units: Sequence[Unit]) -> Iterator[None]:
+        """A context in which the parameters of these units are gathered."""
+        self.release()
+        self._running = True
+        try:
+            for unit in units:
+                if unit.block in self._parts:  # else it is being built
+                    self._gather(self._parts[unit.block])
+            yield
+        finally:
+            self._running = False
+            self.release()
+
+    def release(self) -> None:
+        """Free all whole parameters."""
+        while self._open:
+            self._open.pop().module.reshard()
+
+    def _need(self, part: Gatherable) -> None:
+        """Gather what is about to run outside of its group; where no graph is made, one part at a time."""
+        if part not in self._open and not self._running and not torch.is_grad_enabled():
+            self.release()
+        self._gather(part)
+
+    def _gather(self, part: Gatherable) -> None:
+        if part not in self._open:
+            with self.pulse.watching():
+                part.module.unshard()
+            self._open.append(part)
+
+    # Gradients.
+
+    def reduce(
+        self, parameters: Sequence[nn.Parameter], running: Sequence[Tensor], loss: Tensor
+    ) -> Callable[[], Tensor]:
+        """Start to average gradients, of which each rank gets its share, and running statistics.
+
+        Args:
+            parameters: what is kept here of those whose gradients are averaged.
+            running: as in `Replicas`.
+            loss: as in `Replicas`.
+        """
+        others = super().reduce([], running, loss)
+        by_type: dict[torch.dtype, list[nn.Parameter]] = {}
+        for parameter, whole in zip(parameters, self.whole(parameters), strict=True):
+            if whole.grad is not None:
+                by_type.setdefault(whole.dtype, []).append(parameter)
+        sent = []
+        for dtype, learned in by_type.items():
+            # Row r of the bucket goes to rank r; the first chunk is the largest, and there may be fewer than ranks.
+            chunks = [self._chunks(parameter) for parameter in learned]
+            widths = [found[0].numel() for found in chunks]
+            bucket = torch.zeros(self.count, sum(widths), dtype=dtype, device=loss.device)
+            for columns, found in zip(bucket.split(widths, dim=1), chunks, strict=True):
+                for row, chunk in zip(columns, found, strict=False):
+                    row[: chunk.numel()].view(chunk.shape).copy_(chunk)
+            for whole in self.whole(learned):
+                whole.grad = None
+            bucket /= self.count
+            own = torch.empty_like(bucket[0])
+            with self.pulse.watching():
+                sent.append((scattered_sum(own, bucket.view(-1), async_op=True), own.split(widths), learned))
+
+        def arrived() -> Tensor:
+            flag = others()
+            for work, found, learned in sent:
+                self._wait(work, found[0])
+                for parameter, row in zip(learned, found, strict=True):
+                    gradient = row[: parameter.numel()].view(parameter.shape)
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            return flag
+
+        return arrived
+
+    def _chunks(self, parameter: nn.Parameter) -> Sequence[Tensor]:
+        """The whole gradient, cut as the parameter is."""
+        about = self._shared[parameter]
+        (placement,) = about.sharded.placements
+        assert isinstance(placement, Shard)
+        assert about.whole.grad is not None
+        return about.whole.grad.chunk(self.count, placement.dim)
+
+    def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Norm of the averaged gradients: the root of the sum of the shares' squares."""
+        square = super().norm(parameters).to(self.ranks.device, torch.float64).square()  # which may not overflow
+        with self.pulse.watching():
+            work = dist.all_reduce(square, async_op=True)
+        self._wait(work, square)
+        return square.sqrt().float()
+
+    # States.
+
+    def laid_out(self, own: Tensor, given: Tensor) -> Tensor:
+        """Of the whole tensor `given`, what belongs to a parameter of the model, or to this rank's share of one."""
+        sharded = self._shared[own].sharded if own in self._shared else own
+        if not isinstance(sharded, DTensor) or sharded.shape != given.shape:
+            return given
+        found = distribute_tensor(given.to(own.device), self.mesh, sharded.placements, src_data_rank=None)
+        return found if own is sharded else found.to_local()
+
+    def stored(self, own: Tensor, tensor: Tensor) -> Tensor:
+        """A tensor that belongs to this rank's share of a parameter, as a part of the whole one."""
+        if own not in self._shared or tensor.shape != own.shape:
+            return tensor
+        whole = self._shared[own].sharded
+        shape, stride = whole.shape, whole.stride()
+        return DTensor.from_local(tensor, self.mesh, whole.placements, run_check=False, shape=shape, stride=stride)
+
+    def counted(self, use: MemoryUse, groups: Sequence[Group]) -> MemoryUse:
+        """A measured step with the largest group gathered, as a part of the parameters."""
+        views = [{self._parts[unit.block] for unit in (*group.units, *group.ahead)} for group in groups]
+        gathered = max(sum(part.bytes for part in parts) for parts in views)
+        return replace(use, parameters=use.parameters + gathered, peak=use.peak + gathered)

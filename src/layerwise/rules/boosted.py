@@ -1,0 +1,147 @@
+"""Gradient boosting, block by block: each stage is fitted to what the sum of the stages before it leaves."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.errors import LayerwiseError
+from layerwise.functional import newton_step
+from layerwise.rules.base import Locality, Moment, Rule, Signal, Site
+from layerwise.rules.readout import Pool, check_group, grouped, pool_vectors
+from layerwise.tasks import Classification
+
+MOMENTUM = 0.9
+
+
+class Stage(nn.Module):
+    """What the rule keeps at the end of a stage.
+
+    Args:
+        readout: from the pooled output to the classes; None where the network's head is it.
+    """
+
+    def __init__(self, readout: nn.Module | None):
+        super().__init__()
+        self.readout = readout
+        self.register_buffer("running_slope", torch.zeros(()))
+        self.register_buffer("running_curvature", torch.zeros(()))
+
+    running_slope: Tensor
+    running_curvature: Tensor
+
+    def follow(self, slope: Tensor, curvature: Tensor) -> None:
+        """Take another batch into the running means, whose bias towards the initial zeros cancels in the quotient."""
+        self.running_slope.lerp_(slope, 1 - MOMENTUM)
+        self.running_curvature.lerp_(curvature, 1 - MOMENTUM)
+
+    def step(self) -> Tensor:
+        """The step along the stage's output: 0 for a stage that has not learned, and never backwards."""
+        return (self.running_slope / self.running_curvature.clamp_min(1e-12)).clamp_min(0)
+
+
+@dataclass(frozen=True)
+class Boosted(Rule):
+    r"""Sequential training with gradient boosting: stage after stage, each fitted to the residual of those before it.
+
+    A stage is a block (or `group` blocks) with a linear readout $f_t = W_t\, \mathrm{pool}(h_t) + b_t$; the last one is
+    read by the network's head. $F_t$ is the sum of the first t stages, $F_0 = 0$. While stage t learns,
+
+    $$r = -\frac{\partial\, \mathrm{CE}(F, y)}{\partial F}\Big|_{F_{t-1}} = y - \mathrm{softmax}(F_{t-1}), \qquad
+      L_t = \lVert f_t - r \rVert^2, \qquad h_t = b_t(\mathrm{stopgrad}(h_{t-1}))$$
+
+    for `updates` updates; all other stages rest, and the last one learns to the end. The step along its output is
+    Newton's for the cross-entropy,
+
+    $$F_t = F_{t-1} + \eta\, \rho_t f_t, \qquad
+      \rho_t = \max\Big(0, \frac{\langle f_t \cdot r \rangle}{\langle \mathrm{Var}_p(f_t) \rangle}\Big), \qquad
+      p = \mathrm{softmax}(F_{t-1})$$
+
+    where $\langle\cdot\rangle$ are running means over the batches of the stage's own turn, and $\mathrm{Var}_p$ the
+    variance over classes. $\rho_t = 0$ for a stage that has not had its turn. The class is that of the largest $F_T$.
+
+    The paper's: residual, squared loss, Newton's step, shrinkage, frozen stages. Its stages are shallow networks on the
+    input; that each is a further layer on frozen ones is its authors' later form. Ours: minibatches instead of L-BFGS
+    on a subsample, one step length with the exact curvature, running means of it.
+
+    >>> rule = Boosted(updates=5)
+    >>> sites = [Site(i, blocks=3, name="") for i in range(3)]
+    >>> [[rule.learns_at(update, site) for site in sites] for update in (4, 5, 100)]
+    [[True, False, False], [False, True, False], [False, False, True]]
+    """
+
+    updates: int = 200
+    """Updates of every stage but the last, which learns as long as training goes on."""
+    shrinkage: float = 1.0
+    """Factor eta of every stage's step, in (0, 1]."""
+    pool: Pool = "auto"
+    """How a block's output becomes a vector: auto | mean | moments (and standard deviation) | grid | cls | flatten."""
+    group: int = 1
+    """Neighbouring blocks that make one stage."""
+
+    name: ClassVar[str] = "boosted"
+    locality: ClassVar[Locality] = "local"
+    crosses: ClassVar[str] = "detached activation and the sum of the stages (K numbers per sample)"
+    flat_memory: ClassVar[bool] = True
+    predicts_at_head: ClassVar[bool] = True
+    source: ClassVar[str] = (
+        "Emami & Martinez-Munoz, arXiv 1909.12098 (2019), and arXiv 2302.11327 (2023) for stages that are layers; "
+        "minibatches, step length: our reading"
+    )
+    restrictions: ClassVar[str] = (
+        "One label per sample. Stages learn one after the other: set updates to the updates of the run divided by the "
+        "number of stages, or the last ones have no turn. The plain network's output means nothing."
+    )
+
+    def __post_init__(self) -> None:
+        check_group(self.group)
+        if self.updates < 1:
+            raise LayerwiseError(f"updates is {self.updates}; it is a number of updates per stage, 1 or more.")
+        if not 0 < self.shrinkage <= 1:
+            raise LayerwiseError(f"shrinkage is {self.shrinkage}; it must lie in (0, 1], 1 for whole steps.")
+
+    def groups(self, blocks: int) -> list[range]:
+        """`group` blocks each; the head belongs to the last stage."""
+        return grouped(blocks, self.group, join_head=True)
+
+    def learns_at(self, update: int, site: Site) -> bool:
+        """One stage at a time."""
+        stages = len(self.groups(site.blocks))
+        return site.index // self.group == min(update // self.updates, stages - 1)
+
+    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
+        """Readout and step of a stage, at its last site."""
+        if site.is_head:
+            return Stage(None)
+        if (site.index + 1) % self.group or site.index == site.blocks - 1:
+            return None
+        width = pool_vectors(h, self.pool, per_position=False).shape[-1]
+        return Stage(nn.Linear(width, task.classes, dtype=h.dtype))
+
+    def _output(self, stage: Stage, h: Tensor) -> Tensor:
+        """The stage's f `(B, K)`."""
+        return (h if stage.readout is None else stage.readout(pool_vectors(h, self.pool, per_position=False))).float()
+
+    def signal(self, at: Moment) -> Signal:
+        """Squared distance of the stage's output from the residual; the sum, this stage included, crosses."""
+        if at.y.dim() > 1:
+            raise LayerwiseError("boosted sums stages for one label per sample, not one per position.")
+        stage = at.auxiliary
+        if not isinstance(stage, Stage):
+            return Signal(message=at.message)
+        f = self._output(stage, at.h)
+        total = torch.zeros_like(f) if at.message is None else at.message
+        residual = at.task.distribution(at.y) - total.softmax(-1)
+        if at.learns:
+            stage.follow(*newton_step(f.detach(), total, residual))
+        message = total + self.shrinkage * stage.step() * f.detach()
+        metrics = {"loss": at.task.loss(message, at.y), "accuracy": at.task.accuracy(message, at.y)}
+        return Signal(loss=(f - residual).square().sum(-1).mean(), message=message, metrics=metrics)
+
+    def answer(self, site: Site, h: Tensor, message: Any, auxiliary: nn.Module | None) -> tuple[Tensor, Any]:
+        """Adds the stage's step to the sum, which is the answer at the head."""
+        if isinstance(auxiliary, Stage):
+            step = self.shrinkage * auxiliary.step() * self._output(auxiliary, h)
+            message = step if message is None else message + step
+        return (message if site.is_head else h), message

@@ -1,0 +1,131 @@
+"""Greedy self-supervised blocks: each tells two views of a sample from all other samples, and no label is used."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.augment import AUGMENTATIONS, check_augmentations
+from layerwise.errors import LayerwiseError
+from layerwise.functional import matched, nt_xent
+from layerwise.rules.base import Locality, Moment, Rule, Signal, Site, Start, cross_entropy_at_head
+from layerwise.rules.readout import Pool, check_group, grouped, pool_vectors
+from layerwise.tasks import Classification
+
+
+@dataclass(frozen=True)
+class SSLLocal(Rule):
+    r"""Self-supervised local learning: a contrastive loss per block, a linear probe on top.
+
+    $v_1, v_2$ are two random views of each of the B samples, and travel through the network with it, as one batch. Each
+    block has a projection head $g_i$ (two layers, ReLU between) and minimises
+
+    $$L_i = \frac{1}{2B} \sum_{a} -\log \frac{\exp(\hat z_a \cdot \hat z_{a'} / \tau)}
+      {\sum_{b \ne a} \exp(\hat z_a \cdot \hat z_b / \tau)}, \qquad
+      z = g_i(\mathrm{pool}(h_i)), \qquad h_i = f_i(\mathrm{stopgrad}(h_{i-1}))$$
+
+    where a and b are views, $\hat z$ has unit length and $a'$ is the other view of the sample of a. The network's head
+    is a linear probe: it minimises the cross-entropy on the detached features of the samples themselves. Prediction is
+    a plain forward pass.
+
+    Views of images are made by the project's augmentations and Gaussian noise; what is no image has a share of its
+    numbers set to zero instead, and noise.
+
+    Loss and projection head are SimCLR's; that blocks learn from losses of their own, without gradient between them, is
+    Greedy InfoMax's. Ours: the two together, every block in each step, these views, and a probe that learns beside the
+    blocks.
+
+    >>> SSLLocal().groups(blocks=2)
+    [range(0, 1), range(1, 2), range(2, 3)]
+    """
+
+    temperature: float = 0.5
+    """Temperature tau."""
+    augment: tuple[str, ...] = ("cutout",)
+    """Views of images: names out of flip, crop, cutout; none with no value."""
+    noise: float = 0.2
+    """Standard deviation of the Gaussian noise on every view."""
+    drop: float = 0.2
+    """Views of what is no image: share of the numbers that are set to zero."""
+    hidden: int = 256
+    """Hidden units of the projection head."""
+    dim: int = 128
+    """Outputs of the projection head."""
+    pool: Pool = "auto"
+    """How a block's output becomes a vector: auto | mean | moments (and standard deviation) | grid | cls | flatten."""
+    group: int = 1
+    """Neighbouring blocks that share one loss, one graph and one backward pass."""
+
+    name: ClassVar[str] = "ssl_local"
+    locality: ClassVar[Locality] = "local"
+    crosses: ClassVar[str] = "detached activation, of every sample and two views of it"
+    flat_memory: ClassVar[bool] = True
+    begins_with_batch: ClassVar[bool] = True
+    source: ClassVar[str] = (
+        "Chen et al., arXiv 2002.05709 (2020; SimCLR) for the loss, Loewe et al., arXiv 1905.11786 (2019) for isolated "
+        "blocks; the two together, views, probe: our reading"
+    )
+    restrictions: ClassVar[str] = (
+        "One label per sample, used by the head alone; inputs of real numbers, batches of two or more (their other "
+        "samples are the negatives). A step runs two views beside every sample."
+    )
+
+    def __post_init__(self) -> None:
+        check_group(self.group)
+        check_augmentations(self.augment)
+        if not self.temperature > 0:
+            raise LayerwiseError(f"temperature is {self.temperature}; it must be larger than 0.")
+        if self.noise < 0:
+            raise LayerwiseError(f"noise is {self.noise}; it is a standard deviation, 0 for none.")
+        if not 0 <= self.drop < 1:
+            raise LayerwiseError(f"drop is {self.drop}; it is a share in [0, 1), 0 for none.")
+        for name in ("hidden", "dim"):
+            if getattr(self, name) < 1:
+                raise LayerwiseError(f"{name} is {getattr(self, name)}; it is a number of units, 1 or more.")
+
+    def groups(self, blocks: int) -> list[range]:
+        """`group` blocks each; the head, which alone sees labels, stands alone."""
+        return grouped(blocks, self.group, join_head=False)
+
+    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
+        """The projection head at the end of every group of blocks."""
+        if site.is_head or ((site.index + 1) % self.group and site.index < site.blocks - 1):
+            return None
+        width = pool_vectors(h, self.pool, per_position=False).shape[-1]
+        layers = [nn.Linear(width, self.hidden), nn.ReLU(), nn.Linear(self.hidden, self.dim)]
+        return nn.Sequential(*layers).to(h.dtype)
+
+    def view(self, x: Tensor) -> Tensor:
+        """A random view of every sample `(B, ...)`."""
+        if x.dim() == 4 and min(x.shape[2:]) > 1:
+            for name in self.augment:
+                x = AUGMENTATIONS[name](x, torch.default_generator)  # drawn on the host, like all augmentation
+        else:
+            x = x * (torch.rand_like(x) >= self.drop)
+        return x + self.noise * torch.randn_like(x)
+
+    def begin(self, start: Start) -> tuple[Tensor, Any]:
+        """Two views of every sample, one behind the other, and the samples; these alone in evaluation."""
+        if start.y.dim() > 1 or not start.x.is_floating_point():
+            raise LayerwiseError(
+                f"{self.name} makes views of samples of real numbers with one label each, not of inputs of shape "
+                f"{tuple(start.x.shape)} and type {str(start.x.dtype).removeprefix('torch.')} with labels of shape "
+                f"{tuple(start.y.shape)}; choose a rule such as local_ce."
+            )
+        if not start.network.training:
+            return start.x, None
+        return torch.cat([self.view(start.x), self.view(start.x), start.x]), None
+
+    def signal(self, at: Moment) -> Signal:
+        """The contrast of the two views; at the head the cross-entropy of the probe, which gets the samples alone."""
+        if at.site.is_head:
+            return cross_entropy_at_head(at)
+        if not at.training:
+            return Signal()
+        views, itself = at.h[: 2 * len(at.y)], at.h[2 * len(at.y) :]
+        signal = Signal(output=itself if at.site.index == at.site.blocks - 1 else None)
+        if at.auxiliary is not None:
+            z = at.auxiliary(pool_vectors(views, self.pool, per_position=False))
+            signal.loss, signal.metrics = nt_xent(z, self.temperature), {"matched": matched(z.detach())}
+        return signal
