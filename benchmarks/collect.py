@@ -57,6 +57,9 @@ LABELS = {  # rows of the conv net, the cascade and the graph: rule and what is 
     "cascade_backprop_5": ("backprop", "5 modules"),
     "cascade_backprop_10": ("backprop", "10 modules"),
     "linear_head": ("backprop", "linear head"),
+    "backprop_1": ("backprop", "one block"),
+    "noprop_dt_learned": ("noprop_dt", "learned embeddings"),
+    "noprop_dt_prototype": ("noprop_dt", "prototypes"),
 }
 
 

@@ -495,3 +495,23 @@ def test_wrong_use_is_told():
         Learner(net("noprop_ct"), create_rule("noprop_ct", solver="rk4"))
     with pytest.raises(LayerwiseError, match="label_size must be a whole number of at least 1"):
         models.NoProp(label_size=0)
+
+
+# --- The rival
+
+
+def test_backprops_blocks_mix_by_a_learned_share():
+    """z_t = (1 - a) z_{t-1} + a u with a = tanh(w)."""
+    model = models.create("noprop", (1, 8, 8), CLASSES, depth=2, width=2, mixing="learned").eval()
+    block = model.block2
+    z, x = torch.randn(3, CLASSES), torch.randn(3, 1, 8, 8)
+    u = block.logits(z, x.flatten(1)).softmax(1)
+    for weight in (0.0, 0.5, 40.0):
+        torch.nn.init.constant_(block.weight, weight)
+        p, r, same = block.parts(block(torch.cat([torch.zeros(3, CLASSES), z, x.flatten(1)], dim=1)))
+        a = torch.tensor(weight).tanh()
+        assert torch.allclose(p + r, (1 - a) * z + a * u)
+        assert torch.equal(same, x.flatten(1))
+    Learner(model, "backprop").step(x, torch.tensor([0, 1, 2]))
+    with pytest.raises(LayerwiseError, match=r"no --cuts, --blocks or --model\.mixing"):
+        Learner(model, "noprop_dt").step(x, torch.tensor([0, 1, 2]))

@@ -113,6 +113,23 @@ class Denoise(Denoiser):
         return state(self.a * self.logits(z, x).softmax(1), self.b * z, x)
 
 
+class Blend(Denoiser):
+    """Step for backpropagation: `[p | r | x]` to `[(1 - a) p + a q | (1 - a) r | x]`, a = tanh(w) with a learned w."""
+
+    trained_as: ClassVar[str] = ""
+
+    def __init__(self, shape: tuple[int, int, int], embedding: Tensor, options: "NoProp"):
+        super().__init__(shape, embedding, options, timed=False)
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """The next state."""
+        p, r, x = self.parts(h)
+        a = self.weight.tanh()
+        q = self.logits(mixture(p, self.embedding) + r, x).softmax(1)
+        return state((1 - a) * p + a * q, (1 - a) * r, x)
+
+
 class DenoiseAt(Denoiser):
     r"""`[t | p | r | x]` to `[q | 0 | x]`: q is a softmax.
 
@@ -242,6 +259,8 @@ class NoProp(ModelOptions):
     """What reads the last label: a linear layer, or distances of its softmax from the embeddings."""
     dropout: float = 0.0
     """Probability of zeroing a unit of the last hidden layer."""
+    mixing: Literal["diffusion", "learned"] = "diffusion"
+    """What a block makes of z: A q U + B z; or (1 - a) z + a q U with a learned a, for backprop, the paper's rival."""
 
     def build(self, shape: tuple[int, int, int], classes: int) -> BlockSequential:
         """Build the model for images of `shape` (channels, height, width) and `classes` logits.
@@ -264,6 +283,8 @@ class NoProp(ModelOptions):
         return nn.init.orthogonal_(torch.empty(classes, size))
 
     def _blocks(self, shape: tuple[int, int, int], embedding: Tensor) -> list[nn.Module]:
+        if self.mixing == "learned":
+            return [Blend(shape, embedding, self) for _ in range(self.depth)]
         return [Denoise(t, shape, embedding, self) for t in range(1, self.depth + 1)]
 
 

@@ -73,8 +73,8 @@ class Denoising(Rule):
         first = getattr(network.model, "block1", None)
         if getattr(first, "trained_as", None) != kind or cut != children:
             raise LayerwiseError(
-                f"rule {self.name!r} trains the model {kind!r}, cut as it comes (--model {kind}, no --cuts or "
-                "--blocks)."
+                f"rule {self.name!r} trains the model {kind!r}, cut and mixed as it comes (--model {kind}, no --cuts, "
+                "--blocks or --model.mixing)."
             )
         return None
 
