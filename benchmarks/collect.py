@@ -12,20 +12,24 @@ import re
 import tomllib
 from pathlib import Path
 
+from layerwise import rules
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-ACCURACY = {  # column of the README: folder
-    "digits, MLP": "digits_mlp",
+FIRST = {"digits_mlp": "digits", "sid_mnist": "MNIST", "mnist_noprop": "MNIST", "cora": "Cora"}
+"""Folders of the README's first table, and their data; a rule is shown with the first that has it."""
+ACCURACY = {  # column of the README's second table: folder
     "MNIST, MLP": "mnist_mlp",
+    "MNIST, MLP, 15 epochs": "mnist_local_rules",
+    "MNIST, MLP, 25 epochs": "mnist_forward_forward",
     "Fashion-MNIST, MLP": "fashion_mlp",
     "CIFAR-10, conv": "cifar10_conv",
 }
 MORE = [  # folders with further rows of the rules' pages, under the title of their grid
+    "digits_mlp",
     "mnist_conv",
     "fashion_conv",
     "cifar10_conv_short",
-    "mnist_local_rules",
-    "mnist_forward_forward",
     "mnist_noprop",
     "cora",
     "tabular",
@@ -110,6 +114,23 @@ def speed() -> dict[str, str]:
     return {r["rule"]: f"{r['ratio']:.2f} ({r['ratio_10']:.2f} .. {r['ratio_90']:.2f})" for r in rows}
 
 
+def rules_table() -> str:
+    """One row per rule: what it declares, and an accuracy."""
+    scores = accuracies({folder: folder for folder in FIRST})
+    head = ["rule", "locality", "what crosses a block boundary", "activations + gradients", "test accuracy, %"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name in rules.names():
+        rule = rules.get(name)
+        memory = "constant in depth" if rule.flat_memory else "grows"
+        accuracy = ""
+        for folder, texts in list(scores.get(name, {}).items())[:1]:
+            accuracy = f"{FIRST[folder]} {texts[0].partition(' (')[0]}"
+        cells = [f"[`{name}`](docs/rules/{name}.md)", rule.locality, rule.crosses, memory, accuracy]
+        lines.append("| " + " | ".join(cells) + " |")
+    folders = ", ".join(f"[{folder}](benchmarks/{folder})" for folder in FIRST)
+    return "\n".join([*lines, "", f"Accuracies: mean ± standard deviation over three seeds or more, from {folders}."])
+
+
 def readme_table() -> str:
     """One row per rule that has a figure."""
     scores, bytes_held, ratios = accuracies(ACCURACY), memory(), speed()
@@ -177,6 +198,7 @@ def fill(file: Path, marker: str, text: str) -> None:
 
 def main() -> None:
     """Fill README.md, docs/results.md, the page of every rule and the recipes."""
+    fill(ROOT / "README.md", "rules", rules_table())
     fill(ROOT / "README.md", "figures", readme_table())
     fill(ROOT / "docs" / "results.md", "results", tables())
     fill(ROOT / "docs" / "log.md", "screening", screening())
