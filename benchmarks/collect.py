@@ -158,7 +158,8 @@ def tables() -> str:
     for file in sorted(HERE.glob("*/table.md")):
         parts.append(re.sub(r"^# ", "## ", file.read_text().strip()))
     for folder, title in (("memory", "Memory"), ("speed", "Speed")):
-        parts.append(f"## {title}\n\nCommand: `bash benchmarks/{folder}/run.sh`.")
+        machine = (HERE / folder / "environment.txt").read_text().strip()
+        parts.append(f"## {title}\n\nCommand: `bash benchmarks/{folder}/run.sh`. Machine: {machine}.")
         for file in sorted((HERE / folder).glob("*.txt")):
             parts.append(f"`{file.stem}`:\n\n```\n{file.read_text().rstrip()}\n```")
     return "\n\n".join(parts)
