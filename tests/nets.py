@@ -95,6 +95,16 @@ def trained(model, rule, data, **options):
     return learner
 
 
+def gone_on(model, rule, data, stop, **options):
+    """As `trained`, by two learners: the second goes on from the state of the first after `stop` batches."""
+    state = copy.deepcopy(trained(model, rule, data[:stop], **options).state_dict())
+    learner = Learner(copy.deepcopy(model), rule, **options)
+    learner.load_state_dict(state)
+    for x, y in data[stop:]:
+        learner.step(x, y)
+    return learner
+
+
 def whole(model):
     """The model as one block and its head."""
     return Partition(model, [model.block_names[-1]])

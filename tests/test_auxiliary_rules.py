@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import CLASSES, PLAIN_SGD, batches, linear_blocks, net, same_bits, trained, vectors
+from nets import CLASSES, PLAIN_SGD, batches, gone_on, linear_blocks, net, same_bits, trained, vectors
 from torch import nn
 
 from layerwise import LayerwiseError, Learner, cli, create_rule, functional
@@ -297,11 +297,7 @@ def test_guidance_goes_on_from_its_state_to_the_same_bits(stop, options):
     model, data = net("mlp", dropout=0.2), batches(5)
     rule = create_rule("periodic_guidance", period=2)
     straight = trained(model, rule, data, **options)
-    state = copy.deepcopy(trained(model, rule, data[:stop], **options).state_dict())
-    resumed = Learner(net("mlp", dropout=0.2), rule, **options)
-    resumed.load_state_dict(state)
-    for x, y in data[stop:]:
-        resumed.step(x, y)
+    resumed = gone_on(model, rule, data, stop, **options)
     assert same_bits(resumed, straight)
     assert resumed.state_dict()["scaler"] == straight.state_dict()["scaler"]
 

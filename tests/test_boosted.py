@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import CLASSES, PLAIN_SGD, batches, linear_blocks, net, problem, same_bits, tensors, trained, vectors
+from nets import CLASSES, PLAIN_SGD, batches, gone_on, linear_blocks, net, problem, same_bits, tensors, trained, vectors
 from torch import nn
 
 from layerwise import LayerwiseError, Learner, create_rule
@@ -141,11 +141,7 @@ def test_turns_go_on_from_the_state_to_the_same_bits(options):
     model, data, rule = net("mlp", dropout=0.2), batches(5), create_rule("boosted", updates=1)
     straight = trained(model, rule, data, **options)
     for stop in (1, 2, 3):
-        state = copy.deepcopy(trained(model, rule, data[:stop], **options).state_dict())
-        resumed = Learner(net("mlp", dropout=0.2), rule, **options)
-        resumed.load_state_dict(state)
-        for x, y in data[stop:]:
-            resumed.step(x, y)
+        resumed = gone_on(model, rule, data, stop, **options)
         assert same_bits(resumed, straight)
         assert resumed.state_dict()["scaler"] == straight.state_dict()["scaler"]
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -13,6 +14,19 @@ from typing import Any
 
 OUTSIDE = 600 * 2**20
 """Bytes that a worker takes besides its tensors: Python, torch's code, scikit-learn."""
+
+
+def lines_of_parent() -> "queue.SimpleQueue[str]":
+    """In a worker: the lines of standard input as they come. When it ends, the process does, also in mid-task."""
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    return lines
 
 
 class Pool:

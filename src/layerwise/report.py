@@ -388,15 +388,20 @@ def _speeds(name: str, rows: list[dict[str, Any]], origin: Origin) -> Section:
     values = "; ".join(
         f"{row['rule']} {1000 * row['seconds']:.3g} ms, {row['ratio']:.2f} times {row['baseline']}" for row in rows
     )
-    figure = figures.render(
-        f"{name}_time",
-        f"Time per step, {rows[0]['model']} of {rows[0]['depth']} blocks",
-        f"Milliseconds per training step. {values}.",
-        lambda axes: figures.shares(axes, parts, "ms per step"),
-        height=1.4 + 0.35 * len(rows),
-    )
+    figure = _time(name, rows[0], "step", f"Milliseconds per training step. {values}.", parts)
     section.add(figure, f"Median over {rows[0]['rounds']} rounds. {values}.", origin)
     return section
+
+
+def _time(name: str, row: dict[str, Any], per: str, alt: str, parts: dict[str, dict[str, float]]) -> figures.Figure:
+    """Bars of milliseconds per step or batch, one for each of `parts`, in their shares."""
+    return figures.render(
+        f"{name}_time",
+        f"Time per {per}, {row['model']} of {row['depth']} blocks",
+        alt,
+        lambda axes: figures.shares(axes, parts, f"ms per {per}"),
+        height=1.4 + 0.35 * len(parts),
+    )
 
 
 def _scaling(name: str, rows: list[dict[str, Any]], origin: Origin) -> Section:
@@ -410,13 +415,8 @@ def _scaling(name: str, rows: list[dict[str, Any]], origin: Origin) -> Section:
         f"{row['way']} on {row['ranks']}: {row['samples_per_second']:.1f} samples/s, {row['ratio']:.2f} times rule"
         for row in measured
     )
-    figure = figures.render(
-        f"{name}_time",
-        f"Time per batch, {rows[0]['model']} of {rows[0]['depth']} blocks",
-        f"Milliseconds per batch by way and number of processes: computing, queued for a core, waiting. {values}.",
-        lambda axes: figures.shares(axes, parts, "ms per batch"),
-        height=1.4 + 0.35 * len(measured),
-    )
+    alt = f"Milliseconds per batch by way and number of processes: computing, queued for a core, waiting. {values}."
+    figure = _time(name, rows[0], "batch", alt, parts)
     section.add(figure, f"Median over {rows[0]['rounds']} rounds, mean over the processes. {values}.", origin)
     return section
 

@@ -6,11 +6,8 @@ standard input ends, because the parent has died or needs it no more, it ends at
 
 import contextlib
 import json
-import os
-import queue
 import statistics
 import sys
-import threading
 import time
 import traceback
 from pathlib import Path
@@ -25,6 +22,7 @@ from layerwise.diagnostics import diagnose
 from layerwise.engine import NonFinite
 from layerwise.errors import LayerwiseError
 from layerwise.options import TrainOptions, from_mapping
+from layerwise.pool import lines_of_parent
 
 
 def train(task: dict[str, Any]) -> dict[str, Any]:
@@ -94,14 +92,7 @@ def main() -> None:
     """Answer tasks until standard input ends."""
     answers, sys.stdout = sys.stdout, sys.stderr  # what a task prints must not look like an answer
     keep_freed_memory()
-    tasks: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def read() -> None:
-        for line in sys.stdin:
-            tasks.put(line)
-        os._exit(0)
-
-    threading.Thread(target=read, daemon=True).start()
+    tasks = lines_of_parent()
     while True:
         print(json.dumps(answer(json.loads(tasks.get()))), file=answers, flush=True)
 

@@ -68,4 +68,5 @@ def main(grid: Grid, context: Context) -> None:
         mib = [f"{row[name] / 2**20:.3f}" if name in row else "-" for name in FIGURES]
         print(f"{number:5}{row['accuracy']:16.4f}{mib[0]:>11}{mib[1]:>9}{mib[2]:>21}{mib[3]:>26}", flush=True)
     if options.out:
-        Path(options.out).write_text(json.dumps({"options": asdict(options), "rounds": rows}, indent=2) + "\n")
+        told = {name: value for name, value in asdict(options).items() if name != "out"}
+        Path(options.out).write_text(json.dumps({"options": told, "rounds": rows}, indent=2) + "\n")

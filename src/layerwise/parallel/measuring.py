@@ -8,9 +8,7 @@ import contextlib
 import itertools
 import json
 import os
-import queue
 import statistics
-import sys
 import threading
 import time
 import traceback
@@ -41,6 +39,7 @@ from layerwise.optim import decay_groups, optimizer_factory
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
 from layerwise.parallel.transport import FORWARD, Outlet, Prefetched, Ranks
+from layerwise.pool import lines_of_parent
 
 SCHEDULES = {
     "gpipe": ScheduleGPipe,
@@ -376,14 +375,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     keep_freed_memory()
-    tasks: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def read() -> None:
-        for line in sys.stdin:
-            tasks.put(line)
-        os._exit(0)
-
-    threading.Thread(target=read, daemon=True).start()
+    tasks = lines_of_parent()
     rank: Rank | None = None
     while True:
         task = json.loads(tasks.get())
