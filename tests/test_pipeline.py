@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import deque
 from dataclasses import dataclass
 from shlex import split
@@ -33,6 +34,7 @@ from jobs import (
 )
 from nets import KINDS, batches, net, problem, same_bits, trained
 from runs import lines, result, state, weights
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from layerwise import LayerwiseError, Learner, rules
@@ -208,6 +210,12 @@ def test_a_state_is_read_by_any_number_of_stages():
     assert same_state(joined([learner.state_dict() for learner in second]), one.state_dict())
 
 
+class Sleeping(nn.Module):
+    def forward(self, x):
+        time.sleep(0.01)
+        return x
+
+
 def test_the_cut_is_balanced_or_as_given():
     x, _ = problem(2)
     given = stages(net("mlp", 4), "sll", 2, x, counts=[3, 1])
@@ -218,6 +226,23 @@ def test_the_cut_is_balanced_or_as_given():
     best = min(max(sum(cost[:a]), sum(cost[a:b]), sum(cost[b:])) for a in range(1, 5) for b in range(a + 1, 6))
     ends = [0, *balanced_ends(cost, 3)]
     assert max(sum(cost[a:b]) for a, b in itertools.pairwise(ends)) == best
+    # Blocks one of which takes far longer on the first rank than its operations tell: it stands alone.
+    slow = nn.Sequential(*[nn.Sequential(nn.Linear(5, 5), nn.ReLU()) for _ in range(4)], nn.Linear(5, 2))
+    slow[3][1] = Sleeping()
+    said = []
+
+    def agree(numbers):
+        said.append(numbers)
+        return said[0]
+
+    kept = []
+    for rank in range(2):
+        learner = Learner(copy.deepcopy(slow), "local_ce", stage=Stage(rank, 2, None, agree, samples=7))
+        learner.build(torch.randn(2, 5))
+        kept.append(len(learner.groups))
+    assert len(said[0]) == 5 and said[1] == [], said  # blocks and head; the other rank measures nothing
+    assert max(said[0]) == said[0][3] > 0.01
+    assert kept == [3, 1]
     for counts in ([2, 1], [4], [4, 0], [5, -1]):
         with pytest.raises(LayerwiseError, match="give one number per rank"):
             stages(net("mlp", 4), "sll", 2, x, counts=counts)

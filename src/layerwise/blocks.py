@@ -513,7 +513,7 @@ def _balanced(model: nn.Module, cuts: Sequence[str], blocks: int, example: Tenso
     return [cuts[end - 1] for end in balanced_ends(cost, blocks)]
 
 
-def balanced_ends(cost: Sequence[int], parts: int) -> list[int]:
+def balanced_ends(cost: Sequence[float], parts: int) -> list[int]:
     """Ends of `parts` contiguous, non-empty ranges whose largest summed cost is as small as can be.
 
     >>> balanced_ends([1, 1, 4, 1, 1], 3)

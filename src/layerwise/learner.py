@@ -228,7 +228,7 @@ class Learner:
         task = Classification(shapes[-1].shape[-1], self.label_smoothing)
         mine = range(len(ranges))
         if self.stage is not None:
-            mine = self.stage.choose(self.rule, self.network, ranges, x[:1].to(self.device))
+            mine = self.stage.choose(self.rule, self.network, ranges, self._placed(x[:1]))
         sizes = tuple(tuple(out.shape[1:]) for out in shapes)
         units = []
         for i, block in enumerate(blocks):

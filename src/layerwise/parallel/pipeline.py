@@ -38,7 +38,7 @@ class ParallelOptions:
     """none | pipeline (blocks on several ranks, messages forward only) | data (all blocks on every rank, gradients
     averaged) | sharded (data, and parameters are shared out); start it with torchrun."""
     stages: str | None = None
-    """Groups of blocks per rank, such as 3,3; balanced by their floating-point operations if not given."""
+    """Groups of blocks per rank, such as 3,3; balanced by the time that blocks take on the first rank if not given."""
     replicas: int = 1
     """Pipelines side by side, each on its share of every batch; they divide the ranks among them."""
     timeout: float = 300.0
@@ -188,7 +188,9 @@ class PipelineRun(PartsRun):
                     f"{how.replicas} ranks (--nproc-per-node {how.replicas * (self.length + 1)})."
                 )
             self.row, number = divmod(ranks.rank, self.length)
-            self.stage = Stage(number, self.length, how.counts())
+            self.stage = Stage(
+                number, self.length, how.counts(), self._of_the_first, options.batch_size // how.replicas
+            )
             if how.replicas > 1:
                 check_can_share(options, how.replicas, how)
                 self.replicas = replicas_of_stages(ranks, how.replicas)
@@ -217,6 +219,9 @@ class PipelineRun(PartsRun):
                 val=data.val and data.val.without_images(),
                 test=data.test.without_images(),
             )
+
+    def _of_the_first(self, numbers: list[float]) -> list[float]:
+        return self.ranks.agree(None, word=numbers)[0]
 
     def _connect(self) -> None:
         rank, wire, lanes = self.ranks.rank, self.ranks.wire, self.ranks.lanes

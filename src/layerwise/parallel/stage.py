@@ -1,9 +1,11 @@
 """A stage: the range of groups that one rank of a pipeline runs, and what comes in and goes out of it."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from layerwise.blocks import Partition, balanced_ends, operations
@@ -30,7 +32,10 @@ class Stage:
     Args:
         rank: number of this rank, from 0.
         ranks: how many there are.
-        counts: groups per rank; balanced by floating-point operations if not given.
+        counts: groups per rank; balanced by the blocks' costs if not given.
+        agree: gives all ranks the first one's list of numbers. With it the cost of a block is the time that it takes on
+            the first rank; without it the floating-point operations, in which ranks agree without a word.
+        samples: of the batch that is timed.
 
     Attributes:
         link: set before the first batch.
@@ -38,8 +43,16 @@ class Stage:
         stop: number of the signal by which the first rank stops the run behind this batch; 0 to go on.
     """
 
-    def __init__(self, rank: int, ranks: int, counts: Sequence[int] | None = None):
+    def __init__(
+        self,
+        rank: int,
+        ranks: int,
+        counts: Sequence[int] | None = None,
+        agree: Callable[[list[float]], list[float]] | None = None,
+        samples: int = 1,
+    ):
         self.rank, self.ranks, self.counts = rank, ranks, counts
+        self.agree, self.samples = agree, samples
         self.blocks: list[str] = []
         self.stop = 0
         self._skipped = False
@@ -63,7 +76,7 @@ class Stage:
             rule: asked whether a pipeline can serve it.
             network: all blocks and the head.
             groups: sites of all groups.
-            example: one sample, on which the operations are counted.
+            example: one sample, on which the costs are measured.
 
         Raises:
             LayerwiseError: the rule needs more than what goes forward, or there are fewer groups than ranks.
@@ -76,7 +89,11 @@ class Stage:
             )
         bounds = [group.start for group in groups] + [groups[-1].stop]
         if self.counts is None:
-            cost = operations(network, example)
+            if self.agree is None:
+                cost = operations(network, example)
+            else:
+                batch = example.repeat(self.samples, *[1] * (example.dim() - 1))
+                cost = self.agree(seconds(network, batch) if self.first else [])
             ends = balanced_ends([sum(cost[a:b]) for a, b in itertools.pairwise(bounds)], self.ranks)
         elif len(self.counts) != self.ranks or sum(self.counts) != len(groups) or min(self.counts) < 1:
             given = ",".join(map(str, self.counts))
@@ -114,6 +131,31 @@ class Stage:
         if not self.last:
             self.link.send((self.stop, skipped, h, message))
         return skipped
+
+
+def seconds(network: Partition, example: Tensor, repeats: int = 3) -> list[float]:
+    """Seconds that each block and the head take forward and backward, on a batch: the best of some, after a first.
+
+    Evaluation mode leaves running statistics and random generators alone; no gradient stays behind.
+    """
+    was_training = network.training
+    network.eval()
+    found, h = [], example
+    for block in [*network.blocks, network.head]:
+        parameters = [p for p in block.parameters() if p.requires_grad]
+        times, out = [], h
+        for _ in range(1 + repeats):
+            start = time.perf_counter()
+            out = block(h)
+            if out.requires_grad:
+                torch.autograd.grad(out.sum(), parameters, allow_unused=True)
+            if out.is_cuda:
+                torch.cuda.synchronize(out.device)
+            times.append(time.perf_counter() - start)
+        found.append(min(times[1:]))
+        h = out.detach()
+    network.train(was_training)
+    return found
 
 
 def check_rule(rule: Rule, groups: Sequence[range]) -> None:
