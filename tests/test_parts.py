@@ -39,7 +39,7 @@ def one(tmp_path_factory):
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
     folder = tmp_path_factory.mktemp("three")
-    codes, errors = run(3, folder / "job", [*PIPELINE, *DROPPING, "--out", str(folder / "run")])
+    codes, errors = run(3, folder / "job", [*PIPELINE, "--stages", "1,1,2", *DROPPING, "--out", str(folder / "run")])
     assert codes == [0, 0, 0], errors
     return folder / "run"
 
@@ -254,7 +254,7 @@ def test_a_rank_that_hangs_while_it_writes_is_named(monkeypatch, tmp_path):
 
     monkeypatch.setattr(parts, "save_file", stop)
     out, folder = tmp_path / "out", tmp_path / "job"
-    with job(3, folder, [*PIPELINE, *DROPPING, "--timeout", "2", "--out", str(out)]) as processes:
+    with job(3, folder, [*PIPELINE, *DROPPING, "--stages", "1,1,2", "--timeout", "2", "--out", str(out)]) as processes:
         for rank in (0, 2):
             processes[rank].join(30)
         assert [processes[rank].exitcode for rank in (0, 2)] == [2, 2]

@@ -351,11 +351,12 @@ def test_a_stopped_run_goes_on_with_another_number_of_ranks(tmp_path):
 def test_a_killed_rank_ends_the_others(victim, tmp_path):
     blocks = ["block1", "block2", "block3..head"]
     name = f"rank {victim} ({blocks[victim]})"
-    check_killed(3, victim, name, tmp_path / "out", tmp_path / "job", [*PIPELINE, *LONG])
+    check_killed(3, victim, name, tmp_path / "out", tmp_path / "job", [*PIPELINE, *LONG, "--stages", "1,1,2"])
 
 
 def test_a_rank_that_hangs_is_noticed_within_the_limit(tmp_path):
-    told = check_hangs(3, 1, "rank 1 (block2)", tmp_path / "out", tmp_path / "job", [*PIPELINE, *LONG])
+    words = [*PIPELINE, *LONG, "--stages", "1,1,2"]
+    told = check_hangs(3, 1, "rank 1 (block2)", tmp_path / "out", tmp_path / "job", words)
     assert all("has not answered" in text and "for 2 s" in text for text in told), told
 
 

@@ -123,7 +123,9 @@ def test_a_prediction_is_the_sum_of_its_blocks():
     assert grown([1.0, 2.0, 3.0, 4.0, 9.0], 6) == [1.0, *[3.0] * 5, 9.0]
 
 
-def test_all_ways_are_measured_and_simulated(tmp_path, capsys):
+def test_all_ways_are_measured_and_simulated(tmp_path, capsys, monkeypatch):
+    costs = []
+    monkeypatch.setattr(scaling, "Costs", lambda **found: costs.append(Costs(**found)) or costs[-1])
     file, folder = tmp_path / "figures.json", tmp_path / "out"
     words = [*TINY, *split("--ranks 1,2 --rounds 1 --steps 2 --warmup 1 --simulate 4 --json"), str(file)]
     assert main([*words, "--out", str(folder)]) == 0
@@ -152,6 +154,10 @@ def test_all_ways_are_measured_and_simulated(tmp_path, capsys):
     grown_rows = [row for row in rows if "speedup" in row]
     assert {row["ranks"] for row in grown_rows} == {2, 4}
     assert all(0 < row["speedup"] < row["ranks"] * 1.001 for row in grown_rows)
+    # A figure per block and head, also where the head learns with the last block.
+    (cost,) = costs
+    assert [len(row) for row in (cost.rule, cost.forward, cost.backward, cost.input, cost.optimizer)] == [5] * 5
+    assert min(cost.rule[:4]) > 0 == cost.rule[4]
     assert "pipeline of 2 ranks: " in out
     assert json.loads((folder / "scaling.json").read_text())["rows"] == rows
     assert "Throughput on several processes" in (folder / "report.html").read_text()

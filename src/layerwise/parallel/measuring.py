@@ -324,8 +324,11 @@ class Rank:
             `rule`: one update of the rule, from the steps measured so far; of backpropagation, for one micro-batch:
             `forward`, `backward`, and of that the part for the `input`; `optimizer`: one step of it.
         """
-        timed = self.made[f"learner {self.task['rule']}"].engine.seconds
-        found = {"rule": [statistics.median(seconds) for seconds in timed.values()]}
+        learner = self.made[f"learner {self.task['rule']}"]
+        found: dict[str, list[float]] = {"rule": []}
+        for group in learner.groups:  # a group's first block stands for all of it, such as the head
+            seconds = statistics.median(learner.engine.seconds[group.name])
+            found["rule"] += [seconds, *[0.0] * (len(group.units) - 1)]
         model = self._once("model costs", self._model)
         children = list(model.children())
         optimizers = self._once("optimizers", lambda: [self._optimizer(list(c.parameters())) for c in children])
