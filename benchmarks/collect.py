@@ -2,8 +2,8 @@
 
     python benchmarks/collect.py
 
-Nothing here is typed: accuracies come from `results.csv` of every folder with a `grid.toml`, bytes from
-`memory/*.json`, ratios from `speed/*.json`.
+No figure of ours is typed: accuracies come from `results.csv` of every folder with a `grid.toml`, bytes from
+`memory/*.json`, ratios from `speed/*.json`. Those of the papers are in `papers.toml`.
 """
 
 import csv
@@ -21,6 +21,7 @@ FIRST = {"digits_mlp": "digits", "sid_mnist": "MNIST", "mnist_noprop": "MNIST", 
 ACCURACY = {  # column of the README's second table: folder
     "MNIST, MLP": "mnist_mlp",
     "MNIST, MLP, 15 epochs": "mnist_local_rules",
+    "MNIST, MLP, shifted images, 15 epochs": "mnist_local_rules_crop",
     "MNIST, MLP, 25 epochs": "mnist_forward_forward",
     "Fashion-MNIST, MLP": "fashion_mlp",
     "CIFAR-10, conv": "cifar10_conv",
@@ -62,6 +63,7 @@ LABELS = {  # rows of the conv net, the cascade and the graph: rule and what is 
     "cascade_backprop_10": ("backprop", "10 modules"),
     "linear_head": ("backprop", "linear head"),
     "backprop_1": ("backprop", "one block"),
+    "backprop_conv": ("backprop", "conv net"),
     "noprop_dt_learned": ("noprop_dt", "learned embeddings"),
     "noprop_dt_prototype": ("noprop_dt", "prototypes"),
 }
@@ -165,6 +167,22 @@ def tables() -> str:
     return "\n\n".join(parts)
 
 
+def papers() -> str:
+    """Our figures beside those of the papers."""
+    head = ["rule", "task here", "here", "backprop here", "paper", "its backprop", "source and setting of the paper"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for figure in tomllib.loads((HERE / "papers.toml").read_text())["figure"]:
+        folder = figure["folder"]
+        rows = {row["rule"]: row for row in csv.DictReader((HERE / folder / "results.csv").open())}
+        both = [rows[name] if (name := figure.get(part)) else None for part in ("row", "rival")]
+        found = [f"{row['test_mean']} ± {row['test_std']}" if row else "" for row in both]
+        rule, detail = LABELS.get(figure["row"], (figure["row"], ""))
+        cells = [f"`{rule}`" + (f", {detail}" if detail else ""), title(folder), *found]
+        cells += [figure["paper"], figure.get("papers_rival", ""), figure["source"]]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def screening() -> str:
     """The single runs that led to the options of `sll`."""
     lines = ["| run | options | epochs | val, % | by block, head last |", "|---|---|---|---|---|"]
@@ -201,6 +219,7 @@ def main() -> None:
     """Fill README.md, docs/results.md, the page of every rule and the recipes."""
     fill(ROOT / "README.md", "rules", rules_table())
     fill(ROOT / "README.md", "figures", readme_table())
+    fill(ROOT / "docs" / "results.md", "papers", papers())
     fill(ROOT / "docs" / "results.md", "results", tables())
     fill(ROOT / "docs" / "log.md", "screening", screening())
     for name, (folder, rule) in RECIPES.items():

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from runs import split, start
 
-from layerwise import LayerwiseError
+from layerwise import LayerwiseError, scaling
 from layerwise.bench import network_of
 from layerwise.cli import main
 from layerwise.parallel.measuring import Link
