@@ -173,7 +173,10 @@ def papers() -> str:
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for figure in tomllib.loads((HERE / "papers.toml").read_text())["figure"]:
         folder = figure["folder"]
-        rows = {row["rule"]: row for row in csv.DictReader((HERE / folder / "results.csv").open())}
+        file = HERE / folder / "results.csv"
+        if not file.exists():  # not run yet
+            continue
+        rows = {row["rule"]: row for row in csv.DictReader(file.open())}
         both = [rows[name] if (name := figure.get(part)) else None for part in ("row", "rival")]
         found = [f"{row['test_mean']} ± {row['test_std']}" if row else "" for row in both]
         rule, detail = LABELS.get(figure["row"], (figure["row"], ""))
