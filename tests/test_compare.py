@@ -51,6 +51,15 @@ def test_rules_have_their_options_behind_colons():
     assert (backprop.rule.name, backprop.lr, backprop.clip) == ("backprop", 2e-3, 1)
 
 
+def test_a_rule_may_have_another_model_of_the_kind():
+    common = from_mapping({"model": {"name": "sid_cascade", "depth": 5, "width": 32}})
+    words = ["sid_cascade:alpha=1", "backprop", "backprop:model.depth=0:optimizer=sgd:weight-decay=5e-4"]
+    sid, cascade, linear_head = compare.read_rules(words, common).values()
+    assert (sid.rule.alpha, sid.model, cascade.model) == (1, common.model, common.model)
+    assert (linear_head.model.depth, linear_head.model.width) == (0, 32)
+    assert (linear_head.optimizer, linear_head.weight_decay) == ("sgd", 5e-4)
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_the_command_of_a_run_gives_its_options(data):
@@ -92,6 +101,8 @@ WRONG = [
     ("--rules sll:overlap=much", "overlap = 'much' is not int"),
     ("--rules sll:lr=-1", "lr is -1"),
     ("--rules sll:seed=1", "no option 'seed'"),
+    ("--rules sll:model.dept=1", "no option 'model.dept'; did you mean 'model.depth'"),
+    ("--rules sll:model.depth=x", "depth = 'x' is not int"),
     ("--rule sll", "compare has no --rule; rules and their options stand behind --rules"),
     ("--rule.overlap 1", "compare has no --rule.overlap"),
     ("--seed 1", "unknown options: --seed"),

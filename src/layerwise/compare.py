@@ -44,7 +44,7 @@ PER_RULE = (
     "cuts",
     "blocks",
 )
-"""Options of a run that may differ between rules: they change neither data, nor initial weights, nor budget."""
+"""Options of a run that may differ between rules, beside those of the model: they change neither data nor budget."""
 TUNE_SEED = 10_000
 """Seed of the trials; not one that counts."""
 
@@ -57,7 +57,8 @@ class CompareOptions(TrainOptions):
     """
 
     rules: tuple[str, ...] = RIVALS
-    """Rules, with options behind colons: sll sll:overlap=1:lr=2e-3 backprop; several numbers as weight=0/1; or all."""
+    """Rules, with options behind colons: sll sll:overlap=1:lr=2e-3 backprop; several numbers as weight=0/1; an
+    option of the model as backprop:model.depth=2; or all."""
     seeds: int = 3
     """Number of seeds: 0, 1, ..."""
     budget: Literal["epochs", "steps", "seconds", "flops"] | None = None
@@ -79,8 +80,9 @@ def read_rules(words: Sequence[str], common: TrainOptions) -> dict[str, TrainOpt
 
     Args:
         words: `name` or `name:option=value:...`, several in one word with commas between. An option is a field of the
-            rule or one of `PER_RULE`; a value is a number, a word, `none`, `true`, `false`, or numbers with `/`
-            between. `all` stands for every rule that trains the model, with its default options.
+            rule, one of `PER_RULE`, or `model.` and a field of the model; a value is a number, a word, `none`,
+            `true`, `false`, or numbers with `/` between. `all` stands for every rule that trains the model, with its
+            default options.
         common: the options that all have in common.
 
     Raises:
@@ -94,24 +96,32 @@ def read_rules(words: Sequence[str], common: TrainOptions) -> dict[str, TrainOpt
     labels = [part for word in words for part in word.split(",") if part]
     for label in (name for part in labels for name in (every if part == "all" else [part])):
         name, *settings = label.split(":")
-        rule = rules.get(name)
-        own = [f.name for f in dataclasses.fields(rule)]
-        values: dict[str, Any] = {"rule": {"name": name}}
+        values = _plain(common) | {"rule": {"name": name}}
+        legal = {field: (values["rule"], field, hint) for field, hint in _fields(rules.get(name)).items()}
+        legal |= {field: (values, field, hint) for field, hint in _fields(TrainOptions).items() if field in PER_RULE}
+        for field, hint in _fields(type(common.model)).items():
+            legal[f"model.{field}"] = values["model"], field, hint
         for setting in settings:
             option, equals, text = setting.partition("=")
             if not equals:
                 raise LayerwiseError(f"--rules {label}: write {option}=VALUE behind the colon.")
             option = option.replace("-", "_")
-            if option not in (*own, *PER_RULE):
-                raise LayerwiseError(f"--rules {label}: no option {option!r}; {suggestion(option, [*own, *PER_RULE])}.")
-            hints = typing.get_type_hints(rule if option in own else TrainOptions)
-            (values["rule"] if option in own else values)[option] = _value(text, hints[option])
+            if option not in legal:
+                raise LayerwiseError(f"--rules {label}: no option {option!r}; {suggestion(option, list(legal))}.")
+            place, field, hint = legal[option]
+            place[field] = _value(text, hint)
         if label in found:
             raise LayerwiseError(f"--rules names {label} twice; leave one out, or give them different options.")
-        found[label] = from_mapping(_plain(common) | values, f"--rules {label}")
+        found[label] = from_mapping(values, f"--rules {label}")
     if not found:
         raise LayerwiseError("--rules is empty; name at least one rule, see layerwise ls rules.")
     return found
+
+
+def _fields(cls: type) -> dict[str, Any]:
+    """The fields of a dataclass with their types."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def _plain(options: TrainOptions) -> dict[str, Any]:
