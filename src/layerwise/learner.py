@@ -4,7 +4,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from layerwise import rules
 from layerwise.blocks import Partition, partition
 from layerwise.engine import Engine, Execution, Group, NonFinite, Trace, Unit, detach
 from layerwise.errors import LayerwiseError, suggestion
+from layerwise.grouping import Grouping
 from layerwise.mapped import release_pages
 from layerwise.memory import MemoryMeter, MemoryUse, optimizer_tensors
 from layerwise.optim import OptimizerFactory, Schedule, decay_groups, optimizer_factory
@@ -198,11 +199,8 @@ class Learner:
         self.prepares = type(self.rule).prepare is not Rule.prepare
         self._prepared = False
         self.skipped = 0
-        self.groups: list[Group] = []
         self.auxiliary = nn.ModuleDict()
-        self._groupings: dict[tuple[tuple[range, ...], tuple[bool, ...]], list[Group]] = {}
-        """By the ranges that a rule asks for, and by which of them learn; `()` for all."""
-        self._scalers: dict[str, Any] = {}
+        self._grouping = self._grouped([])
         self._pending: Mapping[str, Any] | None = None
         if example is not None:
             self.build(example)
@@ -251,8 +249,7 @@ class Learner:
                 groups.append(group)
                 if self.stream is not None:
                     self.stream.add(group)
-        self.groups = groups
-        self._groupings = {(tuple(ranges), ()): self.groups}
+        self._grouping = self._grouped(groups)
         if self._compile:
             backend = self._compile if isinstance(self._compile, str) else "inductor"
             for block in blocks:
@@ -310,8 +307,16 @@ class Learner:
         """What learns here of a parameter of the model: all of it, or a share."""
         return parameter if self.replicas is None else self.replicas.kept(parameter)
 
+    def _grouped(self, groups: list[Group]) -> Grouping:
+        return Grouping(self.rule, groups, len(self.network.blocks), self._how["accumulate"], self._scaler)
+
     def _scaler(self) -> torch.amp.GradScaler:
         return torch.amp.GradScaler(self.device.type, enabled=self._how["autocast"] == torch.float16)
+
+    @property
+    def groups(self) -> list[Group]:
+        """The groups in which the blocks here are updated; none before `build`."""
+        return self._grouping.own
 
     def groups_at(self, step: int) -> list[Group]:
         """The groups in which a training step updates the blocks: `groups`, unless the rule joins or rests some there.
@@ -319,42 +324,7 @@ class Learner:
         Raises:
             LayerwiseError: the rule asks for groups that are not neighbours of its own, joined.
         """
-        update = step // self._how["accumulate"]
-        ranges = tuple(self.rule.groups_at(update, len(self.network.blocks)))
-        if (ranges, ()) not in self._groupings:
-            self._groupings[ranges, ()] = self._joined(ranges)
-        groups = self._groupings[ranges, ()]
-        learns = [self.rule.learns_at(update, group.units[0].site) for group in groups]
-        if all(learns):
-            return groups
-        if (ranges, tuple(learns)) not in self._groupings:
-            self._groupings[ranges, tuple(learns)] = [
-                group if wanted else replace(group, parameters=[], optimizers=[])
-                for group, wanted in zip(groups, learns, strict=True)
-            ]
-        return self._groupings[ranges, tuple(learns)]
-
-    def _joined(self, ranges: Sequence[range]) -> list[Group]:
-        """The groups, put together so that each begins where one of `ranges` does; optimizers stay what they are."""
-        units = [unit for group in self.groups for unit in group.units]
-        starts = [wanted.start for wanted in ranges]
-        own = [group.units[0].site.index for group in self.groups]
-        if not set(starts) <= set(own):
-            raise LayerwiseError(f"rule {self.rule.name!r} parts a group in some steps; it can only join neighbours.")
-        made = []
-        for wanted, stop in zip(ranges, [*starts[1:], len(units)], strict=True):
-            parts = [group for group, start in zip(self.groups, own, strict=True) if wanted.start <= start < stop]
-            group = Group(
-                units[wanted.start : stop],
-                ahead=units[stop : wanted.stop],
-                parameters=[p for part in parts for p in part.parameters],
-                optimizers=[optimizer for part in parts for optimizer in part.optimizers],
-                scaler=self._scaler(),
-            )
-            if group.scaler.is_enabled() and group.name in self._scalers:
-                group.scaler.load_state_dict(self._scalers[group.name])
-            made.append(group)
-        return made
+        return self._grouping.at(step)
 
     @torch.no_grad()
     def prepare(self, x: Tensor, y: Tensor) -> None:
@@ -604,7 +574,7 @@ class Learner:
             "auxiliary": self.auxiliary.state_dict(keep_vars=streamed),
             "optimizer": self.optimizer_states(),
             "gradients": {n: self._stored(p, p.grad) for n, p in own if p.grad is not None},
-            "scaler": {g.name: g.scaler.state_dict() for groups in self._groupings.values() for g in groups},
+            "scaler": self._grouping.scalers(),
             "rule": self.rule.name,
             "steps": self.steps,
             "skipped": self.skipped,
@@ -639,8 +609,7 @@ class Learner:
             with self._resident(group.units):
                 self._load([group], state, auxiliary)
             release_pages()
-        self._scalers = state["scaler"]
-        self._groupings = {key: groups for key, groups in self._groupings.items() if groups is self.groups}
+        self._grouping.load_scalers(state["scaler"])
         self.steps, self.skipped = state["steps"], state["skipped"]
 
     def _load(self, groups: Sequence[Group], state: Mapping[str, Any], auxiliary: Mapping[str, Tensor]) -> None:
@@ -662,8 +631,6 @@ class Learner:
                     if s is not None
                 }
                 optimizer.load_state_dict(copy.deepcopy(packed))  # torch would keep the given tensors
-            if group.scaler.is_enabled():
-                group.scaler.load_state_dict(state["scaler"][group.name])
         for parameter, name in names.items():
             gradient = state["gradients"].get(name)
             if gradient is not None:
