@@ -1,6 +1,8 @@
 """Ranks of a job, in processes that are forked off the test; shared by the tests."""
 
 import contextlib
+import faulthandler
+import gc
 import multiprocessing
 import os
 import signal
@@ -50,14 +52,17 @@ def job(ranks, folder, words, of_rank=None, attempt=0, store=None):
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        faulthandler.register(signal.SIGUSR1)
         code = words() if callable(words) else main([*words, *(of_rank or {}).get(rank, [])])
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code or 0)
 
     processes = [context.Process(target=child, args=(rank,)) for rank in range(ranks)]
+    gc.freeze()  # what waits for a thread of this process when it is destroyed, such as a store, must not be in a rank
     for process in processes:
         process.start()
+    gc.unfreeze()
     begin.set()
     try:
         yield processes
@@ -67,13 +72,18 @@ def job(ranks, folder, words, of_rank=None, attempt=0, store=None):
             process.join()
 
 
-def ended(processes, folder, seconds=60):
+def ended(processes, folder, seconds=120):
     """Exit codes and what each rank has said."""
     limit = time.monotonic() + seconds
     for process in processes:
         process.join(max(limit - time.monotonic(), 0.1))
-        assert process.exitcode is not None, "hangs"
-    return [p.exitcode for p in processes], [(folder / f"err{i}").read_text() for i in range(len(processes))]
+    hanging = [process.pid for process in processes if process.exitcode is None]
+    for pid in hanging:  # they say where
+        os.kill(pid, signal.SIGUSR1)
+    time.sleep(1 if hanging else 0)
+    said = [(folder / f"err{i}").read_text() for i in range(len(processes))]
+    assert not hanging, said
+    return [p.exitcode for p in processes], said
 
 
 def run(ranks, folder, words, of_rank=None, attempt=0, store=None):
