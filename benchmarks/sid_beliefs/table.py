@@ -32,8 +32,8 @@ def main() -> None:
         "",
         "Fashion-MNIST, ten modules at half the authors' width, 1,000 steps, alpha 0.5, learning rate 1e-2; the "
         f"10,000 test images, mean ± standard deviation over {len(found)} seeds. Module 0 is the uniform belief. "
-        "Descent is the share of samples whose loss at a module is no larger than that of the belief before; where that "
-        "holds at all modules so far, the telescoped bound follows.",
+        "Descent is the share of samples whose loss at a module is no larger than that of the belief before; where "
+        "that holds at all modules so far, the telescoped bound follows.",
         "",
         f"Command: `bash benchmarks/sid_beliefs/run.sh`. Machine: {', '.join(place.read_text().splitlines())}.",
         "",
