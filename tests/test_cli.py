@@ -13,7 +13,7 @@ import pytest
 import torch
 from runs import SMALL, contents, lines, result, split, start, train
 
-from layerwise import __version__, data, models, rules, training
+from layerwise import __version__, building, data, models, rules
 from layerwise.cli import COMMANDS, main
 from layerwise.options import recipe_names
 
@@ -147,7 +147,7 @@ def pictures(tmp_path_factory):
 
 def classes_of(run, images):
     digits = data.load("digits")
-    learner = training.load_run(run).learner
+    learner = building.load_run(run).learner
     mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (digits.mean, digits.std))
     probabilities = learner((images.float() / 255 - mean) / std).softmax(-1)
     return [digits.classes[i] for i in probabilities.argmax(-1)], probabilities.amax(-1).tolist()

@@ -18,7 +18,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import COMPARE, TIMING, contents, result, split, start, weights
 
-from layerwise import LayerwiseError, cli, compare, models, pool, progress, rules, summary, training, tuning, worker
+from layerwise import (
+    LayerwiseError,
+    building,
+    cli,
+    compare,
+    models,
+    pool,
+    progress,
+    rules,
+    summary,
+    tuning,
+    worker,
+)
 from layerwise.cells import Cell
 from layerwise.cli import main
 from layerwise.options import TrainOptions, from_mapping, load_recipe, to_mapping, to_words
@@ -139,9 +151,9 @@ def test_rules_start_from_the_same_weights_and_see_the_same_batches(tmp_path):
     grid.chosen = {label: grid.rules[label] for label in grid.rules}
     seen = []
     for one in grid.finals()[:4]:
-        dataset = training.load_data(one.options)
-        batches, _, _ = training.split_batches(one.options, dataset, torch.device("cpu"))
-        learner = training.build_learner(one.options, training.Facts.of(dataset), torch.device("cpu"), 3)
+        dataset = building.load_data(one.options)
+        batches, _, _ = building.split_batches(one.options, dataset, torch.device("cpu"))
+        learner = building.build_learner(one.options, building.Facts.of(dataset), torch.device("cpu"), 3)
         seen.append((learner.network.state_dict(), [x for epoch in (0, 1) for x, _ in batches.epoch(epoch)]))
     for state, inputs in seen[1:]:
         assert all(torch.equal(state[name], seen[0][0][name]) for name in state)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import SMALL, lines, result, split, state, train, weights
 
-from layerwise import LayerwiseError, Learner, data, models, rules, training
+from layerwise import LayerwiseError, Learner, building, data, models, rules, training
 from layerwise.cli import main
 from layerwise.options import TrainOptions, from_mapping, load_recipe, recipe_names, to_mapping
 
@@ -138,7 +138,7 @@ def test_splits_are_disjoint_and_fixed():
     tests = [part.test.images for part in parts]
     assert all(torch.equal(tests[0], other) for other in tests)
     options = [TrainOptions(seed=seed) for seed in (0, 1)]
-    first, second = (training.load_data(option) for option in options)
+    first, second = (building.load_data(option) for option in options)
     assert torch.equal(first.val.images, second.val.images)  # the run's seed does not move a sample
 
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from layerwise import data, training
+from layerwise import building, data
 from layerwise.checkpoint import write_atomically
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
@@ -272,13 +272,13 @@ def report(
     Raises:
         LayerwiseError: no run in the folder, a rule without beliefs, data that has changed.
     """
-    options, facts, learner, notes = training.load_run(folder, device)
+    options, facts, learner, notes = building.load_run(folder, device)
     if not isinstance(learner.rule, Distillation):
         raise LayerwiseError(
             f"the run in {folder} was trained with rule {learner.rule.name!r}, which refines no belief; give a run of "
             "sid or sid_cascade."
         )
-    dataset = training.load_data(options)
+    dataset = building.load_data(options)
     facts.check(dataset)
     if split == "val" and dataset.val is None:
         raise LayerwiseError(f"the run in {folder} has no validation split (--val-fraction 0); use --split test.")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from layerwise import models, rules
 from layerwise.allocation import keep_freed_memory
+from layerwise.building import pick_device
 from layerwise.checkpoint import write_atomically
 from layerwise.engine import Engine
 from layerwise.environment import environment
@@ -29,7 +30,6 @@ from layerwise.memory import resident_peak
 from layerwise.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.report import write_report
 from layerwise.streaming import DiskStore, Where, window_of
-from layerwise.training import pick_device
 
 CLASSES = 10
 CPU = torch.device("cpu")

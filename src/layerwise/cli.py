@@ -267,13 +267,13 @@ def evaluate(argv: list[str]) -> int:
     """`layerwise eval RUN`."""
     folder, rest = _positional(argv, "eval", EvalOptions, "RUN")
     options = parse(EvalOptions, rest, "eval")
-    from layerwise import data, training
+    from layerwise import building, data, training
     from layerwise.checkpoint import write_atomically
 
-    run, facts, learner, notes = training.load_run(Path(folder), options.device)
+    run, facts, learner, notes = building.load_run(Path(folder), options.device)
     if options.split == "val" and run.val_fraction == 0:
         raise LayerwiseError(f"the run in {folder} has no validation split (--val-fraction 0); use --split test.")
-    dataset = training.load_data(run)
+    dataset = building.load_data(run)
     facts.check(dataset)
     source = getattr(dataset, options.split)
     batches = data.Batches(

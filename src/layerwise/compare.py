@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from layerwise import models, rules
+from layerwise.building import pick_device
 from layerwise.cells import Cell, cell_folder, train
 from layerwise.checkpoint import write_atomically
 from layerwise.environment import environment
@@ -26,7 +27,6 @@ from layerwise.pool import Pool, default_jobs
 from layerwise.progress import GridProgress
 from layerwise.report import write_report
 from layerwise.summary import BASELINE, as_csv, result_row, summarise, table
-from layerwise.training import pick_device
 from layerwise.tuning import choose, trial_options
 
 RIVALS = ("sll", "sid", "local_ce", "backprop", "backprop_checkpoint")

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from layerwise import data
+from layerwise.building import load_data, load_run
 from layerwise.checkpoint import write_atomically
 from layerwise.functional import log_bhattacharyya, pool_features
 from layerwise.learner import Learner
 from layerwise.rules.base import Rule
 from layerwise.tasks import UNLABELLED
-from layerwise.training import load_data, load_run
 
 SAMPLES = 1024
 """Most samples of each split that are looked at."""

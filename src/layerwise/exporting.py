@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from layerwise.building import read_state
 from layerwise.checkpoint import write_tensors
-from layerwise.training import read_state
 
 
 def export(folder: Path, file: Path) -> tuple[str, list[str]]:

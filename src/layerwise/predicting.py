@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from layerwise.building import load_run
 from layerwise.data.tables import read_columns
 from layerwise.errors import LayerwiseError
-from layerwise.training import load_run
 
 BATCH = 256
 

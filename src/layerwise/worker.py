@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from layerwise import training
+from layerwise import building, training
 from layerwise.allocation import keep_freed_memory
 from layerwise.bench import flops_of
 from layerwise.diagnostics import diagnose
@@ -41,10 +41,10 @@ def measure(task: dict[str, Any], warmup: int = 2, timed: int = 3) -> dict[str, 
     options: TrainOptions = from_mapping(task["options"])
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    device = training.pick_device(options.device)
-    dataset = training.load_data(options)
-    batches, _, _ = training.split_batches(options, dataset, device)
-    learner = training.build_learner(options, training.Facts.of(dataset), device, total=warmup + timed)
+    device = building.pick_device(options.device)
+    dataset = building.load_data(options)
+    batches, _, _ = building.split_batches(options, dataset, device)
+    learner = building.build_learner(options, building.Facts.of(dataset), device, total=warmup + timed)
     x, y = next(iter(batches.epoch(0)))
     flops = flops_of(learner, x, y)
     _, use = learner.measured_step(x, y)

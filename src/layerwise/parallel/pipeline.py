@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_map_only
 
 from layerwise import checkpoint
+from layerwise.building import Facts, pick_device
 from layerwise.data import Batches, Dataset
 from layerwise.errors import LayerwiseError
 from layerwise.folders import folder_of_restarted, mark
@@ -27,7 +28,7 @@ from layerwise.parallel.stage import Stage
 from layerwise.parallel.transport import DONE, FORWARD, Inlet, Outlet, Prefetched, Ranks, Refused, guarded
 from layerwise.progress import Progress
 from layerwise.state import joined
-from layerwise.training import Facts, Interrupted, Run, mean_of, pick_device, totals
+from layerwise.training import Interrupted, Run, mean_of, totals
 
 
 @dataclass(frozen=True)
