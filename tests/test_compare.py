@@ -272,7 +272,7 @@ def test_stopped_at_any_moment_and_repeated_it_gives_the_same(comparison, tmp_pa
         time.sleep(draw.uniform(0, 0.05))
         process.send_signal(blow)
         err = process.communicate()[1]
-        if blow == signal.SIGINT:
+        if blow == signal.SIGINT and process.returncode:  # 0 where a busy machine has let it finish before
             assert (process.returncode, err.splitlines()[-1]) == (130, "layerwise: stopped.")
         for file in folder.glob("runs/*/*/result.json"):
             finished.setdefault(file, file.stat().st_mtime_ns)
