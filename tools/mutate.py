@@ -168,7 +168,7 @@ MUTANTS = [
     Mutant("later ranks begin on their own", "learner.py",
            [("            return self.stage.receive()\n", "            return self.stage.receive()[0], None\n")],
            f"{PIPE} bits_of_one_process and mlp and sid"),
-    Mutant("a group at rest learns", "learner.py",
+    Mutant("a group at rest learns", "grouping.py",
            [("group if wanted else replace(group, parameters=[], optimizers=[])", "group")],
            "test_boosted.py only_the_stage and mlp"),
     Mutant("boosting fits the label, not the residual", "rules/boosted.py",
