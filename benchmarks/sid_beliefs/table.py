@@ -1,13 +1,8 @@
-"""Write table.md out of raw/seed*.json, and environment.txt of this machine where there is none."""
+"""Write table.md out of raw/seed*.json."""
 
 import json
-import platform
 import statistics
 from pathlib import Path
-
-import torch
-
-from layerwise.environment import processor
 
 HERE = Path(__file__).parent
 COLUMNS = {  # of the table: field, factor, digits
@@ -23,9 +18,6 @@ COLUMNS = {  # of the table: field, factor, digits
 
 def main() -> None:
     """A row per module, then a row per threshold of early exit."""
-    place = HERE / "environment.txt"
-    if not place.exists():
-        place.write_text(f"cpu: {processor()}, one thread\ntorch {torch.__version__}, {platform.system()}\n")
     found = [json.loads(file.read_text()) for file in sorted((HERE / "raw").glob("seed*.json"))]
     lines = [
         "# Beliefs of SID's cascade, module by module",
@@ -35,7 +27,7 @@ def main() -> None:
         "Descent is the share of samples whose loss at a module is no larger than that of the belief before; where "
         "that holds at all modules so far, the telescoped bound follows.",
         "",
-        f"Command: `bash benchmarks/sid_beliefs/run.sh`. Machine: {', '.join(place.read_text().splitlines())}.",
+        f"Command: `bash benchmarks/sid_beliefs/run.sh`. Machine: {(HERE / 'environment.txt').read_text().strip()}.",
         "",
         "| module | " + " | ".join(COLUMNS) + " |",
         "|---" * (len(COLUMNS) + 1) + "|",
