@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from layerwise import cells, cli
+from layerwise import arguments, cells
 from layerwise.environment import processor
 from layerwise.pool import Pool
 
@@ -70,7 +70,7 @@ def run(folder: Path, grid: dict, wanted: list[tuple[str, float, int, bool]], jo
             if not (place / "result.json").exists():
                 words = [*grid["common"], *grid["rules"][name], *grid["tune" if tuning else "final"]]
                 words += ["--lr", f"{lr:g}", "--seed", str(seed), "--threads", "1"]
-                options = cli.train_options([*words, "--out", str(Path(scratch) / place.name)], "train")
+                options = arguments.train_options([*words, "--out", str(Path(scratch) / place.name)], "train")
                 commands[place.name] = " ".join(["layerwise", "train", *words])
                 runs.append(cells.Cell(name, place.name, options))
         cells.train(runs, pool, jobs, ended=lambda cell: keep(cell, folder / "raw" / cell.name, commands[cell.name]))

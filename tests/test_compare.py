@@ -21,7 +21,7 @@ from runs import COMPARE, TIMING, contents, result, split, start, weights
 from layerwise import (
     LayerwiseError,
     building,
-    cli,
+    arguments,
     compare,
     models,
     pool,
@@ -100,7 +100,7 @@ def test_the_command_of_a_run_gives_its_options(data):
     for name, options in choices.items():
         values[name] = data.draw(st.sampled_from(options))
     options = from_mapping(load_recipe("digits").values | values)
-    parsed = cli.train_options(to_words(options), "train")
+    parsed = arguments.train_options(to_words(options), "train")
     assert to_mapping(parsed) == to_mapping(options)
 
 
@@ -146,7 +146,7 @@ def test_wrong_use_is_one_sentence_and_leaves_nothing(words, sentence, tmp_path,
 
 def test_rules_start_from_the_same_weights_and_see_the_same_batches(tmp_path):
     words = split("--rules sll local_ce backprop backprop_checkpoint --model.width 16 --batch-size 512")
-    options = cli.train_options(words, "compare", base=compare.CompareOptions)
+    options = arguments.train_options(words, "compare", base=compare.CompareOptions)
     grid = compare.Grid(options)
     grid.chosen = {label: grid.rules[label] for label in grid.rules}
     seen = []
@@ -449,7 +449,7 @@ def test_tuning_within_a_budget_of_flops(tmp_path, capsys):
 
 def test_seconds_become_steps_once(tmp_path):
     words = [*split("--rules backprop --seconds 2 --out"), str(tmp_path)]
-    options = cli.train_options(words, "compare", compare.CompareOptions)
+    options = arguments.train_options(words, "compare", compare.CompareOptions)
     grid = compare.Grid(options)
     grid.plan = {"backprop": {"seconds_per_step": 0.03}}
     assert grid._budgeted("backprop").steps == 66

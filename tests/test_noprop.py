@@ -9,7 +9,7 @@ from nets import CLASSES, batches, net, problem, same_bits, trained
 from torch.distributions import Normal, kl_divergence
 
 from layerwise import LayerwiseError, Learner, create_rule, data, models
-from layerwise.cli import train_options
+from layerwise.arguments import train_options
 from layerwise.engine import Engine, Trace
 from layerwise.functional import (
     denoising_step,

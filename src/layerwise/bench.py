@@ -28,6 +28,7 @@ from layerwise.learner import Learner
 from layerwise.mapped import OnFile
 from layerwise.memory import resident_peak
 from layerwise.randomness import derive_seed, preserved_generators, seed_generators
+from layerwise.parsing import parse
 from layerwise.report import write_report
 from layerwise.streaming import DiskStore, Where, window_of
 
@@ -402,8 +403,6 @@ def speed_command(argv: list[str]) -> int:
 
 def parse_problem(cls: type, argv: Sequence[str], command: str) -> Any:
     """Options of a benchmark; what they name exists, and what they write to can be written."""
-    from layerwise.cli import parse
-
     options = parse(cls, argv, command)
     if options.threads is not None:
         if options.threads < 1:

@@ -118,13 +118,3 @@ def train(
         if not cell.settled
     ]
     pool.run(tasks, end, jobs, begin)
-
-
-def cell_folder(label: str, what: str, part: str) -> str:
-    """Folder of a cell below that of the grid.
-
-    >>> cell_folder("sll:overlap=1", "seed 0", "runs")
-    'runs/sll-overlap=1/seed0'
-    """
-    rule = re.sub(r"[^\w.=+-]", "-", label)
-    return f"{part}/{rule}/{what.replace(' ', '')}"

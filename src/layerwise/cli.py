@@ -1,19 +1,17 @@
 """The command line: `layerwise COMMAND`; a mistake of the user's is one sentence and exit code 2."""
 
-import contextlib
-import io
 import json
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, make_dataclass, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Any, Literal
 
 from layerwise.allocation import keep_freed_memory
 from layerwise.errors import LayerwiseError, suggestion
+from layerwise.parsing import parse, take_option
 
 USAGE = """\
 layerwise: train deep networks without global backpropagation
@@ -82,111 +80,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def parse(cls: type, argv: Sequence[str], command: str, default: Any = None) -> Any:
-    """Parse options into a dataclass with tyro; what tyro refuses becomes one LayerwiseError."""
-    import tyro
-
-    printed = io.StringIO()
-    width = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "1000"  # so that tyro does not break its message into lines
-    try:
-        wants_help = any(word in ("-h", "--help") for word in argv)
-        with contextlib.redirect_stderr(printed) if not wants_help else contextlib.nullcontext():
-            if wants_help:
-                _restore("COLUMNS", width)
-            kwargs = {} if default is None else {"default": default}
-            return tyro.cli(cls, args=argv, prog=f"layerwise {command}", **kwargs)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise LayerwiseError(_one_sentence(printed.getvalue(), command)) from None
-    finally:
-        _restore("COLUMNS", width)
-
-
-def _restore(name: str, value: str | None) -> None:
-    if value is None:
-        os.environ.pop(name, None)
-    else:
-        os.environ[name] = value
-
-
-def _one_sentence(box: str, command: str) -> str:
-    """The message inside the frame that tyro draws, in our words."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    lines = [line.strip("│┃| ") for line in text.splitlines()]
-    lines = [line for line in lines if line.strip("─-+╭╮╰╯ ")]  # the frame is drawn in ASCII on some terminals
-    message = lines[1] if len(lines) > 1 else "the options cannot be read"
-    for pattern, words in PLAIN:
-        message = re.sub(pattern, words, message)
-    hint = ""
-    if "Perhaps you meant:" in lines:
-        hint = f", did you mean {lines[lines.index('Perhaps you meant:') + 1].split()[0]}"
-    return f"{message.rstrip('.')}{hint}; see layerwise {command} --help."
-
-
-PLAIN = (
-    (r"^Error parsing (--\S+): invalid literal for int\(\) .*: (.*)", r"\1 is \2, which is not a whole number"),
-    (r"^Error parsing (--\S+): could not convert string to float: (.*)", r"\1 is \2, which is not a number"),
-    (r"^Error parsing (--\S+): Failed to parse key-value pairs!", r"\1 takes pairs of a name and a number"),
-    (r"^Missing value for argument '(.*)'\. Expected 1 values", r"\1 needs a value"),
-    (r"^invalid choice (.*) for argument '(.*)'\. Expected one of \((.*)\)", r"\2 is \1; choose one of \3"),
-    (r"^Unrecognized options: ", "unknown options: "),
-)
-
-
-def _option(argv: list[str], name: str) -> str | None:
-    """Take `--name VALUE` or `--name=VALUE` out of the arguments; the last one counts."""
-    value, kept, words = None, [], iter(argv)
-    for word in words:
-        if word == f"--{name}":
-            value = next(words, None)
-            if value is None:
-                raise LayerwiseError(f"--{name} needs a value; see layerwise train --help.")
-        elif word.startswith(f"--{name}="):
-            value = word.partition("=")[2]
-        else:
-            kept.append(word)
-    argv[:] = kept
-    return value
-
-
-def train_options(argv: list[str], command: str, base: type | None = None, hidden: Sequence[str] = ()) -> Any:
-    """Options of a run: a recipe (default: digits), then `--rule NAME`, `--model NAME`, then single fields.
-
-    Args:
-        argv: arguments; not changed.
-        command: the command's name, for the help text.
-        base: what is parsed: `TrainOptions`, or a subclass with further fields.
-        hidden: fields that the command does not offer.
-
-    Returns:
-        Options of the type `base`.
-    """
-    import tyro
-
-    from layerwise import models, rules
-    from layerwise.options import TrainOptions, from_mapping, load_recipe
-
-    argv = list(argv)
-    recipe = load_recipe(_option(argv, "recipe") or "digits")
-    defaults = from_mapping(recipe.values, f"recipe {recipe.name}")
-    rule, model = _option(argv, "rule"), _option(argv, "model")
-    if rule is not None and rule != defaults.rule.name:
-        defaults = replace(defaults, rule=rules.create(rule))
-    if model is not None and models.options(model) is not type(defaults.model):
-        defaults = replace(defaults, model=models.options(model)())
-    base = base or TrainOptions
-    # tyro reads the options of the rule and the model off their types, so both are made concrete here.
-    kinds: dict[str, Any] = {"rule": type(defaults.rule), "model": type(defaults.model)}
-    hints = get_type_hints(base) | kinds
-    kinds |= {name: Annotated[hints[name], tyro.conf.Suppress, tyro.conf.Fixed] for name in hidden}
-    parts = [(name, kind, field(default=getattr(defaults, name))) for name, kind in kinds.items()]
-    cls = make_dataclass("Options", parts, bases=(base,), frozen=True)
-    cls.__doc__ = base.__doc__
-    return parse(cls, argv, command, cls(**{f.name: getattr(defaults, f.name) for f in fields(TrainOptions)}))
-
-
 def train(argv: list[str]) -> int:
     """`layerwise train`: train a network, or go on with a run."""
     from layerwise.folders import read_options
@@ -194,11 +87,12 @@ def train(argv: list[str]) -> int:
     from layerwise.parallel import data, pipeline
     from layerwise.training import Interrupted, Run
 
+    from layerwise.arguments import train_options
     command = shlex.join(["layerwise", "train", *argv])
     words = list(argv)
-    resume = _option(words, "resume")
+    resume = take_option(words, "resume")
     if resume is not None:
-        given = {f.name: _option(words, f.name) for f in fields(pipeline.ParallelOptions)}
+        given = {f.name: take_option(words, f.name) for f in fields(pipeline.ParallelOptions)}
         if words:
             raise LayerwiseError(
                 f"--resume goes on with the options of the run, so {' '.join(words)!r} cannot be given; leave it out."

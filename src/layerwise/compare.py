@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from layerwise import models, rules
+from layerwise.arguments import train_options
 from layerwise.building import pick_device
-from layerwise.cells import Cell, cell_folder, train
+from layerwise.cells import Cell, train
 from layerwise.checkpoint import write_atomically
 from layerwise.environment import environment
 from layerwise.errors import LayerwiseError, suggestion
-from layerwise.folders import FREE
+from layerwise.folders import FREE, cell_folder
 from layerwise.options import TrainOptions, from_mapping, model_name, to_mapping
 from layerwise.pool import Pool, default_jobs
 from layerwise.progress import GridProgress
@@ -416,8 +417,6 @@ def claimed(folder: Path) -> Iterator[int]:
 
 def command(argv: list[str]) -> int:
     """`layerwise compare`: 0 when every run succeeded, 1 when one failed."""
-    from layerwise.cli import train_options
-
     for word in argv:
         if re.match(r"--rule($|[=.])", word):
             raise LayerwiseError(

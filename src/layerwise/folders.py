@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -117,3 +118,13 @@ def drop_lines_after(file: Path, step: int) -> None:
             if values["step"] <= step and values["split"] != "test":  # the end is evaluated and logged anew
                 kept.append(line)
     write_atomically(file, "".join(f"{line}\n" for line in kept))
+
+
+def cell_folder(label: str, what: str, part: str) -> str:
+    """Folder of a cell below that of the grid.
+
+    >>> cell_folder("sll:overlap=1", "seed 0", "runs")
+    'runs/sll-overlap=1/seed0'
+    """
+    rule = re.sub(r"[^\w.=+-]", "-", label)
+    return f"{part}/{rule}/{what.replace(' ', '')}"

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from layerwise import figures
-from layerwise.cells import cell_folder
 from layerwise.checkpoint import write_atomically
 from layerwise.environment import in_words
 from layerwise.errors import LayerwiseError
+from layerwise.folders import cell_folder
 from layerwise.summary import COLUMNS, spread, table_rows
 
 LAYERS: dict[str, tuple[str, str, tuple[float, float] | None]] = {  # quantity: title, caption, limits of the colours

@@ -14,6 +14,7 @@ from layerwise.bench import memory_of
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
 from layerwise.options import from_mapping
+from layerwise.parsing import parse
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,6 @@ class ValidateOptions:
 
 def command(argv: list[str]) -> int:
     """`layerwise validate [RUN] [OPTIONS]`: prints one line per check; exit code 2 where one fails."""
-    from layerwise.cli import parse
-
     if argv and not argv[0].startswith("-"):
         if len(argv) > 1:
             raise LayerwiseError("validate takes one RUN and then no options; see layerwise validate --help.")
