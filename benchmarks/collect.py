@@ -206,7 +206,7 @@ def screening() -> str:
 
 def fill_recipe(name: str, folder: str, rule: str) -> None:
     """Replace the last section of a recipe, `[expected]`, by what was measured."""
-    file = ROOT / "src" / "layerwise" / "recipes" / f"{name}.toml"
+    file = ROOT / "src" / "layerwise" / "runs" / "recipes" / f"{name}.toml"
     row = next(row for row in csv.DictReader((HERE / folder / "results.csv").open()) if row["rule"] == rule)
     kept = file.read_text().partition("\n[expected]")[0].rstrip()
     figure = f"{row['test_mean']} ± {row['test_std']} (n = {row['n']})"

@@ -22,9 +22,10 @@ from pathlib import Path
 
 import torch
 
-from layerwise import arguments, cells
-from layerwise.environment import processor
-from layerwise.pool import Pool
+from layerwise.compare import grid_runs as cells
+from layerwise.compare.pool import Pool
+from layerwise.runs import arguments
+from layerwise.runs.environment import processor
 
 DESCENT = "Descent: share of test samples whose local objective is no larger than before the module, mean over modules."
 

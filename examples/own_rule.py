@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from layerwise import Classification, Learner, Moment, Rule, Signal, Site, Start
+from layerwise.core.rule import Locality, cross_entropy_at_head
 from layerwise.models import create
-from layerwise.rules.base import Locality, cross_entropy_at_head
 
 
 class Feedback(nn.Module):

@@ -12,7 +12,7 @@ from shlex import split
 
 import torch.distributed as dist
 
-from layerwise.cli import main
+from layerwise.cli.main import main
 from layerwise.data import load
 
 TINY = split("--model.width 8 --model.depth 4 --batch-size 128 --steps 6 --threads 1 --device cpu --augment crop")

@@ -7,7 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
-from layerwise import cli
+from layerwise.cli import main as cli
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

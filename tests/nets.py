@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from layerwise import Learner, Partition, models, rules
-from layerwise.graphs import Graph
+from layerwise.core.graphs import Graph
 
 SHAPE, CLASSES = (1, 8, 8), 4
 KINDS = ("mlp", "vgg", "vit")

@@ -8,8 +8,8 @@ from shlex import split
 
 from safetensors.torch import load_file
 
-from layerwise import checkpoint
-from layerwise.cli import main
+from layerwise.cli.main import main
+from layerwise.runs import checkpoint
 
 __all__ = ["COMPARE", "SMALL", "TIMING", "contents", "lines", "result", "split", "start", "state", "train", "weights"]
 

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from nets import CLASSES, PLAIN_SGD, batches, gone_on, linear_blocks, net, same_bits, trained, vectors
 from torch import nn
 
-from layerwise import LayerwiseError, Learner, arguments, create_rule, functional
+from layerwise import LayerwiseError, Learner, create_rule
+from layerwise.cli import main as cli
+from layerwise.core import functional
 from layerwise.rules.infopro import Decoder, brightness
 
 X, Y = batches(1)[0]

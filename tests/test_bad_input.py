@@ -10,7 +10,7 @@ import pytest
 import torch
 from runs import contents, split, train
 
-from layerwise.cli import main
+from layerwise.cli.main import main
 
 PIL = pytest.importorskip("PIL.Image", reason="the data extra is not installed")
 pa = pytest.importorskip("pyarrow", reason="the data extra is not installed")

@@ -9,8 +9,8 @@ from nets import CLASSES, batches, net, trained
 from runs import result, split, train
 
 from layerwise import LayerwiseError, Learner, create_rule, data
-from layerwise.beliefs import draw, early_exit, fixed_point_loss, measure, minimiser, quantities, report
-from layerwise.cli import main
+from layerwise.cli.main import main
+from layerwise.measure.beliefs import draw, early_exit, fixed_point_loss, measure, minimiser, quantities, report
 
 CASCADE = split("--rule sid_cascade --model sid_cascade --model.depth 3 --model.width 8 --batch-size 128 --threads 1")
 

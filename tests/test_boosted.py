@@ -11,8 +11,8 @@ from nets import CLASSES, PLAIN_SGD, batches, gone_on, linear_blocks, net, probl
 from torch import nn
 
 from layerwise import LayerwiseError, Learner, create_rule
-from layerwise.functional import newton_step
-from layerwise.rules.base import Site
+from layerwise.core.functional import newton_step
+from layerwise.core.rule import Site
 
 X, Y = batches(1)[0]
 

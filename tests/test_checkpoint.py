@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from layerwise import LayerwiseError, checkpoint
-from layerwise.checkpoint import CorruptCheckpoint
+from layerwise import LayerwiseError
+from layerwise.runs import checkpoint
+from layerwise.runs.checkpoint import CorruptCheckpoint
 
 STATE = {"model": {"weight": torch.arange(6.0).view(2, 3)}, "steps": 7}
 FILES = ("state.safetensors", "state.json")
@@ -94,7 +95,7 @@ def full(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("broken", ["layerwise.checkpoint.save_file", "os.fsync", "pathlib.Path.rename"])
+@pytest.mark.parametrize("broken", ["layerwise.runs.checkpoint.save_file", "os.fsync", "pathlib.Path.rename"])
 def test_full_disk_is_one_sentence_and_loses_nothing(tmp_path, monkeypatch, broken):
     for step in (1, 2):
         checkpoint.save(tmp_path, step, {**STATE, "steps": step})
@@ -134,7 +135,7 @@ def test_a_crash_while_writing_leaves_no_checkpoint(tmp_path, monkeypatch):
     """What a killed process leaves behind is not taken for a checkpoint, and is replaced by the next one."""
     checkpoint.save(tmp_path, 1, STATE)
     with monkeypatch.context() as patch:
-        patch.setattr("layerwise.checkpoint.flush", lambda path: None)
+        patch.setattr("layerwise.runs.checkpoint.flush", lambda path: None)
         patch.setattr("pathlib.Path.rename", crash)
         with pytest.raises(Crash):
             checkpoint.save(tmp_path, 2, STATE)

@@ -13,9 +13,10 @@ import pytest
 import torch
 from runs import SMALL, contents, lines, result, split, start, train
 
-from layerwise import __version__, building, data, models, rules
-from layerwise.cli import COMMANDS, main
-from layerwise.options import recipe_names
+from layerwise import __version__, data, models, rules
+from layerwise.cli.main import COMMANDS, main
+from layerwise.runs import building
+from layerwise.runs.options import recipe_names
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +189,7 @@ def test_validate_finds_the_declared_properties(capsys, rule):
 
 def test_validate_notices_a_leak(capsys, monkeypatch):
     """Gradients that are not freed are still there when the next block steps."""
-    monkeypatch.setattr("layerwise.engine.Engine._free", lambda self, group: None)
+    monkeypatch.setattr("layerwise.core.engine.Engine._free", lambda self, group: None)
     assert main(["validate", "--rule", "local_ce"]) == 2
     assert "FAIL  no group's signal" in capsys.readouterr().out
 
@@ -283,7 +284,7 @@ import sys, time, torch
 before = set(sys.modules)
 started = time.perf_counter()
 import layerwise
-from layerwise.cli import main
+from layerwise.cli.main import main
 assert main(["--help"]) == 0
 print(time.perf_counter() - started)
 print([name for name in {HEAVY} if name in set(sys.modules) - before])

@@ -18,22 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import COMPARE, TIMING, contents, result, split, start, weights
 
-from layerwise import (
-    LayerwiseError,
-    building,
-    arguments,
-    compare,
-    models,
-    pool,
-    progress,
-    rules,
-    summary,
-    tuning,
-    worker,
-)
-from layerwise.cells import Cell
-from layerwise.cli import main
-from layerwise.options import TrainOptions, from_mapping, load_recipe, to_mapping, to_words
+from layerwise import LayerwiseError, models, rules
+from layerwise.cli.main import main
+from layerwise.compare import grid as compare
+from layerwise.compare import pool, tuning, worker
+from layerwise.compare.grid_runs import Cell
+from layerwise.report import summary
+from layerwise.runs import arguments, building, progress
+from layerwise.runs.options import TrainOptions, from_mapping, load_recipe, to_mapping, to_words
 
 LABELS = ["sll", "sll:overlap=1", "backprop"]
 
@@ -320,7 +312,7 @@ def test_workers_end_with_their_parent(tmp_path):
     code = f"""
 import fcntl, os, time
 from pathlib import Path
-from layerwise import pool
+from layerwise.compare import pool
 lock = open({str(tmp_path / "lock")!r}, "w")
 fcntl.flock(lock, fcntl.LOCK_EX)
 with pool.Pool(1, Path({str(tmp_path / "log")!r}), lock.fileno()) as workers:

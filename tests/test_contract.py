@@ -10,9 +10,9 @@ import torch
 from nets import CLASSES, batches, kinds, made, net, problem, same_bits, tensors, trained
 
 from layerwise import Learner, Rule, create_rule, rule_names
-from layerwise.engine import Engine
+from layerwise.core.engine import Engine
+from layerwise.core.rule import Locality, Site
 from layerwise.rules import get
-from layerwise.rules.base import Locality, Site
 
 RULES = rule_names()
 DATA = batches(3)

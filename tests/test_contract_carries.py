@@ -9,7 +9,7 @@ from nets import CLASSES, batches, net, problem, same_bits, trained
 from torch import nn
 
 from layerwise import Learner, Rule, Signal
-from layerwise.rules.base import cross_entropy_at_head
+from layerwise.core.rule import cross_entropy_at_head
 
 
 class Feedback(nn.Module):

@@ -15,7 +15,7 @@ from test_pipeline import same_state
 from torch import nn
 
 from layerwise import LayerwiseError, Learner, Partition, rules
-from layerwise.cli import main
+from layerwise.cli.main import main
 from layerwise.data import Batches, InMemorySource
 from layerwise.parallel.replicas import Replicas, check_shares
 from layerwise.parallel.transport import Ranks

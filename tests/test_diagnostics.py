@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import batches, net, problem, same_bits, tensors
 
-from layerwise import Learner, functional, rules
-from layerwise import diagnostics as dx
+from layerwise import Learner, rules
+from layerwise.core import functional
+from layerwise.measure import diagnostics as dx
 
 
 def draw(*shape, seed=0):

@@ -13,8 +13,8 @@ from nets import KINDS, batches, net, problem, same_bits, trained, whole
 from torch import nn
 
 from layerwise import LayerwiseError, Learner, Rule, Schedule, Signal, partition
-from layerwise.optim import decay_groups
-from layerwise.randomness import derive_seed
+from layerwise.core.optim import decay_groups
+from layerwise.core.randomness import derive_seed
 
 DATA = batches(3)
 SGD = {"optimizer": torch.optim.SGD, "weight_decay": 0.0}

@@ -5,7 +5,7 @@ from nets import KINDS, net, problem
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerwise import Learner, rules
-from layerwise.bench import flops_of
+from layerwise.measure.bench import flops_of
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "resnet"])

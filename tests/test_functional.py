@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
-from layerwise import functional as F
+from layerwise.core import functional as F
 
 hypothesis.settings.register_profile("small", max_examples=40, deadline=None)
 hypothesis.settings.load_profile("small")

@@ -11,9 +11,9 @@ from nets import CLASSES, SHAPE, graph, net, problem, same_bits, trained
 from torch import nn
 
 from layerwise import LayerwiseError, Learner, create_rule, data, models, rule_names, rules
-from layerwise.cli import main
-from layerwise.graphs import Graph, extended, wired
-from layerwise.tasks import UNLABELLED, Classification
+from layerwise.cli.main import main
+from layerwise.core.graphs import Graph, extended, wired
+from layerwise.core.tasks import UNLABELLED, Classification
 
 GRAPH_MODELS = ("gcn", "gat")
 X, Y = problem(64)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from nets import CLASSES, PLAIN_SGD, batches, linear_blocks, net, problem, same_bits, tensors, trained, vectors
 from torch import nn
 
-from layerwise import LayerwiseError, Learner, create_rule, functional
+from layerwise import LayerwiseError, Learner, create_rule
+from layerwise.core import functional
 from layerwise.rules.counter_current import Feedback
 from layerwise.rules.dgl import auxiliary_network
 

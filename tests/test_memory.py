@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from layerwise import models
 from layerwise.errors import LayerwiseError
-from layerwise.memory import MemoryMeter, MemoryUse, measure_memory, optimizer_tensors, tensor_bytes
+from layerwise.memory.meter import MemoryMeter, MemoryUse, measure_memory, optimizer_tensors, tensor_bytes
 
 N = 1000
 

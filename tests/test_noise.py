@@ -8,10 +8,10 @@ import torch
 from runs import result, train, weights
 
 from layerwise import LayerwiseError, data
-from layerwise.cli import main
+from layerwise.cli.main import main
 from layerwise.data import noisy_labels
-from layerwise.folders import check_options
-from layerwise.options import TrainOptions, to_mapping
+from layerwise.runs.folders import check_options
+from layerwise.runs.options import TrainOptions, to_mapping
 
 CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 LABELS = torch.arange(10).repeat_interleave(100)

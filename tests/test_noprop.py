@@ -9,9 +9,8 @@ from nets import CLASSES, batches, net, problem, same_bits, trained
 from torch.distributions import Normal, kl_divergence
 
 from layerwise import LayerwiseError, Learner, create_rule, data, models
-from layerwise.arguments import train_options
-from layerwise.engine import Engine, Trace
-from layerwise.functional import (
+from layerwise.core.engine import Engine, Trace
+from layerwise.core.functional import (
     denoising_step,
     integrate,
     medoid,
@@ -20,9 +19,10 @@ from layerwise.functional import (
     signal_share,
     squared_distances,
 )
+from layerwise.core.rule import Site
 from layerwise.models.noprop import CosineSchedule, LearnedSchedule
-from layerwise.rules.base import Site
-from layerwise.training import Run
+from layerwise.runs.arguments import train_options
+from layerwise.runs.training import Run
 
 X, Y = batches(1)[0]
 HOT = F.one_hot(Y, CLASSES).float()

@@ -19,10 +19,11 @@ from nets import same_bits
 from runs import contents, lines, result, split, weights
 from safetensors.torch import load_file, save_file
 
-from layerwise import checkpoint, folders, models
-from layerwise.cli import main
-from layerwise.options import TrainOptions
-from layerwise.parallel import parts
+from layerwise import models
+from layerwise.cli.main import main
+from layerwise.runs import checkpoint, folders
+from layerwise.runs import distributed_checkpoint as parts
+from layerwise.runs.options import TrainOptions
 
 DROPPING = [*TINY, *split("--model.dropout 0.1 --save-every 2")]
 RANKS = ("rank-0.safetensors", "rank-1.safetensors", "rank-2.safetensors")

@@ -39,14 +39,14 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from layerwise import LayerwiseError, Learner, rules
-from layerwise.blocks import balanced_ends
-from layerwise.cli import main
+from layerwise.cli.main import main
+from layerwise.core.blocks import balanced_ends
 from layerwise.data import Batches, InMemorySource
-from layerwise.parallel.pipeline import PipelineRun
-from layerwise.parallel.pulse import Pulse
+from layerwise.learner.state import joined
+from layerwise.parallel.heartbeat import Pulse
 from layerwise.parallel.stage import Stage
 from layerwise.parallel.transport import Form, Ranks, Slot, layout_of
-from layerwise.state import joined
+from layerwise.runs.pipelined import PipelineRun
 
 
 class Pipe:
@@ -495,7 +495,7 @@ def test_who_gives_no_sign_of_life_is_to_blame_not_who_waits_for_it(alive, guilt
         for rank in alive:
             ranks.store.set(f"pulse/{rank}", "1 0")
 
-    monkeypatch.setattr("layerwise.parallel.pulse.time", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr("layerwise.parallel.heartbeat.time", SimpleNamespace(sleep=sleep))
     assert str(ranks.lost(1, "closed")).startswith(f"rank {guilty} has ended")
 
 

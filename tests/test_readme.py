@@ -9,7 +9,8 @@ import pytest
 import torch
 from markdown import ROOT, blocks, layerwise, run_page
 
-from layerwise import cli, compare
+from layerwise.compare import grid as compare
+from layerwise.runs import arguments
 
 README = ROOT / "README.md"
 COMMANDS = [line for language, text, _ in blocks(README) if language == "sh" for line in text.splitlines()]
@@ -60,12 +61,14 @@ def test_every_command_works_as_printed(command, folder, monkeypatch):
     words = shlex.split(command, comments=True)
     if words[1] == "compare":
         if command != MAIN:  # one of them is enough
-            assert compare.Grid(cli.train_options(words[2:], "compare", compare.CompareOptions)).options.seeds == 2
+            assert (
+                compare.Grid(arguments.train_options(words[2:], "compare", compare.CompareOptions)).options.seeds == 2
+            )
             return
         words += shlex.split("--seeds 1 --steps 2 --model.width 16 --no-report")
     if words[1] == "train" and "--resume" not in words:
         if "--data" in words:
-            assert cli.train_options(words[2:], "train").data == words[words.index("--data") + 1]
+            assert arguments.train_options(words[2:], "train").data == words[words.index("--data") + 1]
             return
         words += ["--steps", "4"]
     if words[1] == "predict":

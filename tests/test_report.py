@@ -10,8 +10,10 @@ from xml.etree import ElementTree
 import pytest
 from runs import contents, split
 
-from layerwise import LayerwiseError, figures, report
-from layerwise.cli import main
+from layerwise import LayerwiseError
+from layerwise.cli.main import main
+from layerwise.report import figures
+from layerwise.report import page as report
 
 pytest.importorskip("matplotlib", reason="the report extra is not installed")
 pytest.importorskip("jinja2", reason="the report extra is not installed")

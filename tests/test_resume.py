@@ -10,7 +10,7 @@ import torch
 from runs import SMALL, TIMING, lines, result, split, start, state, train, weights
 
 from layerwise import Learner
-from layerwise.cli import main
+from layerwise.cli.main import main
 
 HARD = split("--steps 23 --batch-size 128 --save-every 4 --log-every 3 --accumulate 3 --epochs 3")
 NETS = {
@@ -130,7 +130,7 @@ def test_a_half_written_line_is_dropped(tmp_path, at_step):
 def test_stopped_after_the_last_checkpoint(tmp_path, monkeypatch):
     whole = train(tmp_path / "whole", *HARD)
     with monkeypatch.context() as patch:
-        patch.setattr("layerwise.training.Run._finish", lambda self, log: kill())
+        patch.setattr("layerwise.runs.training.Run._finish", lambda self, log: kill())
         with pytest.raises(Killed):
             train(tmp_path / "run", *HARD)
     resume(tmp_path / "run")

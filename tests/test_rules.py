@@ -11,9 +11,9 @@ from nets import CLASSES, batches, net, problem, same_bits, tensors, trained
 from torch import nn
 
 from layerwise import Classification, LayerwiseError, Learner, Moment, Site, create_rule, rule_names
-from layerwise.engine import Trace
+from layerwise.core.engine import Trace
+from layerwise.core.rule import by_depth
 from layerwise.rules import SLL, get
-from layerwise.rules.base import by_depth
 
 X, Y = batches(1)[0]
 TASK = Classification(CLASSES)

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import pytest
 from runs import split, start
 
-from layerwise import LayerwiseError, scaling
-from layerwise.bench import network_of
-from layerwise.cli import main
-from layerwise.parallel.measuring import Link
-from layerwise.scaling import Crew, ScalingOptions, contention
-from layerwise.simulate import (
+from layerwise import LayerwiseError
+from layerwise.cli.main import main
+from layerwise.measure.bench import network_of
+from layerwise.scaling import bench as scaling
+from layerwise.scaling.bench import Crew, ScalingOptions, contention
+from layerwise.scaling.rank import Link
+from layerwise.scaling.simulate import (
     PARTS,
     Costs,
     Op,

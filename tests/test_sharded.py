@@ -13,11 +13,12 @@ from test_data_parallel import close, learned, normed, similar, spread
 from test_pipeline import same_state
 from torch import nn
 
-from layerwise import LayerwiseError, Learner, checkpoint, models, rules
-from layerwise.cli import main
-from layerwise.memory import optimizer_tensors, tensor_bytes
+from layerwise import LayerwiseError, Learner, models, rules
+from layerwise.cli.main import main
+from layerwise.memory.meter import optimizer_tensors, tensor_bytes
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.shards import Shards
+from layerwise.runs import checkpoint
 
 SHARDED = split("train --parallel sharded --timeout 30")
 EXACT = {**PLAIN_SGD, "lr": 2**-7}

@@ -11,8 +11,8 @@ from nets import CLASSES, batches, cascade, net, problem, same_bits, trained, wi
 from torch import nn
 
 from layerwise import Classification, LayerwiseError, Learner, create_rule
-from layerwise.beliefs import alphas, first_loss, fixed_point_loss, least_loss, minimiser
-from layerwise.rules.base import Moment, Site
+from layerwise.core.rule import Moment, Site
+from layerwise.measure.beliefs import alphas, first_loss, fixed_point_loss, least_loss, minimiser
 from layerwise.rules.sid import EXTRACTOR, BeliefHead, divergences, log_softmax, uniform_belief
 
 SGD = {"optimizer": torch.optim.SGD, "weight_decay": 0.0}

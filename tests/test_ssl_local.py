@@ -11,8 +11,8 @@ from nets import PLAIN_SGD, batches, linear_blocks, net, same_bits, tensors, tra
 from torch import Generator, nn
 
 from layerwise import LayerwiseError, Learner, create_rule
-from layerwise.augment import crop, cutout, flip
-from layerwise.functional import matched, nt_xent
+from layerwise.core.augment import crop, cutout, flip
+from layerwise.core.functional import matched, nt_xent
 
 X, Y = batches(1)[0]
 

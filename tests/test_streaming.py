@@ -15,9 +15,10 @@ from nets import KINDS, batches, net, problem, same_bits, trained
 from runs import SMALL, lines, result, start, state, train, weights
 from torch import nn
 
-from layerwise import LayerwiseError, Learner, Partition, checkpoint, rules
-from layerwise.cli import main
-from layerwise.mapped import OnFile, map_file, release_pages, tensor_at
+from layerwise import LayerwiseError, Learner, Partition, rules
+from layerwise.cli.main import main
+from layerwise.memory.mmap import OnFile, map_file, release_pages, tensor_at
+from layerwise.runs import checkpoint
 
 REFUSED = ("backprop", "backprop_checkpoint", "backprop_offload", "deep_supervision", "periodic_guidance")
 TINY = split("--model.width 16 --model.depth 4 --batch-size 256 --steps 6 --model.dropout 0.2 --augment crop")

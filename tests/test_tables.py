@@ -9,7 +9,7 @@ import torch
 from runs import split
 
 from layerwise import LayerwiseError, data
-from layerwise.cli import main
+from layerwise.cli.main import main
 
 NAMES = ("height", "weight", "label")
 

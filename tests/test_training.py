@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import SMALL, lines, result, split, state, train, weights
 
-from layerwise import LayerwiseError, Learner, building, data, models, rules, training
-from layerwise.cli import main
-from layerwise.options import TrainOptions, from_mapping, load_recipe, recipe_names, to_mapping
+from layerwise import LayerwiseError, Learner, data, models, rules
+from layerwise.cli.main import main
+from layerwise.runs import building, training
+from layerwise.runs.options import TrainOptions, from_mapping, load_recipe, recipe_names, to_mapping
 
 SHORT = split("--epochs 2 --batch-size 256 --log-every 2")  # 5 steps an epoch: 1294 // 256
 FIELDS = {

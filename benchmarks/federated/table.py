@@ -6,7 +6,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from layerwise.environment import environment, in_words
+from layerwise.runs.environment import environment, in_words
 
 HERE = Path(__file__).parent
 

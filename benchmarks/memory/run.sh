@@ -9,4 +9,4 @@ measure mlp mlp --batch-size 64 --shape 1 28 28 --model-options width 256
 measure conv vgg --batch-size 16 --model-options width 16
 measure vit vit --batch-size 8 --model-options width 64 heads 2
 python plot.py
-python -c "from layerwise.environment import environment, in_words; print(in_words(environment()))" > environment.txt
+python -c "from layerwise.runs.environment import environment, in_words; print(in_words(environment()))" > environment.txt

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from layerwise.environment import in_words
+from layerwise.runs.environment import in_words
 
 HERE = Path(__file__).parent
 

@@ -12,5 +12,5 @@ for seed in 0 1 2; do
     python -m layerwise beliefs "$scratch/$seed" --json "raw/seed$seed.json" --plot "$scratch/beliefs$seed.svg"
 done
 cp "$scratch/beliefs0.svg" ../../docs/images/beliefs.svg
-python -c "from layerwise.environment import environment, in_words; print(in_words(environment()))" > environment.txt
+python -c "from layerwise.runs.environment import environment, in_words; print(in_words(environment()))" > environment.txt
 python table.py

@@ -15,4 +15,4 @@ for depth in 4 12 24 64; do
     measure "vit$name" --model vit --depth "$depth" --batch-size "$batch" --rounds "$((rounds / 2))" --warmup 1
 done
 python profile_step.py | tee profile.txt
-python -c "from layerwise.environment import environment, in_words; print(in_words(environment()))" > environment.txt
+python -c "from layerwise.runs.environment import environment, in_words; print(in_words(environment()))" > environment.txt

@@ -19,15 +19,15 @@ from pathlib import Path
 import torch
 
 from layerwise import Learner, models
-from layerwise.bench import speed_of
-from layerwise.environment import environment, in_words
+from layerwise.measure.bench import speed_of
+from layerwise.runs.environment import environment, in_words
 
 HERE = Path(__file__).parent
 WIDTH, BATCH, STEPS = 2048, 512, 3
 RUN = f"--model mlp --model.width {WIDTH} --batch-size {BATCH} --steps {STEPS} --val-fraction 0 --threads 1"
 CHILD = """
 import pathlib, re, sys
-from layerwise.cli import main
+from layerwise.cli.main import main
 assert main(sys.argv[1:]) == 0
 print("high water", re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
 """

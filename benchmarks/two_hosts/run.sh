@@ -74,7 +74,7 @@ PING
     done
 done
 python - > "$OUT/environment.txt" <<'PYTHON'
-from layerwise.environment import environment, in_words
+from layerwise.runs.environment import environment, in_words
 print(in_words(environment()))
 PYTHON
 python table.py "$OUT" "${OPTIONS[*]}"

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from layerwise.engine import Group, Unit
+from layerwise.core.engine import Group, Unit
 from layerwise.errors import LayerwiseError
-from layerwise.memory import MemoryUse
-from layerwise.parallel.pulse import Pulse
+from layerwise.memory.meter import MemoryUse
+from layerwise.parallel.heartbeat import Pulse
 from layerwise.parallel.transport import Ranks
 
 

@@ -15,10 +15,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from layerwise.blocks import Block
-from layerwise.engine import Group, Unit
+from layerwise.core.blocks import Block
+from layerwise.core.engine import Group, Unit
 from layerwise.errors import LayerwiseError
-from layerwise.memory import MemoryUse, tensor_bytes
+from layerwise.memory.meter import MemoryUse, tensor_bytes
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.transport import Ranks
 

@@ -8,10 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from layerwise.blocks import Partition, balanced_ends, operations
-from layerwise.engine import detach
+from layerwise.core.blocks import Partition, balanced_ends, operations
+from layerwise.core.engine import detach
+from layerwise.core.rule import Rule
 from layerwise.errors import LayerwiseError
-from layerwise.rules.base import Rule
 
 
 class Link(Protocol):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from layerwise.blocks import Block
-from layerwise.rules.base import Locality, Moment, Rule, Signal, cross_entropy_at_head
+from layerwise.core.blocks import Block
+from layerwise.core.rule import Locality, Moment, Rule, Signal, cross_entropy_at_head
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from layerwise.core.functional import newton_step
+from layerwise.core.rule import Locality, Moment, Rule, Signal, Site
+from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.functional import newton_step
-from layerwise.rules.base import Locality, Moment, Rule, Signal, Site
 from layerwise.rules.readout import Pool, check_group, grouped, pool_vectors
-from layerwise.tasks import Classification
 
 MOMENTUM = 0.9
 

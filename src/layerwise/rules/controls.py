@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from layerwise.rules.base import Locality, Moment, Rule, Signal, Site, cross_entropy_at_head
+from layerwise.core.rule import Locality, Moment, Rule, Signal, Site, cross_entropy_at_head
 from layerwise.rules.local_ce import LocalCE
 
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise.core.rule import Locality, Moment, Rule, Signal, Site, Start, cross_entropy_at_head
+from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.rules.base import Locality, Moment, Rule, Signal, Site, Start, cross_entropy_at_head
-from layerwise.tasks import Classification
 
 
 class Feedback(nn.Module):

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise.core.functional import goodness, unit_length
+from layerwise.core.rule import Locality, Moment, Rule, Signal, Site, Start
+from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.functional import goodness, unit_length
-from layerwise.rules.base import Locality, Moment, Rule, Signal, Site, Start
 from layerwise.rules.label_input import hybrid_images, label_map, overlay, wrong_labels
 from layerwise.rules.readout import pool_vectors
-from layerwise.tasks import Classification
 
 
 class Layer(nn.Module):

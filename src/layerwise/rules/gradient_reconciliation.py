@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from layerwise.blocks import Block
+from layerwise.core.blocks import Block
+from layerwise.core.rule import Moment, Signal
 from layerwise.errors import LayerwiseError
-from layerwise.rules.base import Moment, Signal
 from layerwise.rules.local_ce import LocalCE
 
 

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from layerwise.blocks import Block, Partition
+from layerwise.core.blocks import Block, Partition
+from layerwise.core.functional import goodness
+from layerwise.core.graphs import Graph, extended, graph_of, wired
+from layerwise.core.rule import Locality, Moment, Rule, Signal, Site, Start
+from layerwise.core.tasks import UNLABELLED
 from layerwise.errors import LayerwiseError
-from layerwise.functional import goodness
-from layerwise.graphs import Graph, extended, graph_of, wired
-from layerwise.rules.base import Locality, Moment, Rule, Signal, Site, Start
 from layerwise.rules.label_input import wrong_labels
-from layerwise.tasks import UNLABELLED
 
 
 @dataclass(frozen=True)

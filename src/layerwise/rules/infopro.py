@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise.core.functional import supervised_contrastive
+from layerwise.core.rule import Locality, Moment, Rule, Signal, Site, by_depth, cross_entropy_at_head
+from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.functional import supervised_contrastive
-from layerwise.rules.base import Locality, Moment, Rule, Signal, Site, by_depth, cross_entropy_at_head
 from layerwise.rules.readout import check_group, grouped, pool_vectors
-from layerwise.tasks import Classification
 
 FEATURES = 128
 

@@ -5,10 +5,10 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from layerwise.core.rule import Locality, Moment, Rule, Signal, Site, cross_entropy_at_head
+from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.rules.base import Locality, Moment, Rule, Signal, Site, cross_entropy_at_head
 from layerwise.rules.readout import Pool, grouped, pool_vectors
-from layerwise.tasks import Classification
 
 
 @dataclass(frozen=True)

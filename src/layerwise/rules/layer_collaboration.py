@@ -6,8 +6,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from layerwise.functional import goodness, unit_length
-from layerwise.rules.base import Locality, Moment, Signal, Start
+from layerwise.core.functional import goodness, unit_length
+from layerwise.core.rule import Locality, Moment, Signal, Start
 from layerwise.rules.forward_forward import ForwardForward
 
 

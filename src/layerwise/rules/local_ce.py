@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from layerwise.rules.base import (
+from layerwise.core.rule import (
     Locality,
     Moment,
     Rule,
@@ -13,8 +13,8 @@ from layerwise.rules.base import (
     Site,
     cross_entropy_at_head,
 )
+from layerwise.core.tasks import Classification
 from layerwise.rules.readout import Pool, check_group, grouped, pool_vectors
-from layerwise.tasks import Classification
 
 
 @dataclass(frozen=True)

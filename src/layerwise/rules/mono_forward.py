@@ -5,11 +5,11 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from layerwise.core.rule import Moment, Signal, Site
+from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.rules.base import Moment, Signal, Site
 from layerwise.rules.local_ce import LocalCE
 from layerwise.rules.readout import Pool, pool_vectors
-from layerwise.tasks import Classification
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layerwise.blocks import Block, Partition
-from layerwise.errors import LayerwiseError
-from layerwise.functional import (
+from layerwise.core.blocks import Block, Partition
+from layerwise.core.functional import (
     denoising_step,
     integrate,
     medoid,
@@ -19,8 +18,9 @@ from layerwise.functional import (
     signal_share,
     squared_distances,
 )
-from layerwise.rules.base import Locality, Moment, Rule, Signal, Site, Start, cross_entropy_at_head
-from layerwise.tasks import Classification
+from layerwise.core.rule import Locality, Moment, Rule, Signal, Site, Start, cross_entropy_at_head
+from layerwise.core.tasks import Classification
+from layerwise.errors import LayerwiseError
 
 
 def embedding(block: Block) -> Tensor:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from layerwise.core.rule import Locality, Moment, Signal, cross_entropy_at_head
 from layerwise.errors import LayerwiseError
-from layerwise.rules.base import Locality, Moment, Signal, cross_entropy_at_head
 from layerwise.rules.dgl import DGL
 
 

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise.core.functional import similarity
+from layerwise.core.rule import Locality, Moment, Rule, Signal, Site, cross_entropy_at_head
+from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.functional import similarity
-from layerwise.rules.base import Locality, Moment, Rule, Signal, Site, cross_entropy_at_head
 from layerwise.rules.readout import check_group, grouped, pool_vectors
-from layerwise.tasks import Classification
 
 
 class Heads(nn.Module):

@@ -6,10 +6,10 @@ from typing import Any, ClassVar, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise.core.functional import normalise
+from layerwise.core.rule import Locality, Moment, Rule, Signal, Site
+from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.functional import normalise
-from layerwise.rules.base import Locality, Moment, Rule, Signal, Site
-from layerwise.tasks import Classification
 
 
 def channel_norm(h: Tensor) -> Tensor:

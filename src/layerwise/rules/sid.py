@@ -8,12 +8,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from layerwise.blocks import Partition
+from layerwise.core.blocks import Partition
+from layerwise.core.functional import kl_divergence
+from layerwise.core.rule import Locality, Moment, Rule, Signal, Site, by_depth
+from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.functional import kl_divergence
-from layerwise.rules.base import Locality, Moment, Rule, Signal, Site, by_depth
 from layerwise.rules.readout import Pool, check_group, grouped, pool_vectors
-from layerwise.tasks import Classification
 
 Direction = Literal["forward", "reverse"]
 

@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layerwise import functional
-from layerwise.errors import LayerwiseError
-from layerwise.rules.base import (
+from layerwise.core import functional
+from layerwise.core.rule import (
     Locality,
     Moment,
     Rule,
@@ -18,8 +17,9 @@ from layerwise.rules.base import (
     by_depth,
     cross_entropy_at_head,
 )
+from layerwise.core.tasks import Classification
+from layerwise.errors import LayerwiseError
 from layerwise.rules.readout import Pool, check_group, grouped, pool_vectors
-from layerwise.tasks import Classification
 
 SURROGATES = {
     "neg_log_bc": functional.neg_log_bc,

@@ -6,12 +6,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from layerwise.augment import AUGMENTATIONS, check_augmentations
+from layerwise.core.augment import AUGMENTATIONS, check_augmentations
+from layerwise.core.functional import matched, nt_xent
+from layerwise.core.rule import Locality, Moment, Rule, Signal, Site, Start, cross_entropy_at_head
+from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.functional import matched, nt_xent
-from layerwise.rules.base import Locality, Moment, Rule, Signal, Site, Start, cross_entropy_at_head
 from layerwise.rules.readout import Pool, check_group, grouped, pool_vectors
-from layerwise.tasks import Classification
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 
-from layerwise.rules.base import Moment, Signal
+from layerwise.core.rule import Moment, Signal
 from layerwise.rules.sll import SLL
 
 
