@@ -132,7 +132,7 @@ def rules_table() -> str:
         accuracy = ""
         for folder, texts in list(scores.get(name, {}).items())[:1]:
             accuracy = f"{FIRST[folder]} {texts[0].partition(' (')[0]}"
-        cells = [f"[`{name}`](docs/rules/{name}.md)", rule.locality, rule.crosses, memory, accuracy]
+        cells = [f"[`{name}`](docs/rules/{name}.md)", rule.locality, rule.boundary, memory, accuracy]
         lines.append("| " + " | ".join(cells) + " |")
     folders = ", ".join(f"[{folder}](benchmarks/{folder})" for folder in FIRST)
     return "\n".join([*lines, "", f"Accuracies: mean ± standard deviation over three seeds or more, from {folders}."])

@@ -73,11 +73,11 @@ def run(folder: Path, grid: dict, wanted: list[tuple[str, float, int, bool]], jo
                 words += ["--lr", f"{lr:g}", "--seed", str(seed), "--threads", "1"]
                 options = arguments.train_options([*words, "--out", str(Path(scratch) / place.name)], "train")
                 commands[place.name] = " ".join(["layerwise", "train", *words])
-                runs.append(cells.Cell(name, place.name, options))
+                runs.append(cells.GridRun(name, place.name, options))
         cells.train(runs, pool, jobs, ended=lambda cell: keep(cell, folder / "raw" / cell.name, commands[cell.name]))
 
 
-def keep(cell: cells.Cell, place: Path, command: str) -> None:
+def keep(cell: cells.GridRun, place: Path, command: str) -> None:
     """Put a finished run's result and metrics into their folder, whole or not at all."""
     result = cell.result
     if result is None:

@@ -38,7 +38,7 @@ CONTRACT, ENGINE, RULES = "test_contract.py", "test_engine.py", "test_rules.py"
 SID, TRUNK = "test_sid.py", "test_trunk.py"
 LOCAL = f"{CONTRACT} mlp and sll and (carries or reaches)"
 MEMORY = f"{CONTRACT} working_memory and mlp and local_ce"
-PIPE, PARTS = "test_pipeline.py", "test_parts.py"
+PIPE, PARTS = "test_pipeline.py", "test_distributed_checkpoint.py"
 FREE = "        self._free(group)\n\n    def _free"
 AGAIN = '        seed_generators(derive_seed(self._how["seed"], "evaluation"), self.device)\n'
 MUTANTS = [
@@ -63,15 +63,15 @@ MUTANTS = [
            [("for part in parts for optimizer in part.opt", "for part in parts[:1] for optimizer in part.opt")],
            "test_auxiliary_rules.py always_guided and mlp"),
     Mutant("the sampler's step is passed on in training", "rules/noprop.py",
-           [("        if at.training:", "        if False:")], "test_noprop.py any_order"),
+           [("        if ctx.training:", "        if False:")], "test_noprop.py any_order"),
     Mutant("embeddings learn without the prior", "rules/noprop.py",
-           [("signal.loss + prior_divergence(u[at.y], share).mean()", "signal.loss")], "test_noprop.py head_moves"),
+           [("signal.loss + prior_divergence(u[ctx.y], share).mean()", "signal.loss")], "test_noprop.py head_moves"),
     Mutant("blocks keep their first embeddings", "rules/noprop.py",
            [("embedding(block).copy_(u)", "pass")], "test_noprop.py copy_of_the_steps and dt"),
     Mutant("slope of the schedule loses a factor", "models/noprop.py",
            [("width * (b * a * at_t", "width * (b * at_t")], "test_noprop.py tells_its_slope"),
     Mutant("the velocity's way starts elsewhere", "rules/noprop.py",
-           [('- at.message["origin"]', "")], "test_noprop.py perfect_velocity_costs"),
+           [('- ctx.message["origin"]', "")], "test_noprop.py perfect_velocity_costs"),
     Mutant("prediction in evaluation has other draws", "learner/learner.py",
            [(AGAIN + "        if self.stage is None", "        if self.stage is None")],
            "test_noprop.py what_evaluation_reports and one_hot"),
@@ -172,13 +172,13 @@ MUTANTS = [
            [("group if wanted else replace(group, parameters=[], optimizers=[])", "group")],
            "test_boosted.py only_the_stage and mlp"),
     Mutant("boosting fits the label, not the residual", "rules/boosted.py",
-           [("at.task.distribution(at.y) - total.softmax(-1)", "at.task.distribution(at.y)")],
+           [("ctx.task.distribution(ctx.y) - total.softmax(-1)", "at.task.distribution(at.y)")],
            "test_boosted.py negative_gradient"),
     Mutant("a stage without a turn adds its output", "rules/boosted.py",
-           [("if at.learns:", "if at.training:")], "test_boosted.py adds_nothing"),
+           [("if ctx.learns:", "if ctx.training:")], "test_boosted.py adds_nothing"),
     Mutant("both views are the same one", "rules/ssl_local.py",
-           [("torch.cat([self.view(start.x), self.view(start.x), start.x])",
-             "torch.cat([*[self.view(start.x)] * 2, start.x])")], "test_ssl_local.py views_that_differ"),
+           [("torch.cat([self.view(ctx.x), self.view(ctx.x), ctx.x])",
+             "torch.cat([*[self.view(ctx.x)] * 2, ctx.x])")], "test_ssl_local.py views_that_differ"),
     Mutant("a table is standardised in float32", "data/batches.py",
            [("(1, torch.float64)", "(1, torch.float32)")], "test_tables.py standardised"),
     Mutant("labels are looked at when the folder is there", "runs/training.py",
@@ -210,7 +210,7 @@ def tests_on(place: Path, file: str, words: str) -> int:
     os.chdir(ROOT)
     with open(os.devnull, "w") as silence, redirect_stdout(silence), redirect_stderr(silence):
         options = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
-        code = pytest.main([*options, str(ROOT / "tests" / file), "-k", words])
+        code = pytest.main([*options, *map(str, (ROOT / "tests").rglob(file)), "-k", words])
     used = Path(sys.modules["layerwise"].__file__ or "")
     return int(code) if used.is_relative_to(place) else 99  # never the tests of another copy
 

@@ -1,9 +1,9 @@
-"""Peak resident memory by depth, and time per step, of blocks streamed from disk.
+"""Peak resident memory by depth, and time per step, of blocks offloaded from disk.
 
     python benchmarks/streaming/measure.py [--depths 8,64] [--rounds 10] [--folder FOLDER]
 
 Memory is the high-water mark that the system reports (VmHWM) of whole runs, each in a process of its own: building the
-network, training, checkpoint, evaluation. Time is that of steps of a streamed and an ordinary learner in one process,
+network, training, checkpoint, evaluation. Time is that of steps of an offloaded and an ordinary learner in one process,
 in turn. Writes memory.json, time.json, environment.txt and table.md beside this file.
 """
 
@@ -33,20 +33,20 @@ print("high water", re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/stat
 """
 
 
-def memory(depth: int, stream: str, folder: str) -> dict:
+def memory(depth: int, offload: str, folder: str) -> dict:
     """Peak resident MiB of a run in a process of its own."""
     with tempfile.TemporaryDirectory(dir=folder) as out:
-        words = ["train", *RUN.split(), "--model.depth", str(depth), "--stream", stream, "--out", f"{out}/run"]
+        words = ["train", *RUN.split(), "--model.depth", str(depth), "--offload", offload, "--out", f"{out}/run"]
         done = subprocess.run([sys.executable, "-c", CHILD, *words], capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(done.stderr)
         found = re.search(r"high water (\d+)", done.stdout)
         result = json.loads((Path(out) / "run" / "result.json").read_text())
     peak = int(found[1]) / 1024
-    print(f"{stream:<6}{depth:>4} blocks: {peak:8.0f} MiB", flush=True)
+    print(f"{offload:<6}{depth:>4} blocks: {peak:8.0f} MiB", flush=True)
     return {
         "depth": depth,
-        "stream": stream,
+        "offload": offload,
         "resident_mib": peak,
         "parameters": result["parameters"],
         "exact_mib": result["memory_mib"],
@@ -55,14 +55,14 @@ def memory(depth: int, stream: str, folder: str) -> dict:
 
 
 def time(depth: int, rounds: int, folder: str) -> dict:
-    """Seconds of steps, streamed and not, in turn."""
+    """Seconds of steps, offloaded and not, in turn."""
     torch.set_num_threads(1)
     x, y = torch.randn(BATCH, 1, 8, 8), torch.randint(10, (BATCH,))
     learners = {}
-    for stream in ("none", "disk"):
+    for offload in ("none", "disk"):
         torch.manual_seed(0)
         model = models.create("mlp", (1, 8, 8), 10, depth=depth, width=WIDTH)
-        learners[stream] = Learner(model, "sll", stream=stream, stream_folder=folder, example=x), x, y
+        learners[offload] = Learner(model, "sll", offload=offload, offload_folder=folder, example=x), x, y
     seconds = speed_of(learners, rounds, warmup=2)
     ratios = sorted(a / b for a, b in zip(seconds["disk"], seconds["none"], strict=True))
     low, high = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
@@ -74,7 +74,7 @@ def time(depth: int, rounds: int, folder: str) -> dict:
 def table(rows: list[dict], timed: dict) -> str:
     """The figures as a page."""
     lines = [
-        "# Blocks streamed from disk: resident memory and time",
+        "# Blocks offloaded from disk: resident memory and time",
         "",
         f"MLP of width {WIDTH}, `sll`, AdamW, batch {BATCH}, one thread. A block's weight is "
         f"{WIDTH**2 * 4 / 2**20:.0f} MiB, {3 * WIDTH**2 * 4 / 2**20:.0f} MiB with the optimizer's state. Resident: the "
@@ -84,20 +84,20 @@ def table(rows: list[dict], timed: dict) -> str:
         "",
         "Command: `bash benchmarks/streaming/run.sh`.",
         "",
-        "| blocks | parameters + state, MiB | `--stream` | resident, MiB | exact, MiB |",
+        "| blocks | parameters + state, MiB | `--offload` | resident, MiB | exact, MiB |",
         "|---|---|---|---|---|",
     ]
     for row in rows:
         state = 3 * row["parameters"] * 4 / 2**20
         exact = row["exact_mib"]["peak"]
-        lines.append(f"| {row['depth']} | {state:.0f} | {row['stream']} | {row['resident_mib']:.0f} | {exact:.0f} |")
-    held = {row["depth"]: row["resident_mib"] for row in rows if row["stream"] == "disk"}
+        lines.append(f"| {row['depth']} | {state:.0f} | {row['offload']} | {row['resident_mib']:.0f} | {exact:.0f} |")
+    held = {row["depth"]: row["resident_mib"] for row in rows if row["offload"] == "disk"}
     first, last = min(held), max(held)
     seconds = {name: statistics.median(found) for name, found in timed["seconds"].items()}
     lines += [
         "",
-        f"Resident memory at {last} blocks is {held[last] / held[first]:.3f} times that at {first} (streamed). "
-        f"Time per step at {timed['depth']} blocks, streamed ÷ not, median of {len(timed['seconds']['disk'])} "
+        f"Resident memory at {last} blocks is {held[last] / held[first]:.3f} times that at {first} (offloaded). "
+        f"Time per step at {timed['depth']} blocks, offloaded ÷ not, median of {len(timed['seconds']['disk'])} "
         f"interleaved pairs (10 % .. 90 %): {timed['ratio']:.3f} ({timed['low']:.3f} .. {timed['high']:.3f}); "
         f"{seconds['disk']:.2f} s and {seconds['none']:.2f} s.",
         "",
@@ -122,7 +122,7 @@ def main() -> None:
     options = parser.parse_args()
     timed = time(options.time_depth, options.rounds, options.folder)
     depths = [int(depth) for depth in options.depths.split(",")]
-    rows = [memory(depth, stream, options.folder) for depth in depths for stream in ("disk", "none")]
+    rows = [memory(depth, offload, options.folder) for depth in depths for offload in ("disk", "none")]
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "memory.json").write_text(json.dumps(rows, indent=2) + "\n")
     (options.out / "time.json").write_text(json.dumps(timed, indent=2) + "\n")

@@ -17,7 +17,7 @@ In a training loop of your own:
 
 from layerwise.core.blocks import Block, Partition, legal_cuts, partition
 from layerwise.core.optim import Schedule
-from layerwise.core.rule import Moment, Rule, Signal, Site, Start
+from layerwise.core.rule import BatchContext, BlockContext, Rule, Signal, Site
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner, Metrics
@@ -29,19 +29,19 @@ from layerwise.rules import names as rule_names
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchContext",
     "Block",
+    "BlockContext",
     "Classification",
     "LayerwiseError",
     "Learner",
     "MemoryUse",
     "Metrics",
-    "Moment",
     "Partition",
     "Rule",
     "Schedule",
     "Signal",
     "Site",
-    "Start",
     "create_rule",
     "keep_freed_memory",
     "legal_cuts",

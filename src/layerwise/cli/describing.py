@@ -20,7 +20,7 @@ def describe_rule(name: str) -> str:
     facts = {
         "locality": f"{rule.locality} ({LOCALITIES[rule.locality]})",
         "backpropagation": "through the whole network" if rule.locality == "global" else "inside a group of blocks",
-        "crosses": rule.crosses,
+        "boundary": rule.boundary,
         "memory": "activations + gradients do not grow with the number of blocks"
         if rule.flat_memory
         else "activations + gradients grow with the number of blocks",

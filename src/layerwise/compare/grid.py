@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from layerwise import models, rules
-from layerwise.compare.grid_runs import Cell, train
+from layerwise.compare.grid_runs import GridRun, train
 from layerwise.compare.pool import Pool, default_jobs
 from layerwise.compare.tuning import choose, trial_options
 from layerwise.errors import LayerwiseError, suggestion
@@ -26,7 +26,7 @@ from layerwise.runs.arguments import train_options
 from layerwise.runs.building import pick_device
 from layerwise.runs.checkpoint import write_atomically
 from layerwise.runs.environment import environment
-from layerwise.runs.folders import FREE, cell_folder
+from layerwise.runs.folders import FREE, grid_run_folder
 from layerwise.runs.options import TrainOptions, from_mapping, model_name, to_mapping
 from layerwise.runs.progress import GridProgress
 
@@ -220,7 +220,7 @@ class Grid:
                 self._diagnose(pool, [cell for cell in finals if cell is not None])
         return self._write()
 
-    def finals(self) -> list[Cell | None]:
+    def finals(self) -> list[GridRun | None]:
         """The runs that count, seed by seed; None where every trial of the rule failed."""
         found = []
         for seed in range(self.options.seeds):
@@ -228,11 +228,11 @@ class Grid:
                 found.append(None if options is None else self._cell(label, f"seed {seed}", seed, "runs", options))
         return found
 
-    def _cell(self, label: str, what: str, seed: int, part: str, options: TrainOptions) -> Cell:
-        folder = self.folder / cell_folder(label, what, part)
-        return Cell(label, f"{label} {what}", replace(options, seed=seed, out=str(folder)))
+    def _cell(self, label: str, what: str, seed: int, part: str, options: TrainOptions) -> GridRun:
+        folder = self.folder / grid_run_folder(label, what, part)
+        return GridRun(label, f"{label} {what}", replace(options, seed=seed, out=str(folder)))
 
-    def _trials(self, label: str) -> list[Cell]:
+    def _trials(self, label: str) -> list[GridRun]:
         """The trials of a rule: a list that is the same for every rule, around the rule's own rate and decay."""
         listed = trial_options(self._budgeted(label), self.options.tune)
         return [self._cell(label, f"trial {i}", TUNE_SEED, "trials", options) for i, options in enumerate(listed)]
@@ -307,7 +307,7 @@ class Grid:
             return 1.0
         return 0.5 + plan["seconds_per_step"] * (options.steps or options.epochs * plan["steps_per_epoch"])
 
-    def _cost(self, cell: Cell) -> float:
+    def _cost(self, cell: GridRun) -> float:
         """Seconds that the cell should take; only their ratios matter."""
         return self._label_cost(cell.label)
 
@@ -317,7 +317,7 @@ class Grid:
         peak = max(plan.get("peak_bytes", 0) for plan in self.plan.values())
         return default_jobs(tasks, peak, threads=self.options.threads or 1, accelerator=self.accelerator)
 
-    def _train(self, pool: Pool, cells: list[Cell], progress: GridProgress) -> None:
+    def _train(self, pool: Pool, cells: list[GridRun], progress: GridProgress) -> None:
         for cell in cells:
             if cell.settled:
                 progress.skipped(self._cost(cell))
@@ -332,11 +332,11 @@ class Grid:
             ended=lambda cell: progress.ended(cell.name, in_words(cell)),
         )
 
-    def _steps(self, cell: Cell) -> int:
+    def _steps(self, cell: GridRun) -> int:
         plan = self.plan[cell.label]
         return cell.options.steps or cell.options.epochs * plan.get("steps_per_epoch", 1)
 
-    def _diagnose(self, pool: Pool, cells: list[Cell]) -> None:
+    def _diagnose(self, pool: Pool, cells: list[GridRun]) -> None:
         """Diagnose every finished run beside the backprop run of its seed."""
         twins = {cell.options.seed: cell for cell in cells if cell.label == BASELINE and cell.result}
         tasks = []
@@ -369,7 +369,7 @@ class Grid:
         return summary
 
 
-def in_words(cell: Cell) -> str:
+def in_words(cell: GridRun) -> str:
     """What became of a cell, in one line."""
     found = cell.result
     if found is None:

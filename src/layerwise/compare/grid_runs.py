@@ -19,7 +19,7 @@ FINAL = ("diverged",)
 
 
 @dataclass(frozen=True)
-class Cell:
+class GridRun:
     """One run of a grid; `options.out` is its folder."""
 
     label: str
@@ -81,11 +81,11 @@ class Cell:
 
 
 def train(
-    cells: Sequence[Cell],
+    cells: Sequence[GridRun],
     pool: Pool,
     jobs: int,
-    begun: Callable[[Cell], None] = lambda cell: None,
-    ended: Callable[[Cell], None] = lambda cell: None,
+    begun: Callable[[GridRun], None] = lambda cell: None,
+    ended: Callable[[GridRun], None] = lambda cell: None,
 ) -> None:
     """Run the cells that are not settled, `jobs` at a time; what a crash left half-written is run again.
 

@@ -44,7 +44,7 @@ def measure(task: dict[str, Any], warmup: int = 2, timed: int = 3) -> dict[str, 
     device = building.pick_device(options.device)
     dataset = building.load_data(options)
     batches, _, _ = building.split_batches(options, dataset, device)
-    learner = building.build_learner(options, building.Facts.of(dataset), device, total=warmup + timed)
+    learner = building.build_learner(options, building.DataSignature.of(dataset), device, total=warmup + timed)
     x, y = next(iter(batches.epoch(0)))
     flops = flops_of(learner, x, y)
     _, use = learner.measured_step(x, y)

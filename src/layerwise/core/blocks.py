@@ -22,7 +22,7 @@ class Block:
     Attributes:
         name: the cut behind the block (`"head"` for the part behind the last cut).
         run: the function from the block's input tensor to its output tensor.
-        before: called before every run, if anything; a streamed block has to be fetched.
+        before: called before every run, if anything; an offloaded block has to be fetched.
     """
 
     def __init__(self, name: str, model: nn.Module, run: Callable[[Tensor], Any], names: set[str]):

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 from layerwise.core.blocks import Block
 from layerwise.core.optim import set_learning_rate
 from layerwise.core.randomness import derive_seed, seed_generators
-from layerwise.core.rule import Moment, Rule, Signal, Site
+from layerwise.core.rule import BlockContext, Rule, Signal, Site
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
 
@@ -71,7 +71,7 @@ class Reducer(Protocol):
     every_batch: bool
     """Whether gradients are averaged behind every batch, not only where an update is due."""
 
-    def whole(self, parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
+    def full_of(self, parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
         """Those that blocks run with, in place of what is kept of them here."""
         ...
 
@@ -151,7 +151,7 @@ class Engine:
     """Runs groups of blocks for a rule. Nothing else in the library knows the update order.
 
     Attributes:
-        resident: the context in which units run; streamed ones are on the device inside.
+        resident: the context in which units run; offloaded ones are on the device inside.
     """
 
     def __init__(
@@ -187,7 +187,9 @@ class Engine:
             out = self.run(unit, h, message, step)
             with self.autocast():
                 training, learns = step is not None, step is not None and bool(group.optimizers)
-                moment = Moment(unit.site, out, h, message, y, self.how.task, unit.auxiliary, training, learns, view)
+                moment = BlockContext(
+                    unit.site, out, h, message, y, self.how.task, unit.auxiliary, training, learns, view
+                )
                 signal = self.rule.signal(moment)
             h = out if signal.output is None else signal.output
             message = signal.message
@@ -316,7 +318,7 @@ class Engine:
             if self.how.accumulate > 1:
                 cotangents = [cotangent / self.how.accumulate for cotangent in cotangents]
             # Gradients for this group's parameters alone: what lends its graph, or does not learn, gets none.
-            own = group.parameters if self.how.replicas is None else self.how.replicas.whole(group.parameters)
+            own = group.parameters if self.how.replicas is None else self.how.replicas.full_of(group.parameters)
             wanted = [*own, *([h] if self.rule.has_trunk() and h.requires_grad else [])]
             torch.autograd.backward([root for root, _ in roots], list(group.scaler.scale(cotangents)), inputs=wanted)
         return torch.stack([loss.detach().float() for loss in losses or [torch.zeros(())]]).sum()

@@ -46,7 +46,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Start:
+class BatchContext:
     """What a rule may look at before the first block runs."""
 
     x: Tensor
@@ -66,7 +66,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Moment:
+class BlockContext:
     """What a rule may look at when a block has just run."""
 
     site: Site
@@ -92,7 +92,7 @@ class Signal:
     """A rule's answer: the teaching signal of the block and what crosses to the next one.
 
     Give `loss` (a scalar; its gradient is the signal), or `cotangent` (the gradient with respect to the
-    block's output, same shape as `Moment.h`), or both, or neither (the block does not learn here).
+    block's output, same shape as `BlockContext.h`), or both, or neither (the block does not learn here).
     """
 
     loss: Tensor | None = None
@@ -118,7 +118,7 @@ class Rule:
     """Name under which the rule is registered."""
     locality: ClassVar[Locality]
     """Where the teaching signal comes from; a test verifies it."""
-    crosses: ClassVar[str]
+    boundary: ClassVar[str]
     """What crosses a block boundary, in words."""
     flat_memory: ClassVar[bool]
     """Whether activations + gradients do not grow with the number of blocks; a test verifies it."""
@@ -213,9 +213,9 @@ class Rule:
             y: their labels.
         """
 
-    def begin(self, start: Start) -> tuple[Tensor, Any]:
+    def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
         """The first block's input and the first message."""
-        return start.x, None
+        return ctx.x, None
 
     def run(self, block: Block, h: Tensor, message: Any) -> Tensor:
         """Run a block; overridden where the forward pass itself differs (checkpointing, offloading).
@@ -223,12 +223,12 @@ class Rule:
         Args:
             block: what to run.
             h: its input.
-            message: what the site before sent; None in `Start.forward`.
+            message: what the site before sent; None in `BatchContext.forward`.
         """
         return block(h)
 
-    def signal(self, at: Moment) -> Signal:
-        """The teaching signal and the next message, when the block at `at.site` has run."""
+    def signal(self, ctx: BlockContext) -> Signal:
+        """The teaching signal and the next message, when the block at `ctx.site` has run."""
         raise NotImplementedError
 
     def ask(self, x: Tensor, auxiliary: nn.Module | None) -> tuple[Tensor, Any]:
@@ -293,12 +293,12 @@ def check_words(rule: Rule) -> None:
             raise LayerwiseError(f"{rule.name}'s option {option.name} is {value!r}; {legal}.")
 
 
-def cross_entropy_at_head(at: Moment) -> Signal:
+def cross_entropy_at_head(ctx: BlockContext) -> Signal:
     """The signal of a head: the task's loss on its logits."""
-    loss = at.task.loss(at.h, at.y)
+    loss = ctx.task.loss(ctx.h, ctx.y)
     # Named here, so that it stays the task's loss where a rule adds to the signal.
-    metrics = {"loss": loss, "accuracy": at.task.accuracy(at.h, at.y)}
-    return Signal(loss=loss, message=at.message, metrics=metrics)
+    metrics = {"loss": loss, "accuracy": ctx.task.accuracy(ctx.h, ctx.y)}
+    return Signal(loss=loss, message=ctx.message, metrics=metrics)
 
 
 def by_depth(value: float | tuple[float, ...], site: Site) -> float:

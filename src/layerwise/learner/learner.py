@@ -17,13 +17,13 @@ from layerwise.core.engine import Engine, Execution, Group, NonFinite, Trace, Un
 from layerwise.core.grouping import Grouping
 from layerwise.core.optim import OptimizerFactory, Schedule, decay_groups, optimizer_factory
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
-from layerwise.core.rule import Rule, Site, Start, check_words
+from layerwise.core.rule import BatchContext, Rule, Site, check_words
 from layerwise.core.tasks import UNLABELLED, Classification
 from layerwise.errors import LayerwiseError, suggestion
-from layerwise.learner.state import check_same_tensors, held
+from layerwise.learner.state import check_same_tensors, without_meta
 from layerwise.memory.meter import MemoryMeter, MemoryUse, optimizer_tensors
 from layerwise.memory.mmap import release_pages
-from layerwise.memory.offload import Stream, Where, check_stream
+from layerwise.memory.offload import Offload, Where, check_offload
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
 
@@ -113,9 +113,9 @@ class Learner:
             then depend on the replica too, but those of the initial weights, which are the first one's. With `Shards`
             each keeps a share of parameters and optimizer state, and all have to predict and evaluate equally often.
         device: where blocks run; where the model's parameters are if not given.
-        stream: `"host"` or `"disk"` keeps parameters and optimizer state there, and on the device only those of the
-            groups that are about to run; `unstream` brings them back. Until then the model's own tensors show nothing.
-        stream_folder: for the file of `"disk"`; the system's folder for temporary files if not given.
+        offload: `"host"` or `"disk"` keeps parameters and optimizer state there, and on the device only those of the
+            groups that are about to run; `onload` brings them back. Until then the model's own tensors show nothing.
+        offload_folder: for the file of `"disk"`; the system's folder for temporary files if not given.
 
     Raises:
         LayerwiseError: an unknown rule, cut, optimizer or block name; a value out of range; labels or inputs
@@ -154,11 +154,11 @@ class Learner:
         stage: Stage | None = None,
         replicas: Replicas | None = None,
         device: torch.device | str | None = None,
-        stream: Where = "none",
-        stream_folder: str | Path | None = None,
+        offload: Where = "none",
+        offload_folder: str | Path | None = None,
     ):
         _check_options(clip, accumulate, precision, nonfinite)
-        check_stream(stream, stage or replicas, compile)
+        check_offload(offload, stage or replicas, compile)
         if replicas is not None:
             replicas.check(precision=precision, compile=compile, channels_last=channels_last)
         self.rule = rules.create(rule) if isinstance(rule, str) else rule
@@ -171,7 +171,7 @@ class Learner:
                 raise LayerwiseError(f"lr_multipliers names no block {name!r}; {suggestion(name, names)}.")
         self.factory = optimizer_factory(optimizer, lr=lr, weight_decay=weight_decay, options=optimizer_options)
         self.device = next(model.parameters()).device if device is None else torch.device(device)
-        if device is not None and stream == "none":
+        if device is not None and offload == "none":
             self.network.to(self.device)
         self.channels_last = channels_last
         if channels_last:
@@ -193,8 +193,8 @@ class Learner:
         Classification(1, label_smoothing)  # refuses a wrong value now; the number of classes is known later
         self.label_smoothing = label_smoothing
         self.stage, self.replicas = stage, replicas
-        self._stream_to: tuple[Where, Path] = stream, Path(stream_folder or tempfile.gettempdir())
-        self.stream: Stream | None = None
+        self._offload_to: tuple[Where, Path] = offload, Path(offload_folder or tempfile.gettempdir())
+        self.offload: Offload | None = None
         self.steps = 0
         self.prepares = type(self.rule).prepare is not Rule.prepare
         self._prepared = False
@@ -218,10 +218,10 @@ class Learner:
         blocks = [*self.network.blocks, self.network.head]
         ranges = list(self.rule.groups(len(blocks) - 1))
         ends = [later.start for later in ranges[1:]] + [len(blocks)]
-        kind, folder = self._stream_to
-        if kind != "none" and self.stream is None:  # an earlier attempt may have failed at the input
+        kind, folder = self._offload_to
+        if kind != "none" and self.offload is None:  # an earlier attempt may have failed at the input
             own = [blocks[sites.start : end] for sites, end in zip(ranges, ends, strict=True)]
-            self.stream = Stream(kind, folder, self.device, self.rule, own)
+            self.offload = Offload(kind, folder, self.device, self.rule, own)
         shapes = self._probe(x[:1].to(self.device))
         task = Classification(shapes[-1].shape[-1], self.label_smoothing)
         mine = range(len(ranges))
@@ -247,8 +247,8 @@ class Learner:
                     self.replicas.adopt(self.network.model, own)
                 group = self._group(own, ahead=units[ends[i] : ranges[i].stop])
                 groups.append(group)
-                if self.stream is not None:
-                    self.stream.add(group)
+                if self.offload is not None:
+                    self.offload.add(group)
         self._grouping = self._grouped(groups)
         if self._compile:
             backend = self._compile if isinstance(self._compile, str) else "inductor"
@@ -262,7 +262,7 @@ class Learner:
         """A context in which the tensors of these units are on the device, and whole."""
         if self.replicas is not None:
             return self.replicas.resident(units)
-        return nullcontext() if self.stream is None else self.stream.resident(units)
+        return nullcontext() if self.offload is None else self.offload.resident(units)
 
     def _auxiliary(self, site: Site, h: Tensor) -> nn.Module | None:
         """The rule's module at a site, where it has one."""
@@ -305,7 +305,7 @@ class Learner:
 
     def _kept(self, parameter: nn.Parameter) -> nn.Parameter:
         """What learns here of a parameter of the model: all of it, or a share."""
-        return parameter if self.replicas is None else self.replicas.kept(parameter)
+        return parameter if self.replicas is None else self.replicas.shard_of(parameter)
 
     def _grouped(self, groups: list[Group]) -> Grouping:
         return Grouping(self.rule, groups, len(self.network.blocks), self._how["accumulate"], self._scaler)
@@ -389,7 +389,7 @@ class Learner:
         tensors = [*self.network.parameters(), *self.network.buffers()]
         tensors += [*self.auxiliary.parameters(), *self.auxiliary.buffers()]
         if self.replicas is not None:
-            tensors += self.replicas.whole([p for group in self.groups for p in group.parameters])
+            tensors += self.replicas.full_of([p for group in self.groups for p in group.parameters])
         optimizers = [optimizer for group in self.groups for optimizer in group.optimizers]
         with MemoryMeter(
             parameters=tensors,
@@ -399,7 +399,7 @@ class Learner:
             metrics = self.step(x, y)
         if self.replicas is not None:
             return metrics, self.replicas.counted(meter.peak, self.groups_at(metrics.step))
-        return metrics, meter.peak if self.stream is None else self.stream.counted(meter.peak)
+        return metrics, meter.peak if self.offload is None else self.offload.counted(meter.peak)
 
     def evaluate(self, x: Tensor, y: Tensor) -> Metrics:
         """The rule's scalars for one batch in evaluation mode; nothing is updated.
@@ -466,7 +466,7 @@ class Learner:
         self.network.eval()
         self.auxiliary.eval()
         try:
-            unchanging = nullcontext() if self.stream is None else self.stream.unchanging()
+            unchanging = nullcontext() if self.offload is None else self.offload.unchanging()
             with torch.no_grad(), unchanging, preserved_generators(self.device):
                 # A rule that samples when it predicts (or makes negatives) gives the same answer each time.
                 seed_generators(derive_seed(self._how["seed"], "evaluation"), self.device)
@@ -498,8 +498,8 @@ class Learner:
         self.stage.pass_on(h, message, skipped=False)
         return h if self.stage.last else None
 
-    def _start(self, x: Tensor, y: Tensor, forward: Callable[[Tensor], Tensor]) -> Start:
-        return Start(x, y, self.task, self.network, self._modules_by_site(), forward)
+    def _start(self, x: Tensor, y: Tensor, forward: Callable[[Tensor], Tensor]) -> BatchContext:
+        return BatchContext(x, y, self.task, self.network, self._modules_by_site(), forward)
 
     def _modules_by_site(self) -> dict[int, nn.Module]:
         return {int(index): module for index, module in self.auxiliary.items()}
@@ -565,13 +565,13 @@ class Learner:
             `model`: the model's own `state_dict`; `auxiliary`: the rule's modules; `optimizer`: state per
             parameter name; `gradients`: what has accumulated since the last update; `scaler`: one state
             per group; `rule`, `steps`, `skipped`. Tensors are not copied. A stage's own part, where there is one.
-            Streamed tensors are views of what the host or the file holds, right until the next step.
+            Offloaded tensors are views of what the host or the file holds, right until the next step.
         """
-        streamed = self.stream is not None
+        offloaded = self.offload is not None
         own = [(name, self._kept(parameter)) for name, parameter in self.named_parameters()]
         state = {
-            "model": held(self.network.state_dict(keep_vars=streamed)),
-            "auxiliary": self.auxiliary.state_dict(keep_vars=streamed),
+            "model": without_meta(self.network.state_dict(keep_vars=offloaded)),
+            "auxiliary": self.auxiliary.state_dict(keep_vars=offloaded),
             "optimizer": self.optimizer_states(),
             "gradients": {n: self._stored(p, p.grad) for n, p in own if p.grad is not None},
             "scaler": self._grouping.scalers(),
@@ -579,13 +579,13 @@ class Learner:
             "steps": self.steps,
             "skipped": self.skipped,
         }
-        return state if self.stream is None else self.stream.stored(state)
+        return state if self.offload is None else self.offload.to_full(state)
 
-    def unstream(self) -> None:
-        """Bring all streamed blocks to the device, for good: the model is an ordinary module again."""
-        if self.stream is not None:
-            self.stream.end()
-            self.stream, self._stream_to = None, ("none", self._stream_to[1])
+    def onload(self) -> None:
+        """Bring all offloaded blocks to the device, for good: the model is an ordinary module again."""
+        if self.offload is not None:
+            self.offload.end()
+            self.offload, self._offload_to = None, ("none", self._offload_to[1])
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`; before the first step it is kept until the shapes are known.
@@ -603,9 +603,9 @@ class Learner:
         check_same_tensors(self.network.state_dict(), state["model"], "model")
         auxiliary = state["auxiliary"] if self.stage is None else self.stage.own(state["auxiliary"], self.auxiliary)
         check_same_tensors(self.auxiliary.state_dict(), auxiliary, "rule")
-        if self.stream is None:
+        if self.offload is None:
             self._load(self.groups, state, auxiliary)
-        for group in self.groups if self.stream is not None else ():
+        for group in self.groups if self.offload is not None else ():
             with self._resident(group.units):
                 self._load([group], state, auxiliary)
             release_pages()
@@ -614,9 +614,9 @@ class Learner:
 
     def _load(self, groups: Sequence[Group], state: Mapping[str, Any], auxiliary: Mapping[str, Tensor]) -> None:
         """Take over what belongs to these groups, whose tensors are on the device."""
-        away = set() if self.stream is None else self.stream.away()
+        away = set() if self.offload is None else self.offload.away()
         for module, given in ((self.network, state["model"]), (self.auxiliary, auxiliary)):
-            own = held(module.state_dict(keep_vars=True))
+            own = without_meta(module.state_dict(keep_vars=True))
             here = {name: self._laid_out(t, given[name]) for name, t in own.items() if id(t) not in away}
             module.load_state_dict(here, strict=False)
         here = {p: name for name, p in self.named_parameters() if not p.is_meta and id(p) not in away}
@@ -642,13 +642,13 @@ class Learner:
         """What belongs to `own`, as a part of what all ranks hold."""
         if self.replicas is None or not isinstance(value, Tensor):
             return value
-        return self.replicas.stored(own, value)
+        return self.replicas.to_full(own, value)
 
     def _laid_out(self, own: Tensor, given: Any) -> Any:
         """What a tensor like `own` holds of the whole tensor `given`; other values as they are."""
         if self.replicas is None or not isinstance(given, Tensor):
             return given
-        return self.replicas.laid_out(own, given)
+        return self.replicas.to_shard(own, given)
 
 
 def _with_own_code(run: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor], Tensor]:

@@ -27,7 +27,7 @@ def check_same_tensors(own: Mapping[str, Tensor], given: Mapping[str, Tensor], w
             )
 
 
-def held(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def without_meta(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Those that are on this rank."""
     return {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
 

@@ -75,10 +75,10 @@ class MemoryOptions(_Shared):
     """Models to measure."""
     depths: str = "4,16,64,256"
     """Numbers of blocks, separated by commas."""
-    stream: Where = "none"
+    offload: Where = "none"
     """none | host | disk: where blocks wait; each figure then comes from a process, whose resident peak is told."""
-    stream_folder: str | None = None
-    """Folder for the file of --stream disk; that of temporary files if not given."""
+    offload_folder: str | None = None
+    """Folder for the file of --offload disk; that of temporary files if not given."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ def memory_of(
     optimizer: str = "adamw",
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     device: str = "cpu",
-    stream: Where = "none",
-    stream_folder: str | None = None,
+    offload: Where = "none",
+    offload_folder: str | None = None,
     **model_options: float,
 ) -> dict[str, Any]:
     """Peak memory of a training step.
@@ -122,23 +122,23 @@ def memory_of(
         optimizer: name of the optimizer.
         precision: precision of the blocks.
         device: where to run.
-        stream: where the blocks wait that do not run: none, host or disk.
-        stream_folder: for the file of disk; the system's folder for temporary files if not given.
+        offload: where the blocks wait that do not run: none, host or disk.
+        offload_folder: for the file of disk; the system's folder for temporary files if not given.
         model_options: further dials of the model.
 
     Returns:
-        `rule`, `model`, `depth`, `stream`, and in bytes `parameters`, `optimizer`, `gradients`, `activations`, `peak`.
-        Of streamed blocks, those count that are on the device.
+        `rule`, `model`, `depth`, `offload`, and in bytes `parameters`, `optimizer`, `gradients`, `activations`, `peak`.
+        Of offloaded blocks, those count that are on the device.
 
     >>> row = memory_of("sll", "mlp", 2, shape=(1, 8, 8), batch_size=4, width=16)
     >>> row["parameters"]  # 65*16 + 17*16 + 17*10 weights and a fixed 10x16 projection
     6568
     """
-    where = stream, stream_folder
+    where = offload, offload_folder
     learner, x, y = _prepared(rule, model, depth, shape, batch_size, optimizer, precision, device, model_options, where)
     learner.step(x, y)
     _, use = learner.measured_step(x, y)
-    return {"rule": rule, "model": model, "depth": depth, "stream": stream, **asdict(use)}
+    return {"rule": rule, "model": model, "depth": depth, "offload": offload, **asdict(use)}
 
 
 def _apart(task: dict[str, Any]) -> dict[str, Any]:
@@ -181,14 +181,14 @@ def _prepared(
     precision: Literal["fp32", "bf16", "fp16"],
     device: str,
     model_options: dict[str, float],
-    stream_to: tuple[Where, str | None] = ("none", None),
+    offload_to: tuple[Where, str | None] = ("none", None),
 ) -> tuple[Learner, Tensor, Tensor]:
     where = pick_device(device)
-    stream, folder = stream_to[0], Path(stream_to[1] or tempfile.gettempdir())
-    with OnFile(folder) if stream == "disk" else contextlib.nullcontext():  # as in a run: never all of it in memory
+    offload, folder = offload_to[0], Path(offload_to[1] or tempfile.gettempdir())
+    with OnFile(folder) if offload == "disk" else contextlib.nullcontext():  # as in a run: never all of it in memory
         network = network_of(model, depth, shape, model_options)
     x, y = (tensor.to(where) for tensor in batch_of(shape, batch_size))
-    how: dict[str, Any] = {"device": where, "stream": stream, "stream_folder": folder}
+    how: dict[str, Any] = {"device": where, "offload": offload, "offload_folder": folder}
     return Learner(network, rule, optimizer=optimizer, precision=precision, lr=LEARNING_RATE, example=x, **how), x, y
 
 
@@ -224,12 +224,12 @@ def memory_command(argv: list[str]) -> int:
         for depth in depths:
             with torch.device("meta"):  # a mistake is told before the first measurement
                 network = models.create(model, options.shape, CLASSES, **_dials(options.model_options, depth))
-            for rule in options.rule if options.stream != "none" else ():
+            for rule in options.rule if options.offload != "none" else ():
                 window_of(rules.create(rule), len(network.block_names))
-    if options.stream == "disk":
-        DiskStore(Path(options.stream_folder or tempfile.gettempdir()), CPU)  # refuses a folder that it cannot use
+    if options.offload == "disk":
+        DiskStore(Path(options.offload_folder or tempfile.gettempdir()), CPU)  # refuses a folder that it cannot use
     rows = []
-    columns = COLUMNS if options.stream == "none" else (*COLUMNS, "resident")
+    columns = COLUMNS if options.offload == "none" else (*COLUMNS, "resident")
     print(f"{'rule':<20}{'model':<8}{'depth':>6}" + "".join(f"{name:>14}" for name in columns) + "   (MiB)")
     for model in options.model:
         for rule in options.rule:
@@ -243,11 +243,11 @@ def memory_command(argv: list[str]) -> int:
                     "optimizer": options.optimizer,
                     "precision": options.precision,
                     "device": options.device,
-                    "stream": options.stream,
-                    "stream_folder": options.stream_folder,
+                    "offload": options.offload,
+                    "offload_folder": options.offload_folder,
                     **options.model_options,
                 }
-                apart = options.stream != "none"
+                apart = options.offload != "none"
                 row = _apart(task | {"threads": torch.get_num_threads()}) if apart else memory_of(**task)
                 rows.append(row)
                 figures = "".join(f"{'-' if row[n] is None else f'{row[n] / 2**20:.3f}':>14}" for n in columns)

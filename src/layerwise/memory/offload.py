@@ -191,7 +191,7 @@ class DiskStore:
             self._file = unnamed_file(folder, self)
         except OSError as reason:
             raise LayerwiseError(
-                f"cannot stream blocks to {folder} ({reason.strerror}); choose another --stream-folder."
+                f"cannot offload blocks to {folder} ({reason.strerror}); choose another --offload-folder."
             ) from reason
         self._device = device
         self._places: dict[Part, tuple[int, int]] = {}
@@ -241,12 +241,12 @@ class DiskStore:
                 rest, at = rest[moved:], at + moved
         except OSError as reason:
             raise LayerwiseError(
-                f"could not stream blocks to {self.folder} ({reason.strerror}); free space and resume, or choose "
-                "another --stream-folder."
+                f"could not offload blocks to {self.folder} ({reason.strerror}); free space and resume, or choose "
+                "another --offload-folder."
             ) from reason
 
 
-class Stream:
+class Offload:
     """Moves the parts of a network: the active group's are on the device, and the next one is on its way.
 
     A part's bytes lie in a slot of the device, and its tensors show them; without a slot they show nothing (NaN, or
@@ -259,7 +259,7 @@ class Stream:
         kind: host or disk.
         folder: for the file of disk.
         device: where blocks run; the parameters may still be on the host.
-        rule: asked whether streaming it saves anything.
+        rule: asked whether offloading it saves anything.
         blocks: per group, the blocks that learn there.
 
     Raises:
@@ -292,7 +292,7 @@ class Stream:
         self._open: list[list[Part]] = []
         self._kept: set[Part] = set()
         self._moves: deque[Future[Any]] = deque()
-        self._mover = ThreadPoolExecutor(1, "layerwise-stream")
+        self._mover = ThreadPoolExecutor(1, "layerwise-offload")
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._blanks: dict[torch.dtype, Tensor] = {}
         self._hooks: list[Any] = []
@@ -350,18 +350,18 @@ class Stream:
         """`id` of every tensor that is not on the device."""
         return {id(entry.tensor) for part in self.parts if not part.attached for entry in part.entries}
 
-    def stored(self, tree: Any) -> Any:
+    def to_full(self, tree: Any) -> Any:
         """The same nested mappings with tensors on the host that show what is kept there, right until the next step."""
         self._flush()
         found = {id(entry.tensor): (part, entry) for part in self.parts for entry in part.entries}
 
-        def kept(tensor: Tensor) -> Tensor:
+        def held(tensor: Tensor) -> Tensor:
             if id(tensor) not in found:
                 return tensor.detach()
             part, entry = found[id(tensor)]
             return entry.of(self.store.view(part))
 
-        return tree_map_only(Tensor, kept, tree)
+        return tree_map_only(Tensor, held, tree)
 
     def end(self) -> None:
         """Bring everything back to the device for good."""
@@ -488,15 +488,15 @@ def window_of(rule: Rule, blocks: int) -> int:
     """The largest number of groups that run as one graph, in a network of so many blocks.
 
     Raises:
-        LayerwiseError: it is all of them, so that streaming would save nothing.
+        LayerwiseError: it is all of them, so that offloading would save nothing.
     """
     views = rule.groups(blocks)
     starts = [view.start for view in views]
     window = max(sum(start in view for start in starts) for view in views)
     if window == len(views) or type(rule).groups_at is not Rule.groups_at:
         raise LayerwiseError(
-            f"rule {rule.name!r} cannot be streamed on this network, because all its blocks are needed at once; "
-            "leave --stream out, or choose a rule such as 'sll', 'sid' or 'local_ce' and a deeper network."
+            f"rule {rule.name!r} cannot be offloaded on this network, because all its blocks are needed at once; "
+            "leave --offload out, or choose a rule such as 'sll', 'sid' or 'local_ce' and a deeper network."
         )
     return window
 
@@ -506,15 +506,15 @@ def view_of(found: Tensor) -> memoryview:
     return found.numpy().data
 
 
-def check_stream(stream: str, stage: object, compile: bool | str) -> None:
-    """Raise LayerwiseError unless blocks can be streamed so."""
-    if stream not in get_args(Where):
-        raise LayerwiseError(f"stream is {stream!r}; choose none, host or disk.")
-    if stream != "none" and stage is not None:
-        raise LayerwiseError("the blocks of several ranks cannot be streamed; leave --stream or --parallel out.")
-    if stream != "none" and compile:
+def check_offload(offload: str, stage: object, compile: bool | str) -> None:
+    """Raise LayerwiseError unless blocks can be offloaded so."""
+    if offload not in get_args(Where):
+        raise LayerwiseError(f"offload is {offload!r}; choose none, host or disk.")
+    if offload != "none" and stage is not None:
+        raise LayerwiseError("the blocks of several ranks cannot be offloaded; leave --offload or --parallel out.")
+    if offload != "none" and compile:
         raise LayerwiseError(
-            "streamed blocks share memory, which torch.compile refuses; leave --stream or --compile out."
+            "offloaded blocks share memory, which torch.compile refuses; leave --offload or --compile out."
         )
 
 

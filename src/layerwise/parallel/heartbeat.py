@@ -10,7 +10,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.parallel.transport import Ranks
 
 
-class Pulse:
+class Heartbeat:
     """A thread that writes twice a second to the ranks' store how far this rank has come.
 
     A collective that fails does not tell whose fault it is: a neighbour may have waited for somebody else. The

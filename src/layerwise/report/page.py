@@ -14,7 +14,7 @@ from layerwise.report import figures
 from layerwise.report.summary import COLUMNS, spread, table_rows
 from layerwise.runs.checkpoint import write_atomically
 from layerwise.runs.environment import in_words
-from layerwise.runs.folders import cell_folder
+from layerwise.runs.folders import grid_run_folder
 
 LAYERS: dict[str, tuple[str, str, tuple[float, float] | None]] = {  # quantity: title, caption, limits of the colours
     "accuracy": (
@@ -134,7 +134,7 @@ class Runs:
         found = cls({}, {}, {})
         for row in rows:
             rule, seed = row["rule"], int(row["seed"])
-            run = folder / cell_folder(rule, f"seed {seed}", "runs")
+            run = folder / grid_run_folder(rule, f"seed {seed}", "runs")
             if row["status"] != "ok":
                 continue
             found.results.setdefault(rule, {})[seed] = json.loads((run / "result.json").read_text())
@@ -361,7 +361,7 @@ def _depths(name: str, rows: list[dict[str, Any]], looks: Any, origin: Origin) -
         ("", "Activations + gradients", ("activations", "gradients"), "at the peak of a step")
     ]
     if all(row.get("resident") for row in rows):
-        kinds.append(("_resident", "Resident memory", ("resident",), f"of a process, blocks on {rows[0]['stream']}"))
+        kinds.append(("_resident", "Resident memory", ("resident",), f"of a process, blocks on {rows[0]['offload']}"))
     for model in dict.fromkeys(row["model"] for row in rows):
         for suffix, title, parts, where in kinds:
             points: dict[str, list[tuple[float, float, None]]] = {}

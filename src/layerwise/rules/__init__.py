@@ -9,7 +9,7 @@ A rule from another package is found through the entry point group `layerwise.ru
 import dataclasses
 from importlib.metadata import entry_points
 
-from layerwise.core.rule import Moment, Rule, Signal, Site, Start
+from layerwise.core.rule import BatchContext, BlockContext, Rule, Signal, Site
 from layerwise.errors import LayerwiseError, suggestion
 from layerwise.rules.auglocal import AugLocal
 from layerwise.rules.backprop import Backprop, BackpropCheckpoint, BackpropOffload
@@ -127,6 +127,8 @@ __all__ = [
     "Backprop",
     "BackpropCheckpoint",
     "BackpropOffload",
+    "BatchContext",
+    "BlockContext",
     "Boosted",
     "CounterCurrent",
     "DeepSupervision",
@@ -138,7 +140,6 @@ __all__ = [
     "LastLayer",
     "LayerCollaboration",
     "LocalCE",
-    "Moment",
     "MonoForward",
     "NoPropCT",
     "NoPropDT",
@@ -151,7 +152,6 @@ __all__ = [
     "ScalableFF",
     "Signal",
     "Site",
-    "Start",
     "create",
     "get",
     "names",

@@ -49,7 +49,7 @@ def pick_device(name: str) -> torch.device:
 
 
 @dataclass(frozen=True)
-class Facts:
+class DataSignature:
     """What a run knows of its data: enough to build the network and to predict, and to notice another data set."""
 
     shape: tuple[int, int, int]
@@ -64,7 +64,7 @@ class Facts:
     """Names of the columns, where the samples are the rows of a table."""
 
     @classmethod
-    def of(cls, dataset: data.Dataset) -> "Facts":
+    def of(cls, dataset: data.Dataset) -> "DataSignature":
         """The facts of a data set."""
         parts = (dataset.train, dataset.val, dataset.test)
         sizes = tuple(0 if part is None else int((part.labels != UNLABELLED).sum()) for part in parts)
@@ -72,13 +72,13 @@ class Facts:
         return cls(dataset.shape, dataset.classes, dataset.mean, dataset.std, sizes, graph, dataset.columns)
 
     @classmethod
-    def in_state(cls, state: Mapping[str, Any]) -> "Facts":
+    def in_state(cls, state: Mapping[str, Any]) -> "DataSignature":
         """The facts of the data that a checkpoint was trained on."""
         return cls(**{name: tuple(value) for name, value in state["data"].items()})
 
     def check(self, dataset: data.Dataset) -> None:
         """Raise LayerwiseError unless `dataset` is the one that the facts are of."""
-        found = asdict(Facts.of(dataset))
+        found = asdict(DataSignature.of(dataset))
         for name, value in asdict(self).items():
             if found[name] != value:
                 raise LayerwiseError(
@@ -91,7 +91,7 @@ def _few(values: tuple[Any, ...]) -> str:
     return ", ".join(map(str, values[:10])) + (", ..." if len(values) > 10 else "")
 
 
-def build_model(options: ModelOptions, facts: Facts, seed: int, graph: Graph | None = None) -> torch.nn.Module:
+def build_model(options: ModelOptions, facts: DataSignature, seed: int, graph: Graph | None = None) -> torch.nn.Module:
     """The model for a data set, with initial weights that depend on `seed` only.
 
     Without the data's graph, a graph network has an empty one of the right size, which a checkpoint fills.
@@ -138,7 +138,7 @@ def split_batches(
 
 def build_learner(
     options: TrainOptions,
-    facts: Facts,
+    facts: DataSignature,
     device: torch.device,
     total: int,
     stage: Stage | None = None,
@@ -150,8 +150,8 @@ def build_learner(
     Raises:
         LayerwiseError: options that the rule, the model or the optimizer refuses, or that do not go together.
     """
-    folder = Path(options.stream_folder or nearest_folder(Path(options.out or "runs")))
-    with OnFile(folder) if options.stream == "disk" else contextlib.nullcontext():
+    folder = Path(options.offload_folder or nearest_folder(Path(options.out or "runs")))
+    with OnFile(folder) if options.offload == "disk" else contextlib.nullcontext():
         model = build_model(options.model, facts, options.seed, graph)
     example = torch.zeros(2, *facts.shape, device=device)
     updates = math.ceil(total / options.accumulate)
@@ -178,8 +178,8 @@ def build_learner(
         stage=stage,
         replicas=replicas,
         device=device,
-        stream=options.stream,
-        stream_folder=folder,
+        offload=options.offload,
+        offload_folder=folder,
     )
     wanted, given = options.rule.models, model_name(options.model)
     if wanted and given not in wanted:  # asked last, as a rule that can tell by itself tells more
@@ -193,7 +193,7 @@ class Trained(NamedTuple):
     """A run read back."""
 
     options: TrainOptions
-    facts: Facts
+    facts: DataSignature
     learner: Learner
     notes: list[str]
     """What the user should know: the run is not finished, a damaged checkpoint was passed over."""
@@ -206,7 +206,7 @@ def load_run(folder: Path, device: str = "auto") -> Trained:
         LayerwiseError: the folder holds no run, or no checkpoint that can be read.
     """
     options, state, notes = read_state(folder)
-    facts = Facts.in_state(state)
+    facts = DataSignature.in_state(state)
     learner = build_learner(options, facts, pick_device(device), total=1)
     learner.load_state_dict(state["learner"])
     return Trained(options, facts, learner, notes)
@@ -219,7 +219,7 @@ def read_state(folder: Path) -> tuple[TrainOptions, dict[str, Any], list[str]]:
         LayerwiseError: the folder holds no run, or no checkpoint that can be read.
     """
     options = read_options(folder)
-    state, notes = checkpoint.load_latest(folder / "checkpoints", mapped=options.stream != "none")
+    state, notes = checkpoint.load_latest(folder / "checkpoints", mapped=options.offload != "none")
     if state is None:
         raise LayerwiseError(f"the run in {folder} has no checkpoint yet; train it first.")
     check_options(options, state["options"], folder)

@@ -32,7 +32,7 @@ def read_options(folder: Path) -> TrainOptions:
 
 
 FREE = (
-    *("device", "threads", "compile", "stream", "stream_folder"),
+    *("device", "threads", "compile", "offload", "offload_folder"),
     *("out", "overwrite", "save_every", "log_every", "tensorboard"),
 )
 
@@ -120,7 +120,7 @@ def drop_lines_after(file: Path, step: int) -> None:
     write_atomically(file, "".join(f"{line}\n" for line in kept))
 
 
-def cell_folder(label: str, what: str, part: str) -> str:
+def grid_run_folder(label: str, what: str, part: str) -> str:
     """Folder of a cell below that of the grid.
 
     >>> cell_folder("sll:overlap=1", "seed 0", "runs")

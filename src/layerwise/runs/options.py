@@ -88,10 +88,10 @@ class TrainOptions:
     """cpu | cuda | cuda:N | auto (cuda where there is one)."""
     threads: int | None = None
     """Threads of the CPU; the same number gives the same bits."""
-    stream: Where = "none"
+    offload: Where = "none"
     """Keep blocks in host memory or on disk, and on the device only those that are about to run."""
-    stream_folder: str | None = None
-    """Folder for the file of --stream disk; that of the run if not given."""
+    offload_folder: str | None = None
+    """Folder for the file of --offload disk; that of the run if not given."""
     out: str | None = None
     """Folder of the run; runs/<data>-<model>-<rule>-seed<seed> if not given."""
     overwrite: bool = False

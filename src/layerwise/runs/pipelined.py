@@ -24,7 +24,7 @@ from layerwise.parallel.replicas import Replicas, check_shares
 from layerwise.parallel.stage import Stage
 from layerwise.parallel.transport import DONE, FORWARD, Inlet, Outlet, Prefetched, Ranks, Refused, guarded
 from layerwise.runs import checkpoint
-from layerwise.runs.building import Facts, pick_device
+from layerwise.runs.building import DataSignature, pick_device
 from layerwise.runs.folders import folder_of_restarted, mark
 from layerwise.runs.options import TrainOptions, model_name, to_mapping
 from layerwise.runs.progress import Progress
@@ -363,7 +363,7 @@ def pick_own_device(name: str) -> torch.device:
 
 def digest(dataset: Dataset) -> str:
     """What tells one data set from another: its facts and every label."""
-    found = hashlib.blake2b(repr(Facts.of(dataset)).encode())
+    found = hashlib.blake2b(repr(DataSignature.of(dataset)).encode())
     for part in (dataset.train, dataset.val, dataset.test):
         if part is not None:
             found.update(part.labels.cpu().numpy().tobytes())

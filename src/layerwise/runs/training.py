@@ -21,7 +21,7 @@ from layerwise.memory.meter import MemoryUse
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
 from layerwise.runs import checkpoint
-from layerwise.runs.building import Facts, build_learner, load_data, pick_device, split_batches
+from layerwise.runs.building import DataSignature, build_learner, load_data, pick_device, split_batches
 from layerwise.runs.checkpoint import write_atomically
 from layerwise.runs.folders import check_options, drop_lines_after, new_folder, read_options
 from layerwise.runs.options import TrainOptions, model_name, to_mapping
@@ -74,7 +74,7 @@ class Run:
         self.dataset = load_data(options)
         self.train_batches, self.val_batches, self.test_batches = split_batches(options, self.dataset, self.device)
         self.total = options.steps or options.epochs * len(self.train_batches)
-        self.facts = Facts.of(self.dataset)
+        self.facts = DataSignature.of(self.dataset)
         self.learner = build_learner(options, self.facts, self.device, self.total, stage, self.dataset.graph, replicas)
         # Labels that the rule cannot do with, and data that cannot be read, are told of before anything is written.
         for part in (self.dataset.train, self.dataset.val, self.dataset.test):
@@ -269,12 +269,12 @@ class Run:
         self._write(state)
 
     def _restore(self) -> None:
-        streamed = self.options.stream != "none"
-        state, damaged = checkpoint.load_latest(self.folder / "checkpoints", mapped=streamed)
+        offloaded = self.options.offload != "none"
+        state, damaged = checkpoint.load_latest(self.folder / "checkpoints", mapped=offloaded)
         self.notes += damaged
         if state is not None:
             check_options(self.options, state["options"], self.folder)
-            Facts.in_state(state).check(self.dataset)
+            DataSignature.in_state(state).check(self.dataset)
             self.learner.load_state_dict(state["learner"])
             self.samples, self.seconds, self.last_val = state["samples"], state["seconds"], state["val"]
             self.memory = MemoryUse(**state["memory"]) if state["memory"] else None

@@ -25,7 +25,7 @@ from layerwise.core.blocks import operations, partition
 from layerwise.errors import LayerwiseError, suggestion
 from layerwise.measure.bench import Problem, batch_of, network_of, parse_problem, write_figures
 from layerwise.parallel.replicas import check_shares
-from layerwise.scaling.simulate import PARTS, Costs, Wire, grown, predicted
+from layerwise.scaling.simulate import PARTS, Costs, Interconnect, grown, predicted
 
 WAYS = ("rule", "backprop", "apart", "pipeline", "data", "ddp", *PARTS)
 ALONE = ("rule", "backprop")
@@ -92,9 +92,9 @@ class ScalingOptions(Problem):
             raise LayerwiseError(f"--ranks {self.ranks!r} holds {found[0]}; each must be 1 or more.")
         return found
 
-    def wire(self) -> Wire:
+    def wire(self) -> Interconnect:
         """The way between two ranks that is simulated."""
-        return Wire(self.latency / 1e3, self.bandwidth * 1e9 / 8)
+        return Interconnect(self.latency / 1e3, self.bandwidth * 1e9 / 8)
 
 
 def check(options: ScalingOptions, blocks: int) -> None:

@@ -24,7 +24,7 @@ Action = tuple[str, int, int]
 
 
 @dataclass(frozen=True)
-class Wire:
+class Interconnect:
     """The way between any two neighbouring ranks: messages in one direction follow one another."""
 
     latency: float = 0.0
@@ -58,7 +58,7 @@ class Op:
 
 
 def simulate(
-    programs: Sequence[Sequence[Op]], wire: Wire | None = None, speed: Callable[[int], float] | None = None
+    programs: Sequence[Sequence[Op]], wire: Interconnect | None = None, speed: Callable[[int], float] | None = None
 ) -> dict[Hashable, tuple[float, float]]:
     """Run the ranks' programs, each in its own order, as soon as what an op needs has arrived.
 
@@ -76,7 +76,7 @@ def simulate(
     >>> simulate([[Op("a", 2.0, to=(1,), bytes=3.0)], [Op("b", 1.0, needs=("a",))]], Wire(0.5, bandwidth=6.0))["b"]
     (3.0, 4.0)
     """
-    wire, speed = wire or Wire(), speed or (lambda running: 1.0)
+    wire, speed = wire or Interconnect(), speed or (lambda running: 1.0)
     home = {op.name: (rank, op) for rank, program in enumerate(programs) for op in program}
     arrived: list[set[Hashable]] = [set() for _ in programs]
     free: dict[Hashable, float] = {}
@@ -339,7 +339,7 @@ def predicted(
     operations: Sequence[int],
     size: float,
     micro_batches: int,
-    wire: Wire | None = None,
+    wire: Interconnect | None = None,
     speed: Callable[[int], float] | None = None,
 ) -> float:
     """Seconds per batch in the steady state.
