@@ -87,6 +87,11 @@ POISON = [
 ]
 
 
+def around(folder: Path) -> set[str]:
+    """Everything beside a folder."""
+    return {path for path in listing(folder.parent) if path.split("/")[0] != folder.name}
+
+
 def mutated(draw: random.Random, words: list[str]) -> list[str]:
     """A command line with one to three faults."""
     words = list(words)
@@ -179,7 +184,7 @@ def run(count: int, seed: int, folder: Path, deadline: float) -> Tally:
         for number in range(count):
             if time.monotonic() > deadline:
                 break
-            before = listing(folder.parent) - listing(folder)
+            before = around(folder)
             part = number % 5
             if part < 3:
                 words = mutated(draw, draw.choice(SEEDS).split())
@@ -200,7 +205,7 @@ def run(count: int, seed: int, folder: Path, deadline: float) -> Tally:
             faults = attempt.faults()
             if attempt.code == 1 and words[0] == "compare":  # a run of the comparison has failed, and says why
                 faults = [fault for fault in faults if fault != "exit code 1"]
-            if listing(folder.parent) - listing(folder) != before:
+            if around(folder) != before:
                 faults.append("a file outside of the folder")
             tally.add(f"words {number}, seed {seed}: {what[:600]!r}", [f"{f} {attempt.err[-400:]!r}" for f in faults])
             for path in home.iterdir():
