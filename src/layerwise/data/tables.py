@@ -183,7 +183,7 @@ def _numbers(lines: Lines, places: Sequence[int]) -> Tensor:
             _refuse(lines, index, places)
     if not np.isfinite(table).all():
         _refuse(lines, int((~np.isfinite(table)).any(1).argmax()), places)
-    for column in (np.abs(table) > EXACT).any(0).nonzero()[0].tolist():
+    for column in (np.abs(table) >= EXACT).any(0).nonzero()[0].tolist():
         _check_distinct(lines, places[column])
     return torch.from_numpy(table)[:, :, None, None]
 
@@ -204,7 +204,7 @@ def _check_distinct(lines: Lines, place: int) -> None:
     first: dict[float, int] = {}
     for row in lines.rows:
         cell = row[place].strip()
-        if WHOLE.fullmatch(cell) and len(cell) <= 400 and abs(whole := int(cell)) > EXACT:
+        if WHOLE.fullmatch(cell) and len(cell) <= 400 and abs(whole := int(cell)) >= EXACT:
             other = first.setdefault(float(whole), whole)
             if other != whole:
                 raise LayerwiseError(
@@ -228,7 +228,7 @@ def _classes(lines: Lines, column: str) -> tuple[tuple[str, ...], Tensor]:
         fraction = next((word for word in words if _value(word) != _value(word).to_integral_value()), None)
         if fraction is not None:
             raise LayerwiseError(
-                f"{lines.title} has the label {_brief(fraction)} in column {column!r}, which is no class; give whole "
+                f"{lines.title} has the label {fraction[:50]} in column {column!r}, which is no class; give whole "
                 "numbers or words."
             )
         classes = sorted(different, key=lambda word: (_value(word), word))
