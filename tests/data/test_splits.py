@@ -281,7 +281,9 @@ def test_links_and_pipes_in_a_folder(tmp_path):
     (tmp_path / "secret.png").write_bytes(png(99))
     odd = tmp_path / "d" / "a" / "odd.png"
     odd.symlink_to("0.png")
-    assert sum(map(len, (lambda d: (d.train, d.test))(data.load(f"imagefolder:{tmp_path / 'd'}", val_fraction=0)))) == 13
+    assert (
+        sum(map(len, (lambda d: (d.train, d.test))(data.load(f"imagefolder:{tmp_path / 'd'}", val_fraction=0)))) == 13
+    )
     for make, words in (
         (lambda: odd.symlink_to(tmp_path / "secret.png"), "odd.png lies outside of the folder"),
         (lambda: odd.symlink_to("nowhere"), "there is no file .*odd.png"),

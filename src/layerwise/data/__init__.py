@@ -42,6 +42,7 @@ from layerwise.data.rows import (
 from layerwise.data.sources import InMemorySource, Source, StreamedSource, decoded, sample_form
 from layerwise.data.tables import TableSource, column_statistics, read_table
 from layerwise.errors import LayerwiseError, suggestion
+from layerwise.files import shown
 
 __all__ = [
     "AUGMENTATIONS",
@@ -165,6 +166,7 @@ def load(
 fashion_mnist, cifar10, cifar100, cora, hf:owner/name, imagefolder:PATH, parquet:PATH, PATH.csv.
     """
     name, size = _name(name), _size(size)
+    title = shown(name)  # for messages
     if not 0 <= val_fraction < 1:
         raise LayerwiseError(f"validation fraction {val_fraction} is not in [0, 1); use 0 for no validation split")
     if name == "cora":
@@ -185,12 +187,12 @@ fashion_mnist, cifar10, cifar100, cora, hf:owner/name, imagefolder:PATH, parquet
         rest, part = stratified_split(train.labels, TEST_FRACTION, TEST_SEED)
         if not len(part):
             raise LayerwiseError(
-                f"{name} has no test split, and its {len(train)} samples of {len(classes)} classes are too few to take "
-                "one from; give several samples of each class, or a test split."
+                f"{title} has no test split, and its {len(train)} samples of {len(classes)} classes are too few to "
+                "take one from; give several samples of each class, or a test split."
             )
         train, test = train.subset(rest), train.subset(part)
         notes.append(
-            f"{name} has no test split: {len(test)} of its {len(rest) + len(part)} samples, "
+            f"{title} has no test split: {len(test)} of its {len(rest) + len(part)} samples, "
             "the same in every run, are the test split"
         )
     noisy = noisy_labels(train.labels, classes, label_noise, label_noise_kind)
@@ -198,13 +200,13 @@ fashion_mnist, cifar10, cifar100, cora, hf:owner/name, imagefolder:PATH, parquet
     if val_fraction and own_val is not None:
         val = own_val
         notes.append(
-            f"{name} has its own validation split of {len(val)} samples: the validation fraction takes no training "
+            f"{title} has its own validation split of {len(val)} samples: the validation fraction takes no training "
             "samples"
         )
         if not clean_validation:
             val = val.relabelled(noisy_labels(val.labels, classes, label_noise, label_noise_kind))
     elif own_val is not None:
-        notes.append(f"the validation fraction is 0: {name}'s own validation split is not used")
+        notes.append(f"the validation fraction is 0: {title}'s own validation split is not used")
     elif val_fraction:
         kept, part = stratified_split(train.labels, val_fraction, seed)
         if not len(part):
@@ -320,6 +322,7 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
     >>> len(rest), part.shape, sorted((part // 4).tolist())
     (6, torch.Size([2]), [0, 1])
     """
+    labels = torch.as_tensor(labels)
     counts = torch.bincount(labels).tolist()
     wanted = [fraction * count for count in counts]
     quota = [math.floor(want) for want in wanted]
@@ -363,34 +366,34 @@ class Sources(NamedTuple):
 def _sources(
     name: str, root: str | Path | None, size: int | None, limit: int
 ) -> tuple[tuple[str, ...], Sources, ImageFormat, list[str]]:
-    opened = _open(name, root, limit)
+    opened, title = _open(name, root, limit), shown(name)
     if "train" not in opened:
-        raise LayerwiseError(f"{name} has no training split, only {', '.join(opened)}; give one named train")
+        raise LayerwiseError(f"{title} has no training split, only {', '.join(opened)}; give one named train")
     train = opened.pop("train")
     notes = list(train.notes)
     classes = train.names
     if classes is None:
         values = set(_checked(train, "train"))
         if len({isinstance(value, str) for value in values}) > 1:
-            raise LayerwiseError(f"the labels of {name} are words and whole numbers; write them alike")
-        classes = check_words(tuple(map(str, sorted(values))), name)
+            raise LayerwiseError(f"the labels of {title} are words and whole numbers; write them alike")
+        classes = check_words(tuple(map(str, sorted(values))), title)
     if len(classes) < 2:
-        raise LayerwiseError(f"{name} holds the one class {''.join(classes)!r}; give data with two or more classes")
+        raise LayerwiseError(f"{title} holds the one class {''.join(classes)!r}; give data with two or more classes")
     splits = {"train": (train, _labels(train, "train", classes))}
     for split in (split for split in TEST_NAMES if split in opened):
         rows = opened.pop(split)
         notes += rows.notes
         if rows.withheld:
-            notes.append(f"the labels of the {split} split of {name} are withheld, so it is left out")
+            notes.append(f"the labels of the {split} split of {title} are withheld, so it is left out")
         elif "val" in splits:
-            notes.append(f"the split {split!r} of {name} is a second validation split and is left out")
+            notes.append(f"the split {split!r} of {title} is a second validation split and is left out")
         else:
             use = "val" if split != "test" and "test" in splits else "test"
-            splits[use] = (rows, _labels(rows, split, classes, train.names, name))
+            splits[use] = (rows, _labels(rows, split, classes, train.names, title))
             if split != use and use == "test":
-                notes.append(f"{name} has no test split: its split {split!r} is used as the test split")
+                notes.append(f"{title} has no test split: its split {split!r} is used as the test split")
     if opened:
-        notes.append(f"splits of {name} that are left out: {few(list(opened))}")
+        notes.append(f"splits of {title} that are left out: {few(list(opened))}")
 
     form, decoded_bytes = sample_form(train, size)
     streamed = decoded_bytes > limit
@@ -453,7 +456,7 @@ def _checked(rows: Rows, split: str) -> list:
 
 
 def _labels(
-    rows: Rows, split: str, classes: tuple[str, ...], listed: tuple[str, ...] | None = None, name: str = ""
+    rows: Rows, split: str, classes: tuple[str, ...], listed: tuple[str, ...] | None = None, title: str = ""
 ) -> Tensor:
     """The labels as int64 (N,) positions in `classes`.
 
@@ -462,14 +465,14 @@ def _labels(
         split: its name.
         classes: names of the classes of the training split.
         listed: of a further split, the class list that the training split notes, if any.
-        name: of a further split, the name of the data set.
+        title: of a further split, what to call the data set.
     """
     values = _checked(rows, split)
-    if name and rows.names != listed:
+    if title and rows.names != listed:
         # A folder of images lists the classes that it has; a noted list is one of all classes, in their order.
         if not isinstance(rows, FileRows) or not set(rows.names or ()) <= set(listed or ()):
             raise LayerwiseError(
-                f"the classes of {name} differ between train ({few(listed)}) and {split} ({few(rows.names)}); "
+                f"the classes of {title} differ between train ({few(listed)}) and {split} ({few(rows.names)}); "
                 "give both the same class list"
             )
         place = {label: classes.index(word) for label, word in enumerate(rows.names or ())}

@@ -97,7 +97,12 @@ class TableRows(Rows):
     """
 
     def __init__(
-        self, image_column: str, images: Sequence[Any], parts: Sequence[Part], files: Sequence[Path], folders: list[Path]
+        self,
+        image_column: str,
+        images: Sequence[Any],
+        parts: Sequence[Part],
+        files: Sequence[Path],
+        folders: list[Path],
     ):
         self.image_column, self.images, self.folders = image_column, images, folders
         self.parts = [part for part in parts if part.labels] or list(parts[:1])
@@ -424,9 +429,7 @@ def pick(what: str, candidates: Sequence[str], usual: Sequence[str], columns: Se
     raise LayerwiseError(f"{title} has {problem} among its columns {few(columns)}; name the one to use {usual[0]!r}")
 
 
-def _pick_column(
-    what: str, candidates: list[str], usual: Sequence[str], schema: Any, title: str, wanted: str
-) -> str:
+def _pick_column(what: str, candidates: list[str], usual: Sequence[str], schema: Any, title: str, wanted: str) -> str:
     """`pick`, but a column of the right name that holds the wrong things is told of as what it is."""
     named = [name for name in usual if name in schema.names]
     if named and named[0] not in candidates and not any(name in candidates for name in usual):

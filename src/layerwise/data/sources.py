@@ -46,7 +46,8 @@ class Source(ABC):
         shape: (C, H, W) of every image.
         whole: whether the samples belong together, so that one batch holds them all, in order.
         pictures: whether the samples are pictures, which may be augmented.
-        dtype: of the values: uint8 for pixels, of which mean and std count 255 as 1, or float64.
+        dtype: uint8 for pixels, of which mean and std count 255 as 1 (they may be held as float32 of that scale, where
+            images have more than 8 bits), or float64 for other numbers.
     """
 
     labels: Tensor
@@ -61,7 +62,7 @@ class Source(ABC):
 
     @abstractmethod
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The samples at `indices` (int64 (B,)): images uint8 (B, C, H, W) and labels int64 (B,)."""
+        """The samples at `indices` (int64 (B,)): images (B, C, H, W) from 0 to 255, labels int64 (B,)."""
 
     @abstractmethod
     def batches(self, indices: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -90,8 +91,11 @@ class InMemorySource(Source):
     """Images that are held decoded.
 
     Args:
-        images: uint8 (N, C, H, W).
+        images: uint8 (N, C, H, W), or float32 on the same scale from 0 to 255.
         labels: int64 (N,).
+
+    Raises:
+        LayerwiseError: images and labels that do not fit each other.
 
     A subclass keeps its kind in `subset`, `to` and `without_images`.
 
@@ -102,6 +106,12 @@ class InMemorySource(Source):
     """
 
     def __init__(self, images: Tensor, labels: Tensor):
+        images, labels = torch.as_tensor(images), torch.as_tensor(labels)  # arrays of numpy too
+        if images.ndim != 4 or labels.shape != images.shape[:1]:
+            raise LayerwiseError(
+                f"images of shape {tuple(images.shape)} and labels of shape {tuple(labels.shape)} are no samples; give "
+                "images (N, C, H, W) and labels (N,)."
+            )
         self.images = images
         self.labels = labels
         channels, height, width = images.shape[1:]

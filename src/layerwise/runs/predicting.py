@@ -114,9 +114,13 @@ def _read_array(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
         why = str(reason).partition("\n")[0] or type(reason).__name__
         raise LayerwiseError(f"{shown(path)} is not a readable .npy array ({why}).") from reason
     if not np.isfinite(array).all() or array.min() < 0 or array.max() > 255:
-        raise LayerwiseError(f"{shown(path)} holds NaN, infinity or numbers outside of 0 to 255; give pixels from 0 to 255.")
+        raise LayerwiseError(
+            f"{shown(path)} holds NaN, infinity or numbers outside of 0 to 255; give pixels from 0 to 255."
+        )
     if array.dtype.kind == "f" and 0 < array.max() <= 1 and (array % 1).any():
-        raise LayerwiseError(f"{shown(path)} holds numbers from 0 to 1; multiply them by 255 to give pixels from 0 to 255.")
+        raise LayerwiseError(
+            f"{shown(path)} holds numbers from 0 to 1; multiply them by 255 to give pixels from 0 to 255."
+        )
     return array
 
 
