@@ -137,7 +137,7 @@ def sign(colour, where, mode="RGBA"):
     """A sign of one colour on transparent ground, whose colour is that of the sign."""
     image = np.zeros((SIDE, SIDE, 4), np.uint8)
     image[..., :3] = colour
-    image[where + (3,)] = 255
+    image[(*where, 3)] = 255
     picture = fromarray(image)
     if mode == "LA":
         return encoded(picture.convert("LA"))

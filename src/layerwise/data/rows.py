@@ -102,7 +102,7 @@ class TableRows(Rows):
         images: Sequence[Any],
         parts: Sequence[Part],
         files: Sequence[Path],
-        folders: list[Path],
+        folders: Sequence[Path],
     ):
         self.image_column, self.images, self.folders = image_column, images, folders
         self.parts = [part for part in parts if part.labels] or list(parts[:1])
@@ -130,7 +130,7 @@ class TableRows(Rows):
         for column, start in zip(self.images, [0, *self.image_ends], strict=False):
             named += [start + row for row in _rows_without_bytes(column)]
         paths = [(row, _content(self._cell(row))) for row in named]
-        return sorted({self._path(row, path) for row, path in paths if path})
+        return sorted({self._path(row, path) for row, path in paths if path and isinstance(path, str)})
 
     def _path(self, row: int, path: str) -> Path:
         """The file that a cell names, if it lies in the folder of the data."""
@@ -406,7 +406,7 @@ def check_words(names: Sequence[str], title: str) -> tuple[str, ...]:
             raise LayerwiseError(f"{title} lists the class {name!r} twice; give each class a name of its own.")
         if other is not None:
             raise LayerwiseError(
-                f"{title} spells the class {name!r} in two ways, as {ascii(other)} and {ascii(name)}; use one of them."
+                f"{title} spells the class {name!r} in two ways, as {other!a} and {name!a}; use one of them."
             )
     return tuple(names)
 
@@ -538,8 +538,8 @@ def _same_classes(parts: Sequence[Part]) -> tuple[str, ...] | None:
     for part in parts[1:]:
         if part.names != first.names:
             raise LayerwiseError(
-                f"the class lists of {first.title} ({few(first.names)}) and of {part.title} ({few(part.names)}) differ; "
-                "give all files of a split the same list."
+                f"the class lists of {first.title} ({few(first.names)}) and of {part.title} ({few(part.names)}) "
+                "differ; give all files of a split the same list."
             )
     words = [next((isinstance(value, str) for value in part.labels if value is not None), None) for part in parts]
     for part, kind in zip(parts, words, strict=True):

@@ -183,7 +183,7 @@ def _numbers(lines: Lines, places: Sequence[int]) -> Tensor:
             _refuse(lines, index, places)
     if not np.isfinite(table).all():
         _refuse(lines, int((~np.isfinite(table)).any(1).argmax()), places)
-    for column in (np.abs(table) >= EXACT).any(0).nonzero()[0].tolist():
+    for column in np.flatnonzero((np.abs(table) >= EXACT).any(0)).tolist():
         _check_distinct(lines, places[column])
     return torch.from_numpy(table)[:, :, None, None]
 
@@ -249,4 +249,4 @@ def _value(word: str) -> Decimal:
 
 
 def _brief(cell: str) -> str:
-    return ascii(cell) if len(cell) <= 50 else f"{ascii(cell[:50])}..."
+    return ascii(cell) if len(cell) <= 50 else f"{cell[:50]!a}..."

@@ -91,7 +91,7 @@ def _images(given: Path, facts: DataSignature) -> tuple[list[str], Source, list[
 
 
 def _read_array(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
-    """A .npy file of images of the shape (C, H, W) with pixels from 0 to 255; no pickle, no more than the file holds."""
+    """Images (N, C, H, W) with pixels from 0 to 255 out of a .npy file, which may hold no pickle."""
     try:
         with open_regular(path, ADVICE) as file:
             version = np.lib.format.read_magic(file)
