@@ -1,0 +1,398 @@
+"""What the folders of `benchmarks/` hold, read as rows and written as tables.
+
+A folder is a claim. `claim.toml` has the question, the answer and, where the evidence is a grid of training runs, the
+grids. `results.jsonl` has one line per run or measurement, complete in itself: figures, options, machine, commit,
+versions. A folder whose evidence is no grid has a `table.py` of its own. `README.md` is written from all of them.
+
+A shell script stores a measurement with:
+
+    python benchmarks/evidence.py keep FOLDER NAME FILE.json [--command "..."]
+"""
+
+import argparse
+import importlib.util
+import json
+import re
+import statistics
+import textwrap
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+EDGE = "**edge**"
+LEGEND = (
+    "Test accuracy is that of the last weights: mean ± standard deviation over n seeds. *By block* is the accuracy of "
+    "each block's own readout, the head last. Memory is exact, in MiB. Seconds are those of training with one thread "
+    "on a shared machine, so they are rough. The learning rate of a row was chosen on the validation split with one "
+    f"seed, unless its cell says otherwise. {EDGE} marks a rate at the end of its grid, where a wider grid may serve "
+    "that row better; with two rates every choice is an edge."
+)
+DESCENT = "Descent is the share of test samples whose local objective is no larger than before the module, mean over modules."
+
+
+# Results, one line each
+
+
+def load(folder: Path) -> list[dict[str, Any]]:
+    """The lines of `results.jsonl`."""
+    file = folder / "results.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def save(folder: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Write `results.jsonl`, whole or not at all."""
+    partial = folder / "results.jsonl.partial"
+    partial.write_text(
+        "".join(json.dumps(short(line), separators=(",", ":"), ensure_ascii=False) + "\n" for line in lines)
+    )
+    partial.rename(folder / "results.jsonl")
+
+
+def short(value: Any) -> Any:
+    """The value with its floats rounded to eight significant digits."""
+    if isinstance(value, float):
+        return float(f"{value:.8g}")
+    if isinstance(value, dict):
+        return {name: short(part) for name, part in value.items()}
+    return [short(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def keep(folder: Path, name: str, file: Path, command: str) -> None:
+    """Store a measurement under its name, with the machine that made it."""
+    from layerwise.environment import machine
+
+    found = json.loads(file.read_text())
+    found = {"rows": found} if isinstance(found, list) else found
+    environment = found.pop("environment", None)
+    if "machines" not in found:
+        packages = ("packages",)
+        found["machines"] = [{k: v for k, v in (environment or machine()).items() if k not in packages}]
+    line = {"name": name, "command": command or found.pop("command", ""), **found}
+    lines = [old for old in load(folder) if old["name"] != name]
+    save(folder, sorted([*lines, line], key=lambda line: line["name"]))
+
+
+def machine_of(line: dict[str, Any]) -> str:
+    """The machines and versions behind a line, as far as they were recorded."""
+    from layerwise.environment import in_words
+
+    if line.get("machines"):
+        return "; resumed on ".join(in_words(found) for found in line["machines"])
+    said = (line.get("stored") or {}).get("environment")
+    return re.sub(r"^cpu: |\n$", "", said).replace("\n", "; ") if said else "not recorded"
+
+
+def recorded_by(line: dict[str, Any]) -> str:
+    """Who says so, and the commit."""
+    if line.get("machines"):
+        commits = sorted({str(found.get("commit") or "an installed copy")[:12] for found in line["machines"]})
+        return "the run itself, commit " + ", ".join(commits)
+    stored = line.get("stored") or {}
+    if stored.get("environment"):
+        return "the folder's environment.txt when the result was committed, not by the run"
+    return "no file"
+
+
+def environments(lines: Sequence[dict[str, Any]], name: Any) -> list[str]:
+    """A table of machines, and which runs each one made."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault((machine_of(line), recorded_by(line)), []).append(line)
+    body = []
+    for (machine, source), members in groups.items():
+        names = list(dict.fromkeys(map(name, members)))
+        body.append([", ".join(f"`{n}`" for n in names) if len(groups) > 1 else "all", str(len(members)), machine, source])
+    return table(["what", "runs", "machine and versions", "recorded by"], body)
+
+
+# Claims
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a grid: a rule with its options, over the seeds."""
+
+    grid: "Grid"
+    name: str
+
+    @property
+    def words(self) -> list[str]:
+        """The words of the command line that are this row's own."""
+        return self.grid.options["rules"][self.name]
+
+    @property
+    def rule(self) -> str:
+        """The name of the rule."""
+        return self.words[self.words.index("--rule") + 1]
+
+    @property
+    def text(self) -> str:
+        """The options that set the row apart."""
+        return options_text(self.words)
+
+    @property
+    def tuned_as(self) -> str:
+        """The row whose learning rate this one has."""
+        return self.grid.options.get("tuned_as", {}).get(self.name, self.name)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate with the best accuracy on the validation split."""
+        rates = self.grid.options["rates"]
+        lines = [line for line in self.grid.lines if (line["row"], line["kind"]) == (self.tuned_as, "tuning")]
+        scores = {lr: line["val_accuracy"] for lr in rates for line in lines if line["lr"] == lr}
+        return max(scores, key=scores.__getitem__) if scores else rates[0]
+
+    @property
+    def lr_text(self) -> str:
+        """The learning rate, how it was chosen, and whether it lies at the edge of its grid."""
+        rates, chosen = self.grid.options["rates"], []
+        if self.tuned_as != self.name:
+            chosen.append(f"that of `{self.tuned_as}`")
+        if len(rates) == 1:
+            chosen.append("not tuned")
+        elif self.lr in (min(rates), max(rates)):
+            chosen.append(f"{EDGE}, {'lowest' if self.lr == min(rates) else 'highest'} of {len(rates)}")
+        else:
+            chosen.append(f"inside {len(rates)}")
+        return f"{self.lr:g} ({'; '.join(chosen)})"
+
+    @cached_property
+    def finals(self) -> list[dict[str, Any]]:
+        """The final runs at that rate, seed by seed."""
+        wanted = (self.name, "final", self.lr)
+        found = {line["seed"]: line for line in self.grid.lines if (line["row"], line["kind"], line["lr"]) == wanted}
+        return [found[seed] for seed in self.grid.options["seeds"] if seed in found]
+
+    @property
+    def accuracies(self) -> list[float]:
+        """Test accuracy in %, seed by seed."""
+        return [100 * line["test_accuracy"] for line in self.finals]
+
+    @property
+    def accuracy(self) -> str:
+        """Mean and standard deviation of the test accuracy."""
+        return spread(self.accuracies)
+
+    def cells(self) -> dict[str, str]:
+        """Column to cell."""
+        first, memory = self.finals[0], self.finals[0]["memory_mib"]
+        blocks = [name for name in first["test"] if name.endswith("/accuracy")]
+        descents = [v for line in self.finals for name, v in line["test"].items() if name.endswith("/descent")]
+        return {
+            "row": f"`{self.name}`",
+            "rule": f"`{self.rule}`",
+            "options": f"`{self.text}`" if self.text else "",
+            "learning rate": self.lr_text,
+            "n": str(len(self.finals)),
+            "test accuracy, %": self.accuracy,
+            "by block, %": " ".join(
+                f"{100 * statistics.mean(line['test'][block] for line in self.finals):.1f}" for block in blocks
+            ),
+            "act. + grad.": f"{memory['activations'] + memory['gradients']:.1f}",
+            "peak": f"{memory['peak']:.1f}",
+            "seconds": f"{statistics.mean(line['train_seconds'] for line in self.finals):.0f}",
+            "descent, %": f"{100 * statistics.mean(descents):.0f}" if descents else "",
+        }
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Rules on one task, each over the same learning rates and seeds."""
+
+    name: str
+    options: dict[str, Any]
+    lines: list[dict[str, Any]] = field(repr=False)
+
+    @cached_property
+    def rows(self) -> dict[str, Row]:
+        """The rows that have a finished run."""
+        rows = {name: Row(self, name) for name in self.options["rules"]}
+        return {name: row for name, row in rows.items() if row.finals}
+
+    def text(self) -> list[str]:
+        """The section of the grid in its folder's README."""
+        options = self.options
+        rates = ", ".join(f"{lr:g}" for lr in options["rates"])
+        how = f"Common options: `{' '.join(options['common'] + options['final'])}`."
+        if len(options["rates"]) == 1:
+            how += f" One learning rate for all rows, {rates}."
+        else:
+            words = " ".join(options["tune"])
+            how += f" Learning rates {rates}, chosen with seed {options['tune_seed']} and `{words}`."
+        rows = [row.cells() for row in self.rows.values()]
+        columns = [name for name in (rows[0] if rows else ()) if name != "descent, %" or options.get("descent")]
+        lines = [f"## {options['title']}", "", *wrapped(options["about"]), "", *wrapped(how), ""]
+        if missing := [name for name in options["rules"] if name not in self.rows]:
+            lines += [f"Rows without a finished run: {', '.join(missing)}.", ""]
+        return [*lines, *table(columns, [[row[name] for name in columns] for row in rows])]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A folder of `benchmarks/`."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.name
+
+    @cached_property
+    def toml(self) -> dict[str, Any]:
+        """Contents of `claim.toml`."""
+        return tomllib.loads((self.folder / "claim.toml").read_text())
+
+    @cached_property
+    def lines(self) -> list[dict[str, Any]]:
+        """The results."""
+        return load(self.folder)
+
+    @cached_property
+    def grids(self) -> dict[str, Grid]:
+        """The grids; none where the folder has a script of its own. `like` takes over what a grid does not say."""
+        found: dict[str, Grid] = {}
+        for name, options in self.toml.get("grid", {}).items():
+            base = found[options["like"]].options if "like" in options else {}
+            lines = [line for line in self.lines if line["grid"] == name]
+            found[name] = Grid(name, base | options, lines)
+        return found
+
+    @cached_property
+    def script(self) -> Any:
+        """The module `table.py` of a folder without grids."""
+        spec = importlib.util.spec_from_file_location(f"{self.name}.table", self.folder / "table.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    def row(self, name: str) -> Row:
+        """The row that is called `grid/row`."""
+        grid, _, row = name.partition("/")
+        return self.grids[grid].rows[row]
+
+    @property
+    def command(self) -> str:
+        """What gives the results."""
+        return self.toml.get("command", f"python benchmarks/run.py benchmarks/{self.name}")
+
+    @property
+    def answer(self) -> str:
+        """The answer, with its figures filled in: `{grid/row}`, `{grid/row - grid/row}`, or a script's `{name}`."""
+
+        def figure(found: re.Match[str]) -> str:
+            if not self.grids:
+                return self.script.figures(self.lines)[found[1]]
+            one, _, other = found[1].partition(" - ")
+            if not other:
+                return self.row(one).accuracy
+            return f"{statistics.mean(self.row(one).accuracies) - statistics.mean(self.row(other).accuracies):.1f}"
+
+        return re.sub(r"\{([^}]+)\}", figure, self.toml["answer"])
+
+    def small(self) -> list[str]:
+        """The few rows that the answer rests on."""
+        if not self.grids:
+            return self.script.small(self.lines)
+        rows = [self.row(name) for name in self.toml["shown"]]
+        head = ["task", "rule", "options", "test accuracy, %", "n", "learning rate"]
+        body = []
+        for row in rows:
+            cells = row.cells()
+            body.append([row.grid.options.get("task", row.grid.options["title"]), *(cells[name] for name in head[1:])])
+        return table(head, body)
+
+    def readme(self) -> str:
+        """The folder's README: question, answer, tables, environment, command."""
+        lines = [f"# {self.toml['question']}", "", *wrapped(self.answer), ""]
+        if self.toml.get("about"):
+            lines += [*wrapped(self.toml["about"]), ""]
+        if self.grids:
+            for grid in self.grids.values():
+                lines += [*grid.text(), ""]
+            legend = LEGEND + (f" {DESCENT}" if any(grid.options.get("descent") for grid in self.grids.values()) else "")
+            lines += ["## How to read the tables", "", *wrapped(legend), ""]
+            machines = environments(self.lines, lambda line: f"{line['grid']}/{line['row']}")
+        else:
+            lines += [*self.script.tables(self.lines), ""]
+            machines = environments(self.lines, lambda line: line["name"])
+        lines += ["## Environment", "", *machines, "", "## Command", "", "```sh", self.command, "```", ""]
+        if self.grids:
+            grid = next(iter(self.grids.values()))
+            row = next(iter(grid.rows), next(iter(grid.options["rules"])))
+            lines += [
+                "Finished runs are kept, so that the command can be stopped and repeated. One row again, compared with",
+                "what is stored:",
+                "",
+                "```sh",
+                f"python benchmarks/run.py benchmarks/{self.name} --check {grid.name}/{row}",
+                "```",
+                "",
+            ]
+        what = "Each line of `results.jsonl` is a run" if self.grids else "Each line of `results.jsonl` is a measurement"
+        lines += [f"{what}: figures, options or command, machine. `claim.toml` has the settings.", ""]
+        return "\n".join([*lines, "<!-- written by benchmarks/run.py; do not edit -->", ""])
+
+
+def claims(here: Path = HERE) -> list[Claim]:
+    """All folders, in the order in which they are told."""
+    found = [Claim(file.parent) for file in sorted(here.glob("*/claim.toml"))]
+    return sorted(found, key=lambda claim: (claim.toml.get("place", 99), claim.name))
+
+
+# Text
+
+
+def options_text(words: Sequence[str]) -> str:
+    """Options as `name=value` words, without the rule's name.
+
+    >>> options_text(["--rule", "sll", "--rule.group", "2", "--augment", "flip", "crop", "--channels-last"])
+    'group=2 augment=flip,crop channels-last'
+    """
+    found: list[tuple[str, list[str]]] = []
+    for word in words:
+        if word.startswith("--"):
+            found.append((word.removeprefix("--").removeprefix("rule."), []))
+        else:
+            found[-1][1].append(word)
+    return " ".join(f"{name}={','.join(values)}" if values else name for name, values in found if name != "rule")
+
+
+def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table."""
+    return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(row) + " |" for row in body)]
+
+
+def wrapped(text: str) -> list[str]:
+    """Lines of at most 100 columns."""
+    return textwrap.wrap(" ".join(text.split()), 100, break_long_words=False, break_on_hyphens=False)
+
+
+def spread(values: Sequence[float], factor: float = 1, digits: int = 2) -> str:
+    """Mean and standard deviation; empty where there is nothing."""
+    if not values:
+        return ""
+    deviation = f" ± {factor * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{factor * statistics.mean(values):.{digits}f}{deviation}"
+
+
+def main() -> None:
+    """Store a measurement."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["keep"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("name")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--command", default="")
+    given = parser.parse_args()
+    keep(given.folder, given.name, given.file, given.command)
+
+
+if __name__ == "__main__":
+    main()
