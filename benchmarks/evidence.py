@@ -19,6 +19,7 @@ import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -53,25 +54,25 @@ def save(folder: Path, lines: Iterable[dict[str, Any]]) -> None:
 
 
 def short(value: Any) -> Any:
-    """The value with its floats rounded to eight significant digits."""
+    """The value with its floats rounded to twelve significant digits."""
     if isinstance(value, float):
-        return float(f"{value:.8g}")
+        return float(f"{value:.12g}")
     if isinstance(value, dict):
         return {name: short(part) for name, part in value.items()}
     return [short(part) for part in value] if isinstance(value, list | tuple) else value
 
 
-def keep(folder: Path, name: str, file: Path, command: str) -> None:
-    """Store a measurement under its name, with the machine that made it."""
+def keep(folder: Path, name: str, found: Any, command: str, packages: Sequence[str] = ()) -> None:
+    """Store a measurement under its name, with the machine that made it and the versions of these packages."""
     from layerwise.environment import machine
 
-    found = json.loads(file.read_text())
-    found = {"rows": found} if isinstance(found, list) else found
-    environment = found.pop("environment", None)
-    if "machines" not in found:
-        packages = ("packages",)
-        found["machines"] = [{k: v for k, v in (environment or machine()).items() if k not in packages}]
-    line = {"name": name, "command": command or found.pop("command", ""), **found}
+    found = {"rows": found} if isinstance(found, list) else dict(found)
+    here = found.pop("environment", None) or machine()
+    here = {key: value for key, value in here.items() if key != "packages"}
+    if packages:
+        here["packages"] = {package: version(package) for package in packages}
+    found.setdefault("machines", [here])
+    line = {"name": name, **found, "command": command or found.get("command", "")}
     lines = [old for old in load(folder) if old["name"] != name]
     save(folder, sorted([*lines, line], key=lambda line: line["name"]))
 
@@ -80,8 +81,11 @@ def machine_of(line: dict[str, Any]) -> str:
     """The machines and versions behind a line, as far as they were recorded."""
     from layerwise.environment import in_words
 
+    def words(found: dict[str, Any]) -> str:
+        return ", ".join([in_words(found), *(f"{name} {number}" for name, number in found.get("packages", {}).items())])
+
     if line.get("machines"):
-        return "; resumed on ".join(in_words(found) for found in line["machines"])
+        return "; resumed on ".join(map(words, line["machines"]))
     said = (line.get("stored") or {}).get("environment")
     return re.sub(r"^cpu: |\n$", "", said).replace("\n", "; ") if said else "not recorded"
 
@@ -92,8 +96,8 @@ def recorded_by(line: dict[str, Any]) -> str:
         commits = sorted({str(found.get("commit") or "an installed copy")[:12] for found in line["machines"]})
         return "the run itself, commit " + ", ".join(commits)
     stored = line.get("stored") or {}
-    if stored.get("environment"):
-        return "the folder's environment.txt when the result was committed, not by the run"
+    if stored.get("source"):
+        return f"{stored['source']}, not by the run"
     return "no file"
 
 
@@ -142,10 +146,13 @@ class Row:
     @property
     def lr(self) -> float:
         """The learning rate with the best accuracy on the validation split."""
-        rates = self.grid.options["rates"]
+        return max(self.scores, key=self.scores.__getitem__) if self.scores else self.grid.options["rates"][0]
+
+    @cached_property
+    def scores(self) -> dict[float, float]:
+        """Learning rate to accuracy on the validation split, in the order of the grid."""
         lines = [line for line in self.grid.lines if (line["row"], line["kind"]) == (self.tuned_as, "tuning")]
-        scores = {lr: line["val_accuracy"] for lr in rates for line in lines if line["lr"] == lr}
-        return max(scores, key=scores.__getitem__) if scores else rates[0]
+        return {lr: line["val_accuracy"] for lr in self.grid.options["rates"] for line in lines if line["lr"] == lr}
 
     @property
     def lr_text(self) -> str:
@@ -159,7 +166,13 @@ class Row:
             chosen.append(f"{EDGE}, {'lowest' if self.lr == min(rates) else 'highest'} of {len(rates)}")
         else:
             chosen.append(f"inside {len(rates)}")
+        if ties := [f"{lr:g}" for lr, score in self.scores.items() if lr != self.lr and self.tied(score)]:
+            chosen.append(f"tied with {', '.join(ties)}")
         return f"{self.lr:g} ({'; '.join(chosen)})"
+
+    def tied(self, score: float) -> bool:
+        """Whether a score on the validation split is the best one too; means of floats differ in their last digits."""
+        return abs(score - self.scores[self.lr]) < 1e-6
 
     @cached_property
     def finals(self) -> list[dict[str, Any]]:
@@ -389,9 +402,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("name")
     parser.add_argument("file", type=Path)
-    parser.add_argument("--command", default="")
+    parser.add_argument("--command", default="", help="what gave it, where the file does not say so")
+    parser.add_argument("--packages", nargs="+", default=[], help="further packages whose versions matter")
     given = parser.parse_args()
-    keep(given.folder, given.name, given.file, given.command)
+    keep(given.folder, given.name, json.loads(given.file.read_text()), given.command, given.packages)
 
 
 if __name__ == "__main__":

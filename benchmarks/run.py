@@ -9,7 +9,7 @@ split, then the final runs over the seeds, which alone look at the test split. A
 so the command can be stopped and repeated. A folder without grids has a `run.sh`, which gets the further options.
 
 `--check GRID/ROW ...` trains the final runs of these rows again and compares them with what is stored, to the digits
-that are kept (eight); nothing is stored. `--table` only writes the README of what is there.
+that are kept (twelve); nothing is stored. `--table` only writes the README of what is there.
 """
 
 import argparse
@@ -41,8 +41,10 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="only write the README of what is there")
     parser.add_argument("--check", nargs="+", metavar="GRID/ROW", help="train these rows again and compare")
     arguments, further = parser.parse_known_args()
-    for folder in (folder for folder in arguments.folders if (folder / "claim.toml").exists()):
-        claim = Claim(folder.resolve())
+    folders = [folder.resolve() for folder in arguments.folders if (folder / "claim.toml").exists()]
+    os.chdir(evidence.HERE.parent)  # paths of data in a grid are relative to the repository
+    for folder in folders:
+        claim = Claim(folder)
         if further and claim.grids:
             parser.error(f"unknown options: {' '.join(further)}")
         if arguments.check:
@@ -61,6 +63,7 @@ def main() -> int:
 
 def grow(claim: Claim, jobs: int) -> None:
     """Run what is missing: first the tuning, then the final runs at the rates that it chose."""
+    prepare(claim)
     lines = list(claim.lines)
 
     def ended(wanted: Wanted, result: dict) -> None:
@@ -78,6 +81,12 @@ def grow(claim: Claim, jobs: int) -> None:
     train(missing(one for grid in claim.grids.values() for one in tuning(grid)), jobs, ended)
     grids = Claim(claim.folder).grids.values()
     train(missing(one for grid in grids for one in finals(grid, grid.options["rules"])), jobs, ended)
+
+
+def prepare(claim: Claim) -> None:
+    """Write the data that a grid needs and no hub has."""
+    for script in {grid.options["prepare"] for grid in claim.grids.values() if "prepare" in grid.options}:
+        subprocess.run([sys.executable, claim.folder / script], check=True)
 
 
 def tuning(grid: Grid) -> list[Wanted]:
@@ -124,6 +133,7 @@ def train(wanted: list[Wanted], jobs: int, ended: Callable[[Wanted, dict], None]
 
 def check(claim: Claim, names: list[str], jobs: int) -> int:
     """Train the final runs of these rows again; 1 where a figure of theirs differs from what is stored."""
+    prepare(claim)
     wanted: list[Wanted] = []
     for name in names:
         with contextlib.suppress(KeyError):
