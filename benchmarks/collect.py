@@ -59,23 +59,25 @@ def rules_table() -> str:
             if row.rule == name
         ]
         memory = "constant in depth" if rule.flat_memory else "grows"
-        body.append([f"[`{name}`](docs/rules/{name}.md)", rule.locality, rule.crosses, memory, *(found or [""])[:1]])
+        body.append([f"[`{name}`](docs/rules/{name}.md)", rule.locality, rule.boundary, memory, *(found or [""])[:1]])
     head = ["rule", "locality", "what crosses a block boundary", "activations + gradients", "test accuracy, %"]
     folders = ", ".join(f"[{folder}](benchmarks/{folder}/README.md)" for folder, _ in FIRST)
     note = (
-        f"Accuracies are mean ± standard deviation over three seeds or more, from {folders}. On the digits every rule has its "
-        "default options and one learning rate for all; elsewhere the folder names the options. *Edge* marks a learning rate "
-        "at the end of its grid."
+        f"Accuracies are mean ± standard deviation over three seeds or more, from {folders}. On the digits every rule "
+        "has its default options and one learning rate for all; elsewhere the folder names the options. *Edge* marks "
+        "a learning rate at the end of its grid."
     )
     return "\n".join([*table(head, body), "", *wrapped(note)])
 
 
 def proof() -> str:
     """Three rows that the README rests on."""
-    body = [[claim.toml["question"], claim.answer, link(claim, "benchmarks/")] for claim in map(CLAIMS.get, PROOF) if claim]
+    body = [
+        [claim.toml["question"], claim.answer, link(claim, "benchmarks/")] for claim in map(CLAIMS.get, PROOF) if claim
+    ]
     note = (
-        f"Each folder has its table, its machine and its command. [All {len(CLAIMS)} questions](docs/results.md) have an "
-        "answer, also those that went against us."
+        f"Each folder has its table, its machine and its command. [All {len(CLAIMS)} questions](docs/results.md) have "
+        "an answer, also those that went against us."
     )
     return "\n".join([*table(["question", "answer", "evidence"], body), "", *wrapped(note)])
 
@@ -104,7 +106,9 @@ def anchor(heading: str) -> str:
 
 def index() -> str:
     """The contents of benchmarks/README.md."""
-    body = [[claim.toml["question"], claim.answer, f"[{claim.name}]({claim.name}/README.md)"] for claim in CLAIMS.values()]
+    body = [
+        [claim.toml["question"], claim.answer, f"[{claim.name}]({claim.name}/README.md)"] for claim in CLAIMS.values()
+    ]
     return "\n".join(table(["question", "answer", "folder"], body))
 
 
@@ -150,40 +154,48 @@ def screening() -> str:
     return "\n".join(table(claim.script.HEAD, claim.script.rows(claim.lines)))
 
 
-def fill_recipe(name: str, folder: str, row: str) -> None:
-    """Replace the last section of a recipe, `[expected]`, by what was measured."""
-    file = ROOT / "src" / "layerwise" / "recipes" / f"{name}.toml"
+def recipe(name: str, folder: str, row: str) -> tuple[Path, str]:
+    """A recipe whose last section, `[expected]`, is what was measured."""
+    file = ROOT / "src" / "layerwise" / "runs" / "recipes" / f"{name}.toml"
     found = CLAIMS[folder].row(row)
     kept = file.read_text().partition("\n[expected]")[0].rstrip()
     figure = f"{found.accuracy} (n = {len(found.finals)})"
     command = f"python benchmarks/run.py benchmarks/{folder}"
-    file.write_text(f'{kept}\n\n[expected]\ntest_accuracy = "{figure}"\ncommand = "{command}"\n')
+    return file, f'{kept}\n\n[expected]\ntest_accuracy = "{figure}"\ncommand = "{command}"\n'
 
 
-def fill(file: Path, marker: str, text: str) -> None:
-    """Replace what stands between `<!-- marker:begin ... -->` and `<!-- marker:end ... -->`."""
-    pattern = re.compile(rf"(<!-- {marker}:begin[^>]*-->\n).*?(<!-- {marker}:end[^>]*-->)", re.S)
-    old = file.read_text()
-    if not pattern.search(old):
-        raise SystemExit(f"{file} has no markers {marker}:begin and {marker}:end")
-    file.write_text(pattern.sub(lambda m: f"{m[1]}{text}\n{m[2]}", old))
+def filled(file: Path, **blocks: str) -> tuple[Path, str]:
+    """The file with what stands between `<!-- name:begin ... -->` and `<!-- name:end ... -->` replaced."""
+    text = file.read_text()
+    for name, block in blocks.items():
+        pattern = re.compile(rf"(<!-- {name}:begin[^>]*-->\n).*?(<!-- {name}:end[^>]*-->)", re.S)
+        if not pattern.search(text):
+            raise SystemExit(f"{file} has no markers {name}:begin and {name}:end")
+        text = pattern.sub(lambda m, block=block: f"{m[1]}{block}\n{m[2]}", text)
+    return file, text
+
+
+def pages() -> dict[Path, str]:
+    """Every file that holds figures, and what it should hold."""
+    docs = ROOT / "docs"
+    rule_pages = [page for page in sorted((docs / "rules").glob("*.md")) if page.stem != "index"]
+    return dict(
+        [
+            filled(ROOT / "README.md", rules=rules_table(), figures=proof()),
+            filled(docs / "results.md", answers=answers(), papers=papers()),
+            filled(docs / "log.md", screening=screening()),
+            filled(HERE / "README.md", claims=index()),
+            *(filled(page, figures=rule_page(page.stem)) for page in rule_pages),
+            *(recipe(name, folder, row) for name, (folder, row) in RECIPES.items()),
+            *((claim.folder / "README.md", claim.readme()) for claim in CLAIMS.values()),
+        ]
+    )
 
 
 def main() -> None:
-    """Fill README.md, docs/, the pages of the rules, the recipes and benchmarks/README.md."""
-    fill(ROOT / "README.md", "rules", rules_table())
-    fill(ROOT / "README.md", "figures", proof())
-    fill(ROOT / "docs" / "results.md", "answers", answers())
-    fill(ROOT / "docs" / "results.md", "papers", papers())
-    fill(ROOT / "docs" / "log.md", "screening", screening())
-    fill(HERE / "README.md", "claims", index())
-    for claim in CLAIMS.values():
-        (claim.folder / "README.md").write_text(claim.readme())
-    for name, (folder, row) in RECIPES.items():
-        fill_recipe(name, folder, row)
-    for page in sorted((ROOT / "docs" / "rules").glob("*.md")):
-        if page.stem != "index":
-            fill(page, "figures", rule_page(page.stem))
+    """Write them."""
+    for file, text in pages().items():
+        file.write_text(text)
 
 
 if __name__ == "__main__":

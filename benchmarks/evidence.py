@@ -32,7 +32,9 @@ LEGEND = (
     f"seed, unless its cell says otherwise. {EDGE} marks a rate at the end of its grid, where a wider grid may serve "
     "that row better; with two rates every choice is an edge."
 )
-DESCENT = "Descent is the share of test samples whose local objective is no larger than before the module, mean over modules."
+DESCENT = (
+    "Descent is the share of test samples whose local objective is no larger than before the module, mean over modules."
+)
 
 
 # Results, one line each
@@ -64,7 +66,7 @@ def short(value: Any) -> Any:
 
 def keep(folder: Path, name: str, found: Any, command: str, packages: Sequence[str] = ()) -> None:
     """Store a measurement under its name, with the machine that made it and the versions of these packages."""
-    from layerwise.environment import machine
+    from layerwise.runs.environment import machine
 
     found = {"rows": found} if isinstance(found, list) else dict(found)
     here = found.pop("environment", None) or machine()
@@ -79,7 +81,7 @@ def keep(folder: Path, name: str, found: Any, command: str, packages: Sequence[s
 
 def machine_of(line: dict[str, Any]) -> str:
     """The machines and versions behind a line, as far as they were recorded."""
-    from layerwise.environment import in_words
+    from layerwise.runs.environment import in_words
 
     def words(found: dict[str, Any]) -> str:
         return ", ".join([in_words(found), *(f"{name} {number}" for name, number in found.get("packages", {}).items())])
@@ -109,7 +111,9 @@ def environments(lines: Sequence[dict[str, Any]], name: Any) -> list[str]:
     body = []
     for (machine, source), members in groups.items():
         names = list(dict.fromkeys(map(name, members)))
-        body.append([", ".join(f"`{n}`" for n in names) if len(groups) > 1 else "all", str(len(members)), machine, source])
+        body.append(
+            [", ".join(f"`{n}`" for n in names) if len(groups) > 1 else "all", str(len(members)), machine, source]
+        )
     return table(["what", "runs", "machine and versions", "recorded by"], body)
 
 
@@ -280,7 +284,8 @@ class Claim:
     def script(self) -> Any:
         """The module `table.py` of a folder without grids."""
         spec = importlib.util.spec_from_file_location(f"{self.name}.table", self.folder / "table.py")
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
@@ -329,7 +334,9 @@ class Claim:
         if self.grids:
             for grid in self.grids.values():
                 lines += [*grid.text(), ""]
-            legend = LEGEND + (f" {DESCENT}" if any(grid.options.get("descent") for grid in self.grids.values()) else "")
+            legend = LEGEND + (
+                f" {DESCENT}" if any(grid.options.get("descent") for grid in self.grids.values()) else ""
+            )
             lines += ["## How to read the tables", "", *wrapped(legend), ""]
             machines = environments(self.lines, lambda line: f"{line['grid']}/{line['row']}")
         else:
@@ -348,7 +355,9 @@ class Claim:
                 "```",
                 "",
             ]
-        what = "Each line of `results.jsonl` is a run" if self.grids else "Each line of `results.jsonl` is a measurement"
+        what = (
+            "Each line of `results.jsonl` is a run" if self.grids else "Each line of `results.jsonl` is a measurement"
+        )
         lines += [f"{what}: figures, options or command, machine. `claim.toml` has the settings.", ""]
         return "\n".join([*lines, "<!-- written by benchmarks/run.py; do not edit -->", ""])
 

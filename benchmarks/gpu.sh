@@ -39,8 +39,8 @@ import json
 import sys
 from pathlib import Path
 
-from layerwise.environment import in_words
-from layerwise.summary import COLUMNS, table_rows
+from layerwise.runs.environment import in_words
+from layerwise.report.summary import COLUMNS, table_rows
 
 out = Path(sys.argv[1])
 rules = json.loads((out / "summary.json").read_text())["rules"]

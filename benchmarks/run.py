@@ -25,9 +25,10 @@ from pathlib import Path
 import evidence
 from evidence import Claim, Grid
 
-from layerwise import cells, cli
-from layerwise.cells import Cell
-from layerwise.pool import Pool
+from layerwise.compare import grid_runs
+from layerwise.compare.grid_runs import GridRun
+from layerwise.compare.pool import Pool
+from layerwise.runs import arguments as command_line
 
 Wanted = tuple[Grid, str, float, int, str]
 """Grid, row, learning rate, seed, `tuning` or `final`."""
@@ -67,7 +68,7 @@ def grow(claim: Claim, jobs: int) -> None:
     lines = list(claim.lines)
 
     def ended(wanted: Wanted, result: dict) -> None:
-        grid, row, lr, seed, kind = wanted
+        grid, row, lr, _, kind = wanted
         result = {name: value for name, value in result.items() if name != "blocks"}  # they are in `test`
         lines.append({"grid": grid.name, "row": row, "kind": kind, "lr": lr, **result})
         order = {name: i for i, name in enumerate(claim.grids)}
@@ -106,7 +107,7 @@ def finals(grid: Grid, names: Iterable[str]) -> list[Wanted]:
 
 def train(wanted: list[Wanted], jobs: int, ended: Callable[[Wanted, dict], None]) -> None:
     """Train in the worker processes of `layerwise compare`."""
-    runs: dict[str, tuple[Wanted, str, Cell]] = {}
+    runs: dict[str, tuple[Wanted, str, GridRun]] = {}
     with tempfile.TemporaryDirectory() as scratch, Pool(jobs, Path(scratch) / "workers.log") as pool:
         for one in wanted:
             grid, row, lr, seed, kind = one
@@ -114,10 +115,10 @@ def train(wanted: list[Wanted], jobs: int, ended: Callable[[Wanted, dict], None]
             words = [*grid.options["common"], *grid.options["rules"][row]]
             words += [*grid.options["tune" if kind == "tuning" else "final"], "--lr", f"{lr:g}", "--seed", str(seed)]
             words += ["--threads", "1"]
-            options = cli.train_options([*words, "--out", str(Path(scratch) / name)], "train")
-            runs[name] = one, " ".join(["layerwise", "train", *words]), Cell(row, name, options)
+            options = command_line.train_options([*words, "--out", str(Path(scratch) / name)], "train")
+            runs[name] = one, " ".join(["layerwise", "train", *words]), GridRun(row, name, options)
 
-        def end(cell: Cell) -> None:
+        def end(cell: GridRun) -> None:
             one, command, _ = runs[cell.name]
             if (result := cell.result) is None:
                 print(f"{cell.name}: failed: {(cell.failure or {}).get('reason')}", flush=True)
@@ -128,7 +129,7 @@ def train(wanted: list[Wanted], jobs: int, ended: Callable[[Wanted, dict], None]
             test, seconds = 100 * result["test_accuracy"], result["train_seconds"]
             print(f"{cell.name}: {val}test {test:.2f} in {seconds:.0f} s", flush=True)
 
-        cells.train([cell for _, _, cell in runs.values()], pool, jobs, ended=end)
+        grid_runs.train([cell for _, _, cell in runs.values()], pool, jobs, ended=end)
 
 
 def check(claim: Claim, names: list[str], jobs: int) -> int:
@@ -144,7 +145,7 @@ def check(claim: Claim, names: list[str], jobs: int) -> int:
     differ: list[str] = []
 
     def ended(one: Wanted, result: dict) -> None:
-        grid, name, lr, seed, kind = one
+        grid, name, _, seed, _ = one
         old = next(line for line in grid.rows[name].finals if line["seed"] == seed)
         new = evidence.short(result)["test"]
         same = old["test"] == new

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from layerwise import Classification, Learner, Moment, Rule, Signal, Site, Start
+from layerwise import BatchContext, BlockContext, Classification, Learner, Rule, Signal, Site
+from layerwise.core.rule import Locality, cross_entropy_at_head
 from layerwise.models import create
-from layerwise.rules.base import Locality, cross_entropy_at_head
 
 
 class Feedback(nn.Module):
@@ -39,7 +39,7 @@ class DirectFeedback(Rule):
 
     name: ClassVar[str] = "direct_feedback"
     locality: ClassVar[Locality] = "broadcast"
-    crosses: ClassVar[str] = "detached activation; the output error (K numbers per sample) goes to every block"
+    boundary: ClassVar[str] = "detached activation; the output error (K numbers per sample) goes to every block"
     flat_memory: ClassVar[bool] = True
     source: ClassVar[str] = "Noekland, arXiv 1609.01596 (2016); error from a second forward pass: our reading"
     restrictions: ClassVar[str] = "One label per sample. Two forward passes per step."
@@ -48,16 +48,16 @@ class DirectFeedback(Rule):
         """The fixed feedback matrix of a block."""
         return None if site.is_head else Feedback(task.classes, h.shape[1:])
 
-    def begin(self, start: Start) -> tuple[Tensor, Any]:
+    def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
         """The error at the output, as the first message."""
-        error = start.forward(start.x).float().softmax(-1) - start.task.distribution(start.y)
-        return start.x, error / len(start.y)  # the gradient of the mean cross-entropy on the logits
+        error = ctx.forward(ctx.x).float().softmax(-1) - ctx.task.distribution(ctx.y)
+        return ctx.x, error / len(ctx.y)  # the gradient of the mean cross-entropy on the logits
 
-    def signal(self, at: Moment) -> Signal:
+    def signal(self, ctx: BlockContext) -> Signal:
         """The error through the block's matrix; the head has its true gradient."""
-        if at.auxiliary is None:
-            return cross_entropy_at_head(at)
-        return Signal(cotangent=(self.scale * at.auxiliary(at.message)).to(at.h.dtype), message=at.message)
+        if ctx.auxiliary is None:
+            return cross_entropy_at_head(ctx)
+        return Signal(cotangent=(self.scale * ctx.auxiliary(ctx.message)).to(ctx.h.dtype), message=ctx.message)
 
 
 def main(steps: int = 60) -> list[float]:

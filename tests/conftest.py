@@ -5,7 +5,7 @@ One seed before every test: a test that fails does so again.
 
 import pytest
 import torch
-from runs import COMPARE, start
+from support.runs import COMPARE, start
 
 
 @pytest.fixture(autouse=True, scope="session")

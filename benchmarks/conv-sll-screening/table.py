@@ -28,5 +28,7 @@ def small(lines):
 
 
 def tables(lines):
-    text = wrapped("CIFAR-10, four convolutions 64-128-256-256, bf16, flip and crop, seed 0; accuracy on the validation split.")
+    text = wrapped(
+        "CIFAR-10, four convolutions 64-128-256-256, bf16, flip and crop, seed 0; accuracy on the validation split."
+    )
     return [*text, "", *table(HEAD, rows(lines))]

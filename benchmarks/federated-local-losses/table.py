@@ -66,13 +66,13 @@ def tables(lines):
         *("up, MiB/round", "peak, MiB", "of it gradients + activations"),
     ]
     text = wrapped(
-        f"FedAvg (Flower) over {first['clients']} clients, {first['train_samples']:,} training images of MNIST in all; MLP "
-        f"{first['depth']}x{first['width']}, {first['precision']}, batch {first['batch_size']}, {first['local_epochs']} local "
-        f"epochs per round; AdamW at {first['lr']:g} (tuned for no rule), which begins anew in every round. Shards are IID, "
-        "or skewed by a Dirichlet distribution over clients with alpha = 0.5. Accuracy is that of the averaged network on "
-        "the 10,000 test images by the rule's own predictor, mean ± standard deviation over "
-        f"{len(next(iter(found.values())))} seeds. *- backprop* is the mean of the differences seed by seed. Bytes and memory "
-        "are those of one client, exact; memory is that of a training step. `forward_forward` has "
-        "`loss=symba alpha=0.1 label_scale=5`, the other rules their default options."
+        f"FedAvg (Flower) over {first['clients']} clients, {first['train_samples']:,} training images of MNIST in all; "
+        f"MLP {first['depth']}x{first['width']}, {first['precision']}, batch {first['batch_size']}, "
+        f"{first['local_epochs']} local epochs per round; AdamW at {first['lr']:g} (tuned for no rule), which begins "
+        "anew in every round. Shards are IID, or skewed by a Dirichlet distribution over clients with alpha = 0.5. "
+        "Accuracy is that of the averaged network on the 10,000 test images by the rule's own predictor, mean ± "
+        f"standard deviation over {len(next(iter(found.values())))} seeds. *- backprop* is the mean of the differences "
+        "seed by seed. Bytes and memory are those of one client, exact; memory is that of a training step. "
+        "`forward_forward` has `loss=symba alpha=0.1 label_scale=5`, the other rules their default options."
     )
     return [*text, "", *table(head, body)]

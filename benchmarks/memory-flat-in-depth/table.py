@@ -2,7 +2,11 @@
 
 from evidence import table, wrapped
 
-TITLES = {"mlp": "MLP of width 256, batch 64", "conv": "Conv net of width 16, batch 16", "vit": "ViT of width 64, batch 8"}
+TITLES = {
+    "mlp": "MLP of width 256, batch 64",
+    "conv": "Conv net of width 16, batch 16",
+    "vit": "ViT of width 64, batch 8",
+}
 COLUMNS = ("parameters", "optimizer", "gradients", "activations", "peak")
 
 
@@ -28,12 +32,21 @@ def small(lines):
 
 def tables(lines):
     text = wrapped(
-        "One training step, exact bytes on the CPU, MiB. Only activations and gradients are the rule's doing; parameters "
-        "and optimizer state grow with depth whatever the rule. `docs/images/memory.svg` is drawn from these rows."
+        "One training step, exact bytes on the CPU, MiB. Only activations and gradients are the rule's doing; "
+        "parameters and optimizer state grow with depth whatever the rule. `docs/images/memory.svg` is drawn from "
+        "these rows."
     )
     for line in lines:
         body = [
-            [f"`{row['rule']}`", str(row["depth"]), *(f"{row[name] / 2**20:.3f}" for name in COLUMNS)] for row in line["rows"]
+            [f"`{row['rule']}`", str(row["depth"]), *(f"{row[name] / 2**20:.3f}" for name in COLUMNS)]
+            for row in line["rows"]
         ]
-        text += ["", f"## {TITLES[line['name']]}", "", f"`{line['command']}`", "", *table(["rule", "blocks", *COLUMNS], body)]
+        text += [
+            "",
+            f"## {TITLES[line['name']]}",
+            "",
+            f"`{line['command']}`",
+            "",
+            *table(["rule", "blocks", *COLUMNS], body),
+        ]
     return text

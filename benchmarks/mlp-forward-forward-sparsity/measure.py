@@ -3,11 +3,10 @@
     python benchmarks/mlp-forward-forward-sparsity/measure.py
 
 The same network is trained by `forward_forward` and by `backprop`, and measured untrained too. Per layer, on test
-samples that are classified correctly: Hoyer's sparsity (`layerwise.diagnostics.hoyer_sparsity`), the share of units
-that never fire, and the share of category-specific units: those for which one class holds more than half of the sum
-over classes of the unit's mean activity. Forward-Forward is measured with the true label written into the image, as
-Tosato et al. (arXiv 2305.18353) do. The figures go to
-`results.jsonl`.
+samples that are classified correctly: Hoyer's sparsity (`layerwise.measure.diagnostics.hoyer_sparsity`), the share of
+units that never fire, and the share of category-specific units: those for which one class holds more than half of the
+sum over classes of the unit's mean activity. Forward-Forward is measured with the true label written into the image, as
+Tosato et al. (arXiv 2305.18353) do. The figures go to `results.jsonl`.
 """
 
 import argparse
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from layerwise import Learner, create_rule, data, models
-from layerwise.diagnostics import dead_units, features, hoyer_sparsity
+from layerwise.measure.diagnostics import dead_units, features, hoyer_sparsity
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))

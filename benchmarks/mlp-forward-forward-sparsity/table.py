@@ -39,10 +39,11 @@ def tables(lines):
             accuracy = spread([100 * run["accuracy"] for run in runs])
             body.append([name, accuracy, layer, *cells, spread([row["classes"] for row in rows], digits=1)])
     text = wrapped(
-        "MNIST, MLP 3x500, AdamW, learning rate 1e-3 (not tuned), 8 epochs, 3 seeds; default options of the rules. Measured on "
-        "those of the first 2000 test samples that are classified correctly (untrained: on all): Hoyer's sparsity (0 to 1), "
-        "share of units that never change, share of units of which one class holds more than half of the mean activity, "
-        "and the number of classes that have such units. Mean ± standard deviation over the seeds."
+        "MNIST, MLP 3x500, AdamW, learning rate 1e-3 (not tuned), 8 epochs, 3 seeds; default options of the rules. "
+        "Measured on those of the first 2000 test samples that are classified correctly (untrained: on all): Hoyer's "
+        "sparsity (0 to 1), share of units that never change, share of units of which one class holds more than half "
+        "of the mean activity, and the number of classes that have such units. Mean ± standard deviation over the "
+        "seeds."
     )
     head = ["rule", "accuracy, %", "layer", "Hoyer", "dead", "category-specific", "classes with such units"]
     return [*text, "", *table(head, body)]

@@ -3,7 +3,7 @@
     python benchmarks/offload-resident-memory/measure.py [--depths 8,64] [--rounds 10] [--folder FOLDER]
 
 Memory is the high-water mark that the system reports (VmHWM) of whole runs, each in a process of its own: building the
-network, training, checkpoint, evaluation. Time is that of steps of a streamed and an ordinary learner in one process,
+network, training, checkpoint, evaluation. Time is that of steps of an offloaded and an ordinary learner in one process,
 in turn. The figures go to `results.jsonl` beside this file.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from layerwise import Learner, models
-from layerwise.bench import speed_of
+from layerwise.measure.bench import speed_of
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -31,26 +31,26 @@ WIDTH, BATCH, STEPS = 2048, 512, 3
 RUN = f"--model mlp --model.width {WIDTH} --batch-size {BATCH} --steps {STEPS} --val-fraction 0 --threads 1"
 CHILD = """
 import pathlib, re, sys
-from layerwise.cli import main
+from layerwise.cli.main import main
 assert main(sys.argv[1:]) == 0
 print("high water", re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
 """
 
 
-def memory(depth: int, stream: str, folder: str) -> dict:
+def memory(depth: int, offload: str, folder: str) -> dict:
     """Peak resident MiB of a run in a process of its own."""
     with tempfile.TemporaryDirectory(dir=folder) as out:
-        words = ["train", *RUN.split(), "--model.depth", str(depth), "--stream", stream, "--out", f"{out}/run"]
+        words = ["train", *RUN.split(), "--model.depth", str(depth), "--offload", offload, "--out", f"{out}/run"]
         done = subprocess.run([sys.executable, "-c", CHILD, *words], capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(done.stderr)
         found = re.search(r"high water (\d+)", done.stdout)
         result = json.loads((Path(out) / "run" / "result.json").read_text())
     peak = int(found[1]) / 1024
-    print(f"{stream:<6}{depth:>4} blocks: {peak:8.0f} MiB", flush=True)
+    print(f"{offload:<6}{depth:>4} blocks: {peak:8.0f} MiB", flush=True)
     return {
         "depth": depth,
-        "stream": stream,
+        "offload": offload,
         "resident_mib": peak,
         "parameters": result["parameters"],
         "exact_mib": result["memory_mib"],
@@ -59,14 +59,14 @@ def memory(depth: int, stream: str, folder: str) -> dict:
 
 
 def time(depth: int, rounds: int, folder: str) -> dict:
-    """Seconds of steps, streamed and not, in turn."""
+    """Seconds of steps, offloaded and not, in turn."""
     torch.set_num_threads(1)
     x, y = torch.randn(BATCH, 1, 8, 8), torch.randint(10, (BATCH,))
     learners = {}
-    for stream in ("none", "disk"):
+    for offload in ("none", "disk"):
         torch.manual_seed(0)
         model = models.create("mlp", (1, 8, 8), 10, depth=depth, width=WIDTH)
-        learners[stream] = Learner(model, "sll", stream=stream, stream_folder=folder, example=x), x, y
+        learners[offload] = Learner(model, "sll", offload=offload, offload_folder=folder, example=x), x, y
     seconds = speed_of(learners, rounds, warmup=2)
     ratios = sorted(a / b for a, b in zip(seconds["disk"], seconds["none"], strict=True))
     low, high = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
@@ -86,7 +86,7 @@ def main() -> None:
     options = parser.parse_args()
     timed = time(options.time_depth, options.rounds, options.folder)
     depths = [int(depth) for depth in options.depths.split(",")]
-    rows = [memory(depth, stream, options.folder) for depth in depths for stream in ("disk", "none")]
+    rows = [memory(depth, offload, options.folder) for depth in depths for offload in ("disk", "none")]
     command = shlex.join(["python", "benchmarks/offload-resident-memory/measure.py", *sys.argv[1:]])
     options.out.mkdir(parents=True, exist_ok=True)
     evidence.keep(options.out, "memory", rows, command)

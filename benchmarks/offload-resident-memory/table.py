@@ -10,9 +10,14 @@ def parts(lines):
     return found["memory"]["rows"], found["time"]
 
 
+def place(row):
+    """`disk` or `none`; the option was called `stream` when the stored rows were measured."""
+    return row["offload"] if "offload" in row else row["stream"]
+
+
 def figures(lines):
     rows, time = parts(lines)
-    held = {(row["stream"], row["depth"]): row["resident_mib"] for row in rows}
+    held = {(place(row), row["depth"]): row["resident_mib"] for row in rows}
     depths = sorted({depth for _, depth in held})
     return {
         "last": f"{held['disk', depths[-1]]:.0f}",
@@ -26,8 +31,8 @@ def small(lines):
     body = []
     for row in parts(lines)[0]:
         state = 3 * row["parameters"] * 4 / 2**20
-        place = "disk" if row["stream"] == "disk" else "memory"
-        cells = [f"{state:.0f}", place, f"{row['resident_mib']:.0f}", f"{row['exact_mib']['peak']:.0f}"]
+        lie_in = "disk" if place(row) == "disk" else "memory"
+        cells = [f"{state:.0f}", lie_in, f"{row['resident_mib']:.0f}", f"{row['exact_mib']['peak']:.0f}"]
         body.append([str(row["depth"]), *cells])
     return table(["blocks", "parameters + state, MiB", "blocks lie in", "resident, MiB", "exact, MiB"], body)
 
@@ -36,10 +41,10 @@ def tables(lines):
     _, time = parts(lines)
     seconds = {name: statistics.median(found) for name, found in time["seconds"].items()}
     text = wrapped(
-        "MLP of width 2048, `sll`, AdamW, batch 512, one thread. A block's weight is 16 MiB, 48 MiB with the optimizer's "
-        "state. Resident is the system's high-water mark (VmHWM) of a whole `layerwise train` of 3 steps with checkpoint "
-        "and evaluation, in a process of its own. Exact is the peak of the memory meter in one step; it counts parameters "
-        "and optimizer state as far as they are on the device."
+        "MLP of width 2048, `sll`, AdamW, batch 512, one thread. A block's weight is 16 MiB, 48 MiB with the "
+        "optimizer's state. Resident is the system's high-water mark (VmHWM) of a whole `layerwise train` of 3 steps "
+        "with checkpoint and evaluation, in a process of its own. Exact is the peak of the memory meter in one step; "
+        "it counts parameters and optimizer state as far as they are on the device."
     )
     text += ["", *small(lines), ""]
     return text + wrapped(

@@ -56,10 +56,9 @@ def tables(lines):
             cells.append(f"{here[way]:.1f}, {range_} ({100 * here[way] / base[way]:.0f} %, simulated {guess:.0f} %)")
         body.append([f"{delay:g}", f"{rate:g}", *cells])
     text = wrapped(
-        "Two ranks in two network namespaces of one machine, one thread each, and a wire with delay and limited bandwidth "
-        "between them (`link.py`). The network is a ViT of 12 blocks, batch 64. Median of "
-        f"{rounds} rounds, least .. most; in brackets what is left of the throughput of the first row, and what the "
-        "simulator says."
+        "Two ranks in two network namespaces of one machine, one thread each, and a wire with delay and limited "
+        f"bandwidth between them (`link.py`). The network is a ViT of 12 blocks, batch 64. Median of {rounds} rounds, "
+        "least .. most; in brackets what is left of the throughput of the first row, and what the simulator says."
     )
     head = ["one way, ms", "Mbit/s", *(f"{name}, samples/s" for name in WAYS.values())]
     return [*text, "", f"Each measurement: `{lines[0]['command']}`.", "", *table(head, body)]

@@ -59,10 +59,11 @@ def tables(lines):
     first = measured(lines)[0]
     simulated = [row for row in all_ways(lines)["rows"] if "speedup" in row]
     text = wrapped(
-        f"{first['model']} of {first['depth']} blocks, batch {first['batch_size']}, threads per rank: {first['threads']}; "
-        f"median of {first['rounds']} interleaved rounds of {first['steps']} steps (10 % .. 90 %). Throughput is that of "
-        "the steady state. *Fill* is the time until the last rank has its first batch done, which torch's pipelines pay in "
-        "every step and ours once. *Simulated* is what the simulator makes of the blocks' times in one process."
+        f"{first['model']} of {first['depth']} blocks, batch {first['batch_size']}, threads per rank: "
+        f"{first['threads']}; median of {first['rounds']} interleaved rounds of {first['steps']} steps (10 % .. 90 %). "
+        "Throughput is that of the steady state. *Fill* is the time until the last rank has its first batch done, "
+        "which torch's pipelines pay in every step and ours once. *Simulated* is what the simulator makes of the "
+        "blocks' times in one process."
     )
     for line in lines:
         text += ["", f"`{line['name']}`: `{line['command']}`", ""]
@@ -77,8 +78,8 @@ def tables(lines):
         body.append([str(ranks), str(next(iter(here.values()))["depth"]), *cells])
     text += ["", "## Simulated", ""]
     text += wrapped(
-        f"One rank per host, {simulated[0]['latency_ms']:g} ms and {simulated[0]['gbit_per_second'] or 'any'} Gbit/s between "
-        "two neighbours, a network that grows with the ranks: samples/s, and in brackets how many times one process with "
-        "the same rule. There are as many micro-batches as ranks, at least those measured."
+        f"One rank per host, {simulated[0]['latency_ms']:g} ms and {simulated[0]['gbit_per_second'] or 'any'} Gbit/s "
+        "between two neighbours, a network that grows with the ranks: samples/s, and in brackets how many times one "
+        "process with the same rule. There are as many micro-batches as ranks, at least those measured."
     )
     return [*text, "", *table(["ranks", "blocks", *ways], body)]

@@ -33,7 +33,7 @@ def small(lines):
 
 def tables(lines):
     text = wrapped(
-        "ViT of 12 blocks, width 192, `local_ce`, batch 64 of all ranks together, one thread per rank; three runs of 40 "
-        "steps each, in turn. Memory is exact, MiB, that of one rank."
+        "ViT of 12 blocks, width 192, `local_ce`, batch 64 of all ranks together, one thread per rank; three runs of "
+        "40 steps each, in turn. Memory is exact, MiB, that of one rank."
     )
     return [*text, "", *small(lines)]

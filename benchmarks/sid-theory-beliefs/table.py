@@ -44,10 +44,10 @@ def small(lines):
 
 def tables(lines):
     text = wrapped(
-        "Fashion-MNIST, ten modules at half the authors' width, 1,000 steps, alpha 0.5, learning rate 1e-2 (not tuned here); the "
-        f"10,000 test images, mean ± standard deviation over {len(lines)} seeds. Module 0 is the uniform belief. Descent is "
-        "the share of samples whose loss at a module is no larger than that of the belief before. Where that holds at all "
-        "modules so far, the telescoped bound follows."
+        "Fashion-MNIST, ten modules at half the authors' width, 1,000 steps, alpha 0.5, learning rate 1e-2 (not tuned "
+        f"here); the 10,000 test images, mean ± standard deviation over {len(lines)} seeds. Module 0 is the uniform "
+        "belief. Descent is the share of samples whose loss at a module is no larger than that of the belief before. "
+        "Where that holds at all modules so far, the telescoped bound follows."
     )
     text += ["", *by_module(lines, range(len(lines[0]["modules"])), list(COLUMNS)), "", "## Early exit", ""]
     body = []

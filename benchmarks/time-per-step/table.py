@@ -28,7 +28,9 @@ def by_network(lines, depths):
     rules = [row["rule"] for row in measured[0]["rows"]]
     body = []
     for line in measured:
-        found = {row["rule"]: f"{row['ratio']:.2f} ({row['ratio_10']:.2f} .. {row['ratio_90']:.2f})" for row in line["rows"]}
+        found = {
+            row["rule"]: f"{row['ratio']:.2f} ({row['ratio_10']:.2f} .. {row['ratio_90']:.2f})" for row in line["rows"]
+        }
         network = f"{MODELS[line['name'][:-2]]}, {int(line['name'][-2:])} blocks"
         body.append([network, *(found[rule] for rule in rules)])
     return table(["network", *(f"`{rule}`" for rule in rules)], body)
@@ -36,8 +38,8 @@ def by_network(lines, depths):
 
 def tables(lines):
     text = wrapped(
-        "Time per step divided by backpropagation's: median of interleaved steps, with the values at 10 % and 90 %. One "
-        "thread, random data. The shares of a step are those of forward, backward, optimizer and the rest."
+        "Time per step divided by backpropagation's: median of interleaved steps, with the values at 10 % and 90 %. "
+        "One thread, random data. The shares of a step are those of forward, backward, optimizer and the rest."
     )
     text += ["", *by_network(lines, ("03", "04", "12", "24", "64")), "", "## Each measurement"]
     for line in (line for line in lines if line["name"][:-2] in MODELS):

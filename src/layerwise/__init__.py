@@ -15,33 +15,33 @@ In a training loop of your own:
     logits = learner(x)
 """
 
-from layerwise.allocation import keep_freed_memory
-from layerwise.blocks import Block, Partition, legal_cuts, partition
+from layerwise.core.blocks import Block, Partition, legal_cuts, partition
+from layerwise.core.optim import Schedule
+from layerwise.core.rule import BatchContext, BlockContext, Rule, Signal, Site
+from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner, Metrics
-from layerwise.memory import MemoryUse, measure_memory
-from layerwise.optim import Schedule
+from layerwise.memory.malloc import keep_freed_memory
+from layerwise.memory.meter import MemoryUse, measure_memory
 from layerwise.rules import create as create_rule
 from layerwise.rules import names as rule_names
-from layerwise.rules.base import Moment, Rule, Signal, Site, Start
-from layerwise.tasks import Classification
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchContext",
     "Block",
+    "BlockContext",
     "Classification",
     "LayerwiseError",
     "Learner",
     "MemoryUse",
     "Metrics",
-    "Moment",
     "Partition",
     "Rule",
     "Schedule",
     "Signal",
     "Site",
-    "Start",
     "create_rule",
     "keep_freed_memory",
     "legal_cuts",

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from layerwise import Learner, data, models, rules
+from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.data.rows import find_local
-from layerwise.randomness import derive_seed, preserved_generators, seed_generators
 
 from .shards import shards
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from layerwise import LayerwiseError
-from layerwise.randomness import derive_seed
+from layerwise.core.randomness import derive_seed
 
 ATTEMPTS = 1000
 

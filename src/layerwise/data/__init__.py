@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
-from layerwise.augment import AUGMENTATIONS, crop, cutout, flip
+from layerwise.core.augment import AUGMENTATIONS, crop, cutout, flip
+from layerwise.core.graphs import Graph
+from layerwise.core.randomness import derive_seed
 from layerwise.data.batches import Batches
 from layerwise.data.nodes import CORA_CLASSES, NodeSource, cora
 from layerwise.data.noise import NoiseKind, noisy_labels
@@ -32,8 +34,6 @@ from layerwise.data.rows import (
 from layerwise.data.sources import InMemorySource, Source, StreamedSource, decoded, sample_form
 from layerwise.data.tables import TableSource, column_statistics, read_table
 from layerwise.errors import LayerwiseError, suggestion
-from layerwise.graphs import Graph
-from layerwise.randomness import derive_seed
 
 __all__ = [
     "AUGMENTATIONS",

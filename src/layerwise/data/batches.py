@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Generator, Tensor
 
-from layerwise.augment import AUGMENTATIONS, WHOLE, Share, check_augmentations
+from layerwise.core.augment import AUGMENTATIONS, WHOLE, Share, check_augmentations
+from layerwise.core.randomness import derive_seed
 from layerwise.data.sources import Source
 from layerwise.errors import LayerwiseError
-from layerwise.randomness import derive_seed
 
 
 class Batches:

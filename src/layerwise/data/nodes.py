@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from layerwise.core.graphs import Graph
+from layerwise.core.tasks import UNLABELLED
 from layerwise.data.rows import cache_folder, find_local
 from layerwise.data.sources import InMemorySource
 from layerwise.errors import LayerwiseError
-from layerwise.graphs import Graph
-from layerwise.tasks import UNLABELLED
 
 CORA_CLASSES = (
     "Theory",

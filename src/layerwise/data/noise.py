@@ -6,8 +6,8 @@ from typing import Literal, get_args
 import torch
 from torch import Generator, Tensor
 
+from layerwise.core.randomness import derive_seed
 from layerwise.errors import LayerwiseError
-from layerwise.randomness import derive_seed
 
 NoiseKind = Literal["symmetric", "pairs"]
 NOISE_SEED = 20_241  # a constant, so that every rule and every seed of a run meets the same wrong labels

@@ -28,7 +28,7 @@ BROKEN = (OSError, SyntaxError, ValueError)  # the ways in which PIL says that a
 GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "F")
 
 
-class Form(NamedTuple):
+class ImageFormat(NamedTuple):
     """What every image of a data set is turned into: PIL mode ("L" or "RGB"), height and width in pixels."""
 
     mode: str
@@ -141,7 +141,7 @@ class StreamedSource(Source):
         LayerwiseError: when an image that is asked for cannot be decoded.
     """
 
-    def __init__(self, rows: Rows, labels: Tensor, form: Form, chosen: Tensor | None = None):
+    def __init__(self, rows: Rows, labels: Tensor, form: ImageFormat, chosen: Tensor | None = None):
         self.rows = rows
         self.labels = labels
         self.form = form
@@ -172,7 +172,7 @@ class StreamedSource(Source):
         return self
 
 
-def sample_form(rows: Rows, size: int | None) -> tuple[Form, int]:
+def sample_form(rows: Rows, size: int | None) -> tuple[ImageFormat, int]:
     """The form that fits most of the images, and the estimated bytes of all of them when decoded.
 
     Judged by the headers of up to 1,024 evenly spaced images. A `size` in pixels stands in for the common size.
@@ -183,10 +183,10 @@ def sample_form(rows: Rows, size: int | None) -> tuple[Form, int]:
     mode = "L" if 2 * grey > len(seen) else "RGB"
     width, height = (size, size) if size else Counter(pixels for _, pixels in seen).most_common(1)[0][0]
     pixels = width * height if size else sum(w * h for _, (w, h) in seen) / len(seen)
-    return Form(mode, height, width), int(len(rows) * pixels * (1 if mode == "L" else 3))
+    return ImageFormat(mode, height, width), int(len(rows) * pixels * (1 if mode == "L" else 3))
 
 
-def decoded(rows: Rows, form: Form) -> tuple[Tensor, int, int]:
+def decoded(rows: Rows, form: ImageFormat) -> tuple[Tensor, int, int]:
     """All images as uint8 (N, C, H, W), the number that had to be resized, and the number converted.
 
     Kept in the user's cache (`$XDG_CACHE_HOME/layerwise` or `~/.cache/layerwise`) under a key of form and of the
@@ -200,7 +200,7 @@ def decoded(rows: Rows, form: Form) -> tuple[Tensor, int, int]:
     return found
 
 
-def _decode(rows: Rows, form: Form) -> tuple[Tensor, int, int]:
+def _decode(rows: Rows, form: ImageFormat) -> tuple[Tensor, int, int]:
     images = torch.empty(len(rows), *form.shape, dtype=torch.uint8)
 
     def fill(start: int) -> tuple[int, int]:
@@ -214,7 +214,7 @@ def _decode(rows: Rows, form: Form) -> tuple[Tensor, int, int]:
     return images, sum(resized for resized, _ in counts), sum(converted for _, converted in counts)
 
 
-def _stack(pixels: Iterable[bytes], form: Form) -> Tensor:
+def _stack(pixels: Iterable[bytes], form: ImageFormat) -> Tensor:
     channels, height, width = form.shape
     flat = torch.frombuffer(bytearray(b"".join(pixels)), dtype=torch.uint8)
     return flat.view(-1, height, width, channels).permute(0, 3, 1, 2).contiguous()
@@ -228,7 +228,7 @@ def _header(rows: Rows, row: int) -> tuple[str, tuple[int, int]]:
     return image.mode, image.size
 
 
-def _pixels(rows: Rows, row: int, form: Form) -> tuple[bytes, bool, bool]:
+def _pixels(rows: Rows, row: int, form: ImageFormat) -> tuple[bytes, bool, bool]:
     """One image in `form`: its bytes in (H, W, C) order, and whether it had to be resized or converted."""
     pil, ops = need("PIL.Image"), need("PIL.ImageOps")
     try:
@@ -250,7 +250,7 @@ def _unreadable(rows: Rows, row: int) -> LayerwiseError:
     return LayerwiseError(f"{rows.where(row)} is not a readable image; replace it or take it out")
 
 
-def _cache_path(rows: Rows, form: Form) -> Path:
+def _cache_path(rows: Rows, form: ImageFormat) -> Path:
     files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in rows.files]
     key = hashlib.sha256(json.dumps([tuple(form), rows.image_column, files]).encode()).hexdigest()[:32]
     return cache_folder() / "decoded" / f"{key}.safetensors"

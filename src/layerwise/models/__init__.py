@@ -15,8 +15,8 @@ import inspect
 from dataclasses import fields
 from typing import Any
 
+from layerwise.core.graphs import Graph
 from layerwise.errors import LayerwiseError, suggestion
-from layerwise.graphs import Graph
 from layerwise.models.base import BlockSequential, ModelOptions
 from layerwise.models.gnn import GAT, GCN, GraphModelOptions
 from layerwise.models.mlp import MLP

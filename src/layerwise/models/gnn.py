@@ -8,8 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise.core.graphs import Graph
 from layerwise.errors import LayerwiseError
-from layerwise.graphs import Graph
 from layerwise.models.base import BlockSequential, ModelOptions, check_sizes, named, require
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layerwise.functional import denoising_step, mixture, squared_distances
+from layerwise.core.functional import denoising_step, mixture, squared_distances
 from layerwise.models.base import BlockSequential, ModelOptions, assemble, check_sizes, require
 
 WAVES = 8  # pairs of sine and cosine that tell a network the time

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from layerwise.engine import Group, Unit
+from layerwise.core.engine import Group, Unit
 from layerwise.errors import LayerwiseError
-from layerwise.memory import MemoryUse
-from layerwise.parallel.pulse import Pulse
+from layerwise.memory.meter import MemoryUse
+from layerwise.parallel.heartbeat import Heartbeat
 from layerwise.parallel.transport import Ranks
 
 
@@ -39,7 +39,7 @@ class Replicas:
     def __init__(self, ranks: Ranks, group: dist.ProcessGroup | None = None):
         self.ranks, self.group = ranks, group
         members = range(ranks.count) if group is None else dist.get_process_group_ranks(group)
-        self.pulse = Pulse(ranks, members)
+        self.pulse = Heartbeat(ranks, members)
         self.first, self.rank, self.count = members[0], members.index(ranks.rank), len(members)
 
     def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
@@ -119,7 +119,7 @@ class Replicas:
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise LayerwiseError where an optimizer cannot be served."""
 
-    def whole(self, parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
+    def full_of(self, parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
         """The parameters that blocks run with: they themselves."""
         return parameters
 
@@ -130,15 +130,15 @@ class Replicas:
     def release(self) -> None:
         """Let go of what is gathered."""
 
-    def kept(self, parameter: nn.Parameter) -> nn.Parameter:
+    def shard_of(self, parameter: nn.Parameter) -> nn.Parameter:
         """What learns here of a parameter of the model."""
         return parameter
 
-    def laid_out(self, own: Tensor, given: Tensor) -> Tensor:
+    def to_shard(self, own: Tensor, given: Tensor) -> Tensor:
         """Of the whole tensor `given`, what belongs to `own`."""
         return given
 
-    def stored(self, own: Tensor, tensor: Tensor) -> Tensor:
+    def to_full(self, own: Tensor, tensor: Tensor) -> Tensor:
         """A tensor that belongs to `own`, as it is to be stored."""
         return tensor
 

@@ -15,10 +15,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from layerwise.blocks import Block
-from layerwise.engine import Group, Unit
+from layerwise.core.blocks import Block
+from layerwise.core.engine import Group, Unit
 from layerwise.errors import LayerwiseError
-from layerwise.memory import MemoryUse, tensor_bytes
+from layerwise.memory.meter import MemoryUse, tensor_bytes
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.transport import Ranks
 
@@ -57,7 +57,7 @@ class Shared:
 
     sharded: DTensor
     """What the model holds while nothing is gathered."""
-    whole: nn.Parameter
+    full: nn.Parameter
     """What it holds otherwise."""
 
 
@@ -129,10 +129,10 @@ class Shards(Replicas):
         sharded = [p for unit in units for p in unit.parameters()]
         gatherable = Gatherable(part)
         self._gather(gatherable)
-        whole = [p for unit in units for p in unit.parameters()]
-        gatherable.bytes = tensor_bytes(whole)
+        full = [p for unit in units for p in unit.parameters()]
+        gatherable.bytes = tensor_bytes(full)
         self.release()
-        for before, after in zip(sharded, whole, strict=True):
+        for before, after in zip(sharded, full, strict=True):
             assert isinstance(before, DTensor)
             own = self._kept[before] = nn.Parameter(before.to_local().detach(), before.requires_grad)
             self._shared[own] = Shared(before, after)
@@ -151,13 +151,13 @@ class Shards(Replicas):
 
     # What is gathered, and when.
 
-    def kept(self, parameter: nn.Parameter) -> nn.Parameter:
+    def shard_of(self, parameter: nn.Parameter) -> nn.Parameter:
         """The share of a parameter of the model that this rank keeps; an optimizer's update of it is seen there."""
         return self._kept.get(parameter, parameter)
 
-    def whole(self, parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
+    def full_of(self, parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
         """The parameters that blocks run with; they have memory while they are gathered."""
-        return [self._shared[parameter].whole for parameter in parameters]
+        return [self._shared[parameter].full for parameter in parameters]
 
     @contextmanager
     def resident(self, units: Sequence[Unit]) -> Iterator[None]:
@@ -204,9 +204,9 @@ class Shards(Replicas):
         """
         others = super().reduce([], running, loss)
         by_type: dict[torch.dtype, list[nn.Parameter]] = {}
-        for parameter, whole in zip(parameters, self.whole(parameters), strict=True):
-            if whole.grad is not None:
-                by_type.setdefault(whole.dtype, []).append(parameter)
+        for parameter, full in zip(parameters, self.full_of(parameters), strict=True):
+            if full.grad is not None:
+                by_type.setdefault(full.dtype, []).append(parameter)
         sent = []
         for dtype, learned in by_type.items():
             # Row r of the bucket goes to rank r; the first chunk is the largest, and there may be fewer than ranks.
@@ -216,8 +216,8 @@ class Shards(Replicas):
             for columns, found in zip(bucket.split(widths, dim=1), chunks, strict=True):
                 for row, chunk in zip(columns, found, strict=False):
                     row[: chunk.numel()].view(chunk.shape).copy_(chunk)
-            for whole in self.whole(learned):
-                whole.grad = None
+            for full in self.full_of(learned):
+                full.grad = None
             bucket /= self.count
             own = torch.empty_like(bucket[0])
             with self.pulse.watching():
@@ -239,8 +239,8 @@ class Shards(Replicas):
         about = self._shared[parameter]
         (placement,) = about.sharded.placements
         assert isinstance(placement, Shard)
-        assert about.whole.grad is not None
-        return about.whole.grad.chunk(self.count, placement.dim)
+        assert about.full.grad is not None
+        return about.full.grad.chunk(self.count, placement.dim)
 
     def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Norm of the averaged gradients: the root of the sum of the shares' squares."""
@@ -252,7 +252,7 @@ class Shards(Replicas):
 
     # States.
 
-    def laid_out(self, own: Tensor, given: Tensor) -> Tensor:
+    def to_shard(self, own: Tensor, given: Tensor) -> Tensor:
         """Of the whole tensor `given`, what belongs to a parameter of the model, or to this rank's share of one."""
         sharded = self._shared[own].sharded if own in self._shared else own
         if not isinstance(sharded, DTensor) or sharded.shape != given.shape:
@@ -260,13 +260,13 @@ class Shards(Replicas):
         found = distribute_tensor(given.to(own.device), self.mesh, sharded.placements, src_data_rank=None)
         return found if own is sharded else found.to_local()
 
-    def stored(self, own: Tensor, tensor: Tensor) -> Tensor:
+    def to_full(self, own: Tensor, tensor: Tensor) -> Tensor:
         """A tensor that belongs to this rank's share of a parameter, as a part of the whole one."""
         if own not in self._shared or tensor.shape != own.shape:
             return tensor
-        whole = self._shared[own].sharded
-        shape, stride = whole.shape, whole.stride()
-        return DTensor.from_local(tensor, self.mesh, whole.placements, run_check=False, shape=shape, stride=stride)
+        full = self._shared[own].sharded
+        shape, stride = full.shape, full.stride()
+        return DTensor.from_local(tensor, self.mesh, full.placements, run_check=False, shape=shape, stride=stride)
 
     def counted(self, use: MemoryUse, groups: Sequence[Group]) -> MemoryUse:
         """A measured step with the largest group gathered, as a part of the parameters."""

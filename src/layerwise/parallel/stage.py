@@ -8,10 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from layerwise.blocks import Partition, balanced_ends, operations
-from layerwise.engine import detach
+from layerwise.core.blocks import Partition, balanced_ends, operations
+from layerwise.core.engine import detach
+from layerwise.core.rule import Rule
 from layerwise.errors import LayerwiseError
-from layerwise.rules.base import Rule
 
 
 class Link(Protocol):
@@ -166,7 +166,7 @@ def check_rule(rule: Rule, groups: Sequence[range]) -> None:
             break
     else:
         if rule.locality != "local" or rule.has_trunk():
-            why = f"its locality is {rule.locality!r}, not 'local' (across a boundary goes: {rule.crosses})"
+            why = f"its locality is {rule.locality!r}, not 'local' (across a boundary goes: {rule.boundary})"
         elif type(rule).begin is not Rule.begin and not rule.begins_with_batch:
             why = "what it begins with may look at the whole network"
         elif type(rule).prepare is not Rule.prepare:

@@ -36,7 +36,7 @@ class Refused(LayerwiseError):
 
 
 @dataclass(frozen=True)
-class Form:
+class TensorSpec:
     """In place of a tensor in the layout of a tree."""
 
     shape: tuple[int, ...]
@@ -44,15 +44,15 @@ class Form:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, tensor: Tensor) -> "Form":
-        """Form of a dense copy; the order of the dimensions in memory stays, as kernels may depend on it."""
+    def of(cls, tensor: Tensor) -> "TensorSpec":
+        """Spec of a dense copy; the order of the dimensions in memory stays, as kernels may depend on it."""
         dense = torch.empty_like(tensor, device="meta")
         return cls(tuple(dense.shape), dense.stride(), dense.dtype)
 
 
 def layout_of(tree: Any) -> bytes:
     """A tree with forms in place of its tensors, as bytes."""
-    return pickle.dumps(tree_map(lambda leaf: Form.of(leaf) if isinstance(leaf, Tensor) else leaf, tree))
+    return pickle.dumps(tree_map(lambda leaf: TensorSpec.of(leaf) if isinstance(leaf, Tensor) else leaf, tree))
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Slot:
         self.layout, self.flat = layout, []
 
         def buffer(leaf: Any) -> Any:
-            if not isinstance(leaf, Form):
+            if not isinstance(leaf, TensorSpec):
                 return leaf
             size = torch.Size(leaf.shape).numel()
             self.flat.append(torch.empty(size, dtype=leaf.dtype, device=device))

@@ -9,10 +9,10 @@ A rule from another package is found through the entry point group `layerwise.ru
 import dataclasses
 from importlib.metadata import entry_points
 
+from layerwise.core.rule import BatchContext, BlockContext, Rule, Signal, Site
 from layerwise.errors import LayerwiseError, suggestion
 from layerwise.rules.auglocal import AugLocal
 from layerwise.rules.backprop import Backprop, BackpropCheckpoint, BackpropOffload
-from layerwise.rules.base import Moment, Rule, Signal, Site, Start
 from layerwise.rules.boosted import Boosted
 from layerwise.rules.controls import DeepSupervision, LastLayer
 from layerwise.rules.counter_current import CounterCurrent
@@ -127,6 +127,8 @@ __all__ = [
     "Backprop",
     "BackpropCheckpoint",
     "BackpropOffload",
+    "BatchContext",
+    "BlockContext",
     "Boosted",
     "CounterCurrent",
     "DeepSupervision",
@@ -138,7 +140,6 @@ __all__ = [
     "LastLayer",
     "LayerCollaboration",
     "LocalCE",
-    "Moment",
     "MonoForward",
     "NoPropCT",
     "NoPropDT",
@@ -151,7 +152,6 @@ __all__ = [
     "ScalableFF",
     "Signal",
     "Site",
-    "Start",
     "create",
     "get",
     "names",

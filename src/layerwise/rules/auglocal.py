@@ -6,10 +6,10 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, cross_entropy_at_head
+from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.rules.base import Locality, Moment, Rule, Signal, Site, cross_entropy_at_head
 from layerwise.rules.readout import Pool, pool_vectors
-from layerwise.tasks import Classification
 
 
 class Adapter(nn.Module):
@@ -107,7 +107,7 @@ class AugLocal(Rule):
 
     name: ClassVar[str] = "auglocal"
     locality: ClassVar[Locality] = "local"
-    crosses: ClassVar[str] = "detached activation"
+    boundary: ClassVar[str] = "detached activation"
     flat_memory: ClassVar[bool] = True
     source: ClassVar[str] = (
         "Ma, Wu, Si & Tan, arXiv 2402.17318 (2024) and its code; number of groups in the depths, and how copies are "
@@ -141,13 +141,13 @@ class AugLocal(Rule):
             return None
         return AuxiliaryNetwork(site, self.chosen(site.index, site.blocks), h, task.classes, self.pool)
 
-    def signal(self, at: Moment) -> Signal:
+    def signal(self, ctx: BlockContext) -> Signal:
         """Cross-entropy behind the copies, or of the network's head at the end."""
-        if at.site.is_head:
-            return cross_entropy_at_head(at)
-        if at.auxiliary is None:
+        if ctx.site.is_head:
+            return cross_entropy_at_head(ctx)
+        if ctx.auxiliary is None:
             return Signal()
-        assert isinstance(at.auxiliary, AuxiliaryNetwork)
-        logits = at.auxiliary.logits(at.h, at.y.dim() > 1)
-        accuracy = at.task.correct(logits, at.y) / at.y.numel()
-        return Signal(loss=at.task.loss(logits, at.y), metrics={"accuracy": accuracy})
+        assert isinstance(ctx.auxiliary, AuxiliaryNetwork)
+        logits = ctx.auxiliary.logits(ctx.h, ctx.y.dim() > 1)
+        accuracy = ctx.task.correct(logits, ctx.y) / ctx.y.numel()
+        return Signal(loss=ctx.task.loss(logits, ctx.y), metrics={"accuracy": accuracy})

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from layerwise.blocks import Block
-from layerwise.rules.base import Locality, Moment, Rule, Signal, cross_entropy_at_head
+from layerwise.core.blocks import Block
+from layerwise.core.rule import BlockContext, Locality, Rule, Signal, cross_entropy_at_head
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Backprop(Rule):
 
     name: ClassVar[str] = "backprop"
     locality: ClassVar[Locality] = "global"
-    crosses: ClassVar[str] = "activations forward; gradients backward through every block"
+    boundary: ClassVar[str] = "activations forward; gradients backward through every block"
     flat_memory: ClassVar[bool] = False
     unlabelled: ClassVar[bool] = True
     source: ClassVar[str] = "Rumelhart, Hinton & Williams, Nature 323 (1986)"
@@ -34,9 +34,9 @@ class Backprop(Rule):
         """One group: every block and the head."""
         return [range(blocks + 1)]
 
-    def signal(self, at: Moment) -> Signal:
+    def signal(self, ctx: BlockContext) -> Signal:
         """Cross-entropy at the head; the blocks have no loss of their own."""
-        return cross_entropy_at_head(at) if at.site.is_head else Signal()
+        return cross_entropy_at_head(ctx) if ctx.site.is_head else Signal()
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class BackpropCheckpoint(Backprop):
     """
 
     name: ClassVar[str] = "backprop_checkpoint"
-    crosses: ClassVar[str] = "as backprop; each block's input is kept, the rest recomputed"
+    boundary: ClassVar[str] = "as backprop; each block's input is kept, the rest recomputed"
     source: ClassVar[str] = "Chen et al., arXiv 1604.06174 (2016); torch.utils.checkpoint"
     restrictions: ClassVar[str] = (
         "Memory still grows with the number of blocks (one input each). Batch norm's running statistics "
@@ -72,7 +72,7 @@ class BackpropOffload(Backprop):
     """
 
     name: ClassVar[str] = "backprop_offload"
-    crosses: ClassVar[str] = "as backprop; saved activations travel to the host and back"
+    boundary: ClassVar[str] = "as backprop; saved activations travel to the host and back"
     source: ClassVar[str] = "torch.autograd.graph.save_on_cpu"
     restrictions: ClassVar[str] = "Saves device memory only; on the CPU it is backprop."
 

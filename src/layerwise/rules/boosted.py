@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from layerwise.core.functional import newton_step
+from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site
+from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.functional import newton_step
-from layerwise.rules.base import Locality, Moment, Rule, Signal, Site
 from layerwise.rules.readout import Pool, check_group, grouped, pool_vectors
-from layerwise.tasks import Classification
 
 MOMENTUM = 0.9
 
@@ -82,7 +82,7 @@ class Boosted(Rule):
 
     name: ClassVar[str] = "boosted"
     locality: ClassVar[Locality] = "local"
-    crosses: ClassVar[str] = "detached activation and the sum of the stages (K numbers per sample)"
+    boundary: ClassVar[str] = "detached activation and the sum of the stages (K numbers per sample)"
     flat_memory: ClassVar[bool] = True
     predicts_at_head: ClassVar[bool] = True
     source: ClassVar[str] = (
@@ -123,20 +123,20 @@ class Boosted(Rule):
         """The stage's f `(B, K)`."""
         return (h if stage.readout is None else stage.readout(pool_vectors(h, self.pool, per_position=False))).float()
 
-    def signal(self, at: Moment) -> Signal:
+    def signal(self, ctx: BlockContext) -> Signal:
         """Squared distance of the stage's output from the residual; the sum, this stage included, crosses."""
-        if at.y.dim() > 1:
+        if ctx.y.dim() > 1:
             raise LayerwiseError("boosted sums stages for one label per sample, not one per position.")
-        stage = at.auxiliary
+        stage = ctx.auxiliary
         if not isinstance(stage, Stage):
-            return Signal(message=at.message)
-        f = self._output(stage, at.h)
-        total = torch.zeros_like(f) if at.message is None else at.message
-        residual = at.task.distribution(at.y) - total.softmax(-1)
-        if at.learns:
+            return Signal(message=ctx.message)
+        f = self._output(stage, ctx.h)
+        total = torch.zeros_like(f) if ctx.message is None else ctx.message
+        residual = ctx.task.distribution(ctx.y) - total.softmax(-1)
+        if ctx.learns:
             stage.follow(*newton_step(f.detach(), total, residual))
         message = total + self.shrinkage * stage.step() * f.detach()
-        metrics = {"loss": at.task.loss(message, at.y), "accuracy": at.task.accuracy(message, at.y)}
+        metrics = {"loss": ctx.task.loss(message, ctx.y), "accuracy": ctx.task.accuracy(message, ctx.y)}
         return Signal(loss=(f - residual).square().sum(-1).mean(), message=message, metrics=metrics)
 
     def answer(self, site: Site, h: Tensor, message: Any, auxiliary: nn.Module | None) -> tuple[Tensor, Any]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from layerwise.rules.base import Locality, Moment, Rule, Signal, Site, cross_entropy_at_head
+from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, cross_entropy_at_head
 from layerwise.rules.local_ce import LocalCE
 
 
@@ -17,7 +17,7 @@ class DeepSupervision(LocalCE):
 
     name: ClassVar[str] = "deep_supervision"
     locality: ClassVar[Locality] = "global"
-    crosses: ClassVar[str] = "activations forward; gradients backward through every block"
+    boundary: ClassVar[str] = "activations forward; gradients backward through every block"
     flat_memory: ClassVar[bool] = False
     source: ClassVar[str] = "Lee et al., Deeply-Supervised Nets, AISTATS (2015); equal weights: our reading"
     restrictions: ClassVar[str] = "A control: it needs at least the memory of backprop."
@@ -36,7 +36,7 @@ class LastLayer(Rule):
 
     name: ClassVar[str] = "last_layer"
     locality: ClassVar[Locality] = "local"
-    crosses: ClassVar[str] = "detached activation"
+    boundary: ClassVar[str] = "detached activation"
     flat_memory: ClassVar[bool] = True
     unlabelled: ClassVar[bool] = True
     source: ClassVar[str] = "the random-feature baseline"
@@ -46,6 +46,6 @@ class LastLayer(Rule):
         """Only the head."""
         return site.is_head
 
-    def signal(self, at: Moment) -> Signal:
+    def signal(self, ctx: BlockContext) -> Signal:
         """Cross-entropy at the head."""
-        return cross_entropy_at_head(at) if at.site.is_head else Signal()
+        return cross_entropy_at_head(ctx) if ctx.site.is_head else Signal()

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Signal, Site, cross_entropy_at_head
+from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.rules.base import Locality, Moment, Rule, Signal, Site, Start, cross_entropy_at_head
-from layerwise.tasks import Classification
 
 
 class Feedback(nn.Module):
@@ -76,7 +76,7 @@ class CounterCurrent(Rule):
 
     name: ClassVar[str] = "counter_current"
     locality: ClassVar[Locality] = "broadcast"
-    crosses: ClassVar[str] = "detached activation upwards; detached feedback activations of the K classes downwards"
+    boundary: ClassVar[str] = "detached activation upwards; detached feedback activations of the K classes downwards"
     flat_memory: ClassVar[bool] = True
     source: ClassVar[str] = (
         "Kao & Hariharan, arXiv 2409.19841 (2024); feedback made anew for each block, tokens, activations: our reading"
@@ -98,13 +98,13 @@ class CounterCurrent(Rule):
         later = (task.classes,) if site.index == site.blocks - 1 else site.shapes[site.index + 1]
         return Feedback(later, tuple(h.shape[1:]))
 
-    def begin(self, start: Start) -> tuple[Tensor, Any]:
+    def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
         """The batch; the message is the feedback network."""
-        if start.y.dim() > 1:
+        if ctx.y.dim() > 1:
             raise LayerwiseError(
                 "counter_current compares samples with classes: one label per sample, not per position."
             )
-        return start.x, dict(start.auxiliary)
+        return ctx.x, dict(ctx.auxiliary)
 
     def feedback(self, network: Mapping[int, nn.Module], level: int, classes: int) -> Tensor:
         """Feedback activations `(K, ...)` of a level; only the layer that ends there keeps a graph."""
@@ -114,22 +114,22 @@ class CounterCurrent(Rule):
                 b = network[index](b)
         return network[level](b)
 
-    def signal(self, at: Moment) -> Signal:
+    def signal(self, ctx: BlockContext) -> Signal:
         """Agreement of the block's activations with the feedback of the samples' classes."""
-        if at.site.is_head:
-            return cross_entropy_at_head(at)
-        b = self.feedback(at.message, at.site.index, at.task.classes)
-        rows, classes = at.h.float().flatten(1), b.float().flatten(1)
-        own = F.one_hot(at.y, at.task.classes).float()
-        if at.h.dim() == 2:
+        if ctx.site.is_head:
+            return cross_entropy_at_head(ctx)
+        b = self.feedback(ctx.message, ctx.site.index, ctx.task.classes)
+        rows, classes = ctx.h.float().flatten(1), b.float().flatten(1)
+        own = F.one_hot(ctx.y, ctx.task.classes).float()
+        if ctx.h.dim() == 2:
             scores = rows @ classes.T
             loss = 256 * self.scale / rows.shape[1] * (scores - own).square().mean()
         else:
             rows, classes = F.normalize(rows, dim=1), F.normalize(classes, dim=1)
             scores = rows @ classes.T
             loss = (scores - own).square().mean()
-            for same in (rows, classes) if at.h.dim() == 4 else ():
+            for same in (rows, classes) if ctx.h.dim() == 4 else ():
                 identity = torch.eye(len(same), device=same.device)
                 loss = loss + self.decorrelation * (same @ same.T - identity).square().mean()
-        accuracy = at.task.correct(scores, at.y) / at.y.numel()
-        return Signal(loss=loss, message=at.message, metrics={"accuracy": accuracy})
+        accuracy = ctx.task.correct(scores, ctx.y) / ctx.y.numel()
+        return Signal(loss=loss, message=ctx.message, metrics={"accuracy": accuracy})

@@ -6,11 +6,11 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
+from layerwise.core.rule import BlockContext, Signal, Site
+from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.rules.base import Moment, Signal, Site
 from layerwise.rules.local_ce import LocalCE
 from layerwise.rules.readout import Pool, pool_vectors
-from layerwise.tasks import Classification
 
 Kind = Literal["mlp_sr", "cnn", "mlp"]
 
@@ -89,11 +89,11 @@ class DGL(LocalCE):
         """The auxiliary network of every group but the last."""
         return auxiliary_network(h, task.classes, self.network, self.pool) if self._has_head(site) else None
 
-    def signal(self, at: Moment) -> Signal:
+    def signal(self, ctx: BlockContext) -> Signal:
         """Cross-entropy of the auxiliary network, or of the network's head at the end."""
-        if at.y.dim() > 1:
+        if ctx.y.dim() > 1:
             raise LayerwiseError("dgl's auxiliary networks read one label per sample, not one per position.")
-        if at.site.is_head or at.auxiliary is None or at.h.dim() != 4:
-            return super().signal(at)
-        logits = at.auxiliary(at.h)
-        return Signal(loss=at.task.loss(logits, at.y), metrics={"accuracy": at.task.accuracy(logits, at.y)})
+        if ctx.site.is_head or ctx.auxiliary is None or ctx.h.dim() != 4:
+            return super().signal(ctx)
+        logits = ctx.auxiliary(ctx.h)
+        return Signal(loss=ctx.task.loss(logits, ctx.y), metrics={"accuracy": ctx.task.accuracy(logits, ctx.y)})

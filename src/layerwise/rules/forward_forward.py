@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise.core.functional import goodness, unit_length
+from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Signal, Site
+from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.functional import goodness, unit_length
-from layerwise.rules.base import Locality, Moment, Rule, Signal, Site, Start
 from layerwise.rules.label_input import hybrid_images, label_map, overlay, wrong_labels
 from layerwise.rules.readout import pool_vectors
-from layerwise.tasks import Classification
 
 
 class Layer(nn.Module):
@@ -94,7 +94,7 @@ class ForwardForward(Rule):
 
     name: ClassVar[str] = "forward_forward"
     locality: ClassVar[Locality] = "local"
-    crosses: ClassVar[str] = "detached activation of unit length, for a positive and a negative sample"
+    boundary: ClassVar[str] = "detached activation of unit length, for a positive and a negative sample"
     flat_memory: ClassVar[bool] = True
     begins_with_batch: ClassVar[bool] = True
     source: ClassVar[str] = (
@@ -114,7 +114,9 @@ class ForwardForward(Rule):
             raise LayerwiseError(f"alpha is {self.alpha}; it must be larger than 0.")
         if self.negatives == "hard":  # what the class declares holds for the other kinds
             object.__setattr__(self, "locality", "broadcast")
-            object.__setattr__(self, "crosses", f"{self.crosses}; the network's predictions choose the negative label")
+            object.__setattr__(
+                self, "boundary", f"{self.boundary}; the network's predictions choose the negative label"
+            )
 
     def trains(self, site: Site) -> bool:
         """All blocks; the head as the last readout of the softmax predictor."""
@@ -130,25 +132,25 @@ class ForwardForward(Rule):
         reads = self.predictor == "softmax" and self._counts(site) and site.index < site.blocks - 1
         return Layer(h, task.classes, reads, self.peer > 0)
 
-    def begin(self, start: Start) -> tuple[Tensor, Any]:
+    def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
         """Positive and negative samples, one behind the other, then (for the softmax predictor) neutral ones."""
-        if start.y.dim() > 1:
+        if ctx.y.dim() > 1:
             raise LayerwiseError(f"{self.name} writes one label per sample into the input, not one per position.")
-        first = start.auxiliary[0]
+        first = ctx.auxiliary[0]
         assert isinstance(first, Layer)
         if self.negatives == "hybrid":
-            parts = [start.x, hybrid_images(start.x)]
+            parts = [ctx.x, hybrid_images(ctx.x)]
         else:
-            wrong = wrong_labels(start.y, first.classes, self._opinion(start))
-            parts = [self.labelled(start.x, F.one_hot(y, first.classes), first) for y in (start.y, wrong)]
+            wrong = wrong_labels(ctx.y, first.classes, self._opinion(ctx))
+            parts = [self.labelled(ctx.x, F.one_hot(y, first.classes), first) for y in (ctx.y, wrong)]
             if self.predictor == "softmax":
-                parts.append(self._neutral(start.x, first))
-        zeros = start.x.new_zeros(len(start.x), dtype=torch.float32)
+                parts.append(self._neutral(ctx.x, first))
+        zeros = ctx.x.new_zeros(len(ctx.x), dtype=torch.float32)
         return unit_length(torch.cat(parts)), {"votes": torch.cat([zeros, zeros]), "logits": zeros[:, None]}
 
     @torch.no_grad()
-    def _opinion(self, start: Start) -> Tensor | None:
-        return self.predict(start.network, start.auxiliary, start.x) if self.negatives == "hard" else None
+    def _opinion(self, ctx: BatchContext) -> Tensor | None:
+        return self.predict(ctx.network, ctx.auxiliary, ctx.x) if self.negatives == "hard" else None
 
     def labelled(self, x: Tensor, p: Tensor, first: Layer) -> Tensor:
         """Samples `(B, ...)` with class probabilities `(B, K)` written into them."""
@@ -158,31 +160,31 @@ class ForwardForward(Rule):
     def _neutral(self, x: Tensor, first: Layer) -> Tensor:
         return self.labelled(x, x.new_full((len(x), first.classes), 1 / first.classes), first)
 
-    def signal(self, at: Moment) -> Signal:
+    def signal(self, ctx: BlockContext) -> Signal:
         """The contrast of the block's goodness; what it votes; its direction as the next block's input."""
-        if at.site.is_head:
-            return self._head(at)
-        assert isinstance(at.auxiliary, Layer)
-        samples, message = len(at.y), dict(at.message)
-        g = goodness(at.h[: 2 * samples], self.goodness)
-        own, others = g.chunk(2), self.others(at, g).chunk(2)
-        loss = self.contrast(own[0] + others[0], own[1] + others[1], self.theta(at))
+        if ctx.site.is_head:
+            return self._head(ctx)
+        assert isinstance(ctx.auxiliary, Layer)
+        samples, message = len(ctx.y), dict(ctx.message)
+        g = goodness(ctx.h[: 2 * samples], self.goodness)
+        own, others = g.chunk(2), self.others(ctx, g).chunk(2)
+        loss = self.contrast(own[0] + others[0], own[1] + others[1], self.theta(ctx))
         metrics = {"loss": loss, "accuracy": (own[0] > own[1]).float().mean()}
         if self.peer > 0:
-            loss = loss + self.peer * at.auxiliary.peer_loss(at.h[:samples], at.training)
-        direction = unit_length(at.h)
+            loss = loss + self.peer * ctx.auxiliary.peer_loss(ctx.h[:samples], ctx.training)
+        direction = unit_length(ctx.h)
         reading = direction[:samples] if self.negatives == "hybrid" else direction[2 * samples :]
-        if self._counts(at.site):
+        if self._counts(ctx.site):
             message["votes"] = message["votes"] + g
-        if at.auxiliary.readout is not None:
-            message["logits"] = message["logits"] + at.auxiliary.readout(pool_vectors(reading.detach(), "auto", False))
-            loss = loss + at.task.loss(message["logits"], at.y)
-        last = at.site.index == at.site.blocks - 1
+        if ctx.auxiliary.readout is not None:
+            message["logits"] = message["logits"] + ctx.auxiliary.readout(pool_vectors(reading.detach(), "auto", False))
+            loss = loss + ctx.task.loss(message["logits"], ctx.y)
+        last = ctx.site.index == ctx.site.blocks - 1
         return Signal(loss, message=message, output=reading if last and len(reading) else direction, metrics=metrics)
 
-    def theta(self, at: Moment) -> float:
+    def theta(self, ctx: BlockContext) -> float:
         """Threshold of the block's goodness."""
-        default, units = (1.0, at.h[0].numel()) if self.goodness == "sum" else (2.0, 1)
+        default, units = (1.0, ctx.h[0].numel()) if self.goodness == "sum" else (2.0, 1)
         return (default if self.threshold is None else self.threshold) * units
 
     def contrast(self, positive: Tensor, negative: Tensor, theta: float) -> Tensor:
@@ -191,17 +193,17 @@ class ForwardForward(Rule):
             return F.softplus(-self.alpha * (positive - negative)).mean()
         return (F.softplus(theta - positive) + F.softplus(negative - theta)).mean()
 
-    def others(self, at: Moment, g: Tensor) -> Tensor:
+    def others(self, ctx: BlockContext, g: Tensor) -> Tensor:
         """What is added to the goodness `(2 B,)` in the loss: nothing here, other blocks' goodness in collaboration."""
         return torch.zeros_like(g)
 
-    def _head(self, at: Moment) -> Signal:
+    def _head(self, ctx: BlockContext) -> Signal:
         """The last readout; or, where goodness predicts, how often the true label beats the false one."""
         if self.predictor == "softmax":
-            logits = at.message["logits"] + at.h.float()
-            loss = at.task.loss(logits, at.y)
-            return Signal(loss, metrics={"loss": loss, "accuracy": at.task.correct(logits, at.y) / at.y.numel()})
-        true, false = at.message["votes"].chunk(2)
+            logits = ctx.message["logits"] + ctx.h.float()
+            loss = ctx.task.loss(logits, ctx.y)
+            return Signal(loss, metrics={"loss": loss, "accuracy": ctx.task.correct(logits, ctx.y) / ctx.y.numel()})
+        true, false = ctx.message["votes"].chunk(2)
         return Signal(metrics={"loss": F.softplus(false - true).mean(), "accuracy": (true > false).float().mean()})
 
     def ask(self, x: Tensor, auxiliary: nn.Module | None) -> tuple[Tensor, Any]:

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from layerwise.blocks import Block
+from layerwise.core.blocks import Block
+from layerwise.core.rule import BlockContext, Signal
 from layerwise.errors import LayerwiseError
-from layerwise.rules.base import Moment, Signal
 from layerwise.rules.local_ce import LocalCE
 
 
@@ -41,7 +41,7 @@ class GradientReconciliation(LocalCE):
 
     name: ClassVar[str] = "gradient_reconciliation"
     unlabelled: ClassVar[bool] = False  # gradients are compared per sample
-    crosses: ClassVar[str] = "detached activation and the gradient of the block's own loss on it"
+    boundary: ClassVar[str] = "detached activation and the gradient of the block's own loss on it"
     source: ClassVar[str] = "Yang et al., arXiv 2406.05222 (2024); weight, scale and distance: our reading"
     restrictions: ClassVar[str] = (
         "Blocks are differentiated twice, which costs about one more backward pass; torch.compile cannot do it."
@@ -61,15 +61,15 @@ class GradientReconciliation(LocalCE):
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no second derivative
             return block(h)
 
-    def signal(self, at: Moment) -> Signal:
+    def signal(self, ctx: BlockContext) -> Signal:
         """The local loss, drawn towards agreement; sends the gradient of that loss on the block's output."""
-        wanted, x = at.message or (None, None)
-        if at.site.index == at.view.start:
-            x = at.h_in
-        signal = super().signal(at)
-        if not at.training or signal.loss is None:
+        wanted, x = ctx.message or (None, None)
+        if ctx.site.index == ctx.view.start:
+            x = ctx.h_in
+        signal = super().signal(ctx)
+        if not ctx.training or signal.loss is None:
             return replace(signal, message=(wanted, x))
-        loss, samples = signal.loss, len(at.h)
+        loss, samples = signal.loss, len(ctx.h)
         signal.metrics["loss"] = loss
         if wanted is not None and x is not None:
             (own,) = torch.autograd.grad(loss, x, create_graph=True)
@@ -80,7 +80,7 @@ class GradientReconciliation(LocalCE):
                 disagreement = 1 - F.cosine_similarity(own, wanted, dim=1).mean()
             signal.loss = loss + self.weight * disagreement
             signal.metrics["disagreement"] = disagreement
-        if not at.site.is_head:
-            (sent,) = torch.autograd.grad(loss, at.h, retain_graph=True)
+        if not ctx.site.is_head:
+            (sent,) = torch.autograd.grad(loss, ctx.h, retain_graph=True)
             signal.message = (samples * sent, None)
         return signal

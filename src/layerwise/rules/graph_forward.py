@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from layerwise.blocks import Block, Partition
+from layerwise.core.blocks import Block, Partition
+from layerwise.core.functional import goodness
+from layerwise.core.graphs import Graph, extended, graph_of, wired
+from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Signal, Site
+from layerwise.core.tasks import UNLABELLED
 from layerwise.errors import LayerwiseError
-from layerwise.functional import goodness
-from layerwise.graphs import Graph, extended, graph_of, wired
-from layerwise.rules.base import Locality, Moment, Rule, Signal, Site, Start
 from layerwise.rules.label_input import wrong_labels
-from layerwise.tasks import UNLABELLED
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class GraphForward(Rule):
 
     name: ClassVar[str] = "graph_forward"
     locality: ClassVar[Locality] = "local"
-    crosses: ClassVar[str] = "detached activation of unit length, of the nodes and of one node per class"
+    boundary: ClassVar[str] = "detached activation of unit length, of the nodes and of one node per class"
     flat_memory: ClassVar[bool] = True
     unlabelled: ClassVar[bool] = True
     source: ClassVar[str] = (
@@ -85,23 +85,23 @@ class GraphForward(Rule):
             if self.variant != "single":
                 raise LayerwiseError('top_down belongs to variant="single"; leave one of them out.')
             object.__setattr__(self, "locality", "broadcast")
-            object.__setattr__(self, "crosses", f"{self.crosses}; the states of all layers above, of a pass before")
+            object.__setattr__(self, "boundary", f"{self.boundary}; the states of all layers above, of a pass before")
 
     def trains(self, site: Site) -> bool:
         """All blocks; the head is not used."""
         return not site.is_head
 
-    def begin(self, start: Start) -> tuple[Tensor, Any]:
+    def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
         """The nodes with the class nodes, or copies of the graph with the true and with wrong labels."""
-        graph, x = graph_of(start.network.model), start.x.flatten(1)
+        graph, x = graph_of(ctx.network.model), ctx.x.flatten(1)
         known = graph.labels[: len(x)]
         scores = x.new_zeros(len(x), graph.classes, dtype=torch.float32)
         if self.variant == "single":
             h, edges = self._inputs(graph, x, [known])
-            above = self._states(start.network, h, edges) if self.top_down else ()
+            above = self._states(ctx.network, h, edges) if self.top_down else ()
             return h, {"edges": edges, "scores": scores, "above": above}
-        true = torch.where(start.y == UNLABELLED, known, start.y)
-        counts = start.y != UNLABELLED
+        true = torch.where(ctx.y == UNLABELLED, known, ctx.y)
+        counts = ctx.y != UNLABELLED
         wrong = [
             torch.where(counts, wrong_labels(true.clamp_min(0), graph.classes), known) for _ in range(self.negatives)
         ]
@@ -150,20 +150,20 @@ class GraphForward(Rule):
         """Outputs of all blocks, of unit length."""
         return tuple(F.normalize(out, dim=1) for out in self._pass(network, h, edges))
 
-    def signal(self, at: Moment) -> Signal:
+    def signal(self, ctx: BlockContext) -> Signal:
         """The loss of the layer; what it says of the classes; its direction as the next layer's input."""
-        if at.site.is_head:
-            return self._head(at)
-        out = F.normalize(at.h, dim=1)
-        message = dict(at.message)
+        if ctx.site.is_head:
+            return self._head(ctx)
+        out = F.normalize(ctx.h, dim=1)
+        message = dict(ctx.message)
         if self.variant == "single":
-            logits = self._scores(at.h, message["above"][at.site.index + 1 :], len(at.y))
+            logits = self._scores(ctx.h, message["above"][ctx.site.index + 1 :], len(ctx.y))
             message["scores"] = message["scores"] + logits.float().softmax(-1)
-            loss = at.task.loss(logits, at.y)
-            return Signal(loss, message=message, output=out, metrics={"accuracy": at.task.accuracy(logits, at.y)})
-        g = self._goodness(at.h, len(at.y), at.task.classes)
+            loss = ctx.task.loss(logits, ctx.y)
+            return Signal(loss, message=message, output=out, metrics={"accuracy": ctx.task.accuracy(logits, ctx.y)})
+        g = self._goodness(ctx.h, len(ctx.y), ctx.task.classes)
         message["scores"] = message["scores"] + g
-        (true, *wrong), counts = g, at.y != UNLABELLED
+        (true, *wrong), counts = g, ctx.y != UNLABELLED
         true, others = true[counts], torch.stack(wrong)[:, counts]
         loss = F.softplus(self.threshold - true).mean() + F.softplus(others - self.threshold).mean()
         return Signal(loss, message=message, output=out, metrics={"accuracy": (true > others).float().mean()})
@@ -178,13 +178,13 @@ class GraphForward(Rule):
         copy = nodes + (0 if self.variant == "labels" else classes)
         return goodness(h, "sum").view(-1, copy)[:, :nodes]
 
-    def _head(self, at: Moment) -> Signal:
+    def _head(self, ctx: BlockContext) -> Signal:
         """What all layers say together; the head itself does not learn."""
-        scores = at.message["scores"]
+        scores = ctx.message["scores"]
         if self.variant == "single":
-            logits = (scores / at.site.blocks).log()
-            return Signal(metrics={"loss": at.task.loss(logits, at.y), "accuracy": at.task.accuracy(logits, at.y)})
-        true, others = scores[0, at.y != UNLABELLED], scores[1:, at.y != UNLABELLED]
+            logits = (scores / ctx.site.blocks).log()
+            return Signal(metrics={"loss": ctx.task.loss(logits, ctx.y), "accuracy": ctx.task.accuracy(logits, ctx.y)})
+        true, others = scores[0, ctx.y != UNLABELLED], scores[1:, ctx.y != UNLABELLED]
         accuracy = (true > others).float().mean()
         return Signal(metrics={"loss": F.softplus(others - true).mean(), "accuracy": accuracy})
 

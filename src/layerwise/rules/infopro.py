@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise.core.functional import supervised_contrastive
+from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, by_depth, cross_entropy_at_head
+from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.functional import supervised_contrastive
-from layerwise.rules.base import Locality, Moment, Rule, Signal, Site, by_depth, cross_entropy_at_head
 from layerwise.rules.readout import check_group, grouped, pool_vectors
-from layerwise.tasks import Classification
 
 FEATURES = 128
 
@@ -131,7 +131,7 @@ class InfoPro(Rule):
 
     name: ClassVar[str] = "infopro"
     locality: ClassVar[Locality] = "local"
-    crosses: ClassVar[str] = "detached activation and the input"
+    boundary: ClassVar[str] = "detached activation and the input"
     flat_memory: ClassVar[bool] = True
     source: ClassVar[str] = (
         "Wang et al., arXiv 2101.10832 (2021) and its code; range of the target, other inputs than images, vectors and "
@@ -173,31 +173,31 @@ class InfoPro(Rule):
         outputs = FEATURES if self.task == "contrast" else task.classes
         return Heads(decoder, reader(h, outputs) if tell else None).to(h.dtype)
 
-    def signal(self, at: Moment) -> Signal:
+    def signal(self, ctx: BlockContext) -> Signal:
         """Reconstruction and task of the group, or the cross-entropy of the network's head."""
-        if at.y.dim() > 1:
+        if ctx.y.dim() > 1:
             raise LayerwiseError("infopro's auxiliary networks read one label per sample, not one per position.")
-        if at.site.is_head:
-            return cross_entropy_at_head(at)
-        x = at.h_in if at.site.index == 0 else at.message
-        if at.auxiliary is None:
+        if ctx.site.is_head:
+            return cross_entropy_at_head(ctx)
+        x = ctx.h_in if ctx.site.index == 0 else ctx.message
+        if ctx.auxiliary is None:
             return Signal(message=x)
-        assert isinstance(at.auxiliary, Heads)
-        keep, tell = self.weights(at.site)
-        loss, metrics = torch.zeros((), device=at.h.device), {}
-        if at.auxiliary.decoder is not None:
-            decoded = at.auxiliary.decoder(at.h).float()
+        assert isinstance(ctx.auxiliary, Heads)
+        keep, tell = self.weights(ctx.site)
+        loss, metrics = torch.zeros((), device=ctx.h.device), {}
+        if ctx.auxiliary.decoder is not None:
+            decoded = ctx.auxiliary.decoder(ctx.h).float()
             if x.dim() == 4:
                 metrics["reconstruction"] = F.binary_cross_entropy_with_logits(decoded, brightness(x))
             else:
                 metrics["reconstruction"] = F.mse_loss(decoded, x.float())
             loss = loss + keep * metrics["reconstruction"]
-        if at.auxiliary.reader is not None:
-            found = at.auxiliary.reader(at.h if at.h.dim() == 4 else pool_vectors(at.h, "mean", per_position=False))
+        if ctx.auxiliary.reader is not None:
+            found = ctx.auxiliary.reader(ctx.h if ctx.h.dim() == 4 else pool_vectors(ctx.h, "mean", per_position=False))
             if self.task == "contrast":
-                metrics["contrast"] = supervised_contrastive(found, at.y, self.temperature)
+                metrics["contrast"] = supervised_contrastive(found, ctx.y, self.temperature)
                 loss = loss + tell * metrics["contrast"]
             else:
-                metrics["accuracy"] = at.task.correct(found, at.y) / at.y.numel()
-                loss = loss + tell * at.task.loss(found, at.y)
+                metrics["accuracy"] = ctx.task.correct(found, ctx.y) / ctx.y.numel()
+                loss = loss + tell * ctx.task.loss(found, ctx.y)
         return Signal(loss=loss, message=x, metrics=metrics)

@@ -5,10 +5,10 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, cross_entropy_at_head
+from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.rules.base import Locality, Moment, Rule, Signal, Site, cross_entropy_at_head
 from layerwise.rules.readout import Pool, grouped, pool_vectors
-from layerwise.tasks import Classification
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Interlocking(Rule):
 
     name: ClassVar[str] = "interlocking"
     locality: ClassVar[Locality] = "interlocking"
-    crosses: ClassVar[str] = "detached activation; gradients back over n - 1 boundaries"
+    boundary: ClassVar[str] = "detached activation; gradients back over n - 1 boundaries"
     flat_memory: ClassVar[bool] = True
     source: ClassVar[str] = (
         "Gomez, Key et al., arXiv 2010.04116 (2020); linear auxiliary heads, blocks ahead run anew: our reading"
@@ -60,14 +60,14 @@ class Interlocking(Rule):
             return None
         return nn.Linear(pool_vectors(h, self.pool, per_position=False).shape[-1], task.classes, dtype=h.dtype)
 
-    def signal(self, at: Moment) -> Signal:
+    def signal(self, ctx: BlockContext) -> Signal:
         """The loss at the end of the view, for the block behind; in the head's own turn, its own loss for itself."""
-        if at.site.is_head:
-            return cross_entropy_at_head(at)
-        own, last = at.site.index == at.view.start, at.site.index == at.view.stop - 1
-        if at.auxiliary is None or not (own or last):
+        if ctx.site.is_head:
+            return cross_entropy_at_head(ctx)
+        own, last = ctx.site.index == ctx.view.start, ctx.site.index == ctx.view.stop - 1
+        if ctx.auxiliary is None or not (own or last):
             return Signal()
-        h = at.h if last else at.h.detach()
-        logits = at.auxiliary(pool_vectors(h, self.pool, at.y.dim() > 1))
-        accuracy = at.task.accuracy(logits, at.y)
-        return Signal(loss=at.task.loss(logits, at.y), metrics={"accuracy": accuracy})
+        h = ctx.h if last else ctx.h.detach()
+        logits = ctx.auxiliary(pool_vectors(h, self.pool, ctx.y.dim() > 1))
+        accuracy = ctx.task.accuracy(logits, ctx.y)
+        return Signal(loss=ctx.task.loss(logits, ctx.y), metrics={"accuracy": accuracy})

@@ -6,8 +6,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from layerwise.functional import goodness, unit_length
-from layerwise.rules.base import Locality, Moment, Signal, Start
+from layerwise.core.functional import goodness, unit_length
+from layerwise.core.rule import BatchContext, BlockContext, Locality, Signal
 from layerwise.rules.forward_forward import ForwardForward
 
 
@@ -38,7 +38,7 @@ class LayerCollaboration(ForwardForward):
 
     name: ClassVar[str] = "layer_collaboration"
     locality: ClassVar[Locality] = "local"
-    crosses: ClassVar[str] = (
+    boundary: ClassVar[str] = (
         "detached activation of unit length and goodness (one number per sample), for a positive and a negative sample"
     )
     source: ClassVar[str] = (
@@ -49,33 +49,35 @@ class LayerCollaboration(ForwardForward):
         super().__post_init__()
         if self.gamma == "all":  # what the class declares holds for the earlier blocks
             object.__setattr__(self, "locality", "broadcast")
-            object.__setattr__(self, "crosses", f"{self.crosses}; that of later blocks comes from a first forward pass")
+            object.__setattr__(
+                self, "boundary", f"{self.boundary}; that of later blocks comes from a first forward pass"
+            )
 
-    def begin(self, start: Start) -> tuple[Tensor, Any]:
+    def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
         """The samples; what the blocks think of them where all are asked."""
-        x, message = super().begin(start)
+        x, message = super().begin(ctx)
         message["gamma"] = torch.zeros_like(message["votes"])
         if self.gamma == "all":
             with torch.no_grad():
                 h = unit_length(x)
-                for block in start.network.blocks:
+                for block in ctx.network.blocks:
                     h = block(h)
-                    message["gamma"] += goodness(h[: 2 * len(start.y)], self.goodness)
+                    message["gamma"] += goodness(h[: 2 * len(ctx.y)], self.goodness)
                     h = unit_length(h)
         return x, message
 
-    def theta(self, at: Moment) -> float:
+    def theta(self, ctx: BlockContext) -> float:
         """Threshold of the summed goodness: one block's for every block in the sum."""
-        return super().theta(at) * (at.site.index + 1 if self.gamma == "earlier" else at.site.blocks)
+        return super().theta(ctx) * (ctx.site.index + 1 if self.gamma == "earlier" else ctx.site.blocks)
 
-    def others(self, at: Moment, g: Tensor) -> Tensor:
+    def others(self, ctx: BlockContext, g: Tensor) -> Tensor:
         """The other blocks' goodness `(2 B,)`, without gradient."""
-        return at.message["gamma"] if self.gamma == "earlier" else at.message["gamma"] - g.detach()
+        return ctx.message["gamma"] if self.gamma == "earlier" else ctx.message["gamma"] - g.detach()
 
-    def signal(self, at: Moment) -> Signal:
+    def signal(self, ctx: BlockContext) -> Signal:
         """That of forward-forward; tells the next block what this one and those before it think."""
-        signal = super().signal(at)
-        if self.gamma == "earlier" and not at.site.is_head:
-            own = goodness(at.h[: 2 * len(at.y)], self.goodness)
-            signal.message["gamma"] = at.message["gamma"] + own
+        signal = super().signal(ctx)
+        if self.gamma == "earlier" and not ctx.site.is_head:
+            own = goodness(ctx.h[: 2 * len(ctx.y)], self.goodness)
+            signal.message["gamma"] = ctx.message["gamma"] + own
         return signal

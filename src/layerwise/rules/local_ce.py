@@ -5,16 +5,16 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from layerwise.rules.base import (
+from layerwise.core.rule import (
+    BlockContext,
     Locality,
-    Moment,
     Rule,
     Signal,
     Site,
     cross_entropy_at_head,
 )
+from layerwise.core.tasks import Classification
 from layerwise.rules.readout import Pool, check_group, grouped, pool_vectors
-from layerwise.tasks import Classification
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class LocalCE(Rule):
 
     name: ClassVar[str] = "local_ce"
     locality: ClassVar[Locality] = "local"
-    crosses: ClassVar[str] = "detached activation"
+    boundary: ClassVar[str] = "detached activation"
     flat_memory: ClassVar[bool] = True
     unlabelled: ClassVar[bool] = True
     source: ClassVar[str] = (
@@ -64,12 +64,12 @@ class LocalCE(Rule):
             return None
         return nn.Linear(pool_vectors(h, self.pool, per_position=False).shape[-1], task.classes, dtype=h.dtype)
 
-    def signal(self, at: Moment) -> Signal:
+    def signal(self, ctx: BlockContext) -> Signal:
         """Cross-entropy of the block's own head, or of the network's at the end."""
-        if at.site.is_head:
-            return cross_entropy_at_head(at)
-        if at.auxiliary is None:
+        if ctx.site.is_head:
+            return cross_entropy_at_head(ctx)
+        if ctx.auxiliary is None:
             return Signal()
-        logits = at.auxiliary(pool_vectors(at.h, self.pool, at.y.dim() > 1))
-        accuracy = at.task.accuracy(logits, at.y)
-        return Signal(loss=at.task.loss(logits, at.y), metrics={"accuracy": accuracy})
+        logits = ctx.auxiliary(pool_vectors(ctx.h, self.pool, ctx.y.dim() > 1))
+        accuracy = ctx.task.accuracy(logits, ctx.y)
+        return Signal(loss=ctx.task.loss(logits, ctx.y), metrics={"accuracy": accuracy})

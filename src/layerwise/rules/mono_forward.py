@@ -5,11 +5,11 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from layerwise.core.rule import BlockContext, Signal, Site
+from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.rules.base import Moment, Signal, Site
 from layerwise.rules.local_ce import LocalCE
 from layerwise.rules.readout import Pool, pool_vectors
-from layerwise.tasks import Classification
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class MonoForward(LocalCE):
         width = pool_vectors(h, self.pool, per_position=False).shape[-1]
         return nn.Linear(width, task.classes, bias=False, dtype=h.dtype)
 
-    def signal(self, at: Moment) -> Signal:
+    def signal(self, ctx: BlockContext) -> Signal:
         """Cross-entropy of the block's goodness."""
-        if at.y.dim() > 1 and self.predictor == "sum" and self.pool != "none":
+        if ctx.y.dim() > 1 and self.predictor == "sum" and self.pool != "none":
             raise LayerwiseError('predictor="sum" with a label per position needs pool="none"; give it, or use "last".')
-        return super().signal(at)
+        return super().signal(ctx)
 
     def predicts_plainly(self) -> bool:
         """Where the last block's goodness decides."""

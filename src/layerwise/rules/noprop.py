@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layerwise.blocks import Block, Partition
-from layerwise.errors import LayerwiseError
-from layerwise.functional import (
+from layerwise.core.blocks import Block, Partition
+from layerwise.core.functional import (
     denoising_step,
     integrate,
     medoid,
@@ -19,8 +18,9 @@ from layerwise.functional import (
     signal_share,
     squared_distances,
 )
-from layerwise.rules.base import Locality, Moment, Rule, Signal, Site, Start, cross_entropy_at_head
-from layerwise.tasks import Classification
+from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Signal, Site, cross_entropy_at_head
+from layerwise.core.tasks import Classification
+from layerwise.errors import LayerwiseError
 
 
 def embedding(block: Block) -> Tensor:
@@ -108,11 +108,11 @@ class Denoising(Rule):
             embedding(block).copy_(u)
         return block(h)
 
-    def signal_at_head(self, at: Moment, share: Tensor | float) -> Signal:
+    def signal_at_head(self, ctx: BlockContext, share: Tensor | float) -> Signal:
         r"""Cross-entropy; where embeddings learn, $KL(q(z_0|y) \,\|\, N(0, I))$ with `share` $\bar\alpha_0$ as well."""
-        signal, u = cross_entropy_at_head(at), embedding_at(at.site)
+        signal, u = cross_entropy_at_head(ctx), embedding_at(ctx.site)
         if u.requires_grad and signal.loss is not None:
-            signal.loss = signal.loss + prior_divergence(u[at.y], share).mean()
+            signal.loss = signal.loss + prior_divergence(u[ctx.y], share).mean()
         return signal
 
 
@@ -146,7 +146,7 @@ class NoPropDT(Denoising):
 
     name: ClassVar[str] = "noprop_dt"
     models: ClassVar[tuple[str, ...]] = ("noprop",)
-    crosses: ClassVar[str] = (
+    boundary: ClassVar[str] = (
         "the input; in prediction a noisy label too; embeddings that are learned, from the head to the blocks"
     )
     source: ClassVar[str] = (
@@ -163,15 +163,15 @@ class NoPropDT(Denoising):
         if not self.eta > 0:
             raise LayerwiseError(f"eta is {self.eta}; it must be larger than 0.")
 
-    def begin(self, start: Start) -> tuple[Tensor, Any]:
+    def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
         """The state of the first block: a draw of z_0 and the image."""
-        (classes, size), network = embedding(start.network.head).shape, start.network
-        hot = F.one_hot(start.y, classes).float()
+        (classes, size), network = embedding(ctx.network.head).shape, ctx.network
+        hot = F.one_hot(ctx.y, classes).float()
         if network.training:
-            return state(*drawn(hot, signal_share(0, len(network.blocks)), size), start.x), {
+            return state(*drawn(hot, signal_share(0, len(network.blocks)), size), ctx.x), {
                 "embedding": self.shared(network)
             }
-        return state(*drawn(0 * hot, 0.0, size), start.x), None
+        return state(*drawn(0 * hot, 0.0, size), ctx.x), None
 
     def loss_weight(self, site: Site) -> float:
         """Factor of the squared distance at the block of step t = site.index + 1."""
@@ -179,23 +179,23 @@ class NoPropDT(Denoising):
         before, after = (share / (1 - share) for share in shares)
         return site.blocks / 2 * self.eta * (after - before)
 
-    def signal(self, at: Moment) -> Signal:
+    def signal(self, ctx: BlockContext) -> Signal:
         """Squared distance of the block's label from the true one; passes on another draw, or the sampler's next z."""
-        t, steps, u = at.site.index + 1, at.site.blocks, embedding_at(at.site)
-        if at.site.is_head:
-            return self.signal_at_head(at, signal_share(0, steps))
+        t, steps, u = ctx.site.index + 1, ctx.site.blocks, embedding_at(ctx.site)
+        if ctx.site.is_head:
+            return self.signal_at_head(ctx, signal_share(0, steps))
         a, _, c = denoising_step(t, steps)
-        p, r, x = divided(at.h, u)
-        distance = mixture(p / a - at.task.distribution(at.y), u).square().sum(1)
-        if at.training:
-            p_next, r_next = drawn(F.one_hot(at.y, len(u)).to(p), signal_share(t, steps), u.shape[1])
+        p, r, x = divided(ctx.h, u)
+        distance = mixture(p / a - ctx.task.distribution(ctx.y), u).square().sum(1)
+        if ctx.training:
+            p_next, r_next = drawn(F.one_hot(ctx.y, len(u)).to(p), signal_share(t, steps), u.shape[1])
         else:
             p_next, r_next = p, r + c**0.5 * torch.randn_like(r)
         return Signal(
-            loss=self.loss_weight(at.site) * distance.mean(),
-            message=at.message,
+            loss=self.loss_weight(ctx.site) * distance.mean(),
+            message=ctx.message,
             output=state(p_next, r_next, x),
-            metrics={"accuracy": at.task.accuracy(p, at.y)},
+            metrics={"accuracy": ctx.task.accuracy(p, ctx.y)},
         )
 
     def predict(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ class _AnyTime(Denoising):
     solver: Literal["euler", "heun"] = "euler"
     """Of the sampler; `heun` asks the network twice per step."""
 
-    crosses: ClassVar[str] = "the input and a noisy label; embeddings that are learned, from the head to the block"
+    boundary: ClassVar[str] = "the input and a noisy label; embeddings that are learned, from the head to the block"
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
@@ -280,33 +280,33 @@ class NoPropCT(_AnyTime):
         """Log SNR and its derivative at times `(B, 1)`."""
         return network.model.get_submodule("block1.schedule")(t)
 
-    def begin(self, start: Start) -> tuple[Tensor, Any]:
+    def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
         """A time, the label and noise, which the block mixes; in evaluation noise alone, at t = 0."""
-        (classes, size), training = embedding(start.network.head).shape, start.network.training
-        p = F.one_hot(start.y, classes).float() * training
+        (classes, size), training = embedding(ctx.network.head).shape, ctx.network.training
+        p = F.one_hot(ctx.y, classes).float() * training
         t = times(p) * training
-        message = {"embedding": self.shared(start.network)} if training else None
-        return state(t, p, torch.randn(len(p), size, device=p.device), start.x), message
+        message = {"embedding": self.shared(ctx.network)} if training else None
+        return state(t, p, torch.randn(len(p), size, device=p.device), ctx.x), message
 
-    def signal(self, at: Moment) -> Signal:
+    def signal(self, ctx: BlockContext) -> Signal:
         """Squared distance of the block's label from the true one; passes on a draw of z_1."""
-        if at.site.is_head:
-            return self.signal_at_head(at, at.message["share"])
-        assert at.site.network is not None
-        u, t = embedding_at(at.site), at.h_in[:, :1]
-        p, _, x = divided(at.h, u)
-        log_snr, slope = self.schedule(at.site.network, t)
-        distance = mixture(p - at.task.distribution(at.y), u).square().sum(1, keepdim=True)
+        if ctx.site.is_head:
+            return self.signal_at_head(ctx, ctx.message["share"])
+        assert ctx.site.network is not None
+        u, t = embedding_at(ctx.site), ctx.h_in[:, :1]
+        p, _, x = divided(ctx.h, u)
+        log_snr, slope = self.schedule(ctx.site.network, t)
+        distance = mixture(p - ctx.task.distribution(ctx.y), u).square().sum(1, keepdim=True)
         loss = self.eta / 2 * (slope * log_snr.exp() * distance).mean()
-        first, last = self.schedule(at.site.network, torch.tensor([[0.0], [1.0]], device=t.device))[0].sigmoid()[:, 0]
+        first, last = self.schedule(ctx.site.network, torch.tensor([[0.0], [1.0]], device=t.device))[0].sigmoid()[:, 0]
         if first.requires_grad:
-            loss = loss + prior_divergence(u[at.y], first).mean()
-        draw = state(*drawn(F.one_hot(at.y, len(u)).to(p), last.detach(), u.shape[1]), x)
+            loss = loss + prior_divergence(u[ctx.y], first).mean()
+        draw = state(*drawn(F.one_hot(ctx.y, len(u)).to(p), last.detach(), u.shape[1]), x)
         return Signal(
             loss=loss,
             message={"share": first},
-            output=draw if at.training else None,
-            metrics={"accuracy": at.task.accuracy(p, at.y)},
+            output=draw if ctx.training else None,
+            metrics={"accuracy": ctx.task.accuracy(p, ctx.y)},
         )
 
     def predict(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Tensor:
@@ -367,26 +367,26 @@ class NoPropFM(_AnyTime):
         if not self.sigma >= 0:
             raise LayerwiseError(f"sigma is {self.sigma}; it is a standard deviation, 0 or more.")
 
-    def begin(self, start: Start) -> tuple[Tensor, Any]:
+    def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
         """A time, the label's share of z_t and the rest of it; in evaluation z_0 alone, at t = 0."""
-        (classes, size), training = embedding(start.network.head).shape, start.network.training
-        hot = F.one_hot(start.y, classes).float()
+        (classes, size), training = embedding(ctx.network.head).shape, ctx.network.training
+        hot = F.one_hot(ctx.y, classes).float()
         t, origin = times(hot) * training, torch.randn(len(hot), size, device=hot.device)
         r = (1 - t) * origin + self.sigma * training * torch.randn_like(origin)
-        message = {"origin": origin, "embedding": self.shared(start.network) if training else None}
-        return state(t, t * hot, r, start.x), message
+        message = {"origin": origin, "embedding": self.shared(ctx.network) if training else None}
+        return state(t, t * hot, r, ctx.x), message
 
-    def signal(self, at: Moment) -> Signal:
+    def signal(self, ctx: BlockContext) -> Signal:
         """Squared distance of the velocity from the way to the label; passes on where it leads at t = 1."""
-        if at.site.is_head:
-            return cross_entropy_at_head(at)
-        u, t = embedding_at(at.site), at.h_in[:, :1]
-        v, _, x = divided(at.h, u)
-        p, r, _ = divided(at.h_in[:, 1:], u)
+        if ctx.site.is_head:
+            return cross_entropy_at_head(ctx)
+        u, t = embedding_at(ctx.site), ctx.h_in[:, :1]
+        v, _, x = divided(ctx.h, u)
+        p, r, _ = divided(ctx.h_in[:, 1:], u)
         p = p + (1 - t) * v
-        wanted = mixture(at.task.distribution(at.y), u) - at.message["origin"]
+        wanted = mixture(ctx.task.distribution(ctx.y), u) - ctx.message["origin"]
         loss = (mixture(v, u) - wanted).square().sum(1).mean()
-        accuracy = at.task.accuracy(self.nearest(mixture(p, u) + r, u), at.y)
+        accuracy = ctx.task.accuracy(self.nearest(mixture(p, u) + r, u), ctx.y)
         return Signal(loss=loss, output=state(p, r, x), metrics={"accuracy": accuracy})
 
     @staticmethod

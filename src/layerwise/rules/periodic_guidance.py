@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from layerwise.core.rule import BlockContext, Locality, Signal, cross_entropy_at_head
 from layerwise.errors import LayerwiseError
-from layerwise.rules.base import Locality, Moment, Signal, cross_entropy_at_head
 from layerwise.rules.dgl import DGL
 
 
@@ -35,7 +35,7 @@ class PeriodicGuidance(DGL):
 
     name: ClassVar[str] = "periodic_guidance"
     locality: ClassVar[Locality] = "interlocking"
-    crosses: ClassVar[str] = "detached activation; in guided steps activations, and gradients back through every block"
+    boundary: ClassVar[str] = "detached activation; in guided steps activations, and gradients back through every block"
     flat_memory: ClassVar[bool] = False
     source: ClassVar[str] = (
         "Bhatti & Moon, arXiv 2208.00821 (2022); period, length and order of the phases, optimizer state: our reading"
@@ -57,8 +57,8 @@ class PeriodicGuidance(DGL):
             return self.groups(blocks)
         return [range(blocks + 1)]
 
-    def signal(self, at: Moment) -> Signal:
+    def signal(self, ctx: BlockContext) -> Signal:
         """The block's own loss; where all blocks are one graph, the head's alone."""
-        if at.view == range(at.site.blocks + 1):
-            return cross_entropy_at_head(at) if at.site.is_head else Signal()
-        return super().signal(at)
+        if ctx.view == range(ctx.site.blocks + 1):
+            return cross_entropy_at_head(ctx) if ctx.site.is_head else Signal()
+        return super().signal(ctx)

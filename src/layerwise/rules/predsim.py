@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise.core.functional import similarity
+from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, cross_entropy_at_head
+from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.functional import similarity
-from layerwise.rules.base import Locality, Moment, Rule, Signal, Site, cross_entropy_at_head
 from layerwise.rules.readout import check_group, grouped, pool_vectors
-from layerwise.tasks import Classification
 
 
 class Heads(nn.Module):
@@ -74,7 +74,7 @@ class PredSim(Rule):
 
     name: ClassVar[str] = "predsim"
     locality: ClassVar[Locality] = "local"
-    crosses: ClassVar[str] = "detached activation"
+    boundary: ClassVar[str] = "detached activation"
     flat_memory: ClassVar[bool] = True
     source: ClassVar[str] = "Nøkland & Eidnes, arXiv 1901.06656 (2019); tokens: our reading"
     restrictions: ClassVar[str] = (
@@ -95,25 +95,25 @@ class PredSim(Rule):
         ends = (site.index + 1) % self.group == 0 or site.index == site.blocks - 1
         return Heads(h, task.classes, self.loss) if ends and not site.is_head else None
 
-    def signal(self, at: Moment) -> Signal:
+    def signal(self, ctx: BlockContext) -> Signal:
         """Cross-entropy of the local classifier and distance of the similarities from those of the labels."""
-        if at.y.dim() > 1:
+        if ctx.y.dim() > 1:
             raise LayerwiseError("predsim compares samples, which have one label each, not one per position.")
-        if at.site.is_head:
-            return cross_entropy_at_head(at)
-        heads = at.auxiliary
+        if ctx.site.is_head:
+            return cross_entropy_at_head(ctx)
+        heads = ctx.auxiliary
         if heads is None:
             return Signal()
         assert isinstance(heads, Heads)
         share = {"pred": 0.0, "sim": 1.0}.get(self.loss, self.beta)
-        loss, metrics = torch.zeros((), device=at.h.device), {}
+        loss, metrics = torch.zeros((), device=ctx.h.device), {}
         if heads.classifier is not None:
-            logits = heads.classifier(pool_vectors(at.h, "grid", per_position=False))
-            loss = loss + (1 - share) * at.task.loss(logits, at.y)
-            metrics["accuracy"] = at.task.correct(logits, at.y) / at.y.numel()
+            logits = heads.classifier(pool_vectors(ctx.h, "grid", per_position=False))
+            loss = loss + (1 - share) * ctx.task.loss(logits, ctx.y)
+            metrics["accuracy"] = ctx.task.correct(logits, ctx.y) / ctx.y.numel()
         if heads.map is not None:
-            wanted = similarity(F.one_hot(at.y, at.task.classes))
+            wanted = similarity(F.one_hot(ctx.y, ctx.task.classes))
             # Not F.mse_loss, whose scalar keeps a storage of B x B numbers alive with the metrics.
-            metrics["similarity"] = (similarity(heads.rows(at.h)) - wanted).square().mean()
+            metrics["similarity"] = (similarity(heads.rows(ctx.h)) - wanted).square().mean()
             loss = loss + share * metrics["similarity"]
         return Signal(loss=loss, metrics=metrics)

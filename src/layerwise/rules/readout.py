@@ -4,8 +4,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from layerwise.core.functional import pool_features
 from layerwise.errors import LayerwiseError
-from layerwise.functional import pool_features
 
 Pool = Literal["auto", "mean", "moments", "grid", "cls", "flatten", "none"]
 

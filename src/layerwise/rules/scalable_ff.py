@@ -6,10 +6,10 @@ from typing import Any, ClassVar, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise.core.functional import normalise
+from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site
+from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.functional import normalise
-from layerwise.rules.base import Locality, Moment, Rule, Signal, Site
-from layerwise.tasks import Classification
 
 
 def channel_norm(h: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class ScalableFF(Rule):
 
     name: ClassVar[str] = "scalable_ff"
     locality: ClassVar[Locality] = "local"
-    crosses: ClassVar[str] = "detached activation, normalised over its channels"
+    boundary: ClassVar[str] = "detached activation, normalised over its channels"
     flat_memory: ClassVar[bool] = True
     source: ClassVar[str] = "Krutsylo, arXiv 2501.03176 (2025); form of the margin loss: our reading"
     restrictions: ClassVar[str] = "One label per sample. The network's head is not used; its output means nothing."
@@ -87,20 +87,20 @@ class ScalableFF(Rule):
         """The channels of every block."""
         return None if site.is_head else ChannelGoodness(h, task.classes, self.kernel)
 
-    def signal(self, at: Moment) -> Signal:
+    def signal(self, ctx: BlockContext) -> Signal:
         """The margin loss of the block's goodness; the goodness of all blocks so far goes along, for the metrics."""
-        if at.y.dim() > 1:
+        if ctx.y.dim() > 1:
             raise LayerwiseError("scalable_ff has one goodness per class and sample, not one per position.")
-        if at.site.is_head:
-            votes = at.message / at.site.blocks if self.predictor == "mean" else at.message
-            accuracy = at.task.correct(votes, at.y) / at.y.numel()
-            return Signal(metrics={"loss": self.margin_loss(votes, at.y, at.task), "accuracy": accuracy})
-        assert at.auxiliary is not None
-        g = at.auxiliary(at.h)
-        carried = at.message + g if self.predictor == "mean" and at.message is not None else g
-        accuracy = at.task.correct(g, at.y) / at.y.numel()
-        loss = self.margin_loss(g, at.y, at.task)
-        return Signal(loss, message=carried, output=channel_norm(at.h), metrics={"accuracy": accuracy})
+        if ctx.site.is_head:
+            votes = ctx.message / ctx.site.blocks if self.predictor == "mean" else ctx.message
+            accuracy = ctx.task.correct(votes, ctx.y) / ctx.y.numel()
+            return Signal(metrics={"loss": self.margin_loss(votes, ctx.y, ctx.task), "accuracy": accuracy})
+        assert ctx.auxiliary is not None
+        g = ctx.auxiliary(ctx.h)
+        carried = ctx.message + g if self.predictor == "mean" and ctx.message is not None else g
+        accuracy = ctx.task.correct(g, ctx.y) / ctx.y.numel()
+        loss = self.margin_loss(g, ctx.y, ctx.task)
+        return Signal(loss, message=carried, output=channel_norm(ctx.h), metrics={"accuracy": accuracy})
 
     def margin_loss(self, g: Tensor, y: Tensor, task: Classification) -> Tensor:
         """Mean of log(1 + sum over the other classes of exp(g_c - g_y + m)), for `g` `(B, K)`."""

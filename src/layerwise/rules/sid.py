@@ -8,12 +8,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from layerwise.blocks import Partition
+from layerwise.core.blocks import Partition
+from layerwise.core.functional import kl_divergence
+from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, by_depth
+from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.functional import kl_divergence
-from layerwise.rules.base import Locality, Moment, Rule, Signal, Site, by_depth
 from layerwise.rules.readout import Pool, check_group, grouped, pool_vectors
-from layerwise.tasks import Classification
 
 Direction = Literal["forward", "reverse"]
 
@@ -82,23 +82,23 @@ class Distillation(Rule):
             )
         return None
 
-    def distil(self, at: Moment, logits: Tensor, log_before: Tensor) -> Signal:
+    def distil(self, ctx: BlockContext, logits: Tensor, log_before: Tensor) -> Signal:
         """The objective of the belief softmax(logits), given the belief before."""
-        place = self.place(at.site)
+        place = self.place(ctx.site)
         assert place is not None
         alpha, log_p, log_before = by_depth(self.alpha, place), log_softmax(logits), log_before.detach()
-        target = at.task.distribution(at.y).to(log_p.dtype)
+        target = ctx.task.distribution(ctx.y).to(log_p.dtype)
         label, consistency = divergences(log_p, log_before, target, self.direction)
         each = alpha * label + (1 - alpha) * consistency
         signal = Signal(loss=each.mean(), message=log_p)
         signal.metrics = {
-            "accuracy": at.task.correct(log_p, at.y) / at.y.numel(),
+            "accuracy": ctx.task.correct(log_p, ctx.y) / ctx.y.numel(),
             "label_kl": label.mean(),
             "consistency": consistency.mean(),
         }
-        if at.site.is_head:
-            signal.metrics["loss"] = at.task.loss(log_p, at.y)
-        if not at.training:  # not worth the time in training
+        if ctx.site.is_head:
+            signal.metrics["loss"] = ctx.task.loss(log_p, ctx.y)
+        if not ctx.training:  # not worth the time in training
             before, _ = divergences(log_before, log_before, target, self.direction)
             signal.metrics["entropy"] = -(log_p.exp() * log_p).sum(-1).mean()
             signal.metrics["descent"] = (each <= alpha * before).to(log_p.dtype).mean()
@@ -167,7 +167,7 @@ class SID(Distillation):
 
     name: ClassVar[str] = "sid"
     locality: ClassVar[Locality] = "local"
-    crosses: ClassVar[str] = "detached activation and belief (K numbers per sample)"
+    boundary: ClassVar[str] = "detached activation and belief (K numbers per sample)"
     flat_memory: ClassVar[bool] = True
     source: ClassVar[str] = (
         "Ye & Tang, arXiv 2510.03273 (2025), for the objective; belief heads on an ordinary network: our reading"
@@ -208,15 +208,15 @@ class SID(Distillation):
     def _vectors(self, h: Tensor) -> Tensor:
         return pool_vectors(h, self.pool, per_position=False)
 
-    def signal(self, at: Moment) -> Signal:
+    def signal(self, ctx: BlockContext) -> Signal:
         """The objective of the group's belief."""
-        if at.auxiliary is None:
-            return Signal(message=at.message)
-        if at.y.dim() > 1 and self.pool != "none":
+        if ctx.auxiliary is None:
+            return Signal(message=ctx.message)
+        if ctx.y.dim() > 1 and self.pool != "none":
             raise LayerwiseError('sid reads a belief per sample, and there is a label per position; set pool="none".')
-        features = at.h if at.site.is_head else self._vectors(at.h)
-        before = at.message if at.message is not None else uniform_belief(features, at.task.classes)
-        return self.distil(at, at.auxiliary(before, features), before)
+        features = ctx.h if ctx.site.is_head else self._vectors(ctx.h)
+        before = ctx.message if ctx.message is not None else uniform_belief(features, ctx.task.classes)
+        return self.distil(ctx, ctx.auxiliary(before, features), before)
 
     def beliefs(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Iterator[Tensor]:
         """The uniform belief, then one per group: log-probabilities `(B, ..., K)`."""
@@ -278,7 +278,7 @@ class SIDCascade(Distillation):
     name: ClassVar[str] = "sid_cascade"
     models: ClassVar[tuple[str, ...]] = ("sid_cascade",)
     locality: ClassVar[Locality] = "interlocking"
-    crosses: ClassVar[str] = (
+    boundary: ClassVar[str] = (
         "detached features and belief (K numbers per sample); the gradient on the features, back to the extractor"
     )
     flat_memory: ClassVar[bool] = True
@@ -295,7 +295,7 @@ class SIDCascade(Distillation):
         super().__post_init__()
         if self.extractor == "local":  # what the class declares holds for the others
             object.__setattr__(self, "locality", "local")
-            object.__setattr__(self, "crosses", "detached features and belief (K numbers per sample)")
+            object.__setattr__(self, "boundary", "detached features and belief (K numbers per sample)")
 
     def groups(self, blocks: int) -> list[range]:
         """Every module its own; the extractor one group, or two where it learns from its own heads."""
@@ -339,16 +339,16 @@ class SIDCascade(Distillation):
         """A vector out of the output of the extractor's half: the mean over space, or the features of the state."""
         return h[:, task.classes :] if h.dim() == 2 else pool_vectors(h, "mean", per_position=False)
 
-    def signal(self, at: Moment) -> Signal:
+    def signal(self, ctx: BlockContext) -> Signal:
         """The objective of the module's belief; in the extractor, the cross-entropy of its own head if it has one."""
-        if self.place(at.site) is not None:
-            log_before = at.h_in[:, : at.task.classes]
-            return self.distil(at, at.h if at.site.is_head else at.h[:, : at.task.classes], log_before)
-        if at.auxiliary is None:
+        if self.place(ctx.site) is not None:
+            log_before = ctx.h_in[:, : ctx.task.classes]
+            return self.distil(ctx, ctx.h if ctx.site.is_head else ctx.h[:, : ctx.task.classes], log_before)
+        if ctx.auxiliary is None:
             return Signal()
-        logits = at.auxiliary(self._features(at.site, at.h, at.task))
-        accuracy = at.task.correct(logits, at.y) / at.y.numel()
-        return Signal(loss=at.task.loss(logits, at.y), metrics={"accuracy": accuracy})
+        logits = ctx.auxiliary(self._features(ctx.site, ctx.h, ctx.task))
+        accuracy = ctx.task.correct(logits, ctx.y) / ctx.y.numel()
+        return Signal(loss=ctx.task.loss(logits, ctx.y), metrics={"accuracy": accuracy})
 
     def beliefs(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Iterator[Tensor]:
         """The uniform belief, then one per module: log-probabilities `(B, K)`."""

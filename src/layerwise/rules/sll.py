@@ -7,19 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layerwise import functional
-from layerwise.errors import LayerwiseError
-from layerwise.rules.base import (
+from layerwise.core import functional
+from layerwise.core.rule import (
+    BlockContext,
     Locality,
-    Moment,
     Rule,
     Signal,
     Site,
     by_depth,
     cross_entropy_at_head,
 )
+from layerwise.core.tasks import Classification
+from layerwise.errors import LayerwiseError
 from layerwise.rules.readout import Pool, check_group, grouped, pool_vectors
-from layerwise.tasks import Classification
 
 SURROGATES = {
     "neg_log_bc": functional.neg_log_bc,
@@ -130,7 +130,7 @@ class SLL(Rule):
 
     name: ClassVar[str] = "sll"
     locality: ClassVar[Locality] = "local"
-    crosses: ClassVar[str] = "detached activation and projection (d0 numbers per sample)"
+    boundary: ClassVar[str] = "detached activation and projection (d0 numbers per sample)"
     flat_memory: ClassVar[bool] = True
     source: ClassVar[str] = (
         "Yin & Corradi, arXiv 2505.05181 v4 (2025); scale, normalisation, neighbour and head: our reading"
@@ -146,7 +146,7 @@ class SLL(Rule):
             raise LayerwiseError(f"overlap is {self.overlap}; it is a number of blocks, 0 for none.")
         if self.overlap > 0:  # what the class declares holds without overlap
             object.__setattr__(self, "locality", "interlocking")
-            object.__setattr__(self, "crosses", f"{self.crosses}; gradients back over {self.overlap} boundaries")
+            object.__setattr__(self, "boundary", f"{self.boundary}; gradients back over {self.overlap} boundaries")
         if not 0.0 <= self.dropout < 1.0:
             raise LayerwiseError(f"dropout is {self.dropout}; it is a probability in [0, 1).")
         if not self.scale > 0:
@@ -169,35 +169,35 @@ class SLL(Rule):
         width = pool_vectors(h, self.pool, per_position=False).shape[-1]
         return Projection(width, dim, task.classes, self)
 
-    def signal(self, at: Moment) -> Signal:
+    def signal(self, ctx: BlockContext) -> Signal:
         """Likelihood and alignment of the posterior that is read off at this site."""
-        if at.site.is_head:
-            signal = cross_entropy_at_head(at)
+        if ctx.site.is_head:
+            signal = cross_entropy_at_head(ctx)
             if self.head == "joint":
-                self._align(signal, at, at.h.float())
+                self._align(signal, ctx, ctx.h.float())
             return signal
-        if at.auxiliary is None:
-            return Signal(message=at.message)
-        assert isinstance(at.auxiliary, Projection)
-        v = at.auxiliary(pool_vectors(at.h, self.pool, at.y.dim() > 1))
-        logits = at.auxiliary.class_logits(v)
+        if ctx.auxiliary is None:
+            return Signal(message=ctx.message)
+        assert isinstance(ctx.auxiliary, Projection)
+        v = ctx.auxiliary(pool_vectors(ctx.h, self.pool, ctx.y.dim() > 1))
+        logits = ctx.auxiliary.class_logits(v)
         # With the index targets the softmax runs over all d0 coordinates; the label is one of the first K.
-        likelihood = at.task.loss(v if self.targets == "index" else logits, at.y)
+        likelihood = ctx.task.loss(v if self.targets == "index" else logits, ctx.y)
         signal = Signal(
-            loss=by_depth(self.likelihood_weight, at.site) * likelihood,
-            message=(*(at.message or ()), v)[-2:],
-            metrics={"accuracy": at.task.correct(logits, at.y) / at.y.numel()},
+            loss=by_depth(self.likelihood_weight, ctx.site) * likelihood,
+            message=(*(ctx.message or ()), v)[-2:],
+            metrics={"accuracy": ctx.task.correct(logits, ctx.y) / ctx.y.numel()},
         )
-        self._align(signal, at, v)
+        self._align(signal, ctx, v)
         return signal
 
-    def _align(self, signal: Signal, at: Moment, v: Tensor) -> None:
+    def _align(self, signal: Signal, ctx: BlockContext, v: Tensor) -> None:
         """Add the divergence to the neighbour's posterior, where there is one over the same categories."""
         back = {"previous": 1, "before_previous": 2}[self.neighbour]
-        sent = at.message or ()
+        sent = ctx.message or ()
         if self.surrogate == "none" or len(sent) < back or sent[-back].shape != v.shape or signal.loss is None:
             return
         log_p, log_q = sent[-back].detach().log_softmax(-1), v.log_softmax(-1)
         divergence = SURROGATES[self.surrogate](log_p, log_q).mean()
-        signal.loss = signal.loss + by_depth(self.weight, at.site) * divergence
+        signal.loss = signal.loss + by_depth(self.weight, ctx.site) * divergence
         signal.metrics["divergence"] = divergence

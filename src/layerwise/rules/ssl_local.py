@@ -6,12 +6,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from layerwise.augment import AUGMENTATIONS, check_augmentations
+from layerwise.core.augment import AUGMENTATIONS, check_augmentations
+from layerwise.core.functional import matched, nt_xent
+from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Signal, Site, cross_entropy_at_head
+from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.functional import matched, nt_xent
-from layerwise.rules.base import Locality, Moment, Rule, Signal, Site, Start, cross_entropy_at_head
 from layerwise.rules.readout import Pool, check_group, grouped, pool_vectors
-from layerwise.tasks import Classification
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class SSLLocal(Rule):
 
     name: ClassVar[str] = "ssl_local"
     locality: ClassVar[Locality] = "local"
-    crosses: ClassVar[str] = "detached activation, of every sample and two views of it"
+    boundary: ClassVar[str] = "detached activation, of every sample and two views of it"
     flat_memory: ClassVar[bool] = True
     begins_with_batch: ClassVar[bool] = True
     source: ClassVar[str] = (
@@ -105,27 +105,27 @@ class SSLLocal(Rule):
             x = x * (torch.rand_like(x) >= self.drop)
         return x + self.noise * torch.randn_like(x)
 
-    def begin(self, start: Start) -> tuple[Tensor, Any]:
+    def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
         """Two views of every sample, one behind the other, and the samples; these alone in evaluation."""
-        if start.y.dim() > 1 or not start.x.is_floating_point():
+        if ctx.y.dim() > 1 or not ctx.x.is_floating_point():
             raise LayerwiseError(
                 f"{self.name} makes views of samples of real numbers with one label each, not of inputs of shape "
-                f"{tuple(start.x.shape)} and type {str(start.x.dtype).removeprefix('torch.')} with labels of shape "
-                f"{tuple(start.y.shape)}; choose a rule such as local_ce."
+                f"{tuple(ctx.x.shape)} and type {str(ctx.x.dtype).removeprefix('torch.')} with labels of shape "
+                f"{tuple(ctx.y.shape)}; choose a rule such as local_ce."
             )
-        if not start.network.training:
-            return start.x, None
-        return torch.cat([self.view(start.x), self.view(start.x), start.x]), None
+        if not ctx.network.training:
+            return ctx.x, None
+        return torch.cat([self.view(ctx.x), self.view(ctx.x), ctx.x]), None
 
-    def signal(self, at: Moment) -> Signal:
+    def signal(self, ctx: BlockContext) -> Signal:
         """The contrast of the two views; at the head the cross-entropy of the probe, which gets the samples alone."""
-        if at.site.is_head:
-            return cross_entropy_at_head(at)
-        if not at.training:
+        if ctx.site.is_head:
+            return cross_entropy_at_head(ctx)
+        if not ctx.training:
             return Signal()
-        views, itself = at.h[: 2 * len(at.y)], at.h[2 * len(at.y) :]
-        signal = Signal(output=itself if at.site.index == at.site.blocks - 1 else None)
-        if at.auxiliary is not None:
-            z = at.auxiliary(pool_vectors(views, self.pool, per_position=False))
+        views, itself = ctx.h[: 2 * len(ctx.y)], ctx.h[2 * len(ctx.y) :]
+        signal = Signal(output=itself if ctx.site.index == ctx.site.blocks - 1 else None)
+        if ctx.auxiliary is not None:
+            z = ctx.auxiliary(pool_vectors(views, self.pool, per_position=False))
             signal.loss, signal.metrics = nt_xent(z, self.temperature), {"matched": matched(z.detach())}
         return signal

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 
-from layerwise.rules.base import Moment, Signal
+from layerwise.core.rule import BlockContext, Signal
 from layerwise.rules.sll import SLL
 
 
@@ -29,16 +29,16 @@ class SVP(SLL):
     """Weight gamma of the feature alignment."""
 
     name: ClassVar[str] = "svp"
-    crosses: ClassVar[str] = "detached activation and projection (d0 numbers per sample)"
+    boundary: ClassVar[str] = "detached activation and projection (d0 numbers per sample)"
     source: ClassVar[str] = (
         "Yin & Corradi, arXiv 2505.05181 v1-v3 (2025), named SVP there; cosine alignment: our reading"
     )
 
-    def signal(self, at: Moment) -> Signal:
+    def signal(self, ctx: BlockContext) -> Signal:
         """The signal of `sll` plus the cosine distance of neighbouring projections."""
-        signal = super().signal(at)
-        previous = at.message
-        if signal.loss is not None and at.auxiliary is not None and previous:
+        signal = super().signal(ctx)
+        previous = ctx.message
+        if signal.loss is not None and ctx.auxiliary is not None and previous:
             v, before = signal.message[-1], previous[-1].detach()
             distance = 1 - F.cosine_similarity(v, before, dim=-1).mean()
             signal.loss = signal.loss + self.feature_weight * distance

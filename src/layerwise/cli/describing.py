@@ -1,0 +1,43 @@
+"""`layerwise describe RULE`: what a rule is, in words that a person can read on a terminal."""
+
+import inspect
+from dataclasses import fields
+
+from layerwise import rules
+
+
+def describe_rule(name: str) -> str:
+    """Equations, locality, what crosses a boundary, source, restrictions and options of a rule.
+
+    Raises:
+        LayerwiseError: there is no such rule.
+
+    >>> print(describe_rule("backprop").splitlines()[0])
+    backprop
+    """
+    rule = rules.get(name)
+    text = (inspect.getdoc(rule) or "").partition(">>>")[0].rstrip()
+    facts = {
+        "locality": f"{rule.locality} ({LOCALITIES[rule.locality]})",
+        "backpropagation": "through the whole network" if rule.locality == "global" else "inside a group of blocks",
+        "boundary": rule.boundary,
+        "memory": "activations + gradients do not grow with the number of blocks"
+        if rule.flat_memory
+        else "activations + gradients grow with the number of blocks",
+        "source": rule.source,
+        "restrictions": rule.restrictions or "none known",
+    }
+    width = max(map(len, facts)) + 2
+    lines = [name, "", text, "", *(f"{key:<{width}}{value}" for key, value in facts.items())]
+    options = [f"  --rule.{f.name.replace('_', '-')} (default: {f.default})" for f in fields(rule)]
+    return "\n".join([*lines, "", "options:" if options else "no options", *options])
+
+
+LOCALITIES = {
+    "local": "a block learns from its own loss only",
+    "interlocking": "a block learns from the losses of blocks behind it too",
+    "broadcast": "something from the output or from later blocks is sent to every block",
+    "perturbation": "forward passes only",
+    "equilibrium": "iterated local inference",
+    "global": "gradients flow through the whole network",
+}

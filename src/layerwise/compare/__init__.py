@@ -1,0 +1,1 @@
+"""`layerwise compare`: a grid of runs."""

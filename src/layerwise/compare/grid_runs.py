@@ -1,0 +1,119 @@
+"""Cells of a grid: training runs in folders of their own, finished, failed or still to be run."""
+
+import json
+import shlex
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerwise.compare.pool import Pool
+from layerwise.errors import LayerwiseError
+from layerwise.runs.checkpoint import write_atomically
+from layerwise.runs.folders import FREE
+from layerwise.runs.options import TrainOptions, to_mapping, to_words
+
+FINAL = ("diverged",)
+"""Kinds of failure that are a function of options and seed: such a cell is not run again."""
+
+
+@dataclass(frozen=True)
+class GridRun:
+    """One run of a grid; `options.out` is its folder."""
+
+    label: str
+    """The rule as it was asked for, with its options."""
+    name: str
+    """The cell in words."""
+    options: TrainOptions
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        assert self.options.out is not None
+        return Path(self.options.out)
+
+    @property
+    def command(self) -> str:
+        """The command line that gives this run."""
+        return shlex.join(["layerwise", "train", *to_words(self.options)])
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """Contents of `result.json`: there is one as soon as the run is finished."""
+        return self.read("result.json")
+
+    @property
+    def failure(self) -> dict[str, Any] | None:
+        """`kind` and `reason` of a run that failed."""
+        return None if self.result else self.read("failed.json")
+
+    @property
+    def settled(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.result is not None or (self.failure or {}).get("kind") in FINAL
+
+    def read(self, file: str) -> dict[str, Any] | None:
+        """A JSON file of the folder; None where it is missing."""
+        try:
+            return json.loads((self.folder / file).read_text())
+        except FileNotFoundError:
+            return None
+
+    def last_step(self) -> int:
+        """The last step that the run has logged so far."""
+        try:
+            return json.loads((self.folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+        except (OSError, ValueError, LookupError):  # nothing yet, or a line that is being written
+            return 0
+
+    def check(self) -> None:
+        """Raise LayerwiseError where the folder holds a run with other options."""
+        before = self.read("config.json") or {}
+        now = json.loads(json.dumps(to_mapping(self.options)))
+        for name in before.keys() & now.keys() - set(FREE):
+            if before[name] != now[name]:
+                raise LayerwiseError(
+                    f"{self.folder} holds a run with {name} = {json.dumps(before[name])}, not "
+                    f"{json.dumps(now[name])}; choose another --out."
+                )
+
+
+def train(
+    cells: Sequence[GridRun],
+    pool: Pool,
+    jobs: int,
+    begun: Callable[[GridRun], None] = lambda cell: None,
+    ended: Callable[[GridRun], None] = lambda cell: None,
+) -> None:
+    """Run the cells that are not settled, `jobs` at a time; what a crash left half-written is run again.
+
+    A run that fails leaves `failed.json` with `kind` and `reason` in its folder, and the others go on.
+
+    Raises:
+        LayerwiseError: a folder holds a run with other options; none is run then.
+    """
+    for cell in cells:
+        if cell.settled:
+            cell.check()
+    by_folder = {str(cell.folder): cell for cell in cells}
+
+    def begin(task: dict[str, Any]) -> None:
+        cell = by_folder[task["folder"]]
+        shutil.rmtree(cell.folder, ignore_errors=True)
+        begun(cell)
+
+    def end(task: dict[str, Any], answer: dict[str, Any]) -> None:
+        cell = by_folder[task["folder"]]
+        if "kind" in answer:
+            cell.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(cell.folder / "failed.json", json.dumps(answer, indent=2) + "\n")
+        ended(cell)
+
+    tasks = [
+        {"do": "train", "folder": str(cell.folder), "options": to_mapping(cell.options), "command": cell.command}
+        for cell in cells
+        if not cell.settled
+    ]
+    pool.run(tasks, end, jobs, begin)

@@ -1,0 +1,59 @@
+"""Trials of learning rate and weight decay: a fixed list around a rule's own values, the same for every rule."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from layerwise.runs.options import TrainOptions
+
+SPAN = 10.0
+"""Rates and decays lie between 1/10 and 10 times the given ones."""
+DECAY = 0.01
+"""Centre of the weight decays where none is given."""
+
+
+def trial_options(options: TrainOptions, count: int) -> list[TrainOptions]:
+    r"""The first `count` trials: the given rate and decay, then points that fill the square around them evenly.
+
+    Trial k > 0 has $\mathrm{lr}\cdot 10^{2u_k - 1}$ and $\mathrm{wd}\cdot 10^{2v_k - 1}$, where $(u_k, v_k)$ is point k
+    of the Halton sequence (bases 2 and 3; Halton, Numerische Mathematik 2, 1960). Trials are a prefix of one list: more
+    of them leave the first ones as they were.
+
+    >>> [round(trial.lr, 6) for trial in trial_options(TrainOptions(lr=0.01), 4)]
+    [0.01, 0.01, 0.003162, 0.03162]
+    """
+    decay = options.weight_decay or DECAY
+    trials = [options]
+    for k in range(1, count):
+        rate, other = (SPAN ** (2 * halton(k, base) - 1) for base in (2, 3))
+        trials.append(replace(options, lr=_short(options.lr * rate), weight_decay=_short(decay * other)))
+    return trials[:count]
+
+
+def halton(k: int, base: int) -> float:
+    """The digits of k in this base, mirrored behind the point: in (0, 1) for k > 0.
+
+    >>> [halton(k, 2) for k in (1, 2, 3)]
+    [0.5, 0.25, 0.75]
+    """
+    value, weight = 0.0, 1.0
+    while k:
+        weight /= base
+        k, digit = divmod(k, base)
+        value += digit * weight
+    return value
+
+
+def _short(value: float) -> float:
+    """Four digits: enough, and they fit on a command line."""
+    return float(f"{value:.4g}")
+
+
+def choose(results: Sequence[dict[str, Any] | None]) -> int | None:
+    """Number of the trial with the best validation accuracy, then the lowest loss, then the first; None if all failed.
+
+    >>> choose([None, {"val_accuracy": 0.9, "val_loss": 0.3}, {"val_accuracy": 0.9, "val_loss": 0.2}])
+    2
+    """
+    done = [(-found["val_accuracy"], found["val_loss"], i) for i, found in enumerate(results) if found is not None]
+    return min(done)[2] if done else None

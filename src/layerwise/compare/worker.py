@@ -1,0 +1,101 @@
+"""A process that trains cells of a grid, one after another: torch is imported once, not once per cell.
+
+It reads tasks from standard input, one JSON object per line, and answers each with one line on standard output. When
+standard input ends, because the parent has died or needs it no more, it ends at once, also in the middle of a task.
+"""
+
+import contextlib
+import json
+import statistics
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerwise.compare.pool import lines_of_parent
+from layerwise.core.engine import NonFinite
+from layerwise.errors import LayerwiseError
+from layerwise.measure.bench import flops_of
+from layerwise.measure.diagnostics import diagnose
+from layerwise.memory.malloc import keep_freed_memory
+from layerwise.runs import building, training
+from layerwise.runs.options import TrainOptions, from_mapping
+
+
+def train(task: dict[str, Any]) -> dict[str, Any]:
+    """Train the run that the task describes, in its own folder; what it prints goes to `log.txt` there."""
+    run = training.Run(from_mapping(task["options"]), task["command"])
+    with (run.folder / "log.txt").open("w") as log, contextlib.redirect_stderr(log):
+        run.train()
+    return {}
+
+
+def measure(task: dict[str, Any], warmup: int = 2, timed: int = 3) -> dict[str, Any]:
+    """What a step of the run costs: `flops_per_step`, `seconds_per_step`, `peak_bytes`; `steps_per_epoch`.
+
+    Nothing is written.
+    """
+    options: TrainOptions = from_mapping(task["options"])
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    device = building.pick_device(options.device)
+    dataset = building.load_data(options)
+    batches, _, _ = building.split_batches(options, dataset, device)
+    learner = building.build_learner(options, building.DataSignature.of(dataset), device, total=warmup + timed)
+    x, y = next(iter(batches.epoch(0)))
+    flops = flops_of(learner, x, y)
+    _, use = learner.measured_step(x, y)
+    seconds = []
+    for _ in range(warmup + timed):
+        started = time.perf_counter()
+        learner.step(x, y).read()  # the reading waits for an accelerator
+        seconds.append(time.perf_counter() - started)
+    return {
+        "flops_per_step": flops,
+        "seconds_per_step": statistics.median(seconds[warmup:]),
+        "peak_bytes": use.peak,
+        "steps_per_epoch": len(batches),
+    }
+
+
+def probe(task: dict[str, Any]) -> dict[str, Any]:
+    """Diagnose a finished run, beside its backprop twin where there is one; writes `diagnostics.json` there."""
+    diagnose(Path(task["folder"]), Path(task["twin"]) if task["twin"] else None, task["device"])
+    return {}
+
+
+TASKS = {"train": train, "measure": measure, "diagnose": probe}
+
+
+def answer(task: dict[str, Any]) -> dict[str, Any]:
+    """Do one task; a failure becomes `{"kind": ..., "reason": ...}` with one sentence as the reason.
+
+    The kinds: `mistake` (of the user's), `diverged`, `memory`, `error` (a fault, with its traceback).
+    """
+    try:
+        return {"done": TASKS[task["do"]](task)}
+    except NonFinite as error:
+        return {"kind": "diverged", "reason": str(error)}
+    except LayerwiseError as error:
+        return {"kind": "mistake", "reason": str(error)}
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        reason = f"out of memory: {first}" if memory else f"{type(error).__name__}: {first}"
+        return {"kind": "memory" if memory else "error", "reason": reason, "traceback": traceback.format_exc()}
+
+
+def main() -> None:
+    """Answer tasks until standard input ends."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # what a task prints must not look like an answer
+    keep_freed_memory()
+    tasks = lines_of_parent()
+    while True:
+        print(json.dumps(answer(json.loads(tasks.get()))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

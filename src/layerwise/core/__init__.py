@@ -1,0 +1,1 @@
+"""What training layer by layer consists of: blocks, tasks, the contract of a rule, the engine."""

@@ -1,0 +1,332 @@
+r"""What the layers of a trained network hold: probes, similarity, gradient alignment, sparsity.
+
+A *layer* is a block of the partition; its features are the block's outputs in evaluation mode, averaged over space or
+tokens to one vector per sample where a function takes vectors `(N, D)`. Everything is measured on the host in float64,
+except the gradients, which the engine computes as in training.
+"""
+
+import copy
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from layerwise import data
+from layerwise.core.functional import log_bhattacharyya, pool_features
+from layerwise.core.rule import Rule
+from layerwise.core.tasks import UNLABELLED
+from layerwise.learner import Learner
+from layerwise.runs.building import load_data, load_run
+from layerwise.runs.checkpoint import write_atomically
+
+SAMPLES = 1024
+"""Most samples of each split that are looked at."""
+
+
+def linear_cka(x: Tensor, y: Tensor) -> float:
+    r"""Linear centred kernel alignment of two representations of the same samples.
+
+    $$\mathrm{CKA}(X, Y) = \frac{\lVert Y^\top X\rVert_F^2}{\lVert X^\top X\rVert_F\,\lVert Y^\top Y\rVert_F}$$
+
+    for X and Y with centred columns. It is 1 where Y is X up to rotation, scale and shift, and 0 where every feature of
+    one is uncorrelated with every feature of the other. With fewer samples than features it is biased upwards.
+
+    Args:
+        x: `(N, D1)`, one row per sample.
+        y: `(N, D2)`, the same samples in the same order.
+
+    Returns:
+        A number in [0, 1]; nan where one of them is constant.
+
+    Source: Kornblith et al., ICML (2019), linear kernel, biased estimator.
+
+    >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
+    >>> round(linear_cka(x, 3 * x.flip(1) + 5), 6)
+    1.0
+    """
+    x, y = (t.double() - t.double().mean(0) for t in (x, y))
+    if len(x) < max(x.shape[1], y.shape[1]):  # the same numbers from the smaller Gram matrices
+        gram_x, gram_y = x @ x.T, y @ y.T
+        return float((gram_x * gram_y).sum() / (gram_x.norm() * gram_y.norm()))
+    return float((y.T @ x).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm()))
+
+
+def hoyer_sparsity(h: Tensor) -> float:
+    r"""Mean over samples of Hoyer's sparsity $(\sqrt D - \lVert h\rVert_1/\lVert h\rVert_2) / (\sqrt D - 1)$.
+
+    It is 0 where all D entries have the same size and 1 where all but one are zero.
+
+    Args:
+        h: `(N, D)` with D > 1; rows without any non-zero entry are left out.
+
+    Returns:
+        A number in [0, 1]; nan where every row is zero.
+
+    Source: Hoyer, JMLR 5 (2004).
+
+    >>> hoyer_sparsity(torch.tensor([[0.0, 3.0, 0.0, 0.0], [1.0, -1.0, 1.0, 1.0]]))  # 1 and 0
+    0.5
+    """
+    h = h.double()
+    length = h.norm(dim=1)
+    root = h.shape[1] ** 0.5
+    values = (root - h.abs().sum(1) / length) / (root - 1)
+    return float(values[length > 0].mean())
+
+
+def dead_units(h: Tensor) -> float:
+    """Share of units that give the same value for every sample and place, so that nothing can be read off them.
+
+    Args:
+        h: a block's output: `(N, D)`, `(N, C, H, W)` (a unit is a channel) or `(N, T, D)`.
+
+    >>> dead_units(torch.tensor([[0.0, 1.0], [0.0, 2.0]]))
+    0.5
+    """
+    units = h.transpose(1, -1).flatten(0, -2) if h.dim() == 4 else h.flatten(0, -2)
+    return float((units.amax(0) == units.amin(0)).double().mean())
+
+
+def bhattacharyya(log_p: Tensor, log_q: Tensor) -> float:
+    r"""Mean over samples of the Bhattacharyya coefficient $\sum_k \sqrt{p_k q_k}$ of two posteriors.
+
+    Args:
+        log_p: log-probabilities `(N, K)`.
+        log_q: log-probabilities `(N, K)`.
+
+    Returns:
+        A number in [0, 1], 1 where the two are the same.
+
+    >>> p, q = torch.tensor([[1.0, 0.0]]).log(), torch.tensor([[0.5, 0.5]]).log()
+    >>> round(bhattacharyya(p, q), 6)  # sqrt(1/2)
+    0.707107
+    """
+    return float(log_bhattacharyya(log_p.double(), log_q.double()).exp().mean())
+
+
+class LinearProbe:
+    """Multinomial logistic regression on frozen features: what a linear readout of a layer can tell.
+
+    Features are standardised with the training samples' mean and deviation; L2 penalty of scikit-learn's default
+    strength (C = 1); a hundred L-BFGS iterations at most.
+
+    Args:
+        x: features `(N, D)` of training samples.
+        y: their labels `(N,)`; at least two classes.
+
+    Source: Alain & Bengio, arXiv 1610.01644 (2016).
+
+    >>> x = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
+    >>> LinearProbe(x, torch.tensor([0, 0, 1, 1])).accuracy(x, torch.tensor([0, 0, 1, 1]))
+    1.0
+    """
+
+    def __init__(self, x: Tensor, y: Tensor):
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+
+        x = x.double()
+        self.mean, self.deviation = x.mean(0), x.std(0, correction=0)
+        self.deviation[self.deviation == 0] = 1.0
+        self.fit = LogisticRegression(max_iter=100)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # near the optimum is near enough for a probe
+            self.fit.fit(self._scaled(x), y.numpy())
+
+    def log_posterior(self, x: Tensor) -> Tensor:
+        """Log-probabilities `(N, K)` of the classes that occur in training, in ascending order."""
+        return torch.from_numpy(np.asarray(self.fit.predict_log_proba(self._scaled(x.double()))))
+
+    def accuracy(self, x: Tensor, y: Tensor) -> float:
+        """Share of samples whose most probable class is the label."""
+        return float(self.fit.score(self._scaled(x.double()), y.numpy()))
+
+    def _scaled(self, x: Tensor) -> Any:
+        return ((x - self.mean) / self.deviation).numpy()
+
+
+class _Kept(torch.optim.Optimizer):
+    """In place of an optimizer: keeps the gradients that the engine hands over, and changes nothing."""
+
+    kept: ClassVar[str] = "gradient"
+
+    def __init__(self, groups: Any):
+        super().__init__(groups, {"lr": 0.0})
+
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.state[parameter][self.kept] = parameter.grad.clone()
+
+
+def gradients(learner: Learner, x: Tensor, y: Tensor, rule: Rule | str | None = None) -> dict[str, Tensor]:
+    """The gradient that one training step would use, by name of the parameter; the learner is not changed.
+
+    Args:
+        learner: gives network, auxiliary modules, seed and label smoothing.
+        x: inputs `(B, ...)`.
+        y: labels `(B,)`.
+        rule: another rule on the same network (without trained auxiliary modules); the learner's own if not given.
+    """
+    if not learner.groups:
+        learner.build(x)
+    twin = Learner(
+        copy.deepcopy(learner.network),
+        learner.rule if rule is None else rule,
+        optimizer=lambda groups: _Kept(groups),
+        label_smoothing=learner.label_smoothing,
+        example=x,
+    )
+    if rule is None:
+        twin.auxiliary.load_state_dict(learner.auxiliary.state_dict())
+    twin.step(x, y)
+    return {name: state[_Kept.kept] for name, state in twin.optimizer_states().items()}
+
+
+def gradient_cosines(learner: Learner, x: Tensor, y: Tensor) -> dict[str, float | None]:
+    r"""Cosine between the rule's gradient and that of backpropagation, per block and for the head.
+
+    $\cos = \langle g, b\rangle / (\lVert g\rVert\,\lVert b\rVert)$ over the block's own parameters, both gradients at
+    the present weights, on the same batch and with the same random draws. The angle of alignment is its arc cosine.
+
+    Args:
+        learner: what trains the network.
+        x: inputs `(B, ...)`.
+        y: labels `(B,)`.
+
+    Returns:
+        Name of the block to cosine; None where one of the gradients is missing or zero.
+    """
+    own, backprop = gradients(learner, x, y), gradients(learner, x, y, "backprop")
+    names = {id(parameter): name for name, parameter in learner.named_parameters()}
+    found: dict[str, float | None] = {}
+    for block in [*learner.network.blocks, learner.network.head]:
+        both = [names[id(p)] for p in block.parameters() if names[id(p)] in own.keys() & backprop.keys()]
+        if not both:
+            found[block.name] = None
+            continue
+        a, b = (torch.cat([g[name].flatten() for name in both]).double() for g in (own, backprop))
+        product = float(a.norm() * b.norm())
+        found[block.name] = float(a @ b) / product if product else None
+    return found
+
+
+def features(learner: Learner, batches: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Outputs of every block in evaluation mode, on the host.
+
+    Args:
+        learner: what trains the network; it is not changed.
+        batches: inputs `(B, ...)`.
+
+    Returns:
+        Name of the block to `(N, ...)`.
+    """
+    collected: dict[str, list[Tensor]] = {block.name: [] for block in learner.network.blocks}
+    with learner.evaluating():
+        for x in batches:
+            h = x.to(learner.device)
+            for block in learner.network.blocks:
+                h = block(h)
+                collected[block.name].append(h.float().cpu())
+    return {name: torch.cat(parts) for name, parts in collected.items()}
+
+
+def layer_table(
+    train: Mapping[str, Tensor], train_y: Tensor, test: Mapping[str, Tensor], test_y: Tensor
+) -> dict[str, dict[str, float | None]]:
+    """Every diagnostic of the layers that needs nothing but their features.
+
+    Args:
+        train: name of the block to its outputs on training samples, in order of depth.
+        train_y: labels of these samples; at least two classes.
+        test: the same on the samples to measure on.
+        test_y: their labels.
+
+    Returns:
+        Name of the block to `probe_accuracy`, `bhattacharyya` and `cka` (to the next block; None for the last one),
+        `hoyer`, `dead`. The posteriors of the Bhattacharyya coefficient are those of the probes.
+    """
+    vectors = {name: (pool_features(train[name], "mean"), pool_features(h, "mean")) for name, h in test.items()}
+    probes = {name: LinearProbe(own, train_y) for name, (own, _) in vectors.items()}
+    rows: dict[str, dict[str, float | None]] = {}
+    names = list(vectors)
+    for name, after in zip(names, [*names[1:], None], strict=True):
+        h = vectors[name][1]
+        rows[name] = {
+            "probe_accuracy": probes[name].accuracy(h, test_y),
+            "bhattacharyya": None,
+            "cka": None,
+            "hoyer": hoyer_sparsity(h),
+            "dead": dead_units(test[name]),
+        }
+        if after is not None:
+            behind = vectors[after][1]
+            rows[name]["cka"] = linear_cka(h, behind)
+            rows[name]["bhattacharyya"] = bhattacharyya(
+                probes[name].log_posterior(h), probes[after].log_posterior(behind)
+            )
+    return rows
+
+
+def diagnose(folder: Path, twin: Path | None = None, device: str = "auto") -> dict[str, Any]:
+    """Every diagnostic of a finished run; written to `diagnostics.json` in its folder.
+
+    Args:
+        folder: of the run.
+        twin: folder of the backprop run of the same seed, for `cka_to_backprop`.
+        device: where the network runs.
+
+    Returns:
+        `samples`, and per block under `blocks` what `layer_table` gives, `cka_to_backprop` and `gradient_cosine`.
+
+    Raises:
+        LayerwiseError: there is no run, or its data set is not there.
+    """
+    options, _, learner, _ = load_run(folder, device)
+    dataset = load_data(options)
+    common: dict[str, Any] = {"mean": dataset.mean, "std": dataset.std, "seed": 0, "shuffle": False, "drop_last": False}
+    common |= {"device": learner.device, "channels_last": options.channels_last}
+    (train_x, train_y), (test_x, test_y) = (
+        _first(data.Batches(part, 128, **common)) for part in (dataset.train, dataset.test)
+    )
+    test = _labelled(features(learner, test_x), test_y)
+    train = _labelled(features(learner, train_x), train_y)
+    test_labels = test_y[test_y != UNLABELLED]
+    rows = layer_table(train, train_y[train_y != UNLABELLED], test, test_labels)
+    cosines = gradient_cosines(learner, train_x[0], train_y[: len(train_x[0])])
+    other = _labelled(features(load_run(twin, device).learner, test_x), test_y) if twin is not None else {}
+    for name, row in rows.items():
+        row["gradient_cosine"] = cosines[name]
+        if other.keys() == rows.keys():
+            row["cka_to_backprop"] = linear_cka(*(pool_features(h[name], "mean") for h in (test, other)))
+    found = {"samples": len(test_labels), "blocks": {name: _numbers(row) for name, row in rows.items()}}
+    write_atomically(folder / "diagnostics.json", json.dumps(found, indent=2) + "\n")
+    return found
+
+
+def _labelled(found: dict[str, Tensor], y: Tensor) -> dict[str, Tensor]:
+    """The features of the samples that have a label."""
+    return {name: h[y != UNLABELLED] for name, h in found.items()}
+
+
+def _first(batches: data.Batches) -> tuple[list[Tensor], Tensor]:
+    """The first samples of a split: batches of inputs, and all labels."""
+    inputs, labels, count = [], [], 0
+    for x, y in batches.epoch(0):
+        inputs.append(x)
+        labels.append(y.cpu())
+        count += len(x)
+        if count >= SAMPLES:
+            break
+    return inputs, torch.cat(labels)
+
+
+def _numbers(row: dict[str, float | None]) -> dict[str, float | None]:
+    """Without nan, which JSON does not have."""
+    return {name: None if value is None or value != value else value for name, value in row.items()}

@@ -1,0 +1,169 @@
+"""`layerwise validate`: do a rule's declared properties hold on this machine, and are a run's files whole?"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from layerwise import models, rules
+from layerwise.errors import LayerwiseError
+from layerwise.learner import Learner
+from layerwise.measure.bench import memory_of
+from layerwise.parsing import parse
+from layerwise.runs import checkpoint
+from layerwise.runs.options import from_mapping
+
+
+@dataclass(frozen=True)
+class ValidateOptions:
+    """Check a rule's declared properties on this machine; with a RUN, check that run's files instead."""
+
+    rule: str = "sll"
+    """Rule to check."""
+    model: Literal["mlp", "vgg", "resnet", "vit", "sid_cascade", "noprop", "noprop_ct", "noprop_fm"] = "mlp"
+    """Model to check it on."""
+
+
+def command(argv: list[str]) -> int:
+    """`layerwise validate [RUN] [OPTIONS]`: prints one line per check; exit code 2 where one fails."""
+    if argv and not argv[0].startswith("-"):
+        if len(argv) > 1:
+            raise LayerwiseError("validate takes one RUN and then no options; see layerwise validate --help.")
+        findings = run_findings(Path(argv[0]))
+    else:
+        options = parse(ValidateOptions, argv, "validate")
+        findings = rule_findings(options.rule, options.model)
+    for holds, sentence in findings:
+        print(f"{'ok  ' if holds else 'FAIL'}  {sentence}", flush=True)
+    return 0 if all(holds for holds, _ in findings) else 2
+
+
+def rule_findings(rule: str, model: str) -> list[tuple[bool, str]]:
+    """The declared properties of `rule` on `model`: pairs of whether it holds, and the property in words.
+
+    Raises:
+        LayerwiseError: an unknown rule or model.
+    """
+    declared = rules.get(rule)
+    make = _maker(model)
+    x, y = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(8)
+    findings = [_computes_the_same(make, x), _repeats(make, rule, x, y)]
+    learner = Learner(make(), rule, example=x)
+    if len(learner.groups) > 1:
+        findings.append(_isolated(learner, x, y))
+    elif declared.locality == "global":
+        findings.append((True, "the rule is global: one group, gradients reach every block"))
+    if declared.flat_memory:
+        few, many = (
+            memory_of(rule, model, depth, shape=(1, 16, 16), batch_size=8, **SMALL[model]) for depth in (6, 24)
+        )
+        ratio = (many["activations"] + many["gradients"]) / (few["activations"] + few["gradients"])
+        findings.append((ratio <= 1.01, f"activations + gradients at 24 blocks are {ratio:.3f} x those at 6"))
+    if rule == "local_ce":
+        findings.append(_one_block_is_backprop(make, x, y))
+    return findings
+
+
+SMALL: dict[str, dict[str, Any]] = {
+    "mlp": {"width": 32},
+    "vgg": {"width": 8},
+    "resnet": {"width": 8},
+    "vit": {"width": 24},
+    "sid_cascade": {"width": 16},
+    "noprop": {"width": 4},
+    "noprop_ct": {"width": 4},
+    "noprop_fm": {"width": 4},
+}
+
+
+def _maker(model: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            dials: dict[str, Any] = {name: int(value) for name, value in SMALL[model].items()}
+            return models.create(model, (1, 8, 8), 10, depth=3, **dials)
+
+    return make
+
+
+def _weights(learner: Learner) -> list[torch.Tensor]:
+    return [p.detach().clone() for _, p in learner.named_parameters()]
+
+
+def _equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+def _computes_the_same(make: Callable[[], nn.Module], x: torch.Tensor) -> tuple[bool, str]:
+    model = make().eval()
+    with torch.no_grad():
+        same = torch.equal(Learner(model, "backprop").network(x), model(x))
+    return same, "the partitioned model computes what the model computes, bit for bit"
+
+
+def _repeats(make: Callable[[], nn.Module], rule: str, x: torch.Tensor, y: torch.Tensor) -> tuple[bool, str]:
+    results = []
+    for disturb in (0, 1):
+        learner = Learner(make(), rule)
+        for _ in range(3):
+            torch.rand(disturb)  # the global generator must not matter
+            learner.step(x, y)
+        results.append(_weights(learner))
+    return _equal(*results), "three steps from the same seed give the same bits"
+
+
+def _isolated(learner: Learner, x: torch.Tensor, y: torch.Tensor) -> tuple[bool, str]:
+    """Run one step and look, whenever a group steps, which parameters hold a gradient."""
+    leaks = []
+    everything = dict(learner.named_parameters())
+    for group in learner.groups:
+        for optimizer in group.optimizers:
+            own = {id(p) for p in group.parameters}
+
+            def look(*_: object, own: set[int] = own, name: str = group.name) -> None:
+                strangers = [n for n, p in everything.items() if p.grad is not None and id(p) not in own]
+                leaks.extend(f"{name} -> {n}" for n in strangers)
+
+            optimizer.register_step_pre_hook(look)
+    learner.step(x, y)
+    detail = f" (not so: {leaks[0]})" if leaks else ""
+    return not leaks, f"no group's signal leaves a gradient in another group's parameters{detail}"
+
+
+def _one_block_is_backprop(make: Callable[[], nn.Module], x: torch.Tensor, y: torch.Tensor) -> tuple[bool, str]:
+    results = []
+    for rule in ("local_ce", "backprop"):
+        learner = Learner(make(), rule, blocks=1)
+        for _ in range(3):
+            learner.step(x, y)
+        results.append(_weights(learner))
+    return _equal(*results), "with one block the rule is backprop, bit for bit"
+
+
+def run_findings(folder: Path) -> list[tuple[bool, str]]:
+    """Whether the files of the run in `folder` are whole.
+
+    Raises:
+        LayerwiseError: there is no run in the folder.
+    """
+    if not (folder / "config.json").is_file():
+        raise LayerwiseError(f"{folder} holds no run (no config.json); give the folder of a run.")
+    findings = []
+    try:
+        from_mapping(json.loads((folder / "config.json").read_text()), "config.json")
+        findings.append((True, "config.json names known options"))
+    except (ValueError, LayerwiseError) as reason:
+        findings.append((False, f"config.json is damaged: {reason}"))
+    for path in checkpoint.complete(folder / "checkpoints"):
+        try:
+            checkpoint.load(path)
+            findings.append((True, f"{path.name} matches its digest"))
+        except checkpoint.CorruptCheckpoint as damage:
+            findings.append((False, str(damage)))
+    done = (folder / "result.json").is_file()
+    findings.append((True, "the run is finished" if done else f"the run is not finished; --resume {folder} goes on"))
+    return findings

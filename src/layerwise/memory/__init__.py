@@ -1,0 +1,1 @@
+"""Memory: measured exactly, and kept low by offloading."""

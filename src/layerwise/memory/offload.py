@@ -1,0 +1,541 @@
+"""Blocks that live in host memory or on disk, and are on the device only while they are needed."""
+
+import contextlib
+import functools
+import mmap
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from layerwise.core.blocks import Block
+from layerwise.core.engine import Group, Unit
+from layerwise.core.rule import Rule
+from layerwise.errors import LayerwiseError
+from layerwise.memory.meter import MemoryUse, optimizer_tensors, tensor_bytes
+from layerwise.memory.mmap import Mapped, map_file, release_pages, tensor_at, unnamed_file
+
+Where = Literal["none", "host", "disk"]
+
+ALIGNMENT = 64  # bytes, as torch's own allocator aligns; some kernels give other bits elsewhere
+
+
+@dataclass
+class Entry:
+    """One tensor of a part, and where it lies in the part's bytes."""
+
+    tensor: Tensor
+    start: int
+    """First byte of its storage; tensors that share a storage go on sharing it."""
+    length: int
+    """Bytes of its storage."""
+    offset: int
+    """Its storage offset, in elements."""
+    size: torch.Size
+    stride: tuple[int, ...]
+
+    def of(self, part: Tensor) -> Tensor:
+        """The tensor as a view of the part's bytes."""
+        first = self.start // self.tensor.element_size() + self.offset
+        return part.view(self.tensor.dtype).as_strided(self.size, self.stride, first)
+
+
+@dataclass(eq=False)
+class Slot:
+    """Bytes on the device that hold one part after the other."""
+
+    bytes: Tensor
+    part: "Part | None" = None
+    arrival: Future[Any] | None = None
+    """Of the part's bytes."""
+
+
+@dataclass(eq=False)
+class Part:
+    """What is moved as one: a group's parameters, buffers, auxiliary modules and optimizer state."""
+
+    index: int
+    places: list[tuple[dict[str, Any], str]]
+    """Registries of modules, and the names there of the blocks' parameters and buffers."""
+    group: Group | None = None
+    """Known when the auxiliary modules and the optimizer are made."""
+    entries: list[Entry] = field(default_factory=list)
+    length: int = 0
+    """Bytes."""
+    slot: Slot | None = None
+    attached: bool = False
+    """Whether the tensors show the slot's bytes (or, before the first move, their own)."""
+    changed: bool = True
+    """Whether the tensors may differ from what is kept off the device."""
+
+    def state(self, device: torch.device) -> list[Tensor]:
+        """Tensors of the optimizer; a step counter may stay on the host."""
+        if self.group is None:
+            return []
+        return [t for t in optimizer_tensors(self.group.optimizers) if t.device == device]
+
+    def tensors(self, device: torch.device) -> list[Tensor]:
+        """All tensors, those that come and go last."""
+        found: list[Tensor] = [registry[name] for registry, name in self.places]
+        if self.group is not None:
+            for unit in self.group.units:
+                if unit.auxiliary is not None:
+                    found += [*unit.auxiliary.parameters(), *unit.auxiliary.buffers()]
+        gradients = [t.grad for t in found if t.is_leaf and t.grad is not None]
+        found += [*self.state(device), *gradients]
+        if self.group is not None:
+            found += [before for _, before in self.group.buffers]
+        return [t for t in found if t.numel() and t.layout is torch.strided]
+
+    def is_laid_out(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these tensors are the entries, at their places in the slot."""
+        if self.slot is None or len(tensors) != len(self.entries):
+            return False
+        base = self.slot.bytes.data_ptr()
+        return all(
+            t is e.tensor
+            and t.data_ptr() == base + e.start + e.offset * t.element_size()
+            and t.size() == e.size
+            and t.stride() == e.stride
+            for t, e in zip(tensors, self.entries, strict=True)
+        )
+
+    def lay_out(self, tensors: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
+        """Give every storage of these tensors a place.
+
+        Returns:
+            The places and the bytes that belong there.
+        """
+        home = None if self.slot is None else self.slot.bytes.data_ptr()
+        before = {entry.start: entry.length for entry in self.entries}
+        starts: dict[int, int] = {}
+        chunks, entries, end = [], [], 0
+        for tensor in tensors:
+            storage, width = tensor.untyped_storage(), tensor.element_size()
+            address, length, offset = storage.data_ptr(), storage.nbytes(), int(tensor.storage_offset())
+            if self.slot is not None and address == home:  # the slot's storage: which of the old ones was it?
+                old = max(start for start in before if start <= offset * width)
+                address, length, offset = address + old, before[old], offset - old // width
+                source = self.slot.bytes[old : old + length]
+            else:
+                source = tensor.detach().as_strided((length // width,), (1,), 0).view(torch.uint8)
+            if address not in starts:
+                starts[address] = end
+                chunks.append((end, source))
+                end += -(-length // ALIGNMENT) * ALIGNMENT
+            entries.append(Entry(tensor, starts[address], length, offset, tensor.size(), tensor.stride()))
+        self.entries, self.length = entries, end
+        return chunks
+
+    def show(self, found: Tensor) -> None:
+        """Let the tensors show these bytes."""
+        for entry in self.entries:
+            entry.tensor.data = entry.of(found)
+
+
+class Store(Protocol):
+    """Where the parts are while they are not on the device; `write` and `read` run in the thread that moves them."""
+
+    def write(self, part: Part, length: int, chunks: Sequence[tuple[int, Tensor]]) -> None:
+        """Keep bytes of a part at their offsets."""
+        ...
+
+    def read(self, part: Part, length: int, into: Tensor) -> None:
+        """The first `length` bytes of a part."""
+        ...
+
+    def view(self, part: Part) -> Tensor:
+        """The bytes of a part, on the host."""
+        ...
+
+
+class HostStore:
+    """Host memory, pinned where the device is another one."""
+
+    def __init__(self, device: torch.device):
+        self._pinned = device.type == "cuda"
+        self._bytes: dict[Part, Tensor] = {}
+
+    def write(self, part: Part, length: int, chunks: Sequence[tuple[int, Tensor]]) -> None:
+        """Copy from the device."""
+        own = self._bytes.get(part)
+        if own is None or len(own) < length:
+            own = self._bytes[part] = torch.empty(length, dtype=torch.uint8, pin_memory=self._pinned)
+        for offset, chunk in chunks:
+            own[offset : offset + len(chunk)].copy_(chunk, non_blocking=True)
+            if chunk.device.type == "cuda":
+                chunk.record_stream(torch.cuda.current_stream(chunk.device))
+
+    def read(self, part: Part, length: int, into: Tensor) -> None:
+        """Copy to the device."""
+        into[:length].copy_(self._bytes[part][:length], non_blocking=True)
+
+    def view(self, part: Part) -> Tensor:
+        """The host's bytes themselves."""
+        return self._bytes[part]
+
+
+class DiskStore:
+    """One sparse file without a name, so that the system takes it back however the process ends."""
+
+    def __init__(self, folder: Path, device: torch.device):
+        self.folder = folder
+        try:
+            self._file = unnamed_file(folder, self)
+        except OSError as reason:
+            raise LayerwiseError(
+                f"cannot offload blocks to {folder} ({reason.strerror}); choose another --offload-folder."
+            ) from reason
+        self._device = device
+        self._places: dict[Part, tuple[int, int]] = {}
+        self._end = 0
+        self._mapped: Mapped | None = None
+        self._staging = torch.empty(0, dtype=torch.uint8)
+
+    def write(self, part: Part, length: int, chunks: Sequence[tuple[int, Tensor]]) -> None:
+        """Write to the file."""
+        place, room = self._places.get(part, (0, 0))
+        if part not in self._places or length > room:
+            room = 8 * length + 1  # for state that comes later; it takes no place on the disk before that
+            room += -room % mmap.ALLOCATIONGRANULARITY
+            place, self._end = self._end, self._end + room
+            self._places[part] = place, room
+            os.ftruncate(self._file, self._end)
+        for offset, chunk in chunks:
+            if chunk.device.type != "cpu":
+                chunk = self._staged(len(chunk)).copy_(chunk)
+            self._move(os.pwrite, view_of(chunk), place + offset)
+
+    def read(self, part: Part, length: int, into: Tensor) -> None:
+        """Read from the file."""
+        found = into[:length] if into.device.type == "cpu" else self._staged(length)
+        self._move(lambda file, rest, at: os.preadv(file, [rest], at), view_of(found), self._places[part][0])
+        if into.device.type != "cpu":
+            into[:length].copy_(found)
+
+    def view(self, part: Part) -> Tensor:
+        """The bytes as a mapping of the file; none of them is in memory before it is read."""
+        if self._mapped is None or len(self._mapped) < self._end:
+            self._mapped = map_file(self._file, self._end)
+        return tensor_at(self._mapped, self._places[part][0], (part.length,))
+
+    def _staged(self, length: int) -> Tensor:
+        if len(self._staging) < length:
+            self._staging = torch.empty(length, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        return self._staging[:length]
+
+    def _move(self, call: Any, rest: memoryview, at: int) -> None:
+        """Repeat a call until all bytes are moved; the system may move fewer at a time."""
+        try:
+            while len(rest):
+                moved = call(self._file, rest, at)
+                if moved == 0:
+                    raise OSError(0, "the scratch file has been cut short")
+                rest, at = rest[moved:], at + moved
+        except OSError as reason:
+            raise LayerwiseError(
+                f"could not offload blocks to {self.folder} ({reason.strerror}); free space and resume, or choose "
+                "another --offload-folder."
+            ) from reason
+
+
+class Offload:
+    """Moves the parts of a network: the active group's are on the device, and the next one is on its way.
+
+    A part's bytes lie in a slot of the device, and its tensors show them; without a slot they show nothing (NaN, or
+    zero). While a group learns, a thread writes the part before it back and reads the next one into the same slot.
+    Rules and engine know nothing of this: the engine opens `resident` around a group, and whatever else runs (a block,
+    an auxiliary module) asks for its part by a hook. What runs with a graph outside of its group stays until the next
+    group begins, so that the graph stays right.
+
+    Args:
+        kind: host or disk.
+        folder: for the file of disk.
+        device: where blocks run; the parameters may still be on the host.
+        rule: asked whether offloading it saves anything.
+        blocks: per group, the blocks that learn there.
+
+    Raises:
+        LayerwiseError: all blocks would be on the device at once, the folder cannot be written to, the disk is full.
+    """
+
+    def __init__(
+        self,
+        kind: Where,
+        folder: Path,
+        device: torch.device,
+        rule: Rule,
+        blocks: Sequence[Sequence[Block]],
+    ):
+        owners = [i for i, group in enumerate(blocks) for _ in group]
+        window = window_of(rule, len(owners) - 1)
+        self.device = device
+        self.store: Store = HostStore(device) if kind == "host" else DiskStore(folder, device)
+        self.changing = True
+        """Whether what runs may change its tensors; not in evaluation."""
+        places, shared = _places(blocks)
+        self._fixed = [*shared.values()]
+        for tensor in self._fixed:
+            tensor.data = tensor.data.to(device)
+        self.parts = [Part(i, found) for i, found in enumerate(places)]
+        self._of_site = [self.parts[owner] for owner in owners]
+        self._pinned = {self.parts[0]} if rule.has_trunk() else set()
+        self._capacity = min(window + 1, len(self.parts))
+        self._slots: list[Slot] = []
+        self._open: list[list[Part]] = []
+        self._kept: set[Part] = set()
+        self._moves: deque[Future[Any]] = deque()
+        self._mover = ThreadPoolExecutor(1, "layerwise-offload")
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._blanks: dict[torch.dtype, Tensor] = {}
+        self._hooks: list[Any] = []
+        for part, group in zip(self.parts, blocks, strict=True):
+            for block in group:
+                block.before = functools.partial(self.need, part)
+            part.attached = True
+            self._leave(part)
+            self._wait()
+            release_pages()
+        self._blocks = [block for group in blocks for block in group]
+
+    # What is asked for.
+
+    @contextlib.contextmanager
+    def resident(self, units: Sequence[Unit]) -> Iterator[None]:
+        """A context in which the parts of these units are on the device; the next part is fetched meanwhile."""
+        parts = list(dict.fromkeys(self._of_site[unit.site.index] for unit in units))
+        self._kept.clear()
+        self._open.append(parts)
+        try:
+            self._bring(parts)
+            yield
+        finally:
+            self._open.pop()
+            self._kept.clear()
+
+    def need(self, part: Part) -> None:
+        """Bring a part that is about to run."""
+        if torch.is_grad_enabled() and not any(part in parts for parts in self._open):
+            self._kept.add(part)
+        if part.attached:
+            part.changed |= self.changing
+        else:
+            self._bring([part])
+
+    @contextlib.contextmanager
+    def unchanging(self) -> Iterator[None]:
+        """A context in which nothing that runs changes its tensors, so that nothing needs to be written back."""
+        before, self.changing = self.changing, False
+        try:
+            yield
+        finally:
+            self.changing = before
+
+    def add(self, group: Group) -> None:
+        """Take a group's auxiliary modules and optimizer into its part, which is resident."""
+        part = self._of_site[group.units[0].site.index]
+        part.group = group
+        for unit in group.units:
+            for module in unit.auxiliary.modules() if unit.auxiliary is not None else ():
+                self._hooks.append(module.register_forward_pre_hook(lambda *_, part=part: self.need(part)))
+
+    def away(self) -> set[int]:
+        """`id` of every tensor that is not on the device."""
+        return {id(entry.tensor) for part in self.parts if not part.attached for entry in part.entries}
+
+    def to_full(self, tree: Any) -> Any:
+        """The same nested mappings with tensors on the host that show what is kept there, right until the next step."""
+        self._flush()
+        found = {id(entry.tensor): (part, entry) for part in self.parts for entry in part.entries}
+
+        def held(tensor: Tensor) -> Tensor:
+            if id(tensor) not in found:
+                return tensor.detach()
+            part, entry = found[id(tensor)]
+            return entry.of(self.store.view(part))
+
+        return tree_map_only(Tensor, held, tree)
+
+    def end(self) -> None:
+        """Bring everything back to the device for good."""
+        for part in self.parts:
+            self._bring([part])
+            assert part.slot is not None
+            part.show(part.slot.bytes[: part.length].clone())
+            part.slot.part = part.slot = None
+        self._flush()
+        self._slots.clear()
+        self._mover.shutdown()
+        for hook in self._hooks:
+            hook.remove()
+        for block in self._blocks:
+            block.before = None
+
+    def counted(self, use: MemoryUse) -> MemoryUse:
+        """A measured step with what is resident as parameters and optimizer state: the slots, at their fullest."""
+        held = [{id(tensor) for tensor in part.state(self.device)} for part in self.parts]
+        own = [sum(e.length for e in p.entries if id(e.tensor) in ids) for p, ids in zip(self.parts, held, strict=True)]
+        count = len(own)
+        state = max(sum(own[(i + k) % count] for k in range(self._capacity)) for i in range(count))
+        slots = sum(len(slot.bytes) for slot in self._slots)
+        parameters = slots - state + tensor_bytes(self._fixed)
+        work = use.gradients + use.activations
+        return replace(use, parameters=parameters, optimizer=state, peak=parameters + state + work)
+
+    # How it is moved.
+
+    def _bring(self, parts: Sequence[Part]) -> None:
+        """Put parts on the device, send away what is not needed soon, and fetch what comes next."""
+        first = (self._open[-1] if self._open else parts)[0].index
+        coming = [self.parts[(first + k) % len(self.parts)] for k in range(self._capacity)]
+        stay = {*parts, *coming, *self._pinned, *self._kept, *(part for group in self._open for part in group)}
+        for slot in self._slots:
+            if slot.part is not None and slot.part not in stay:
+                self._leave(slot.part)
+        for part in [*parts, *coming]:
+            if part.slot is None and not part.attached:
+                self._fetch(part)
+        for part in parts:
+            if not part.attached:
+                assert part.slot is not None
+                self._wait(part.slot.arrival)
+                part.show(part.slot.bytes)
+                part.attached = True
+            part.changed |= self.changing
+        idle = [slot for slot in self._slots if slot.part is None]
+        for slot in idle[: max(len(self._slots) - self._capacity - len(self._pinned), 0)]:
+            self._slots.remove(slot)
+
+    def _fetch(self, part: Part) -> None:
+        slot = next((slot for slot in self._slots if slot.part is None), None)
+        if slot is None:
+            slot = Slot(torch.empty(0, dtype=torch.uint8))
+            self._slots.append(slot)
+        if len(slot.bytes) < part.length or slot.bytes.device != self.device:
+            slot.bytes = self._room(part.length)
+        slot.part, part.slot = part, slot
+        slot.arrival = self._start(functools.partial(self.store.read, part, part.length, slot.bytes))
+
+    def _leave(self, part: Part) -> None:
+        """Take a part off the device; it is written where anything of it may have changed."""
+        if part.attached:
+            tensors = part.tensors(self.device)
+            same = part.is_laid_out(tensors)
+            if part.changed or not same:
+                chunks = [(0, part.slot.bytes[: part.length])] if same and part.slot else part.lay_out(tensors)
+                self._start(functools.partial(self.store.write, part, part.length, chunks))
+            for entry in part.entries:
+                entry.tensor.data = self._blank(entry.tensor.dtype).expand(entry.size)
+            part.attached = part.changed = False
+            torch.clear_autocast_cache()  # which knows a parameter by its address
+        if part.slot is not None:
+            part.slot.part = part.slot = None
+
+    def _flush(self) -> None:
+        """All parts off the device, and all bytes where they belong."""
+        self._kept.clear()
+        for part in self.parts:
+            if part.slot is not None:
+                self._leave(part)
+        self._wait()
+        if self._side is not None:
+            self._side.synchronize()
+
+    def _start(self, move: Callable[[], None]) -> Future[Any]:
+        """Have something moved behind what is being moved; on CUDA also behind what the device is asked to do."""
+        ready = None if self._side is None else torch.cuda.current_stream(self.device).record_event()
+
+        def moved() -> Any:
+            if self._side is None:
+                return move()
+            with torch.cuda.stream(self._side):
+                if ready is not None:
+                    self._side.wait_event(ready)
+                move()
+                return self._side.record_event()
+
+        self._moves.append(self._mover.submit(moved))
+        return self._moves[-1]
+
+    def _wait(self, until: Future[Any] | None = None) -> None:
+        """Wait for a move and those before it, or for all; what failed is raised here."""
+        while self._moves if until is None else until in self._moves:
+            arrived = self._moves.popleft().result()
+            if arrived is not None:
+                torch.cuda.current_stream(self.device).wait_event(arrived)
+
+    def _room(self, length: int) -> Tensor:
+        length = max(length, ALIGNMENT)
+        if self.device.type == "cpu":  # pages of its own, which the system gets back
+            return torch.frombuffer(mmap.mmap(-1, length), dtype=torch.uint8)
+        return torch.empty(length, dtype=torch.uint8, device=self.device)
+
+    def _blank(self, dtype: torch.dtype) -> Tensor:
+        if dtype not in self._blanks:
+            value = torch.nan if dtype.is_floating_point or dtype.is_complex else 0
+            self._blanks[dtype] = torch.full((), value, dtype=dtype, device=self.device)
+        return self._blanks[dtype]
+
+
+def window_of(rule: Rule, blocks: int) -> int:
+    """The largest number of groups that run as one graph, in a network of so many blocks.
+
+    Raises:
+        LayerwiseError: it is all of them, so that offloading would save nothing.
+    """
+    views = rule.groups(blocks)
+    starts = [view.start for view in views]
+    window = max(sum(start in view for start in starts) for view in views)
+    if window == len(views) or type(rule).groups_at is not Rule.groups_at:
+        raise LayerwiseError(
+            f"rule {rule.name!r} cannot be offloaded on this network, because all its blocks are needed at once; "
+            "leave --offload out, or choose a rule such as 'sll', 'sid' or 'local_ce' and a deeper network."
+        )
+    return window
+
+
+def view_of(found: Tensor) -> memoryview:
+    """Bytes on the host, as files read and write them."""
+    return found.numpy().data
+
+
+def check_offload(offload: str, stage: object, compile: bool | str) -> None:
+    """Raise LayerwiseError unless blocks can be offloaded so."""
+    if offload not in get_args(Where):
+        raise LayerwiseError(f"offload is {offload!r}; choose none, host or disk.")
+    if offload != "none" and stage is not None:
+        raise LayerwiseError("the blocks of several ranks cannot be offloaded; leave --offload or --parallel out.")
+    if offload != "none" and compile:
+        raise LayerwiseError(
+            "offloaded blocks share memory, which torch.compile refuses; leave --offload or --compile out."
+        )
+
+
+def nearest_folder(path: Path) -> Path:
+    """The folder itself, or the nearest one above it that is there.
+
+    >>> nearest_folder(Path("no/such/folder"))
+    PosixPath('.')
+    """
+    return path if path.is_dir() or path == path.parent else nearest_folder(path.parent)
+
+
+def _places(blocks: Sequence[Sequence[Block]]) -> tuple[list[list[tuple[dict[str, Any], str]]], dict[int, Tensor]]:
+    """Per group, where its blocks' tensors are held; and the tensors whose storage several groups hold, which stay."""
+    found = [[place for block in group for place in block.places()] for group in blocks]
+    owner: dict[int, int] = {}
+    shared: dict[int, Tensor] = {}
+    for i, group in enumerate(found):
+        for registry, name in group:
+            storage = registry[name].untyped_storage()._cdata
+            if owner.setdefault(storage, i) != i:
+                shared[storage] = registry[name]
+    own = [[(r, n) for r, n in group if r[n].untyped_storage()._cdata not in shared] for group in found]
+    return own, shared

@@ -1,0 +1,436 @@
+"""`report.html`: what a comparison or a benchmark found, in one file that needs no network."""
+
+import csv
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from layerwise.errors import LayerwiseError
+from layerwise.report import figures
+from layerwise.report.summary import COLUMNS, spread, table_rows
+from layerwise.runs.checkpoint import write_atomically
+from layerwise.runs.environment import in_words
+from layerwise.runs.folders import grid_run_folder
+
+LAYERS: dict[str, tuple[str, str, tuple[float, float] | None]] = {  # quantity: title, caption, limits of the colours
+    "accuracy": (
+        "Own readout: accuracy, %",
+        "Test accuracy of what the rule reads off each block; a rule without local readouts has the head's only.",
+        None,
+    ),
+    "probe_accuracy": (
+        "Linear probe: accuracy, %",
+        "Test accuracy of a logistic regression on each block's frozen output: what a linear readout could tell there.",
+        None,
+    ),
+    "bhattacharyya": (
+        "Bhattacharyya coefficient to the next block",
+        "Overlap of the class posteriors (of the probes) of neighbouring blocks; 1: the next block changes nothing.",
+        (0.0, 1.0),
+    ),
+    "cka": (
+        "CKA to the next block",
+        "Linear centred kernel alignment of neighbouring blocks' outputs; 1: the same up to rotation and scale.",
+        (0.0, 1.0),
+    ),
+    "cka_to_backprop": (
+        "CKA to the backprop twin",
+        "Linear centred kernel alignment with the same block of the backprop run of the same seed.",
+        (0.0, 1.0),
+    ),
+    "gradient_cosine": (
+        "Cosine to the backprop gradient",
+        "Rule's gradient against that of backpropagation at the trained weights, on one batch, per block.",
+        (-1.0, 1.0),
+    ),
+    "hoyer": ("Hoyer sparsity", "0: all features of equal size; 1: all but one are zero.", (0.0, 1.0)),
+    "dead": ("Dead units", "Share of units that give the same value for every test sample.", (0.0, 1.0)),
+}
+PERCENT = ("accuracy", "probe_accuracy")
+REPORTED = {
+    "divergence": "Divergence to the block before",
+    "label_kl": "Belief: KL to the label",
+    "consistency": "Belief: KL to the belief before",
+    "entropy": "Belief: entropy",
+    "descent": "Belief: share of samples that descend",
+}
+
+
+@dataclass
+class Origin:
+    """Where figures come from."""
+
+    command: str
+    machine: str
+    options: str = ""
+    runs: str = ""
+    packages: str = ""
+
+
+@dataclass
+class Section:
+    """Figures under one heading: dictionaries of `figure`, `caption`, `command`, `machine`."""
+
+    title: str
+    about: str
+    shown: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, figure: figures.Figure, caption: str, origin: Origin) -> None:
+        """Add a figure with its caption and where it comes from."""
+        words = {"command": origin.command, "machine": origin.machine}
+        self.shown.append({"figure": figure, "caption": caption, **words})
+
+
+def write_report(folder: Path) -> Path:
+    """Draw `report.html` and `figures/` of a folder that `compare` or `bench --out` has written.
+
+    Raises:
+        LayerwiseError: there is nothing to draw, or matplotlib or Jinja is not installed.
+    """
+    try:
+        import jinja2
+        import matplotlib  # noqa: F401  so that its absence is told before anything is done
+    except ImportError as reason:
+        raise LayerwiseError(
+            f"a report needs {reason.name}, which is not installed; pip install 'layerwise[report]' and then run "
+            f"layerwise report {shlex.quote(str(folder))}."
+        ) from reason
+    page: dict[str, Any] = {"table": [], "notes": [], "failures": [], "sections": [], "origins": []}
+    if (folder / "summary.json").is_file():
+        comparison(folder, page)
+    benches = [found for file in sorted(folder.glob("*.json")) if (found := _bench(file)) is not None]
+    for found in benches:
+        bench(found, page)
+    if not page["origins"]:
+        raise LayerwiseError(f"{folder} holds neither a comparison nor a benchmark; give the folder of one.")
+    page.setdefault("title", f"Benchmarks: {folder.resolve().name}")
+    page.setdefault("subtitle", page["origins"][0].machine)
+    (folder / "figures").mkdir(exist_ok=True)
+    for section in page["sections"]:
+        for item in section.shown:
+            figures.save(item["figure"], folder / "figures")
+    page["sections"] = [section for section in page["sections"] if section.shown]
+    template = files("layerwise.report").joinpath("page.html").read_text()
+    html = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(template).render(page)
+    write_atomically(folder / "report.html", html + "\n")
+    return folder / "report.html"
+
+
+@dataclass
+class Runs:
+    """The finished runs of a comparison, by rule and seed."""
+
+    results: dict[str, dict[int, dict[str, Any]]]
+    lines: dict[str, dict[int, list[dict[str, Any]]]]
+    layers: dict[str, dict[int, dict[str, dict[str, float | None]]]]
+
+    @classmethod
+    def read(cls, folder: Path, rows: list[dict[str, str]]) -> "Runs":
+        """What the rows of results.csv lead to."""
+        found = cls({}, {}, {})
+        for row in rows:
+            rule, seed = row["rule"], int(row["seed"])
+            run = folder / grid_run_folder(rule, f"seed {seed}", "runs")
+            if row["status"] != "ok":
+                continue
+            found.results.setdefault(rule, {})[seed] = json.loads((run / "result.json").read_text())
+            text = (run / "metrics.jsonl").read_text().splitlines()
+            found.lines.setdefault(rule, {})[seed] = [json.loads(line) for line in text]
+            diagnosed = run / "diagnostics.json"
+            blocks = json.loads(diagnosed.read_text())["blocks"] if diagnosed.is_file() else {}
+            found.layers.setdefault(rule, {})[seed] = blocks
+        return found
+
+    def curves(self, x: str) -> dict[str, list[tuple[float, float, float | None]]]:
+        """Validation accuracy in % over `step` or `seconds`; at every evaluation the mean over seeds of both."""
+        found = {}
+        for rule, seeds in self.lines.items():
+            points: dict[int, list[tuple[float, float]]] = {}
+            for lines in seeds.values():
+                for line in lines:
+                    if line["split"] == "val":
+                        points.setdefault(line["step"], []).append((line[x], 100 * line["head/accuracy"]))
+            if points:
+                found[rule] = [_point(values) for _, values in sorted(points.items())]
+        return found
+
+    def heat(self, quantity: str) -> dict[str, dict[str, float | None]]:
+        """Mean over seeds per rule and block."""
+        factor = 100 if quantity in PERCENT else 1
+        found: dict[str, dict[str, float | None]] = {}
+        for rule in self.results:
+            per_block: dict[str, list[float]] = {}
+            for blocks in self._sources(rule, quantity):
+                for block, value in blocks.items():
+                    if value is not None:
+                        per_block.setdefault(block, []).append(factor * value)
+            if per_block:
+                found[rule] = {block: sum(values) / len(values) for block, values in per_block.items()}
+        return found
+
+    def _sources(self, rule: str, quantity: str) -> list[dict[str, float | None]]:
+        """Per seed: block to value, from the diagnostics or from what the rule reported on the test split."""
+        if quantity in LAYERS and quantity != "accuracy":
+            return [{b: row.get(quantity) for b, row in blocks.items()} for blocks in self.layers[rule].values()]
+        tests = [line for lines in self.lines[rule].values() for line in lines if line["split"] == "test"]
+        end = f"/{quantity}"
+        return [{key.removesuffix(end): v for key, v in line.items() if key.endswith(end)} for line in tests]
+
+    def reported(self) -> list[str]:
+        """Names of the scalars that rules reported on the test split, beside loss and accuracy."""
+        lines = [line for seeds in self.lines.values() for lines in seeds.values() for line in lines]
+        names = dict.fromkeys(
+            key.partition("/")[2] for line in lines if line["split"] == "test" for key in line if "/" in key
+        )
+        return [name for name in names if name not in ("loss", "accuracy")]
+
+
+def _point(values: list[tuple[float, float]]) -> tuple[float, float, float | None]:
+    accuracies = spread([accuracy for _, accuracy in values])
+    assert accuracies is not None
+    return sum(place for place, _ in values) / len(values), accuracies["mean"], accuracies["sd"]
+
+
+def comparison(folder: Path, page: dict[str, Any]) -> None:
+    """Put a comparison on the page: table, curves, trade-offs, layers."""
+    record = json.loads((folder / "compare.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
+    machine = json.loads((folder / "environment.json").read_text())
+    rows = list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
+    runs = Runs.read(folder, rows)
+    rules = summary["rules"]
+    looks = figures.look(list(rules))
+    fixed = record["fixed"]
+    commands = [found["command"] for seeds in runs.results.values() for found in seeds.values()]
+    packages = "\n".join(f"{name}=={version}" for name, version in machine["packages"].items())
+    origin = Origin(record["command"], in_words(machine), json.dumps(fixed, indent=2), "\n".join(commands), packages)
+    page["origins"].append(origin)
+    page["title"] = f"Learning rules on {fixed['data']}, {fixed['model']['name']}"
+    seeds = f"{record['seeds']} seed{'s' if record['seeds'] > 1 else ''}"
+    page["subtitle"] = f"{seeds}, {_budget(fixed)}; {in_words(machine)}"
+    page["columns"], page["table"] = COLUMNS, table_rows(rules)
+    page["notes"] = notes(rules, fixed)
+    page["failures"] = [
+        (f"{rule} seed {failed['seed']}", failed["reason"])
+        for rule, found in rules.items()
+        for failed in found["failed"]
+    ]
+    page["sections"] += [
+        _accuracy(runs, looks, record, origin),
+        _costs(rules, looks, origin),
+        _layers(runs, origin),
+    ]
+
+
+def _budget(fixed: dict[str, Any]) -> str:
+    kind = fixed["budget"]
+    return f"{fixed[kind]:g} {kind} each" + (f", {fixed['tune']} trials per rule" if fixed["tune"] else "")
+
+
+def notes(rules: dict[str, Any], fixed: dict[str, Any]) -> list[str]:
+    """How to read the table."""
+    found = [
+        "Test accuracy of the last weights, mean ± standard deviation over n seeds. The difference to backprop is "
+        "paired by seed, in percentage points, with its 95 % confidence interval (Student's t). Memory is exact, of "
+        "one training step: activations + gradients, and the peak with parameters and optimizer state. Seconds are "
+        "those of training, without evaluation.",
+    ]
+    rates = {
+        rule: f"{summary['lr']:g} / {summary['weight_decay']:g}" for rule, summary in rules.items() if summary["lr"]
+    }
+    rates = {rule: f"{found['lr']:g} / {found['weight_decay']:g}" for rule, found in rules.items() if found["lr"]}
+    words = "; ".join(f"{rule} {rate}" for rule, rate in rates.items())
+    if len({*rates.values()}) == 1:
+        words = f"{next(iter(rates.values()))} for all"
+    how = f"chosen out of {fixed['tune']} trials on the validation split" if fixed["tune"] else "not tuned"
+    return [*found, f"Learning rate / weight decay, {how}: {words}."]
+
+
+def _accuracy(runs: Runs, looks: Any, record: dict[str, Any], origin: Origin) -> Section:
+    section = Section("Accuracy", "Validation accuracy after every epoch; bands are one standard deviation over seeds.")
+    per_epoch = {rule: plan.get("steps_per_epoch", 1) for rule, plan in record["plan"].items()}
+    steps = runs.curves("step")
+    epochs = {rule: [(x / per_epoch.get(rule, 1), y, sd) for x, y, sd in points] for rule, points in steps.items()}
+    for name, found, x in (
+        ("accuracy_epochs", epochs, "epochs"),
+        ("accuracy_seconds", runs.curves("seconds"), "seconds of training"),
+    ):
+        if found:
+            ends = ", ".join(f"{rule} {points[-1][1]:.1f} %" for rule, points in found.items())
+            figure = figures.render(
+                name,
+                f"Accuracy over {x}",
+                f"Validation accuracy over {x}, one curve per rule; at the end: {ends}.",
+                lambda axes, found=found, x=x: figures.curves(axes, found, x, "validation accuracy, %", looks),
+                height=figures.height(len(found)),
+            )
+            section.add(figure, f"Validation accuracy over {x}; mean and band over seeds.", origin)
+    return section
+
+
+def _costs(rules: dict[str, Any], looks: Any, origin: Origin) -> Section:
+    about = "Up and to the left is better; the dotted line joins the rules that no other beats in both."
+    section = Section("Accuracy against cost", about)
+    for name, quantity, words, factor in (
+        ("accuracy_memory", "peak_mib", "peak memory of a step, MiB", 1.0),
+        ("accuracy_flops", "flops", "training compute, GFLOP", 1e-9),
+        ("accuracy_time", "train_seconds", "training time, s", 1.0),
+    ):
+        points = {}
+        for rule, found in rules.items():
+            if found["n"] and found[quantity] is not None:
+                accuracy = found["test_accuracy"]
+                deviation = None if accuracy["sd"] is None else 100 * accuracy["sd"]
+                points[rule] = (factor * found[quantity]["mean"], 100 * accuracy["mean"], deviation)
+        if points:
+            values = "; ".join(f"{rule}: {x:.3g}, {y:.1f} %" for rule, (x, y, _) in points.items())
+            figure = figures.render(
+                name,
+                f"Accuracy against {words.split(',')[0]}",
+                f"Test accuracy against {words}. {values}.",
+                lambda axes, points=points, words=words: figures.trade(axes, points, words, "test accuracy, %", looks),
+                height=figures.height(len(points)),
+            )
+            section.add(figure, f"Test accuracy (mean, standard deviation) against {words}.", origin)
+    return section
+
+
+def _layers(runs: Runs, origin: Origin) -> Section:
+    section = Section("Layer by layer", "Means over seeds, at the end of training; first block on the left.")
+    own = {name: _reported(name) for name in runs.reported()}
+    for quantity, (title, caption, limits) in (LAYERS | own).items():
+        found = runs.heat(quantity)
+        if found:
+            form = ".1f" if quantity in PERCENT else ".3g" if quantity in own else ".3f"
+            alt = "; ".join(f"{rule}: {_row(row)}" for rule, row in found.items())
+            figure = figures.render(
+                f"layers_{quantity}",
+                title,
+                f"{title}, per rule and block. {alt}.",
+                lambda axes, found=found, limits=limits, form=form: figures.heat(axes, found, limits, form),
+                height=0.7 + 0.36 * len(found),
+            )
+            section.add(figure, caption, origin)
+    return section
+
+
+def _reported(name: str) -> tuple[str, str, None]:
+    title = REPORTED.get(name, name.replace("_", " ").capitalize())
+    return title, "As the rule itself reports it, mean over the test split.", None
+
+
+def _row(row: Mapping[str, float | None]) -> str:
+    return ", ".join(f"{block} {figures.short(value)}" for block, value in row.items() if value is not None)
+
+
+def _bench(file: Path) -> dict[str, Any] | None:
+    """A benchmark's JSON file: `{"command", "environment", "rows"}`, or the rows alone; None for any other file."""
+    try:
+        found = json.loads(file.read_text())
+    except ValueError:
+        return None
+    if isinstance(found, list):
+        found = {"command": f"layerwise bench, file {file.name}", "environment": None, "rows": found}
+    rows = found.get("rows") if isinstance(found, dict) else None
+    if not isinstance(rows, list) or not rows or not {"rule", "model"} <= rows[0].keys():
+        return None
+    return found | {"name": file.stem}
+
+
+def bench(found: dict[str, Any], page: dict[str, Any]) -> None:
+    """Put a benchmark of memory, speed or scaling on the page."""
+    rows, machine = found["rows"], found["environment"]
+    origin = Origin(found["command"], in_words(machine) if machine else "The file does not say on which machine.")
+    page["origins"].append(origin)
+    looks = figures.look(list(dict.fromkeys(row["rule"] for row in rows)))
+    if "activations" in rows[0]:
+        page["sections"].append(_depths(found["name"], rows, looks, origin))
+    elif "way" in rows[0]:
+        page["sections"].append(_scaling(found["name"], rows, origin))
+    elif "ratio" in rows[0]:
+        page["sections"].append(_speeds(found["name"], rows, origin))
+
+
+def _depths(name: str, rows: list[dict[str, Any]], looks: Any, origin: Origin) -> Section:
+    section = Section("Memory against depth", "One training step; exact bytes on the CPU, the allocator's on CUDA.")
+    kinds: list[tuple[str, str, tuple[str, ...], str]] = [
+        ("", "Activations + gradients", ("activations", "gradients"), "at the peak of a step")
+    ]
+    if all(row.get("resident") for row in rows):
+        kinds.append(("_resident", "Resident memory", ("resident",), f"of a process, blocks on {rows[0]['offload']}"))
+    for model in dict.fromkeys(row["model"] for row in rows):
+        for suffix, title, parts, where in kinds:
+            points: dict[str, list[tuple[float, float, None]]] = {}
+            for row in sorted((row for row in rows if row["model"] == model), key=lambda row: row["depth"]):
+                held = sum(row[part] for part in parts) / 2**20
+                points.setdefault(row["rule"], []).append((row["depth"], held, None))
+            ends = "; ".join(f"{rule} {p[0][1]:.3g} to {p[-1][1]:.3g} MiB" for rule, p in points.items())
+            figure = figures.render(
+                f"{name}_{model}{suffix}",
+                f"{title}, {model}",
+                f"{title} of one step of {model} against the number of blocks, from the least to the most: {ends}.",
+                lambda axes, points=points: figures.curves(axes, points, "number of blocks", "MiB", looks, log=True),
+                height=figures.height(len(points)),
+            )
+            section.add(figure, f"{title} {where}, against the number of blocks.", origin)
+    return section
+
+
+def _speeds(name: str, rows: list[dict[str, Any]], origin: Origin) -> Section:
+    section = Section("Time per step", "Rules interleaved in one process; medians.")
+    parts = {
+        row["rule"]: {p: 1000 * row["seconds"] * s for p, s in row.get("shares", {"step": 1.0}).items()} for row in rows
+    }
+    values = "; ".join(
+        f"{row['rule']} {1000 * row['seconds']:.3g} ms, {row['ratio']:.2f} times {row['baseline']}" for row in rows
+    )
+    figure = _time(name, rows[0], "step", f"Milliseconds per training step. {values}.", parts)
+    section.add(figure, f"Median over {rows[0]['rounds']} rounds. {values}.", origin)
+    return section
+
+
+def _time(name: str, row: dict[str, Any], per: str, alt: str, parts: dict[str, dict[str, float]]) -> figures.Figure:
+    """Bars of milliseconds per step or batch, one for each of `parts`, in their shares."""
+    return figures.render(
+        f"{name}_time",
+        f"Time per {per}, {row['model']} of {row['depth']} blocks",
+        alt,
+        lambda axes: figures.shares(axes, parts, f"ms per {per}"),
+        height=1.4 + 0.35 * len(parts),
+    )
+
+
+def _scaling(name: str, rows: list[dict[str, Any]], origin: Origin) -> Section:
+    section = Section("Throughput on several processes", "Ways interleaved; medians; one batch per step.")
+    measured = [row for row in rows if "samples_per_second" in row]
+    parts = {}
+    for row in measured:
+        shares = {part: sum(row[part]) / row["ranks"] for part in ("busy", "queued", "waiting")}
+        parts[f"{row['way']}, {row['ranks']}"] = {p: 1000 * row["seconds"] * share for p, share in shares.items()}
+    values = "; ".join(
+        f"{row['way']} on {row['ranks']}: {row['samples_per_second']:.1f} samples/s, {row['ratio']:.2f} times rule"
+        for row in measured
+    )
+    alt = f"Milliseconds per batch by way and number of processes: computing, queued for a core, waiting. {values}."
+    figure = _time(name, rows[0], "batch", alt, parts)
+    section.add(figure, f"Median over {rows[0]['rounds']} rounds, mean over the processes. {values}.", origin)
+    return section
+
+
+def command(argv: list[str]) -> int:
+    """`layerwise report DIR`."""
+    if any(word in ("-h", "--help") for word in argv):
+        print(
+            "usage: layerwise report DIR\n\nDraw report.html and figures/ from what compare or bench --out left in DIR."
+        )
+        return 0
+    if len(argv) != 1 or argv[0].startswith("-"):
+        raise LayerwiseError("report takes one folder: layerwise report DIR.")
+    if not Path(argv[0]).is_dir():
+        raise LayerwiseError(f"there is no folder {argv[0]}; give that of a comparison or a benchmark.")
+    print(write_report(Path(argv[0])))
+    return 0

@@ -1,0 +1,1 @@
+"""A run: its options, its folder, its checkpoints, on one process or several."""

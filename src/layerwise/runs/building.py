@@ -1,0 +1,228 @@
+"""What the options of a run stand for: its device, data, model and learner; and a run that is read back."""
+
+import contextlib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from layerwise import data
+from layerwise.core.graphs import Graph
+from layerwise.core.optim import Schedule
+from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
+from layerwise.core.tasks import UNLABELLED
+from layerwise.errors import LayerwiseError
+from layerwise.learner import Learner
+from layerwise.memory.mmap import OnFile
+from layerwise.memory.offload import nearest_folder
+from layerwise.models import GraphModelOptions, ModelOptions
+from layerwise.parallel.replicas import Replicas
+from layerwise.parallel.stage import Stage
+from layerwise.runs import checkpoint
+from layerwise.runs.folders import check_options, read_options
+from layerwise.runs.options import TrainOptions, model_name
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; `"auto"` is cuda where there is one.
+
+    Raises:
+        LayerwiseError: no such device on this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as reason:
+        raise LayerwiseError(f"unknown device {name!r}; choose cpu, cuda, cuda:N or auto.") from reason
+    if device.type not in ("cpu", "cuda"):
+        raise LayerwiseError(f"device {name!r} is not supported; choose cpu or cuda.")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise LayerwiseError(f"there is no device {name!r} here ({count} CUDA devices); choose cpu or auto.")
+        return torch.device("cuda", device.index or 0)
+    return device
+
+
+@dataclass(frozen=True)
+class DataSignature:
+    """What a run knows of its data: enough to build the network and to predict, and to notice another data set."""
+
+    shape: tuple[int, int, int]
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    sizes: tuple[int, ...]
+    """Labelled samples of the training, validation and test split."""
+    graph: tuple[int, ...] = ()
+    """Nodes and edges, where the samples are the nodes of a graph."""
+    columns: tuple[str, ...] = ()
+    """Names of the columns, where the samples are the rows of a table."""
+
+    @classmethod
+    def of(cls, dataset: data.Dataset) -> "DataSignature":
+        """The facts of a data set."""
+        parts = (dataset.train, dataset.val, dataset.test)
+        sizes = tuple(0 if part is None else int((part.labels != UNLABELLED).sum()) for part in parts)
+        graph = () if dataset.graph is None else (len(dataset.graph.labels), dataset.graph.edges.shape[1])
+        return cls(dataset.shape, dataset.classes, dataset.mean, dataset.std, sizes, graph, dataset.columns)
+
+    @classmethod
+    def in_state(cls, state: Mapping[str, Any]) -> "DataSignature":
+        """The facts of the data that a checkpoint was trained on."""
+        return cls(**{name: tuple(value) for name, value in state["data"].items()})
+
+    def check(self, dataset: data.Dataset) -> None:
+        """Raise LayerwiseError unless `dataset` is the one that the facts are of."""
+        found = asdict(DataSignature.of(dataset))
+        for name, value in asdict(self).items():
+            if found[name] != value:
+                raise LayerwiseError(
+                    f"the data {dataset.name} has changed since the run began: its {name} was {_few(value)} and is "
+                    f"{_few(found[name])}; restore the data, or start a new run."
+                )
+
+
+def _few(values: tuple[Any, ...]) -> str:
+    return ", ".join(map(str, values[:10])) + (", ..." if len(values) > 10 else "")
+
+
+def build_model(options: ModelOptions, facts: DataSignature, seed: int, graph: Graph | None = None) -> torch.nn.Module:
+    """The model for a data set, with initial weights that depend on `seed` only.
+
+    Without the data's graph, a graph network has an empty one of the right size, which a checkpoint fills.
+    """
+    with preserved_generators(torch.device("cpu")):
+        seed_generators(derive_seed(seed, "model"), torch.device("cpu"))
+        if not isinstance(options, GraphModelOptions):
+            return options.build(facts.shape, len(facts.classes))
+        if graph is None and facts.graph:
+            graph = Graph.blank(*facts.graph, classes=len(facts.classes))
+        return options.build(facts.shape, len(facts.classes), graph)
+
+
+def load_data(options: TrainOptions) -> data.Dataset:
+    """The data set of a run."""
+    return data.load(
+        options.data,
+        val_fraction=options.val_fraction,
+        train_samples=options.train_samples,
+        size=options.image_size,
+        label_noise=options.label_noise,
+        label_noise_kind=options.label_noise_kind,
+        clean_validation=options.clean_validation,
+    )
+
+
+def split_batches(
+    options: TrainOptions, dataset: data.Dataset, device: torch.device
+) -> tuple[data.Batches, data.Batches | None, data.Batches]:
+    """Batches of the training, validation and test split; validation may be empty."""
+    common: dict[str, Any] = {
+        "mean": dataset.mean,
+        "std": dataset.std,
+        "device": device,
+        "channels_last": options.channels_last,
+    }
+    train = data.Batches(
+        dataset.train, options.batch_size, seed=derive_seed(options.seed, "data"), augment=options.augment, **common
+    )
+    common |= {"seed": 0, "shuffle": False, "drop_last": False}
+    val = data.Batches(dataset.val, 2 * options.batch_size, **common) if dataset.val is not None else None
+    return train, val, data.Batches(dataset.test, 2 * options.batch_size, **common)
+
+
+def build_learner(
+    options: TrainOptions,
+    facts: DataSignature,
+    device: torch.device,
+    total: int,
+    stage: Stage | None = None,
+    graph: Graph | None = None,
+    replicas: Replicas | None = None,
+) -> Learner:
+    """The learner of a run with `total` steps, before its first step.
+
+    Raises:
+        LayerwiseError: options that the rule, the model or the optimizer refuses, or that do not go together.
+    """
+    folder = Path(options.offload_folder or nearest_folder(Path(options.out or "runs")))
+    with OnFile(folder) if options.offload == "disk" else contextlib.nullcontext():
+        model = build_model(options.model, facts, options.seed, graph)
+    example = torch.zeros(2, *facts.shape, device=device)
+    updates = math.ceil(total / options.accumulate)
+    learner = Learner(
+        model,
+        options.rule,
+        optimizer=options.optimizer,
+        optimizer_options=options.optimizer_options,
+        lr=options.lr,
+        lr_multipliers=options.lr_multipliers,
+        weight_decay=options.weight_decay,
+        schedule=Schedule(options.schedule, updates, options.warmup),
+        clip=options.clip,
+        accumulate=options.accumulate,
+        precision=options.precision,
+        compile=options.compile,
+        channels_last=options.channels_last,
+        nonfinite=options.nonfinite,
+        label_smoothing=options.label_smoothing,
+        seed=options.seed,
+        cuts=options.cuts,
+        blocks=options.blocks,
+        example=example,
+        stage=stage,
+        replicas=replicas,
+        device=device,
+        offload=options.offload,
+        offload_folder=folder,
+    )
+    wanted, given = options.rule.models, model_name(options.model)
+    if wanted and given not in wanted:  # asked last, as a rule that can tell by itself tells more
+        raise LayerwiseError(
+            f"rule {options.rule.name!r} does not train the model {given!r}; choose the model {' or '.join(wanted)}."
+        )
+    return learner
+
+
+class Trained(NamedTuple):
+    """A run read back."""
+
+    options: TrainOptions
+    facts: DataSignature
+    learner: Learner
+    notes: list[str]
+    """What the user should know: the run is not finished, a damaged checkpoint was passed over."""
+
+
+def load_run(folder: Path, device: str = "auto") -> Trained:
+    """The learner of the run in `folder`, ready to predict; its data set is not touched.
+
+    Raises:
+        LayerwiseError: the folder holds no run, or no checkpoint that can be read.
+    """
+    options, state, notes = read_state(folder)
+    facts = DataSignature.in_state(state)
+    learner = build_learner(options, facts, pick_device(device), total=1)
+    learner.load_state_dict(state["learner"])
+    return Trained(options, facts, learner, notes)
+
+
+def read_state(folder: Path) -> tuple[TrainOptions, dict[str, Any], list[str]]:
+    """Options and newest checkpoint of the run in `folder`, and what the user should know of them.
+
+    Raises:
+        LayerwiseError: the folder holds no run, or no checkpoint that can be read.
+    """
+    options = read_options(folder)
+    state, notes = checkpoint.load_latest(folder / "checkpoints", mapped=options.offload != "none")
+    if state is None:
+        raise LayerwiseError(f"the run in {folder} has no checkpoint yet; train it first.")
+    check_options(options, state["options"], folder)
+    if not (folder / "result.json").is_file():
+        notes.append(f"the run is not finished: these are its weights after step {state['learner']['steps']}")
+    return options, state, notes

@@ -1,0 +1,299 @@
+"""Checkpoints: safetensors + JSON, no pickle; written whole or not at all, checked when read.
+
+A checkpoint is a folder `step-<number>` with two files: `state.safetensors` holds the tensors, `state.json`
+everything else, the tree that both belong to, and the digest of both. One that several ranks have written
+(`layerwise.runs.distributed_checkpoint`) has a safetensors file per rank, and `state.json` holds a digest of each.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from layerwise.errors import LayerwiseError
+from layerwise.memory.mmap import map_file, release_pages, tensor_at
+
+KEPT = 2  # complete checkpoints that stay: the newest, and one to fall back to
+
+
+class CorruptCheckpoint(LayerwiseError):
+    """A checkpoint folder is incomplete or its bytes have changed."""
+
+
+def save(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
+    """Write a checkpoint of nested mappings of tensors, numbers, strings and None.
+
+    Everything goes to a temporary folder that is renamed when complete, so a crash or a full disk at any
+    moment leaves the checkpoints before it as they were.
+
+    Args:
+        folder: folder of all checkpoints of a run.
+        step: number of finished steps; the name of the new checkpoint.
+        state: string keys at every level.
+
+    Raises:
+        LayerwiseError: the disk is full or the folder is not writable.
+
+    >>> import tempfile, torch
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = save(Path(folder), 7, {"weight": torch.ones(2), "steps": 7})
+    ...     load(path)
+    {'weight': tensor([1., 1.]), 'steps': 7}
+    """
+    tree, tensors = split(state)
+    try:
+        partial = begin(folder, step)
+        save_file(tensors, partial / "state.safetensors")
+        about = {"tree": tree, "digest": digest(tree, partial / "state.safetensors")}
+        return make_current(partial, about)
+    except FAILURES as reason:
+        raise not_written(folder, step, reason) from reason
+
+
+FAILURES = (OSError, safetensors.SafetensorError)  # what a disk that is full or not writable raises
+
+
+def begin(folder: Path, step: int) -> Path:
+    """The temporary folder of a new checkpoint, empty."""
+    partial = folder / f"step-{step:09d}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def make_current(partial: Path, about: Mapping[str, Any]) -> Path:
+    """Complete a checkpoint by its `state.json`, rename it, and drop the oldest."""
+    final = partial.with_suffix("")
+    (partial / "state.json").write_text(json.dumps(about))
+    for file in partial.iterdir():
+        flush(file)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    flush(final.parent)
+    for old in complete(final.parent)[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def not_written(folder: Path, step: int, reason: BaseException) -> LayerwiseError:
+    """Why a checkpoint could not be written; what there is of it is removed."""
+    final = folder / f"step-{step:09d}"
+    shutil.rmtree(final.with_suffix(".partial"), ignore_errors=True)
+    last = latest(folder)
+    kept = f"; the last complete one is {last}" if last else ""
+    return LayerwiseError(
+        f"could not write the checkpoint {final} ({_short(reason)}){kept}; free space or choose another --out."
+    )
+
+
+def load(path: Path, mapped: bool = False) -> dict[str, Any]:
+    """Read a checkpoint back, checked against its digest; tensors are on the host.
+
+    Args:
+        path: of the checkpoint.
+        mapped: leave the bytes in the file until they are read; not to be changed.
+
+    Raises:
+        CorruptCheckpoint: a file is missing, cut short or changed.
+    """
+    try:
+        about = json.loads((path / "state.json").read_text())
+        said = about.pop("digest")
+        if "parts" in about:
+            files = list(about["parts"])
+            whole = digest(about) == said and all(digest(f, path / f) == d for f, d in about["parts"].items())
+        else:
+            files = ["state.safetensors"]
+            whole = digest(about["tree"], path / files[0]) == said
+        if not whole:
+            raise CorruptCheckpoint(f"the checkpoint {path} is damaged: its bytes do not match their digest.")
+        tensors: dict[str, Tensor] = {}
+        for file in files:
+            tensors |= (_map_tensors if mapped else load_file)(path / file)
+        for name, shards in about.get("shards", {}).items():
+            tensors[name] = _assembled(shards, tensors)
+    except (*FAILURES, ValueError, KeyError, TypeError) as reason:
+        raise CorruptCheckpoint(f"the checkpoint {path} is damaged: {_short(reason)}.") from reason
+    return _join(about["tree"], tensors)
+
+
+def _assembled(shards: Mapping[str, Any], tensors: dict[str, Tensor]) -> Tensor:
+    """One tensor out of its shards, which are taken out of `tensors`."""
+    parts = [(tensors.pop(key), offset) for key, offset in shards["offsets"].items()]
+    whole = parts[0][0].new_empty(shards["shape"])
+    for part, offset in parts:
+        whole[tuple(slice(start, start + size) for start, size in zip(offset, part.shape, strict=True))] = part
+    return whole
+
+
+def complete(folder: Path) -> list[Path]:
+    """Complete checkpoints in `folder`, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.suffix != ".partial")
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint, or None."""
+    return next(reversed(complete(folder)), None)
+
+
+def load_latest(folder: Path, mapped: bool = False) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest checkpoint that can be read, as by `load`, and a sentence for each damaged one passed over.
+
+    Returns:
+        `(None, [])` where there is no checkpoint yet.
+
+    Raises:
+        CorruptCheckpoint: there are checkpoints, and all are damaged.
+    """
+    passed_over = []
+    for path in reversed(complete(folder)):
+        try:
+            return load(path, mapped), passed_over
+        except CorruptCheckpoint as damage:
+            passed_over.append(str(damage))
+    if passed_over:
+        raise CorruptCheckpoint(f"every checkpoint in {folder} is damaged ({passed_over[0]}); start the run again.")
+    return None, []
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file in one step: readers see the old content or the new one.
+
+    Raises:
+        LayerwiseError: the disk is full or the folder is not writable.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        flush(partial)
+        partial.replace(path)
+    except OSError as reason:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise LayerwiseError(f"could not write {path} ({_short(reason)}).") from reason
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Replace a safetensors file in one step.
+
+    Raises:
+        LayerwiseError: the disk is full or the folder is not writable.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file(tensors, partial)
+        flush(partial)
+        partial.replace(path)
+    except (OSError, safetensors.SafetensorError) as reason:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise LayerwiseError(
+            f"could not write {path} ({_short(reason)}); free space or choose another place."
+        ) from reason
+
+
+def split(state: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+    """The tree of a state, with references in place of its tensors, and these."""
+    tensors: dict[str, Tensor] = {}
+    return _split(state, (), tensors), tensors
+
+
+TYPES = {  # names in the format
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+def save_file(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file, one tensor after the other, so that never more than one is in memory twice.
+
+    The library's own writer wants all of them at once, as copies. Its order is kept: wide types first, so that all
+    lie aligned.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    names, header, end = {dtype: name for name, dtype in TYPES.items()}, {}, 0
+    for name in order:
+        start, end = end, end + tensors[name].nbytes
+        about = {"dtype": names[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+        header[name] = about
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            flat = tensors[name].detach().to("cpu").contiguous().view(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
+            release_pages()
+
+
+def _map_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, none of which is in memory before it is read."""
+    with path.open("rb") as file:
+        first = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(first - 8))
+        mapped = map_file(file.fileno(), path.stat().st_size, own_changes=True)
+    return {
+        name: tensor_at(mapped, first + about["data_offsets"][0], tuple(about["shape"]), TYPES[about["dtype"]])
+        for name, about in header.items()
+    }
+
+
+def _split(tree: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
+    """Replace every tensor by a reference: a mapping with the one key `$tensor`; other keys with a `$` get a second."""
+    if isinstance(tree, Tensor):
+        name = "/".join(path)
+        while name in tensors:  # a key that holds a slash
+            name += "'"
+        tensors[name] = tree
+        return {"$tensor": name}
+    if isinstance(tree, Mapping):
+        keys = {key: f"${key}" if str(key).startswith("$") else str(key) for key in tree}
+        return {keys[key]: _split(value, (*path, str(key)), tensors) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_split(value, (*path, str(i)), tensors) for i, value in enumerate(tree)]
+    return tree
+
+
+def _join(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(tree, dict):
+        if tree.keys() == {"$tensor"}:
+            return tensors[tree["$tensor"]]
+        return {key.removeprefix("$"): _join(value, tensors) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_join(value, tensors) for value in tree]
+    return tree
+
+
+def digest(tree: Any, file: Path | None = None) -> str:
+    """BLAKE2b of the bytes of a file, if one is given, and of a tree behind them."""
+    found = hashlib.blake2b()
+    if file is not None:
+        with file.open("rb") as opened:
+            found = hashlib.file_digest(opened, "blake2b")
+    found.update(json.dumps(tree).encode())
+    return found.hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Make the system write a file or a folder's entries to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _short(reason: BaseException) -> str:
+    return (str(reason) or type(reason).__name__).splitlines()[0]

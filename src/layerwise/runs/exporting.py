@@ -1,0 +1,35 @@
+"""The trained weights of a run as a plain safetensors file, for the model's own class."""
+
+from pathlib import Path
+
+from layerwise.runs.building import read_state
+from layerwise.runs.checkpoint import write_tensors
+
+
+def export(folder: Path, file: Path) -> tuple[str, list[str]]:
+    """Write the weights of a run's newest checkpoint, whoever wrote it, under the model's own parameter names.
+
+    No model is built here, and none of this library's is needed: `model.load_state_dict(load_file(file))`, with
+    safetensors' `load_file`, fills a model of the class that was trained.
+
+    Args:
+        folder: folder of a run, finished or not.
+        file: where to write; replaced in one step if it exists.
+
+    Returns:
+        What has been written, in words; and what the user should know, a sentence each: the run is not finished, a
+        damaged checkpoint was passed over, the rule predicts with more than these weights.
+
+    Raises:
+        LayerwiseError: no run, no checkpoint that can be read, a file that cannot be written.
+    """
+    options, state, notes = read_state(folder)
+    weights = state["learner"]["model"]
+    write_tensors(file, weights)
+    if not options.rule.predicts_plainly():
+        notes.append(
+            f"rule {options.rule.name!r} predicts with more than the network's own weights, which is all that {file} "
+            "holds; its accuracy is that of layerwise predict and eval"
+        )
+    numbers = sum(tensor.numel() for tensor in weights.values())
+    return f"{file}: {len(weights)} tensors, {numbers:,} numbers, of step {state['learner']['steps']}", notes

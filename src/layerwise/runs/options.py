@@ -1,0 +1,290 @@
+"""The options of a training run: one dataclass that is the command line, the recipe and the checkpoint's record."""
+
+import dataclasses
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from layerwise import models, rules
+from layerwise.core.rule import Rule
+from layerwise.errors import LayerwiseError, suggestion
+from layerwise.memory.offload import Where
+from layerwise.models import ModelOptions
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train a network with a learning rule.
+
+    Choose the rule and the model by name, `--rule sll --model vgg`; the options of both follow below.
+    """
+
+    rule: Rule = field(default_factory=lambda: rules.create("sll"))
+    model: ModelOptions = field(default_factory=lambda: models.options("mlp")())
+    data: str = "digits"
+    """digits | mnist | fashion_mnist | cifar10 | cifar100 | cora | hf:owner/name | imagefolder:PATH | parquet:PATH |
+    PATH.csv."""
+    augment: tuple[str, ...] = ()
+    """Random changes of training images: flip, crop, cutout."""
+    image_size: int | None = None
+    """Side in pixels to which images are resized; their own size if not given."""
+    val_fraction: float = 0.1
+    """Share of the training set that is held out for validation; 0 trains on everything."""
+    train_samples: int | None = None
+    """Train on so many samples only, the same ones whatever the seed; all of them if not given."""
+    label_noise: float = 0.0
+    """Share of wrong labels in the training and validation split, the same ones whatever the seed."""
+    label_noise_kind: Literal["symmetric", "pairs"] = "symmetric"
+    """Any other class, or pairs of classes that look alike (cifar10 only)."""
+    clean_validation: bool = False
+    """Keep the true labels of the validation split."""
+    cuts: str = "block"
+    """Where to cut the model: block | layer | names of modules separated by commas."""
+    blocks: int | None = None
+    """Join the blocks to this many, balanced by their floating-point operations."""
+    epochs: int = 10
+    """Passes over the training set."""
+    steps: int | None = None
+    """Number of batches in all; overrides the epochs."""
+    batch_size: int = 128
+    """Samples per batch."""
+    optimizer: str = "adamw"
+    """adamw | adam | sgd (Nesterov momentum 0.9) | rmsprop | any class of torch.optim."""
+    optimizer_options: dict[str, float] = field(default_factory=dict)
+    """Further numbers for the optimizer: --optimizer-options momentum 0.95."""
+    lr: float = 1e-3
+    """Learning rate (the peak, under a schedule)."""
+    lr_multipliers: dict[str, float] = field(default_factory=dict)
+    """Factor of the learning rate per block: --lr-multipliers block1 0.5 head 2."""
+    weight_decay: float = 0.01
+    """Weight decay of weights; norms and biases have none."""
+    schedule: Literal["constant", "cosine", "onecycle"] = "onecycle"
+    """Curve of the learning rate."""
+    warmup: float = 0.3
+    """Share of the run that is spent warming up."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread evenly over the classes."""
+    clip: float | None = None
+    """Largest norm of one group's gradient."""
+    accumulate: int = 1
+    """Batches per update."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the blocks (autocast)."""
+    compile: bool = False
+    """Run every block through torch.compile."""
+    channels_last: bool = False
+    """Keep images and convolutions in channels-last order."""
+    nonfinite: Literal["raise", "skip"] = "raise"
+    """Stop at a non-finite loss or gradient, or leave such updates out and count them."""
+    seed: int = 0
+    """Seed of the initial weights, the order of the data and every random draw."""
+    device: str = "auto"
+    """cpu | cuda | cuda:N | auto (cuda where there is one)."""
+    threads: int | None = None
+    """Threads of the CPU; the same number gives the same bits."""
+    offload: Where = "none"
+    """Keep blocks in host memory or on disk, and on the device only those that are about to run."""
+    offload_folder: str | None = None
+    """Folder for the file of --offload disk; that of the run if not given."""
+    out: str | None = None
+    """Folder of the run; runs/<data>-<model>-<rule>-seed<seed> if not given."""
+    overwrite: bool = False
+    """Replace what is in the folder of the run."""
+    save_every: int | None = None
+    """Steps between checkpoints; one per epoch if not given."""
+    log_every: int = 50
+    """Steps between lines of metrics.jsonl."""
+    tensorboard: bool = False
+    """Write the same scalars for TensorBoard."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate", "log_every"):
+            _at_least_one(name, getattr(self, name))
+        for name in ("steps", "save_every", "threads", "blocks", "train_samples"):
+            if getattr(self, name) is not None:
+                _at_least_one(name, getattr(self, name))
+        if not 0 <= self.val_fraction < 1:
+            raise LayerwiseError(f"val_fraction is {self.val_fraction}; it is a share in [0, 1), 0 for no validation.")
+        for name, factor in self.lr_multipliers.items():
+            if factor < 0:
+                raise LayerwiseError(f"lr_multipliers gives {name} the factor {factor}; it must be 0 or larger.")
+        for part in (self, self.rule, self.model):
+            for f in dataclasses.fields(part):
+                _finite(f.name, getattr(part, f.name))
+
+
+def _finite(name: str, value: Any) -> None:
+    """Refuse NaN and infinity, also inside of tuples and tables."""
+    if isinstance(value, (tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            _finite(name, item)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise LayerwiseError(f"{name} is {value}; give a finite number.")
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise LayerwiseError(f"{name} is {value}; it must be 1 or more.")
+
+
+def model_name(options: ModelOptions) -> str:
+    """The name under which a model's options are registered."""
+    return next(name for name in models.names() if models.options(name) is type(options))
+
+
+def to_mapping(options: TrainOptions) -> dict[str, Any]:
+    """Options as nested plain values, as in a recipe; the inverse of `from_mapping`."""
+    values = dataclasses.asdict(options)
+    values["rule"] = {"name": options.rule.name, **values["rule"]}
+    values["model"] = {"name": model_name(options.model), **values["model"]}
+    return values
+
+
+def from_mapping(values: Mapping[str, Any], where: str = "the options") -> TrainOptions:
+    """Options from nested plain values; what is left out takes its default.
+
+    Args:
+        values: fields of `TrainOptions`; `rule` and `model` are tables with a `name` and their own fields.
+        where: what the values come from, for the error sentence.
+
+    Raises:
+        LayerwiseError: an unknown field, or a value of the wrong kind or out of range.
+
+    >>> from_mapping({"rule": {"name": "sll", "weight": 0.5}, "epochs": 3}).rule.weight
+    0.5
+    """
+    if not isinstance(values, Mapping):
+        raise LayerwiseError(f"{where}: there is no table of options but {values!r}.")
+    given = dict(values)
+    parts: dict[str, Any] = {}
+    for part, find, default in (("rule", rules.get, "sll"), ("model", models.options, "mlp")):
+        table = given.pop(part, {})
+        if not isinstance(table, Mapping):
+            raise LayerwiseError(f"{where}: {part} is {table!r}; write a table [{part}] with name = ...")
+        table = dict(table)
+        cls = find(table.pop("name", default))
+        parts[part] = _build(cls, table, f"{where}, [{part}]")
+    return _build(TrainOptions, {**given, **parts}, where)
+
+
+def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    legal = [f.name for f in dataclasses.fields(cls)]
+    arguments = {}
+    for name, value in values.items():
+        if name not in legal:
+            raise LayerwiseError(f"{where}: unknown field {name!r}; {suggestion(name, legal)}.")
+        if isinstance(value, list):
+            value = tuple(value)
+        if not _fits(value, hints[name]):
+            raise LayerwiseError(f"{where}: {name} = {value!r} is not {_described(hints[name])}.")
+        arguments[name] = value
+    return cls(**arguments)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value read from TOML or JSON is of a field's type; whole numbers count as floats."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(v, arguments[0]) for v in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(v, arguments[1]) for v in value.values())
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _described(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named run with its expected figures, read from a small TOML file."""
+
+    name: str
+    about: str
+    """One line."""
+    values: Mapping[str, Any]
+    """Fields of `TrainOptions`, as `from_mapping` takes them."""
+    expected: Mapping[str, Any]
+    """Measured figures: mean and standard deviation over seeds, with the command that gave them."""
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package.
+
+    >>> "digits" in recipe_names()
+    True
+    """
+    found = [file.name for file in files("layerwise.runs.recipes").iterdir()]
+    return sorted(name.removesuffix(".toml") for name in found if name.endswith(".toml"))
+
+
+def load_recipe(name: str) -> Recipe:
+    """Read a recipe by name, or from a path that ends in `.toml`.
+
+    Raises:
+        LayerwiseError: no such recipe, or a file that is not TOML.
+    """
+    if name.endswith(".toml"):
+        file = Path(name)
+        if not file.is_file():
+            raise LayerwiseError(f"there is no recipe file {name}; give the path of a TOML file.")
+    elif name in recipe_names():
+        file = files("layerwise.runs.recipes").joinpath(f"{name}.toml")
+    else:
+        raise LayerwiseError(f"unknown recipe {name!r}; {suggestion(name, recipe_names())}.")
+    try:
+        values = tomllib.loads(file.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as reason:
+        raise LayerwiseError(f"the recipe {name} cannot be read: {reason}.") from reason
+    about, expected = values.pop("about", ""), values.pop("expected", {})
+    return Recipe(name, about, values, expected)
+
+
+def to_words(options: TrainOptions) -> list[str]:
+    """The shortest `layerwise train` arguments that give these options; the inverse of the command line.
+
+    >>> to_words(from_mapping({**load_recipe("digits").values, "epochs": 3, "rule": {"name": "sll", "overlap": 1}}))
+    ['--rule', 'sll', '--rule.overlap', '1', '--epochs', '3']
+    """
+    recipe = from_mapping(load_recipe("digits").values)  # what the command line starts from
+    words = ["--rule", options.rule.name, *_differing(options.rule, recipe.rule, "rule.")]
+    if type(options.model) is not type(recipe.model):
+        words += ["--model", model_name(options.model)]
+    words += _differing(options.model, recipe.model, "model.")
+    same = dataclasses.replace(recipe, rule=options.rule, model=options.model)
+    return words + _differing(options, same, "")
+
+
+def _differing(own: Any, base: Any, prefix: str) -> list[str]:
+    """`--name value` of the fields in which an object differs from another, or from its type's defaults."""
+    base = base if type(base) is type(own) else type(own)()
+    words = []
+    for name in (f.name for f in dataclasses.fields(own)):
+        value = getattr(own, name)
+        if value == getattr(base, name):
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{prefix}{flag}" if value else f"--{prefix}no-{flag}")
+        elif isinstance(value, dict):
+            words += [f"--{prefix}{flag}", *(str(word) for item in value.items() for word in item)]
+        elif isinstance(value, tuple):
+            words += [f"--{prefix}{flag}", *map(str, value)]
+        else:
+            words += [f"--{prefix}{flag}", str(value)]
+    return words

@@ -1,0 +1,163 @@
+"""Progress of a run: a live bar on a terminal, plain lines elsewhere."""
+
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Column
+
+from layerwise.memory.meter import MemoryUse
+
+
+class Progress:
+    """Shows loss, accuracy, samples per second, memory and the time left.
+
+    Args:
+        total: steps in the whole run.
+        per_epoch: steps in an epoch.
+        title: first line.
+        quiet: show nothing.
+    """
+
+    def __init__(self, total: int, per_epoch: int, title: str, quiet: bool = False):
+        self.total, self.per_epoch = total, per_epoch
+        self.console = Console(stderr=True, highlight=False, quiet=quiet)
+        self.console.print(title, markup=False, soft_wrap=True)
+        self.bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=10),  # so that all of it fits into 80 columns
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=quiet or not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("starting", total=total)
+        self.started = time.perf_counter()
+        self.train: dict[str, float] = {}
+
+    def __enter__(self) -> "Progress":
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def show(self, step: int, values: dict[str, float], speed: float) -> None:
+        """Update the bar with the newest training scalars."""
+        self.train = values
+        self.bar.update(self.task, completed=step, description=self._line(step, {}, speed, None))
+
+    def epoch(self, step: int, val: dict[str, float], speed: float, memory: MemoryUse | None) -> None:
+        """Print one line at the end of an epoch."""
+        line = self._line(step, val, speed, memory)
+        if not self.console.is_terminal:
+            line += f" · {self._left(step)} left"
+        self.console.print(line, markup=False, soft_wrap=True)
+        self.bar.update(self.task, completed=step)
+
+    def _line(self, step: int, val: dict[str, float], speed: float, memory: MemoryUse | None) -> str:
+        parts = [f"epoch {step / self.per_epoch:.1f}"]
+        if "head/loss" in self.train:
+            parts.append(f"loss {self.train['head/loss']:.3f}")
+        if "head/accuracy" in val:
+            parts.append(f"val {100 * val['head/accuracy']:.2f} %")
+        elif "head/accuracy" in self.train:
+            parts.append(f"train {100 * self.train['head/accuracy']:.1f} %")
+        parts.append(f"{speed:,.0f} samples/s")
+        if memory is not None:
+            parts.append(f"{memory.peak / 2**20:,.1f} MiB")
+        return " · ".join(parts)
+
+    def _left(self, step: int) -> str:
+        return clock((time.perf_counter() - self.started) / step * (self.total - step))
+
+
+def clock(seconds: float) -> str:
+    """Seconds as minutes and seconds, with hours where there are any.
+
+    >>> clock(65), clock(3661)
+    ('1:05', '1:01:01')
+    """
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+class GridProgress:
+    """Shows how far a grid of runs is, and the time left: a live bar on a terminal, a line per finished run elsewhere.
+
+    Args:
+        work: the work of all runs, in any unit.
+        runs: their number.
+        title: first line.
+    """
+
+    def __init__(self, work: float, runs: int, title: str):
+        self.work, self.done = work, 0.0
+        self.runs, self.over = runs, 0
+        self.running: dict[str, tuple[float, Callable[[], float]]] = {}
+        self.console = Console(stderr=True, highlight=False)
+        self.console.print(title, markup=False, soft_wrap=True)
+        self.bar = Bar(
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[left]} left"),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("starting", total=work, left="?")
+        self.started = time.perf_counter()
+        self._over = threading.Event()
+        self._watch = threading.Thread(target=self._refresh, daemon=True)
+
+    def __enter__(self) -> "GridProgress":
+        self.bar.start()
+        if self.console.is_terminal:
+            self._watch.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        if self._watch.is_alive():
+            self._watch.join()
+        self.bar.stop()
+
+    def skipped(self, work: float) -> None:
+        """A run was finished before, so it takes no time now."""
+        self.work -= work
+        self.over += 1
+
+    def begun(self, name: str, work: float, share: Callable[[], float]) -> None:
+        """A run has started; `share()` tells how much of it is done, from 0 to 1."""
+        self.running[name] = (work, share)
+
+    def ended(self, name: str, line: str) -> None:
+        """A run has ended, well or not; `line` is printed."""
+        self.done += self.running.pop(name)[0]
+        self.over += 1
+        if not self.console.is_terminal:
+            line += f" · {self.over} of {self.runs} · {self.left()} left"
+        self.console.print(line, markup=False, soft_wrap=True)
+
+    def left(self) -> str:
+        """Time left, as the work done so far tells."""
+        done = self._done()
+        if done <= 0:
+            return "?"
+        return clock((time.perf_counter() - self.started) / done * max(self.work - done, 0))
+
+    def _done(self) -> float:
+        return self.done + sum(work * share() for work, share in self.running.copy().values())
+
+    def _refresh(self) -> None:
+        while not self._over.wait(1.0):
+            words = f"{self.over} of {self.runs} · {', '.join(self.running.copy())}"
+            self.bar.update(self.task, total=self.work, completed=self._done(), description=words, left=self.left())

@@ -1,0 +1,410 @@
+"""A training run: epochs, schedule, evaluation, logs, checkpoints that continue to the same bits."""
+
+import contextlib
+import json
+import shlex
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise import data
+from layerwise.errors import LayerwiseError
+from layerwise.learner import Learner
+from layerwise.memory.flops import FlopMeter
+from layerwise.memory.meter import MemoryUse
+from layerwise.parallel.replicas import Replicas
+from layerwise.parallel.stage import Stage
+from layerwise.runs import checkpoint
+from layerwise.runs.building import DataSignature, build_learner, load_data, pick_device, split_batches
+from layerwise.runs.checkpoint import write_atomically
+from layerwise.runs.environment import machine
+from layerwise.runs.folders import check_options, drop_lines_after, new_folder, read_options
+from layerwise.runs.options import TrainOptions, model_name, to_mapping
+from layerwise.runs.progress import Progress
+
+PREPARE = 2048  # training samples that a rule may look at before the first step
+OF_THE_FOLDER = ("out", "overwrite", "offload_folder")  # options that say where a run lies, not what it is
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; everything is saved.
+
+    Attributes:
+        signum: number of the signal.
+    """
+
+    def __init__(self, signum: int, sentence: str):
+        super().__init__(sentence)
+        self.signum = signum
+
+
+class Run:
+    """One training run in one folder.
+
+    The folder holds `config.json`, `metrics.jsonl`, `checkpoints/`, and at the end `result.json` and
+    `model.safetensors` (the plain weights, for the model's own class).
+
+    Args:
+        options: what to train, and how.
+        command: the command line, for the record.
+        resume: folder of a run to go on with; the options are then the run's own.
+        stage: the part of the network that this process trains; all of it if not given.
+        replicas: the processes that train the same blocks on their share of every batch; none if not given.
+
+    Raises:
+        LayerwiseError: any mistake in the options or the data; nothing is written then.
+    """
+
+    def __init__(
+        self,
+        options: TrainOptions,
+        command: str = "",
+        resume: Path | None = None,
+        stage: Stage | None = None,
+        replicas: Replicas | None = None,
+    ):
+        self.options, self.command = options, command
+        self.machines = [machine()]
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        self.device = self._device()
+        self.dataset = load_data(options)
+        self.train_batches, self.val_batches, self.test_batches = split_batches(options, self.dataset, self.device)
+        self.total = options.steps or options.epochs * len(self.train_batches)
+        self.facts = DataSignature.of(self.dataset)
+        self.learner = build_learner(options, self.facts, self.device, self.total, stage, self.dataset.graph, replicas)
+        # Labels that the rule cannot do with, and data that cannot be read, are told of before anything is written.
+        for part in (self.dataset.train, self.dataset.val, self.dataset.test):
+            if part is not None:
+                self.learner.check_labels(part.labels)
+        next(self._batches(0))
+        if self.learner.prepares:
+            self._prepare()
+        self.seconds = 0.0
+        self.samples = 0
+        self.memory: MemoryUse | None = None
+        self._measured: set[str] = set()
+        self.flops: int | None = None
+        self.last_val: dict[str, float] = {}
+        self.notes = list(self.dataset.notes)
+        if options.tensorboard:
+            _summary_writer()
+        self.folder = self._open(resume)
+        self._signum = 0
+        if resume is not None:
+            self._restore()
+
+    def _prepare(self) -> None:
+        """Show the rule training samples, without augmentation."""
+        dataset, seed = self.dataset, self.train_batches.seed
+        size = min(PREPARE, len(dataset.train))
+        batches = data.Batches(dataset.train, size, seed=seed, mean=dataset.mean, std=dataset.std, device=self.device)
+        self.learner.prepare(*next(batches.epoch(0)))
+
+    def _open(self, resume: Path | None) -> Path:
+        """The folder of the run, with its options in it."""
+        folder = resume or self._new_folder()
+        if not (folder / "config.json").exists():
+            write_atomically(folder / "config.json", json.dumps(to_mapping(self.options), indent=2) + "\n")
+        return folder
+
+    @classmethod
+    def resumed(cls, folder: Path, command: str = "") -> "Run":
+        """Go on with the run in `folder`.
+
+        Raises:
+            LayerwiseError: the folder holds no run, or its checkpoints are damaged.
+        """
+        return cls(read_options(folder), command, resume=folder)
+
+    def train(self) -> dict[str, Any]:
+        """Train to the end and return the contents of `result.json`.
+
+        Raises:
+            Interrupted: Ctrl-C or SIGTERM; a checkpoint has been written.
+            LayerwiseError: a non-finite loss, a full disk.
+        """
+        options = self.options
+        per_epoch = len(self.train_batches)
+        save_every = options.save_every or per_epoch
+        with self._progress(per_epoch) as progress, self._signals(), self._logs() as log:
+            started, saved = time.perf_counter(), self.seconds
+            for x, y in self._batches(self.learner.steps):
+                metrics = self._step(x, y)
+                step = self.learner.steps
+                self.samples += metrics.samples
+                self.seconds = saved + time.perf_counter() - started
+                if step % options.log_every == 0 or step % per_epoch == 0 or step == self.total:
+                    values = self._of_all_blocks(metrics.read())
+                    log({"step": step, "split": "train", "lr": self._rate(step - 1), **values})
+                    progress.show(step, values, self.samples / self.seconds)
+                if step % per_epoch == 0 or step == self.total:
+                    # Evaluation is not training time.
+                    self.last_val = self._evaluate(self.val_batches)
+                    if self.last_val:
+                        log({"step": step, "split": "val", "seconds": self.seconds, **self.last_val})
+                    progress.epoch(step, self.last_val, self.samples / self.seconds, self.memory)
+                    started, saved = time.perf_counter(), self.seconds
+                stop = self._stop()
+                if step % save_every == 0 or step == self.total or stop:
+                    self._save()
+                if stop and step < self.total:
+                    name = signal.Signals(stop).name
+                    raise Interrupted(
+                        stop,
+                        f"stopped by {name} after step {step} of {self.total}; go on with: "
+                        f"layerwise train --resume {shlex.quote(str(self.folder))}",
+                    )
+            return self._finish(log)
+
+    def _step(self, x: Tensor, y: Tensor) -> Any:
+        meter = FlopMeter() if self.learner.steps == 0 else None
+        with meter or contextlib.nullcontext():
+            # The second step's memory is measured: by then the optimizers have their state. So is that of the first
+            # step in which a rule joins groups or lets others rest; the largest one is told.
+            groups = self.learner.groups_at(self.learner.steps)
+            groups = " ".join(group.name for group in groups if group.optimizers)
+            if self.learner.steps >= min(1, self.total - 1) and groups not in self._measured:
+                self._measured.add(groups)
+                metrics, memory = self.learner.measured_step(x, y)
+                self.memory = max(self.memory or memory, memory, key=lambda use: use.peak)
+            else:
+                metrics = self.learner.step(x, y)
+        if meter is not None:
+            self.flops = meter.total
+        return metrics
+
+    def _batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches from `step` to the end; which ones depends on the seed and the step only."""
+        per_epoch = len(self.train_batches)
+        while step < self.total:
+            for x, y in self.train_batches.epoch(step // per_epoch, step % per_epoch):
+                yield x, y
+                step += 1
+                if step == self.total:
+                    return
+
+    def _rate(self, step: int) -> float:
+        return self.options.lr * self.learner.schedule(step // self.options.accumulate)
+
+    def _evaluate(self, batches: data.Batches | None) -> dict[str, float]:
+        return self._of_all_blocks(evaluate(self.learner, batches)) if batches is not None else {}
+
+    # What a run on several ranks does otherwise.
+
+    def _device(self) -> torch.device:
+        return pick_device(self.options.device)
+
+    def _progress(self, per_epoch: int) -> Progress:
+        return Progress(self.total, per_epoch, self._title())
+
+    def _of_all_blocks(self, values: dict[str, float]) -> dict[str, float]:
+        return values
+
+    def _new_folder(self) -> Path:
+        return new_folder(self.options)
+
+    def _write(self, state: dict[str, Any]) -> None:
+        """Write a checkpoint."""
+        checkpoint.save(self.folder / "checkpoints", self.learner.steps, state)
+
+    def _weights(self) -> Mapping[str, Tensor]:
+        """The trained weights, under the model's own names."""
+        return self.learner.state_dict()["model"]
+
+    def _stop(self) -> int:
+        """Number of the signal that ends the run behind this step, or 0."""
+        return self._signum
+
+    def _finish(self, log: Any) -> dict[str, Any]:
+        test = self._evaluate(self.test_batches)
+        log({"step": self.total, "split": "test", **test})
+        memory = self.memory.mib() if self.memory else {}
+        result = {
+            "rule": self.options.rule.name,
+            "model": model_name(self.options.model),
+            "data": self.options.data,
+            "label_noise": self.options.label_noise,
+            "label_noise_kind": self.options.label_noise_kind if self.options.label_noise else None,
+            "seed": self.options.seed,
+            "epochs": self.total / len(self.train_batches),
+            "steps": self.total,
+            "test_accuracy": test["head/accuracy"],
+            "val_accuracy": self.last_val.get("head/accuracy"),
+            "test_loss": test["head/loss"],
+            "val_loss": self.last_val.get("head/loss"),
+            "blocks": {k.removesuffix("/accuracy"): v for k, v in test.items() if k.endswith("/accuracy")},
+            "train_seconds": self.seconds,
+            "samples_per_second": self.samples / self.seconds,
+            "memory_mib": memory,
+            "flops_per_step": self.flops,
+            "skipped_steps": self.learner.skipped,
+            "parameters": sum(p.numel() for p in self.learner.network.parameters()),
+            "torch": torch.__version__,
+            "device": _describe_device(self.device),
+            "threads": torch.get_num_threads(),
+            "command": self.command,
+            "notes": self.notes,
+            "by_epoch": by_epoch(self.folder / "metrics.jsonl", len(self.train_batches)),
+            "test": test,
+            "machines": self.machines,
+            "options": {k: v for k, v in to_mapping(self.options).items() if k not in OF_THE_FOLDER},
+        }
+        checkpoint.write_tensors(self.folder / "model.safetensors", self._weights())
+        write_atomically(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
+        return result
+
+    def _save(self) -> None:
+        state = {
+            "learner": self.learner.state_dict(),
+            "samples": self.samples,
+            "seconds": self.seconds,
+            "val": self.last_val,
+            "memory": vars(self.memory) if self.memory else None,
+            "measured": sorted(self._measured),
+            "flops": self.flops,
+            "threads": torch.get_num_threads(),
+            "options": to_mapping(self.options),
+            "data": asdict(self.facts),
+            "machines": self.machines,
+        }
+        self._write(state)
+
+    def _restore(self) -> None:
+        offloaded = self.options.offload != "none"
+        state, damaged = checkpoint.load_latest(self.folder / "checkpoints", mapped=offloaded)
+        self.notes += damaged
+        if state is not None:
+            check_options(self.options, state["options"], self.folder)
+            DataSignature.in_state(state).check(self.dataset)
+            self.learner.load_state_dict(state["learner"])
+            self.samples, self.seconds, self.last_val = state["samples"], state["seconds"], state["val"]
+            self.memory = MemoryUse(**state["memory"]) if state["memory"] else None
+            groups = [" ".join(group.name for group in self.learner.groups if group.optimizers)] if self.memory else []
+            self._measured = set(state.get("measured", groups))
+            self.flops = state.get("flops")  # not in the checkpoints of version 0.1.0
+            self.machines = [
+                *(found for found in state.get("machines", []) if found not in self.machines),
+                *self.machines,
+            ]
+            if state["threads"] != torch.get_num_threads():
+                self.notes.append(
+                    f"resumed with {torch.get_num_threads()} threads instead of {state['threads']}, so the bits "
+                    "may differ from an uninterrupted run"
+                )
+
+    def _title(self) -> str:
+        o = self.options
+        return f"{o.rule.name} · {model_name(o.model)} · {o.data} · seed {o.seed} · {self.folder}"
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM are remembered and answered at the end of the step; a second one acts at once."""
+        before: dict[int, Any] = {}
+
+        def remember(signum: int, frame: Any) -> None:
+            self._signum = signum
+            signal.signal(signum, before[signum])
+
+        with contextlib.suppress(ValueError):  # not in the main thread: signals are its business
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                before[signum] = signal.signal(signum, remember)
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+    @contextlib.contextmanager
+    def _logs(self) -> Iterator[Any]:
+        """A function that writes one line to `metrics.jsonl`, and to TensorBoard where wanted."""
+        file = self.folder / "metrics.jsonl"
+        drop_lines_after(file, self.learner.steps)
+        writer = _summary_writer()(str(self.folder / "tensorboard")) if self.options.tensorboard else None
+
+        def log(values: dict[str, Any]) -> None:
+            try:
+                with file.open("a") as lines:
+                    lines.write(json.dumps(values) + "\n")
+            except OSError as reason:
+                raise LayerwiseError(f"could not write {file} ({reason.strerror}); free space and resume.") from reason
+            if writer is not None:
+                for name, value in values.items():
+                    if isinstance(value, float):
+                        writer.add_scalar(f"{values['split']}/{name}", value, values["step"])
+
+        try:
+            yield log
+        finally:
+            if writer is not None:
+                writer.close()
+
+
+def evaluate(learner: Learner, batches: data.Batches) -> dict[str, float]:
+    """Mean over all samples of the rule's scalars per block; the head's are those of the rule's prediction.
+
+    Returns:
+        `"<block>/<scalar>"` to value; `head/accuracy` and `head/loss` always.
+    """
+    return mean_of([totals(learner, batches)])
+
+
+def totals(learner: Learner, batches: data.Batches) -> tuple[dict[str, float], int]:
+    """Sums over samples of the rule's scalars per block, and the number of samples."""
+    sums: dict[str, Tensor] = {}
+    count = 0
+    for x, y in batches.epoch(0):
+        metrics = learner.evaluate(x, y)
+        for block, scalars in metrics.blocks.items():
+            for name, value in scalars.items():
+                key = f"{block}/{name}"
+                sums[key] = sums.get(key, 0.0) + value.double() * len(x)
+        count += len(x)
+    return {key: float(value) for key, value in sums.items()}, count
+
+
+def mean_of(parts: Sequence[tuple[dict[str, float], int]]) -> dict[str, float]:
+    """Means over all samples, out of the totals of parts of a data set."""
+    count = sum(samples for _, samples in parts)
+    names = {name: None for sums, _ in parts for name in sums}  # in their order
+    return {name: sum(sums.get(name, 0.0) for sums, _ in parts) / count for name in names}
+
+
+def by_epoch(log: Path, per_epoch: int) -> dict[str, list[float | None]]:
+    """Accuracy of the head epoch by epoch, out of `metrics.jsonl`.
+
+    Args:
+        log: the file.
+        per_epoch: steps of an epoch; a part of an epoch at the end counts as one.
+
+    Returns:
+        `"train"`, the mean over the batches that were logged in each epoch, and `"val"`, empty without validation.
+    """
+    found: dict[str, dict[int, list[float]]] = {"train": {}, "val": {}}
+    for row in map(json.loads, log.read_text().splitlines() if log.exists() else ()):
+        if row["split"] in found and "head/accuracy" in row:
+            found[row["split"]].setdefault((row["step"] - 1) // per_epoch, []).append(row["head/accuracy"])
+    return {
+        split: [sum(epochs[i]) / len(epochs[i]) if i in epochs else None for i in range(max(epochs, default=-1) + 1)]
+        for split, epochs in found.items()
+    }
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as reason:
+        raise LayerwiseError("TensorBoard is not installed; pip install 'layerwise[tensorboard]'.") from reason
+    return SummaryWriter
+
+
+def _describe_device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return "cpu"

@@ -1,0 +1,1 @@
+"""`layerwise bench scaling`: throughput of several processes, measured and simulated."""

@@ -1,0 +1,148 @@
+"""Tables: what a CSV file holds reaches the network as standardised numbers; runs train and predict on it."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from support.runs import split
+
+from layerwise import LayerwiseError, data
+from layerwise.cli.main import main
+
+NAMES = ("height", "weight", "label")
+
+
+def write(path, rows, names=NAMES):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([names, *rows])
+    return str(path)
+
+
+def blobs(path, samples=120, classes=("ant", "bee", "cat")):
+    """Two columns of very different size, one cloud per class."""
+    draw = np.random.default_rng(0)
+    rows = []
+    for i in range(samples):
+        kind = i % len(classes)
+        rows.append([1e6 + kind + 0.2 * draw.normal(), 1e-3 * (kind**2 + 0.2 * draw.normal()), classes[kind]])
+    return write(path, rows), np.array([row[:2] for row in rows]), [row[2] for row in rows]
+
+
+def test_a_table_is_split_and_standardised_by_its_training_rows(tmp_path):
+    name, values, labels = blobs(tmp_path / "t.csv")
+    found = data.load(name)
+    assert found.classes == ("ant", "bee", "cat") and found.columns == NAMES[:2] and found.shape == (2, 1, 1)
+    assert (len(found.train), len(found.val), len(found.test)) == (86, 10, 24)
+    assert any("no test split" in note for note in found.notes)
+    kept = found.train.images.flatten(1).numpy()
+    assert np.allclose(found.mean, kept.mean(0), rtol=1e-12) and np.allclose(found.std, kept.std(0), rtol=1e-6)
+    stored = {(row[0], row[1]): label for row, label in zip(values.tolist(), labels, strict=True)}
+    for part in (found.train, found.val, found.test):
+        for row, label in zip(part.images.flatten(1).tolist(), part.labels.tolist(), strict=True):
+            assert stored[tuple(row)] == found.classes[label]
+    (batch,) = data.Batches(found.train, 86, seed=0, mean=found.mean, std=found.std, shuffle=False).epoch(0)
+    assert batch[0].dtype == torch.float32
+    # In float32 alone a mean of a million would cost five digits.
+    assert np.allclose(batch[0].flatten(1).numpy(), (kept - kept.mean(0)) / kept.std(0), atol=1e-5)
+    assert torch.equal(found.train.images.flatten(1), torch.from_numpy(kept))  # nothing was changed in place
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (["10", "9", "-1", "9"], ("-1", "9", "10")),
+        (["1.0", "2", "1", "2.0"], ("1", "2")),
+        (["b", "10", "b", "9"], ("10", "9", "b")),
+        ([" yes", "no", "yes ", "no"], ("no", "yes")),
+    ],
+)
+def test_whole_numbers_are_classes_in_their_order_and_words_in_theirs(tmp_path, labels, classes):
+    rows = [[i, 0, label] for i, label in enumerate(labels * 10)]
+    found = data.load(write(tmp_path / "t.csv", rows))
+    assert found.classes == classes
+    assert found.std[1] == 1  # a constant column
+    for row, label in zip(found.train.images[:, 0].flatten().tolist(), found.train.labels.tolist(), strict=True):
+        assert float(labels[int(row) % 4]) == float(classes[label]) if classes[-1].isdigit() else True
+
+
+def test_marks_blank_lines_quotes_and_the_place_of_the_label_do_not_matter(tmp_path):
+    (tmp_path / "t.csv").write_bytes('\ufeff"target","a, b"\r\nx," 1.5e1"\r\n\r\ny,2\r\nx,3\r\ny,4\r\n'.encode())
+    found = data.load(str(tmp_path / "t.csv"), val_fraction=0)
+    assert found.classes == ("x", "y") and found.columns == ("a, b",)
+    rows = [row for part in (found.train, found.test) for row in part.images.flatten().tolist()]
+    assert sorted(rows) == [2, 3, 4, 15]
+
+
+WRONG = {
+    "no file": (None, "there is no file"),
+    "rowless": ("a,label\n", "holds no rows"),
+    "empty": ("", "holds no rows"),
+    "label": ("a,b\n1,2\n3,4\n", "no label column among its columns a, b; name the one to use 'label'"),
+    "nothing else": ("label\nx\ny\n", "no column but 'label'"),
+    "twice": ("a,a,label\n1,2,x\n3,4,y\n", "two columns called 'a'"),
+    "ragged": ("a,label\n1,x\n2\n", "line 3 of .* has 1 cells, and the first line 2 names"),
+    "gap": ("a,label\n1,x\n,y\n", "line 3 of .* has '' in column 'a', which is no finite number"),
+    "word": ("a,label\nred,x\n2,y\n", "line 2 of .* has 'red' in column 'a'"),
+    "infinite": ("a,label\n1,x\ninf,y\n", "'inf' in column 'a'"),
+    "unlabelled": ("a,label\n1,x\n2,\n", "line 3 of .* has no label in column 'label'"),
+    "regression": ("a,y\n1,0.5\n2,1.25\n", "has the label 0.5 in column 'y', which is no class"),
+    "one class": ("a,y\n1,x\n2,x\n", "the one class 'x'"),
+    "binary": (b"\xff\xfe\x00a", "is not a readable CSV file"),
+    "huge": ("a,y\n1e300,x\n-1e300,y\n1e300,x\n-1e300,y\n", "too large for a mean and a standard deviation"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_table_is_one_sentence_before_anything_is_written(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    content, sentence = WRONG[case]
+    if content is not None:
+        (tmp_path / "t.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(LayerwiseError, match=sentence):
+        data.load("t.csv", val_fraction=0)
+    assert main(["train", "--data", "t.csv", "--val-fraction", "0"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("layerwise: ")
+    assert [path.name for path in tmp_path.iterdir()] == (["t.csv"] if content is not None else [])
+
+
+@pytest.mark.parametrize("words", ["--augment crop", "--image-size 4"])
+def test_a_row_is_no_image(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    blobs(tmp_path / "t.csv")
+    assert main(["train", "--data", "t.csv", "--batch-size", "16", *words.split()]) == 2
+    assert "of a table are no images" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+
+
+def test_boosting_trains_on_a_table_and_predicts(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    _, values, labels = blobs(tmp_path / "t.csv")
+    words = split("train --rule boosted --rule.updates 15 --model mlp --model.width 16 --data t.csv --batch-size 64")
+    assert main([*words, *split("--steps 45 --lr 0.02 --save-every 1000 --out run")]) == 0, capsys.readouterr().err
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["test_accuracy"] > 0.95
+    assert main(["eval", "run"]) == 0
+    capsys.readouterr()
+    # To predict, no label is needed, and other columns and their order do not matter.
+    write(tmp_path / "new.csv", [["?", b, a] for a, b in values.tolist()], ["note", "weight", "height"])
+    assert main(["predict", "run", "new.csv"]) == 0
+    told = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert [row["input"] for row in told] == [str(i) for i in range(120)]
+    assert np.mean([row["class"] == label for row, label in zip(told, labels, strict=True)]) > 0.95
+    write(tmp_path / "less.csv", [[1, 2]], ["height", "mass"])
+    assert main(["predict", "run", "less.csv"]) == 2
+    assert "less.csv has no column 'weight'; its columns are height, mass" in capsys.readouterr().err
+    blobs(tmp_path / "t.csv", samples=150)
+    assert main(["train", "--resume", "run"]) == 2
+    assert "t.csv has changed since the run began" in capsys.readouterr().err
+
+
+def test_views_of_rows_teach_without_labels(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    blobs(tmp_path / "t.csv")
+    words = split("train --rule ssl_local --model.width 16 --data t.csv --batch-size 64 --steps 40 --lr 0.02 --out run")
+    assert main([*words, "--save-every", "1000"]) == 0, capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["test_accuracy"] > 0.5  # of three classes

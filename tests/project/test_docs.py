@@ -1,0 +1,176 @@
+"""The documentation says what the code does: names, links, facts of rules, and every block of code."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+from support.pages import ROOT, blocks, run_page
+
+import layerwise
+from layerwise import rules
+
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+READMES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "benchmarks").rglob("README.md"))]
+MODULES = [module.name for module in pkgutil.walk_packages(layerwise.__path__, "layerwise.")]
+PUBLIC = (
+    "layerwise",
+    "layerwise.rules",
+    "layerwise.models",
+    "layerwise.data",
+    "layerwise.core.functional",
+    "layerwise.memory.meter",
+    "layerwise.measure.diagnostics",
+)
+
+
+def title(page):
+    return str(page.relative_to(ROOT))
+
+
+def flat(text):
+    return " ".join(text.split())
+
+
+def public(module):
+    """Public names of a module: `__all__`, or else what it defines itself without a leading underscore."""
+    found = importlib.import_module(module)
+    own = [
+        name
+        for name, value in vars(found).items()
+        if not name.startswith("_") and getattr(value, "__module__", None) == module and callable(value)
+    ]
+    return [(module, name) for name in getattr(found, "__all__", own)]
+
+
+NAMES = [pair for module in PUBLIC for pair in public(module)]
+RUNNABLE = [page for page in PAGES if {"python", "pycon", "console"} & {language for language, _, _ in blocks(page)}]
+
+
+@pytest.mark.parametrize("page", RUNNABLE, ids=title)
+def test_every_block_of_a_page_does_what_it_says(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    run_page(page)
+
+
+@pytest.mark.parametrize("module", ["layerwise", *MODULES])
+def test_doctests(module):
+    if module.endswith("__main__"):
+        return
+    assert doctest.testmod(importlib.import_module(module)).failed == 0
+
+
+@pytest.mark.parametrize(("module", "name"), NAMES, ids=lambda part: part)
+def test_every_public_name_is_documented(module, name):
+    value = getattr(importlib.import_module(module), name)
+    if not isinstance(value, dict):
+        assert inspect.getdoc(value), f"{module}.{name} has no docstring"
+        inherited = any(value.__doc__ == base.__doc__ for base in getattr(value, "__mro__", ())[1:])
+        assert not inherited, f"{module}.{name} has only the docstring of its base"
+    text = "\n".join(page.read_text() for page in PAGES)
+    shown = rf"^::: {module}\.{name}$|^::: {module}$|`(layerwise\.|{module}\.)?{name}`"  # it, its module, or a word
+    assert re.search(shown, text, re.MULTILINE), f"no page shows {module}.{name}"
+
+
+@pytest.mark.parametrize(("module", "name"), NAMES, ids=lambda part: part)
+def test_every_public_method_has_a_docstring(module, name):
+    value = getattr(importlib.import_module(module), name)
+    for method, function in vars(value).items() if inspect.isclass(value) else ():
+        if method.startswith("_") or not (inspect.isfunction(function) or isinstance(function, property)):
+            continue
+        assert inspect.getdoc(getattr(value, method)), f"{module}.{name}.{method} has no docstring"
+
+
+@pytest.mark.parametrize("name", [rule.name for rule in rules._BUILT_IN])
+def test_every_rule_has_a_page_with_its_facts(name):
+    rule = rules.get(name)
+    page = DOCS / "rules" / f"{name}.md"
+    assert page.is_file(), f"write {title(page)}"
+    text = flat(page.read_text())
+    facts = {
+        "locality": f"`{rule.locality}`",
+        "crosses a boundary": rule.boundary,
+        "activations + gradients": ("constant in" if rule.flat_memory else "grow with") + " the number of blocks",
+        "source": rule.source,
+        "restrictions": rule.restrictions or "none known",
+    }
+    for fact, value in facts.items():
+        assert f"| {fact} | {flat(value)} |" in text, f"{title(page)} should have the row | {fact} | {value} |"
+    for heading in ("## Equations", "## What crosses, and memory", "## Options", "## Figures"):
+        assert heading in page.read_text(), f"{title(page)} has no section {heading}"
+    options = f"::: {rule.__module__}.{rule.__qualname__}" if rule.__dataclass_fields__ else "None."
+    assert options in text
+    for overview in (ROOT / "README.md", DOCS / "rules" / "index.md"):
+        assert re.search(rf"^\| \[`{name}`\]\(.*{name}\.md\) \|", overview.read_text(), re.MULTILINE), title(overview)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *READMES], ids=title)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{title(page)} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+            anchors = [re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings]
+            assert anchor in anchors, f"{title(page)} links to {target}"
+
+
+def test_the_navigation_holds_every_page():
+    listed = re.findall(r"^ +- ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(str(page.relative_to(DOCS)) for page in PAGES)
+
+
+def test_the_tests_and_modules_that_the_architecture_names_are_there():
+    text = (DOCS / "architecture.md").read_text()
+    sources = "\n".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert f"def {name}(" in sources, name
+    for name in re.findall(r"`(\w+\.py)`", text):
+        assert list(ROOT.glob(f"src/layerwise/**/{name}")) + list(ROOT.glob(f"tests/**/{name}")), name
+    for room in (ROOT / "src" / "layerwise").iterdir():
+        if not room.name.startswith("__"):
+            assert re.search(rf"\b{room.name}/?\b", text), f"{room.name} has no line in the tree"
+
+
+def test_only_the_engine_knows_the_update_order():
+    order = re.compile(r"\.backward\(|\.zero_grad\(|\w*(optimizer|scaler)\w*\.step\(")
+    for file in (ROOT / "src").rglob("*.py"):
+        code = re.sub(r'r?""".*?"""', "", file.read_text(), flags=re.DOTALL)
+        if file.name == "rank.py":  # the rivals, as their users write them: torch's data parallel and pipelines
+            assert len(re.findall(r"\.backward\(", code)) == 1
+        elif file.name != "engine.py":
+            assert not order.search(code), f"{file.name}: {order.search(code)[0]}"
+        else:
+            assert len(re.findall(r"\.backward\(", code)) == len(re.findall(r"\.zero_grad\(", code)) == 1
+
+
+def test_a_rule_imports_nothing_that_is_not_its_business():
+    allowed = re.compile(
+        r"__future__|collections\.abc|dataclasses|typing|math|torch(\.nn(\.functional|\.attention)?|\.utils\.checkpoint)?"
+        r"|layerwise(\.errors|\.core|\.core\.(augment|blocks|functional|graphs|rule|tasks)|\.rules(\.\w+)?)?"
+    )
+    for file in (ROOT / "src/layerwise/rules").glob("*.py"):
+        if file.name == "__init__.py":
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
+                assert node.attr not in ("optim", "cuda", "distributed", "device"), f"{file.name}: torch.{node.attr}"
+            for module in modules:
+                assert allowed.fullmatch(module), f"{file.name} imports {module}"
+
+
+def test_no_page_names_a_path_of_one_machine():
+    for file in [*PAGES, *READMES, ROOT / "mkdocs.yml", ROOT / "pyproject.toml", ROOT / "constraints.txt"]:
+        assert not re.search(r"(^|[\s`'\"(])/(home|root|work|tmp|Users)/", file.read_text()), title(Path(file))

@@ -1,0 +1,106 @@
+"""README.md and the examples, word by word: every block is run as a newcomer would run it."""
+
+import re
+import runpy
+import shlex
+
+import numpy as np
+import pytest
+import torch
+from support.pages import ROOT, blocks, layerwise, run_page
+
+from layerwise.compare import grid as compare
+from layerwise.runs import arguments
+
+README = ROOT / "README.md"
+COMMANDS = [line for language, text, _ in blocks(README) if language == "sh" for line in text.splitlines()]
+SET_UP = [line for line in COMMANDS if "venv" in line]
+MAIN = ".venv/bin/layerwise compare --epochs 10 --out runs/first"
+TOUR = [line for line in COMMANDS if line not in SET_UP]
+
+
+def test_the_python_block_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "python" in [language for language, _, _ in blocks(README)]
+    run_page(README)
+
+
+def test_there_are_two_set_up_commands_of_one_line_each():
+    run, test = (line.split(" && ") for line in SET_UP)
+    assert run[0] == test[0] == "python -m venv .venv"
+    install = ".venv/bin/pip install -c constraints.txt -e "
+    assert run[1] == install + "'.[report]'"
+    assert test[1] == install + "'.[test]'"
+    assert run[2:] == [MAIN]
+    assert test[2:] == [".venv/bin/pytest"]
+
+
+def test_the_constraints_are_exact_and_cover_every_direct_dependency():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = dict(line.split("==") for line in lines)
+    assert pins["torch"] == "2.13.0"
+    wanted = re.findall(r'"([a-z0-9-]+)(?:\[\w+\])?>=', (ROOT / "pyproject.toml").read_text())
+    assert {*wanted} - {"hatchling"} <= {name.lower().replace("_", "-") for name in pins}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with what the tour's user has: some images."""
+    pillow = pytest.importorskip("PIL.Image")
+    folder = tmp_path_factory.mktemp("tour")
+    (folder / "images").mkdir()
+    for i in range(2):
+        pillow.fromarray(np.full((8, 8), 100 * i, dtype=np.uint8)).save(folder / "images" / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("command", [MAIN, *TOUR], ids=lambda command: command.partition("#")[0])
+def test_every_command_works_as_printed(command, folder, monkeypatch):
+    """In order, in one folder; training is cut short, and what needs a download is only parsed."""
+    monkeypatch.chdir(folder)
+    words = shlex.split(command, comments=True)
+    if words[1] == "compare":
+        if command != MAIN:  # one of them is enough
+            assert (
+                compare.Grid(arguments.train_options(words[2:], "compare", compare.CompareOptions)).options.seeds == 2
+            )
+            return
+        words += shlex.split("--seeds 1 --steps 2 --model.width 16 --no-report")
+    if words[1] == "train" and "--resume" not in words:
+        if "--data" in words:
+            assert arguments.train_options(words[2:], "train").data == words[words.index("--data") + 1]
+            return
+        words += ["--steps", "4"]
+    if words[1] == "predict":
+        assert words[-1] == "images/"
+    code, output = layerwise(shlex.join(words))
+    assert code == 0, output
+    assert output.strip()
+
+
+def test_the_loop_of_ones_own_learns():
+    torch.manual_seed(0)
+    assert runpy.run_path(str(ROOT / "examples" / "own_loop.py"))["main"](epochs=2) > 0.5
+    assert len((ROOT / "examples" / "own_loop.py").read_text().splitlines()) < 45
+
+
+def test_the_rule_of_ones_own_trains_every_block():
+    example = runpy.run_path(str(ROOT / "examples" / "own_rule.py"))
+    losses = example["main"](steps=40)
+    assert losses[-1] < 0.5 * losses[0]
+
+    torch.manual_seed(0)
+    model = example["create"]("mlp", (1, 8, 8), 10, depth=2, width=16, activation="tanh")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    example["Learner"](model, example["DirectFeedback"]()).step(torch.randn(8, 1, 8, 8), torch.arange(8))
+    assert not [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
+
+
+def test_the_picture_is_drawn_from_the_measured_files(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = runpy.run_path(str(ROOT / "benchmarks" / "memory-flat-in-depth" / "plot.py"))
+    plot["draw"](plot["read"](ROOT / "benchmarks" / "memory-flat-in-depth"), tmp_path / "memory.svg")
+    text = (tmp_path / "memory.svg").read_text()
+    assert "prefers-color-scheme:dark" in text
+    assert "<title>" in text
+    assert ">sll<" in text

@@ -1,0 +1,126 @@
+"""Small nets, a small problem, and what "the same bits" means; shared by the tests."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from layerwise import Learner, Partition, models, rules
+from layerwise.core.graphs import Graph
+
+SHAPE, CLASSES = (1, 8, 8), 4
+KINDS = ("mlp", "vgg", "vit")
+SIZES = {
+    "mlp": {"width": 16},
+    "vgg": {"width": 4},
+    "resnet": {"width": 4},
+    "noprop": {"width": 2},
+    "noprop_ct": {"width": 4},
+    "noprop_fm": {"width": 2},
+    "sid_cascade": {"width": 16},
+    "vit": {"width": 8, "heads": 2},
+    "gcn": {"width": 16, "dropout": 0.0},
+    "gat": {"width": 16, "dropout": 0.0, "heads": 2},
+}
+
+
+def net(kind="mlp", depth=3, **options):
+    if kind in ("gcn", "gat"):
+        pytest.importorskip("torch_geometric", reason="the graph extra (PyTorch Geometric) is not installed")
+        options["graph"] = graph()
+    torch.manual_seed(7)
+    return models.create(kind, SHAPE, CLASSES, depth=depth, **{**SIZES[kind], **options})
+
+
+def graph(nodes=64, known=32):
+    """A graph for `problem`: every node and the next one of its class, both ways; labels of the first nodes known."""
+    here = torch.arange(nodes - CLASSES)
+    edges = torch.stack([here, here + CLASSES])
+    labels = torch.where(torch.arange(nodes) < known, torch.arange(nodes) % CLASSES, -100)
+    return Graph(torch.cat([edges, edges.flip(0)], dim=1), labels, CLASSES)
+
+
+def kinds(rule):
+    """Models on which a rule is tested."""
+    return rules.get(rule).models or KINDS
+
+
+def made(rule):
+    """A rule by name, with options under which every block has its turn within three steps."""
+    return rules.create(rule, **({"updates": 1} if rule == "boosted" else {}))
+
+
+def cascade(depth=4, **options):
+    """SID's model in double precision."""
+    torch.manual_seed(3)
+    return models.create("sid_cascade", SHAPE, CLASSES, depth=depth, **{"width": 16, **options}).double()
+
+
+def wide(x):
+    return x.double()
+
+
+def problem(samples=64, seed=0, shape=SHAPE, classes=CLASSES):
+    """Noisy copies of one random image per class: separable, also by a linear map."""
+    draw = torch.Generator().manual_seed(seed)
+    templates = torch.randn(classes, *shape, generator=torch.Generator().manual_seed(99))
+    y = torch.arange(samples) % classes
+    return templates[y] + 0.3 * torch.randn(samples, *shape, generator=draw), y
+
+
+def batches(count, size=16):
+    return [problem(size, seed=1 + i) for i in range(count)]
+
+
+def tensors(module):
+    """A copy of all parameters and buffers (also those that no state_dict holds)."""
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return {name: tensor.detach().clone() for name, tensor in named}
+
+
+def same_bits(a, b):
+    """Whether two modules, dictionaries of tensors, or learners hold the same bits."""
+    if isinstance(a, Learner):
+        return same_bits(a.network, b.network) and same_bits(a.auxiliary, b.auxiliary)
+    a, b = (tensors(t) if isinstance(t, nn.Module) else t for t in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def trained(model, rule, data, **options):
+    """A learner that has taken one step per batch, on a copy of the model."""
+    learner = Learner(copy.deepcopy(model), rule, **options)
+    for x, y in data:
+        learner.step(x, y)
+    return learner
+
+
+def gone_on(model, rule, data, stop, **options):
+    """As `trained`, by two learners: the second goes on from the state of the first after `stop` batches."""
+    state = copy.deepcopy(trained(model, rule, data[:stop], **options).state_dict())
+    learner = Learner(copy.deepcopy(model), rule, **options)
+    learner.load_state_dict(state)
+    for x, y in data[stop:]:
+        learner.step(x, y)
+    return learner
+
+
+def whole(model):
+    """The model as one block and its head."""
+    return Partition(model, [model.block_names[-1]])
+
+
+PLAIN_SGD = {"optimizer": torch.optim.SGD, "lr": 0.1, "weight_decay": 0.0}
+
+
+def linear_blocks(inputs=6, width=5, depth=3):
+    """Linear blocks, in float64: what a step does to them can be written down."""
+    torch.manual_seed(0)
+    sizes = [inputs] + [width] * (depth - 1)
+    layers = [nn.Linear(size, width, bias=False) for size in sizes]
+    return nn.Sequential(*layers, nn.Linear(width, CLASSES)).double()
+
+
+def vectors(samples=16, inputs=6):
+    draw = torch.Generator().manual_seed(3)
+    return torch.randn(samples, inputs, generator=draw, dtype=torch.float64), torch.arange(samples) % CLASSES

@@ -1,0 +1,61 @@
+"""Training runs through the command line, small enough for a test; shared by the tests."""
+
+import json
+import os
+import subprocess
+import sys
+from shlex import split
+
+from safetensors.torch import load_file
+
+from layerwise.cli.main import main
+from layerwise.runs import checkpoint
+
+__all__ = ["COMPARE", "SMALL", "TIMING", "contents", "lines", "result", "split", "start", "state", "train", "weights"]
+
+COMPARE = split(
+    "compare --rules sll,sll:overlap=1 backprop --seeds 2 --epochs 2 --model.width 16 --model.depth 2 --batch-size 256"
+)
+SMALL = split("--model.width 16 --model.depth 2 --batch-size 256 --threads 1")
+TIMING = ("train_seconds", "samples_per_second", "seconds")
+
+
+def train(folder, *words):
+    """Train in this process; digits and SLL on a small MLP where the words say nothing else."""
+    assert main(["train", *SMALL, "--out", str(folder), *words]) == 0
+    return folder
+
+
+def start(*words, **options):
+    """The command line in a process of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error", "PYTHONUNBUFFERED": ""}
+    command = [sys.executable, "-m", "layerwise", *map(str, words)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.Popen(command, env=environment, text=True, **options)
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def lines(folder, split=None):
+    """What was logged, timing aside."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in line.items() if name not in TIMING}
+        for line in found
+        if split in (None, line["split"])
+    ]
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def state(folder):
+    """The last checkpoint's learner: weights, optimizer state, counters."""
+    return checkpoint.load_latest(folder / "checkpoints")[0]["learner"]
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
