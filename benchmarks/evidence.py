@@ -16,7 +16,7 @@ import re
 import statistics
 import textwrap
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -25,6 +25,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 EDGE = "**edge**"
+BESIDE = ("lr=", "seed=", "threads=", "data=")
+"""Options of a run that are not its row's; a folder of data may have been renamed."""
 LEGEND = (
     "Test accuracy is that of the last weights: mean ± standard deviation over n seeds. *By block* is the accuracy of "
     "each block's own readout, the head last. Memory is exact, in MiB. Seconds are those of training with one thread "
@@ -95,26 +97,40 @@ def machine_of(line: dict[str, Any]) -> str:
 def recorded_by(line: dict[str, Any]) -> str:
     """Who says so, and the commit."""
     if line.get("machines"):
-        commits = sorted({str(found.get("commit") or "an installed copy")[:12] for found in line["machines"]})
-        return "the run itself, commit " + ", ".join(commits)
+        commits = {(found["commit"] or "of no checkout") if "commit" in found else None for found in line["machines"]}
+        known = sorted(commit[:12] if " " not in commit else commit for commit in commits if commit)
+        return f"the run itself{', commit ' if known else ''}{', '.join(known)}"
     stored = line.get("stored") or {}
     if stored.get("source"):
         return f"{stored['source']}, not by the run"
     return "no file"
 
 
-def environments(lines: Sequence[dict[str, Any]], name: Any) -> list[str]:
+def environments(lines: Sequence[dict[str, Any]], name: Callable[[dict[str, Any]], str]) -> list[str]:
     """A table of machines, and which runs each one made."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in lines:
         groups.setdefault((machine_of(line), recorded_by(line)), []).append(line)
     body = []
     for (machine, source), members in groups.items():
-        names = list(dict.fromkeys(map(name, members)))
-        body.append(
-            [", ".join(f"`{n}`" for n in names) if len(groups) > 1 else "all", str(len(members)), machine, source]
-        )
+        what = shortened([name(line) for line in members], [name(line) for line in lines])
+        body.append([what if len(groups) > 1 else "all", str(len(members)), machine, source])
     return table(["what", "runs", "machine and versions", "recorded by"], body)
+
+
+def shortened(names: Sequence[str], known: Sequence[str]) -> str:
+    """Names of runs in words: a grid all of whose runs are there is named alone.
+
+    >>> shortened(["a/x", "a/x", "a/y", "b/x"], ["a/x", "a/x", "a/y", "b/x", "b/x"])
+    '`a`; `b`: x'
+    """
+    words = []
+    for grid in dict.fromkeys(name.partition("/")[0] for name in known):
+        here, there = ([name for name in given if name.partition("/")[0] == grid] for given in (names, known))
+        rows = sorted({name.partition("/")[2] for name in here} - {""})
+        if here:
+            words.append(f"`{grid}`" + ("" if len(here) == len(there) or not rows else f": {', '.join(rows)}"))
+    return "; ".join(words)
 
 
 # Claims
@@ -195,6 +211,18 @@ class Row:
         """Mean and standard deviation of the test accuracy."""
         return spread(self.accuracies)
 
+    @property
+    def changed(self) -> str:
+        """A sentence on options of the stored runs that are not those of the row today; empty if there are none."""
+        words = [*self.grid.options["common"], *self.words, *self.grid.options["final"]]
+        now = set(options_text(words).split())
+        for line in self.finals:
+            given = line["command"].partition(" train ")[2]
+            before = {word for word in options_text(given.split()).split() if not word.startswith(BESIDE)}
+            if more := sorted(before - now):
+                return f"The stored runs of `{self.name}` had further options: `{' '.join(more)}`."
+        return ""
+
     def cells(self) -> dict[str, str]:
         """Column to cell."""
         first, memory = self.finals[0], self.finals[0]["memory_mib"]
@@ -242,11 +270,19 @@ class Grid:
             words = " ".join(options["tune"])
             how += f" Learning rates {rates}, chosen with seed {options['tune_seed']} and `{words}`."
         rows = [row.cells() for row in self.rows.values()]
+        notes = [note for row in self.rows.values() if (note := row.changed)]
+        processors = {machine_of(line).partition(",")[0] for row in self.rows.values() for line in row.finals}
+        if len(processors) > 1:
+            notes.append(
+                "The rows come from different machines (see the environment below): their seconds do not compare, and "
+                "another processor rounds otherwise, so that accuracies may differ a little."
+            )
         columns = [name for name in (rows[0] if rows else ()) if name != "descent, %" or options.get("descent")]
         lines = [f"## {options['title']}", "", *wrapped(options["about"]), "", *wrapped(how), ""]
         if missing := [name for name in options["rules"] if name not in self.rows]:
             lines += [f"Rows without a finished run: {', '.join(missing)}.", ""]
-        return [*lines, *table(columns, [[row[name] for name in columns] for row in rows])]
+        lines += table(columns, [[row[name] for name in columns] for row in rows])
+        return [*lines, *(line for note in notes for line in ["", *wrapped(note)])]
 
 
 @dataclass(frozen=True)
