@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.jobs import DATA, LONG, TINY, check_hangs, check_killed, check_refused, ended, job, run, under_way
 from support.nets import PLAIN_SGD, batches, kinds, net, same_bits, trained
-from support.ranks import close, learned, same_state, spread
+from support.ranks import close, learned, normed, same_state, similar, spread
 from support.runs import lines, result, state, weights
 from torch import nn
 
