@@ -57,13 +57,13 @@ def save(folder: Path, lines: Iterable[dict[str, Any]]) -> None:
     partial.rename(folder / "results.jsonl")
 
 
-def short(value: Any) -> Any:
-    """The value with its floats rounded to twelve significant digits."""
+def short(value: Any, digits: int = 12) -> Any:
+    """The value with its floats rounded to so many significant digits."""
     if isinstance(value, float):
-        return float(f"{value:.12g}")
+        return float(f"{value:.{digits}g}")
     if isinstance(value, dict):
-        return {name: short(part) for name, part in value.items()}
-    return [short(part) for part in value] if isinstance(value, list | tuple) else value
+        return {name: short(part, digits) for name, part in value.items()}
+    return [short(part, digits) for part in value] if isinstance(value, list | tuple) else value
 
 
 def keep(folder: Path, name: str, found: Any, command: str, packages: Sequence[str] = ()) -> None:

@@ -8,8 +8,8 @@ A folder with grids in its `claim.toml` is trained here: every rule over the sam
 split, then the final runs over the seeds, which alone look at the test split. A run that is finished is not run again,
 so the command can be stopped and repeated. A folder without grids has a `run.sh`, which gets the further options.
 
-`--check GRID/ROW ...` trains the final runs of these rows again and compares them with what is stored, to the digits
-that are kept (twelve); nothing is stored. `--table` only writes the README of what is there.
+`--check GRID/ROW ...` trains the final runs of these rows again and compares them with what is stored, all scalars of
+the test split to eight digits; nothing is stored. `--table` only writes the README of what is there.
 """
 
 import argparse
@@ -147,8 +147,8 @@ def check(claim: Claim, names: list[str], jobs: int) -> int:
     def ended(one: Wanted, result: dict) -> None:
         grid, name, _, seed, _ = one
         old = next(line for line in grid.rows[name].finals if line["seed"] == seed)
-        new = evidence.short(result)["test"]
-        same = old["test"] == new
+        new = result["test"]
+        same = evidence.short(old["test"], 8) == evidence.short(new, 8)
         differ.extend([] if same else [name])
         shown = "equal" if same else f"{100 * old['test']['head/accuracy']:.4f} is stored, {evidence.machine_of(old)}"
         print(f"{grid.name}/{name} seed {seed}: {100 * new['head/accuracy']:.4f}, {shown}", flush=True)

@@ -55,6 +55,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": processor(),
         "cores": os.cpu_count(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
@@ -75,9 +76,10 @@ def environment() -> dict[str, Any]:
 
 
 def in_words(found: dict[str, Any]) -> str:
-    """The machine and the main versions in one line."""
+    """The machine and the main versions in one line.
+
+    The vector instructions are there where they were recorded: they may decide the last bits, and a name hides them.
+    """
+    cores = f"{found['cores']} cores" + (f" with {found['instructions']}" if "instructions" in found else "")
     devices = "".join(f", {name}" for name in found["devices"])
-    return (
-        f"{found['cpu']}, {found['cores']} cores{devices}; {found['system']}; Python {found['python']}, "
-        f"torch {found['torch']}"
-    )
+    return f"{found['cpu']}, {cores}{devices}; {found['system']}; Python {found['python']}, torch {found['torch']}"
