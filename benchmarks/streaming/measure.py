@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from layerwise import Learner, models
-from layerwise.measure.bench import speed_of
+from layerwise.measure.bench_speed import speed_of
 from layerwise.runs.environment import environment, in_words
 
 HERE = Path(__file__).parent

@@ -415,7 +415,7 @@ def claimed(folder: Path) -> Iterator[int]:
         os.close(lock)
 
 
-def command(argv: list[str]) -> int:
+def compare_command(argv: list[str]) -> int:
     """`layerwise compare`: 0 when every run succeeded, 1 when one failed."""
     for word in argv:
         if re.match(r"--rule($|[=.])", word):

@@ -18,7 +18,7 @@ import torch
 from layerwise.compare.pool import lines_of_parent
 from layerwise.core.engine import NonFinite
 from layerwise.errors import LayerwiseError
-from layerwise.measure.bench import flops_of
+from layerwise.measure.bench_speed import flops_of
 from layerwise.measure.diagnostics import diagnose
 from layerwise.memory.malloc import keep_freed_memory
 from layerwise.runs import building, training

@@ -362,7 +362,7 @@ class BeliefsOptions:
     """Draw entropy and divergence over depth to this file (.svg, .png, .pdf)."""
 
 
-def command(folder: Path, options: BeliefsOptions) -> list[str]:
+def show_beliefs(folder: Path, options: BeliefsOptions) -> list[str]:
     """`layerwise beliefs RUN`: prints the tables; returns what the user should know of the run."""
     found, notes = report(folder, options.split, options.thresholds, options.batch_size, options.device)
     if options.plot:

@@ -12,7 +12,7 @@ from torch import nn
 from layerwise import models, rules
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
-from layerwise.measure.bench import memory_of
+from layerwise.measure.bench_memory import memory_of
 from layerwise.parsing import parse
 from layerwise.runs import checkpoint
 from layerwise.runs.options import from_mapping
@@ -28,7 +28,7 @@ class ValidateOptions:
     """Model to check it on."""
 
 
-def command(argv: list[str]) -> int:
+def validate_command(argv: list[str]) -> int:
     """`layerwise validate [RUN] [OPTIONS]`: prints one line per check; exit code 2 where one fails."""
     if argv and not argv[0].startswith("-"):
         if len(argv) > 1:

@@ -421,7 +421,7 @@ def _scaling(name: str, rows: list[dict[str, Any]], origin: Origin) -> Section:
     return section
 
 
-def command(argv: list[str]) -> int:
+def report_command(argv: list[str]) -> int:
     """`layerwise report DIR`."""
     if any(word in ("-h", "--help") for word in argv):
         print(
