@@ -36,8 +36,8 @@ an error.
 
 COMMANDS = {
     "train": "layerwise.cli.train:train_command",
-    "compare": "layerwise.compare.grid:compare_command",
-    "report": "layerwise.report.page:report_command",
+    "compare": "layerwise.cli.compare:compare_command",
+    "report": "layerwise.cli.compare:report_command",
     "eval": "layerwise.cli.trained:eval_command",
     "beliefs": "layerwise.cli.trained:beliefs_command",
     "predict": "layerwise.cli.trained:predict_command",

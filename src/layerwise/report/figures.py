@@ -1,11 +1,16 @@
 """Figures of a report: drawn once, as SVG that follows the reader's light or dark mode, and as PNG for papers."""
 
+import hashlib
+import html
 import io
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from layerwise.runs.checkpoint import write_atomically
 
 INK = "#010203"  # stands for the colour of text until the SVG is written
 COLOURS = ("#3b8ee0", "#2da44e", "#e0702b", "#b08a00", "#a371f7", "#d6569f", "#1fa3a3", "#8c7361")
@@ -46,10 +51,12 @@ def render(name: str, title: str, alt: str, draw: Callable[[Any], None], height:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
-    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "layerwise", "font.size": 9.0}
+    name = file_name(name)
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "layerwise", "font.size": 9.0, "text.parse_math": False}
     style |= {"font.family": "sans-serif", "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"]}
     style |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the browser has a font that holds it
         canvas = Canvas(figsize=(WIDTH, height), layout="constrained")
         FigureCanvasAgg(canvas)
         draw(canvas.add_subplot())
@@ -57,6 +64,18 @@ def render(name: str, title: str, alt: str, draw: Callable[[Any], None], height:
         canvas.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         canvas.savefig(png, format="png", dpi=200, facecolor="white", metadata={"Software": None})
     return Figure(name, title, alt, _inline(text.getvalue(), name), png.getvalue())
+
+
+def file_name(name: str) -> str:
+    """A name of letters, digits, `_`, `-` and `.` that stays in its folder, of at most 100 characters.
+
+    Names that had to be changed end in a digest, so that two of them stay different.
+
+    >>> file_name("layers_cka"), file_name("../x")
+    ('layers_cka', 'x-c4ae2a75')
+    """
+    safe = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).lstrip(".-")[:100]
+    return safe if safe == name else f"{safe or 'figure'}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _inline(svg: str, name: str) -> str:
@@ -72,8 +91,9 @@ def save(figure: Figure, folder: Path) -> None:
     """Write the figure as files of its own: SVG in light and dark mode, PNG on white."""
     start = figure.svg.index(">") + 1
     head = figure.svg[:start].replace("<svg", '<svg width="620"', 1)
-    (folder / f"{figure.name}.svg").write_text(f"{head}\n<title>{figure.alt}</title>{STYLE}{figure.svg[start:]}\n")
-    (folder / f"{figure.name}.png").write_bytes(figure.png)
+    text = f"{head}\n<title>{html.escape(figure.alt)}</title>{STYLE}{figure.svg[start:]}\n"
+    write_atomically(folder / f"{figure.name}.svg", text)  # it replaces a link and does not follow it
+    write_atomically(folder / f"{figure.name}.png", figure.png)
 
 
 def look(rules: Sequence[str]) -> dict[str, dict[str, str]]:
