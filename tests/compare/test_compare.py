@@ -99,7 +99,7 @@ def test_the_command_of_a_run_gives_its_options(data):
 WRONG = [
     ("--rules sll backprup", "unknown rule 'backprup'; did you mean 'backprop'"),
     ("--rules sll sll", "--rules names sll twice"),
-    ("--rules sll:overlap", "write overlap=VALUE behind the colon"),
+    ("--rules sll:overlap", "write overlap=VALUE after the colon"),
     ("--rules sll:overlab=1", "no option 'overlab'; did you mean 'overlap'"),
     ("--rules sll:epochs=3", "no option 'epochs'"),
     ("--rules sll:overlap=much", "overlap = 'much' is not int"),
@@ -107,7 +107,7 @@ WRONG = [
     ("--rules sll:seed=1", "no option 'seed'"),
     ("--rules sll:model.dept=1", "no option 'model.dept'; did you mean 'model.depth'"),
     ("--rules sll:model.depth=x", "depth = 'x' is not int"),
-    ("--rule sll", "compare has no --rule; rules and their options stand behind --rules"),
+    ("--rule sll", "compare has no --rule; rules and their options come after --rules"),
     ("--rule.overlap 1", "compare has no --rule.overlap"),
     ("--seed 1", "unknown options: --seed"),
     ("--seeds 0", "seeds is 0"),

@@ -72,7 +72,7 @@ def file_name(name: str) -> str:
     Names that had to be changed end in a digest, so that two of them stay different.
 
     >>> file_name("layers_cka"), file_name("../x")
-    ('layers_cka', 'x-c4ae2a75')
+    ('layers_cka', 'x-d6b96a97')
     """
     safe = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).lstrip(".-")[:100]
     return safe if safe == name else f"{safe or 'figure'}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

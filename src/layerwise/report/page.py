@@ -20,6 +20,7 @@ from layerwise.report.reading import (
     Diagnostics,
     FixedOptions,
     Machine,
+    MeasuredRow,
     MemoryRow,
     Result,
     ScalingRow,
@@ -234,8 +235,8 @@ def _point(values: list[tuple[float, float]]) -> tuple[float, float, float | Non
 
 def comparison(folder: Path, page: dict[str, Any]) -> None:
     """Put a comparison on the page: table, curves, trade-offs, layers."""
-    record = read_json(folder, "compare.json", CompareRecord)
-    machine = read_json(folder, "environment.json", Machine)
+    record: Any = read_json(folder, "compare.json", CompareRecord)
+    machine: Any = read_json(folder, "environment.json", Machine)
     rules: dict[str, Any] = dict(read_json(folder, "summary.json", Summary)["rules"])
     rows = read_rows(folder, "results.csv")
     unknown = [row["rule"] for row in rows if row["rule"] not in rules]
@@ -401,7 +402,10 @@ def read_bench(folder: Path, name: str) -> dict[str, Any] | None:
     if kind is None:
         return None
     bench: Any = convert(found | {"rows": []}, Bench, file)
-    return dict(bench) | {"rows": convert(rows, list[kind], file, "rows"), "name": file.stem, "kind": kind}
+    typed = convert(rows, list[kind], file, "rows")
+    if kind is ScalingRow:  # a row that was only simulated is not drawn
+        typed = convert([row for row in typed if "samples_per_second" in row], list[MeasuredRow], file, "measured rows")
+    return dict(bench) | {"rows": typed, "name": file.stem, "kind": kind}
 
 
 def bench(found: dict[str, Any], page: dict[str, Any]) -> None:
@@ -424,7 +428,14 @@ def _depths(name: str, rows: list[dict[str, Any]], looks: Any, origin: Origin) -
         ("", "Activations + gradients", ("activations", "gradients"), "at the peak of a step")
     ]
     if all(row.get("resident") for row in rows):
-        kinds.append(("_resident", "Resident memory", ("resident",), f"of a process, blocks on {rows[0]['offload']}"))
+        kinds.append(
+            (
+                "_resident",
+                "Resident memory",
+                ("resident",),
+                f"of a process, blocks on {rows[0].get('offload', 'the device')}",
+            )
+        )
     for model in dict.fromkeys(row["model"] for row in rows):
         for suffix, title, parts, where in kinds:
             points: dict[str, list[tuple[float, float, None]]] = {}
@@ -470,18 +481,17 @@ def _time(name: str, row: dict[str, Any], per: str, alt: str, parts: dict[str, d
 
 def _scaling(name: str, rows: list[dict[str, Any]], origin: Origin) -> Section:
     section = Section("Throughput on several processes", "Ways interleaved; medians; one batch per step.")
-    measured = [row for row in rows if "samples_per_second" in row]  # not those that are only simulated
-    if not measured:
+    if not rows:
         return section
     parts = {}
-    for row in measured:
+    for row in rows:
         shares = {part: sum(row[part]) / row["ranks"] for part in ("busy", "queued", "waiting")}
         parts[f"{row['way']}, {row['ranks']}"] = {p: 1000 * row["seconds"] * share for p, share in shares.items()}
     values = "; ".join(
         f"{row['way']} on {row['ranks']}: {row['samples_per_second']:.1f} samples/s, {row['ratio']:.2f} times rule"
-        for row in measured
+        for row in rows
     )
     alt = f"Milliseconds per batch by way and number of processes: computing, queued for a core, waiting. {values}."
-    figure = _time(name, measured[0], "batch", alt, parts)
-    section.add(figure, f"Median over {measured[0]['rounds']} rounds, mean over the processes. {values}.", origin)
+    figure = _time(name, rows[0], "batch", alt, parts)
+    section.add(figure, f"Median over {rows[0]['rounds']} rounds, mean over the processes. {values}.", origin)
     return section

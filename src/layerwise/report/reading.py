@@ -210,6 +210,23 @@ class ScalingRow(TypedDict):
     waiting: NotRequired[list[Finite]]
 
 
+class MeasuredRow(TypedDict):
+    """A row of `layerwise bench scaling` that was measured."""
+
+    rule: Name
+    model: Name
+    way: Name
+    ranks: Annotated[int, msgspec.Meta(ge=1, le=2**40)]
+    depth: Count
+    rounds: Count
+    seconds: Positive
+    samples_per_second: Positive
+    ratio: Positive
+    busy: list[Finite]
+    queued: list[Finite]
+    waiting: list[Finite]
+
+
 class Bench(TypedDict):
     """A benchmark's file."""
 

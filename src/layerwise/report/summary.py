@@ -227,7 +227,11 @@ def difference_in_words(found: dict[str, Any] | None) -> str:
     if found is None:
         return "-"
     text = f"{100 * found['mean']:+.2f}"
-    return text if found["low"] is None else f"{text} ({100 * found['low']:+.2f} .. {100 * found['high']:+.2f})"
+    return (
+        text
+        if found["low"] is None or found["high"] is None
+        else f"{text} ({100 * found['low']:+.2f} .. {100 * found['high']:+.2f})"
+    )
 
 
 def resolution_in_words(summary: Mapping[str, Mapping[str, Any]]) -> str | None:
@@ -254,7 +258,8 @@ def table_rows(summary: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
     rows = []
     for label, found in summary.items():
         if not found["n"]:
-            rows.append((label, "0", f"failed: {found['failed'][0]['reason']}", "", "", "", ""))
+            reason = f"failed: {found['failed'][0]['reason']}" if found["failed"] else "not run"
+            rows.append((label, "0", reason, "", "", "", ""))
             continue
         rows.append(
             (
