@@ -161,16 +161,15 @@ def test_debug_is_taken_off_anywhere_on_the_line(capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_comparison_with_its_code(tmp_path, signum):
+def test_sigterm_ends_a_comparison_with_its_code(tmp_path):
     process = start(*split("compare --seeds 2 --epochs 500 --no-report --jobs 1 --out"), tmp_path / "out")
     deadline = time.monotonic() + 60
     while not (tmp_path / "out").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signum)
+    process.send_signal(signal.SIGTERM)
     err = process.communicate(timeout=60)[1]
-    assert (process.returncode, err.splitlines()[-1]) == (128 + signum, "layerwise: stopped.")
+    assert (process.returncode, err.splitlines()[-1]) == (143, "layerwise: stopped.")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full on this system")

@@ -92,7 +92,7 @@ def test_the_layers_notice_an_import_that_points_up(tmp_path):
 
 
 def test_just_and_ci_share_one_list_of_commands():
-    recipes = set(re.findall(r"^([a-z]\w*)[^:=\n]*:", (ROOT / "justfile").read_text(), re.MULTILINE))
+    recipes = set(re.findall(r"^([a-z]\w*)(?: [^:\n]*)?:(?!=)", (ROOT / "justfile").read_text(), re.MULTILINE))
     assert {"check", "test", "mutants", "docs", "bench", "campaigns"} <= recipes
     used = set(re.findall(r"\bjust (\w+)", (ROOT / ".ci" / "run").read_text()))
     assert used == {"lint", "format", "types", "layers", "doctests", "test", "mutants", "docs"} <= recipes

@@ -1,4 +1,4 @@
-"""Figures of a report: drawn once, as SVG that follows the reader's light or dark mode, and as PNG for papers."""
+"""Draws the figures of a report once, as SVG that follows the reader's light or dark mode, and as PNG for papers."""
 
 import hashlib
 import html
@@ -12,7 +12,7 @@ from typing import Any
 
 from layerwise.runs.checkpoint import write_atomically
 
-INK = "#010203"  # stands for the colour of text until the SVG is written
+INK = "#010203"  # a placeholder for the colour of text until the SVG is written
 COLOURS = ("#3b8ee0", "#2da44e", "#e0702b", "#b08a00", "#a371f7", "#d6569f", "#1fa3a3", "#8c7361")
 MARKS = "osD^vP*X"
 STYLE = "<style>svg{color:#1f2328}@media(prefers-color-scheme:dark){svg{color:#e6edf3}}</style>"
@@ -29,7 +29,7 @@ class Figure:
     """Stem of its files."""
     title: str
     alt: str
-    """What it shows, for those who do not see it."""
+    """What it shows, for readers who cannot see it."""
     svg: str
     """For the page: text and lines have the colour of the text around it."""
     png: bytes
@@ -130,7 +130,7 @@ def curves(axes: Any, found: Curves, x: str, y: str, looks: Mapping[str, dict[st
 
 
 def trade(axes: Any, found: Mapping[str, tuple[float, float, float | None]], x: str, y: str, looks: Any) -> None:
-    """One point per rule, and the line of those that no other beats in both."""
+    """One point per rule, and the line of the rules that no other beats in both."""
     for rule, (place, mean, deviation) in found.items():
         axes.errorbar(place, mean, yerr=deviation, label=rule, ms=7, capsize=3, ls="none", **looks[rule])
     front = pareto({rule: point[:2] for rule, point in found.items()})
@@ -155,7 +155,7 @@ def pareto(points: Mapping[str, tuple[float, float]]) -> list[tuple[float, float
 def heat(
     axes: Any, rows: Mapping[str, Mapping[str, float | None]], limits: tuple[float, float] | None, form: str
 ) -> None:
-    """Rules against layers; numbers (written as `form` says) in the cells where there is room."""
+    """Rules against layers; numbers (in the format `form`) in the fields where there is room."""
     layers = list(dict.fromkeys(name for row in rows.values() for name in row))
     values = [[row.get(layer) for layer in layers] for row in rows.values()]
     known = [value for row in values for value in row if value is not None]

@@ -1,4 +1,4 @@
-"""`report.html`: what a comparison or a benchmark found, in one file that needs no network."""
+"""Draws `report.html`: the results of a comparison or a benchmark in one file that needs no network."""
 
 import contextlib
 import json
@@ -85,7 +85,7 @@ REPORTED = {
 
 @dataclass
 class Origin:
-    """Where figures come from."""
+    """The command and machine that a figure comes from."""
 
     command: str
     machine: str
@@ -116,7 +116,7 @@ def write_report(folder: Path) -> Path:
     """
     try:
         import jinja2
-        import matplotlib  # noqa: F401  so that its absence is told before anything is done
+        import matplotlib  # noqa: F401  so that its absence is noticed before anything is done
     except ImportError as reason:
         raise LayerwiseError(
             f"a report needs {reason.name}, which is not installed; pip install 'layerwise[report]' and then run "
@@ -278,7 +278,7 @@ def _budget(fixed: dict[str, Any]) -> str:
 
 
 def notes(rules: dict[str, Any], fixed: dict[str, Any]) -> list[str]:
-    """How to read the table."""
+    """Sentences on how to read the table."""
     found = [
         "Test accuracy of the last weights, mean ± standard deviation over n seeds. The difference to backprop is "
         "paired by seed and test sample, in percentage points, with its 95 % confidence interval over both (Student's "
