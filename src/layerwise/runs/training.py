@@ -71,6 +71,7 @@ class Run:
         replicas: Replicas | None = None,
     ):
         self.options, self.command = options, command
+        self._alone = stage is None and replicas is None
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         self.device = self._device()
@@ -168,7 +169,7 @@ class Run:
         with meter or contextlib.nullcontext():
             # The second step's memory is measured: by then the optimizers have their state. So is that of the first
             # step in which a rule joins groups or lets others rest; the largest one is told.
-            groups = self.learner.groups_at(self.learner.steps)
+            groups = self.learner.groups_at(self.learner.updates)
             groups = " ".join(group.name for group in groups if group.optimizers)
             if self.learner.steps >= min(1, self.total - 1) and groups not in self._measured:
                 self._measured.add(groups)
@@ -253,7 +254,7 @@ class Run:
             "notes": self.notes,
         }
         checkpoint.write_tensors(self.folder / "model.safetensors", self._weights())
-        if self.learner.stage is None and self.learner.replicas is None:
+        if self._alone:
             self._write_correct()
         write_atomically(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
         return result
