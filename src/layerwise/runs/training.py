@@ -1,6 +1,7 @@
 """A training run: epochs, schedule, evaluation, logs, checkpoints that continue to the same bits."""
 
 import contextlib
+import io
 import json
 import shlex
 import signal
@@ -10,10 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from layerwise import data
+from layerwise.core.tasks import UNLABELLED
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
 from layerwise.memory.flops import FlopMeter
@@ -71,6 +74,7 @@ class Run:
     ):
         self.options, self.command = options, command
         self.machines = [machine()]
+        self._alone = stage is None and replicas is None
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         self.device = self._device()
@@ -257,8 +261,19 @@ class Run:
             "options": {k: v for k, v in to_mapping(self.options).items() if k not in OF_THE_FOLDER},
         }
         checkpoint.write_tensors(self.folder / "model.safetensors", self._weights())
+        if self._alone:
+            self._write_correct()
         write_atomically(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
         return result
+
+    def _write_correct(self) -> None:
+        """Write which test samples are classified correctly, bool `(N,)`: a comparison pairs them between rules."""
+        found = [
+            (self.learner(x).argmax(-1) == y)[y != UNLABELLED].flatten().cpu() for x, y in self.test_batches.epoch(0)
+        ]
+        file = io.BytesIO()
+        np.save(file, torch.cat(found).numpy())
+        write_atomically(self.folder / "test_correct.npy", file.getvalue())
 
     def _save(self) -> None:
         state = {
