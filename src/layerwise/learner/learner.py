@@ -17,6 +17,7 @@ from layerwise.core.engine import Engine, Execution, Group, NonFinite, Trace, Un
 from layerwise.core.grouping import Grouping
 from layerwise.core.optim import OptimizerFactory, Schedule, decay_groups, optimizer_factory
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
+from layerwise.core.ranges import check_ranges
 from layerwise.core.rule import BatchContext, Rule, Site, check_words
 from layerwise.core.tasks import UNLABELLED, Classification
 from layerwise.errors import LayerwiseError, suggestion
@@ -157,7 +158,9 @@ class Learner:
         offload: Where = "none",
         offload_folder: str | Path | None = None,
     ):
-        _check_options(clip, accumulate, precision, nonfinite)
+        check_ranges(clip=clip, accumulate=accumulate, label_smoothing=label_smoothing, seed=seed, blocks=blocks)
+        check_ranges(lr=lr, weight_decay=weight_decay, lr_multipliers=lr_multipliers or {})
+        _check_options(precision, nonfinite)
         check_offload(offload, stage or replicas, compile)
         if replicas is not None:
             replicas.check(precision=precision, compile=compile, channels_last=channels_last)
@@ -190,7 +193,6 @@ class Learner:
             "replicas": replicas,
         }
         self._seed = seed
-        Classification(1, label_smoothing)  # refuses a wrong value now; the number of classes is known later
         self.label_smoothing = label_smoothing
         self.stage, self.replicas = stage, replicas
         self._offload_to: tuple[Where, Path] = offload, Path(offload_folder or tempfile.gettempdir())
@@ -367,7 +369,7 @@ class Learner:
         step, trace = self.steps, Trace()
         with preserved_generators(self.device):
             seed_generators(derive_seed(self._how["seed"], "begin", step), self.device)
-            h, message = self._begin(x, y, self._forward_with_draws)
+            h, message = self._begin(x, y, step)
             h, message = self.engine.step(self.groups_at(step), h, message, y, step, trace)
         self.steps += 1
         self.skipped += self._pass_on(h, message, bool(trace.skipped))
@@ -411,7 +413,7 @@ class Learner:
         x, y = self._ready(x, y)
         trace = Trace()
         with self.evaluating():
-            h, message = self._begin(x, y, self.network)
+            h, message = self._begin(x, y, None)
             for group in self.groups:
                 with self._resident(group.units):
                     _, h, message = self.engine.forward(group, h, message, y, None, trace)
@@ -477,11 +479,11 @@ class Learner:
             if self.replicas is not None:
                 self.replicas.release()
 
-    def _begin(self, x: Tensor, y: Tensor, forward: Callable[[Tensor], Tensor]) -> tuple[Tensor, Any]:
+    def _begin(self, x: Tensor, y: Tensor, step: int | None) -> tuple[Tensor, Any]:
         """Input and message of the first group here: the rule's, or what the rank before has sent."""
         if self.stage is not None and not self.stage.first:
             return self.stage.receive()
-        return detach(self.rule.begin(self._start(x, y, forward)))
+        return detach(self.rule.begin(self._start(x, y, step)))
 
     def _pass_on(self, h: Tensor, message: Any, skipped: bool) -> bool:
         """Hand the batch to the next rank, if there is one; returns whether any update of it was skipped so far."""
@@ -498,19 +500,22 @@ class Learner:
         self.stage.pass_on(h, message, skipped=False)
         return h if self.stage.last else None
 
-    def _start(self, x: Tensor, y: Tensor, forward: Callable[[Tensor], Tensor]) -> BatchContext:
-        return BatchContext(x, y, self.task, self.network, self._modules_by_site(), forward)
+    def _start(self, x: Tensor, y: Tensor, step: int | None) -> BatchContext:
+        """The batch, and the ways in which a rule may run blocks before the step does."""
+        units = {unit.site.index: unit for group in self.groups for unit in group.units}
+
+        def run(index: int, h: Tensor, message: Any = None) -> Tensor:
+            return self.engine.run_aside(units[index], h, message, step)
+
+        def forward(h: Tensor) -> Tensor:
+            for index in range(len(self.network.blocks) + 1):
+                h = run(index, h)
+            return h
+
+        return BatchContext(x, y, self.task, self.network, self._modules_by_site(), run, forward, self.__call__)
 
     def _modules_by_site(self) -> dict[int, nn.Module]:
         return {int(index): module for index, module in self.auxiliary.items()}
-
-    def _forward_with_draws(self, x: Tensor) -> Tensor:
-        """The network's logits under this step's own random draws, without gradient."""
-        with torch.no_grad():
-            for group in self.groups:
-                for unit in group.units:
-                    x = self.engine.run(unit, x, None, self.steps)
-        return x
 
     def _placed(self, x: Tensor) -> Tensor:
         x = x.to(self.device, non_blocking=True)
@@ -665,11 +670,7 @@ def _with_own_code(run: Callable[[Tensor], Tensor], name: str) -> Callable[[Tens
     return block
 
 
-def _check_options(clip: float | None, accumulate: int, precision: str, nonfinite: str) -> None:
-    if clip is not None and not clip > 0:
-        raise LayerwiseError(f"clip is {clip}; it is a norm larger than 0, or None for no clipping.")
-    if accumulate < 1:
-        raise LayerwiseError(f"accumulate is {accumulate}; it is a number of batches, 1 or more.")
+def _check_options(precision: str, nonfinite: str) -> None:
     if precision not in ("fp32", "bf16", "fp16"):
         raise LayerwiseError(f"unknown precision {precision!r}; choose fp32, bf16 or fp16.")
     if nonfinite not in ("raise", "skip"):

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise.core.ranges import Fraction, PositiveInt
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, cross_entropy_at_head
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
@@ -98,9 +99,9 @@ class AugLocal(Rule):
     [3, 5, 8]
     """
 
-    depth: int = 2
+    depth: PositiveInt = 2
     """Blocks d in the first block's auxiliary network, and at the end of the network, where they learn together."""
-    taper: float = 0.5
+    taper: Fraction = 0.5
     """How much the depth falls towards the end: tau in [0, 1], 0 for the same depth everywhere, 1 down to one block."""
     pool: Pool = "auto"
     """How the last copy's output becomes a vector: auto | mean | moments (and standard deviation) | grid | cls."""
@@ -117,12 +118,6 @@ class AugLocal(Rule):
         "Blocks must be chains of modules that can draw their weights anew (reset_parameters). The auxiliary networks "
         "cost up to d blocks for each block."
     )
-
-    def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise LayerwiseError(f"depth is {self.depth}; it is a number of blocks, 1 or more.")
-        if not 0 <= self.taper <= 1:
-            raise LayerwiseError(f"taper is {self.taper}; it is a share in [0, 1].")
 
     def groups(self, blocks: int) -> list[range]:
         """Every block its own, but for the last `depth`, which learn together with the head."""

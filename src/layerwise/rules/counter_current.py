@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise.core.ranges import NonNegativeFloat, PositiveFloat
 from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Signal, Site, cross_entropy_at_head
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
@@ -69,9 +70,9 @@ class CounterCurrent(Rule):
     [range(0, 1), range(1, 2), range(2, 3)]
     """
 
-    scale: float = 0.5
+    scale: PositiveFloat = 0.5
     """Factor s of the loss behind fully connected layers."""
-    decorrelation: float = 0.5
+    decorrelation: NonNegativeFloat = 0.5
     """Weight of the two decorrelation terms behind maps."""
 
     name: ClassVar[str] = "counter_current"
@@ -84,12 +85,6 @@ class CounterCurrent(Rule):
     restrictions: ClassVar[str] = (
         "One label per sample. The feedback costs L (L + 1) / 2 layers on K rows per step for L blocks."
     )
-
-    def __post_init__(self) -> None:
-        if not self.scale > 0:
-            raise LayerwiseError(f"scale is {self.scale}; it must be larger than 0.")
-        if self.decorrelation < 0:
-            raise LayerwiseError(f"decorrelation is {self.decorrelation}; it must be 0 or larger.")
 
     def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
         """The feedback layer that ends at this block's output."""

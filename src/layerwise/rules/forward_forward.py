@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.core.functional import goodness, unit_length
+from layerwise.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Signal, Site
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
@@ -73,23 +74,23 @@ class ForwardForward(Rule):
 
     goodness: Literal["sum", "mean"] = "sum"
     """Sum or mean of the squared activities."""
-    threshold: float | None = None
+    threshold: NonNegativeFloat | None = None
     """Threshold theta: of the mean square, default 2; of the sum of squares per unit, default 1."""
     loss: Literal["logistic", "symba"] = "logistic"
     """Contrast of each sample with the threshold, or of positive with negative."""
-    alpha: float = 4.0
+    alpha: PositiveFloat = 4.0
     """Steepness of the loss `symba`."""
     negatives: Literal["random", "hard", "hybrid"] = "random"
     """A wrong label at random, a probable one, or (without labels) an image put together out of two."""
     label: Literal["auto", "overlay", "map"] = "auto"
     """Label in the first pixels, or as a wave over the image; auto: a wave where the first block keeps space."""
-    label_scale: float = 1.0
+    label_scale: PositiveFloat = 1.0
     """Size of the label: factor of the bright pixel's distance from the dark ones, or of the wave."""
     predictor: Literal["goodness", "softmax"] = "goodness"
     """Goodness with every label, or linear readouts with a neutral one."""
-    skip: int = 1
+    skip: NonNegativeInt = 1
     """Blocks at the input that no predictor looks at (the last block always counts)."""
-    peer: float = 0.0
+    peer: NonNegativeFloat = 0.0
     """Weight of peer normalisation: keeps the units' mean activities alike (0.03 in a public implementation)."""
 
     name: ClassVar[str] = "forward_forward"
@@ -106,12 +107,9 @@ class ForwardForward(Rule):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.negatives == "hybrid" and self.predictor != "softmax":
             raise LayerwiseError("hybrid images carry no label to compare; use predictor='softmax' with them.")
-        if self.skip < 0:
-            raise LayerwiseError(f"skip is {self.skip}; it is a number of blocks, 0 for none.")
-        if not self.alpha > 0:
-            raise LayerwiseError(f"alpha is {self.alpha}; it must be larger than 0.")
         if self.negatives == "hard":  # what the class declares holds for the other kinds
             object.__setattr__(self, "locality", "broadcast")
             object.__setattr__(
@@ -141,16 +139,13 @@ class ForwardForward(Rule):
         if self.negatives == "hybrid":
             parts = [ctx.x, hybrid_images(ctx.x)]
         else:
-            wrong = wrong_labels(ctx.y, first.classes, self._opinion(ctx))
+            opinion = ctx.predict(ctx.x) if self.negatives == "hard" else None
+            wrong = wrong_labels(ctx.y, first.classes, opinion)
             parts = [self.labelled(ctx.x, F.one_hot(y, first.classes), first) for y in (ctx.y, wrong)]
             if self.predictor == "softmax":
                 parts.append(self._neutral(ctx.x, first))
         zeros = ctx.x.new_zeros(len(ctx.x), dtype=torch.float32)
         return unit_length(torch.cat(parts)), {"votes": torch.cat([zeros, zeros]), "logits": zeros[:, None]}
-
-    @torch.no_grad()
-    def _opinion(self, ctx: BatchContext) -> Tensor | None:
-        return self.predict(ctx.network, ctx.auxiliary, ctx.x) if self.negatives == "hard" else None
 
     def labelled(self, x: Tensor, p: Tensor, first: Layer) -> Tensor:
         """Samples `(B, ...)` with class probabilities `(B, K)` written into them."""

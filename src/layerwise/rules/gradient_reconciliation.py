@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from layerwise.core.blocks import Block
+from layerwise.core.ranges import NonNegativeFloat
 from layerwise.core.rule import BlockContext, Signal
-from layerwise.errors import LayerwiseError
 from layerwise.rules.local_ce import LocalCE
 
 
@@ -34,7 +34,7 @@ class GradientReconciliation(LocalCE):
     [range(0, 1), range(1, 3)]
     """
 
-    weight: float = 0.1
+    weight: NonNegativeFloat = 0.1
     """Weight lambda of the reconciliation."""
     distance: Literal["squared", "cosine"] = "squared"
     """Squared distance of the two gradients, or one minus their cosine, which is blind to the size of the losses."""
@@ -46,11 +46,6 @@ class GradientReconciliation(LocalCE):
     restrictions: ClassVar[str] = (
         "Blocks are differentiated twice, which costs about one more backward pass; torch.compile cannot do it."
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.weight < 0:
-            raise LayerwiseError(f"weight is {self.weight}; it must be 0 or larger.")
 
     def run(self, block: Block, h: Tensor, message: Any) -> Tensor:
         """Run a block so that it can be differentiated twice, on its input too."""

@@ -5,9 +5,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from layerwise.core.ranges import PositiveInt
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, cross_entropy_at_head
 from layerwise.core.tasks import Classification
-from layerwise.errors import LayerwiseError
 from layerwise.rules.readout import Pool, grouped, pool_vectors
 
 
@@ -29,7 +29,7 @@ class Interlocking(Rule):
     [range(0, 2), range(1, 4), range(2, 4)]
     """
 
-    n: int = 2
+    n: PositiveInt = 2
     """Blocks whose graph a loss passes through: 1 is local, 2 pairwise, the number of blocks backprop."""
     pool: Pool = "auto"
     """How a block's output becomes a vector: auto | mean | moments (and standard deviation) | grid | cls | flatten."""
@@ -45,10 +45,6 @@ class Interlocking(Rule):
         "Every block runs the n - 1 blocks ahead again: a step costs up to n forward passes, and batch norm sees the "
         "batch n times."
     )
-
-    def __post_init__(self) -> None:
-        if self.n < 1:
-            raise LayerwiseError(f"n is {self.n}; it is a number of blocks, 1 or more.")
 
     def groups(self, blocks: int) -> list[range]:
         """Each block with a view of the n - 1 blocks ahead; the head joins the last block."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from layerwise.core.functional import goodness, unit_length
+from layerwise.core.ranges import NonNegativeInt
 from layerwise.core.rule import BatchContext, BlockContext, Locality, Signal
 from layerwise.rules.forward_forward import ForwardForward
 
@@ -33,7 +34,7 @@ class LayerCollaboration(ForwardForward):
 
     gamma: Literal["earlier", "all"] = "earlier"
     """Whose goodness a block is told: that of the blocks before it, or of all others."""
-    skip: int = 0
+    skip: NonNegativeInt = 0
     """Blocks at the input that no predictor looks at (the last block always counts)."""
 
     name: ClassVar[str] = "layer_collaboration"
@@ -58,12 +59,11 @@ class LayerCollaboration(ForwardForward):
         x, message = super().begin(ctx)
         message["gamma"] = torch.zeros_like(message["votes"])
         if self.gamma == "all":
-            with torch.no_grad():
-                h = unit_length(x)
-                for block in ctx.network.blocks:
-                    h = block(h)
-                    message["gamma"] += goodness(h[: 2 * len(ctx.y)], self.goodness)
-                    h = unit_length(h)
+            h = x
+            for index in range(len(ctx.network.blocks)):
+                h = ctx.run(index, h, message)
+                message["gamma"] += goodness(h[: 2 * len(ctx.y)], self.goodness)
+                h = unit_length(h)
         return x, message
 
     def theta(self, ctx: BlockContext) -> float:

@@ -18,6 +18,7 @@ from layerwise.core.functional import (
     signal_share,
     squared_distances,
 )
+from layerwise.core.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
 from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Signal, Site, cross_entropy_at_head
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
@@ -141,7 +142,7 @@ class NoPropDT(Denoising):
     [range(0, 1), range(1, 2), range(2, 3)]
     """
 
-    eta: float = 0.1
+    eta: PositiveFloat = 0.1
     """Factor eta of every block's loss."""
 
     name: ClassVar[str] = "noprop_dt"
@@ -158,10 +159,6 @@ class NoPropDT(Denoising):
         "Trains the model noprop only; every block embeds the image anew. The accuracy of the head in training is that "
         "of a drawn label, not of a prediction."
     )
-
-    def __post_init__(self) -> None:
-        if not self.eta > 0:
-            raise LayerwiseError(f"eta is {self.eta}; it must be larger than 0.")
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
         """The state of the first block: a draw of z_0 and the image."""
@@ -212,16 +209,12 @@ class NoPropDT(Denoising):
 class _AnyTime(Denoising):
     """One network, told the time."""
 
-    steps: int | None = None
+    steps: PositiveInt | None = None
     """Steps of the sampler; the model's depth if not given. The paper takes 1000."""
     solver: Literal["euler", "heun"] = "euler"
     """Of the sampler; `heun` asks the network twice per step."""
 
     boundary: ClassVar[str] = "the input and a noisy label; embeddings that are learned, from the head to the block"
-
-    def __post_init__(self) -> None:
-        if self.steps is not None and self.steps < 1:
-            raise LayerwiseError(f"steps is {self.steps}; it is a number of steps, 1 or more.")
 
     def sampled(self, network: Partition, velocity: Any, u: Tensor, x: Tensor) -> Tensor:
         """z_1 `(B, D)`, from z_0 ~ N(0, I) along a velocity of (z, t)."""
@@ -256,7 +249,7 @@ class NoPropCT(_AnyTime):
     [range(0, 1), range(1, 2)]
     """
 
-    eta: float = 1.0
+    eta: PositiveFloat = 1.0
     """Factor eta of the block's loss."""
 
     name: ClassVar[str] = "noprop_ct"
@@ -270,11 +263,6 @@ class NoPropCT(_AnyTime):
         "memory is the number of denoising steps. Predicting runs the block once per step. Accuracies in training are "
         "those of drawn labels."
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.eta > 0:
-            raise LayerwiseError(f"eta is {self.eta}; it must be larger than 0.")
 
     def schedule(self, network: Partition, t: Tensor) -> tuple[Tensor, Tensor]:
         """Log SNR and its derivative at times `(B, 1)`."""
@@ -346,7 +334,7 @@ class NoPropFM(_AnyTime):
     [range(0, 1), range(1, 2)]
     """
 
-    sigma: float = 0.1
+    sigma: NonNegativeFloat = 0.1
     """Standard deviation of the noise around the way from z_0 to the embedding."""
     predictor: Literal["nearest", "head"] = "nearest"
     """What tells the class at the end of the way: the nearest embedding, or the head."""
@@ -361,11 +349,6 @@ class NoPropFM(_AnyTime):
         "memory is the number of steps. Predicting runs the block once per step. Accuracies in training are those of "
         "drawn labels."
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.sigma >= 0:
-            raise LayerwiseError(f"sigma is {self.sigma}; it is a standard deviation, 0 or more.")
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
         """A time, the label's share of z_t and the rest of it; in evaluation z_0 alone, at t = 0."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from layerwise.core.ranges import NonNegativeInt, PositiveInt
 from layerwise.core.rule import BlockContext, Locality, Signal, cross_entropy_at_head
 from layerwise.errors import LayerwiseError
 from layerwise.rules.dgl import DGL
@@ -28,9 +29,9 @@ class PeriodicGuidance(DGL):
     [4, 4, 1, 4, 4, 1]
     """
 
-    period: int = 10
+    period: PositiveInt = 10
     """Updates P from one guided phase to the next."""
-    guided: int = 1
+    guided: NonNegativeInt = 1
     """Updates G at the end of every period that follow the global loss."""
 
     name: ClassVar[str] = "periodic_guidance"
@@ -46,10 +47,8 @@ class PeriodicGuidance(DGL):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.period < 1:
-            raise LayerwiseError(f"period is {self.period}; it is a number of updates, 1 or more.")
-        if not 0 <= self.guided <= self.period:
-            raise LayerwiseError(f"guided is {self.guided}; it is a number of updates from 0 to the period.")
+        if self.guided > self.period:
+            raise LayerwiseError(f"guided is {self.guided}; it must be at most the period, {self.period}.")
 
     def groups_at(self, update: int, blocks: int) -> list[range]:
         """Those of `dgl`; at the end of a period all of them joined."""
