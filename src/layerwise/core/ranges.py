@@ -144,7 +144,7 @@ def check(name: str, value: Any, kind: Any) -> None:
             check(f"{name}[{key}]", item, get_args(kind)[1])
     elif get_origin(kind) is tuple:
         if not value and get_origin(get_args(kind)[0]) is Annotated:
-            raise LayerwiseError(f"{name} is empty; give one number or several.")
+            raise LayerwiseError(f"{name} is (); give one number or several.")
         for item in value:
             check(name, item, get_args(kind)[0])
     elif get_origin(kind) in (Union, UnionType) and not (value is None and NoneType in get_args(kind)):

@@ -75,11 +75,12 @@ def wrong_labels(y: Tensor, classes: int, logits: Tensor | None = None) -> Tenso
     Args:
         y: `(B,)`, the labels.
         classes: K.
-        logits: `(B, K)`, for hard negatives.
+        logits: `(B, K)`, for hard negatives. A sample whose logits are not finite gets a uniform label.
     """
     if logits is None:
         return (y + torch.randint(1, classes, y.shape, device=y.device)) % classes
-    others = logits.float().scatter(1, y[:, None], -math.inf).softmax(1)
+    known = torch.isfinite(logits).all(1, keepdim=True)  # the loss tells of the others
+    others = torch.where(known, logits.float(), 0.0).scatter(1, y[:, None], -math.inf).softmax(1)
     return torch.multinomial(others, 1)[:, 0]
 
 
