@@ -129,7 +129,7 @@ class Rule:
     locality: ClassVar[Locality]
     """Where the teaching signal comes from; a test verifies it."""
     boundary: ClassVar[str]
-    """What crosses a block boundary, in words."""
+    """What is passed over a block boundary, in words."""
     flat_memory: ClassVar[bool]
     """Whether activations + gradients do not grow with the number of blocks; a test verifies it."""
     source: ClassVar[str]

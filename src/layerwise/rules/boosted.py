@@ -73,7 +73,7 @@ class Boosted(Rule):
     """
 
     updates: PositiveInt = 200
-    """Updates of every stage but the last, which learns as long as training goes on."""
+    """Updates of every stage but the last, which learns until training ends."""
     shrinkage: PositiveFraction = 1.0
     """Factor eta of every stage's step, in (0, 1]."""
     pool: Pool = "auto"

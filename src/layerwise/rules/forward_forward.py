@@ -56,11 +56,11 @@ class ForwardForward(Rule):
     is passed on, so that the next block cannot read the goodness off its length.
 
     Two predictors. `"goodness"` runs the network once with every label, all in one batch, and takes the one with the
-    largest sum of goodness over the blocks behind the first; the network's head is not used. `"softmax"` runs it once
+    largest sum of goodness over the blocks after the first; the network's head is not used. `"softmax"` runs it once
     with a neutral label and adds up linear readouts of those blocks, the network's head being the last of them.
 
     Negatives are the same sample with a wrong label, uniform (`"random"`) or drawn as the predictor finds it probable
-    (`"hard"`: the whole network's opinion is then broadcast), or, without any label, images put together out of two
+    (`"hard"`: the whole network's prediction is then broadcast), or, without any label, images put together out of two
     (`"hybrid"`, for the softmax predictor).
 
     The paper's: the objective, the normalisation, the overlay, the three kinds of negatives, both predictors, peer
@@ -131,7 +131,7 @@ class ForwardForward(Rule):
         return Layer(h, task.classes, reads, self.peer > 0)
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
-        """Positive and negative samples, one behind the other, then (for the softmax predictor) neutral ones."""
+        """Positive samples, then negative ones, then (for the softmax predictor) neutral ones."""
         if ctx.y.dim() > 1:
             raise LayerwiseError(f"{self.name} writes one label per sample into the input, not one per position.")
         first = ctx.auxiliary[0]

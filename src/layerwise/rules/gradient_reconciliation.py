@@ -1,4 +1,4 @@
-"""Successive Gradient Reconciliation: neighbours' losses should pull on what lies between them in one direction."""
+"""Successive Gradient Reconciliation: losses of neighbouring blocks whose gradients agree between the two."""
 
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -28,7 +28,7 @@ class GradientReconciliation(LocalCE):
 
     That the gradient on a block's input is drawn towards that of the block before on its output, within gradient
     isolation, is the paper's statement. Its weight, the scale of the distance, the cosine and the last block, which
-    learns through the network's head, are our reading: the paper's text was not at hand.
+    learns through the network's head, are our reading: we had no access to the paper's full text.
 
     >>> GradientReconciliation(distance="cosine").groups(blocks=2)
     [range(0, 1), range(1, 3)]
@@ -57,7 +57,7 @@ class GradientReconciliation(LocalCE):
             return block(h)
 
     def signal(self, ctx: BlockContext) -> Signal:
-        """The local loss, drawn towards agreement; sends the gradient of that loss on the block's output."""
+        """The local loss and the disagreement; passes on the gradient of that loss on the block's output."""
         wanted, x = ctx.message or (None, None)
         if ctx.site.index == ctx.view.start:
             x = ctx.h_in

@@ -52,7 +52,8 @@ class GraphForward(Rule):
     The paper's: losses, normalisation, class nodes with random features, all three predictors. Ours: all layers learn
     in each step, not one after the other; the two kinds of samples are two copies of the graph through all layers (in
     the paper's code for class nodes, negative samples take over the features of positive ones); `negatives` wrong
-    labels a step instead of all; above states come from a pass right before the step, not from the step before.
+    labels a step instead of all; class nodes that only receive (the authors' code: both directions); states above come
+    from a pass right before the step, not from the step before.
 
     >>> GraphForward(variant="labels").groups(blocks=2)
     [range(0, 1), range(1, 2), range(2, 3)]
@@ -61,7 +62,7 @@ class GraphForward(Rule):
     variant: Literal["single", "labels", "nodes"] = "single"
     """Single forward, or forward-forward with labels appended to features or with links to class nodes."""
     links: Literal["in", "both"] = "in"
-    """Single forward: whether known nodes only send to the node of their class, or receive from it too."""
+    """Single forward: known nodes only send to the node of their class, or (authors' default) receive from it too."""
     temperature: PositiveFloat = 1.0
     """Single forward: tau, divides the scores."""
     top_down: bool = False

@@ -1,4 +1,4 @@
-"""InfoPro: a block is asked to keep what the input held, and to tell the classes apart."""
+"""InfoPro: each block keeps information about the input, and classifies."""
 
 import math
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Decoder(nn.Module):
     """Logits of the input's values out of a block's output.
 
     From maps to an image: bilinear up-sampling, 3x3 convolution to 12 channels, batch norm, ReLU, 3x3 convolution. From
-    tokens to an image: a linear map of each token to the pixels of its patch (a class token tells nothing). From a
+    tokens to an image: a linear map of each token to the pixels of its patch (a class token is left out). From a
     vector: one linear map.
 
     Args:
@@ -110,9 +110,9 @@ class InfoPro(Rule):
     the last but one group; the last group minimises the cross-entropy of the network's head. The input travels along
     as the message. Prediction is a plain forward pass.
 
-    The objective, both networks behind maps and the weights (those of the paper's runs with four groups) are the
+    The objective, both networks after convolutions and the weights (those of the paper's runs with four groups) are the
     paper's and its code's. Ours: the target is the image with its own extremes at 0 and 1, since the rule does not know
-    the normalisation; inputs that are no images are compared by their squared distance; linear decoders behind vectors
+    the normalisation; inputs that are no images are compared by their squared distance; linear decoders after vectors
     and tokens.
 
     >>> InfoPro(task="contrast").groups(blocks=2)

@@ -32,7 +32,7 @@ def overlay(x: Tensor, p: Tensor) -> Tensor:
 
 
 def label_map(x: Tensor, p: Tensor) -> Tensor:
-    r"""Add a wave over the whole image that tells the label, where every filter sees it.
+    r"""Add a wave over the whole image that depends on the label, so that every filter sees the label.
 
     The image plus $s \sum_k p_k w_k$, where $w_k$ are the first K of the waves
     $\sqrt2 \cos, \sqrt2 \sin (2\pi(a u / H + b v / W))$ in order of rising frequency, which are orthogonal and of mean

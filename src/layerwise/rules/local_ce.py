@@ -47,7 +47,7 @@ class LocalCE(Rule):
         "Belilovsky, Eickenberg & Oyallon, arXiv 1812.11446 (2018), with the simplest head; last block "
         "joined with the head: our reading"
     )
-    restrictions: ClassVar[str] = "Early layers turn greedy: each one is asked for the whole answer."
+    restrictions: ClassVar[str] = "Early layers turn greedy: each one has to classify on its own."
 
     def groups(self, blocks: int) -> list[range]:
         """`group` blocks each; the head belongs to the last group."""

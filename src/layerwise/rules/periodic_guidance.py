@@ -22,7 +22,7 @@ class PeriodicGuidance(DGL):
     backprop, bit for bit. Prediction is a plain forward pass.
 
     That local learning is interrupted periodically by updates from the global loss is the paper's statement. Period,
-    length, their unit (updates) and the order (local first) are our reading: the paper's text was not at hand.
+    length, their unit (updates) and the order (local first) are our reading: we had no access to the paper's full text.
 
     >>> rule = PeriodicGuidance(period=3)
     >>> [len(rule.groups_at(update, blocks=4)) for update in range(6)]

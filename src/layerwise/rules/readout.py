@@ -10,7 +10,7 @@ Pool = Literal["auto", "mean", "moments", "grid", "cls", "flatten", "none"]
 
 
 def grouped(blocks: int, size: int, join_head: bool, overlap: int = 0) -> list[range]:
-    """Ranges of `size` neighbouring blocks, each with a view of `overlap` blocks behind it.
+    """Ranges of `size` neighbouring blocks, each with a view of the `overlap` blocks after it.
 
     The head joins the last block, or stands alone.
 

@@ -24,7 +24,7 @@ class ChannelGoodness(nn.Module):
     Args:
         h: a sample of the block's output.
         classes: number of classes K.
-        kernel: side of the convolution behind a map; other outputs get a linear layer.
+        kernel: side of the convolution after a convolutional block; other outputs get a linear layer.
     """
 
     def __init__(self, h: Tensor, classes: int, kernel: int):

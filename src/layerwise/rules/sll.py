@@ -87,7 +87,7 @@ class SLL(Rule):
 
     A single small convolution is stiff under a fixed projection. Three options give it room: `pool="moments"` reads
     the standard deviation over space beside the mean, `group` lets neighbouring blocks share one objective, and
-    `overlap=1` moves every readout behind one block more, and each trains all groups that see it: gradients cross one
+    `overlap=1` moves every readout one block further, and each trains all groups that see it: gradients cross one
     boundary, two blocks are alive at a time, and the rule is interlocking, no longer local.
 
     What is the paper's and what is ours: the two terms, their equal weight, the fixed projection and the optional
@@ -125,7 +125,7 @@ class SLL(Rule):
     group: PositiveInt = 1
     """Neighbouring blocks that share one objective, one graph and one backward pass."""
     overlap: NonNegativeInt = 0
-    """Blocks behind a group through which it is read off, too; with 1, gradients cross one boundary (interlocking)."""
+    """Later blocks between a group and its readout; with 1, gradients cross one boundary (interlocking)."""
     head: Literal["joint", "separate"] = "joint"
     """What trains the last block: the head's cross-entropy (joint), or its own objective (separate)."""
 

@@ -1,4 +1,4 @@
-"""Greedy self-supervised blocks: each tells two views of a sample from all other samples, and no label is used."""
+"""Greedy self-supervised blocks: each learns to match two views of a sample among all other samples, without labels."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -30,7 +30,7 @@ class SSLLocal(Rule):
     is a linear probe: it minimises the cross-entropy on the detached features of the samples themselves. Prediction is
     a plain forward pass.
 
-    Views of images are made by the project's augmentations and Gaussian noise; what is no image has a share of its
+    Views of images are made by the project's augmentations and Gaussian noise; other inputs have a share of their
     numbers set to zero instead, and noise.
 
     Loss and projection head are SimCLR's; that blocks learn from losses of their own, without gradient between them, is
@@ -98,7 +98,7 @@ class SSLLocal(Rule):
         return x + self.noise * torch.randn_like(x)
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
-        """Two views of every sample, one behind the other, and the samples; these alone in evaluation."""
+        """First views of all samples, second views, and the samples; the samples alone in evaluation."""
         if ctx.y.dim() > 1 or not ctx.x.is_floating_point():
             raise LayerwiseError(
                 f"{self.name} makes views of samples of real numbers with one label each, not of inputs of shape "
