@@ -54,7 +54,7 @@ class Interlocking(Rule):
         return nn.Linear(pool_vectors(h, self.pool, per_position=False).shape[-1], task.classes, dtype=h.dtype)
 
     def signal(self, ctx: BlockContext) -> Signal:
-        """The loss at the end of the view, which trains the first block; in a block's own turn, the loss of its head."""
+        """The loss at the end of the view, which trains the first block; in a block's turn, the loss of its head."""
         if ctx.site.is_head:
             return cross_entropy_at_head(ctx)
         own, last = ctx.site.index == ctx.view.start, ctx.site.index == ctx.view.stop - 1

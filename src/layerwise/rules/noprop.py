@@ -36,7 +36,7 @@ def embedding_at(site: Site) -> Tensor:
 
 
 def state(*parts: Tensor) -> Tensor:
-    """What is passed on: coefficients p `(B, K)`, a rest r `(B, D)` of a label z = p U + r, the image; t before them."""
+    """What is passed on: coefficients p `(B, K)`, a rest r `(B, D)` of a label p U + r, the image; t before them."""
     return torch.cat([part.flatten(1).float() for part in parts], dim=1)
 
 
