@@ -149,7 +149,7 @@ MUTANTS = [
              "self._step(group, h, arrived(), step, trace)")], "test_data_parallel.py steps_while"),
     Mutant("all groups' gradients are alive", "core/engine.py",
            [("        self._step_reduced()\n        loss =", "        loss =")], "test_data_parallel.py steps_while"),
-    Mutant("a module held twice runs once", "core/blocks.py",
+    Mutant("a module held twice runs once", "core/tracing.py",
            [("in model._modules.items():", "in model.named_children():")],
            "test_blocks.py models_bits and shared"),
     Mutant("torn parts are read", "runs/checkpoint.py",

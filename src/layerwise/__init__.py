@@ -15,10 +15,12 @@ In a training loop of your own:
     logits = learner(x)
 """
 
-from layerwise.core.blocks import Block, Partition, legal_cuts, partition
+from layerwise.core.blocks import Block, Partition
+from layerwise.core.cutting import partition
 from layerwise.core.optim import Schedule
 from layerwise.core.rule import BatchContext, BlockContext, Rule, Signal, Site
 from layerwise.core.tasks import Classification
+from layerwise.core.tracing import legal_cuts
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner, Metrics
 from layerwise.memory.malloc import keep_freed_memory

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from layerwise import rules
-from layerwise.core.blocks import Partition, partition
+from layerwise.core.blocks import Partition
+from layerwise.core.cutting import partition
 from layerwise.core.engine import Engine, Execution, Group, NonFinite, Trace, Unit, detach
 from layerwise.core.grouping import Grouping
 from layerwise.core.optim import OptimizerFactory, Schedule, decay_groups, optimizer_factory
