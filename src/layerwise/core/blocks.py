@@ -1,14 +1,26 @@
 """A model seen as gradient-isolated blocks and a head; what it computes stays the same."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from layerwise.core.tracing import Chain, cut_graph, cut_sequential, expanded, is_sequential, legal_cuts, listed
-from layerwise.errors import LayerwiseError
+from layerwise.core.layout import Layouts, check_layout
+from layerwise.core.tracing import (
+    Chain,
+    TracedPart,
+    check_model,
+    cut_graph,
+    cut_sequential,
+    expanded,
+    is_sequential,
+    legal_cuts,
+    listed,
+    opened,
+)
+from layerwise.errors import LayerwiseError, suggestion
 
 
 class Block:
@@ -21,26 +33,57 @@ class Block:
         name: the cut behind the block (`"head"` for the part behind the last cut).
         run: the function from the block's input tensor to its output tensor.
         before: called before every run, if anything; an offloaded block has to be fetched.
+        layout: where batch, channels and positions are in the output; None while, or where, it is not known.
     """
 
     def __init__(self, name: str, model: nn.Module, run: Callable[[Tensor], Any], names: set[str]):
         self.name = name
         self.run = run
         self.before: Callable[[], None] | None = None
+        self.layout: str | None = None
         self._model = model
         self._names = names
+        self._opened: list[tuple[str, nn.Module]] = []
+        """Modules that hold the block, and whose own call does not happen."""
+        self._writes: dict[bool, bool] = {}
+        """Whether the block writes into its input, in training and in evaluation; found out by the first run."""
 
     def __call__(self, h: Tensor) -> Tensor:
-        """Run the block. Raises LayerwiseError when it returns anything but one tensor."""
+        """Run the block; the input stays what it is, even where the block begins with an in-place operation.
+
+        Raises:
+            LayerwiseError: the block returns anything but one tensor of real numbers, or has hooks that would not run.
+        """
         if self.before is not None:
             self.before()
-        out = self.run(h)
+        check_hooks(self._opened)
+        mode = self._model.training
+        writes = self._writes.get(mode)
+        given = h if writes is False else h.clone()
+        tracked = not given.is_inference()
+        version = given._version if tracked else 0
+        out = self.run(given)
+        if tracked:
+            written = given._version != version
+            if written and writes is False:
+                raise LayerwiseError(
+                    f"block {self.name!r} writes into its input in some passes and not in others; give it an operation "
+                    "that is not in-place."
+                )
+            self._writes[mode] = written
         if not isinstance(out, Tensor):
             raise LayerwiseError(
                 f"block {self.name!r} returns {type(out).__name__}, not one tensor, so nothing can be "
                 f"passed on; cut elsewhere: {listed(legal_cuts(self._model))}."
             )
         return out
+
+    def compile(self, wrap: Callable[[Callable[[Tensor], Any]], Callable[[Tensor], Any]]) -> None:
+        """Run the block through what `wrap` makes of it, such as `torch.compile`."""
+        if isinstance(self.run, TracedPart):
+            self.run.traces.wrap(self.run.index, wrap)
+        else:
+            self.run = wrap(self.run)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Pairs of the parameter's name in the model and the parameter."""
@@ -111,7 +154,8 @@ class Block:
         return made
 
     def __repr__(self) -> str:
-        return f"Block({self.name!r}, {sum(p.numel() for p in self.parameters())} parameters)"
+        layout = "" if self.layout is None else f", {self.layout}"
+        return f"Block({self.name!r}, {sum(p.numel() for p in self.parameters())} parameters{layout})"
 
 
 class Partition(nn.Module):
@@ -125,10 +169,13 @@ class Partition(nn.Module):
         cuts: names of the modules behind which the model is cut.
         blocks: the blocks, in the order in which they run.
         head: what runs behind the last cut; it maps the last block's output to logits.
+        layout: what was declared of the blocks' outputs, and of the `"input"`.
+        input_layout: the layout of the model's input; None while, or where, it is not known.
     """
 
-    def __init__(self, model: nn.Module, cuts: Sequence[str]):
+    def __init__(self, model: nn.Module, cuts: Sequence[str], layout: Mapping[str, str] | str | None = None):
         super().__init__()
+        check_model(model)
         # One set of dictionaries for both: whatever replaces a child or a parameter in the one does in the other.
         self._modules, self._parameters, self._buffers = (
             model._modules,
@@ -139,12 +186,15 @@ class Partition(nn.Module):
         self.__dict__.update(model=model, cuts=tuple(cuts))
         *blocks, head = _cut(model, tuple(cuts))
         self.__dict__.update(blocks=blocks, head=head, _known=dict(model.named_modules(remove_duplicate=False)))
+        self.__dict__.update(layout=_declared(layout, [*cuts, "head"]), input_layout=None)
         self.training = model.training
 
     model: nn.Module
     cuts: tuple[str, ...]
     blocks: list[Block]
     head: Block
+    layout: Mapping[str, str] | str | None
+    input_layout: str | None
     _known: dict[str, nn.Module]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -168,8 +218,101 @@ class Partition(nn.Module):
                     f"module {name!r} was replaced after the model was cut; call partition(model) again."
                 )
 
+    @property
+    def layouts(self) -> tuple[str | None, ...]:
+        """The layouts of the blocks' and the head's outputs; None where one is not known."""
+        return tuple(block.layout for block in [*self.blocks, self.head])
+
+    @torch.no_grad()
+    def probe(self, x: Tensor) -> list[Tensor]:
+        """Run a few samples and follow what their dimensions become.
+
+        Args:
+            x: samples `(B, ...)`; two or more, so that no size is 1 by chance.
+
+        Returns:
+            The outputs of the blocks and the head. Each block's `layout` and `input_layout` are set.
+
+        Raises:
+            LayerwiseError: a block cannot take what comes, mixes the samples of the batch, or gives complex numbers.
+        """
+        declared = self.layout
+        whole = {} if declared is None or isinstance(declared, str) else declared
+        common = declared if isinstance(declared, str) else None
+        own = getattr(self.model, "input_layout", None)
+        first = whole.get("input", own if own is not None and len(own) == x.dim() else None)
+        layouts, outputs, h = Layouts(), [], x
+        with layouts:
+            layouts.begin(x, first)
+            for block in [*self.blocks, self.head]:
+                try:
+                    h = block(h)
+                except (RuntimeError, ValueError, IndexError, TypeError) as reason:
+                    raise LayerwiseError(
+                        f"block {block.name!r} cannot take an input of shape {tuple(h.shape)} and "
+                        f"type {str(h.dtype).removeprefix('torch.')}: {str(reason).splitlines()[0]}; "
+                        "check the model against the data."
+                    ) from reason
+                if layouts.mixing is not None:
+                    raise LayerwiseError(
+                        f"a {layouts.mixing} in block {block.name!r} takes its first dimension for a sequence, but gets "
+                        "the batch there, so that it would mix samples; build it with batch_first=True, or give it "
+                        "(length, batch, features)."
+                    )
+                if h.is_complex():
+                    raise LayerwiseError(
+                        f"block {block.name!r} passes on complex numbers, which no rule can read; take their absolute "
+                        "value, or real and imaginary parts (torch.view_as_real), inside the block."
+                    )
+                given = whole.get(block.name, common if common is not None and len(common) == h.dim() else None)
+                if given is not None:
+                    layouts.begin(h, given)
+                block.layout = layouts.of(h, len(x))
+                outputs.append(h)
+            self.__dict__["input_layout"] = layouts.of(x, len(x))
+        return outputs
+
+    def describe(self) -> str:
+        """One line per block: its name, its parameters, and where its output has batch, channels and positions.
+
+        >>> net = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3))
+        >>> parts = Partition(net, ["1"])
+        >>> _ = parts.probe(torch.zeros(2, 2, 8))
+        >>> print(parts.describe())
+        1     BCL           28 parameters
+        head  BC            75 parameters
+        """
+        rows = [
+            (b.name, b.layout or "unknown", sum(p.numel() for p in b.parameters())) for b in (*self.blocks, self.head)
+        ]
+        width = max(len(name) for name, _, _ in rows)
+        return "\n".join(f"{name:<{width}}  {layout:<7} {count:>8} parameters" for name, layout, count in rows)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return Partition, (self.model, self.cuts)
+        return Partition, (self.model, self.cuts, self.layout)
+
+
+def _declared(layout: Mapping[str, str] | str | None, names: Sequence[str]) -> Mapping[str, str] | str | None:
+    """The declared layouts, checked."""
+    if layout is None:
+        return None
+    if isinstance(layout, str):
+        return check_layout(layout)
+    for name in layout:
+        if name not in (*names, "input"):
+            raise LayerwiseError(f"layout names no block {name!r}; {suggestion(name, ['input', *names])}.")
+    return {name: check_layout(value) for name, value in layout.items()}
+
+
+def check_hooks(held: Sequence[tuple[str, nn.Module]]) -> None:
+    """Raise LayerwiseError where a module has hooks on a call that does not happen."""
+    for name, module in held:
+        if module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
+            who = f"module {name!r}" if name else f"the model ({type(module).__name__})"
+            raise LayerwiseError(
+                f"{who} has hooks, which would not run, because it is run block by block; register them on the modules "
+                "inside it."
+            )
 
 
 def _cut(model: nn.Module, cuts: tuple[str, ...]) -> list[Block]:
@@ -182,12 +325,17 @@ def _cut(model: nn.Module, cuts: tuple[str, ...]) -> list[Block]:
     for cut in cuts:
         if cut not in known or cut == "":
             raise LayerwiseError(f"unknown cut {cut!r}; legal cuts are {listed(legal_cuts(model))}.")
+    paths = {id(module): path for path, module in reversed([*known.items()])}
+    held = [(paths[id(module)], module) for module in opened(model, cuts)]
+    check_hooks(held)
     if is_sequential(model) and set(cuts) <= {name for name, _ in expanded(model, cuts)}:
         parts = cut_sequential(model, cuts)
     else:
         parts = cut_graph(model, cuts)
     names = [*cuts, "head"]
     blocks = [Block(name, model, run, owned) for name, (run, owned) in zip(names, parts, strict=True)]
+    for block in blocks:
+        block._opened = held
     _check_ownership(model, blocks)
     return blocks
 

@@ -1,12 +1,15 @@
 """Partition a model into gradient-isolated blocks and a head: where to cut it unless somebody says so."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from layerwise.core.blocks import Partition
 from layerwise.core.cost import balanced_ends, operations
-from layerwise.core.tracing import expanded, is_sequential, legal_cuts, listed
+from layerwise.core.optim import is_norm
+from layerwise.core.tracing import check_model, expanded, is_sequential, legal_cuts, listed
 from layerwise.errors import LayerwiseError
 
 
@@ -16,6 +19,7 @@ def partition(
     *,
     blocks: int | None = None,
     example: Tensor | None = None,
+    layout: Mapping[str, str] | str | None = None,
 ) -> Partition:
     """Cut a model into gradient-isolated blocks and a head.
 
@@ -28,7 +32,9 @@ def partition(
             last one is the head. `"layer"` cuts as finely as is possible, `"block"` is the default.
         blocks: join the blocks found to this many, so that the largest number of floating-point
             operations in one block is as small as possible (measured on `example`).
-        example: one batch of inputs, needed for `blocks`.
+        example: one batch of inputs, needed for `blocks` and for lazy layers; layouts are known at once with it.
+        layout: where outputs have batch, channels and positions, where the layers do not tell: a letter per dimension
+            (`"BCL"`, `"BHWC"`), for all outputs of that many dimensions, or by name of a block or `"input"`.
 
     Returns:
         The partition; `partition(model)(x)` equals `model(x)` bit for bit.
@@ -36,14 +42,16 @@ def partition(
     Raises:
         LayerwiseError: an unknown cut, a cut that another tensor crosses (a skip connection), parameters
             shared by two blocks, a head without parameters, a model that cannot be traced, more blocks
-            than there are places to cut. The sentence lists the legal cuts.
+            than there are places to cut, a model that is wrapped or compiled. The sentence says what to do.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> [block.name for block in partition(net).blocks], partition(net).head.name
     (['1', '3'], 'head')
     """
     if isinstance(model, Partition):
-        return model
+        return model if layout is None else Partition(model.model, model.cuts, layout)
+    check_model(model)
+    _materialise(model, example)
     if cuts is None or cuts == "block":
         cuts = _default_cuts(model)
     elif cuts == "layer":
@@ -52,7 +60,27 @@ def partition(
         cuts = [name.strip() for name in cuts.split(",") if name.strip()]
     if blocks is not None:
         cuts = _balanced(model, cuts, blocks, example)
-    return Partition(model, cuts)
+    return Partition(model, cuts, layout)
+
+
+def _materialise(model: nn.Module, example: Tensor | None) -> None:
+    """Let lazy layers learn their sizes from the example."""
+    lazy = [name for name, p in [*model.named_parameters(), *model.named_buffers()] if is_lazy(p)]
+    if not lazy:
+        return
+    if example is None:
+        raise LayerwiseError(
+            f"{lazy[0]!r} belongs to a lazy layer, whose size is not known yet; give example=..., a batch of inputs, or "
+            "call the model once."
+        )
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(example[:2])
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _default_cuts(model: nn.Module) -> list[str]:
@@ -87,7 +115,7 @@ def _finest_cuts(model: nn.Module) -> list[str]:
 def _weighted_cuts(model: nn.Module, deep: bool) -> list[str]:
     """Cut before every child with a weight of two or more dimensions; the others join the child before."""
     children = expanded(model, deep=deep)
-    starts = [i for i, (_, child) in enumerate(children) if any(p.dim() >= 2 for p in child.parameters())]
+    starts = [i for i, (_, child) in enumerate(children) if _has_matrix(child)]
     if len(starts) < 2:
         raise LayerwiseError(
             f"{type(model).__name__} has {len(starts)} children with weights, and a partition needs at "
@@ -110,3 +138,8 @@ def _balanced(model: nn.Module, cuts: Sequence[str], blocks: int, example: Tenso
         raise LayerwiseError(f"blocks={blocks} is balanced by measured cost; give example=..., a batch of inputs.")
     *cost, _ = operations(Partition(model, cuts), example)
     return [cuts[end - 1] for end in balanced_ends(cost, blocks)]
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    """Whether a weight matrix or kernel lies in the module; what a norm learns is none, whatever its shape."""
+    return any(p.dim() >= 2 for m in module.modules() if not is_norm(m) for p in m.parameters(recurse=False))

@@ -16,7 +16,7 @@ from layerwise.core.blocks import Partition
 from layerwise.core.cutting import partition
 from layerwise.core.engine import Engine, Execution, Group, NonFinite, Trace, Unit, detach
 from layerwise.core.grouping import Grouping
-from layerwise.core.optim import OptimizerFactory, Schedule, decay_groups, optimizer_factory
+from layerwise.core.optim import OptimizerFactory, Schedule, decay_groups, optimizer_factory, without_decay
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.rule import BatchContext, Rule, Site, check_words
 from layerwise.core.tasks import UNLABELLED, Classification
@@ -109,6 +109,7 @@ class Learner:
         cuts: where to cut the model, see `partition`.
         blocks: number of blocks, see `partition`.
         example: one batch of inputs; builds everything now instead of at the first step.
+        layout: where outputs have batch, channels and positions, where the layers do not tell, see `partition`.
         stage: the part of the network that this process runs, as one of several ranks; all of it if not given.
         replicas: the processes that train the same blocks, each on its share of every batch; none if not given. Draws
             then depend on the replica too, but those of the initial weights, which are the first one's. With `Shards`
@@ -152,6 +153,7 @@ class Learner:
         cuts: Sequence[str] | str | None = None,
         blocks: int | None = None,
         example: Tensor | None = None,
+        layout: Mapping[str, str] | str | None = None,
         stage: Stage | None = None,
         replicas: Replicas | None = None,
         device: torch.device | str | None = None,
@@ -164,7 +166,7 @@ class Learner:
             replicas.check(precision=precision, compile=compile, channels_last=channels_last)
         self.rule = rules.create(rule) if isinstance(rule, str) else rule
         check_words(self.rule)
-        self.network: Partition = partition(model, cuts, blocks=blocks, example=example)
+        self.network: Partition = partition(model, cuts, blocks=blocks, example=example, layout=layout)
         names = [block.name for block in [*self.network.blocks, self.network.head]]
         self.lr_multipliers = dict(lr_multipliers or {})
         for name in self.lr_multipliers:
@@ -223,7 +225,7 @@ class Learner:
         if kind != "none" and self.offload is None:  # an earlier attempt may have failed at the input
             own = [blocks[sites.start : end] for sites, end in zip(ranges, ends, strict=True)]
             self.offload = Offload(kind, folder, self.device, self.rule, own)
-        shapes = self._probe(x[:1].to(self.device))
+        shapes = self._probe(x[:2].to(self.device))
         task = Classification(shapes[-1].shape[-1], self.label_smoothing)
         mine = range(len(ranges))
         if self.stage is not None:
@@ -231,7 +233,8 @@ class Learner:
         sizes = tuple(tuple(out.shape[1:]) for out in shapes)
         units = []
         for i, block in enumerate(blocks):
-            site = Site(i, len(blocks) - 1, block.name, sizes, tuple(x.shape[1:]), self.network)
+            layouts = self.network.layouts, self.network.input_layout
+            site = Site(i, len(blocks) - 1, block.name, sizes, tuple(x.shape[1:]), *layouts, self.network)
             units.append(Unit(site, block, None))
         self.task = task
         self.engine = Engine(self.rule, Execution(task=task, **self._how), self._resident)
@@ -254,7 +257,8 @@ class Learner:
         if self._compile:
             backend = self._compile if isinstance(self._compile, str) else "inductor"
             for block in blocks:
-                block.run = torch.compile(_with_own_code(block.run, block.name), backend=backend)
+                name = block.name
+                block.compile(lambda run, name=name: torch.compile(_with_own_code(run, name), backend=backend))
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self.load_state_dict(pending)
@@ -276,26 +280,24 @@ class Learner:
 
     def _probe(self, x: Tensor) -> list[Tensor]:
         """A sample of every block's output and of the logits, without touching running statistics."""
-        outputs, h = [], x
+        if x.is_complex():
+            raise LayerwiseError(
+                "the inputs are complex numbers, which no rule can read; give torch.view_as_real(x) or their absolute "
+                "values."
+            )
         with self.evaluating():
-            for block in [*self.network.blocks, self.network.head]:
-                try:
-                    h = block(h)
-                except (RuntimeError, ValueError, IndexError) as reason:
-                    raise LayerwiseError(
-                        f"block {block.name!r} cannot take an input of shape {tuple(h.shape)} and "
-                        f"type {str(h.dtype).removeprefix('torch.')}: {str(reason).splitlines()[0]}; "
-                        "check the model against the data."
-                    ) from reason
-                outputs.append(h)
-        return outputs
+            return self.network.probe(x)
 
     def _group(self, units: list[Unit], ahead: list[Unit]) -> Group:
         learning = [unit for unit in units if self.rule.trains(unit.site)]
+        exempt = without_decay(self.network.model) | without_decay(self.auxiliary)
+        exempt |= {id(self._kept(p)) for unit in learning for p in unit.parameters() if id(p) in exempt}
         groups = [
             group
             for unit in learning
-            for group in decay_groups(map(self._kept, unit.parameters()), self.lr_multipliers.get(unit.site.name, 1.0))
+            for group in decay_groups(
+                map(self._kept, unit.parameters()), self.lr_multipliers.get(unit.site.name, 1.0), exempt
+            )
         ]
         optimizers = [self.factory(groups)] if groups else []
         if self.replicas is not None:
@@ -515,6 +517,8 @@ class Learner:
 
     def _placed(self, x: Tensor) -> Tensor:
         x = x.to(self.device, non_blocking=True)
+        if x.is_inference() and not torch.is_inference_mode_enabled():
+            x = x.clone()  # what inference mode made cannot enter a graph
         if self.channels_last and x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         return x
@@ -528,7 +532,8 @@ class Learner:
         if not self.groups:
             self.build(x)
         self.check_labels(y)
-        return self._placed(x), y.to(self.device, non_blocking=True)
+        y = y.to(self.device, non_blocking=True)
+        return self._placed(x), y.clone() if y.is_inference() and not torch.is_inference_mode_enabled() else y
 
     def check_labels(self, y: Tensor) -> None:
         """Raise LayerwiseError unless all labels `y` are classes of the network, or -100 for a rule that allows it.
