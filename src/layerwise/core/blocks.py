@@ -23,6 +23,42 @@ from layerwise.core.tracing import (
 from layerwise.errors import LayerwiseError, suggestion
 
 
+class Unchanged:
+    """Runs what may begin with an in-place operation so that its input stays what it is.
+
+    Whether it writes into its input is found out by the first run, on a copy; in training and in evaluation apart,
+    as dropout differs. A copy is made in every run where it does, and in none where it does not.
+
+    Args:
+        name: of the block, for the error.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self._writes: dict[bool, bool] = {}
+
+    def __call__(self, run: Callable[[Tensor], Any], h: Tensor, training: bool) -> Any:
+        """What `run(h)` gives.
+
+        Raises:
+            LayerwiseError: it writes into its input now, and did not before.
+        """
+        writes = self._writes.get(training)
+        given = h if writes is False else h.clone()
+        if given.is_inference():  # nobody counts the changes of these
+            return run(given)
+        version = given._version
+        out = run(given)
+        written = given._version != version
+        if written and writes is False:
+            raise LayerwiseError(
+                f"block {self.name!r} writes into its input in some passes and not in others; give it an operation "
+                "that is not in-place."
+            )
+        self._writes[training] = written or bool(writes)
+        return out
+
+
 class Block:
     """A contiguous part of a model: what runs between two cuts.
 
@@ -45,8 +81,7 @@ class Block:
         self._names = names
         self._opened: list[tuple[str, nn.Module]] = []
         """Modules that hold the block, and whose own call does not happen."""
-        self._writes: dict[bool, bool] = {}
-        """Whether the block writes into its input, in training and in evaluation; found out by the first run."""
+        self._unchanged = Unchanged(name)
 
     def __call__(self, h: Tensor) -> Tensor:
         """Run the block; the input stays what it is, even where the block begins with an in-place operation.
@@ -57,20 +92,7 @@ class Block:
         if self.before is not None:
             self.before()
         check_hooks(self._opened)
-        mode = self._model.training
-        writes = self._writes.get(mode)
-        given = h if writes is False else h.clone()
-        tracked = not given.is_inference()
-        version = given._version if tracked else 0
-        out = self.run(given)
-        if tracked:
-            written = given._version != version
-            if written and writes is False:
-                raise LayerwiseError(
-                    f"block {self.name!r} writes into its input in some passes and not in others; give it an operation "
-                    "that is not in-place."
-                )
-            self._writes[mode] = written
+        out = self._unchanged(self.run, h, self._model.training)
         if not isinstance(out, Tensor):
             raise LayerwiseError(
                 f"block {self.name!r} returns {type(out).__name__}, not one tensor, so nothing can be "
@@ -84,6 +106,11 @@ class Block:
             self.run.traces.wrap(self.run.index, wrap)
         else:
             self.run = wrap(self.run)
+
+    @property
+    def training(self) -> bool:
+        """Whether the model is in training mode."""
+        return self._model.training
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Pairs of the parameter's name in the model and the parameter."""
@@ -255,9 +282,9 @@ class Partition(nn.Module):
                     ) from reason
                 if layouts.mixing is not None:
                     raise LayerwiseError(
-                        f"a {layouts.mixing} in block {block.name!r} takes its first dimension for a sequence, but gets "
-                        "the batch there, so that it would mix samples; build it with batch_first=True, or give it "
-                        "(length, batch, features)."
+                        f"a {layouts.mixing} in block {block.name!r} takes its first dimension for a sequence, but "
+                        "gets the batch there, so that it would mix samples; build it with batch_first=True, or "
+                        "give it (length, batch, features)."
                     )
                 if h.is_complex():
                     raise LayerwiseError(

@@ -70,8 +70,8 @@ def _materialise(model: nn.Module, example: Tensor | None) -> None:
         return
     if example is None:
         raise LayerwiseError(
-            f"{lazy[0]!r} belongs to a lazy layer, whose size is not known yet; give example=..., a batch of inputs, or "
-            "call the model once."
+            f"{lazy[0]!r} belongs to a lazy layer, whose size is not known yet; give example=..., a batch of "
+            "inputs, or call the model once."
         )
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

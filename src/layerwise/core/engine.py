@@ -328,7 +328,8 @@ class Engine:
         for optimizer in group.optimizers:
             group.scaler.unscale_(optimizer)
         if self.how.replicas is None:
-            norm = nn.utils.get_total_norm([p.grad for p in group.parameters if p.grad is not None])
+            grads = [p.grad for p in group.parameters if p.grad is not None]
+            norm = nn.utils.get_total_norm([g.coalesce().values() if g.is_sparse else g for g in grads])
         else:
             norm = self.how.replicas.norm(group.parameters)
         if self._may_step(group, h, loss, norm, step, trace):
@@ -336,7 +337,16 @@ class Engine:
                 nn.utils.clip_grads_with_norm_(group.parameters, self.how.clip, norm)
             for optimizer in group.optimizers:
                 set_learning_rate(optimizer, self.how.schedule(step // self.how.accumulate))
-                group.scaler.step(optimizer)
+                try:
+                    group.scaler.step(optimizer)
+                except RuntimeError as reason:
+                    if "sparse" not in str(reason).lower():
+                        raise
+                    raise LayerwiseError(
+                        f"{type(optimizer).__name__} cannot use the gradients of {group.name!r} ({reason}); sparse "
+                        "gradients need sgd with momentum 0 or adagrad, both with weight_decay=0, or sparse=False in "
+                        "the embedding."
+                    ) from reason
         group.scaler.update()
         self._free(group)
 

@@ -328,13 +328,12 @@ def _features_last(axes: Axes) -> None:
     if any(kind_of(dimension) == "C" for dimension in axes[:-1]):
         _tell(axes[-1], "P")
         return
-    if kind_of(axes[-1]) == "?":
-        axes[-1] = (Axis("C", 0),)
-    _tell(axes[-1], "C")
-    for i, dimension in enumerate(axes[:-1]):
-        if kind_of(dimension) == "?":
-            axes[i] = (Axis("B" if i == 0 else "P", math.prod(axis.size for axis in dimension)),)
-        _tell(dimension, "P")
+    for i, dimension in enumerate(axes):
+        kind = "C" if i == len(axes) - 1 else "P"
+        _tell(dimension, kind)
+        if kind_of(dimension) in (None, "?"):  # made of several axes, or of what could not be told so far
+            size = math.prod(axis.size for axis in dimension)
+            axes[i] = (Axis("B" if i == 0 and len(axes) > 1 and kind_of(dimension) == "?" else kind, size),)
 
 
 def _resized(axes: Axes, out: Tensor) -> Axes:

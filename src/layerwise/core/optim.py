@@ -157,6 +157,12 @@ def without_decay(model: nn.Module) -> set[int]:
     }
 
 
+def sparse_gradients(model: nn.Module) -> set[int]:
+    """Identities of the parameters whose gradients are sparse tensors."""
+    tables = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse]
+    return {id(table.weight) for table in tables}
+
+
 def decay_groups(
     parameters: Iterable[nn.Parameter], multiplier: float = 1.0, exempt: Collection[int] = ()
 ) -> list[dict[str, Any]]:

@@ -69,8 +69,8 @@ class Site:
             )
         if found[0] != "B":
             raise LayerwiseError(
-                f"block {self.name!r} passes on the layout {found}, and rules need the batch first; cut where it is, or "
-                "build the layers with batch_first=True."
+                f"block {self.name!r} passes on the layout {found}, and rules need the batch first; cut where it "
+                "is, or build the layers with batch_first=True."
             )
         return found
 

@@ -281,8 +281,9 @@ class Traces:
         if _generators() != before or first != again:
             _restore(before)
             raise LayerwiseError(
-                f"{name}.forward draws random numbers that a trace would freeze; draw them inside a module that is "
-                "called, or with functions of a tensor (torch.rand_like), or wrap the model as nn.Sequential of its parts."
+                f"{name}.forward draws random numbers that a trace would freeze; draw them inside a module that "
+                "is called, or with functions of a tensor (torch.rand_like), or wrap the model as nn.Sequential of its "
+                "parts."
             )
         return graph, ends
 

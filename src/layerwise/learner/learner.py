@@ -16,7 +16,14 @@ from layerwise.core.blocks import Partition
 from layerwise.core.cutting import partition
 from layerwise.core.engine import Engine, Execution, Group, NonFinite, Trace, Unit, detach
 from layerwise.core.grouping import Grouping
-from layerwise.core.optim import OptimizerFactory, Schedule, decay_groups, optimizer_factory, without_decay
+from layerwise.core.optim import (
+    OptimizerFactory,
+    Schedule,
+    decay_groups,
+    optimizer_factory,
+    sparse_gradients,
+    without_decay,
+)
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.rule import BatchContext, Rule, Site, check_words
 from layerwise.core.tasks import UNLABELLED, Classification
@@ -299,6 +306,10 @@ class Learner:
                 map(self._kept, unit.parameters()), self.lr_multipliers.get(unit.site.name, 1.0), exempt
             )
         ]
+        sparse = sparse_gradients(self.network.model)
+        for group in groups:
+            if any(id(p) in sparse for p in group["params"]):
+                group["fused"] = False  # the fused kernels take dense gradients alone
         optimizers = [self.factory(groups)] if groups else []
         if self.replicas is not None:
             for optimizer in optimizers:
@@ -361,6 +372,8 @@ class Learner:
         Raises:
             LayerwiseError: labels that do not fit, or a non-finite loss or gradient.
         """
+        if torch.is_inference_mode_enabled():
+            raise LayerwiseError("a training step cannot run inside torch.inference_mode(); call it outside.")
         x, y = self._ready(x, y)
         if self.steps == 0 and self.prepares and not self._prepared:
             self.prepare(x, y)

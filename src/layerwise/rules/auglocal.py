@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise.core.blocks import Unchanged
 from layerwise.core.layout import from_standard, to_standard
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, cross_entropy_at_head
 from layerwise.core.tasks import Classification
@@ -79,6 +80,7 @@ class AuxiliaryNetwork(nn.Module):
             layers.append(site.network.blocks[index].redrawn(h.device))
             at = index
         self.layers = nn.Sequential(*layers)
+        self._unchanged = Unchanged(site.name)  # a copy may begin with an in-place operation
         self.last = site.layout(at)
         shape = site.standard_shape(at)
         width = pool_vectors(h.new_empty(1, *shape), pool, per_position=False).shape[-1]
@@ -89,7 +91,7 @@ class AuxiliaryNetwork(nn.Module):
 
     def logits(self, h: Tensor, per_position: bool) -> Tensor:
         """Logits `(B, ..., K)`."""
-        out = self.layers(h)
+        out = self._unchanged(self.layers, h, self.training)
         out = out if self.last is None else to_standard(out, self.last)
         return self.classifier(self.norm(pool_vectors(out, self.pool, per_position)))
 

@@ -80,7 +80,9 @@ def _waves(height: int, width: int, count: int) -> Tensor:
         )
     pairs.sort(key=lambda pair: (pair[0] ** 2 + pair[1] ** 2, pair))
     frequency = torch.tensor(pairs[: (count + 1) // 2], dtype=torch.float32)
-    places = torch.cartesian_prod(torch.arange(height) / height, torch.arange(width) / width)
+    places = torch.cartesian_prod(
+        torch.arange(height, dtype=torch.float32) / height, torch.arange(width, dtype=torch.float32) / width
+    )
     phase = 2 * math.pi * frequency @ places.T
     waves = torch.stack([phase.cos(), phase.sin()], dim=1).flatten(0, 1)[:count]
     return 2**0.5 * waves.view(count, height, width)
