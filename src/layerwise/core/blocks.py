@@ -282,7 +282,7 @@ class Partition(nn.Module):
                     ) from reason
                 if layouts.mixing is not None:
                     raise LayerwiseError(
-                        f"a {layouts.mixing} in block {block.name!r} takes its first dimension for a sequence, but "
+                        f"block {block.name!r} holds a layer ({layouts.mixing}) that takes its first dimension for a sequence, but "
                         "gets the batch there, so that it would mix samples; build it with batch_first=True, or "
                         "give it (length, batch, features)."
                     )

@@ -102,8 +102,9 @@ class Layouts(TorchFunctionMode):
     def of(self, h: Tensor, batch: int) -> str | None:
         """The layout of a tensor; None where it is not known."""
         axes = self._axes.get(h)
-        kinds = [kind_of(dimension) for dimension in axes] if axes is not None else [None] * h.dim()
-        if kinds and kinds[0] is None and "B" not in kinds and h.shape[0] == batch:
+        axes = axes if axes is not None else [(Axis(None, size),) for size in h.shape]
+        kinds: list[str | None] = [kind_of(dimension) for dimension in axes]
+        if kinds and kinds[0] in (None, "1") and "B" not in kinds and h.shape[0] == batch:
             kinds[0] = "B"
         if len(kinds) == 2 and kinds[0] == "B" and kinds[1] not in ("B", "M"):
             return "BC"
@@ -200,7 +201,7 @@ class Layouts(TorchFunctionMode):
             raise Unknown
         time = 1 if args[8] else 0
         if kind_of(axes[time]) == "B":
-            self.mixing = "recurrent layer"
+            self.mixing = name.partition("_")[0].upper()
         _tell(axes[time], "P")
         _tell(axes[2], "C")
         states = [[(Axis("P", t.shape[0]),), axes[1 - time], (Axis("C", t.shape[2]),)] for t in results[1:]]
@@ -208,7 +209,7 @@ class Layouts(TorchFunctionMode):
 
     def _attended(self, axes: Axes, results: list[Tensor]) -> list[Axes]:
         if kind_of(axes[0]) == "B":
-            self.mixing = "attention layer"
+            self.mixing = "attention"
         _tell(axes[0], "P")
         _tell(axes[-1], "C")
         return [[*axes[:-1], (Axis("C", results[0].shape[-1]),)], *(_unknown(result) for result in results[1:])]
@@ -244,18 +245,15 @@ class Layouts(TorchFunctionMode):
 
     def _rearranged(self, name: str, axes: Axes, args: Any, kwargs: Any, out: Tensor) -> Axes:
         """Ask the function itself, on a tensor whose dimensions differ in size, where each of them ends."""
-        given = [1 if len(d) == 0 or math.prod(a.size for a in d) == 1 else 1009 + i for i, d in enumerate(axes)]
-        blank = torch.empty(given, device="meta")
+        given = [1 if len(d) == 0 or math.prod(a.size for a in d) == 1 else 3 + i for i, d in enumerate(axes)]
+        blank = torch.zeros(given)
         func = getattr(torch.Tensor, name)
-        found = blank if name == "contiguous" else func(blank, *args[1:], **kwargs) if callable(func) else None
-        if found is None:
-            found = getattr(blank, name)
+        found: Any = func(blank, *args[1:], **kwargs) if callable(func) else getattr(blank, name)
         if isinstance(found, (tuple, list)):
             found = found[0]
         ones = iter([d for d, size in zip(axes, given, strict=True) if size == 1])
         moved = [
-            axes[size - 1009] if size >= 1009 else next(ones, ()) if found.dim() == len(axes) else ()
-            for size in found.shape
+            axes[size - 3] if size >= 3 else next(ones, ()) if found.dim() == len(axes) else () for size in found.shape
         ]
         if len(moved) != out.dim():
             raise Unknown
@@ -279,7 +277,7 @@ class Layouts(TorchFunctionMode):
 
 _REARRANGING = {
     *("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "T", "mT", "adjoint"),
-    *("unsqueeze", "squeeze", "select", "diagonal"),
+    *("unsqueeze", "squeeze", "select"),
     *("mean", "sum", "amax", "amin", "max", "min", "std", "var", "norm", "logsumexp", "prod", "median", "argmax"),
     *("argmin", "nanmean", "all", "any"),
 }

@@ -1,7 +1,7 @@
 """AugLocal: auxiliary networks that are built after the later blocks, so that a block learns what these will need."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class Adapter(nn.Module):
         layouts: tuple[str | None, str | None] = (None, None),
     ):
         super().__init__()
-        self.size: tuple[int, ...] | None = None
+        self.size: Any = None
         self.layouts = layouts
         if given == wanted:
             self.map: nn.Module = nn.Identity()
