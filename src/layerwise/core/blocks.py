@@ -282,9 +282,9 @@ class Partition(nn.Module):
                     ) from reason
                 if layouts.mixing is not None:
                     raise LayerwiseError(
-                        f"block {block.name!r} holds a layer ({layouts.mixing}) that takes its first dimension for a sequence, but "
-                        "gets the batch there, so that it would mix samples; build it with batch_first=True, or "
-                        "give it (length, batch, features)."
+                        f"block {block.name!r} holds a layer ({layouts.mixing}) that takes its first dimension for a "
+                        "sequence, but gets the batch there, so that it would mix samples; build it with "
+                        "batch_first=True, or give it (length, batch, features)."
                     )
                 if h.is_complex():
                     raise LayerwiseError(

@@ -98,7 +98,7 @@ class SSLLocal(Rule):
         layers = [nn.Linear(width, self.hidden), nn.ReLU(), nn.Linear(self.hidden, self.dim)]
         return nn.Sequential(*layers).to(h.dtype)
 
-    def view(self, x: Tensor, layout: str | None) -> Tensor:
+    def view(self, x: Tensor, layout: str | None = "BCHW") -> Tensor:
         """A random view of every sample `(B, ...)`; `layout` is that of images."""
         if x.dim() == 4 and min(to_standard(x, known_layout(layout)).shape[2:]) > 1:
             layout = known_layout(layout)
