@@ -165,7 +165,7 @@ class Run:
         with meter or contextlib.nullcontext():
             # The second step's memory is measured: by then the optimizers have their state. So is that of the first
             # step in which a rule joins groups or lets others rest; the largest one is told.
-            groups = self.learner.groups_at(self.learner.steps)
+            groups = self.learner.groups_at(self.learner.updates)
             groups = " ".join(group.name for group in groups if group.optimizers)
             if self.learner.steps >= min(1, self.total - 1) and groups not in self._measured:
                 self._measured.add(groups)

@@ -1,0 +1,193 @@
+"""From a model, a rule and an example to groups of blocks with optimizers."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from layerwise.core.blocks import Block, Partition
+from layerwise.core.engine import Engine, Execution, Group, Unit
+from layerwise.core.grouping import Grouping
+from layerwise.core.optim import OptimizerFactory, begin_schedule, decay_groups, sparse_gradients, without_decay
+from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
+from layerwise.core.rule import Rule, Site
+from layerwise.core.tasks import Classification
+from layerwise.errors import LayerwiseError
+from layerwise.learner.alone import NotOffloaded, OneProcess, WholeNetwork
+from layerwise.learner.watch import Watch
+from layerwise.memory.offload import Offload
+from layerwise.parallel.replicas import Replicas
+from layerwise.parallel.stage import Stage
+
+
+@dataclass
+class Setup:
+    """What a learner is made of, before the shapes are known."""
+
+    network: Partition
+    rule: Rule
+    factory: OptimizerFactory
+    lr_multipliers: Mapping[str, float]
+    execution: Execution
+    stage: Stage | WholeNetwork
+    replicas: Replicas | OneProcess
+    make_offload: Callable[[Sequence[Sequence[Block]]], Offload | NotOffloaded]
+    """From the blocks of every group to what moves them."""
+    seed: int
+    label_smoothing: float
+    compile: bool | str
+
+    @property
+    def blocks(self) -> list[Block]:
+        """All blocks, the head last."""
+        return [*self.network.blocks, self.network.head]
+
+    @property
+    def device(self) -> torch.device:
+        """Where blocks run."""
+        return self.execution.device
+
+
+class Built:
+    """The groups of a learner, with the engine that updates them.
+
+    Args:
+        setup: what the learner is made of.
+        x: one batch of inputs, placed; two samples of it are run to learn shapes and layouts.
+        evaluating: opens a context in which modules are in evaluation mode.
+
+    Raises:
+        LayerwiseError: the network does not take such an input, or is not what was partitioned.
+    """
+
+    def __init__(self, setup: Setup, x: Tensor, evaluating: Callable[[], AbstractContextManager[None]]):
+        check_alone(setup)
+        setup.network.check_modules()
+        self.setup = setup
+        self.auxiliary = nn.ModuleDict()
+        blocks = setup.blocks
+        ranges = list(setup.rule.groups(len(blocks) - 1))
+        ends = [later.start for later in ranges[1:]] + [len(blocks)]
+        self.offload = setup.make_offload([blocks[s.start : end] for s, end in zip(ranges, ends, strict=True)])
+        if x.is_complex():
+            raise LayerwiseError(
+                "the inputs are complex numbers, which no rule can read; give torch.view_as_real(x) or their absolute "
+                "values."
+            )
+        with evaluating():
+            outputs = setup.network.probe(x[:2])
+        self.task = Classification(outputs[-1].shape[-1], setup.label_smoothing)
+        self.engine = Engine(setup.rule, self.task, setup.execution, self.resident)
+        mine = setup.stage.choose(setup.rule, setup.network, ranges, x[:1])
+        tensors = [*setup.network.parameters(), *setup.network.buffers()]
+        setup.replicas.copy_from_first(tensor for tensor in tensors if not tensor.is_meta)
+        sizes = tuple(tuple(out.shape[1:]) for out in outputs)
+        inputs, layouts = tuple(x.shape[1:]), (setup.network.layouts, setup.network.input_layout)
+        sites = [Site(i, len(blocks) - 1, b.name, sizes, inputs, *layouts, setup.network) for i, b in enumerate(blocks)]
+        units = [Unit(site, block, None) for site, block in zip(sites, blocks, strict=True)]
+        groups = []
+        for i in mine:
+            own = units[ranges[i].start : ends[i]]
+            with self.resident(own):
+                for unit in own:
+                    unit.auxiliary = self._auxiliary(unit.site, outputs[unit.site.index])
+                setup.replicas.adopt(setup.network.model, own)
+                group = self._group(own, ahead=units[ends[i] : ranges[i].stop])
+                groups.append(group)
+                self.offload.add(group)
+        self.grouping = Grouping(setup.rule, groups, len(blocks) - 1, self._scaler)
+        if setup.compile:
+            compile_blocks(blocks, setup.compile)
+        self.watch = Watch(setup.network.model, parameters=not setup.replicas.shares_parameters)
+
+    @property
+    def groups(self) -> list[Group]:
+        """The groups in which the blocks here are updated."""
+        return self.grouping.own
+
+    def optimizers(self) -> Iterator[torch.optim.Optimizer]:
+        """The optimizers of all groups here."""
+        return (optimizer for group in self.groups for optimizer in group.optimizers)
+
+    @contextmanager
+    def resident(self, units: Sequence[Unit]) -> Iterator[None]:
+        """A context in which the tensors of these units are on the device, and whole."""
+        with ExitStack() as stack:
+            stack.enter_context(self.setup.replicas.resident(units))
+            stack.enter_context(self.offload.resident(units))
+            yield
+
+    def _auxiliary(self, site: Site, h: Tensor) -> nn.Module | None:
+        """The rule's module at a site, where it has one."""
+        with preserved_generators(self.setup.device):
+            seed_generators(derive_seed(self.setup.seed, "auxiliary", site.index), self.setup.device)
+            auxiliary = self.setup.rule.auxiliary(site, h, self.task)
+        if auxiliary is not None:
+            self.auxiliary[str(site.index)] = auxiliary.to(self.setup.device)
+        return auxiliary
+
+    def _group(self, units: list[Unit], ahead: list[Unit]) -> Group:
+        setup = self.setup
+        learning = [unit for unit in units if setup.rule.trains(unit.site)]
+        shard_of = setup.replicas.shard_of
+        exempt = without_decay(setup.network.model) | without_decay(self.auxiliary)
+        exempt |= {id(shard_of(p)) for unit in learning for p in unit.parameters() if id(p) in exempt}
+        groups = [
+            group
+            for unit in learning
+            for group in decay_groups(
+                map(shard_of, unit.parameters()), setup.lr_multipliers.get(unit.site.name, 1.0), exempt
+            )
+        ]
+        sparse = sparse_gradients(setup.network.model)
+        for group in groups:
+            if any(id(p) in sparse for p in group["params"]):
+                group["fused"] = False  # the fused kernels take dense gradients alone
+        parameters = [p for group in groups for p in group["params"]]
+        optimizers = [setup.factory(groups)] if groups else []
+        for optimizer in optimizers:
+            begin_schedule(optimizer)
+            setup.replicas.check_optimizer(optimizer)
+        return Group(units, ahead, parameters, optimizers, self._scaler())
+
+    def _scaler(self) -> torch.amp.GradScaler:
+        execution = self.setup.execution
+        return torch.amp.GradScaler(execution.device.type, enabled=execution.autocast == torch.float16)
+
+
+def check_alone(setup: Setup) -> None:
+    """Raise LayerwiseError where `torch.distributed` runs in several processes, and the learner knows of none."""
+    alone = type(setup.stage) is WholeNetwork and setup.replicas is ONE_PROCESS
+    if alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise LayerwiseError(
+            f"torch.distributed runs in {dist.get_world_size()} processes, and this learner would train in each of "
+            "them alone; give it replicas=..., or replicas=layerwise.learner.OneProcess() if that is meant."
+        )
+
+
+ONE_PROCESS = OneProcess()
+"""Of learners that were told nothing about processes."""
+
+
+def compile_blocks(blocks: Sequence[Block], backend: bool | str) -> None:
+    """Run every block through `torch.compile`; a string names the backend."""
+    for block in blocks:
+        name, kind = block.name, backend if isinstance(backend, str) else "inductor"
+        block.compile(lambda run, name=name, kind=kind: torch.compile(_with_own_code(run, name), backend=kind))
+
+
+def _with_own_code(run: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor], Tensor]:
+    """`run` as a function with a code object of its own.
+
+    Dynamo keeps what it compiled per code object, eight versions at most; blocks that shared one would fall
+    back to plain Python from the ninth on, and take each other's shapes for dynamic ones.
+    """
+
+    def block(h: Tensor) -> Tensor:
+        return run(h)
+
+    block.__code__ = block.__code__.replace(co_name=f"block {name}")
+    return block
