@@ -21,10 +21,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from layerwise.core.blocks import Block, Partition, legal_cuts, partition
+    from layerwise.core.blocks import Block, Partition
+    from layerwise.core.cutting import partition
     from layerwise.core.optim import Schedule
     from layerwise.core.rule import BatchContext, BlockContext, Rule, Signal, Site
     from layerwise.core.tasks import Classification
+    from layerwise.core.tracing import legal_cuts
     from layerwise.errors import LayerwiseError
     from layerwise.learner import Learner, Metrics
     from layerwise.memory.malloc import keep_freed_memory
@@ -57,10 +59,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "layerwise.core.blocks": ("Block", "Partition", "legal_cuts", "partition"),
+    "layerwise.core.blocks": ("Block", "Partition"),
+    "layerwise.core.cutting": ("partition",),
     "layerwise.core.optim": ("Schedule",),
     "layerwise.core.rule": ("BatchContext", "BlockContext", "Rule", "Signal", "Site"),
     "layerwise.core.tasks": ("Classification",),
+    "layerwise.core.tracing": ("legal_cuts",),
     "layerwise.errors": ("LayerwiseError",),
     "layerwise.learner": ("Learner", "Metrics"),
     "layerwise.memory.malloc": ("keep_freed_memory",),

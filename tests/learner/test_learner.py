@@ -320,7 +320,7 @@ WRONG = {
     "labels have shape": lambda: learner().step(X, nn.functional.one_hot(Y)),
     "16 inputs and 15 labels": lambda: learner().step(X, Y[:-1]),
     "0 inputs and 0 labels": lambda: learner().step(X[:0], Y[:0]),
-    r"block 'block1' cannot take .*\(1, 3, 8, 8\)": lambda: Learner(net("vgg"), "sll").step(X.repeat(1, 3, 1, 1), Y),
+    r"block 'block1' cannot take .*\(2, 3, 8, 8\)": lambda: Learner(net("vgg"), "sll").step(X.repeat(1, 3, 1, 1), Y),
     "block 'block1' cannot take .*int64": lambda: Learner(net("mlp"), "sll").step(X.long(), Y),
     "did you mean 'sll'": lambda: Learner(net("mlp"), "sl"),
     "unknown cut 'block9'": lambda: Learner(net("mlp"), "sll", cuts=["block9"]),

@@ -41,7 +41,7 @@ from torch.utils._pytree import tree_leaves
 
 from layerwise import LayerwiseError, Learner, rules
 from layerwise.cli.main import main
-from layerwise.core.blocks import balanced_ends
+from layerwise.core.cost import balanced_ends
 from layerwise.data import Batches, InMemorySource
 from layerwise.learner.state import joined
 from layerwise.parallel.heartbeat import Heartbeat

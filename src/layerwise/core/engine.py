@@ -103,7 +103,8 @@ class Alone:
 
     def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Norm of the averaged gradients."""
-        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        grads = [p.grad for p in parameters if p.grad is not None]
+        return nn.utils.get_total_norm([g.coalesce().values() if g.is_sparse else g for g in grads])
 
     def reduce(
         self, parameters: Sequence[nn.Parameter], running: Sequence[Tensor], loss: Tensor
@@ -525,7 +526,16 @@ class Engine:
                 nn.utils.clip_grads_with_norm_(group.parameters, self.execution.clip, norm)
             for optimizer in group.optimizers:
                 set_learning_rate(optimizer, self.execution.schedule(self.accumulation.updates))
-                group.scaler.step(optimizer)
+                try:
+                    group.scaler.step(optimizer)
+                except RuntimeError as reason:
+                    if "sparse" not in str(reason).lower():
+                        raise
+                    raise LayerwiseError(
+                        f"{type(optimizer).__name__} cannot use the gradients of {group.name!r} ({reason}); sparse "
+                        "gradients need sgd with momentum 0 or adagrad, both with weight_decay=0, or sparse=False in "
+                        "the embedding."
+                    ) from reason
         group.scaler.update()
         group.broken = False
         self._free(group)

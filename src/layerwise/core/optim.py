@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -194,20 +194,49 @@ def _can_fuse(groups: list[dict[str, Any]]) -> bool:
     return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in tensors)
 
 
-def decay_groups(parameters: Iterable[nn.Parameter], multiplier: float = 1.0) -> list[dict[str, Any]]:
-    """Two parameter groups: weights, which decay, and vectors (norms, biases), which do not.
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalisation, by its class: torch's, or one that is called a norm."""
+    return "norm" in type(module).__name__.lower()
+
+
+def without_decay(model: nn.Module) -> set[int]:
+    """Identities of the parameters that weight decay leaves alone: those of norms, of any shape, and biases.
+
+    >>> norm = nn.LayerNorm((2, 4, 4))
+    >>> without_decay(nn.Sequential(norm)) == {id(norm.weight), id(norm.bias)}
+    True
+    """
+    return {
+        id(p)
+        for module in model.modules()
+        for name, p in module.named_parameters(recurse=False)
+        if is_norm(module) or name.split("_")[0] == "bias"
+    }
+
+
+def sparse_gradients(model: nn.Module) -> set[int]:
+    """Identities of the parameters whose gradients are sparse tensors."""
+    tables = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse]
+    return {id(table.weight) for table in tables}
+
+
+def decay_groups(
+    parameters: Iterable[nn.Parameter], multiplier: float = 1.0, exempt: Collection[int] = ()
+) -> list[dict[str, Any]]:
+    """Two parameter groups: weights, which decay, and norms, biases and other vectors, which do not.
 
     Args:
         parameters: of one block and its auxiliary module.
         multiplier: of the learning rate, kept in the group as `"lr_multiplier"` until the optimizer is made.
+        exempt: identities of parameters of two or more dimensions that do not decay either, see `without_decay`.
 
     >>> layer = nn.Linear(3, 2)
     >>> [len(group["params"]) for group in decay_groups(layer.parameters())]
     [1, 1]
     """
     learned = [p for p in parameters if p.is_floating_point() or p.is_complex()]  # frozen ones too: they may thaw
-    weights = [p for p in learned if p.dim() >= 2]
-    vectors = [p for p in learned if p.dim() < 2]
+    weights = [p for p in learned if p.dim() >= 2 and id(p) not in exempt]
+    vectors = [p for p in learned if p.dim() < 2 or id(p) in exempt]
     groups: list[dict[str, Any]] = []
     if weights:
         groups.append({"params": weights, "lr_multiplier": multiplier})

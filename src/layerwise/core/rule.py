@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
+import torch
 from torch import Tensor, nn
 
 from layerwise.core.blocks import Block, Partition
+from layerwise.core.layout import from_standard, to_standard
 from layerwise.core.ranges import check_fields
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError, suggestion
@@ -33,6 +35,10 @@ class Site:
     """Shapes of one sample's output at every site, this one and the head included."""
     inputs: tuple[int, ...] = ()
     """Shape of one sample of the network's input."""
+    layouts: tuple[str | None, ...] = ()
+    """Where batch, channels and positions are in the output of every site; None where that is not known."""
+    input_layout: str | None = None
+    """The same of the network's input."""
     network: Partition | None = field(default=None, compare=False, repr=False)
     """The blocks and the head, for a rule whose auxiliary modules are built after them (`Block.redrawn`)."""
 
@@ -45,6 +51,49 @@ class Site:
     def depth(self) -> float:
         """Relative depth: 0 at the first block, 1 at the last one and at the head."""
         return min(self.index, self.blocks - 1) / max(self.blocks - 1, 1)
+
+    def layout(self, index: int | None = None) -> str | None:
+        """The layout of this site's output, or of that of site `index`; None for a site on its own, of no network.
+
+        Raises:
+            LayerwiseError: it is not known.
+        """
+        if not self.layouts:
+            return None
+        index = self.index if index is None else index
+        found = self.layouts[index]
+        if found is None:
+            name = self.name if index == self.index or self.network is None else self.network.blocks[index].name
+            shape = f" of shape (B, {', '.join(map(str, self.shapes[index]))})" if self.shapes else ""
+            raise LayerwiseError(
+                f"the layers of block {name!r} do not tell which dimension of its output{shape} holds the channels; "
+                f"declare it, such as layout={{{name!r}: 'BCL'}} (B batch, C channels, other letters positions)."
+            )
+        if found[0] != "B":
+            raise LayerwiseError(
+                f"block {self.name!r} passes on the layout {found}, and rules need the batch first; cut where it "
+                "is, or build the layers with batch_first=True."
+            )
+        return found
+
+    def standard(self, h: Tensor) -> Tensor:
+        """The site's output in the standard order: `(B, C)`, `(B, L, C)`, `(B, C, H, W)` or `(B, C, D, H, W)`.
+
+        Raises:
+            LayerwiseError: its layout is not known.
+        """
+        layout = self.layout()
+        return h if layout is None else to_standard(h, layout)
+
+    def restored(self, h: Tensor) -> Tensor:
+        """The inverse of `standard`."""
+        layout = self.layout()
+        return h if layout is None else from_standard(h, layout)
+
+    def standard_shape(self, index: int) -> tuple[int, ...]:
+        """Shape of one sample of site `index`'s output in the standard order."""
+        layout, shape = self.layout(index), self.shapes[index]
+        return shape if layout is None else tuple(to_standard(torch.empty(1, *shape), layout).shape[1:])
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from layerwise import rules
 from layerwise.core import pieces
-from layerwise.core.blocks import Block, Partition, partition
+from layerwise.core.blocks import Block, Partition
+from layerwise.core.cutting import partition
 from layerwise.core.engine import Engine, Execution, Group, Trace, detach
 from layerwise.core.optim import OptimizerFactory, Schedule, optimizer_factory
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
@@ -68,6 +69,7 @@ class Learner:
         cuts: where to cut the model, see `partition`.
         blocks: number of blocks, see `partition`.
         example: one batch of inputs; builds everything now instead of at the first step.
+        layout: where outputs have batch, channels and positions, where the layers do not tell, see `partition`.
         stage: the part of the network that this process runs, as one of several ranks; all of it if not given.
         replicas: the processes that train the same blocks, each on its share of every batch; none if not given. Draws
             then depend on the replica too, but those of the initial weights, which are the first one's. With `Shards`
@@ -117,6 +119,7 @@ class Learner:
         cuts: Sequence[str] | str | None = None,
         blocks: int | None = None,
         example: Tensor | None = None,
+        layout: Mapping[str, str] | str | None = None,
         stage: Stage | None = None,
         replicas: Replicas | OneProcess | None = None,
         device: torch.device | str | None = None,
@@ -133,7 +136,7 @@ class Learner:
         replicas.check(precision=precision, compile=compile, channels_last=channels_last)
         self.rule = rules.create(rule) if isinstance(rule, str) else rule
         check_rule(self.rule)
-        self.network: Partition = partition(model, cuts, blocks=blocks, example=example)
+        self.network: Partition = partition(model, cuts, blocks=blocks, example=example, layout=layout)
         names = [block.name for block in [*self.network.blocks, self.network.head]]
         for name in lr_multipliers or {}:
             if name not in names:
@@ -300,6 +303,8 @@ class Learner:
             LayerwiseError: labels that do not fit, a model that was changed since the first step, a signal that
                 reaches nothing, or a non-finite loss or gradient.
         """
+        if torch.is_inference_mode_enabled():
+            raise LayerwiseError("a training step cannot run inside torch.inference_mode(); call it outside.")
         with preserved_generators(self.device):
             x, y = self._ready(x, y)
             if not self._prepared:
@@ -486,6 +491,8 @@ class Learner:
 
     def _placed(self, x: Tensor) -> Tensor:
         x = x.to(self.device, non_blocking=True)
+        if x.is_inference() and not torch.is_inference_mode_enabled():
+            x = x.clone()  # what inference mode made cannot enter a graph
         if self.channels_last and x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         return x
@@ -503,7 +510,8 @@ class Learner:
         if self._built is None:
             self.build(x)
         self.check_labels(y)
-        return self._placed(x), y.to(self.device, non_blocking=True)
+        y = y.to(self.device, non_blocking=True)
+        return self._placed(x), y.clone() if y.is_inference() and not torch.is_inference_mode_enabled() else y
 
     def _check_input(self, x: Any) -> None:
         if not isinstance(x, Tensor):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from layerwise import data
 from layerwise.core.functional import log_bhattacharyya, pool_features
+from layerwise.core.layout import to_standard
 from layerwise.core.rule import Rule
 from layerwise.core.tasks import UNLABELLED
 from layerwise.errors import LayerwiseError
@@ -272,7 +273,7 @@ def features(learner: Learner, batches: Sequence[Tensor]) -> dict[str, Tensor]:
         batches: inputs `(B, ...)`.
 
     Returns:
-        Name of the block to `(N, ...)`.
+        Name of the block to `(N, ...)`, in the standard order of dimensions.
     """
     collected: dict[str, list[Tensor]] = {block.name: [] for block in learner.network.blocks}
     with learner.evaluating():
@@ -280,7 +281,13 @@ def features(learner: Learner, batches: Sequence[Tensor]) -> dict[str, Tensor]:
             h = x.to(learner.device)
             for block in learner.network.blocks:
                 h = block(h)
-                collected[block.name].append(h.float().cpu())
+                if h.dim() > 2 and block.layout is None:
+                    raise LayerwiseError(
+                        f"the layers of block {block.name!r} do not tell which dimension of its output holds the "
+                        f"channels; declare it: layout={{{block.name!r}: ...}}."
+                    )
+                kept = h if h.dim() < 3 else to_standard(h, str(block.layout))
+                collected[block.name].append(kept.float().cpu())
     return {name: torch.cat(parts) for name, parts in collected.items()}
 
 

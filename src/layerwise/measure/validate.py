@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from layerwise import models, rules
+from layerwise.core.blocks import Block
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
 from layerwise.measure.bench_memory import memory_of
@@ -53,6 +54,9 @@ def rule_findings(rule: str, model: str) -> list[tuple[bool, str]]:
     x, y = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(8)
     findings = [_computes_the_same(make, x), _repeats(make, rule, x, y)]
     learner = Learner(make(), rule, example=x)
+    layouts = learner.network.layouts
+    told = ", ".join(f"{b.name} {layout or 'unknown'}" for b, layout in zip(blocks_of(learner), layouts, strict=True))
+    findings.append((None not in layouts, f"the layers tell where channels are (B batch, C channels): {told}"))
     if len(learner.groups) > 1:
         findings.append(_isolated(learner, x, y))
     elif declared.locality == "global":
@@ -88,6 +92,11 @@ def _maker(model: str) -> Callable[[], nn.Module]:
             return models.create(model, (1, 8, 8), 10, depth=3, **dials)
 
     return make
+
+
+def blocks_of(learner: Learner) -> list[Block]:
+    """The blocks and the head."""
+    return [*learner.network.blocks, learner.network.head]
 
 
 def _weights(learner: Learner) -> list[torch.Tensor]:

@@ -1,11 +1,13 @@
 """AugLocal: auxiliary networks that are built after the later blocks, so that a block learns what these will need."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise.core.blocks import Unchanged
+from layerwise.core.layout import from_standard, to_standard
 from layerwise.core.ranges import Fraction, PositiveInt
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, cross_entropy_at_head
 from layerwise.core.tasks import Classification
@@ -17,16 +19,26 @@ class Adapter(nn.Module):
     """From one block's output to the input of another: averaged over space, and a linear map of the channels.
 
     Args:
-        given: shape of one sample as it comes, `(D,)`, `(T, D)` or `(C, H, W)`.
-        wanted: shape of one sample as it is wanted.
+        given: shape of one sample as it comes, in the standard order: `(D,)`, `(T, D)`, `(C, H, W)`, `(C, D, H, W)`.
+        wanted: shape of one sample as it is wanted, likewise.
+        layouts: those of what comes and of what is wanted; the standard order where they are None.
     """
 
-    def __init__(self, given: tuple[int, ...], wanted: tuple[int, ...]):
+    def __init__(
+        self,
+        given: tuple[int, ...],
+        wanted: tuple[int, ...],
+        layouts: tuple[str | None, str | None] = (None, None),
+    ):
         super().__init__()
-        self.size: tuple[int, int] | None = None
-        if len(given) == len(wanted) == 3:
-            self.size = (wanted[1], wanted[2]) if given[1:] != wanted[1:] else None
-            self.map: nn.Module = nn.Conv2d(given[0], wanted[0], 1, bias=False)
+        self.size: Any = None
+        self.layouts = layouts
+        if given == wanted:
+            self.map: nn.Module = nn.Identity()
+        elif len(given) == len(wanted) >= 3:
+            self.size = wanted[1:] if given[1:] != wanted[1:] else None
+            convolve = nn.Conv3d if len(given) == 4 else nn.Conv2d
+            self.map = convolve(given[0], wanted[0], 1, bias=False)
         elif given[:-1] == wanted[:-1]:
             self.map = nn.Linear(given[-1], wanted[-1], bias=False)
         else:
@@ -37,7 +49,12 @@ class Adapter(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """`(B, *wanted)` from `(B, *given)`."""
-        return self.map(h if self.size is None else F.adaptive_avg_pool2d(h, self.size))
+        come, want = self.layouts
+        h = h if come is None else to_standard(h, come)
+        if self.size is not None:
+            h = F.adaptive_avg_pool3d(h, self.size) if h.dim() == 5 else F.adaptive_avg_pool2d(h, self.size)
+        h = self.map(h)
+        return h if want is None else from_standard(h, want)
 
 
 class AuxiliaryNetwork(nn.Module):
@@ -55,23 +72,29 @@ class AuxiliaryNetwork(nn.Module):
         super().__init__()
         assert site.network is not None
         self.pool: Pool = pool
-        layers, shape = [], site.shapes[site.index]
+        layers, at = [], site.index
         for index in indices:
-            wanted = site.shapes[index - 1]
-            if shape != wanted:
-                layers.append(Adapter(shape, wanted))
+            shape, wanted = site.standard_shape(at), site.standard_shape(index - 1)
+            layouts = site.layout(at), site.layout(index - 1)
+            if shape != wanted or layouts[0] != layouts[1]:
+                layers.append(Adapter(shape, wanted, layouts))
             layers.append(site.network.blocks[index].redrawn(h.device))
-            shape = site.shapes[index]
+            at = index
         self.layers = nn.Sequential(*layers)
+        self._unchanged = Unchanged(site.name)  # a copy may begin with an in-place operation
+        self.last = site.layout(at)
+        shape = site.standard_shape(at)
         width = pool_vectors(h.new_empty(1, *shape), pool, per_position=False).shape[-1]
         self.classifier = nn.Linear(width, classes)
         # As in the paper's code, which is about maps.
-        self.norm = nn.BatchNorm1d(width) if len(indices) == 1 and len(shape) == 3 else nn.Identity()
+        self.norm = nn.BatchNorm1d(width) if len(indices) == 1 and len(shape) >= 3 else nn.Identity()
         self.to(h.dtype)
 
     def logits(self, h: Tensor, per_position: bool) -> Tensor:
         """Logits `(B, ..., K)`."""
-        return self.classifier(self.norm(pool_vectors(self.layers(h), self.pool, per_position)))
+        out = self._unchanged(self.layers, h, self.training)
+        out = out if self.last is None else to_standard(out, self.last)
+        return self.classifier(self.norm(pool_vectors(out, self.pool, per_position)))
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ class Stage(nn.Module):
     def __init__(self, readout: nn.Module | None):
         super().__init__()
         self.readout = readout
-        self.register_buffer("running_slope", torch.zeros(()))
-        self.register_buffer("running_curvature", torch.zeros(()))
+        self.register_buffer("running_slope", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("running_curvature", torch.zeros((), dtype=torch.float32))
 
     running_slope: Tensor
     running_curvature: Tensor
@@ -111,12 +111,12 @@ class Boosted(TakesTurns, PredictsBySite, Rule):
             return Stage(None)
         if (site.index + 1) % self.group or site.index == site.blocks - 1:
             return None
-        width = pool_vectors(h, self.pool, per_position=False).shape[-1]
+        width = pool_vectors(h, self.pool, False, site).shape[-1]
         return Stage(nn.Linear(width, task.classes, dtype=h.dtype))
 
-    def _output(self, stage: Stage, h: Tensor) -> Tensor:
+    def _output(self, stage: Stage, h: Tensor, site: Site) -> Tensor:
         """The stage's f `(B, K)`."""
-        return (h if stage.readout is None else stage.readout(pool_vectors(h, self.pool, per_position=False))).float()
+        return (h if stage.readout is None else stage.readout(pool_vectors(h, self.pool, False, site))).float()
 
     def signal(self, ctx: BlockContext) -> Signal:
         """Squared distance of the stage's output from the residual; the sum, this stage included, crosses."""
@@ -125,7 +125,7 @@ class Boosted(TakesTurns, PredictsBySite, Rule):
         stage = ctx.auxiliary
         if not isinstance(stage, Stage):
             return Signal(message=ctx.message)
-        f = self._output(stage, ctx.h)
+        f = self._output(stage, ctx.h, ctx.site)
         total = torch.zeros_like(f) if ctx.message is None else ctx.message
         residual = ctx.task.distribution(ctx.y) - total.softmax(-1)
         if ctx.learns:
@@ -137,6 +137,6 @@ class Boosted(TakesTurns, PredictsBySite, Rule):
     def answer(self, site: Site, h: Tensor, message: Any, auxiliary: nn.Module | None) -> tuple[Tensor, Any]:
         """Adds the stage's step to the sum, which is the answer at the head."""
         if isinstance(auxiliary, Stage):
-            step = self.shrinkage * auxiliary.step() * self._output(auxiliary, h)
+            step = self.shrinkage * auxiliary.step() * self._output(auxiliary, h, site)
             message = step if message is None else message + step
         return (message if site.is_head else h), message

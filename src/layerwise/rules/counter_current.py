@@ -22,16 +22,17 @@ class Feedback(nn.Module):
     layer on the last dimension, else a linear layer on everything; ELU follows.
 
     Args:
-        later: shape of one sample there, `(K,)` for the labels.
-        earlier: shape of one sample here.
+        later: shape of one sample there in the standard order, `(K,)` for the labels.
+        earlier: shape of one sample here, likewise.
     """
 
     def __init__(self, later: tuple[int, ...], earlier: tuple[int, ...]):
         super().__init__()
         self.shape = earlier
-        if len(later) == len(earlier) == 3:
+        if len(later) == len(earlier) >= 3:
+            convolve = nn.Conv3d if len(later) == 4 else nn.Conv2d
             self.layer = nn.Sequential(
-                nn.Upsample(earlier[1:]), nn.Conv2d(later[0], earlier[0], 3, padding=1, bias=False)
+                nn.Upsample(earlier[1:]), convolve(later[0], earlier[0], 3, padding=1, bias=False)
             )
         elif later[:-1] == earlier[:-1]:
             self.layer = nn.Linear(later[-1], earlier[-1], bias=False)
@@ -91,8 +92,8 @@ class CounterCurrent(Rule):
         """The feedback layer that ends at this block's output."""
         if site.is_head:
             return None
-        later = (task.classes,) if site.index == site.blocks - 1 else site.shapes[site.index + 1]
-        return Feedback(later, tuple(h.shape[1:]))
+        later = (task.classes,) if site.index == site.blocks - 1 else site.standard_shape(site.index + 1)
+        return Feedback(later, tuple(site.standard(h).shape[1:])).to(h.dtype)
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
         """The batch; the message is the feedback network."""
@@ -115,17 +116,18 @@ class CounterCurrent(Rule):
         if ctx.site.is_head:
             return cross_entropy_at_head(ctx)
         b = self.feedback(ctx.message, ctx.site.index, ctx.task.classes)
-        rows, classes = ctx.h.float().flatten(1), b.float().flatten(1)
+        h = ctx.site.standard(ctx.h)
+        rows, classes = h.float().flatten(1), b.float().flatten(1)
         own = F.one_hot(ctx.y, ctx.task.classes).float()
-        if ctx.h.dim() == 2:
+        if h.dim() == 2:
             scores = rows @ classes.T
             loss = 256 * self.scale / rows.shape[1] * (scores - own).square().mean()
         else:
             rows, classes = F.normalize(rows, dim=1), F.normalize(classes, dim=1)
             scores = rows @ classes.T
             loss = (scores - own).square().mean()
-            for same in (rows, classes) if ctx.h.dim() == 4 else ():
-                identity = torch.eye(len(same), device=same.device)
+            for same in (rows, classes) if h.dim() >= 4 else ():
+                identity = torch.eye(len(same), dtype=same.dtype, device=same.device)
                 loss = loss + self.decorrelation * (same @ same.T - identity).square().mean()
         accuracy = ctx.task.correct(scores, ctx.y) / ctx.y.numel()
         return Signal(loss=loss, message=ctx.message, metrics={"accuracy": accuracy})

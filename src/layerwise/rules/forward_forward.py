@@ -21,16 +21,20 @@ class Layer(nn.Module):
     """What the rule keeps at a block.
 
     Args:
+        site: the block.
         h: a sample of the block's output.
         classes: number of classes K.
         reads: whether the softmax predictor reads this block.
         peers: whether the mean activity of its units is followed.
     """
 
-    def __init__(self, h: Tensor, classes: int, reads: bool, peers: bool):
+    def __init__(self, site: Site, h: Tensor, classes: int, reads: bool, peers: bool):
         super().__init__()
-        self.classes, self.spatial = classes, h.dim() > 2
-        self.readout = nn.Linear(pool_vectors(h, "auto", per_position=False).shape[-1], classes) if reads else None
+        self.classes, self.input_layout = classes, site.input_layout
+        # Where the first block keeps space, and the input is an image, every filter sees a wave.
+        self.spatial = h.dim() > 2 and len(site.inputs) == 3
+        width = pool_vectors(h, "auto", False, site).shape[-1] if reads else 0
+        self.readout = nn.Linear(width, classes) if reads else None
         self.register_buffer("running_mean", torch.zeros(h.shape[1:]) if peers else None)
 
     running_mean: Tensor | None
@@ -129,7 +133,7 @@ class ForwardForward(PredictsBySite, Rule):
         if site.is_head:
             return None
         reads = self.predictor == "softmax" and self._counts(site) and site.index < site.blocks - 1
-        return Layer(h, task.classes, reads, self.peer > 0)
+        return Layer(site, h, task.classes, reads, self.peer > 0)
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
         """Positive samples, then negative ones, then (for the softmax predictor) neutral ones."""
@@ -138,7 +142,7 @@ class ForwardForward(PredictsBySite, Rule):
         first = ctx.auxiliary[0]
         assert isinstance(first, Layer)
         if self.negatives == "hybrid":
-            parts = [ctx.x, hybrid_images(ctx.x)]
+            parts = [ctx.x, hybrid_images(ctx.x, layout=first.input_layout)]
         else:
             opinion = ctx.predict(ctx.x) if self.negatives == "hard" else None
             wrong = wrong_labels(ctx.y, first.classes, opinion)
@@ -151,7 +155,8 @@ class ForwardForward(PredictsBySite, Rule):
     def labelled(self, x: Tensor, p: Tensor, first: Layer) -> Tensor:
         """Samples `(B, ...)` with class probabilities `(B, K)` written into them."""
         wide = first.spatial if self.label == "auto" else self.label == "map"
-        return (label_map if wide else overlay)(x, self.label_scale * p.to(x.dtype))
+        p = self.label_scale * p.to(x.dtype)
+        return label_map(x, p, first.input_layout) if wide else overlay(x, p)
 
     def _neutral(self, x: Tensor, first: Layer) -> Tensor:
         return self.labelled(x, x.new_full((len(x), first.classes), 1 / first.classes), first)
@@ -173,10 +178,16 @@ class ForwardForward(PredictsBySite, Rule):
         if self._counts(ctx.site):
             message["votes"] = message["votes"] + g
         if ctx.auxiliary.readout is not None:
-            message["logits"] = message["logits"] + ctx.auxiliary.readout(pool_vectors(reading.detach(), "auto", False))
+            message["logits"] = message["logits"] + self._read(ctx.auxiliary, reading.detach(), ctx.site)
             loss = loss + ctx.task.loss(message["logits"], ctx.y)
         last = ctx.site.index == ctx.site.blocks - 1
         return Signal(loss, message=message, output=reading if last and len(reading) else direction, metrics=metrics)
+
+    def _read(self, layer: Layer, direction: Tensor, site: Site) -> Tensor:
+        """The layer's readout of a direction: `(B, K)`, in float32."""
+        assert layer.readout is not None
+        vectors = pool_vectors(direction, "auto", False, site)
+        return layer.readout(vectors.to(layer.readout.weight.dtype)).float()
 
     def theta(self, ctx: BlockContext) -> float:
         """Threshold of the block's goodness."""
@@ -206,7 +217,7 @@ class ForwardForward(PredictsBySite, Rule):
         """The samples with every label, or with the neutral one."""
         assert isinstance(auxiliary, Layer)
         if self.predictor == "goodness":
-            labels = torch.eye(auxiliary.classes, device=x.device).repeat(len(x), 1)
+            labels = torch.eye(auxiliary.classes, dtype=x.dtype, device=x.device).repeat(len(x), 1)
             x = self.labelled(x.repeat_interleave(auxiliary.classes, 0), labels, auxiliary)
         elif self.negatives != "hybrid":
             x = self._neutral(x, auxiliary)
@@ -221,5 +232,5 @@ class ForwardForward(PredictsBySite, Rule):
         if self.predictor == "goodness":
             vote = goodness(h, self.goodness) if self._counts(site) else None
         else:
-            vote = auxiliary.readout and auxiliary.readout(pool_vectors(direction, "auto", False))
+            vote = None if auxiliary.readout is None else self._read(auxiliary, direction, site)
         return direction, message if vote is None else message + vote

@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.core.functional import supervised_contrastive
+from layerwise.core.layout import to_standard
 from layerwise.core.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, by_depth, cross_entropy_at_head
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.rules.readout import grouped, pool_vectors
+from layerwise.rules.label_input import known_layout
+from layerwise.rules.readout import convolution, grouped, pool_vectors
 
 FEATURES = 128
 
@@ -26,20 +28,22 @@ class Decoder(nn.Module):
     vector: one linear map.
 
     Args:
-        given: shape of one sample of the output.
-        wanted: shape of one sample of the input.
+        given: shape of one sample of the output, in the standard order.
+        wanted: shape of one sample of the input, likewise.
     """
 
     def __init__(self, given: tuple[int, ...], wanted: tuple[int, ...]):
         super().__init__()
         self.wanted, self.patch = wanted, 0
-        if len(given) == len(wanted) == 3:
+        if len(given) == len(wanted) >= 3:
+            volume = len(given) == 4
+            convolve, norm = (nn.Conv3d, nn.BatchNorm3d) if volume else (nn.Conv2d, nn.BatchNorm2d)
             self.layers: nn.Module = nn.Sequential(
-                nn.Upsample(wanted[1:], mode="bilinear"),
-                nn.Conv2d(given[0], 12, 3, padding=1, bias=False),
-                nn.BatchNorm2d(12),
+                nn.Upsample(wanted[1:], mode="trilinear" if volume else "bilinear"),
+                convolve(given[0], 12, 3, padding=1, bias=False),
+                norm(12),
                 nn.ReLU(),
-                nn.Conv2d(12, wanted[0], 3, padding=1),
+                convolve(12, wanted[0], 3, padding=1),
             )
         elif len(given) == 1:
             self.layers = nn.Linear(given[0], math.prod(wanted))
@@ -71,17 +75,19 @@ def _patch(given: tuple[int, ...], wanted: tuple[int, ...]) -> int:
 
 def reader(h: Tensor, outputs: int) -> nn.Module:
     """The auxiliary network: 3x3 convolution with stride 2, batch norm, ReLU, mean (for maps); two linear layers."""
-    width = h.shape[1 if h.dim() == 4 else -1]
-    maps = [
-        nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(width),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-    ]
-    return nn.Sequential(
-        *(maps if h.dim() == 4 else []), nn.Linear(width, FEATURES), nn.ReLU(), nn.Linear(FEATURES, outputs)
-    )
+    width, maps = h.shape[1 if h.dim() >= 4 else -1], []
+    if h.dim() >= 4:
+        norm, pooled = (
+            (nn.BatchNorm3d, nn.AdaptiveAvgPool3d) if h.dim() == 5 else (nn.BatchNorm2d, nn.AdaptiveAvgPool2d)
+        )
+        maps = [
+            convolution(h)(width, width, 3, stride=2, padding=1, bias=False),
+            norm(width),
+            nn.ReLU(),
+            pooled(1),
+            nn.Flatten(),
+        ]
+    return nn.Sequential(*maps, nn.Linear(width, FEATURES), nn.ReLU(), nn.Linear(FEATURES, outputs))
 
 
 class Heads(nn.Module):
@@ -161,9 +167,18 @@ class InfoPro(Rule):
         keep, tell = self.weights(site)
         if not keep and not tell:
             return None
-        decoder = Decoder(tuple(h.shape[1:]), site.inputs) if keep else None
+        h = site.standard(h)
+        wanted = tuple(self._input(h.new_empty(1, *site.inputs), h, site).shape[1:])
+        decoder = Decoder(tuple(h.shape[1:]), wanted) if keep else None
         outputs = FEATURES if self.task == "contrast" else task.classes
         return Heads(decoder, reader(h, outputs) if tell else None).to(h.dtype)
+
+    def _input(self, x: Tensor, h: Tensor, site: Site) -> Tensor:
+        """What is reconstructed, in the standard order; a vector tells nothing of it, so that any order will do."""
+        layout = site.input_layout
+        if site.layouts and h.dim() > 2 and x.dim() > 3:
+            layout = known_layout(layout)
+        return x if layout is None else to_standard(x, layout)
 
     def signal(self, ctx: BlockContext) -> Signal:
         """Reconstruction and task of the group, or the cross-entropy of the network's head."""
@@ -176,16 +191,17 @@ class InfoPro(Rule):
             return Signal(message=x)
         assert isinstance(ctx.auxiliary, Heads)
         keep, tell = self.weights(ctx.site)
+        h = ctx.site.standard(ctx.h)
         loss, metrics = torch.zeros((), device=ctx.h.device), {}
         if ctx.auxiliary.decoder is not None:
-            decoded = ctx.auxiliary.decoder(ctx.h).float()
-            if x.dim() == 4:
-                metrics["reconstruction"] = F.binary_cross_entropy_with_logits(decoded, brightness(x))
+            decoded, wanted = ctx.auxiliary.decoder(h).float(), self._input(x, h, ctx.site)
+            if wanted.dim() >= 4:
+                metrics["reconstruction"] = F.binary_cross_entropy_with_logits(decoded, brightness(wanted))
             else:
-                metrics["reconstruction"] = F.mse_loss(decoded, x.float())
+                metrics["reconstruction"] = F.mse_loss(decoded, wanted.float())
             loss = loss + keep * metrics["reconstruction"]
         if ctx.auxiliary.reader is not None:
-            found = ctx.auxiliary.reader(ctx.h if ctx.h.dim() == 4 else pool_vectors(ctx.h, "mean", per_position=False))
+            found = ctx.auxiliary.reader(h if h.dim() >= 4 else pool_vectors(h, "mean", per_position=False))
             if self.task == "contrast":
                 metrics["contrast"] = supervised_contrastive(found, ctx.y, self.temperature)
                 loss = loss + tell * metrics["contrast"]

@@ -51,7 +51,7 @@ class Interlocking(Rule):
         """A linear head where a view ends before the network does."""
         if not self.n - 1 <= site.index < site.blocks - 1:
             return None
-        return nn.Linear(pool_vectors(h, self.pool, per_position=False).shape[-1], task.classes, dtype=h.dtype)
+        return nn.Linear(pool_vectors(h, self.pool, False, site).shape[-1], task.classes, dtype=h.dtype)
 
     def signal(self, ctx: BlockContext) -> Signal:
         """The loss at the end of the view, which trains the first block; in a block's turn, the loss of its head."""
@@ -61,6 +61,6 @@ class Interlocking(Rule):
         if ctx.auxiliary is None or not (own or last):
             return Signal()
         h = ctx.h if last else ctx.h.detach()
-        logits = ctx.auxiliary(pool_vectors(h, self.pool, ctx.y.dim() > 1))
+        logits = ctx.auxiliary(pool_vectors(h, self.pool, ctx.y.dim() > 1, ctx.site))
         accuracy = ctx.task.accuracy(logits, ctx.y)
         return Signal(loss=ctx.task.loss(logits, ctx.y), metrics={"accuracy": accuracy})

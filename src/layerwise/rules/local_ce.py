@@ -60,7 +60,7 @@ class LocalCE(Rule):
         """A linear head from the pooled output to the classes, for every group but the last."""
         if not self._has_head(site):
             return None
-        return nn.Linear(pool_vectors(h, self.pool, per_position=False).shape[-1], task.classes, dtype=h.dtype)
+        return nn.Linear(pool_vectors(h, self.pool, False, site).shape[-1], task.classes, dtype=h.dtype)
 
     def signal(self, ctx: BlockContext) -> Signal:
         """Cross-entropy of the block's own head, or of the network's at the end."""
@@ -68,6 +68,6 @@ class LocalCE(Rule):
             return cross_entropy_at_head(ctx)
         if ctx.auxiliary is None:
             return Signal()
-        logits = ctx.auxiliary(pool_vectors(ctx.h, self.pool, ctx.y.dim() > 1))
+        logits = ctx.auxiliary(pool_vectors(ctx.h, self.pool, ctx.y.dim() > 1, ctx.site))
         accuracy = ctx.task.accuracy(logits, ctx.y)
         return Signal(loss=ctx.task.loss(logits, ctx.y), metrics={"accuracy": accuracy})

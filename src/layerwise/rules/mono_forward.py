@@ -46,7 +46,7 @@ class MonoForward(PredictsBySite, LocalCE):
         """The projection M of every group but the last, whose projection is the head."""
         if not self._has_head(site):
             return None
-        width = pool_vectors(h, self.pool, per_position=False).shape[-1]
+        width = pool_vectors(h, self.pool, False, site).shape[-1]
         return nn.Linear(width, task.classes, bias=False, dtype=h.dtype)
 
     def signal(self, ctx: BlockContext) -> Signal:
@@ -67,5 +67,5 @@ class MonoForward(PredictsBySite, LocalCE):
         if site.is_head:
             return total + h, None
         if auxiliary is not None:
-            total = total + auxiliary(pool_vectors(h, self.pool, per_position=False))
+            total = total + auxiliary(pool_vectors(h, self.pool, False, site))
         return h, total

@@ -12,14 +12,14 @@ from layerwise.core.ranges import Fraction, PositiveInt
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, cross_entropy_at_head
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.rules.readout import grouped, pool_vectors
+from layerwise.rules.readout import convolution, grouped, pool_vectors
 
 
 class Heads(nn.Module):
     """The two local networks of a block: a linear classifier that starts at zero, and a map before the similarities.
 
     Args:
-        h: a sample of the block's output.
+        h: a sample of the block's output, in the standard order.
         classes: number of classes K.
         loss: which of the two there are.
     """
@@ -28,21 +28,22 @@ class Heads(nn.Module):
         super().__init__()
         self.classifier = self.map = None
         if loss != "sim":
-            self.classifier = nn.Linear(pool_vectors(h, "grid", per_position=False).shape[-1], classes)
+            self.classifier = nn.Linear(pool_vectors(h, "grid", False).shape[-1], classes)
             nn.init.zeros_(self.classifier.weight)
             nn.init.zeros_(self.classifier.bias)
         if loss != "pred":
-            image = h.dim() == 4
+            image = h.dim() >= 4
             width = h.shape[1 if image else -1]
             self.map = (
-                nn.Conv2d(width, width, 3, padding=1, bias=False) if image else nn.Linear(width, width, bias=False)
+                convolution(h)(width, width, 3, padding=1, bias=False) if image else nn.Linear(width, width, bias=False)
             )
+        self.to(h.dtype)
 
     def rows(self, h: Tensor) -> Tensor:
         """A vector per sample, `(B, D)`: of an image, the standard deviation of each map over the places."""
         assert self.map is not None
         z = self.map(h)
-        spread = z.dim() == 4 and z[0, 0].numel() > 1
+        spread = z.dim() >= 4 and z[0, 0].numel() > 1
         return z.float().flatten(2).std(2) if spread else z.flatten(1)
 
 
@@ -89,7 +90,7 @@ class PredSim(Rule):
     def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
         """The classifier and the map of every group of blocks."""
         ends = (site.index + 1) % self.group == 0 or site.index == site.blocks - 1
-        return Heads(h, task.classes, self.loss) if ends and not site.is_head else None
+        return Heads(site.standard(h), task.classes, self.loss) if ends and not site.is_head else None
 
     def signal(self, ctx: BlockContext) -> Signal:
         """Cross-entropy of the local classifier and distance of the similarities from those of the labels."""
@@ -101,15 +102,16 @@ class PredSim(Rule):
         if heads is None:
             return Signal()
         assert isinstance(heads, Heads)
+        h = ctx.site.standard(ctx.h)
         share = {"pred": 0.0, "sim": 1.0}.get(self.loss, self.beta)
         loss, metrics = torch.zeros((), device=ctx.h.device), {}
         if heads.classifier is not None:
-            logits = heads.classifier(pool_vectors(ctx.h, "grid", per_position=False))
+            logits = heads.classifier(pool_vectors(h, "grid", False))
             loss = loss + (1 - share) * ctx.task.loss(logits, ctx.y)
             metrics["accuracy"] = ctx.task.correct(logits, ctx.y) / ctx.y.numel()
         if heads.map is not None:
             wanted = similarity(F.one_hot(ctx.y, ctx.task.classes))
             # Not F.mse_loss, whose scalar keeps a storage of B x B numbers alive with the metrics.
-            metrics["similarity"] = (similarity(heads.rows(ctx.h)) - wanted).square().mean()
+            metrics["similarity"] = (similarity(heads.rows(h)) - wanted).square().mean()
             loss = loss + share * metrics["similarity"]
         return Signal(loss=loss, metrics=metrics)

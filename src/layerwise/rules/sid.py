@@ -192,10 +192,10 @@ class SID(Distillation):
             return None
         if site.is_head:
             return BeliefToLogits(task.classes, h.dtype)
-        return BeliefHead(task.classes, self._vectors(h).shape[-1], self.hidden, h.dtype)
+        return BeliefHead(task.classes, self._vectors(h, site).shape[-1], self.hidden, h.dtype)
 
-    def _vectors(self, h: Tensor) -> Tensor:
-        return pool_vectors(h, self.pool, per_position=False)
+    def _vectors(self, h: Tensor, site: Site) -> Tensor:
+        return pool_vectors(h, self.pool, False, site)
 
     def signal(self, ctx: BlockContext) -> Signal:
         """The objective of the group's belief."""
@@ -203,7 +203,7 @@ class SID(Distillation):
             return Signal(message=ctx.message)
         if ctx.y.dim() > 1 and self.pool != "none":
             raise LayerwiseError('sid reads a belief per sample, and there is a label per position; set pool="none".')
-        features = ctx.h if ctx.site.is_head else self._vectors(ctx.h)
+        features = ctx.h if ctx.site.is_head else self._vectors(ctx.h, ctx.site)
         before = ctx.message if ctx.message is not None else uniform_belief(features, ctx.task.classes)
         return self.distil(ctx, ctx.auxiliary(before, features), before)
 
@@ -214,7 +214,8 @@ class SID(Distillation):
             x = block(x)
             if index not in auxiliary:
                 continue
-            features = x if block is network.head else self._vectors(x)
+            site = Site(index, len(network.blocks), block.name, layouts=network.layouts)
+            features = x if block is network.head else self._vectors(x, site)
             if belief is None:
                 first = next(p for p in auxiliary[len(network.blocks)].parameters())
                 belief = uniform_belief(features, len(first))
@@ -326,7 +327,7 @@ class SIDCascade(HasTrunk, Distillation):
 
     def _features(self, site: Site, h: Tensor, task: Classification) -> Tensor:
         """A vector out of the output of the extractor's half: the mean over space, or the features of the state."""
-        return h[:, task.classes :] if h.dim() == 2 else pool_vectors(h, "mean", per_position=False)
+        return h[:, task.classes :] if h.dim() == 2 else pool_vectors(h, "mean", False, site)
 
     def signal(self, ctx: BlockContext) -> Signal:
         """The objective of the module's belief; in the extractor, the cross-entropy of its own head if it has one."""

@@ -37,29 +37,30 @@ class Projection(nn.Module):
         width: number of features D after pooling.
         dim: rows d0 of R.
         classes: number of classes K.
+        dtype: of R; float32 unless activations are wider.
         options: the rule, for scale, normalisation, dropout, distribution of R, kind of target.
 
     Shapes: `(..., D)` to `(..., d0)`; `class_logits` maps `(..., d0)` to `(..., K)`.
     """
 
-    def __init__(self, width: int, dim: int, classes: int, options: "SLL"):
+    def __init__(self, width: int, dim: int, classes: int, options: "SLL", dtype: torch.dtype = torch.float32):
         super().__init__()
         matrix = torch.randn(dim, width) / width**0.5
         if options.projection == "orthonormal":
             # The same mean square length of a row as the Gaussian matrix has: 1.
             wide = torch.linalg.qr(torch.randn(max(dim, width), min(dim, width)))[0]
             matrix = wide.T if dim <= width else wide * (dim / width) ** 0.5
-        self.register_buffer("matrix", matrix * options.scale)
+        self.register_buffer("matrix", (matrix * options.scale).to(dtype))
         code = torch.randn(classes, dim) / dim**0.5 if options.targets == "codebook" else None
-        self.register_buffer("code", code)
+        self.register_buffer("code", None if code is None else code.to(dtype))
         self.classes, self.norm, self.dropout = classes, options.norm, options.dropout
 
     matrix: Tensor
     code: Tensor | None
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits of the auxiliary posterior, in float32."""
-        features = functional.normalise(features.float(), self.norm)
+        """Logits of the auxiliary posterior, in float32 or wider."""
+        features = functional.normalise(features.to(self.matrix.dtype), self.norm)
         features = F.dropout(features, self.dropout, self.training)
         with torch.autocast(features.device.type, enabled=False):
             return F.linear(features, self.matrix)
@@ -161,8 +162,8 @@ class SLL(Rule):
                 f"dim is {dim}, smaller than the {task.classes} classes; use dim >= {task.classes} or "
                 'targets="codebook".'
             )
-        width = pool_vectors(h, self.pool, per_position=False).shape[-1]
-        return Projection(width, dim, task.classes, self)
+        width = pool_vectors(h, self.pool, False, site).shape[-1]
+        return Projection(width, dim, task.classes, self, torch.promote_types(h.dtype, torch.float32))
 
     def signal(self, ctx: BlockContext) -> Signal:
         """Likelihood and alignment of the posterior that is read off at this site."""
@@ -174,7 +175,7 @@ class SLL(Rule):
         if ctx.auxiliary is None:
             return Signal(message=ctx.message)
         assert isinstance(ctx.auxiliary, Projection)
-        v = ctx.auxiliary(pool_vectors(ctx.h, self.pool, ctx.y.dim() > 1))
+        v = ctx.auxiliary(pool_vectors(ctx.h, self.pool, ctx.y.dim() > 1, ctx.site))
         logits = ctx.auxiliary.class_logits(v)
         # With the index targets the softmax runs over all d0 coordinates; the label is one of the first K.
         likelihood = ctx.task.loss(v if self.targets == "index" else logits, ctx.y)

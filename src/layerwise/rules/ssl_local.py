@@ -8,10 +8,12 @@ from torch import Tensor, nn
 
 from layerwise.core.augment import AUGMENTATIONS, check_augmentations
 from layerwise.core.functional import matched, nt_xent
+from layerwise.core.layout import from_standard, to_standard
 from layerwise.core.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, ProperFraction
 from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Signal, Site, cross_entropy_at_head
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
+from layerwise.rules.label_input import known_layout
 from layerwise.rules.readout import Pool, grouped, pool_vectors
 
 
@@ -84,15 +86,18 @@ class SSLLocal(Rule):
         """The projection head at the end of every group of blocks."""
         if site.is_head or ((site.index + 1) % self.group and site.index < site.blocks - 1):
             return None
-        width = pool_vectors(h, self.pool, per_position=False).shape[-1]
+        width = pool_vectors(h, self.pool, False, site).shape[-1]
         layers = [nn.Linear(width, self.hidden), nn.ReLU(), nn.Linear(self.hidden, self.dim)]
         return nn.Sequential(*layers).to(h.dtype)
 
-    def view(self, x: Tensor) -> Tensor:
-        """A random view of every sample `(B, ...)`."""
-        if x.dim() == 4 and min(x.shape[2:]) > 1:
+    def view(self, x: Tensor, layout: str | None = "BCHW") -> Tensor:
+        """A random view of every sample `(B, ...)`; `layout` is that of images."""
+        if x.dim() == 4 and min(to_standard(x, known_layout(layout)).shape[2:]) > 1:
+            layout = known_layout(layout)
+            x = to_standard(x, layout)
             for name in self.augment:
                 x = AUGMENTATIONS[name](x, torch.default_generator)  # drawn on the host, like all augmentation
+            x = from_standard(x, layout)
         else:
             x = x * (torch.rand_like(x) >= self.drop)
         return x + self.noise * torch.randn_like(x)
@@ -107,7 +112,8 @@ class SSLLocal(Rule):
             )
         if not ctx.network.training:
             return ctx.x, None
-        return torch.cat([self.view(ctx.x), self.view(ctx.x), ctx.x]), None
+        layout = ctx.network.input_layout
+        return torch.cat([self.view(ctx.x, layout), self.view(ctx.x, layout), ctx.x]), None
 
     def signal(self, ctx: BlockContext) -> Signal:
         """The contrast of the two views; at the head the cross-entropy of the probe, which gets the samples alone."""
@@ -118,6 +124,6 @@ class SSLLocal(Rule):
         views, itself = ctx.h[: 2 * len(ctx.y)], ctx.h[2 * len(ctx.y) :]
         signal = Signal(output=itself if ctx.site.index == ctx.site.blocks - 1 else None)
         if ctx.auxiliary is not None:
-            z = ctx.auxiliary(pool_vectors(views, self.pool, per_position=False))
+            z = ctx.auxiliary(pool_vectors(views, self.pool, False, ctx.site))
             signal.loss, signal.metrics = nt_xent(z, self.temperature), {"matched": matched(z.detach())}
         return signal

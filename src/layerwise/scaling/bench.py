@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from layerwise.compare.pool import cores
-from layerwise.core.blocks import operations, partition
+from layerwise.core.cost import operations
+from layerwise.core.cutting import partition
 from layerwise.errors import LayerwiseError, suggestion
 from layerwise.measure.bench_problem import Problem, batch_of, network_of, parse_problem, write_figures
 from layerwise.parallel.replicas import check_shares

@@ -30,7 +30,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from layerwise.compare.pool import lines_of_parent
-from layerwise.core.blocks import balanced_ends, operations, partition
+from layerwise.core.cost import balanced_ends, operations
+from layerwise.core.cutting import partition
 from layerwise.core.engine import Engine
 from layerwise.core.optim import decay_groups, optimizer_factory
 from layerwise.errors import LayerwiseError
