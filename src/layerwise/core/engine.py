@@ -374,7 +374,7 @@ class Engine:
         if group.learns:
             self._learn(group, h, signals, step, trace)
         elif self.execution.nonfinite == "skip":
-            self._rest(group, h_out, trace)
+            self._rest(group, h_out)
         if trunk is not None and h.grad is not None:
             assert isinstance(self.rule, HasTrunk)
             gradient = h.grad / (self._weight * scale)  # in the units of the loss
@@ -423,11 +423,13 @@ class Engine:
         if waiting is not None:
             waiting()
 
-    def _rest(self, group: Group, out: Tensor, trace: Trace) -> None:
-        """Judge a group that does not learn by its output: where that is not finite, its buffers are put back."""
+    def _rest(self, group: Group, out: Tensor) -> None:
+        """Judge a group that does not learn by its output: where that is not finite, its buffers are put back.
+
+        It has no update to skip, so it is not counted in `Trace.skipped`.
+        """
         if not (bool(torch.isfinite(out).all()) and bool(torch.isfinite(self._running_norm(group)))):
             group.broken = True
-            trace.skipped.add(group.name)
         if group.broken:
             self._put_back(group)
 
