@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from layerwise.errors import LayerwiseError, suggestion
+from layerwise.errors import LayerwiseError, suggestion, tell_torchrun
 from layerwise.memory.malloc import keep_freed_memory
 from layerwise.parsing import parse, take_option
 
@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, where a failure can still be told
         return code
     except LayerwiseError as error:
+        tell_torchrun(str(error))
         print(f"layerwise: {error}", file=sys.stderr)
         return 2
     except SystemExit as stop:  # tyro has printed the help text
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(argv: list[str]) -> int:
     """`layerwise train`: train a network, or go on with a run."""
-    from layerwise.runs import pipelined, replicated
+    from layerwise.runs import distributed, pipelined, replicated
     from layerwise.runs.arguments import train_options
     from layerwise.runs.folders import read_options
     from layerwise.runs.options import TrainOptions
@@ -92,23 +93,23 @@ def train(argv: list[str]) -> int:
     words = list(argv)
     resume = take_option(words, "resume")
     if resume is not None:
-        given = {f.name: take_option(words, f.name) for f in fields(pipelined.ParallelOptions)}
+        given = {f.name: take_option(words, f.name) for f in fields(distributed.ParallelOptions)}
         if words:
             raise LayerwiseError(
                 f"--resume goes on with the options of the run, so {' '.join(words)!r} cannot be given; leave it out."
             )
         words = [word for name, value in given.items() if value is not None for word in (f"--{name}", value)]
-        how = parse(pipelined.ParallelOptions, words, "train")
+        how = parse(distributed.ParallelOptions, words, "train")
         folder, options = Path(resume), read_options(Path(resume))
     else:
-        how = train_options(argv, "train", pipelined.TrainCommand)
+        how = train_options(argv, "train", distributed.TrainCommand)
         folder, options = None, TrainOptions(**{f.name: getattr(how, f.name) for f in fields(TrainOptions)})
     if how.parallel != "none":
         if how.parallel == "sharded":
             from layerwise.runs.sharded import ShardedRun as kind  # here, as fully_shard takes seconds to import
         else:
             kind = {"pipeline": pipelined.PipelineRun, "data": replicated.DataRun}[how.parallel]
-        return pipelined.train(kind, how, options, command, folder, lambda *found: print(result_table(*found)))
+        return distributed.train_rank(kind, how, options, command, folder, lambda *found: print(result_table(*found)))
     if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LayerwiseError(
             "torchrun has started several processes of the same run; add --parallel pipeline, data or sharded."

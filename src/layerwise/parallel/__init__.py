@@ -1,1 +1,1 @@
-"""Training on several ranks: the forward-only pipeline."""
+"""Training on several ranks: rendezvous and agreement, messages, replicas, shards and stages."""
