@@ -33,6 +33,5 @@ def tell_torchrun(sentence: str) -> None:
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         message = {"message": f"layerwise: {sentence}", "extraInfo": {"timestamp": str(int(time.time()))}}
-        with contextlib.suppress(OSError):  # the sentence is printed in any case
-            with open(file, "w") as report:
-                json.dump({"message": message}, report)
+        with contextlib.suppress(OSError), open(file, "w") as report:  # the sentence is printed in any case
+            json.dump({"message": message}, report)

@@ -220,12 +220,12 @@ def test_every_way_moves_weights_as_one_process_does_and_a_process_that_dies_is_
 
 def test_at_the_end_of_a_way_every_lane_has_given_its_last_word():
     link = CountingLink(SimpleNamespace(rank=0, count=1, transfer_device=None, lanes=4))
-    link.inlet = inlet = SimpleNamespace(lanes=range(4), found=deque(["batch"] * 6 + [None] * 4))
-    inlet.receive = inlet.found.popleft
+    link.from_previous = channel = SimpleNamespace(lanes=range(4), found=deque(["batch"] * 6 + [None] * 4))
+    channel.receive = channel.found.popleft
     while link.take():
         assert link.receive() == "batch"
     link.close()
-    assert not inlet.found
+    assert not channel.found
 
 
 def test_nobody_outlives_the_command():

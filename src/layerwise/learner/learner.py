@@ -189,6 +189,15 @@ class Learner:
             "seed": derive_seed(seed, "replica", replicas.rank) if replicas is not None and replicas.rank else seed,
             "replicas": replicas,
         }
+        # What all replicas must have alike.
+        self._facts = {
+            "the rule": self.rule.name,
+            **{f"the rule's {name}": value for name, value in vars(self.rule).items()},
+            "the optimizer": [optimizer, optimizer_options],
+            **{"lr": lr, "lr_multipliers": lr_multipliers, "weight_decay": weight_decay, "schedule": self.schedule},
+            **{"clip": clip, "accumulate": accumulate, "precision": precision, "nonfinite": nonfinite},
+            **{"label_smoothing": label_smoothing, "seed": seed},
+        }
         self._seed = seed
         Classification(1, label_smoothing)  # refuses a wrong value now; the number of classes is known later
         self.label_smoothing = label_smoothing
@@ -236,7 +245,7 @@ class Learner:
         self.engine = Engine(self.rule, Execution(task=task, **self._how), self._resident)
         if self.replicas is not None:
             found = [*self.network.parameters(), *self.network.buffers()]
-            self.replicas.copy_from_first(tensor for tensor in found if not tensor.is_meta)
+            self.replicas.copy_from_first((tensor for tensor in found if not tensor.is_meta), self._facts)
         groups = []
         for i in mine:
             own = units[ranges[i].start : ends[i]]

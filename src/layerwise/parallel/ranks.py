@@ -117,11 +117,11 @@ class Ranks:
         def differ() -> str | None:
             for rank, key in enumerate(keys):
                 if rank not in found and self.store.has(key):
-                    found[rank] = json.loads(self.store.get([key])[0])[1]
+                    found[rank] = parsed(self.store.get([key])[0], 2)[1]
             return difference({**found, self.rank: facts})
 
         try:
-            other = json.loads(self.store.set_once(keys[self.rank], mine))[0]
+            other = parsed(self.store.set_once(keys[self.rank], mine), 2)[0]
             if other != who:
                 raise LayerwiseError(
                     f"two processes are rank {self.rank} ({who}, and {other}); give each process a RANK of its own."
@@ -173,7 +173,7 @@ class Ranks:
                 verb = "was" if len(missing) == 1 else "were"
                 sentence = f"{names} {verb} not ready within {seconds:g} s, so the run has not begun."
                 raise LayerwiseError(self.announce(sentence))
-            found = [json.loads(text) for text in self.store.get(keys)]
+            found = [parsed(text, 4) for text in self.store.get(keys)]
         except RuntimeError as reason:
             raise self.store_lost(str(reason)) from reason
         refused = next((Refused(why, rank) for rank, (why, *_) in enumerate(found) if why is not None), None)
@@ -310,6 +310,22 @@ def difference(facts: Mapping[int, Mapping[str, Any]]) -> str | None:
     return f"the ranks differ in {what}; give all ranks the same command, data and versions."
 
 
+def parsed(text: str, items: int) -> list[Any]:
+    """The list that a rank has stored as JSON, of so many items.
+
+    Raises:
+        LayerwiseError: it is none.
+    """
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(text)
+        if isinstance(found, list) and len(found) == items:
+            return found
+    raise LayerwiseError(
+        "the store of the ranks holds what no rank has written; check that all processes belong to one job, and that "
+        "nobody else reaches its port."
+    )
+
+
 def shortened(text: str, most: int = 60) -> str:
     """The text, without its middle where it is long."""
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
@@ -327,7 +343,9 @@ def in_words(ranks: Sequence[int]) -> str:
 
 def plain(value: Any) -> Any:
     """A value as JSON holds it. Objects are told by what they print, without their addresses in memory."""
-    return json.loads(json.dumps(value, default=lambda other: re.sub(r" at 0x[0-9a-f]+", "", repr(other))))
+    return json.loads(
+        json.dumps(value, skipkeys=True, default=lambda other: re.sub(r" at 0x[0-9a-f]+", "", repr(other)))
+    )
 
 
 def guarded(ranks: Ranks, work: Callable[[], Any]) -> Any:

@@ -57,29 +57,28 @@ class StoreClient:
     Args:
         store: torch's client.
         seconds: the limit of a call.
+        silent: set when a call has met the limit; of its own if not given.
 
     Every method raises `NoAnswer` where the limit is over, at once if an earlier call has met it, and another
     RuntimeError where the store is gone.
     """
 
-    def __init__(self, store: Store, seconds: float):
+    def __init__(self, store: Store, seconds: float, silent: threading.Event | None = None):
         self.store, self.seconds = store, seconds
-        self.silent = False
+        self._silent = silent or threading.Event()
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        if self.silent:
+        if self._silent.is_set():
             raise NoAnswer("timed out before")
         try:
             return within(self.seconds, lambda: getattr(self.store, name)(*arguments))
         except NoAnswer:
-            self.silent = True
+            self._silent.set()
             raise
 
     def limited(self, seconds: float) -> "StoreClient":
         """The same client with a shorter limit, for those who have waited already."""
-        client = StoreClient(self.store, min(seconds, self.seconds))
-        client.silent = self.silent
-        return client
+        return StoreClient(self.store, min(seconds, self.seconds), self._silent)
 
     def clone(self) -> "StoreClient":
         """A client with a connection of its own, as a connection serves one call at a time."""
@@ -91,7 +90,7 @@ class StoreClient:
 
     def set_once(self, key: str, text: str) -> str:
         """Store a text unless there is one; returns what is stored then."""
-        return self._call("compare_set", key, "", text).decode()
+        return self._call("compare_set", key, "", text).decode(errors="replace")
 
     def has(self, key: str) -> bool:
         """Whether a text is stored."""
@@ -99,7 +98,7 @@ class StoreClient:
 
     def get(self, keys: Sequence[str]) -> list[str]:
         """Texts that are stored."""
-        return [value.decode() for value in self._call("multi_get", list(keys))] if keys else []
+        return [value.decode(errors="replace") for value in self._call("multi_get", list(keys))] if keys else []
 
     def wait(self, keys: Sequence[str], seconds: float, unless: Callable[[], bool] = lambda: False) -> list[str]:
         """Wait until texts are stored.

@@ -255,7 +255,7 @@ class Shards(Replicas):
     # States.
 
     def to_shard(self, own: Tensor, given: Tensor) -> Tensor:
-        """The part of the full tensor `given` that belongs to a parameter of the model, or to this rank's shard of one."""
+        """The part of the full tensor `given` that belongs to a parameter of the model or to its shard here."""
         sharded = self._shared[own].sharded if own in self._shared else own
         if not isinstance(sharded, DTensor) or sharded.shape != given.shape:
             return given

@@ -134,7 +134,7 @@ class Stage:
 
 
 def seconds(network: Partition, example: Tensor, repeats: int = 3) -> list[float]:
-    """Seconds that each block and the head take forward and backward on a batch: the best of `repeats`, after a warm-up.
+    """Seconds of each block and the head, forward and backward on a batch: the best of `repeats`, after a warm-up.
 
     Evaluation mode leaves running statistics and random generators alone; no gradient is kept.
     """

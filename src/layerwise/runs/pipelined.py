@@ -163,7 +163,7 @@ class PipelineRun(PartsRun):
         return self._mean(*totals(self.learner, batches)) if batches is not None else {}
 
     def _mean(self, sums: dict[str, float], count: int) -> dict[str, float]:
-        """Means of all blocks over all pipelines, at the last rank of each; on other ranks those of the blocks so far."""
+        """Means of all blocks over all pipelines, on the last rank of each; elsewhere those of the blocks so far."""
         if not self.stage.first:
             sums = {**self.receive(), **sums}
         if not self.stage.last:

@@ -1,8 +1,8 @@
 """A rank that measures: it trains one network in the ways that `layerwise bench scaling` compares.
 
 It reads tasks from standard input, one JSON object per line, and answers each with one line on standard output. Rank 0
-is asked for a port first; the next task tells each rank who it is. When standard input ends, because the parent has died
-or has finished, the process ends at once.
+is asked for a port first; the next task tells each rank who it is. When standard input ends, because the parent has
+died or has finished, the process ends at once.
 """
 
 import contextlib
