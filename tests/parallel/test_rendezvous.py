@@ -98,7 +98,7 @@ def test_no_call_on_a_stopped_store_lasts_longer_than_its_limit():
 def test_rank_0_is_named_where_it_keeps_the_store_and_is_stopped(kind, tmp_path):
     words = [*kind, *LONG, *(["--stages", "2,2"] if kind is PIPELINE else [])]
     name = "rank 0 (block1..block2)" if kind is PIPELINE else "rank 0"
-    told = check_hangs(2, 0, name, tmp_path / "out", tmp_path / "job", words, own_store(2))
+    told = check_hangs(2, 0, name, tmp_path / "out", tmp_path / "job", words, own_store(2), 4)
     assert all("has not answered" in text and "Traceback" not in text for text in told), told
 
 

@@ -140,16 +140,16 @@ def check_refused(ranks, words, of_rank, sentence, folder):
     assert [file.name for file in full.iterdir()] == ["file"] and (full / "file").read_text() == "mine"
 
 
-def check_hangs(ranks, victim, name, out, folder, words, variables=None):
-    """One rank is stopped; the others end within the limit of two seconds, with a sentence about it."""
+def check_hangs(ranks, victim, name, out, folder, words, variables=None, limit=2):
+    """One rank is stopped; the others end soon after the limit in seconds, with a sentence about it."""
     others = [rank for rank in range(ranks) if rank != victim]
-    with job(ranks, folder, [*words, "--timeout", "2", "--out", str(out)], variables=variables) as processes:
+    with job(ranks, folder, [*words, "--timeout", str(limit), "--out", str(out)], variables=variables) as processes:
         under_way(out, processes)
         os.kill(processes[victim].pid, signal.SIGSTOP)
         begun = time.monotonic()
         for rank in others:
             processes[rank].join(20)
-        assert time.monotonic() - begun < 10
+        assert time.monotonic() - begun < 5 * limit
         assert all(processes[rank].exitcode == 2 for rank in others)
     told = [(folder / f"err{rank}").read_text() for rank in others]
     assert all(f"layerwise: {name} has" in text for text in told), told

@@ -293,7 +293,7 @@ def difference(facts: Mapping[int, Mapping[str, Any]]) -> str | None:
     >>> difference({0: {"lr": 0.1}, 1: {"lr": 0.5}, 2: {"lr": 0.5}})
     'the ranks differ in lr (0.1 on rank 0, 0.5 on ranks 1 and 2); give all ranks the same command, data and versions.'
     """
-    differing = []
+    differing, of_some = [], []  # what only some ranks have depends on what comes first, such as a rule
     for name in dict.fromkeys(name for found in facts.values() for name in found):
         by_value: dict[str, list[int]] = {}
         for rank, found in sorted(facts.items()):
@@ -301,7 +301,8 @@ def difference(facts: Mapping[int, Mapping[str, Any]]) -> str | None:
             by_value.setdefault(text, []).append(rank)
         if len(by_value) > 1:
             parts = [f"{shortened(text)} on {in_words(ranks)}" for text, ranks in by_value.items()]
-            differing.append(f"{name} ({', '.join(parts)})")
+            (of_some if "none" in by_value else differing).append(f"{name} ({', '.join(parts)})")
+    differing += of_some
     if not differing:
         return None
     more = [f"{len(differing) - 4} more"] if len(differing) > 5 else []

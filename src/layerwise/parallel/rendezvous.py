@@ -214,7 +214,7 @@ def listen(address: str, port: int) -> socket.socket:
         if reason.errno == errno.EADDRINUSE:
             raise LayerwiseError(
                 f"port {port} of {address} is in use, so the ranks cannot meet there; choose another one (torchrun "
-                "--master-port), or start torchrun with --standalone."
+                "--master-port)."
             ) from reason
         raise LayerwiseError(
             f"rank 0 cannot listen at port {port} of {address} ({reason.strerror}); give an address of its own machine "
