@@ -185,8 +185,8 @@ MUTANTS = [
            [("self.stage.pass_on(h, message, skipped=False)\n        return h if",
              "self.stage.pass_on(h, message * 0, skipped=False)\n        return h if")],
            f"{PIPE} votes and mlp and scalable"),
-    Mutant("who waits for a silent rank is blamed", "parallel/transport.py",
-           [("return self.gone(self.suspect(peer), reason)", "return self.gone(peer, reason)")],
+    Mutant("who waits for a silent rank is blamed", "parallel/ranks.py",
+           [("return self.lost_rank(self.suspect(peer), reason)", "return self.lost_rank(peer, reason)")],
            f"{PIPE} sign_of_life"),
     Mutant("later ranks begin on their own", "learner/learner.py",
            [("            return self.stage.receive()\n", "            return self.stage.receive()[0], None\n")],
@@ -216,7 +216,7 @@ MUTANTS = [
     Mutant("labels are looked at when the folder is there", "runs/training.py",
            [("self.learner.check_labels(part.labels)", "pass")], "test_graph_forward.py wrong_use"),
     Mutant("a link leaves the last words of its lanes", "scaling/rank.py",
-           [("for _ in self.inlet.lanes[1:]:", "for _ in ():")], "test_scaling.py last_word"),
+           [("for _ in self.from_previous.lanes[1:]:", "for _ in ():")], "test_scaling.py last_word"),
 ]  # fmt: skip
 
 

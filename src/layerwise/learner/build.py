@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,8 @@ class Setup:
     seed: int
     label_smoothing: float
     compile: bool | str
+    facts: Mapping[str, Any]
+    """What must be the same on all replicas, by name."""
 
     @property
     def blocks(self) -> list[Block]:
@@ -83,7 +86,7 @@ class Built:
         self.engine = Engine(setup.rule, self.task, setup.execution, self.resident)
         mine = setup.stage.choose(setup.rule, setup.network, ranges, x[:1])
         tensors = [*setup.network.parameters(), *setup.network.buffers()]
-        setup.replicas.copy_from_first(tensor for tensor in tensors if not tensor.is_meta)
+        setup.replicas.copy_from_first((tensor for tensor in tensors if not tensor.is_meta), setup.facts)
         sizes = tuple(tuple(out.shape[1:]) for out in outputs)
         inputs, layouts = tuple(x.shape[1:]), (setup.network.layouts, setup.network.input_layout)
         sites = [Site(i, len(blocks) - 1, b.name, sizes, inputs, *layouts, setup.network) for i, b in enumerate(blocks)]

@@ -172,6 +172,7 @@ class Learner:
             seed,
             label_smoothing,
             compile,
+            self._facts(),
         )
         self.stage, self.replicas = self._setup.stage, replicas
         self.steps = 0
@@ -185,6 +186,13 @@ class Learner:
             self.build(example)
 
     # Building.
+
+    def _facts(self) -> dict[str, Any]:
+        """What must be the same on all replicas."""
+        own = ("stage", "replicas", "device", "offload", "offload_folder", "compile", "example")
+        options = {name: value for name, value in self._arguments.items() if name not in own}
+        parts = {f"the rule's {name}": value for name, value in vars(self.rule).items()}
+        return {"the rule": self.rule.name, **options, **parts}
 
     def build(self, x: Tensor) -> None:
         """Make the rule's auxiliary modules and the optimizers; done by the first `step` if not before.

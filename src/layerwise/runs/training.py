@@ -82,6 +82,7 @@ class Run:
         self.train_batches, self.val_batches, self.test_batches = split_batches(options, self.dataset, self.device)
         self.total = options.steps or options.epochs * len(self.train_batches)
         self.facts = DataSignature.of(self.dataset)
+        self._agree(resume)
         self.learner = build_learner(options, self.facts, self.device, self.total, stage, self.dataset.graph, replicas)
         # Labels that the rule cannot do with, and data that cannot be read, are told of before anything is written.
         for part in (self.dataset.train, self.dataset.val, self.dataset.test):
@@ -201,6 +202,9 @@ class Run:
         return self._of_all_blocks(evaluate(self.learner, batches)) if batches is not None else {}
 
     # What a run on several ranks does otherwise.
+
+    def _agree(self, resume: Path | None) -> None:
+        """Compare with the other ranks what the learner is built from."""
 
     def _device(self) -> torch.device:
         return pick_device(self.options.device)
