@@ -282,7 +282,7 @@ def test_nothing_stays_behind_a_killed_run(tmp_path):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"offload": "tape"}, "stream is 'tape'; choose none, host or disk"),
+        ({"offload": "tape"}, "offload is 'tape'; choose none, host or disk"),
         ({"offload": "disk", "stage": object()}, "several ranks cannot be offloaded"),
         ({"offload": "disk", "compile": True}, "leave --offload or --compile out"),
         (

@@ -25,7 +25,8 @@ from layerwise.memory.flops import FlopMeter
 from layerwise.memory.malloc import keep_freed_memory
 from layerwise.memory.meter import resident_peak
 from layerwise.memory.mmap import OnFile
-from layerwise.memory.offload import DiskStore, Where, window_of
+from layerwise.memory.offload import Where, window_of
+from layerwise.memory.stores import DiskStore
 from layerwise.parsing import parse
 from layerwise.report.page import write_report
 from layerwise.runs.building import pick_device

@@ -17,7 +17,7 @@ from layerwise.core.tasks import UNLABELLED
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
 from layerwise.memory.mmap import OnFile
-from layerwise.memory.offload import nearest_folder
+from layerwise.memory.stores import nearest_folder
 from layerwise.models import GraphModelOptions, ModelOptions
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
