@@ -4,13 +4,12 @@ import mmap
 import os
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from layerwise.errors import LayerwiseError
-from layerwise.memory.mmap import Mapped, map_file, tensor_at, unnamed_file
+from layerwise.memory.mmap import Mapped, ScratchFile, map_file, tensor_at, write_fully
 
 
 class Store(Protocol):
@@ -59,16 +58,9 @@ class DiskStore:
     """One sparse file without a name: the system frees it however the process ends."""
 
     def __init__(self, folder: Path, device: torch.device):
-        self.folder = folder
-        try:
-            self._file = unnamed_file(folder, self)
-        except OSError as reason:
-            raise LayerwiseError(
-                f"cannot offload blocks to {folder} ({reason.strerror}); choose another --offload-folder."
-            ) from reason
+        self._file = ScratchFile(folder)
         self._device = device
         self._places: dict[Hashable, tuple[int, int]] = {}
-        self._end = 0
         self._mapped: Mapped | None = None
         self._staging = torch.empty(0, dtype=torch.uint8)
 
@@ -76,47 +68,44 @@ class DiskStore:
         """Writes to the file."""
         place, room = self._places.get(key, (0, 0))
         if key not in self._places or length > room:
-            room = 8 * length + 1  # for state that comes later; it takes no place on the disk before that
+            room = 8 * length + 1  # for state that comes later; it takes no space on the disk before that
             room += -room % mmap.ALLOCATIONGRANULARITY
-            place, self._end = self._end, self._end + room
+            place = self._file.extend(room)
             self._places[key] = place, room
-            os.ftruncate(self._file, self._end)
         for offset, chunk in chunks:
             if chunk.device.type != "cpu":
                 chunk = self._staged(len(chunk)).copy_(chunk)
-            self._move(os.pwrite, view_of(chunk), place + offset)
+            try:
+                write_fully(self._file.handle, view_of(chunk), place + offset)
+            except OSError as reason:
+                raise self._file.failed(reason) from reason
 
     def read(self, key: Hashable, length: int, into: Tensor) -> None:
         """Reads from the file."""
         found = into[:length] if into.device.type == "cpu" else self._staged(length)
-        self._move(lambda file, rest, at: os.preadv(file, [rest], at), view_of(found), self._places[key][0])
+        rest, at = view_of(found), self._places[key][0]
+        try:
+            while len(rest):
+                count = os.preadv(self._file.handle, [rest], at)
+                if count == 0:
+                    raise OSError(0, "the scratch file has been cut short")
+                rest, at = rest[count:], at + count
+        except OSError as reason:
+            raise self._file.failed(reason) from reason
         if into.device.type != "cpu":
             into[:length].copy_(found)
 
     def view(self, key: Hashable, length: int) -> Tensor:
         """A mapping of the file: no byte is in memory before it is read."""
-        if self._mapped is None or len(self._mapped) < self._end:
-            self._mapped = map_file(self._file, self._end)
+        self._file.reserve(self._places[key][0], length)  # reading a hole may need space, too
+        if self._mapped is None or len(self._mapped) < self._file.length:
+            self._mapped = map_file(self._file.handle, self._file.length)
         return tensor_at(self._mapped, self._places[key][0], (length,))
 
     def _staged(self, length: int) -> Tensor:
         if len(self._staging) < length:
             self._staging = torch.empty(length, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         return self._staging[:length]
-
-    def _move(self, call: Any, rest: memoryview, at: int) -> None:
-        """Repeat a call until all bytes are moved; the system may move fewer at a time."""
-        try:
-            while len(rest):
-                moved = call(self._file, rest, at)
-                if moved == 0:
-                    raise OSError(0, "the scratch file has been cut short")
-                rest, at = rest[moved:], at + moved
-        except OSError as reason:
-            raise LayerwiseError(
-                f"could not offload blocks to {self.folder} ({reason.strerror}); free space and resume, or choose "
-                "another --offload-folder."
-            ) from reason
 
 
 def view_of(found: Tensor) -> memoryview:
@@ -125,9 +114,9 @@ def view_of(found: Tensor) -> memoryview:
 
 
 def nearest_folder(path: Path) -> Path:
-    """The folder itself, or the nearest one above it that is there.
+    """The folder itself, or the nearest existing one above it.
 
     >>> nearest_folder(Path("no/such/folder"))
     PosixPath('.')
     """
-    return path if path.is_dir() or path == path.parent else nearest_folder(path.parent)
+    return path if os.path.isdir(path) or path == path.parent else nearest_folder(path.parent)
