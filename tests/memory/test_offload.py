@@ -300,7 +300,7 @@ def test_space_is_reserved_where_the_system_has_no_call_for_it(tmp_path, monkeyp
 
 @pytest.mark.parametrize("folder", ["no/such", "a\0b", "x" * 300])
 def test_a_folder_that_cannot_hold_the_network_is_refused(folder):
-    with pytest.raises(LayerwiseError, match="cannot offload blocks to .*choose another --offload-folder"):
+    with pytest.raises(LayerwiseError, match=r"cannot offload blocks to .*choose another --offload-folder"):
         OnFile(Path(folder))
 
 

@@ -2,13 +2,10 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
-import os
 import re
 import shlex
 import sys
-import time
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,18 +17,20 @@ from layerwise.compare.grid_runs import GridRun, train
 from layerwise.compare.pool import Pool, default_jobs
 from layerwise.compare.tuning import choose, trial_options
 from layerwise.errors import LayerwiseError, suggestion
+from layerwise.files import kind_of
 from layerwise.report.page import write_report
 from layerwise.report.summary import BASELINE, as_csv, result_row, summarise, table
 from layerwise.runs.arguments import train_options
 from layerwise.runs.building import pick_device
 from layerwise.runs.checkpoint import write_atomically
 from layerwise.runs.environment import environment
-from layerwise.runs.folders import FREE, grid_run_folder
+from layerwise.runs.folders import FREE, claimed, grid_run_folder
 from layerwise.runs.options import TrainOptions, from_mapping, model_name, to_mapping
 from layerwise.runs.progress import GridProgress
+from layerwise.runs.records import read_json
 
 RIVALS = ("sll", "sid", "local_ce", "backprop", "backprop_checkpoint")
-PATIENCE = 100  # tenths of a second
+PATIENCE = 10  # seconds: workers of a comparison that was killed live on for a moment, and hold its folder
 NEVER = 10**9  # no checkpoint before the last step: a run that was cut short begins again
 PER_RULE = (
     "lr",
@@ -204,7 +203,8 @@ class Grid:
             LayerwiseError: a mistake that the rule, the model or the data refuses (nothing is written then), or a
                 folder that holds something else.
         """
-        with claimed(self.folder) as held, Pool(1, self.folder / "workers.log", held) as pool:
+        log = self.folder / "workers.log"
+        with claimed(self.folder, PATIENCE, "comparison") as held, _gone_if_empty(log), Pool(1, log, held) as pool:
             self._check_folder()
             self._measure(pool)
             self._write_record()
@@ -255,11 +255,11 @@ class Grid:
     def _check_folder(self) -> None:
         """Refuse a folder that is not ours, or holds a comparison with other options."""
         record = self.folder / "compare.json"
-        if not record.exists():
+        if kind_of(record) is None:
             if {path.name for path in self.folder.iterdir()} - {"workers.log", "compare.json.partial"}:
                 raise LayerwiseError(f"{self.folder} is not empty and holds no comparison; choose another --out.")
             return
-        before = json.loads(record.read_text())
+        before = read_json(record, "choose another --out", {"fixed": dict, "plan": dict[str, dict[str, float]]})
         for name, value in json.loads(json.dumps(self._fixed())).items():
             if before["fixed"].get(name) != value:
                 raise LayerwiseError(
@@ -369,6 +369,16 @@ class Grid:
         return summary
 
 
+@contextlib.contextmanager
+def _gone_if_empty(file: Path) -> Iterator[None]:
+    """Remove a file at the end where nothing was written into it."""
+    try:
+        yield
+    finally:
+        if file.exists() and not file.stat().st_size:
+            file.unlink()
+
+
 def in_words(cell: GridRun) -> str:
     """What became of a cell, in one line."""
     found = cell.result
@@ -376,43 +386,6 @@ def in_words(cell: GridRun) -> str:
         return f"{cell.name}: failed: {(cell.failure or {}).get('reason', 'unknown')}"
     val = "" if found["val_accuracy"] is None else f"val {100 * found['val_accuracy']:.2f} %, "
     return f"{cell.name}: {val}test {100 * found['test_accuracy']:.2f} % in {found['train_seconds']:.1f} s"
-
-
-@contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[int]:
-    """Make a folder and lock it against a second comparison; yields the number of the open folder.
-
-    Workers of a comparison that was killed hold the lock for the moment that they live on. What was made is removed
-    again where nothing came into it.
-
-    Raises:
-        LayerwiseError: the folder cannot be written, or another comparison runs in it.
-    """
-    fresh = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-    except OSError as reason:
-        raise LayerwiseError(f"cannot write to {folder} ({reason.strerror}); choose another --out.") from reason
-    try:
-        for attempt in range(PATIENCE):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as reason:
-                if attempt == PATIENCE - 1:
-                    raise LayerwiseError(f"another comparison is running in {folder}; wait for it.") from reason
-                time.sleep(0.1)
-        try:
-            yield lock
-        finally:
-            log = folder / "workers.log"
-            if log.exists() and not log.stat().st_size:
-                log.unlink()
-            if fresh and not any(folder.iterdir()):
-                folder.rmdir()
-    finally:
-        os.close(lock)
 
 
 def command(argv: list[str]) -> int:

@@ -3,7 +3,7 @@
 import json
 import shlex
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ from typing import Any
 from layerwise.compare.pool import Pool
 from layerwise.errors import LayerwiseError
 from layerwise.runs.checkpoint import write_atomically
-from layerwise.runs.folders import FREE
+from layerwise.runs.folders import FREE, claimed
 from layerwise.runs.options import TrainOptions, to_mapping, to_words
+from layerwise.runs.records import read_json_if_there, read_lines, read_result
 
 FINAL = ("diverged",)
 """Kinds of failure that are a function of options and seed: such a cell is not run again."""
@@ -42,31 +43,29 @@ class GridRun:
     @property
     def result(self) -> dict[str, Any] | None:
         """Contents of `result.json`: there is one as soon as the run is finished."""
-        return self.read("result.json")
+        return read_result(self.folder)
 
     @property
     def failure(self) -> dict[str, Any] | None:
         """`kind` and `reason` of a run that failed."""
-        return None if self.result else self.read("failed.json")
+        return None if self.result else self.read("failed.json", {"kind": str, "reason": str})
 
     @property
     def settled(self) -> bool:
         """Whether there is nothing left to do."""
         return self.result is not None or (self.failure or {}).get("kind") in FINAL
 
-    def read(self, file: str) -> dict[str, Any] | None:
-        """A JSON file of the folder; None where it is missing."""
-        try:
-            return json.loads((self.folder / file).read_text())
-        except FileNotFoundError:
-            return None
+    def read(self, file: str, fields: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+        """A JSON file of the folder with these fields, checked; None where it is missing.
+
+        Raises:
+            LayerwiseError: the file is damaged or cannot be read.
+        """
+        return read_json_if_there(self.folder / file, f"remove {self.folder} to run it again", fields or {})
 
     def last_step(self) -> int:
         """The last step that the run has logged so far."""
-        try:
-            return json.loads((self.folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-        except (OSError, ValueError, LookupError):  # nothing yet, or a line that is being written
-            return 0
+        return max((line["step"] for line in read_lines(self.folder / "metrics.jsonl")), default=0)
 
     def check(self) -> None:
         """Raise LayerwiseError where the folder holds a run with other options."""
@@ -101,7 +100,8 @@ def train(
 
     def begin(task: dict[str, Any]) -> None:
         cell = by_folder[task["folder"]]
-        shutil.rmtree(cell.folder, ignore_errors=True)
+        with claimed(cell.folder):  # nobody has resumed it alone, and is at it still
+            shutil.rmtree(cell.folder, ignore_errors=True)
         begun(cell)
 
     def end(task: dict[str, Any], answer: dict[str, Any]) -> None:

@@ -20,7 +20,8 @@ from layerwise.core.randomness import derive_seed, preserved_generators, seed_ge
 from layerwise.core.rule import BatchContext, Rule, Site, check_words
 from layerwise.core.tasks import UNLABELLED, Classification
 from layerwise.errors import LayerwiseError, suggestion
-from layerwise.learner.state import check_same_tensors, without_meta
+from layerwise.learner.checks import Expected, check_parts, check_state
+from layerwise.learner.state import without_meta
 from layerwise.memory.meter import MemoryMeter, MemoryUse, optimizer_tensors
 from layerwise.memory.mmap import release_pages
 from layerwise.memory.offload import Offload, Where, check_offload
@@ -593,16 +594,12 @@ class Learner:
         Raises:
             LayerwiseError: the state is of another rule or another model; nothing is changed then.
         """
+        check_parts(state)
         if not self.groups:
             self._pending = state
             return
-        if state["rule"] != self.rule.name:
-            raise LayerwiseError(
-                f"the checkpoint was trained with rule {state['rule']!r}, not {self.rule.name!r}; choose the same rule."
-            )
-        check_same_tensors(self.network.state_dict(), state["model"], "model")
         auxiliary = state["auxiliary"] if self.stage is None else self.stage.own(state["auxiliary"], self.auxiliary)
-        check_same_tensors(self.auxiliary.state_dict(), auxiliary, "rule")
+        check_state({**state, "auxiliary": auxiliary}, self._expected())
         if self.offload is None:
             self._load(self.groups, state, auxiliary)
         for group in self.groups if self.offload is not None else ():
@@ -611,6 +608,20 @@ class Learner:
             release_pages()
         self._grouping.load_scalers(state["scaler"])
         self.steps, self.skipped = state["steps"], state["skipped"]
+
+    def _expected(self) -> Expected:
+        """What a state has to fit."""
+        parameters = dict(self.named_parameters())
+        updated = {p: optimizer for g in self.groups for optimizer in g.optimizers for p in g.parameters}
+        return Expected(
+            self.rule.name,
+            self.network.state_dict(),
+            self.auxiliary.state_dict(),
+            parameters,
+            {name: updated[kept] for name, p in parameters.items() if (kept := self._kept(p)) in updated},
+            tuple(group.name for group in self.groups if group.scaler.is_enabled()),
+            whole=self.stage is None,
+        )
 
     def _load(self, groups: Sequence[Group], state: Mapping[str, Any], auxiliary: Mapping[str, Tensor]) -> None:
         """Take over what belongs to these groups, whose tensors are on the device."""

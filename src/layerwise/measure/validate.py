@@ -1,6 +1,5 @@
 """`layerwise validate`: do a rule's declared properties hold on this machine, and are a run's files whole?"""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from layerwise.learner import Learner
 from layerwise.measure.bench import memory_of
 from layerwise.parsing import parse
 from layerwise.runs import checkpoint
-from layerwise.runs.options import from_mapping
+from layerwise.runs.folders import read_options
 
 
 @dataclass(frozen=True)
@@ -154,15 +153,15 @@ def run_findings(folder: Path) -> list[tuple[bool, str]]:
         raise LayerwiseError(f"{folder} holds no run (no config.json); give the folder of a run.")
     findings = []
     try:
-        from_mapping(json.loads((folder / "config.json").read_text()), "config.json")
+        read_options(folder)
         findings.append((True, "config.json names known options"))
-    except (ValueError, LayerwiseError) as reason:
-        findings.append((False, f"config.json is damaged: {reason}"))
+    except LayerwiseError as reason:
+        findings.append((False, str(reason)))
     for path in checkpoint.complete(folder / "checkpoints"):
         try:
             checkpoint.load(path)
             findings.append((True, f"{path.name} matches its digest"))
-        except checkpoint.CorruptCheckpoint as damage:
+        except LayerwiseError as damage:
             findings.append((False, str(damage)))
     done = (folder / "result.json").is_file()
     findings.append((True, "the run is finished" if done else f"the run is not finished; --resume {folder} goes on"))

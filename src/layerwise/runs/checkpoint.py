@@ -92,6 +92,8 @@ def not_written(folder: Path, step: int, reason: BaseException) -> LayerwiseErro
     """Why a checkpoint could not be written; what there is of it is removed."""
     final = folder / f"step-{step:09d}"
     shutil.rmtree(final.with_suffix(".partial"), ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()  # where this was to be the first one
     last = latest(folder)
     kept = f"; the last complete one is {last}" if last else ""
     return LayerwiseError(

@@ -193,7 +193,8 @@ def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
             value = tuple(value)
         if not fits(value, hints[name]):
             raise LayerwiseError(f"{where}: {name} = {short(value)} is not {described(hints[name])}.")
-        arguments[name] = float(value) if hints[name] is float else value  # a file may write 1 for 1.0
+        # A file may write 1 for 1.0.
+        arguments[name] = float(value) if hints[name] is float and isinstance(value, int) else value
     return cls(**arguments)
 
 
