@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.runs import COMPARE, TIMING, contents, result, split, start, weights
 
-from layerwise import LayerwiseError, models, rules
+from layerwise import models, rules
 from layerwise.cli.main import main
 from layerwise.compare import grid as compare
 from layerwise.compare import pool, tuning, worker

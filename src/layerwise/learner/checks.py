@@ -13,6 +13,7 @@ from layerwise.errors import LayerwiseError
 
 PARTS = ("model", "auxiliary", "optimizer", "gradients", "scaler")
 PRIMES = (2, 3, 5, 7, 11, 13)  # sides of a tensor that tell which side of it a state's side is
+LARGEST = torch.finfo(torch.float32).max  # a scaler computes in float32
 SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
 
 
@@ -182,7 +183,7 @@ def _check_scaler(name: str, given: Any) -> None:
         if field in ("growth_interval", "_growth_tracker"):
             right = _is_count(value)
         else:
-            right = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+            right = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= LARGEST
         if not right:
             raise _unfit(f"the gradient scaler of {name!r} has {field} = {_short(value)}")
 

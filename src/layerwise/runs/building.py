@@ -283,7 +283,7 @@ def check_run_state(state: Any, folder: Path) -> None:
     check_fields(state, STATE, name, advice)
     checks.check_parts(state["learner"])
     amounts = {field: state.get(field) for field in ("samples", "seconds", "flops", "threads")}
-    memory = state["memory"]
+    memory = state.get("memory")
     if memory is not None:
         check_fields(memory, dict.fromkeys((f.name for f in fields(MemoryUse)), int), f"{name}, memory,", advice)
         amounts |= {field: memory[field] for field in memory}

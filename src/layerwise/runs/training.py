@@ -179,6 +179,8 @@ class Run:
             for x, y in self._batches(self.learner.steps):
                 metrics = self._step(x, y)
                 step = self.learner.steps
+                if step == self.total:
+                    self.learner.flush()  # the last update, of fewer batches where --accumulate does not divide them
                 self.samples += metrics.samples
                 self.seconds = saved + time.perf_counter() - started
                 if step % options.log_every == 0 or step % per_epoch == 0 or step == self.total:
@@ -345,7 +347,7 @@ class Run:
             DataSignature.in_state(state).check(self.dataset)
             self.learner.load_state_dict(state["learner"])
             self.samples, self.seconds, self.last_val = state["samples"], state["seconds"], state["val"]
-            self.memory = MemoryUse(**state["memory"]) if state["memory"] else None
+            self.memory = MemoryUse(**state["memory"]) if state.get("memory") else None
             self._measured = set(state.get("measured") or [])
             self.flops = state.get("flops")  # not in the checkpoints of version 0.1.0
             if state["threads"] != torch.get_num_threads():
