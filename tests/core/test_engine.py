@@ -229,11 +229,13 @@ def test_matrices_decay_and_norms_and_biases_do_not(kind):
         assert torch.allclose(after, expected), name
 
 
-def test_decay_groups_leave_frozen_parameters_out():
+def test_decay_groups_hold_frozen_parameters_as_they_may_thaw_but_no_integers():
     layer = nn.Linear(3, 2)
     layer.weight.requires_grad_(False)
-    (group,) = decay_groups(layer.parameters(), 2.0)
-    assert group == {"params": [layer.bias], "lr_multiplier": 2.0, "weight_decay": 0.0}
+    codes = nn.Parameter(torch.zeros(3, 2, dtype=torch.int8), requires_grad=False)
+    weights, vectors = decay_groups([*layer.parameters(), codes], 2.0)
+    assert weights == {"params": [layer.weight], "lr_multiplier": 2.0}
+    assert vectors == {"params": [layer.bias], "lr_multiplier": 2.0, "weight_decay": 0.0}
 
 
 def test_a_multiplier_scales_its_own_blocks_displacement_only():

@@ -8,6 +8,7 @@ from support.nets import CLASSES, batches, cascade, problem, same_bits, trained,
 from torch import nn
 
 from layerwise import LayerwiseError, Learner, Rule, Signal
+from layerwise.core.pieces import HasTrunk
 
 SGD = {"optimizer": torch.optim.SGD, "weight_decay": 0.0}
 X, Y = batches(1)[0]
@@ -62,13 +63,10 @@ def test_the_gradient_scaler_does_not_change_what_the_trunk_learns():
     assert torch.allclose(found[0], found[1], atol=0.02 * float(found[1].abs().max()))
 
 
-class Trunk(Rule):
+class Trunk(HasTrunk, Rule):
     """Three linear blocks; the first is the trunk, and every block sends its gradient back as it is."""
 
     name, locality, boundary, flat_memory, source = "trunk", "interlocking", "activation", True, "this test"
-
-    def has_trunk(self):
-        return True
 
     def signal(self, at):
         poison = float("nan") if at.site.index == 1 and (at.y == CLASSES - 1).all() else 1.0

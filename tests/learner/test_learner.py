@@ -203,15 +203,22 @@ def test_accuracy_of_labels_that_are_all_right_is_one():
     assert learner.evaluate(X, learner(X).argmax(-1)).read()["head/accuracy"] == 1.0
 
 
-def test_whoever_calls_eval_on_the_model_still_trains_in_training_mode():
-    model = net("mlp", dropout=0.5)
-    learner = trained(model, "backprop", [])
-    model = learner.network.model
-    learner.step(X, Y)
-    model.eval()
-    learner.step(X, Y)
-    assert model.training
-    assert same_bits(learner, trained(net("mlp", dropout=0.5), "backprop", [(X, Y)] * 2))
+@pytest.mark.parametrize("rule", ["backprop", "local_ce"])
+def test_the_owners_modes_are_followed(rule):
+    """Without dropout where the owner has called eval(), as in a loop of one's own; of single modules too."""
+    whole, part = net("mlp", dropout=0.5), net("mlp", dropout=0.5)
+    for module in part.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.eval()
+    without = trained(net("mlp", dropout=0.0), rule, [(X, Y)] * 2)
+    for model in (whole.eval(), part):
+        learner = Learner(model, rule)
+        modes = [module.training for module in model.modules()]
+        for _ in range(2):
+            learner.step(X, Y)
+        learner(X)
+        assert [module.training for module in model.modules()] == modes
+        assert same_bits(learner, without)
 
 
 def test_prediction_and_evaluation_keep_every_modules_mode():

@@ -121,8 +121,8 @@ def test_only_the_stage_whose_turn_it_is_moves(kind):
 
 def test_a_turn_is_counted_in_updates():
     learner = Learner(net("mlp"), create_rule("boosted", updates=2), example=X, accumulate=3)
-    turns = [[i for i, g in enumerate(learner.groups_at(step)) if g.optimizers] for step in range(14)]
-    assert turns == [[0]] * 6 + [[1]] * 6 + [[2]] * 2
+    turns = [[i for i, g in enumerate(learner.groups_at(update)) if g.optimizers] for update in range(5)]
+    assert turns == [[0]] * 2 + [[1]] * 2 + [[2]]
 
 
 def test_the_prediction_is_the_sum_and_a_stage_without_a_turn_adds_nothing():

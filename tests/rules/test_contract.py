@@ -10,6 +10,7 @@ import torch
 from support.nets import CLASSES, batches, kinds, made, net, problem, same_bits, tensors, trained
 
 from layerwise import Learner, Rule, create_rule, rule_names
+from layerwise.core import pieces
 from layerwise.core.engine import Engine
 from layerwise.core.rule import Locality, Site
 from layerwise.rules import get
@@ -68,13 +69,13 @@ def test_the_groups_of_any_update_are_those_of_the_rule_or_neighbours_joined(rul
     one = made(rule)
     own = one.groups(6)
     for update in range(24):
-        groups = one.groups_at(update, 6)
+        groups = pieces.groups_at(one, update, 6)
         assert {group.start for group in groups} <= {group.start for group in own}
         assert groups[0].start == 0 and groups[-1].stop == 7
-        assert groups == one.groups_at(update, 6)
+        assert groups == pieces.groups_at(one, update, 6)
         sites = [Site(group.start, 6, "") for group in groups]
-        learn = [one.learns_at(update, site) for site in sites]
-        assert any(learn) and learn == [one.learns_at(update, site) for site in sites]
+        learn = [pieces.learns_at(one, update, site) for site in sites]
+        assert any(learn) and learn == [pieces.learns_at(one, update, site) for site in sites]
 
 
 @every_rule
@@ -123,7 +124,7 @@ def test_a_groups_signal_reaches_its_own_parameters_and_no_others(rule, kind, mo
     watch, expected = Watch(learner, monkeypatch), []
     for step, (x, y) in enumerate(DATA):
         turns = [i for i, g in enumerate(learner.groups_at(step)) if g.optimizers]
-        expected += turns[1:] + turns[:1] if learner.rule.has_trunk() else turns  # a trunk learns last
+        expected += turns[1:] + turns[:1] if pieces.has_trunk(learner.rule) else turns  # a trunk learns last
         learner.step(x, y)
     assert watch.history == []
     assert all(found == {own} for own, found in watch.reached)
@@ -141,7 +142,7 @@ def test_a_local_block_does_not_feel_what_comes_after_it(rule):
     if get(rule).locality == "local":
         assert same_bits(a[0], b[0])
     one, blocks = create_rule(rule), len(model.block_names)
-    if get(rule).locality == "global" or one.has_trunk() or blocks in one.groups(blocks)[0]:
+    if get(rule).locality == "global" or pieces.has_trunk(one) or blocks in one.groups(blocks)[0]:
         assert not same_bits(a[0], b[0])
 
 
@@ -179,7 +180,7 @@ def working_memory(kind, rule, depth):
     for step in range(1, 12):  # the first step of every grouping
         if learner.groups_at(step) not in seen:
             seen.append(learner.groups_at(step))
-            learner.steps = step
+            learner.engine.accumulation.updates = step
             _, use = learner.measured_step(x, y)
             held.append(use.activations + use.gradients)
     return max(held)

@@ -1,6 +1,7 @@
 """The update order, once: forward on the detached input, signal, local backward, step, free, pass on."""
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -11,9 +12,10 @@ from torch.utils._pytree import tree_map
 
 from layerwise.core.blocks import Block
 from layerwise.core.optim import set_learning_rate
+from layerwise.core.pieces import HasTrunk, has_trunk
 from layerwise.core.randomness import derive_seed, seed_generators
-from layerwise.core.rule import BlockContext, Rule, Signal, Site
-from layerwise.core.tasks import Classification
+from layerwise.core.rule import BlockContext, Rule, Signal, Site, check_signal
+from layerwise.core.tasks import UNLABELLED, Classification
 from layerwise.errors import LayerwiseError
 
 
@@ -48,15 +50,19 @@ class Group:
 
     units: list[Unit]
     ahead: list[Unit]
-    """Units behind them, of later groups, through which their signal passes; they lend the graph and do not learn."""
+    """Units of later groups that extend this group's graph; they are not updated here."""
     parameters: list[nn.Parameter]
-    """What learns here."""
+    """What may learn here; a parameter that is frozen (`requires_grad` is False) does not, as long as it is."""
     optimizers: list[torch.optim.Optimizer]
     """One, or those of the groups that are joined here; none where nothing learns or all rests: no graph then."""
     scaler: torch.amp.GradScaler
     """Scales the signal where gradients are fp16; does nothing otherwise."""
     buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Running statistics and what they were before the update, to be put back when it is skipped."""
+    checked: bool = False
+    """Whether a first update has shown that the signal reaches the blocks."""
+    broken: bool = False
+    """Whether a batch of the update under way had a non-finite loss; the update is skipped then."""
 
     @property
     def name(self) -> str:
@@ -64,20 +70,31 @@ class Group:
         first, last = self.units[0].site.name, self.units[-1].site.name
         return first if first == last else f"{first}..{last}"
 
+    @property
+    def learns(self) -> bool:
+        """Whether anything learns here now."""
+        return bool(self.optimizers) and any(p.requires_grad for p in self.parameters)
 
-class Reducer(Protocol):
-    """Who averages over the processes that train the same blocks on other samples of the batch."""
+    def learning(self) -> list[nn.Parameter]:
+        """The parameters that learn now."""
+        return [p for p in self.parameters if p.requires_grad]
 
-    every_batch: bool
-    """Whether gradients are averaged behind every batch, not only where an update is due."""
+
+class Alone:
+    """One process that trains its blocks: nothing is averaged. `Replicas` does the same for several."""
+
+    every_batch = False
+    """Whether gradients are averaged after every batch, not only where an update is due."""
+    deferred = False
+    """Whether a group steps while the next one runs forward, as its averages are on their way until then."""
 
     def full_of(self, parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
-        """Those that blocks run with, in place of what is kept of them here."""
-        ...
+        """The parameters that blocks run with, in place of what is kept of them here."""
+        return parameters
 
     def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Norm of the averaged gradients."""
-        ...
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def reduce(
         self, parameters: Sequence[nn.Parameter], running: Sequence[Tensor], loss: Tensor
@@ -88,7 +105,22 @@ class Reducer(Protocol):
             A function that waits until the averages are in place, and gives a number that is finite where the loss is
             finite everywhere.
         """
-        ...
+        return lambda: loss
+
+
+class Reducer(Protocol):
+    """Averages gradients over the processes that train the same blocks; the methods are those of `Alone`."""
+
+    every_batch: bool
+    deferred: bool
+
+    def full_of(self, parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]: ...
+
+    def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor: ...
+
+    def reduce(
+        self, parameters: Sequence[nn.Parameter], running: Sequence[Tensor], loss: Tensor
+    ) -> Callable[[], Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -96,14 +128,61 @@ class Execution:
     """How blocks are run and updated; the same for every rule."""
 
     device: torch.device
-    task: Classification
     schedule: Callable[[int], float]
     autocast: torch.dtype | None = None
     clip: float | None = None
     accumulate: int = 1
     nonfinite: Literal["raise", "skip"] = "raise"
     seed: int = 0
-    replicas: Reducer | None = None
+    replicas: Reducer = field(default_factory=Alone)
+
+
+@dataclass
+class Accumulation:
+    r"""The update under way: which one it is, and how much its batches weigh.
+
+    The losses are means over the counted labels of a batch. With $c_i$ of them in batch $i$ the update follows
+
+    $$\frac{\sum_i c_i \nabla \ell_i}{\sum_i c_i},$$
+
+    which is the gradient of the mean over all counted labels, whether or not the batches are equally large. A batch
+    weighs $c_i / c_1$ while it is added, so that equal batches weigh exactly 1.
+    """
+
+    updates: int = 0
+    """Number of the update under way; those before it are done."""
+    batches: int = 0
+    """Batches that have been added to it."""
+    first: float | Tensor = 0.0
+    """Counted labels of its first batch."""
+    weight: float | Tensor = 0.0
+    """Sum of the weights of its batches."""
+
+    def add(self, y: Tensor, some_unlabelled: bool) -> float | Tensor:
+        """Add a batch; returns its weight."""
+        counted: float | Tensor = float(y.numel())
+        if some_unlabelled:
+            counted = (y != UNLABELLED).sum().float()
+            counted = float(counted) if y.device.type == "cpu" else counted  # elsewhere it would wait for the device
+        if self.batches == 0:
+            self.first = counted
+        weight = counted / self.first
+        self.batches += 1
+        self.weight = self.weight + weight
+        return weight
+
+    def next(self) -> None:
+        """The update is done."""
+        self.updates, self.batches, self.first, self.weight = self.updates + 1, 0, 0.0, 0.0
+
+    def state(self) -> dict[str, float]:
+        """As plain numbers."""
+        return {name: float(getattr(self, name)) for name in ("updates", "batches", "first", "weight")}
+
+    def load(self, state: Mapping[str, float]) -> None:
+        """Continue from `state()`."""
+        self.updates, self.batches = int(state["updates"]), int(state["batches"])
+        self.first, self.weight = state["first"], state["weight"]
 
 
 @dataclass
@@ -116,7 +195,7 @@ class Trace:
 
 
 @dataclass
-class Trunk:
+class WaitingTrunk:
     """The first group while it waits: its graph is kept until the later groups have sent their gradients back."""
 
     group: Group
@@ -152,19 +231,22 @@ class Engine:
 
     Attributes:
         resident: the context in which units run; offloaded ones are on the device inside.
+        accumulation: the update under way.
     """
 
     def __init__(
         self,
         rule: Rule,
+        task: Classification,
         execution: Execution,
-        resident: Callable[[Sequence[Unit]], AbstractContextManager[None]] = lambda units: nullcontext(),
+        resident: Callable[[Sequence[Unit]], AbstractContextManager[None]] = nullcontext,
     ):
-        self.rule = rule
-        self.how = execution
+        self.rule, self.task, self.execution, self.resident = rule, task, execution, resident
+        self.accumulation = Accumulation()
+        self._weight: float | Tensor = 1.0
+        """Of the batch under way."""
         self._reduced: Callable[[], Any] | None = None
         """The step of the group whose gradients are being averaged over the replicas."""
-        self.resident = resident
 
     def forward(
         self, group: Group, h: Tensor, message: Any, y: Tensor, step: int | None, trace: Trace
@@ -172,25 +254,30 @@ class Engine:
         """Run a group's blocks and ask the rule for its signals.
 
         Args:
+            group: what runs.
             h: input of the group's first block.
             message: of the site before.
+            y: labels.
             step: the training step, which decides the random draws; None in evaluation.
+            trace: where metrics go.
 
         Returns:
             Signals with the output that each one belongs to; input and message of the next group.
+
+        Raises:
+            LayerwiseError: the rule's answer is no signal that the engine can act on.
         """
         signals: list[tuple[Signal, Tensor]] = []
         passed_on = h, message
         units = [*group.units, *(group.ahead if step is not None else [])]
         view = range(units[0].site.index, units[-1].site.index + 1)
+        training, learns = step is not None, step is not None and group.learns
         for unit in units:
             out = self.run(unit, h, message, step)
             with self.autocast():
-                training, learns = step is not None, step is not None and bool(group.optimizers)
-                moment = BlockContext(
-                    unit.site, out, h, message, y, self.how.task, unit.auxiliary, training, learns, view
-                )
-                signal = self.rule.signal(moment)
+                ctx = BlockContext(unit.site, out, h, message, y, self.task, unit.auxiliary, training, learns, view)
+                signal = self.rule.signal(ctx)
+            check_signal(self.rule, ctx, signal)
             h = out if signal.output is None else signal.output
             message = signal.message
             if signal.loss is not None:
@@ -218,12 +305,13 @@ class Engine:
         Returns:
             Output and message of the last, detached: what a pipeline's next rank gets.
         """
+        self._weight = self.accumulation.add(y, self.rule.unlabelled)
         waiting, trunk = list(groups), None
-        if self.rule.has_trunk() and groups[0].optimizers:
+        if has_trunk(self.rule) and groups[0].learns:
             first = waiting.pop(0)
             with self.resident(first.units):
                 signals, out, message = self._with_graph(first, h, message, y, step, trace)
-            trunk = Trunk(first, h, signals, out, gradient=torch.zeros_like(out))
+            trunk = WaitingTrunk(first, h, signals, out, gradient=torch.zeros_like(out))
             h, message = detach(out), detach(message)
         for group in waiting:
             with self.resident([*group.units, *group.ahead]):
@@ -233,7 +321,25 @@ class Engine:
             with self.resident(trunk.group.units):
                 self._learn(trunk.group, trunk.h, [*trunk.signals, sent_back], step, trace)
         self._step_reduced()
+        if self.accumulation.batches == self.execution.accumulate:
+            self.accumulation.next()
         return h, message
+
+    def flush(self, groups: Sequence[Group], step: int, trace: Trace) -> bool:
+        """Do the update under way with the batches that it has; returns whether there were any."""
+        if self.accumulation.batches == 0:
+            return False
+        replicas, nothing = self.execution.replicas, torch.zeros((), device=self.execution.device)
+        for group in groups:
+            if group.learns:
+                with self.resident(group.units):
+                    running = [buffer for unit in group.units for buffer in unit.running()]
+                    averaged = (
+                        nothing if replicas.every_batch else replicas.reduce(group.parameters, running, nothing)()
+                    )
+                    self._step(group, None, averaged, step, trace)
+        self.accumulation.next()
+        return True
 
     def update(
         self,
@@ -243,21 +349,22 @@ class Engine:
         y: Tensor,
         step: int,
         trace: Trace,
-        trunk: Trunk | None = None,
+        trunk: WaitingTrunk | None = None,
     ) -> tuple[Tensor, Any]:
         """One group's whole update; returns the detached input and message of the next group.
 
         Where there is a trunk, the gradient on the group's input goes back to it, as the rule says.
         """
-        if trunk is not None and group.optimizers:
+        if trunk is not None and group.learns:
             h = h.detach().requires_grad_()
         signals, h_out, message_out = self._with_graph(group, h, message, y, step, trace)
         scale = group.scaler.get_scale() if trunk is not None else 1.0  # the step below may change it
-        if group.optimizers:
+        if group.learns:
             self._learn(group, h, signals, step, trace)
         if trunk is not None and h.grad is not None:
-            gradient = h.grad * (self.how.accumulate / scale)  # in the units of the loss
-            sent_back = self.rule.to_trunk(group.units[0].site, gradient, self.how.task)
+            assert isinstance(self.rule, HasTrunk)
+            gradient = h.grad / (self._weight * scale)  # in the units of the loss
+            sent_back = self.rule.to_trunk(group.units[0].site, gradient, self.task)
             if sent_back is not None:
                 trunk.gradient += sent_back
         return detach(h_out), detach(message_out)
@@ -266,9 +373,9 @@ class Engine:
         self, group: Group, h: Tensor, message: Any, y: Tensor, step: int, trace: Trace
     ) -> tuple[list[tuple[Signal, Tensor]], Tensor, Any]:
         """The forward pass of an update: with a graph where something learns."""
-        if self.how.nonfinite == "skip" and group.optimizers and step % self.how.accumulate == 0:
+        if self.execution.nonfinite == "skip" and group.learns and self.accumulation.batches == 1:
             group.buffers = [(b, b.clone()) for unit in group.units for b in unit.buffers()]
-        with torch.set_grad_enabled(bool(group.optimizers)):
+        with torch.set_grad_enabled(group.learns):
             return self.forward(group, h, message, y, step, trace)
 
     def _learn(self, group: Group, h: Tensor, signals: list[tuple[Signal, Tensor]], step: int, trace: Trace) -> None:
@@ -278,15 +385,22 @@ class Engine:
         pass at the latest, so that never more than one group's gradients are alive.
         """
         self._step_reduced()
+        replicas = self.execution.replicas
         loss = self._backward(group, h, signals)
-        due = (step + 1) % self.how.accumulate == 0
-        if self.how.replicas is None:
-            if due:
-                self._step(group, h, loss, step, trace)
-        elif due or self.how.replicas.every_batch:
-            running = [buffer for unit in group.units for buffer in unit.running()]
-            arrived = self.how.replicas.reduce(group.parameters, running, loss)
-            self._reduced = (lambda: self._step(group, h, arrived(), step, trace)) if due else arrived
+        due = self.accumulation.batches == self.execution.accumulate
+        if not due:
+            self._note_non_finite(group, h, loss, step, trace)
+        elif group.broken:
+            loss = torch.full_like(loss, torch.nan)
+        if not (due or replicas.every_batch):
+            return
+        running = [buffer for unit in group.units for buffer in unit.running()]
+        arrived = replicas.reduce(group.parameters, running, loss)
+        finish = (lambda: self._step(group, h, arrived(), step, trace)) if due else arrived
+        if replicas.deferred:
+            self._reduced = finish
+        else:
+            finish()
 
     def _step_reduced(self) -> None:
         """The step of the group whose gradients are on their way, if there is one."""
@@ -297,66 +411,111 @@ class Engine:
     def run(self, unit: Unit, h: Tensor, message: Any, step: int | None) -> Tensor:
         """Run one block under its own random draws of this step."""
         if step is not None:
-            seed = derive_seed(self.how.seed, "draw", step, unit.site.index)
-            seed_generators(seed, self.how.device)
+            seed = derive_seed(self.execution.seed, "draw", step, unit.site.index)
+            seed_generators(seed, self.execution.device)
         with self.autocast():
             return self.rule.run(unit.block, h, message)
 
     def autocast(self) -> Any:
         """The context of the chosen precision."""
-        if self.how.autocast is None:
+        if self.execution.autocast is None:
             return nullcontext()
-        return torch.autocast(self.how.device.type, dtype=self.how.autocast)
+        return torch.autocast(self.execution.device.type, dtype=self.execution.autocast)
 
     def _backward(self, group: Group, h: Tensor, signals: list[tuple[Signal, Tensor]]) -> Tensor:
         """Backward inside the group only, down to its input for a trunk; returns the summed loss, without history."""
         losses = [signal.loss for signal, _ in signals if signal.loss is not None]
         roots = [(loss, torch.ones_like(loss)) for loss in losses]
         roots += [(out, s.cotangent) for s, out in signals if s.cotangent is not None]
+        # A root without a history is a signal that reaches nothing that learns.
+        roots = [(root, cotangent) for root, cotangent in roots if root.requires_grad]
+        own = self.execution.replicas.full_of(group.parameters)
+        wanted = [p for p in own if p.requires_grad]
         if roots:
             cotangents = [cotangent for _, cotangent in roots]
-            if self.how.accumulate > 1:
-                cotangents = [cotangent / self.how.accumulate for cotangent in cotangents]
-            # Gradients for this group's parameters alone: what lends its graph, or does not learn, gets none.
-            own = group.parameters if self.how.replicas is None else self.how.replicas.full_of(group.parameters)
-            wanted = [*own, *([h] if self.rule.has_trunk() and h.requires_grad else [])]
-            torch.autograd.backward([root for root, _ in roots], list(group.scaler.scale(cotangents)), inputs=wanted)
+            if self.execution.accumulate > 1:
+                cotangents = [cotangent * self._weight for cotangent in cotangents]
+            # Gradients for this group's parameters alone: what extends its graph, or does not learn, gets none.
+            inputs = [*wanted, *([h] if has_trunk(self.rule) and h.requires_grad else [])]
+            torch.autograd.backward([root for root, _ in roots], list(group.scaler.scale(cotangents)), inputs=inputs)
+        if not group.checked:
+            group.checked = True
+            self._check_reached(group, {id(p) for p in wanted if p.grad is not None}, bool(losses or roots))
         return torch.stack([loss.detach().float() for loss in losses or [torch.zeros(())]]).sum()
 
-    def _step(self, group: Group, h: Tensor, loss: Tensor, step: int, trace: Trace) -> None:
+    def _check_reached(self, group: Group, reached: set[int], signal: bool) -> None:
+        """Refuse a block that its signal does not reach, and name single parameters that it does not reach.
+
+        Raises:
+            LayerwiseError: no parameter of a block got a gradient.
+        """
+        if not signal:
+            return
+        own = {id(p) for p in self.execution.replicas.full_of(group.parameters)}
+        for unit in group.units:
+            named = [(name, p) for name, p in unit.block.named_parameters() if p.requires_grad and id(p) in own]
+            missed = [name for name, p in named if id(p) not in reached]
+            if missed and len(missed) == len(named) and self.rule.trains(unit.site):
+                raise LayerwiseError(
+                    f"no parameter of block {unit.site.name!r} gets a gradient ({missed[0]}, ...), so it would not "
+                    "learn: its output has no history (a block that recomputes itself with use_reentrant=True, or "
+                    "detaches), or the loss does not depend on it; mend the block, or freeze it with "
+                    "requires_grad_(False)."
+                )
+            if missed:
+                warnings.warn(
+                    f"these parameters of block {unit.site.name!r} get no gradient in the first step, so they do not "
+                    f"learn there: {', '.join(missed)}",
+                    stacklevel=2,
+                )
+
+    def _step(self, group: Group, h: Tensor | None, loss: Tensor, step: int, trace: Trace) -> None:
         """Check, clip, step, free the gradients."""
         for optimizer in group.optimizers:
             group.scaler.unscale_(optimizer)
-        if self.how.replicas is None:
-            norm = nn.utils.get_total_norm([p.grad for p in group.parameters if p.grad is not None])
-        else:
-            norm = self.how.replicas.norm(group.parameters)
+        if self.execution.accumulate > 1:
+            gradients = [p.grad for p in group.parameters if p.grad is not None]
+            if gradients:
+                torch._foreach_div_(gradients, self.accumulation.weight)  # pyright: ignore[reportPrivateImportUsage]
+        norm = self.execution.replicas.norm(group.parameters)
         if self._may_step(group, h, loss, norm, step, trace):
-            if self.how.clip is not None:
-                nn.utils.clip_grads_with_norm_(group.parameters, self.how.clip, norm)
+            if self.execution.clip is not None:
+                nn.utils.clip_grads_with_norm_(group.parameters, self.execution.clip, norm)
             for optimizer in group.optimizers:
-                set_learning_rate(optimizer, self.how.schedule(step // self.how.accumulate))
+                set_learning_rate(optimizer, self.execution.schedule(self.accumulation.updates))
                 group.scaler.step(optimizer)
         group.scaler.update()
+        group.broken = False
         self._free(group)
 
     def _free(self, group: Group) -> None:
         for optimizer in group.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
-    def _may_step(self, group: Group, h: Tensor, loss: Tensor, norm: Tensor, step: int, trace: Trace) -> bool:
+    def _note_non_finite(self, group: Group, h: Tensor, loss: Tensor, step: int, trace: Trace) -> None:
+        """Look at the loss of a batch of an update that is not due yet: a later batch is not to be blamed for it."""
+        finite = torch.isfinite(loss)
+        if self.execution.device.type != "cpu" and self.execution.nonfinite == "raise":
+            trace.finite[group.name] = finite
+        elif not bool(finite):
+            if self.execution.nonfinite == "raise":
+                self._free(group)
+                raise NonFinite(group.name, step, input_is_finite=bool(torch.isfinite(h).all()))
+            group.broken = True
+
+    def _may_step(self, group: Group, h: Tensor | None, loss: Tensor, norm: Tensor, step: int, trace: Trace) -> bool:
         """Whether signal and gradient are finite; an overflow of scaled gradients is the scaler's own affair."""
         finite = torch.isfinite(loss if group.scaler.is_enabled() else loss + norm)
-        if self.how.nonfinite == "raise" and self.how.device.type != "cpu":
+        if self.execution.nonfinite == "raise" and self.execution.device.type != "cpu":
             # Reading the flag here would wait for the device: it is read with the metrics.
             trace.finite[group.name] = finite
             return True
         if bool(finite):
             return True
-        if self.how.nonfinite == "skip":
+        if self.execution.nonfinite == "skip":
             trace.skipped.add(group.name)
             for buffer, before in group.buffers:
                 buffer.copy_(before)
             return False
         self._free(group)
-        raise NonFinite(group.name, step, input_is_finite=bool(torch.isfinite(h).all()))
+        raise NonFinite(group.name, step, input_is_finite=h is None or bool(torch.isfinite(h).all()))

@@ -7,6 +7,7 @@ from typing import Any
 from torch.amp import GradScaler
 
 from layerwise.core.engine import Group
+from layerwise.core.pieces import groups_at, learns_at
 from layerwise.core.rule import Rule
 from layerwise.errors import LayerwiseError
 
@@ -18,34 +19,32 @@ class Grouping:
         rule: says at which update blocks share a graph (`groups_at`) and learn (`learns_at`).
         own: the groups that are here, each with its optimizers.
         blocks: number of blocks of the network, without the head.
-        accumulate: batches per update.
         scaler: makes the gradient scaler of joined groups.
     """
 
-    def __init__(self, rule: Rule, own: list[Group], blocks: int, accumulate: int, scaler: Callable[[], GradScaler]):
-        self.rule, self.own, self.blocks, self.accumulate, self.scaler = rule, own, blocks, accumulate, scaler
+    def __init__(self, rule: Rule, own: list[Group], blocks: int, scaler: Callable[[], GradScaler]):
+        self.rule, self.own, self.blocks, self.scaler = rule, own, blocks, scaler
         self._joined: dict[tuple[range, ...], list[Group]] = {}
         self._resting: dict[tuple[tuple[range, ...], tuple[bool, ...]], list[Group]] = {}
         self._scalers: Mapping[str, Any] = {}
         """States for groups that are not joined yet."""
 
-    def at(self, step: int) -> list[Group]:
-        """The groups of a training step; the same objects whenever the rule asks for the same.
+    def at(self, update: int) -> list[Group]:
+        """The groups of an update; the same objects whenever the rule asks for the same.
 
         Raises:
             LayerwiseError: the rule asks for groups that are not neighbours of its own, joined.
         """
-        update = step // self.accumulate
-        ranges = tuple(self.rule.groups_at(update, self.blocks))
+        ranges = tuple(groups_at(self.rule, update, self.blocks))
         if ranges not in self._joined:
             self._joined[ranges] = self._join(ranges)
         groups = self._joined[ranges]
-        learns = tuple(self.rule.learns_at(update, group.units[0].site) for group in groups)
+        learns = tuple(learns_at(self.rule, update, group.units[0].site) for group in groups)
         if all(learns):
             return groups
         if (ranges, learns) not in self._resting:
             self._resting[ranges, learns] = [
-                group if wanted else replace(group, parameters=[], optimizers=[])
+                group if wanted else replace(group, parameters=[], optimizers=[], checked=True)
                 for group, wanted in zip(groups, learns, strict=True)
             ]
         return self._resting[ranges, learns]
@@ -79,7 +78,7 @@ class Grouping:
         return {group.name: group.scaler.state_dict() for made in (self.own, *self._joined.values()) for group in made}
 
     def load_scalers(self, states: Mapping[str, Any]) -> None:
-        """Go on from `scalers()`."""
+        """Continue from `scalers()`."""
         for group in self.own:
             if group.scaler.is_enabled():
                 group.scaler.load_state_dict(states[group.name])

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from torch import nn
 from layerwise.errors import LayerwiseError, suggestion
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
+"""From parameter groups to an optimizer."""
 
 _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw": ("AdamW", {}),
@@ -102,12 +103,20 @@ def optimizer_factory(
                 f"unknown optimizer {optimizer!r}; {suggestion(optimizer, list(_PRESETS))}, or a class of torch.optim."
             )
         optimizer = found
-    if not isinstance(optimizer, type):
-        return optimizer
-    if issubclass(optimizer, torch.optim.LBFGS):
+    if isinstance(optimizer, torch.optim.Optimizer):
         raise LayerwiseError(
-            "LBFGS needs a closure that runs the network again; choose a first-order optimizer, such as adamw."
+            f"the optimizer is an instance of {type(optimizer).__name__}, and every block needs one of its own; give "
+            "the class, its name, or a function from parameter groups to an optimizer."
         )
+    if not callable(optimizer):
+        raise LayerwiseError(
+            f"the optimizer is {optimizer!r}; give a name, a class of torch.optim, or a function from parameter groups."
+        )
+    if not isinstance(optimizer, type):
+        return FromFunction(optimizer)
+    if not issubclass(optimizer, torch.optim.Optimizer):
+        raise LayerwiseError(f"{optimizer.__name__} is no torch.optim.Optimizer; give one, or its name.")
+    _refuse_closures(optimizer)
     cls = optimizer
     legal = inspect.signature(cls).parameters
     arguments = {"lr": lr, **preset, **(options or {})}
@@ -119,16 +128,67 @@ def optimizer_factory(
     if "weight_decay" in legal:
         arguments["weight_decay"] = weight_decay
 
-    def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        fused = {}
-        if "fused" in legal and "fused" not in arguments and _can_fuse(groups):
-            fused = {"fused": True}
-        try:
-            return cls(groups, **arguments, **fused)  # pyright: ignore[reportArgumentType]
-        except (TypeError, ValueError) as reason:
-            raise LayerwiseError(f"{cls.__name__} refuses its options: {reason}.") from reason
+    return FromClass(cls, arguments, can_fuse="fused" in legal and "fused" not in arguments)
 
-    return make
+
+@dataclass(frozen=True)
+class FromClass:
+    """Makes an optimizer of a class; can be pickled, as a local function cannot."""
+
+    cls: type[torch.optim.Optimizer]
+    arguments: Mapping[str, Any]
+    can_fuse: bool
+
+    def __call__(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """An optimizer of these parameter groups.
+
+        Raises:
+            LayerwiseError: the class refuses its arguments.
+        """
+        fused = {"fused": True} if self.can_fuse and _can_fuse(groups) else {}
+        try:
+            return self.cls(groups, **self.arguments, **fused)  # pyright: ignore[reportArgumentType]
+        except (TypeError, ValueError) as reason:
+            raise LayerwiseError(f"{self.cls.__name__} refuses its options: {reason}.") from reason
+
+
+@dataclass(frozen=True)
+class FromFunction:
+    """Asks a function of the user's for an optimizer, and checks what it gives."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """An optimizer of these parameter groups.
+
+        Raises:
+            LayerwiseError: the function fails, or gives something else.
+        """
+        try:
+            made = self.function(groups)
+        except (TypeError, ValueError) as reason:
+            raise LayerwiseError(f"the function that makes optimizers fails: {reason}.") from reason
+        if not isinstance(made, torch.optim.Optimizer):
+            raise LayerwiseError(
+                f"the function that makes optimizers gave {type(made).__name__}; let it return a torch.optim.Optimizer."
+            )
+        _refuse_closures(type(made))
+        given = {id(p) for group in groups for p in group["params"]}
+        if {id(p) for group in made.param_groups for p in group["params"]} != given:
+            raise LayerwiseError(
+                "the function that makes optimizers left parameters out, or added some; give its optimizer exactly the "
+                "parameter groups that it is called with."
+            )
+        return made
+
+
+def _refuse_closures(cls: type[torch.optim.Optimizer]) -> None:
+    closure = inspect.signature(cls.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise LayerwiseError(
+            f"{cls.__name__} needs a closure that runs the network again; choose a first-order optimizer, such as "
+            "adamw."
+        )
 
 
 def _can_fuse(groups: list[dict[str, Any]]) -> bool:
@@ -142,13 +202,13 @@ def decay_groups(parameters: Iterable[nn.Parameter], multiplier: float = 1.0) ->
 
     Args:
         parameters: of one block and its auxiliary module.
-        multiplier: of the learning rate, kept in the group as `"lr_multiplier"`.
+        multiplier: of the learning rate, kept in the group as `"lr_multiplier"` until the optimizer is made.
 
     >>> layer = nn.Linear(3, 2)
     >>> [len(group["params"]) for group in decay_groups(layer.parameters())]
     [1, 1]
     """
-    learned = [p for p in parameters if p.requires_grad]
+    learned = [p for p in parameters if p.is_floating_point() or p.is_complex()]  # frozen ones too: they may thaw
     weights = [p for p in learned if p.dim() >= 2]
     vectors = [p for p in learned if p.dim() < 2]
     groups: list[dict[str, Any]] = []
@@ -159,8 +219,38 @@ def decay_groups(parameters: Iterable[nn.Parameter], multiplier: float = 1.0) ->
     return groups
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, scheduled: float) -> None:
-    """Set every group's rate to its initial rate times its block's multiplier times the schedule's."""
+def begin_schedule(optimizer: torch.optim.Optimizer) -> None:
+    """Apply the blocks' multipliers to a new optimizer, and note the rates from which its schedule begins."""
     for group in optimizer.param_groups:
-        base = group.setdefault("base_lr", group["lr"])
-        group["lr"] = base * group.get("lr_multiplier", 1.0) * scheduled
+        group["lr"] = group["lr"] * group.pop("lr_multiplier", 1.0)
+        group["scheduled"] = (group["lr"], group["lr"])
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set every group's rate to its base rate times the schedule's factor.
+
+    A rate that was set from outside since the last update (by hand, or by a scheduler of `torch.optim.lr_scheduler`)
+    is the rate of this update, and the schedule continues from it.
+    """
+    for group in optimizer.param_groups:
+        base, rate = group["scheduled"]
+        if group["lr"] == rate:
+            group["lr"] = base * factor
+        else:
+            base = group["lr"] / factor if factor else group["lr"]
+            group["set_from_outside"] = True
+        group["scheduled"] = (base, group["lr"])
+
+
+def base_rates(optimizer: torch.optim.Optimizer) -> list[float] | None:
+    """The groups' base rates where one of them was set from outside, else None."""
+    groups = optimizer.param_groups
+    if not any(group.get("set_from_outside") or group["lr"] != group["scheduled"][1] for group in groups):
+        return None
+    return [float(group["lr"] if group["lr"] != group["scheduled"][1] else group["scheduled"][0]) for group in groups]
+
+
+def set_base_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
+    """Continue from `base_rates()`."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"], group["scheduled"], group["set_from_outside"] = rate, (rate, rate), True

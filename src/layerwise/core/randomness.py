@@ -1,6 +1,8 @@
 """Random numbers that depend on what they are for, never on where or when they are drawn."""
 
 import hashlib
+import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -30,8 +32,16 @@ def seed_generators(seed: int, device: torch.device) -> None:
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)
 
 
+_IN_USE = threading.RLock()
+"""Held while torch's global generators are borrowed: they are one per process, and so is whoever uses them."""
+os.register_at_fork(after_in_child=lambda: globals().update(_IN_USE=threading.RLock()))
+
+
 @contextmanager
 def preserved_generators(device: torch.device) -> Iterator[None]:
-    """Give torch's global generators back as they were, so that a step leaves no trace in them."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
+    """Give torch's global generators back as they were, so that a step leaves no trace in them.
+
+    Other threads that ask for the same wait: two learners in two threads take turns, and each has its own draws.
+    """
+    with _IN_USE, torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
         yield

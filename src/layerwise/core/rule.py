@@ -4,7 +4,8 @@ The engine runs one *group* of blocks at a time (most rules: one block) and owns
 only answers questions. It sees tensors and modules; it knows no optimizer, device, process or data set.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
@@ -153,65 +154,13 @@ class Rule:
         """
         return [range(i, i + 1) for i in range(blocks + 1)]
 
-    def groups_at(self, update: int, blocks: int) -> list[range]:
-        """The groups of one update: those of `groups`, or neighbours of them joined.
-
-        Where they are joined, one backward pass goes through all their blocks, and their optimizers step one after the
-        other. Evaluation keeps to `groups`.
-
-        Args:
-            update: number of the update, from 0; with `accumulate` batches for each.
-            blocks: number of blocks L.
-        """
-        return self.groups(blocks)
-
     def trains(self, site: Site) -> bool:
         """Whether the site's parameters learn; a group in which none does runs without a graph."""
         return True
 
-    def learns_at(self, update: int, site: Site) -> bool:
-        """Whether the group that begins at the site learns in one update; one that rests runs without a graph.
-
-        Blocks that are trained one after the other take turns in this way.
-
-        Args:
-            update: number of the update, from 0; with `accumulate` batches for each.
-            site: the first site of a group, as `groups` has them.
-        """
-        return True
-
-    def has_trunk(self) -> bool:
-        """Whether the first group is a trunk: a part that learns last, from what the groups behind it send back.
-
-        The trunk's graph is kept while they learn, one after the other, each with a graph of its own.
-        """
-        return False
-
-    def to_trunk(self, site: Site, gradient: Tensor, task: Classification) -> Tensor | None:
-        """What a group sends back to the trunk; nothing for None. The engine sums it over the groups.
-
-        Args:
-            site: the group's first site.
-            gradient: of the group's loss on its input `(B, ...)`.
-            task: the task.
-
-        Returns:
-            A share of the gradient on the trunk's output, of its shape.
-        """
-        return gradient
-
     def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
         """The module that the rule adds at a site; `h` is a sample of the output, for its shape."""
         return None
-
-    def prepare(self, network: Partition, x: Tensor, y: Tensor) -> None:
-        """Look at training data once, before the first step, and set tensors of the network; nothing by default.
-
-        Args:
-            network: the blocks and the head.
-            x: samples `(N, ...)`: a few thousand in a run, the first batch in a loop of one's own.
-            y: their labels.
-        """
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
         """The first block's input and the first message."""
@@ -231,66 +180,77 @@ class Rule:
         """The teaching signal and the next message, when the block at `ctx.site` has run."""
         raise NotImplementedError
 
-    def ask(self, x: Tensor, auxiliary: nn.Module | None) -> tuple[Tensor, Any]:
-        """Input of the first block and first message of a forward pass of prediction; `begin` without labels.
-
-        Args:
-            x: inputs `(B, ...)`.
-            auxiliary: the rule's module at the first site.
-        """
-        return x, None
-
-    def answer(self, site: Site, h: Tensor, message: Any, auxiliary: nn.Module | None) -> tuple[Tensor, Any]:
-        """What a site makes of its block's output in a forward pass of prediction, such as adding to a vote.
-
-        It sees one site at a time, so that a pipeline predicts as well, site by site.
-
-        Args:
-            site: the place.
-            h: the block's output; the network's logits at the head.
-            message: what the site before, or `ask`, has sent.
-            auxiliary: the rule's module here.
-
-        Returns:
-            Input of the next block (the rule's logits `(B, ..., K)` at the head), and the next message.
-        """
-        return h, message
-
     def predict(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Tensor:
-        """Logits `(B, ..., K)` for `x`: a forward pass with `ask` and `answer`; without these, the plain network's.
+        """Logits `(B, ..., K)` for `x`; the network's own output by default.
 
-        A rule that predicts from all sites at once overrides this. A pipeline then refuses it, unless
-        `predicts_at_head`.
+        A rule whose prediction adds something at every site inherits `PredictsBySite` in place of overriding this. A
+        pipeline refuses a rule that overrides it, unless `predicts_at_head`.
         """
-        h, message = self.ask(x, auxiliary.get(0))
-        for index, block in enumerate([*network.blocks, network.head]):
-            site = Site(index, len(network.blocks), block.name)
-            h, message = self.answer(site, block(h), message, auxiliary.get(index))
-        return h
+        return network(x)
 
     def predicts_plainly(self) -> bool:
         """Whether the prediction is the network's plain output."""
-        return all(getattr(type(self), name) is getattr(Rule, name) for name in ("ask", "answer", "predict"))
-
-    def beliefs(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Iterator[Tensor]:
-        """Log-probabilities `(B, ..., K)` that cross from site to site, the first message included, as they arise.
-
-        Raises:
-            LayerwiseError: the rule passes on no beliefs.
-        """
-        raise LayerwiseError(f"rule {self.name!r} passes on no beliefs; those that do are 'sid' and 'sid_cascade'.")
+        return type(self).predict is Rule.predict
 
 
-def check_words(rule: Rule) -> None:
-    """Raise LayerwiseError where an option is none of the words that its field lists.
+def check_rule(rule: object) -> None:
+    """Raise LayerwiseError unless `rule` keeps the contract as far as it can be seen before the first step.
 
-    The learner asks this of every rule, so that no rule has to.
+    It is an instance of a `Rule` that declares its facts and overrides `signal`; it is a dataclass, so that its options
+    are fields; and every option that lists its words is one of them. The learner asks this of every rule.
     """
+    kind = rule if isinstance(rule, type) else type(rule)
+    if not issubclass(kind, Rule):
+        raise LayerwiseError(
+            f"the rule is {rule!r}, which is no layerwise.Rule; give the name of a rule, or an instance of a subclass."
+        )
+    if isinstance(rule, type):
+        raise LayerwiseError(f"the rule is the class {kind.__name__}; give an instance of it: {kind.__name__}().")
+    assert isinstance(rule, Rule)
+    for fact in ("name", "locality", "boundary", "flat_memory", "source"):
+        if not hasattr(kind, fact):
+            raise LayerwiseError(f"rule {kind.__name__} does not declare {fact!r}; set the class attribute, see Rule.")
+    if kind.signal is Rule.signal:
+        raise LayerwiseError(f"rule {rule.name!r} has no signal; define signal(self, ctx) in {kind.__name__}.")
+    own = [name for name, hint in inspect.get_annotations(kind).items() if "ClassVar" not in str(hint)]
+    if own and "__dataclass_params__" not in kind.__dict__:
+        raise LayerwiseError(
+            f"rule {rule.name!r} is no dataclass, so {own[0]!r} is no option of it; write "
+            f"@dataclass(frozen=True) above class {kind.__name__}."
+        )
     for option in fields(rule):
         value, words = getattr(rule, option.name), get_args(option.type)
         if get_origin(option.type) is Literal and value not in words:
             legal = suggestion(str(value), [str(word) for word in words])
             raise LayerwiseError(f"{rule.name}'s option {option.name} is {value!r}; {legal}.")
+
+
+def check_signal(rule: Rule, ctx: BlockContext, signal: object) -> None:
+    """Raise LayerwiseError unless `signal` is one that the engine can act on.
+
+    The loss is a scalar, the cotangent has the shape of the block's output, the metrics are scalar tensors.
+    """
+    where = f"rule {rule.name!r} gave block {ctx.site.name!r}"
+    if not isinstance(signal, Signal):
+        raise LayerwiseError(f"{where} {_in_words(signal)} and no Signal; return Signal(...) from `signal`.")
+    loss, cotangent, output = signal.loss, signal.cotangent, signal.output
+    if loss is not None and not (isinstance(loss, Tensor) and loss.dim() == 0):
+        raise LayerwiseError(f"{where} a loss that is {_in_words(loss)}; give a scalar tensor, such as loss.mean().")
+    if cotangent is not None and not (isinstance(cotangent, Tensor) and cotangent.shape == ctx.h.shape):
+        raise LayerwiseError(
+            f"{where} a cotangent that is {_in_words(cotangent)}; give a tensor of the output's shape "
+            f"{tuple(ctx.h.shape)}."
+        )
+    if output is not None and not isinstance(output, Tensor):
+        raise LayerwiseError(f"{where} an output that is {_in_words(output)}; give a tensor, or leave it out.")
+    for name, value in signal.metrics.items():
+        if not (isinstance(value, Tensor) and value.dim() == 0):
+            raise LayerwiseError(f"{where} the metric {name!r}, which is {_in_words(value)}; give a scalar tensor.")
+
+
+def _in_words(value: object) -> str:
+    """What a value is, for a sentence."""
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"of type {type(value).__name__}"
 
 
 def cross_entropy_at_head(ctx: BlockContext) -> Signal:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import LayerwiseError
 
-PARTS = ("model", "auxiliary", "optimizer", "gradients", "scaler")
+PARTS = ("model", "auxiliary", "optimizer", "gradients", "scaler", "rates", "accumulation")
 PRIMES = (2, 3, 5, 7, 11, 13)  # sides of a tensor that tell which side of it a state's side is
 LARGEST = torch.finfo(torch.float32).max  # a scaler computes in float32
 SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
@@ -27,7 +27,9 @@ class Expected:
         auxiliary: that of the rule's modules.
         parameters: of both, by name, in full shape.
         optimizers: by the names of the parameters that they update.
+        rates: by group, the number of parameter groups of each of its optimizers.
         scalers: names of the groups that scale their gradients (fp16).
+        accumulate: batches per update.
         whole: whether all blocks are here; one of several ranks does not know the others' auxiliary modules.
     """
 
@@ -36,7 +38,9 @@ class Expected:
     auxiliary: Mapping[str, Tensor]
     parameters: Mapping[str, Tensor]
     optimizers: Mapping[str, torch.optim.Optimizer]
+    rates: Mapping[str, list[int]]
     scalers: tuple[str, ...]
+    accumulate: int
     whole: bool
 
 
@@ -53,6 +57,7 @@ def check_parts(state: Any) -> None:
     for name in ("steps", "skipped"):
         if not _is_count(state[name]):
             raise _unfit(f"{name} = {_short(state[name])} is not a whole number from 0 up")
+    _check_accumulation(state["accumulation"], state["steps"])
     if state["skipped"] > state["steps"]:
         raise _unfit(f"{state['skipped']} of {state['steps']} steps are skipped ones")
 
@@ -75,6 +80,7 @@ def check_state(state: Mapping[str, Any], expected: Expected) -> None:
             own = expected.parameters[name]
             _check_tensor(gradient, own.shape, own.dtype, f"the gradient of {name!r}")
     _check_optimizers(state, expected)
+    _check_rates(state["rates"], expected)
     for name in expected.scalers:
         _check_scaler(name, state["scaler"].get(name))
 
@@ -123,9 +129,14 @@ def _check_optimizers(state: Mapping[str, Any], expected: Expected) -> None:
                 raise _unfit(f"the optimizer's state of {name!r} has {wrong!r} here or there only")
             for part, made in spec.items():
                 _check_made(given[part], made, own, f"the optimizer's {part!r} of {name!r}")
-    took_updates = state["steps"] > state["skipped"] and not state["gradients"] and not expected.scalers
+    accumulated = state["accumulation"]
+    took_updates = accumulated["updates"] > state["skipped"] and not expected.scalers
     if learned and took_updates and expected.whole and not state["optimizer"]:
         raise _unfit("the optimizers' state is missing")
+    if accumulated["batches"] >= expected.accumulate:
+        raise _unfit(f"{accumulated['batches']} batches have accumulated, and {expected.accumulate} make an update")
+    if accumulated["batches"] and learned and expected.whole and not state["gradients"]:
+        raise _unfit("the accumulated gradients are missing")
 
 
 def state_made_by(optimizer: torch.optim.Optimizer, dimensions: int, dtype: torch.dtype) -> dict[str, Any] | None:
@@ -172,6 +183,33 @@ def _check_tensor(given: Any, shape: torch.Size, dtype: torch.dtype, what: str) 
         raise _unfit(f"{what} has shape {tuple(given.shape)} instead of {tuple(shape)}")
     if given.dtype != dtype:
         raise _unfit(f"{what} has type {given.dtype} instead of {dtype}")
+
+
+def _check_accumulation(given: Mapping[str, Any], steps: int) -> None:
+    """The update under way: how many there were before, its batches and what they weigh."""
+    if set(given) != {"updates", "batches", "first", "weight"}:
+        raise _unfit("'accumulation' has other fields than updates, batches, first and weight")
+    for field, value in given.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LARGEST
+        if not number or (field in ("updates", "batches") and (value != int(value) or value > steps)):
+            raise _unfit(f"'accumulation' has {field} = {_short(value)}")
+    if given["updates"] + given["batches"] > steps or (given["batches"] > 0) != (given["weight"] > 0):
+        raise _unfit(f"'accumulation' does not belong to {steps} steps")
+
+
+def _check_rates(given: Mapping[str, Any], expected: Expected) -> None:
+    """Learning rates that were set from outside: one for every parameter group of a group's optimizers, or None."""
+    for name, counts in expected.rates.items():
+        rates = given.get(name)
+        if rates is None:
+            continue
+        right = isinstance(rates, (list, tuple)) and len(rates) == len(counts)
+        for found, count in zip(rates, counts, strict=False) if right else ():
+            if found is not None:
+                right &= isinstance(found, (list, tuple)) and len(found) == count
+                right &= right and all(isinstance(rate, (int, float)) and 0 <= rate <= LARGEST for rate in found)
+        if not right:
+            raise _unfit(f"'rates' has {_short(rates)} for {name!r}")
 
 
 def _check_scaler(name: str, given: Any) -> None:

@@ -1,10 +1,8 @@
 """Learner: a model, a rule and an optimizer, in three lines of anybody's own training loop."""
 
-import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,67 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from layerwise import rules
-from layerwise.core.blocks import Partition, partition
-from layerwise.core.engine import Engine, Execution, Group, NonFinite, Trace, Unit, detach
-from layerwise.core.grouping import Grouping
-from layerwise.core.optim import OptimizerFactory, Schedule, decay_groups, optimizer_factory
+from layerwise.core import pieces
+from layerwise.core.blocks import Block, Partition, partition
+from layerwise.core.engine import Engine, Execution, Group, Trace, detach
+from layerwise.core.optim import OptimizerFactory, Schedule, optimizer_factory
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
-from layerwise.core.rule import BatchContext, Rule, Site, check_words
+from layerwise.core.rule import BatchContext, Rule, check_rule
 from layerwise.core.tasks import UNLABELLED, Classification
 from layerwise.errors import LayerwiseError, suggestion
-from layerwise.learner.checks import Expected, check_parts, check_state
-from layerwise.learner.state import without_meta
+from layerwise.learner import state as states
+from layerwise.learner.alone import NotOffloaded, OneProcess, WholeNetwork
+from layerwise.learner.build import ONE_PROCESS, Built, Setup
+from layerwise.learner.checks import check_parts
+from layerwise.learner.metrics import Metrics
+from layerwise.learner.optimizer import EveryOptimizer
 from layerwise.memory.meter import MemoryMeter, MemoryUse, optimizer_tensors
-from layerwise.memory.mmap import release_pages
 from layerwise.memory.offload import Offload, Where, check_offload
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
 
 Precision = Literal["fp32", "bf16", "fp16"]
-
-
-@dataclass
-class Metrics:
-    """What one step measured: scalars that stay on the device until `read()`.
-
-    Attributes:
-        step: number of the step, from 0.
-        samples: size of the batch, the shares of all replicas together.
-        blocks: per block name (and `"head"`), the rule's scalars, such as `loss` and `accuracy`.
-        skipped: names of the groups whose update was skipped (`nonfinite="skip"`).
-    """
-
-    step: int
-    samples: int
-    blocks: dict[str, dict[str, Tensor]]
-    skipped: tuple[str, ...]
-    finite: dict[str, Tensor]
-
-    @property
-    def loss(self) -> Tensor:
-        """Loss at the head: a scalar on the device, in nats."""
-        return self.blocks["head"]["loss"]
-
-    @property
-    def accuracy(self) -> Tensor:
-        """Share of the batch that the head gets right: a scalar on the device."""
-        return self.blocks["head"]["accuracy"]
-
-    def read(self) -> dict[str, float]:
-        """All scalars as floats, keyed `"head/loss"`; this waits for the device.
-
-        Raises:
-            LayerwiseError: a loss or gradient of the step was not finite (on an accelerator it is noticed
-                here, because looking earlier would stall the device).
-        """
-        for name, finite in self.finite.items():
-            if not bool(finite):
-                raise NonFinite(name, self.step, input_is_finite=True)
-        names = [(block, key) for block, found in self.blocks.items() for key in found]
-        if not names:
-            return {}
-        values = torch.stack([self.blocks[block][key].float() for block, key in names]).tolist()
-        return {f"{block}/{key}": value for (block, key), value in zip(names, values, strict=True)}
 
 
 class Learner:
@@ -89,7 +46,8 @@ class Learner:
         model: a module, or a `Partition` of one. It is trained in place and stays an ordinary module.
         rule: name of a rule, or a rule.
         optimizer: `"adamw"`, `"adam"`, `"sgd"`, `"rmsprop"`, any class of `torch.optim` or its name, or a
-            callable from parameter groups to an optimizer. Every group of blocks gets its own.
+            callable from parameter groups to an optimizer. Every group of blocks gets its own; `learner.optimizer`
+            shows them as one.
         lr: learning rate.
         weight_decay: of weights; norms and biases have none.
         optimizer_options: further arguments of the optimizer's class.
@@ -97,7 +55,8 @@ class Learner:
         schedule: multiplier of the learning rate as a function of the update number.
         clip: largest norm of one group's gradient.
         accumulate: batches per update. Gradients then live from one batch to the next, so that their memory
-            grows with depth; activations still do not.
+            grows with depth; activations still do not. A batch weighs as much as it has labels that count, and
+            `flush` does the last update with the batches that it has.
         precision: `"fp32"`, `"bf16"` or `"fp16"` (autocast; fp16 with a gradient scaler per group).
         compile: run every block through `torch.compile`; a string names the backend.
         channels_last: keep images and convolutions in channels-last order.
@@ -113,10 +72,16 @@ class Learner:
         replicas: the processes that train the same blocks, each on its share of every batch; none if not given. Draws
             then depend on the replica too, but those of the initial weights, which are the first one's. With `Shards`
             each keeps a share of parameters and optimizer state, and all have to predict and evaluate equally often.
+            Where `torch.distributed` runs in several processes, `OneProcess()` says that this one trains alone.
         device: where blocks run; where the model's parameters are if not given.
         offload: `"host"` or `"disk"` keeps parameters and optimizer state there, and on the device only those of the
             groups that are about to run; `onload` brings them back. Until then the model's own tensors show nothing.
         offload_folder: for the file of `"disk"`; the system's folder for temporary files if not given.
+
+    What the owner does to the model is followed: its mode (`train()`, `eval()`, of single modules too), parameters
+    that are frozen or thawed, rates that are set in `learner.optimizer.param_groups`. A module or parameter that is
+    replaced, cast or moved after the first step is refused. A learner can be pickled and copied, but not one that is
+    offloaded or one of several ranks. Learners in several threads take turns.
 
     Raises:
         LayerwiseError: an unknown rule, cut, optimizer or block name; a value out of range; labels or inputs
@@ -153,58 +118,69 @@ class Learner:
         blocks: int | None = None,
         example: Tensor | None = None,
         stage: Stage | None = None,
-        replicas: Replicas | None = None,
+        replicas: Replicas | OneProcess | None = None,
         device: torch.device | str | None = None,
         offload: Where = "none",
         offload_folder: str | Path | None = None,
     ):
+        self._arguments = {name: value for name, value in locals().items() if name not in ("self", "model", "rule")}
+        self._arguments["example"] = None  # a batch is not kept
         _check_options(clip, accumulate, precision, nonfinite)
         check_offload(offload, stage or replicas, compile)
-        if replicas is not None:
-            replicas.check(precision=precision, compile=compile, channels_last=channels_last)
+        replicas = replicas or ONE_PROCESS
+        replicas.check(precision=precision, compile=compile, channels_last=channels_last)
         self.rule = rules.create(rule) if isinstance(rule, str) else rule
-        check_words(self.rule)
+        check_rule(self.rule)
         self.network: Partition = partition(model, cuts, blocks=blocks, example=example)
         names = [block.name for block in [*self.network.blocks, self.network.head]]
-        self.lr_multipliers = dict(lr_multipliers or {})
-        for name in self.lr_multipliers:
+        for name in lr_multipliers or {}:
             if name not in names:
                 raise LayerwiseError(f"lr_multipliers names no block {name!r}; {suggestion(name, names)}.")
-        self.factory = optimizer_factory(optimizer, lr=lr, weight_decay=weight_decay, options=optimizer_options)
         self.device = next(model.parameters()).device if device is None else torch.device(device)
         if device is not None and offload == "none":
             self.network.to(self.device)
         self.channels_last = channels_last
         if channels_last:
             self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self._compile = compile
-        self.schedule = schedule or Schedule()
-        self._how: dict[str, Any] = {
-            "device": self.device,
-            "schedule": self.schedule,
-            "autocast": {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision],
-            "clip": clip,
-            "accumulate": accumulate,
-            "nonfinite": nonfinite,
-            # The first replica draws what one process would; the others must not drop the same units as it does.
-            "seed": derive_seed(seed, "replica", replicas.rank) if replicas is not None and replicas.rank else seed,
-            "replicas": replicas,
-        }
-        self._seed = seed
         Classification(1, label_smoothing)  # refuses a wrong value now; the number of classes is known later
-        self.label_smoothing = label_smoothing
-        self.stage, self.replicas = stage, replicas
+        self.schedule = schedule or Schedule()
         self._offload_to: tuple[Where, Path] = offload, Path(offload_folder or tempfile.gettempdir())
-        self.offload: Offload | None = None
+        self.offload: Offload | NotOffloaded = NotOffloaded()
+        self._setup = Setup(
+            self.network,
+            self.rule,
+            optimizer_factory(optimizer, lr=lr, weight_decay=weight_decay, options=optimizer_options),
+            dict(lr_multipliers or {}),
+            Execution(
+                device=self.device,
+                schedule=self.schedule,
+                autocast={"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision],
+                clip=clip,
+                accumulate=accumulate,
+                nonfinite=nonfinite,
+                # The first replica draws what one process would; the others must not drop the same units as it does.
+                seed=derive_seed(seed, "replica", replicas.rank) if replicas.rank else seed,
+                replicas=replicas,
+            ),
+            stage or WholeNetwork(),
+            replicas,
+            self._moved_by,
+            seed,
+            label_smoothing,
+            compile,
+        )
+        self.stage, self.replicas = self._setup.stage, replicas
         self.steps = 0
-        self.prepares = type(self.rule).prepare is not Rule.prepare
-        self._prepared = False
         self.skipped = 0
-        self.auxiliary = nn.ModuleDict()
-        self._grouping = self._grouped([])
+        self.optimizer = EveryOptimizer(self._optimizers)
+        self._prepared = not isinstance(self.rule, pieces.StartsFromData)
+        self._built: Built | None = None
+        self._example: Tensor | None = None
         self._pending: Mapping[str, Any] | None = None
         if example is not None:
             self.build(example)
+
+    # Building.
 
     def build(self, x: Tensor) -> None:
         """Make the rule's auxiliary modules and the optimizers; done by the first `step` if not before.
@@ -215,117 +191,77 @@ class Learner:
         Raises:
             LayerwiseError: the network does not take such an input, or is not what was partitioned.
         """
-        self.network.check_modules()
-        blocks = [*self.network.blocks, self.network.head]
-        ranges = list(self.rule.groups(len(blocks) - 1))
-        ends = [later.start for later in ranges[1:]] + [len(blocks)]
-        kind, folder = self._offload_to
-        if kind != "none" and self.offload is None:  # an earlier attempt may have failed at the input
-            own = [blocks[sites.start : end] for sites, end in zip(ranges, ends, strict=True)]
-            self.offload = Offload(kind, folder, self.device, self.rule, own)
-        shapes = self._probe(x[:1].to(self.device))
-        task = Classification(shapes[-1].shape[-1], self.label_smoothing)
-        mine = range(len(ranges))
-        if self.stage is not None:
-            mine = self.stage.choose(self.rule, self.network, ranges, self._placed(x[:1]))
-        sizes = tuple(tuple(out.shape[1:]) for out in shapes)
-        units = []
-        for i, block in enumerate(blocks):
-            site = Site(i, len(blocks) - 1, block.name, sizes, tuple(x.shape[1:]), self.network)
-            units.append(Unit(site, block, None))
-        self.task = task
-        self.engine = Engine(self.rule, Execution(task=task, **self._how), self._resident)
-        if self.replicas is not None:
-            found = [*self.network.parameters(), *self.network.buffers()]
-            self.replicas.copy_from_first(tensor for tensor in found if not tensor.is_meta)
-        groups = []
-        for i in mine:
-            own = units[ranges[i].start : ends[i]]
-            with self._resident(own):
-                for unit in own:
-                    unit.auxiliary = self._auxiliary(unit.site, shapes[unit.site.index])
-                if self.replicas is not None:
-                    self.replicas.adopt(self.network.model, own)
-                group = self._group(own, ahead=units[ends[i] : ranges[i].stop])
-                groups.append(group)
-                if self.offload is not None:
-                    self.offload.add(group)
-        self._grouping = self._grouped(groups)
-        if self._compile:
-            backend = self._compile if isinstance(self._compile, str) else "inductor"
-            for block in blocks:
-                block.run = torch.compile(_with_own_code(block.run, block.name), backend=backend)
+        x = self._placed(x)
+        self._built = Built(self._setup, x, self.evaluating)
+        self._example = x[:1].clone()
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self.load_state_dict(pending)
 
-    def _resident(self, units: Sequence[Unit]) -> AbstractContextManager[None]:
-        """A context in which the tensors of these units are on the device, and whole."""
-        if self.replicas is not None:
-            return self.replicas.resident(units)
-        return nullcontext() if self.offload is None else self.offload.resident(units)
+    def _moved_by(self, blocks: Sequence[Sequence[Block]]) -> Offload | NotOffloaded:
+        """What moves the blocks of these groups; the same again where an earlier attempt has failed at the input."""
+        kind, folder = self._offload_to
+        if kind != "none" and not self.offload.active:
+            self.offload = Offload(kind, folder, self.device, self.rule, blocks)
+        return self.offload
 
-    def _auxiliary(self, site: Site, h: Tensor) -> nn.Module | None:
-        """The rule's module at a site, where it has one."""
-        with preserved_generators(self.device):
-            seed_generators(derive_seed(self._seed, "auxiliary", site.index), self.device)
-            auxiliary = self.rule.auxiliary(site, h, self.task)
-        if auxiliary is not None:
-            self.auxiliary[str(site.index)] = auxiliary.to(self.device)
-        return auxiliary
+    def _optimizers(self) -> Iterator[torch.optim.Optimizer]:
+        return iter(()) if self._built is None else self._built.optimizers()
 
-    def _probe(self, x: Tensor) -> list[Tensor]:
-        """A sample of every block's output and of the logits, without touching running statistics."""
-        outputs, h = [], x
-        with self.evaluating():
-            for block in [*self.network.blocks, self.network.head]:
-                try:
-                    h = block(h)
-                except (RuntimeError, ValueError, IndexError) as reason:
-                    raise LayerwiseError(
-                        f"block {block.name!r} cannot take an input of shape {tuple(h.shape)} and "
-                        f"type {str(h.dtype).removeprefix('torch.')}: {str(reason).splitlines()[0]}; "
-                        "check the model against the data."
-                    ) from reason
-                outputs.append(h)
-        return outputs
+    @property
+    def built(self) -> Built:
+        """Groups and engine.
 
-    def _group(self, units: list[Unit], ahead: list[Unit]) -> Group:
-        learning = [unit for unit in units if self.rule.trains(unit.site)]
-        groups = [
-            group
-            for unit in learning
-            for group in decay_groups(map(self._kept, unit.parameters()), self.lr_multipliers.get(unit.site.name, 1.0))
-        ]
-        optimizers = [self.factory(groups)] if groups else []
-        if self.replicas is not None:
-            for optimizer in optimizers:
-                self.replicas.check_optimizer(optimizer)
-        parameters = [p for group in groups for p in group["params"]]
-        return Group(units, ahead, parameters, optimizers, self._scaler())
+        Raises:
+            LayerwiseError: nothing is built yet.
+        """
+        if self._built is None:
+            raise LayerwiseError("the learner is not built yet; take a step, give it an example, or call build(x).")
+        return self._built
 
-    def _kept(self, parameter: nn.Parameter) -> nn.Parameter:
-        """What learns here of a parameter of the model: all of it, or a share."""
-        return parameter if self.replicas is None else self.replicas.shard_of(parameter)
+    @property
+    def engine(self) -> Engine:
+        """What updates the groups."""
+        return self.built.engine
 
-    def _grouped(self, groups: list[Group]) -> Grouping:
-        return Grouping(self.rule, groups, len(self.network.blocks), self._how["accumulate"], self._scaler)
+    @engine.setter
+    def engine(self, engine: Engine) -> None:
+        self.built.engine = engine
 
-    def _scaler(self) -> torch.amp.GradScaler:
-        return torch.amp.GradScaler(self.device.type, enabled=self._how["autocast"] == torch.float16)
+    @property
+    def task(self) -> Classification:
+        """What the labels mean."""
+        return self.built.task
+
+    @property
+    def auxiliary(self) -> nn.ModuleDict:
+        """The rule's modules by index of their site; none before `build`."""
+        return nn.ModuleDict() if self._built is None else self._built.auxiliary
 
     @property
     def groups(self) -> list[Group]:
         """The groups in which the blocks here are updated; none before `build`."""
-        return self._grouping.own
+        return [] if self._built is None else self._built.groups
 
-    def groups_at(self, step: int) -> list[Group]:
-        """The groups in which a training step updates the blocks: `groups`, unless the rule joins or rests some there.
+    def groups_at(self, update: int) -> list[Group]:
+        """The groups of an update: `groups`, unless the rule joins some there or lets some rest.
 
         Raises:
             LayerwiseError: the rule asks for groups that are not neighbours of its own, joined.
         """
-        return self._grouping.at(step)
+        return [] if self._built is None else self._built.grouping.at(update)
+
+    @property
+    def updates(self) -> int:
+        """Number of updates so far; with `accumulate` batches for each."""
+        return 0 if self._built is None else self._built.engine.accumulation.updates
+
+    # Training.
+
+    @property
+    def prepares(self) -> bool:
+        """Whether the rule starts from training data."""
+        return isinstance(self.rule, pieces.StartsFromData)
 
     @torch.no_grad()
     def prepare(self, x: Tensor, y: Tensor) -> None:
@@ -338,16 +274,19 @@ class Learner:
         Raises:
             LayerwiseError: labels that do not fit, or data from which the rule cannot start.
         """
-        x, y = self._ready(x, y)
         with preserved_generators(self.device):
-            seed_generators(derive_seed(self._seed, "prepare"), self.device)
-            self.rule.prepare(self.network, x, y)
-        if self.replicas is not None:  # each has seen its own share
+            x, y = self._ready(x, y)
+            seed_generators(derive_seed(self._setup.seed, "prepare"), self.device)
+            if isinstance(self.rule, pieces.StartsFromData):
+                self.rule.prepare(self.network, x, y)
+            # Each replica has seen its own share.
             self.replicas.copy_from_first(p for p in self.network.parameters() if not p.is_meta)
-        self._prepared = True
+            self._prepared = True
 
     def step(self, x: Tensor, y: Tensor) -> Metrics:
         """Train on one batch: every block is updated once, while the batch passes through.
+
+        The model is run in the mode in which its owner has put it.
 
         Args:
             x: inputs `(B, ...)`.
@@ -357,153 +296,78 @@ class Learner:
             The step's metrics, still on the device.
 
         Raises:
-            LayerwiseError: labels that do not fit, or a non-finite loss or gradient.
+            LayerwiseError: labels that do not fit, a model that was changed since the first step, a signal that
+                reaches nothing, or a non-finite loss or gradient.
         """
-        x, y = self._ready(x, y)
-        if self.steps == 0 and self.prepares and not self._prepared:
-            self.prepare(x, y)
-        if not self.network.model.training:  # asked of the model, whose owner may have called eval() on it
-            self.network.train()
-        self.auxiliary.train()
-        step, trace = self.steps, Trace()
         with preserved_generators(self.device):
-            seed_generators(derive_seed(self._how["seed"], "begin", step), self.device)
+            x, y = self._ready(x, y)
+            if not self._prepared:
+                self.prepare(x, y)
+            built = self.built
+            built.watch.check()
+            built.auxiliary.train(self.network.model.training)
+            step, trace, updates = self.steps, Trace(), self.updates
+            seed_generators(derive_seed(self._setup.execution.seed, "begin", step), self.device)
             h, message = self._begin(x, y, self._forward_with_draws)
-            h, message = self.engine.step(self.groups_at(step), h, message, y, step, trace)
-        self.steps += 1
-        self.skipped += self._pass_on(h, message, bool(trace.skipped))
-        samples = len(x) * (1 if self.replicas is None else self.replicas.count)
-        return Metrics(step, samples, trace.metrics, tuple(trace.skipped), trace.finite)
+            h, message = built.engine.step(self.groups_at(updates), h, message, y, step, trace)
+            self.steps += 1
+            self._count(updates)
+            self.skipped += self.stage.pass_on(h, message, bool(trace.skipped))
+        return Metrics(step, len(x) * self.replicas.count, trace.metrics, tuple(trace.skipped), trace.finite)
+
+    def flush(self) -> bool:
+        """Do the update under way with the batches that it has; with `accumulate`, at the end of the training.
+
+        Returns:
+            Whether there were any.
+        """
+        if self._built is None:
+            return False
+        with preserved_generators(self.device):
+            trace, updates = Trace(), self.updates
+            done = self._built.engine.flush(self.groups_at(updates), self.steps - 1, trace)
+            self._count(updates)
+            self.skipped += bool(trace.skipped)
+        return done
+
+    def _count(self, before: int) -> None:
+        """Tell who holds `optimizer` that an update is done, as its schedulers ask for."""
+        if self.updates > before:
+            self.optimizer.step()
 
     def average(self) -> None:
         """Average over the replicas what an unfinished update has accumulated; afterwards all hold the same bits."""
         for group in self.groups:
-            if self.replicas is not None and group.parameters:
+            if group.parameters:
                 running = [buffer for unit in group.units for buffer in unit.running()]
                 self.replicas.reduce(group.parameters, running, torch.zeros((), device=self.device))()
 
     def measured_step(self, x: Tensor, y: Tensor) -> tuple[Metrics, MemoryUse]:
         """One `step` under the memory meter: exact bytes, on the CPU at a few times the step's duration.
 
-        The optimizers' state exists from the first step on, so measure a later one.
+        The optimizers' state exists from the first update on, so measure a later step.
         """
-        tensors = [*self.network.parameters(), *self.network.buffers()]
-        tensors += [*self.auxiliary.parameters(), *self.auxiliary.buffers()]
-        if self.replicas is not None:
-            tensors += self.replicas.full_of([p for group in self.groups for p in group.parameters])
-        optimizers = [optimizer for group in self.groups for optimizer in group.optimizers]
+        auxiliary = self.auxiliary
+        tensors = [*self.network.parameters(), *self.network.buffers(), *auxiliary.parameters(), *auxiliary.buffers()]
+        parameters = [p for group in self.groups for p in group.parameters]
+        tensors += [p for p in self.replicas.full_of(parameters) if not any(p is t for t in parameters)]
+        optimizers = list(self._optimizers())
+        updates = self.updates
         with MemoryMeter(
             parameters=tensors,
             optimizer_state=lambda: optimizer_tensors(optimizers),
             device=self.device,
         ) as meter:
             metrics = self.step(x, y)
-        if self.replicas is not None:
-            return metrics, self.replicas.counted(meter.peak, self.groups_at(metrics.step))
-        return metrics, meter.peak if self.offload is None else self.offload.counted(meter.peak)
-
-    def evaluate(self, x: Tensor, y: Tensor) -> Metrics:
-        """The rule's scalars for one batch in evaluation mode; nothing is updated.
-
-        Args:
-            x: inputs `(B, ...)`.
-            y: labels as for `step`.
-        """
-        x, y = self._ready(x, y)
-        trace = Trace()
-        with self.evaluating():
-            h, message = self._begin(x, y, self.network)
-            for group in self.groups:
-                with self._resident(group.units):
-                    _, h, message = self.engine.forward(group, h, message, y, None, trace)
-            self._pass_on(h, message, skipped=False)
-            apart = not self.rule.predicts_plainly() and not self.rule.predicts_at_head
-            if apart and (logits := self._predicted(x)) is not None:
-                head = {"loss": self.task.loss(logits, y), "accuracy": self.task.accuracy(logits, y)}
-                trace.metrics["head"] = trace.metrics.get("head", {}) | head
-        return Metrics(self.steps, len(x), trace.metrics, (), {})
-
-    @torch.no_grad()
-    def __call__(self, x: Tensor) -> Tensor:
-        """Logits `(B, ..., K)` for inputs `(B, ...)` in evaluation mode, without gradient."""
-        if not self.groups:
-            self.build(x)
-        with self.evaluating(), self.engine.autocast():
-            return self.rule.predict(self.network, self._modules_by_site(), self._placed(x))
-
-    @torch.no_grad()
-    def beliefs(self, x: Tensor, threshold: float | None = None) -> list[Tensor]:
-        """What the sites believe about `x`, in evaluation mode, for rules that pass beliefs on.
-
-        Args:
-            x: inputs `(B, ...)`.
-            threshold: stop behind the first site at which every sample's largest probability has reached it, at that
-                site or before; run all sites if not given.
-
-        Returns:
-            Log-probabilities `(B, ..., K)`: the uniform belief, then one per site that was run.
-
-        Raises:
-            LayerwiseError: the rule passes on no beliefs.
-        """
-        if not self.groups:
-            self.build(x)
-        found: list[Tensor] = []
-        with self.evaluating(), self.engine.autocast():
-            passed = torch.zeros((), dtype=torch.bool, device=self.device)
-            for belief in self.rule.beliefs(self.network, self._modules_by_site(), self._placed(x)):
-                found.append(belief)
-                if threshold is not None:
-                    passed = passed | (belief.amax(-1).exp() >= threshold)
-                    if bool(passed.all()):
-                        break
-        return found
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """A context in which all modules are in evaluation mode, without gradient; every mode is put back after it."""
-        modules = [self.network, *self.network.model.modules(), *self.auxiliary.modules()]
-        modes = [(module, module.training) for module in modules]
-        self.network.eval()
-        self.auxiliary.eval()
-        try:
-            unchanging = nullcontext() if self.offload is None else self.offload.unchanging()
-            with torch.no_grad(), unchanging, preserved_generators(self.device):
-                # A rule that samples when it predicts (or makes negatives) gives the same answer each time.
-                seed_generators(derive_seed(self._how["seed"], "evaluation"), self.device)
-                yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
-            if self.replicas is not None:
-                self.replicas.release()
+        use = self.offload.counted(meter.peak)
+        return metrics, self.replicas.counted(use, self.groups_at(updates))
 
     def _begin(self, x: Tensor, y: Tensor, forward: Callable[[Tensor], Tensor]) -> tuple[Tensor, Any]:
         """Input and message of the first group here: the rule's, or what the rank before has sent."""
-        if self.stage is not None and not self.stage.first:
+        if not self.stage.first:
             return self.stage.receive()
-        return detach(self.rule.begin(self._start(x, y, forward)))
-
-    def _pass_on(self, h: Tensor, message: Any, skipped: bool) -> bool:
-        """Hand the batch to the next rank, if there is one; returns whether any update of it was skipped so far."""
-        return skipped if self.stage is None else self.stage.pass_on(h, message, skipped)
-
-    def _predicted(self, x: Tensor) -> Tensor | None:
-        """What the rule predicts, with the draws of `__call__`; None where a later rank knows."""
-        seed_generators(derive_seed(self._how["seed"], "evaluation"), self.device)
-        if self.stage is None:
-            return self.rule.predict(self.network, self._modules_by_site(), x)
-        h, message = self.rule.ask(x, self._modules_by_site().get(0)) if self.stage.first else self.stage.receive()
-        for unit in (unit for group in self.groups for unit in group.units):
-            h, message = self.rule.answer(unit.site, unit.block(h), message, unit.auxiliary)
-        self.stage.pass_on(h, message, skipped=False)
-        return h if self.stage.last else None
-
-    def _start(self, x: Tensor, y: Tensor, forward: Callable[[Tensor], Tensor]) -> BatchContext:
-        return BatchContext(x, y, self.task, self.network, self._modules_by_site(), forward)
-
-    def _modules_by_site(self) -> dict[int, nn.Module]:
-        return {int(index): module for index, module in self.auxiliary.items()}
+        ctx = BatchContext(x, y, self.task, self.network, self._modules_by_site(), forward)
+        return detach(self.rule.begin(ctx))
 
     def _forward_with_draws(self, x: Tensor) -> Tensor:
         """The network's logits under this step's own random draws, without gradient."""
@@ -513,6 +377,110 @@ class Learner:
                     x = self.engine.run(unit, x, None, self.steps)
         return x
 
+    # Evaluation and prediction.
+
+    def evaluate(self, x: Tensor, y: Tensor) -> Metrics:
+        """The rule's scalars for one batch in evaluation mode; nothing is updated.
+
+        Args:
+            x: inputs `(B, ...)`.
+            y: labels as for `step`.
+        """
+        trace = Trace()
+        with self.evaluating():
+            x, y = self._ready(x, y)
+            built = self.built
+            h, message = self._begin(x, y, self.network)
+            for group in built.groups:
+                with built.resident(group.units):
+                    _, h, message = built.engine.forward(group, h, message, y, None, trace)
+            self.stage.pass_on(h, message, skipped=False)
+            apart = not self.rule.predicts_plainly() and not self.rule.predicts_at_head
+            if apart and (logits := self._predicted(x)) is not None:
+                head = {"loss": self.task.loss(logits, y), "accuracy": self.task.accuracy(logits, y)}
+                trace.metrics["head"] = trace.metrics.get("head", {}) | head
+        return Metrics(self.steps, len(x), trace.metrics, (), {})
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits `(B, ..., K)` for inputs `(B, ...)` in evaluation mode, without gradient."""
+        with self.evaluating():
+            self._check_input(x)
+            if self._built is None:
+                self.build(x)
+            with self.engine.autocast():
+                return self.rule.predict(self.network, self._modules_by_site(), self._placed(x))
+
+    @torch.no_grad()
+    def beliefs(self, x: Tensor, threshold: float | None = None) -> list[Tensor]:
+        """What the sites believe about `x`, in evaluation mode, for rules that pass beliefs on.
+
+        Args:
+            x: inputs `(B, ...)`.
+            threshold: stop after the first site at which every sample's largest probability has reached it, at that
+                site or before; run all sites if not given.
+
+        Returns:
+            Log-probabilities `(B, ..., K)`: the uniform belief, then one per site that was run.
+
+        Raises:
+            LayerwiseError: the rule passes on no beliefs.
+        """
+        if not isinstance(self.rule, pieces.PassesBeliefs):
+            able = [name for name in rules.names() if issubclass(rules.get(name), pieces.PassesBeliefs)]
+            raise LayerwiseError(f"rule {self.rule.name!r} passes on no beliefs; those that do: {', '.join(able)}.")
+        found: list[Tensor] = []
+        with self.evaluating():
+            self._check_input(x)
+            if self._built is None:
+                self.build(x)
+            passed = torch.zeros((), dtype=torch.bool, device=self.device)
+            with self.engine.autocast():
+                for belief in self.rule.beliefs(self.network, self._modules_by_site(), self._placed(x)):
+                    found.append(belief)
+                    if threshold is not None:
+                        passed = passed | (belief.amax(-1).exp() >= threshold)
+                        if bool(passed.all()):
+                            break
+        return found
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """A context in which all modules are in evaluation mode, without gradient; every mode is put back after it."""
+        with preserved_generators(self.device):  # first, so that other threads see no mode but their own
+            modules = [self.network, *self.network.model.modules(), *self.auxiliary.modules()]
+            modes = [(module, module.training) for module in modules]
+            self.network.eval()
+            self.auxiliary.eval()
+            self.optimizer.eval()
+            try:
+                with torch.no_grad(), self.offload.unchanging():
+                    # A rule that samples when it predicts (or makes negatives) gives the same answer each time.
+                    seed_generators(derive_seed(self._setup.execution.seed, "evaluation"), self.device)
+                    yield
+            finally:
+                self.optimizer.train()
+                for module, mode in modes:
+                    module.training = mode
+                self.replicas.release()
+
+    def _predicted(self, x: Tensor) -> Tensor | None:
+        """What the rule predicts, with the draws of `__call__`; None where a later rank knows."""
+        seed_generators(derive_seed(self._setup.execution.seed, "evaluation"), self.device)
+        if isinstance(self.stage, WholeNetwork):
+            return self.rule.predict(self.network, self._modules_by_site(), x)
+        first = self._modules_by_site().get(0)
+        h, message = pieces.ask(self.rule, x, first) if self.stage.first else self.stage.receive()
+        for unit in (unit for group in self.groups for unit in group.units):
+            h, message = pieces.answer(self.rule, unit.site, unit.block(h), message, unit.auxiliary)
+        self.stage.pass_on(h, message, skipped=False)
+        return h if self.stage.last else None
+
+    def _modules_by_site(self) -> dict[int, nn.Module]:
+        return {int(index): module for index, module in self.auxiliary.items()}
+
+    # Batches.
+
     def _placed(self, x: Tensor) -> Tensor:
         x = x.to(self.device, non_blocking=True)
         if self.channels_last and x.dim() == 4:
@@ -520,15 +488,26 @@ class Learner:
         return x
 
     def _ready(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        if len(x) == 0 or len(x) != len(y):
+        self._check_input(x)
+        if not isinstance(y, Tensor):
+            raise LayerwiseError(f"the labels are of type {type(y).__name__}; give a tensor of int64 class numbers.")
+        if y.dim() == 0 or len(x) == 0 or len(x) != len(y):
+            labels = "one number" if y.dim() == 0 else f"{len(y)}"
             raise LayerwiseError(
-                f"the batch has {len(x)} inputs and {len(y)} labels; give one label per input, and at "
-                "least one of each."
+                f"the batch has {len(x)} inputs and {labels} labels; give one label per input, and at least one of "
+                "each."
             )
-        if not self.groups:
+        if self._built is None:
             self.build(x)
         self.check_labels(y)
         return self._placed(x), y.to(self.device, non_blocking=True)
+
+    def _check_input(self, x: Any) -> None:
+        if not isinstance(x, Tensor):
+            hint = {"ndarray": "torch.from_numpy(x)", "list": "torch.tensor(x)"}.get(type(x).__name__, "one tensor")
+            raise LayerwiseError(f"the inputs are of type {type(x).__name__}; give {hint}, of shape (B, ...).")
+        if x.dim() == 0:
+            raise LayerwiseError("the input is a single number; give a batch of shape (B, ...).")
 
     def check_labels(self, y: Tensor) -> None:
         """Raise LayerwiseError unless all labels `y` are classes of the network, or -100 for a rule that allows it.
@@ -543,6 +522,8 @@ class Learner:
             )
         self.task.check(y, self.rule.unlabelled)
 
+    # State.
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The network's parameters under the model's names, then the rule's under `auxiliary.`."""
         yield from self.network.named_parameters()
@@ -551,129 +532,70 @@ class Learner:
 
     def optimizer_states(self) -> dict[str, dict[str, Any]]:
         """Optimizer state per parameter name, whatever the grouping of the blocks."""
-        names: dict[Tensor, str] = {self._kept(parameter): name for name, parameter in self.named_parameters()}
-        return {
-            names[parameter]: {name: self._stored(parameter, value) for name, value in state.items()}
-            for group in self.groups
-            for optimizer in group.optimizers
-            for parameter, state in optimizer.state.items()
-        }
+        return states.optimizer_states(self.built)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides how training goes on.
+        """Everything that decides how training continues.
 
         Returns:
             `model`: the model's own `state_dict`; `auxiliary`: the rule's modules; `optimizer`: state per
-            parameter name; `gradients`: what has accumulated since the last update; `scaler`: one state
-            per group; `rule`, `steps`, `skipped`. Tensors are not copied. A stage's own part, where there is one.
-            Offloaded tensors are views of what the host or the file holds, right until the next step.
+            parameter name; `gradients`: what has accumulated since the last update; `accumulation`: how much; `scaler`:
+            one state per group; `rates`: base rates that were set from outside; `rule`, `steps`, `skipped`. Tensors are
+            not copied. A stage's own part, where there is one. Offloaded tensors are views of what the host or the file
+            holds, right until the next step.
+
+        Raises:
+            LayerwiseError: nothing is built yet.
         """
-        offloaded = self.offload is not None
-        own = [(name, self._kept(parameter)) for name, parameter in self.named_parameters()]
-        state = {
-            "model": without_meta(self.network.state_dict(keep_vars=offloaded)),
-            "auxiliary": self.auxiliary.state_dict(keep_vars=offloaded),
-            "optimizer": self.optimizer_states(),
-            "gradients": {n: self._stored(p, p.grad) for n, p in own if p.grad is not None},
-            "scaler": self._grouping.scalers(),
-            "rule": self.rule.name,
-            "steps": self.steps,
-            "skipped": self.skipped,
-        }
-        return state if self.offload is None else self.offload.to_full(state)
+        return states.state_of(self.built, self.skipped, self.steps)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`; before the first step it is kept until the shapes are known.
+
+        Raises:
+            LayerwiseError: the state is damaged, or of another rule or model; nothing is changed then.
+        """
+        check_parts(state)
+        if self._built is None:
+            self._pending = state
+            return
+        states.load_state(self._built, state)
+        self.steps, self.skipped = state["steps"], state["skipped"]
+        self._prepared = self._prepared or self.steps > 0
 
     def onload(self) -> None:
         """Bring all offloaded blocks to the device, for good: the model is an ordinary module again."""
-        if self.offload is not None:
-            self.offload.end()
-            self.offload, self._offload_to = None, ("none", self._offload_to[1])
+        self.offload.end()
+        self.offload, self._offload_to = NotOffloaded(), ("none", self._offload_to[1])
+        if self._built is not None:
+            self._built.offload = self.offload
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`; before the first step it is kept until the shapes are known.
-
-        Raises:
-            LayerwiseError: the state is of another rule or another model; nothing is changed then.
-        """
-        check_parts(state)
-        if not self.groups:
-            self._pending = state
-            return
-        auxiliary = state["auxiliary"] if self.stage is None else self.stage.own(state["auxiliary"], self.auxiliary)
-        check_state({**state, "auxiliary": auxiliary}, self._expected())
-        if self.offload is None:
-            self._load(self.groups, state, auxiliary)
-        for group in self.groups if self.offload is not None else ():
-            with self._resident(group.units):
-                self._load([group], state, auxiliary)
-            release_pages()
-        self._grouping.load_scalers(state["scaler"])
-        self.steps, self.skipped = state["steps"], state["skipped"]
-
-    def _expected(self) -> Expected:
-        """What a state has to fit."""
-        parameters = dict(self.named_parameters())
-        updated = {p: optimizer for g in self.groups for optimizer in g.optimizers for p in g.parameters}
-        return Expected(
-            self.rule.name,
-            self.network.state_dict(),
-            self.auxiliary.state_dict(),
-            parameters,
-            {name: updated[kept] for name, p in parameters.items() if (kept := self._kept(p)) in updated},
-            tuple(group.name for group in self.groups if group.scaler.is_enabled()),
-            whole=self.stage is None,
-        )
-
-    def _load(self, groups: Sequence[Group], state: Mapping[str, Any], auxiliary: Mapping[str, Tensor]) -> None:
-        """Take over what belongs to these groups, whose tensors are on the device."""
-        away = set() if self.offload is None else self.offload.away()
-        for module, given in ((self.network, state["model"]), (self.auxiliary, auxiliary)):
-            own = without_meta(module.state_dict(keep_vars=True))
-            here = {name: self._laid_out(t, given[name]) for name, t in own.items() if id(t) not in away}
-            module.load_state_dict(here, strict=False)
-        here = {p: name for name, p in self.named_parameters() if not p.is_meta and id(p) not in away}
-        names = {self._kept(p): name for p, name in here.items()}
-        for group in groups:
-            for optimizer in group.optimizers:
-                packed = optimizer.state_dict()
-                found = [(p, state["optimizer"].get(names[p])) for p in group.parameters]
-                packed["state"] = {
-                    i: {name: self._laid_out(p, value) for name, value in s.items()}
-                    for i, (p, s) in enumerate(found)
-                    if s is not None
-                }
-                optimizer.load_state_dict(copy.deepcopy(packed))  # torch would keep the given tensors
-        for parameter, name in names.items():
-            gradient = state["gradients"].get(name)
-            if gradient is not None:
-                own = self._laid_out(parameter, gradient)
-                gradient = own.to(parameter.device, parameter.dtype, copy=True)
-            parameter.grad = gradient
-
-    def _stored(self, own: Tensor, value: Any) -> Any:
-        """What belongs to `own`, as a part of what all ranks hold."""
-        if self.replicas is None or not isinstance(value, Tensor):
-            return value
-        return self.replicas.to_full(own, value)
-
-    def _laid_out(self, own: Tensor, given: Any) -> Any:
-        """What a tensor like `own` holds of the whole tensor `given`; other values as they are."""
-        if self.replicas is None or not isinstance(given, Tensor):
-            return given
-        return self.replicas.to_shard(own, given)
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.offload.active or not isinstance(self.stage, WholeNetwork) or type(self.replicas) is not OneProcess:
+            raise LayerwiseError(
+                "a learner whose blocks are offloaded or on several ranks can be neither pickled nor copied; use "
+                "state_dict(), or call onload() first."
+            )
+        state = self._pending if self._built is None else self.state_dict()
+        return _restored, (self.network, self.rule, self._arguments, self._example, state, self._prepared)
 
 
-def _with_own_code(run: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor], Tensor]:
-    """`run` as a function with a code object of its own.
-
-    Dynamo keeps what it compiled per code object, eight versions at most; blocks that shared one would fall
-    back to plain Python from the ninth on, and take each other's shapes for dynamic ones.
-    """
-
-    def block(h: Tensor) -> Tensor:
-        return run(h)
-
-    block.__code__ = block.__code__.replace(co_name=f"block {name}")
-    return block
+def _restored(
+    network: Partition,
+    rule: Rule,
+    arguments: dict[str, Any],
+    example: Tensor | None,
+    state: Mapping[str, Any] | None,
+    prepared: bool,
+) -> Learner:
+    """A learner out of its pickle."""
+    learner = Learner(network, rule, **arguments)
+    if example is not None:
+        learner.build(example)
+    if state is not None:
+        learner.load_state_dict(state)
+    learner._prepared = prepared
+    return learner
 
 
 def _check_options(clip: float | None, accumulate: int, precision: str, nonfinite: str) -> None:

@@ -1,9 +1,15 @@
 """The state of a learner as a mapping: whether it fits, which part of it is here, the whole out of its parts."""
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from layerwise.core.engine import Group
+from layerwise.core.optim import base_rates, set_base_rates
+from layerwise.learner.build import Built
+from layerwise.learner.checks import Expected, check_state
 
 
 def without_meta(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -17,3 +23,115 @@ def joined(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for part in ("model", "auxiliary", "optimizer", "gradients", "scaler"):
         whole[part] = {name: value for state in states for name, value in state[part].items()}
     return whole
+
+
+def state_of(built: Built, skipped: int, steps: int) -> dict[str, Any]:
+    """Everything that decides how training continues; see `Learner.state_dict`."""
+    setup, replicas = built.setup, built.setup.replicas
+    offloaded = built.offload.active
+    own = [(name, replicas.shard_of(parameter)) for name, parameter in named_parameters(built)]
+    rates = {group.name: [base_rates(optimizer) for optimizer in group.optimizers] for group in built.groups}
+    state = {
+        "model": without_meta(setup.network.state_dict(keep_vars=offloaded)),
+        "auxiliary": built.auxiliary.state_dict(keep_vars=offloaded),
+        "optimizer": optimizer_states(built),
+        "gradients": {n: to_full(built, p, p.grad) for n, p in own if p.grad is not None},
+        "scaler": built.grouping.scalers(),
+        "rates": {name: found for name, found in rates.items() if any(found)},
+        "accumulation": built.engine.accumulation.state(),
+        "rule": setup.rule.name,
+        "steps": steps,
+        "skipped": skipped,
+    }
+    return built.offload.to_full(state)
+
+
+def load_state(built: Built, state: Mapping[str, Any]) -> None:
+    """Continue from `state_of()`.
+
+    Raises:
+        LayerwiseError: the state is damaged, or of another rule or model; nothing is changed then.
+    """
+    auxiliary = built.setup.stage.own(state["auxiliary"], built.auxiliary)
+    check_state({**state, "auxiliary": auxiliary}, expected_of(built))
+    for groups in built.offload.loading(built.groups, built.resident):
+        _load(built, groups, state, auxiliary)
+    for group in built.groups:
+        for optimizer, rates in zip(group.optimizers, state.get("rates", {}).get(group.name, []), strict=False):
+            if rates is not None:
+                set_base_rates(optimizer, rates)
+    built.grouping.load_scalers(state["scaler"])
+    built.engine.accumulation.load(state["accumulation"])
+
+
+def expected_of(built: Built) -> Expected:
+    """What a state has to fit."""
+    setup, parameters = built.setup, dict(named_parameters(built))
+    updated = {p: optimizer for g in built.groups for optimizer in g.optimizers for p in g.parameters}
+    kept = {name: setup.replicas.shard_of(parameter) for name, parameter in parameters.items()}
+    return Expected(
+        setup.rule.name,
+        setup.network.state_dict(),
+        built.auxiliary.state_dict(),
+        parameters,
+        {name: updated[p] for name, p in kept.items() if p in updated},
+        {group.name: [len(o.param_groups) for o in group.optimizers] for group in built.groups},
+        tuple(group.name for group in built.groups if group.scaler.is_enabled()),
+        setup.execution.accumulate,
+        whole=setup.stage.first and setup.stage.last,
+    )
+
+
+def named_parameters(built: Built) -> Iterator[tuple[str, nn.Parameter]]:
+    """The network's parameters under the model's names, then the rule's under `auxiliary.`."""
+    yield from built.setup.network.named_parameters()
+    for name, parameter in built.auxiliary.named_parameters():
+        yield f"auxiliary.{name}", parameter
+
+
+def optimizer_states(built: Built) -> dict[str, dict[str, Any]]:
+    """Optimizer state per parameter name, whatever the grouping of the blocks."""
+    shard_of = built.setup.replicas.shard_of
+    names: dict[Tensor, str] = {shard_of(parameter): name for name, parameter in named_parameters(built)}
+    return {
+        names[parameter]: {name: to_full(built, parameter, value) for name, value in state.items()}
+        for optimizer in built.optimizers()
+        for parameter, state in optimizer.state.items()
+    }
+
+
+def _load(built: Built, groups: Sequence[Group], state: Mapping[str, Any], auxiliary: Mapping[str, Tensor]) -> None:
+    """Take over what belongs to these groups, whose tensors are on the device."""
+    away, shard_of = built.offload.away(), built.setup.replicas.shard_of
+    for module, given in ((built.setup.network, state["model"]), (built.auxiliary, auxiliary)):
+        own = without_meta(module.state_dict(keep_vars=True))
+        here = {name: to_shard(built, t, given[name]) for name, t in own.items() if id(t) not in away}
+        module.load_state_dict(here, strict=False)
+    here = {p: name for name, p in named_parameters(built) if not p.is_meta and id(p) not in away}
+    names = {shard_of(p): name for p, name in here.items()}
+    for group in groups:
+        for optimizer in group.optimizers:
+            packed = optimizer.state_dict()
+            found = [(p, state["optimizer"].get(names[p])) for p in group.parameters]
+            packed["state"] = {
+                i: {name: to_shard(built, p, value) for name, value in s.items()}
+                for i, (p, s) in enumerate(found)
+                if s is not None
+            }
+            optimizer.load_state_dict(copy.deepcopy(packed))  # torch would keep the given tensors
+    for parameter, name in names.items():
+        gradient = state["gradients"].get(name)
+        if gradient is not None:
+            own = to_shard(built, parameter, gradient)
+            gradient = own.to(parameter.device, parameter.dtype, copy=True)
+        parameter.grad = gradient
+
+
+def to_full(built: Built, own: Tensor, value: Any) -> Any:
+    """What belongs to `own`, as a part of what all ranks hold; other values as they are."""
+    return built.setup.replicas.to_full(own, value) if isinstance(value, Tensor) else value
+
+
+def to_shard(built: Built, own: Tensor, given: Any) -> Any:
+    """What a tensor like `own` holds of the whole tensor `given`; other values as they are."""
+    return built.setup.replicas.to_shard(own, given) if isinstance(given, Tensor) else given

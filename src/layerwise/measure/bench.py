@@ -271,14 +271,15 @@ class TimedEngine(Engine):
     """
 
     def __init__(self, engine: Engine):
-        super().__init__(engine.rule, engine.how, engine.resident)
+        super().__init__(engine.rule, engine.task, engine.execution, engine.resident)
+        self.accumulation = engine.accumulation
         self.seconds: dict[str, float] = dict.fromkeys(PARTS[:3], 0.0)
 
     def _timed(self, part: str, work: Callable[..., Any], *arguments: Any) -> Any:
-        synchronize(self.how.device)
+        synchronize(self.execution.device)
         started = time.perf_counter()
         result = work(*arguments)
-        synchronize(self.how.device)
+        synchronize(self.execution.device)
         self.seconds[part] += time.perf_counter() - started
         return result
 

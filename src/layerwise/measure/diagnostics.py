@@ -180,7 +180,7 @@ def gradients(learner: Learner, x: Tensor, y: Tensor, rule: Rule | str | None = 
         copy.deepcopy(learner.network),
         learner.rule if rule is None else rule,
         optimizer=lambda groups: _Kept(groups),
-        label_smoothing=learner.label_smoothing,
+        label_smoothing=learner.task.label_smoothing,
         example=x,
     )
     if rule is None:

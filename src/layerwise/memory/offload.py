@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from layerwise.core.blocks import Block
 from layerwise.core.engine import Group, Unit
+from layerwise.core.pieces import JoinsGroups, has_trunk
 from layerwise.core.rule import Rule
 from layerwise.errors import LayerwiseError
 from layerwise.memory.meter import MemoryUse, optimizer_tensors, tensor_bytes
@@ -160,6 +161,8 @@ class Offload:
         LayerwiseError: all blocks would be on the device at once, the folder cannot be written to, the disk is full.
     """
 
+    active = True
+
     def __init__(
         self,
         kind: Where,
@@ -180,7 +183,7 @@ class Offload:
             tensor.data = tensor.data.to(device)
         self.parts = [OffloadedGroup(i, found) for i, found in enumerate(places)]
         self._of_site = [self.parts[owner] for owner in owners]
-        self._pinned = {self.parts[0]} if rule.has_trunk() else set()
+        self._pinned = {self.parts[0]} if has_trunk(rule) else set()
         self._capacity = min(window + 1, len(self.parts))
         self._slots: list[DeviceSlot] = []
         self._open: list[list[OffloadedGroup]] = []
@@ -239,6 +242,13 @@ class Offload:
         for unit in group.units:
             for module in unit.auxiliary.modules() if unit.auxiliary is not None else ():
                 self._hooks.append(module.register_forward_pre_hook(lambda *_, part=part: self.need(part)))
+
+    def loading(self, groups: Sequence[Group], resident: Callable[..., Any]) -> Iterator[Sequence[Group]]:
+        """The groups that can be loaded at once: one after the other, each while it is on the device."""
+        for group in groups:
+            with resident(group.units):
+                yield [group]
+            release_pages()
 
     def away(self) -> set[int]:
         """`id` of every tensor that is not on the device."""
@@ -387,7 +397,7 @@ def window_of(rule: Rule, blocks: int) -> int:
     views = rule.groups(blocks)
     starts = [view.start for view in views]
     window = max(sum(start in view for start in starts) for view in views)
-    if window == len(views) or type(rule).groups_at is not Rule.groups_at:
+    if window == len(views) or isinstance(rule, JoinsGroups):
         raise LayerwiseError(
             f"rule {rule.name!r} cannot be offloaded on this network, because all its blocks are needed at once; "
             "leave --offload out, or choose a rule such as 'sll', 'sid' or 'local_ce' and a deeper network."

@@ -35,6 +35,8 @@ class Replicas:
     """
 
     every_batch = False
+    deferred = True
+    shares_parameters = False
 
     def __init__(self, ranks: Ranks, group: dist.ProcessGroup | None = None):
         self.ranks, self.group = ranks, group

@@ -76,6 +76,7 @@ class Shards(Replicas):
         ranks: the processes of the job.
     """
 
+    shares_parameters = True
     every_batch = True  # else every group's whole gradients would live from one batch of an update to the next
 
     def __init__(self, ranks: Ranks):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from layerwise.core.blocks import Partition, balanced_ends, operations
 from layerwise.core.engine import detach
+from layerwise.core.pieces import PredictsBySite, StartsFromData, has_trunk
 from layerwise.core.rule import Rule
 from layerwise.errors import LayerwiseError
 
@@ -165,13 +166,13 @@ def check_rule(rule: Rule, groups: Sequence[range]) -> None:
             why = "its signals pass through blocks of later groups"
             break
     else:
-        if rule.locality != "local" or rule.has_trunk():
+        if rule.locality != "local" or has_trunk(rule):
             why = f"its locality is {rule.locality!r}, not 'local' (across a boundary goes: {rule.boundary})"
         elif type(rule).begin is not Rule.begin and not rule.begins_with_batch:
             why = "what it begins with may look at the whole network"
-        elif type(rule).prepare is not Rule.prepare:
+        elif isinstance(rule, StartsFromData):
             why = "it sets the network up from training data"
-        elif type(rule).predict is not Rule.predict and not rule.predicts_at_head:
+        elif not (rule.predicts_plainly() or isinstance(rule, PredictsBySite) or rule.predicts_at_head):
             why = "it predicts from the whole network at once"
         else:
             return

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.core.functional import newton_step
+from layerwise.core.pieces import PredictsBySite, TakesTurns
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
@@ -42,7 +43,7 @@ class Stage(nn.Module):
 
 
 @dataclass(frozen=True)
-class Boosted(Rule):
+class Boosted(TakesTurns, PredictsBySite, Rule):
     r"""Sequential training with gradient boosting: stage after stage, each fitted to the residual of those before it.
 
     A stage is a block (or `group` blocks) with a linear readout $f_t = W_t\, \mathrm{pool}(h_t) + b_t$; the last one is

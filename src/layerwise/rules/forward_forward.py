@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.core.functional import goodness, unit_length
+from layerwise.core.pieces import PredictsBySite
 from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Signal, Site
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
@@ -43,7 +44,7 @@ class Layer(nn.Module):
 
 
 @dataclass(frozen=True)
-class ForwardForward(Rule):
+class ForwardForward(PredictsBySite, Rule):
     r"""Forward-Forward: a local contrast between samples with the true and with a false label.
 
     The label is written into the input. With $g_i = \sum_j h_{ij}^2$ (or the mean), taken before normalisation:

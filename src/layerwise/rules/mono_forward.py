@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from layerwise.core.pieces import PredictsBySite
 from layerwise.core.rule import BlockContext, Signal, Site
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
@@ -13,7 +14,7 @@ from layerwise.rules.readout import Pool, pool_vectors
 
 
 @dataclass(frozen=True)
-class MonoForward(LocalCE):
+class MonoForward(PredictsBySite, LocalCE):
     r"""Mono-Forward: the goodness of a class is a learned projection of the block's activity.
 
     $$a_i = f_i(\mathrm{stopgrad}(a_{i-1})), \qquad G_i = M_i \, \mathrm{pool}(a_i), \qquad

@@ -18,6 +18,7 @@ from layerwise.core.functional import (
     signal_share,
     squared_distances,
 )
+from layerwise.core.pieces import StartsFromData
 from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Signal, Site, cross_entropy_at_head
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
@@ -58,7 +59,7 @@ def divided(state: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class Denoising(Rule):
+class Denoising(StartsFromData, Rule):
     """What the three rules have in common: their own model, and embeddings that are learned in one place."""
 
     locality: ClassVar[Locality] = "local"

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from layerwise.core.pieces import JoinsGroups
 from layerwise.core.rule import BlockContext, Locality, Signal, cross_entropy_at_head
 from layerwise.errors import LayerwiseError
 from layerwise.rules.dgl import DGL
 
 
 @dataclass(frozen=True)
-class PeriodicGuidance(DGL):
+class PeriodicGuidance(JoinsGroups, DGL):
     r"""Periodically guided local learning: most updates are local, the others follow the global loss.
 
     $$\theta \leftarrow \theta - \eta \sum_k \frac{\partial L_k}{\partial \theta} \;\text{ in steps with }\;

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.core.functional import normalise
+from layerwise.core.pieces import PredictsBySite
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
@@ -40,7 +41,7 @@ class ChannelGoodness(nn.Module):
 
 
 @dataclass(frozen=True)
-class ScalableFF(Rule):
+class ScalableFF(PredictsBySite, Rule):
     r"""Scalable Forward-Forward: one pass, the true class's channel positive and all others negative.
 
     With an auxiliary convolution of K channels, $A_i = \mathrm{conv}_i(\mathrm{LN}(h_i))$:

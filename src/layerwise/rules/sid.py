@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from layerwise.core.blocks import Partition
 from layerwise.core.functional import kl_divergence
+from layerwise.core.pieces import HasTrunk, PassesBeliefs
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, by_depth
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
@@ -54,7 +55,7 @@ def log_softmax(logits: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Distillation(Rule):
+class Distillation(PassesBeliefs, Rule):
     """What `sid` and `sid_cascade` share: the objective of a belief."""
 
     direction: Direction = "forward"
@@ -244,7 +245,7 @@ EXTRACTOR = 2
 
 
 @dataclass(frozen=True)
-class SIDCascade(Distillation):
+class SIDCascade(HasTrunk, Distillation):
     r"""Synergistic Information Distillation as in its paper: modules refine a belief, given the same features.
 
     With features $z = c(x)$ of a shared extractor and $p_0$ uniform, module i computes

@@ -179,8 +179,11 @@ class Run:
             for x, y in self._batches(self.learner.steps):
                 metrics = self._step(x, y)
                 step = self.learner.steps
-                if step == self.total:
-                    self.learner.flush()  # the last update, of fewer batches where --accumulate does not divide them
+                if step == self.total and self.learner.flush():
+                    self.notes.append(
+                        f"the last update is of {step % options.accumulate} batches, as {step} steps are no multiple of "
+                        f"--accumulate {options.accumulate}"
+                    )
                 self.samples += metrics.samples
                 self.seconds = saved + time.perf_counter() - started
                 if step % options.log_every == 0 or step % per_epoch == 0 or step == self.total:
@@ -229,7 +232,7 @@ class Run:
         last = step == self.total - 1
         if not last and ((step + 1) % self.options.accumulate or step < self.options.accumulate):
             return False
-        groups = [group for group in self.learner.groups_at(step) if group.optimizers]
+        groups = [group for group in self.learner.groups_at(self.learner.updates) if group.optimizers]
         states = sum(len(optimizer.state) for group in groups for optimizer in group.optimizers)
         key = " ".join([*(group.name for group in groups), f"({states} with state)"])
         if key in self._measured:

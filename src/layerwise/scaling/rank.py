@@ -79,7 +79,7 @@ class GroupTimes(Engine):
     """An engine that keeps the seconds of every group's update."""
 
     def __init__(self, engine: Engine):
-        super().__init__(engine.rule, engine.how)
+        super().__init__(engine.rule, engine.task, engine.execution)
         self.seconds: dict[str, list[float]] = {}
 
     def update(self, group: Any, *arguments: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -1,0 +1,116 @@
+"""What a learner does without replicas, stages or offloading: null objects, so that nothing else has to ask."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+
+from layerwise.core.blocks import Partition
+from layerwise.core.engine import Alone, Group, Unit
+from layerwise.core.rule import Rule
+from layerwise.memory.meter import MemoryUse
+
+
+class OneProcess(Alone):
+    """In place of `Replicas`: this process alone trains its blocks.
+
+    Give it to a `Learner` to train alone although `torch.distributed` runs in several processes.
+    """
+
+    rank, count = 0, 1
+    shares_parameters = False
+    """Whether a parameter of the model is replaced by a share of it."""
+
+    def check(self, **options: Any) -> None:
+        """Accept every option."""
+
+    def check_optimizer(self, optimizer: Any) -> None:
+        """Accept every optimizer."""
+
+    def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
+        """Leave the tensors as they are: this process is the first."""
+
+    def adopt(self, model: nn.Module, units: Sequence[Unit]) -> None:
+        """Leave the units as they are."""
+
+    def resident(self, units: Sequence[Unit]) -> AbstractContextManager[None]:
+        """A context in which units can run: always."""
+        return nullcontext()
+
+    def release(self) -> None:
+        """Nothing is gathered."""
+
+    def shard_of(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What learns here of a parameter of the model: all of it."""
+        return parameter
+
+    def to_shard(self, own: Tensor, given: Tensor) -> Tensor:
+        """Of the whole tensor `given`, what belongs to `own`: all of it."""
+        return given
+
+    def to_full(self, own: Tensor, tensor: Tensor) -> Tensor:
+        """A tensor that belongs to `own`, as it is to be stored."""
+        return tensor
+
+    def counted(self, use: MemoryUse, groups: Sequence[Group]) -> MemoryUse:
+        """A measured step as it is."""
+        return use
+
+
+class WholeNetwork:
+    """In place of a `Stage`: all groups are here, from the images to the head."""
+
+    first = last = True
+
+    def choose(self, rule: Rule, network: Partition, groups: Sequence[range], example: Tensor) -> range:
+        """The groups of this process: all."""
+        return range(len(groups))
+
+    def own(self, tensors: Mapping[str, Tensor], auxiliary: nn.ModuleDict) -> Mapping[str, Tensor]:
+        """Of the tensors of all auxiliary modules, those of the modules here: all."""
+        return tensors
+
+    def receive(self) -> tuple[Tensor, Any]:
+        """There is no rank before this one."""
+        raise NotImplementedError
+
+    def pass_on(self, h: Any, message: Any, skipped: bool) -> bool:
+        """Whether any update of this batch was skipped; there is no rank after this one."""
+        return skipped
+
+
+class NotOffloaded:
+    """In place of `Offload`: all blocks are on the device."""
+
+    active = False
+
+    def resident(self, units: Sequence[Unit]) -> AbstractContextManager[None]:
+        """A context in which units can run: always."""
+        return nullcontext()
+
+    def unchanging(self) -> AbstractContextManager[None]:
+        """A context in which nothing needs to be written back."""
+        return nullcontext()
+
+    def add(self, group: Group) -> None:
+        """Leave the group where it is."""
+
+    def away(self) -> set[int]:
+        """`id` of every tensor that is not on the device: none."""
+        return set()
+
+    def loading(self, groups: Sequence[Group], resident: Callable[..., Any]) -> Iterator[Sequence[Group]]:
+        """The groups that can be loaded at once: all."""
+        yield groups
+
+    def to_full(self, tree: Any) -> Any:
+        """The tensors as they are."""
+        return tree
+
+    def counted(self, use: MemoryUse) -> MemoryUse:
+        """A measured step as it is."""
+        return use
+
+    def end(self) -> None:
+        """Nothing is away."""

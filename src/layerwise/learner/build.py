@@ -1,0 +1,202 @@
+"""From a model, a rule and an example to groups of blocks with optimizers."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from layerwise.core.blocks import Block, Partition
+from layerwise.core.engine import Engine, Execution, Group, Unit
+from layerwise.core.grouping import Grouping
+from layerwise.core.optim import OptimizerFactory, begin_schedule, decay_groups
+from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
+from layerwise.core.rule import Rule, Site
+from layerwise.core.tasks import Classification
+from layerwise.errors import LayerwiseError
+from layerwise.learner.alone import NotOffloaded, OneProcess, WholeNetwork
+from layerwise.learner.watch import Watch
+from layerwise.memory.offload import Offload
+from layerwise.parallel.replicas import Replicas
+from layerwise.parallel.stage import Stage
+
+
+@dataclass
+class Setup:
+    """What a learner is made of, before the shapes are known."""
+
+    network: Partition
+    rule: Rule
+    factory: OptimizerFactory
+    lr_multipliers: Mapping[str, float]
+    execution: Execution
+    stage: Stage | WholeNetwork
+    replicas: Replicas | OneProcess
+    make_offload: Callable[[Sequence[Sequence[Block]]], Offload | NotOffloaded]
+    """From the blocks of every group to what moves them."""
+    seed: int
+    label_smoothing: float
+    compile: bool | str
+
+    @property
+    def blocks(self) -> list[Block]:
+        """All blocks, the head last."""
+        return [*self.network.blocks, self.network.head]
+
+    @property
+    def device(self) -> torch.device:
+        """Where blocks run."""
+        return self.execution.device
+
+
+class Built:
+    """The groups of a learner, with the engine that updates them.
+
+    Args:
+        setup: what the learner is made of.
+        x: one batch of inputs, placed; a single sample of it is run to learn the shapes.
+        evaluating: opens a context in which modules are in evaluation mode.
+
+    Raises:
+        LayerwiseError: the network does not take such an input, or is not what was partitioned.
+    """
+
+    def __init__(self, setup: Setup, x: Tensor, evaluating: Callable[[], AbstractContextManager[None]]):
+        check_alone(setup)
+        setup.network.check_modules()
+        self.setup = setup
+        self.auxiliary = nn.ModuleDict()
+        blocks = setup.blocks
+        ranges = list(setup.rule.groups(len(blocks) - 1))
+        ends = [later.start for later in ranges[1:]] + [len(blocks)]
+        self.offload = setup.make_offload([blocks[s.start : end] for s, end in zip(ranges, ends, strict=True)])
+        with evaluating():
+            outputs = probe(blocks, x[:1])
+        self.task = Classification(outputs[-1].shape[-1], setup.label_smoothing)
+        self.engine = Engine(setup.rule, self.task, setup.execution, self.resident)
+        mine = setup.stage.choose(setup.rule, setup.network, ranges, x[:1])
+        tensors = [*setup.network.parameters(), *setup.network.buffers()]
+        setup.replicas.copy_from_first(tensor for tensor in tensors if not tensor.is_meta)
+        sizes = tuple(tuple(out.shape[1:]) for out in outputs)
+        units = [
+            Unit(Site(i, len(blocks) - 1, block.name, sizes, tuple(x.shape[1:]), setup.network), block, None)
+            for i, block in enumerate(blocks)
+        ]
+        groups = []
+        for i in mine:
+            own = units[ranges[i].start : ends[i]]
+            with self.resident(own):
+                for unit in own:
+                    unit.auxiliary = self._auxiliary(unit.site, outputs[unit.site.index])
+                setup.replicas.adopt(setup.network.model, own)
+                group = self._group(own, ahead=units[ends[i] : ranges[i].stop])
+                groups.append(group)
+                self.offload.add(group)
+        self.grouping = Grouping(setup.rule, groups, len(blocks) - 1, self._scaler)
+        if setup.compile:
+            compile_blocks(blocks, setup.compile)
+        self.watch = Watch(setup.network.model, parameters=not setup.replicas.shares_parameters)
+
+    @property
+    def groups(self) -> list[Group]:
+        """The groups in which the blocks here are updated."""
+        return self.grouping.own
+
+    def optimizers(self) -> Iterator[torch.optim.Optimizer]:
+        """The optimizers of all groups here."""
+        return (optimizer for group in self.groups for optimizer in group.optimizers)
+
+    @contextmanager
+    def resident(self, units: Sequence[Unit]) -> Iterator[None]:
+        """A context in which the tensors of these units are on the device, and whole."""
+        with ExitStack() as stack:
+            stack.enter_context(self.setup.replicas.resident(units))
+            stack.enter_context(self.offload.resident(units))
+            yield
+
+    def _auxiliary(self, site: Site, h: Tensor) -> nn.Module | None:
+        """The rule's module at a site, where it has one."""
+        with preserved_generators(self.setup.device):
+            seed_generators(derive_seed(self.setup.seed, "auxiliary", site.index), self.setup.device)
+            auxiliary = self.setup.rule.auxiliary(site, h, self.task)
+        if auxiliary is not None:
+            self.auxiliary[str(site.index)] = auxiliary.to(self.setup.device)
+        return auxiliary
+
+    def _group(self, units: list[Unit], ahead: list[Unit]) -> Group:
+        setup = self.setup
+        learning = [unit for unit in units if setup.rule.trains(unit.site)]
+        groups = [
+            group
+            for unit in learning
+            for group in decay_groups(
+                map(setup.replicas.shard_of, unit.parameters()), setup.lr_multipliers.get(unit.site.name, 1.0)
+            )
+        ]
+        parameters = [p for group in groups for p in group["params"]]
+        optimizers = [setup.factory(groups)] if groups else []
+        for optimizer in optimizers:
+            begin_schedule(optimizer)
+            setup.replicas.check_optimizer(optimizer)
+        return Group(units, ahead, parameters, optimizers, self._scaler())
+
+    def _scaler(self) -> torch.amp.GradScaler:
+        execution = self.setup.execution
+        return torch.amp.GradScaler(execution.device.type, enabled=execution.autocast == torch.float16)
+
+
+def check_alone(setup: Setup) -> None:
+    """Raise LayerwiseError where `torch.distributed` runs in several processes, and the learner knows of none."""
+    alone = type(setup.stage) is WholeNetwork and setup.replicas is ONE_PROCESS
+    if alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise LayerwiseError(
+            f"torch.distributed runs in {dist.get_world_size()} processes, and this learner would train in each of "
+            "them alone; give it replicas=..., or replicas=layerwise.learner.OneProcess() if that is meant."
+        )
+
+
+ONE_PROCESS = OneProcess()
+"""Of learners that were told nothing about processes."""
+
+
+def probe(blocks: Sequence[Block], x: Tensor) -> list[Tensor]:
+    """A sample of every block's output and of the logits.
+
+    Raises:
+        LayerwiseError: a block does not take its input.
+    """
+    outputs, h = [], x
+    for block in blocks:
+        try:
+            h = block(h)
+        except (RuntimeError, ValueError, IndexError) as reason:
+            raise LayerwiseError(
+                f"block {block.name!r} cannot take an input of shape {tuple(h.shape)} and "
+                f"type {str(h.dtype).removeprefix('torch.')}: {str(reason).splitlines()[0]}; "
+                "check the model against the data."
+            ) from reason
+        outputs.append(h)
+    return outputs
+
+
+def compile_blocks(blocks: Sequence[Block], backend: bool | str) -> None:
+    """Run every block through `torch.compile`; a string names the backend."""
+    for block in blocks:
+        run = _with_own_code(block.run, block.name)
+        block.run = torch.compile(run, backend=backend if isinstance(backend, str) else "inductor")
+
+
+def _with_own_code(run: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor], Tensor]:
+    """`run` as a function with a code object of its own.
+
+    Dynamo keeps what it compiled per code object, eight versions at most; blocks that shared one would fall
+    back to plain Python from the ninth on, and take each other's shapes for dynamic ones.
+    """
+
+    def block(h: Tensor) -> Tensor:
+        return run(h)
+
+    block.__code__ = block.__code__.replace(co_name=f"block {name}")
+    return block

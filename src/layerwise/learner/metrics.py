@@ -1,0 +1,52 @@
+"""What one step measured."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from layerwise.core.engine import NonFinite
+
+
+@dataclass
+class Metrics:
+    """What one step measured: scalars that stay on the device until `read()`.
+
+    Attributes:
+        step: number of the step, from 0.
+        samples: size of the batch, the shares of all replicas together.
+        blocks: per block name (and `"head"`), the rule's scalars, such as `loss` and `accuracy`.
+        skipped: names of the groups whose update was skipped (`nonfinite="skip"`).
+    """
+
+    step: int
+    samples: int
+    blocks: dict[str, dict[str, Tensor]]
+    skipped: tuple[str, ...]
+    finite: dict[str, Tensor]
+
+    @property
+    def loss(self) -> Tensor:
+        """Loss at the head: a scalar on the device, in nats."""
+        return self.blocks["head"]["loss"]
+
+    @property
+    def accuracy(self) -> Tensor:
+        """Share of the batch that the head gets right: a scalar on the device."""
+        return self.blocks["head"]["accuracy"]
+
+    def read(self) -> dict[str, float]:
+        """All scalars as floats, keyed `"head/loss"`; this waits for the device.
+
+        Raises:
+            LayerwiseError: a loss or gradient of the step was not finite (on an accelerator it is noticed
+                here, because looking earlier would stall the device).
+        """
+        for name, finite in self.finite.items():
+            if not bool(finite):
+                raise NonFinite(name, self.step, input_is_finite=True)
+        names = [(block, key) for block, found in self.blocks.items() for key in found]
+        if not names:
+            return {}
+        values = torch.stack([self.blocks[block][key].float() for block, key in names]).tolist()
+        return {f"{block}/{key}": value for (block, key), value in zip(names, values, strict=True)}

@@ -1,0 +1,62 @@
+"""Notices what an owner does to a model while a learner trains it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.errors import LayerwiseError
+
+
+class Watch:
+    """The modules and parameters of a model as the learner was built for them.
+
+    A module or parameter that is put in later would not be trained, and a cast would leave optimizers and auxiliary
+    modules behind, so each is refused. Freezing, thawing, modes and rates are followed and need no watch.
+
+    Args:
+        model: what is watched.
+        parameters: whether parameters are watched too; not where sharding replaces them all the time.
+    """
+
+    def __init__(self, model: nn.Module, parameters: bool):
+        self._modules: list[tuple[dict[str, Any], str, nn.Module | None, str]] = []
+        self._sizes: list[tuple[dict[str, Any], int, str]] = []
+        self._parameters: list[tuple[dict[str, Any], str, Tensor, torch.dtype, torch.device, str]] = []
+        for path, module in model.named_modules():
+            prefix = path + "." if path else ""
+            self._sizes.append((module._modules, len(module._modules), path))
+            self._modules += [(module._modules, name, child, prefix + name) for name, child in module._modules.items()]
+            if parameters:
+                self._parameters += [
+                    (module._parameters, name, p, p.dtype, p.device, prefix + name)
+                    for name, p in module._parameters.items()
+                    if p is not None
+                ]
+
+    def check(self) -> None:
+        """Raise LayerwiseError where a module or parameter was replaced, or a parameter cast or moved."""
+        for registry, name, child, path in self._modules:
+            if registry.get(name) is not child:
+                raise LayerwiseError(
+                    f"module {path!r} was replaced after the learner was built, so it would not be trained; make a new "
+                    "Learner for the model."
+                )
+        for registry, name, parameter, dtype, device, path in self._parameters:
+            if registry.get(name) is not parameter:
+                raise LayerwiseError(
+                    f"parameter {path!r} was replaced after the learner was built (load_state_dict(assign=True), "
+                    "parametrize, a new tensor), so it would not be trained; copy into it, or make a new Learner."
+                )
+            if parameter.dtype != dtype or parameter.device != device:
+                now, then = (parameter.dtype, dtype) if parameter.dtype != dtype else (parameter.device, device)
+                raise LayerwiseError(
+                    f"parameter {path!r} was {then} when the learner was built and is {now} now; cast or move the "
+                    "model before you make the Learner."
+                )
+        for registry, size, path in self._sizes:
+            if len(registry) != size:
+                raise LayerwiseError(
+                    f"module {path!r} has got or lost a part after the learner was built, so it would not be "
+                    "trained as it is now; make a new Learner for the model."
+                )
