@@ -66,7 +66,8 @@ def check_state(state: Mapping[str, Any], expected: Expected) -> None:
     """Raise LayerwiseError unless a learner can continue from `state`, after `check_parts`; nothing is changed."""
     if state["rule"] != expected.rule:
         raise LayerwiseError(
-            f"the checkpoint was trained with rule {_short(state['rule'])}, not {expected.rule!r}; choose that rule."
+            f"the checkpoint was trained with rule {_short(state['rule'])}, not {expected.rule!r}; choose the same "
+            "rule."
         )
     check_same_tensors(expected.model, state["model"], "model")
     check_same_tensors(expected.auxiliary, state["auxiliary"], "rule")

@@ -181,7 +181,7 @@ class Run:
                 step = self.learner.steps
                 if step == self.total and self.learner.flush():
                     self.notes.append(
-                        f"the last update is of {step % options.accumulate} batches, as {step} steps are no multiple of "
+                        f"the last update is of {step % options.accumulate} batches, as {step} steps do not divide by "
                         f"--accumulate {options.accumulate}"
                     )
                 self.samples += metrics.samples
