@@ -125,9 +125,10 @@ def read_text(path: str | os.PathLike[str], advice: str = ADVICE, limit: int = 2
 
 
 def list_files(folder: Path, suffixes: Sequence[str] = (), advice: str = "give the path of a folder") -> list[Path]:
-    """The files anywhere below a folder, in the order of their names; links to folders are not entered.
+    """The files anywhere below a folder, in the order of their names.
 
-    Hidden files and folders and what a Mac adds to an archive (`._NAME`, `__MACOSX`) are left out.
+    Hidden files and folders and what a Mac adds to an archive (`._NAME`, `__MACOSX`) are left out. Links to folders are
+    not entered: what they lead to is in the list already.
 
     Args:
         folder: where to look.
@@ -135,13 +136,16 @@ def list_files(folder: Path, suffixes: Sequence[str] = (), advice: str = "give t
         advice: the end of the sentence.
 
     Raises:
-        UnreadableFile: no folder, or one below it that may not be read.
+        UnreadableFile: no folder, one below it that may not be read, or a link to a folder elsewhere.
     """
     if kind_of(folder, advice) != "folder":
         raise UnreadableFile(f"{shown(folder)} is not a folder; {advice}.")
     found = []
     for parent, folders, names in os.walk(folder, onerror=_raise):
         folders[:] = [name for name in folders if not is_hidden(name)]
+        for linked in (path for name in folders if (path := Path(parent, name)).is_symlink()):
+            if not linked.resolve().is_relative_to(folder.resolve()):
+                raise UnreadableFile(f"{shown(linked)} is a link out of {shown(folder)}; put the folder itself there.")
         found += [
             Path(parent, name)
             for name in names

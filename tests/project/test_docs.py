@@ -16,7 +16,7 @@ from layerwise import rules
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-READMES = [ROOT / "README.md", ROOT / "CHANGELOG.md"]
+READMES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "benchmarks").rglob("README.md"))]
 MODULES = [module.name for module in pkgutil.walk_packages(layerwise.__path__, "layerwise.")]
 PUBLIC = (
     "layerwise",

@@ -205,7 +205,7 @@ predict                                      | predict needs RUN
 predict B/run                                | predict needs INPUT
 predict B/run B/absent.png                   | no file or folder B/absent.png
 predict B/run B/empty                        | B/empty holds no images
-predict B/run B/text.parquet                 | text.parquet is not an image that can be read
+predict B/run B/text.parquet                 | text.parquet is not a readable image
 predict B/run B/nan.npy                      | nan.npy holds NaN
 predict B/run B/colour.npy                   | shape (2, 3, 8, 8); (N, 1, 8, 8)
 predict B/run B/torn.npy                     | torn.npy is not a readable .npy

@@ -31,6 +31,7 @@ from layerwise.runs.building import (
     split_batches,
 )
 from layerwise.runs.checkpoint import write_atomically
+from layerwise.runs.environment import machine
 from layerwise.runs.folders import (
     Claim,
     check_not_lost,
@@ -43,9 +44,10 @@ from layerwise.runs.folders import (
 )
 from layerwise.runs.options import TrainOptions, model_name, to_mapping
 from layerwise.runs.progress import Progress
-from layerwise.runs.records import why
+from layerwise.runs.records import read_lines, why
 
 PREPARE = 2048  # training samples that a rule may look at before the first step
+OF_THE_FOLDER = ("out", "overwrite", "offload_folder")  # options that say where a run lies, not what it is
 
 
 class Interrupted(Exception):
@@ -86,6 +88,7 @@ class Run:
         replicas: Replicas | None = None,
     ):
         self.options, self.command = options, command
+        self.machines = [machine()]
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         self.device = self._device()
@@ -312,6 +315,10 @@ class Run:
             "threads": torch.get_num_threads(),
             "command": self.command,
             "notes": self.notes,
+            "by_epoch": by_epoch(self.folder / "metrics.jsonl", len(self.train_batches)),
+            "test": test,
+            "machines": self.machines,
+            "options": {k: v for k, v in to_mapping(self.options).items() if k not in OF_THE_FOLDER},
         }
         checkpoint.write_tensors(self.folder / "model.safetensors", self._weights())
         write_atomically(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
@@ -329,6 +336,7 @@ class Run:
             "threads": torch.get_num_threads(),
             "options": to_mapping(self.options),
             "data": asdict(self.facts),
+            "machines": self.machines,
         }
         self._write(state)
 
@@ -353,6 +361,10 @@ class Run:
             self.memory = MemoryUse(**state["memory"]) if state.get("memory") else None
             self._measured = set(state.get("measured") or [])
             self.flops = state.get("flops")  # not in the checkpoints of version 0.1.0
+            self.machines = [
+                *(found for found in state.get("machines") or [] if found not in self.machines),
+                *self.machines,
+            ]
             if state["threads"] != torch.get_num_threads():
                 self.notes.append(
                     f"resumed with {torch.get_num_threads()} threads instead of {state['threads']}, so the bits "
@@ -444,6 +456,26 @@ def mean_of(parts: Sequence[tuple[dict[str, float], int]]) -> dict[str, float]:
     count = sum(samples for _, samples in parts)
     names = {name: None for sums, _ in parts for name in sums}  # in their order
     return {name: sum(sums.get(name, 0.0) for sums, _ in parts) / count for name in names}
+
+
+def by_epoch(log: Path, per_epoch: int) -> dict[str, list[float | None]]:
+    """Accuracy of the head epoch by epoch, out of `metrics.jsonl`.
+
+    Args:
+        log: the file.
+        per_epoch: steps of an epoch; a part of an epoch at the end counts as one.
+
+    Returns:
+        `"train"`, the mean over the batches that were logged in each epoch, and `"val"`, empty without validation.
+    """
+    found: dict[str, dict[int, list[float]]] = {"train": {}, "val": {}}
+    for row in read_lines(log):
+        if row["split"] in found and "head/accuracy" in row:
+            found[row["split"]].setdefault((row["step"] - 1) // per_epoch, []).append(row["head/accuracy"])
+    return {
+        split: [sum(epochs[i]) / len(epochs[i]) if i in epochs else None for i in range(max(epochs, default=-1) + 1)]
+        for split, epochs in found.items()
+    }
 
 
 def _summary_writer() -> Any:
