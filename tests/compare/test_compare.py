@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.runs import COMPARE, TIMING, contents, result, split, start, weights
 
-from layerwise import LayerwiseError, data, models, rules
+from layerwise import data, models, rules
 from layerwise.cli.main import main
 from layerwise.compare import grid as compare
 from layerwise.compare import pool, rules_asked, tuning, worker
@@ -285,11 +285,19 @@ def test_other_options_in_the_same_folder_are_refused(comparison, capsys, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_two_comparisons_do_not_share_a_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "PATIENCE", 2)
-    with compare.claimed(tmp_path), pytest.raises(LayerwiseError, match="another comparison is running"):  # noqa: SIM117
-        with compare.claimed(tmp_path):
-            pass
+def test_two_comparisons_do_not_share_a_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "PATIENCE", 0.2)
+    with compare.claimed(tmp_path):
+        assert main([*COMPARE, "--out", str(tmp_path)]) == 2
+    assert "another comparison is running in" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["[" * 3000, '{"fixed": 3}', "[]", '{"fixed": {}, "plan": {"sll": 7}}', "\udcff"])
+def test_a_damaged_record_is_refused(tmp_path, capsys, text):
+    (tmp_path / "compare.json").write_bytes(text.encode(errors="surrogateescape"))
+    assert main([*COMPARE, "--out", str(tmp_path)]) == 2
+    assert "choose another --out" in capsys.readouterr().err
 
 
 def test_workers_end_with_their_parent(tmp_path):

@@ -222,7 +222,7 @@ def test_a_signal_to_one_rank_stops_all_behind_the_same_step(tmp_path):
         os.kill(processes[1].pid, signal.SIGTERM)
         codes, errors = ended(processes, folder)
     assert codes == [128 + signal.SIGTERM] * 2, errors
-    assert "go on with" in errors[0] and not errors[1]
+    assert "continue with" in errors[0] and not errors[1]
     assert state(out)["steps"] == lines(out, "train")[-1]["step"]
     assert not (out / "result.json").exists()
 

@@ -334,7 +334,7 @@ def test_a_signal_stops_all_ranks_behind_the_same_step(tmp_path):
             os.kill(process.pid, signal.SIGTERM)
         codes, errors = ended(processes, folder)
     assert codes == [128 + signal.SIGTERM] * 3, errors
-    assert "go on with" in errors[2] and not errors[0] and not errors[1]
+    assert "continue with" in errors[2] and not errors[0] and not errors[1]
     assert state(out)["steps"] == lines(out, "train")[-1]["step"]
     assert not (out / "result.json").exists()
 

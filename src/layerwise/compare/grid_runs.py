@@ -3,18 +3,17 @@
 import json
 import shlex
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from layerwise.compare.pool import Pool
 from layerwise.errors import LayerwiseError
-from layerwise.files import MissingFile
-from layerwise.report.reading import Failure, Result, read_json
 from layerwise.runs.checkpoint import write_atomically
-from layerwise.runs.folders import FREE
+from layerwise.runs.folders import FREE, claimed
 from layerwise.runs.options import TrainOptions, to_mapping, to_words
+from layerwise.runs.records import read_json_if_there, read_lines, read_result
 
 FINAL = ("diverged",)
 """Kinds of failure that follow from options and seed: such a run is not repeated."""
@@ -43,36 +42,34 @@ class GridRun:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """Contents of `result.json`, which a run writes when it is finished."""
-        return self._read("result.json", Result)
+        """Contents of `result.json`: there is one as soon as the run is finished."""
+        return read_result(self.folder)
 
     @property
     def failure(self) -> dict[str, Any] | None:
         """`kind` and `reason` of a run that failed."""
-        return None if self.result else self._read("failed.json", Failure)
+        return None if self.result else self.read("failed.json", {"kind": str, "reason": str})
 
     @property
     def settled(self) -> bool:
         """Whether the run is finished, or would fail again."""
         return self.result is not None or (self.failure or {}).get("kind") in FINAL
 
-    def _read(self, file: str, kind: Any) -> dict[str, Any] | None:
-        """A JSON file of the folder; None where it is missing."""
-        try:
-            return read_json(self.folder, file, kind)
-        except MissingFile:
-            return None
+    def read(self, file: str, fields: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+        """A JSON file of the folder with these fields, checked; None where it is missing.
+
+        Raises:
+            LayerwiseError: the file is damaged or cannot be read.
+        """
+        return read_json_if_there(self.folder / file, f"remove {self.folder} to run it again", fields or {})
 
     def last_step(self) -> int:
         """The last step that the run has logged so far."""
-        try:
-            return json.loads((self.folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-        except (OSError, ValueError, LookupError):  # no line yet, or a line that is being written
-            return 0
+        return max((line["step"] for line in read_lines(self.folder / "metrics.jsonl")), default=0)
 
     def check(self) -> None:
         """Raise LayerwiseError where the folder holds a run with other options."""
-        before = self._read("config.json", dict[str, Any]) or {}
+        before = self.read("config.json") or {}
         now = json.loads(json.dumps(to_mapping(self.options)))
         for name in before.keys() & now.keys() - set(FREE):
             if before[name] != now[name]:
@@ -103,7 +100,8 @@ def train_all(
 
     def begin(task: dict[str, Any]) -> None:
         run = by_folder[task["folder"]]
-        shutil.rmtree(run.folder, ignore_errors=True)
+        with claimed(run.folder):  # nobody has resumed it alone, and is still training it
+            shutil.rmtree(run.folder, ignore_errors=True)
         begun(run)
 
     def end(task: dict[str, Any], answer: dict[str, Any]) -> None:

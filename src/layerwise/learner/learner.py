@@ -23,6 +23,7 @@ from layerwise.errors import LayerwiseError, suggestion
 from layerwise.learner import state as states
 from layerwise.learner.alone import NotOffloaded, OneProcess, WholeNetwork
 from layerwise.learner.build import ONE_PROCESS, Built, Setup
+from layerwise.learner.checks import check_parts
 from layerwise.learner.metrics import Metrics
 from layerwise.learner.optimizer import EveryOptimizer
 from layerwise.memory.meter import MemoryMeter, MemoryUse, optimizer_tensors
@@ -572,8 +573,9 @@ class Learner:
         """Continue from `state_dict()`; before the first step it is kept until the shapes are known.
 
         Raises:
-            LayerwiseError: the state is of another rule or another model; nothing is changed then.
+            LayerwiseError: the state is damaged, or of another rule or model; nothing is changed then.
         """
+        check_parts(state)
         if self._built is None:
             self._pending = state
             return
