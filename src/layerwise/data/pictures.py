@@ -160,8 +160,8 @@ def _open(content: bytes) -> Any:
 def _formats() -> tuple[str, ...]:
     pil = need("PIL.Image")
     pil.init()
-    # `_open` has its own limit. Appended, so that any filter of the user's comes first; not undone around each picture, as
-    # the filters belong to all threads.
+    # `_open` has its own limit. Appended, so that any filter of the user's comes first; not undone around each
+    # picture, as the filters belong to all threads.
     warnings.filterwarnings("ignore", category=pil.DecompressionBombWarning, append=True)
     return tuple(name for name in FORMATS if name in pil.OPEN)
 
