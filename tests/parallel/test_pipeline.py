@@ -191,6 +191,17 @@ def test_what_is_skipped_anywhere_is_counted_once():
     assert learners[-1].skipped == one.skipped == 1
 
 
+def test_what_only_an_early_stage_skips_is_counted_at_the_end():
+    """The first block's gradient is infinite and its output is not, so nobody after it skips anything."""
+    model, (x, y) = net("mlp", 4), batches(1)[0]
+    learners = stages(model, "local_ce", 3, x, nonfinite="skip")
+    found = [learner.network.model for learner in learners]
+    found[0].block1.linear.weight.register_hook(lambda gradient: gradient * torch.inf)
+    through(learners, "step", x, y)
+    assert [learner.skipped for learner in learners] == [1, 1, 1]
+    assert not same_bits(found[-1].head, model.head)
+
+
 def test_a_state_is_read_by_any_number_of_stages():
     model, data = net("vit", 4), batches(4)
     one = trained(model, "sid", data, clip=1.0)

@@ -2,7 +2,8 @@
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -172,6 +173,33 @@ class Partition(nn.Module):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Partition, (self.model, self.cuts)
+
+
+@contextmanager
+def scratch_buffers(places: Iterable[tuple[dict[str, Any], str]]) -> Iterator[None]:
+    """A context in which modules run on copies of their buffers, so that a pass moves none of them.
+
+    The modules get copies, and the buffers themselves stay out of the graph. To put values back after the pass would
+    change tensors in place that the backward pass may still need.
+
+    Args:
+        places: registries of modules, and the names there; what is no buffer is left alone.
+
+    >>> norm = nn.BatchNorm1d(2)
+    >>> with scratch_buffers([(norm._buffers, name) for name in norm._buffers]):
+    ...     out = norm(torch.randn(4, 2))
+    >>> norm.running_mean, norm.num_batches_tracked
+    (tensor([0., 0.]), tensor(0))
+    """
+    found = [(registry, name, registry[name]) for registry, name in places]
+    buffers = [entry for entry in found if isinstance(entry[2], Tensor) and not isinstance(entry[2], nn.Parameter)]
+    for registry, name, buffer in buffers:
+        registry[name] = buffer.clone()
+    try:
+        yield
+    finally:
+        for registry, name, buffer in buffers:
+            registry[name] = buffer
 
 
 def partition(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from layerwise.core.ranges import check_ranges
 from layerwise.errors import LayerwiseError, suggestion
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
@@ -46,6 +47,7 @@ class Schedule:
     """Multiplier at the end of the run."""
 
     def __post_init__(self) -> None:
+        check_ranges(total=self.total, warmup=self.warmup, final=self.final)
         kinds = ["constant", "cosine", "onecycle"]
         if self.kind not in kinds:
             raise LayerwiseError(f"unknown schedule {self.kind!r}; {suggestion(self.kind, kinds)}.")
@@ -53,8 +55,6 @@ class Schedule:
             raise LayerwiseError(
                 f"total is {self.total}; a {self.kind} schedule needs the number of updates in the run, 1 or more."
             )
-        if not 0.0 <= self.warmup < 1.0:
-            raise LayerwiseError(f"warmup is {self.warmup}; it is a share of the run, in [0, 1).")
 
     def __call__(self, update: int) -> float:
         """Multiplier for update number `update` (0 is the first)."""
@@ -90,10 +90,7 @@ def optimizer_factory(
         LayerwiseError: an unknown name, an option that the class does not have, or an optimizer that needs
             a closure.
     """
-    if not lr > 0:
-        raise LayerwiseError(f"lr is {lr}; the learning rate must be larger than 0.")
-    if weight_decay < 0:
-        raise LayerwiseError(f"weight_decay is {weight_decay}; it must be 0 or larger.")
+    check_ranges(lr=lr, weight_decay=weight_decay)
     preset: dict[str, Any] = {}
     if isinstance(optimizer, str):
         class_name, preset = _PRESETS.get(optimizer, (optimizer, {}))

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin
 from torch import Tensor, nn
 
 from layerwise.core.blocks import Block, Partition
+from layerwise.core.ranges import check_fields
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError, suggestion
 
@@ -59,11 +60,20 @@ class BatchContext:
     """The blocks and the head, for a rule that iterates over them before the update."""
     auxiliary: Mapping[int, nn.Module]
     """The rule's modules by index of their site."""
+    run: Callable[[int, Tensor, Any], Tensor]
+    """Runs one more time the block at a site: `run(index, h, message)` is its output, without gradient.
+
+    Use this (or `forward`, or `predict`) for every pass that is not the step's own. Mode, precision and random draws
+    are those that the block will have in this step, so with the same input the output has the same bits. Buffers, such
+    as batch norm's running statistics, and the generators stay as they are.
+    """
     forward: Callable[[Tensor], Tensor]
-    """Runs the whole network without gradient, with this step's own random draws: logits `(B, ..., K)`.
+    """Runs the whole network in this way: logits `(B, ..., K)` for `(B, ...)`.
 
     This is how a global error is broadcast without keeping any activation: a second forward pass.
     """
+    predict: Callable[[Tensor], Tensor]
+    """What the rule predicts, `(B, ..., K)` for `(B, ...)`, in evaluation mode and without gradient."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +130,7 @@ class Rule:
     locality: ClassVar[Locality]
     """Where the teaching signal comes from; a test verifies it."""
     boundary: ClassVar[str]
-    """What crosses a block boundary, in words."""
+    """What is passed over a block boundary, in words."""
     flat_memory: ClassVar[bool]
     """Whether activations + gradients do not grow with the number of blocks; a test verifies it."""
     source: ClassVar[str]
@@ -141,6 +151,9 @@ class Rule:
 
     Evaluation then takes one pass; otherwise prediction has a pass of its own.
     """
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def groups(self, blocks: int) -> list[range]:
         """Which neighbouring sites share one graph, one backward pass and one optimizer.

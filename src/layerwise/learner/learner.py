@@ -15,6 +15,7 @@ from layerwise.core.blocks import Block, Partition, partition
 from layerwise.core.engine import Engine, Execution, Group, Trace, detach
 from layerwise.core.optim import OptimizerFactory, Schedule, optimizer_factory
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
+from layerwise.core.ranges import check_ranges
 from layerwise.core.rule import BatchContext, Rule, check_rule
 from layerwise.core.tasks import UNLABELLED, Classification
 from layerwise.errors import LayerwiseError, suggestion
@@ -124,7 +125,9 @@ class Learner:
     ):
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "model", "rule")}
         self._arguments["example"] = None  # a batch is not kept
-        _check_options(clip, accumulate, precision, nonfinite)
+        check_ranges(clip=clip, accumulate=accumulate, label_smoothing=label_smoothing, seed=seed, blocks=blocks)
+        check_ranges(lr=lr, weight_decay=weight_decay, lr_multipliers=lr_multipliers or {})
+        _check_options(precision, nonfinite)
         check_offload(offload, stage or replicas, compile)
         replicas = replicas or ONE_PROCESS
         replicas.check(precision=precision, compile=compile, channels_last=channels_last)
@@ -141,7 +144,6 @@ class Learner:
         self.channels_last = channels_last
         if channels_last:
             self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        Classification(1, label_smoothing)  # refuses a wrong value now; the number of classes is known later
         self.schedule = schedule or Schedule()
         self._offload_to: tuple[Where, Path] = offload, Path(offload_folder or tempfile.gettempdir())
         self.offload: Offload | NotOffloaded = NotOffloaded()
@@ -307,7 +309,7 @@ class Learner:
             built.auxiliary.train(self.network.model.training)
             step, trace, updates = self.steps, Trace(), self.updates
             seed_generators(derive_seed(self._setup.execution.seed, "begin", step), self.device)
-            h, message = self._begin(x, y, self._forward_with_draws)
+            h, message = self._begin(x, y, step)
             h, message = built.engine.step(self.groups_at(updates), h, message, y, step, trace)
             self.steps += 1
             self._count(updates)
@@ -361,20 +363,22 @@ class Learner:
         use = self.offload.counted(meter.peak)
         return metrics, self.replicas.counted(use, self.groups_at(updates))
 
-    def _begin(self, x: Tensor, y: Tensor, forward: Callable[[Tensor], Tensor]) -> tuple[Tensor, Any]:
+    def _begin(self, x: Tensor, y: Tensor, step: int | None) -> tuple[Tensor, Any]:
         """Input and message of the first group here: the rule's, or what the rank before has sent."""
         if not self.stage.first:
             return self.stage.receive()
-        ctx = BatchContext(x, y, self.task, self.network, self._modules_by_site(), forward)
-        return detach(self.rule.begin(ctx))
+        units = {unit.site.index: unit for group in self.groups for unit in group.units}
 
-    def _forward_with_draws(self, x: Tensor) -> Tensor:
-        """The network's logits under this step's own random draws, without gradient."""
-        with torch.no_grad():
-            for group in self.groups:
-                for unit in group.units:
-                    x = self.engine.run(unit, x, None, self.steps)
-        return x
+        def run(index: int, h: Tensor, message: Any = None) -> Tensor:
+            return self.engine.run_aside(units[index], h, message, step)
+
+        def forward(h: Tensor) -> Tensor:
+            for index in range(len(self.network.blocks) + 1):
+                h = run(index, h)
+            return h
+
+        ctx = BatchContext(x, y, self.task, self.network, self._modules_by_site(), run, forward, self.__call__)
+        return detach(self.rule.begin(ctx))
 
     # Evaluation and prediction.
 
@@ -389,7 +393,7 @@ class Learner:
         with self.evaluating():
             x, y = self._ready(x, y)
             built = self.built
-            h, message = self._begin(x, y, self.network)
+            h, message = self._begin(x, y, None)
             for group in built.groups:
                 with built.resident(group.units):
                     _, h, message = built.engine.forward(group, h, message, y, None, trace)
@@ -596,11 +600,7 @@ def _restored(
     return learner
 
 
-def _check_options(clip: float | None, accumulate: int, precision: str, nonfinite: str) -> None:
-    if clip is not None and not clip > 0:
-        raise LayerwiseError(f"clip is {clip}; it is a norm larger than 0, or None for no clipping.")
-    if accumulate < 1:
-        raise LayerwiseError(f"accumulate is {accumulate}; it is a number of batches, 1 or more.")
+def _check_options(precision: str, nonfinite: str) -> None:
     if precision not in ("fp32", "bf16", "fp16"):
         raise LayerwiseError(f"unknown precision {precision!r}; choose fp32, bf16 or fp16.")
     if nonfinite not in ("raise", "skip"):

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise.core.ranges import Fraction, PositiveInt
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, cross_entropy_at_head
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
@@ -75,7 +76,7 @@ class AuxiliaryNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class AugLocal(Rule):
-    r"""Augmented local learning: each block minimises the cross-entropy behind copies of blocks that follow it.
+    r"""Augmented local learning: each block minimises the cross-entropy after copies of later blocks.
 
     $$L_l = \mathrm{CE}(a_l(h_l), y), \qquad h_l = f_l(\mathrm{stopgrad}(h_{l-1}))$$
 
@@ -89,7 +90,7 @@ class AugLocal(Rule):
     with them there are K = L - d + 1 groups. Prediction is a plain forward pass.
 
     The objective, the blocks that are chosen and the depths are the paper's and its code's. Ours: K in the formula of
-    the depths; copies are exact, so that where the width or the size of the maps differs, they are led in by averaging
+    the depths; copies are exact, so that where the width or the size of the maps differs, they are adapted by averaging
     and a linear map (the paper builds the block with the input that it gets); weights are drawn by `reset_parameters`.
 
     >>> AugLocal(depth=2).groups(blocks=4)
@@ -98,9 +99,9 @@ class AugLocal(Rule):
     [3, 5, 8]
     """
 
-    depth: int = 2
+    depth: PositiveInt = 2
     """Blocks d in the first block's auxiliary network, and at the end of the network, where they learn together."""
-    taper: float = 0.5
+    taper: Fraction = 0.5
     """How much the depth falls towards the end: tau in [0, 1], 0 for the same depth everywhere, 1 down to one block."""
     pool: Pool = "auto"
     """How the last copy's output becomes a vector: auto | mean | moments (and standard deviation) | grid | cls."""
@@ -110,19 +111,13 @@ class AugLocal(Rule):
     boundary: ClassVar[str] = "detached activation"
     flat_memory: ClassVar[bool] = True
     source: ClassVar[str] = (
-        "Ma, Wu, Si & Tan, arXiv 2402.17318 (2024) and its code; number of groups in the depths, and how copies are "
-        "led in: our reading"
+        "Ma, Wu, Si & Tan, arXiv 2402.17318 (2024) and its code; number of groups in the depths, and how inputs of "
+        "copies are adapted: our reading"
     )
     restrictions: ClassVar[str] = (
-        "Blocks must be chains of modules that can draw their weights anew (reset_parameters). The auxiliary networks "
+        "Blocks must be chains of modules that can draw new weights (reset_parameters). The auxiliary networks "
         "cost up to d blocks for each block."
     )
-
-    def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise LayerwiseError(f"depth is {self.depth}; it is a number of blocks, 1 or more.")
-        if not 0 <= self.taper <= 1:
-            raise LayerwiseError(f"taper is {self.taper}; it is a share in [0, 1].")
 
     def groups(self, blocks: int) -> list[range]:
         """Every block its own, but for the last `depth`, which learn together with the head."""
@@ -142,7 +137,7 @@ class AugLocal(Rule):
         return AuxiliaryNetwork(site, self.chosen(site.index, site.blocks), h, task.classes, self.pool)
 
     def signal(self, ctx: BlockContext) -> Signal:
-        """Cross-entropy behind the copies, or of the network's head at the end."""
+        """Cross-entropy after the copies, or of the network's head at the end."""
         if ctx.site.is_head:
             return cross_entropy_at_head(ctx)
         if ctx.auxiliary is None:

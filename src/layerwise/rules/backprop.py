@@ -43,7 +43,8 @@ class Backprop(Rule):
 class BackpropCheckpoint(Backprop):
     """Backpropagation that keeps the blocks' inputs only and runs each block again in the backward pass.
 
-    The gradients are those of `backprop`, bit for bit; the price is one more forward pass.
+    The gradients are those of `backprop`, bit for bit, where a block gives the same output when it runs again in one
+    step; the price is one more forward pass.
     """
 
     name: ClassVar[str] = "backprop_checkpoint"

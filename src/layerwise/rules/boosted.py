@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from layerwise.core.functional import newton_step
 from layerwise.core.pieces import PredictsBySite, TakesTurns
+from layerwise.core.ranges import PositiveFraction, PositiveInt
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.rules.readout import Pool, check_group, grouped, pool_vectors
+from layerwise.rules.readout import Pool, grouped, pool_vectors
 
 MOMENTUM = 0.9
 
@@ -72,13 +73,13 @@ class Boosted(TakesTurns, PredictsBySite, Rule):
     [[True, False, False], [False, True, False], [False, False, True]]
     """
 
-    updates: int = 200
-    """Updates of every stage but the last, which learns as long as training goes on."""
-    shrinkage: float = 1.0
+    updates: PositiveInt = 200
+    """Updates of every stage but the last, which learns until training ends."""
+    shrinkage: PositiveFraction = 1.0
     """Factor eta of every stage's step, in (0, 1]."""
     pool: Pool = "auto"
     """How a block's output becomes a vector: auto | mean | moments (and standard deviation) | grid | cls | flatten."""
-    group: int = 1
+    group: PositiveInt = 1
     """Neighbouring blocks that make one stage."""
 
     name: ClassVar[str] = "boosted"
@@ -94,13 +95,6 @@ class Boosted(TakesTurns, PredictsBySite, Rule):
         "One label per sample. Stages learn one after the other: set updates to the updates of the run divided by the "
         "number of stages, or the last ones have no turn. The plain network's output means nothing."
     )
-
-    def __post_init__(self) -> None:
-        check_group(self.group)
-        if self.updates < 1:
-            raise LayerwiseError(f"updates is {self.updates}; it is a number of updates per stage, 1 or more.")
-        if not 0 < self.shrinkage <= 1:
-            raise LayerwiseError(f"shrinkage is {self.shrinkage}; it must lie in (0, 1], 1 for whole steps.")
 
     def groups(self, blocks: int) -> list[range]:
         """`group` blocks each; the head belongs to the last stage."""

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise.core.ranges import NonNegativeFloat, PositiveFloat
 from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Signal, Site, cross_entropy_at_head
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
@@ -61,7 +62,7 @@ class CounterCurrent(Rule):
     $g_l$ that made $b_l$, and nothing else: activations cross upwards and downwards, errors do not. The head minimises
     its cross-entropy on the detached last activation. Prediction is a plain forward pass.
 
-    The objective and the two losses are those of the paper's code. Ours: the feedback is made anew for every block,
+    The objective and the two losses are those of the paper's code. Ours: the feedback is computed again for each block,
     from the labels down, so that no level has to be kept; tokens; no level for the input itself (its feedback layer
     feeds nothing); no mask of confident samples; the network's own activations and biases.
 
@@ -69,27 +70,22 @@ class CounterCurrent(Rule):
     [range(0, 1), range(1, 2), range(2, 3)]
     """
 
-    scale: float = 0.5
-    """Factor s of the loss behind fully connected layers."""
-    decorrelation: float = 0.5
-    """Weight of the two decorrelation terms behind maps."""
+    scale: PositiveFloat = 0.5
+    """Factor s of the loss after fully connected layers."""
+    decorrelation: NonNegativeFloat = 0.5
+    """Weight of the two decorrelation terms after convolutions."""
 
     name: ClassVar[str] = "counter_current"
     locality: ClassVar[Locality] = "broadcast"
     boundary: ClassVar[str] = "detached activation upwards; detached feedback activations of the K classes downwards"
     flat_memory: ClassVar[bool] = True
     source: ClassVar[str] = (
-        "Kao & Hariharan, arXiv 2409.19841 (2024); feedback made anew for each block, tokens, activations: our reading"
+        "Kao & Hariharan, arXiv 2409.19841 (2024); feedback computed again for each block, tokens, activations: our "
+        "reading"
     )
     restrictions: ClassVar[str] = (
         "One label per sample. The feedback costs L (L + 1) / 2 layers on K rows per step for L blocks."
     )
-
-    def __post_init__(self) -> None:
-        if not self.scale > 0:
-            raise LayerwiseError(f"scale is {self.scale}; it must be larger than 0.")
-        if self.decorrelation < 0:
-            raise LayerwiseError(f"decorrelation is {self.decorrelation}; it must be 0 or larger.")
 
     def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
         """The feedback layer that ends at this block's output."""

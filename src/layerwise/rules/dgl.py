@@ -41,7 +41,7 @@ def auxiliary_network(h: Tensor, classes: int, kind: Kind, pool: Pool) -> nn.Mod
         kind: for maps `(B, C, H, W)`, `"mlp_sr"` (averaged to a quarter of the side, three 1x1 convolutions, averaged
             to 2x2, three hidden layers of 4 C units), `"cnn"` (two 3x3 convolutions, averaged to 2x2, linear) or
             `"mlp"` (averaged to 2x2, three hidden layers of 4 C units). Other outputs get three hidden layers of their
-            own width behind the pooling, whatever the kind.
+            own width after the pooling, for every kind.
         pool: how tokens become a vector.
     """
     if h.dim() != 4:
@@ -64,7 +64,7 @@ class DGL(LocalCE):
     $a_i$ is deeper than a linear head, so that the block need not turn its features into the answer itself. The
     default, MLP-SR, works on a quarter of the side with 1x1 convolutions and a small MLP: about 5 % of the operations
     of the networks of the paper. The last block is trained through the network's head. All blocks learn from every
-    batch, as in the paper's synchronous form; the asynchronous one, with buffers between the blocks, is not there.
+    batch, as in the paper's synchronous form. The asynchronous one, with buffers between blocks, is not implemented.
 
     The paper's: the objective and the three auxiliary networks. Ours: blocks that are no convolutions get an MLP of
     their own width, tokens are averaged for it.
@@ -74,7 +74,7 @@ class DGL(LocalCE):
     """
 
     network: Kind = "mlp_sr"
-    """Auxiliary network behind a convolution: mlp_sr | cnn | mlp; other blocks have an MLP."""
+    """Auxiliary network after a convolution: mlp_sr | cnn | mlp; other blocks have an MLP."""
 
     name: ClassVar[str] = "dgl"
     unlabelled: ClassVar[bool] = False  # the auxiliary network's batch norm sees all samples

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from layerwise.core.functional import goodness, unit_length
 from layerwise.core.pieces import PredictsBySite
+from layerwise.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Signal, Site
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
@@ -56,11 +57,11 @@ class ForwardForward(PredictsBySite, Rule):
     is passed on, so that the next block cannot read the goodness off its length.
 
     Two predictors. `"goodness"` runs the network once with every label, all in one batch, and takes the one with the
-    largest sum of goodness over the blocks behind the first; the network's head is not used. `"softmax"` runs it once
+    largest sum of goodness over the blocks after the first; the network's head is not used. `"softmax"` runs it once
     with a neutral label and adds up linear readouts of those blocks, the network's head being the last of them.
 
     Negatives are the same sample with a wrong label, uniform (`"random"`) or drawn as the predictor finds it probable
-    (`"hard"`: the whole network's opinion is then broadcast), or, without any label, images put together out of two
+    (`"hard"`: the whole network's prediction is then broadcast), or, without any label, images put together out of two
     (`"hybrid"`, for the softmax predictor).
 
     The paper's: the objective, the normalisation, the overlay, the three kinds of negatives, both predictors, peer
@@ -74,23 +75,23 @@ class ForwardForward(PredictsBySite, Rule):
 
     goodness: Literal["sum", "mean"] = "sum"
     """Sum or mean of the squared activities."""
-    threshold: float | None = None
+    threshold: NonNegativeFloat | None = None
     """Threshold theta: of the mean square, default 2; of the sum of squares per unit, default 1."""
     loss: Literal["logistic", "symba"] = "logistic"
     """Contrast of each sample with the threshold, or of positive with negative."""
-    alpha: float = 4.0
+    alpha: PositiveFloat = 4.0
     """Steepness of the loss `symba`."""
     negatives: Literal["random", "hard", "hybrid"] = "random"
     """A wrong label at random, a probable one, or (without labels) an image put together out of two."""
     label: Literal["auto", "overlay", "map"] = "auto"
     """Label in the first pixels, or as a wave over the image; auto: a wave where the first block keeps space."""
-    label_scale: float = 1.0
+    label_scale: PositiveFloat = 1.0
     """Size of the label: factor of the bright pixel's distance from the dark ones, or of the wave."""
     predictor: Literal["goodness", "softmax"] = "goodness"
     """Goodness with every label, or linear readouts with a neutral one."""
-    skip: int = 1
+    skip: NonNegativeInt = 1
     """Blocks at the input that no predictor looks at (the last block always counts)."""
-    peer: float = 0.0
+    peer: NonNegativeFloat = 0.0
     """Weight of peer normalisation: keeps the units' mean activities alike (0.03 in a public implementation)."""
 
     name: ClassVar[str] = "forward_forward"
@@ -107,12 +108,9 @@ class ForwardForward(PredictsBySite, Rule):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.negatives == "hybrid" and self.predictor != "softmax":
             raise LayerwiseError("hybrid images carry no label to compare; use predictor='softmax' with them.")
-        if self.skip < 0:
-            raise LayerwiseError(f"skip is {self.skip}; it is a number of blocks, 0 for none.")
-        if not self.alpha > 0:
-            raise LayerwiseError(f"alpha is {self.alpha}; it must be larger than 0.")
         if self.negatives == "hard":  # what the class declares holds for the other kinds
             object.__setattr__(self, "locality", "broadcast")
             object.__setattr__(
@@ -134,7 +132,7 @@ class ForwardForward(PredictsBySite, Rule):
         return Layer(h, task.classes, reads, self.peer > 0)
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
-        """Positive and negative samples, one behind the other, then (for the softmax predictor) neutral ones."""
+        """Positive samples, then negative ones, then (for the softmax predictor) neutral ones."""
         if ctx.y.dim() > 1:
             raise LayerwiseError(f"{self.name} writes one label per sample into the input, not one per position.")
         first = ctx.auxiliary[0]
@@ -142,16 +140,13 @@ class ForwardForward(PredictsBySite, Rule):
         if self.negatives == "hybrid":
             parts = [ctx.x, hybrid_images(ctx.x)]
         else:
-            wrong = wrong_labels(ctx.y, first.classes, self._opinion(ctx))
+            opinion = ctx.predict(ctx.x) if self.negatives == "hard" else None
+            wrong = wrong_labels(ctx.y, first.classes, opinion)
             parts = [self.labelled(ctx.x, F.one_hot(y, first.classes), first) for y in (ctx.y, wrong)]
             if self.predictor == "softmax":
                 parts.append(self._neutral(ctx.x, first))
         zeros = ctx.x.new_zeros(len(ctx.x), dtype=torch.float32)
         return unit_length(torch.cat(parts)), {"votes": torch.cat([zeros, zeros]), "logits": zeros[:, None]}
-
-    @torch.no_grad()
-    def _opinion(self, ctx: BatchContext) -> Tensor | None:
-        return self.predict(ctx.network, ctx.auxiliary, ctx.x) if self.negatives == "hard" else None
 
     def labelled(self, x: Tensor, p: Tensor, first: Layer) -> Tensor:
         """Samples `(B, ...)` with class probabilities `(B, K)` written into them."""

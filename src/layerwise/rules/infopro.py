@@ -1,4 +1,4 @@
-"""InfoPro: a block is asked to keep what the input held, and to tell the classes apart."""
+"""InfoPro: each block keeps information about the input, and classifies."""
 
 import math
 from dataclasses import dataclass
@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.core.functional import supervised_contrastive
+from layerwise.core.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, by_depth, cross_entropy_at_head
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.rules.readout import check_group, grouped, pool_vectors
+from layerwise.rules.readout import grouped, pool_vectors
 
 FEATURES = 128
 
@@ -21,7 +22,7 @@ class Decoder(nn.Module):
     """Logits of the input's values out of a block's output.
 
     From maps to an image: bilinear up-sampling, 3x3 convolution to 12 channels, batch norm, ReLU, 3x3 convolution. From
-    tokens to an image: a linear map of each token to the pixels of its patch (a class token tells nothing). From a
+    tokens to an image: a linear map of each token to the pixels of its patch (a class token is left out). From a
     vector: one linear map.
 
     Args:
@@ -109,9 +110,9 @@ class InfoPro(Rule):
     the last but one group; the last group minimises the cross-entropy of the network's head. The input travels along
     as the message. Prediction is a plain forward pass.
 
-    The objective, both networks behind maps and the weights (those of the paper's runs with four groups) are the
+    The objective, both networks after convolutions and the weights (those of the paper's runs with four groups) are the
     paper's and its code's. Ours: the target is the image with its own extremes at 0 and 1, since the rule does not know
-    the normalisation; inputs that are no images are compared by their squared distance; linear decoders behind vectors
+    the normalisation; inputs that are no images are compared by their squared distance; linear decoders after vectors
     and tokens.
 
     >>> InfoPro(task="contrast").groups(blocks=2)
@@ -120,13 +121,13 @@ class InfoPro(Rule):
 
     task: Literal["ce", "contrast"] = "ce"
     """Cross-entropy of the auxiliary network, or the supervised contrastive loss of its features."""
-    reconstruction: float | tuple[float, ...] = (1.0, 0.0)
+    reconstruction: NonNegativeFloat | tuple[NonNegativeFloat, ...] = (1.0, 0.0)
     """Weight lambda of the reconstruction: a number, or its values along the depth of the groups but the last."""
-    classification: float | tuple[float, ...] = (0.0, 1.0)
+    classification: NonNegativeFloat | tuple[NonNegativeFloat, ...] = (0.0, 1.0)
     """Weight mu of the task, likewise."""
-    temperature: float = 0.07
+    temperature: PositiveFloat = 0.07
     """Temperature of the contrastive loss."""
-    group: int = 1
+    group: PositiveInt = 1
     """Neighbouring blocks that share one loss, one graph and one backward pass."""
 
     name: ClassVar[str] = "infopro"
@@ -141,15 +142,6 @@ class InfoPro(Rule):
         "One label per sample, batches of two or more. Good weights depend on the network and the number of groups. "
         "Reconstruction is for images and vectors of numbers."
     )
-
-    def __post_init__(self) -> None:
-        check_group(self.group)
-        for name in ("reconstruction", "classification"):
-            value = getattr(self, name)
-            if min(value if isinstance(value, tuple) else (value,), default=-1.0) < 0:
-                raise LayerwiseError(f"{name} is {value}; give numbers of 0 or larger.")
-        if not self.temperature > 0:
-            raise LayerwiseError(f"temperature is {self.temperature}; it must be larger than 0.")
 
     def groups(self, blocks: int) -> list[range]:
         """`group` blocks each; the head belongs to the last group."""

@@ -32,7 +32,7 @@ def overlay(x: Tensor, p: Tensor) -> Tensor:
 
 
 def label_map(x: Tensor, p: Tensor) -> Tensor:
-    r"""Add a wave over the whole image that tells the label, where every filter sees it.
+    r"""Add a wave over the whole image that depends on the label, so that every filter sees the label.
 
     The image plus $s \sum_k p_k w_k$, where $w_k$ are the first K of the waves
     $\sqrt2 \cos, \sqrt2 \sin (2\pi(a u / H + b v / W))$ in order of rising frequency, which are orthogonal and of mean
@@ -75,11 +75,12 @@ def wrong_labels(y: Tensor, classes: int, logits: Tensor | None = None) -> Tenso
     Args:
         y: `(B,)`, the labels.
         classes: K.
-        logits: `(B, K)`, for hard negatives.
+        logits: `(B, K)`, for hard negatives. A sample whose logits are not finite gets a uniform label.
     """
     if logits is None:
         return (y + torch.randint(1, classes, y.shape, device=y.device)) % classes
-    others = logits.float().scatter(1, y[:, None], -math.inf).softmax(1)
+    known = torch.isfinite(logits).all(1, keepdim=True)  # the loss tells of the others
+    others = torch.where(known, logits.float(), 0.0).scatter(1, y[:, None], -math.inf).softmax(1)
     return torch.multinomial(others, 1)[:, 0]
 
 

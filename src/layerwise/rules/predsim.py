@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.core.functional import similarity
+from layerwise.core.ranges import Fraction, PositiveInt
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, cross_entropy_at_head
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.rules.readout import check_group, grouped, pool_vectors
+from layerwise.rules.readout import grouped, pool_vectors
 
 
 class Heads(nn.Module):
@@ -58,7 +59,7 @@ class PredSim(Rule):
     most 4096 pooled numbers and starts at zero. The head learns from the cross-entropy on the detached last activation.
     With $\beta = 0.99$ the similarity has the weight 0.99. `loss="pred"` and `loss="sim"` are its two terms alone.
 
-    All of this is the paper's, but for these: the loss sees the block's output behind its dropout; the head's loss has
+    All of this is the paper's, but for these: the loss sees the block's output after its dropout; the head's loss has
     the weight 1 (the paper: $1 - \beta$; the same under Adam); the mapped tokens of a sample are one row.
 
     >>> PredSim(loss="sim").groups(blocks=2)
@@ -67,9 +68,9 @@ class PredSim(Rule):
 
     loss: Literal["predsim", "pred", "sim"] = "predsim"
     """Both terms, the classifier alone, or the similarities alone."""
-    beta: float = 0.99
+    beta: Fraction = 0.99
     """Weight of the similarities; the classifier has 1 - beta."""
-    group: int = 1
+    group: PositiveInt = 1
     """Neighbouring blocks that share one loss, one graph and one backward pass."""
 
     name: ClassVar[str] = "predsim"
@@ -80,11 +81,6 @@ class PredSim(Rule):
     restrictions: ClassVar[str] = (
         "One label per sample. The similarities depend on who else is in the batch: keep 64 samples or more."
     )
-
-    def __post_init__(self) -> None:
-        check_group(self.group)
-        if not 0 <= self.beta <= 1:
-            raise LayerwiseError(f"beta is {self.beta}; it is a share in [0, 1].")
 
     def groups(self, blocks: int) -> list[range]:
         """`group` blocks each; the head on its own."""

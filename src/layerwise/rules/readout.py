@@ -5,13 +5,12 @@ from typing import Literal
 from torch import Tensor
 
 from layerwise.core.functional import pool_features
-from layerwise.errors import LayerwiseError
 
 Pool = Literal["auto", "mean", "moments", "grid", "cls", "flatten", "none"]
 
 
 def grouped(blocks: int, size: int, join_head: bool, overlap: int = 0) -> list[range]:
-    """Ranges of `size` neighbouring blocks, each with a view of `overlap` blocks behind it.
+    """Ranges of `size` neighbouring blocks, each with a view of the `overlap` blocks after it.
 
     The head joins the last block, or stands alone.
 
@@ -24,12 +23,6 @@ def grouped(blocks: int, size: int, join_head: bool, overlap: int = 0) -> list[r
     if join_head:
         return [range(start, blocks + 1 if stop == blocks else stop) for start, stop in stops]
     return [range(start, stop) for start, stop in stops] + [range(blocks, blocks + 1)]
-
-
-def check_group(size: int) -> None:
-    """Raise LayerwiseError unless `size` is a number of blocks."""
-    if size < 1:
-        raise LayerwiseError(f"group is {size}; it is a number of neighbouring blocks, 1 or more.")
 
 
 def pool_vectors(h: Tensor, pool: Pool, per_position: bool) -> Tensor:

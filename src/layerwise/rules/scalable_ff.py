@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from layerwise.core.functional import normalise
 from layerwise.core.pieces import PredictsBySite
+from layerwise.core.ranges import NonNegativeFloat, PositiveInt
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
@@ -24,7 +25,7 @@ class ChannelGoodness(nn.Module):
     Args:
         h: a sample of the block's output.
         classes: number of classes K.
-        kernel: side of the convolution behind a map; other outputs get a linear layer.
+        kernel: side of the convolution after a convolutional block; other outputs get a linear layer.
     """
 
     def __init__(self, h: Tensor, classes: int, kernel: int):
@@ -62,9 +63,9 @@ class ScalableFF(PredictsBySite, Rule):
     [range(0, 1), range(1, 2), range(2, 3)]
     """
 
-    margin: float = 0.0
+    margin: NonNegativeFloat = 0.0
     """Margin m by which the true class's goodness should exceed the others."""
-    kernel: int = 1
+    kernel: PositiveInt = 1
     """Side of the auxiliary convolution, an odd number: 1, or a bit larger, such as 5."""
     predictor: Literal["mean", "last"] = "mean"
     """Whose goodness decides: the mean over all blocks, or the last block's."""
@@ -77,8 +78,9 @@ class ScalableFF(PredictsBySite, Rule):
     restrictions: ClassVar[str] = "One label per sample. The network's head is not used; its output means nothing."
 
     def __post_init__(self) -> None:
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise LayerwiseError(f"kernel is {self.kernel}; it is an odd number, 1 or more.")
+        super().__post_init__()
+        if self.kernel % 2 == 0:
+            raise LayerwiseError(f"kernel is {self.kernel}; it must be odd, so that the convolution has a centre.")
 
     def trains(self, site: Site) -> bool:
         """All blocks; the head is not used."""

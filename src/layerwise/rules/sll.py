@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.core import functional
+from layerwise.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ProperFraction
 from layerwise.core.rule import (
     BlockContext,
     Locality,
@@ -19,7 +20,7 @@ from layerwise.core.rule import (
 )
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.rules.readout import Pool, check_group, grouped, pool_vectors
+from layerwise.rules.readout import Pool, grouped, pool_vectors
 
 SURROGATES = {
     "neg_log_bc": functional.neg_log_bc,
@@ -86,7 +87,7 @@ class SLL(Rule):
 
     A single small convolution is stiff under a fixed projection. Three options give it room: `pool="moments"` reads
     the standard deviation over space beside the mean, `group` lets neighbouring blocks share one objective, and
-    `overlap=1` moves every readout behind one block more, and each trains all groups that see it: gradients cross one
+    `overlap=1` moves every readout one block further, and each trains all groups that see it: gradients cross one
     boundary, two blocks are alive at a time, and the rule is interlocking, no longer local.
 
     What is the paper's and what is ours: the two terms, their equal weight, the fixed projection and the optional
@@ -101,30 +102,30 @@ class SLL(Rule):
 
     surrogate: Literal["neg_log_bc", "one_minus_bc", "hellinger", "kl", "none"] = "neg_log_bc"
     """Divergence D between the posteriors of neighbouring blocks."""
-    weight: float | tuple[float, ...] = 1.0
+    weight: NonNegativeFloat | tuple[NonNegativeFloat, ...] = 1.0
     """Weight lambda of the divergence; several numbers are a piecewise linear function of depth."""
-    likelihood_weight: float | tuple[float, ...] = 1.0
+    likelihood_weight: NonNegativeFloat | tuple[NonNegativeFloat, ...] = 1.0
     """Weight w of the likelihood term, likewise."""
     neighbour: Literal["previous", "before_previous"] = "previous"
     """Which block's posterior the divergence looks at."""
-    dim: int | None = None
+    dim: PositiveInt | None = None
     """Rows d0 of the projection; the number of classes if not given."""
     targets: Literal["index", "codebook"] = "index"
     """The classes are the first K coordinates, or a fixed random code with K rows."""
     projection: Literal["gaussian", "orthonormal"] = "gaussian"
     """Distribution of R; both have rows of mean square length 1."""
-    scale: float = 1.0
+    scale: PositiveFloat = 1.0
     """Scale s of the projection (an inverse temperature)."""
     norm: Literal["layer", "rms", "none"] = "layer"
     """Normalisation before the projection, without parameters."""
-    dropout: float = 0.0
+    dropout: ProperFraction = 0.0
     """Probability p of the multiplicative dropout on the projection's input."""
     pool: Pool = "auto"
     """How a block's output becomes a vector: auto | mean | moments (and standard deviation) | cls | flatten | none."""
-    group: int = 1
+    group: PositiveInt = 1
     """Neighbouring blocks that share one objective, one graph and one backward pass."""
-    overlap: int = 0
-    """Blocks behind a group through which it is read off, too; with 1, gradients cross one boundary (interlocking)."""
+    overlap: NonNegativeInt = 0
+    """Later blocks between a group and its readout; with 1, gradients cross one boundary (interlocking)."""
     head: Literal["joint", "separate"] = "joint"
     """What trains the last block: the head's cross-entropy (joint), or its own objective (separate)."""
 
@@ -141,16 +142,10 @@ class SLL(Rule):
     )
 
     def __post_init__(self) -> None:
-        check_group(self.group)
-        if self.overlap < 0:
-            raise LayerwiseError(f"overlap is {self.overlap}; it is a number of blocks, 0 for none.")
+        super().__post_init__()
         if self.overlap > 0:  # what the class declares holds without overlap
             object.__setattr__(self, "locality", "interlocking")
             object.__setattr__(self, "boundary", f"{self.boundary}; gradients back over {self.overlap} boundaries")
-        if not 0.0 <= self.dropout < 1.0:
-            raise LayerwiseError(f"dropout is {self.dropout}; it is a probability in [0, 1).")
-        if not self.scale > 0:
-            raise LayerwiseError(f"scale is {self.scale}; it must be larger than 0.")
 
     def groups(self, blocks: int) -> list[range]:
         """`group` blocks each, with a view of `overlap` more; the head joins the last block or stands alone."""

@@ -35,7 +35,7 @@ from layerwise.core.engine import Engine
 from layerwise.core.optim import decay_groups, optimizer_factory
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
-from layerwise.measure.bench import LEARNING_RATE, batch_of, network_of
+from layerwise.measure.bench_problem import LEARNING_RATE, batch_of, network_of
 from layerwise.memory.malloc import keep_freed_memory
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
