@@ -233,7 +233,9 @@ def test_images_that_are_decoded_on_demand_are_compared_byte_by_byte(tmp_path):
             for i in range(3):
                 (folder / kind / f"{i}.png").write_bytes(bytes([i] * 8))
         (folder / "dog" / "1.png").write_bytes(bytes([1] * 7 + [last]))
-        return StreamedSource(FileRows(folder), torch.arange(6) // 3, ImageFormat("L", 2, 4))
+        return StreamedSource(
+            FileRows(folder, sorted(folder.rglob("*.png"))), torch.arange(6) // 3, ImageFormat("L", 2, 4)
+        )
 
     one, same, other = source("one", 1), source("same", 1), source("other", 2)
     assert digest_of_samples(one) == digest_of_samples(same) != digest_of_samples(other)

@@ -38,7 +38,7 @@ from layerwise.core.cutting import partition
 from layerwise.core.engine import Engine
 from layerwise.core.optim import decay_groups, optimizer_factory
 from layerwise.errors import LayerwiseError
-from layerwise.learner import Learner
+from layerwise.learner import Learner, OneProcess
 from layerwise.measure.bench_problem import LEARNING_RATE, batch_of, network_of
 from layerwise.memory.malloc import keep_freed_memory
 from layerwise.parallel.ranks import Ranks
@@ -177,7 +177,7 @@ class Rank:
     def _model(self) -> nn.Sequential:
         return network_of(self.task["model"], self.task["depth"], self.task["shape"], self.task["model_options"])
 
-    def _learner(self, rule: str, stage: Stage | None = None, replicas: Replicas | None = None) -> Learner:
+    def _learner(self, rule: str, stage: Stage | None = None, replicas: Replicas | OneProcess | None = None) -> Learner:
         options = {"optimizer": self.task["optimizer"], "lr": LEARNING_RATE}
         return Learner(self._model(), rule, example=self.x, stage=stage, replicas=replicas, **options)
 
@@ -228,7 +228,7 @@ class Rank:
 
     def _whole(self, rule: str) -> Way:
         """The whole network in this process."""
-        learner = self._learner(rule)
+        learner = self._learner(rule, replicas=OneProcess())
         learner.engine = GroupTimes(learner.engine)
         self.made[f"learner {rule}"] = learner
         return lambda: learner.step(self.x, self.y), lambda: 0

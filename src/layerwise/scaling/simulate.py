@@ -75,7 +75,8 @@ def simulate(
     Raises:
         ValueError: the programs wait for one another.
 
-    >>> simulate([[Op("a", 2.0, to=(1,), bytes=3.0)], [Op("b", 1.0, needs=("a",))]], Wire(0.5, bandwidth=6.0))["b"]
+    >>> programs = [[Op("a", 2.0, to=(1,), bytes=3.0)], [Op("b", 1.0, needs=("a",))]]
+    >>> simulate(programs, Interconnect(0.5, bandwidth=6.0))["b"]
     (3.0, 4.0)
     """
     interconnect, speed = interconnect or Interconnect(), speed or (lambda running: 1.0)
