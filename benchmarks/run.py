@@ -129,7 +129,7 @@ def train(wanted: list[Wanted], jobs: int, ended: Callable[[Wanted, dict], None]
             test, seconds = 100 * result["test_accuracy"], result["train_seconds"]
             print(f"{cell.name}: {val}test {test:.2f} in {seconds:.0f} s", flush=True)
 
-        grid_runs.train([cell for _, _, cell in runs.values()], pool, jobs, ended=end)
+        grid_runs.train_all([cell for _, _, cell in runs.values()], pool, jobs, ended=end)
 
 
 def check(claim: Claim, names: list[str], jobs: int) -> int:

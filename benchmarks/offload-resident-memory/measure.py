@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from layerwise import Learner, models
-from layerwise.measure.bench import speed_of
+from layerwise.measure.bench_speed import speed_of
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))

@@ -31,7 +31,7 @@ class Events(Replicas):
     def __init__(self):
         self.seen = []
 
-    def copy_from_first(self, tensors):
+    def copy_from_first(self, tensors, facts=None):
         pass
 
     def adopt(self, model, units):
@@ -243,8 +243,8 @@ def test_a_rank_that_hangs_is_noticed_within_the_limit(tmp_path):
     [
         ("--batch-size 127", {}, "2 replicas cannot share a batch of 127 samples equally"),
         ("", {1: ["--data", "nothing"]}, "nothing"),
-        ("", {1: ["--label-noise", "0.5"]}, "rank 1 has other data than rank 0"),
-        ("", {1: ["--lr", "0.5"]}, "rank 1 has other options than rank 0"),
+        ("", {1: ["--label-noise", "0.5"]}, "the ranks differ in --label-noise (0.0 on rank 0, 0.5 on rank 1)"),
+        ("", {1: ["--lr", "0.5"]}, "the ranks differ in --lr ("),
         ("--out FULL", {}, "is not empty"),
     ],
 )

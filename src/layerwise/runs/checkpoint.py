@@ -254,6 +254,7 @@ def replaced(path: Path) -> Iterator[Path]:
     partial = None
     try:
         partial = path.with_name(path.name + ".partial")
+        partial.unlink(missing_ok=True)  # it may be a link, which would be followed
         yield partial
         flush(partial)
         partial.replace(path)

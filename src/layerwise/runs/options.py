@@ -10,6 +10,7 @@ from importlib.resources import files
 from typing import Any, Literal
 
 from layerwise import models, rules
+from layerwise.core.ranges import TRAINING, check_ranges
 from layerwise.core.rule import Rule
 from layerwise.errors import LayerwiseError, suggestion
 from layerwise.files import MissingFile, read_text, shown
@@ -104,16 +105,7 @@ class TrainOptions:
     """Write the same scalars for TensorBoard."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "log_every"):
-            _at_least_one(name, getattr(self, name))
-        for name in ("steps", "save_every", "threads", "blocks", "train_samples"):
-            if getattr(self, name) is not None:
-                _at_least_one(name, getattr(self, name))
-        if not 0 <= self.val_fraction < 1:
-            raise LayerwiseError(f"val_fraction is {self.val_fraction}; it is a share in [0, 1), 0 for no validation.")
-        for name, factor in self.lr_multipliers.items():
-            if factor < 0:
-                raise LayerwiseError(f"lr_multipliers gives {name} the factor {factor}; it must be 0 or larger.")
+        check_ranges(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in TRAINING})
         if self.threads is not None and self.threads > MOST_THREADS:
             raise LayerwiseError(f"threads is {self.threads}; the most is {MOST_THREADS}.")
         for part in (self, self.rule, self.model):
@@ -133,11 +125,6 @@ def _check_number(name: str, value: Any) -> None:
         raise LayerwiseError(f"{name} is {value}; give a finite number.")
     elif isinstance(value, int) and abs(value) > LARGEST:
         raise LayerwiseError(f"{name} is {short(value)}; the largest whole number is 2^63 - 1.")
-
-
-def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise LayerwiseError(f"{name} is {value}; it must be 1 or more.")
 
 
 def model_name(options: ModelOptions) -> str:

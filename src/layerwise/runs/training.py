@@ -1,6 +1,7 @@
 """A training run: epochs, schedule, evaluation, logs, checkpoints that continue to the same bits."""
 
 import contextlib
+import io
 import json
 import shlex
 import signal
@@ -10,10 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from layerwise import data
+from layerwise.core.tasks import UNLABELLED
 from layerwise.errors import LayerwiseError
 from layerwise.files import kind_of, shown
 from layerwise.learner import Learner
@@ -89,6 +92,7 @@ class Run:
     ):
         self.options, self.command = options, command
         self.machines = [machine()]
+        self._alone = stage is None and replicas is None
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         self.device = self._device()
@@ -96,6 +100,7 @@ class Run:
         self.train_batches, self.val_batches, self.test_batches = split_batches(options, self.dataset, self.device)
         self.total = options.steps or options.epochs * len(self.train_batches)
         self.facts = DataSignature.of(self.dataset)
+        self._agree(resume)
         self.learner = build_learner(options, self.facts, self.device, self.total, stage, self.dataset.graph, replicas)
         # Labels that the rule cannot do with, and data that cannot be read, are told of before anything is written.
         for part in (self.dataset.train, self.dataset.val, self.dataset.test):
@@ -263,6 +268,9 @@ class Run:
 
     # What a run on several ranks does otherwise.
 
+    def _agree(self, resume: Path | None) -> None:
+        """Compare with the other ranks what the learner is built from."""
+
     def _device(self) -> torch.device:
         return pick_device(self.options.device)
 
@@ -323,8 +331,19 @@ class Run:
             "options": {k: v for k, v in to_mapping(self.options).items() if k not in OF_THE_FOLDER},
         }
         checkpoint.write_tensors(self.folder / "model.safetensors", self._weights())
+        if self._alone:
+            self._write_correct()
         write_atomically(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
         return result
+
+    def _write_correct(self) -> None:
+        """Write which test samples are classified correctly, bool `(N,)`: a comparison pairs them between rules."""
+        found = [
+            (self.learner(x).argmax(-1) == y)[y != UNLABELLED].flatten().cpu() for x, y in self.test_batches.epoch(0)
+        ]
+        file = io.BytesIO()
+        np.save(file, torch.cat(found).numpy())
+        write_atomically(self.folder / "test_correct.npy", file.getvalue())
 
     def _save(self) -> None:
         state = {
