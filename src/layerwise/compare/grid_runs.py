@@ -3,7 +3,7 @@
 import json
 import shlex
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.runs.checkpoint import write_atomically
 from layerwise.runs.folders import FREE, claimed
 from layerwise.runs.options import TrainOptions, to_mapping, to_words
-from layerwise.runs.records import read_json_if_there, read_lines, read_result
+from layerwise.runs.records import read_lines
 
 FINAL = ("diverged",)
 """Kinds of failure that follow from options and seed: such a run is not repeated."""

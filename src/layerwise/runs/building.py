@@ -4,7 +4,7 @@ import contextlib
 import math
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,8 +96,10 @@ class DataSignature:
             LayerwiseError: the checkpoint holds no such facts.
         """
         name, advice = "the checkpoint's description of its data", "take an older checkpoint"
-        check_fields(state["data"], typing.get_type_hints(cls), name, advice)
         known = [f.name for f in fields(cls)]
+        given = [f.name for f in fields(cls) if f.default is MISSING or f.name in state["data"]]
+        hints = typing.get_type_hints(cls)
+        check_fields(state["data"], {field: hints[field] for field in given}, name, advice)
         found = cls(**{name: tuple(value) for name, value in state["data"].items() if name in known})
         channels = {len(found.mean), len(found.std)}
         right = (

@@ -37,14 +37,6 @@ def read_json(file: Path, advice: str, fields: Mapping[str, Any] | None = None) 
     return value
 
 
-def read_json_if_there(file: Path, advice: str, fields: Mapping[str, Any] | None = None) -> Any:
-    """Reads a JSON file as `read_json`; None where there is no such file."""
-    try:
-        return read_json(file, advice, fields)
-    except MissingFile:
-        return None
-
-
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """Reads a log: one JSON object per line with `step` and `split`. A line that a crash left half-written is dropped.
 
@@ -132,11 +124,6 @@ def described(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
-def is_count(value: Any) -> bool:
-    """Whether a value is a whole number from 0 up."""
-    return fits(value, int) and value >= 0
-
-
 def is_amount(value: Any) -> bool:
     """Whether a value is a finite number from 0 up."""
     return fits(value, float) and math.isfinite(value) and value >= 0
@@ -170,31 +157,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the name {twice!r} is given twice")
     return found
-
-
-RESULT = {
-    "rule": str,
-    "seed": int,
-    "steps": int,
-    "test_accuracy": float,
-    "val_accuracy": float | None,
-    "test_loss": float,
-    "val_loss": float | None,
-    "blocks": dict[str, float],
-    "train_seconds": float,
-    "samples_per_second": float,
-    "memory_mib": dict[str, float],
-    "flops_per_step": int | None,
-    "command": str,
-    "notes": list[str],
-}
-"""The fields of `result.json` that a later program reads."""
-
-
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """The contents of `result.json` in the folder of a run, checked; None where the run is not finished.
-
-    Raises:
-        LayerwiseError: the file is damaged or cannot be read.
-    """
-    return read_json_if_there(folder / "result.json", "remove the file and resume the run", RESULT)

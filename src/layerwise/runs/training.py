@@ -116,6 +116,11 @@ class Run:
         self.flops: int | None = None
         self.last_val: dict[str, float] = {}
         self.notes = list(self.dataset.notes)
+        if rest := self.total % options.accumulate:
+            self.notes.append(
+                f"the last update is of {rest} batches, as {self.total} steps do not divide by --accumulate "
+                f"{options.accumulate}"
+            )
         if options.tensorboard:
             _summary_writer()
         self._signum = 0
@@ -187,11 +192,8 @@ class Run:
             for x, y in self._batches(self.learner.steps):
                 metrics = self._step(x, y)
                 step = self.learner.steps
-                if step == self.total and self.learner.flush():
-                    self.notes.append(
-                        f"the last update is of {step % options.accumulate} batches, as {step} steps do not divide by "
-                        f"--accumulate {options.accumulate}"
-                    )
+                if step == self.total:
+                    self.learner.flush()
                 self.samples += metrics.samples
                 self.seconds = saved + time.perf_counter() - started
                 if step % options.log_every == 0 or step % per_epoch == 0 or step == self.total:
