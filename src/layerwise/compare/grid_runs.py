@@ -10,6 +10,8 @@ from typing import Any
 
 from layerwise.compare.pool import Pool
 from layerwise.errors import LayerwiseError
+from layerwise.files import MissingFile
+from layerwise.report.reading import Failure, Result, read_json
 from layerwise.runs.checkpoint import write_atomically
 from layerwise.runs.folders import FREE, claimed
 from layerwise.runs.options import TrainOptions, to_mapping, to_words
@@ -42,26 +44,25 @@ class GridRun:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """Contents of `result.json`: there is one as soon as the run is finished."""
-        return read_result(self.folder)
+        """Contents of `result.json`, which a run writes when it is finished."""
+        return self._read("result.json", Result)
 
     @property
     def failure(self) -> dict[str, Any] | None:
         """`kind` and `reason` of a run that failed."""
-        return None if self.result else self.read("failed.json", {"kind": str, "reason": str})
+        return None if self.result else self._read("failed.json", Failure)
 
     @property
     def settled(self) -> bool:
         """Whether the run is finished, or would fail again."""
         return self.result is not None or (self.failure or {}).get("kind") in FINAL
 
-    def read(self, file: str, fields: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
-        """A JSON file of the folder with these fields, checked; None where it is missing.
-
-        Raises:
-            LayerwiseError: the file is damaged or cannot be read.
-        """
-        return read_json_if_there(self.folder / file, f"remove {self.folder} to run it again", fields or {})
+    def _read(self, file: str, kind: Any) -> dict[str, Any] | None:
+        """A JSON file of the folder; None where it is missing."""
+        try:
+            return read_json(self.folder, file, kind)
+        except MissingFile:
+            return None
 
     def last_step(self) -> int:
         """The last step that the run has logged so far."""
@@ -69,7 +70,7 @@ class GridRun:
 
     def check(self) -> None:
         """Raise LayerwiseError where the folder holds a run with other options."""
-        before = self.read("config.json") or {}
+        before = self._read("config.json", dict[str, Any]) or {}
         now = json.loads(json.dumps(to_mapping(self.options)))
         for name in before.keys() & now.keys() - set(FREE):
             if before[name] != now[name]:

@@ -236,6 +236,21 @@ def detach(tree: Any) -> Any:
     return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
 
 
+@contextmanager
+def _in_a_sentence(block: str, what: str, h: Tensor) -> Iterator[None]:
+    """Turn what a user's own modules raise into a sentence that names the block; the cause stays attached."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, IndexError, TypeError) as reason:
+        said = (str(reason).strip() or type(reason).__name__).splitlines()[0].rstrip(".")
+        hint = "call torch's checkpoint with use_reentrant=False" if "use_reentrant" in said else "look at its modules"
+        raise LayerwiseError(
+            f"block {block!r} {what} of shape {tuple(h.shape)} ({said}); {hint}, and at the batch."
+        ) from reason
+
+
 class Engine:
     """Runs groups of blocks for a rule. Nothing else in the library knows the update order.
 
@@ -458,7 +473,7 @@ class Engine:
         if step is not None:
             seed = derive_seed(self.execution.seed, "draw", step, unit.site.index)
             seed_generators(seed, self.execution.device)
-        with self.autocast():
+        with self.autocast(), _in_a_sentence(unit.site.name, "cannot run its input", h):
             return self.rule.run(unit.block, h, message)
 
     def autocast(self) -> Any:
@@ -482,7 +497,9 @@ class Engine:
                 cotangents = [cotangent * self._weight for cotangent in cotangents]
             # Gradients for this group's parameters alone: what extends its graph, or does not learn, gets none.
             inputs = [*wanted, *([h] if has_trunk(self.rule) and h.requires_grad else [])]
-            torch.autograd.backward([root for root, _ in roots], list(group.scaler.scale(cotangents)), inputs=inputs)
+            with _in_a_sentence(group.name, "cannot be run backward", h):
+                ends = [root for root, _ in roots]
+                torch.autograd.backward(ends, list(group.scaler.scale(cotangents)), inputs=inputs)
         if not group.checked:
             group.checked = True
             self._check_reached(group, {id(p) for p in wanted if p.grad is not None}, bool(losses or roots))
