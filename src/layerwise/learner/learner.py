@@ -150,8 +150,8 @@ class Learner:
             self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if schedule is not None and not callable(schedule):
             raise LayerwiseError(
-                f"the schedule is of type {type(schedule).__name__}; give a function from the update number to a factor, "
-                "or hold a scheduler of torch by learner.optimizer."
+                f"the schedule is of type {type(schedule).__name__}; give a function from the update number to a "
+                "factor, or hold a scheduler of torch by learner.optimizer."
             )
         self.schedule = schedule or Schedule()
         self._offload_to: tuple[Where, Path] = offload, Path(offload_folder or tempfile.gettempdir())

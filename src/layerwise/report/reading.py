@@ -51,6 +51,13 @@ class Result(TypedDict):
     command: Text
 
 
+class Failure(TypedDict):
+    """The fields of `failed.json`."""
+
+    kind: Name
+    reason: Text
+
+
 class Plan(TypedDict, total=False):
     """What a step of a rule was measured to cost."""
 
