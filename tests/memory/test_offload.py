@@ -237,7 +237,14 @@ def test_a_run_has_the_same_bits_and_goes_on(tmp_path, monkeypatch):
         assert same_state(state(folder), state(whole))
         assert lines(folder, "test") == lines(whole, "test")
         names = {path.name for path in folder.iterdir()}
-        assert names == {"config.json", "metrics.jsonl", "result.json", "model.safetensors", "checkpoints"}
+        assert names == {
+            "config.json",
+            "metrics.jsonl",
+            "result.json",
+            "model.safetensors",
+            "checkpoints",
+            "test_correct.npy",
+        }
     for name in ("parameters", "optimizer"):
         assert result(offloaded)["memory_mib"][name] < result(whole)["memory_mib"][name]
     assert main(["eval", str(offloaded)]) == 0

@@ -274,6 +274,11 @@ class Learner:
         """Number of updates so far; with `accumulate` batches for each."""
         return 0 if self._built is None else self._built.engine.accumulation.updates
 
+    @property
+    def accumulated(self) -> int:
+        """Batches that have been added to the update under way."""
+        return 0 if self._built is None else self._built.engine.accumulation.batches
+
     # Training.
 
     @property

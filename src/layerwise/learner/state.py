@@ -20,7 +20,7 @@ def without_meta(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def joined(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The state of one whole learner out of those of all stages, in the order of the ranks."""
     whole = dict(states[-1])
-    for part in ("model", "auxiliary", "optimizer", "gradients", "scaler"):
+    for part in ("model", "auxiliary", "optimizer", "gradients", "scaler", "rates"):
         whole[part] = {name: value for state in states for name, value in state[part].items()}
     return whole
 

@@ -175,7 +175,7 @@ class PipelineRun(PartsRun):
         return self.replicas.gather(value) if self.replicas is not None and self.stage.last else [value]
 
     def _save(self) -> None:
-        if self.replicas is not None and self.learner.steps % self.options.accumulate:
+        if self.replicas is not None and self.learner.accumulated:
             self.learner.average()
         # The costs travel forward, too: the last rank writes them, once.
         if not self.stage.first:

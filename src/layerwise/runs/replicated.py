@@ -80,7 +80,7 @@ class DataRun(RankRun):
         return totals(self.learner, batches)
 
     def _save(self) -> None:
-        if self.learner.steps % self.options.accumulate:
+        if self.learner.accumulated:
             self.learner.average()
         super()._save()
 
