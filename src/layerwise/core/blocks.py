@@ -3,6 +3,7 @@
 import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -43,6 +44,11 @@ class Block:
                 f"passed on; cut elsewhere: {_listed(legal_cuts(self._model))}."
             )
         return out
+
+    @property
+    def ran(self) -> bool:
+        """Whether the block has run in the pass under way; a model that is cut at its calls may leave one out."""
+        return True
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Pairs of the parameter's name in the model and the parameter."""
@@ -160,6 +166,10 @@ class Partition(nn.Module):
         self.model.train(mode)
         self.training = mode
         return self
+
+    def passing(self) -> AbstractContextManager[None]:
+        """A context in which the blocks can be run: always, for a model that is cut into functions."""
+        return nullcontext()
 
     def check_modules(self) -> None:
         """Raise LayerwiseError where a module of the model was replaced: its block still runs the old one."""

@@ -15,7 +15,8 @@ from layerwise.core.optim import set_learning_rate
 from layerwise.core.pieces import HasTrunk, has_trunk
 from layerwise.core.randomness import derive_seed, seed_generators
 from layerwise.core.rule import BlockContext, Rule, Signal, Site, check_signal
-from layerwise.core.tasks import UNLABELLED, Classification
+from layerwise.core.tasks import Classification
+from layerwise.core.trees import all_finite
 from layerwise.errors import LayerwiseError
 
 
@@ -158,12 +159,8 @@ class Accumulation:
     weight: float | Tensor = 0.0
     """Sum of the weights of its batches."""
 
-    def add(self, y: Tensor, some_unlabelled: bool) -> float | Tensor:
-        """Add a batch; returns its weight."""
-        counted: float | Tensor = float(y.numel())
-        if some_unlabelled:
-            counted = (y != UNLABELLED).sum().float()
-            counted = float(counted) if y.device.type == "cpu" else counted  # elsewhere it would wait for the device
+    def add(self, counted: float | Tensor) -> float | Tensor:
+        """Add a batch with so many labels that count; returns its weight."""
         if self.batches == 0:
             self.first = counted
         weight = counted / self.first
@@ -296,7 +293,7 @@ class Engine:
 
         Args:
             groups: in the order of the network.
-            h: detached input of the first.
+            h: detached input of the first; the whole batch where the model is cut at its calls.
             message: the first message, detached.
             y: labels.
             step: number of the training step.
@@ -305,7 +302,7 @@ class Engine:
         Returns:
             Output and message of the last, detached: what a pipeline's next rank gets.
         """
-        self._weight = self.accumulation.add(y, self.rule.unlabelled)
+        self._weight = self.accumulation.add(self.task.counted(y, self.rule.unlabelled))
         waiting, trunk = list(groups), None
         if has_trunk(self.rule) and groups[0].learns:
             first = waiting.pop(0)
@@ -438,7 +435,7 @@ class Engine:
             # Gradients for this group's parameters alone: what extends its graph, or does not learn, gets none.
             inputs = [*wanted, *([h] if has_trunk(self.rule) and h.requires_grad else [])]
             torch.autograd.backward([root for root, _ in roots], list(group.scaler.scale(cotangents)), inputs=inputs)
-        if not group.checked:
+        if not group.checked and all(unit.block.ran for unit in group.units):
             group.checked = True
             self._check_reached(group, {id(p) for p in wanted if p.grad is not None}, bool(losses or roots))
         return torch.stack([loss.detach().float() for loss in losses or [torch.zeros(())]]).sum()
@@ -500,7 +497,7 @@ class Engine:
         elif not bool(finite):
             if self.execution.nonfinite == "raise":
                 self._free(group)
-                raise NonFinite(group.name, step, input_is_finite=bool(torch.isfinite(h).all()))
+                raise NonFinite(group.name, step, input_is_finite=all_finite(h))
             group.broken = True
 
     def _may_step(self, group: Group, h: Tensor | None, loss: Tensor, norm: Tensor, step: int, trace: Trace) -> bool:
@@ -518,4 +515,4 @@ class Engine:
                 buffer.copy_(before)
             return False
         self._free(group)
-        raise NonFinite(group.name, step, input_is_finite=h is None or bool(torch.isfinite(h).all()))
+        raise NonFinite(group.name, step, input_is_finite=h is None or all_finite(h))

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from layerwise.core.blocks import Block, Partition
+from layerwise.core.calls import CallPartition
 from layerwise.core.engine import Engine, Execution, Group, Unit
 from layerwise.core.grouping import Grouping
 from layerwise.core.optim import OptimizerFactory, begin_schedule, decay_groups
@@ -37,7 +39,8 @@ class Setup:
     make_offload: Callable[[Sequence[Sequence[Block]]], Offload | NotOffloaded]
     """From the blocks of every group to what moves them."""
     seed: int
-    label_smoothing: float
+    task: Classification
+    """Without the number of classes."""
     compile: bool | str
 
     @property
@@ -56,14 +59,15 @@ class Built:
 
     Args:
         setup: what the learner is made of.
-        x: one batch of inputs, placed; a single sample of it is run to learn the shapes.
+        x: one batch of inputs, placed; a single sample of it is run to learn the shapes, or all of a batch that is no
+            tensor.
         evaluating: opens a context in which modules are in evaluation mode.
 
     Raises:
         LayerwiseError: the network does not take such an input, or is not what was partitioned.
     """
 
-    def __init__(self, setup: Setup, x: Tensor, evaluating: Callable[[], AbstractContextManager[None]]):
+    def __init__(self, setup: Setup, x: Any, evaluating: Callable[[], AbstractContextManager[None]]):
         check_alone(setup)
         setup.network.check_modules()
         self.setup = setup
@@ -73,15 +77,16 @@ class Built:
         ends = [later.start for later in ranges[1:]] + [len(blocks)]
         self.offload = setup.make_offload([blocks[s.start : end] for s, end in zip(ranges, ends, strict=True)])
         with evaluating():
-            outputs = probe(blocks, x[:1])
-        self.task = Classification(outputs[-1].shape[-1], setup.label_smoothing)
+            outputs = probe(setup.network, x[:1] if isinstance(x, Tensor) else x)
+        self.task = setup.task.with_classes(outputs[-1].shape[-1])
         self.engine = Engine(setup.rule, self.task, setup.execution, self.resident)
-        mine = setup.stage.choose(setup.rule, setup.network, ranges, x[:1])
+        mine = setup.stage.choose(setup.rule, setup.network, ranges, x[:1] if isinstance(x, Tensor) else x)
         tensors = [*setup.network.parameters(), *setup.network.buffers()]
         setup.replicas.copy_from_first(tensor for tensor in tensors if not tensor.is_meta)
         sizes = tuple(tuple(out.shape[1:]) for out in outputs)
+        inputs = tuple(x.shape[1:]) if isinstance(x, Tensor) else ()
         units = [
-            Unit(Site(i, len(blocks) - 1, block.name, sizes, tuple(x.shape[1:]), setup.network), block, None)
+            Unit(Site(i, len(blocks) - 1, block.name, sizes, inputs, setup.network), block, None)
             for i, block in enumerate(blocks)
         ]
         groups = []
@@ -161,14 +166,16 @@ ONE_PROCESS = OneProcess()
 """Of learners that were told nothing about processes."""
 
 
-def probe(blocks: Sequence[Block], x: Tensor) -> list[Tensor]:
+def probe(network: Partition, x: Any) -> list[Tensor]:
     """A sample of every block's output and of the logits.
 
     Raises:
         LayerwiseError: a block does not take its input.
     """
+    if isinstance(network, CallPartition):
+        return [out[:1] for out in network.probe(x)]
     outputs, h = [], x
-    for block in blocks:
+    for block in [*network.blocks, network.head]:
         try:
             h = block(h)
         except (RuntimeError, ValueError, IndexError) as reason:
