@@ -94,6 +94,7 @@ class CallPartition(Partition):
             asked_by="",
             _stops=[(name, known[name], readers[name]) for name in cuts],
             _pass=None,
+            _severs=None,
         )
         self.training = model.training
         self._own({})
@@ -106,6 +107,8 @@ class CallPartition(Partition):
     asked_by: str
     _stops: list[tuple[str, nn.Module, Callable[[Any], Tensor]]]
     _pass: Pass | None
+    _severs: bool | None
+    """Whether passes have to keep blocks from the graphs of earlier ones; None until a training pass has shown it."""
 
     def forward(self, x: Any) -> Tensor:
         """The logits that `output` finds in the model's own output for a batch."""
@@ -116,13 +119,15 @@ class CallPartition(Partition):
     def passing(self) -> Iterator[None]:
         """A context in which the blocks can be run, one after the other; a pass that is not finished is given up."""
         devices = devices_of(dict(self.model.named_parameters()))
-        crossed = any(len(blocks) > 1 for blocks in self.shared.values())
-        opened = Pass(self._stops, self.forward, devices, sever=crossed and self.tied != "frozen")
+        opened = Pass(self._stops, self.forward, devices, sever=self._severs is not False)
         self.__dict__["_pass"] = opened
         try:
             yield
         finally:
             self.__dict__["_pass"] = None
+            if self._severs is None and opened.severed is not None and opened.severed.mark:
+                # The probe has run in evaluation mode; in training something else may cross.
+                self.__dict__["_severs"] = opened.severed.found or any(c.kept for c in self.crossings)
             opened.close()
 
     def pull(self, index: int, h: Any) -> Tensor:
@@ -362,6 +367,8 @@ def automatic_cuts(model: nn.Module) -> list[str]:
             f'{type(model).__name__} holds no list of modules of one class, so cuts="auto" finds nothing; name the '
             "modules to cut behind, such as cuts=[...] or a pattern."
         )
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):  # labels are those of decoder positions
+        lists = [found for found in lists if "decoder" in found[0].split(".")] or lists
     hinted = set(getattr(model, "_no_split_modules", None) or ())  # what the family calls its blocks
     longest = max(lists, key=lambda found: len(found[1]))
     kinds = {longest[2]} | ({kind for _, _, kind in lists if kind.__name__ in hinted} if hinted else set())

@@ -93,6 +93,8 @@ class Severed(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.mark = 0
+        self.found = False
+        """Whether anything had to be detached."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.mark and torch.is_grad_enabled():
@@ -103,7 +105,10 @@ class Severed(TorchFunctionMode):
     def _severed(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             node = value.grad_fn
-            return value.detach() if node is not None and node._sequence_nr() < self.mark else value
+            if node is None or node._sequence_nr() >= self.mark:
+                return value
+            self.found = True
+            return value.detach()
         if type(value) in (list, tuple):
             return type(value)(self._severed(part) for part in value)
         return value
@@ -198,11 +203,12 @@ class Pass:
         coroutine, self._coroutine, self._arrived = self._coroutine, None, None
         self.skipped, self._next = set(), 0
         if coroutine is not None and coroutine and not coroutine.dead:
-            base = Modes.now(self.devices)
+            coroutine.parent = greenlet.getcurrent()
+            self._base = Modes.now(self.devices)
             try:
                 coroutine.throw(greenlet.GreenletExit)
-            finally:  # whatever contexts were left on the way out
-                Own.taken_off(base, self.devices)
+            finally:
+                self._base.set()
 
     def _name(self, index: int) -> str:
         return self.cuts[index][0] if index < len(self.cuts) else "head"
@@ -229,7 +235,9 @@ class Pass:
         coroutine.parent = greenlet.getcurrent()
         self._base = Modes.now(self.devices)
         try:
-            return coroutine.switch(value)
+            arrived = coroutine.switch(value)
+            self._base.set()  # at the end of the pass, whatever its contexts have put back
+            return arrived
         except BaseException:
             self._coroutine = None
             self.close()
@@ -244,7 +252,11 @@ class Pass:
             own = Own.taken_off(self._base, self.devices)
             parent = coroutine.parent
             assert parent is not None
-            h = parent.switch(Arrival(index, teaching))
+            try:
+                h = parent.switch(Arrival(index, teaching))
+            except BaseException:  # the pass is given up; its contexts find their modes on the way out
+                own.put_on(self._base)
+                raise
             base = self._base
             boundary = h is not teaching and h.grad_fn is None
             if boundary and self.severed is not None:

@@ -54,11 +54,7 @@ class Classification:
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy of `logits` `(..., K)` against labels `y` `(...)`: a scalar."""
-        if logits.shape[:-1] != y.shape:
-            raise LayerwiseError(
-                f"the labels have shape {tuple(y.shape)} and the logits {tuple(logits.shape)}; give one class "
-                f"number per prediction, shape {tuple(logits.shape[:-1])}."
-            )
+        _check_shapes(logits, y)
         y = self.aligned(y).flatten()
         return F.cross_entropy(logits.float().flatten(0, -2), y, label_smoothing=self.label_smoothing)
 
@@ -69,6 +65,7 @@ class Classification:
 
     def correct(self, logits: Tensor, y: Tensor) -> Tensor:
         """Number of predictions whose largest logit is the label: an int64 scalar on the device."""
+        _check_shapes(logits, y)
         return (logits.argmax(-1) == self.aligned(y)).sum()
 
     def accuracy(self, logits: Tensor, y: Tensor) -> Tensor:
@@ -98,6 +95,21 @@ class Classification:
                     f"label {wrong} is out of range: the network has {self.classes} outputs, so labels "
                     f"go from 0 to {self.classes - 1}."
                 )
+
+
+def _check_shapes(logits: Tensor, y: Tensor) -> None:
+    if logits.shape[:-1] == y.shape:
+        return
+    if logits.dim() - 1 == y.dim() > 1:
+        raise LayerwiseError(
+            f"the labels have shape {tuple(y.shape)} and the logits {tuple(logits.shape)}; give one class number per "
+            f"prediction, shape {tuple(logits.shape[:-1])}, and cut where the positions are those of the labels (an "
+            "encoder's positions have none)."
+        )
+    raise LayerwiseError(
+        f"the labels have shape {tuple(y.shape)} and the logits {tuple(logits.shape)}; give one class "
+        f"number per prediction, shape {tuple(logits.shape[:-1])}."
+    )
 
 
 @dataclass(frozen=True)
