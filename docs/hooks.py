@@ -1,5 +1,5 @@
 """MkDocs hooks: equations become MathML when the site is built, so that no page needs a script or a network; the page
-of a rule shows the rule's options, and nothing else of its class.
+of a rule shows the rule's options, and nothing else of its class; the README of each benchmark is a page too.
 """
 
 import dataclasses
@@ -7,9 +7,15 @@ import html
 import json
 import re
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files, InclusionLevel
+
+ROOT = Path(__file__).parents[1]
+TO_BENCHMARKS = re.compile(r"\]\(\.\./((?:\.\./)*benchmarks/)")
 
 INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
 BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.DOTALL)
@@ -24,14 +30,23 @@ OPTIONS = """{found}
 """
 
 
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the READMEs of the benchmarks, which lie outside of the folder of the pages."""
+    for readme in sorted((ROOT / "benchmarks").rglob("README.md")):
+        place = readme.relative_to(ROOT).as_posix()
+        page = File.generated(config, place, content=readme.read_text(), inclusion=InclusionLevel.NOT_IN_NAV)
+        files.append(page)
+    return files
+
+
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Tell mkdocstrings which members of a rule are its options: the fields of its class."""
+    """Tell mkdocstrings which members of a rule are its options, and lead links to the benchmarks to their pages."""
 
     def with_options(found: re.Match[str]) -> str:
         fields = [field.name for field in dataclasses.fields(getattr(import_module(found[1]), found[2]))]
         return OPTIONS.format(found=found[0], fields=json.dumps(fields)) if fields else "None.\n"
 
-    return RULE.sub(with_options, markdown)
+    return RULE.sub(with_options, TO_BENCHMARKS.sub(r"](\1", markdown))
 
 
 def on_page_content(content: str, **_: Any) -> str:

@@ -13,20 +13,28 @@ In a training loop of your own:
     for x, y in loader:
         learner.step(x, y)          # in place of loss.backward(); optimizer.step()
     logits = learner(x)
+
+Names are imported when they are first used (PEP 562), because importing torch takes seconds.
 """
 
-from layerwise.core.blocks import Block, Partition, legal_cuts, partition
-from layerwise.core.optim import Schedule
-from layerwise.core.rule import BatchContext, BlockContext, Rule, Signal, Site
-from layerwise.core.tasks import Classification
-from layerwise.errors import LayerwiseError
-from layerwise.learner import Learner, Metrics
-from layerwise.memory.malloc import keep_freed_memory
-from layerwise.memory.meter import MemoryUse, measure_memory
-from layerwise.rules import create as create_rule
-from layerwise.rules import names as rule_names
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from layerwise.core.blocks import Block, Partition
+    from layerwise.core.cutting import partition
+    from layerwise.core.optim import Schedule
+    from layerwise.core.rule import BatchContext, BlockContext, Rule, Signal, Site
+    from layerwise.core.tasks import Classification
+    from layerwise.core.tracing import legal_cuts
+    from layerwise.errors import LayerwiseError
+    from layerwise.learner import Learner, Metrics
+    from layerwise.memory.malloc import keep_freed_memory
+    from layerwise.memory.meter import MemoryUse, measure_memory
+    from layerwise.rules import create as create_rule
+    from layerwise.rules import names as rule_names
+
+__version__ = "0.2.0"
 
 __all__ = [
     "BatchContext",
@@ -49,3 +57,39 @@ __all__ = [
     "partition",
     "rule_names",
 ]
+
+_HOMES = {
+    "layerwise.core.blocks": ("Block", "Partition"),
+    "layerwise.core.cutting": ("partition",),
+    "layerwise.core.optim": ("Schedule",),
+    "layerwise.core.rule": ("BatchContext", "BlockContext", "Rule", "Signal", "Site"),
+    "layerwise.core.tasks": ("Classification",),
+    "layerwise.core.tracing": ("legal_cuts",),
+    "layerwise.errors": ("LayerwiseError",),
+    "layerwise.learner": ("Learner", "Metrics"),
+    "layerwise.memory.malloc": ("keep_freed_memory",),
+    "layerwise.memory.meter": ("MemoryUse", "measure_memory"),
+}
+_PLACES = {name: (module, name) for module, names in _HOMES.items() for name in names} | {
+    "create_rule": ("layerwise.rules", "create"),
+    "rule_names": ("layerwise.rules", "names"),
+}
+_PACKAGES = ("core", "data", "errors", "learner", "measure", "memory", "models", "parallel", "report", "rules", "runs")
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name, or a package of layerwise, when it is first used."""
+    if name in _PLACES:
+        module, attribute = _PLACES[name]
+        value = getattr(importlib.import_module(module), attribute)
+    elif name in _PACKAGES:
+        value = importlib.import_module(f"layerwise.{name}")
+    else:
+        raise AttributeError(f"module 'layerwise' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Names for completion, also of what is not imported yet."""
+    return sorted({*globals(), *__all__, *_PACKAGES})

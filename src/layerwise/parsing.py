@@ -1,4 +1,4 @@
-"""Words of the command line into a dataclass; what cannot be read becomes one sentence."""
+"""Reads the words of the command line into a dataclass; what cannot be read becomes one sentence."""
 
 import contextlib
 import io
@@ -40,7 +40,7 @@ def _restore(name: str, value: str | None) -> None:
 
 
 def _one_sentence(box: str, command: str) -> str:
-    """The message inside the frame that tyro draws, in our words."""
+    """The message inside the frame that tyro draws, reworded."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)
     lines = [line.strip("│┃| ") for line in text.splitlines()]
     lines = [line for line in lines if line.strip("─-+╭╮╰╯ ")]  # the frame is drawn in ASCII on some terminals

@@ -58,6 +58,18 @@ def test_checkpoint_and_offload_are_backprop_bit_for_bit(kind, rule):
     assert all(torch.equal(a, b) for (_, a), b in pairs)
 
 
+def test_sgd_has_nesterov_momentum():
+    model = net("mlp")
+    found = trained(model, "backprop", DATA, optimizer="sgd", lr=0.05, weight_decay=0.0)
+    wanted = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
+    for x, y in DATA:
+        F.cross_entropy(model(x), y).backward()
+        wanted.step()
+        wanted.zero_grad()
+    pairs = zip(found.network.parameters(), model.parameters(), strict=True)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
+
+
 def test_without_draws_backprop_does_not_depend_on_the_cuts():
     model = net("vgg")
     assert same_bits(

@@ -376,9 +376,13 @@ def test_images_of_other_sizes_and_colours_are_fitted_and_noted(tmp_path):
     data = load(f"parquet:{tmp_path}", val_fraction=0)
     assert data.shape == (3, 8, 8)
     assert torch.equal(data.train.images[8], green[:, :, :8])  # a centre crop of one colour
-    assert torch.equal(data.train.images[9], alpha[:3])  # alpha dropped
+    assert (data.train.images[9] == 255).all()  # all of it is transparent, so nothing but its ground shows
     assert torch.equal(data.train.images[10], images[10].expand(3, 8, 8))
-    assert data.notes == ("1 of 11 train images were resized to 8x8", "2 of 11 train images were converted to RGB")
+    assert data.notes == (
+        "1 of 11 train images were resized to 8x8",
+        "1 of 11 train images were converted to RGB",
+        "1 of 11 train images are transparent in places and were laid on a white ground",
+    )
     assert load(f"parquet:{tmp_path}", val_fraction=0).notes == data.notes  # from the cache too
     assert load(f"parquet:{tmp_path}", size=4).shape == (3, 4, 4)
     with pytest.raises(LayerwiseError, match="image size 0"):
@@ -431,11 +435,11 @@ def test_a_streamed_epoch_may_be_left_early_and_reports_a_broken_image(tmp_path)
 
 
 def load_without_header_check(path):
-    from layerwise.data.sources import Form
+    from layerwise.data.pictures import ImageFormat
 
     rows = rows_module.open_parquet(path, 0)["train"]
     order = torch.tensor([*range(20, 40), *range(20)])  # files are read by name: train-b before train
-    return StreamedSource(rows, torch.tensor(rows.values), Form("RGB", 8, 8), order)
+    return StreamedSource(rows, torch.tensor(rows.values), ImageFormat("RGB", 8, 8), order)
 
 
 def test_imagefolder(tmp_path):

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import time
 
 import numpy as np
 import pytest
@@ -53,7 +55,11 @@ def test_a_table_is_split_and_standardised_by_its_training_rows(tmp_path):
     ("labels", "classes"),
     [
         (["10", "9", "-1", "9"], ("-1", "9", "10")),
-        (["1.0", "2", "1", "2.0"], ("1", "2")),
+        (["1.0", "2", "1", "2.0"], ("1", "1.0", "2", "2.0")),
+        (["007", "7", "1E5", "100000"], ("007", "7", "100000", "1E5")),
+        (["9007199254740993", "9007199254740992", "2", "-3"], ("-3", "2", "9007199254740992", "9007199254740993")),
+        (["1_1", "11", "１１", "x"], ("11", "1_1", "x", "１１")),
+        (["True", "true", "nan", "inf"], ("True", "inf", "nan", "true")),
         (["b", "10", "b", "9"], ("10", "9", "b")),
         ([" yes", "no", "yes ", "no"], ("no", "yes")),
     ],
@@ -64,7 +70,7 @@ def test_whole_numbers_are_classes_in_their_order_and_words_in_theirs(tmp_path, 
     assert found.classes == classes
     assert found.std[1] == 1  # a constant column
     for row, label in zip(found.train.images[:, 0].flatten().tolist(), found.train.labels.tolist(), strict=True):
-        assert float(labels[int(row) % 4]) == float(classes[label]) if classes[-1].isdigit() else True
+        assert classes[label] == labels[int(row) % 4].strip()
 
 
 def test_marks_blank_lines_quotes_and_the_place_of_the_label_do_not_matter(tmp_path):
@@ -90,6 +96,22 @@ WRONG = {
     "regression": ("a,y\n1,0.5\n2,1.25\n", "has the label 0.5 in column 'y', which is no class"),
     "one class": ("a,y\n1,x\n2,x\n", "the one class 'x'"),
     "binary": (b"\xff\xfe\x00a", "is not a readable CSV file"),
+    "underlined": ("a,label\n1_1,x\n2,y\n", "line 2 of .* has '1_1' in column 'a', which is no finite number"),
+    "full-width": ("a,label\n１,x\n2,y\n", "in column 'a', which is no finite number"),
+    "beyond floats": ("a,label\n1e999,x\n2,y\n", "'1e999' in column 'a', which is no finite number"),
+    "not a number": ("a,label\nnan,x\n2,y\n", "'nan' in column 'a'"),
+    "comma": ('a,label\n"1,5",x\n2,y\n', "'1,5' in column 'a'"),
+    "spaced": ("a,label\n1 2,x\n2,y\n", "'1 2' in column 'a'"),
+    "long ids": (
+        "a,label\n9007199254740993,x\n9007199254740992,y\n",
+        "9007199254740993 and 9007199254740992 in column 'a' .* are the same as floating-point numbers",
+    ),
+    "nameless": ("a,,label\n1,0.5,x\n2,0.7,y\n", "column 2 of .* has no name; name it, or take it out"),
+    "label twice": ("a,label,label\n1,x,x\n2,y,x\n", "two columns called 'label'"),
+    "two spellings": ("a,label\n1,caf\u00e9\n2,cafe\u0301\n", "spells the class .* in two ways"),
+    "UTF-16": ("a,label\n1,x\n2,y\n".encode("utf-16"), "is not a readable CSV file"),
+    "NUL": (b"a,label\n\x00,x\n2,y\n", "in column 'a', which is no finite number"),
+    "one row per class": ("a,label\n1,x\n2,y\n3,z\n", "too few to take one from"),
     "huge": ("a,y\n1e300,x\n-1e300,y\n1e300,x\n-1e300,y\n", "too large for a mean and a standard deviation"),
 }
 
@@ -106,6 +128,63 @@ def test_a_wrong_table_is_one_sentence_before_anything_is_written(case, tmp_path
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("layerwise: ")
     assert [path.name for path in tmp_path.iterdir()] == (["t.csv"] if content is not None else [])
+
+
+def test_a_column_of_row_numbers_is_no_feature(tmp_path):
+    rows = [[i, float(i % 7) / 2, i % 2] for i in range(40)]
+    shuffled = [rows[i * 7 % 40] for i in range(40)]
+    for names, body in (
+        (("", "a", "label"), rows),
+        (("Unnamed: 0", "a", "label"), rows),
+        ((" ", "a", "label"), shuffled),  # a table that was shuffled before it was written
+    ):
+        found = data.load(write(tmp_path / "t.csv", body, names), val_fraction=0)
+        assert found.columns == ("a",)
+        assert any("column 1 of" in note and "numbers the rows" in note for note in found.notes)
+    found = data.load(write(tmp_path / "t.csv", rows, ("id", "a", "label")), val_fraction=0)
+    assert found.columns == ("id", "a") and any("column 'id'" in note for note in found.notes)
+    (tmp_path / "t.csv").write_text("a,label,\n" + "".join(f"{i % 7},{i % 2},\n" for i in range(20)))
+    found = data.load(str(tmp_path / "t.csv"), val_fraction=0)
+    assert found.columns == ("a",) and any("no content" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("name", ["run_12:30.csv", "TABLE.CSV", "C:\\tables\\t.csv", "a: b.Csv"])
+def test_a_path_that_ends_in_csv_is_a_table_whatever_else_is_in_it(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / name, [[i, i * i % 5, i % 2] for i in range(20)])
+    assert data.load(name, val_fraction=0).columns == data.load(tmp_path / name, val_fraction=0).columns == NAMES[:2]
+    assert data.describe(name) == data.describe("PATH.csv")
+
+
+def test_the_time_grows_with_the_columns_not_with_their_square(tmp_path):
+    wide = 60_000
+    names = [f"c{i}" for i in range(wide)] + ["label"]
+    cells = ",".join(["1"] * wide)
+    (tmp_path / "t.csv").write_text(",".join(names) + "\n" + "".join(f"{cells},{kind}\n" for kind in "xyxyxy"))
+    started = time.process_time()
+    found = data.load(str(tmp_path / "t.csv"), val_fraction=0)
+    assert len(found.columns) == wide
+    assert time.process_time() - started < 5  # the square of it takes minutes
+
+
+def test_what_is_no_file_of_text_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.csv")
+    (tmp_path / "folder.csv").mkdir()
+    for name in ("pipe.csv", "folder.csv", "nothing.csv", "n" * 300 + ".csv", "a\0.csv", "line\nbreak.csv"):
+        with pytest.raises(LayerwiseError, match="give the path of a CSV file") as caught:
+            data.load(str(tmp_path / name))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(LayerwiseError, match="is a device, not a file"):
+        data.load(_linked(tmp_path / "zero.csv"))
+    with (tmp_path / "sparse.csv").open("wb") as file:
+        file.truncate(2**42)
+    with pytest.raises(LayerwiseError, match="is held in memory"):
+        data.load(str(tmp_path / "sparse.csv"))
+
+
+def _linked(path):
+    path.symlink_to("/dev/zero")
+    return str(path)
 
 
 @pytest.mark.parametrize("words", ["--augment crop", "--image-size 4"])

@@ -99,6 +99,10 @@ def test_a_wrong_state_kept_for_the_first_step_is_refused_there():
 # --- What is not finite
 
 
+def one_output():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 1))
+
+
 class Burst(nn.Module):
     """Passes its input on; its gradient is infinite when asked for."""
 
@@ -149,6 +153,19 @@ def test_skipping_leaves_the_block_as_it_was_and_goes_on():
     assert learner.step(X, Y).skipped == ()
     assert not same_bits(before[3:5], model[3:5])
     assert (learner.skipped, learner.steps) == (1, 3)
+
+
+def test_skipping_goes_back_to_before_the_first_batch_of_the_update():
+    model = bursting()
+    learner = Learner(model, "local_ce", nonfinite="skip", accumulate=2)
+    learner.step(X, Y)
+    learner.step(X, Y)
+    before = copy.deepcopy(model)
+    learner.step(X, Y)
+    assert not same_bits(before[3:5], model[3:5])  # running statistics of a batch that is finite
+    model[5].active = True
+    assert learner.step(X, Y).skipped == ("5",)
+    assert same_bits(before[3:5], model[3:5])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -303,7 +320,7 @@ WRONG = {
     "labels have shape": lambda: learner().step(X, nn.functional.one_hot(Y)),
     "16 inputs and 15 labels": lambda: learner().step(X, Y[:-1]),
     "0 inputs and 0 labels": lambda: learner().step(X[:0], Y[:0]),
-    r"block 'block1' cannot take .*\(1, 3, 8, 8\)": lambda: Learner(net("vgg"), "sll").step(X.repeat(1, 3, 1, 1), Y),
+    r"block 'block1' cannot take .*\(2, 3, 8, 8\)": lambda: Learner(net("vgg"), "sll").step(X.repeat(1, 3, 1, 1), Y),
     "block 'block1' cannot take .*int64": lambda: Learner(net("mlp"), "sll").step(X.long(), Y),
     "did you mean 'sll'": lambda: Learner(net("mlp"), "sl"),
     "unknown cut 'block9'": lambda: Learner(net("mlp"), "sll", cuts=["block9"]),
@@ -319,6 +336,7 @@ WRONG = {
     "accumulate is 0": lambda: Learner(net("mlp"), accumulate=0),
     "unknown precision 'fp8'": lambda: Learner(net("mlp"), precision="fp8"),
     "nonfinite is 'ignore'": lambda: Learner(net("mlp"), nonfinite="ignore"),
+    "the network has 1 output, .* 2 outputs or more": lambda: Learner(one_output()).step(X, torch.zeros_like(Y)),
     "label_smoothing is 1.0": lambda: Learner(net("mlp"), label_smoothing=1.0),
 }
 

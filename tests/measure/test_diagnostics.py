@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.nets import batches, net, problem, same_bits, tensors
 
-from layerwise import Learner, rules
+from layerwise import LayerwiseError, Learner, rules
 from layerwise.core import functional
 from layerwise.measure import diagnostics as dx
 
@@ -241,3 +241,33 @@ def test_a_run_is_diagnosed(comparison):
     for row in twin.values():
         assert row["gradient_cosine"] == pytest.approx(1)
         assert row["cka_to_backprop"] == pytest.approx(1)
+
+
+BAD = [
+    (lambda x: dx.linear_cka(x, x[:-1]), "x has 6 rows and y 5"),
+    (lambda x: dx.linear_cka(x[0], x), "x has shape (3,)"),
+    (lambda x: dx.linear_cka("words", x), "x is no table of numbers"),
+    (lambda x: dx.hoyer_sparsity(x[:, :1]), "h has one column"),
+    (lambda x: dx.hoyer_sparsity(x[:0]), "h has shape (0, 3)"),
+    (lambda x: dx.dead_units(x[0]), "h has shape (3,)"),
+    (lambda x: dx.bhattacharyya(x, x[:, :2]), "log_p has shape (6, 3) and log_q (6, 2)"),
+    (lambda x: dx.LinearProbe(x, [0] * 6), "all labels are the same"),
+    (lambda x: dx.LinearProbe(x, [0, 1]), "give a class number for each of the 6 rows"),
+    (lambda x: dx.LinearProbe(x, [0, 1] * 3).accuracy(x[:, :2], [0, 1] * 3), "x has 2 columns and the probe 3"),
+]
+
+
+@pytest.mark.parametrize(("call", "sentence"), BAD, ids=[sentence for _, sentence in BAD])
+def test_wrong_tables_are_one_sentence(call, sentence):
+    with pytest.raises(LayerwiseError) as raised:
+        call(torch.arange(18.0).reshape(6, 3).square())
+    assert sentence in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_arrays_and_lists_are_taken_like_tensors():
+    x = torch.arange(18.0).reshape(6, 3).square()
+    for form in (x.numpy(), x.tolist(), x.numpy().astype(int), x.clone().requires_grad_()):
+        assert dx.linear_cka(form, x) == pytest.approx(1)
+        assert dx.hoyer_sparsity(form) == pytest.approx(dx.hoyer_sparsity(x))
+        assert dx.dead_units(form) == 0
+        assert dx.LinearProbe(form, [0, 0, 0, 1, 1, 1]).accuracy(form, [0, 0, 0, 1, 1, 1]) == 1

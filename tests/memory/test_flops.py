@@ -5,7 +5,7 @@ from support.nets import KINDS, net, problem
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerwise import Learner, rules
-from layerwise.measure.bench import flops_of
+from layerwise.measure.bench_speed import flops_of
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "resnet"])

@@ -41,7 +41,7 @@ from torch.utils._pytree import tree_leaves
 
 from layerwise import LayerwiseError, Learner, rules
 from layerwise.cli.main import main
-from layerwise.core.blocks import balanced_ends
+from layerwise.core.cost import balanced_ends
 from layerwise.data import Batches, InMemorySource
 from layerwise.learner.state import joined
 from layerwise.parallel.heartbeat import Heartbeat
@@ -189,6 +189,17 @@ def test_what_is_skipped_anywhere_is_counted_once():
     for x, y in data:
         through(learners, "step", x, y)
     assert learners[-1].skipped == one.skipped == 1
+
+
+def test_what_only_an_early_stage_skips_is_counted_at_the_end():
+    """The first block's gradient is infinite and its output is not, so nobody after it skips anything."""
+    model, (x, y) = net("mlp", 4), batches(1)[0]
+    learners = stages(model, "local_ce", 3, x, nonfinite="skip")
+    found = [learner.network.model for learner in learners]
+    found[0].block1.linear.weight.register_hook(lambda gradient: gradient * torch.inf)
+    through(learners, "step", x, y)
+    assert [learner.skipped for learner in learners] == [1, 1, 1]
+    assert not same_bits(found[-1].head, model.head)
 
 
 def test_a_state_is_read_by_any_number_of_stages():

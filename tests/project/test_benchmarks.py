@@ -1,6 +1,6 @@
 """The scripts of `benchmarks/`: they parse, and (slowly) they run."""
 
-import csv
+import importlib
 import json
 import os
 import subprocess
@@ -8,6 +8,9 @@ import sys
 
 import pytest
 from support.pages import ROOT
+
+from layerwise.runs import environment
+from layerwise.runs.arguments import train_options
 
 SCRIPTS = sorted((ROOT / "benchmarks").rglob("*.sh"))
 
@@ -34,7 +37,12 @@ def test_the_suite_for_a_gpu_runs_in_its_tiny_form(tmp_path):
     assert (tmp_path / "gpu" / "report.html").is_file()
 
 
-GRID = """
+CLAIM = """
+question = "Does it learn?"
+answer = "It has {tiny/sll}."
+shown = ["tiny/sll"]
+
+[grid.tiny]
 title = "tiny"
 about = "A grid for a test."
 common = ["--model.width", "16", "--batch-size", "256", "--epochs", "1"]
@@ -44,7 +52,7 @@ tune = ["--val-fraction", "0.1"]
 final = ["--val-fraction", "0"]
 seeds = [0, 1]
 
-[rules]
+[grid.tiny.rules]
 sll = ["--rule", "sll"]
 diverging = ["--rule", "backprop", "--optimizer", "SGD", "--weight-decay", "1e38", "--schedule", "constant"]
 """
@@ -52,17 +60,105 @@ diverging = ["--rule", "backprop", "--optimizer", "SGD", "--weight-decay", "1e38
 
 @pytest.mark.slow
 def test_a_grid_keeps_what_is_finished(tmp_path):
-    (tmp_path / "grid.toml").write_text(GRID)
-    out = run(sys.executable, ROOT / "benchmarks" / "grid.py", tmp_path, "--jobs", "2")
-    assert "tune-diverging-lr0.01-seed0: failed: " in out
-    names = sorted(path.name for path in (tmp_path / "raw").iterdir())
-    assert names == [*(f"final-sll-lr0.01-seed{s}" for s in (0, 1)), "tune-sll-lr0.001-seed0", "tune-sll-lr0.01-seed0"]
-    results = [json.loads((tmp_path / "raw" / name / "result.json").read_text()) for name in names[:2]]
-    assert results[0]["command"] == (
+    (tmp_path / "claim.toml").write_text(CLAIM)
+    script = ROOT / "benchmarks" / "run.py"
+    out = run(sys.executable, script, tmp_path, "--jobs", "2")
+    assert "tiny-diverging-tuning-lr0.01-seed0: failed: " in out
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["row"], line["lr"], line["seed"]) for line in lines] == [
+        *(("final", "sll", 0.01, seed) for seed in (0, 1)),
+        *(("tuning", "sll", lr, 0) for lr in (0.001, 0.01)),
+    ]
+    assert lines[0]["command"] == (
         "layerwise train --model.width 16 --batch-size 256 --epochs 1 --rule sll --val-fraction 0 --lr 0.01 --seed 0 "
         "--threads 1"
     )
-    (row,) = csv.DictReader((tmp_path / "results.csv").read_text().splitlines())
-    assert row["test_mean"] == f"{50 * sum(result['test_accuracy'] for result in results):.2f}"
-    again = run(sys.executable, ROOT / "benchmarks" / "grid.py", tmp_path)
-    assert "final-sll" not in again
+    assert lines[0]["machines"] == [json.loads(json.dumps(environment.machine()))]
+    page = (tmp_path / "README.md").read_text()
+    mean = f"{50 * sum(line['test_accuracy'] for line in lines[:2]):.2f}"
+    assert f"It has {mean} ± " in page and "Rows without a finished run: diverging." in page
+    assert environment.in_words(environment.machine()) in page
+    assert "tiny-sll-final" not in run(sys.executable, script, tmp_path)
+    assert "tiny/sll seed 1: " in (out := run(sys.executable, script, tmp_path, "--check", "tiny/sll"))
+    assert out.count(", equal") == 2
+    (tmp_path / "results.jsonl").write_text(
+        (tmp_path / "results.jsonl").read_text().replace('head/loss":', 'head/loss":1')
+    )
+    done = subprocess.run([sys.executable, script, tmp_path, "--check", "tiny/sll"], capture_output=True, text=True)
+    assert done.returncode == 1 and "is stored" in done.stdout
+
+
+@pytest.fixture
+def evidence(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("evidence")
+
+
+def grid(evidence, rates, scores, **options):
+    """A grid of one row, `a`, and one that has its rate, `b`; `scores` are those on the validation split."""
+    options = {
+        "rates": rates,
+        "seeds": [0],
+        "rules": {"a": ["--rule", "sll"], "b": []},
+        "tuned_as": {"b": "a"},
+    } | options
+    lines = [{"row": "a", "kind": "tuning", "lr": lr, "val_accuracy": score} for lr, score in scores.items()]
+    return evidence.Grid("g", options, lines)
+
+
+@pytest.mark.parametrize(
+    ("rates", "scores", "text"),
+    [
+        ([0.1, 0.2, 0.4], {0.1: 0.5, 0.2: 0.6, 0.4: 0.5}, "0.2 (inside 3)"),
+        ([0.1, 0.2, 0.4], {0.1: 0.7, 0.2: 0.6, 0.4: 0.5}, "0.1 (**edge**, lowest of 3)"),
+        ([0.1, 0.2], {0.1: 0.5, 0.2: 0.6}, "0.2 (**edge**, highest of 2)"),
+        ([0.1, 0.2, 0.4], {0.1: 0.1, 0.2: 0.6, 0.4: 0.6 - 1e-9}, "0.2 (inside 3; tied with 0.4)"),
+        ([0.1, 0.2, 0.4], {0.1: 0.5, 0.2: 0.6}, "0.2 (inside 3)"),  # the highest diverged
+        ([0.1], {}, "0.1 (not tuned)"),
+    ],
+)
+def test_a_rate_says_how_it_was_chosen(evidence, rates, scores, text):
+    found = grid(evidence, rates, scores)
+    assert evidence.Row(found, "a").lr_text == text
+    number, _, rest = text.partition(" (")
+    assert evidence.Row(found, "b").lr_text == f"{number} (that of `a`; {rest}"
+
+
+def test_a_machine_that_no_run_recorded_is_not_made_up(evidence):
+    old = {"machines": [], "stored": {"environment": "cpu: Z80, 1 cores\ntorch 1\n", "source": "environment.txt"}}
+    assert evidence.machine_of(old) == "Z80, 1 cores; torch 1"
+    assert evidence.recorded_by(old) == "environment.txt, not by the run"
+    assert evidence.machine_of({"machines": [], "stored": {"environment": None}}) == "not recorded"
+    new = {"machines": [environment.machine() | {"commit": "abc", "packages": {"flwr": "1.2"}}]}
+    assert evidence.machine_of(new) == environment.in_words(environment.machine()) + ", flwr 1.2"
+    assert evidence.recorded_by(new) == "the run itself, commit abc"
+
+
+@pytest.fixture
+def pages(evidence):
+    return importlib.import_module("collect").pages()
+
+
+def test_every_figure_that_is_shown_is_that_of_its_folder(pages):
+    stale = [str(file.relative_to(ROOT)) for file, text in pages.items() if file.read_text() != text]
+    assert not stale, f"run python benchmarks/collect.py for {stale}"
+
+
+def test_the_evidence_is_small():
+    files = subprocess.run(["git", "-C", ROOT, "ls-files", "benchmarks"], capture_output=True, text=True).stdout.split()
+    if not files:
+        pytest.skip("no checkout")
+    assert len(files) < 300
+    assert sum((ROOT / file).stat().st_size for file in files if (ROOT / file).exists()) < 4_000_000
+
+
+@pytest.mark.parametrize(
+    "folder", sorted((ROOT / "benchmarks").glob("*/claim.toml")), ids=lambda file: file.parent.name
+)
+def test_every_grid_of_a_folder_is_legal(evidence, folder):
+    claim = evidence.Claim(folder.parent)
+    assert (claim.folder / "run.sh").exists() or claim.grids or claim.toml["command"].startswith("#")
+    for found in claim.grids.values():
+        for name in found.options["rules"]:
+            words = [*found.options["common"], *found.options["rules"][name], *found.options["final"]]
+            assert train_options(words, "train").rule.name == evidence.Row(found, name).rule

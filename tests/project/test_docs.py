@@ -16,7 +16,7 @@ from layerwise import rules
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-READMES = [ROOT / "README.md", ROOT / "CHANGELOG.md"]
+READMES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "benchmarks").rglob("README.md"))]
 MODULES = [module.name for module in pkgutil.walk_packages(layerwise.__path__, "layerwise.")]
 PUBLIC = (
     "layerwise",
@@ -95,14 +95,14 @@ def test_every_rule_has_a_page_with_its_facts(name):
     text = flat(page.read_text())
     facts = {
         "locality": f"`{rule.locality}`",
-        "crosses a boundary": rule.boundary,
+        "boundary": rule.boundary,
         "activations + gradients": ("constant in" if rule.flat_memory else "grow with") + " the number of blocks",
         "source": rule.source,
         "restrictions": rule.restrictions or "none known",
     }
     for fact, value in facts.items():
         assert f"| {fact} | {flat(value)} |" in text, f"{title(page)} should have the row | {fact} | {value} |"
-    for heading in ("## Equations", "## What crosses, and memory", "## Options", "## Figures"):
+    for heading in ("## Equations", "## Boundary and memory", "## Options", "## Figures"):
         assert heading in page.read_text(), f"{title(page)} has no section {heading}"
     options = f"::: {rule.__module__}.{rule.__qualname__}" if rule.__dataclass_fields__ else "None."
     assert options in text
@@ -138,7 +138,7 @@ def test_the_tests_and_modules_that_the_architecture_names_are_there():
     for name in re.findall(r"`(\w+\.py)`", text):
         assert list(ROOT.glob(f"src/layerwise/**/{name}")) + list(ROOT.glob(f"tests/**/{name}")), name
     for room in (ROOT / "src" / "layerwise").iterdir():
-        if not room.name.startswith("__"):
+        if not room.name.startswith("__") and room.name != "py.typed":  # a marker for type checkers
             assert re.search(rf"\b{room.name}/?\b", text), f"{room.name} has no line in the tree"
 
 
@@ -157,7 +157,7 @@ def test_only_the_engine_knows_the_update_order():
 def test_a_rule_imports_nothing_that_is_not_its_business():
     allowed = re.compile(
         r"__future__|collections\.abc|dataclasses|typing|math|torch(\.nn(\.functional|\.attention)?|\.utils\.checkpoint)?"
-        r"|layerwise(\.errors|\.core|\.core\.(augment|blocks|functional|graphs|rule|tasks)|\.rules(\.\w+)?)?"
+        r"|layerwise(\.errors|\.core|\.core\.(augment|blocks|functional|graphs|pieces|ranges|rule|tasks)|\.rules(\.\w+)?)?"
     )
     for file in (ROOT / "src/layerwise/rules").glob("*.py"):
         if file.name == "__init__.py":

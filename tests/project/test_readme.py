@@ -98,8 +98,8 @@ def test_the_rule_of_ones_own_trains_every_block():
 
 def test_the_picture_is_drawn_from_the_measured_files(tmp_path):
     pytest.importorskip("matplotlib")
-    plot = runpy.run_path(str(ROOT / "benchmarks" / "memory" / "plot.py"))
-    plot["draw"](plot["read"](ROOT / "benchmarks" / "memory"), tmp_path / "memory.svg")
+    plot = runpy.run_path(str(ROOT / "benchmarks" / "memory-flat-in-depth" / "plot.py"))
+    plot["draw"](plot["read"](ROOT / "benchmarks" / "memory-flat-in-depth"), tmp_path / "memory.svg")
     text = (tmp_path / "memory.svg").read_text()
     assert "prefers-color-scheme:dark" in text
     assert "<title>" in text

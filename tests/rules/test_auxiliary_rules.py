@@ -31,6 +31,16 @@ def test_the_chosen_blocks_lie_evenly_between_a_block_and_the_end():
     assert rule.groups(9)[-1] == range(6, 10)
 
 
+@pytest.mark.parametrize(("depth", "blocks"), [(4, 6), (4, 7), (6, 9)])
+def test_the_full_taper_is_reached_at_the_last_block_with_an_auxiliary_network(depth, blocks):
+    """Depths fall evenly from d at the first block to d (1 - tau) + tau at the last one that learns alone."""
+    last = blocks - depth - 1
+    for taper in (0.25, 0.5, 1.0):
+        rule = create_rule("auglocal", depth=depth, taper=taper)
+        assert len(rule.chosen(0, blocks)) == depth
+        assert len(rule.chosen(last, blocks)) == round(depth * (1 - taper) + taper)
+
+
 @pytest.mark.parametrize("taper", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("depth", [1, 2, 4])
 def test_there_are_always_later_blocks_enough_and_fewer_towards_the_end(depth, taper):

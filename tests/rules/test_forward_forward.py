@@ -174,7 +174,7 @@ def test_the_overlay_is_one_bright_pixel_and_the_neutral_label_is_faint_everywhe
 
 @pytest.mark.parametrize("label", ["overlay", "map"])
 def test_the_scale_of_a_label_multiplies_what_it_changes(label):
-    first = SimpleNamespace(spatial=False, classes=CLASSES)
+    first = SimpleNamespace(spatial=False, input_layout="BCHW", classes=CLASSES)
     p = F.one_hot(Y, CLASSES).float()
     one, three = (create_rule("forward_forward", label=label, label_scale=k).labelled(X, p, first) for k in (1.0, 3.0))
     none = create_rule("forward_forward", label=label).labelled(X, 0 * p, first)

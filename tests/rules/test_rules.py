@@ -339,6 +339,18 @@ def test_svp_adds_the_cosine_distance_of_neighbouring_readouts():
     assert torch.allclose(rule.signal(at).loss, expected, atol=1e-6)
 
 
+def test_svp_compares_with_the_block_right_before_it():
+    rule = create_rule("svp", weight=0.0, likelihood_weight=0.0, feature_weight=1.0)
+    message, readouts = None, []
+    for index in range(3):
+        at = moment(rule, hidden(seed=index), LABELS, index=index, message=message, blocks=4)
+        signal, message = rule.signal(at), rule.signal(at).message
+        readouts.append(readout(at))
+    expected = 1 - F.cosine_similarity(readouts[2], readouts[1]).mean()
+    assert torch.allclose(signal.loss, expected, atol=1e-6)
+    assert not torch.allclose(signal.loss, 1 - F.cosine_similarity(readouts[2], readouts[0]).mean(), atol=1e-3)
+
+
 def test_svp_is_sll_with_kl_where_features_have_no_weight():
     svp, sll = create_rule("svp", feature_weight=0.0), create_rule("sll", surrogate="kl")
     data = batches(3)

@@ -137,7 +137,7 @@ def test_every_belief_has_its_own_alpha_from_a_list(rule, count):
     [
         ("sid", {"alpha": 0.0}, "alpha is 0.0"),
         ("sid", {"alpha": (0.5, 1.5)}, "alpha is 1.5"),
-        ("sid", {"alpha": ()}, "alpha has no number"),
+        ("sid", {"alpha": ()}, r"alpha is \(\)"),
         ("sid", {"hidden": -1}, "hidden is -1"),
         ("sid", {"group": 0}, "group is 0"),
         ("sid_cascade", {"alpha": -1.0}, "alpha is -1.0"),

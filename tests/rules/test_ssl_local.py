@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from support.nets import PLAIN_SGD, batches, linear_blocks, net, same_bits, tensors, trained, vectors
 from torch import Generator, nn
 
-from layerwise import LayerwiseError, Learner, create_rule
+from layerwise import BlockContext, LayerwiseError, Learner, create_rule
 from layerwise.core.augment import crop, cutout, flip
 from layerwise.core.functional import matched, nt_xent
 
@@ -60,6 +60,20 @@ def test_views_of_what_is_no_image_lose_a_share_of_their_numbers(shape):
     assert torch.equal(view[view != 0], x[view != 0])
     assert float((view == 0).float().mean()) == pytest.approx(0.3, abs=0.02)
     assert torch.equal(create_rule("ssl_local", drop=0.0, noise=0.0).view(x), x)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 2.0])
+def test_the_loss_of_a_block_is_the_contrast_at_the_rules_temperature(temperature):
+    rule = create_rule("ssl_local", temperature=temperature, hidden=8, dim=4)
+    learner = Learner(net("mlp"), rule, example=X)
+    views = torch.randn(2 * len(Y), 16)
+    site = learner.groups[0].units[0].site
+    h = torch.cat([views, torch.zeros(len(Y), 16)])  # the samples themselves count in no contrast
+    ctx = BlockContext(site, h, h, None, Y, learner.task, learner.auxiliary["0"], training=True)
+    z = F.normalize(learner.auxiliary["0"](views), dim=1)
+    scores = (z @ z.T / temperature).fill_diagonal_(-math.inf)
+    pairs = torch.arange(2 * len(Y)).roll(len(Y))
+    assert torch.allclose(rule.signal(ctx).loss, F.cross_entropy(scores, pairs), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "vgg", "vit"])

@@ -125,6 +125,15 @@ train --lr nan                               | lr is nan; finite
 train --lr inf                               | lr is inf; finite
 train --rule.weight nan                      | weight is nan; finite
 train --weight-decay -1                      | weight_decay is -1; 0 or larger
+train --weight-decay inf                     | weight_decay is inf; finite
+train --seed -1                              | seed is -1; 0 or more
+train --clip nan                             | clip is nan; finite
+train --warmup nan                           | warmup is nan; finite
+train --label-smoothing nan                  | label_smoothing is nan; finite
+train --log-every 0                          | log_every is 0; 1 or more
+train --rule.weight -1                       | weight is -1.0; 0 or larger
+train --rule.weight 1 nan                    | weight is nan; finite
+train --rule ssl_local --rule.temperature 0  | temperature is 0.0; larger than 0
 train --clip 0                               | clip is 0; larger than 0
 train --warmup 2                             | warmup is 2; [0, 1)
 train --val-fraction 1.5                     | val_fraction is 1.5; [0, 1)
@@ -148,10 +157,10 @@ train --rule ssl_local --rule.augment flop   | unknown augmentation 'flop'; did 
 train --data B/absent.csv                    | no file B/absent.csv
 train --rule sid --rule.direction reverse    | direction="reverse"; label_smoothing
 train --rule sid --rule.direction back       | 'back'; --rule.direction; reverse
-train --rule sid --rule.alpha 0              | alpha is 0.0; larger than 0
-train --rule sid --rule.alpha 0.5 2          | alpha is 2.0; at most 1
+train --rule sid --rule.alpha 0              | alpha is 0.0; (0, 1]
+train --rule sid --rule.alpha 0.5 2          | alpha is 2.0; (0, 1]
 train --rule sid --rule.hidden -1            | hidden is -1
-train --label-noise 1                        | label noise 1.0; [0, 1)
+train --label-noise 1                        | label_noise is 1.0; [0, 1)
 train --label-noise nan                      | label_noise is nan; finite
 train --label-noise-kind random              | 'random'; --label-noise-kind; pairs
 train --label-noise 0.2 --label-noise-kind pairs | cifar10; symmetric
@@ -205,7 +214,7 @@ predict                                      | predict needs RUN
 predict B/run                                | predict needs INPUT
 predict B/run B/absent.png                   | no file or folder B/absent.png
 predict B/run B/empty                        | B/empty holds no images
-predict B/run B/text.parquet                 | text.parquet is not an image that can be read
+predict B/run B/text.parquet                 | text.parquet is not a readable image
 predict B/run B/nan.npy                      | nan.npy holds NaN
 predict B/run B/colour.npy                   | shape (2, 3, 8, 8); (N, 1, 8, 8)
 predict B/run B/torn.npy                     | torn.npy is not a readable .npy

@@ -66,7 +66,7 @@ def assert_same_run(a, b, notes=True):
     assert tree_equal(weights(a), weights(b))
     assert tree_equal(state(a), state(b))
     assert lines(a) == lines(b)
-    left_out = {*TIMING, "command"} | (set() if notes else {"notes"})
+    left_out = {*TIMING, "command", "options"} | (set() if notes else {"notes"})
     of_a, of_b = ({k: v for k, v in result(run).items() if k not in left_out} for run in (a, b))
     assert of_a == of_b
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import subprocess
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from support.runs import SMALL, lines, result, split, state, train, weights
 
 from layerwise import LayerwiseError, Learner, data, models, rules
 from layerwise.cli.main import main
-from layerwise.runs import building, training
+from layerwise.runs import building, environment, training
 from layerwise.runs.options import TrainOptions, from_mapping, load_recipe, recipe_names, to_mapping
 
 SHORT = split("--epochs 2 --batch-size 256 --log-every 2")  # 5 steps an epoch: 1294 // 256
@@ -33,6 +34,10 @@ FIELDS = {
     "device": str,
     "command": str,
     "notes": list,
+    "by_epoch": dict,
+    "test": dict,
+    "machines": list,
+    "options": dict,
 }
 
 
@@ -99,6 +104,57 @@ def test_result_is_the_last_evaluation(short):
     assert result(short)["test_accuracy"] == lines(short, "test")[0]["head/accuracy"]
     assert result(short)["val_accuracy"] == lines(short, "val")[-1]["head/accuracy"]
     assert result(short)["blocks"].keys() == {"block1", "head"}
+
+
+def test_result_says_by_itself_what_made_it(short):
+    found = result(short)
+    assert found["test"] == {k: v for k, v in lines(short, "test")[0].items() if k not in ("step", "split")}
+    assert found["by_epoch"]["val"] == [line["head/accuracy"] for line in lines(short, "val")]
+    logged = [line["head/accuracy"] for line in lines(short, "train")]
+    assert found["by_epoch"]["train"] == pytest.approx([sum(logged[:3]) / 3, sum(logged[3:]) / 3])
+    config = json.loads((short / "config.json").read_text())
+    assert found["options"] == {k: v for k, v in config.items() if k not in ("out", "overwrite", "offload_folder")}
+    assert found["machines"] == [environment.machine()]
+    assert found["machines"][0]["torch"] == torch.__version__ and found["machines"][0]["cores"] >= 1
+
+
+def test_every_machine_that_a_run_was_on_is_named(tmp_path, monkeypatch):
+    here = environment.machine()
+    with monkeypatch.context() as patch:
+        patch.setattr("layerwise.runs.training.machine", lambda: here | {"cpu": "another"})
+        train(tmp_path / "run", *SHORT)
+    for _ in range(2):  # the second resume adds nothing
+        assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+        assert [machine["cpu"] for machine in result(tmp_path / "run")["machines"]] == ["another", here["cpu"]]
+
+
+def test_the_commit_is_that_of_our_checkout_and_of_no_other(tmp_path, monkeypatch):
+    def git(*words):
+        config = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        done = subprocess.run(["git", "-C", str(tmp_path), *config, *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    def commit(package):
+        monkeypatch.setattr(environment, "files", lambda name: package)
+        return environment.commit.__wrapped__()
+
+    package = tmp_path / "src" / "layerwise"
+    package.mkdir(parents=True)
+    (package / "a.py").write_text("")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "one")
+    head = git("rev-parse", "HEAD")
+    assert commit(package) == head
+    (tmp_path / "result.json").write_text("a new file changes nothing")
+    assert commit(package) == head
+    (package / "a.py").write_text("1")
+    assert commit(package) == head + "-dirty"
+    inside = tmp_path / ".venv" / "site-packages" / "layerwise"  # of a user's own repository
+    inside.mkdir(parents=True)
+    assert commit(inside) is None
+    monkeypatch.setenv("PATH", "")  # no git
+    assert commit(package) is None
 
 
 def test_weights_fit_the_plain_model_and_predict_the_same(short):

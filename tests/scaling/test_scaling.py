@@ -11,7 +11,7 @@ from support.runs import split, start
 
 from layerwise import LayerwiseError
 from layerwise.cli.main import main
-from layerwise.measure.bench import network_of
+from layerwise.measure.bench_problem import network_of
 from layerwise.scaling import bench as scaling
 from layerwise.scaling.bench import Crew, ScalingOptions, contention
 from layerwise.scaling.rank import Link

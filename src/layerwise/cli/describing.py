@@ -1,4 +1,4 @@
-"""`layerwise describe RULE`: what a rule is, in words that a person can read on a terminal."""
+"""`layerwise describe RULE`: describes a rule in words for a terminal."""
 
 import inspect
 from dataclasses import fields
@@ -7,7 +7,7 @@ from layerwise import rules
 
 
 def describe_rule(name: str) -> str:
-    """Equations, locality, what crosses a boundary, source, restrictions and options of a rule.
+    """Describe a rule: equations, locality, what crosses a boundary, source, restrictions and options.
 
     Raises:
         LayerwiseError: there is no such rule.
@@ -35,8 +35,8 @@ def describe_rule(name: str) -> str:
 
 LOCALITIES = {
     "local": "a block learns from its own loss only",
-    "interlocking": "a block learns from the losses of blocks behind it too",
-    "broadcast": "something from the output or from later blocks is sent to every block",
+    "interlocking": "a block also learns from the losses of later blocks",
+    "broadcast": "something from the output, or from later blocks, is sent to every block",
     "perturbation": "forward passes only",
     "equilibrium": "iterated local inference",
     "global": "gradients flow through the whole network",

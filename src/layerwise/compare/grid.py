@@ -1,51 +1,33 @@
 """`layerwise compare`: a grid of runs, rules by seeds, that differ in the rule and in nothing else."""
 
 import contextlib
-import dataclasses
 import fcntl
-import json
 import os
-import re
-import shlex
 import sys
 import time
-import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from layerwise import models, rules
-from layerwise.compare.grid_runs import GridRun, train
+import numpy as np
+
+from layerwise.compare.grid_runs import GridRun, train_all
 from layerwise.compare.pool import Pool, default_jobs
+from layerwise.compare.record import kept_plan, write_record, write_results
+from layerwise.compare.rules_asked import plain_fields, read_rules
 from layerwise.compare.tuning import choose, trial_options
-from layerwise.errors import LayerwiseError, suggestion
-from layerwise.report.page import write_report
-from layerwise.report.summary import BASELINE, as_csv, result_row, summarise, table
-from layerwise.runs.arguments import train_options
+from layerwise.errors import LayerwiseError
+from layerwise.report.reading import read_correct
+from layerwise.report.summary import BASELINE, result_row
 from layerwise.runs.building import pick_device
-from layerwise.runs.checkpoint import write_atomically
-from layerwise.runs.environment import environment
 from layerwise.runs.folders import FREE, grid_run_folder
-from layerwise.runs.options import TrainOptions, from_mapping, model_name, to_mapping
+from layerwise.runs.options import TrainOptions, model_name, to_mapping
 from layerwise.runs.progress import GridProgress
 
 RIVALS = ("sll", "sid", "local_ce", "backprop", "backprop_checkpoint")
 PATIENCE = 100  # tenths of a second
 NEVER = 10**9  # no checkpoint before the last step: a run that was cut short begins again
-PER_RULE = (
-    "lr",
-    "weight_decay",
-    "optimizer",
-    "schedule",
-    "warmup",
-    "clip",
-    "label_smoothing",
-    "nonfinite",
-    "cuts",
-    "blocks",
-)
-"""Options of a run that may differ between rules, beside those of the model: they change neither data nor budget."""
 TUNE_SEED = 10_000
 """Seed of the trials; not one that counts."""
 
@@ -54,100 +36,30 @@ TUNE_SEED = 10_000
 class CompareOptions(TrainOptions):
     """Compare learning rules: the same data order, initial weights and budget for each, over several seeds.
 
-    Repeat the command to go on after a crash: finished runs stay, a half-written one is run again.
+    Repeat the command to continue after a crash: finished runs stay, and a half-written run is run again.
     """
 
     rules: tuple[str, ...] = RIVALS
-    """Rules, with options behind colons: sll sll:overlap=1:lr=2e-3 backprop; several numbers as weight=0/1; an
+    """Rules, with options after colons: sll sll:overlap=1:lr=2e-3 backprop; several numbers as weight=0/1; an
     option of the model as backprop:model.depth=2; or all."""
     seeds: int = 3
     """Number of seeds: 0, 1, ..."""
     budget: Literal["epochs", "steps", "seconds", "flops"] | None = None
-    """What every run may use; its amount is --epochs, --steps, --seconds or --flops."""
+    """The budget of every run; its amount is --epochs, --steps, --seconds or --flops."""
     seconds: float | None = None
-    """Seconds of training per run, turned into steps by a measurement before the first run."""
+    """Seconds of training per run, converted to steps by a measurement before the first run."""
     flops: float | None = None
-    """Floating-point operations of training per run, turned into steps likewise."""
+    """Floating-point operations of training per run, converted to steps in the same way."""
     tune: int = 0
     """Trials of learning rate and weight decay per rule, chosen on the validation split; 0 for none."""
     jobs: int | None = None
-    """Runs at the same time; as many as cores and memory allow if not given."""
+    """Number of runs at the same time (default: as many as cores and memory allow)."""
     report: bool = True
     """Diagnose the finished runs and write report.html."""
 
 
-def read_rules(words: Sequence[str], common: TrainOptions) -> dict[str, TrainOptions]:
-    """Options of a run per rule asked for.
-
-    Args:
-        words: `name` or `name:option=value:...`, several in one word with commas between. An option is a field of the
-            rule, one of `PER_RULE`, or `model.` and a field of the model; a value is a number, a word, `none`,
-            `true`, `false`, or numbers with `/` between. `all` stands for every rule that trains the model, with its
-            default options.
-        common: the options that all have in common.
-
-    Raises:
-        LayerwiseError: an unknown rule or option, a value of the wrong kind, a rule that is asked for twice.
-
-    >>> read_rules(["sll:overlap=1:lr=0.01,backprop"], TrainOptions())["sll:overlap=1:lr=0.01"].rule.overlap
-    1
-    """
-    found: dict[str, TrainOptions] = {}
-    every = [name for name in rules.names() if model_name(common.model) in (rules.get(name).models or models.names())]
-    labels = [part for word in words for part in word.split(",") if part]
-    for label in (name for part in labels for name in (every if part == "all" else [part])):
-        name, *settings = label.split(":")
-        values = _plain(common) | {"rule": {"name": name}}
-        legal = {field: (values["rule"], field, hint) for field, hint in _fields(rules.get(name)).items()}
-        legal |= {field: (values, field, hint) for field, hint in _fields(TrainOptions).items() if field in PER_RULE}
-        for field, hint in _fields(type(common.model)).items():
-            legal[f"model.{field}"] = values["model"], field, hint
-        for setting in settings:
-            option, equals, text = setting.partition("=")
-            if not equals:
-                raise LayerwiseError(f"--rules {label}: write {option}=VALUE behind the colon.")
-            option = option.replace("-", "_")
-            if option not in legal:
-                raise LayerwiseError(f"--rules {label}: no option {option!r}; {suggestion(option, list(legal))}.")
-            place, field, hint = legal[option]
-            place[field] = _value(text, hint)
-        if label in found:
-            raise LayerwiseError(f"--rules names {label} twice; leave one out, or give them different options.")
-        found[label] = from_mapping(values, f"--rules {label}")
-    if not found:
-        raise LayerwiseError("--rules is empty; name at least one rule, see layerwise ls rules.")
-    return found
-
-
-def _fields(cls: type) -> dict[str, Any]:
-    """The fields of a dataclass with their types."""
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
-def _plain(options: TrainOptions) -> dict[str, Any]:
-    """The fields of a run, without what a comparison adds."""
-    values = to_mapping(options)
-    return {f.name: values[f.name] for f in dataclasses.fields(TrainOptions)}
-
-
-def _value(text: str, hint: Any) -> Any:
-    """A value out of a word: a number where the option takes one."""
-    if "/" in text:
-        return tuple(_value(part, hint) for part in text.split("/"))
-    if text in ("none", "None"):
-        return None
-    if text in ("true", "false"):
-        return text == "true"
-    if hint is not str:
-        for kind in (int, float):
-            with contextlib.suppress(ValueError):
-                return kind(text)
-    return text
-
-
 def budget_of(options: CompareOptions) -> str:
-    """The kind of budget, told by `--budget` or by the amount that is given.
+    """The kind of budget, from `--budget` or from the amount that is given.
 
     Raises:
         LayerwiseError: no amount, two amounts, or one that is not positive.
@@ -190,12 +102,12 @@ class Grid:
         base = f"runs/compare-{options.data.replace('/', '_').replace(':', '_')}-{model_name(options.model)}"
         self.folder = Path(options.out or base)
         self.plan: dict[str, dict[str, Any]] = {}
-        """Per rule what a step of it costs, or why that could not be measured."""
+        """What a step of each rule costs, or why that could not be measured."""
         self.chosen: dict[str, TrainOptions | None] = {}
-        """Per rule the options of its runs; None where every trial failed."""
+        """The options of each rule's runs; None where every trial failed."""
 
     def run(self) -> dict[str, Any]:
-        """Run what is not finished yet, and write the tables and the report.
+        """Train the runs that are not finished, diagnose them, and write the tables.
 
         Returns:
             The contents of `summary.json`.
@@ -205,43 +117,43 @@ class Grid:
                 folder that holds something else.
         """
         with claimed(self.folder) as held, Pool(1, self.folder / "workers.log", held) as pool:
-            self._check_folder()
+            self.plan = kept_plan(self.folder, self._fixed())
             self._measure(pool)
-            self._write_record()
-            cells = [cell for label in self.rules for cell in self._trials(label)]
-            runs = len(cells) + self.options.seeds * len(self.rules)
-            work = sum(map(self._cost, cells)) + self.options.seeds * sum(map(self._label_cost, self.rules))
+            write_record(self.folder, self.command, list(self.rules), self.options.seeds, self._fixed(), self.plan)
+            grid_runs = [run for label in self.rules for run in self._trials(label)]
+            runs = len(grid_runs) + self.options.seeds * len(self.rules)
+            work = sum(map(self._cost, grid_runs)) + self.options.seeds * sum(map(self._label_cost, self.rules))
             with GridProgress(work, runs, f"comparison of {len(self.rules)} rules · {self.folder}") as progress:
-                self._train(pool, cells, progress)
+                self._train(pool, grid_runs, progress)
                 self.chosen = {label: self._choose(label) for label in self.rules}
                 finals = self.finals()
-                self._train(pool, [cell for cell in finals if cell is not None], progress)
+                self._train(pool, [run for run in finals if run is not None], progress)
             if self.options.report:
-                self._diagnose(pool, [cell for cell in finals if cell is not None])
+                self._diagnose(pool, [run for run in finals if run is not None])
         return self._write()
 
     def finals(self) -> list[GridRun | None]:
-        """The runs that count, seed by seed; None where every trial of the rule failed."""
+        """The runs of the comparison, seed by seed; None where every trial of the rule failed."""
         found = []
         for seed in range(self.options.seeds):
             for label, options in self.chosen.items():
-                found.append(None if options is None else self._cell(label, f"seed {seed}", seed, "runs", options))
+                found.append(None if options is None else self._grid_run(label, f"seed {seed}", seed, "runs", options))
         return found
 
-    def _cell(self, label: str, what: str, seed: int, part: str, options: TrainOptions) -> GridRun:
+    def _grid_run(self, label: str, what: str, seed: int, part: str, options: TrainOptions) -> GridRun:
         folder = self.folder / grid_run_folder(label, what, part)
         return GridRun(label, f"{label} {what}", replace(options, seed=seed, out=str(folder)))
 
     def _trials(self, label: str) -> list[GridRun]:
-        """The trials of a rule: a list that is the same for every rule, around the rule's own rate and decay."""
+        """The trials of a rule: the same list for every rule, around the rule's own rate and decay."""
         listed = trial_options(self._budgeted(label), self.options.tune)
-        return [self._cell(label, f"trial {i}", TUNE_SEED, "trials", options) for i, options in enumerate(listed)]
+        return [self._grid_run(label, f"trial {i}", TUNE_SEED, "trials", options) for i, options in enumerate(listed)]
 
     def _choose(self, label: str) -> TrainOptions | None:
         trials = self._trials(label)
         if not trials:
             return self._budgeted(label)
-        best = choose([cell.result for cell in trials])
+        best = choose([run.result for run in trials])
         return None if best is None else trials[best].options
 
     def _budgeted(self, label: str) -> TrainOptions:
@@ -252,25 +164,11 @@ class Grid:
         # A rule that could not be measured fails in its own run, whatever the number of steps.
         return replace(options, steps=max(1, int(getattr(self.options, self.budget) / per_step)) if per_step else 1)
 
-    def _check_folder(self) -> None:
-        """Refuse a folder that is not ours, or holds a comparison with other options."""
-        record = self.folder / "compare.json"
-        if not record.exists():
-            if {path.name for path in self.folder.iterdir()} - {"workers.log", "compare.json.partial"}:
-                raise LayerwiseError(f"{self.folder} is not empty and holds no comparison; choose another --out.")
-            return
-        before = json.loads(record.read_text())
-        for name, value in json.loads(json.dumps(self._fixed())).items():
-            if before["fixed"].get(name) != value:
-                raise LayerwiseError(
-                    f"{self.folder} holds a comparison with {name} = {json.dumps(before['fixed'].get(name))}, not "
-                    f"{json.dumps(value)}; put it back, or choose another --out."
-                )
-        self.plan = before["plan"]
-
     def _fixed(self) -> dict[str, Any]:
-        """What must stay the same when the command is repeated; rules and seeds may be added."""
-        common = {name: value for name, value in _plain(self.options).items() if name not in (*FREE, "rule", "seed")}
+        """The options that must be the same when the command is repeated; rules and seeds may be added."""
+        common = {
+            name: value for name, value in plain_fields(self.options).items() if name not in (*FREE, "rule", "seed")
+        }
         return (
             common
             | {"budget": self.budget, "tune": self.options.tune}
@@ -278,7 +176,7 @@ class Grid:
         )
 
     def _measure(self, pool: Pool) -> None:
-        """What a step of every rule costs, measured alone and once: for budgets, number of jobs and time left."""
+        """Measure once what a step of every rule costs, alone on the machine: for budgets, jobs and the time left."""
         missing = [label for label in self.rules if label not in self.plan]
 
         def done(task: dict[str, Any], answer: dict[str, Any]) -> None:
@@ -289,27 +187,15 @@ class Grid:
         tasks = [{"do": "measure", "label": label, "options": to_mapping(self.rules[label])} for label in missing]
         pool.run(tasks, done, jobs=1)
 
-    def _write_record(self) -> None:
-        measured = {label: plan for label, plan in self.plan.items() if "kind" not in plan}
-        record = {
-            "command": self.command,
-            "rules": list(self.rules),
-            "seeds": self.options.seeds,
-            "fixed": self._fixed(),
-            "plan": measured,
-        }
-        write_atomically(self.folder / "compare.json", json.dumps(record, indent=2) + "\n")
-        write_atomically(self.folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
-
     def _label_cost(self, label: str) -> float:
         options, plan = self._budgeted(label), self.plan[label]
         if "seconds_per_step" not in plan:
             return 1.0
         return 0.5 + plan["seconds_per_step"] * (options.steps or options.epochs * plan["steps_per_epoch"])
 
-    def _cost(self, cell: GridRun) -> float:
-        """Seconds that the cell should take; only their ratios matter."""
-        return self._label_cost(cell.label)
+    def _cost(self, run: GridRun) -> float:
+        """The seconds that a run should take; only their ratios matter."""
+        return self._label_cost(run.label)
 
     def _jobs(self, tasks: int) -> int:
         if self.options.jobs is not None:
@@ -317,33 +203,33 @@ class Grid:
         peak = max(plan.get("peak_bytes", 0) for plan in self.plan.values())
         return default_jobs(tasks, peak, threads=self.options.threads or 1, accelerator=self.accelerator)
 
-    def _train(self, pool: Pool, cells: list[GridRun], progress: GridProgress) -> None:
-        for cell in cells:
-            if cell.settled:
-                progress.skipped(self._cost(cell))
-        steps = {cell.name: self._steps(cell) for cell in cells}
-        train(
-            cells,
+    def _train(self, pool: Pool, grid_runs: list[GridRun], progress: GridProgress) -> None:
+        for run in grid_runs:
+            if run.settled:
+                progress.skipped(self._cost(run))
+        steps = {run.name: self._steps(run) for run in grid_runs}
+        train_all(
+            grid_runs,
             pool,
-            self._jobs(len(cells)),
-            begun=lambda cell: progress.begun(
-                cell.name, self._cost(cell), lambda: min(1.0, cell.last_step() / steps[cell.name])
+            self._jobs(len(grid_runs)),
+            begun=lambda run: progress.begun(
+                run.name, self._cost(run), lambda: min(1.0, run.last_step() / steps[run.name])
             ),
-            ended=lambda cell: progress.ended(cell.name, in_words(cell)),
+            ended=lambda run: progress.ended(run.name, in_words(run)),
         )
 
-    def _steps(self, cell: GridRun) -> int:
-        plan = self.plan[cell.label]
-        return cell.options.steps or cell.options.epochs * plan.get("steps_per_epoch", 1)
+    def _steps(self, run: GridRun) -> int:
+        plan = self.plan[run.label]
+        return run.options.steps or run.options.epochs * plan.get("steps_per_epoch", 1)
 
-    def _diagnose(self, pool: Pool, cells: list[GridRun]) -> None:
-        """Diagnose every finished run beside the backprop run of its seed."""
-        twins = {cell.options.seed: cell for cell in cells if cell.label == BASELINE and cell.result}
+    def _diagnose(self, pool: Pool, grid_runs: list[GridRun]) -> None:
+        """Diagnose every finished run, with the backprop run of the same seed for comparison."""
+        twins = {run.options.seed: run for run in grid_runs if run.label == BASELINE and run.result}
         tasks = []
-        for cell in cells:
-            twin = twins.get(cell.options.seed)
-            if cell.result and not cell.read("diagnostics.json"):
-                paths = {"folder": str(cell.folder), "twin": str(twin.folder) if twin else None}
+        for run in grid_runs:
+            twin = twins.get(run.options.seed)
+            if run.result and not (run.folder / "diagnostics.json").is_file():
+                paths = {"folder": str(run.folder), "twin": str(twin.folder) if twin else None}
                 tasks.append({"do": "diagnose", "device": self.options.device, **paths})
         failed: list[str] = []
         pool.run(tasks, lambda task, answer: failed.extend([answer["reason"]] if "kind" in answer else []))
@@ -351,31 +237,30 @@ class Grid:
             print(f"layerwise: note: a run could not be diagnosed: {reason}", file=sys.stderr)
 
     def _write(self) -> dict[str, Any]:
-        """results.csv and summary.json of everything that is there."""
-        rows = []
+        """Write results.csv and summary.json of all runs that are settled."""
+        rows: list[dict[str, Any]] = []
+        correct: dict[str, dict[int, np.ndarray]] = {}
         for label in self.rules:
             for seed in range(self.options.seeds):
                 options = self.chosen[label]
-                cell = None if options is None else self._cell(label, f"seed {seed}", seed, "runs", options)
-                if cell is None:
+                if options is None:
                     reason = f"every trial failed, the first: {(self._trials(label)[0].failure or {})['reason']}"
                     rows.append(result_row(label, seed, None, None, reason))
-                else:
-                    reason = (cell.failure or {}).get("reason", "")
-                    rows.append(result_row(label, seed, options, cell.result, reason))
-        write_atomically(self.folder / "results.csv", as_csv(rows))
-        summary = {"command": self.command, "budget": self.budget, "rules": summarise(rows)}
-        write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-        return summary
+                    continue
+                run = self._grid_run(label, f"seed {seed}", seed, "runs", options)
+                rows.append(result_row(label, seed, options, run.result, (run.failure or {}).get("reason", "")))
+                if run.result and (found := read_correct(run.folder)) is not None:
+                    correct.setdefault(label, {})[seed] = found
+        return write_results(self.folder, self.command, self.budget, rows, correct)
 
 
-def in_words(cell: GridRun) -> str:
-    """What became of a cell, in one line."""
-    found = cell.result
+def in_words(run: GridRun) -> str:
+    """The outcome of a run in one line."""
+    found = run.result
     if found is None:
-        return f"{cell.name}: failed: {(cell.failure or {}).get('reason', 'unknown')}"
+        return f"{run.name}: failed: {(run.failure or {}).get('reason', 'unknown')}"
     val = "" if found["val_accuracy"] is None else f"val {100 * found['val_accuracy']:.2f} %, "
-    return f"{cell.name}: {val}test {100 * found['test_accuracy']:.2f} % in {found['train_seconds']:.1f} s"
+    return f"{run.name}: {val}test {100 * found['test_accuracy']:.2f} % in {found['train_seconds']:.1f} s"
 
 
 @contextlib.contextmanager
@@ -413,24 +298,3 @@ def claimed(folder: Path) -> Iterator[int]:
                 folder.rmdir()
     finally:
         os.close(lock)
-
-
-def command(argv: list[str]) -> int:
-    """`layerwise compare`: 0 when every run succeeded, 1 when one failed."""
-    for word in argv:
-        if re.match(r"--rule($|[=.])", word):
-            raise LayerwiseError(
-                f"compare has no {word.partition('=')[0]}; rules and their options stand behind --rules, such as "
-                "--rules sll:overlap=1 backprop."
-            )
-    options = train_options(argv, "compare", base=CompareOptions, hidden=("rule", "seed", "overwrite", "save_every"))
-    grid = Grid(options, shlex.join(["layerwise", "compare", *argv]))
-    summary = grid.run()
-    print(table(summary["rules"]))
-    print(f"files: {grid.folder}")
-    if options.report:
-        try:
-            print(f"report: {write_report(grid.folder)}")
-        except LayerwiseError as reason:  # the runs and the tables are there all the same
-            print(f"layerwise: note: {reason}", file=sys.stderr)
-    return int(any(found["failed"] for found in summary["rules"].values()))

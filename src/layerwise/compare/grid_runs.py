@@ -1,4 +1,4 @@
-"""Cells of a grid: training runs in folders of their own, finished, failed or still to be run."""
+"""The runs of a grid: each in a folder of its own, finished, failed or not run yet."""
 
 import json
 import shlex
@@ -10,12 +10,14 @@ from typing import Any
 
 from layerwise.compare.pool import Pool
 from layerwise.errors import LayerwiseError
+from layerwise.files import MissingFile
+from layerwise.report.reading import Failure, Result, read_json
 from layerwise.runs.checkpoint import write_atomically
 from layerwise.runs.folders import FREE
 from layerwise.runs.options import TrainOptions, to_mapping, to_words
 
 FINAL = ("diverged",)
-"""Kinds of failure that are a function of options and seed: such a cell is not run again."""
+"""Kinds of failure that follow from options and seed: such a run is not repeated."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class GridRun:
     label: str
     """The rule as it was asked for, with its options."""
     name: str
-    """The cell in words."""
+    """Rule and seed, in words."""
     options: TrainOptions
 
     @property
@@ -36,41 +38,41 @@ class GridRun:
 
     @property
     def command(self) -> str:
-        """The command line that gives this run."""
+        """The command line that trains this run alone."""
         return shlex.join(["layerwise", "train", *to_words(self.options)])
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """Contents of `result.json`: there is one as soon as the run is finished."""
-        return self.read("result.json")
+        """Contents of `result.json`, which a run writes when it is finished."""
+        return self._read("result.json", Result)
 
     @property
     def failure(self) -> dict[str, Any] | None:
         """`kind` and `reason` of a run that failed."""
-        return None if self.result else self.read("failed.json")
+        return None if self.result else self._read("failed.json", Failure)
 
     @property
     def settled(self) -> bool:
-        """Whether there is nothing left to do."""
+        """Whether the run is finished, or would fail again."""
         return self.result is not None or (self.failure or {}).get("kind") in FINAL
 
-    def read(self, file: str) -> dict[str, Any] | None:
+    def _read(self, file: str, kind: Any) -> dict[str, Any] | None:
         """A JSON file of the folder; None where it is missing."""
         try:
-            return json.loads((self.folder / file).read_text())
-        except FileNotFoundError:
+            return read_json(self.folder, file, kind)
+        except MissingFile:
             return None
 
     def last_step(self) -> int:
         """The last step that the run has logged so far."""
         try:
             return json.loads((self.folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-        except (OSError, ValueError, LookupError):  # nothing yet, or a line that is being written
+        except (OSError, ValueError, LookupError):  # no line yet, or a line that is being written
             return 0
 
     def check(self) -> None:
         """Raise LayerwiseError where the folder holds a run with other options."""
-        before = self.read("config.json") or {}
+        before = self._read("config.json", dict[str, Any]) or {}
         now = json.loads(json.dumps(to_mapping(self.options)))
         for name in before.keys() & now.keys() - set(FREE):
             if before[name] != now[name]:
@@ -80,40 +82,45 @@ class GridRun:
                 )
 
 
-def train(
-    cells: Sequence[GridRun],
+def train_all(
+    grid_runs: Sequence[GridRun],
     pool: Pool,
     jobs: int,
-    begun: Callable[[GridRun], None] = lambda cell: None,
-    ended: Callable[[GridRun], None] = lambda cell: None,
+    begun: Callable[[GridRun], None] = lambda run: None,
+    ended: Callable[[GridRun], None] = lambda run: None,
 ) -> None:
-    """Run the cells that are not settled, `jobs` at a time; what a crash left half-written is run again.
+    """Train the runs that are not settled, `jobs` at a time; a run that a crash left half-written starts again.
 
-    A run that fails leaves `failed.json` with `kind` and `reason` in its folder, and the others go on.
+    A run that fails leaves `failed.json` with `kind` and `reason` in its folder; the others continue.
 
     Raises:
         LayerwiseError: a folder holds a run with other options; none is run then.
     """
-    for cell in cells:
-        if cell.settled:
-            cell.check()
-    by_folder = {str(cell.folder): cell for cell in cells}
+    for run in grid_runs:
+        if run.settled:
+            run.check()
+    by_folder = {str(run.folder): run for run in grid_runs}
 
     def begin(task: dict[str, Any]) -> None:
-        cell = by_folder[task["folder"]]
-        shutil.rmtree(cell.folder, ignore_errors=True)
-        begun(cell)
+        run = by_folder[task["folder"]]
+        shutil.rmtree(run.folder, ignore_errors=True)
+        begun(run)
 
     def end(task: dict[str, Any], answer: dict[str, Any]) -> None:
-        cell = by_folder[task["folder"]]
+        run = by_folder[task["folder"]]
         if "kind" in answer:
-            cell.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(cell.folder / "failed.json", json.dumps(answer, indent=2) + "\n")
-        ended(cell)
+            run.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(run.folder / "failed.json", json.dumps(answer, indent=2) + "\n")
+        ended(run)
 
     tasks = [
-        {"do": "train", "folder": str(cell.folder), "options": to_mapping(cell.options), "command": cell.command}
-        for cell in cells
-        if not cell.settled
+        {
+            "do": "train",
+            "folder": str(run.folder),
+            "options": to_mapping(run.options),
+            "command": run.command,
+        }
+        for run in grid_runs
+        if not run.settled
     ]
     pool.run(tasks, end, jobs, begin)

@@ -1,4 +1,4 @@
-"""Tasks in parallel worker processes; a worker that dies takes its own task with it and no other."""
+"""Runs tasks in parallel worker processes; a worker that dies loses its own task and no other."""
 
 import contextlib
 import json
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 OUTSIDE = 600 * 2**20
-"""Bytes that a worker takes besides its tensors: Python, torch's code, scikit-learn."""
+"""Bytes that a worker needs besides its tensors: Python, torch's code, scikit-learn."""
 
 
 def lines_of_parent() -> "queue.SimpleQueue[str]":
-    """In a worker: the lines of standard input as they come. When it ends, the process does, also in mid-task."""
+    """In a worker: the lines of standard input as they arrive. When it ends, the process exits, even in mid-task."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def read() -> None:
@@ -34,8 +34,8 @@ class Pool:
 
     Args:
         jobs: number of processes.
-        log: file for what the workers write to standard error, outside of a run.
-        held: number of an open file that the workers keep open too, so that its lock lasts as long as one of them.
+        log: file for what the workers write to standard error outside of a run.
+        held: descriptor of an open file that the workers keep open too, so that its lock lasts until they exit.
     """
 
     def __init__(self, jobs: int, log: Path, held: int | None = None):
@@ -100,7 +100,7 @@ class Pool:
         for thread in threads:
             thread.start()
         for thread in threads:
-            while thread.is_alive():  # in slices, so that Ctrl-C is heard
+            while thread.is_alive():  # in slices, so that Ctrl-C is noticed
                 thread.join(0.1)
         if failure:
             raise failure[0]
@@ -118,7 +118,7 @@ class Pool:
             line = worker.stdout.readline()
         if line:
             reply = json.loads(line)
-            if reply.get("kind") in ("memory", "error"):  # who knows what it has left behind
+            if reply.get("kind") in ("memory", "error"):  # its state cannot be trusted any more
                 self._end(worker)
                 worker = None
             return worker, reply
@@ -154,7 +154,7 @@ class Pool:
 
 
 def _epitaph(code: int) -> str:
-    """Why a worker died, as far as its exit code tells."""
+    """Why a worker died, as far as its exit code shows."""
     if code < 0:
         name = signal.Signals(-code).name
         guess = " (the system does so when memory runs out)" if -code == signal.SIGKILL else ""
@@ -170,7 +170,7 @@ def cores() -> int:
 
 
 def free_memory() -> int | None:
-    """Bytes of memory that are there to be taken, or None where the system does not say (Linux does)."""
+    """Bytes of memory that are free, or None where the system does not say (Linux does)."""
     found = []
     with contextlib.suppress(OSError, StopIteration, ValueError):
         rows = Path("/proc/meminfo").read_text().splitlines()
@@ -184,9 +184,9 @@ def free_memory() -> int | None:
 
 
 def default_jobs(tasks: int, peak_bytes: int, threads: int = 1, accelerator: bool = False) -> int:
-    """How many tasks of this peak memory run side by side: one per core, as far as memory reaches, at least one.
+    """How many tasks of this peak memory may run side by side: one per core, as far as memory allows, at least one.
 
-    On an accelerator the default is one: what is left there cannot be told beforehand.
+    On an accelerator the default is one, since its free memory is not known beforehand.
 
     >>> default_jobs(tasks=1, peak_bytes=0)
     1

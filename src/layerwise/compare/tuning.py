@@ -9,7 +9,7 @@ from layerwise.runs.options import TrainOptions
 SPAN = 10.0
 """Rates and decays lie between 1/10 and 10 times the given ones."""
 DECAY = 0.01
-"""Centre of the weight decays where none is given."""
+"""Centre of the weight decays where the rule has none."""
 
 
 def trial_options(options: TrainOptions, count: int) -> list[TrainOptions]:
@@ -31,7 +31,7 @@ def trial_options(options: TrainOptions, count: int) -> list[TrainOptions]:
 
 
 def halton(k: int, base: int) -> float:
-    """The digits of k in this base, mirrored behind the point: in (0, 1) for k > 0.
+    """The digits of k in this base, mirrored at the point: in (0, 1) for k > 0.
 
     >>> [halton(k, 2) for k in (1, 2, 3)]
     [0.5, 0.25, 0.75]
@@ -45,7 +45,7 @@ def halton(k: int, base: int) -> float:
 
 
 def _short(value: float) -> float:
-    """Four digits: enough, and they fit on a command line."""
+    """Round to four digits, which fit on a command line."""
     return float(f"{value:.4g}")
 
 

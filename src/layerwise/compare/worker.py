@@ -1,7 +1,7 @@
-"""A process that trains cells of a grid, one after another: torch is imported once, not once per cell.
+"""A process that trains the runs of a grid one after another: it imports torch once, not once per run.
 
-It reads tasks from standard input, one JSON object per line, and answers each with one line on standard output. When
-standard input ends, because the parent has died or needs it no more, it ends at once, also in the middle of a task.
+It reads tasks from standard input, one JSON object per line, and answers each with one line on standard output. It
+exits at once when standard input ends, even in the middle of a task: the parent has died, or needs it no more.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ import torch
 from layerwise.compare.pool import lines_of_parent
 from layerwise.core.engine import NonFinite
 from layerwise.errors import LayerwiseError
-from layerwise.measure.bench import flops_of
+from layerwise.measure.bench_speed import flops_of
 from layerwise.measure.diagnostics import diagnose
 from layerwise.memory.malloc import keep_freed_memory
 from layerwise.runs import building, training
 from layerwise.runs.options import TrainOptions, from_mapping
 
 
-def train(task: dict[str, Any]) -> dict[str, Any]:
+def train_task(task: dict[str, Any]) -> dict[str, Any]:
     """Train the run that the task describes, in its own folder; what it prints goes to `log.txt` there."""
     run = training.Run(from_mapping(task["options"]), task["command"])
     with (run.folder / "log.txt").open("w") as log, contextlib.redirect_stderr(log):
@@ -33,8 +33,8 @@ def train(task: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def measure(task: dict[str, Any], warmup: int = 2, timed: int = 3) -> dict[str, Any]:
-    """What a step of the run costs: `flops_per_step`, `seconds_per_step`, `peak_bytes`; `steps_per_epoch`.
+def measure_task(task: dict[str, Any], warmup: int = 2, timed: int = 3) -> dict[str, Any]:
+    """Measure what a step of the run costs: `flops_per_step`, `seconds_per_step`, `peak_bytes`; `steps_per_epoch`.
 
     Nothing is written.
     """
@@ -61,13 +61,13 @@ def measure(task: dict[str, Any], warmup: int = 2, timed: int = 3) -> dict[str, 
     }
 
 
-def probe(task: dict[str, Any]) -> dict[str, Any]:
-    """Diagnose a finished run, beside its backprop twin where there is one; writes `diagnostics.json` there."""
+def diagnose_task(task: dict[str, Any]) -> dict[str, Any]:
+    """Diagnose a finished run, with its backprop twin where there is one; writes `diagnostics.json` there."""
     diagnose(Path(task["folder"]), Path(task["twin"]) if task["twin"] else None, task["device"])
     return {}
 
 
-TASKS = {"train": train, "measure": measure, "diagnose": probe}
+TASKS = {"train": train_task, "measure": measure_task, "diagnose": diagnose_task}
 
 
 def answer(task: dict[str, Any]) -> dict[str, Any]:

@@ -13,9 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from layerwise.core.blocks import Block, Partition
+from layerwise.core.blocks import Block, Partition, declared_layouts
 from layerwise.core.coroutine import Pass, devices_of, reading
 from layerwise.core.crossing import Crossing, Uses
+from layerwise.core.layout import Layouts
+from layerwise.core.tracing import check_model
 from layerwise.core.trees import tensors
 from layerwise.errors import LayerwiseError, suggestion
 
@@ -75,6 +77,7 @@ class CallPartition(Partition):
         output: Output = None,
         read: Read = None,
         tied: Tied = "last",
+        layout: Mapping[str, str] | str | None = None,
     ):
         nn.Module.__init__(self)
         # One set of dictionaries for both: whatever replaces a child or a parameter in the one does in the other.
@@ -86,6 +89,7 @@ class CallPartition(Partition):
             raise LayerwiseError(f"tied is {tied!r}; choose last, first or frozen.")
         readers = _readers(cuts, read)
         self.__dict__.update(model=model, cuts=tuple(cuts), output=output, read=read, tied=tied, _known=known)
+        self.__dict__.update(layout=declared_layouts(layout, [*cuts, "head"]), input_layout=None)
         self.__dict__.update(
             blocks=[CallBlock(name, i, self) for i, name in enumerate(cuts)],
             head=CallBlock("head", len(cuts), self),
@@ -116,10 +120,14 @@ class CallPartition(Partition):
         return self._logits(self.model(*args, **kwargs))
 
     @contextmanager
-    def passing(self) -> Iterator[None]:
-        """A context in which the blocks can be run, one after the other; a pass that is not finished is given up."""
+    def passing(self, sever: bool = True) -> Iterator[None]:
+        """A context in which the blocks can be run, one after the other; a pass that is not finished is given up.
+
+        Args:
+            sever: whether blocks are kept from the graphs of earlier ones, where that is needed.
+        """
         devices = devices_of(dict(self.model.named_parameters()))
-        opened = Pass(self._stops, self.forward, devices, sever=self._severs is not False)
+        opened = Pass(self._stops, self.forward, devices, sever=sever and self._severs is not False)
         self.__dict__["_pass"] = opened
         try:
             yield
@@ -161,10 +169,18 @@ class CallPartition(Partition):
         Raises:
             LayerwiseError: the model does not take the batch, or a cut is not called, or not once, or out of order.
         """
-        batch = {place: t for place, t in _places(x) if isinstance(t, Tensor)}
-        uses = Uses(self._one_name_each(), batch)
+        batch = [(place, t) for place, t in _places(x) if isinstance(t, Tensor)]
+        uses, layouts = Uses(self._one_name_each(), batch), Layouts()
+        declared = self.layout if isinstance(self.layout, Mapping) else {}
+        common = self.layout if isinstance(self.layout, str) else None
+        samples = next((len(t) for _, t in batch if t.dim()), 0)
         outputs, h = [], x
-        with self.passing(), torch.enable_grad():
+        with self.passing(sever=False), torch.enable_grad(), layouts:
+            for _, t in batch:
+                if t.dim() and len(t) == samples:
+                    own = getattr(self.model, "input_layout", None)
+                    given = declared.get("input", own if own is not None and len(own) == t.dim() else None)
+                    layouts.begin(t, given if given is not None and len(given) == t.dim() else None)
             for block in [*self.blocks, self.head]:
                 uses.block = block.index  # pyright: ignore[reportAttributeAccessIssue]
                 try:
@@ -184,9 +200,16 @@ class CallPartition(Partition):
                         f"cut {block.name!r} is not called in the forward pass, or after a later cut; name modules "
                         "that are called, in their order."
                     )
+                if layouts.mixing is not None:
+                    layouts.mixing = None  # the model's own affair: its forward pass may turn tensors round
+                given = declared.get(block.name, common if common is not None and len(common) == out.dim() else None)
+                if given is not None:
+                    layouts.begin(out, given)
+                block.layout = layouts.of(out, samples) or self._likely_layout(out)
                 uses.hand_over(out)
                 h = out.detach()
                 outputs.append(h)
+            self.__dict__["input_layout"] = layouts.of(x, len(x)) if isinstance(x, Tensor) else None
         self._own(uses.used)
         self.__dict__["crossings"] = uses.crossings
         return outputs
@@ -198,7 +221,8 @@ class CallPartition(Partition):
         """
         lines, names = [], [*self.cuts, "head"]
         for index, block in enumerate([*self.blocks, self.head]):
-            lines.append(f"{block.name}: {sum(p.numel() for p in block.parameters())} parameters")
+            layout = block.layout or "unknown layout"
+            lines.append(f"{block.name}: {layout}, {sum(p.numel() for p in block.parameters())} parameters")
             for crossing in self.crossings:
                 if crossing.made < index and index in crossing.used:
                     source = "the batch" if crossing.made < 0 else f"block {names[crossing.made]!r}"
@@ -211,8 +235,12 @@ class CallPartition(Partition):
             lines.append(f"{name} is used by {where}; it is trained by {who}")
         return "\n".join(lines)
 
+    def with_layout(self, layout: Mapping[str, str] | str) -> "CallPartition":
+        """The same cuts, with the layout declared."""
+        return CallPartition(self.model, self.cuts, self.output, self.read, self.tied, layout)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return CallPartition, (self.model, self.cuts, self.output, self.read, self.tied)
+        return CallPartition, (self.model, self.cuts, self.output, self.read, self.tied, self.layout)
 
     def _logits(self, out: Any) -> Tensor:
         found = out
@@ -228,6 +256,13 @@ class CallPartition(Partition):
                 "give output=..., a function such as lambda out: out.logits, or the name of the entry."
             )
         return found
+
+    def _likely_layout(self, out: Tensor) -> str | None:
+        """The layout where the functions did not tell: a norm's weight of the last size says that features are last."""
+        if out.dim() != 3:
+            return None
+        sizes = {p.numel() for p in self.model.parameters() if p.dim() == 1}
+        return "BLC" if out.shape[2] in sizes and out.shape[1] not in sizes else None
 
     def _one_name_each(self) -> dict[str, Tensor]:
         return dict([*self.model.named_parameters(), *self.model.named_buffers()])
@@ -284,6 +319,7 @@ def cut_at_calls(
     read: Read = None,
     tied: Tied = "last",
     blocks: int | None = None,
+    layout: Mapping[str, str] | str | None = None,
 ) -> CallPartition:
     """Cut any model at the calls of its own modules; its own forward pass runs, nothing is traced.
 
@@ -299,6 +335,7 @@ def cut_at_calls(
         tied: who trains a parameter that several blocks use: the `"last"` of them, the `"first"`, or nobody
             (`"frozen"`).
         blocks: keep this many of the cuts, evenly spaced.
+        layout: where outputs have batch, channels and positions, where the layers do not tell, see `partition`.
 
     Raises:
         LayerwiseError: a wrong cut, or a model that cannot be stopped at its calls.
@@ -307,6 +344,7 @@ def cut_at_calls(
     >>> [block.name for block in cut_at_calls(net, ["1", "3"]).blocks]
     ['1', '3']
     """
+    check_model(model)
     if isinstance(model, Partition):
         raise LayerwiseError("the model is cut already; give the model itself, or leave the cuts out.")
     names = automatic_cuts(model) if cuts == "auto" else matching(model, cuts)
@@ -314,7 +352,7 @@ def cut_at_calls(
         if not 1 <= blocks <= len(names):
             raise LayerwiseError(f"blocks={blocks} is not possible: there are {len(names)} cuts; give 1 to that many.")
         names = [names[(i + 1) * len(names) // blocks - 1] for i in range(blocks)]
-    return CallPartition(model, names, output, read, tied)
+    return CallPartition(model, names, output, read, tied, layout)
 
 
 def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -378,11 +416,7 @@ def automatic_cuts(model: nn.Module) -> list[str]:
 def _check_cuts(model: nn.Module, cuts: Sequence[str], known: Mapping[str, nn.Module]) -> None:
     if not cuts:
         raise LayerwiseError('name at least one module to cut behind, or give cuts="auto".')
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise LayerwiseError(
-            f"the model is wrapped in {type(model).__name__}; give model.module, and replicas=... for several "
-            "processes."
-        )
+    check_model(model)
     seen: dict[int, str] = {}
     for cut in cuts:
         if cut not in known or cut == "":

@@ -29,9 +29,7 @@ class Modes:
     def now(cls, devices: Sequence[str]) -> "Modes":
         """Those that hold at present."""
         autocast = tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in devices)
-        return cls(
-            torch.is_grad_enabled(), autocast, torch._C._len_torch_function_stack(), _innermost_hooks()
-        )
+        return cls(torch.is_grad_enabled(), autocast, torch._C._len_torch_function_stack(), _innermost_hooks())
 
     def set(self) -> None:
         """Set what is a value; stacks are the business of `Own`."""

@@ -1,6 +1,6 @@
 """What each block of a forward pass uses: parameters, buffers, and tensors that blocks before it have made."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,14 +40,14 @@ class Uses(TorchDispatchMode):
         batch: the tensors of the batch by their places in it.
     """
 
-    def __init__(self, named: Mapping[str, Tensor], batch: Mapping[str, Tensor]):
+    def __init__(self, named: Mapping[str, Tensor], batch: Sequence[tuple[str, Tensor]]):
         super().__init__()
         self.block = 0
         self.used: dict[str, set[int]] = {name: set() for name in named}
         self._names = {id(tensor): name for name, tensor in named.items()}
         self._made: Any = WeakIdKeyDictionary()
         self._crossings: dict[int, Crossing] = {}
-        for place, tensor in batch.items():
+        for place, tensor in batch:
             self._made[tensor] = Crossing(place, tuple(tensor.shape), _dtype(tensor), -1)
 
     @property

@@ -1,8 +1,8 @@
 """The update order, once: forward on the detached input, signal, local backward, step, free, pass on."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from layerwise.core.blocks import Block
+from layerwise.core.blocks import Block, scratch_buffers
 from layerwise.core.optim import set_learning_rate
 from layerwise.core.pieces import HasTrunk, has_trunk
-from layerwise.core.randomness import derive_seed, seed_generators
+from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.rule import BlockContext, Rule, Signal, Site, check_signal
 from layerwise.core.tasks import Classification
 from layerwise.core.trees import all_finite
@@ -41,6 +41,15 @@ class Unit:
         named = self._named_buffers()
         return [buffer for name, buffer in named if name.rpartition(".")[2].startswith("running_")]
 
+    @contextmanager
+    def on_copies(self) -> Iterator[None]:
+        """A context in which the unit runs on copies of its buffers: what a pass moves there is forgotten."""
+        if self.block.before is not None:
+            self.block.before()  # an offloaded block has nothing to copy until it is fetched
+        own = self.auxiliary.modules() if self.auxiliary is not None else ()
+        with scratch_buffers([*self.block.places(), *((m._buffers, name) for m in own for name in m._buffers)]):
+            yield
+
     def _named_buffers(self) -> list[tuple[str, Tensor]]:
         return [*self.block.named_buffers(), *(self.auxiliary.named_buffers() if self.auxiliary else [])]
 
@@ -63,7 +72,7 @@ class Group:
     checked: bool = False
     """Whether a first update has shown that the signal reaches the blocks."""
     broken: bool = False
-    """Whether a batch of the update under way had a non-finite loss; the update is skipped then."""
+    """Whether a batch of the update under way was not finite; the update is skipped then."""
 
     @property
     def name(self) -> str:
@@ -95,7 +104,8 @@ class Alone:
 
     def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Norm of the averaged gradients."""
-        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        grads = [p.grad for p in parameters if p.grad is not None]
+        return nn.utils.get_total_norm([g.coalesce().values() if g.is_sparse else g for g in grads])
 
     def reduce(
         self, parameters: Sequence[nn.Parameter], running: Sequence[Tensor], loss: Tensor
@@ -270,17 +280,19 @@ class Engine:
         view = range(units[0].site.index, units[-1].site.index + 1)
         training, learns = step is not None, step is not None and group.learns
         for unit in units:
-            out = self.run(unit, h, message, step)
-            with self.autocast():
-                ctx = BlockContext(unit.site, out, h, message, y, self.task, unit.auxiliary, training, learns, view)
-                signal = self.rule.signal(ctx)
+            own = unit.site.index <= group.units[-1].site.index
+            with nullcontext() if own else unit.on_copies():  # running statistics move in the unit's own group only
+                out = self.run(unit, h, message, step)
+                with self.autocast():
+                    ctx = BlockContext(unit.site, out, h, message, y, self.task, unit.auxiliary, training, learns, view)
+                    signal = self.rule.signal(ctx)
             check_signal(self.rule, ctx, signal)
             h = out if signal.output is None else signal.output
             message = signal.message
             if signal.loss is not None:
                 signal.metrics.setdefault("loss", signal.loss)
             signals.append((signal, out))
-            if unit.site.index <= group.units[-1].site.index:
+            if own:
                 passed_on = h, message
                 if signal.metrics:
                     trace.metrics[unit.site.name] = detach(signal.metrics)
@@ -358,6 +370,8 @@ class Engine:
         scale = group.scaler.get_scale() if trunk is not None else 1.0  # the step below may change it
         if group.learns:
             self._learn(group, h, signals, step, trace)
+        elif self.execution.nonfinite == "skip":
+            self._rest(group, h_out)
         if trunk is not None and h.grad is not None:
             assert isinstance(self.rule, HasTrunk)
             gradient = h.grad / (self._weight * scale)  # in the units of the loss
@@ -370,8 +384,9 @@ class Engine:
         self, group: Group, h: Tensor, message: Any, y: Tensor, step: int, trace: Trace
     ) -> tuple[list[tuple[Signal, Tensor]], Tensor, Any]:
         """The forward pass of an update: with a graph where something learns."""
-        if self.execution.nonfinite == "skip" and group.learns and self.accumulation.batches == 1:
+        if self.execution.nonfinite == "skip" and self.accumulation.batches == 1:
             group.buffers = [(b, b.clone()) for unit in group.units for b in unit.buffers()]
+            group.broken = False
         with torch.set_grad_enabled(group.learns):
             return self.forward(group, h, message, y, step, trace)
 
@@ -404,6 +419,36 @@ class Engine:
         waiting, self._reduced = self._reduced, None
         if waiting is not None:
             waiting()
+
+    def _rest(self, group: Group, out: Tensor) -> None:
+        """Judge a group that does not learn by its output: where that is not finite, its buffers are put back.
+
+        It has no update to skip, so it is not counted in `Trace.skipped`.
+        """
+        if not (bool(torch.isfinite(out).all()) and bool(torch.isfinite(self._running_norm(group)))):
+            group.broken = True
+        if group.broken:
+            self._put_back(group)
+
+    def _running_norm(self, group: Group) -> Tensor:
+        """Largest absolute running statistic of the group, which is finite if all of them are."""
+        running = [buffer for unit in group.units for buffer in unit.running()]
+        return nn.utils.get_total_norm(running, float("inf"))
+
+    def _put_back(self, group: Group) -> None:
+        for buffer, before in group.buffers:
+            buffer.copy_(before)
+
+    def run_aside(self, unit: Unit, h: Tensor, message: Any, step: int | None) -> Tensor:
+        """Run a block one time more than its step does, for a rule that looks ahead.
+
+        Returns:
+            The block's output without gradient: in a training step, what the block gives in its own group, bit for
+            bit, since mode, draws and (before its update) weights are the same. Buffers and generators stay as they
+            are.
+        """
+        with torch.no_grad(), preserved_generators(self.execution.device), unit.on_copies():
+            return self.run(unit, h, message, step)
 
     def run(self, unit: Unit, h: Tensor, message: Any, step: int | None) -> Tensor:
         """Run one block under its own random draws of this step."""
@@ -480,7 +525,16 @@ class Engine:
                 nn.utils.clip_grads_with_norm_(group.parameters, self.execution.clip, norm)
             for optimizer in group.optimizers:
                 set_learning_rate(optimizer, self.execution.schedule(self.accumulation.updates))
-                group.scaler.step(optimizer)
+                try:
+                    group.scaler.step(optimizer)
+                except RuntimeError as reason:
+                    if "sparse" not in str(reason).lower():
+                        raise
+                    raise LayerwiseError(
+                        f"{type(optimizer).__name__} cannot use the gradients of {group.name!r} ({reason}); sparse "
+                        "gradients need sgd with momentum 0 or adagrad, both with weight_decay=0, or sparse=False in "
+                        "the embedding."
+                    ) from reason
         group.scaler.update()
         group.broken = False
         self._free(group)
@@ -503,6 +557,8 @@ class Engine:
     def _may_step(self, group: Group, h: Tensor | None, loss: Tensor, norm: Tensor, step: int, trace: Trace) -> bool:
         """Whether signal and gradient are finite; an overflow of scaled gradients is the scaler's own affair."""
         finite = torch.isfinite(loss if group.scaler.is_enabled() else loss + norm)
+        if self.execution.nonfinite == "skip":  # a finite batch may be too large for its variance
+            finite = finite & torch.isfinite(self._running_norm(group)).to(finite.device)
         if self.execution.nonfinite == "raise" and self.execution.device.type != "cpu":
             # Reading the flag here would wait for the device: it is read with the metrics.
             trace.finite[group.name] = finite
@@ -511,8 +567,7 @@ class Engine:
             return True
         if self.execution.nonfinite == "skip":
             trace.skipped.add(group.name)
-            for buffer, before in group.buffers:
-                buffer.copy_(before)
+            self._put_back(group)
             return False
         self._free(group)
         raise NonFinite(group.name, step, input_is_finite=h is None or all_finite(h))

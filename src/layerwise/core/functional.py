@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from layerwise.errors import LayerwiseError
+
 GRID = 4096  # numbers that `pool_features(h, "grid")` leaves at most
 
 
@@ -57,14 +59,18 @@ def pool_features(h: Tensor, pool: str) -> Tensor:
     """Reduce a block's output to one vector per prediction.
 
     Args:
-        h: `(B, D)`, `(B, C, H, W)` or `(B, T, D)`.
+        h: in the standard order of `layerwise.core.layout`: `(B, D)`, `(B, T, D)`, `(B, C, H, W)` or a volume
+            `(B, C, D, H, W)`.
         pool: `"mean"` averages over space or tokens, `"moments"` gives mean and standard deviation over them
             (2 C or 2 D numbers), `"grid"` averages an image over the cells of the finest square grid that leaves
             at most 4096 numbers (tokens as `"mean"`), `"cls"` takes the first token, `"none"` keeps every position
             (a language model), `"flatten"` keeps everything in one vector.
 
     Returns:
-        `(B, D)`, or `(B, T, D)` for `"none"` on tokens.
+        `(B, D)`, or `(B, ..., D)` for `"none"` on tokens and images.
+
+    Raises:
+        LayerwiseError: `"cls"` of what are no tokens.
 
     >>> pool_features(torch.ones(2, 3, 4, 4), "mean").shape
     torch.Size([2, 3])
@@ -73,18 +79,28 @@ def pool_features(h: Tensor, pool: str) -> Tensor:
     """
     if pool == "flatten":
         return h.flatten(1)
-    if h.dim() <= 2 or pool == "none":
+    if h.dim() <= 2:
         return h
+    if pool == "none":
+        return h.movedim(1, -1) if h.dim() >= 4 else h
     if pool == "cls":
+        if h.dim() != 3:
+            raise LayerwiseError(
+                f"pool='cls' takes the first token, and an output of shape (B, {', '.join(map(str, h.shape[1:]))}) has "
+                "none; use pool='mean'."
+            )
         return h[:, 0]
     places = tuple(range(2, h.dim())) if h.dim() >= 4 else (1,)
-    if pool == "grid" and h.dim() == 4:
-        side = max(min(math.isqrt(GRID // h.shape[1]), *h.shape[2:]), 1)
-        return F.adaptive_avg_pool2d(h, side).flatten(1)
+    if pool == "grid" and h.dim() >= 4:
+        cells = GRID // h.shape[1]
+        finest = math.isqrt(cells) if h.dim() == 4 else round(cells ** (1 / 3) + 1e-9 - 0.5)
+        side = max(min(finest, *h.shape[2:]), 1)
+        pooled = F.adaptive_avg_pool2d(h, side) if h.dim() == 4 else F.adaptive_avg_pool3d(h, side)
+        return pooled.flatten(1)
     if pool in ("mean", "grid"):
         return h.mean(places)
-    variance, mean = torch.var_mean(h.float(), places, correction=0)
-    return torch.cat([mean, (variance + 1e-5).sqrt()], dim=-1)
+    variance, mean = torch.var_mean(h.to(torch.promote_types(h.dtype, torch.float32)), places, correction=0)
+    return torch.cat([mean, (variance + 1e-5).sqrt()], dim=-1).to(h.dtype)
 
 
 def normalise(h: Tensor, norm: str, eps: float = 1e-5) -> Tensor:

@@ -2,13 +2,14 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from layerwise.core.ranges import check_ranges
 from layerwise.errors import LayerwiseError, suggestion
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
@@ -46,6 +47,7 @@ class Schedule:
     """Multiplier at the end of the run."""
 
     def __post_init__(self) -> None:
+        check_ranges(total=self.total, warmup=self.warmup, final=self.final)
         kinds = ["constant", "cosine", "onecycle"]
         if self.kind not in kinds:
             raise LayerwiseError(f"unknown schedule {self.kind!r}; {suggestion(self.kind, kinds)}.")
@@ -53,8 +55,6 @@ class Schedule:
             raise LayerwiseError(
                 f"total is {self.total}; a {self.kind} schedule needs the number of updates in the run, 1 or more."
             )
-        if not 0.0 <= self.warmup < 1.0:
-            raise LayerwiseError(f"warmup is {self.warmup}; it is a share of the run, in [0, 1).")
 
     def __call__(self, update: int) -> float:
         """Multiplier for update number `update` (0 is the first)."""
@@ -90,10 +90,7 @@ def optimizer_factory(
         LayerwiseError: an unknown name, an option that the class does not have, or an optimizer that needs
             a closure.
     """
-    if not lr > 0:
-        raise LayerwiseError(f"lr is {lr}; the learning rate must be larger than 0.")
-    if weight_decay < 0:
-        raise LayerwiseError(f"weight_decay is {weight_decay}; it must be 0 or larger.")
+    check_ranges(lr=lr, weight_decay=weight_decay)
     preset: dict[str, Any] = {}
     if isinstance(optimizer, str):
         class_name, preset = _PRESETS.get(optimizer, (optimizer, {}))
@@ -197,20 +194,49 @@ def _can_fuse(groups: list[dict[str, Any]]) -> bool:
     return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in tensors)
 
 
-def decay_groups(parameters: Iterable[nn.Parameter], multiplier: float = 1.0) -> list[dict[str, Any]]:
-    """Two parameter groups: weights, which decay, and vectors (norms, biases), which do not.
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalisation, by its class: torch's, or one that is called a norm."""
+    return "norm" in type(module).__name__.lower()
+
+
+def without_decay(model: nn.Module) -> set[int]:
+    """Identities of the parameters that weight decay leaves alone: those of norms, of any shape, and biases.
+
+    >>> norm = nn.LayerNorm((2, 4, 4))
+    >>> without_decay(nn.Sequential(norm)) == {id(norm.weight), id(norm.bias)}
+    True
+    """
+    return {
+        id(p)
+        for module in model.modules()
+        for name, p in module.named_parameters(recurse=False)
+        if is_norm(module) or name.split("_")[0] == "bias"
+    }
+
+
+def sparse_gradients(model: nn.Module) -> set[int]:
+    """Identities of the parameters whose gradients are sparse tensors."""
+    tables = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse]
+    return {id(table.weight) for table in tables}
+
+
+def decay_groups(
+    parameters: Iterable[nn.Parameter], multiplier: float = 1.0, exempt: Collection[int] = ()
+) -> list[dict[str, Any]]:
+    """Two parameter groups: weights, which decay, and norms, biases and other vectors, which do not.
 
     Args:
         parameters: of one block and its auxiliary module.
         multiplier: of the learning rate, kept in the group as `"lr_multiplier"` until the optimizer is made.
+        exempt: identities of parameters of two or more dimensions that do not decay either, see `without_decay`.
 
     >>> layer = nn.Linear(3, 2)
     >>> [len(group["params"]) for group in decay_groups(layer.parameters())]
     [1, 1]
     """
     learned = [p for p in parameters if p.is_floating_point() or p.is_complex()]  # frozen ones too: they may thaw
-    weights = [p for p in learned if p.dim() >= 2]
-    vectors = [p for p in learned if p.dim() < 2]
+    weights = [p for p in learned if p.dim() >= 2 and id(p) not in exempt]
+    vectors = [p for p in learned if p.dim() < 2 or id(p) in exempt]
     groups: list[dict[str, Any]] = []
     if weights:
         groups.append({"params": weights, "lr_multiplier": multiplier})

@@ -113,7 +113,7 @@ class PredictsBySite:
         """Logits `(B, ..., K)` for `x`: a forward pass with `ask` and `answer`."""
         h, message = self.ask(x, auxiliary.get(0))
         for index, block in enumerate([*network.blocks, network.head]):
-            site = Site(index, len(network.blocks), block.name)
+            site = Site(index, len(network.blocks), block.name, layouts=network.layouts)
             h, message = self.answer(site, block(h), message, auxiliary.get(index))
         return h
 

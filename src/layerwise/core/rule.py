@@ -9,9 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
+import torch
 from torch import Tensor, nn
 
 from layerwise.core.blocks import Block, Partition
+from layerwise.core.layout import from_standard, to_standard
+from layerwise.core.ranges import check_fields
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError, suggestion
 
@@ -32,6 +35,10 @@ class Site:
     """Shapes of one sample's output at every site, this one and the head included."""
     inputs: tuple[int, ...] = ()
     """Shape of one sample of the network's input."""
+    layouts: tuple[str | None, ...] = ()
+    """Where batch, channels and positions are in the output of every site; None where that is not known."""
+    input_layout: str | None = None
+    """The same of the network's input."""
     network: Partition | None = field(default=None, compare=False, repr=False)
     """The blocks and the head, for a rule whose auxiliary modules are built after them (`Block.redrawn`)."""
 
@@ -44,6 +51,49 @@ class Site:
     def depth(self) -> float:
         """Relative depth: 0 at the first block, 1 at the last one and at the head."""
         return min(self.index, self.blocks - 1) / max(self.blocks - 1, 1)
+
+    def layout(self, index: int | None = None) -> str | None:
+        """The layout of this site's output, or of that of site `index`; None for a site on its own, of no network.
+
+        Raises:
+            LayerwiseError: it is not known.
+        """
+        if not self.layouts:
+            return None
+        index = self.index if index is None else index
+        found = self.layouts[index]
+        if found is None:
+            name = self.name if index == self.index or self.network is None else self.network.blocks[index].name
+            shape = f" of shape (B, {', '.join(map(str, self.shapes[index]))})" if self.shapes else ""
+            raise LayerwiseError(
+                f"the layers of block {name!r} do not tell which dimension of its output{shape} holds the channels; "
+                f"declare it, such as layout={{{name!r}: 'BCL'}} (B batch, C channels, other letters positions)."
+            )
+        if found[0] != "B":
+            raise LayerwiseError(
+                f"block {self.name!r} passes on the layout {found}, and rules need the batch first; cut where it "
+                "is, or build the layers with batch_first=True."
+            )
+        return found
+
+    def standard(self, h: Tensor) -> Tensor:
+        """The site's output in the standard order: `(B, C)`, `(B, L, C)`, `(B, C, H, W)` or `(B, C, D, H, W)`.
+
+        Raises:
+            LayerwiseError: its layout is not known.
+        """
+        layout = self.layout()
+        return h if layout is None else to_standard(h, layout)
+
+    def restored(self, h: Tensor) -> Tensor:
+        """The inverse of `standard`."""
+        layout = self.layout()
+        return h if layout is None else from_standard(h, layout)
+
+    def standard_shape(self, index: int) -> tuple[int, ...]:
+        """Shape of one sample of site `index`'s output in the standard order."""
+        layout, shape = self.layout(index), self.shapes[index]
+        return shape if layout is None else tuple(to_standard(torch.empty(1, *shape), layout).shape[1:])
 
 
 @dataclass(frozen=True)
@@ -59,11 +109,20 @@ class BatchContext:
     """The blocks and the head, for a rule that iterates over them before the update."""
     auxiliary: Mapping[int, nn.Module]
     """The rule's modules by index of their site."""
+    run: Callable[[int, Tensor, Any], Tensor]
+    """Runs one more time the block at a site: `run(index, h, message)` is its output, without gradient.
+
+    Use this (or `forward`, or `predict`) for every pass that is not the step's own. Mode, precision and random draws
+    are those that the block will have in this step, so with the same input the output has the same bits. Buffers, such
+    as batch norm's running statistics, and the generators stay as they are.
+    """
     forward: Callable[[Tensor], Tensor]
-    """Runs the whole network without gradient, with this step's own random draws: logits `(B, ..., K)`.
+    """Runs the whole network in this way: logits `(B, ..., K)` for `(B, ...)`.
 
     This is how a global error is broadcast without keeping any activation: a second forward pass.
     """
+    predict: Callable[[Tensor], Tensor]
+    """What the rule predicts, `(B, ..., K)` for `(B, ...)`, in evaluation mode and without gradient."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +179,7 @@ class Rule:
     locality: ClassVar[Locality]
     """Where the teaching signal comes from; a test verifies it."""
     boundary: ClassVar[str]
-    """What crosses a block boundary, in words."""
+    """What is passed over a block boundary, in words."""
     flat_memory: ClassVar[bool]
     """Whether activations + gradients do not grow with the number of blocks; a test verifies it."""
     source: ClassVar[str]
@@ -148,6 +207,9 @@ class Rule:
 
     Evaluation then takes one pass; otherwise prediction has a pass of its own.
     """
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def groups(self, blocks: int) -> list[range]:
         """Which neighbouring sites share one graph, one backward pass and one optimizer.

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from layerwise.core.ranges import check_ranges
 from layerwise.errors import LayerwiseError
 
 UNLABELLED = -100
@@ -27,14 +28,16 @@ class Classification:
     """
 
     classes: int
-    """Number of classes K."""
+    """Number of classes K, 2 or more."""
     label_smoothing: float = 0.0
     """Share of the target's probability that is spread evenly over all K classes."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.label_smoothing < 1.0:
+        check_ranges(label_smoothing=self.label_smoothing)
+        if self.classes < 2:  # any answer would be right
             raise LayerwiseError(
-                f"label_smoothing is {self.label_smoothing}; it must lie in [0, 1), 0 switches it off."
+                f"the network has {self.classes} output{'s' * (self.classes != 1)}, and classification needs one per "
+                "class; give the last layer 2 outputs or more."
             )
 
     def with_classes(self, classes: int) -> Self:
@@ -128,7 +131,7 @@ class LanguageModel(Classification):
     2.3026
     """
 
-    classes: int = 0
+    classes: int = 2
     """Size of the vocabulary K; the learner reads it off the logits."""
     shift: bool = True
     """Whether the label of a position is the next token; otherwise labels are given position by position."""

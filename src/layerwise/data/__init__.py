@@ -10,9 +10,13 @@
 """
 
 import math
+import operator
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
@@ -22,9 +26,13 @@ from layerwise.core.randomness import derive_seed
 from layerwise.data.batches import Batches
 from layerwise.data.nodes import CORA_CLASSES, NodeSource, cora
 from layerwise.data.noise import NoiseKind, noisy_labels
+from layerwise.data.pictures import GROUNDS, MAX_PIXELS, ImageFormat
 from layerwise.data.rows import (
     TEST_NAMES,
+    FileRows,
     Rows,
+    check_words,
+    few,
     find_local,
     need,
     open_hub,
@@ -34,6 +42,7 @@ from layerwise.data.rows import (
 from layerwise.data.sources import InMemorySource, Source, StreamedSource, decoded, sample_form
 from layerwise.data.tables import TableSource, column_statistics, read_table
 from layerwise.errors import LayerwiseError, suggestion
+from layerwise.files import shown
 
 __all__ = [
     "AUGMENTATIONS",
@@ -72,6 +81,7 @@ DESCRIPTIONS = {
     "parquet:PATH": "one parquet file or a folder of them with train or test in the names: an image and a label column",
     "PATH.csv": "a table: a line of names, a column called label (or class, target, y), all others numbers",
 }
+FORMS = ("hf", "imagefolder", "parquet")  # what a name may begin with, before a colon
 TEST_FRACTION = 0.2  # of the samples, where a data set brings no test split
 TEST_SEED = 20_240  # of that split; a constant, so that no option moves a sample between training and test
 STREAMED_SIZE = 224  # pixels
@@ -89,11 +99,13 @@ class Dataset:
         mean, std: per channel, on the pixel scale [0, 1], of the training split only; std is 1 for a constant channel.
             Of a table, per column and on its own scale.
         train: what to learn from.
-        val: what to select by, carved from the training samples; None when `val_fraction` was 0.
+        val: what to select by: the data's own validation split where there is a test split too, or else carved from
+            the training samples; None when `val_fraction` was 0.
         test: what to report on.
         notes: what was done to the data that the user did not ask for, a sentence each.
         graph: edges between the samples, with the labels of the training split; None where there are none.
         columns: names of the columns of a table; empty for anything else.
+        form: what images were turned into; None for anything else.
     """
 
     name: str
@@ -107,10 +119,11 @@ class Dataset:
     notes: tuple[str, ...]
     graph: Graph | None = None
     columns: tuple[str, ...] = ()
+    form: ImageFormat | None = None
 
 
 def load(
-    name: str = "digits",
+    name: str | os.PathLike[str] = "digits",
     *,
     val_fraction: float = 0.1,
     train_samples: int | None = None,
@@ -127,7 +140,8 @@ def load(
     Args:
         name: a name or form that `names()` lists; default "digits".
         val_fraction: part of the training samples, in [0, 1), that becomes the validation split, stratified by class;
-            default 0.1.
+            default 0.1. A data set with a validation and a test split of its own keeps them: any fraction but 0 then
+            takes the whole validation split and nothing of the training samples.
         train_samples: how many of the training samples behind that split are kept, stratified by class; default all.
         seed: of both choices, default 0; not the seed of the run. The test split depends on no option.
         root: folder that holds <name>/**/*.parquet; default $LAYERWISE_DATA, then the Hugging Face hub.
@@ -151,32 +165,49 @@ def load(
     layerwise.errors.LayerwiseError: unknown data set 'mnits'; did you mean 'mnist'? legal names: digits, mnist, \
 fashion_mnist, cifar10, cifar100, cora, hf:owner/name, imagefolder:PATH, parquet:PATH, PATH.csv.
     """
+    name, size = _name(name), _size(size)
+    title = shown(name)  # for messages
     if not 0 <= val_fraction < 1:
         raise LayerwiseError(f"validation fraction {val_fraction} is not in [0, 1); use 0 for no validation split")
-    if size is not None and size < 1:
-        raise LayerwiseError(f"image size {size} is not positive; give a number of pixels")
     if name == "cora":
         return _cora(root, size, label_noise)
     columns: tuple[str, ...] = ()
+    test = own_val = form = None
     if name == "digits":
-        classes, train, test, notes = _digits()
-    elif name.endswith(".csv") and ":" not in name:
+        classes, train, notes = _digits()
+        form = ImageFormat("L", *train.shape[1:])
+    elif is_table(name):
         if size is not None:
             raise LayerwiseError("the rows of a table are no images; leave --image-size out")
-        train, classes, columns = read_table(Path(name))
-        test, notes = None, []
+        train, classes, columns, found = read_table(Path(name))
+        notes = list(found)
     else:
-        classes, train, test, notes = _sources(name, root, size, in_memory_limit)
+        classes, (train, own_val, test), form, notes = _sources(name, root, size, in_memory_limit)
     if test is None:
         rest, part = stratified_split(train.labels, TEST_FRACTION, TEST_SEED)
+        if not len(part):
+            raise LayerwiseError(
+                f"{title} has no test split, and its {len(train)} samples of {len(classes)} classes are too few to "
+                "take one from; give several samples of each class, or a test split."
+            )
         train, test = train.subset(rest), train.subset(part)
         notes.append(
-            f"{name} has no test split: {len(test)} of its {len(rest) + len(part)} samples, "
+            f"{title} has no test split: {len(test)} of its {len(rest) + len(part)} samples, "
             "the same in every run, are the test split"
         )
     noisy = noisy_labels(train.labels, classes, label_noise, label_noise_kind)
     kept, val = torch.arange(len(train)), None
-    if val_fraction:
+    if val_fraction and own_val is not None:
+        val = own_val
+        notes.append(
+            f"{title} has its own validation split of {len(val)} samples: the validation fraction takes no training "
+            "samples"
+        )
+        if not clean_validation:
+            val = val.relabelled(noisy_labels(val.labels, classes, label_noise, label_noise_kind))
+    elif own_val is not None:
+        notes.append(f"the validation fraction is 0: {title}'s own validation split is not used")
+    elif val_fraction:
         kept, part = stratified_split(train.labels, val_fraction, seed)
         if not len(part):
             raise LayerwiseError(
@@ -192,13 +223,60 @@ fashion_mnist, cifar10, cifar100, cora, hf:owner/name, imagefolder:PATH, parquet
             )
         if train_samples < len(kept):
             kept = kept[stratified_split(train.labels[kept], train_samples / len(kept), seed)[1]]
+    notes += _absent_classes(classes, {"training": train.labels[kept], "validation": val, "test": test})
     if len(kept) < len(train):
         train = train.subset(kept)
     train = train.relabelled(noisy[kept])
     mean, std, sampled = _mean_std(train)
     if sampled < len(train):
         notes.append(f"mean and std are estimated from {sampled} of {len(train)} training images")
-    return Dataset(name, classes, train.shape, mean, std, train, val, test, tuple(notes), columns=columns)
+    return Dataset(name, classes, train.shape, mean, std, train, val, test, tuple(notes), columns=columns, form=form)
+
+
+def is_table(name: str) -> bool:
+    """Whether a name is the path of a table: it ends in .csv, in any case, and does not begin with another form.
+
+    >>> is_table("C:/data/12:30.CSV"), is_table("parquet:a.csv")
+    (True, False)
+    """
+    return name.lower().endswith(".csv") and name.partition(":")[0] not in FORMS
+
+
+def _name(name: str | os.PathLike[str]) -> str:
+    try:
+        name = os.fspath(name)
+    except TypeError:
+        name = repr(name)
+    return name if isinstance(name, str) else os.fsdecode(name)
+
+
+def _size(size: Any) -> int | None:
+    if size is None:
+        return None
+    try:
+        number = operator.index(size)
+    except TypeError:
+        raise LayerwiseError(f"image size {size!r} is no whole number; give a number of pixels") from None
+    if number < 1:
+        raise LayerwiseError(f"image size {number} is not positive; give a number of pixels")
+    if number**2 > MAX_PIXELS:
+        raise LayerwiseError(f"image size {number} is more than {math.isqrt(MAX_PIXELS)} pixels; give a smaller one")
+    return number
+
+
+def _absent_classes(classes: tuple[str, ...], splits: dict[str, Source | Tensor | None]) -> list[str]:
+    """A note on each split in which a class has no sample."""
+    notes = []
+    for split, part in splits.items():
+        if part is not None:
+            labels = part if isinstance(part, Tensor) else part.labels
+            counts = torch.bincount(labels, minlength=len(classes)).tolist()
+            absent = [name for name, count in zip(classes, counts, strict=True) if not count]
+            if absent:
+                notes.append(
+                    f"{len(absent)} of {len(classes)} classes have no sample in the {split} split: {few(absent)}"
+                )
+    return notes
 
 
 def names() -> list[str]:
@@ -219,7 +297,7 @@ def describe(name: str) -> str:
     >>> describe("cifar10")
     '60,000 photographs, 32x32 RGB, 10 classes'
     """
-    if name.endswith(".csv") and ":" not in name:
+    if is_table(name):
         return DESCRIPTIONS["PATH.csv"]
     prefix = name.partition(":")[0] + ":"
     for known, text in DESCRIPTIONS.items():
@@ -244,6 +322,7 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
     >>> len(rest), part.shape, sorted((part // 4).tolist())
     (6, torch.Size([2]), [0, 1])
     """
+    labels = torch.as_tensor(labels)
     counts = torch.bincount(labels).tolist()
     wanted = [fraction * count for count in counts]
     quota = [math.floor(want) for want in wanted]
@@ -261,11 +340,11 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
     return (~chosen).nonzero().flatten(), chosen.nonzero().flatten()
 
 
-def _digits() -> tuple[tuple[str, ...], Source, None, list[str]]:
+def _digits() -> tuple[tuple[str, ...], Source, list[str]]:
     found = need("sklearn.datasets").load_digits()
     pixels = torch.from_numpy(found.images).mul(255 / 16).round().to(torch.uint8)  # stored as 0 to 16
     labels = torch.from_numpy(found.target).to(torch.int64)
-    return tuple(str(name) for name in found.target_names), InMemorySource(pixels[:, None], labels), None, []
+    return tuple(str(name) for name in found.target_names), InMemorySource(pixels[:, None], labels), []
 
 
 def _cora(root: str | Path | None, size: int | None, label_noise: float) -> Dataset:
@@ -276,50 +355,69 @@ def _cora(root: str | Path | None, size: int | None, label_noise: float) -> Data
     return Dataset("cora", CORA_CLASSES, train.shape, (0.0,), (1.0,), train, val, test, notes, graph)
 
 
+class Sources(NamedTuple):
+    """The splits that a data set brings."""
+
+    train: Source
+    val: Source | None
+    test: Source | None
+
+
 def _sources(
     name: str, root: str | Path | None, size: int | None, limit: int
-) -> tuple[tuple[str, ...], Source, Source | None, list[str]]:
-    splits = _open(name, root, limit)
-    if "train" not in splits:
-        raise LayerwiseError(f"{name} has no training split, only {', '.join(splits)}; give one named train")
-    train, notes = splits["train"], []
-    held_out = next((split for split in TEST_NAMES if split in splits), None)
-    if held_out not in (None, "test"):
-        notes.append(f"{name} has no test split: its split {held_out!r} is used as the test split")
-    test = splits[held_out] if held_out else None
-    classes = train.names or tuple(map(str, sorted(set(_checked(train, "train")))))
+) -> tuple[tuple[str, ...], Sources, ImageFormat, list[str]]:
+    opened, title = _open(name, root, limit), shown(name)
+    if "train" not in opened:
+        raise LayerwiseError(f"{title} has no training split, only {', '.join(opened)}; give one named train")
+    train = opened.pop("train")
+    notes = list(train.notes)
+    classes = train.names
+    if classes is None:
+        values = set(_checked(train, "train"))
+        if len({isinstance(value, str) for value in values}) > 1:
+            raise LayerwiseError(f"the labels of {title} are words and whole numbers; write them alike")
+        classes = check_words(tuple(map(str, sorted(values))), title)
     if len(classes) < 2:
-        raise LayerwiseError(f"{name} holds the one class {''.join(classes)!r}; give data with two or more classes")
-    train_labels = _labels(train, "train", classes)
-    test_labels = train_labels
-    if test is not None:
-        if test.names != train.names:
-            raise LayerwiseError(
-                f"the classes of {name} differ between train ({_few(train.names)}) and {held_out} "
-                f"({_few(test.names)}); give both the same class list"
-            )
-        test_labels = _labels(test, str(held_out), classes)
+        raise LayerwiseError(f"{title} holds the one class {''.join(classes)!r}; give data with two or more classes")
+    splits = {"train": (train, _labels(train, "train", classes))}
+    for split in (split for split in TEST_NAMES if split in opened):
+        rows = opened.pop(split)
+        notes += rows.notes
+        if rows.withheld:
+            notes.append(f"the labels of the {split} split of {title} are withheld, so it is left out")
+        elif "val" in splits:
+            notes.append(f"the split {split!r} of {title} is a second validation split and is left out")
+        else:
+            use = "val" if split != "test" and "test" in splits else "test"
+            splits[use] = (rows, _labels(rows, split, classes, train.names, title))
+            if split != use and use == "test":
+                notes.append(f"{title} has no test split: its split {split!r} is used as the test split")
+    if opened:
+        notes.append(f"splits of {title} that are left out: {few(list(opened))}")
 
     form, decoded_bytes = sample_form(train, size)
-    if decoded_bytes > limit:
+    streamed = decoded_bytes > limit
+    if streamed:
         if size is None:
             form = form._replace(height=STREAMED_SIZE, width=STREAMED_SIZE)
         notes.append(f"images are streamed: decoded on demand, scaled and centre-cropped to {form.height} pixels")
-        streamed_test = None if test is None else StreamedSource(test, test_labels, form)
-        return classes, StreamedSource(train, train_labels, form), streamed_test, notes
-    sources = []
-    for split, rows, labels in (("train", train, train_labels), (held_out, test, test_labels)):
-        if rows is None:
-            sources.append(None)
+    sources: dict[str, Source] = {}
+    for split, (rows, labels) in splits.items():
+        if streamed:
+            sources[split] = StreamedSource(rows, labels, form)
             continue
-        images, resized, converted = decoded(rows, form)
-        sources.append(InMemorySource(images, labels))
-        if resized and size is None:
-            notes.append(f"{resized} of {len(rows)} {split} images were resized to {form.width}x{form.height}")
-        if converted:
-            colour = "grey" if form.mode == "L" else "RGB"
-            notes.append(f"{converted} of {len(rows)} {split} images were converted to {colour}")
-    return classes, sources[0], sources[1], notes
+        images, done = decoded(rows, form)
+        sources[split] = InMemorySource(images, labels)
+        words = {
+            "resized": f"were resized to {form.width}x{form.height}",
+            "converted": f"were converted to {'RGB' if form.mode == 'RGB' else 'grey'}",
+            "laid": f"are transparent in places and were laid on a {GROUNDS[form.ground]} ground",
+            "frames": "are files of several frames, of which the first is used",
+        }
+        if size is not None:
+            words.pop("resized")
+        notes += [f"{done[what]} of {len(rows)} {split} images {words[what]}" for what in words if done.get(what)]
+    return classes, Sources(sources["train"], sources.get("val"), sources.get("test")), form, notes
 
 
 def _open(name: str, root: str | Path | None, limit: int) -> dict[str, Rows]:
@@ -350,15 +448,37 @@ def _checked(rows: Rows, split: str) -> list:
         if value is None:
             raise LayerwiseError(f"{rows.where(row)} has no label; label it or take it out")
         if isinstance(value, int) and value < 0:
-            raise LayerwiseError(f"{rows.where(row)} has the negative label {value}; count classes from 0")
+            raise LayerwiseError(
+                f"{rows.where(row)} has the negative label {value}; count classes from 0, and take rows without a "
+                "label out"
+            )
     return rows.values
 
 
-def _labels(rows: Rows, split: str, classes: tuple[str, ...]) -> Tensor:
-    """The labels as int64 (N,) positions in `classes`."""
+def _labels(
+    rows: Rows, split: str, classes: tuple[str, ...], listed: tuple[str, ...] | None = None, title: str = ""
+) -> Tensor:
+    """The labels as int64 (N,) positions in `classes`.
+
+    Args:
+        rows: the split.
+        split: its name.
+        classes: names of the classes of the training split.
+        listed: of a further split, the class list that the training split notes, if any.
+        title: of a further split, what to call the data set.
+    """
     values = _checked(rows, split)
+    if title and rows.names != listed:
+        # A folder of images lists the classes that it has; a noted list is one of all classes, in their order.
+        if not isinstance(rows, FileRows) or not set(rows.names or ()) <= set(listed or ()):
+            raise LayerwiseError(
+                f"the classes of {title} differ between train ({few(listed)}) and {split} ({few(rows.names)}); "
+                "give both the same class list"
+            )
+        place = {label: classes.index(word) for label, word in enumerate(rows.names or ())}
+        return torch.tensor([place[value] for value in values], dtype=torch.int64)
     if rows.names is None:
-        place = {name: label for label, name in enumerate(classes)}
+        place = {word: label for label, word in enumerate(classes)}
         labels = [place.get(str(value), len(classes)) for value in values]
     else:
         labels = values
@@ -366,15 +486,9 @@ def _labels(rows: Rows, split: str, classes: tuple[str, ...]) -> Tensor:
         if label >= len(classes):
             raise LayerwiseError(
                 f"{rows.where(row)} has the label {values[row]!r}, which is none of the {len(classes)} classes "
-                f"({_few(classes)}) of the training split; correct it or take it out"
+                f"({few(classes)}) of the training split; correct it or take it out"
             )
     return torch.tensor(labels, dtype=torch.int64)
-
-
-def _few(names: tuple[str, ...] | None) -> str:
-    if names is None:
-        return "no names"
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 
 def _mean_std(source: Source) -> tuple[tuple[float, ...], tuple[float, ...], int]:
@@ -385,12 +499,18 @@ def _mean_std(source: Source) -> tuple[tuple[float, ...], tuple[float, ...], int
     indices = torch.arange(0, len(source), step)
     # Summed as integers: exact, so the same bits whatever the chunks and the number of threads.
     total = squares = torch.zeros(source.shape[0], dtype=torch.int64)
+    fine = torch.zeros(2, source.shape[0], dtype=torch.float64)
     for images, _ in source.batches(indices.split(256)):
+        if images.dtype != torch.uint8:  # summed image by image, in one order whatever the chunks
+            for image in images.double().numpy():
+                fine += torch.from_numpy(np.stack([image.sum((1, 2)), np.square(image).sum((1, 2))]))
+            continue
         pixels = images.to(torch.int32)
         total = total + pixels.sum((0, 2, 3))
         squares = squares + pixels.square().sum((0, 2, 3))
+    total, squares = total + fine[0], squares + fine[1]
     count = len(indices) * source.shape[1] * source.shape[2]
-    mean = total.double() / count
-    std = (squares.double() / count - mean.square()).clamp(min=0).sqrt()
+    mean = total / count
+    std = (squares / count - mean.square()).clamp(min=0).sqrt()
     std = torch.where(std > 0, std, 255.0)
     return tuple((mean / 255).tolist()), tuple((std / 255).tolist()), len(indices)

@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from layerwise.core.tasks import UNLABELLED
 from layerwise.data.rows import cache_folder, find_local
 from layerwise.data.sources import InMemorySource
 from layerwise.errors import LayerwiseError
+from layerwise.files import open_regular, shown
 
 CORA_CLASSES = (
     "Theory",
@@ -69,13 +69,20 @@ def _from_file(path: Path) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     from scipy.sparse import csr_matrix
 
     try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+        with open_regular(path, "fetch Cora again") as raw, np.load(raw, allow_pickle=False) as file:
             matrix = csr_matrix((file["data"], file["indices"], file["indptr"]), shape=tuple(file["shape"]))
             masks = [torch.from_numpy(file[f"{split}_mask"]) for split in ("train", "val", "test")]
             y, edges = torch.from_numpy(file["label"]), torch.from_numpy(file["edge_index"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as reason:
-        raise LayerwiseError(f"{path} is not a readable file of Cora ({reason}); fetch it again.") from reason
-    return torch.from_numpy(matrix.toarray()) > 0, y, edges, masks
+            words = torch.from_numpy(matrix.toarray()) > 0
+        nodes = (len(words),)
+        if y.shape != nodes or any(mask.shape != nodes or mask.dtype != torch.bool for mask in masks):
+            raise ValueError("its labels and masks do not fit its nodes")
+    except LayerwiseError:
+        raise
+    except Exception as reason:  # of numpy's and scipy's readers, about damaged bytes of any kind
+        why = str(reason).partition("\n")[0] or type(reason).__name__
+        raise LayerwiseError(f"{shown(path)} is not a readable file of Cora ({why}); fetch it again.") from reason
+    return words, y, edges, masks
 
 
 def _from_geometric() -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:

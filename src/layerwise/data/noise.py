@@ -37,6 +37,7 @@ def noisy_labels(labels: Tensor, classes: Sequence[str], rate: float, kind: Nois
     >>> int((noisy_labels(clean, list("abcdefghij"), 0.4) != clean).sum())
     40
     """
+    labels = torch.as_tensor(labels)
     if not 0 <= rate < 1:
         raise LayerwiseError(f"label noise {rate} is not in [0, 1); it is the share of wrong labels, 0 for none")
     if kind not in get_args(NoiseKind):

@@ -2,38 +2,56 @@
 
 import importlib
 import json
+import math
 import os
 import re
+import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from decimal import Decimal
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from layerwise.errors import LayerwiseError
+from layerwise.files import (
+    check_regular,
+    kind_of,
+    list_files,
+    list_folders,
+    read_bytes,
+    shown,
+)
 
 IMAGE_NAMES = ("image", "img")
 LABEL_NAMES = ("label", "fine_label", "labels", "class", "target", "y")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".tga"),
+)
 TEST_NAMES = ("test", "validation", "valid", "val")  # the first that a data set has serves as its test split
 SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val)(?![a-z])")
+TEXT_TYPES = ("string", "large_string", "string_view")  # arrow's names for words
+WITHHELD = -1  # the label that the Hugging Face hub gives to samples of a test split whose labels are kept back
 
 
 class Rows:
     """One split of undecoded images.
 
     Attributes:
-        values: the label of each row, as it is stored: integers or strings.
-        names: the class names that integer values index, or None where the values are all there is.
+        values: the label of each row: whole numbers or words, or None where there is none.
+        names: the class names that whole numbers index, or None where the values are all there is.
         files: what the rows are read from.
         image_column: name of the column that holds the images.
+        notes: what was left out, a sentence each.
     """
 
     values: list
     names: tuple[str, ...] | None
     files: tuple[Path, ...]
     image_column: str = ""
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.values)
@@ -46,67 +64,118 @@ class Rows:
         """The place of one row, for messages."""
         raise NotImplementedError
 
+    @property
+    def withheld(self) -> bool:
+        """Whether no row has a label, as in a test split whose labels are kept back."""
+        return bool(self.values) and all(value is None or value == WITHHELD for value in self.values)
+
+
+class Part(NamedTuple):
+    """The rows of one file, or of one split of the hub."""
+
+    title: str
+    """What to call it in messages."""
+    labels: list
+    names: tuple[str, ...] | None
+    folder: Path | None
+    """What relative paths of images start from."""
+
 
 class TableRows(Rows):
-    """Rows of an arrow table, in memory or mapped from disk.
+    """Rows of arrow tables, in memory or mapped from disk.
 
     Args:
-        table: anything with arrow's `column(name)`.
-        schema: arrow schema with the features that Hugging Face `datasets` notes in its metadata, if any.
-        title: what to call the data in messages.
+        image_column: name of the column that holds the images.
+        images: the images as arrow columns, which follow each other.
+        parts: the labels, file by file.
         files: what the rows are read from.
-        counts: rows per file, where `files` are what the user knows; default: `title` says where a row is.
+        folders: where the images may lie that a cell names by their path.
+
+    Raises:
+        LayerwiseError: parts with differing class lists, or with numbers here and words there; a path that leads out of
+            the folders.
     """
 
-    def __init__(self, table: Any, schema: Any, title: str, files: Sequence[Path], counts: Sequence[int] = ()):
-        self.image_column, label_column, self.names = find_columns(schema, title)
-        self.title = title
-        self.files = tuple(files)
-        self.images = table.column(self.image_column)
-        self.values = table.column(label_column).to_pylist()
-        self.ends = list(accumulate(counts))
+    def __init__(
+        self,
+        image_column: str,
+        images: Sequence[Any],
+        parts: Sequence[Part],
+        files: Sequence[Path],
+        folders: Sequence[Path],
+    ):
+        self.image_column, self.images, self.folders = image_column, images, folders
+        self.parts = [part for part in parts if part.labels] or list(parts[:1])
+        self.names = _same_classes(self.parts)
+        self.values = [value for part in self.parts for value in part.labels]
+        self.ends = list(accumulate(len(part.labels) for part in self.parts))
+        self.image_ends = list(accumulate(len(column) for column in images))
+        self.files = (*files, *self._named_files())
 
     def read(self, row: int) -> bytes:
-        cell = self.images[row].as_py()
-        if isinstance(cell, dict):
-            cell = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"] or "").read_bytes()
-        if cell is None:
-            raise OSError("no image")
-        return cell
+        content = _content(self._cell(row))
+        return content if isinstance(content, bytes) else read_bytes(self._path(row, content))
 
     def where(self, row: int) -> str:
-        if not self.ends:
-            return f"row {row} of {self.title}"
-        part = bisect_right(self.ends, row)
-        return f"row {row - (self.ends[part - 1] if part else 0)} of {self.files[part]}"
+        part, inner = _place(self.ends, row)
+        return f"row {inner} of {self.parts[part].title}"
+
+    def _cell(self, row: int) -> Any:
+        column, inner = _place(self.image_ends, row)
+        return self.images[column][inner].as_py()
+
+    def _named_files(self) -> list[Path]:
+        """The files that cells name in place of an image, each of them checked."""
+        named = []
+        for column, start in zip(self.images, [0, *self.image_ends], strict=False):
+            named += [start + row for row in _rows_without_bytes(column)]
+        paths = [(row, _content(self._cell(row))) for row in named]
+        return sorted({self._path(row, path) for row, path in paths if path and isinstance(path, str)})
+
+    def _path(self, row: int, path: str) -> Path:
+        """The file that a cell names, if it lies in the folder of the data."""
+        if not path:
+            raise LayerwiseError(f"{self.where(row)} holds no image; fill it or take it out.")
+        start = self.parts[_place(self.ends, row)[0]].folder
+        file = Path(path) if start is None else start / path
+        try:
+            found = file.resolve()
+        except (OSError, ValueError, RuntimeError):
+            found = None
+        if found is None or not any(found.is_relative_to(folder.resolve()) for folder in self.folders):
+            raise LayerwiseError(
+                f"{self.where(row)} names the file {shown(path)}, which is not in the folder of the data; put the "
+                "image there, or into the cell."
+            )
+        check_regular(found, f"{self.where(row)} names it as its image")
+        return found
 
 
 class FileRows(Rows):
-    """One image file per row; the class of a file is the folder that it lies in.
+    """One image file per row.
 
     Args:
-        folder: folder with one folder per class.
+        folder: what the files lie in; links do not lead out of it. None for files that the user named one by one.
+        files: the files.
+        values: the class of each, an index of `names`, or None; default None for all.
+        names: the class names.
     """
 
-    def __init__(self, folder: Path):
-        kinds = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-        found = {kind: sorted(p for p in kind.rglob("*") if p.suffix.lower() in SUFFIXES) for kind in kinds}
-        if not any(found.values()):
-            raise LayerwiseError(f"no images under {folder}; lay them out as {folder}/CLASS/NAME.png")
-        for kind, files in found.items():
-            if not files:
-                raise LayerwiseError(f"class folder {kind} holds no images; fill it or remove it")
-        if len(kinds) == 1:
-            raise LayerwiseError(f"{folder} holds the one class {kinds[0].name!r}; give two or more class folders")
-        self.files = tuple(file for files in found.values() for file in files)
-        self.values = [label for label, files in enumerate(found.values()) for _ in files]
-        self.names = tuple(kind.name for kind in kinds)
+    def __init__(
+        self,
+        folder: Path | None,
+        files: Sequence[Path],
+        values: Sequence[int | None] | None = None,
+        names: tuple[str, ...] | None = None,
+    ):
+        self.folder, self.files, self.names = folder, tuple(files), names
+        self.values = [None] * len(self.files) if values is None else list(values)
 
     def read(self, row: int) -> bytes:
-        return self.files[row].read_bytes()
+        return read_bytes(self.files[row], "replace it or take it out", self.folder)
 
     def where(self, row: int) -> str:
-        return str(self.files[row])
+        return shown(self.files[row])
 
 
 def need(module: str) -> Any:
@@ -128,20 +197,62 @@ def find_local(name: str, root: str | Path | None) -> Path | None:
     base = root if root is not None else os.environ.get("LAYERWISE_DATA")
     if not base:
         return None
-    if not Path(base).is_dir():
+    if kind_of(base) != "folder":
         origin = "the data root" if root is not None else "LAYERWISE_DATA"
-        raise LayerwiseError(f"{origin} names {base}, which is not a folder; point it to a folder of data sets")
+        raise LayerwiseError(f"{origin} names {shown(base)}, which is not a folder; point it to a folder of data sets")
     folder = Path(base) / name
-    return folder if folder.is_dir() else None
+    return folder if kind_of(folder) == "folder" else None
+
+
+def class_folders(folder: Path) -> FileRows:
+    """The images below a folder with one folder per class.
+
+    Raises:
+        LayerwiseError: no images, or a class without one.
+    """
+    kinds = list_folders(folder)
+    found = {kind: list_files(kind, SUFFIXES) for kind in kinds}
+    if not any(found.values()):
+        raise LayerwiseError(f"no images under {shown(folder)}; lay them out as {shown(folder)}/CLASS/NAME.png")
+    for kind, files in found.items():
+        if not files:
+            raise LayerwiseError(f"class folder {shown(kind)} holds no images; fill it or remove it")
+    values = [label for label, files in enumerate(found.values()) for _ in files]
+    names = check_words([kind.name for kind in kinds], shown(folder))
+    rows = FileRows(folder, [file for files in found.values() for file in files], values, names)
+    others = len(list_files(folder)) - len(rows)
+    if others > 0:
+        rows.notes = (f"{others} files under {shown(folder)} are no images in a class folder and are left out",)
+    return rows
 
 
 def open_imagefolder(path: Path) -> dict[str, Rows]:
-    """The splits of `path`/train and `path`/test, or `path` as the training split."""
-    if not path.is_dir():
-        raise LayerwiseError(f"{path} is not a folder; give imagefolder: a folder with one folder per class")
-    if not (path / "train").is_dir():
-        return {"train": FileRows(path)}
-    return {split: FileRows(path / split) for split in ("train", *TEST_NAMES) if (path / split).is_dir()}
+    """The splits of `path`/train, `path`/test, ..., or `path` as the training split."""
+    if kind_of(path) != "folder":
+        raise LayerwiseError(f"{shown(path)} is not a folder; give imagefolder: a folder with one folder per class")
+    folders = list_folders(path)
+    splits: dict[str, Path] = {}
+    for folder in folders:
+        name = folder.name.lower()
+        if name in splits:
+            raise LayerwiseError(f"{shown(path)} has two folders {name}, in small and capital letters; join them")
+        if name in ("train", *TEST_NAMES):
+            splits[name] = folder
+    if "train" not in splits:
+        if folders and len(splits) == len(folders):
+            raise LayerwiseError(
+                f"{shown(path)} has no folder train, only {', '.join(folder.name for folder in folders)}; add it"
+            )
+        return {"train": class_folders(path)}
+    found: dict[str, Rows] = {"train": class_folders(splits.pop("train"))}
+    for split, folder in splits.items():
+        images = list_files(folder, SUFFIXES)
+        unlabelled = images and not list_folders(folder)
+        found[split] = FileRows(folder, images) if unlabelled else class_folders(folder)
+    others = [folder.name for folder in folders if folder.name.lower() not in found]
+    if others:
+        found["train"].notes += (f"folders of {shown(path)} that are no split are left out: {few(others)}",)
+    return found
 
 
 def open_parquet(path: Path, in_memory_limit: int) -> dict[str, Rows]:
@@ -149,20 +260,26 @@ def open_parquet(path: Path, in_memory_limit: int) -> dict[str, Rows]:
 
     A file belongs to the split that its name or its folder names; files that name none are the training split.
     """
-    if not path.exists():
-        raise LayerwiseError(f"{path} does not exist; give parquet: a parquet file or a folder of them")
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    kind = kind_of(path)
+    if kind is None:
+        raise LayerwiseError(f"{shown(path)} does not exist; give parquet: a parquet file or a folder of them")
+    files = list_files(path, (".parquet",)) if kind == "folder" else [path]
     if not files:
-        raise LayerwiseError(f"no *.parquet file under {path}; point to the folder that holds them")
+        raise LayerwiseError(f"no *.parquet file under {shown(path)}; point to the folder that holds them")
+    folder = path if kind == "folder" else path.parent
     splits: dict[str | None, list[Path]] = {}
     for file in files:
-        words = SPLIT.findall(str(file.relative_to(path)).lower()) if path.is_dir() else ()
+        words = SPLIT.findall(str(file.relative_to(path)).lower()) if kind == "folder" else ()
         splits.setdefault(words[-1] if words else None, []).append(file)
     if None in splits:
         if len(splits) > 1:
-            raise LayerwiseError(f"cannot tell the split of {splits[None][0]}; put train or test into its name")
+            raise LayerwiseError(f"cannot tell the split of {shown(splits[None][0])}; put train or test into its name")
         splits = {"train": splits[None]}
-    return {str(split): _read_parquet(files, in_memory_limit) for split, files in splits.items()}
+    columns: Columns | None = None
+    found: dict[str, Rows] = {}
+    for split in sorted(splits, key=lambda split: split != "train"):  # what a test split lacks, the first one tells
+        found[str(split)], columns = _read_parquet(splits[split], folder, in_memory_limit, columns)
+    return {str(split): found[str(split)] for split in splits}
 
 
 def open_hub(repository: str, advice: str = "") -> dict[str, Rows]:
@@ -180,15 +297,16 @@ def open_hub(repository: str, advice: str = "") -> dict[str, Rows]:
                 f"cannot get {repository} from the Hugging Face hub ({type(error).__name__}: {reason}); "
                 f"check the name and the network{advice}"
             ) from error
-    return {
-        split: TableRows(
-            rows.data,
-            rows.features.arrow_schema,
-            f"{repository} ({split})",
-            [Path(part["filename"]) for part in rows.cache_files],
-        )
-        for split, rows in found.items()
-    }
+    caches = [Path(datasets.config.HF_DATASETS_CACHE), Path(need("huggingface_hub.constants").HF_HUB_CACHE)]
+    splits = {}
+    for split, rows in found.items():
+        title = f"{repository} ({split})"
+        columns = find_columns(rows.features.arrow_schema, title)
+        labels = _labels_of(rows.data.column(columns.label), columns, title) if columns.label else [None] * len(rows)
+        part = Part(title, labels, columns.names, None)
+        files = [Path(cached["filename"]) for cached in rows.cache_files]
+        splits[split] = TableRows(columns.image, [rows.data.column(columns.image)], [part], files, caches)
+    return splits
 
 
 def _unreachable(repository: str) -> str:
@@ -217,69 +335,156 @@ def _offline() -> Iterator[None]:
             place.HF_HUB_OFFLINE = value
 
 
-def find_columns(schema: Any, title: str) -> tuple[str, str, tuple[str, ...] | None]:
-    """Names of the image column and of the label column, and the class names where the schema has them."""
+class Columns(NamedTuple):
+    """Where a table of images has what."""
+
+    image: str
+    label: str | None
+    """None where the labels of a test split are kept back."""
+    names: tuple[str, ...] | None
+    """The class names that whole numbers index, where the file notes them."""
+
+
+def find_columns(schema: Any, title: str, known: Columns | None = None) -> Columns:
+    """The columns of images and of labels, and the class names where the schema has them.
+
+    Args:
+        schema: arrow schema, with the features that Hugging Face `datasets` notes in its metadata, if any.
+        title: what to call the table in messages.
+        known: the columns of the training split, which a further split has too, apart from the labels.
+    """
     types = need("pyarrow").types
-    noted = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = noted.get("info", {}).get("features", {})
-    features = {name: feature for name, feature in features.items() if isinstance(feature, dict)}
+    features = _features(schema, title)
 
     def kind(name: str) -> str | None:
         return features.get(name, {}).get("_type")
 
     def is_image(field: Any) -> bool:
-        held = types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
-        return kind(field.name) == "Image" or held
+        struct = types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
+        return kind(field.name) == "Image" or struct or _is_binary(field.type)
 
     def is_label(field: Any) -> bool:
-        text = types.is_string(field.type) or types.is_large_string(field.type)
-        return kind(field.name) == "ClassLabel" or types.is_integer(field.type) or text
+        held = field.type.value_type if types.is_dictionary(field.type) else field.type
+        number = types.is_integer(held) or types.is_boolean(held) or types.is_decimal(held)
+        whole = types.is_floating(held) and field.name in LABEL_NAMES
+        return kind(field.name) == "ClassLabel" or number or whole or str(held) in TEXT_TYPES
 
-    image = pick("image", [field.name for field in schema if is_image(field)], IMAGE_NAMES, schema.names, title)
-    labels = [field.name for field in schema if is_label(field)]
-    noted_labels = [name for name in labels if kind(name) == "ClassLabel"]
-    label = pick("label", noted_labels or labels, LABEL_NAMES, schema.names, title)
+    if known is not None and known.image in schema.names:
+        image = known.image
+    else:
+        images = [field.name for field in schema if is_image(field)]
+        noted = [name for name in images if kind(name) == "Image"]
+        image = _pick_column("image", noted or images, IMAGE_NAMES, schema, title, "encoded images")
+    if known is not None and known.label is not None and known.label not in schema.names:
+        return Columns(image, None, None)
+    labels = [field.name for field in schema if is_label(field) and field.name != image]
+    if known is not None and known.label in labels:
+        label = str(known.label)
+    else:
+        noted = [name for name in labels if kind(name) == "ClassLabel"]
+        label = _pick_column("label", noted or labels, LABEL_NAMES, schema, title, "whole numbers or words")
     names = features[label].get("names") if kind(label) == "ClassLabel" else None
-    return image, label, tuple(names) if names else None
+    if names is None:
+        return Columns(image, label, None)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise LayerwiseError(f"{title} notes no list of words as the classes of {label!r}; write it again.")
+    return Columns(image, label, check_words(names, title) or None)
 
 
-def pick(what: str, candidates: list[str], usual: Sequence[str], columns: Sequence[str], title: str) -> str:
+def check_words(names: Sequence[str], title: str) -> tuple[str, ...]:
+    """The names of classes, as they are.
+
+    Raises:
+        LayerwiseError: a name twice, or two that are the same text in two Unicode spellings.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        key = unicodedata.normalize("NFC", name)
+        other = seen.get(key)
+        seen[key] = name
+        if other == name:
+            raise LayerwiseError(f"{title} lists the class {name!r} twice; give each class a name of its own.")
+        if other is not None:
+            raise LayerwiseError(
+                f"{title} spells the class {name!r} in two ways, as {other!a} and {name!a}; use one of them."
+            )
+    return tuple(names)
+
+
+def few(names: Sequence[str] | None) -> str:
+    """The first ten of some names."""
+    if names is None:
+        return "no names"
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+
+
+def pick(what: str, candidates: Sequence[str], usual: Sequence[str], columns: Sequence[str], title: str) -> str:
     """The column to use: the first of the usual names among the candidates, or the only candidate."""
     for name in usual:
         if name in candidates:
             return name
     if len(candidates) == 1:
         return candidates[0]
-    problem = f"several {what} columns ({', '.join(candidates)})" if candidates else f"no {what} column"
-    raise LayerwiseError(
-        f"{title} has {problem} among its columns {', '.join(columns)}; name the one to use {usual[0]!r}"
-    )
+    problem = f"several {what} columns ({few(candidates)})" if candidates else f"no {what} column"
+    raise LayerwiseError(f"{title} has {problem} among its columns {few(columns)}; name the one to use {usual[0]!r}")
 
 
-def _read_parquet(files: list[Path], in_memory_limit: int) -> TableRows:
-    pyarrow, parquet = need("pyarrow"), need("pyarrow.parquet")
-    tables, counts = [], []
-    mapped = sum(file.stat().st_size for file in files) > in_memory_limit
-    columns: list[str] = []
-    schema = None
+def _pick_column(what: str, candidates: list[str], usual: Sequence[str], schema: Any, title: str, wanted: str) -> str:
+    """`pick`, but a column of the right name that holds the wrong things is told of as what it is."""
+    named = [name for name in usual if name in schema.names]
+    if named and named[0] not in candidates and not any(name in candidates for name in usual):
+        held = schema.field(named[0]).type
+        raise LayerwiseError(f"column {named[0]!r} of {title} holds {held}, not {wanted}; store them as such.")
+    return pick(what, candidates, usual, schema.names, title)
+
+
+def _features(schema: Any, title: str) -> dict[str, dict]:
+    """What Hugging Face `datasets` has noted about the columns."""
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
+    except (ValueError, AttributeError, RecursionError) as reason:
+        raise LayerwiseError(f"{title} holds damaged notes about its columns; write it again.") from reason
+
+
+def _read_parquet(
+    files: list[Path], folder: Path, in_memory_limit: int, known: Columns | None
+) -> tuple[TableRows, Columns]:
+    parquet = need("pyarrow.parquet")
+    advice = "give parquet: a parquet file or a folder of them"
+    mapped = sum(check_regular(file, advice).st_size for file in files) > in_memory_limit
+    images, parts = [], []
+    first: Columns | None = None
     for file in files:
+        title = shown(file)
         try:
             opened = parquet.ParquetFile(file)
-            if schema is None:
-                schema = opened.schema_arrow
-                columns = list(find_columns(schema, str(file))[:2])
-            for column in columns:
-                if column not in opened.schema_arrow.names:
-                    raise LayerwiseError(f"{file} has no column {column!r}, as {files[0]} has; take one of them out")
-            counts.append(opened.metadata.num_rows)
+            schema = opened.schema_arrow
+            if first is None:
+                columns = first = find_columns(schema, title, known)
+            else:
+                for column in first[:2]:
+                    if column is not None and column not in schema.names:
+                        raise LayerwiseError(
+                            f"{title} has no column {column!r}, as {shown(files[0])} has; take one of them out"
+                        )
+                columns = find_columns(schema, title, first)
+            count = opened.metadata.num_rows
+            labels: list = [None] * count
+            if columns.label is not None:
+                labels = _labels_of(opened.read(columns=[columns.label]).column(0), columns, title)
             if not mapped:
-                tables.append(opened.read(columns=columns))
-        except (OSError, pyarrow.ArrowException) as error:
-            raise LayerwiseError(f"{file} is not a readable parquet file; fetch it again") from error
-    if not sum(counts):
-        raise LayerwiseError(f"{files[0]} holds no rows; give a parquet file with samples")
-    table = _map_parquet(files, columns) if mapped else pyarrow.concat_tables(tables, promote_options="permissive")
-    return TableRows(table, schema, str(files[0]), files, counts)
+                images.append(opened.read(columns=[columns.image]).column(0))
+        except LayerwiseError:
+            raise
+        except Exception as error:  # arrow raises many kinds about damaged bytes, and numbers in them may be huge
+            raise LayerwiseError(f"{title} is not a readable parquet file; fetch it again") from error
+        parts.append(Part(title, labels, columns.names, file.parent))
+    if first is None or not any(part.labels for part in parts):
+        raise LayerwiseError(f"{shown(files[0])} holds no rows; give a parquet file with samples")
+    if mapped:
+        images = [_map_parquet(files, [first.image]).column(first.image)]
+    return TableRows(first.image, images, parts, files, [folder]), first
 
 
 def _map_parquet(files: list[Path], columns: list[str]) -> Any:
@@ -293,9 +498,92 @@ def _map_parquet(files: list[Path], columns: list[str]) -> Any:
             ).data
         except Exception as error:  # a foreign loader: a full disk comes as one of several types
             raise LayerwiseError(
-                f"cannot lay {files[0]} out for streaming under {cache} ({type(error).__name__}); "
+                f"cannot lay {shown(files[0])} out for streaming under {cache} ({type(error).__name__}); "
                 "set XDG_CACHE_HOME to a folder with room"
             ) from error
+
+
+def _labels_of(column: Any, columns: Columns, title: str) -> list:
+    """The labels of a column as whole numbers or words; None where a cell is empty."""
+    found = []
+    for row, value in enumerate(column.to_pylist()):
+        if isinstance(value, bool):
+            value = int(value) if columns.names else str(value)
+        elif isinstance(value, (float, Decimal)):
+            if math.isnan(value):
+                value = None
+            elif not math.isfinite(value) or value != int(value):
+                raise LayerwiseError(
+                    f"row {row} of {title} has the label {value} in column {columns.label!r}, which is no class; "
+                    "give whole numbers or words."
+                )
+            else:
+                value = int(value)
+        elif value == "":
+            value = None
+        if columns.names and isinstance(value, str):
+            if value not in columns.names:
+                raise LayerwiseError(
+                    f"row {row} of {title} has the label {value!r}, which is none of the classes that the file notes "
+                    f"({few(columns.names)}); correct one of them."
+                )
+            value = columns.names.index(value)
+        found.append(value)
+    return found
+
+
+def _same_classes(parts: Sequence[Part]) -> tuple[str, ...] | None:
+    """The class list that all parts share; numbers in one part and words in another share nothing."""
+    first = parts[0]
+    for part in parts[1:]:
+        if part.names != first.names:
+            raise LayerwiseError(
+                f"the class lists of {first.title} ({few(first.names)}) and of {part.title} ({few(part.names)}) "
+                "differ; give all files of a split the same list."
+            )
+    words = [next((isinstance(value, str) for value in part.labels if value is not None), None) for part in parts]
+    for part, kind in zip(parts, words, strict=True):
+        other = next((index for index, found in enumerate(words) if None not in (kind, found) and found != kind), None)
+        if other is not None:
+            held = ("whole numbers", "words") if not kind else ("words", "whole numbers")
+            raise LayerwiseError(
+                f"the labels of {part.title} are {held[0]} and those of {parts[other].title} are {held[1]}; "
+                "write them alike."
+            )
+    return first.names
+
+
+def _rows_without_bytes(column: Any) -> list[int]:
+    """The rows of an image column whose cell holds no bytes."""
+    pyarrow, compute = need("pyarrow"), need("pyarrow.compute")
+    rows, start = [], 0
+    for chunk in column.chunks:
+        cells = chunk
+        if pyarrow.types.is_struct(chunk.type) and chunk.type.get_field_index("bytes") >= 0:
+            cells = compute.struct_field(chunk, "bytes")
+        if not _is_binary(cells.type):
+            rows += range(start, start + len(chunk))
+        elif cells.null_count:
+            rows += [start + row for row in compute.indices_nonzero(compute.is_null(cells)).to_pylist()]
+        start += len(chunk)
+    return rows
+
+
+def _is_binary(kind: Any) -> bool:
+    return str(kind).startswith(("binary", "large_binary", "fixed_size_binary"))
+
+
+def _content(cell: Any) -> bytes | str:
+    """The encoded image of a cell, or the path of the file that holds it."""
+    if isinstance(cell, dict):
+        cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
+    return cell if isinstance(cell, (bytes, str)) else ""
+
+
+def _place(ends: Sequence[int], row: int) -> tuple[int, int]:
+    """The part that a row lies in, and its number there."""
+    part = bisect_right(ends, row)
+    return part, row - (ends[part - 1] if part else 0)
 
 
 @contextmanager

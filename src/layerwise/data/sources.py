@@ -2,42 +2,40 @@
 
 import copy
 import hashlib
-import io
 import json
 import os
 import tempfile
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from layerwise.data.rows import Rows, cache_folder, need
+from layerwise.data.pictures import (
+    DEEP_MODES,
+    GREY_MODES,
+    Header,
+    ImageFormat,
+    decode,
+    pick_ground,
+    read_header,
+    refusal,
+    stack,
+)
+from layerwise.data.rows import Rows, cache_folder
 from layerwise.errors import LayerwiseError
+from layerwise.files import check_regular
 
 SAMPLED = 1024  # images whose headers decide the form of a data set
 CHUNK = 256  # images decoded per task
 PREFETCH = 4  # batches decoded ahead of the one in use
 WORKERS = min(4, os.cpu_count() or 1)  # decoding threads: PIL decodes outside the interpreter lock
-BROKEN = (OSError, SyntaxError, ValueError)  # the ways in which PIL says that a file is broken
-GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "F")
-
-
-class ImageFormat(NamedTuple):
-    """What every image of a data set is turned into: PIL mode ("L" or "RGB"), height and width in pixels."""
-
-    mode: str
-    height: int
-    width: int
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return (1 if self.mode == "L" else 3, self.height, self.width)
+DECODING = 2  # version of what decoding gives; images cached by another one are decoded anew
+GROUND_SAMPLE = 256  # transparent images that decide what they are laid on
 
 
 class Source(ABC):
@@ -48,7 +46,8 @@ class Source(ABC):
         shape: (C, H, W) of every image.
         whole: whether the samples belong together, so that one batch holds them all, in order.
         pictures: whether the samples are pictures, which may be augmented.
-        dtype: of the values: uint8 for pixels, of which mean and std count 255 as 1, or float64.
+        dtype: uint8 for pixels, of which mean and std count 255 as 1 (they may be held as float32 of that scale, where
+            images have more than 8 bits), or float64 for other numbers.
     """
 
     labels: Tensor
@@ -63,7 +62,7 @@ class Source(ABC):
 
     @abstractmethod
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The samples at `indices` (int64 (B,)): images uint8 (B, C, H, W) and labels int64 (B,)."""
+        """The samples at `indices` (int64 (B,)): images (B, C, H, W) from 0 to 255, labels int64 (B,)."""
 
     @abstractmethod
     def batches(self, indices: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -92,8 +91,11 @@ class InMemorySource(Source):
     """Images that are held decoded.
 
     Args:
-        images: uint8 (N, C, H, W).
+        images: uint8 (N, C, H, W), or float32 on the same scale from 0 to 255.
         labels: int64 (N,).
+
+    Raises:
+        LayerwiseError: images and labels that do not fit each other.
 
     A subclass keeps its kind in `subset`, `to` and `without_images`.
 
@@ -104,6 +106,12 @@ class InMemorySource(Source):
     """
 
     def __init__(self, images: Tensor, labels: Tensor):
+        images, labels = torch.as_tensor(images), torch.as_tensor(labels)  # arrays of numpy too
+        if images.ndim != 4 or labels.shape != images.shape[:1]:
+            raise LayerwiseError(
+                f"images of shape {tuple(images.shape)} and labels of shape {tuple(labels.shape)} are no samples; give "
+                "images (N, C, H, W) and labels (N,)."
+            )
         self.images = images
         self.labels = labels
         channels, height, width = images.shape[1:]
@@ -149,7 +157,7 @@ class StreamedSource(Source):
         self.shape = form.shape
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        images = _stack([_pixels(self.rows, row, self.form)[0] for row in self.chosen[indices].tolist()], self.form)
+        images = stack([_pixels(self.rows, row, self.form)[0] for row in self.chosen[indices].tolist()], self.form)
         return images, self.labels[indices]
 
     def batches(self, indices: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -175,104 +183,111 @@ class StreamedSource(Source):
 def sample_form(rows: Rows, size: int | None) -> tuple[ImageFormat, int]:
     """The form that fits most of the images, and the estimated bytes of all of them when decoded.
 
-    Judged by the headers of up to 1,024 evenly spaced images. A `size` in pixels stands in for the common size.
+    Judged by the headers of up to 1,024 evenly spaced images, and by the pixels of those that may be transparent. A
+    `size` in pixels stands in for the common size.
     """
     step = max(1, len(rows) // SAMPLED)
-    seen = [_header(rows, row) for row in range(0, len(rows), step)]
-    grey = sum(mode in GREY_MODES for mode, _ in seen)
-    mode = "L" if 2 * grey > len(seen) else "RGB"
-    width, height = (size, size) if size else Counter(pixels for _, pixels in seen).most_common(1)[0][0]
-    pixels = width * height if size else sum(w * h for _, (w, h) in seen) / len(seen)
-    return ImageFormat(mode, height, width), int(len(rows) * pixels * (1 if mode == "L" else 3))
+    seen = {row: _header(rows, row) for row in range(0, len(rows), step)}
+    grey = sum(header.mode in GREY_MODES for header in seen.values())
+    mode = "RGB"
+    if 2 * grey > len(seen):
+        mode = "F" if any(header.mode in DEEP_MODES for header in seen.values()) else "L"
+    sizes = [header.size for header in seen.values()]
+    width, height = (size, size) if size else Counter(sizes).most_common(1)[0][0]
+    pixels = width * height if size else sum(w * h for w, h in sizes) / len(sizes)
+    clear = [row for row, header in seen.items() if header.transparent]
+    form = ImageFormat(mode, height, width, _ground(rows, clear[:: max(1, len(clear) // GROUND_SAMPLE)]))
+    return form, round(len(rows) * pixels * form.shape[0] * form.dtype.itemsize)
 
 
-def decoded(rows: Rows, form: ImageFormat) -> tuple[Tensor, int, int]:
-    """All images as uint8 (N, C, H, W), the number that had to be resized, and the number converted.
+def decoded(rows: Rows, form: ImageFormat) -> tuple[Tensor, dict[str, int]]:
+    """All images (N, C, H, W), and of what `pictures.decode` does to an image the number of images.
 
     Kept in the user's cache (`$XDG_CACHE_HOME/layerwise` or `~/.cache/layerwise`) under a key of form and of the
     names, sizes and times of the files; a cache that cannot be read or written is not used.
     """
     path = _cache_path(rows, form)
-    found = _read_cache(path, (len(rows), *form.shape))
+    found = _read_cache(path, (len(rows), *form.shape), form.dtype)
     if found is None:
         found = _decode(rows, form)
         _write_cache(path, *found)
     return found
 
 
-def _decode(rows: Rows, form: ImageFormat) -> tuple[Tensor, int, int]:
-    images = torch.empty(len(rows), *form.shape, dtype=torch.uint8)
+def _decode(rows: Rows, form: ImageFormat) -> tuple[Tensor, dict[str, int]]:
+    images = torch.empty(len(rows), *form.shape, dtype=form.dtype)
 
-    def fill(start: int) -> tuple[int, int]:
+    def fill(start: int) -> Counter[str]:
         stop = min(start + CHUNK, len(rows))
-        pixels, resized, converted = zip(*(_pixels(rows, row, form) for row in range(start, stop)), strict=True)
-        images[start:stop] = _stack(pixels, form)
-        return sum(resized), sum(converted)
+        pixels, done = zip(*(_pixels(rows, row, form) for row in range(start, stop)), strict=True)
+        images[start:stop] = stack(pixels, form)
+        return Counter(name for names in done for name in names)
 
     with ThreadPoolExecutor(WORKERS) as pool:
         counts = list(pool.map(fill, range(0, len(rows), CHUNK)))
-    return images, sum(resized for resized, _ in counts), sum(converted for _, converted in counts)
+    return images, dict(sum(counts, Counter()))
 
 
-def _stack(pixels: Iterable[bytes], form: ImageFormat) -> Tensor:
-    channels, height, width = form.shape
-    flat = torch.frombuffer(bytearray(b"".join(pixels)), dtype=torch.uint8)
-    return flat.view(-1, height, width, channels).permute(0, 3, 1, 2).contiguous()
-
-
-def _header(rows: Rows, row: int) -> tuple[str, tuple[int, int]]:
+def _header(rows: Rows, row: int) -> Header:
     try:
-        image = need("PIL.Image").open(io.BytesIO(rows.read(row)))
-    except BROKEN as error:
-        raise _unreadable(rows, row) from error
-    return image.mode, image.size
+        return read_header(rows.read(row))
+    except Exception as reason:  # PIL raises many kinds about a broken file
+        raise refusal(rows.where(row), reason) from reason
 
 
-def _pixels(rows: Rows, row: int, form: ImageFormat) -> tuple[bytes, bool, bool]:
-    """One image in `form`: its bytes in (H, W, C) order, and whether it had to be resized or converted."""
-    pil, ops = need("PIL.Image"), need("PIL.ImageOps")
+def _ground(rows: Rows, chosen: Sequence[int]) -> int:
+    row = 0
+
+    def contents() -> Iterator[bytes]:
+        nonlocal row
+        for row in chosen:
+            yield rows.read(row)
+
     try:
-        image = pil.open(io.BytesIO(rows.read(row)))
-        image.load()
-    except BROKEN as error:
-        raise _unreadable(rows, row) from error
-    resized, converted = image.size != (form.width, form.height), image.mode != form.mode
-    if converted:
-        if "transparency" in image.info:  # PIL warns unless a palette with alpha goes through RGBA
-            image = image.convert("RGBA")
-        image = image.convert(form.mode)
-    if resized:  # the largest centred part of the wanted proportions, scaled
-        image = ops.fit(image, (form.width, form.height), pil.Resampling.BILINEAR)
-    return image.tobytes(), resized, converted
+        return pick_ground(contents())
+    except Exception as reason:
+        raise refusal(rows.where(row), reason) from reason
 
 
-def _unreadable(rows: Rows, row: int) -> LayerwiseError:
-    return LayerwiseError(f"{rows.where(row)} is not a readable image; replace it or take it out")
+def _pixels(rows: Rows, row: int, form: ImageFormat) -> tuple[bytes, frozenset[str]]:
+    try:
+        return decode(rows.read(row), form)
+    except Exception as reason:
+        raise refusal(rows.where(row), reason) from reason
 
 
 def _cache_path(rows: Rows, form: ImageFormat) -> Path:
-    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in rows.files]
-    key = hashlib.sha256(json.dumps([tuple(form), rows.image_column, files]).encode()).hexdigest()[:32]
+    files = []
+    for path in rows.files:
+        status = check_regular(path)
+        files.append((os.path.abspath(path), status.st_size, status.st_mtime_ns))
+    key = hashlib.sha256(json.dumps([DECODING, tuple(form), rows.image_column, files]).encode()).hexdigest()[:32]
     return cache_folder() / "decoded" / f"{key}.safetensors"
 
 
-def _read_cache(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, int, int] | None:
+def _read_cache(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, dict[str, int]] | None:
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_regular(path)
         with safe_open(path, "pt") as file:
             images, about = file.get_tensor("images"), file.metadata()
-        whole = images.shape == shape and zlib.crc32(images.numpy().tobytes()) == int(about["crc32"])
-        return (images, int(about["resized"]), int(about["converted"])) if whole else None
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        counts = json.loads(about["done"])
+        whole = images.shape == shape and images.dtype == dtype and _checksum(images) == about["crc32"]
+        return (images, {str(name): int(count) for name, count in counts.items()}) if whole else None
+    except (LayerwiseError, OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError):
         return None  # absent, torn or of another make: built anew
 
 
-def _write_cache(path: Path, images: Tensor, resized: int, converted: int) -> None:
+def _checksum(images: Tensor) -> str:
+    return str(zlib.crc32(images.numpy().tobytes()))
+
+
+def _write_cache(path: Path, images: Tensor, done: dict[str, int]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    about = {"crc32": str(zlib.crc32(images.numpy().tobytes())), "resized": str(resized), "converted": str(converted)}
+    about = {"crc32": _checksum(images), "done": json.dumps(done)}
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,12 @@
 """Tables of numbers with a class per row, out of CSV files."""
 
 import csv
-import math
+import io
+import os
+import re
+from collections import Counter
 from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,9 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerwise.data.rows import LABEL_NAMES, pick
+from layerwise.data.rows import LABEL_NAMES, check_words, few, pick
 from layerwise.data.sources import InMemorySource
 from layerwise.errors import LayerwiseError
+from layerwise.files import open_regular, shown
+
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")  # what float() takes and more people mean
+PLAIN = re.compile(r"[0-9+\-.eE \t,]*")  # rows of such cells, joined by commas, may go through float()
+WHOLE = re.compile(r"[+-]?[0-9]+")
+UNNAMED = re.compile(r"(Unnamed: [0-9]+)?")  # what pandas calls a column without a name, and what it writes
+EXACT = 2**53  # whole numbers beyond it do not all have a float64 of their own
+ADVICE = "give the path of a CSV file"
 
 
 class TableSource(InMemorySource):
@@ -34,26 +46,43 @@ class Table(NamedTuple):
     classes: tuple[str, ...]
     columns: tuple[str, ...]
     """Names of the columns of numbers, in order."""
+    notes: tuple[str, ...]
+    """What was left out or looks wrong, a sentence each."""
+
+
+class Lines(NamedTuple):
+    """A CSV file as it stands."""
+
+    title: str
+    names: list[str]
+    rows: list[list[str]]
+    numbers: list[int]
+    """The line on which each row ends."""
 
 
 def read_table(path: Path) -> Table:
     """Read a CSV file: a line of names, then rows of numbers with a label each.
 
-    One column holds the labels: the first of label, labels, class, target and y that is there. Words are classes in
-    alphabetical order, whole numbers in their own.
+    One column holds the labels: the first of label, labels, class, target and y that is there. Every different word is
+    a class: whole numbers in their order, anything else in alphabetical order. A column of row numbers without a name,
+    as pandas writes it, is left out.
 
     Raises:
-        LayerwiseError: a file that `read_columns` refuses; no column of labels, or no other one; a label that is absent
-            or a fraction; fewer than two classes.
+        LayerwiseError: a file that `read_columns` refuses; no column of labels, or no other one; another column without
+            a name; a label that is absent or a fraction; fewer than two classes.
     """
-    names, rows = _read(path)
-    label = pick("label", [name for name in names if name in LABEL_NAMES], LABEL_NAMES, names, str(path))
-    columns = tuple(name for name in names if name != label)
+    lines = _read(path)
+    label = pick("label", [name for name in lines.names if name in LABEL_NAMES], LABEL_NAMES, lines.names, lines.title)
+    unnamed = {place: name for place, name in enumerate(lines.names) if UNNAMED.fullmatch(name)}
+    columns = [(place, name) for place, name in enumerate(lines.names) if name != label and place not in unnamed]
+    notes = [_left_out(lines, place) for place in unnamed]
+    _check_names(lines, [name for _, name in columns])
     if not columns:
-        raise LayerwiseError(f"{path} has no column but {label!r}; give columns of numbers to learn from.")
-    place = names.index(label)
-    classes, labels = _classes(path, label, [(line, row[place].strip()) for line, row in rows])
-    return Table(TableSource(_numbers(path, names, rows, columns), labels), classes, columns)
+        raise LayerwiseError(f"{lines.title} has no column but {label!r}; give columns of numbers to learn from.")
+    classes, labels = _classes(lines, label)
+    values = _numbers(lines, [place for place, _ in columns])
+    notes += _row_numbers(lines, values, columns)
+    return Table(TableSource(values, labels), classes, tuple(name for _, name in columns), tuple(notes))
 
 
 def read_columns(path: Path, columns: Sequence[str]) -> Tensor:
@@ -61,13 +90,15 @@ def read_columns(path: Path, columns: Sequence[str]) -> Tensor:
 
     Raises:
         LayerwiseError: no such file or column, a cell that is no finite number, a row with too many or too few cells, a
-            name that two columns have.
+            name that two columns have, different long whole numbers that floating point cannot tell apart.
     """
-    names, rows = _read(path)
-    absent = [name for name in columns if name not in names]
-    if absent:
-        raise LayerwiseError(f"{path} has no column {absent[0]!r}; its columns are {', '.join(names)}.")
-    return _numbers(path, names, rows, columns)
+    lines = _read(path)
+    places = {name: place for place, name in enumerate(lines.names)}
+    absent = next((name for name in columns if name not in places), None)
+    if absent is not None:
+        raise LayerwiseError(f"{lines.title} has no column {absent!r}; its columns are {few(lines.names)}.")
+    _check_names(lines, columns)
+    return _numbers(lines, [places[name] for name in columns])
 
 
 def column_statistics(values: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -80,70 +111,142 @@ def column_statistics(values: Tensor) -> tuple[tuple[float, ...], tuple[float, .
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
-def _read(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Names of the columns; the rows with the number of their line."""
+def _read(path: Path) -> Lines:
+    title = shown(path)
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = csv.reader(file, strict=True)
-            rows = [(lines.line_num, row) for row in lines if row]
-    except FileNotFoundError as reason:
-        raise LayerwiseError(f"there is no file {path}; give the path of a CSV file.") from reason
-    except (OSError, UnicodeDecodeError, csv.Error) as reason:
+        with open_regular(path, ADVICE) as raw:
+            _check_memory(title, os.fstat(raw.fileno()).st_size)
+            reader = csv.reader(io.TextIOWrapper(raw, encoding="utf-8-sig", newline=""), strict=True)
+            found = [(reader.line_num, row) for row in reader if row]
+    except (OSError, UnicodeDecodeError, csv.Error, MemoryError) as reason:
         raise LayerwiseError(
-            f"{path} is not a readable CSV file ({reason}); write it as UTF-8 with commas."
+            f"{title} is not a readable CSV file ({reason or 'too large'}); write it as UTF-8 with commas."
         ) from reason
-    if len(rows) < 2:
-        raise LayerwiseError(f"{path} holds no rows; give a line of column names, then a line per sample.")
-    names = [name.strip() for name in rows[0][1]]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise LayerwiseError(f"{path} has two columns called {twice!r}; give every column a name of its own.")
-    for line, row in rows[1:]:
+    if len(found) < 2:
+        raise LayerwiseError(f"{title} holds no rows; give a line of column names, then a line per sample.")
+    names = [name.strip() for name in found[0][1]]
+    for line, row in found[1:]:
         if len(row) != len(names):
             raise LayerwiseError(
-                f"line {line} of {path} has {len(row)} cells, and the first line {len(names)} names; correct it."
+                f"line {line} of {title} has {len(row)} cells, and the first line {len(names)} names; correct it."
             )
-    return names, rows[1:]
+    return Lines(title, names, [row for _, row in found[1:]], [line for line, _ in found[1:]])
 
 
-def _numbers(path: Path, names: list[str], rows: list[tuple[int, list[str]]], columns: Sequence[str]) -> Tensor:
-    places = [(name, names.index(name)) for name in columns]
-    values = [[_number(path, line, name, row[place]) for name, place in places] for line, row in rows]
-    return torch.tensor(values, dtype=torch.float64)[:, :, None, None]
-
-
-def _number(path: Path, line: int, column: str, cell: str) -> float:
-    try:
-        value = float(cell)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
+def _check_memory(title: str, size: int) -> None:
+    """Refuse a file that the memory of this machine cannot hold."""
+    if hasattr(os, "sysconf") and size > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) > 0:
         raise LayerwiseError(
-            f"line {line} of {path} has {cell!r} in column {column!r}, which is no finite number; fill gaps, and write "
-            "categories as numbers."
+            f"{title} has {size} bytes, and a table is held in memory, which has {memory} here; give a smaller one."
         )
-    return value
 
 
-def _classes(path: Path, column: str, words: list[tuple[int, str]]) -> tuple[tuple[str, ...], Tensor]:
+def _check_names(lines: Lines, used: Sequence[str]) -> None:
+    counts = Counter(lines.names)
+    twice = next((name for name in used if counts[name] > 1), None)
+    if twice is not None:
+        raise LayerwiseError(f"{lines.title} has two columns called {twice!r}; give every column a name of its own.")
+
+
+def _left_out(lines: Lines, place: int) -> str:
+    """A note on a column without a name, if it is empty or numbers the rows."""
+    cells = [row[place].strip() for row in lines.rows]
+    if not any(cells):
+        return f"column {place + 1} of {lines.title} has no name and no content and is left out"
+    if all(WHOLE.fullmatch(cell) for cell in cells) and len(set(cells)) == len(cells):
+        return f"column {place + 1} of {lines.title} has no name and numbers the rows, so it is left out"
+    raise LayerwiseError(f"column {place + 1} of {lines.title} has no name; name it, or take it out.")
+
+
+def _row_numbers(lines: Lines, values: Tensor, columns: Sequence[tuple[int, str]]) -> list[str]:
+    """A note on each column that counts the rows, which gives the class away where they are sorted."""
+    table = values.flatten(1)
+    if len(table) < 3:
+        return []
+    counting = (table[1:] - table[:-1] == 1).all(0).nonzero().flatten().tolist()
+    return [
+        f"column {columns[index][1]!r} of {lines.title} counts the rows; take it out unless the classes depend on it"
+        for index in counting
+    ]
+
+
+def _numbers(lines: Lines, places: Sequence[int]) -> Tensor:
+    """Columns as float64 (N, columns, 1, 1)."""
+    table = np.empty((len(lines.rows), len(places)))
+    for index, row in enumerate(lines.rows):
+        cells = [row[place] for place in places]
+        if not PLAIN.fullmatch(",".join(cells)):
+            _refuse(lines, index, places)
+        try:
+            table[index] = [float(cell) for cell in cells]
+        except ValueError:
+            _refuse(lines, index, places)
+    if not np.isfinite(table).all():
+        _refuse(lines, int((~np.isfinite(table)).any(1).argmax()), places)
+    for column in np.flatnonzero((np.abs(table) >= EXACT).any(0)).tolist():
+        _check_distinct(lines, places[column])
+    return torch.from_numpy(table)[:, :, None, None]
+
+
+def _refuse(lines: Lines, index: int, places: Sequence[int]) -> None:
+    """Tell of the first cell of a row that is no finite number."""
+    for place in places:
+        cell = lines.rows[index][place]
+        if not NUMBER.fullmatch(cell.strip(" \t")) or not np.isfinite(float(cell)):
+            raise LayerwiseError(
+                f"line {lines.numbers[index]} of {lines.title} has {_brief(cell)} in column {lines.names[place]!r}, "
+                "which is no finite number; fill gaps, and write categories as numbers."
+            )
+
+
+def _check_distinct(lines: Lines, place: int) -> None:
+    """Refuse a column in which different long whole numbers are one and the same float64."""
+    first: dict[float, int] = {}
+    for row in lines.rows:
+        cell = row[place].strip()
+        if WHOLE.fullmatch(cell) and len(cell) <= 400 and abs(whole := int(cell)) >= EXACT:
+            other = first.setdefault(float(whole), whole)
+            if other != whole:
+                raise LayerwiseError(
+                    f"{other} and {whole} in column {lines.names[place]!r} of {lines.title} are the same as "
+                    "floating-point numbers; take the column out, or subtract what they share."
+                )
+
+
+def _classes(lines: Lines, column: str) -> tuple[tuple[str, ...], Tensor]:
     """Names of the classes in order, and the labels int64 (N,)."""
-    for line, word in words:
+    _check_names(lines, [column])
+    place = lines.names.index(column)
+    words = [row[place].strip() for row in lines.rows]
+    for line, word in zip(lines.numbers, words, strict=True):
         if not word:
-            raise LayerwiseError(f"line {line} of {path} has no label in column {column!r}; label it or take it out.")
-    found = [word for _, word in words]
-    try:
-        values = [float(word) for word in found]
-    except ValueError:
-        classes = sorted(set(found))
-    else:
-        fraction = next((word for word, value in zip(found, values, strict=True) if not value.is_integer()), None)
+            raise LayerwiseError(
+                f"line {line} of {lines.title} has no label in column {column!r}; label it or take it out."
+            )
+    different = set(words)
+    if all(NUMBER.fullmatch(word) for word in different):
+        fraction = next((word for word in words if _value(word) != _value(word).to_integral_value()), None)
         if fraction is not None:
             raise LayerwiseError(
-                f"{path} has the label {fraction} in column {column!r}, which is no class; give whole numbers or words."
+                f"{lines.title} has the label {fraction[:50]} in column {column!r}, which is no class; give whole "
+                "numbers or words."
             )
-        found = [str(int(value)) for value in values]
-        classes = sorted(set(found), key=int)
+        classes = sorted(different, key=lambda word: (_value(word), word))
+    else:
+        classes = sorted(different)
     if len(classes) < 2:
-        raise LayerwiseError(f"{path} holds the one class {classes[0]!r}; give data with two or more classes.")
-    number = {name: label for label, name in enumerate(classes)}
-    return tuple(classes), torch.tensor([number[name] for name in found])
+        raise LayerwiseError(f"{lines.title} holds the one class {classes[0]!r}; give data with two or more classes.")
+    number = {name: label for label, name in enumerate(check_words(classes, lines.title))}
+    return tuple(classes), torch.tensor([number[word] for word in words])
+
+
+def _value(word: str) -> Decimal:
+    """A number as it is written, exactly; 0 where its exponent is beyond any use."""
+    try:
+        return Decimal(word)
+    except InvalidOperation:
+        return Decimal(0)
+
+
+def _brief(cell: str) -> str:
+    return ascii(cell) if len(cell) <= 50 else f"{cell[:50]!a}..."

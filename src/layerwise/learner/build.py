@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from layerwise.core import trees
 from layerwise.core.blocks import Block, Partition
-from layerwise.core.calls import CallPartition
 from layerwise.core.engine import Engine, Execution, Group, Unit
 from layerwise.core.grouping import Grouping
-from layerwise.core.optim import OptimizerFactory, begin_schedule, decay_groups
+from layerwise.core.optim import OptimizerFactory, begin_schedule, decay_groups, sparse_gradients, without_decay
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.rule import Rule, Site
 from layerwise.core.tasks import Classification
@@ -59,8 +59,8 @@ class Built:
 
     Args:
         setup: what the learner is made of.
-        x: one batch of inputs, placed; a single sample of it is run to learn the shapes, or all of a batch that is no
-            tensor.
+        x: one batch of inputs, placed; two samples of it are run to learn shapes and layouts, or all of a batch that is
+            no tensor.
         evaluating: opens a context in which modules are in evaluation mode.
 
     Raises:
@@ -76,19 +76,25 @@ class Built:
         ranges = list(setup.rule.groups(len(blocks) - 1))
         ends = [later.start for later in ranges[1:]] + [len(blocks)]
         self.offload = setup.make_offload([blocks[s.start : end] for s, end in zip(ranges, ends, strict=True)])
+        if any(t.is_complex() for t in trees.tensors(x)):
+            raise LayerwiseError(
+                "the inputs are complex numbers, which no rule can read; give torch.view_as_real(x) or their absolute "
+                "values."
+            )
         with evaluating():
-            outputs = probe(setup.network, x[:1] if isinstance(x, Tensor) else x)
+            outputs = setup.network.probe(x[:2] if isinstance(x, Tensor) else x)
         self.task = setup.task.with_classes(outputs[-1].shape[-1])
         self.engine = Engine(setup.rule, self.task, setup.execution, self.resident)
         mine = setup.stage.choose(setup.rule, setup.network, ranges, x[:1] if isinstance(x, Tensor) else x)
         tensors = [*setup.network.parameters(), *setup.network.buffers()]
         setup.replicas.copy_from_first(tensor for tensor in tensors if not tensor.is_meta)
         sizes = tuple(tuple(out.shape[1:]) for out in outputs)
-        inputs = tuple(x.shape[1:]) if isinstance(x, Tensor) else ()
-        units = [
-            Unit(Site(i, len(blocks) - 1, block.name, sizes, inputs, setup.network), block, None)
-            for i, block in enumerate(blocks)
-        ]
+        inputs, layouts = (
+            tuple(x.shape[1:]) if isinstance(x, Tensor) else (),
+            (setup.network.layouts, setup.network.input_layout),
+        )
+        sites = [Site(i, len(blocks) - 1, b.name, sizes, inputs, *layouts, setup.network) for i, b in enumerate(blocks)]
+        units = [Unit(site, block, None) for site, block in zip(sites, blocks, strict=True)]
         groups = []
         for i in mine:
             own = units[ranges[i].start : ends[i]]
@@ -133,13 +139,20 @@ class Built:
     def _group(self, units: list[Unit], ahead: list[Unit]) -> Group:
         setup = self.setup
         learning = [unit for unit in units if setup.rule.trains(unit.site)]
+        shard_of = setup.replicas.shard_of
+        exempt = without_decay(setup.network.model) | without_decay(self.auxiliary)
+        exempt |= {id(shard_of(p)) for unit in learning for p in unit.parameters() if id(p) in exempt}
         groups = [
             group
             for unit in learning
             for group in decay_groups(
-                map(setup.replicas.shard_of, unit.parameters()), setup.lr_multipliers.get(unit.site.name, 1.0)
+                map(shard_of, unit.parameters()), setup.lr_multipliers.get(unit.site.name, 1.0), exempt
             )
         ]
+        sparse = sparse_gradients(setup.network.model)
+        for group in groups:
+            if any(id(p) in sparse for p in group["params"]):
+                group["fused"] = False  # the fused kernels take dense gradients alone
         parameters = [p for group in groups for p in group["params"]]
         optimizers = [setup.factory(groups)] if groups else []
         for optimizer in optimizers:
@@ -166,33 +179,11 @@ ONE_PROCESS = OneProcess()
 """Of learners that were told nothing about processes."""
 
 
-def probe(network: Partition, x: Any) -> list[Tensor]:
-    """A sample of every block's output and of the logits.
-
-    Raises:
-        LayerwiseError: a block does not take its input.
-    """
-    if isinstance(network, CallPartition):
-        return [out[:1] for out in network.probe(x)]
-    outputs, h = [], x
-    for block in [*network.blocks, network.head]:
-        try:
-            h = block(h)
-        except (RuntimeError, ValueError, IndexError) as reason:
-            raise LayerwiseError(
-                f"block {block.name!r} cannot take an input of shape {tuple(h.shape)} and "
-                f"type {str(h.dtype).removeprefix('torch.')}: {str(reason).splitlines()[0]}; "
-                "check the model against the data."
-            ) from reason
-        outputs.append(h)
-    return outputs
-
-
 def compile_blocks(blocks: Sequence[Block], backend: bool | str) -> None:
     """Run every block through `torch.compile`; a string names the backend."""
     for block in blocks:
-        run = _with_own_code(block.run, block.name)
-        block.run = torch.compile(run, backend=backend if isinstance(backend, str) else "inductor")
+        name, kind = block.name, backend if isinstance(backend, str) else "inductor"
+        block.compile(lambda run, name=name, kind=kind: torch.compile(_with_own_code(run, name), backend=kind))
 
 
 def _with_own_code(run: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor], Tensor]:

@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from layerwise.core.blocks import Partition, partition
+from layerwise.core.blocks import Partition
 from layerwise.core.calls import CallPartition, Output, Read, Tied, cut_at_calls
+from layerwise.core.cutting import partition
 from layerwise.core.pieces import has_trunk
 from layerwise.core.rule import Rule
 from layerwise.errors import LayerwiseError
@@ -20,6 +21,7 @@ def cut(
     read: Read,
     tied: Tied | None,
     example: Any,
+    layout: Mapping[str, str] | str | None,
 ) -> Partition:
     """Cut the model at its calls where something asks for that, into functions otherwise."""
     named = [cuts] if isinstance(cuts, str) else list(cuts or [])
@@ -29,12 +31,11 @@ def cut(
     if isinstance(model, Partition):
         if asked and (cuts is not None or output is not None or read is not None or tied is not None):
             raise LayerwiseError("the model is cut already; give cuts, output, read and tied where it is cut.")
-        return model
+        return partition(model, layout=layout)
     if asked:
-        return cut_at_calls(
-            model, "auto" if cuts is None else cuts, output=output, read=read, tied=tied or "last", blocks=blocks
-        )
-    return partition(model, cuts, blocks=blocks, example=example)
+        names = "auto" if cuts is None else cuts
+        return cut_at_calls(model, names, output=output, read=read, tied=tied or "last", blocks=blocks, layout=layout)
+    return partition(model, cuts, blocks=blocks, example=example, layout=layout)
 
 
 def check_serves(network: CallPartition, rule: Rule, **options: Any) -> None:

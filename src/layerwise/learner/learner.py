@@ -16,6 +16,7 @@ from layerwise.core.calls import CallPartition, Output, Read, Tied
 from layerwise.core.engine import Engine, Execution, Group, Trace, detach
 from layerwise.core.optim import OptimizerFactory, Schedule, optimizer_factory
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
+from layerwise.core.ranges import check_ranges
 from layerwise.core.rule import BatchContext, Rule, check_rule
 from layerwise.core.tasks import UNLABELLED, Classification, LanguageModel
 from layerwise.core.trees import mapped, tensors
@@ -75,6 +76,7 @@ class Learner:
         tied: who trains a parameter that several blocks use: `"last"` of them, `"first"` or `"frozen"`.
         task: what the labels mean, if not classes: `LanguageModel()`.
         example: one batch of inputs; builds everything now instead of at the first step.
+        layout: where outputs have batch, channels and positions, where the layers do not tell, see `partition`.
         stage: the part of the network that this process runs, as one of several ranks; all of it if not given.
         replicas: the processes that train the same blocks, each on its share of every batch; none if not given. Draws
             then depend on the replica too, but those of the initial weights, which are the first one's. With `Shards`
@@ -128,6 +130,7 @@ class Learner:
         tied: Tied | None = None,
         task: Classification | None = None,
         example: Any = None,
+        layout: Mapping[str, str] | str | None = None,
         stage: Stage | None = None,
         replicas: Replicas | OneProcess | None = None,
         device: torch.device | str | None = None,
@@ -136,13 +139,15 @@ class Learner:
     ):
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "model", "rule")}
         self._arguments["example"] = None  # a batch is not kept
-        _check_options(clip, accumulate, precision, nonfinite)
+        check_ranges(clip=clip, accumulate=accumulate, label_smoothing=label_smoothing, seed=seed, blocks=blocks)
+        check_ranges(lr=lr, weight_decay=weight_decay, lr_multipliers=lr_multipliers or {})
+        _check_options(precision, nonfinite)
         check_offload(offload, stage or replicas, compile)
         replicas = replicas or ONE_PROCESS
         replicas.check(precision=precision, compile=compile, channels_last=channels_last)
         self.rule = rules.create(rule) if isinstance(rule, str) else rule
         check_rule(self.rule)
-        self.network: Partition = cut(model, cuts, blocks, output, read, tied, example)
+        self.network: Partition = cut(model, cuts, blocks, output, read, tied, example, layout)
         if isinstance(self.network, CallPartition):
             check_serves(self.network, self.rule, offload=offload, stage=stage, replicas=replicas, compile=compile)
         names = [block.name for block in [*self.network.blocks, self.network.head]]
@@ -156,7 +161,7 @@ class Learner:
         if channels_last:
             self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         # Refuses a wrong value now; the number of classes is known later.
-        task = Classification(1, label_smoothing) if task is None else task
+        task = Classification(2, label_smoothing) if task is None else task
         if label_smoothing and task.label_smoothing != label_smoothing:
             raise LayerwiseError("label_smoothing is given beside task; give it to the task alone.")
         self.schedule = schedule or Schedule()
@@ -317,6 +322,8 @@ class Learner:
             LayerwiseError: labels that do not fit, a model that was changed since the first step, a signal that
                 reaches nothing, or a non-finite loss or gradient.
         """
+        if torch.is_inference_mode_enabled():
+            raise LayerwiseError("a training step cannot run inside torch.inference_mode(); call it outside.")
         with preserved_generators(self.device):
             x, y = self._ready(x, y)
             if not self._prepared:
@@ -326,7 +333,7 @@ class Learner:
             built.auxiliary.train(self.network.model.training)
             step, trace, updates = self.steps, Trace(), self.updates
             seed_generators(derive_seed(self._setup.execution.seed, "begin", step), self.device)
-            h, message = self._begin(x, y, self._forward_with_draws)
+            h, message = self._begin(x, y, step)
             with self.network.passing():
                 h, message = built.engine.step(self.groups_at(updates), h, message, y, step, trace)
             self.steps += 1
@@ -381,20 +388,22 @@ class Learner:
         use = self.offload.counted(meter.peak)
         return metrics, self.replicas.counted(use, self.groups_at(updates))
 
-    def _begin(self, x: Any, y: Tensor, forward: Callable[[Tensor], Tensor]) -> tuple[Any, Any]:
+    def _begin(self, x: Any, y: Tensor, step: int | None) -> tuple[Any, Any]:
         """Input and message of the first group here: the rule's, or what the rank before has sent."""
         if not self.stage.first:
             return self.stage.receive()
-        ctx = BatchContext(x, y, self.task, self.network, self._modules_by_site(), forward)
-        return detach(self.rule.begin(ctx))
+        units = {unit.site.index: unit for group in self.groups for unit in group.units}
 
-    def _forward_with_draws(self, x: Tensor) -> Tensor:
-        """The network's logits under this step's own random draws, without gradient."""
-        with torch.no_grad():
-            for group in self.groups:  # a model that is cut at its calls refuses here, by the rule's name
-                for unit in group.units:
-                    x = self.engine.run(unit, x, None, self.steps)
-        return x
+        def run(index: int, h: Tensor, message: Any = None) -> Tensor:
+            return self.engine.run_aside(units[index], h, message, step)
+
+        def forward(h: Tensor) -> Tensor:
+            for index in range(len(self.network.blocks) + 1):
+                h = run(index, h)
+            return h
+
+        ctx = BatchContext(x, y, self.task, self.network, self._modules_by_site(), run, forward, self.__call__)
+        return detach(self.rule.begin(ctx))
 
     # Evaluation and prediction.
 
@@ -409,7 +418,7 @@ class Learner:
         with self.evaluating():
             x, y = self._ready(x, y)
             built = self.built
-            h, message = self._begin(x, y, self.network)
+            h, message = self._begin(x, y, None)
             with self.network.passing():
                 for group in built.groups:
                     with built.resident(group.units):
@@ -508,6 +517,8 @@ class Learner:
         if not isinstance(x, Tensor):
             return mapped(x, self._placed)
         x = x.to(self.device, non_blocking=True)
+        if x.is_inference() and not torch.is_inference_mode_enabled():
+            x = x.clone()  # what inference mode made cannot enter a graph
         if self.channels_last and x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         return x
@@ -527,7 +538,8 @@ class Learner:
         if self._built is None:
             self.build(x)
         self.check_labels(y)
-        return self._placed(x), y.to(self.device, non_blocking=True)
+        y = y.to(self.device, non_blocking=True)
+        return self._placed(x), y.clone() if y.is_inference() and not torch.is_inference_mode_enabled() else y
 
     def _check_input(self, x: Any) -> None:
         if isinstance(self.network, CallPartition) and isinstance(x, (tuple, Mapping)):
@@ -634,11 +646,7 @@ def _restored(
     return learner
 
 
-def _check_options(clip: float | None, accumulate: int, precision: str, nonfinite: str) -> None:
-    if clip is not None and not clip > 0:
-        raise LayerwiseError(f"clip is {clip}; it is a norm larger than 0, or None for no clipping.")
-    if accumulate < 1:
-        raise LayerwiseError(f"accumulate is {accumulate}; it is a number of batches, 1 or more.")
+def _check_options(precision: str, nonfinite: str) -> None:
     if precision not in ("fp32", "bf16", "fp16"):
         raise LayerwiseError(f"unknown precision {precision!r}; choose fp32, bf16 or fp16.")
     if nonfinite not in ("raise", "skip"):

@@ -1,4 +1,4 @@
-r"""What SID's theory says of beliefs, measured: `layerwise beliefs RUN`.
+r"""Measures what SID's theory says of beliefs: `layerwise beliefs RUN`.
 
 For the beliefs $p_0, \dots, p_L$ of a sample, with $D_i$ the divergence of $p_i$ and the target (KL, in the direction
 of the rule) and $C_i$ that of $p_i$ and $p_{i-1}$, the objective of module i is $L_i(p_i) = \alpha_i D_i +
@@ -27,6 +27,7 @@ from layerwise.core.rule import Site, by_depth
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
+from layerwise.report.reading import read_lines
 from layerwise.rules.sid import Direction, Distillation, divergences
 from layerwise.runs import building
 from layerwise.runs.checkpoint import write_atomically
@@ -164,7 +165,7 @@ def early_exit(beliefs: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
 def measure(
     learner: Learner, batches: data.Batches, thresholds: Sequence[float] = ()
 ) -> dict[str, list[dict[str, float]]]:
-    """What the theory speaks of, averaged over the samples of `batches`.
+    """Measure the quantities of the theory, averaged over the samples of `batches`.
 
     Args:
         learner: trained with a rule whose beliefs refine one another (`sid`, `sid_cascade`).
@@ -172,7 +173,7 @@ def measure(
         thresholds: probabilities at which to stop early.
 
     Returns:
-        `modules`: per belief, the uniform one first, `accuracy`, `entropy`, `label_kl` D, `consistency` C; and behind
+        `modules`: per belief, the uniform one first, `accuracy`, `entropy`, `label_kl` D, `consistency` C; and after
         the first `alpha`, `loss`, `excess` (what the loss lies above the least one), `descent` (share of samples with
         the inequality of the module), `bound` (D_0 less the terms of the modules so far) and `within_bound` (share of
         samples with D below it). `early_exit`: per threshold `accuracy` and `modules_used`. In nats.
@@ -254,8 +255,7 @@ def history(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     """Per epoch, from a run's log: `step`, and per module the scalars of its belief on the validation split."""
     rows = []
     file = folder / "metrics.jsonl"
-    for line in file.read_text().splitlines() if file.exists() else ():
-        values = json.loads(line)
+    for values in read_lines(folder, file.name) if file.exists() else ():
         if values["split"] == "val":
             modules = [
                 {key.partition("/")[2]: value for key, value in values.items() if key.startswith(f"{name}/")}
@@ -268,12 +268,14 @@ def history(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
 def report(
     folder: Path, split: str = "test", thresholds: Sequence[float] = (), batch_size: int = 512, device: str = "auto"
 ) -> tuple[dict[str, Any], list[str]]:
-    """All measurements of a trained run, as plain values for JSON, and what the user should know of the run.
+    """Measure a trained run: plain values for JSON, and notes that the user should see.
 
     Raises:
         LayerwiseError: no run in the folder, a rule without beliefs, data that has changed.
     """
     options, facts, learner, notes = building.load_run(folder, device)
+    if batch_size < 1:
+        raise LayerwiseError(f"batch size is {batch_size}; it must be 1 or more.")
     if not isinstance(learner.rule, Distillation):
         raise LayerwiseError(
             f"the run in {folder} was trained with rule {learner.rule.name!r}, which refines no belief; give a run of "
@@ -357,13 +359,13 @@ class BeliefsOptions:
     device: str = "auto"
     """cpu | cuda | cuda:N | auto."""
     json: str | None = None
-    """Write all figures to this file too, with the history of the run."""
+    """Also write all results to this file, with the history of the run."""
     plot: str | None = None
     """Draw entropy and divergence over depth to this file (.svg, .png, .pdf)."""
 
 
-def command(folder: Path, options: BeliefsOptions) -> list[str]:
-    """`layerwise beliefs RUN`: prints the tables; returns what the user should know of the run."""
+def show_beliefs(folder: Path, options: BeliefsOptions) -> list[str]:
+    """`layerwise beliefs RUN`: prints the tables; returns notes that the user should see."""
     found, notes = report(folder, options.split, options.thresholds, options.batch_size, options.device)
     if options.plot:
         draw(found["modules"], Path(options.plot))

@@ -1,4 +1,4 @@
-r"""What the layers of a trained network hold: probes, similarity, gradient alignment, sparsity.
+r"""Measures the layers of a trained network: probes, similarity, gradient alignment, sparsity.
 
 A *layer* is a block of the partition; its features are the block's outputs in evaluation mode, averaged over space or
 tokens to one vector per sample where a function takes vectors `(N, D)`. Everything is measured on the host in float64,
@@ -18,14 +18,44 @@ from torch import Tensor
 
 from layerwise import data
 from layerwise.core.functional import log_bhattacharyya, pool_features
+from layerwise.core.layout import to_standard
 from layerwise.core.rule import Rule
 from layerwise.core.tasks import UNLABELLED
+from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
 from layerwise.runs.building import load_data, load_run
 from layerwise.runs.checkpoint import write_atomically
 
 SAMPLES = 1024
-"""Most samples of each split that are looked at."""
+"""The largest number of samples of each split that are measured."""
+
+
+def _tensor(value: Any, name: str) -> Tensor:
+    """Numbers as a tensor on the host in float64, from a tensor, an array or nested lists."""
+    try:
+        return torch.as_tensor(value).detach().cpu().double()
+    except (TypeError, ValueError, RuntimeError) as reason:
+        raise LayerwiseError(f"{name} is no table of numbers ({reason}); give a tensor or an array.") from reason
+
+
+def _vectors(value: Any, name: str) -> Tensor:
+    """One row per sample, `(N, D)` with N > 0."""
+    found = _tensor(value, name)
+    if found.dim() != 2 or not found.numel():
+        raise LayerwiseError(
+            f"{name} has shape {tuple(found.shape)}; give one row per sample, (N, D) with N and D > 0."
+        )
+    return found
+
+
+def _labels(value: Any, count: int) -> Tensor:
+    """One class number per sample, int64 `(N,)`."""
+    found = _tensor(value, "y")
+    if found.shape != (count,) or not bool((found == found.round()).all()):
+        raise LayerwiseError(
+            f"y has shape {tuple(found.shape)}; give a class number for each of the {count} rows of x."
+        )
+    return found.long()
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:
@@ -49,7 +79,10 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
     >>> round(linear_cka(x, 3 * x.flip(1) + 5), 6)
     1.0
     """
-    x, y = (t.double() - t.double().mean(0) for t in (x, y))
+    x, y = _vectors(x, "x"), _vectors(y, "y")
+    if len(x) != len(y):
+        raise LayerwiseError(f"x has {len(x)} rows and y {len(y)}; give the same samples in the same order.")
+    x, y = (t - t.mean(0) for t in (x, y))
     if len(x) < max(x.shape[1], y.shape[1]):  # the same numbers from the smaller Gram matrices
         gram_x, gram_y = x @ x.T, y @ y.T
         return float((gram_x * gram_y).sum() / (gram_x.norm() * gram_y.norm()))
@@ -72,7 +105,9 @@ def hoyer_sparsity(h: Tensor) -> float:
     >>> hoyer_sparsity(torch.tensor([[0.0, 3.0, 0.0, 0.0], [1.0, -1.0, 1.0, 1.0]]))  # 1 and 0
     0.5
     """
-    h = h.double()
+    h = _vectors(h, "h")
+    if h.shape[1] < 2:
+        raise LayerwiseError("h has one column, and sparsity compares columns; give two or more.")
     length = h.norm(dim=1)
     root = h.shape[1] ** 0.5
     values = (root - h.abs().sum(1) / length) / (root - 1)
@@ -88,6 +123,9 @@ def dead_units(h: Tensor) -> float:
     >>> dead_units(torch.tensor([[0.0, 1.0], [0.0, 2.0]]))
     0.5
     """
+    h = _tensor(h, "h")
+    if h.dim() < 2 or not h.numel():
+        raise LayerwiseError(f"h has shape {tuple(h.shape)}; give outputs of a block, (N, D) or more, with N > 0.")
     units = h.transpose(1, -1).flatten(0, -2) if h.dim() == 4 else h.flatten(0, -2)
     return float((units.amax(0) == units.amin(0)).double().mean())
 
@@ -106,11 +144,14 @@ def bhattacharyya(log_p: Tensor, log_q: Tensor) -> float:
     >>> round(bhattacharyya(p, q), 6)  # sqrt(1/2)
     0.707107
     """
-    return float(log_bhattacharyya(log_p.double(), log_q.double()).exp().mean())
+    log_p, log_q = _vectors(log_p, "log_p"), _vectors(log_q, "log_q")
+    if log_p.shape != log_q.shape:
+        raise LayerwiseError(f"log_p has shape {tuple(log_p.shape)} and log_q {tuple(log_q.shape)}; give equal ones.")
+    return float(log_bhattacharyya(log_p, log_q).exp().mean())
 
 
 class LinearProbe:
-    """Multinomial logistic regression on frozen features: what a linear readout of a layer can tell.
+    """Multinomial logistic regression on frozen features: how well a linear readout of a layer can classify.
 
     Features are standardised with the training samples' mean and deviation; L2 penalty of scikit-learn's default
     strength (C = 1); a hundred L-BFGS iterations at most.
@@ -130,7 +171,11 @@ class LinearProbe:
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
 
-        x = x.double()
+        x, y = _vectors(x, "x"), _labels(y, len(x))
+        if len(y.unique()) < 2:
+            raise LayerwiseError(
+                "all labels are the same, so there is nothing to tell apart; give two classes or more."
+            )
         self.mean, self.deviation = x.mean(0), x.std(0, correction=0)
         self.deviation[self.deviation == 0] = 1.0
         self.fit = LogisticRegression(max_iter=100)
@@ -140,18 +185,21 @@ class LinearProbe:
 
     def log_posterior(self, x: Tensor) -> Tensor:
         """Log-probabilities `(N, K)` of the classes that occur in training, in ascending order."""
-        return torch.from_numpy(np.asarray(self.fit.predict_log_proba(self._scaled(x.double()))))
+        return torch.from_numpy(np.asarray(self.fit.predict_log_proba(self._scaled(x))))
 
     def accuracy(self, x: Tensor, y: Tensor) -> float:
         """Share of samples whose most probable class is the label."""
-        return float(self.fit.score(self._scaled(x.double()), y.numpy()))
+        return float(self.fit.score(self._scaled(x), _labels(y, len(x)).numpy()))
 
     def _scaled(self, x: Tensor) -> Any:
+        x = _vectors(x, "x")
+        if x.shape[1] != len(self.mean):
+            raise LayerwiseError(f"x has {x.shape[1]} columns and the probe {len(self.mean)}; give the same features.")
         return ((x - self.mean) / self.deviation).numpy()
 
 
 class _Kept(torch.optim.Optimizer):
-    """In place of an optimizer: keeps the gradients that the engine hands over, and changes nothing."""
+    """Stands in for an optimizer: keeps the gradients that the engine hands over, and changes nothing."""
 
     kept: ClassVar[str] = "gradient"
 
@@ -225,7 +273,7 @@ def features(learner: Learner, batches: Sequence[Tensor]) -> dict[str, Tensor]:
         batches: inputs `(B, ...)`.
 
     Returns:
-        Name of the block to `(N, ...)`.
+        Name of the block to `(N, ...)`, in the standard order of dimensions.
     """
     collected: dict[str, list[Tensor]] = {block.name: [] for block in learner.network.blocks}
     with learner.evaluating():
@@ -233,14 +281,20 @@ def features(learner: Learner, batches: Sequence[Tensor]) -> dict[str, Tensor]:
             h = x.to(learner.device)
             for block in learner.network.blocks:
                 h = block(h)
-                collected[block.name].append(h.float().cpu())
+                if h.dim() > 2 and block.layout is None:
+                    raise LayerwiseError(
+                        f"the layers of block {block.name!r} do not tell which dimension of its output holds the "
+                        f"channels; declare it: layout={{{block.name!r}: ...}}."
+                    )
+                kept = h if h.dim() < 3 else to_standard(h, str(block.layout))
+                collected[block.name].append(kept.float().cpu())
     return {name: torch.cat(parts) for name, parts in collected.items()}
 
 
 def layer_table(
     train: Mapping[str, Tensor], train_y: Tensor, test: Mapping[str, Tensor], test_y: Tensor
 ) -> dict[str, dict[str, float | None]]:
-    """Every diagnostic of the layers that needs nothing but their features.
+    """Compute every diagnostic that needs nothing but the features of the layers.
 
     Args:
         train: name of the block to its outputs on training samples, in order of depth.
@@ -266,16 +320,16 @@ def layer_table(
             "dead": dead_units(test[name]),
         }
         if after is not None:
-            behind = vectors[after][1]
-            rows[name]["cka"] = linear_cka(h, behind)
+            later = vectors[after][1]
+            rows[name]["cka"] = linear_cka(h, later)
             rows[name]["bhattacharyya"] = bhattacharyya(
-                probes[name].log_posterior(h), probes[after].log_posterior(behind)
+                probes[name].log_posterior(h), probes[after].log_posterior(later)
             )
     return rows
 
 
 def diagnose(folder: Path, twin: Path | None = None, device: str = "auto") -> dict[str, Any]:
-    """Every diagnostic of a finished run; written to `diagnostics.json` in its folder.
+    """Compute every diagnostic of a finished run, and write `diagnostics.json` in its folder.
 
     Args:
         folder: of the run.
@@ -328,5 +382,5 @@ def _first(batches: data.Batches) -> tuple[list[Tensor], Tensor]:
 
 
 def _numbers(row: dict[str, float | None]) -> dict[str, float | None]:
-    """Without nan, which JSON does not have."""
+    """Replace nan, which JSON does not have, by None."""
     return {name: None if value is None or value != value else value for name, value in row.items()}

@@ -1,4 +1,4 @@
-"""`layerwise validate`: do a rule's declared properties hold on this machine, and are a run's files whole?"""
+"""`layerwise validate`: checks a rule's declared properties on this machine, or the files of a run."""
 
 import json
 from collections.abc import Callable
@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from layerwise import models, rules
+from layerwise.core.blocks import Block
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
-from layerwise.measure.bench import memory_of
+from layerwise.measure.bench_memory import memory_of
 from layerwise.parsing import parse
 from layerwise.runs import checkpoint
 from layerwise.runs.options import from_mapping
@@ -28,7 +29,7 @@ class ValidateOptions:
     """Model to check it on."""
 
 
-def command(argv: list[str]) -> int:
+def validate_command(argv: list[str]) -> int:
     """`layerwise validate [RUN] [OPTIONS]`: prints one line per check; exit code 2 where one fails."""
     if argv and not argv[0].startswith("-"):
         if len(argv) > 1:
@@ -43,7 +44,7 @@ def command(argv: list[str]) -> int:
 
 
 def rule_findings(rule: str, model: str) -> list[tuple[bool, str]]:
-    """The declared properties of `rule` on `model`: pairs of whether it holds, and the property in words.
+    """Check the declared properties of `rule` on `model`: pairs of whether one holds, and the property in words.
 
     Raises:
         LayerwiseError: an unknown rule or model.
@@ -53,6 +54,9 @@ def rule_findings(rule: str, model: str) -> list[tuple[bool, str]]:
     x, y = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(8)
     findings = [_computes_the_same(make, x), _repeats(make, rule, x, y)]
     learner = Learner(make(), rule, example=x)
+    layouts = learner.network.layouts
+    told = ", ".join(f"{b.name} {layout or 'unknown'}" for b, layout in zip(blocks_of(learner), layouts, strict=True))
+    findings.append((None not in layouts, f"the layers tell where channels are (B batch, C channels): {told}"))
     if len(learner.groups) > 1:
         findings.append(_isolated(learner, x, y))
     elif declared.locality == "global":
@@ -90,6 +94,11 @@ def _maker(model: str) -> Callable[[], nn.Module]:
     return make
 
 
+def blocks_of(learner: Learner) -> list[Block]:
+    """The blocks and the head."""
+    return [*learner.network.blocks, learner.network.head]
+
+
 def _weights(learner: Learner) -> list[torch.Tensor]:
     return [p.detach().clone() for _, p in learner.named_parameters()]
 
@@ -117,7 +126,7 @@ def _repeats(make: Callable[[], nn.Module], rule: str, x: torch.Tensor, y: torch
 
 
 def _isolated(learner: Learner, x: torch.Tensor, y: torch.Tensor) -> tuple[bool, str]:
-    """Run one step and look, whenever a group steps, which parameters hold a gradient."""
+    """Run one step; whenever a group steps, note which parameters hold a gradient."""
     leaks = []
     everything = dict(learner.named_parameters())
     for group in learner.groups:
@@ -145,7 +154,7 @@ def _one_block_is_backprop(make: Callable[[], nn.Module], x: torch.Tensor, y: to
 
 
 def run_findings(folder: Path) -> list[tuple[bool, str]]:
-    """Whether the files of the run in `folder` are whole.
+    """Check that the files of the run in `folder` are complete.
 
     Raises:
         LayerwiseError: there is no run in the folder.
@@ -156,7 +165,7 @@ def run_findings(folder: Path) -> list[tuple[bool, str]]:
     try:
         from_mapping(json.loads((folder / "config.json").read_text()), "config.json")
         findings.append((True, "config.json names known options"))
-    except (ValueError, LayerwiseError) as reason:
+    except (ValueError, RecursionError, OSError, LayerwiseError) as reason:
         findings.append((False, f"config.json is damaged: {reason}"))
     for path in checkpoint.complete(folder / "checkpoints"):
         try:
@@ -165,5 +174,7 @@ def run_findings(folder: Path) -> list[tuple[bool, str]]:
         except checkpoint.CorruptCheckpoint as damage:
             findings.append((False, str(damage)))
     done = (folder / "result.json").is_file()
-    findings.append((True, "the run is finished" if done else f"the run is not finished; --resume {folder} goes on"))
+    findings.append(
+        (True, "the run is finished" if done else f"the run is not finished; --resume {folder} continues it")
+    )
     return findings

@@ -62,6 +62,9 @@ class BlockSequential(nn.Sequential):
         ('block1', 'block2')
     """
 
+    input_layout = "BCHW"
+    """The layout of its images; a network on anything else than images has no use for it."""
+
     @property
     def block_names(self) -> tuple[str, ...]:
         """Names of the children after which the network may be cut: all but the head."""

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from layerwise.core.blocks import Partition, balanced_ends, operations
+from layerwise.core.blocks import Partition
+from layerwise.core.cost import balanced_ends, operations
 from layerwise.core.engine import detach
 from layerwise.core.pieces import PredictsBySite, StartsFromData, has_trunk
 from layerwise.core.rule import Rule

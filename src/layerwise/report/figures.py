@@ -1,13 +1,18 @@
-"""Figures of a report: drawn once, as SVG that follows the reader's light or dark mode, and as PNG for papers."""
+"""Draws the figures of a report once, as SVG that follows the reader's light or dark mode, and as PNG for papers."""
 
+import hashlib
+import html
 import io
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-INK = "#010203"  # stands for the colour of text until the SVG is written
+from layerwise.runs.checkpoint import write_atomically
+
+INK = "#010203"  # a placeholder for the colour of text until the SVG is written
 COLOURS = ("#3b8ee0", "#2da44e", "#e0702b", "#b08a00", "#a371f7", "#d6569f", "#1fa3a3", "#8c7361")
 MARKS = "osD^vP*X"
 STYLE = "<style>svg{color:#1f2328}@media(prefers-color-scheme:dark){svg{color:#e6edf3}}</style>"
@@ -24,7 +29,7 @@ class Figure:
     """Stem of its files."""
     title: str
     alt: str
-    """What it shows, for those who do not see it."""
+    """What it shows, for readers who cannot see it."""
     svg: str
     """For the page: text and lines have the colour of the text around it."""
     png: bytes
@@ -46,10 +51,12 @@ def render(name: str, title: str, alt: str, draw: Callable[[Any], None], height:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
-    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "layerwise", "font.size": 9.0}
+    name = file_name(name)
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "layerwise", "font.size": 9.0, "text.parse_math": False}
     style |= {"font.family": "sans-serif", "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"]}
     style |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the browser has a font that holds it
         canvas = Canvas(figsize=(WIDTH, height), layout="constrained")
         FigureCanvasAgg(canvas)
         draw(canvas.add_subplot())
@@ -57,6 +64,18 @@ def render(name: str, title: str, alt: str, draw: Callable[[Any], None], height:
         canvas.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         canvas.savefig(png, format="png", dpi=200, facecolor="white", metadata={"Software": None})
     return Figure(name, title, alt, _inline(text.getvalue(), name), png.getvalue())
+
+
+def file_name(name: str) -> str:
+    """A name of letters, digits, `_`, `-` and `.` that stays in its folder, of at most 100 characters.
+
+    Names that had to be changed end in a digest, so that two of them stay different.
+
+    >>> file_name("layers_cka"), file_name("../x")
+    ('layers_cka', 'x-d6b96a97')
+    """
+    safe = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).lstrip(".-")[:100]
+    return safe if safe == name else f"{safe or 'figure'}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _inline(svg: str, name: str) -> str:
@@ -72,8 +91,9 @@ def save(figure: Figure, folder: Path) -> None:
     """Write the figure as files of its own: SVG in light and dark mode, PNG on white."""
     start = figure.svg.index(">") + 1
     head = figure.svg[:start].replace("<svg", '<svg width="620"', 1)
-    (folder / f"{figure.name}.svg").write_text(f"{head}\n<title>{figure.alt}</title>{STYLE}{figure.svg[start:]}\n")
-    (folder / f"{figure.name}.png").write_bytes(figure.png)
+    text = f"{head}\n<title>{html.escape(figure.alt)}</title>{STYLE}{figure.svg[start:]}\n"
+    write_atomically(folder / f"{figure.name}.svg", text)  # it replaces a link and does not follow it
+    write_atomically(folder / f"{figure.name}.png", figure.png)
 
 
 def look(rules: Sequence[str]) -> dict[str, dict[str, str]]:
@@ -110,7 +130,7 @@ def curves(axes: Any, found: Curves, x: str, y: str, looks: Mapping[str, dict[st
 
 
 def trade(axes: Any, found: Mapping[str, tuple[float, float, float | None]], x: str, y: str, looks: Any) -> None:
-    """One point per rule, and the line of those that no other beats in both."""
+    """One point per rule, and the line of the rules that no other beats in both."""
     for rule, (place, mean, deviation) in found.items():
         axes.errorbar(place, mean, yerr=deviation, label=rule, ms=7, capsize=3, ls="none", **looks[rule])
     front = pareto({rule: point[:2] for rule, point in found.items()})
@@ -135,7 +155,7 @@ def pareto(points: Mapping[str, tuple[float, float]]) -> list[tuple[float, float
 def heat(
     axes: Any, rows: Mapping[str, Mapping[str, float | None]], limits: tuple[float, float] | None, form: str
 ) -> None:
-    """Rules against layers; numbers (written as `form` says) in the cells where there is room."""
+    """Rules against layers; numbers (in the format `form`) in the fields where there is room."""
     layers = list(dict.fromkeys(name for row in rows.values() for name in row))
     values = [[row.get(layer) for layer in layers] for row in rows.values()]
     known = [value for row in values for value in row if value is not None]

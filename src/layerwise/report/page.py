@@ -1,6 +1,6 @@
-"""`report.html`: what a comparison or a benchmark found, in one file that needs no network."""
+"""Draws `report.html`: the results of a comparison or a benchmark in one file that needs no network."""
 
-import csv
+import contextlib
 import json
 import shlex
 from collections.abc import Mapping
@@ -10,8 +10,29 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.errors import LayerwiseError
+from layerwise.files import MissingFile, kind_of, shown
 from layerwise.report import figures
-from layerwise.report.summary import COLUMNS, spread, table_rows
+from layerwise.report.reading import (
+    ADVICE,
+    BENCHES,
+    Bench,
+    CompareRecord,
+    Diagnostics,
+    FixedOptions,
+    Machine,
+    MeasuredRow,
+    MemoryRow,
+    Result,
+    ScalingRow,
+    Summary,
+    convert,
+    parse_json,
+    read_json,
+    read_lines,
+    read_rows,
+    read_text,
+)
+from layerwise.report.summary import COLUMNS, resolution_in_words, spread, table_rows
 from layerwise.runs.checkpoint import write_atomically
 from layerwise.runs.environment import in_words
 from layerwise.runs.folders import grid_run_folder
@@ -51,6 +72,8 @@ LAYERS: dict[str, tuple[str, str, tuple[float, float] | None]] = {  # quantity: 
     "dead": ("Dead units", "Share of units that give the same value for every test sample.", (0.0, 1.0)),
 }
 PERCENT = ("accuracy", "probe_accuracy")
+MOST_REPORTED = 50
+"""Number of figures of scalars that rules report."""
 REPORTED = {
     "divergence": "Divergence to the block before",
     "label_kl": "Belief: KL to the label",
@@ -62,7 +85,7 @@ REPORTED = {
 
 @dataclass
 class Origin:
-    """Where figures come from."""
+    """The command and machine that a figure comes from."""
 
     command: str
     machine: str
@@ -93,31 +116,45 @@ def write_report(folder: Path) -> Path:
     """
     try:
         import jinja2
-        import matplotlib  # noqa: F401  so that its absence is told before anything is done
+        import matplotlib  # noqa: F401  so that its absence is noticed before anything is done
     except ImportError as reason:
         raise LayerwiseError(
             f"a report needs {reason.name}, which is not installed; pip install 'layerwise[report]' and then run "
             f"layerwise report {shlex.quote(str(folder))}."
         ) from reason
     page: dict[str, Any] = {"table": [], "notes": [], "failures": [], "sections": [], "origins": []}
-    if (folder / "summary.json").is_file():
+    if kind_of(folder / "summary.json") is not None:
         comparison(folder, page)
-    benches = [found for file in sorted(folder.glob("*.json")) if (found := _bench(file)) is not None]
+    benches = [found for file in sorted(folder.glob("*.json")) if (found := read_bench(folder, file.name)) is not None]
     for found in benches:
         bench(found, page)
     if not page["origins"]:
         raise LayerwiseError(f"{folder} holds neither a comparison nor a benchmark; give the folder of one.")
     page.setdefault("title", f"Benchmarks: {folder.resolve().name}")
     page.setdefault("subtitle", page["origins"][0].machine)
-    (folder / "figures").mkdir(exist_ok=True)
+    place = _folder_of_figures(folder)
     for section in page["sections"]:
         for item in section.shown:
-            figures.save(item["figure"], folder / "figures")
+            figures.save(item["figure"], place)
     page["sections"] = [section for section in page["sections"] if section.shown]
     template = files("layerwise.report").joinpath("page.html").read_text()
     html = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(template).render(page)
     write_atomically(folder / "report.html", html + "\n")
     return folder / "report.html"
+
+
+def _folder_of_figures(folder: Path) -> Path:
+    """`figures/`, which must be a folder in `folder` and not a link to another place."""
+    place = folder / "figures"
+    if place.is_symlink() or kind_of(place) not in (None, "folder"):
+        raise LayerwiseError(f"{shown(place)} is not a folder of its own, so no figure is written there; remove it.")
+    try:
+        place.mkdir(exist_ok=True)
+    except OSError as reason:
+        raise LayerwiseError(
+            f"cannot write to {shown(folder)} ({reason.strerror}); change its permissions."
+        ) from reason
+    return place
 
 
 @dataclass
@@ -130,18 +167,18 @@ class Runs:
 
     @classmethod
     def read(cls, folder: Path, rows: list[dict[str, str]]) -> "Runs":
-        """What the rows of results.csv lead to."""
+        """Read the finished runs that the rows of results.csv name."""
         found = cls({}, {}, {})
         for row in rows:
-            rule, seed = row["rule"], int(row["seed"])
-            run = folder / grid_run_folder(rule, f"seed {seed}", "runs")
             if row["status"] != "ok":
                 continue
-            found.results.setdefault(rule, {})[seed] = json.loads((run / "result.json").read_text())
-            text = (run / "metrics.jsonl").read_text().splitlines()
-            found.lines.setdefault(rule, {})[seed] = [json.loads(line) for line in text]
-            diagnosed = run / "diagnostics.json"
-            blocks = json.loads(diagnosed.read_text())["blocks"] if diagnosed.is_file() else {}
+            rule, seed = row["rule"], int(row["seed"])
+            run = grid_run_folder(rule, f"seed {seed}", "runs")
+            found.results.setdefault(rule, {})[seed] = dict(read_json(folder, f"{run}/result.json", Result))
+            found.lines.setdefault(rule, {})[seed] = read_lines(folder, f"{run}/metrics.jsonl")
+            blocks: dict[str, dict[str, float | None]] = {}
+            with contextlib.suppress(MissingFile):
+                blocks = read_json(folder, f"{run}/diagnostics.json", Diagnostics)["blocks"]
             found.layers.setdefault(rule, {})[seed] = blocks
         return found
 
@@ -152,8 +189,9 @@ class Runs:
             points: dict[int, list[tuple[float, float]]] = {}
             for lines in seeds.values():
                 for line in lines:
-                    if line["split"] == "val":
-                        points.setdefault(line["step"], []).append((line[x], 100 * line["head/accuracy"]))
+                    place, accuracy = line.get(x), line.get("head/accuracy")
+                    if line["split"] == "val" and place is not None and accuracy is not None:
+                        points.setdefault(line["step"], []).append((place, 100 * accuracy))
             if points:
                 found[rule] = [_point(values) for _, values in sorted(points.items())]
         return found
@@ -186,7 +224,7 @@ class Runs:
         names = dict.fromkeys(
             key.partition("/")[2] for line in lines if line["split"] == "test" for key in line if "/" in key
         )
-        return [name for name in names if name not in ("loss", "accuracy")]
+        return [name for name in names if name not in ("loss", "accuracy")][:MOST_REPORTED]
 
 
 def _point(values: list[tuple[float, float]]) -> tuple[float, float, float | None]:
@@ -197,17 +235,24 @@ def _point(values: list[tuple[float, float]]) -> tuple[float, float, float | Non
 
 def comparison(folder: Path, page: dict[str, Any]) -> None:
     """Put a comparison on the page: table, curves, trade-offs, layers."""
-    record = json.loads((folder / "compare.json").read_text())
-    summary = json.loads((folder / "summary.json").read_text())
-    machine = json.loads((folder / "environment.json").read_text())
-    rows = list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
+    record: Any = read_json(folder, "compare.json", CompareRecord)
+    machine: Any = read_json(folder, "environment.json", Machine)
+    rules: dict[str, Any] = dict(read_json(folder, "summary.json", Summary)["rules"])
+    rows = read_rows(folder, "results.csv")
+    unknown = [row["rule"] for row in rows if row["rule"] not in rules]
+    if unknown or not rules:
+        raise LayerwiseError(
+            f"{shown(folder / 'results.csv')} and summary.json are of different comparisons "
+            f"({unknown[0] if unknown else 'no rule'!r}); {ADVICE}."
+        )
     runs = Runs.read(folder, rows)
-    rules = summary["rules"]
     looks = figures.look(list(rules))
-    fixed = record["fixed"]
+    fixed: Any = convert(record["fixed"], FixedOptions, folder / "compare.json", "fixed")
     commands = [found["command"] for seeds in runs.results.values() for found in seeds.values()]
     packages = "\n".join(f"{name}=={version}" for name, version in machine["packages"].items())
-    origin = Origin(record["command"], in_words(machine), json.dumps(fixed, indent=2), "\n".join(commands), packages)
+    origin = Origin(
+        record["command"], in_words(machine), json.dumps(record["fixed"], indent=2), "\n".join(commands), packages
+    )
     page["origins"].append(origin)
     page["title"] = f"Learning rules on {fixed['data']}, {fixed['model']['name']}"
     seeds = f"{record['seeds']} seed{'s' if record['seeds'] > 1 else ''}"
@@ -228,21 +273,26 @@ def comparison(folder: Path, page: dict[str, Any]) -> None:
 
 def _budget(fixed: dict[str, Any]) -> str:
     kind = fixed["budget"]
-    return f"{fixed[kind]:g} {kind} each" + (f", {fixed['tune']} trials per rule" if fixed["tune"] else "")
+    amount = "?" if fixed[kind] is None else f"{fixed[kind]:g}"
+    return f"{amount} {kind} each" + (f", {fixed['tune']} trials per rule" if fixed["tune"] else "")
 
 
 def notes(rules: dict[str, Any], fixed: dict[str, Any]) -> list[str]:
-    """How to read the table."""
+    """Sentences on how to read the table."""
     found = [
         "Test accuracy of the last weights, mean ± standard deviation over n seeds. The difference to backprop is "
-        "paired by seed, in percentage points, with its 95 % confidence interval (Student's t). Memory is exact, of "
-        "one training step: activations + gradients, and the peak with parameters and optimizer state. Seconds are "
-        "those of training, without evaluation.",
+        "paired by seed and test sample, in percentage points, with its 95 % confidence interval over both (Student's "
+        "t over seeds, bootstrap over test samples), from three seeds on. Memory is exact, of one training step: "
+        "activations + gradients, and the peak with parameters and optimizer state. Seconds are those of training, "
+        "without evaluation.",
     ]
+    if (resolution := resolution_in_words(rules)) is not None:
+        found.append(f"{resolution[0].upper()}{resolution[1:]}.")
     rates = {
-        rule: f"{summary['lr']:g} / {summary['weight_decay']:g}" for rule, summary in rules.items() if summary["lr"]
+        rule: f"{own['lr']:g} / {own['weight_decay']:g}"
+        for rule, own in rules.items()
+        if own["lr"] is not None and own["weight_decay"] is not None
     }
-    rates = {rule: f"{found['lr']:g} / {found['weight_decay']:g}" for rule, found in rules.items() if found["lr"]}
     words = "; ".join(f"{rule} {rate}" for rule, rate in rates.items())
     if len({*rates.values()}) == 1:
         words = f"{next(iter(rates.values()))} for all"
@@ -282,8 +332,8 @@ def _costs(rules: dict[str, Any], looks: Any, origin: Origin) -> Section:
     ):
         points = {}
         for rule, found in rules.items():
-            if found["n"] and found[quantity] is not None:
-                accuracy = found["test_accuracy"]
+            accuracy = found["test_accuracy"]
+            if found["n"] and found[quantity] is not None and accuracy is not None:
                 deviation = None if accuracy["sd"] is None else 100 * accuracy["sd"]
                 points[rule] = (factor * found[quantity]["mean"], 100 * accuracy["mean"], deviation)
         if points:
@@ -327,18 +377,35 @@ def _row(row: Mapping[str, float | None]) -> str:
     return ", ".join(f"{block} {figures.short(value)}" for block, value in row.items() if value is not None)
 
 
-def _bench(file: Path) -> dict[str, Any] | None:
-    """A benchmark's JSON file: `{"command", "environment", "rows"}`, or the rows alone; None for any other file."""
+def read_bench(folder: Path, name: str) -> dict[str, Any] | None:
+    """A benchmark's JSON file: `{"command", "environment", "rows"}`, or the rows alone; None for any other file.
+
+    Raises:
+        LayerwiseError: rows of a benchmark that lack a field, or have one of another type.
+    """
+    file = folder / name
     try:
-        found = json.loads(file.read_text())
-    except ValueError:
-        return None
+        found = parse_json(read_text(folder, name), file)
+    except LayerwiseError:
+        return None  # no file of ours
     if isinstance(found, list):
         found = {"command": f"layerwise bench, file {file.name}", "environment": None, "rows": found}
     rows = found.get("rows") if isinstance(found, dict) else None
-    if not isinstance(rows, list) or not rows or not {"rule", "model"} <= rows[0].keys():
+    if (
+        not isinstance(rows, list)
+        or not rows
+        or not isinstance(rows[0], dict)
+        or not {"rule", "model"} <= rows[0].keys()
+    ):
         return None
-    return found | {"name": file.stem}
+    kind = next((kind for field, kind in BENCHES.items() if field in rows[0]), None)
+    if kind is None:
+        return None
+    bench: Any = convert(found | {"rows": []}, Bench, file)
+    typed = convert(rows, list[kind], file, "rows")
+    if kind is ScalingRow:  # a row that was only simulated is not drawn
+        typed = convert([row for row in typed if "samples_per_second" in row], list[MeasuredRow], file, "measured rows")
+    return dict(bench) | {"rows": typed, "name": file.stem, "kind": kind}
 
 
 def bench(found: dict[str, Any], page: dict[str, Any]) -> None:
@@ -347,11 +414,11 @@ def bench(found: dict[str, Any], page: dict[str, Any]) -> None:
     origin = Origin(found["command"], in_words(machine) if machine else "The file does not say on which machine.")
     page["origins"].append(origin)
     looks = figures.look(list(dict.fromkeys(row["rule"] for row in rows)))
-    if "activations" in rows[0]:
+    if found["kind"] is MemoryRow:
         page["sections"].append(_depths(found["name"], rows, looks, origin))
-    elif "way" in rows[0]:
+    elif found["kind"] is ScalingRow:
         page["sections"].append(_scaling(found["name"], rows, origin))
-    elif "ratio" in rows[0]:
+    else:
         page["sections"].append(_speeds(found["name"], rows, origin))
 
 
@@ -361,13 +428,20 @@ def _depths(name: str, rows: list[dict[str, Any]], looks: Any, origin: Origin) -
         ("", "Activations + gradients", ("activations", "gradients"), "at the peak of a step")
     ]
     if all(row.get("resident") for row in rows):
-        kinds.append(("_resident", "Resident memory", ("resident",), f"of a process, blocks on {rows[0]['offload']}"))
+        kinds.append(
+            (
+                "_resident",
+                "Resident memory",
+                ("resident",),
+                f"of a process, blocks on {rows[0].get('offload', 'the device')}",
+            )
+        )
     for model in dict.fromkeys(row["model"] for row in rows):
         for suffix, title, parts, where in kinds:
             points: dict[str, list[tuple[float, float, None]]] = {}
             for row in sorted((row for row in rows if row["model"] == model), key=lambda row: row["depth"]):
                 held = sum(row[part] for part in parts) / 2**20
-                points.setdefault(row["rule"], []).append((row["depth"], held, None))
+                points.setdefault(row["rule"], []).append((float(row["depth"]), held, None))
             ends = "; ".join(f"{rule} {p[0][1]:.3g} to {p[-1][1]:.3g} MiB" for rule, p in points.items())
             figure = figures.render(
                 f"{name}_{model}{suffix}",
@@ -383,7 +457,8 @@ def _depths(name: str, rows: list[dict[str, Any]], looks: Any, origin: Origin) -
 def _speeds(name: str, rows: list[dict[str, Any]], origin: Origin) -> Section:
     section = Section("Time per step", "Rules interleaved in one process; medians.")
     parts = {
-        row["rule"]: {p: 1000 * row["seconds"] * s for p, s in row.get("shares", {"step": 1.0}).items()} for row in rows
+        row["rule"]: {p: 1000 * row["seconds"] * s for p, s in (row.get("shares") or {"step": 1.0}).items()}
+        for row in rows
     }
     values = "; ".join(
         f"{row['rule']} {1000 * row['seconds']:.3g} ms, {row['ratio']:.2f} times {row['baseline']}" for row in rows
@@ -406,31 +481,17 @@ def _time(name: str, row: dict[str, Any], per: str, alt: str, parts: dict[str, d
 
 def _scaling(name: str, rows: list[dict[str, Any]], origin: Origin) -> Section:
     section = Section("Throughput on several processes", "Ways interleaved; medians; one batch per step.")
-    measured = [row for row in rows if "samples_per_second" in row]
+    if not rows:
+        return section
     parts = {}
-    for row in measured:
+    for row in rows:
         shares = {part: sum(row[part]) / row["ranks"] for part in ("busy", "queued", "waiting")}
         parts[f"{row['way']}, {row['ranks']}"] = {p: 1000 * row["seconds"] * share for p, share in shares.items()}
     values = "; ".join(
         f"{row['way']} on {row['ranks']}: {row['samples_per_second']:.1f} samples/s, {row['ratio']:.2f} times rule"
-        for row in measured
+        for row in rows
     )
     alt = f"Milliseconds per batch by way and number of processes: computing, queued for a core, waiting. {values}."
     figure = _time(name, rows[0], "batch", alt, parts)
     section.add(figure, f"Median over {rows[0]['rounds']} rounds, mean over the processes. {values}.", origin)
     return section
-
-
-def command(argv: list[str]) -> int:
-    """`layerwise report DIR`."""
-    if any(word in ("-h", "--help") for word in argv):
-        print(
-            "usage: layerwise report DIR\n\nDraw report.html and figures/ from what compare or bench --out left in DIR."
-        )
-        return 0
-    if len(argv) != 1 or argv[0].startswith("-"):
-        raise LayerwiseError("report takes one folder: layerwise report DIR.")
-    if not Path(argv[0]).is_dir():
-        raise LayerwiseError(f"there is no folder {argv[0]}; give that of a comparison or a benchmark.")
-    print(write_report(Path(argv[0])))
-    return 0

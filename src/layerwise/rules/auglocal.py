@@ -1,11 +1,14 @@
 """AugLocal: auxiliary networks that are built after the later blocks, so that a block learns what these will need."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise.core.blocks import Unchanged
+from layerwise.core.layout import from_standard, to_standard
+from layerwise.core.ranges import Fraction, PositiveInt
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, cross_entropy_at_head
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
@@ -16,16 +19,26 @@ class Adapter(nn.Module):
     """From one block's output to the input of another: averaged over space, and a linear map of the channels.
 
     Args:
-        given: shape of one sample as it comes, `(D,)`, `(T, D)` or `(C, H, W)`.
-        wanted: shape of one sample as it is wanted.
+        given: shape of one sample as it comes, in the standard order: `(D,)`, `(T, D)`, `(C, H, W)`, `(C, D, H, W)`.
+        wanted: shape of one sample as it is wanted, likewise.
+        layouts: those of what comes and of what is wanted; the standard order where they are None.
     """
 
-    def __init__(self, given: tuple[int, ...], wanted: tuple[int, ...]):
+    def __init__(
+        self,
+        given: tuple[int, ...],
+        wanted: tuple[int, ...],
+        layouts: tuple[str | None, str | None] = (None, None),
+    ):
         super().__init__()
-        self.size: tuple[int, int] | None = None
-        if len(given) == len(wanted) == 3:
-            self.size = (wanted[1], wanted[2]) if given[1:] != wanted[1:] else None
-            self.map: nn.Module = nn.Conv2d(given[0], wanted[0], 1, bias=False)
+        self.size: Any = None
+        self.layouts = layouts
+        if given == wanted:
+            self.map: nn.Module = nn.Identity()
+        elif len(given) == len(wanted) >= 3:
+            self.size = wanted[1:] if given[1:] != wanted[1:] else None
+            convolve = nn.Conv3d if len(given) == 4 else nn.Conv2d
+            self.map = convolve(given[0], wanted[0], 1, bias=False)
         elif given[:-1] == wanted[:-1]:
             self.map = nn.Linear(given[-1], wanted[-1], bias=False)
         else:
@@ -36,7 +49,12 @@ class Adapter(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """`(B, *wanted)` from `(B, *given)`."""
-        return self.map(h if self.size is None else F.adaptive_avg_pool2d(h, self.size))
+        come, want = self.layouts
+        h = h if come is None else to_standard(h, come)
+        if self.size is not None:
+            h = F.adaptive_avg_pool3d(h, self.size) if h.dim() == 5 else F.adaptive_avg_pool2d(h, self.size)
+        h = self.map(h)
+        return h if want is None else from_standard(h, want)
 
 
 class AuxiliaryNetwork(nn.Module):
@@ -54,28 +72,34 @@ class AuxiliaryNetwork(nn.Module):
         super().__init__()
         assert site.network is not None
         self.pool: Pool = pool
-        layers, shape = [], site.shapes[site.index]
+        layers, at = [], site.index
         for index in indices:
-            wanted = site.shapes[index - 1]
-            if shape != wanted:
-                layers.append(Adapter(shape, wanted))
+            shape, wanted = site.standard_shape(at), site.standard_shape(index - 1)
+            layouts = site.layout(at), site.layout(index - 1)
+            if shape != wanted or layouts[0] != layouts[1]:
+                layers.append(Adapter(shape, wanted, layouts))
             layers.append(site.network.blocks[index].redrawn(h.device))
-            shape = site.shapes[index]
+            at = index
         self.layers = nn.Sequential(*layers)
+        self._unchanged = Unchanged(site.name)  # a copy may begin with an in-place operation
+        self.last = site.layout(at)
+        shape = site.standard_shape(at)
         width = pool_vectors(h.new_empty(1, *shape), pool, per_position=False).shape[-1]
         self.classifier = nn.Linear(width, classes)
         # As in the paper's code, which is about maps.
-        self.norm = nn.BatchNorm1d(width) if len(indices) == 1 and len(shape) == 3 else nn.Identity()
+        self.norm = nn.BatchNorm1d(width) if len(indices) == 1 and len(shape) >= 3 else nn.Identity()
         self.to(h.dtype)
 
     def logits(self, h: Tensor, per_position: bool) -> Tensor:
         """Logits `(B, ..., K)`."""
-        return self.classifier(self.norm(pool_vectors(self.layers(h), self.pool, per_position)))
+        out = self._unchanged(self.layers, h, self.training)
+        out = out if self.last is None else to_standard(out, self.last)
+        return self.classifier(self.norm(pool_vectors(out, self.pool, per_position)))
 
 
 @dataclass(frozen=True)
 class AugLocal(Rule):
-    r"""Augmented local learning: each block minimises the cross-entropy behind copies of blocks that follow it.
+    r"""Augmented local learning: each block minimises the cross-entropy after copies of later blocks.
 
     $$L_l = \mathrm{CE}(a_l(h_l), y), \qquad h_l = f_l(\mathrm{stopgrad}(h_{l-1}))$$
 
@@ -89,7 +113,7 @@ class AugLocal(Rule):
     with them there are K = L - d + 1 groups. Prediction is a plain forward pass.
 
     The objective, the blocks that are chosen and the depths are the paper's and its code's. Ours: K in the formula of
-    the depths; copies are exact, so that where the width or the size of the maps differs, they are led in by averaging
+    the depths; copies are exact, so that where the width or the size of the maps differs, they are adapted by averaging
     and a linear map (the paper builds the block with the input that it gets); weights are drawn by `reset_parameters`.
 
     >>> AugLocal(depth=2).groups(blocks=4)
@@ -98,9 +122,9 @@ class AugLocal(Rule):
     [3, 5, 8]
     """
 
-    depth: int = 2
+    depth: PositiveInt = 2
     """Blocks d in the first block's auxiliary network, and at the end of the network, where they learn together."""
-    taper: float = 0.5
+    taper: Fraction = 0.5
     """How much the depth falls towards the end: tau in [0, 1], 0 for the same depth everywhere, 1 down to one block."""
     pool: Pool = "auto"
     """How the last copy's output becomes a vector: auto | mean | moments (and standard deviation) | grid | cls."""
@@ -110,19 +134,13 @@ class AugLocal(Rule):
     boundary: ClassVar[str] = "detached activation"
     flat_memory: ClassVar[bool] = True
     source: ClassVar[str] = (
-        "Ma, Wu, Si & Tan, arXiv 2402.17318 (2024) and its code; number of groups in the depths, and how copies are "
-        "led in: our reading"
+        "Ma, Wu, Si & Tan, arXiv 2402.17318 (2024) and its code; number of groups in the depths, and how inputs of "
+        "copies are adapted: our reading"
     )
     restrictions: ClassVar[str] = (
-        "Blocks must be chains of modules that can draw their weights anew (reset_parameters). The auxiliary networks "
+        "Blocks must be chains of modules that can draw new weights (reset_parameters). The auxiliary networks "
         "cost up to d blocks for each block."
     )
-
-    def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise LayerwiseError(f"depth is {self.depth}; it is a number of blocks, 1 or more.")
-        if not 0 <= self.taper <= 1:
-            raise LayerwiseError(f"taper is {self.taper}; it is a share in [0, 1].")
 
     def groups(self, blocks: int) -> list[range]:
         """Every block its own, but for the last `depth`, which learn together with the head."""
@@ -142,7 +160,7 @@ class AugLocal(Rule):
         return AuxiliaryNetwork(site, self.chosen(site.index, site.blocks), h, task.classes, self.pool)
 
     def signal(self, ctx: BlockContext) -> Signal:
-        """Cross-entropy behind the copies, or of the network's head at the end."""
+        """Cross-entropy after the copies, or of the network's head at the end."""
         if ctx.site.is_head:
             return cross_entropy_at_head(ctx)
         if ctx.auxiliary is None:

@@ -1,5 +1,7 @@
 """Backpropagation through the whole network: the yardstick, and its two ways to save memory."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -43,7 +45,9 @@ class Backprop(Rule):
 class BackpropCheckpoint(Backprop):
     """Backpropagation that keeps the blocks' inputs only and runs each block again in the backward pass.
 
-    The gradients are those of `backprop`, bit for bit; the price is one more forward pass.
+    The gradients are those of `backprop`, bit for bit; the price is one more forward pass. What a forward pass moves in
+    a block's buffers (the statistics of batch norm, the vectors of spectral norm) is put back before the block runs
+    again, and is as it was afterwards.
     """
 
     name: ClassVar[str] = "backprop_checkpoint"
@@ -51,17 +55,34 @@ class BackpropCheckpoint(Backprop):
     boundary: ClassVar[str] = "as backprop; each block's input is kept, the rest recomputed"
     source: ClassVar[str] = "Chen et al., arXiv 1604.06174 (2016); torch.utils.checkpoint"
     restrictions: ClassVar[str] = (
-        "Memory still grows with the number of blocks (one input each). Batch norm's running statistics "
-        "are updated twice per step."
+        "Memory still grows with the number of blocks (one input and a copy of the buffers each). State that a forward "
+        "pass keeps anywhere but in buffers and torch's random generators is moved twice per step."
     )
 
     def run(self, block: Block, h: Tensor, message: Any) -> Tensor:
         """Run a block under `torch.utils.checkpoint` where a graph is recorded."""
         if not torch.is_grad_enabled():
             return block(h)
-        out = checkpoint(block, h, use_reentrant=False)
+        buffers = [buffer for _, buffer in block.named_buffers()] if block.training else []
+        before = [buffer.clone() for buffer in buffers]
+
+        @contextmanager
+        def as_before() -> Iterator[None]:
+            after = [buffer.clone() for buffer in buffers]
+            _set(buffers, before)
+            try:
+                yield
+            finally:
+                _set(buffers, after)
+
+        out = checkpoint(block, h, use_reentrant=False, context_fn=lambda: (nullcontext(), as_before()))
         assert isinstance(out, Tensor)
         return out
+
+
+def _set(buffers: list[Tensor], values: list[Tensor]) -> None:
+    for buffer, value in zip(buffers, values, strict=True):
+        buffer.data.copy_(value)  # unseen by autograd, which may have saved the buffer itself
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from layerwise.core.functional import newton_step
 from layerwise.core.pieces import PredictsBySite, TakesTurns
+from layerwise.core.ranges import PositiveFraction, PositiveInt
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.rules.readout import Pool, check_group, grouped, pool_vectors
+from layerwise.rules.readout import Pool, grouped, pool_vectors
 
 MOMENTUM = 0.9
 
@@ -26,8 +27,8 @@ class Stage(nn.Module):
     def __init__(self, readout: nn.Module | None):
         super().__init__()
         self.readout = readout
-        self.register_buffer("running_slope", torch.zeros(()))
-        self.register_buffer("running_curvature", torch.zeros(()))
+        self.register_buffer("running_slope", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("running_curvature", torch.zeros((), dtype=torch.float32))
 
     running_slope: Tensor
     running_curvature: Tensor
@@ -72,13 +73,13 @@ class Boosted(TakesTurns, PredictsBySite, Rule):
     [[True, False, False], [False, True, False], [False, False, True]]
     """
 
-    updates: int = 200
-    """Updates of every stage but the last, which learns as long as training goes on."""
-    shrinkage: float = 1.0
+    updates: PositiveInt = 200
+    """Updates of every stage but the last, which learns until training ends."""
+    shrinkage: PositiveFraction = 1.0
     """Factor eta of every stage's step, in (0, 1]."""
     pool: Pool = "auto"
     """How a block's output becomes a vector: auto | mean | moments (and standard deviation) | grid | cls | flatten."""
-    group: int = 1
+    group: PositiveInt = 1
     """Neighbouring blocks that make one stage."""
 
     name: ClassVar[str] = "boosted"
@@ -95,13 +96,6 @@ class Boosted(TakesTurns, PredictsBySite, Rule):
         "number of stages, or the last ones have no turn. The plain network's output means nothing."
     )
 
-    def __post_init__(self) -> None:
-        check_group(self.group)
-        if self.updates < 1:
-            raise LayerwiseError(f"updates is {self.updates}; it is a number of updates per stage, 1 or more.")
-        if not 0 < self.shrinkage <= 1:
-            raise LayerwiseError(f"shrinkage is {self.shrinkage}; it must lie in (0, 1], 1 for whole steps.")
-
     def groups(self, blocks: int) -> list[range]:
         """`group` blocks each; the head belongs to the last stage."""
         return grouped(blocks, self.group, join_head=True)
@@ -117,12 +111,12 @@ class Boosted(TakesTurns, PredictsBySite, Rule):
             return Stage(None)
         if (site.index + 1) % self.group or site.index == site.blocks - 1:
             return None
-        width = pool_vectors(h, self.pool, per_position=False).shape[-1]
+        width = pool_vectors(h, self.pool, False, site).shape[-1]
         return Stage(nn.Linear(width, task.classes, dtype=h.dtype))
 
-    def _output(self, stage: Stage, h: Tensor) -> Tensor:
+    def _output(self, stage: Stage, h: Tensor, site: Site) -> Tensor:
         """The stage's f `(B, K)`."""
-        return (h if stage.readout is None else stage.readout(pool_vectors(h, self.pool, per_position=False))).float()
+        return (h if stage.readout is None else stage.readout(pool_vectors(h, self.pool, False, site))).float()
 
     def signal(self, ctx: BlockContext) -> Signal:
         """Squared distance of the stage's output from the residual; the sum, this stage included, crosses."""
@@ -131,7 +125,7 @@ class Boosted(TakesTurns, PredictsBySite, Rule):
         stage = ctx.auxiliary
         if not isinstance(stage, Stage):
             return Signal(message=ctx.message)
-        f = self._output(stage, ctx.h)
+        f = self._output(stage, ctx.h, ctx.site)
         total = torch.zeros_like(f) if ctx.message is None else ctx.message
         residual = ctx.task.distribution(ctx.y) - total.softmax(-1)
         if ctx.learns:
@@ -143,6 +137,6 @@ class Boosted(TakesTurns, PredictsBySite, Rule):
     def answer(self, site: Site, h: Tensor, message: Any, auxiliary: nn.Module | None) -> tuple[Tensor, Any]:
         """Adds the stage's step to the sum, which is the answer at the head."""
         if isinstance(auxiliary, Stage):
-            step = self.shrinkage * auxiliary.step() * self._output(auxiliary, h)
+            step = self.shrinkage * auxiliary.step() * self._output(auxiliary, h, site)
             message = step if message is None else message + step
         return (message if site.is_head else h), message

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise.core.ranges import NonNegativeFloat, PositiveFloat
 from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Signal, Site, cross_entropy_at_head
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
@@ -21,16 +22,17 @@ class Feedback(nn.Module):
     layer on the last dimension, else a linear layer on everything; ELU follows.
 
     Args:
-        later: shape of one sample there, `(K,)` for the labels.
-        earlier: shape of one sample here.
+        later: shape of one sample there in the standard order, `(K,)` for the labels.
+        earlier: shape of one sample here, likewise.
     """
 
     def __init__(self, later: tuple[int, ...], earlier: tuple[int, ...]):
         super().__init__()
         self.shape = earlier
-        if len(later) == len(earlier) == 3:
+        if len(later) == len(earlier) >= 3:
+            convolve = nn.Conv3d if len(later) == 4 else nn.Conv2d
             self.layer = nn.Sequential(
-                nn.Upsample(earlier[1:]), nn.Conv2d(later[0], earlier[0], 3, padding=1, bias=False)
+                nn.Upsample(earlier[1:]), convolve(later[0], earlier[0], 3, padding=1, bias=False)
             )
         elif later[:-1] == earlier[:-1]:
             self.layer = nn.Linear(later[-1], earlier[-1], bias=False)
@@ -61,7 +63,7 @@ class CounterCurrent(Rule):
     $g_l$ that made $b_l$, and nothing else: activations cross upwards and downwards, errors do not. The head minimises
     its cross-entropy on the detached last activation. Prediction is a plain forward pass.
 
-    The objective and the two losses are those of the paper's code. Ours: the feedback is made anew for every block,
+    The objective and the two losses are those of the paper's code. Ours: the feedback is computed again for each block,
     from the labels down, so that no level has to be kept; tokens; no level for the input itself (its feedback layer
     feeds nothing); no mask of confident samples; the network's own activations and biases.
 
@@ -69,34 +71,29 @@ class CounterCurrent(Rule):
     [range(0, 1), range(1, 2), range(2, 3)]
     """
 
-    scale: float = 0.5
-    """Factor s of the loss behind fully connected layers."""
-    decorrelation: float = 0.5
-    """Weight of the two decorrelation terms behind maps."""
+    scale: PositiveFloat = 0.5
+    """Factor s of the loss after fully connected layers."""
+    decorrelation: NonNegativeFloat = 0.5
+    """Weight of the two decorrelation terms after convolutions."""
 
     name: ClassVar[str] = "counter_current"
     locality: ClassVar[Locality] = "broadcast"
     boundary: ClassVar[str] = "detached activation upwards; detached feedback activations of the K classes downwards"
     flat_memory: ClassVar[bool] = True
     source: ClassVar[str] = (
-        "Kao & Hariharan, arXiv 2409.19841 (2024); feedback made anew for each block, tokens, activations: our reading"
+        "Kao & Hariharan, arXiv 2409.19841 (2024); feedback computed again for each block, tokens, activations: our "
+        "reading"
     )
     restrictions: ClassVar[str] = (
         "One label per sample. The feedback costs L (L + 1) / 2 layers on K rows per step for L blocks."
     )
 
-    def __post_init__(self) -> None:
-        if not self.scale > 0:
-            raise LayerwiseError(f"scale is {self.scale}; it must be larger than 0.")
-        if self.decorrelation < 0:
-            raise LayerwiseError(f"decorrelation is {self.decorrelation}; it must be 0 or larger.")
-
     def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
         """The feedback layer that ends at this block's output."""
         if site.is_head:
             return None
-        later = (task.classes,) if site.index == site.blocks - 1 else site.shapes[site.index + 1]
-        return Feedback(later, tuple(h.shape[1:]))
+        later = (task.classes,) if site.index == site.blocks - 1 else site.standard_shape(site.index + 1)
+        return Feedback(later, tuple(site.standard(h).shape[1:])).to(h.dtype)
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
         """The batch; the message is the feedback network."""
@@ -119,17 +116,18 @@ class CounterCurrent(Rule):
         if ctx.site.is_head:
             return cross_entropy_at_head(ctx)
         b = self.feedback(ctx.message, ctx.site.index, ctx.task.classes)
-        rows, classes = ctx.h.float().flatten(1), b.float().flatten(1)
+        h = ctx.site.standard(ctx.h)
+        rows, classes = h.float().flatten(1), b.float().flatten(1)
         own = F.one_hot(ctx.y, ctx.task.classes).float()
-        if ctx.h.dim() == 2:
+        if h.dim() == 2:
             scores = rows @ classes.T
             loss = 256 * self.scale / rows.shape[1] * (scores - own).square().mean()
         else:
             rows, classes = F.normalize(rows, dim=1), F.normalize(classes, dim=1)
             scores = rows @ classes.T
             loss = (scores - own).square().mean()
-            for same in (rows, classes) if ctx.h.dim() == 4 else ():
-                identity = torch.eye(len(same), device=same.device)
+            for same in (rows, classes) if h.dim() >= 4 else ():
+                identity = torch.eye(len(same), dtype=same.dtype, device=same.device)
                 loss = loss + self.decorrelation * (same @ same.T - identity).square().mean()
         accuracy = ctx.task.correct(scores, ctx.y) / ctx.y.numel()
         return Signal(loss=loss, message=ctx.message, metrics={"accuracy": accuracy})

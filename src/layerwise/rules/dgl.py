@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -10,7 +10,7 @@ from layerwise.core.rule import BlockContext, Signal, Site
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
 from layerwise.rules.local_ce import LocalCE
-from layerwise.rules.readout import Pool, pool_vectors
+from layerwise.rules.readout import Pool, convolution, pool_vectors
 
 Kind = Literal["mlp_sr", "cnn", "mlp"]
 
@@ -24,11 +24,13 @@ def _mlp(inputs: int, width: int, layers: int, classes: int) -> list[nn.Module]:
     return [*modules, nn.Linear(inputs, classes)]
 
 
-def _convolutions(channels: int, kernel: int, count: int) -> list[nn.Module]:
+def _convolutions(h: Tensor, kernel: int, count: int) -> list[nn.Module]:
+    """`count` convolutions that keep the size of maps or volumes, with batch norm and ReLU."""
+    channels, norm = h.shape[1], nn.BatchNorm3d if h.dim() == 5 else nn.BatchNorm2d
     modules: list[nn.Module] = []
     for _ in range(count):
-        modules += [nn.Conv2d(channels, channels, kernel, padding=kernel // 2, bias=False)]
-        modules += [nn.BatchNorm2d(channels), nn.ReLU()]
+        modules += [convolution(h)(channels, channels, kernel, padding=kernel // 2, bias=False)]
+        modules += [norm(channels), nn.ReLU()]
     return modules
 
 
@@ -36,23 +38,26 @@ def auxiliary_network(h: Tensor, classes: int, kind: Kind, pool: Pool) -> nn.Mod
     """The auxiliary network that reads a block's output.
 
     Args:
-        h: a sample of the output.
+        h: a sample of the output, in the standard order.
         classes: number of classes K.
         kind: for maps `(B, C, H, W)`, `"mlp_sr"` (averaged to a quarter of the side, three 1x1 convolutions, averaged
             to 2x2, three hidden layers of 4 C units), `"cnn"` (two 3x3 convolutions, averaged to 2x2, linear) or
             `"mlp"` (averaged to 2x2, three hidden layers of 4 C units). Other outputs get three hidden layers of their
-            own width behind the pooling, whatever the kind.
+            own width after the pooling, for every kind.
         pool: how tokens become a vector.
     """
-    if h.dim() != 4:
+    if h.dim() < 4:
         width = pool_vectors(h, pool, per_position=False).shape[-1]
-        return nn.Sequential(*_mlp(width, width, 3, classes))
-    channels = h.shape[1]
-    square = [nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+        return nn.Sequential(*_mlp(width, width, 3, classes)).to(h.dtype)
+    pooled = nn.AdaptiveAvgPool3d if h.dim() == 5 else nn.AdaptiveAvgPool2d
+    square, width = [pooled(2), nn.Flatten()], 2 ** (h.dim() - 2) * h.shape[1]
     if kind == "cnn":
-        return nn.Sequential(*_convolutions(channels, 3, 2), *square, nn.Linear(4 * channels, classes))
-    staged = [nn.AdaptiveAvgPool2d(tuple(math.ceil(side / 4) for side in h.shape[2:])), *_convolutions(channels, 1, 3)]
-    return nn.Sequential(*(staged if kind == "mlp_sr" else []), *square, *_mlp(4 * channels, 4 * channels, 3, classes))
+        layers = [*_convolutions(h, 3, 2), *square, nn.Linear(width, classes)]
+    else:
+        quarter: Any = tuple(math.ceil(side / 4) for side in h.shape[2:])
+        staged = [pooled(quarter), *_convolutions(h, 1, 3)] if kind == "mlp_sr" else []
+        layers = [*staged, *square, *_mlp(width, width, 3, classes)]
+    return nn.Sequential(*layers).to(h.dtype)
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class DGL(LocalCE):
     $a_i$ is deeper than a linear head, so that the block need not turn its features into the answer itself. The
     default, MLP-SR, works on a quarter of the side with 1x1 convolutions and a small MLP: about 5 % of the operations
     of the networks of the paper. The last block is trained through the network's head. All blocks learn from every
-    batch, as in the paper's synchronous form; the asynchronous one, with buffers between the blocks, is not there.
+    batch, as in the paper's synchronous form. The asynchronous one, with buffers between blocks, is not implemented.
 
     The paper's: the objective and the three auxiliary networks. Ours: blocks that are no convolutions get an MLP of
     their own width, tokens are averaged for it.
@@ -74,7 +79,7 @@ class DGL(LocalCE):
     """
 
     network: Kind = "mlp_sr"
-    """Auxiliary network behind a convolution: mlp_sr | cnn | mlp; other blocks have an MLP."""
+    """Auxiliary network after a convolution: mlp_sr | cnn | mlp; other blocks have an MLP."""
 
     name: ClassVar[str] = "dgl"
     unlabelled: ClassVar[bool] = False  # the auxiliary network's batch norm sees all samples
@@ -87,13 +92,18 @@ class DGL(LocalCE):
 
     def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
         """The auxiliary network of every group but the last."""
-        return auxiliary_network(h, task.classes, self.network, self.pool) if self._has_head(site) else None
+        if not self._has_head(site):
+            return None
+        return auxiliary_network(site.standard(h), task.classes, self.network, self.pool)
 
     def signal(self, ctx: BlockContext) -> Signal:
         """Cross-entropy of the auxiliary network, or of the network's head at the end."""
         if ctx.y.dim() > 1:
             raise LayerwiseError("dgl's auxiliary networks read one label per sample, not one per position.")
-        if ctx.site.is_head or ctx.auxiliary is None or ctx.h.dim() != 4:
+        if ctx.site.is_head or ctx.auxiliary is None:
             return super().signal(ctx)
-        logits = ctx.auxiliary(ctx.h)
+        h = ctx.site.standard(ctx.h)
+        if h.dim() < 4:
+            return super().signal(ctx)
+        logits = ctx.auxiliary(h)
         return Signal(loss=ctx.task.loss(logits, ctx.y), metrics={"accuracy": ctx.task.accuracy(logits, ctx.y)})

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from layerwise.core.functional import goodness, unit_length
 from layerwise.core.pieces import PredictsBySite
+from layerwise.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Signal, Site
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
@@ -20,16 +21,20 @@ class Layer(nn.Module):
     """What the rule keeps at a block.
 
     Args:
+        site: the block.
         h: a sample of the block's output.
         classes: number of classes K.
         reads: whether the softmax predictor reads this block.
         peers: whether the mean activity of its units is followed.
     """
 
-    def __init__(self, h: Tensor, classes: int, reads: bool, peers: bool):
+    def __init__(self, site: Site, h: Tensor, classes: int, reads: bool, peers: bool):
         super().__init__()
-        self.classes, self.spatial = classes, h.dim() > 2
-        self.readout = nn.Linear(pool_vectors(h, "auto", per_position=False).shape[-1], classes) if reads else None
+        self.classes, self.input_layout = classes, site.input_layout
+        # Where the first block keeps space, and the input is an image, every filter sees a wave.
+        self.spatial = h.dim() > 2 and len(site.inputs) == 3
+        width = pool_vectors(h, "auto", False, site).shape[-1] if reads else 0
+        self.readout = nn.Linear(width, classes) if reads else None
         self.register_buffer("running_mean", torch.zeros(h.shape[1:]) if peers else None)
 
     running_mean: Tensor | None
@@ -56,11 +61,11 @@ class ForwardForward(PredictsBySite, Rule):
     is passed on, so that the next block cannot read the goodness off its length.
 
     Two predictors. `"goodness"` runs the network once with every label, all in one batch, and takes the one with the
-    largest sum of goodness over the blocks behind the first; the network's head is not used. `"softmax"` runs it once
+    largest sum of goodness over the blocks after the first; the network's head is not used. `"softmax"` runs it once
     with a neutral label and adds up linear readouts of those blocks, the network's head being the last of them.
 
     Negatives are the same sample with a wrong label, uniform (`"random"`) or drawn as the predictor finds it probable
-    (`"hard"`: the whole network's opinion is then broadcast), or, without any label, images put together out of two
+    (`"hard"`: the whole network's prediction is then broadcast), or, without any label, images put together out of two
     (`"hybrid"`, for the softmax predictor).
 
     The paper's: the objective, the normalisation, the overlay, the three kinds of negatives, both predictors, peer
@@ -74,23 +79,23 @@ class ForwardForward(PredictsBySite, Rule):
 
     goodness: Literal["sum", "mean"] = "sum"
     """Sum or mean of the squared activities."""
-    threshold: float | None = None
+    threshold: NonNegativeFloat | None = None
     """Threshold theta: of the mean square, default 2; of the sum of squares per unit, default 1."""
     loss: Literal["logistic", "symba"] = "logistic"
     """Contrast of each sample with the threshold, or of positive with negative."""
-    alpha: float = 4.0
+    alpha: PositiveFloat = 4.0
     """Steepness of the loss `symba`."""
     negatives: Literal["random", "hard", "hybrid"] = "random"
     """A wrong label at random, a probable one, or (without labels) an image put together out of two."""
     label: Literal["auto", "overlay", "map"] = "auto"
     """Label in the first pixels, or as a wave over the image; auto: a wave where the first block keeps space."""
-    label_scale: float = 1.0
+    label_scale: PositiveFloat = 1.0
     """Size of the label: factor of the bright pixel's distance from the dark ones, or of the wave."""
     predictor: Literal["goodness", "softmax"] = "goodness"
     """Goodness with every label, or linear readouts with a neutral one."""
-    skip: int = 1
+    skip: NonNegativeInt = 1
     """Blocks at the input that no predictor looks at (the last block always counts)."""
-    peer: float = 0.0
+    peer: NonNegativeFloat = 0.0
     """Weight of peer normalisation: keeps the units' mean activities alike (0.03 in a public implementation)."""
 
     name: ClassVar[str] = "forward_forward"
@@ -107,12 +112,9 @@ class ForwardForward(PredictsBySite, Rule):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.negatives == "hybrid" and self.predictor != "softmax":
             raise LayerwiseError("hybrid images carry no label to compare; use predictor='softmax' with them.")
-        if self.skip < 0:
-            raise LayerwiseError(f"skip is {self.skip}; it is a number of blocks, 0 for none.")
-        if not self.alpha > 0:
-            raise LayerwiseError(f"alpha is {self.alpha}; it must be larger than 0.")
         if self.negatives == "hard":  # what the class declares holds for the other kinds
             object.__setattr__(self, "locality", "broadcast")
             object.__setattr__(
@@ -131,32 +133,30 @@ class ForwardForward(PredictsBySite, Rule):
         if site.is_head:
             return None
         reads = self.predictor == "softmax" and self._counts(site) and site.index < site.blocks - 1
-        return Layer(h, task.classes, reads, self.peer > 0)
+        return Layer(site, h, task.classes, reads, self.peer > 0)
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
-        """Positive and negative samples, one behind the other, then (for the softmax predictor) neutral ones."""
+        """Positive samples, then negative ones, then (for the softmax predictor) neutral ones."""
         if ctx.y.dim() > 1:
             raise LayerwiseError(f"{self.name} writes one label per sample into the input, not one per position.")
         first = ctx.auxiliary[0]
         assert isinstance(first, Layer)
         if self.negatives == "hybrid":
-            parts = [ctx.x, hybrid_images(ctx.x)]
+            parts = [ctx.x, hybrid_images(ctx.x, layout=first.input_layout)]
         else:
-            wrong = wrong_labels(ctx.y, first.classes, self._opinion(ctx))
+            opinion = ctx.predict(ctx.x) if self.negatives == "hard" else None
+            wrong = wrong_labels(ctx.y, first.classes, opinion)
             parts = [self.labelled(ctx.x, F.one_hot(y, first.classes), first) for y in (ctx.y, wrong)]
             if self.predictor == "softmax":
                 parts.append(self._neutral(ctx.x, first))
         zeros = ctx.x.new_zeros(len(ctx.x), dtype=torch.float32)
         return unit_length(torch.cat(parts)), {"votes": torch.cat([zeros, zeros]), "logits": zeros[:, None]}
 
-    @torch.no_grad()
-    def _opinion(self, ctx: BatchContext) -> Tensor | None:
-        return self.predict(ctx.network, ctx.auxiliary, ctx.x) if self.negatives == "hard" else None
-
     def labelled(self, x: Tensor, p: Tensor, first: Layer) -> Tensor:
         """Samples `(B, ...)` with class probabilities `(B, K)` written into them."""
         wide = first.spatial if self.label == "auto" else self.label == "map"
-        return (label_map if wide else overlay)(x, self.label_scale * p.to(x.dtype))
+        p = self.label_scale * p.to(x.dtype)
+        return label_map(x, p, first.input_layout) if wide else overlay(x, p)
 
     def _neutral(self, x: Tensor, first: Layer) -> Tensor:
         return self.labelled(x, x.new_full((len(x), first.classes), 1 / first.classes), first)
@@ -178,10 +178,16 @@ class ForwardForward(PredictsBySite, Rule):
         if self._counts(ctx.site):
             message["votes"] = message["votes"] + g
         if ctx.auxiliary.readout is not None:
-            message["logits"] = message["logits"] + ctx.auxiliary.readout(pool_vectors(reading.detach(), "auto", False))
+            message["logits"] = message["logits"] + self._read(ctx.auxiliary, reading.detach(), ctx.site)
             loss = loss + ctx.task.loss(message["logits"], ctx.y)
         last = ctx.site.index == ctx.site.blocks - 1
         return Signal(loss, message=message, output=reading if last and len(reading) else direction, metrics=metrics)
+
+    def _read(self, layer: Layer, direction: Tensor, site: Site) -> Tensor:
+        """The layer's readout of a direction: `(B, K)`, in float32."""
+        assert layer.readout is not None
+        vectors = pool_vectors(direction, "auto", False, site)
+        return layer.readout(vectors.to(layer.readout.weight.dtype)).float()
 
     def theta(self, ctx: BlockContext) -> float:
         """Threshold of the block's goodness."""
@@ -211,7 +217,7 @@ class ForwardForward(PredictsBySite, Rule):
         """The samples with every label, or with the neutral one."""
         assert isinstance(auxiliary, Layer)
         if self.predictor == "goodness":
-            labels = torch.eye(auxiliary.classes, device=x.device).repeat(len(x), 1)
+            labels = torch.eye(auxiliary.classes, dtype=x.dtype, device=x.device).repeat(len(x), 1)
             x = self.labelled(x.repeat_interleave(auxiliary.classes, 0), labels, auxiliary)
         elif self.negatives != "hybrid":
             x = self._neutral(x, auxiliary)
@@ -226,5 +232,5 @@ class ForwardForward(PredictsBySite, Rule):
         if self.predictor == "goodness":
             vote = goodness(h, self.goodness) if self._counts(site) else None
         else:
-            vote = auxiliary.readout and auxiliary.readout(pool_vectors(direction, "auto", False))
+            vote = None if auxiliary.readout is None else self._read(auxiliary, direction, site)
         return direction, message if vote is None else message + vote

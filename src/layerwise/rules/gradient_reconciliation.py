@@ -1,4 +1,4 @@
-"""Successive Gradient Reconciliation: neighbours' losses should pull on what lies between them in one direction."""
+"""Successive Gradient Reconciliation: losses of neighbouring blocks whose gradients agree between the two."""
 
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from layerwise.core.blocks import Block
+from layerwise.core.ranges import NonNegativeFloat
 from layerwise.core.rule import BlockContext, Signal
-from layerwise.errors import LayerwiseError
 from layerwise.rules.local_ce import LocalCE
 
 
@@ -28,13 +28,13 @@ class GradientReconciliation(LocalCE):
 
     That the gradient on a block's input is drawn towards that of the block before on its output, within gradient
     isolation, is the paper's statement. Its weight, the scale of the distance, the cosine and the last block, which
-    learns through the network's head, are our reading: the paper's text was not at hand.
+    learns through the network's head, are our reading: we had no access to the paper's full text.
 
     >>> GradientReconciliation(distance="cosine").groups(blocks=2)
     [range(0, 1), range(1, 3)]
     """
 
-    weight: float = 0.1
+    weight: NonNegativeFloat = 0.1
     """Weight lambda of the reconciliation."""
     distance: Literal["squared", "cosine"] = "squared"
     """Squared distance of the two gradients, or one minus their cosine, which is blind to the size of the losses."""
@@ -48,11 +48,6 @@ class GradientReconciliation(LocalCE):
         "Blocks are differentiated twice, which costs about one more backward pass; torch.compile cannot do it."
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.weight < 0:
-            raise LayerwiseError(f"weight is {self.weight}; it must be 0 or larger.")
-
     def run(self, block: Block, h: Tensor, message: Any) -> Tensor:
         """Run a block so that it can be differentiated twice, on its input too."""
         if not torch.is_grad_enabled():
@@ -63,7 +58,7 @@ class GradientReconciliation(LocalCE):
             return block(h)
 
     def signal(self, ctx: BlockContext) -> Signal:
-        """The local loss, drawn towards agreement; sends the gradient of that loss on the block's output."""
+        """The local loss and the disagreement; passes on the gradient of that loss on the block's output."""
         wanted, x = ctx.message or (None, None)
         if ctx.site.index == ctx.view.start:
             x = ctx.h_in

@@ -1,6 +1,6 @@
 """ForwardGNN: the layers of a graph network learn one by one, from nodes that stand for the classes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -11,10 +11,19 @@ from torch import Generator, Tensor, nn
 from layerwise.core.blocks import Block, Partition
 from layerwise.core.functional import goodness
 from layerwise.core.graphs import Graph, extended, graph_of, wired
+from layerwise.core.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
 from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Signal, Site
 from layerwise.core.tasks import UNLABELLED
 from layerwise.errors import LayerwiseError
 from layerwise.rules.label_input import wrong_labels
+
+
+def outputs(run: Callable[[int, Tensor], Tensor], blocks: int, h: Tensor) -> Iterator[Tensor]:
+    """Outputs of all blocks, each of which gets the one before at unit length; `run` runs the block of an index."""
+    for index in range(blocks):
+        out = run(index, h)
+        yield out
+        h = F.normalize(out, dim=1)
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,8 @@ class GraphForward(Rule):
     The paper's: losses, normalisation, class nodes with random features, all three predictors. Ours: all layers learn
     in each step, not one after the other; the two kinds of samples are two copies of the graph through all layers (in
     the paper's code for class nodes, negative samples take over the features of positive ones); `negatives` wrong
-    labels a step instead of all; above states come from a pass right before the step, not from the step before.
+    labels a step instead of all; class nodes that only receive (the authors' code: both directions); states above come
+    from a pass right before the step, not from the step before.
 
     >>> GraphForward(variant="labels").groups(blocks=2)
     [range(0, 1), range(1, 2), range(2, 3)]
@@ -52,14 +62,14 @@ class GraphForward(Rule):
     variant: Literal["single", "labels", "nodes"] = "single"
     """Single forward, or forward-forward with labels appended to features or with links to class nodes."""
     links: Literal["in", "both"] = "in"
-    """Single forward: whether known nodes only send to the node of their class, or receive from it too."""
-    temperature: float = 1.0
+    """Single forward: known nodes only send to the node of their class, or (authors' default) receive from it too."""
+    temperature: PositiveFloat = 1.0
     """Single forward: tau, divides the scores."""
     top_down: bool = False
     """Single forward: average a layer's output with those of all layers above."""
-    threshold: float = 2.0
+    threshold: NonNegativeFloat = 2.0
     """Forward-forward: threshold theta of the sum of squares."""
-    negatives: int = 1
+    negatives: PositiveInt = 1
     """Forward-forward: wrong labels per node and step."""
 
     name: ClassVar[str] = "graph_forward"
@@ -77,10 +87,7 @@ class GraphForward(Rule):
     models: ClassVar[tuple[str, ...]] = ("gcn", "gat")
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise LayerwiseError(f"temperature is {self.temperature}; it must be larger than 0.")
-        if self.negatives < 1:
-            raise LayerwiseError(f"negatives is {self.negatives}; it is a number of wrong labels, 1 or more.")
+        super().__post_init__()
         if self.top_down:
             if self.variant != "single":
                 raise LayerwiseError('top_down belongs to variant="single"; leave one of them out.')
@@ -98,8 +105,11 @@ class GraphForward(Rule):
         scores = x.new_zeros(len(x), graph.classes, dtype=torch.float32)
         if self.variant == "single":
             h, edges = self._inputs(graph, x, [known])
-            above = self._states(ctx.network, h, edges) if self.top_down else ()
-            return h, {"edges": edges, "scores": scores, "above": above}
+            message: dict[str, Any] = {"edges": edges, "scores": scores, "above": ()}
+            if self.top_down:  # the outputs that the layers will have in this step, before their updates
+                passes = outputs(lambda index, h: ctx.run(index, h, message), len(ctx.network.blocks), h)
+                message["above"] = tuple(F.normalize(out, dim=1) for out in passes)
+            return h, message
         true = torch.where(ctx.y == UNLABELLED, known, ctx.y)
         counts = ctx.y != UNLABELLED
         wrong = [
@@ -139,16 +149,8 @@ class GraphForward(Rule):
             return block(h)
 
     def _pass(self, network: Partition, h: Tensor, edges: Tensor) -> Iterator[Tensor]:
-        """Run the blocks; gives each one's output."""
-        for block in network.blocks:
-            out = self.run(block, h, {"edges": edges})
-            yield out
-            h = F.normalize(out, dim=1)
-
-    @torch.no_grad()
-    def _states(self, network: Partition, h: Tensor, edges: Tensor) -> tuple[Tensor, ...]:
-        """Outputs of all blocks, of unit length."""
-        return tuple(F.normalize(out, dim=1) for out in self._pass(network, h, edges))
+        """Outputs of all blocks in a pass of prediction."""
+        return outputs(lambda i, h: self.run(network.blocks[i], h, {"edges": edges}), len(network.blocks), h)
 
     def signal(self, ctx: BlockContext) -> Signal:
         """The loss of the layer; what it says of the classes; its direction as the next layer's input."""
@@ -193,12 +195,11 @@ class GraphForward(Rule):
         graph, x = graph_of(network.model), x.flatten(1)
         known = graph.labels[: len(x)]
         if self.variant == "single":
-            h, edges = self._inputs(graph, x, [known])
-            states = self._states(network, h, edges) if self.top_down else ()
-            found = [
-                self._scores(out, states[i + 1 :], len(x)).float().softmax(-1)
-                for i, out in enumerate(self._pass(network, h, edges))
-            ]
+            outs, states = self._pass(network, *self._inputs(graph, x, [known])), ()
+            if self.top_down:  # else no output is kept
+                outs = tuple(outs)
+                states = tuple(F.normalize(out, dim=1) for out in outs)
+            found = [self._scores(out, states[i + 1 :], len(x)).float().softmax(-1) for i, out in enumerate(outs)]
             return torch.stack(found).mean(0).log()
         votes = []
         for label in range(graph.classes):

@@ -1,4 +1,4 @@
-"""InfoPro: a block is asked to keep what the input held, and to tell the classes apart."""
+"""InfoPro: each block keeps information about the input, and classifies."""
 
 import math
 from dataclasses import dataclass
@@ -9,10 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.core.functional import supervised_contrastive
+from layerwise.core.layout import to_standard
+from layerwise.core.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, by_depth, cross_entropy_at_head
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.rules.readout import check_group, grouped, pool_vectors
+from layerwise.rules.label_input import known_layout
+from layerwise.rules.readout import convolution, grouped, pool_vectors
 
 FEATURES = 128
 
@@ -21,24 +24,26 @@ class Decoder(nn.Module):
     """Logits of the input's values out of a block's output.
 
     From maps to an image: bilinear up-sampling, 3x3 convolution to 12 channels, batch norm, ReLU, 3x3 convolution. From
-    tokens to an image: a linear map of each token to the pixels of its patch (a class token tells nothing). From a
+    tokens to an image: a linear map of each token to the pixels of its patch (a class token is left out). From a
     vector: one linear map.
 
     Args:
-        given: shape of one sample of the output.
-        wanted: shape of one sample of the input.
+        given: shape of one sample of the output, in the standard order.
+        wanted: shape of one sample of the input, likewise.
     """
 
     def __init__(self, given: tuple[int, ...], wanted: tuple[int, ...]):
         super().__init__()
         self.wanted, self.patch = wanted, 0
-        if len(given) == len(wanted) == 3:
+        if len(given) == len(wanted) >= 3:
+            volume = len(given) == 4
+            convolve, norm = (nn.Conv3d, nn.BatchNorm3d) if volume else (nn.Conv2d, nn.BatchNorm2d)
             self.layers: nn.Module = nn.Sequential(
-                nn.Upsample(wanted[1:], mode="bilinear"),
-                nn.Conv2d(given[0], 12, 3, padding=1, bias=False),
-                nn.BatchNorm2d(12),
+                nn.Upsample(wanted[1:], mode="trilinear" if volume else "bilinear"),
+                convolve(given[0], 12, 3, padding=1, bias=False),
+                norm(12),
                 nn.ReLU(),
-                nn.Conv2d(12, wanted[0], 3, padding=1),
+                convolve(12, wanted[0], 3, padding=1),
             )
         elif len(given) == 1:
             self.layers = nn.Linear(given[0], math.prod(wanted))
@@ -70,17 +75,19 @@ def _patch(given: tuple[int, ...], wanted: tuple[int, ...]) -> int:
 
 def reader(h: Tensor, outputs: int) -> nn.Module:
     """The auxiliary network: 3x3 convolution with stride 2, batch norm, ReLU, mean (for maps); two linear layers."""
-    width = h.shape[1 if h.dim() == 4 else -1]
-    maps = [
-        nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(width),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-    ]
-    return nn.Sequential(
-        *(maps if h.dim() == 4 else []), nn.Linear(width, FEATURES), nn.ReLU(), nn.Linear(FEATURES, outputs)
-    )
+    width, maps = h.shape[1 if h.dim() >= 4 else -1], []
+    if h.dim() >= 4:
+        norm, pooled = (
+            (nn.BatchNorm3d, nn.AdaptiveAvgPool3d) if h.dim() == 5 else (nn.BatchNorm2d, nn.AdaptiveAvgPool2d)
+        )
+        maps = [
+            convolution(h)(width, width, 3, stride=2, padding=1, bias=False),
+            norm(width),
+            nn.ReLU(),
+            pooled(1),
+            nn.Flatten(),
+        ]
+    return nn.Sequential(*maps, nn.Linear(width, FEATURES), nn.ReLU(), nn.Linear(FEATURES, outputs))
 
 
 class Heads(nn.Module):
@@ -109,9 +116,9 @@ class InfoPro(Rule):
     the last but one group; the last group minimises the cross-entropy of the network's head. The input travels along
     as the message. Prediction is a plain forward pass.
 
-    The objective, both networks behind maps and the weights (those of the paper's runs with four groups) are the
+    The objective, both networks after convolutions and the weights (those of the paper's runs with four groups) are the
     paper's and its code's. Ours: the target is the image with its own extremes at 0 and 1, since the rule does not know
-    the normalisation; inputs that are no images are compared by their squared distance; linear decoders behind vectors
+    the normalisation; inputs that are no images are compared by their squared distance; linear decoders after vectors
     and tokens.
 
     >>> InfoPro(task="contrast").groups(blocks=2)
@@ -120,13 +127,13 @@ class InfoPro(Rule):
 
     task: Literal["ce", "contrast"] = "ce"
     """Cross-entropy of the auxiliary network, or the supervised contrastive loss of its features."""
-    reconstruction: float | tuple[float, ...] = (1.0, 0.0)
+    reconstruction: NonNegativeFloat | tuple[NonNegativeFloat, ...] = (1.0, 0.0)
     """Weight lambda of the reconstruction: a number, or its values along the depth of the groups but the last."""
-    classification: float | tuple[float, ...] = (0.0, 1.0)
+    classification: NonNegativeFloat | tuple[NonNegativeFloat, ...] = (0.0, 1.0)
     """Weight mu of the task, likewise."""
-    temperature: float = 0.07
+    temperature: PositiveFloat = 0.07
     """Temperature of the contrastive loss."""
-    group: int = 1
+    group: PositiveInt = 1
     """Neighbouring blocks that share one loss, one graph and one backward pass."""
 
     name: ClassVar[str] = "infopro"
@@ -142,15 +149,6 @@ class InfoPro(Rule):
         "One label per sample, batches of two or more. Good weights depend on the network and the number of groups. "
         "Reconstruction is for images and vectors of numbers."
     )
-
-    def __post_init__(self) -> None:
-        check_group(self.group)
-        for name in ("reconstruction", "classification"):
-            value = getattr(self, name)
-            if min(value if isinstance(value, tuple) else (value,), default=-1.0) < 0:
-                raise LayerwiseError(f"{name} is {value}; give numbers of 0 or larger.")
-        if not self.temperature > 0:
-            raise LayerwiseError(f"temperature is {self.temperature}; it must be larger than 0.")
 
     def groups(self, blocks: int) -> list[range]:
         """`group` blocks each; the head belongs to the last group."""
@@ -170,9 +168,18 @@ class InfoPro(Rule):
         keep, tell = self.weights(site)
         if not keep and not tell:
             return None
-        decoder = Decoder(tuple(h.shape[1:]), site.inputs) if keep else None
+        h = site.standard(h)
+        wanted = tuple(self._input(h.new_empty(1, *site.inputs), h, site).shape[1:])
+        decoder = Decoder(tuple(h.shape[1:]), wanted) if keep else None
         outputs = FEATURES if self.task == "contrast" else task.classes
         return Heads(decoder, reader(h, outputs) if tell else None).to(h.dtype)
+
+    def _input(self, x: Tensor, h: Tensor, site: Site) -> Tensor:
+        """What is reconstructed, in the standard order; a vector tells nothing of it, so that any order will do."""
+        layout = site.input_layout
+        if site.layouts and h.dim() > 2 and x.dim() > 3:
+            layout = known_layout(layout)
+        return x if layout is None else to_standard(x, layout)
 
     def signal(self, ctx: BlockContext) -> Signal:
         """Reconstruction and task of the group, or the cross-entropy of the network's head."""
@@ -185,16 +192,17 @@ class InfoPro(Rule):
             return Signal(message=x)
         assert isinstance(ctx.auxiliary, Heads)
         keep, tell = self.weights(ctx.site)
+        h = ctx.site.standard(ctx.h)
         loss, metrics = torch.zeros((), device=ctx.h.device), {}
         if ctx.auxiliary.decoder is not None:
-            decoded = ctx.auxiliary.decoder(ctx.h).float()
-            if x.dim() == 4:
-                metrics["reconstruction"] = F.binary_cross_entropy_with_logits(decoded, brightness(x))
+            decoded, wanted = ctx.auxiliary.decoder(h).float(), self._input(x, h, ctx.site)
+            if wanted.dim() >= 4:
+                metrics["reconstruction"] = F.binary_cross_entropy_with_logits(decoded, brightness(wanted))
             else:
-                metrics["reconstruction"] = F.mse_loss(decoded, x.float())
+                metrics["reconstruction"] = F.mse_loss(decoded, wanted.float())
             loss = loss + keep * metrics["reconstruction"]
         if ctx.auxiliary.reader is not None:
-            found = ctx.auxiliary.reader(ctx.h if ctx.h.dim() == 4 else pool_vectors(ctx.h, "mean", per_position=False))
+            found = ctx.auxiliary.reader(h if h.dim() >= 4 else pool_vectors(h, "mean", per_position=False))
             if self.task == "contrast":
                 metrics["contrast"] = supervised_contrastive(found, ctx.y, self.temperature)
                 loss = loss + tell * metrics["contrast"]

@@ -5,9 +5,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from layerwise.core.ranges import PositiveInt
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, cross_entropy_at_head
 from layerwise.core.tasks import Classification
-from layerwise.errors import LayerwiseError
 from layerwise.rules.readout import Pool, grouped, pool_vectors
 
 
@@ -23,13 +23,13 @@ class Interlocking(Rule):
     N = 2 is pairwise, and with N the number of blocks the rule is backprop, bit for bit.
 
     The update is the paper's. Ours: linear auxiliary heads (the paper's are convolutional); each block runs the N - 1
-    blocks ahead anew, instead of keeping N graphs alive for the gradients to come back through.
+    blocks ahead again, instead of keeping N graphs alive for the gradients to return through.
 
     >>> Interlocking(n=2).groups(blocks=3)
     [range(0, 2), range(1, 4), range(2, 4)]
     """
 
-    n: int = 2
+    n: PositiveInt = 2
     """Blocks whose graph a loss passes through: 1 is local, 2 pairwise, the number of blocks backprop."""
     pool: Pool = "auto"
     """How a block's output becomes a vector: auto | mean | moments (and standard deviation) | grid | cls | flatten."""
@@ -39,16 +39,9 @@ class Interlocking(Rule):
     boundary: ClassVar[str] = "detached activation; gradients back over n - 1 boundaries"
     flat_memory: ClassVar[bool] = True
     source: ClassVar[str] = (
-        "Gomez, Key et al., arXiv 2010.04116 (2020); linear auxiliary heads, blocks ahead run anew: our reading"
+        "Gomez, Key et al., arXiv 2010.04116 (2020); linear auxiliary heads, blocks ahead run again: our reading"
     )
-    restrictions: ClassVar[str] = (
-        "Every block runs the n - 1 blocks ahead again: a step costs up to n forward passes, and batch norm sees the "
-        "batch n times."
-    )
-
-    def __post_init__(self) -> None:
-        if self.n < 1:
-            raise LayerwiseError(f"n is {self.n}; it is a number of blocks, 1 or more.")
+    restrictions: ClassVar[str] = "Every block runs the n - 1 blocks ahead again: a step costs up to n forward passes."
 
     def groups(self, blocks: int) -> list[range]:
         """Each block with a view of the n - 1 blocks ahead; the head joins the last block."""
@@ -58,16 +51,16 @@ class Interlocking(Rule):
         """A linear head where a view ends before the network does."""
         if not self.n - 1 <= site.index < site.blocks - 1:
             return None
-        return nn.Linear(pool_vectors(h, self.pool, per_position=False).shape[-1], task.classes, dtype=h.dtype)
+        return nn.Linear(pool_vectors(h, self.pool, False, site).shape[-1], task.classes, dtype=h.dtype)
 
     def signal(self, ctx: BlockContext) -> Signal:
-        """The loss at the end of the view, for the block behind; in the head's own turn, its own loss for itself."""
+        """The loss at the end of the view, which trains the first block; in a block's turn, the loss of its head."""
         if ctx.site.is_head:
             return cross_entropy_at_head(ctx)
         own, last = ctx.site.index == ctx.view.start, ctx.site.index == ctx.view.stop - 1
         if ctx.auxiliary is None or not (own or last):
             return Signal()
         h = ctx.h if last else ctx.h.detach()
-        logits = ctx.auxiliary(pool_vectors(h, self.pool, ctx.y.dim() > 1))
+        logits = ctx.auxiliary(pool_vectors(h, self.pool, ctx.y.dim() > 1, ctx.site))
         accuracy = ctx.task.accuracy(logits, ctx.y)
         return Signal(loss=ctx.task.loss(logits, ctx.y), metrics={"accuracy": accuracy})

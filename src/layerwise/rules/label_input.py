@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from layerwise.core.layout import from_standard, to_standard
 from layerwise.errors import LayerwiseError
 
 
@@ -31,25 +32,41 @@ def overlay(x: Tensor, p: Tensor) -> Tensor:
     return torch.cat([low + p * (high - low), flat[:, p.shape[1] :]], dim=1).view_as(x)
 
 
-def label_map(x: Tensor, p: Tensor) -> Tensor:
-    r"""Add a wave over the whole image that tells the label, where every filter sees it.
+def label_map(x: Tensor, p: Tensor, layout: str | None = "BCHW") -> Tensor:
+    r"""Add a wave over the whole image that depends on the label, so that every filter sees the label.
 
     The image plus $s \sum_k p_k w_k$, where $w_k$ are the first K of the waves
     $\sqrt2 \cos, \sqrt2 \sin (2\pi(a u / H + b v / W))$ in order of rising frequency, which are orthogonal and of mean
     square 1, and s is the sample's standard deviation.
 
     Args:
-        x: `(B, C, H, W)`.
+        x: images, such as `(B, C, H, W)`.
         p: `(B, K)`.
+        layout: of x.
 
     Raises:
-        LayerwiseError: x holds no images, or images with less room than K waves need.
+        LayerwiseError: x holds no images, or images with less room than K waves need, or its layout is not known.
     """
     if x.dim() != 4:
         raise LayerwiseError(f"label='map' needs images, not inputs of shape {tuple(x.shape)}; use label='overlay'.")
-    waves = _waves(x.shape[2], x.shape[3], p.shape[1]).to(x)
+    images = to_standard(x, known_layout(layout))
+    waves = _waves(images.shape[2], images.shape[3], p.shape[1]).to(x)
     scale = x.flatten(1).std(1).view(-1, 1, 1, 1)
-    return x + scale * torch.tensordot(p, waves, dims=1).unsqueeze(1)
+    return x + from_standard(scale * torch.tensordot(p, waves, dims=1).unsqueeze(1), known_layout(layout))
+
+
+def known_layout(layout: str | None) -> str:
+    """The layout of images that enter the network.
+
+    Raises:
+        LayerwiseError: it is not known.
+    """
+    if layout is None:
+        raise LayerwiseError(
+            "the first layers do not tell which dimension of the input holds the channels; declare it: "
+            "layout={'input': 'BCHW'}, or 'BHWC'."
+        )
+    return layout
 
 
 def _waves(height: int, width: int, count: int) -> Tensor:
@@ -63,7 +80,9 @@ def _waves(height: int, width: int, count: int) -> Tensor:
         )
     pairs.sort(key=lambda pair: (pair[0] ** 2 + pair[1] ** 2, pair))
     frequency = torch.tensor(pairs[: (count + 1) // 2], dtype=torch.float32)
-    places = torch.cartesian_prod(torch.arange(height) / height, torch.arange(width) / width)
+    places = torch.cartesian_prod(
+        torch.arange(height, dtype=torch.float32) / height, torch.arange(width, dtype=torch.float32) / width
+    )
     phase = 2 * math.pi * frequency @ places.T
     waves = torch.stack([phase.cos(), phase.sin()], dim=1).flatten(0, 1)[:count]
     return 2**0.5 * waves.view(count, height, width)
@@ -75,15 +94,16 @@ def wrong_labels(y: Tensor, classes: int, logits: Tensor | None = None) -> Tenso
     Args:
         y: `(B,)`, the labels.
         classes: K.
-        logits: `(B, K)`, for hard negatives.
+        logits: `(B, K)`, for hard negatives. A sample whose logits are not finite gets a uniform label.
     """
     if logits is None:
         return (y + torch.randint(1, classes, y.shape, device=y.device)) % classes
-    others = logits.float().scatter(1, y[:, None], -math.inf).softmax(1)
+    known = torch.isfinite(logits).all(1, keepdim=True)  # the loss tells of the others
+    others = torch.where(known, logits.float(), 0.0).scatter(1, y[:, None], -math.inf).softmax(1)
     return torch.multinomial(others, 1)[:, 0]
 
 
-def hybrid_images(x: Tensor, blurs: int = 6) -> Tensor:
+def hybrid_images(x: Tensor, blurs: int = 6, layout: str | None = "BCHW") -> Tensor:
     """Images put together out of two of the batch: their short range is right and their long range is wrong.
 
     The mask of large spots is a random bit image, blurred with (1/4, 1/2, 1/4) both ways and cut off at 1/2.
@@ -91,16 +111,19 @@ def hybrid_images(x: Tensor, blurs: int = 6) -> Tensor:
     Args:
         x: `(B, C, H, W)`, of two images or more.
         blurs: how often the bits are blurred.
+        layout: of x, where it is another one.
     """
     if x.dim() != 4 or len(x) < 2:
         raise LayerwiseError(
             f"hybrid images are made of two images of a batch, not of inputs of shape {tuple(x.shape)}; use "
             "negatives='random'."
         )
+    layout = known_layout(layout)
+    x = to_standard(x, layout)
     mask = torch.randint(2, (len(x), 1, *x.shape[2:]), device=x.device).float()
-    row = torch.tensor([0.25, 0.5, 0.25], device=x.device)
+    row = torch.tensor([0.25, 0.5, 0.25], dtype=mask.dtype, device=x.device)
     kernel = (row[:, None] * row)[None, None]
     for _ in range(blurs):
         mask = F.conv2d(F.pad(mask, (1, 1, 1, 1), mode="replicate"), kernel)
     other = x.roll(int(torch.randint(1, len(x), ())), dims=0)
-    return torch.where(mask > 0.5, x, other)
+    return from_standard(torch.where(mask > 0.5, x, other), layout)

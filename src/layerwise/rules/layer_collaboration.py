@@ -1,4 +1,4 @@
-"""Layer Collaboration: forward-forward whose blocks know what the other blocks think of the sample."""
+"""Layer Collaboration: forward-forward whose blocks know the other blocks' goodness of the sample."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from layerwise.core.functional import goodness, unit_length
+from layerwise.core.ranges import NonNegativeInt
 from layerwise.core.rule import BatchContext, BlockContext, Locality, Signal
 from layerwise.rules.forward_forward import ForwardForward
 
@@ -25,15 +26,15 @@ class LayerCollaboration(ForwardForward):
 
     The equations and both forms of gamma are the paper's. Ours: theta is that of one block times the number of blocks
     in the sum (with less, late blocks fall silent); for `gamma="all"`, the sum is of the blocks before this step's
-    updates, without the block's own goodness of now; every block is asked by default when predicting.
+    updates, without the block's own goodness in this step; by default every block counts in a prediction.
 
     >>> LayerCollaboration(gamma="all").locality
     'broadcast'
     """
 
     gamma: Literal["earlier", "all"] = "earlier"
-    """Whose goodness a block is told: that of the blocks before it, or of all others."""
-    skip: int = 0
+    """Whose goodness is added to a block's own: that of the blocks before it, or of all others."""
+    skip: NonNegativeInt = 0
     """Blocks at the input that no predictor looks at (the last block always counts)."""
 
     name: ClassVar[str] = "layer_collaboration"
@@ -54,16 +55,15 @@ class LayerCollaboration(ForwardForward):
             )
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
-        """The samples; what the blocks think of them where all are asked."""
+        """The samples; with `gamma="all"` also the summed goodness of all blocks, from a first pass."""
         x, message = super().begin(ctx)
         message["gamma"] = torch.zeros_like(message["votes"])
         if self.gamma == "all":
-            with torch.no_grad():
-                h = unit_length(x)
-                for block in ctx.network.blocks:
-                    h = block(h)
-                    message["gamma"] += goodness(h[: 2 * len(ctx.y)], self.goodness)
-                    h = unit_length(h)
+            h = x
+            for index in range(len(ctx.network.blocks)):
+                h = ctx.run(index, h, message)
+                message["gamma"] += goodness(h[: 2 * len(ctx.y)], self.goodness)
+                h = unit_length(h)
         return x, message
 
     def theta(self, ctx: BlockContext) -> float:
@@ -75,7 +75,7 @@ class LayerCollaboration(ForwardForward):
         return ctx.message["gamma"] if self.gamma == "earlier" else ctx.message["gamma"] - g.detach()
 
     def signal(self, ctx: BlockContext) -> Signal:
-        """That of forward-forward; tells the next block what this one and those before it think."""
+        """That of forward-forward; passes on the summed goodness of this block and those before it."""
         signal = super().signal(ctx)
         if self.gamma == "earlier" and not ctx.site.is_head:
             own = goodness(ctx.h[: 2 * len(ctx.y)], self.goodness)

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from layerwise.core.ranges import PositiveInt
 from layerwise.core.rule import (
     BlockContext,
     Locality,
@@ -14,7 +15,7 @@ from layerwise.core.rule import (
     cross_entropy_at_head,
 )
 from layerwise.core.tasks import Classification
-from layerwise.rules.readout import Pool, check_group, grouped, pool_vectors
+from layerwise.rules.readout import Pool, grouped, pool_vectors
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class LocalCE(Rule):
 
     pool: Pool = "auto"
     """How a block's output becomes a vector: auto | mean | moments (and standard deviation) | cls | flatten | none."""
-    group: int = 1
+    group: PositiveInt = 1
     """Neighbouring blocks that share one loss, one graph and one backward pass."""
 
     name: ClassVar[str] = "local_ce"
@@ -46,10 +47,7 @@ class LocalCE(Rule):
         "Belilovsky, Eickenberg & Oyallon, arXiv 1812.11446 (2018), with the simplest head; last block "
         "joined with the head: our reading"
     )
-    restrictions: ClassVar[str] = "Early layers turn greedy: each one is asked for the whole answer."
-
-    def __post_init__(self) -> None:
-        check_group(self.group)
+    restrictions: ClassVar[str] = "Early layers turn greedy: each one has to classify on its own."
 
     def groups(self, blocks: int) -> list[range]:
         """`group` blocks each; the head belongs to the last group."""
@@ -62,7 +60,7 @@ class LocalCE(Rule):
         """A linear head from the pooled output to the classes, for every group but the last."""
         if not self._has_head(site):
             return None
-        return nn.Linear(pool_vectors(h, self.pool, per_position=False).shape[-1], task.classes, dtype=h.dtype)
+        return nn.Linear(pool_vectors(h, self.pool, False, site).shape[-1], task.classes, dtype=h.dtype)
 
     def signal(self, ctx: BlockContext) -> Signal:
         """Cross-entropy of the block's own head, or of the network's at the end."""
@@ -70,6 +68,6 @@ class LocalCE(Rule):
             return cross_entropy_at_head(ctx)
         if ctx.auxiliary is None:
             return Signal()
-        logits = ctx.auxiliary(pool_vectors(ctx.h, self.pool, ctx.y.dim() > 1))
+        logits = ctx.auxiliary(pool_vectors(ctx.h, self.pool, ctx.y.dim() > 1, ctx.site))
         accuracy = ctx.task.accuracy(logits, ctx.y)
         return Signal(loss=ctx.task.loss(logits, ctx.y), metrics={"accuracy": accuracy})

@@ -1,4 +1,4 @@
-"""Mono-Forward: every block is read off by a learned projection and trained by the cross-entropy of that."""
+"""Mono-Forward: every block has a learned projection onto the classes and is trained by its cross-entropy."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -40,13 +40,13 @@ class MonoForward(PredictsBySite, LocalCE):
     source: ClassVar[str] = (
         "Gong, Li & Abdulla, arXiv 2501.09238 (2025); pooling, and the head as last projection: our reading"
     )
-    restrictions: ClassVar[str] = "Early blocks turn greedy: each one is asked for the whole answer."
+    restrictions: ClassVar[str] = "Early blocks turn greedy: each one has to classify on its own."
 
     def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
         """The projection M of every group but the last, whose projection is the head."""
         if not self._has_head(site):
             return None
-        width = pool_vectors(h, self.pool, per_position=False).shape[-1]
+        width = pool_vectors(h, self.pool, False, site).shape[-1]
         return nn.Linear(width, task.classes, bias=False, dtype=h.dtype)
 
     def signal(self, ctx: BlockContext) -> Signal:
@@ -67,5 +67,5 @@ class MonoForward(PredictsBySite, LocalCE):
         if site.is_head:
             return total + h, None
         if auxiliary is not None:
-            total = total + auxiliary(pool_vectors(h, self.pool, per_position=False))
+            total = total + auxiliary(pool_vectors(h, self.pool, False, site))
         return h, total

@@ -1,4 +1,4 @@
-"""NoProp: networks learn to clear a noisy label, in discrete time, in continuous time, and by flow matching."""
+"""NoProp: networks learn to denoise a label, in discrete time, in continuous time, and by flow matching."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from layerwise.core.functional import (
     squared_distances,
 )
 from layerwise.core.pieces import StartsFromData
+from layerwise.core.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
 from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Signal, Site, cross_entropy_at_head
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
@@ -36,7 +37,7 @@ def embedding_at(site: Site) -> Tensor:
 
 
 def state(*parts: Tensor) -> Tensor:
-    """What crosses: coefficients p `(B, K)` and a rest r `(B, D)` of a label z = p U + r, the image; t before them."""
+    """What is passed on: coefficients p `(B, K)`, a rest r `(B, D)` of a label p U + r, the image; t before them."""
     return torch.cat([part.flatten(1).float() for part in parts], dim=1)
 
 
@@ -98,12 +99,12 @@ class Denoising(StartsFromData, Rule):
             u[k] = images[medoid(images)]
 
     def shared(self, network: Partition) -> Tensor | None:
-        """What the blocks are told of the embeddings at the start of a step: a copy, where they learn."""
+        """The copy of the embeddings that the blocks get at the start of a step; None where these are fixed."""
         u = embedding(network.head)
         return u.detach().clone() if u.requires_grad else None
 
     def run(self, block: Block, h: Tensor, message: Any) -> Tensor:
-        """Run a block with the embeddings that it was told of."""
+        """Run a block with the copy of the embeddings that it was given."""
         u = (message or {}).get("embedding")
         if u is not None and block.name != "head":
             embedding(block).copy_(u)
@@ -119,10 +120,10 @@ class Denoising(StartsFromData, Rule):
 
 @dataclass(frozen=True)
 class NoPropDT(Denoising):
-    r"""NoProp, discrete time: block t is given a noisy label and the image, and learns to tell the label.
+    r"""NoProp, discrete time: block t gets a noisy label and the image, and learns to denoise the label.
 
     With $u_y$ the embedding of the label, $z_{t-1} \sim N(\sqrt{\bar\alpha_{t-1}}\, u_y, 1 - \bar\alpha_{t-1})$ drawn
-    anew for every block, and $\hat u_t(z_{t-1}, x)$ a mean of the embeddings under a softmax, block t of T minimises
+    again for every block, and $\hat u_t(z_{t-1}, x)$ a mean of the embeddings under a softmax, block t of T minimises
 
     $$L_t = \tfrac{T}{2}\, \eta\, (SNR(t) - SNR(t-1))\, \| \hat u_t(z_{t-1}, x) - u_y \|^2, \qquad
       SNR(t) = \bar\alpha_t / (1 - \bar\alpha_t)$$
@@ -142,7 +143,7 @@ class NoPropDT(Denoising):
     [range(0, 1), range(1, 2), range(2, 3)]
     """
 
-    eta: float = 0.1
+    eta: PositiveFloat = 0.1
     """Factor eta of every block's loss."""
 
     name: ClassVar[str] = "noprop_dt"
@@ -156,13 +157,9 @@ class NoPropDT(Denoising):
     )
     predicts_at_head: ClassVar[bool] = True
     restrictions: ClassVar[str] = (
-        "Trains the model noprop only; every block embeds the image anew. The accuracy of the head in training is that "
-        "of a drawn label, not of a prediction."
+        "Trains the model noprop only; every block embeds the image again. The accuracy of the head in training is "
+        "that of a drawn label, not of a prediction."
     )
-
-    def __post_init__(self) -> None:
-        if not self.eta > 0:
-            raise LayerwiseError(f"eta is {self.eta}; it must be larger than 0.")
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
         """The state of the first block: a draw of z_0 and the image."""
@@ -200,7 +197,7 @@ class NoPropDT(Denoising):
         )
 
     def predict(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Tensor:
-        """Logits `(B, K)` behind a run of the sampler."""
+        """Logits `(B, K)` after a run of the sampler."""
         steps, u = len(network.blocks), embedding(network.head)
         h = state(*drawn(x.new_zeros(len(x), len(u)).float(), 0.0, u.shape[1]), x)
         for t, block in enumerate(network.blocks, 1):
@@ -211,18 +208,14 @@ class NoPropDT(Denoising):
 
 @dataclass(frozen=True)
 class _AnyTime(Denoising):
-    """One network, told the time."""
+    """One network, which gets the time as an input."""
 
-    steps: int | None = None
+    steps: PositiveInt | None = None
     """Steps of the sampler; the model's depth if not given. The paper takes 1000."""
     solver: Literal["euler", "heun"] = "euler"
     """Of the sampler; `heun` asks the network twice per step."""
 
     boundary: ClassVar[str] = "the input and a noisy label; embeddings that are learned, from the head to the block"
-
-    def __post_init__(self) -> None:
-        if self.steps is not None and self.steps < 1:
-            raise LayerwiseError(f"steps is {self.steps}; it is a number of steps, 1 or more.")
 
     def sampled(self, network: Partition, velocity: Any, u: Tensor, x: Tensor) -> Tensor:
         """z_1 `(B, D)`, from z_0 ~ N(0, I) along a velocity of (z, t)."""
@@ -233,7 +226,7 @@ class _AnyTime(Denoising):
 
 @dataclass(frozen=True)
 class NoPropCT(_AnyTime):
-    r"""NoProp, continuous time: one network is given a time, a noisy label and the image, and learns to tell the label.
+    r"""NoProp, continuous time: one network gets a time, a noisy label and the image, and learns to denoise the label.
 
     With $u_y$ the embedding of the label, $t \sim U(0, 1)$ for every sample,
     $z_t \sim N(\sqrt{\bar\alpha(t)}\, u_y, 1 - \bar\alpha(t))$ and $\hat u(z_t, x, t)$ a mean of the embeddings under a
@@ -257,7 +250,7 @@ class NoPropCT(_AnyTime):
     [range(0, 1), range(1, 2)]
     """
 
-    eta: float = 1.0
+    eta: PositiveFloat = 1.0
     """Factor eta of the block's loss."""
 
     name: ClassVar[str] = "noprop_ct"
@@ -271,11 +264,6 @@ class NoPropCT(_AnyTime):
         "memory is the number of denoising steps. Predicting runs the block once per step. Accuracies in training are "
         "those of drawn labels."
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.eta > 0:
-            raise LayerwiseError(f"eta is {self.eta}; it must be larger than 0.")
 
     def schedule(self, network: Partition, t: Tensor) -> tuple[Tensor, Tensor]:
         """Log SNR and its derivative at times `(B, 1)`."""
@@ -311,7 +299,7 @@ class NoPropCT(_AnyTime):
         )
 
     def predict(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Tensor:
-        """Logits `(B, K)` of the head behind the equation."""
+        """Logits `(B, K)` of the head at the solution of the equation."""
         u = embedding(network.head)
         none = torch.zeros(len(x), len(u), device=x.device)
 
@@ -327,7 +315,7 @@ class NoPropCT(_AnyTime):
 
 @dataclass(frozen=True)
 class NoPropFM(_AnyTime):
-    r"""NoProp with flow matching: one network is given a time, a label on its way, the image, and learns where it goes.
+    r"""NoProp with flow matching: one network gets a time, a label between noise and class, the image; it learns v.
 
     With $u_y$ the embedding of the label, $z_0 \sim N(0, I)$, $t \sim U(0, 1)$ for every sample and
     $z_t \sim N(t\, u_y + (1 - t)\, z_0, \sigma^2)$, the block minimises
@@ -347,10 +335,10 @@ class NoPropFM(_AnyTime):
     [range(0, 1), range(1, 2)]
     """
 
-    sigma: float = 0.1
-    """Standard deviation of the noise around the way from z_0 to the embedding."""
+    sigma: NonNegativeFloat = 0.1
+    """Standard deviation of the noise around the path from z_0 to the embedding."""
     predictor: Literal["nearest", "head"] = "nearest"
-    """What tells the class at the end of the way: the nearest embedding, or the head."""
+    """What decides the class at the end of the path: the nearest embedding, or the head."""
 
     name: ClassVar[str] = "noprop_fm"
     models: ClassVar[tuple[str, ...]] = ("noprop_fm",)
@@ -362,11 +350,6 @@ class NoPropFM(_AnyTime):
         "memory is the number of steps. Predicting runs the block once per step. Accuracies in training are those of "
         "drawn labels."
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.sigma >= 0:
-            raise LayerwiseError(f"sigma is {self.sigma}; it is a standard deviation, 0 or more.")
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
         """A time, the label's share of z_t and the rest of it; in evaluation z_0 alone, at t = 0."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from layerwise.core.pieces import JoinsGroups
+from layerwise.core.ranges import NonNegativeInt, PositiveInt
 from layerwise.core.rule import BlockContext, Locality, Signal, cross_entropy_at_head
 from layerwise.errors import LayerwiseError
 from layerwise.rules.dgl import DGL
@@ -22,16 +23,16 @@ class PeriodicGuidance(JoinsGroups, DGL):
     backprop, bit for bit. Prediction is a plain forward pass.
 
     That local learning is interrupted periodically by updates from the global loss is the paper's statement. Period,
-    length, their unit (updates) and the order (local first) are our reading: the paper's text was not at hand.
+    length, their unit (updates) and the order (local first) are our reading: we had no access to the paper's full text.
 
     >>> rule = PeriodicGuidance(period=3)
     >>> [len(rule.groups_at(update, blocks=4)) for update in range(6)]
     [4, 4, 1, 4, 4, 1]
     """
 
-    period: int = 10
+    period: PositiveInt = 10
     """Updates P from one guided phase to the next."""
-    guided: int = 1
+    guided: NonNegativeInt = 1
     """Updates G at the end of every period that follow the global loss."""
 
     name: ClassVar[str] = "periodic_guidance"
@@ -47,10 +48,8 @@ class PeriodicGuidance(JoinsGroups, DGL):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.period < 1:
-            raise LayerwiseError(f"period is {self.period}; it is a number of updates, 1 or more.")
-        if not 0 <= self.guided <= self.period:
-            raise LayerwiseError(f"guided is {self.guided}; it is a number of updates from 0 to the period.")
+        if self.guided > self.period:
+            raise LayerwiseError(f"guided is {self.guided}; it must be at most the period, {self.period}.")
 
     def groups_at(self, update: int, blocks: int) -> list[range]:
         """Those of `dgl`; at the end of a period all of them joined."""

@@ -8,17 +8,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.core.functional import similarity
+from layerwise.core.ranges import Fraction, PositiveInt
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, cross_entropy_at_head
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.rules.readout import check_group, grouped, pool_vectors
+from layerwise.rules.readout import convolution, grouped, pool_vectors
 
 
 class Heads(nn.Module):
     """The two local networks of a block: a linear classifier that starts at zero, and a map before the similarities.
 
     Args:
-        h: a sample of the block's output.
+        h: a sample of the block's output, in the standard order.
         classes: number of classes K.
         loss: which of the two there are.
     """
@@ -27,21 +28,22 @@ class Heads(nn.Module):
         super().__init__()
         self.classifier = self.map = None
         if loss != "sim":
-            self.classifier = nn.Linear(pool_vectors(h, "grid", per_position=False).shape[-1], classes)
+            self.classifier = nn.Linear(pool_vectors(h, "grid", False).shape[-1], classes)
             nn.init.zeros_(self.classifier.weight)
             nn.init.zeros_(self.classifier.bias)
         if loss != "pred":
-            image = h.dim() == 4
+            image = h.dim() >= 4
             width = h.shape[1 if image else -1]
             self.map = (
-                nn.Conv2d(width, width, 3, padding=1, bias=False) if image else nn.Linear(width, width, bias=False)
+                convolution(h)(width, width, 3, padding=1, bias=False) if image else nn.Linear(width, width, bias=False)
             )
+        self.to(h.dtype)
 
     def rows(self, h: Tensor) -> Tensor:
         """A vector per sample, `(B, D)`: of an image, the standard deviation of each map over the places."""
         assert self.map is not None
         z = self.map(h)
-        spread = z.dim() == 4 and z[0, 0].numel() > 1
+        spread = z.dim() >= 4 and z[0, 0].numel() > 1
         return z.float().flatten(2).std(2) if spread else z.flatten(1)
 
 
@@ -58,7 +60,7 @@ class PredSim(Rule):
     most 4096 pooled numbers and starts at zero. The head learns from the cross-entropy on the detached last activation.
     With $\beta = 0.99$ the similarity has the weight 0.99. `loss="pred"` and `loss="sim"` are its two terms alone.
 
-    All of this is the paper's, but for these: the loss sees the block's output behind its dropout; the head's loss has
+    All of this is the paper's, but for these: the loss sees the block's output after its dropout; the head's loss has
     the weight 1 (the paper: $1 - \beta$; the same under Adam); the mapped tokens of a sample are one row.
 
     >>> PredSim(loss="sim").groups(blocks=2)
@@ -67,9 +69,9 @@ class PredSim(Rule):
 
     loss: Literal["predsim", "pred", "sim"] = "predsim"
     """Both terms, the classifier alone, or the similarities alone."""
-    beta: float = 0.99
+    beta: Fraction = 0.99
     """Weight of the similarities; the classifier has 1 - beta."""
-    group: int = 1
+    group: PositiveInt = 1
     """Neighbouring blocks that share one loss, one graph and one backward pass."""
 
     name: ClassVar[str] = "predsim"
@@ -81,11 +83,6 @@ class PredSim(Rule):
         "One label per sample. The similarities depend on who else is in the batch: keep 64 samples or more."
     )
 
-    def __post_init__(self) -> None:
-        check_group(self.group)
-        if not 0 <= self.beta <= 1:
-            raise LayerwiseError(f"beta is {self.beta}; it is a share in [0, 1].")
-
     def groups(self, blocks: int) -> list[range]:
         """`group` blocks each; the head on its own."""
         return grouped(blocks, self.group, join_head=False)
@@ -93,7 +90,7 @@ class PredSim(Rule):
     def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
         """The classifier and the map of every group of blocks."""
         ends = (site.index + 1) % self.group == 0 or site.index == site.blocks - 1
-        return Heads(h, task.classes, self.loss) if ends and not site.is_head else None
+        return Heads(site.standard(h), task.classes, self.loss) if ends and not site.is_head else None
 
     def signal(self, ctx: BlockContext) -> Signal:
         """Cross-entropy of the local classifier and distance of the similarities from those of the labels."""
@@ -105,15 +102,16 @@ class PredSim(Rule):
         if heads is None:
             return Signal()
         assert isinstance(heads, Heads)
+        h = ctx.site.standard(ctx.h)
         share = {"pred": 0.0, "sim": 1.0}.get(self.loss, self.beta)
         loss, metrics = torch.zeros((), device=ctx.h.device), {}
         if heads.classifier is not None:
-            logits = heads.classifier(pool_vectors(ctx.h, "grid", per_position=False))
+            logits = heads.classifier(pool_vectors(h, "grid", False))
             loss = loss + (1 - share) * ctx.task.loss(logits, ctx.y)
             metrics["accuracy"] = ctx.task.correct(logits, ctx.y) / ctx.y.numel()
         if heads.map is not None:
             wanted = similarity(F.one_hot(ctx.y, ctx.task.classes))
             # Not F.mse_loss, whose scalar keeps a storage of B x B numbers alive with the metrics.
-            metrics["similarity"] = (similarity(heads.rows(ctx.h)) - wanted).square().mean()
+            metrics["similarity"] = (similarity(heads.rows(h)) - wanted).square().mean()
             loss = loss + share * metrics["similarity"]
         return Signal(loss=loss, metrics=metrics)

@@ -8,36 +8,39 @@ from torch import Tensor, nn
 
 from layerwise.core.functional import normalise
 from layerwise.core.pieces import PredictsBySite
+from layerwise.core.ranges import NonNegativeFloat, PositiveInt
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
+from layerwise.rules.readout import convolution
 
 
 def channel_norm(h: Tensor) -> Tensor:
     """Zero mean and unit variance over the channels, at every place of `(B, C, H, W)`, `(B, T, D)` or `(B, D)`."""
-    return normalise(h.movedim(1, -1), "layer").movedim(-1, 1) if h.dim() == 4 else normalise(h, "layer")
+    return normalise(h.movedim(1, -1), "layer").movedim(-1, 1) if h.dim() >= 4 else normalise(h, "layer")
 
 
 class ChannelGoodness(nn.Module):
     """One auxiliary channel per class, and how active each is.
 
     Args:
-        h: a sample of the block's output.
+        h: a sample of the block's output, in the standard order.
         classes: number of classes K.
-        kernel: side of the convolution behind a map; other outputs get a linear layer.
+        kernel: side of the convolution after a convolutional block; other outputs get a linear layer.
     """
 
     def __init__(self, h: Tensor, classes: int, kernel: int):
         super().__init__()
-        if h.dim() == 4:
-            self.channels: nn.Module = nn.Conv2d(h.shape[1], classes, kernel, padding=kernel // 2)
+        if h.dim() >= 4:
+            self.channels: nn.Module = convolution(h)(h.shape[1], classes, kernel, padding=kernel // 2)
         else:
             self.channels = nn.Linear(h.shape[-1], classes)
+        self.to(h.dtype)
 
     def forward(self, h: Tensor) -> Tensor:
         """Mean square of every class's channel over the places of the normalised `h`: `(B, K)`, in float32."""
         a = self.channels(channel_norm(h)).float().square()
-        return a.mean((2, 3)) if a.dim() == 4 else a.mean(1) if a.dim() == 3 else a
+        return a.flatten(2).mean(2) if a.dim() >= 4 else a.mean(1) if a.dim() == 3 else a
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,9 @@ class ScalableFF(PredictsBySite, Rule):
     [range(0, 1), range(1, 2), range(2, 3)]
     """
 
-    margin: float = 0.0
+    margin: NonNegativeFloat = 0.0
     """Margin m by which the true class's goodness should exceed the others."""
-    kernel: int = 1
+    kernel: PositiveInt = 1
     """Side of the auxiliary convolution, an odd number: 1, or a bit larger, such as 5."""
     predictor: Literal["mean", "last"] = "mean"
     """Whose goodness decides: the mean over all blocks, or the last block's."""
@@ -77,8 +80,9 @@ class ScalableFF(PredictsBySite, Rule):
     restrictions: ClassVar[str] = "One label per sample. The network's head is not used; its output means nothing."
 
     def __post_init__(self) -> None:
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise LayerwiseError(f"kernel is {self.kernel}; it is an odd number, 1 or more.")
+        super().__post_init__()
+        if self.kernel % 2 == 0:
+            raise LayerwiseError(f"kernel is {self.kernel}; it must be odd, so that the convolution has a centre.")
 
     def trains(self, site: Site) -> bool:
         """All blocks; the head is not used."""
@@ -86,7 +90,7 @@ class ScalableFF(PredictsBySite, Rule):
 
     def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
         """The channels of every block."""
-        return None if site.is_head else ChannelGoodness(h, task.classes, self.kernel)
+        return None if site.is_head else ChannelGoodness(site.standard(h), task.classes, self.kernel)
 
     def signal(self, ctx: BlockContext) -> Signal:
         """The margin loss of the block's goodness; the goodness of all blocks so far goes along, for the metrics."""
@@ -97,11 +101,12 @@ class ScalableFF(PredictsBySite, Rule):
             accuracy = ctx.task.correct(votes, ctx.y) / ctx.y.numel()
             return Signal(metrics={"loss": self.margin_loss(votes, ctx.y, ctx.task), "accuracy": accuracy})
         assert ctx.auxiliary is not None
-        g = ctx.auxiliary(ctx.h)
+        h = ctx.site.standard(ctx.h)
+        g = ctx.auxiliary(h)
         carried = ctx.message + g if self.predictor == "mean" and ctx.message is not None else g
         accuracy = ctx.task.correct(g, ctx.y) / ctx.y.numel()
         loss = self.margin_loss(g, ctx.y, ctx.task)
-        return Signal(loss, message=carried, output=channel_norm(ctx.h), metrics={"accuracy": accuracy})
+        return Signal(loss, message=carried, output=ctx.site.restored(channel_norm(h)), metrics={"accuracy": accuracy})
 
     def margin_loss(self, g: Tensor, y: Tensor, task: Classification) -> Tensor:
         """Mean of log(1 + sum over the other classes of exp(g_c - g_y + m)), for `g` `(B, K)`."""
@@ -112,7 +117,8 @@ class ScalableFF(PredictsBySite, Rule):
         if site.is_head:
             return message, None
         assert auxiliary is not None
+        h = site.standard(h)
         g = auxiliary(h)
         if self.predictor == "mean":
             g = g / site.blocks if message is None else message + g / site.blocks
-        return channel_norm(h), g
+        return site.restored(channel_norm(h)), g

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from layerwise.core.blocks import Partition
 from layerwise.core.functional import kl_divergence
 from layerwise.core.pieces import HasTrunk, PassesBeliefs
+from layerwise.core.ranges import NonNegativeInt, PositiveFraction, PositiveInt
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, by_depth
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.rules.readout import Pool, check_group, grouped, pool_vectors
+from layerwise.rules.readout import Pool, grouped, pool_vectors
 
 Direction = Literal["forward", "reverse"]
 
@@ -60,15 +61,8 @@ class Distillation(PassesBeliefs, Rule):
 
     direction: Direction = "forward"
     """Direction of both KL divergences; reverse needs label smoothing."""
-    alpha: float | tuple[float, ...] = 0.5
+    alpha: PositiveFraction | tuple[PositiveFraction, ...] = 0.5
     """Weight of the target; several numbers are a piecewise linear function of depth (as many as beliefs: a list)."""
-
-    def __post_init__(self) -> None:
-        for alpha in self.alpha if isinstance(self.alpha, tuple) else (self.alpha,):
-            if not 0 < alpha <= 1:
-                raise LayerwiseError(f"alpha is {alpha}; it is a weight larger than 0 and at most 1.")
-        if self.alpha == ():
-            raise LayerwiseError("alpha has no number; give one, or several for a function of depth.")
 
     def place(self, site: Site) -> Site | None:
         """The site's belief, counted among the beliefs of the network; None where the rule reads none."""
@@ -159,11 +153,11 @@ class SID(Distillation):
     [range(0, 2), range(2, 4)]
     """
 
-    hidden: int = 0
+    hidden: NonNegativeInt = 0
     """Units of the belief heads' hidden layer; 0 for a linear belief head."""
     pool: Pool = "auto"
     """How a block's output becomes a vector: auto | mean | moments (and standard deviation) | cls | flatten | none."""
-    group: int = 1
+    group: PositiveInt = 1
     """Neighbouring blocks that share one belief, one graph and one backward pass."""
 
     name: ClassVar[str] = "sid"
@@ -177,12 +171,6 @@ class SID(Distillation):
     restrictions: ClassVar[str] = (
         'Classification; one label per position needs pool="none". direction="reverse" needs label smoothing.'
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_group(self.group)
-        if self.hidden < 0:
-            raise LayerwiseError(f"hidden is {self.hidden}; it is a number of units, 0 for a linear belief head.")
 
     def groups(self, blocks: int) -> list[range]:
         """`group` blocks each; the head belongs to the last group."""
@@ -204,10 +192,10 @@ class SID(Distillation):
             return None
         if site.is_head:
             return BeliefToLogits(task.classes, h.dtype)
-        return BeliefHead(task.classes, self._vectors(h).shape[-1], self.hidden, h.dtype)
+        return BeliefHead(task.classes, self._vectors(h, site).shape[-1], self.hidden, h.dtype)
 
-    def _vectors(self, h: Tensor) -> Tensor:
-        return pool_vectors(h, self.pool, per_position=False)
+    def _vectors(self, h: Tensor, site: Site) -> Tensor:
+        return pool_vectors(h, self.pool, False, site)
 
     def signal(self, ctx: BlockContext) -> Signal:
         """The objective of the group's belief."""
@@ -215,7 +203,7 @@ class SID(Distillation):
             return Signal(message=ctx.message)
         if ctx.y.dim() > 1 and self.pool != "none":
             raise LayerwiseError('sid reads a belief per sample, and there is a label per position; set pool="none".')
-        features = ctx.h if ctx.site.is_head else self._vectors(ctx.h)
+        features = ctx.h if ctx.site.is_head else self._vectors(ctx.h, ctx.site)
         before = ctx.message if ctx.message is not None else uniform_belief(features, ctx.task.classes)
         return self.distil(ctx, ctx.auxiliary(before, features), before)
 
@@ -226,7 +214,8 @@ class SID(Distillation):
             x = block(x)
             if index not in auxiliary:
                 continue
-            features = x if block is network.head else self._vectors(x)
+            site = Site(index, len(network.blocks), block.name, layouts=network.layouts)
+            features = x if block is network.head else self._vectors(x, site)
             if belief is None:
                 first = next(p for p in auxiliary[len(network.blocks)].parameters())
                 belief = uniform_belief(features, len(first))
@@ -338,7 +327,7 @@ class SIDCascade(HasTrunk, Distillation):
 
     def _features(self, site: Site, h: Tensor, task: Classification) -> Tensor:
         """A vector out of the output of the extractor's half: the mean over space, or the features of the state."""
-        return h[:, task.classes :] if h.dim() == 2 else pool_vectors(h, "mean", per_position=False)
+        return h[:, task.classes :] if h.dim() == 2 else pool_vectors(h, "mean", False, site)
 
     def signal(self, ctx: BlockContext) -> Signal:
         """The objective of the module's belief; in the extractor, the cross-entropy of its own head if it has one."""

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.core import functional
+from layerwise.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ProperFraction
 from layerwise.core.rule import (
     BlockContext,
     Locality,
@@ -19,7 +20,7 @@ from layerwise.core.rule import (
 )
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.rules.readout import Pool, check_group, grouped, pool_vectors
+from layerwise.rules.readout import Pool, grouped, pool_vectors
 
 SURROGATES = {
     "neg_log_bc": functional.neg_log_bc,
@@ -36,29 +37,30 @@ class Projection(nn.Module):
         width: number of features D after pooling.
         dim: rows d0 of R.
         classes: number of classes K.
+        dtype: of R; float32 unless activations are wider.
         options: the rule, for scale, normalisation, dropout, distribution of R, kind of target.
 
     Shapes: `(..., D)` to `(..., d0)`; `class_logits` maps `(..., d0)` to `(..., K)`.
     """
 
-    def __init__(self, width: int, dim: int, classes: int, options: "SLL"):
+    def __init__(self, width: int, dim: int, classes: int, options: "SLL", dtype: torch.dtype = torch.float32):
         super().__init__()
         matrix = torch.randn(dim, width) / width**0.5
         if options.projection == "orthonormal":
             # The same mean square length of a row as the Gaussian matrix has: 1.
             wide = torch.linalg.qr(torch.randn(max(dim, width), min(dim, width)))[0]
             matrix = wide.T if dim <= width else wide * (dim / width) ** 0.5
-        self.register_buffer("matrix", matrix * options.scale)
+        self.register_buffer("matrix", (matrix * options.scale).to(dtype))
         code = torch.randn(classes, dim) / dim**0.5 if options.targets == "codebook" else None
-        self.register_buffer("code", code)
+        self.register_buffer("code", None if code is None else code.to(dtype))
         self.classes, self.norm, self.dropout = classes, options.norm, options.dropout
 
     matrix: Tensor
     code: Tensor | None
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits of the auxiliary posterior, in float32."""
-        features = functional.normalise(features.float(), self.norm)
+        """Logits of the auxiliary posterior, in float32 or wider."""
+        features = functional.normalise(features.to(self.matrix.dtype), self.norm)
         features = F.dropout(features, self.dropout, self.training)
         with torch.autocast(features.device.type, enabled=False):
             return F.linear(features, self.matrix)
@@ -86,7 +88,7 @@ class SLL(Rule):
 
     A single small convolution is stiff under a fixed projection. Three options give it room: `pool="moments"` reads
     the standard deviation over space beside the mean, `group` lets neighbouring blocks share one objective, and
-    `overlap=1` moves every readout behind one block more, and each trains all groups that see it: gradients cross one
+    `overlap=1` moves every readout one block further, and each trains all groups that see it: gradients cross one
     boundary, two blocks are alive at a time, and the rule is interlocking, no longer local.
 
     What is the paper's and what is ours: the two terms, their equal weight, the fixed projection and the optional
@@ -101,30 +103,30 @@ class SLL(Rule):
 
     surrogate: Literal["neg_log_bc", "one_minus_bc", "hellinger", "kl", "none"] = "neg_log_bc"
     """Divergence D between the posteriors of neighbouring blocks."""
-    weight: float | tuple[float, ...] = 1.0
+    weight: NonNegativeFloat | tuple[NonNegativeFloat, ...] = 1.0
     """Weight lambda of the divergence; several numbers are a piecewise linear function of depth."""
-    likelihood_weight: float | tuple[float, ...] = 1.0
+    likelihood_weight: NonNegativeFloat | tuple[NonNegativeFloat, ...] = 1.0
     """Weight w of the likelihood term, likewise."""
     neighbour: Literal["previous", "before_previous"] = "previous"
     """Which block's posterior the divergence looks at."""
-    dim: int | None = None
+    dim: PositiveInt | None = None
     """Rows d0 of the projection; the number of classes if not given."""
     targets: Literal["index", "codebook"] = "index"
     """The classes are the first K coordinates, or a fixed random code with K rows."""
     projection: Literal["gaussian", "orthonormal"] = "gaussian"
     """Distribution of R; both have rows of mean square length 1."""
-    scale: float = 1.0
+    scale: PositiveFloat = 1.0
     """Scale s of the projection (an inverse temperature)."""
     norm: Literal["layer", "rms", "none"] = "layer"
     """Normalisation before the projection, without parameters."""
-    dropout: float = 0.0
+    dropout: ProperFraction = 0.0
     """Probability p of the multiplicative dropout on the projection's input."""
     pool: Pool = "auto"
     """How a block's output becomes a vector: auto | mean | moments (and standard deviation) | cls | flatten | none."""
-    group: int = 1
+    group: PositiveInt = 1
     """Neighbouring blocks that share one objective, one graph and one backward pass."""
-    overlap: int = 0
-    """Blocks behind a group through which it is read off, too; with 1, gradients cross one boundary (interlocking)."""
+    overlap: NonNegativeInt = 0
+    """Later blocks between a group and its readout; with 1, gradients cross one boundary (interlocking)."""
     head: Literal["joint", "separate"] = "joint"
     """What trains the last block: the head's cross-entropy (joint), or its own objective (separate)."""
 
@@ -141,16 +143,10 @@ class SLL(Rule):
     )
 
     def __post_init__(self) -> None:
-        check_group(self.group)
-        if self.overlap < 0:
-            raise LayerwiseError(f"overlap is {self.overlap}; it is a number of blocks, 0 for none.")
+        super().__post_init__()
         if self.overlap > 0:  # what the class declares holds without overlap
             object.__setattr__(self, "locality", "interlocking")
             object.__setattr__(self, "boundary", f"{self.boundary}; gradients back over {self.overlap} boundaries")
-        if not 0.0 <= self.dropout < 1.0:
-            raise LayerwiseError(f"dropout is {self.dropout}; it is a probability in [0, 1).")
-        if not self.scale > 0:
-            raise LayerwiseError(f"scale is {self.scale}; it must be larger than 0.")
 
     def groups(self, blocks: int) -> list[range]:
         """`group` blocks each, with a view of `overlap` more; the head joins the last block or stands alone."""
@@ -166,8 +162,8 @@ class SLL(Rule):
                 f"dim is {dim}, smaller than the {task.classes} classes; use dim >= {task.classes} or "
                 'targets="codebook".'
             )
-        width = pool_vectors(h, self.pool, per_position=False).shape[-1]
-        return Projection(width, dim, task.classes, self)
+        width = pool_vectors(h, self.pool, False, site).shape[-1]
+        return Projection(width, dim, task.classes, self, torch.promote_types(h.dtype, torch.float32))
 
     def signal(self, ctx: BlockContext) -> Signal:
         """Likelihood and alignment of the posterior that is read off at this site."""
@@ -179,7 +175,7 @@ class SLL(Rule):
         if ctx.auxiliary is None:
             return Signal(message=ctx.message)
         assert isinstance(ctx.auxiliary, Projection)
-        v = ctx.auxiliary(pool_vectors(ctx.h, self.pool, ctx.y.dim() > 1))
+        v = ctx.auxiliary(pool_vectors(ctx.h, self.pool, ctx.y.dim() > 1, ctx.site))
         logits = ctx.auxiliary.class_logits(v)
         # With the index targets the softmax runs over all d0 coordinates; the label is one of the first K.
         likelihood = ctx.task.loss(v if self.targets == "index" else logits, ctx.y)

@@ -1,4 +1,4 @@
-"""Greedy self-supervised blocks: each tells two views of a sample from all other samples, and no label is used."""
+"""Greedy self-supervised blocks: each learns to match two views of a sample among all other samples, without labels."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -8,10 +8,13 @@ from torch import Tensor, nn
 
 from layerwise.core.augment import AUGMENTATIONS, check_augmentations
 from layerwise.core.functional import matched, nt_xent
+from layerwise.core.layout import from_standard, to_standard
+from layerwise.core.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, ProperFraction
 from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Signal, Site, cross_entropy_at_head
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.rules.readout import Pool, check_group, grouped, pool_vectors
+from layerwise.rules.label_input import known_layout
+from layerwise.rules.readout import Pool, grouped, pool_vectors
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class SSLLocal(Rule):
     is a linear probe: it minimises the cross-entropy on the detached features of the samples themselves. Prediction is
     a plain forward pass.
 
-    Views of images are made by the project's augmentations and Gaussian noise; what is no image has a share of its
+    Views of images are made by the project's augmentations and Gaussian noise; other inputs have a share of their
     numbers set to zero instead, and noise.
 
     Loss and projection head are SimCLR's; that blocks learn from losses of their own, without gradient between them, is
@@ -40,21 +43,21 @@ class SSLLocal(Rule):
     [range(0, 1), range(1, 2), range(2, 3)]
     """
 
-    temperature: float = 0.5
+    temperature: PositiveFloat = 0.5
     """Temperature tau."""
     augment: tuple[str, ...] = ("cutout",)
     """Views of images: names out of flip, crop, cutout; none with no value."""
-    noise: float = 0.2
+    noise: NonNegativeFloat = 0.2
     """Standard deviation of the Gaussian noise on every view."""
-    drop: float = 0.2
+    drop: ProperFraction = 0.2
     """Views of what is no image: share of the numbers that are set to zero."""
-    hidden: int = 256
+    hidden: PositiveInt = 256
     """Hidden units of the projection head."""
-    dim: int = 128
+    dim: PositiveInt = 128
     """Outputs of the projection head."""
     pool: Pool = "auto"
     """How a block's output becomes a vector: auto | mean | moments (and standard deviation) | grid | cls | flatten."""
-    group: int = 1
+    group: PositiveInt = 1
     """Neighbouring blocks that share one loss, one graph and one backward pass."""
 
     name: ClassVar[str] = "ssl_local"
@@ -72,17 +75,8 @@ class SSLLocal(Rule):
     )
 
     def __post_init__(self) -> None:
-        check_group(self.group)
+        super().__post_init__()
         check_augmentations(self.augment)
-        if not self.temperature > 0:
-            raise LayerwiseError(f"temperature is {self.temperature}; it must be larger than 0.")
-        if self.noise < 0:
-            raise LayerwiseError(f"noise is {self.noise}; it is a standard deviation, 0 for none.")
-        if not 0 <= self.drop < 1:
-            raise LayerwiseError(f"drop is {self.drop}; it is a share in [0, 1), 0 for none.")
-        for name in ("hidden", "dim"):
-            if getattr(self, name) < 1:
-                raise LayerwiseError(f"{name} is {getattr(self, name)}; it is a number of units, 1 or more.")
 
     def groups(self, blocks: int) -> list[range]:
         """`group` blocks each; the head, which alone sees labels, stands alone."""
@@ -92,21 +86,24 @@ class SSLLocal(Rule):
         """The projection head at the end of every group of blocks."""
         if site.is_head or ((site.index + 1) % self.group and site.index < site.blocks - 1):
             return None
-        width = pool_vectors(h, self.pool, per_position=False).shape[-1]
+        width = pool_vectors(h, self.pool, False, site).shape[-1]
         layers = [nn.Linear(width, self.hidden), nn.ReLU(), nn.Linear(self.hidden, self.dim)]
         return nn.Sequential(*layers).to(h.dtype)
 
-    def view(self, x: Tensor) -> Tensor:
-        """A random view of every sample `(B, ...)`."""
-        if x.dim() == 4 and min(x.shape[2:]) > 1:
+    def view(self, x: Tensor, layout: str | None = "BCHW") -> Tensor:
+        """A random view of every sample `(B, ...)`; `layout` is that of images."""
+        if x.dim() == 4 and min(to_standard(x, known_layout(layout)).shape[2:]) > 1:
+            layout = known_layout(layout)
+            x = to_standard(x, layout)
             for name in self.augment:
                 x = AUGMENTATIONS[name](x, torch.default_generator)  # drawn on the host, like all augmentation
+            x = from_standard(x, layout)
         else:
             x = x * (torch.rand_like(x) >= self.drop)
         return x + self.noise * torch.randn_like(x)
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
-        """Two views of every sample, one behind the other, and the samples; these alone in evaluation."""
+        """First views of all samples, second views, and the samples; the samples alone in evaluation."""
         if ctx.y.dim() > 1 or not ctx.x.is_floating_point():
             raise LayerwiseError(
                 f"{self.name} makes views of samples of real numbers with one label each, not of inputs of shape "
@@ -115,7 +112,8 @@ class SSLLocal(Rule):
             )
         if not ctx.network.training:
             return ctx.x, None
-        return torch.cat([self.view(ctx.x), self.view(ctx.x), ctx.x]), None
+        layout = ctx.network.input_layout
+        return torch.cat([self.view(ctx.x, layout), self.view(ctx.x, layout), ctx.x]), None
 
     def signal(self, ctx: BlockContext) -> Signal:
         """The contrast of the two views; at the head the cross-entropy of the probe, which gets the samples alone."""
@@ -126,6 +124,6 @@ class SSLLocal(Rule):
         views, itself = ctx.h[: 2 * len(ctx.y)], ctx.h[2 * len(ctx.y) :]
         signal = Signal(output=itself if ctx.site.index == ctx.site.blocks - 1 else None)
         if ctx.auxiliary is not None:
-            z = ctx.auxiliary(pool_vectors(views, self.pool, per_position=False))
+            z = ctx.auxiliary(pool_vectors(views, self.pool, False, ctx.site))
             signal.loss, signal.metrics = nt_xent(z, self.temperature), {"matched": matched(z.detach())}
         return signal

@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 
+from layerwise.core.ranges import NonNegativeFloat
 from layerwise.core.rule import BlockContext, Signal
 from layerwise.rules.sll import SLL
 
@@ -25,7 +26,7 @@ class SVP(SLL):
 
     surrogate: Literal["neg_log_bc", "one_minus_bc", "hellinger", "kl", "none"] = "kl"
     """Divergence between the posteriors of neighbouring blocks."""
-    feature_weight: float = 1.0
+    feature_weight: NonNegativeFloat = 1.0
     """Weight gamma of the feature alignment."""
 
     name: ClassVar[str] = "svp"

@@ -62,6 +62,18 @@ class DataSignature:
     """Nodes and edges, where the samples are the nodes of a graph."""
     columns: tuple[str, ...] = ()
     """Names of the columns, where the samples are the rows of a table."""
+    form: tuple[str | int, ...] = ()
+    """Mode and ground of `ImageFormat`, where the samples are images; not in the checkpoints of version 0.1.0."""
+
+    @property
+    def image_mode(self) -> str:
+        """PIL's name for what images are turned into."""
+        return str(self.form[0]) if self.form else ("L" if self.shape[0] == 1 else "RGB")
+
+    @property
+    def ground(self) -> int:
+        """Grey level that stands where an image is transparent."""
+        return int(self.form[1]) if self.form else 255
 
     @classmethod
     def of(cls, dataset: data.Dataset) -> "DataSignature":
@@ -69,7 +81,8 @@ class DataSignature:
         parts = (dataset.train, dataset.val, dataset.test)
         sizes = tuple(0 if part is None else int((part.labels != UNLABELLED).sum()) for part in parts)
         graph = () if dataset.graph is None else (len(dataset.graph.labels), dataset.graph.edges.shape[1])
-        return cls(dataset.shape, dataset.classes, dataset.mean, dataset.std, sizes, graph, dataset.columns)
+        form = () if dataset.form is None else (dataset.form.mode, dataset.form.ground)
+        return cls(dataset.shape, dataset.classes, dataset.mean, dataset.std, sizes, graph, dataset.columns, form)
 
     @classmethod
     def in_state(cls, state: Mapping[str, Any]) -> "DataSignature":
@@ -80,7 +93,7 @@ class DataSignature:
         """Raise LayerwiseError unless `dataset` is the one that the facts are of."""
         found = asdict(DataSignature.of(dataset))
         for name, value in asdict(self).items():
-            if found[name] != value:
+            if found[name] != value and not (name == "form" and not value):
                 raise LayerwiseError(
                     f"the data {dataset.name} has changed since the run began: its {name} was {_few(value)} and is "
                     f"{_few(found[name])}; restore the data, or start a new run."

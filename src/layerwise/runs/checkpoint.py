@@ -174,6 +174,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """
     partial = path.with_name(path.name + ".partial")
     try:
+        partial.unlink(missing_ok=True)  # it may be a link, which would be followed
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         flush(partial)
         partial.replace(path)

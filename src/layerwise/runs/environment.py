@@ -1,8 +1,11 @@
 """The machine and the versions behind a figure, for the record."""
 
+import functools
 import os
 import platform
+import subprocess
 from importlib.metadata import distributions
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +22,64 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+@functools.cache
+def commit() -> str | None:
+    """The commit of the checkout that this package runs from; None where it is an installed copy.
+
+    Source files that were changed after the commit add "-dirty".
+    """
+    package = Path(str(files("layerwise")))
+    root = package.parents[1]
+    if package.parent.name != "src" or not (root / ".git").exists():
+        return None  # a repository further up is the user's own
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        dirty = git("status", "--porcelain", "--untracked-files=no", "--", "src")
+        return git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def machine() -> dict[str, Any]:
+    """Machine, main versions, and the commit of this package.
+
+    >>> machine()["torch"] == torch.__version__
+    True
+    """
+    from layerwise import __version__
+
+    return {
+        "cpu": processor(),
+        "cores": os.cpu_count(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "layerwise": __version__,
+        "commit": commit(),
+    }
+
+
 def environment() -> dict[str, Any]:
     """Machine, versions and all installed packages.
 
     >>> environment()["torch"] == torch.__version__
     True
     """
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     packages = {str(found.metadata["Name"]): found.version for found in distributions()}
-    return {
-        "cpu": processor(),
-        "cores": os.cpu_count(),
-        "devices": devices,
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
-    }
+    return machine() | {"packages": dict(sorted(packages.items(), key=lambda item: item[0].lower()))}
 
 
 def in_words(found: dict[str, Any]) -> str:
-    """The machine and the main versions in one line."""
+    """The machine and the main versions in one line.
+
+    The vector instructions are there where they were recorded: they may decide the last bits, and a name hides them.
+    """
+    cores = f"{found['cores']} cores" + (f" with {found['instructions']}" if "instructions" in found else "")
     devices = "".join(f", {name}" for name in found["devices"])
-    return (
-        f"{found['cpu']}, {found['cores']} cores{devices}; {found['system']}; Python {found['python']}, "
-        f"torch {found['torch']}"
-    )
+    return f"{found['cpu']}, {cores}{devices}; {found['system']}; Python {found['python']}, torch {found['torch']}"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from layerwise import models, rules
+from layerwise.core.ranges import TRAINING, check_ranges
 from layerwise.core.rule import Rule
 from layerwise.errors import LayerwiseError, suggestion
 from layerwise.memory.offload import Where
@@ -104,16 +105,7 @@ class TrainOptions:
     """Write the same scalars for TensorBoard."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "log_every"):
-            _at_least_one(name, getattr(self, name))
-        for name in ("steps", "save_every", "threads", "blocks", "train_samples"):
-            if getattr(self, name) is not None:
-                _at_least_one(name, getattr(self, name))
-        if not 0 <= self.val_fraction < 1:
-            raise LayerwiseError(f"val_fraction is {self.val_fraction}; it is a share in [0, 1), 0 for no validation.")
-        for name, factor in self.lr_multipliers.items():
-            if factor < 0:
-                raise LayerwiseError(f"lr_multipliers gives {name} the factor {factor}; it must be 0 or larger.")
+        check_ranges(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in TRAINING})
         for part in (self, self.rule, self.model):
             for f in dataclasses.fields(part):
                 _finite(f.name, getattr(part, f.name))
@@ -126,11 +118,6 @@ def _finite(name: str, value: Any) -> None:
             _finite(name, item)
     elif isinstance(value, float) and not math.isfinite(value):
         raise LayerwiseError(f"{name} is {value}; give a finite number.")
-
-
-def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise LayerwiseError(f"{name} is {value}; it must be 1 or more.")
 
 
 def model_name(options: ModelOptions) -> str:

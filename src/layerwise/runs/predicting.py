@@ -2,21 +2,28 @@
 
 import csv
 import io
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from layerwise.data import Batches, InMemorySource, Source, StreamedSource, TableSource
+from layerwise.data.pictures import ImageFormat
+from layerwise.data.rows import SUFFIXES, FileRows, need
 from layerwise.data.tables import read_columns
 from layerwise.errors import LayerwiseError
-from layerwise.runs.building import load_run
+from layerwise.files import kind_of, list_files, open_regular, shown
+from layerwise.runs.building import DataSignature, load_run
 
 BATCH = 256
+ADVICE = "give an image, a folder of images or a .npy array"
 
 
 def predictions(folder: Path, given: Path, device: str = "auto") -> tuple[str, list[str]]:
     """CSV with the class and its probability for every input, and what the user should know of the run.
+
+    What is read becomes numbers by the very functions that a training run uses.
 
     Args:
         folder: folder of a trained run.
@@ -27,61 +34,96 @@ def predictions(folder: Path, given: Path, device: str = "auto") -> tuple[str, l
     Raises:
         LayerwiseError: no run, no images, or images that the network cannot take, a table without its columns.
     """
-    _, facts, learner, notes = load_run(folder, device)
+    options, facts, learner, notes = load_run(folder, device)
     if facts.graph:
         raise LayerwiseError(f"the run in {folder} knows the nodes of its own graph only; use layerwise eval.")
-    names, values = _read(given, facts.shape) if not facts.columns else _rows(given, facts.columns)
-    mean = torch.tensor(facts.mean, dtype=values.dtype).view(-1, 1, 1)
-    std = torch.tensor(facts.std, dtype=values.dtype).view(-1, 1, 1)
+    names, source, left_out = _table(given, facts.columns) if facts.columns else _images(given, facts)
+    batches = Batches(
+        source,
+        BATCH,
+        seed=0,
+        mean=facts.mean,
+        std=facts.std,
+        device=learner.device,
+        shuffle=False,
+        drop_last=False,
+        channels_last=options.channels_last,
+    )
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["input", "class", "probability"])
-    for start in range(0, len(values), BATCH):
-        x = ((values[start : start + BATCH] - mean) / std).float()
-        probabilities = learner(x).float().softmax(-1).cpu()
-        for name, row in zip(names[start : start + BATCH], probabilities, strict=True):
-            rows.writerow([name, facts.classes[int(row.argmax())], f"{float(row.max()):.6f}"])
-    return text.getvalue(), notes
+    remaining = iter(names)
+    for x, _ in batches.epoch(0):
+        for row in learner(x).float().softmax(-1).cpu():
+            rows.writerow([next(remaining), facts.classes[int(row.argmax())], f"{float(row.max()):.6f}"])
+    return text.getvalue(), notes + left_out
 
 
-def _rows(given: Path, columns: tuple[str, ...]) -> tuple[list[str], Tensor]:
-    """Numbers of the rows, from 0, and the values of the columns, float64 `(N, columns, 1, 1)`."""
+def _table(given: Path, columns: tuple[str, ...]) -> tuple[list[str], Source, list[str]]:
+    """Numbers of the rows, from 0, and their values."""
     values = read_columns(given, columns)
-    return [str(row) for row in range(len(values))], values
+    return [str(row) for row in range(len(values))], TableSource(values, _unknown(len(values))), []
 
 
-def _read(given: Path, shape: tuple[int, int, int]) -> tuple[list[str], Tensor]:
-    """Names and brightness in [0, 1] `(N, C, H, W)`, resized to the shape that the network was trained on."""
-    if not given.exists():
-        raise LayerwiseError(f"there is no file or folder {given}; give an image, a folder of images or a .npy array.")
-    if given.suffix == ".npy":
-        try:
-            array = np.load(given, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as reason:
-            raise LayerwiseError(f"{given} is not a readable .npy array ({reason}).") from reason
-        if array.ndim != 4 or array.shape[1:] != shape:
-            wanted = ", ".join(map(str, shape))
-            raise LayerwiseError(f"{given} has shape {array.shape}; the network takes (N, {wanted}).")
-        if not np.issubdtype(array.dtype, np.number) or not np.isfinite(array).all():
-            raise LayerwiseError(f"{given} holds NaN, infinity or no numbers; give pixels from 0 to 255.")
-        if not len(array):
-            raise LayerwiseError(f"{given} holds no images.")
-        return [str(i) for i in range(len(array))], torch.from_numpy(array.astype(np.float32)) / 255
+def _images(given: Path, facts: DataSignature) -> tuple[list[str], Source, list[str]]:
+    """Names and images, as those that the network was trained on."""
+    kind = kind_of(given, ADVICE)
+    if kind is None:
+        raise LayerwiseError(f"there is no file or folder {shown(given)}; {ADVICE}.")
+    if kind != "folder" and given.suffix.lower() == ".npy":
+        array = _read_array(given, facts.shape)
+        images = torch.from_numpy(array.astype(np.float32))
+        return [str(i) for i in range(len(array))], InMemorySource(images, _unknown(len(array))), []
+    need("PIL")
+    notes = []
+    files = [given]
+    if kind == "folder":
+        files = list_files(given, SUFFIXES, ADVICE)
+        others = len(list_files(given)) - len(files)
+        if others > 0:
+            notes.append(f"{others} files under {shown(given)} are no images and are left out")
+    if not files:
+        raise LayerwiseError(f"{shown(given)} holds no images.")
+    rows = FileRows(given if kind == "folder" else None, files)
+    _, height, width = facts.shape
+    source = StreamedSource(rows, _unknown(len(files)), ImageFormat(facts.image_mode, height, width, facts.ground))
+    return [str(file) for file in files], source, notes
+
+
+def _read_array(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
+    """Images (N, C, H, W) with pixels from 0 to 255 out of a .npy file, which may hold no pickle."""
     try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError as reason:
-        raise LayerwiseError("reading images needs Pillow; pip install 'layerwise[data]'.") from reason
-    files = sorted(file for file in given.rglob("*") if file.is_file()) if given.is_dir() else [given]
-    channels, height, width = shape
-    images, names = [], []
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                picture = image.convert("L" if channels == 1 else "RGB").resize((width, height))
-        except (UnidentifiedImageError, OSError) as reason:
-            raise LayerwiseError(f"{file} is not an image that can be read; remove it or give another.") from reason
-        images.append(torch.from_numpy(np.array(picture)).reshape(height, width, channels).permute(2, 0, 1))
-        names.append(str(file))
-    if not images:
-        raise LayerwiseError(f"{given} holds no images.")
-    return names, torch.stack(images).float() / 255
+        with open_regular(path, ADVICE) as file:
+            version = np.lib.format.read_magic(file)
+            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            found, _, kind = header(file)
+            if kind.kind not in "iuf":
+                raise LayerwiseError(f"{shown(path)} holds {kind}, not numbers; give pixels from 0 to 255.")
+            if len(found) != 4 or found[1:] != shape:
+                wanted = ", ".join(map(str, shape))
+                raise LayerwiseError(f"{shown(path)} has shape {found}; the network takes (N, {wanted}).")
+            if found[0] < 1:
+                raise LayerwiseError(f"{shown(path)} holds no images.")
+            if os.fstat(file.fileno()).st_size - file.tell() < found[0] * int(np.prod(shape)) * kind.itemsize:
+                raise ValueError("it ends before its last number")
+            file.seek(0)
+            array = np.lib.format.read_array(file, allow_pickle=False)
+    except LayerwiseError:
+        raise
+    except Exception as reason:  # of numpy's parser, about damaged bytes of any kind
+        why = str(reason).partition("\n")[0] or type(reason).__name__
+        raise LayerwiseError(f"{shown(path)} is not a readable .npy array ({why}).") from reason
+    if not np.isfinite(array).all() or array.min() < 0 or array.max() > 255:
+        raise LayerwiseError(
+            f"{shown(path)} holds NaN, infinity or numbers outside of 0 to 255; give pixels from 0 to 255."
+        )
+    if array.dtype.kind == "f" and 0 < array.max() <= 1 and (array % 1).any():
+        raise LayerwiseError(
+            f"{shown(path)} holds numbers from 0 to 1; multiply them by 255 to give pixels from 0 to 255."
+        )
+    return array
+
+
+def _unknown(count: int) -> torch.Tensor:
+    """Labels in the place of those that are to be predicted."""
+    return torch.zeros(count, dtype=torch.int64)

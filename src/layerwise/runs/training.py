@@ -1,6 +1,7 @@
 """A training run: epochs, schedule, evaluation, logs, checkpoints that continue to the same bits."""
 
 import contextlib
+import io
 import json
 import shlex
 import signal
@@ -10,10 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from layerwise import data
+from layerwise.core.tasks import UNLABELLED
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
 from layerwise.memory.flops import FlopMeter
@@ -23,11 +26,13 @@ from layerwise.parallel.stage import Stage
 from layerwise.runs import checkpoint
 from layerwise.runs.building import DataSignature, build_learner, load_data, pick_device, split_batches
 from layerwise.runs.checkpoint import write_atomically
+from layerwise.runs.environment import machine
 from layerwise.runs.folders import check_options, drop_lines_after, new_folder, read_options
 from layerwise.runs.options import TrainOptions, model_name, to_mapping
 from layerwise.runs.progress import Progress
 
 PREPARE = 2048  # training samples that a rule may look at before the first step
+OF_THE_FOLDER = ("out", "overwrite", "offload_folder")  # options that say where a run lies, not what it is
 
 
 class Interrupted(Exception):
@@ -68,6 +73,8 @@ class Run:
         replicas: Replicas | None = None,
     ):
         self.options, self.command = options, command
+        self.machines = [machine()]
+        self._alone = stage is None and replicas is None
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         self.device = self._device()
@@ -248,10 +255,25 @@ class Run:
             "threads": torch.get_num_threads(),
             "command": self.command,
             "notes": self.notes,
+            "by_epoch": by_epoch(self.folder / "metrics.jsonl", len(self.train_batches)),
+            "test": test,
+            "machines": self.machines,
+            "options": {k: v for k, v in to_mapping(self.options).items() if k not in OF_THE_FOLDER},
         }
         checkpoint.write_tensors(self.folder / "model.safetensors", self._weights())
+        if self._alone:
+            self._write_correct()
         write_atomically(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
         return result
+
+    def _write_correct(self) -> None:
+        """Write which test samples are classified correctly, bool `(N,)`: a comparison pairs them between rules."""
+        found = [
+            (self.learner(x).argmax(-1) == y)[y != UNLABELLED].flatten().cpu() for x, y in self.test_batches.epoch(0)
+        ]
+        file = io.BytesIO()
+        np.save(file, torch.cat(found).numpy())
+        write_atomically(self.folder / "test_correct.npy", file.getvalue())
 
     def _save(self) -> None:
         state = {
@@ -265,6 +287,7 @@ class Run:
             "threads": torch.get_num_threads(),
             "options": to_mapping(self.options),
             "data": asdict(self.facts),
+            "machines": self.machines,
         }
         self._write(state)
 
@@ -281,6 +304,10 @@ class Run:
             groups = [" ".join(group.name for group in self.learner.groups if group.optimizers)] if self.memory else []
             self._measured = set(state.get("measured", groups))
             self.flops = state.get("flops")  # not in the checkpoints of version 0.1.0
+            self.machines = [
+                *(found for found in state.get("machines", []) if found not in self.machines),
+                *self.machines,
+            ]
             if state["threads"] != torch.get_num_threads():
                 self.notes.append(
                     f"resumed with {torch.get_num_threads()} threads instead of {state['threads']}, so the bits "
@@ -362,6 +389,26 @@ def mean_of(parts: Sequence[tuple[dict[str, float], int]]) -> dict[str, float]:
     count = sum(samples for _, samples in parts)
     names = {name: None for sums, _ in parts for name in sums}  # in their order
     return {name: sum(sums.get(name, 0.0) for sums, _ in parts) / count for name in names}
+
+
+def by_epoch(log: Path, per_epoch: int) -> dict[str, list[float | None]]:
+    """Accuracy of the head epoch by epoch, out of `metrics.jsonl`.
+
+    Args:
+        log: the file.
+        per_epoch: steps of an epoch; a part of an epoch at the end counts as one.
+
+    Returns:
+        `"train"`, the mean over the batches that were logged in each epoch, and `"val"`, empty without validation.
+    """
+    found: dict[str, dict[int, list[float]]] = {"train": {}, "val": {}}
+    for row in map(json.loads, log.read_text().splitlines() if log.exists() else ()):
+        if row["split"] in found and "head/accuracy" in row:
+            found[row["split"]].setdefault((row["step"] - 1) // per_epoch, []).append(row["head/accuracy"])
+    return {
+        split: [sum(epochs[i]) / len(epochs[i]) if i in epochs else None for i in range(max(epochs, default=-1) + 1)]
+        for split, epochs in found.items()
+    }
 
 
 def _summary_writer() -> Any:

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 
 from layerwise.compare.pool import cores
-from layerwise.core.blocks import operations, partition
+from layerwise.core.cost import operations
+from layerwise.core.cutting import partition
 from layerwise.errors import LayerwiseError, suggestion
-from layerwise.measure.bench import Problem, batch_of, network_of, parse_problem, write_figures
+from layerwise.measure.bench_problem import Problem, batch_of, network_of, parse_problem, write_figures
 from layerwise.parallel.replicas import check_shares
 from layerwise.scaling.simulate import PARTS, Costs, Interconnect, grown, predicted
 
@@ -375,7 +376,7 @@ def contention(series: dict[tuple[str, int], Series]) -> Callable[[int], float]:
     return speed
 
 
-def command(argv: list[str]) -> int:
+def scaling_command(argv: list[str]) -> int:
     """`layerwise bench scaling`."""
     options: ScalingOptions = parse_problem(ScalingOptions, argv, "bench scaling")
     network = network_of(options.model, options.depth, options.shape, options.model_options)

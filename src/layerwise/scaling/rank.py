@@ -30,12 +30,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from layerwise.compare.pool import lines_of_parent
-from layerwise.core.blocks import balanced_ends, operations, partition
+from layerwise.core.cost import balanced_ends, operations
+from layerwise.core.cutting import partition
 from layerwise.core.engine import Engine
 from layerwise.core.optim import decay_groups, optimizer_factory
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
-from layerwise.measure.bench import LEARNING_RATE, batch_of, network_of
+from layerwise.measure.bench_problem import LEARNING_RATE, batch_of, network_of
 from layerwise.memory.malloc import keep_freed_memory
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage

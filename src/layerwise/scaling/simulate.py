@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble, ScheduleZBVZeroBubble
 
-from layerwise.core.blocks import balanced_ends
+from layerwise.core.cost import balanced_ends
 from layerwise.parallel.transport import DEPTH
 
 PARTS = {"gpipe": 1, "1f1b": 1, "zb1p": 1, "zbv": 2}

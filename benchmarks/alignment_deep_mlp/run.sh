@@ -1,5 +1,0 @@
-#!/usr/bin/env bash
-# Needs the data set: from the hub, or from $LAYERWISE_DATA.
-set -euo pipefail
-cd "$(dirname "$0")/../.."
-python benchmarks/grid.py benchmarks/alignment_deep_mlp --jobs "${JOBS:-2}"

@@ -1,0 +1,457 @@
+"""What the folders of `benchmarks/` hold, read as rows and written as tables.
+
+A folder is a claim. `claim.toml` has the question, the answer and, where the evidence is a grid of training runs, the
+grids. `results.jsonl` has one line per run or measurement, complete in itself: figures, options, machine, commit,
+versions. A folder whose evidence is no grid has a `table.py` of its own. `README.md` is written from all of them.
+
+A shell script stores a measurement with:
+
+    python benchmarks/evidence.py keep FOLDER NAME FILE.json [--command "..."]
+"""
+
+import argparse
+import importlib.util
+import json
+import re
+import statistics
+import textwrap
+import tomllib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+EDGE = "**edge**"
+BESIDE = ("lr=", "seed=", "threads=", "data=")
+"""Options of a run that are not its row's; a folder of data may have been renamed."""
+LEGEND = (
+    "Test accuracy is that of the last weights: mean ± standard deviation over n seeds. *By block* is the accuracy of "
+    "each block's own readout, the head last. Memory is exact, in MiB. Seconds are those of training with one thread "
+    "on a shared machine, so they are rough. The learning rate of a row was chosen on the validation split with one "
+    f"seed, unless its cell says otherwise. {EDGE} marks a rate at the end of its grid, where a wider grid may serve "
+    "that row better; with two rates every choice is an edge."
+)
+DESCENT = (
+    "Descent is the share of test samples whose local objective is no larger than before the module, mean over modules."
+)
+
+
+# Results, one line each
+
+
+def load(folder: Path) -> list[dict[str, Any]]:
+    """The lines of `results.jsonl`."""
+    file = folder / "results.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def save(folder: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Write `results.jsonl`, whole or not at all."""
+    partial = folder / "results.jsonl.partial"
+    partial.write_text(
+        "".join(json.dumps(short(line), separators=(",", ":"), ensure_ascii=False) + "\n" for line in lines)
+    )
+    partial.rename(folder / "results.jsonl")
+
+
+def short(value: Any, digits: int = 12) -> Any:
+    """The value with its floats rounded to so many significant digits."""
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}")
+    if isinstance(value, dict):
+        return {name: short(part, digits) for name, part in value.items()}
+    return [short(part, digits) for part in value] if isinstance(value, list | tuple) else value
+
+
+def keep(folder: Path, name: str, found: Any, command: str, packages: Sequence[str] = ()) -> None:
+    """Store a measurement under its name, with the machine that made it and the versions of these packages."""
+    from layerwise.runs.environment import machine
+
+    found = {"rows": found} if isinstance(found, list) else dict(found)
+    here = found.pop("environment", None) or machine()
+    here = {key: value for key, value in here.items() if key != "packages"}
+    if packages:
+        here["packages"] = {package: version(package) for package in packages}
+    found.setdefault("machines", [here])
+    line = {"name": name, **found, "command": command or found.get("command", "")}
+    lines = [old for old in load(folder) if old["name"] != name]
+    save(folder, sorted([*lines, line], key=lambda line: line["name"]))
+
+
+def machine_of(line: dict[str, Any]) -> str:
+    """The machines and versions behind a line, as far as they were recorded."""
+    from layerwise.runs.environment import in_words
+
+    def words(found: dict[str, Any]) -> str:
+        return ", ".join([in_words(found), *(f"{name} {number}" for name, number in found.get("packages", {}).items())])
+
+    if line.get("machines"):
+        return "; resumed on ".join(map(words, line["machines"]))
+    said = (line.get("stored") or {}).get("environment")
+    return re.sub(r"^cpu: |\n$", "", said).replace("\n", "; ") if said else "not recorded"
+
+
+def recorded_by(line: dict[str, Any]) -> str:
+    """Who says so, and the commit."""
+    if line.get("machines"):
+        commits = {(found["commit"] or "of no checkout") if "commit" in found else None for found in line["machines"]}
+        known = sorted(commit[:12] if " " not in commit else commit for commit in commits if commit)
+        return f"the run itself{', commit ' if known else ''}{', '.join(known)}"
+    stored = line.get("stored") or {}
+    if stored.get("source"):
+        return f"{stored['source']}, not by the run"
+    return "no file"
+
+
+def environments(lines: Sequence[dict[str, Any]], name: Callable[[dict[str, Any]], str]) -> list[str]:
+    """A table of machines, and which runs each one made."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault((machine_of(line), recorded_by(line)), []).append(line)
+    body = []
+    for (machine, source), members in groups.items():
+        what = shortened([name(line) for line in members], [name(line) for line in lines])
+        body.append([what if len(groups) > 1 else "all", str(len(members)), machine, source])
+    return table(["what", "runs", "machine and versions", "recorded by"], body)
+
+
+def shortened(names: Sequence[str], known: Sequence[str]) -> str:
+    """Names of runs in words: a grid all of whose runs are there is named alone.
+
+    >>> shortened(["a/x", "a/x", "a/y", "b/x"], ["a/x", "a/x", "a/y", "b/x", "b/x"])
+    '`a`; `b`: x'
+    """
+    words = []
+    for grid in dict.fromkeys(name.partition("/")[0] for name in known):
+        here, there = ([name for name in given if name.partition("/")[0] == grid] for given in (names, known))
+        rows = sorted({name.partition("/")[2] for name in here} - {""})
+        if here:
+            words.append(f"`{grid}`" + ("" if len(here) == len(there) or not rows else f": {', '.join(rows)}"))
+    return "; ".join(words)
+
+
+# Claims
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a grid: a rule with its options, over the seeds."""
+
+    grid: "Grid"
+    name: str
+
+    @property
+    def words(self) -> list[str]:
+        """The words of the command line that are this row's own."""
+        return self.grid.options["rules"][self.name]
+
+    @property
+    def rule(self) -> str:
+        """The name of the rule."""
+        return self.words[self.words.index("--rule") + 1]
+
+    @property
+    def text(self) -> str:
+        """The options that set the row apart."""
+        return options_text(self.words)
+
+    @property
+    def tuned_as(self) -> str:
+        """The row whose learning rate this one has."""
+        return self.grid.options.get("tuned_as", {}).get(self.name, self.name)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate with the best accuracy on the validation split."""
+        return max(self.scores, key=self.scores.__getitem__) if self.scores else self.grid.options["rates"][0]
+
+    @cached_property
+    def scores(self) -> dict[float, float]:
+        """Learning rate to accuracy on the validation split, in the order of the grid."""
+        lines = [line for line in self.grid.lines if (line["row"], line["kind"]) == (self.tuned_as, "tuning")]
+        return {lr: line["val_accuracy"] for lr in self.grid.options["rates"] for line in lines if line["lr"] == lr}
+
+    @property
+    def lr_text(self) -> str:
+        """The learning rate, how it was chosen, and whether it lies at the edge of its grid."""
+        rates, chosen = self.grid.options["rates"], []
+        if self.tuned_as != self.name:
+            chosen.append(f"that of `{self.tuned_as}`")
+        if len(rates) == 1:
+            chosen.append("not tuned")
+        elif self.lr in (min(rates), max(rates)):
+            chosen.append(f"{EDGE}, {'lowest' if self.lr == min(rates) else 'highest'} of {len(rates)}")
+        else:
+            chosen.append(f"inside {len(rates)}")
+        if ties := [f"{lr:g}" for lr, score in self.scores.items() if lr != self.lr and self.tied(score)]:
+            chosen.append(f"tied with {', '.join(ties)}")
+        return f"{self.lr:g} ({'; '.join(chosen)})"
+
+    def tied(self, score: float) -> bool:
+        """Whether a score on the validation split is the best one too; means of floats differ in their last digits."""
+        return abs(score - self.scores[self.lr]) < 1e-6
+
+    @cached_property
+    def finals(self) -> list[dict[str, Any]]:
+        """The final runs at that rate, seed by seed."""
+        wanted = (self.name, "final", self.lr)
+        found = {line["seed"]: line for line in self.grid.lines if (line["row"], line["kind"], line["lr"]) == wanted}
+        return [found[seed] for seed in self.grid.options["seeds"] if seed in found]
+
+    @property
+    def accuracies(self) -> list[float]:
+        """Test accuracy in %, seed by seed."""
+        return [100 * line["test_accuracy"] for line in self.finals]
+
+    @property
+    def accuracy(self) -> str:
+        """Mean and standard deviation of the test accuracy."""
+        return spread(self.accuracies)
+
+    @property
+    def changed(self) -> str:
+        """A sentence on options of the stored runs that are not those of the row today; empty if there are none."""
+        words = [*self.grid.options["common"], *self.words, *self.grid.options["final"]]
+        now = set(options_text(words).split())
+        for line in self.finals:
+            given = line["command"].partition(" train ")[2]
+            before = {word for word in options_text(given.split()).split() if not word.startswith(BESIDE)}
+            if more := sorted(before - now):
+                return f"The stored runs of `{self.name}` had further options: `{' '.join(more)}`."
+        return ""
+
+    def cells(self) -> dict[str, str]:
+        """Column to cell."""
+        first, memory = self.finals[0], self.finals[0]["memory_mib"]
+        blocks = [name for name in first["test"] if name.endswith("/accuracy")]
+        descents = [v for line in self.finals for name, v in line["test"].items() if name.endswith("/descent")]
+        return {
+            "row": f"`{self.name}`",
+            "rule": f"`{self.rule}`",
+            "options": f"`{self.text}`" if self.text else "",
+            "learning rate": self.lr_text,
+            "n": str(len(self.finals)),
+            "test accuracy, %": self.accuracy,
+            "by block, %": " ".join(
+                f"{100 * statistics.mean(line['test'][block] for line in self.finals):.1f}" for block in blocks
+            ),
+            "act. + grad.": f"{memory['activations'] + memory['gradients']:.1f}",
+            "peak": f"{memory['peak']:.1f}",
+            "seconds": f"{statistics.mean(line['train_seconds'] for line in self.finals):.0f}",
+            "descent, %": f"{100 * statistics.mean(descents):.0f}" if descents else "",
+        }
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Rules on one task, each over the same learning rates and seeds."""
+
+    name: str
+    options: dict[str, Any]
+    lines: list[dict[str, Any]] = field(repr=False)
+
+    @cached_property
+    def rows(self) -> dict[str, Row]:
+        """The rows that have a finished run."""
+        rows = {name: Row(self, name) for name in self.options["rules"]}
+        return {name: row for name, row in rows.items() if row.finals}
+
+    def text(self) -> list[str]:
+        """The section of the grid in its folder's README."""
+        options = self.options
+        rates = ", ".join(f"{lr:g}" for lr in options["rates"])
+        how = f"Common options: `{' '.join(options['common'] + options['final'])}`."
+        if len(options["rates"]) == 1:
+            how += f" One learning rate for all rows, {rates}."
+        else:
+            words = " ".join(options["tune"])
+            how += f" Learning rates {rates}, chosen with seed {options['tune_seed']} and `{words}`."
+        rows = [row.cells() for row in self.rows.values()]
+        notes = [note for row in self.rows.values() if (note := row.changed)]
+        processors = {machine_of(line).partition(",")[0] for row in self.rows.values() for line in row.finals}
+        if len(processors) > 1:
+            notes.append(
+                "The rows come from different machines (see the environment below): their seconds do not compare, and "
+                "another processor rounds otherwise, so that accuracies may differ a little."
+            )
+        columns = [name for name in (rows[0] if rows else ()) if name != "descent, %" or options.get("descent")]
+        lines = [f"## {options['title']}", "", *wrapped(options["about"]), "", *wrapped(how), ""]
+        if missing := [name for name in options["rules"] if name not in self.rows]:
+            lines += [f"Rows without a finished run: {', '.join(missing)}.", ""]
+        lines += table(columns, [[row[name] for name in columns] for row in rows])
+        return [*lines, *(line for note in notes for line in ["", *wrapped(note)])]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A folder of `benchmarks/`."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.name
+
+    @cached_property
+    def toml(self) -> dict[str, Any]:
+        """Contents of `claim.toml`."""
+        return tomllib.loads((self.folder / "claim.toml").read_text())
+
+    @cached_property
+    def lines(self) -> list[dict[str, Any]]:
+        """The results."""
+        return load(self.folder)
+
+    @cached_property
+    def grids(self) -> dict[str, Grid]:
+        """The grids; none where the folder has a script of its own. `like` takes over what a grid does not say."""
+        found: dict[str, Grid] = {}
+        for name, options in self.toml.get("grid", {}).items():
+            base = found[options["like"]].options if "like" in options else {}
+            lines = [line for line in self.lines if line["grid"] == name]
+            found[name] = Grid(name, base | options, lines)
+        return found
+
+    @cached_property
+    def script(self) -> Any:
+        """The module `table.py` of a folder without grids."""
+        spec = importlib.util.spec_from_file_location(f"{self.name}.table", self.folder / "table.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    def row(self, name: str) -> Row:
+        """The row that is called `grid/row`."""
+        grid, _, row = name.partition("/")
+        return self.grids[grid].rows[row]
+
+    @property
+    def command(self) -> str:
+        """What gives the results."""
+        return self.toml.get("command", f"python benchmarks/run.py benchmarks/{self.name}")
+
+    @property
+    def answer(self) -> str:
+        """The answer, with its figures filled in: `{grid/row}`, `{grid/row - grid/row}`, or a script's `{name}`."""
+
+        def figure(found: re.Match[str]) -> str:
+            if not self.grids:
+                return self.script.figures(self.lines)[found[1]]
+            one, _, other = found[1].partition(" - ")
+            if not other:
+                return self.row(one).accuracy
+            return f"{statistics.mean(self.row(one).accuracies) - statistics.mean(self.row(other).accuracies):.1f}"
+
+        return re.sub(r"\{([^}]+)\}", figure, self.toml["answer"])
+
+    def small(self) -> list[str]:
+        """The few rows that the answer rests on."""
+        if not self.grids:
+            return self.script.small(self.lines)
+        rows = [self.row(name) for name in self.toml["shown"]]
+        head = ["task", "rule", "options", "test accuracy, %", "n", "learning rate"]
+        body = []
+        for row in rows:
+            cells = row.cells()
+            body.append([row.grid.options.get("task", row.grid.options["title"]), *(cells[name] for name in head[1:])])
+        return table(head, body)
+
+    def readme(self) -> str:
+        """The folder's README: question, answer, tables, environment, command."""
+        lines = [f"# {self.toml['question']}", "", *wrapped(self.answer), ""]
+        if self.toml.get("about"):
+            lines += [*wrapped(self.toml["about"]), ""]
+        if self.grids:
+            for grid in self.grids.values():
+                lines += [*grid.text(), ""]
+            legend = LEGEND + (
+                f" {DESCENT}" if any(grid.options.get("descent") for grid in self.grids.values()) else ""
+            )
+            lines += ["## How to read the tables", "", *wrapped(legend), ""]
+            machines = environments(self.lines, lambda line: f"{line['grid']}/{line['row']}")
+        else:
+            lines += [*self.script.tables(self.lines), ""]
+            machines = environments(self.lines, lambda line: line["name"])
+        lines += ["## Environment", "", *machines, "", "## Command", "", "```sh", self.command, "```", ""]
+        if self.grids:
+            grid = next(iter(self.grids.values()))
+            row = next(iter(grid.rows), next(iter(grid.options["rules"])))
+            lines += [
+                "Finished runs are kept, so that the command can be stopped and repeated. One row again, compared with",
+                "what is stored:",
+                "",
+                "```sh",
+                f"python benchmarks/run.py benchmarks/{self.name} --check {grid.name}/{row}",
+                "```",
+                "",
+            ]
+        what = (
+            "Each line of `results.jsonl` is a run" if self.grids else "Each line of `results.jsonl` is a measurement"
+        )
+        lines += [f"{what}: figures, options or command, machine. `claim.toml` has the settings.", ""]
+        return "\n".join([*lines, "<!-- written by benchmarks/run.py; do not edit -->", ""])
+
+
+def claims(here: Path = HERE) -> list[Claim]:
+    """All folders, in the order in which they are told."""
+    found = [Claim(file.parent) for file in sorted(here.glob("*/claim.toml"))]
+    return sorted(found, key=lambda claim: (claim.toml.get("place", 99), claim.name))
+
+
+# Text
+
+
+def options_text(words: Sequence[str]) -> str:
+    """Options as `name=value` words, without the rule's name.
+
+    >>> options_text(["--rule", "sll", "--rule.group", "2", "--augment", "flip", "crop", "--channels-last"])
+    'group=2 augment=flip,crop channels-last'
+    """
+    found: list[tuple[str, list[str]]] = []
+    for word in words:
+        if word.startswith("--"):
+            found.append((word.removeprefix("--").removeprefix("rule."), []))
+        else:
+            found[-1][1].append(word)
+    return " ".join(f"{name}={','.join(values)}" if values else name for name, values in found if name != "rule")
+
+
+def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table."""
+    return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(row) + " |" for row in body)]
+
+
+def wrapped(text: str) -> list[str]:
+    """Lines of at most 100 columns."""
+    return textwrap.wrap(" ".join(text.split()), 100, break_long_words=False, break_on_hyphens=False)
+
+
+def spread(values: Sequence[float], factor: float = 1, digits: int = 2) -> str:
+    """Mean and standard deviation; empty where there is nothing."""
+    if not values:
+        return ""
+    deviation = f" ± {factor * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{factor * statistics.mean(values):.{digits}f}{deviation}"
+
+
+def main() -> None:
+    """Store a measurement."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["keep"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("name")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--command", default="", help="what gave it, where the file does not say so")
+    parser.add_argument("--packages", nargs="+", default=[], help="further packages whose versions matter")
+    given = parser.parse_args()
+    keep(given.folder, given.name, json.loads(given.file.read_text()), given.command, given.packages)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,0 @@
-#!/usr/bin/env bash
-# Needs the data set: from the hub, or from $LAYERWISE_DATA. About 30 core-minutes.
-set -euo pipefail
-cd "$(dirname "$0")/../.."
-python benchmarks/grid.py benchmarks/sid_memorise --jobs "${JOBS:-2}"

@@ -1,0 +1,48 @@
+# The one list of commands. `just` alone shows it. `.ci/run` runs the same recipes.
+
+_list:
+    @just --list
+
+# Lint, format, types, layers
+check: lint format types layers
+
+lint:
+    ruff check .
+
+format:
+    ruff format --check .
+
+types:
+    basedpyright
+
+# An import that points up fails
+layers:
+    lint-imports
+
+# Examples in docstrings
+doctests:
+    python -m pytest -q --doctest-modules src -p no:cacheprovider
+
+# The fast suite, or some of it: just test tests/core -k engine
+test *words:
+    python -m pytest --durations=10 -p no:cacheprovider {{words}}
+
+# Break the library on purpose; the tests must notice. Words select mutants by name
+mutants *words:
+    python tools/mutate.py {{words}}
+
+# Build the site
+docs folder="site":
+    NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict --site-dir {{folder}}
+
+# A benchmark: just bench memory --depths 4,16
+bench name *words:
+    layerwise bench {{name}} {{words}}
+
+# The folders of evidence, each with a README on how to reproduce it
+campaigns:
+    @ls -d benchmarks/*/
+
+# Wheel and sdist
+build:
+    python -m pip wheel --no-deps --wheel-dir dist .

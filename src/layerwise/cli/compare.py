@@ -1,0 +1,51 @@
+"""`layerwise compare` and `layerwise report`: run a grid, and draw its report."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from layerwise.compare.grid import CompareOptions, Grid
+from layerwise.errors import LayerwiseError
+from layerwise.files import kind_of, shown
+from layerwise.report.page import write_report
+from layerwise.report.summary import resolution_in_words, table
+from layerwise.runs.arguments import train_options
+
+
+def compare_command(argv: list[str]) -> int:
+    """`layerwise compare`: train a grid of runs and print its table; exit code 1 when a run failed."""
+    for word in argv:
+        if re.match(r"--rule($|[=.])", word):
+            raise LayerwiseError(
+                f"compare has no {word.partition('=')[0]}; rules and their options come after --rules, such as "
+                "--rules sll:overlap=1 backprop."
+            )
+    options = train_options(argv, "compare", base=CompareOptions, hidden=("rule", "seed", "overwrite", "save_every"))
+    grid = Grid(options, shlex.join(["layerwise", "compare", *argv]))
+    summary = grid.run()
+    print(table(summary["rules"]))
+    if (note := resolution_in_words(summary["rules"])) is not None:
+        print(note)
+    print(f"files: {grid.folder}")
+    if options.report:
+        try:
+            print(f"report: {write_report(grid.folder)}")
+        except LayerwiseError as reason:  # runs and tables are complete without it
+            print(f"layerwise: note: {reason}", file=sys.stderr)
+    return int(any(found["failed"] for found in summary["rules"].values()))
+
+
+def report_command(argv: list[str]) -> int:
+    """`layerwise report DIR`: draw the report again, and print its path."""
+    if any(word in ("-h", "--help") for word in argv):
+        print(
+            "usage: layerwise report DIR\n\nDraw report.html and figures/ from what compare or bench --out left in DIR."
+        )
+        return 0
+    if len(argv) != 1 or argv[0].startswith("-"):
+        raise LayerwiseError("report takes one folder: layerwise report DIR.")
+    if kind_of(argv[0]) != "folder":
+        raise LayerwiseError(f"there is no folder {shown(argv[0])}; give the folder of a comparison or a benchmark.")
+    print(write_report(Path(argv[0])))
+    return 0

@@ -1,0 +1,73 @@
+"""`layerwise train`: train a network in one process, or as one rank of several."""
+
+import os
+import shlex
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from layerwise.errors import LayerwiseError
+from layerwise.parsing import parse, take_option
+from layerwise.runs import pipelined, replicated
+from layerwise.runs.arguments import train_options
+from layerwise.runs.folders import read_options
+from layerwise.runs.options import TrainOptions
+from layerwise.runs.training import Interrupted, Run
+
+
+def train_command(argv: list[str]) -> int:
+    """`layerwise train`: train a network, or continue a run."""
+    command = shlex.join(["layerwise", "train", *argv])
+    words = list(argv)
+    resume = take_option(words, "resume")
+    if resume is not None:
+        given = {f.name: take_option(words, f.name) for f in fields(pipelined.ParallelOptions)}
+        if words:
+            raise LayerwiseError(
+                f"--resume continues a run with its own options, so {' '.join(words)!r} cannot be given; leave it out."
+            )
+        words = [word for name, value in given.items() if value is not None for word in (f"--{name}", value)]
+        how = parse(pipelined.ParallelOptions, words, "train")
+        folder, options = Path(resume), read_options(Path(resume))
+    else:
+        how = train_options(argv, "train", pipelined.TrainCommand)
+        folder, options = None, TrainOptions(**{f.name: getattr(how, f.name) for f in fields(TrainOptions)})
+    if how.parallel != "none":
+        if how.parallel == "sharded":
+            from layerwise.runs.sharded import ShardedRun as kind  # here, as fully_shard takes seconds to import
+        else:
+            kind = {"pipeline": pipelined.PipelineRun, "data": replicated.DataRun}[how.parallel]
+        return pipelined.train(kind, how, options, command, folder, lambda *found: print(result_table(*found)))
+    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise LayerwiseError(
+            "torchrun has started several processes of the same run; add --parallel pipeline, data or sharded."
+        )
+    run = Run(options, command, folder)
+    try:
+        result = run.train()
+    except Interrupted as stop:
+        print(f"layerwise: {stop}", file=sys.stderr)
+        return 128 + stop.signum
+    print(result_table(result, run.folder))
+    return 0
+
+
+def result_table(result: dict[str, Any], folder: Any) -> str:
+    """The results of a run as a table of two columns, for a person to read."""
+    memory = result["memory_mib"]
+    held = ", ".join(f"{name} {memory[name]:.1f}" for name in ("parameters", "optimizer", "gradients", "activations"))
+    rows = {
+        "rule": f"{result['rule']} on {result['model']}, {result['data']}, seed {result['seed']}",
+        "test accuracy": f"{100 * result['test_accuracy']:.2f} %",
+        "val accuracy": "none" if result["val_accuracy"] is None else f"{100 * result['val_accuracy']:.2f} %",
+        "by block": " ".join(f"{name} {100 * value:.1f}" for name, value in result["blocks"].items()),
+        "training time": f"{result['train_seconds']:.1f} s, {result['samples_per_second']:,.0f} samples/s",
+        "peak memory": f"{memory['peak']:.1f} MiB ({held})",
+        "files": str(folder),
+    }
+    if result["skipped_steps"]:
+        rows["skipped steps"] = str(result["skipped_steps"])
+    rows |= {f"note {i}": note for i, note in enumerate(result["notes"], 1)}
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())

@@ -1,0 +1,133 @@
+"""Commands that use a trained run: `layerwise eval`, `beliefs`, `predict` and `export`."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from layerwise import data
+from layerwise.errors import LayerwiseError
+from layerwise.parsing import parse
+from layerwise.runs import building, training
+from layerwise.runs.checkpoint import write_atomically
+from layerwise.runs.exporting import export
+from layerwise.runs.predicting import predictions
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Measure accuracy and loss of a trained run, block by block."""
+
+    split: Literal["test", "val", "train"] = "test"
+    """Which part of the run's data set."""
+    batch_size: int = 512
+    """Samples per batch."""
+    device: str = "auto"
+    """cpu | cuda | cuda:N | auto."""
+    json: str | None = None
+    """Also write the results to this file."""
+
+
+def eval_command(argv: list[str]) -> int:
+    """`layerwise eval RUN`: print the scalars of every block, averaged over a split."""
+    folder, rest = _positional(argv, "eval", EvalOptions, "RUN")
+    options = parse(EvalOptions, rest, "eval")
+    if options.batch_size < 1:
+        raise LayerwiseError(f"batch size is {options.batch_size}; it must be 1 or more.")
+    run, facts, learner, notes = building.load_run(Path(folder), options.device)
+    if options.split == "val" and run.val_fraction == 0:
+        raise LayerwiseError(f"the run in {folder} has no validation split (--val-fraction 0); use --split test.")
+    dataset = building.load_data(run)
+    facts.check(dataset)
+    source = getattr(dataset, options.split)
+    batches = data.Batches(
+        source,
+        options.batch_size,
+        seed=0,
+        mean=dataset.mean,
+        std=dataset.std,
+        device=learner.device,
+        shuffle=False,
+        drop_last=False,
+        channels_last=run.channels_last,
+    )
+    figures = training.evaluate(learner, batches)
+    _tell(notes)
+    width = max(map(len, figures))
+    print("\n".join(f"{name:<{width}}  {value:.4f}" for name, value in figures.items()))
+    if options.json:
+        write_atomically(Path(options.json), json.dumps({"run": folder, "split": options.split, **figures}) + "\n")
+    return 0
+
+
+def beliefs_command(argv: list[str]) -> int:
+    """`layerwise beliefs RUN`: print what SID's theory predicts beside what is measured."""
+    from layerwise.measure.beliefs import BeliefsOptions, show_beliefs
+
+    folder, rest = _positional(argv, "beliefs", BeliefsOptions, "RUN")
+    _tell(show_beliefs(Path(folder), parse(BeliefsOptions, rest, "beliefs")))
+    return 0
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """Predict the classes of images with a trained run: an image file, a folder, or a .npy array (N, C, H, W).
+
+    The output is CSV: input, class, probability.
+    """
+
+    out: str | None = None
+    """Write the CSV to this file instead of printing it."""
+    device: str = "auto"
+    """cpu | cuda | cuda:N | auto."""
+
+
+def predict_command(argv: list[str]) -> int:
+    """`layerwise predict RUN INPUT`: print or write class and probability of every input."""
+    folder, rest = _positional(argv, "predict", PredictOptions, "RUN")
+    given, rest = _positional(rest, "predict", PredictOptions, "INPUT")
+    options = parse(PredictOptions, rest, "predict")
+    text, notes = predictions(Path(folder), Path(given), options.device)
+    _tell(notes)
+    if options.out:
+        write_atomically(Path(options.out), text)
+    else:
+        print(text, end="")
+    return 0
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Write the trained weights of a run as one safetensors file, under the model's own parameter names.
+
+    This works for a run that several ranks have trained, and for one that is not finished.
+    """
+
+
+def export_command(argv: list[str]) -> int:
+    """`layerwise export RUN FILE`: write the weights, and print the file's path."""
+    folder, rest = _positional(argv, "export", ExportOptions, "RUN")
+    file, rest = _positional(rest, "export", ExportOptions, "FILE")
+    parse(ExportOptions, rest, "export")
+    written, notes = export(Path(folder), Path(file))
+    _tell(notes)
+    print(written)
+    return 0
+
+
+def _tell(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(f"layerwise: note: {note}", file=sys.stderr)
+
+
+def _positional(argv: Sequence[str], command: str, options: type, name: str) -> tuple[str, list[str]]:
+    """The leading argument, which every call of the command must give, and the words after it."""
+    if any(word in ("-h", "--help") for word in argv):
+        given = {"predict": "RUN INPUT", "export": "RUN FILE"}.get(command, "RUN")
+        print(f"usage: layerwise {command} {given} [OPTIONS]\n")
+        parse(options, ["--help"], command)
+    if not argv or argv[0].startswith("-"):
+        raise LayerwiseError(f"{command} needs {name} as its argument; see layerwise {command} --help.")
+    return argv[0], list(argv[1:])

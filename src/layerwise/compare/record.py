@@ -1,0 +1,64 @@
+"""What a comparison keeps in its folder: its record, the machine, the table of its runs and their summary."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from layerwise.errors import LayerwiseError
+from layerwise.files import MissingFile
+from layerwise.report.reading import CompareRecord, read_json
+from layerwise.report.summary import as_csv, summarise
+from layerwise.runs.checkpoint import write_atomically
+from layerwise.runs.environment import environment
+
+
+def kept_plan(folder: Path, fixed: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What an earlier start of the comparison measured per rule; nothing where the folder is new.
+
+    Args:
+        folder: of the comparison.
+        fixed: the options that must be the same when the command is repeated.
+
+    Raises:
+        LayerwiseError: the folder holds something else, a comparison with other options, or a damaged record.
+    """
+    try:
+        before = read_json(folder, "compare.json", CompareRecord)
+    except MissingFile:
+        if {path.name for path in folder.iterdir()} - {"workers.log", "compare.json.partial"}:
+            raise LayerwiseError(f"{folder} is not empty and holds no comparison; choose another --out.") from None
+        return {}
+    for name, value in json.loads(json.dumps(fixed)).items():
+        if before["fixed"].get(name) != value:
+            raise LayerwiseError(
+                f"{folder} holds a comparison with {name} = {json.dumps(before['fixed'].get(name))}, not "
+                f"{json.dumps(value)}; put it back, or choose another --out."
+            )
+    return {label: dict(plan) for label, plan in before["plan"].items()}
+
+
+def write_record(
+    folder: Path, command: str, labels: Sequence[str], seeds: int, fixed: Mapping[str, Any], plan: Mapping[str, Any]
+) -> None:
+    """Write `compare.json` and `environment.json`; rules that could not be measured are left out of the plan."""
+    measured = {label: found for label, found in plan.items() if "kind" not in found}
+    record = {"command": command, "rules": list(labels), "seeds": seeds, "fixed": fixed, "plan": measured}
+    write_atomically(folder / "compare.json", json.dumps(record, indent=2) + "\n")
+    write_atomically(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+
+
+def write_results(
+    folder: Path,
+    command: str,
+    budget: str,
+    rows: Sequence[dict[str, Any]],
+    correct: Mapping[str, Mapping[int, np.ndarray]],
+) -> dict[str, Any]:
+    """Write `results.csv` and `summary.json`; returns the summary."""
+    write_atomically(folder / "results.csv", as_csv(rows))
+    summary = {"command": command, "budget": budget, "rules": summarise(rows, correct)}
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary

@@ -1,0 +1,95 @@
+"""The words of `layerwise compare --rules`: rules with their options."""
+
+import contextlib
+import dataclasses
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from layerwise import models, rules
+from layerwise.errors import LayerwiseError, suggestion
+from layerwise.runs.options import TrainOptions, from_mapping, model_name, to_mapping
+
+PER_RULE = (
+    "lr",
+    "weight_decay",
+    "optimizer",
+    "schedule",
+    "warmup",
+    "clip",
+    "label_smoothing",
+    "nonfinite",
+    "cuts",
+    "blocks",
+)
+"""Options of a run that may differ between rules, beside those of the model: they change neither data nor budget."""
+
+
+def read_rules(words: Sequence[str], common: TrainOptions) -> dict[str, TrainOptions]:
+    """Read the words of `--rules`: the options of a run for each rule that they name.
+
+    Args:
+        words: `name` or `name:option=value:...`, several in one word with commas between. An option is a field of the
+            rule, one of `PER_RULE`, or `model.` and a field of the model; a value is a number, a word, `none`,
+            `true`, `false`, or numbers with `/` between. `all` stands for every rule that trains the model, with its
+            default options.
+        common: the options that all runs share.
+
+    Raises:
+        LayerwiseError: an unknown rule or option, a value of the wrong kind, a rule that is asked for twice.
+
+    >>> read_rules(["sll:overlap=1:lr=0.01,backprop"], TrainOptions())["sll:overlap=1:lr=0.01"].rule.overlap
+    1
+    """
+    found: dict[str, TrainOptions] = {}
+    every = [name for name in rules.names() if model_name(common.model) in (rules.get(name).models or models.names())]
+    labels = [part for word in words for part in word.split(",") if part]
+    for label in (name for part in labels for name in (every if part == "all" else [part])):
+        name, *settings = label.split(":")
+        values = plain_fields(common) | {"rule": {"name": name}}
+        legal = {field: (values["rule"], field, hint) for field, hint in _fields(rules.get(name)).items()}
+        legal |= {field: (values, field, hint) for field, hint in _fields(TrainOptions).items() if field in PER_RULE}
+        for field, hint in _fields(type(common.model)).items():
+            legal[f"model.{field}"] = values["model"], field, hint
+        for setting in settings:
+            option, equals, text = setting.partition("=")
+            if not equals:
+                raise LayerwiseError(f"--rules {label}: write {option}=VALUE after the colon.")
+            option = option.replace("-", "_")
+            if option not in legal:
+                raise LayerwiseError(f"--rules {label}: no option {option!r}; {suggestion(option, list(legal))}.")
+            place, field, hint = legal[option]
+            place[field] = _value(text, hint)
+        if label in found:
+            raise LayerwiseError(f"--rules names {label} twice; leave one out, or give them different options.")
+        found[label] = from_mapping(values, f"--rules {label}")
+    if not found:
+        raise LayerwiseError("--rules is empty; name at least one rule, see layerwise ls rules.")
+    return found
+
+
+def _fields(cls: type) -> dict[str, Any]:
+    """The fields of a dataclass with their types."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def plain_fields(options: TrainOptions) -> dict[str, Any]:
+    """The fields of a run as plain values, without those that a comparison adds."""
+    values = to_mapping(options)
+    return {f.name: values[f.name] for f in dataclasses.fields(TrainOptions)}
+
+
+def _value(text: str, hint: Any) -> Any:
+    """Read a value from a word: a number where the option takes one."""
+    if "/" in text:
+        return tuple(_value(part, hint) for part in text.split("/"))
+    if text in ("none", "None"):
+        return None
+    if text in ("true", "false"):
+        return text == "true"
+    if hint is not str:
+        for kind in (int, float):
+            with contextlib.suppress(ValueError):
+                return kind(text)
+    return text

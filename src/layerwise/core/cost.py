@@ -1,0 +1,44 @@
+"""What the blocks of a network cost, and how to share them out evenly."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from layerwise.core.blocks import Partition
+
+
+def balanced_ends(cost: Sequence[float], parts: int) -> list[int]:
+    """Ends of `parts` contiguous, non-empty ranges whose largest summed cost is as small as can be.
+
+    >>> balanced_ends([1, 1, 4, 1, 1], 3)
+    [2, 3, 5]
+    """
+    total = [0, *torch.tensor(cost).cumsum(0).tolist()]
+    # best[k][i]: the smallest possible maximum when the first i are joined to k.
+    best = {(0, 0): (0, 0)}
+    for k in range(1, parts + 1):
+        for i in range(k, len(cost) + 1):
+            best[k, i] = min(
+                (max(best[k - 1, j][0], total[i] - total[j]), j) for j in range(k - 1, i) if (k - 1, j) in best
+            )
+    ends, i = [], len(cost)
+    for k in range(parts, 0, -1):
+        ends.append(i)
+        i = best[k, i][1]
+    return ends[::-1]
+
+
+def operations(parts: Partition, example: Tensor) -> list[int]:
+    """Floating-point operations of the forward pass of each block and the head; exact, the same on every machine."""
+    was_training = parts.training
+    parts.eval()
+    costs, h = [], example
+    with torch.no_grad():
+        for block in [*parts.blocks, parts.head]:
+            with FlopCounterMode(display=False) as counter:
+                h = block(h)
+            costs.append(counter.get_total_flops())
+    parts.train(was_training)
+    return costs

@@ -1,0 +1,145 @@
+"""Partition a model into gradient-isolated blocks and a head: where to cut it unless somebody says so."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from layerwise.core.blocks import Partition
+from layerwise.core.cost import balanced_ends, operations
+from layerwise.core.optim import is_norm
+from layerwise.core.tracing import check_model, expanded, is_sequential, legal_cuts, listed
+from layerwise.errors import LayerwiseError
+
+
+def partition(
+    model: nn.Module,
+    cuts: Sequence[str] | str | None = None,
+    *,
+    blocks: int | None = None,
+    example: Tensor | None = None,
+    layout: Mapping[str, str] | str | None = None,
+) -> Partition:
+    """Cut a model into gradient-isolated blocks and a head.
+
+    Args:
+        model: any module with one tensor in and one tensor out. A `nn.Sequential` needs nothing else:
+            every child with a weight matrix or kernel starts a block, other children (activation, pooling,
+            normalisation) join the block before them, and the last such child is the head. A model may
+            name its own cuts in an attribute `block_names`. Any other model is traced with `torch.fx`.
+        cuts: names of the modules behind which to cut (`["layer1", "layer2.0"]`); what runs behind the
+            last one is the head. `"layer"` cuts as finely as is possible, `"block"` is the default.
+        blocks: join the blocks found to this many, so that the largest number of floating-point
+            operations in one block is as small as possible (measured on `example`).
+        example: one batch of inputs, needed for `blocks` and for lazy layers; layouts are known at once with it.
+        layout: where outputs have batch, channels and positions, where the layers do not tell: a letter per dimension
+            (`"BCL"`, `"BHWC"`), for all outputs of that many dimensions, or by name of a block or `"input"`.
+
+    Returns:
+        The partition; `partition(model)(x)` equals `model(x)` bit for bit.
+
+    Raises:
+        LayerwiseError: an unknown cut, a cut that another tensor crosses (a skip connection), parameters
+            shared by two blocks, a head without parameters, a model that cannot be traced, more blocks
+            than there are places to cut, a model that is wrapped or compiled. The sentence says what to do.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> [block.name for block in partition(net).blocks], partition(net).head.name
+    (['1', '3'], 'head')
+    """
+    if isinstance(model, Partition):
+        return model if layout is None else model.with_layout(layout)
+    check_model(model)
+    _materialise(model, example)
+    if cuts is None or cuts == "block":
+        cuts = _default_cuts(model)
+    elif cuts == "layer":
+        cuts = _finest_cuts(model)
+    elif isinstance(cuts, str):
+        cuts = [name.strip() for name in cuts.split(",") if name.strip()]
+    if blocks is not None:
+        cuts = _balanced(model, cuts, blocks, example)
+    return Partition(model, cuts, layout)
+
+
+def _materialise(model: nn.Module, example: Tensor | None) -> None:
+    """Let lazy layers learn their sizes from the example."""
+    lazy = [name for name, p in [*model.named_parameters(), *model.named_buffers()] if is_lazy(p)]
+    if not lazy:
+        return
+    if example is None:
+        raise LayerwiseError(
+            f"{lazy[0]!r} belongs to a lazy layer, whose size is not known yet; give example=..., a batch of "
+            "inputs, or call the model once."
+        )
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(example[:2])
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _default_cuts(model: nn.Module) -> list[str]:
+    names = getattr(model, "block_names", None)
+    if names is not None:
+        return list(names)
+    if is_sequential(model):
+        return _weighted_cuts(model, deep=False)
+    raise LayerwiseError(
+        f"{type(model).__name__} is not a nn.Sequential and names no blocks of its own, so say where to "
+        f"cut it: cuts=[...] out of {listed(legal_cuts(model))}."
+    )
+
+
+def _finest_cuts(model: nn.Module) -> list[str]:
+    if not is_sequential(model):
+        raise LayerwiseError(
+            f'cuts="layer" needs a nn.Sequential, not {type(model).__name__}; name the cuts: '
+            f"cuts=[...] out of {listed(legal_cuts(model))}."
+        )
+    cuts = _weighted_cuts(model, deep=True)
+    # A model's own names tell where its head begins; a head of several modules is not taken apart.
+    names = getattr(model, "block_names", None)
+    if names is None:
+        return cuts
+    order = [name for name, _ in expanded(model, deep=True)]
+    end = max(i for i, name in enumerate(order) if f"{name}.".startswith(f"{names[-1]}."))
+    last = order[end]
+    return [cut for cut in cuts if order.index(cut) < end and cut != last] + [names[-1]]
+
+
+def _weighted_cuts(model: nn.Module, deep: bool) -> list[str]:
+    """Cut before every child with a weight of two or more dimensions; the others join the child before."""
+    children = expanded(model, deep=deep)
+    starts = [i for i, (_, child) in enumerate(children) if _has_matrix(child)]
+    if len(starts) < 2:
+        raise LayerwiseError(
+            f"{type(model).__name__} has {len(starts)} children with weights, and a partition needs at "
+            "least two, a block and a head; use a deeper model or name the cuts."
+        )
+    return [children[start - 1][0] for start in starts[1:]]
+
+
+def _balanced(model: nn.Module, cuts: Sequence[str], blocks: int, example: Tensor | None) -> list[str]:
+    """Choose `blocks` of the cuts so that the costliest block is as cheap as can be."""
+    if not 1 <= blocks <= len(cuts):
+        raise LayerwiseError(
+            f"blocks={blocks} is not possible: the model can be cut into 1 to {len(cuts)} blocks and a head."
+        )
+    if blocks == len(cuts):
+        return list(cuts)
+    if blocks == 1:
+        return [cuts[-1]]
+    if example is None:
+        raise LayerwiseError(f"blocks={blocks} is balanced by measured cost; give example=..., a batch of inputs.")
+    *cost, _ = operations(Partition(model, cuts), example)
+    return [cuts[end - 1] for end in balanced_ends(cost, blocks)]
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    """Whether a weight matrix or kernel lies in the module; what a norm learns is none, whatever its shape."""
+    return any(p.dim() >= 2 for m in module.modules() if not is_norm(m) for p in m.parameters(recurse=False))

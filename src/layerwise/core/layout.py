@@ -1,0 +1,419 @@
+"""Where the channels of an activation are: what made the tensor tells it, not its number of dimensions.
+
+A *layout* has one letter per dimension: B the batch, C the channels (or features), any other letter a position, such
+as BC, BLC (tokens), BCL (what a Conv1d gives), BCHW, BHWC, BCDHW. The *standard order* of an activation, which the
+rules read, is (B, C), (B, L, C), (B, C, H, W) or (B, C, D, H, W).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from layerwise.errors import LayerwiseError
+
+POSITIONS = {0: "", 1: "L", 2: "HW", 3: "DHW"}
+
+
+def check_layout(layout: str) -> str:
+    """The layout in this module's letters (N is read as B).
+
+    Raises:
+        LayerwiseError: no letter per dimension, no channels, or another dimension than the first is the batch.
+
+    >>> check_layout("nhwc")
+    'BHWC'
+    """
+    letters = layout.upper().replace("N", "B")
+    good = letters.isalpha() and len(set(letters)) == len(letters) and letters[0] == "B" and "C" in letters
+    if not good or len(letters) > 5:
+        raise LayerwiseError(
+            f"layout {layout!r} is not understood; give one letter per dimension, the batch first: B for the batch, C "
+            "for the channels, any others for positions, such as BCL, BLC, BCHW, BHWC or BCDHW."
+        )
+    return letters
+
+
+def to_standard(h: Tensor, layout: str) -> Tensor:
+    """A view of `h` in the standard order: (B, C), (B, L, C), (B, C, H, W) or (B, C, D, H, W).
+
+    >>> to_standard(torch.zeros(2, 8, 5), "BCL").shape, to_standard(torch.zeros(2, 4, 6, 3), "BHWC").shape
+    (torch.Size([2, 5, 8]), torch.Size([2, 3, 4, 6]))
+    """
+    return h.movedim(layout.index("C"), -1 if len(layout) == 3 else 1)
+
+
+def from_standard(h: Tensor, layout: str) -> Tensor:
+    """The inverse of `to_standard`.
+
+    >>> from_standard(torch.zeros(2, 5, 8), "BCL").shape
+    torch.Size([2, 8, 5])
+    """
+    return h.movedim(-1 if len(layout) == 3 else 1, layout.index("C"))
+
+
+class Axis:
+    """An axis that a dimension is made of: its kind and its size.
+
+    The kind is B, C, P (a position), None while nothing has told, or ? where it cannot be told. Tensors that are views
+    of one another hold the same objects, so what a layer tells about its input is known of the model's input too.
+    """
+
+    __slots__ = ("kind", "size")
+
+    def __init__(self, kind: str | None, size: int):
+        self.kind, self.size = kind, size
+
+
+Axes = list[tuple[Axis, ...]]
+"""Per dimension, the axes that it is made of; none for a dimension of size 1 that was inserted."""
+
+
+class Unknown(Exception):
+    """Nothing is known about the dimensions of a result."""
+
+
+class Layouts(TorchFunctionMode):
+    """Follows the dimensions of tensors through the functions of torch that run in this context.
+
+    Convolutions, batch norms and pooling have their channels in dimension 1; linear layers, layer norms, embeddings,
+    attention and recurrent layers have their features last; views and permutations carry dimensions along, and
+    everything else keeps them.
+
+    Attributes:
+        mixing: the function that took the batch for a sequence, if one did.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._axes = WeakIdKeyDictionary()
+        self.mixing: str | None = None
+
+    def begin(self, x: Tensor, layout: str | None) -> None:
+        """Follow a tensor of which nothing is known but its batch, or all that `layout` says."""
+        kinds = ["B" if i == 0 else None for i in range(x.dim())] if layout is None else _kinds(layout, x)
+        self._axes[x] = [(Axis(kind, size),) for kind, size in zip(kinds, x.shape, strict=True)]
+
+    def of(self, h: Tensor, batch: int) -> str | None:
+        """The layout of a tensor; None where it is not known."""
+        axes = self._axes.get(h)
+        axes = axes if axes is not None else [(Axis(None, size),) for size in h.shape]
+        kinds: list[str | None] = [kind_of(dimension) for dimension in axes]
+        if kinds and kinds[0] in (None, "1") and "B" not in kinds and h.shape[0] == batch:
+            kinds[0] = "B"
+        if len(kinds) == 2 and kinds[0] == "B" and kinds[1] not in ("B", "M"):
+            return "BC"
+        if kinds.count("C") == 1:  # what is left can only be positions
+            kinds = ["P" if kind in (None, "1") else kind for kind in kinds]
+        places = kinds.count("P")
+        if kinds.count("B") != 1 or kinds.count("C") != 1 or places != len(kinds) - 2 or places not in POSITIONS:
+            return None
+        letters = iter(POSITIONS[places])
+        return "".join(next(letters) if kind == "P" else str(kind) for kind in kinds)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        results = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, Tensor)]
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t in self._axes]
+        if results and given:
+            try:
+                found = self._follow(_name(func), given, args, kwargs, results)
+            except (Unknown, IndexError, ValueError, RuntimeError, TypeError, KeyError):
+                found = [[(Axis("?", size),) for size in result.shape] for result in results]
+            for result, axes in zip(results, found, strict=True):
+                if not any(result is t for t in given) or len(self._axes[result]) != len(axes):
+                    self._axes[result] = axes
+        return out
+
+    def _follow(self, name: str, given: list[Tensor], args: Any, kwargs: Any, results: list[Tensor]) -> list[Axes]:
+        """What the dimensions of the results are."""
+        out = results[0]
+        x = args[0] if args and isinstance(args[0], Tensor) else given[0]
+        axes: Axes = list(self._axes.get(x) or [(Axis(None, size),) for size in x.shape])
+        if name.startswith(("conv1d", "conv2d", "conv3d", "conv_transpose")):
+            return [self._convolved(axes, int(name.rstrip("d")[-1]), args, kwargs, out)]
+        if name in ("linear", "layer_norm", "rms_norm", "bilinear"):
+            shape = args[1] if len(args) > 1 else kwargs.get("normalized_shape", (0,))
+            if name == "linear" or not isinstance(shape, (tuple, list, torch.Size)) or len(shape) == 1:
+                _features_last(axes)
+            return [_resized(axes, out)]
+        if name in ("batch_norm", "group_norm", "instance_norm") or "pool" in name:
+            if len(axes) > 2:
+                _tell(axes[1], "C")
+                for dimension in axes[2:]:
+                    _tell(dimension, "P")
+            return [_resized(axes, result) for result in results]
+        if name in ("embedding", "one_hot", "embedding_bag"):
+            for dimension in axes:
+                _tell(dimension, "P")
+            kept = axes[:1] if name == "embedding_bag" else axes
+            return [[*kept, (Axis("C", out.shape[-1]),)], *([(Axis("?", s),) for s in r.shape] for r in results[1:])]
+        if name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+            return self._recurrent(name, axes, args, results)
+        if name == "multi_head_attention_forward":
+            return self._attended(axes, results)
+        if name == "scaled_dot_product_attention":
+            return [[*axes[:-1], self._axes[args[2]][-1] if args[2] in self._axes else axes[-1]]]
+        if name in ("matmul", "bmm", "__matmul__", "__rmatmul__", "mm"):
+            return [self._product(args[::-1] if name == "__rmatmul__" else args, out)]
+        if name == "einsum":
+            return [self._summed(args, out)]
+        if name in ("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "ravel", "_unsafe_view"):
+            return [_reshaped(axes, out.shape)]
+        if name in _REARRANGING:
+            return [self._rearranged(name, axes, args, kwargs, result) for result in results]
+        if name == "unbind":
+            return [_without(axes, args[1] if len(args) > 1 else kwargs.get("dim", 0)) for _ in results]
+        if name == "__getitem__":
+            return [_indexed(axes, args[1], out)]
+        if name in ("stack", "hstack", "vstack", "dstack"):
+            at = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.dim()
+            axes = list(self._axes[given[0]])
+            return [[*axes[:at], (Axis(None, out.shape[at]),), *axes[at:]]] if name == "stack" else [_unknown(out)]
+        if name == "unfold":
+            if x.dim() == out.dim():  # columns of the patches of an image
+                _tell(axes[1], "C")
+                return [[axes[0], (Axis("C", out.shape[1]),), (Axis("P", out.shape[2]),)]]
+            return [[*_resized(axes, out[..., 0]), (Axis(None, out.shape[-1]),)]]
+        return [self._elementwise(given, result) for result in results]
+
+    def _convolved(self, axes: Axes, spatial: int, args: Any, kwargs: Any, out: Tensor) -> Axes:
+        weight = args[1] if len(args) > 1 else kwargs["weight"]
+        if len(axes) == spatial + 1 and kind_of(axes[0]) == "B":
+            self.mixing = f"Conv{spatial}d"
+            raise Unknown
+        pointwise = math.prod(weight.shape[2:]) == 1
+        if pointwise and kind_of(axes[1]) == "P" and any(kind_of(d) == "C" for d in axes[2:]):
+            return _resized(axes, out)  # it mixes positions
+        _tell(axes[1], "C")
+        for dimension in axes[2:]:
+            _tell(dimension, "P")
+        return [axes[0], (Axis("C", out.shape[1]),), *((Axis("P", size),) for size in out.shape[2:])]
+
+    def _recurrent(self, name: str, axes: Axes, args: Any, results: list[Tensor]) -> list[Axes]:
+        if len(args) != 9 or len(axes) != 3:  # a packed sequence
+            raise Unknown
+        time = 1 if args[8] else 0
+        if kind_of(axes[time]) == "B":
+            self.mixing = name.partition("_")[0].upper()
+        _tell(axes[time], "P")
+        _tell(axes[2], "C")
+        states = [[(Axis("P", t.shape[0]),), axes[1 - time], (Axis("C", t.shape[2]),)] for t in results[1:]]
+        return [[axes[0], axes[1], (Axis("C", results[0].shape[2]),)], *states]
+
+    def _attended(self, axes: Axes, results: list[Tensor]) -> list[Axes]:
+        if kind_of(axes[0]) == "B":
+            self.mixing = "attention"
+        _tell(axes[0], "P")
+        _tell(axes[-1], "C")
+        return [[*axes[:-1], (Axis("C", results[0].shape[-1]),)], *(_unknown(result) for result in results[1:])]
+
+    def _product(self, args: Any, out: Tensor) -> Axes:
+        left, right = (self._axes.get(t) for t in args[:2])
+        if left is None and right is not None:
+            return _resized(list(right), out)  # a matrix of the model: it mixes what comes last but one
+        if right is None:
+            assert left is not None
+            if args[1].dim() != 2:
+                raise Unknown
+            _features_last(left)
+            return _resized(list(left), out)
+        assert left is not None
+        longer = left if len(left) >= len(right) else right
+        return [*longer[:-2], left[-2], right[-1]]
+
+    def _summed(self, args: Any, out: Tensor) -> Axes:
+        equation, *operands = args
+        if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
+            operands = list(operands[0])
+        inputs, _, result = equation.replace(" ", "").partition("->")
+        if "." in equation or not result:
+            raise Unknown
+        known: dict[str, tuple[Axis, ...]] = {}
+        for letters, operand in zip(inputs.split(","), operands, strict=True):
+            for letter, dimension in zip(letters, self._axes.get(operand) or [], strict=False):
+                known.setdefault(letter, dimension)
+        channels = any(kind_of(known[letter]) == "C" for letter in result if letter in known)
+        new = None if channels else "C"
+        return [known.get(letter, (Axis(new, size),)) for letter, size in zip(result, out.shape, strict=True)]
+
+    def _rearranged(self, name: str, axes: Axes, args: Any, kwargs: Any, out: Tensor) -> Axes:
+        """Ask the function itself, on a tensor whose dimensions differ in size, where each of them ends."""
+        given = [1 if len(d) == 0 or math.prod(a.size for a in d) == 1 else 3 + i for i, d in enumerate(axes)]
+        blank = torch.zeros(given)
+        func = getattr(torch.Tensor, name)
+        found: Any = func(blank, *args[1:], **kwargs) if callable(func) else getattr(blank, name)
+        if isinstance(found, (tuple, list)):
+            found = found[0]
+        ones = iter([d for d, size in zip(axes, given, strict=True) if size == 1])
+        moved = [
+            axes[size - 3] if size >= 3 else next(ones, ()) if found.dim() == len(axes) else () for size in found.shape
+        ]
+        if len(moved) != out.dim():
+            raise Unknown
+        return moved
+
+    def _elementwise(self, given: Sequence[Tensor], out: Tensor) -> Axes:
+        """The dimensions of all arguments, aligned at the last one."""
+        found: Axes = [()] * out.dim()
+        known = False
+        for t in given:
+            axes = self._axes[t]
+            if len(axes) > out.dim():
+                continue
+            known = True
+            for i, dimension in enumerate(axes, out.dim() - len(axes)):
+                found[i] = _merged(found[i], dimension)
+        if not known:
+            raise Unknown
+        return _resized(found, out)
+
+
+_REARRANGING = {
+    *("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "T", "mT", "adjoint"),
+    *("unsqueeze", "squeeze", "select"),
+    *("mean", "sum", "amax", "amin", "max", "min", "std", "var", "norm", "logsumexp", "prod", "median", "argmax"),
+    *("argmin", "nanmean", "all", "any"),
+}
+
+
+def kind_of(dimension: Sequence[Axis]) -> str | None:
+    """Kind of a dimension made of several axes: M for the batch together with others, 1 for none."""
+    kinds = {axis.kind for axis in dimension}
+    if not kinds:
+        return "1"
+    if "B" in kinds:
+        return "B" if kinds == {"B"} else "M"
+    for kind in ("?", "C"):
+        if kind in kinds:
+            return kind
+    return None if None in kinds else "P"
+
+
+def _name(func: Any) -> str:
+    name = getattr(func, "__name__", "")
+    if name == "__get__":  # a property, such as mT
+        name = getattr(getattr(func, "__self__", None), "__name__", "")
+    return name.rstrip("_") if not name.startswith("__") else name
+
+
+def _kinds(layout: str, x: Tensor) -> list[str]:
+    if len(layout) != x.dim():
+        raise LayerwiseError(
+            f"layout {layout!r} has {len(layout)} letters and the tensor that it describes has the shape "
+            f"{tuple(x.shape)}; give one letter per dimension."
+        )
+    return [letter if letter in "BC" else "P" for letter in layout]
+
+
+def _unknown(out: Tensor) -> Axes:
+    return [(Axis("?", size),) for size in out.shape]
+
+
+def _tell(dimension: Sequence[Axis], kind: str) -> None:
+    if len(dimension) == 1 and dimension[0].kind is None:
+        dimension[0].kind = kind
+
+
+def _features_last(axes: Axes) -> None:
+    """What a layer on the last dimension tells: it holds the features, unless they are known to be elsewhere."""
+    if any(kind_of(dimension) == "C" for dimension in axes[:-1]):
+        _tell(axes[-1], "P")
+        return
+    for i, dimension in enumerate(axes):
+        kind = "C" if i == len(axes) - 1 else "P"
+        _tell(dimension, kind)
+        if kind_of(dimension) in (None, "?"):  # made of several axes, or of what could not be told so far
+            size = math.prod(axis.size for axis in dimension)
+            axes[i] = (Axis("B" if i == 0 and len(axes) > 1 and kind_of(dimension) == "?" else kind, size),)
+
+
+def _resized(axes: Axes, out: Tensor) -> Axes:
+    if len(axes) != out.dim():
+        raise Unknown
+    return [
+        dimension if math.prod(a.size for a in dimension) == size else (Axis(_single(kind_of(dimension)), size),)
+        for dimension, size in zip(axes, out.shape, strict=True)
+    ]
+
+
+def _single(kind: str | None) -> str | None:
+    return {"M": "?", "1": None}.get(kind or "", kind)
+
+
+def _merged(a: tuple[Axis, ...], b: tuple[Axis, ...]) -> tuple[Axis, ...]:
+    first, second = kind_of(a), kind_of(b)
+    if first == "1" or second == "1":
+        return b if first == "1" else a
+    if first is None and second is not None:
+        if second != "?" and math.prod(x.size for x in a) == math.prod(x.size for x in b):
+            _tell(a, second if second in "BCP" else "?")
+        return b
+    if second is None:
+        if first is not None and first in "BCP":
+            _tell(b, first)
+        return a
+    return a if first == second else (Axis("?", max(math.prod(x.size for x in a), math.prod(x.size for x in b))),)
+
+
+def _reshaped(axes: Axes, shape: Sequence[int]) -> Axes:
+    """Split and join axes in their order until the sizes are those of `shape`."""
+    rest = [axis for dimension in axes for axis in dimension]
+    found: Axes = []
+    for size in shape:
+        own: list[Axis] = []
+        have = 1
+        if size == 1:
+            found.append((rest.pop(0),) if rest and rest[0].size == 1 else ())
+            continue
+        while have < size:
+            if not rest:
+                raise Unknown
+            axis, wanted = rest[0], size // have
+            if size % have:
+                raise Unknown
+            if wanted % axis.size == 0:
+                own.append(rest.pop(0))
+                have *= axis.size
+            elif axis.size % wanted == 0:
+                own.append(Axis(axis.kind, wanted))
+                rest[0] = Axis(axis.kind, axis.size // wanted)
+                have = size
+            else:
+                raise Unknown
+        found.append(tuple(own))
+    if any(axis.size != 1 for axis in rest):
+        raise Unknown
+    return found
+
+
+def _without(axes: Axes, dim: int) -> Axes:
+    at = dim % len(axes)
+    return [*axes[:at], *axes[at + 1 :]]
+
+
+def _indexed(axes: Axes, index: Any, out: Tensor) -> Axes:
+    index = list(index) if isinstance(index, tuple) else [index]
+    used = sum(i is not None and i is not Ellipsis for i in index)
+    if Ellipsis not in [i for i in index if not isinstance(i, Tensor)]:
+        index.append(Ellipsis)
+    rest, found = list(axes), []
+    for i in index:
+        if i is Ellipsis:
+            for _ in range(len(axes) - used):
+                found.append(rest.pop(0))
+        elif i is None:
+            found.append(())
+        elif isinstance(i, int):
+            rest.pop(0)
+        elif isinstance(i, slice) or (isinstance(i, Tensor) and i.dim() == 1) or isinstance(i, list):
+            found.append(rest.pop(0))
+        else:
+            raise Unknown
+    return _resized(found, out)

@@ -1,0 +1,196 @@
+"""One encoded picture into pixels: the same for training, evaluation and prediction."""
+
+import functools
+import io
+import warnings
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from layerwise.data.rows import need
+from layerwise.errors import LayerwiseError
+
+# Formats that are pictures and nothing else: PIL would run Ghostscript for a file that is EPS inside.
+FORMATS = ("PNG", "JPEG", "MPO", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
+MAX_PIXELS = 178_956_970  # what PIL itself refuses to decode
+GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N", "F")
+DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
+ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
+TURNED = (5, 6, 7, 8)  # values of the EXIF orientation that exchange width and height
+GROUNDS = {255: "white", 0: "black", 128: "grey"}
+NEAR = 48  # levels: closer than this, a sign can hardly be told from its ground
+
+
+class ImageFormat(NamedTuple):
+    """What every image of a data set is turned into."""
+
+    mode: str
+    """"L" or "RGB" with 8 bits, or "F": grey with more than 8 bits, as float32 from 0 to 255."""
+    height: int
+    width: int
+    ground: int = 255
+    """Grey level that stands where a picture is transparent."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (3 if self.mode == "RGB" else 1, self.height, self.width)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.mode == "F" else torch.uint8
+
+
+class Header(NamedTuple):
+    """What a picture tells before it is decoded."""
+
+    mode: str
+    size: tuple[int, int]
+    """Width and height in pixels, the right way up."""
+    transparent: bool
+    """Whether it may have transparent pixels."""
+
+
+class Unfit(ValueError):
+    """A picture is whole and cannot be used; the message continues a sentence that begins with its place."""
+
+
+def read_header(content: bytes) -> Header:
+    """Read what a picture is, without its pixels."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a large picture, which is no mistake yet
+        image = _open(content)
+        turned = _orientation(image) in TURNED and image.format != "TIFF"  # PIL turns a TIFF's own size
+        size = image.size[::-1] if turned else image.size
+        return Header(image.mode, size, _has_transparency(image))
+
+
+def decode(content: bytes, form: ImageFormat) -> tuple[bytes, frozenset[str]]:
+    """The pixels of one picture in `form`, in (H, W, C) order, and what was done to it.
+
+    EXIF orientation is applied; transparent pixels are laid on the form's ground; 16-bit levels and floats in [0, 1]
+    keep their order (65,535 and 1.0 are 255); the largest centred part of the wanted proportions is scaled
+    bilinearly; of several frames the first counts.
+
+    Returns:
+        Bytes, and of "converted" (grey to colour or back), "resized", "laid" (on the ground), "frames" what applies.
+
+    Raises:
+        Unfit: too many pixels, or numbers that are no brightness.
+        Exception: whatever PIL raises about a broken file.
+    """
+    pil, ops = need("PIL.Image"), need("PIL.ImageOps")
+    image = _open(content)
+    done = {"frames"} if getattr(image, "is_animated", False) and image.format != "MPO" else set()
+    image.load()
+    grey = image.mode in GREY_MODES
+    if _orientation(image) != 1:
+        image = ops.exif_transpose(image)
+    if image.mode in DEEP_MODES:
+        levels = _levels(image, form.ground)
+        image = pil.fromarray(levels if form.mode == "F" else np.rint(levels).astype(np.uint8))
+    elif _has_transparency(image):
+        image = image.convert("RGBA")
+        if image.getextrema()[3][0] < 255:
+            done.add("laid")
+        ground = pil.new("RGBA", image.size, (form.ground,) * 3 + (255,))
+        ground.alpha_composite(image)
+        image = ground.convert("RGB")
+    if grey != (form.mode != "RGB"):
+        done.add("converted")
+    if image.mode != form.mode:
+        image = image.convert("L").convert("F") if form.mode == "F" else image.convert(form.mode)
+    if image.size != (form.width, form.height):
+        done.add("resized")
+        image = ops.fit(image, (form.width, form.height), pil.Resampling.BILINEAR)
+    return image.tobytes(), frozenset(done)
+
+
+def pick_ground(contents: Iterable[bytes]) -> int:
+    """The grey level for transparent pixels that hides least of the visible ones: white, unless they are bright.
+
+    Each picture with a transparent pixel counts alike; of its pixels each counts by its opacity.
+    """
+    seen = np.zeros(256)
+    for content in contents:
+        image = _open(content)
+        image.load()
+        if image.mode in DEEP_MODES:
+            continue
+        image = image.convert("RGBA")
+        alpha = np.asarray(image.getchannel("A"), dtype=np.float64)
+        if alpha.min() < 255 and alpha.any():
+            brightness = np.asarray(image.convert("RGB").convert("L"))
+            seen += np.bincount(brightness.ravel(), alpha.ravel(), 256) / alpha.sum()
+    hidden = {level: float(seen[max(0, level - NEAR) : level + NEAR + 1].sum()) for level in GROUNDS}
+    return min(hidden, key=lambda level: round(hidden[level], 6))
+
+
+def stack(pixels: Iterable[bytes], form: ImageFormat) -> Tensor:
+    """Pictures of `decode` as one tensor (N, C, H, W)."""
+    channels, height, width = form.shape
+    flat = torch.frombuffer(bytearray(b"".join(pixels)), dtype=form.dtype)
+    return flat.view(-1, height, width, channels).permute(0, 3, 1, 2).contiguous()
+
+
+def refusal(place: str, reason: Exception) -> LayerwiseError:
+    """The sentence about a picture at `place` that could not be read."""
+    if isinstance(reason, LayerwiseError):
+        return reason
+    if isinstance(reason, Unfit):
+        return LayerwiseError(f"{place} {reason}.")
+    return LayerwiseError(f"{place} is not a readable image; replace it or take it out.")
+
+
+def _open(content: bytes) -> Any:
+    pil = need("PIL.Image")
+    try:
+        image = pil.open(io.BytesIO(content), formats=_formats())
+    except (pil.DecompressionBombError, pil.DecompressionBombWarning) as reason:
+        raise Unfit(f"has more than the {MAX_PIXELS} pixels that are decoded; scale it down or take it out") from reason
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise Unfit(f"has {width}x{height} pixels, more than {MAX_PIXELS}; scale it down or take it out")
+    if not width * height:
+        raise Unfit("has no pixels; replace it or take it out")
+    return image
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    pil = need("PIL.Image")
+    pil.init()
+    return tuple(name for name in FORMATS if name in pil.OPEN)
+
+
+def _orientation(image: Any) -> int:
+    try:
+        return image.getexif().get(0x0112, 1)
+    except Exception:  # PIL raises many kinds; damaged notes beside a whole picture say nothing about it
+        return 1
+
+
+def _has_transparency(image: Any) -> bool:
+    return image.mode in ALPHA_MODES or "transparency" in image.info
+
+
+def _levels(image: Any, ground: int) -> np.ndarray:
+    """Levels of a grey picture with more than 8 bits, float32 from 0 to 255."""
+    stored = np.asarray(image)
+    low, high = stored.min(), stored.max()
+    if image.mode == "F":
+        if not (low >= 0 and high <= 1):  # NaN too
+            raise Unfit(
+                f"holds floating-point numbers from {low:g} to {high:g}; scale them to 0 (black) to 1 (white), or "
+                "store whole numbers of 8 or 16 bits"
+            )
+        return stored.astype(np.float32) * np.float32(255)
+    if low < 0 or high > 65_535:
+        raise Unfit(f"holds whole numbers from {low} to {high}; store it with 8 or 16 bits, black as 0")
+    levels = stored.astype(np.float32) / np.float32(257)
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        levels[stored == clear] = ground
+    return levels

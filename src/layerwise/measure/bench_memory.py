@@ -1,0 +1,160 @@
+"""`layerwise bench memory`: exact peak bytes of one training step, by depth."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from layerwise import models, rules
+from layerwise.errors import LayerwiseError
+from layerwise.measure.bench_problem import (
+    CLASSES,
+    CPU,
+    DeviceProblem,
+    model_dials,
+    parse_problem,
+    prepared,
+    write_figures,
+)
+from layerwise.memory.malloc import keep_freed_memory
+from layerwise.memory.meter import resident_peak
+from layerwise.memory.offload import DiskStore, Where, window_of
+
+COLUMNS = ("parameters", "optimizer", "gradients", "activations", "peak")
+
+
+@dataclass(frozen=True)
+class MemoryOptions(DeviceProblem):
+    """Measure the exact peak bytes of one training step, by depth."""
+
+    rule: tuple[str, ...] = ("sll", "local_ce", "backprop", "backprop_checkpoint", "backprop_offload")
+    """Rules to measure."""
+    model: tuple[str, ...] = ("mlp",)
+    """Models to measure."""
+    depths: str = "4,16,64,256"
+    """Numbers of blocks, separated by commas."""
+    offload: Where = "none"
+    """none | host | disk: where idle blocks wait; each row then has a process of its own, and its resident peak."""
+    offload_folder: str | None = None
+    """Folder for the file of --offload disk (default: the folder for temporary files)."""
+
+
+def memory_of(
+    rule: str,
+    model: str,
+    depth: int,
+    *,
+    shape: tuple[int, int, int] = (3, 32, 32),
+    batch_size: int = 64,
+    optimizer: str = "adamw",
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    device: str = "cpu",
+    offload: Where = "none",
+    offload_folder: str | None = None,
+    **model_options: float,
+) -> dict[str, Any]:
+    """Measure the peak memory of a training step.
+
+    Args:
+        rule: name of a rule.
+        model: name of a model.
+        depth: number of blocks.
+        shape: channels, height, width.
+        batch_size: samples per batch.
+        optimizer: name of the optimizer.
+        precision: precision of the blocks.
+        device: where to run.
+        offload: where idle blocks wait: none, host or disk.
+        offload_folder: folder for the file of disk (default: the folder for temporary files).
+        model_options: further options of the model.
+
+    Returns:
+        `rule`, `model`, `depth`, `offload`, and in bytes `parameters`, `optimizer`, `gradients`, `activations`, `peak`.
+        Of an offloaded network, only the blocks that are on the device count.
+
+    >>> row = memory_of("sll", "mlp", 2, shape=(1, 8, 8), batch_size=4, width=16)
+    >>> row["parameters"]  # 65*16 + 17*16 + 17*10 weights and a fixed 10x16 projection
+    6568
+    """
+    where = offload, offload_folder
+    learner, x, y = prepared(rule, model, depth, shape, batch_size, optimizer, precision, device, model_options, where)
+    learner.step(x, y)
+    _, use = learner.measured_step(x, y)
+    return {"rule": rule, "model": model, "depth": depth, "offload": offload, **asdict(use)}
+
+
+def in_own_process(task: dict[str, Any]) -> dict[str, Any]:
+    """Run `memory_of` in a process of its own; the row also has its largest resident size, `resident`."""
+    command = [sys.executable, "-c", "from layerwise.measure import bench_memory; bench_memory.answer()"]
+    done = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True)
+    try:
+        answer = json.loads(done.stdout)
+    except json.JSONDecodeError:
+        words = done.stderr.strip().splitlines() or ["it printed nothing"]
+        raise LayerwiseError(
+            f"the process that measured {task['rule']} at depth {task['depth']} ended with exit code "
+            f"{done.returncode} ({words[-1]}); choose smaller --depths, or look for what ended it."
+        ) from None
+    if "failure" in answer:
+        raise LayerwiseError(answer["failure"])
+    return answer
+
+
+def answer() -> None:
+    """Run in the other process: read the arguments of `memory_of` from standard input, print the row as JSON."""
+    keep_freed_memory()
+    task = json.loads(sys.stdin.read())
+    torch.set_num_threads(task.pop("threads"))
+    try:
+        answer = memory_of(**task)
+        answer["resident"] = resident_peak()
+    except LayerwiseError as error:
+        answer = {"failure": str(error)}
+    print(json.dumps(answer))
+
+
+def memory_command(argv: list[str]) -> int:
+    """`layerwise bench memory`: print a row per model, rule and depth."""
+    options = parse_problem(MemoryOptions, argv, "bench memory")
+    try:
+        depths = [int(depth) for depth in options.depths.split(",")]
+    except ValueError as reason:
+        raise LayerwiseError(f"--depths {options.depths!r} is not a list such as 4,16,64.") from reason
+    for model in options.model:
+        for depth in depths:
+            with torch.device("meta"):  # report mistakes before the first measurement
+                network = models.create(model, options.shape, CLASSES, **model_dials(options.model_options, depth))
+            for rule in options.rule if options.offload != "none" else ():
+                window_of(rules.create(rule), len(network.block_names))
+    if options.offload == "disk":
+        DiskStore(Path(options.offload_folder or tempfile.gettempdir()), CPU)  # refuses a folder that it cannot use
+    rows = []
+    columns = COLUMNS if options.offload == "none" else (*COLUMNS, "resident")
+    print(f"{'rule':<20}{'model':<8}{'depth':>6}" + "".join(f"{name:>14}" for name in columns) + "   (MiB)")
+    for model in options.model:
+        for rule in options.rule:
+            for depth in depths:
+                task = {
+                    "rule": rule,
+                    "model": model,
+                    "depth": depth,
+                    "shape": options.shape,
+                    "batch_size": options.batch_size,
+                    "optimizer": options.optimizer,
+                    "precision": options.precision,
+                    "device": options.device,
+                    "offload": options.offload,
+                    "offload_folder": options.offload_folder,
+                    **options.model_options,
+                }
+                apart = options.offload != "none"
+                row = in_own_process(task | {"threads": torch.get_num_threads()}) if apart else memory_of(**task)
+                rows.append(row)
+                figures = "".join(f"{'-' if row[n] is None else f'{row[n] / 2**20:.3f}':>14}" for n in columns)
+                print(f"{rule:<20}{model:<8}{depth:>6}{figures}", flush=True)
+    return write_figures(options, rows, "memory", argv)

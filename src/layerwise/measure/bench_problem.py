@@ -1,0 +1,144 @@
+"""What every benchmark shares: its problem (model, random batch, optimizer), its options, and its files."""
+
+import contextlib
+import json
+import shlex
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from layerwise import models, rules
+from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
+from layerwise.errors import LayerwiseError
+from layerwise.learner import Learner
+from layerwise.memory.mmap import OnFile
+from layerwise.memory.offload import Where
+from layerwise.parsing import parse
+from layerwise.report.page import write_report
+from layerwise.runs.building import pick_device
+from layerwise.runs.checkpoint import write_atomically
+from layerwise.runs.environment import environment
+
+CLASSES = 10
+CPU = torch.device("cpu")
+LEARNING_RATE = 1e-4
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The model, batch and optimizer that every benchmark trains, and where the results go."""
+
+    model_options: dict[str, float] = field(default_factory=dict)
+    """Numbers for the model: --model-options width 256."""
+    shape: tuple[int, int, int] = (3, 32, 32)
+    """Channels, height and width of the random images."""
+    batch_size: int = 64
+    """Samples per batch."""
+    optimizer: str = "adamw"
+    """Optimizer of every rule."""
+    threads: int | None = None
+    """Threads of the CPU, of each process."""
+    json: str | None = None
+    """Also write the results to this file."""
+    out: str | None = None
+    """Write results, command, machine and report.html to this folder; the report of a comparison gains a section."""
+
+
+@dataclass(frozen=True)
+class DeviceProblem(Problem):
+    """A problem on one device."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the blocks (autocast)."""
+    device: str = "auto"
+    """cpu | cuda | cuda:N | auto."""
+
+
+def prepared(
+    rule: str,
+    model: str,
+    depth: int | None,
+    shape: tuple[int, int, int],
+    batch_size: int,
+    optimizer: str,
+    precision: Literal["fp32", "bf16", "fp16"],
+    device: str,
+    model_options: dict[str, float],
+    offload_to: tuple[Where, str | None] = ("none", None),
+) -> tuple[Learner, Tensor, Tensor]:
+    """A learner on the device, with a batch `(B, C, H, W)` and its labels `(B,)`."""
+    where = pick_device(device)
+    offload, folder = offload_to[0], Path(offload_to[1] or tempfile.gettempdir())
+    with OnFile(folder) if offload == "disk" else contextlib.nullcontext():  # as in a run: never all of it in memory
+        network = network_of(model, depth, shape, model_options)
+    x, y = (tensor.to(where) for tensor in batch_of(shape, batch_size))
+    how: dict[str, Any] = {"device": where, "offload": offload, "offload_folder": folder}
+    return Learner(network, rule, optimizer=optimizer, precision=precision, lr=LEARNING_RATE, example=x, **how), x, y
+
+
+def network_of(model: str, depth: int | None, shape: Sequence[int], model_options: dict[str, float]) -> nn.Sequential:
+    """Build the network that is measured: the same weights in every process."""
+    with preserved_generators(CPU):
+        seed_generators(derive_seed(0, "bench"), CPU)
+        channels, height, width = shape
+        return models.create(model, (channels, height, width), CLASSES, **model_dials(model_options, depth))
+
+
+def batch_of(shape: Sequence[int], batch_size: int) -> tuple[Tensor, Tensor]:
+    """Random images `(B, C, H, W)` and labels `(B,)`: the same in every process."""
+    with preserved_generators(CPU):
+        seed_generators(derive_seed(0, "bench batch"), CPU)
+        return torch.randn(batch_size, *shape), torch.randint(CLASSES, (batch_size,))
+
+
+def model_dials(model_options: dict[str, float], depth: int | None) -> dict[str, Any]:
+    """Options of the model in the types that it takes: the command line gives every number as a float."""
+    dials: dict[str, Any] = {k: int(v) if float(v).is_integer() else v for k, v in model_options.items()}
+    return dials if depth is None else dials | {"depth": depth}
+
+
+def parse_problem(cls: type, argv: Sequence[str], command: str) -> Any:
+    """Parse the options of a benchmark, and check what can be checked before anything is measured.
+
+    Raises:
+        LayerwiseError: an unknown option or rule, a number out of range, a file or folder that cannot be written.
+    """
+    options = parse(cls, argv, command)
+    if options.threads is not None:
+        if options.threads < 1:
+            raise LayerwiseError(f"threads is {options.threads}; it must be 1 or more.")
+        torch.set_num_threads(options.threads)
+    if options.json is not None and not Path(options.json).parent.is_dir():
+        raise LayerwiseError(f"cannot write {options.json}: there is no folder {Path(options.json).parent}.")
+    if options.out is not None:
+        try:
+            Path(options.out).mkdir(parents=True, exist_ok=True)
+        except OSError as reason:
+            raise LayerwiseError(
+                f"cannot write to {options.out} ({reason.strerror}); choose another --out."
+            ) from reason
+    if min(options.shape) < 1 or options.batch_size < 1:
+        raise LayerwiseError("shape and batch size must be 1 or more.")
+    names = getattr(options, "rules", None) or getattr(options, "rule", ())
+    if not names:
+        raise LayerwiseError(f"{command} measures no rule; name at least one, see layerwise ls rules.")
+    for name in [names] if isinstance(names, str) else names:
+        rules.get(name)
+    return options
+
+
+def write_figures(options: Any, rows: list[dict[str, Any]], kind: str, argv: Sequence[str]) -> int:
+    """Write the files that the options ask for; returns the exit code."""
+    if options.json is not None:
+        write_atomically(Path(options.json), json.dumps(rows, indent=2) + "\n")
+    if options.out is not None:
+        command = shlex.join(["layerwise", "bench", kind, *argv])
+        found = {"command": command, "environment": environment(), "rows": rows}
+        write_atomically(Path(options.out) / f"{kind}.json", json.dumps(found, indent=2) + "\n")
+        print(f"report: {write_report(Path(options.out))}")
+    return 0

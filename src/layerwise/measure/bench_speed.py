@@ -1,0 +1,175 @@
+"""`layerwise bench speed`: time per training step, with the rules interleaved."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise.core.engine import Engine
+from layerwise.errors import LayerwiseError
+from layerwise.learner import Learner
+from layerwise.measure.bench_problem import DeviceProblem, parse_problem, prepared, write_figures
+from layerwise.memory.flops import FlopMeter
+
+PARTS = ("forward", "backward", "optimizer", "other")
+
+
+@dataclass(frozen=True)
+class SpeedOptions(DeviceProblem):
+    """Measure the time per training step. Rules are interleaved: every round runs each rule once."""
+
+    rules: tuple[str, ...] = ("sll", "backprop", "backprop_checkpoint")
+    """Rules to time. Ratios are to backprop if it is among them, otherwise to the first rule."""
+    model: str = "vit"
+    """mlp | vgg | resnet | vit."""
+    depth: int | None = None
+    """Number of blocks (default: that of the model)."""
+    rounds: int = 10
+    """Rounds that are measured."""
+    warmup: int = 2
+    """Rounds before the measured ones."""
+
+
+class TimedEngine(Engine):
+    """Adds up the seconds that each part of a step takes.
+
+    `forward`: the blocks and the rule's signals; `backward`: inside the groups, with what is recomputed there;
+    `optimizer`: check, clip, step and free. On an accelerator each part is synchronised, which removes overlap, so we
+    report shares, not times.
+    """
+
+    def __init__(self, engine: Engine):
+        super().__init__(engine.rule, engine.task, engine.execution, engine.resident)
+        self.accumulation = engine.accumulation
+        self.seconds: dict[str, float] = dict.fromkeys(PARTS[:3], 0.0)
+
+    def _timed(self, part: str, work: Callable[..., Any], *arguments: Any) -> Any:
+        synchronize(self.execution.device)
+        started = time.perf_counter()
+        result = work(*arguments)
+        synchronize(self.execution.device)
+        self.seconds[part] += time.perf_counter() - started
+        return result
+
+    def forward(self, *arguments: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._timed("forward", super().forward, *arguments)
+
+    def _backward(self, *arguments: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._timed("backward", super()._backward, *arguments)
+
+    def _step(self, *arguments: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._timed("optimizer", super()._step, *arguments)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until an accelerator has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def shares_of(learner: Learner, x: Tensor, y: Tensor, steps: int = 3) -> dict[str, float]:
+    """Measure the share of a step's time that goes to each of `PARTS`; the shares add up to 1.
+
+    `other` is the rest: the rule's `begin`, checks of the batch, seeds.
+    """
+    plain = learner.engine
+    learner.engine = timed = TimedEngine(plain)
+    try:
+        started = time.perf_counter()
+        for _ in range(steps):
+            learner.step(x, y)
+        synchronize(learner.device)
+        whole = time.perf_counter() - started
+    finally:
+        learner.engine = plain
+    shares = {part: seconds / whole for part, seconds in timed.seconds.items()}
+    return shares | {"other": 1.0 - sum(shares.values())}
+
+
+def flops_of(learner: Learner, x: Tensor, y: Tensor) -> int:
+    """Count the floating-point operations of one training step (matrix products and convolutions, as torch does)."""
+    with FlopMeter() as meter:
+        learner.step(x, y)
+    return meter.total
+
+
+def speed_of(learners: dict[str, tuple[Learner, Tensor, Tensor]], rounds: int, warmup: int) -> dict[str, list[float]]:
+    """Measure the seconds of every step. Rules are interleaved, so that a slow moment of the machine hits all of them.
+
+    Args:
+        learners: per name a learner and its batch.
+        rounds: rounds that are measured.
+        warmup: rounds before the measured ones.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in learners}
+    names = list(learners)
+    for turn in range(warmup + rounds):
+        # The order rotates, so that no rule always runs after the same one.
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            learner, x, y = learners[name]
+            started = time.perf_counter()
+            learner.step(x, y)
+            synchronize(learner.device)
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def speed_command(argv: list[str]) -> int:
+    """`layerwise bench speed`."""
+    options = parse_problem(SpeedOptions, argv, "bench speed")
+    if options.rounds < 1 or options.warmup < 0:
+        raise LayerwiseError(f"rounds is {options.rounds} and warmup {options.warmup}; use at least 1 and 0.")
+    learners = {
+        rule: prepared(
+            rule,
+            options.model,
+            options.depth,
+            options.shape,
+            options.batch_size,
+            options.optimizer,
+            options.precision,
+            options.device,
+            options.model_options,
+        )
+        for rule in options.rules
+    }
+    seconds = speed_of(learners, options.rounds, options.warmup)
+    base = "backprop" if "backprop" in seconds else options.rules[0]
+    print(
+        f"{'rule':<22}{'ms/step':>10}{'samples/s':>12}{'ratio to ' + base:>24}{'10 % .. 90 %':>20}{'GFLOP':>10}"
+        "   forward / backward / optimizer / other, %"
+    )
+    rows = []
+    for rule, times in seconds.items():
+        ratios = sorted(a / b for a, b in zip(times, seconds[base], strict=True))
+        low, high = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
+        median = statistics.median(times)
+        row = {
+            "rule": rule,
+            "model": options.model,
+            "depth": len(learners[rule][0].network.blocks),
+            "batch_size": options.batch_size,
+            "seconds": median,
+            "samples_per_second": options.batch_size / median,
+            "ratio": statistics.median(ratios),
+            "ratio_10": low,
+            "ratio_90": high,
+            "baseline": base,
+            "rounds": options.rounds,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "flops": flops_of(*learners[rule]),
+            "shares": shares_of(*learners[rule]),
+        }
+        rows.append(row)
+        print(
+            f"{rule:<22}{1000 * median:>10.2f}{row['samples_per_second']:>12.0f}{row['ratio']:>24.3f}"
+            f"{f'{low:.3f} .. {high:.3f}':>20}{row['flops'] / 1e9:>10.2f}   "
+            + " / ".join(f"{100 * row['shares'][part]:.0f}" for part in PARTS)
+        )
+    return write_figures(options, rows, "speed", argv)

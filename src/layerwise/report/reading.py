@@ -1,0 +1,367 @@
+"""Reads the files of a comparison, run or benchmark. Nothing in them is trusted: the folder may come from someone else.
+
+Only regular files inside the folder are opened (no links out of it, no pipes, no devices). msgspec checks the type of
+every field that is used, and names the first one that is wrong.
+"""
+
+import csv
+import io
+import json
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, NotRequired, TypedDict, TypeVar
+
+import msgspec
+import numpy as np
+
+from layerwise.errors import LayerwiseError
+from layerwise.files import MissingFile, read_bytes, shown
+
+LIMIT = 2**28
+"""Bytes of the largest file that is read."""
+ADVICE = "run the command that wrote this folder again"
+UNPRINTABLE = re.compile("[^\t\n\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""What XML cannot hold, and the other control characters."""
+T = TypeVar("T")
+
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+Text = Annotated[str, msgspec.Meta(max_length=100_000)]
+Finite = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
+Positive = Annotated[float, msgspec.Meta(gt=0, le=1e300)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+class Result(TypedDict):
+    """The fields of `result.json` that a comparison uses."""
+
+    epochs: Finite
+    steps: Count
+    test_accuracy: Share
+    val_accuracy: Share | None
+    test_loss: float
+    val_loss: float | None
+    parameters: Count
+    flops_per_step: Count | None
+    skipped_steps: Count
+    memory_mib: dict[Name, Finite]
+    train_seconds: Finite
+    samples_per_second: Finite
+    command: Text
+
+
+class Failure(TypedDict):
+    """The fields of `failed.json`."""
+
+    kind: Name
+    reason: Text
+
+
+class Plan(TypedDict, total=False):
+    """What a step of a rule was measured to cost."""
+
+    flops_per_step: Positive
+    seconds_per_step: Positive
+    peak_bytes: Count
+    steps_per_epoch: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
+
+
+class CompareRecord(TypedDict):
+    """The fields of `compare.json`."""
+
+    command: Text
+    seeds: Count
+    fixed: dict[Name, Any]
+    plan: dict[Name, Plan]
+
+
+class ModelName(TypedDict):
+    """The name of the model that all runs share."""
+
+    name: Name
+
+
+class FixedOptions(TypedDict):
+    """The common options that a report names."""
+
+    data: Text
+    model: ModelName
+    budget: Literal["epochs", "steps", "seconds", "flops"]
+    epochs: Finite
+    steps: Finite | None
+    seconds: Finite | None
+    flops: Finite | None
+    tune: Count
+
+
+class Spread(TypedDict):
+    """Mean and standard deviation of n values."""
+
+    mean: float
+    sd: float | None
+    n: Count
+
+
+class Difference(TypedDict):
+    """A paired difference and its interval."""
+
+    mean: Finite
+    low: Finite | None
+    high: Finite | None
+    n: Count
+
+
+class FailedRun(TypedDict):
+    """A run that failed, and why."""
+
+    seed: int
+    reason: Text
+
+
+class RuleSummary(TypedDict):
+    """The fields of `summary.json` for one rule."""
+
+    n: Count
+    test_samples: NotRequired[Count | None]
+    failed: list[FailedRun]
+    lr: Finite | None
+    weight_decay: Finite | None
+    test_accuracy: Spread | None
+    train_seconds: Spread | None
+    peak_mib: Spread | None
+    activations_gradients_mib: Spread | None
+    flops: Spread | None
+    difference_to_backprop: Difference | None
+
+
+class Summary(TypedDict):
+    """The fields of `summary.json`."""
+
+    rules: dict[Name, RuleSummary]
+
+
+class Machine(TypedDict):
+    """The fields of `environment.json`."""
+
+    cpu: Text
+    cores: Count | None
+    devices: list[Text]
+    system: Text
+    python: Text
+    torch: Text
+    packages: dict[Name, Text]
+
+
+class Diagnostics(TypedDict):
+    """The fields of `diagnostics.json`."""
+
+    blocks: dict[Name, dict[Name, Finite | None]]
+
+
+class Shares(TypedDict):
+    """The shares of a step's time."""
+
+    forward: Finite
+    backward: Finite
+    optimizer: Finite
+    other: Finite
+
+
+class MemoryRow(TypedDict):
+    """A row of `layerwise bench memory`."""
+
+    rule: Name
+    model: Name
+    depth: Annotated[int, msgspec.Meta(ge=1, le=2**40)]
+    gradients: Count
+    activations: Count
+    offload: NotRequired[Name]
+    resident: NotRequired[Count | None]
+
+
+class SpeedRow(TypedDict):
+    """A row of `layerwise bench speed`."""
+
+    rule: Name
+    model: Name
+    depth: Count
+    seconds: Positive
+    ratio: Positive
+    baseline: Name
+    rounds: Count
+    shares: NotRequired[Shares]
+
+
+class ScalingRow(TypedDict):
+    """A row of `layerwise bench scaling`; a row that was only simulated lacks what is measured."""
+
+    rule: Name
+    model: Name
+    way: Name
+    ranks: Annotated[int, msgspec.Meta(ge=1, le=2**40)]
+    depth: Count
+    rounds: NotRequired[Count]
+    seconds: NotRequired[Positive]
+    samples_per_second: NotRequired[Positive]
+    ratio: NotRequired[Positive]
+    busy: NotRequired[list[Finite]]
+    queued: NotRequired[list[Finite]]
+    waiting: NotRequired[list[Finite]]
+
+
+class MeasuredRow(TypedDict):
+    """A row of `layerwise bench scaling` that was measured."""
+
+    rule: Name
+    model: Name
+    way: Name
+    ranks: Annotated[int, msgspec.Meta(ge=1, le=2**40)]
+    depth: Count
+    rounds: Count
+    seconds: Positive
+    samples_per_second: Positive
+    ratio: Positive
+    busy: list[Finite]
+    queued: list[Finite]
+    waiting: list[Finite]
+
+
+class Bench(TypedDict):
+    """A benchmark's file."""
+
+    command: Text
+    environment: Machine | None
+    rows: list[Any]
+
+
+BENCHES: dict[str, Any] = {"activations": MemoryRow, "way": ScalingRow, "ratio": SpeedRow}
+"""A field that tells a benchmark from the others, to its rows."""
+
+
+def read_text(folder: Path, name: str) -> str:
+    """The text of a file below `folder`, without characters that cannot be printed.
+
+    Raises:
+        MissingFile: there is no such file.
+        LayerwiseError: no regular file, a file outside of the folder, or no text.
+    """
+    try:
+        text = read_bytes(folder / name, ADVICE, inside=folder, limit=LIMIT).decode()
+    except UnicodeDecodeError as reason:
+        raise _damaged(folder / name, "it is not UTF-8 text") from reason
+    return text
+
+
+def read_json(folder: Path, name: str, kind: type[T]) -> T:
+    """The values of a JSON file below `folder`, of the type `kind`; fields that `kind` does not name are left out.
+
+    Raises:
+        MissingFile: there is no such file.
+        LayerwiseError: a file that cannot be read, or is not what its writer writes.
+    """
+    return convert(parse_json(read_text(folder, name), folder / name), kind, folder / name)
+
+
+def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`: `split`, `step`, `seconds` where there are any, and every number with a `/`.
+
+    Numbers that are not finite are None.
+
+    Raises:
+        LayerwiseError: a file that is missing or damaged.
+    """
+    file, found = folder / name, []
+    for number, text in enumerate(read_text(folder, name).splitlines(), 1):
+        line = parse_json(text, file, f"line {number}")
+        where = f"line {number}"
+        line = convert(line, dict[Annotated[str, msgspec.Meta(max_length=200)], Any], file, where)
+        kept: dict[str, Any] = {
+            "split": convert(line.get("split"), Name, file, where),
+            "step": convert(line.get("step"), Count, file, where),
+        }
+        for key, value in line.items():
+            if ("/" in key or key == "seconds") and isinstance(value, (int, float)) and not isinstance(value, bool):
+                kept[key] = float(value) if abs(value) < 1e300 else None
+        found.append(kept)
+    return found
+
+
+def read_rows(folder: Path, name: str) -> list[dict[str, str]]:
+    """The finished and failed runs that `results.csv` lists: `rule`, `seed`, `status`.
+
+    Raises:
+        LayerwiseError: a file that is missing or damaged.
+    """
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(folder, name)), strict=True))
+    except csv.Error as reason:
+        raise _damaged(folder / name, str(reason)) from reason
+    for row in rows:
+        for column in ("rule", "seed", "status"):
+            if not isinstance(row.get(column), str):
+                raise _damaged(folder / name, f"a row has no {column}")
+        if not re.fullmatch(r"\d{1,9}", row["seed"]):
+            raise _damaged(folder / name, f"a seed is {row['seed'][:40]!r}, which is not a whole number")
+    return rows
+
+
+def read_correct(folder: Path) -> np.ndarray | None:
+    """Which samples of the test split a run classified correctly: bool `(N,)`; None for a run that did not keep them.
+
+    Raises:
+        LayerwiseError: a damaged file.
+    """
+    file = folder / "test_correct.npy"
+    try:
+        found = np.load(io.BytesIO(read_bytes(file, ADVICE, inside=folder, limit=LIMIT)), allow_pickle=False)
+    except MissingFile:
+        return None
+    except (ValueError, EOFError, OSError, MemoryError) as reason:
+        raise _damaged(file, str(reason)) from reason
+    if not isinstance(found, np.ndarray) or found.dtype != np.bool_ or found.ndim != 1 or not len(found):
+        raise _damaged(file, "it is not an array of truth values (N,)")
+    return found
+
+
+def parse_json(text: str, file: Path, where: str = "") -> Any:
+    """The value of a JSON text; texts in it lose what cannot be printed.
+
+    Raises:
+        LayerwiseError: not JSON, or nested deeper than anything that we write.
+    """
+    try:
+        return _cleaned(json.loads(text))
+    except (ValueError, RecursionError) as reason:
+        raise _damaged(file, " ".join([where, str(reason)]).strip()) from reason
+
+
+def convert(value: Any, kind: Any, file: Path, where: str = "") -> Any:
+    """A value as the type `kind`.
+
+    Raises:
+        LayerwiseError: it is of another type, named with its place in the file.
+    """
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as reason:
+        raise _damaged(file, " ".join([where, str(reason)]).strip()) from reason
+
+
+def _damaged(file: Path, reason: str) -> LayerwiseError:
+    return LayerwiseError(f"{shown(file)} is damaged ({' '.join(reason.split())[:300]}); {ADVICE}.")
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, str):
+        return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", value)
+    if isinstance(value, list):
+        return [_cleaned(item) for item in value]
+    if isinstance(value, dict):
+        return {UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", key): _cleaned(item) for key, item in value.items()}
+    return value
+
+
+def finite(value: float | None) -> float | None:
+    """The value, or None where it is missing or not finite."""
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,1 @@
+"""Campaigns: many seeded attempts to break a promise, with figures for `docs/reliability.md`."""

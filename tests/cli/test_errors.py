@@ -1,0 +1,186 @@
+"""Every failure of the command line is one sentence, and the answers that need no torch do not import it."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support.runs import split, start
+
+from layerwise import data, models, rules
+from layerwise.cli import catalogue
+from layerwise.cli import main as cli
+from layerwise.runs.options import load_recipe, recipe_names
+
+LIGHT = [
+    *("", "--help", "--version", "ls rules", "ls models", "ls data", "ls recipes", "ls", "ls rulez"),
+    *("trian", "bench", "bench memori", "describe", "describe sl", "--debug --version"),
+]
+
+
+def test_the_light_answers_import_no_torch():
+    """One process for all of them: none may import torch."""
+    code = f"""
+import sys
+from layerwise.cli.main import main
+import layerwise
+for words in {LIGHT!r}:
+    assert main(words.split()) in (0, 2), words
+    assert "torch" not in sys.modules, words
+assert "Learner" in dir(layerwise) and "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_version_is_there_at_once():
+    """The best of five processes, in their own processor time: other work on the machine does not count."""
+    seconds = []
+    for _ in range(5):
+        before = os.times()
+        subprocess.run([sys.executable, "-m", "layerwise", "--version"], check=True, capture_output=True)
+        after = os.times()
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert min(seconds) < 0.4
+
+
+def test_every_public_name_can_be_imported_and_nothing_else():
+    code = """
+import layerwise
+names = {name: getattr(layerwise, name) for name in layerwise.__all__}
+assert layerwise.rules.create("sll").name == "sll" and layerwise.models.names()
+assert names["create_rule"] is layerwise.rules.create
+from layerwise import *
+try:
+    layerwise.Lerner
+except AttributeError as reason:
+    assert "Lerner" in str(reason)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_catalogue_is_that_of_the_classes():
+    def first(text):
+        return text.strip().partition("\n")[0]
+
+    found = catalogue.rules()
+    assert list(found) == rules.names()
+    for name in rules.names():
+        assert found[name] == f"{rules.get(name).locality:<13} {first(rules.get(name).__doc__)}"
+    assert catalogue.models() == {name: first(models.describe(name)) for name in models.names()}
+    assert catalogue.data() == {name: data.describe(name) for name in data.names()}
+    assert list(catalogue.recipes()) == recipe_names()
+    assert all(catalogue.recipes()[name].startswith(load_recipe(name).about) for name in recipe_names())
+
+
+RULE = '''
+import torch
+from layerwise.rules import Backprop
+
+class Mine(Backprop):
+    """A rule from elsewhere.
+
+    More.
+    """
+    name = "mine"
+    locality = "global"
+'''
+
+
+def test_the_catalogue_reads_a_rule_of_another_package_without_importing_it(tmp_path, monkeypatch):
+    (tmp_path / "other-1.0.dist-info").mkdir()
+    (tmp_path / "other-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
+    points = "[layerwise.rules]\nmine = other.rules:Mine\ngone = other.nothing:Gone\n"
+    (tmp_path / "other-1.0.dist-info" / "entry_points.txt").write_text(points)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "__init__.py").write_text("raise ImportError('imported')")
+    (tmp_path / "other" / "rules.py").write_text(RULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = catalogue.rules()
+    assert found["mine"].split(maxsplit=1) == ["global", "A rule from elsewhere."]
+    assert "from the package other" in found["gone"]
+    assert "other" not in sys.modules
+
+
+# What goes wrong inside
+
+
+def failing(monkeypatch, error):
+    """A command that fails."""
+
+    def command(argv):
+        print("so far", flush=True)
+        raise error
+
+    monkeypatch.setattr(cli, "COMMANDS", {"fail": "support.failing:command"})
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: type("module", (), {"command": command}))
+
+
+@pytest.mark.parametrize(("error", "sentence"), [
+    (ZeroDivisionError("no\nreason"), "unexpected ZeroDivisionError: no reason ("),
+    (KeyError("x"), "unexpected KeyError: 'x' ("),
+    (AssertionError(), "unexpected AssertionError ("),
+    (RecursionError("deep"), "unexpected RecursionError"),
+    (OSError(errno.ENOSPC, "No space left on device"), "could not write a file (No space left on device); free"),
+    (OSError(errno.ENOSPC, "No space left on device", "a.txt"), "could not write a.txt (No space left"),
+    (PermissionError(errno.EACCES, "Permission denied", "a.txt"), "cannot use a.txt (Permission denied)"),
+    (MemoryError(), "out of memory; use smaller batches"),
+    (BrokenPipeError(errno.EPIPE, "Broken pipe"), "unexpected BrokenPipeError"),
+])  # fmt: skip
+@pytest.mark.parametrize("debug", [[], ["--debug"]])
+def test_whatever_fails_is_one_sentence(error, sentence, debug, monkeypatch, capsys):
+    failing(monkeypatch, error)
+    assert cli.main([*debug, "fail"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "so far\n"
+    assert sentence in err.splitlines()[-1]
+    assert err.splitlines()[-1].startswith("layerwise: ")
+    assert ("Traceback" in err) == bool(debug)
+    assert "cannot print" not in err
+    if not debug:
+        assert err.count("\n") == 1
+    if "unexpected" in sentence:
+        assert "line " in err and "please report it" in err
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (cli.Terminated(), 143)])
+def test_stopped_is_a_word_and_the_signals_code(error, code, monkeypatch, capsys):
+    failing(monkeypatch, error)
+    assert cli.main(["fail"]) == code
+    assert capsys.readouterr().err == "layerwise: stopped.\n"
+
+
+def test_debug_is_taken_off_anywhere_on_the_line(capsys):
+    assert cli.main(split("ls data --debug")) == 0
+    assert cli.main(split("ls --debug dota")) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_sigterm_ends_a_comparison_with_its_code(tmp_path):
+    process = start(*split("compare --seeds 2 --epochs 500 --no-report --jobs 1 --out"), tmp_path / "out")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    err = process.communicate(timeout=60)[1]
+    assert (process.returncode, err.splitlines()[-1]) == (143, "layerwise: stopped.")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full on this system")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_behind_standard_output_is_told_as_such(unbuffered):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "layerwise", "ls", "data"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        )
+    assert (done.returncode, done.stderr) == (2, "layerwise: cannot print (No space left on device).\n")

@@ -1,0 +1,347 @@
+"""Labels and splits as files bring them: every different word a class, nothing dropped without a note, no file that is
+not part of the data."""
+
+import io
+import json
+import os
+from decimal import Decimal
+
+import numpy as np
+import pytest
+import torch
+
+from layerwise import LayerwiseError, data
+from layerwise.data import rows as rows_module
+
+PIL = pytest.importorskip("PIL.Image", reason="the data extra is not installed")
+pa = pytest.importorskip("pyarrow", reason="the data extra is not installed")
+pq = pytest.importorskip("pyarrow.parquet", reason="the data extra is not installed")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("LAYERWISE_DATA", raising=False)
+
+
+def png(level=0):
+    buffer = io.BytesIO()
+    PIL.new("L", (4, 4), level).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def table(labels, *, names=None, cells=None, kind=None):
+    """A table of images whose level is the number of the row."""
+    cells = [{"bytes": png(i), "path": None} for i in range(len(labels))] if cells is None else cells
+    found = pa.table({"image": pa.array(cells, kind), "label": labels})
+    if names is not None:
+        features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": names}}
+        found = found.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    return found
+
+
+def write(folder, **splits):
+    folder.mkdir(exist_ok=True)
+    for split, found in splits.items():
+        pq.write_table(found, folder / f"{split}-0.parquet")
+    return f"parquet:{folder}"
+
+
+def refused(match, name, **options):
+    with pytest.raises(LayerwiseError, match=match) as caught:
+        data.load(name, **options)
+    assert "\n" not in str(caught.value)
+
+
+LABELS = {
+    "long ids": (pa.array([2**53, 2**53 + 1] * 10), (str(2**53), str(2**53 + 1))),
+    "beyond int64": (pa.array([2**64 - 1, 2**64 - 2] * 10, pa.uint64()), (str(2**64 - 2), str(2**64 - 1))),
+    "leading zeros": (pa.array(["007", "7", "07", "7 "] * 5), ("007", "07", "7", "7 ")),
+    "like numbers": (pa.array(["1E5", "100000", "1_1", "11"] * 5), ("100000", "11", "1E5", "1_1")),
+    "other digits": (pa.array(["１", "1"] * 10), ("1", "１")),
+    "truth": (pa.array([True, False] * 10), ("False", "True")),
+    "whole floats": (pa.array([3.0, 10.0] * 10), ("3", "10")),
+    "half floats": (pa.array(np.array([3, 10] * 10, np.float16)), ("3", "10")),
+    "categories": (pa.array(["b", "a"] * 10).dictionary_encode(), ("a", "b")),
+    "categories of numbers": (pa.array([5, 4] * 10).dictionary_encode(), ("4", "5")),
+    "large strings": (pa.array(["b", "a"] * 10, pa.large_string()), ("a", "b")),
+    "decimals": (pa.array([Decimal(3), Decimal(10)] * 10), ("3", "10")),
+    "bytes of numbers": (pa.array([1, 0] * 10, pa.uint8()), ("0", "1")),
+}
+
+
+@pytest.mark.parametrize("case", LABELS)
+def test_as_many_classes_as_different_labels(case, tmp_path):
+    labels, classes = LABELS[case]
+    found = data.load(write(tmp_path / "d", train=table(labels), test=table(labels)), val_fraction=0)
+    assert found.classes == classes
+    for part in (found.train, found.test):
+        stored = [labels[int(level)].as_py() for level in part.images[:, 0, 0, 0]]
+        words = [str(int(v)) if isinstance(v, (float, Decimal)) else str(v) for v in stored]
+        assert [found.classes[label] for label in part.labels] == words
+
+
+BAD_LABELS = {
+    "fractions": (pa.array([0.5, 1.0] * 4), "row 0 of .* has the label 0.5 in column 'label', which is no class"),
+    "infinity": (pa.array([float("inf"), 1.0] * 4), "has the label inf"),
+    "gaps": (pa.array([0.0, float("nan")] * 4), "row 1 of .* has no label"),
+    "empty words": (pa.array(["a", ""] * 4), "row 1 of .* has no label"),
+    "two spellings": (pa.array(["caf\u00e9", "cafe\u0301"] * 4), "spells the class .* in two ways"),
+    "lists": (pa.array([[0], [1]] * 4), "column 'label' of .* holds list<.*>, not whole numbers or words"),
+    "times": (pa.array([0, 1] * 4, pa.timestamp("s")), "column 'label' of .* holds timestamp"),
+    "one class": (pa.array([True] * 8), "the one class 'True'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LABELS)
+def test_labels_that_are_no_classes(case, tmp_path):
+    labels, words = BAD_LABELS[case]
+    refused(words, write(tmp_path / "d", train=table(labels)))
+
+
+@pytest.mark.parametrize("notes", ["[", "[]", '{"info": null}', '{"info": {"features": [1]}}'])
+def test_damaged_notes_are_told_of(notes, tmp_path):
+    found = table([0, 1] * 4).replace_schema_metadata({"huggingface": notes})
+    refused("holds damaged notes about its columns", write(tmp_path / "d", train=found))
+
+
+@pytest.mark.parametrize("names", ["ab", [1, 2], ["a", "a"]])
+def test_class_lists_that_are_none(names, tmp_path):
+    words = "lists the class 'a' twice" if names == ["a", "a"] else "no list of words as the classes"
+    refused(words, write(tmp_path / "d", train=table([0, 1] * 4, names=names)))
+
+
+def test_shards_must_agree_on_the_classes(tmp_path):
+    labels = [0, 1] * 4
+    for second in (table(labels, names=["b", "a"]), table(labels, names=["a", "b", "c"]), table(labels)):
+        write(tmp_path / "d", **{"train-1": table(labels, names=["a", "b"]), "train-2": second})
+        refused("the class lists of .*train-1.* differ", f"parquet:{tmp_path / 'd'}")
+    write(tmp_path / "d", **{"train-1": table(labels), "train-2": table(["0", "1"] * 4)})
+    refused("the labels of .* are whole numbers and those of .* are words", f"parquet:{tmp_path / 'd'}")
+
+
+def test_shards_may_differ_in_how_they_store_the_same(tmp_path):
+    raw = [png(i) for i in range(8)]
+    one = table(pa.array([0, 1] * 4, pa.int8()))
+    two = table(pa.array([0.0, 1.0] * 4), cells=raw, kind=pa.binary())
+    found = data.load(write(tmp_path / "d", **{"train-1": one, "train-2": two, "test": one}), val_fraction=0)
+    assert found.classes == ("0", "1") and found.train.labels.tolist() == [0, 1] * 8
+    assert found.train.images[:, 0, 0, 0].tolist() == list(range(8)) * 2
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
+def test_images_may_be_bytes_without_a_struct(kind, tmp_path):
+    found = table([0, 1] * 4, cells=[png(i) for i in range(8)], kind=kind)
+    read = data.load(write(tmp_path / "d", train=found, test=found), val_fraction=0)
+    assert read.train.images[:, 0, 0, 0].tolist() == list(range(8))
+
+
+# Splits
+
+
+@pytest.mark.parametrize("held", [[-1] * 6, [None] * 6, [-1, None] * 3])
+def test_a_test_split_with_withheld_labels_is_left_out(held, tmp_path):
+    name = write(
+        tmp_path / "d",
+        train=table([0, 1] * 10, names=["a", "b"]),
+        validation=table([1, 0] * 4, names=["a", "b"]),
+        test=table(pa.array(held, pa.int64()), names=["a", "b"]),
+    )
+    found = data.load(name)
+    assert found.test.labels.tolist() == [1, 0] * 4  # of the validation split
+    assert len(found.train) == 18 and len(found.val) == 2
+    assert any("withheld" in note for note in found.notes)
+    (tmp_path / "d" / "validation-0.parquet").unlink()
+    found = data.load(name, val_fraction=0)
+    assert len(found.train) == 16 and len(found.test) == 4
+
+
+def test_a_test_split_without_a_column_of_labels_is_left_out(tmp_path):
+    name = write(tmp_path / "d", train=table([0, 1] * 10), test=table([0] * 4).select(["image"]))
+    found = data.load(name, val_fraction=0)
+    assert len(found.test) == 4 and len(found.train) == 16 and any("withheld" in note for note in found.notes)
+
+
+def test_words_that_are_withheld(tmp_path):
+    name = write(tmp_path / "d", train=table(["a", "b"] * 10), test=table(["", ""]))
+    assert len(data.load(name, val_fraction=0).test) == 4
+
+
+def test_a_label_withheld_among_others_is_told_of(tmp_path):
+    refused(
+        "row 1 of .*test-0.parquet has the negative label -1",
+        write(tmp_path / "d", train=table([0, 1] * 10), test=table([0, -1, 1])),
+    )
+    refused("train-0.parquet has the negative label -1", write(tmp_path / "e", train=table([-1] * 10)))
+
+
+def images(folder, counts):
+    for kind, count in counts.items():
+        (folder / kind).mkdir(parents=True)
+        for index in range(count):
+            (folder / kind / f"{index}.png").write_bytes(png(index))
+
+
+def test_an_own_validation_split_is_what_is_selected_by(tmp_path):
+    train, val, test = table([0, 1] * 10), table([1, 1, 0]), table([0, 0, 1, 1])
+    found = data.load(write(tmp_path / "d", train=train, validation=val, test=test))
+    assert found.val.labels.tolist() == [1, 1, 0]
+    assert found.train.labels.tolist() == [0, 1] * 10 and found.test.labels.tolist() == [0, 0, 1, 1]
+    assert any("own validation split of 3" in note for note in found.notes)
+    whole = data.load(f"parquet:{tmp_path / 'd'}", val_fraction=0)
+    assert whole.val is None and len(whole.train) == 20 and any("not used" in note for note in whole.notes)
+    for split, count in (("Train", 6), ("val", 2), ("TEST", 3)):
+        images(tmp_path / "f" / split, {"a": count, "b": count})
+    found = data.load(f"imagefolder:{tmp_path / 'f'}")
+    assert [len(part) for part in (found.train, found.val, found.test)] == [12, 4, 6]
+
+
+def test_noise_reaches_an_own_validation_split_unless_it_is_to_stay_clean(tmp_path):
+    name = write(tmp_path / "d", train=table([0, 1] * 10), validation=table([0, 1] * 5), test=table([0, 1]))
+    noisy, clean = (data.load(name, label_noise=0.4, clean_validation=clean) for clean in (False, True))
+    assert int((noisy.val.labels != torch.tensor([0, 1] * 5)).sum()) == 4
+    assert clean.val.labels.tolist() == [0, 1] * 5
+    assert noisy.test.labels.tolist() == clean.test.labels.tolist() == [0, 1]
+
+
+def test_splits_and_folders_that_are_left_out_are_told_of(tmp_path):
+    for split in ("train", "test", "extra"):
+        images(tmp_path / "f" / split, {"a": 3, "b": 3})
+    notes = data.load(f"imagefolder:{tmp_path / 'f'}", val_fraction=0).notes
+    assert any("no split" in note and "extra" in note for note in notes)
+    images(tmp_path / "g" / "test", {"a": 3, "b": 3})
+    refused("has no folder train, only test", f"imagefolder:{tmp_path / 'g'}")
+    images(tmp_path / "h" / "train", {"a": 3, "b": 3})
+    images(tmp_path / "h" / "Train", {"a": 3, "b": 3})
+    refused("two folders train", f"imagefolder:{tmp_path / 'h'}")
+
+
+def test_a_test_folder_of_loose_images_has_no_labels(tmp_path):
+    images(tmp_path / "f" / "train", {"a": 5, "b": 5})
+    (tmp_path / "f" / "test").mkdir()
+    (tmp_path / "f" / "test" / "0.png").write_bytes(png())
+    found = data.load(f"imagefolder:{tmp_path / 'f'}", val_fraction=0)
+    assert len(found.test) == 2 and any("withheld" in note for note in found.notes)
+
+
+def test_a_split_without_a_class_is_told_of_before_the_run(tmp_path):
+    images(tmp_path / "f" / "train", {"a": 5, "b": 5, "c": 5})
+    images(tmp_path / "f" / "test", {"c": 2, "a": 1})
+    found = data.load(f"imagefolder:{tmp_path / 'f'}", val_fraction=0)
+    assert found.classes == ("a", "b", "c") and found.test.labels.tolist() == [0, 2, 2]
+    assert "1 of 3 classes have no sample in the test split: b" in found.notes
+    images(tmp_path / "f" / "val", {"d": 1})
+    refused("classes of .* differ between train \\(a, b, c\\) and val \\(d\\)", f"imagefolder:{tmp_path / 'f'}")
+    found = data.load(write(tmp_path / "p", train=table([0, 2] * 10, names=["x", "y", "z"])), val_fraction=0)
+    assert "1 of 3 classes have no sample in the training split: y" in found.notes
+    refused("too few to take one from", write(tmp_path / "q", train=table([0, 1])))
+
+
+# What is not part of the data
+
+
+def test_a_cell_names_files_of_its_own_folder_only(tmp_path):
+    (tmp_path / "d" / "pictures").mkdir(parents=True)
+    for index in range(8):
+        (tmp_path / "d" / "pictures" / f"{index}.png").write_bytes(png(10 * index))
+    (tmp_path / "secret.png").write_bytes(png(99))
+    (tmp_path / "d" / "link.png").symlink_to(tmp_path / "secret.png")
+    os.mkfifo(tmp_path / "d" / "pipe.png")
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    inside = [{"bytes": None, "path": f"pictures/{index}.png"} for index in range(8)]
+
+    def load(path):
+        cells = [*inside[:7], {"bytes": None, "path": path}]
+        return write(tmp_path / "d", train=table([0, 1] * 4, cells=cells, kind=kind), test=table([0, 1]))
+
+    for path in ("pictures/7.png", str(tmp_path / "d" / "pictures" / "7.png"), "./pictures/../pictures/7.png"):
+        found = data.load(load(path), val_fraction=0)
+        assert found.train.images[:, 0, 0, 0].tolist() == [10 * index for index in range(8)]
+    for path in ("../secret.png", str(tmp_path / "secret.png"), "link.png", "/dev/zero", "/etc/passwd", "a\0b"):
+        refused("row 7 of .* names the file .*, which is not in the folder of the data", load(path))
+    refused("row 7 of .* holds no image", load(None))
+    refused("row 7 of .* holds no image", load(""))
+    refused("there is no file .*; row 7 of .* names it", load("nothing.png"))
+    refused("is a named pipe, not a file; row 7 of", load("pipe.png"))
+
+
+def test_a_changed_file_that_a_cell_names_is_read_anew(tmp_path):
+    (tmp_path / "d").mkdir()
+    cells = [{"bytes": None, "path": "a.png"}] * 8
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    name = write(tmp_path / "d", train=table([0, 1] * 4, cells=cells, kind=kind), test=table([0, 1]))
+    for level in (10, 20):
+        (tmp_path / "d" / "a.png").write_bytes(png(level))
+        os.utime(tmp_path / "d" / "a.png", ns=(level, level))
+        assert data.load(name, val_fraction=0).train.images.unique().tolist() == [level]
+
+
+def test_links_and_pipes_in_a_folder(tmp_path):
+    images(tmp_path / "d", {"a": 6, "b": 6})
+    (tmp_path / "secret.png").write_bytes(png(99))
+    odd = tmp_path / "d" / "a" / "odd.png"
+    odd.symlink_to("0.png")
+    assert (
+        sum(map(len, (lambda d: (d.train, d.test))(data.load(f"imagefolder:{tmp_path / 'd'}", val_fraction=0)))) == 13
+    )
+    for make, words in (
+        (lambda: odd.symlink_to(tmp_path / "secret.png"), "odd.png lies outside of the folder"),
+        (lambda: odd.symlink_to("nowhere"), "there is no file .*odd.png"),
+        (lambda: os.mkfifo(odd), "odd.png is a named pipe"),
+        (lambda: odd.symlink_to("/dev/zero"), "odd.png is a device"),
+    ):
+        odd.unlink()
+        make()
+        refused(words, f"imagefolder:{tmp_path / 'd'}")
+    odd.unlink()
+    images(tmp_path / "elsewhere", {"c": 2})
+    (tmp_path / "d" / "a" / "more").symlink_to(tmp_path / "elsewhere" / "c")
+    refused("more is a link out of", f"imagefolder:{tmp_path / 'd'}")
+
+
+@pytest.mark.parametrize("form", ["parquet", "imagefolder"])
+def test_names_that_no_file_can_have(form, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("x" * 300, "a\0b", str(tmp_path / "pipe"), "/dev/zero", "line\nbreak"):
+        refused(f"give {form}|cannot be read", f"{form}:{name}")
+    (tmp_path / "d").mkdir()
+    os.mkfifo(tmp_path / "d" / "train.parquet")
+    refused("named pipe|no images", f"{form}:{tmp_path / 'd'}")
+    for root in ("a\0b", "x" * 300):
+        refused("cannot be read", "mnist", root=root)
+
+
+@pytest.mark.parametrize("name", [3, None, ["digits"], b"digit", "\0", ""])
+def test_names_that_are_none(name):
+    refused("unknown data set|is a folder|did you mean", name)
+
+
+def test_a_parquet_file_that_claims_too_much(tmp_path, monkeypatch):
+    name = write(tmp_path / "d", train=table([0, 1] * 4))
+
+    def hungry(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(pq.ParquetFile, "read", hungry)
+    refused("is not a readable parquet file", name)
+
+
+def test_a_mapped_table_gives_the_same(tmp_path):
+    pytest.importorskip("datasets", reason="the data extra is not installed")
+    raw = table(pa.array(["b", "a"] * 4).dictionary_encode(), cells=[png(i) for i in range(8)], kind=pa.binary())
+    write(tmp_path / "d", **{"train-1": raw, "train-2": raw, "test": raw})
+    held, mapped = (rows_module.open_parquet(tmp_path / "d", limit)["train"] for limit in (2**30, 0))
+    assert held.values == mapped.values and [held.read(i) for i in range(16)] == [mapped.read(i) for i in range(16)]
+    assert held.where(9) == mapped.where(9)
+
+
+def test_cora_that_is_damaged_is_one_sentence(tmp_path):
+    (tmp_path / "cora").mkdir()
+    file = tmp_path / "cora" / "cora.npz"
+    np.savez(file, data=np.ones(1), indices=np.zeros(1, int), indptr=np.array([0, 1]), shape=np.array([2**40, 2**40]))
+    refused("cora.npz is not a readable file of Cora", "cora", root=tmp_path)
+    np.savez(file, data=np.array([{}], object))
+    refused("cora.npz is not a readable file of Cora", "cora", root=tmp_path)
+    file.unlink()
+    os.mkfifo(file)
+    refused("is a named pipe", "cora", root=tmp_path)
