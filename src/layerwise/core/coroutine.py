@@ -13,6 +13,8 @@ from torch.overrides import TorchFunctionMode
 from layerwise.core.trees import replaced
 from layerwise.errors import LayerwiseError
 
+_saved: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+
 
 @dataclass
 class Modes:
@@ -58,7 +60,7 @@ class Own:
             functions.append(torch._C._pop_torch_function_stack())
         while (top := _innermost_hooks()) is not None and top != base.hooks:
             hooks.append(top)
-            torch._C._autograd._pop_saved_tensors_default_hooks()
+            _saved._pop_saved_tensors_default_hooks()
         now = Modes.now(devices)
         base.set()
         return cls(
@@ -75,11 +77,11 @@ class Own:
         for mode in reversed(self.functions):
             torch._C._push_on_torch_function_stack(mode)
         for pack, unpack in reversed(self.hooks):
-            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+            _saved._push_saved_tensors_default_hooks(pack, unpack)
 
 
 def _innermost_hooks() -> Any:
-    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return _saved._top_saved_tensors_default_hooks(False)
 
 
 class Severed(TorchFunctionMode):
@@ -258,7 +260,7 @@ class Pass:
             base = self._base
             boundary = h is not teaching and h.grad_fn is None
             if boundary and self.severed is not None:
-                self.severed.mark = torch.autograd._get_sequence_nr()
+                self.severed.mark = _saved._get_sequence_nr()
             own.put_on(base)
             if h is teaching:
                 return None

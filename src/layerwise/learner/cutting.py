@@ -1,6 +1,7 @@
 """From a model and what was said of its cuts to a partition, and whether a rule can serve it."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from layerwise.core.calls import CallPartition, Output, Read, Tied, cut_at_calls
 from layerwise.core.cutting import partition
 from layerwise.core.pieces import has_trunk
 from layerwise.core.rule import Rule
+from layerwise.core.tracing import is_sequential
 from layerwise.errors import LayerwiseError
 
 
@@ -35,7 +37,15 @@ def cut(
     if asked:
         names = "auto" if cuts is None else cuts
         return cut_at_calls(model, names, output=output, read=read, tied=tied or "last", blocks=blocks, layout=layout)
-    return partition(model, cuts, blocks=blocks, example=example, layout=layout)
+    try:
+        return partition(model, cuts, blocks=blocks, example=example, layout=layout)
+    except LayerwiseError as reason:
+        modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
+        if not named or not all(name in modules for name in named) or is_sequential(model):
+            raise
+        raise LayerwiseError(
+            f"{str(reason).removesuffix('.')}; or let it run its own forward pass: cut_at_calls(model, {named})."
+        ) from reason
 
 
 def check_serves(network: CallPartition, rule: Rule, **options: Any) -> None:
@@ -50,7 +60,7 @@ def check_serves(network: CallPartition, rule: Rule, **options: Any) -> None:
     alone = "and the blocks of a model that is cut at its calls run once per step, inside one forward pass"
     other = "choose a rule such as local_ce, or give a model that partition() can trace"
     ranges = list(rule.groups(len(network.blocks)))
-    if any(view.stop > later.start for view, later in zip(ranges, ranges[1:], strict=False)):
+    if any(view.stop > later.start for view, later in pairwise(ranges)):
         raise LayerwiseError(f"rule {rule.name!r} runs blocks in two groups under these options, {alone}; {other}.")
     if has_trunk(rule):
         raise LayerwiseError(f"rule {rule.name!r} trains a trunk that waits for later blocks, {alone}; {other}.")

@@ -68,8 +68,8 @@ class Learner:
         label_smoothing: share of the target spread over all classes, in every loss that uses the label.
         seed: of all random draws. A draw depends on (seed, step, block) only; torch's global generators are
             left as they were.
-        cuts: where to cut the model, see `partition`. A pattern (`"model.layers.*"`) or `"auto"` cuts it at the calls of
-            its own modules, see `cut_at_calls`; so do `output`, `read`, `tied` and an example that is no tensor.
+        cuts: where to cut the model, see `partition`. A pattern (`"model.layers.*"`) or `"auto"` cuts it at the calls
+            of its own modules, see `cut_at_calls`; so do `output`, `read`, `tied` and an example that is no tensor.
         blocks: number of blocks, see `partition`.
         output: where the logits are in the model's output, see `cut_at_calls`.
         read: where the teaching tensor is in a cut module's output, see `cut_at_calls`.
@@ -148,6 +148,7 @@ class Learner:
         self.rule = rules.create(rule) if isinstance(rule, str) else rule
         check_rule(self.rule)
         self.network: Partition = cut(model, cuts, blocks, output, read, tied, example, layout)
+        self._arguments |= {"cuts": None, "blocks": None, "output": None, "read": None, "tied": None}  # done
         if isinstance(self.network, CallPartition):
             check_serves(self.network, self.rule, offload=offload, stage=stage, replicas=replicas, compile=compile)
         names = [block.name for block in [*self.network.blocks, self.network.head]]
@@ -207,7 +208,7 @@ class Learner:
         """Make the rule's auxiliary modules and the optimizers; done by the first `step` if not before.
 
         Args:
-            x: one batch of inputs; a single sample of it is run to learn the shapes, or all of a batch that is no tensor.
+            x: one batch of inputs; two samples of it are run to learn the shapes, or all of a batch that is no tensor.
 
         Raises:
             LayerwiseError: the network does not take such an input, or is not what was partitioned.
@@ -312,7 +313,8 @@ class Learner:
         The model is run in the mode in which its owner has put it.
 
         Args:
-            x: inputs `(B, ...)`; for a model that is cut at its calls also a tuple of arguments or a mapping of keywords.
+            x: inputs `(B, ...)`; for a model that is cut at its calls also a tuple of arguments, or a mapping of
+                keywords.
             y: labels `(B,)`, or `(B, T)` for a language model; the entry `labels` of a mapping if not given.
 
         Returns:
