@@ -18,6 +18,8 @@ def mapped(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
     >>> mapped({"x": (torch.ones(2), 3)}, lambda t: t + 1)
     {'x': (tensor([2., 2.]), 3)}
     """
+    if isinstance(tree, Tensor):
+        return function(tree)
     leaves, form = tree_flatten(tree)
     return tree_unflatten([_mapped_leaf(leaf, function) for leaf in leaves], form)
 
