@@ -447,6 +447,30 @@ def test_the_teaching_tensor_can_be_read_and_put_back_anywhere():
         Learner(Nested(), "local_ce", cuts="parts.*", read=lambda out: out["deep"][0] + 1, example=x)
 
 
+def test_an_encoder_of_torch_with_padding_is_trained_and_evaluated():
+    """In evaluation torch would pass nested tensors from layer to layer, which no rule can read."""
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+            self.encoder, self.head = nn.TransformerEncoder(layer, 3), nn.Linear(8, CLASSES)
+
+        def forward(self, x, padding):
+            return self.head(self.encoder(x, src_key_padding_mask=padding)[:, 0])
+
+    padding = torch.zeros(8, 5, dtype=torch.bool)
+    padding[0, 3:] = True
+    batch, y = (torch.randn(8, 5, 8), padding), torch.arange(8) % CLASSES
+    model = Encoder()
+    learner = Learner(model, "local_ce", cuts="auto", optimizer=torch.optim.SGD, lr=1e-12)
+    trained, evaluated = learner.step(batch, y).read(), learner.evaluate(batch, y).read()
+    assert trained == pytest.approx(evaluated, abs=1e-5)
+    with torch.no_grad():
+        assert torch.equal(learner(batch), copy.deepcopy(model).eval()(*batch))
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 # --- Batches
 
 

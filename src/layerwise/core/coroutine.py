@@ -148,6 +148,8 @@ class Pass:
         self._next = 0
         """The block that is to be pulled next."""
         self.skipped: set[int] = set()
+        self._fused: bool | None = None
+        """Whether torch's fused encoder layers were allowed before the pass; they are not inside."""
 
     def pull(self, index: int, h: Any) -> Any:
         """Run the pass to the next cut.
@@ -202,6 +204,9 @@ class Pass:
         self._handles = []
         coroutine, self._coroutine, self._arrived = self._coroutine, None, None
         self.skipped, self._next = set(), 0
+        if self._fused is not None:
+            torch.backends.mha.set_fastpath_enabled(self._fused)
+            self._fused = None
         if coroutine is not None and coroutine and not coroutine.dead:
             coroutine.parent = greenlet.getcurrent()
             self._base = Modes.now(self.devices)
@@ -217,6 +222,9 @@ class Pass:
         self._handles = [
             module.register_forward_hook(self._hook(i, read)) for i, (_, module, read) in enumerate(self.cuts)
         ]
+        # In evaluation it passes nested tensors from layer to layer, which no rule can read.
+        self._fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
         if self.severed is not None:
             self.severed.mark = 0
         self._coroutine = greenlet.greenlet(self._forward)

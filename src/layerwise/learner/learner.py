@@ -440,8 +440,11 @@ class Learner:
             if self._built is None:
                 self.build(x)
             x, _ = labelled(x, None)
-            with self.engine.autocast(), self.network.passing():
-                return self.rule.predict(self.network, self._modules_by_site(), self._placed(x))
+            with self.engine.autocast():
+                if isinstance(self.network, CallPartition) and self.rule.predicts_plainly():
+                    return self.network(self._placed(x))
+                with self.network.passing():
+                    return self.rule.predict(self.network, self._modules_by_site(), self._placed(x))
 
     @torch.no_grad()
     def beliefs(self, x: Any, threshold: float | None = None) -> list[Tensor]:
