@@ -447,6 +447,7 @@ def test_the_teaching_tensor_can_be_read_and_put_back_anywhere():
         Learner(Nested(), "local_ce", cuts="parts.*", read=lambda out: out["deep"][0] + 1, example=x)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_an_encoder_of_torch_with_padding_is_trained_and_evaluated():
     """In evaluation torch would pass nested tensors from layer to layer, which no rule can read."""
 
