@@ -2,10 +2,12 @@
 
 import contextlib
 import csv
+import fcntl
 import json
 import math
 import os
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -19,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.runs import COMPARE, TIMING, contents, result, split, start, weights
 
-from layerwise import LayerwiseError, data, models, rules
+from layerwise import data, models, rules
 from layerwise.cli.main import main
 from layerwise.compare import grid as compare
 from layerwise.compare import pool, rules_asked, tuning, worker
@@ -285,11 +287,19 @@ def test_other_options_in_the_same_folder_are_refused(comparison, capsys, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_two_comparisons_do_not_share_a_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "PATIENCE", 2)
-    with compare.claimed(tmp_path), pytest.raises(LayerwiseError, match="another comparison is running"):  # noqa: SIM117
-        with compare.claimed(tmp_path):
-            pass
+def test_two_comparisons_do_not_share_a_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "PATIENCE", 0.2)
+    with compare.claimed(tmp_path):
+        assert main([*COMPARE, "--out", str(tmp_path)]) == 2
+    assert "another comparison is running in" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["[" * 3000, '{"fixed": 3}', "[]", '{"fixed": {}, "plan": {"sll": 7}}', "\udcff"])
+def test_a_damaged_record_is_refused(tmp_path, capsys, text):
+    (tmp_path / "compare.json").write_bytes(text.encode(errors="surrogateescape"))
+    assert main([*COMPARE, "--out", str(tmp_path)]) == 2
+    assert re.fullmatch(r"layerwise: .*compare.json is damaged .*\n", capsys.readouterr().err)
 
 
 def test_workers_end_with_their_parent(tmp_path):
@@ -314,7 +324,7 @@ with pool.Pool(1, Path({str(tmp_path / "log")!r}), lock.fileno()) as workers:
     with (tmp_path / "lock").open("w") as lock:
         while True:
             with contextlib.suppress(OSError):
-                compare.fcntl.flock(lock, compare.fcntl.LOCK_EX | compare.fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -462,10 +472,8 @@ def test_time_left_is_that_of_the_work_left(monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines() == ["grid", "a is done · 2 of 3 · 0:40 left"]
 
 
-def test_a_torn_log_is_no_progress(tmp_path):
+def test_a_torn_line_of_the_log_is_no_progress(tmp_path):
     one = GridRun("sll", "sll seed 0", TrainOptions(out=str(tmp_path)))
     assert one.last_step() == 0
-    (tmp_path / "metrics.jsonl").write_text('{"step": 5}\n{"st')
-    assert one.last_step() == 0
-    (tmp_path / "metrics.jsonl").write_text('{"step": 5}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5, "split": "train"}\n{"step": 7, "sp')
     assert one.last_step() == 5

@@ -4,7 +4,10 @@ import copy
 import errno
 import os
 import re
+import shlex
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from shlex import split
@@ -17,7 +20,7 @@ from torch import nn
 
 from layerwise import LayerwiseError, Learner, Partition, rules
 from layerwise.cli.main import main
-from layerwise.memory.mmap import OnFile, map_file, release_pages, tensor_at
+from layerwise.memory.mmap import OnFile, ScratchFile, map_file, release_pages, tensor_at
 from layerwise.runs import checkpoint
 
 REFUSED = ("backprop", "backprop_checkpoint", "backprop_offload", "deep_supervision", "periodic_guidance")
@@ -234,7 +237,14 @@ def test_a_run_has_the_same_bits_and_goes_on(tmp_path, monkeypatch):
         assert same_state(state(folder), state(whole))
         assert lines(folder, "test") == lines(whole, "test")
         names = {path.name for path in folder.iterdir()}
-        assert names == {"config.json", "metrics.jsonl", "result.json", "model.safetensors", "checkpoints"}
+        assert names == {
+            "config.json",
+            "metrics.jsonl",
+            "result.json",
+            "model.safetensors",
+            "checkpoints",
+            "test_correct.npy",
+        }
     for name in ("parameters", "optimizer"):
         assert result(offloaded)["memory_mib"][name] < result(whole)["memory_mib"][name]
     assert main(["eval", str(offloaded)]) == 0
@@ -254,12 +264,51 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, capsys):
     words = ["train", *SMALL, *TINY, "--offload", "disk", "--save-every", "1", "--steps", "50", "--out", str(folder)]
     assert main(words) == 2
     err = capsys.readouterr().err
-    assert re.search(r"^layerwise: could not offload blocks to .*\(No space left on device\); free space", err, re.M)
+    assert re.search(r"^layerwise: cannot offload blocks to .*\(No space left on device\); free space", err, re.M)
     monkeypatch.setattr(os, "pwrite", real)
     found, damaged = checkpoint.load_latest(folder / "checkpoints")
     assert found["learner"]["steps"] > 0
     assert not damaged
     assert main(["train", "--resume", str(folder)]) == 0
+
+
+def test_a_full_disk_while_the_network_is_built_is_one_sentence(tmp_path):
+    """A write to a mapped page that the full disk cannot hold is SIGBUS: the space is reserved before."""
+    probe = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", tmp_path], capture_output=True)
+    if probe.returncode:
+        pytest.skip("this system lets nobody mount a small disk")
+    code = "import sys, torch; from layerwise.memory.mmap import OnFile\nwith OnFile(sys.argv[1]): torch.ones(256, 512)"
+    line = shlex.join([sys.executable, "-c", code, str(tmp_path)])
+    small = f"mount -t tmpfs -o size=300k none {shlex.quote(str(tmp_path))} && {line}"
+    run = subprocess.run(["unshare", "-rm", "sh", "-c", small], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert re.search(r"LayerwiseError: cannot offload blocks to .*\(No space left on device\); free space", run.stderr)
+
+
+@pytest.mark.parametrize("call", ["posix_fallocate", "ftruncate"])
+def test_what_the_disk_cannot_hold_is_never_mapped(tmp_path, monkeypatch, call):
+    def full(*words):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(LayerwiseError, match="No space left"), OnFile(tmp_path):
+        nn.Linear(256, 256)
+    model, example = net("mlp", 4), problem()[0]
+    with pytest.raises(LayerwiseError, match="No space left"):
+        Learner(model, "sll", offload="disk", offload_folder=tmp_path, example=example).state_dict()
+
+
+def test_space_is_reserved_where_the_system_has_no_call_for_it(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate")
+    file = ScratchFile(tmp_path)
+    file.reserve(file.extend(10_000) + 5_000, 5_000)
+    assert os.fstat(file.handle).st_blocks * 512 >= 5_000
+
+
+@pytest.mark.parametrize("folder", ["no/such", "a\0b", "x" * 300])
+def test_a_folder_that_cannot_hold_the_network_is_refused(folder):
+    with pytest.raises(LayerwiseError, match=r"cannot offload blocks to .*choose another --offload-folder"):
+        OnFile(Path(folder))
 
 
 def test_nothing_stays_behind_a_killed_run(tmp_path):

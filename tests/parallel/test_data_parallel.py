@@ -10,11 +10,12 @@ import pytest
 import torch
 from support.jobs import DATA, LONG, TINY, check_hangs, check_killed, check_refused, ended, job, run, under_way
 from support.nets import PLAIN_SGD, batches, kinds, net, same_bits, trained
-from support.ranks import close, learned, normed, same_state, similar, spread
+from support.own import decoder, text
+from support.ranks import close, learned, normed, same_state, share, similar, spread
 from support.runs import lines, result, state, weights
 from torch import nn
 
-from layerwise import LayerwiseError, Learner, rules
+from layerwise import LanguageModel, LayerwiseError, Learner, rules
 from layerwise.cli.main import main
 from layerwise.data import Batches, InMemorySource
 from layerwise.parallel.replicas import Replicas, check_shares
@@ -31,7 +32,7 @@ class Events(Replicas):
     def __init__(self):
         self.seen = []
 
-    def copy_from_first(self, tensors):
+    def copy_from_first(self, tensors, facts=None):
         pass
 
     def adopt(self, model, units):
@@ -222,7 +223,7 @@ def test_a_signal_to_one_rank_stops_all_behind_the_same_step(tmp_path):
         os.kill(processes[1].pid, signal.SIGTERM)
         codes, errors = ended(processes, folder)
     assert codes == [128 + signal.SIGTERM] * 2, errors
-    assert "go on with" in errors[0] and not errors[1]
+    assert "continue with" in errors[0] and not errors[1]
     assert state(out)["steps"] == lines(out, "train")[-1]["step"]
     assert not (out / "result.json").exists()
 
@@ -243,8 +244,8 @@ def test_a_rank_that_hangs_is_noticed_within_the_limit(tmp_path):
     [
         ("--batch-size 127", {}, "2 replicas cannot share a batch of 127 samples equally"),
         ("", {1: ["--data", "nothing"]}, "nothing"),
-        ("", {1: ["--label-noise", "0.5"]}, "rank 1 has other data than rank 0"),
-        ("", {1: ["--lr", "0.5"]}, "rank 1 has other options than rank 0"),
+        ("", {1: ["--label-noise", "0.5"]}, "the ranks differ in --label-noise (0.0 on rank 0, 0.5 on rank 1)"),
+        ("", {1: ["--lr", "0.5"]}, "the ranks differ in --lr ("),
         ("--out FULL", {}, "is not empty"),
     ],
 )

@@ -45,8 +45,11 @@ from layerwise.core.cost import balanced_ends
 from layerwise.data import Batches, InMemorySource
 from layerwise.learner.state import joined
 from layerwise.parallel.heartbeat import Heartbeat
+from layerwise.parallel.ranks import Ranks
+from layerwise.parallel.rendezvous import Job, StoreClient
+from layerwise.parallel.serialization import TensorSpec, encode
 from layerwise.parallel.stage import Stage
-from layerwise.parallel.transport import Ranks, Slot, TensorSpec, layout_of
+from layerwise.parallel.transport import TreeBuffers
 from layerwise.runs.pipelined import PipelineRun
 
 
@@ -283,12 +286,12 @@ def test_a_tree_keeps_its_layout_on_the_way():
     """Kernels may depend on the order of dimensions in memory, and their bits with them."""
     image = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
     tree = {"h": image, "parts": (torch.ones(3, dtype=torch.bool), None, 7), "empty": torch.empty(0, 2)}
-    slot = Slot()
-    slot.fit(layout_of(tree), torch.device("cpu"))
+    slot = TreeBuffers()
+    slot.fit(encode(tree), torch.device("cpu"))
     assert slot.tree["h"].stride() == image.stride()
     assert slot.tree["parts"][0].dtype == torch.bool and slot.tree["parts"][1:] == (None, 7)
     before = slot.flat
-    slot.fit(layout_of(copy.deepcopy(tree)), torch.device("cpu"))
+    slot.fit(encode(copy.deepcopy(tree)), torch.device("cpu"))
     assert slot.flat is before  # the same buffers for the same layout
     assert TensorSpec.of(image[:, :, :, 0]).shape == (2, 3, 4)
     assert len(tree_leaves(slot.tree)) == 5
@@ -331,7 +334,7 @@ def test_a_signal_stops_all_ranks_behind_the_same_step(tmp_path):
             os.kill(process.pid, signal.SIGTERM)
         codes, errors = ended(processes, folder)
     assert codes == [128 + signal.SIGTERM] * 3, errors
-    assert "go on with" in errors[2] and not errors[0] and not errors[1]
+    assert "continue with" in errors[2] and not errors[0] and not errors[1]
     assert state(out)["steps"] == lines(out, "train")[-1]["step"]
     assert not (out / "result.json").exists()
 
@@ -385,8 +388,8 @@ def test_a_rank_that_fails_is_named_with_its_reason(tmp_path):
         ("--rule backprop", {}, "'backprop' cannot be trained by a pipeline, because its locality is 'global'"),
         ("--model.depth 1", {}, "2 ranks cannot share 1 groups of blocks"),
         ("--stages 1,1", {}, "--stages 1,1 does not share 4 groups among 2 ranks"),
-        ("", {1: ["--label-noise", "0.5"]}, "rank 1 has other data than rank 0"),
-        ("", {1: ["--lr", "0.5"]}, "rank 1 has other options than rank 0"),
+        ("", {1: ["--label-noise", "0.5"]}, "the ranks differ in --label-noise (0.0 on rank 0, 0.5 on rank 1)"),
+        ("", {1: ["--lr", "0.5"]}, "the ranks differ in --lr ("),
         ("", {1: ["--augment", "spin"]}, "spin"),
         ("--out FULL", {}, "is not empty"),
     ],
@@ -489,16 +492,17 @@ def test_a_rank_that_hangs_is_named_by_those_that_wait_for_others(tmp_path):
 @pytest.mark.parametrize(("alive", "guilty"), [({1, 2}, 1), ({1}, 2)])
 def test_who_gives_no_sign_of_life_is_to_blame_not_who_waits_for_it(alive, guilty, monkeypatch):
     ranks = object.__new__(Ranks)  # no processes: what the others write is written here
-    ranks.store, ranks.rank, ranks.count, ranks.blocks = new_store(), 0, 3, []
+    ranks.store, ranks.rank, ranks.count, ranks.blocks = StoreClient(new_store(), 30), 0, 3, []
+    ranks.job = Job(0, 3, "localhost", 1, True, 0)
     ranks.limit = datetime.timedelta(seconds=30)
     monkeypatch.setattr(Heartbeat, "_beats", lambda self: None)
     Heartbeat(ranks, range(2))
     for rank in (1, 2):
-        ranks.store.set(f"pulse/{rank}", "0 0")
+        ranks.store.set(f"heartbeat/{rank}", "0 0")
 
     def sleep(_):
         for rank in alive:
-            ranks.store.set(f"pulse/{rank}", "1 0")
+            ranks.store.set(f"heartbeat/{rank}", "1 0")
 
     monkeypatch.setattr("layerwise.parallel.heartbeat.time", SimpleNamespace(sleep=sleep))
     assert str(ranks.lost(1, "closed")).startswith(f"rank {guilty} has ended")

@@ -208,7 +208,7 @@ eval B/torn                                  | every checkpoint; is damaged
 eval B/other_model                           | another run; model
 eval B/grown_run                             | grown has changed since the run began; eel
 eval B/run --split dev                       | 'dev'; --split; val
-eval B/run --batch-size 0                    | batch size 0
+eval B/run --batch-size 0                      | batch size is 0; 1 or more
 eval B/run --device cuda:99                  | no device 'cuda:99' here
 predict                                      | predict needs RUN
 predict B/run                                | predict needs INPUT
@@ -225,8 +225,8 @@ ls                                           | rules|models|data|recipes
 ls rule                                      | rules|models|data|recipes
 describe                                     | name one rule
 describe sl                                  | unknown rule 'sl'; did you mean 'sll'?
-bench                                        | memory|speed
-bench time                                   | memory|speed
+bench                                        | memory, speed, scaling
+bench time                                   | 'time'; memory, speed, scaling
 bench memory --depths x                      | --depths 'x'
 bench memory --depths 0                      | depth; 0
 bench memory --depths 4,,8                   | --depths '4,,8'

@@ -133,8 +133,7 @@ def test_a_torn_part_is_passed_over(damage, three, tmp_path):
 
 def test_one_rank_alone_writes_parts_with_digests(tmp_path):
     state = {"w": torch.arange(6.0).view(2, 3), "steps": 3}
-    with pytest.warns(UserWarning, match="single process"):
-        parts.save(tmp_path, 3, state, lambda trees: trees[0], None)
+    parts.save(tmp_path, 3, state, lambda trees: trees[0], None)
     (path,) = checkpoint.complete(tmp_path)
     assert torch.equal(checkpoint.load(path)["w"], state["w"])
     part = path / "rank-0.safetensors"
@@ -146,11 +145,12 @@ def test_one_rank_alone_writes_parts_with_digests(tmp_path):
 def test_a_restart_finds_the_folder_of_its_own_job(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     options = TrainOptions()
-    others, own = folders.new_folder(options), Path(f"{folders.wanted_folder(options)}-2")
+    claim, own = folders.new_folder(options), Path(f"{folders.wanted_folder(options)}-2")
+    others = claim.folder
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "theirs")
     folders.mark(others)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "ours")
-    assert folders.new_folder(options) == own
+    assert folders.new_folder(options).folder == own
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert folders.folder_of_restarted(options) is None  # the first attempt has not got so far
     folders.mark(own)

@@ -90,7 +90,8 @@ def test_stopped_before_the_first_checkpoint(tmp_path, at_step, step):
     stop_at(at_step, step, lambda: train(tmp_path / "run", *HARD))
     assert not (tmp_path / "run" / "checkpoints").exists()
     resume(tmp_path / "run")
-    assert_same_run(whole, tmp_path / "run")
+    assert_same_run(whole, tmp_path / "run", notes=False)
+    assert any("began again at step 0" in note for note in result(tmp_path / "run")["notes"])
 
 
 def test_options_of_every_kind_survive(tmp_path, at_step):
@@ -221,7 +222,7 @@ def test_stopped_from_outside_again_and_again(tmp_path):
             assert code == -signum, err
         else:
             assert code == 128 + signum, err
-            told = re.search(rf"stopped by {signum.name} after step (\d+) of 250; go on with: layerwise train", err)
+            told = re.search(rf"stopped by {signum.name} after step (\d+) of 250; continue with: layerwise train", err)
             assert told, err
             assert (folder / "checkpoints" / f"step-{int(told[1]):09d}").is_dir()
         assert "Traceback" not in err

@@ -170,6 +170,7 @@ def test_weights_fit_the_plain_model_and_predict_the_same(short):
 def test_only_plain_files_are_left(short):
     assert sorted(path.name for path in short.iterdir()) == [
         "checkpoints", "config.json", "metrics.jsonl", "model.safetensors", "result.json",
+        "test_correct.npy",
     ]  # fmt: skip
     assert not list(short.rglob("*.partial"))
 

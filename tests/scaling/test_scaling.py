@@ -13,8 +13,8 @@ from layerwise import LayerwiseError
 from layerwise.cli.main import main
 from layerwise.measure.bench_problem import network_of
 from layerwise.scaling import bench as scaling
-from layerwise.scaling.bench import Crew, ScalingOptions, contention
-from layerwise.scaling.rank import Link
+from layerwise.scaling.bench import RankProcesses, ScalingOptions, contention
+from layerwise.scaling.rank import CountingLink
 from layerwise.scaling.simulate import (
     PARTS,
     Costs,
@@ -49,12 +49,16 @@ def test_equal_stages_give_a_batch_per_stage_time(ranks):
 
 def test_the_slowest_stage_or_the_wire_sets_the_pace():
     assert steady(forward_only([1.0, 4.0, 2.0], 60)) == pytest.approx(4.0)
-    assert steady(forward_only([1.0, 1.0], 60, size=12.0), wire=Interconnect(bandwidth=4.0)) == pytest.approx(3.0)
-    # A lane has a batch under way, of three messages that each wait for a word about the one before.
-    assert steady(forward_only([1.0, 1.0], 60, lanes=1), wire=Interconnect(latency=2.0)) == pytest.approx(2 * 3 * 2.0)
-    assert steady(forward_only([1.0, 1.0], 200, lanes=4, queue=100), wire=Interconnect(latency=2.0)) == pytest.approx(
+    assert steady(forward_only([1.0, 1.0], 60, size=12.0), interconnect=Interconnect(bandwidth=4.0)) == pytest.approx(
         3.0
     )
+    # A lane has a batch under way, of three messages that each wait for a word about the one before.
+    assert steady(forward_only([1.0, 1.0], 60, lanes=1), interconnect=Interconnect(latency=2.0)) == pytest.approx(
+        2 * 3 * 2.0
+    )
+    assert steady(
+        forward_only([1.0, 1.0], 200, lanes=4, queue=100), interconnect=Interconnect(latency=2.0)
+    ) == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize("queue", [1, 2, 5])
@@ -66,7 +70,7 @@ def test_a_rank_is_no_more_batches_ahead_than_the_queue_holds(queue):
     assert spans[0, 20][0] == spans[1, 19 - queue][0]
     # Where the word that there is room takes long, the queue sets the pace.
     programs = forward_only([1.0, 1.0], 200, queue=queue, lanes=1000, trips=1)
-    assert steady(programs, 100, wire=Interconnect(latency=20.0)) == pytest.approx(
+    assert steady(programs, 100, interconnect=Interconnect(latency=20.0)) == pytest.approx(
         (1.0 + 2 * 20.0) / (queue + 1), rel=0.05
     )
 
@@ -175,16 +179,16 @@ def test_every_way_moves_weights_as_one_process_does_and_a_process_that_dies_is_
         model="mlp", depth=4, model_options={"width": 16}, shape=(1, 8, 8), batch_size=16, optimizer="sgd", timeout=30
     )
     log = tmp_path / "log.txt"
-    one, two = Crew(1, options, log), Crew(2, options, log)
+    one, two = RankProcesses(1, options, log), RankProcesses(2, options, log)
     try:
         one.meet()
         two.meet()
         network = network_of("mlp", 4, (1, 8, 8), {"width": 16})
         before = {name: parameter.detach().flatten() for name, parameter in network.named_parameters()}
 
-        def moved(crew, way):
-            crew.ask([{"do": "measure", "way": way, "warmup": 1, "steps": 1}] * crew.ranks)
-            found = crew.ask([{"do": "weights", "way": way}] * crew.ranks)
+        def moved(processes, way):
+            processes.ask([{"do": "measure", "way": way, "warmup": 1, "steps": 1}] * processes.ranks)
+            found = processes.ask([{"do": "weights", "way": way}] * processes.ranks)
             # A rank leaves the blocks of the others as they were.
             return {name: sum(p.new_tensor(f[name]) - p for f in found) for name, p in before.items()}
 
@@ -215,13 +219,13 @@ def test_every_way_moves_weights_as_one_process_does_and_a_process_that_dies_is_
 
 
 def test_at_the_end_of_a_way_every_lane_has_given_its_last_word():
-    link = Link(SimpleNamespace(rank=0, count=1, wire=None, lanes=4))
-    link.inlet = inlet = SimpleNamespace(lanes=range(4), found=deque(["batch"] * 6 + [None] * 4))
-    inlet.receive = inlet.found.popleft
+    link = CountingLink(SimpleNamespace(rank=0, count=1, transfer_device=None, lanes=4))
+    link.from_previous = channel = SimpleNamespace(lanes=range(4), found=deque(["batch"] * 6 + [None] * 4))
+    channel.receive = channel.found.popleft
     while link.take():
         assert link.receive() == "batch"
     link.close()
-    assert not inlet.found
+    assert not channel.found
 
 
 def test_nobody_outlives_the_command():

@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from shlex import split
@@ -26,10 +27,11 @@ def new_store():
 
 
 @contextlib.contextmanager
-def job(ranks, folder, words, of_rank=None, attempt=0, store=None):
+def job(ranks, folder, words, of_rank=None, attempt=0, store=None, variables=None):
     """Ranks of a job, as torchrun starts them: their common store is kept by the process that started them.
 
-    `words` are those of a command, or a function that each rank calls.
+    `words` are those of a command, or a function that each rank calls. `variables` gives environment variables to
+    ranks.
     """
     store = store or new_store()
     folder.mkdir(exist_ok=True)
@@ -48,7 +50,7 @@ def job(ranks, folder, words, of_rank=None, attempt=0, store=None):
             "MASTER_PORT": str(store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RESTART_COUNT": str(attempt),
-        }
+        } | (variables or {}).get(rank, {})
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
@@ -86,8 +88,17 @@ def ended(processes, folder, seconds=120):
     return [p.exitcode for p in processes], said
 
 
-def run(ranks, folder, words, of_rank=None, attempt=0, store=None):
-    with job(ranks, folder, words, of_rank, attempt, store) as processes:
+def own_store(ranks):
+    """Variables with which rank 0 keeps the store, as without torchrun."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    return {rank: own for rank in range(ranks)}
+
+
+def run(ranks, folder, words, of_rank=None, attempt=0, store=None, variables=None):
+    with job(ranks, folder, words, of_rank, attempt, store, variables) as processes:
         return ended(processes, folder)
 
 
@@ -120,22 +131,25 @@ def check_refused(ranks, words, of_rank, sentence, folder):
     words = [word.replace("FULL", str(full)) for word in words]
     codes, errors = run(ranks, folder / "job", [words[0], "--out", str(folder / "out"), *words[1:]], of_rank)
     assert codes == [2] * ranks
-    (said,) = [error for error in errors if error]
+    told = {error for error in errors if error}
+    (said,) = told
     assert said.startswith("layerwise: ") and said.count("\n") == 1 and sentence in said
+    # A difference is told by every rank, any other mistake by one.
+    assert sum(map(bool, errors)) == (ranks if "the ranks differ" in said else 1)
     assert not (folder / "out").exists()
     assert [file.name for file in full.iterdir()] == ["file"] and (full / "file").read_text() == "mine"
 
 
-def check_hangs(ranks, victim, name, out, folder, words):
-    """One rank is stopped; the others end within the limit of two seconds, with a sentence about it."""
+def check_hangs(ranks, victim, name, out, folder, words, variables=None, limit=2):
+    """One rank is stopped; the others end soon after the limit in seconds, with a sentence about it."""
     others = [rank for rank in range(ranks) if rank != victim]
-    with job(ranks, folder, [*words, "--timeout", "2", "--out", str(out)]) as processes:
+    with job(ranks, folder, [*words, "--timeout", str(limit), "--out", str(out)], variables=variables) as processes:
         under_way(out, processes)
         os.kill(processes[victim].pid, signal.SIGSTOP)
         begun = time.monotonic()
         for rank in others:
             processes[rank].join(20)
-        assert time.monotonic() - begun < 10
+        assert time.monotonic() - begun < 5 * limit
         assert all(processes[rank].exitcode == 2 for rank in others)
     told = [(folder / f"err{rank}").read_text() for rank in others]
     assert all(f"layerwise: {name} has" in text for text in told), told

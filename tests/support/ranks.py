@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from layerwise import Learner, Partition
+from layerwise.parallel.ranks import Ranks
 from layerwise.parallel.replicas import Replicas
-from layerwise.parallel.transport import Ranks
 from support.jobs import ended, job
 
 

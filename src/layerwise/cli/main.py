@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from layerwise.errors import LayerwiseError, suggestion
+from layerwise.errors import LayerwiseError, suggestion, tell_torchrun
 
 USAGE = """\
 layerwise: train deep networks without global backpropagation
@@ -185,6 +185,7 @@ def _failed(sentence: str, debug: bool) -> int:
     if debug:
         with contextlib.suppress(OSError):
             traceback.print_exc()
+    tell_torchrun(sentence)
     _say(sentence)
     return 2
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from layerwise.errors import LayerwiseError
 from layerwise.parsing import parse, take_option
-from layerwise.runs import pipelined, replicated
+from layerwise.runs import distributed, pipelined, replicated
 from layerwise.runs.arguments import train_options
 from layerwise.runs.folders import read_options
 from layerwise.runs.options import TrainOptions
@@ -22,23 +22,23 @@ def train_command(argv: list[str]) -> int:
     words = list(argv)
     resume = take_option(words, "resume")
     if resume is not None:
-        given = {f.name: take_option(words, f.name) for f in fields(pipelined.ParallelOptions)}
+        given = {f.name: take_option(words, f.name) for f in fields(distributed.ParallelOptions)}
         if words:
             raise LayerwiseError(
                 f"--resume continues a run with its own options, so {' '.join(words)!r} cannot be given; leave it out."
             )
         words = [word for name, value in given.items() if value is not None for word in (f"--{name}", value)]
-        how = parse(pipelined.ParallelOptions, words, "train")
+        how = parse(distributed.ParallelOptions, words, "train")
         folder, options = Path(resume), read_options(Path(resume))
     else:
-        how = train_options(argv, "train", pipelined.TrainCommand)
+        how = train_options(argv, "train", distributed.TrainCommand)
         folder, options = None, TrainOptions(**{f.name: getattr(how, f.name) for f in fields(TrainOptions)})
     if how.parallel != "none":
         if how.parallel == "sharded":
             from layerwise.runs.sharded import ShardedRun as kind  # here, as fully_shard takes seconds to import
         else:
             kind = {"pipeline": pipelined.PipelineRun, "data": replicated.DataRun}[how.parallel]
-        return pipelined.train(kind, how, options, command, folder, lambda *found: print(result_table(*found)))
+        return distributed.train_rank(kind, how, options, command, folder, lambda *found: print(result_table(*found)))
     if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LayerwiseError(
             "torchrun has started several processes of the same run; add --parallel pipeline, data or sharded."

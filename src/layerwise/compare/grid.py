@@ -1,10 +1,7 @@
 """`layerwise compare`: a grid of runs, rules by seeds, that differ in the rule and in nothing else."""
 
 import contextlib
-import fcntl
-import os
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,12 +18,12 @@ from layerwise.errors import LayerwiseError
 from layerwise.report.reading import read_correct
 from layerwise.report.summary import BASELINE, result_row
 from layerwise.runs.building import pick_device
-from layerwise.runs.folders import FREE, grid_run_folder
+from layerwise.runs.folders import FREE, claimed, grid_run_folder
 from layerwise.runs.options import TrainOptions, model_name, to_mapping
 from layerwise.runs.progress import GridProgress
 
 RIVALS = ("sll", "sid", "local_ce", "backprop", "backprop_checkpoint")
-PATIENCE = 100  # tenths of a second
+PATIENCE = 10  # seconds: workers of a comparison that was killed live on for a moment, and hold its folder
 NEVER = 10**9  # no checkpoint before the last step: a run that was cut short begins again
 TUNE_SEED = 10_000
 """Seed of the trials; not one that counts."""
@@ -116,7 +113,8 @@ class Grid:
             LayerwiseError: a mistake that the rule, the model or the data refuses (nothing is written then), or a
                 folder that holds something else.
         """
-        with claimed(self.folder) as held, Pool(1, self.folder / "workers.log", held) as pool:
+        log = self.folder / "workers.log"
+        with claimed(self.folder, PATIENCE, "comparison") as held, _gone_if_empty(log), Pool(1, log, held) as pool:
             self.plan = kept_plan(self.folder, self._fixed())
             self._measure(pool)
             write_record(self.folder, self.command, list(self.rules), self.options.seeds, self._fixed(), self.plan)
@@ -254,6 +252,16 @@ class Grid:
         return write_results(self.folder, self.command, self.budget, rows, correct)
 
 
+@contextlib.contextmanager
+def _gone_if_empty(file: Path) -> Iterator[None]:
+    """Remove a file at the end where nothing was written into it."""
+    try:
+        yield
+    finally:
+        if file.exists() and not file.stat().st_size:
+            file.unlink()
+
+
 def in_words(run: GridRun) -> str:
     """The outcome of a run in one line."""
     found = run.result
@@ -261,40 +269,3 @@ def in_words(run: GridRun) -> str:
         return f"{run.name}: failed: {(run.failure or {}).get('reason', 'unknown')}"
     val = "" if found["val_accuracy"] is None else f"val {100 * found['val_accuracy']:.2f} %, "
     return f"{run.name}: {val}test {100 * found['test_accuracy']:.2f} % in {found['train_seconds']:.1f} s"
-
-
-@contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[int]:
-    """Make a folder and lock it against a second comparison; yields the number of the open folder.
-
-    Workers of a comparison that was killed hold the lock for the moment that they live on. What was made is removed
-    again where nothing came into it.
-
-    Raises:
-        LayerwiseError: the folder cannot be written, or another comparison runs in it.
-    """
-    fresh = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-    except OSError as reason:
-        raise LayerwiseError(f"cannot write to {folder} ({reason.strerror}); choose another --out.") from reason
-    try:
-        for attempt in range(PATIENCE):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as reason:
-                if attempt == PATIENCE - 1:
-                    raise LayerwiseError(f"another comparison is running in {folder}; wait for it.") from reason
-                time.sleep(0.1)
-        try:
-            yield lock
-        finally:
-            log = folder / "workers.log"
-            if log.exists() and not log.stat().st_size:
-                log.unlink()
-            if fresh and not any(folder.iterdir()):
-                folder.rmdir()
-    finally:
-        os.close(lock)

@@ -13,8 +13,9 @@ from layerwise.errors import LayerwiseError
 from layerwise.files import MissingFile
 from layerwise.report.reading import Failure, Result, read_json
 from layerwise.runs.checkpoint import write_atomically
-from layerwise.runs.folders import FREE
+from layerwise.runs.folders import FREE, claimed
 from layerwise.runs.options import TrainOptions, to_mapping, to_words
+from layerwise.runs.records import read_lines
 
 FINAL = ("diverged",)
 """Kinds of failure that follow from options and seed: such a run is not repeated."""
@@ -65,10 +66,7 @@ class GridRun:
 
     def last_step(self) -> int:
         """The last step that the run has logged so far."""
-        try:
-            return json.loads((self.folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-        except (OSError, ValueError, LookupError):  # no line yet, or a line that is being written
-            return 0
+        return max((line["step"] for line in read_lines(self.folder / "metrics.jsonl")), default=0)
 
     def check(self) -> None:
         """Raise LayerwiseError where the folder holds a run with other options."""
@@ -103,7 +101,8 @@ def train_all(
 
     def begin(task: dict[str, Any]) -> None:
         run = by_folder[task["folder"]]
-        shutil.rmtree(run.folder, ignore_errors=True)
+        with claimed(run.folder):  # nobody has resumed it alone, and is still training it
+            shutil.rmtree(run.folder, ignore_errors=True)
         begun(run)
 
     def end(task: dict[str, Any], answer: dict[str, Any]) -> None:

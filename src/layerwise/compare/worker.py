@@ -47,6 +47,8 @@ def measure_task(task: dict[str, Any], warmup: int = 2, timed: int = 3) -> dict[
     learner = building.build_learner(options, building.DataSignature.of(dataset), device, total=warmup + timed)
     x, y = next(iter(batches.epoch(0)))
     flops = flops_of(learner, x, y)
+    for _ in range(options.accumulate - 1):  # to the end of the first update, in which optimizers make their state
+        learner.step(x, y)
     _, use = learner.measured_step(x, y)
     seconds = []
     for _ in range(warmup + timed):

@@ -16,7 +16,7 @@ from layerwise.core.pieces import HasTrunk, has_trunk
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.rule import BlockContext, Rule, Signal, Site, check_signal
 from layerwise.core.tasks import Classification
-from layerwise.core.trees import all_finite
+from layerwise.core.trees import all_finite, tensors
 from layerwise.errors import LayerwiseError
 
 
@@ -231,6 +231,22 @@ class NonFinite(LayerwiseError):
 def detach(tree: Any) -> Any:
     """The same tensors without history; every boundary between groups is this call."""
     return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+@contextmanager
+def _in_a_sentence(block: str, what: str, h: Any) -> Iterator[None]:
+    """Turn what a user's own modules raise into a sentence that names the block; the cause stays attached."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, IndexError, TypeError) as reason:
+        said = (str(reason).strip() or type(reason).__name__).splitlines()[0].rstrip(".")
+        hint = "call torch's checkpoint with use_reentrant=False" if "use_reentrant" in said else "look at its modules"
+        shapes = ", ".join(str(tuple(t.shape)) for t in tensors(h))
+        raise LayerwiseError(
+            f"block {block!r} {what} of shape {shapes} ({said}); {hint}, and at the batch."
+        ) from reason
 
 
 class Engine:
@@ -455,7 +471,7 @@ class Engine:
         if step is not None:
             seed = derive_seed(self.execution.seed, "draw", step, unit.site.index)
             seed_generators(seed, self.execution.device)
-        with self.autocast():
+        with self.autocast(), _in_a_sentence(unit.site.name, "cannot run its input", h):
             return self.rule.run(unit.block, h, message)
 
     def autocast(self) -> Any:
@@ -479,7 +495,9 @@ class Engine:
                 cotangents = [cotangent * self._weight for cotangent in cotangents]
             # Gradients for this group's parameters alone: what extends its graph, or does not learn, gets none.
             inputs = [*wanted, *([h] if has_trunk(self.rule) and h.requires_grad else [])]
-            torch.autograd.backward([root for root, _ in roots], list(group.scaler.scale(cotangents)), inputs=inputs)
+            with _in_a_sentence(group.name, "cannot be run backward", h):
+                ends = [root for root, _ in roots]
+                torch.autograd.backward(ends, list(group.scaler.scale(cotangents)), inputs=inputs)
         if not group.checked and all(unit.block.ran for unit in group.units):
             group.checked = True
             self._check_reached(group, {id(p) for p in wanted if p.grad is not None}, bool(losses or roots))

@@ -59,12 +59,10 @@ class Unfit(ValueError):
 
 def read_header(content: bytes) -> Header:
     """Read what a picture is, without its pixels."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a large picture, which is no mistake yet
-        image = _open(content)
-        turned = _orientation(image) in TURNED and image.format != "TIFF"  # PIL turns a TIFF's own size
-        size = image.size[::-1] if turned else image.size
-        return Header(image.mode, size, _has_transparency(image))
+    image = _open(content)
+    turned = _orientation(image) in TURNED and image.format != "TIFF"  # PIL turns a TIFF's own size
+    size = image.size[::-1] if turned else image.size
+    return Header(image.mode, size, _has_transparency(image))
 
 
 def decode(content: bytes, form: ImageFormat) -> tuple[bytes, frozenset[str]]:
@@ -162,6 +160,9 @@ def _open(content: bytes) -> Any:
 def _formats() -> tuple[str, ...]:
     pil = need("PIL.Image")
     pil.init()
+    # `_open` has its own limit. Appended, so that any filter of the user's comes first; not undone around each
+    # picture, as the filters belong to all threads.
+    warnings.filterwarnings("ignore", category=pil.DecompressionBombWarning, append=True)
     return tuple(name for name in FORMATS if name in pil.OPEN)
 
 

@@ -28,7 +28,7 @@ class OneProcess(Alone):
     def check_optimizer(self, optimizer: Any) -> None:
         """Accept every optimizer."""
 
-    def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
+    def copy_from_first(self, tensors: Iterable[Tensor], facts: Mapping[str, Any] | None = None) -> None:
         """Leave the tensors as they are: this process is the first."""
 
     def adopt(self, model: nn.Module, units: Sequence[Unit]) -> None:

@@ -42,6 +42,8 @@ class Setup:
     task: Classification
     """Without the number of classes."""
     compile: bool | str
+    facts: Mapping[str, Any]
+    """What must be the same on all replicas, by name."""
 
     @property
     def blocks(self) -> list[Block]:
@@ -87,7 +89,7 @@ class Built:
         self.engine = Engine(setup.rule, self.task, setup.execution, self.resident)
         mine = setup.stage.choose(setup.rule, setup.network, ranges, x[:1] if isinstance(x, Tensor) else x)
         tensors = [*setup.network.parameters(), *setup.network.buffers()]
-        setup.replicas.copy_from_first(tensor for tensor in tensors if not tensor.is_meta)
+        setup.replicas.copy_from_first((tensor for tensor in tensors if not tensor.is_meta), setup.facts)
         sizes = tuple(tuple(out.shape[1:]) for out in outputs)
         inputs, layouts = (
             tuple(x.shape[1:]) if isinstance(x, Tensor) else (),

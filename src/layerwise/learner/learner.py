@@ -24,6 +24,7 @@ from layerwise.errors import LayerwiseError, suggestion
 from layerwise.learner import state as states
 from layerwise.learner.alone import NotOffloaded, OneProcess, WholeNetwork
 from layerwise.learner.build import ONE_PROCESS, Built, Setup
+from layerwise.learner.checks import check_parts
 from layerwise.learner.cutting import check_reads, check_serves, cut, labelled
 from layerwise.learner.metrics import Metrics
 from layerwise.learner.optimizer import EveryOptimizer
@@ -161,6 +162,11 @@ class Learner:
         self.channels_last = channels_last
         if channels_last:
             self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        if schedule is not None and not callable(schedule):
+            raise LayerwiseError(
+                f"the schedule is of type {type(schedule).__name__}; give a function from the update number to a "
+                "factor, or hold a scheduler of torch by learner.optimizer."
+            )
         # Refuses a wrong value now; the number of classes is known later.
         task = Classification(2, label_smoothing) if task is None else task
         if label_smoothing and task.label_smoothing != label_smoothing:
@@ -190,6 +196,7 @@ class Learner:
             seed,
             task,
             compile,
+            self._facts(),
         )
         self.stage, self.replicas = self._setup.stage, replicas
         self.steps = 0
@@ -203,6 +210,13 @@ class Learner:
             self.build(example)
 
     # Building.
+
+    def _facts(self) -> dict[str, Any]:
+        """What must be the same on all replicas."""
+        own = ("stage", "replicas", "device", "offload", "offload_folder", "compile", "example")
+        options = {name: value for name, value in self._arguments.items() if name not in own}
+        parts = {f"the rule's {name}": value for name, value in vars(self.rule).items()}
+        return {"the rule": self.rule.name, **options, "cuts": self.network.cuts, **parts}
 
     def build(self, x: Any) -> None:
         """Make the rule's auxiliary modules and the optimizers; done by the first `step` if not before.
@@ -279,6 +293,11 @@ class Learner:
     def updates(self) -> int:
         """Number of updates so far; with `accumulate` batches for each."""
         return 0 if self._built is None else self._built.engine.accumulation.updates
+
+    @property
+    def accumulated(self) -> int:
+        """Batches that have been added to the update under way."""
+        return 0 if self._built is None else self._built.engine.accumulation.batches
 
     # Training.
 
@@ -607,8 +626,9 @@ class Learner:
         """Continue from `state_dict()`; before the first step it is kept until the shapes are known.
 
         Raises:
-            LayerwiseError: the state is of another rule or another model; nothing is changed then.
+            LayerwiseError: the state is damaged, or of another rule or model; nothing is changed then.
         """
+        check_parts(state)
         if self._built is None:
             self._pending = state
             return

@@ -8,27 +8,8 @@ from torch import Tensor, nn
 
 from layerwise.core.engine import Group
 from layerwise.core.optim import base_rates, set_base_rates
-from layerwise.errors import LayerwiseError
 from layerwise.learner.build import Built
-
-
-def check_same_tensors(own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
-    """Raise LayerwiseError unless both hold tensors of the same names and shapes."""
-    missing, extra = own.keys() - given.keys(), given.keys() - own.keys()
-    if missing or extra:
-        name = sorted(missing or extra)[0]
-        where = "is missing from the checkpoint" if missing else "is not part of this one"
-        raise LayerwiseError(
-            f"the checkpoint is of another {what}: {name!r} {where}; build the {what} with the options "
-            "that the checkpoint was made with."
-        )
-    for name, tensor in own.items():
-        if tensor.shape != given[name].shape:
-            raise LayerwiseError(
-                f"the checkpoint is of another {what}: {name!r} has shape {tuple(given[name].shape)} "
-                f"there and {tuple(tensor.shape)} here; build the {what} with the options that the "
-                "checkpoint was made with."
-            )
+from layerwise.learner.checks import Expected, check_state
 
 
 def without_meta(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -39,7 +20,7 @@ def without_meta(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def joined(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The state of one whole learner out of those of all stages, in the order of the ranks."""
     whole = dict(states[-1])
-    for part in ("model", "auxiliary", "optimizer", "gradients", "scaler"):
+    for part in ("model", "auxiliary", "optimizer", "gradients", "scaler", "rates"):
         whole[part] = {name: value for state in states for name, value in state[part].items()}
     return whole
 
@@ -69,16 +50,10 @@ def load_state(built: Built, state: Mapping[str, Any]) -> None:
     """Continue from `state_of()`.
 
     Raises:
-        LayerwiseError: the state is of another rule or another model; nothing is changed then.
+        LayerwiseError: the state is damaged, or of another rule or model; nothing is changed then.
     """
-    setup = built.setup
-    if state["rule"] != setup.rule.name:
-        raise LayerwiseError(
-            f"the checkpoint was trained with rule {state['rule']!r}, not {setup.rule.name!r}; choose the same rule."
-        )
-    check_same_tensors(setup.network.state_dict(), state["model"], "model")
-    auxiliary = setup.stage.own(state["auxiliary"], built.auxiliary)
-    check_same_tensors(built.auxiliary.state_dict(), auxiliary, "rule")
+    auxiliary = built.setup.stage.own(state["auxiliary"], built.auxiliary)
+    check_state({**state, "auxiliary": auxiliary}, expected_of(built))
     for groups in built.offload.loading(built.groups, built.resident):
         _load(built, groups, state, auxiliary)
     for group in built.groups:
@@ -87,6 +62,24 @@ def load_state(built: Built, state: Mapping[str, Any]) -> None:
                 set_base_rates(optimizer, rates)
     built.grouping.load_scalers(state["scaler"])
     built.engine.accumulation.load(state["accumulation"])
+
+
+def expected_of(built: Built) -> Expected:
+    """What a state has to fit."""
+    setup, parameters = built.setup, dict(named_parameters(built))
+    updated = {p: optimizer for g in built.groups for optimizer in g.optimizers for p in g.parameters}
+    kept = {name: setup.replicas.shard_of(parameter) for name, parameter in parameters.items()}
+    return Expected(
+        setup.rule.name,
+        setup.network.state_dict(),
+        built.auxiliary.state_dict(),
+        parameters,
+        {name: updated[p] for name, p in kept.items() if p in updated},
+        {group.name: [len(o.param_groups) for o in group.optimizers] for group in built.groups},
+        tuple(group.name for group in built.groups if group.scaler.is_enabled()),
+        setup.execution.accumulate,
+        whole=setup.stage.first and setup.stage.last,
+    )
 
 
 def named_parameters(built: Built) -> Iterator[tuple[str, nn.Parameter]]:

@@ -23,7 +23,8 @@ from layerwise.measure.bench_problem import (
 )
 from layerwise.memory.malloc import keep_freed_memory
 from layerwise.memory.meter import resident_peak
-from layerwise.memory.offload import DiskStore, Where, window_of
+from layerwise.memory.offload import Where, window_of
+from layerwise.memory.stores import DiskStore
 
 COLUMNS = ("parameters", "optimizer", "gradients", "activations", "peak")
 

@@ -1,6 +1,5 @@
 """`layerwise validate`: checks a rule's declared properties on this machine, or the files of a run."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from layerwise.learner import Learner
 from layerwise.measure.bench_memory import memory_of
 from layerwise.parsing import parse
 from layerwise.runs import checkpoint
-from layerwise.runs.options import from_mapping
+from layerwise.runs.folders import read_options
 
 
 @dataclass(frozen=True)
@@ -163,15 +162,15 @@ def run_findings(folder: Path) -> list[tuple[bool, str]]:
         raise LayerwiseError(f"{folder} holds no run (no config.json); give the folder of a run.")
     findings = []
     try:
-        from_mapping(json.loads((folder / "config.json").read_text()), "config.json")
+        read_options(folder)
         findings.append((True, "config.json names known options"))
-    except (ValueError, RecursionError, OSError, LayerwiseError) as reason:
-        findings.append((False, f"config.json is damaged: {reason}"))
+    except LayerwiseError as reason:
+        findings.append((False, str(reason)))
     for path in checkpoint.complete(folder / "checkpoints"):
         try:
             checkpoint.load(path)
             findings.append((True, f"{path.name} matches its digest"))
-        except checkpoint.CorruptCheckpoint as damage:
+        except LayerwiseError as damage:
             findings.append((False, str(damage)))
     done = (folder / "result.json").is_file()
     findings.append(

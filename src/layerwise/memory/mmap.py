@@ -11,30 +11,92 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from layerwise.errors import LayerwiseError
+
 
 class Mapped(mmap.mmap):
-    """A file in the address space: its pages come when they are read, and go with `release_pages`."""
+    """A file in the address space: its pages are loaded when they are read, and dropped by `release_pages`."""
 
 
 _live: "weakref.WeakSet[Mapped]" = weakref.WeakSet()
 
 
-def unnamed_file(folder: Path, owner: object) -> int:
-    """A new file without a name, open for as long as `owner` lives: the system takes it back however that ends."""
-    with tempfile.TemporaryFile(dir=folder) as file:
-        handle = os.dup(file.fileno())
-    weakref.finalize(owner, os.close, handle)
-    return handle
+class ScratchFile:
+    """A file without a name in a folder: the system frees it however the process ends.
+
+    Args:
+        folder: on the disk that is to hold the file.
+
+    Raises:
+        LayerwiseError: the folder is missing or not writable.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.length = 0
+        """Bytes; what is not reserved or written takes no space on the disk."""
+        try:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                self.handle = os.dup(file.fileno())
+        except (OSError, ValueError) as reason:
+            raise self.failed(reason) from reason
+        weakref.finalize(self, os.close, self.handle)
+
+    def extend(self, length: int) -> int:
+        """Lengthens the file by `length` bytes and returns the offset of the first of them.
+
+        Raises:
+            LayerwiseError: the file cannot be that long.
+        """
+        first = self.length
+        try:
+            os.ftruncate(self.handle, first + length)
+        except (OSError, OverflowError) as reason:
+            raise self.failed(reason) from reason
+        self.length = first + length
+        return first
+
+    def reserve(self, offset: int, length: int) -> None:
+        """Makes the disk hold these bytes: writing them to mapped memory cannot meet a full disk, which is SIGBUS.
+
+        Raises:
+            LayerwiseError: the disk is full.
+        """
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self.handle, offset, max(length, 1))
+            else:
+                for at in range(offset, offset + length, ZEROS):
+                    write_fully(self.handle, memoryview(bytes(min(ZEROS, offset + length - at))), at)
+        except OSError as reason:
+            raise self.failed(reason) from reason
+
+    def failed(self, reason: Exception) -> LayerwiseError:
+        """The sentence for a failure of the system."""
+        why = getattr(reason, "strerror", None) or reason
+        return LayerwiseError(
+            f"cannot offload blocks to {self.folder} ({why}); free space there, or choose another --offload-folder."
+        )
+
+
+ZEROS = 2**20  # bytes that are written at a time where the system cannot reserve
+
+
+def write_fully(handle: int, rest: memoryview, at: int) -> None:
+    """Writes all bytes at an offset; the system may take fewer at a time."""
+    while len(rest):
+        written = os.pwrite(handle, rest, at)
+        rest, at = rest[written:], at + written
 
 
 def map_file(handle: int, length: int, offset: int = 0, own_changes: bool = False) -> Mapped:
-    """Bytes of an open file.
+    """Maps bytes of an open file into memory.
 
     Args:
-        handle: of the file, open for reading and, unless changes are one's own, for writing.
+        handle: of the file, open for reading and, unless `own_changes`, for writing.
         length: in bytes, 1 or more.
         offset: of the first byte, a multiple of `mmap.ALLOCATIONGRANULARITY`.
-        own_changes: keep changes in memory, and until `release_pages` only, instead of making them to the file.
+        own_changes: keep changes in memory, until `release_pages`, instead of writing them to the file.
     """
     access = mmap.ACCESS_COPY if own_changes else mmap.ACCESS_WRITE
     found = Mapped(handle, length, access=access, offset=offset)
@@ -51,9 +113,9 @@ def tensor_at(mapped: Mapped, offset: int, shape: tuple[int, ...], dtype: torch.
 
 
 def release_pages() -> None:
-    """Take the pages of every mapped file out of this process; what is read again comes again.
+    """Drops the pages of every mapped file from this process; a page that is read again is loaded again.
 
-    They stay in the system's cache of files, from where the system takes them when it needs the memory.
+    They stay in the system's file cache, which gives them up when it needs the memory.
     """
     for mapped in list(_live):
         mapped.madvise(mmap.MADV_DONTNEED)
@@ -72,6 +134,9 @@ class OnFile(TorchFunctionMode):
     Args:
         folder: on the disk that is to hold them.
 
+    Raises:
+        LayerwiseError: the folder cannot be written to, or the disk is full.
+
     >>> with OnFile(Path(".")), torch.random.fork_rng():
     ...     weight = torch.nn.Linear(256, 256).weight
     >>> weight.shape
@@ -80,9 +145,9 @@ class OnFile(TorchFunctionMode):
 
     def __init__(self, folder: Path):
         super().__init__()
-        self._file = unnamed_file(folder, self)
+        self._file = ScratchFile(folder)
         self._mapped: Mapped | None = None
-        self._used = self._length = 0
+        self._start = self._used = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -97,9 +162,9 @@ class OnFile(TorchFunctionMode):
         needed = -(-tensor.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
         if self._mapped is None or self._used + needed > len(self._mapped):
             room = max(CHUNK, needed)
-            os.ftruncate(self._file, self._length + room)  # sparse: what is not written takes no place on the disk
-            self._mapped = map_file(self._file, room, self._length)
-            self._used, self._length = 0, self._length + room
+            self._start, self._used = self._file.extend(room), 0
+            self._mapped = map_file(self._file.handle, room, self._start)
+        self._file.reserve(self._start + self._used, needed)
         place = tensor_at(self._mapped, self._used, tuple(tensor.shape), tensor.dtype)
         self._used += needed
         return place.copy_(tensor).requires_grad_(tensor.requires_grad)

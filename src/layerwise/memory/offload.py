@@ -3,13 +3,12 @@
 import contextlib
 import functools
 import mmap
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,7 +20,8 @@ from layerwise.core.pieces import JoinsGroups, has_trunk
 from layerwise.core.rule import Rule
 from layerwise.errors import LayerwiseError
 from layerwise.memory.meter import MemoryUse, optimizer_tensors, tensor_bytes
-from layerwise.memory.mmap import Mapped, map_file, release_pages, tensor_at, unnamed_file
+from layerwise.memory.mmap import release_pages
+from layerwise.memory.stores import DiskStore, HostStore, Store
 
 Where = Literal["none", "host", "disk"]
 
@@ -30,11 +30,11 @@ ALIGNMENT = 64  # bytes, as torch's own allocator aligns; some kernels give othe
 
 @dataclass
 class Entry:
-    """One tensor of a part, and where it lies in the part's bytes."""
+    """One tensor of an offloaded group, and where it lies in the group's bytes."""
 
     tensor: Tensor
     start: int
-    """First byte of its storage; tensors that share a storage go on sharing it."""
+    """First byte of its storage; tensors that share a storage keep sharing it."""
     length: int
     """Bytes of its storage."""
     offset: int
@@ -43,23 +43,23 @@ class Entry:
     stride: tuple[int, ...]
 
     def of(self, part: Tensor) -> Tensor:
-        """The tensor as a view of the part's bytes."""
+        """The tensor as a view of the group's bytes."""
         first = self.start // self.tensor.element_size() + self.offset
         return part.view(self.tensor.dtype).as_strided(self.size, self.stride, first)
 
 
 @dataclass(eq=False)
-class Slot:
-    """Bytes on the device that hold one part after the other."""
+class DeviceSlot:
+    """Bytes on the device that hold one group after the other."""
 
     bytes: Tensor
-    part: "Part | None" = None
+    part: "OffloadedGroup | None" = None
     arrival: Future[Any] | None = None
-    """Of the part's bytes."""
+    """Done when the group's bytes have arrived."""
 
 
 @dataclass(eq=False)
-class Part:
+class OffloadedGroup:
     """What is moved as one: a group's parameters, buffers, auxiliary modules and optimizer state."""
 
     index: int
@@ -70,7 +70,7 @@ class Part:
     entries: list[Entry] = field(default_factory=list)
     length: int = 0
     """Bytes."""
-    slot: Slot | None = None
+    slot: DeviceSlot | None = None
     attached: bool = False
     """Whether the tensors show the slot's bytes (or, before the first move, their own)."""
     changed: bool = True
@@ -141,112 +141,6 @@ class Part:
             entry.tensor.data = entry.of(found)
 
 
-class Store(Protocol):
-    """Where the parts are while they are not on the device; `write` and `read` run in the thread that moves them."""
-
-    def write(self, part: Part, length: int, chunks: Sequence[tuple[int, Tensor]]) -> None:
-        """Keep bytes of a part at their offsets."""
-        ...
-
-    def read(self, part: Part, length: int, into: Tensor) -> None:
-        """The first `length` bytes of a part."""
-        ...
-
-    def view(self, part: Part) -> Tensor:
-        """The bytes of a part, on the host."""
-        ...
-
-
-class HostStore:
-    """Host memory, pinned where the device is another one."""
-
-    def __init__(self, device: torch.device):
-        self._pinned = device.type == "cuda"
-        self._bytes: dict[Part, Tensor] = {}
-
-    def write(self, part: Part, length: int, chunks: Sequence[tuple[int, Tensor]]) -> None:
-        """Copy from the device."""
-        own = self._bytes.get(part)
-        if own is None or len(own) < length:
-            own = self._bytes[part] = torch.empty(length, dtype=torch.uint8, pin_memory=self._pinned)
-        for offset, chunk in chunks:
-            own[offset : offset + len(chunk)].copy_(chunk, non_blocking=True)
-            if chunk.device.type == "cuda":
-                chunk.record_stream(torch.cuda.current_stream(chunk.device))
-
-    def read(self, part: Part, length: int, into: Tensor) -> None:
-        """Copy to the device."""
-        into[:length].copy_(self._bytes[part][:length], non_blocking=True)
-
-    def view(self, part: Part) -> Tensor:
-        """The host's bytes themselves."""
-        return self._bytes[part]
-
-
-class DiskStore:
-    """One sparse file without a name, so that the system takes it back however the process ends."""
-
-    def __init__(self, folder: Path, device: torch.device):
-        self.folder = folder
-        try:
-            self._file = unnamed_file(folder, self)
-        except OSError as reason:
-            raise LayerwiseError(
-                f"cannot offload blocks to {folder} ({reason.strerror}); choose another --offload-folder."
-            ) from reason
-        self._device = device
-        self._places: dict[Part, tuple[int, int]] = {}
-        self._end = 0
-        self._mapped: Mapped | None = None
-        self._staging = torch.empty(0, dtype=torch.uint8)
-
-    def write(self, part: Part, length: int, chunks: Sequence[tuple[int, Tensor]]) -> None:
-        """Write to the file."""
-        place, room = self._places.get(part, (0, 0))
-        if part not in self._places or length > room:
-            room = 8 * length + 1  # for state that comes later; it takes no place on the disk before that
-            room += -room % mmap.ALLOCATIONGRANULARITY
-            place, self._end = self._end, self._end + room
-            self._places[part] = place, room
-            os.ftruncate(self._file, self._end)
-        for offset, chunk in chunks:
-            if chunk.device.type != "cpu":
-                chunk = self._staged(len(chunk)).copy_(chunk)
-            self._move(os.pwrite, view_of(chunk), place + offset)
-
-    def read(self, part: Part, length: int, into: Tensor) -> None:
-        """Read from the file."""
-        found = into[:length] if into.device.type == "cpu" else self._staged(length)
-        self._move(lambda file, rest, at: os.preadv(file, [rest], at), view_of(found), self._places[part][0])
-        if into.device.type != "cpu":
-            into[:length].copy_(found)
-
-    def view(self, part: Part) -> Tensor:
-        """The bytes as a mapping of the file; none of them is in memory before it is read."""
-        if self._mapped is None or len(self._mapped) < self._end:
-            self._mapped = map_file(self._file, self._end)
-        return tensor_at(self._mapped, self._places[part][0], (part.length,))
-
-    def _staged(self, length: int) -> Tensor:
-        if len(self._staging) < length:
-            self._staging = torch.empty(length, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        return self._staging[:length]
-
-    def _move(self, call: Any, rest: memoryview, at: int) -> None:
-        """Repeat a call until all bytes are moved; the system may move fewer at a time."""
-        try:
-            while len(rest):
-                moved = call(self._file, rest, at)
-                if moved == 0:
-                    raise OSError(0, "the scratch file has been cut short")
-                rest, at = rest[moved:], at + moved
-        except OSError as reason:
-            raise LayerwiseError(
-                f"could not offload blocks to {self.folder} ({reason.strerror}); free space and resume, or choose "
-                "another --offload-folder."
-            ) from reason
-
-
 class Offload:
     """Moves the parts of a network: the active group's are on the device, and the next one is on its way.
 
@@ -287,13 +181,13 @@ class Offload:
         self._fixed = [*shared.values()]
         for tensor in self._fixed:
             tensor.data = tensor.data.to(device)
-        self.parts = [Part(i, found) for i, found in enumerate(places)]
+        self.parts = [OffloadedGroup(i, found) for i, found in enumerate(places)]
         self._of_site = [self.parts[owner] for owner in owners]
         self._pinned = {self.parts[0]} if has_trunk(rule) else set()
         self._capacity = min(window + 1, len(self.parts))
-        self._slots: list[Slot] = []
-        self._open: list[list[Part]] = []
-        self._kept: set[Part] = set()
+        self._slots: list[DeviceSlot] = []
+        self._open: list[list[OffloadedGroup]] = []
+        self._kept: set[OffloadedGroup] = set()
         self._moves: deque[Future[Any]] = deque()
         self._mover = ThreadPoolExecutor(1, "layerwise-offload")
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -323,7 +217,7 @@ class Offload:
             self._open.pop()
             self._kept.clear()
 
-    def need(self, part: Part) -> None:
+    def need(self, part: OffloadedGroup) -> None:
         """Bring a part that is about to run."""
         if torch.is_grad_enabled() and not any(part in parts for parts in self._open):
             self._kept.add(part)
@@ -369,7 +263,7 @@ class Offload:
             if id(tensor) not in found:
                 return tensor.detach()
             part, entry = found[id(tensor)]
-            return entry.of(self.store.view(part))
+            return entry.of(self.store.view(part, part.length))
 
         return tree_map_only(Tensor, held, tree)
 
@@ -401,7 +295,7 @@ class Offload:
 
     # How it is moved.
 
-    def _bring(self, parts: Sequence[Part]) -> None:
+    def _bring(self, parts: Sequence[OffloadedGroup]) -> None:
         """Put parts on the device, send away what is not needed soon, and fetch what comes next."""
         first = (self._open[-1] if self._open else parts)[0].index
         coming = [self.parts[(first + k) % len(self.parts)] for k in range(self._capacity)]
@@ -423,17 +317,17 @@ class Offload:
         for slot in idle[: max(len(self._slots) - self._capacity - len(self._pinned), 0)]:
             self._slots.remove(slot)
 
-    def _fetch(self, part: Part) -> None:
+    def _fetch(self, part: OffloadedGroup) -> None:
         slot = next((slot for slot in self._slots if slot.part is None), None)
         if slot is None:
-            slot = Slot(torch.empty(0, dtype=torch.uint8))
+            slot = DeviceSlot(torch.empty(0, dtype=torch.uint8))
             self._slots.append(slot)
         if len(slot.bytes) < part.length or slot.bytes.device != self.device:
             slot.bytes = self._room(part.length)
         slot.part, part.slot = part, slot
         slot.arrival = self._start(functools.partial(self.store.read, part, part.length, slot.bytes))
 
-    def _leave(self, part: Part) -> None:
+    def _leave(self, part: OffloadedGroup) -> None:
         """Take a part off the device; it is written where anything of it may have changed."""
         if part.attached:
             tensors = part.tensors(self.device)
@@ -511,11 +405,6 @@ def window_of(rule: Rule, blocks: int) -> int:
     return window
 
 
-def view_of(found: Tensor) -> memoryview:
-    """Bytes on the host, as files read and write them."""
-    return found.numpy().data
-
-
 def check_offload(offload: str, stage: object, compile: bool | str) -> None:
     """Raise LayerwiseError unless blocks can be offloaded so."""
     if offload not in get_args(Where):
@@ -526,15 +415,6 @@ def check_offload(offload: str, stage: object, compile: bool | str) -> None:
         raise LayerwiseError(
             "offloaded blocks share memory, which torch.compile refuses; leave --offload or --compile out."
         )
-
-
-def nearest_folder(path: Path) -> Path:
-    """The folder itself, or the nearest one above it that is there.
-
-    >>> nearest_folder(Path("no/such/folder"))
-    PosixPath('.')
-    """
-    return path if path.is_dir() or path == path.parent else nearest_folder(path.parent)
 
 
 def _places(blocks: Sequence[Sequence[Block]]) -> tuple[list[list[tuple[dict[str, Any], str]]], dict[int, Tensor]]:

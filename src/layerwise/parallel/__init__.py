@@ -1,4 +1,4 @@
-"""Blocks on several ranks: messages between them, replicas, shards, stages, and who has failed.
+"""Blocks on several ranks: rendezvous, agreement, messages, replicas, shards, stages, and who has failed.
 
 `Engine.update` takes a detached input, gives a detached output, and needs nothing else from other groups. So a rank
 of a pipeline is an ordinary `Learner` with a `Stage`: it has the groups of its range, begins with what the rank
@@ -11,7 +11,8 @@ Decisions:
   those of the whole network.
 - A thread reads ahead, because gloo delivers only into a buffer that waits.
 - Ranks agree, and tell why they fail, through torchrun's store, which outlives each of them, with keys of their own
-  for each restart. A rank that fails ends at once (`os._exit`), because that thread may wait for a rank that is gone.
+  for each restart. Every call on it has a limit, and what lies in it is JSON, never a pickle. A rank that fails ends
+  at once (`os._exit`), because a thread may wait for a rank that is gone.
 - Replicas have one hook in the engine: `Execution.replicas` starts to average a group's gradients after its backward
   pass, and the group steps while the next one runs forward.
 - Sharding is the same hook. Blocks run with gathered parameters (`full_of`), the optimizer has ordinary tensors that

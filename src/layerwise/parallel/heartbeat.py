@@ -1,4 +1,4 @@
-"""Signs of life: where a collective fails, they tell which rank has ended or hangs."""
+"""Heartbeats of the ranks: where a collective fails, they tell which rank has ended or hangs."""
 
 import contextlib
 import threading
@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from layerwise.errors import LayerwiseError
-from layerwise.parallel.transport import Ranks
+from layerwise.parallel.ranks import REPORT, Ranks
+from layerwise.parallel.rendezvous import NoAnswer
 
 
 class Heartbeat:
-    """A thread that writes twice a second to the ranks' store how far this rank has come.
+    """A thread that writes twice a second to the ranks' store how many collectives this rank has entered.
 
-    A collective that fails does not tell whose fault it is: a neighbour may have waited for somebody else. The
-    rank whose thread is silent has ended or was stopped; if none is, the one that has come least far hangs.
+    A collective that fails does not tell whose fault it is: a neighbour may have waited for another rank. A rank
+    without a heartbeat has ended or was stopped. If all have one, the rank that has entered the fewest hangs.
 
     Args:
         ranks: the processes of the job.
@@ -26,10 +27,12 @@ class Heartbeat:
         ranks.suspect = self.suspect
         self.every = min(0.5, ranks.limit.total_seconds() / 8)
         self.entered = 0
-        # A client of its own, as a client serves one call at a time; torch's stubs do not know `clone`.
-        self.store = ranks.store.clone()  # pyright: ignore[reportAttributeAccessIssue]
-        self._beat(0)
-        threading.Thread(target=self._beats, daemon=True, name="pulse").start()
+        try:
+            self.store = ranks.store.clone()
+            self._beat(0)
+        except RuntimeError as reason:
+            raise ranks.store_lost(str(reason)) from reason
+        threading.Thread(target=self._beats, daemon=True, name="heartbeat").start()
 
     def _beats(self) -> None:
         beat = 0
@@ -40,7 +43,7 @@ class Heartbeat:
                 self._beat(beat)
 
     def _beat(self, beat: int) -> None:
-        self.store.set(f"pulse/{self.ranks.rank}", f"{beat} {self.entered}")
+        self.store.set(f"heartbeat/{self.ranks.rank}", f"{beat} {self.entered}")
 
     @contextlib.contextmanager
     def watching(self) -> Any:
@@ -52,28 +55,33 @@ class Heartbeat:
             raise self._lost(str(reason)) from reason
 
     def _lost(self, reason: str) -> LayerwiseError:
-        general = f"the ranks have lost one another ({reason.splitlines()[0]}); go on from the last checkpoint."
+        general = (
+            f"the ranks have lost one another ({reason.splitlines()[0]}); the run stops, and --resume continues it "
+            "from its last checkpoint."
+        )
         try:
-            if self.ranks.store.check(["failure"]):
-                return LayerwiseError(self.ranks.told(general))
+            if self.ranks.announced():
+                return LayerwiseError(self.ranks.announce(general))
             silent, entered = self._listen()
-        except RuntimeError:  # whoever keeps the store may be gone too
-            return LayerwiseError(general)
+        except NoAnswer as silence:
+            return self.ranks.store_lost(str(silence))
+        except RuntimeError:  # whoever keeps the store has ended
+            return LayerwiseError(general) if self.ranks.job.agent else self.ranks.store_lost(reason)
         late = [rank for rank in self.members if entered[rank] < self.entered]
         if not silent and not late:
-            return LayerwiseError(self.ranks.told(general))
-        return self.ranks.gone((silent or late)[0], reason)
+            return LayerwiseError(self.ranks.announce(general))
+        return self.ranks.lost_rank((silent or late)[0], reason)
 
     def suspect(self, peer: int) -> int:
         """Who is to blame where a message to or from `peer` fails: a rank that is silent, else the peer."""
         with contextlib.suppress(RuntimeError):
-            if not self.ranks.store.check(["failure"]):
+            if not self.ranks.announced():
                 silent, _ = self._listen()
                 return (silent or [peer])[0]
         return peer
 
     def _listen(self) -> tuple[list[int], dict[int, int]]:
-        """The ranks that give no sign of life, and how far each has come."""
+        """The ranks without a heartbeat, and how many collectives each has entered."""
         others = [rank for rank in range(self.ranks.count) if rank != self.ranks.rank]
         before = self._read(others)
         time.sleep(3 * self.every)
@@ -82,5 +90,7 @@ class Heartbeat:
         return silent, {rank: int(value.split()[1]) for rank, value in now.items()} | {self.ranks.rank: self.entered}
 
     def _read(self, ranks: list[int]) -> dict[int, str]:
-        found = self.ranks.store.multi_get([f"pulse/{rank}" for rank in ranks])
-        return {rank: value.decode() for rank, value in zip(ranks, found, strict=True)}
+        store = self.ranks.store.limited(REPORT)
+        keys = {rank: f"heartbeat/{rank}" for rank in ranks}
+        # A rank without a key has not come so far as to make its heartbeat.
+        return {rank: store.get([key])[0] if store.has(key) else "0 -1" for rank, key in keys.items()}

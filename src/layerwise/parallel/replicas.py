@@ -1,6 +1,6 @@
 """Replicas: processes that hold the same blocks and train them on different samples of one batch."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,7 +12,8 @@ from layerwise.core.engine import Group, Unit
 from layerwise.errors import LayerwiseError
 from layerwise.memory.meter import MemoryUse
 from layerwise.parallel.heartbeat import Heartbeat
-from layerwise.parallel.transport import Ranks
+from layerwise.parallel.ranks import Ranks
+from layerwise.parallel.serialization import all_gather_values
 
 
 class Replicas:
@@ -41,22 +42,33 @@ class Replicas:
     def __init__(self, ranks: Ranks, group: dist.ProcessGroup | None = None):
         self.ranks, self.group = ranks, group
         members = range(ranks.count) if group is None else dist.get_process_group_ranks(group)
-        self.pulse = Heartbeat(ranks, members)
+        self.heartbeat = Heartbeat(ranks, members)
         self.first, self.rank, self.count = members[0], members.index(ranks.rank), len(members)
 
-    def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite tensors with those of the first replica."""
-        self.ranks.agree(None)  # a rank that has not come so far says why
+    def copy_from_first(self, tensors: Iterable[Tensor], facts: Mapping[str, Any] | None = None) -> None:
+        """Overwrite tensors with those of the first replica.
+
+        Args:
+            tensors: of the same shapes and types everywhere.
+            facts: name to what else must be the same on all replicas.
+
+        Raises:
+            Refused: on all ranks, where the replicas differ.
+        """
+        tensors = list(tensors)
+        kinds = [f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for tensor in tensors]
+        # Before anything is sent: a collective whose sizes differ ends in gloo, without a sentence.
+        self.ranks.agree(None, {**(facts or {}), "the tensors of the model": kinds}, column=self.first)
         self._copy(tensors)
 
     def adopt(self, model: nn.Module, units: Sequence[Unit]) -> None:
-        """Take a group of `model`, whose own tensors are the first replica's already, before its optimizer is made."""
+        """Prepare a group of `model` before its optimizer is made: its auxiliary modules become those of the first."""
         auxiliary = [unit.auxiliary for unit in units if unit.auxiliary is not None]
         self._copy(tensor for module in auxiliary for tensor in (*module.parameters(), *module.buffers()))
 
     def _copy(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
-            with self.pulse.watching():
+            with self.heartbeat.watching():
                 dist.broadcast(tensor.detach(), src=self.first, group=self.group)
 
     def reduce(
@@ -67,11 +79,11 @@ class Replicas:
         Args:
             parameters: those whose gradients are averaged; these live in the bucket from now on.
             running: running statistics, written when the averages have arrived.
-            loss: a scalar, of which only matters whether it is finite.
+            loss: a scalar; only whether it is finite matters.
 
         Returns:
-            A function that waits for the averages, puts them in place, and gives 0, or NaN where the loss of any
-            replica was not finite: the same everywhere, as is all that was averaged.
+            A function that waits for the averages and puts them in place. It returns 0, or NaN where the loss of any
+            replica was not finite. What it returns is the same on every replica.
         """
         learned = [p for p in parameters if p.grad is not None]
         sources: dict[torch.dtype, list[Tensor]] = {}
@@ -92,7 +104,7 @@ class Replicas:
                 else:
                     view.copy_(target)
             flat /= self.count
-            with self.pulse.watching():
+            with self.heartbeat.watching():
                 sent.append((dist.all_reduce(flat, group=self.group, async_op=True), flat, views, targets))
 
         def arrived() -> Tensor:
@@ -113,16 +125,16 @@ class Replicas:
         """Norm of the averaged gradients, a scalar; the same bits on every replica."""
         return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
-    # What differs where parameters are shared out (`Shards`).
+    # What `Shards` does otherwise.
 
     def check(self, **options: Any) -> None:
-        """Raise LayerwiseError where an option of the learner cannot be served."""
+        """Raise LayerwiseError for an option of the learner that is not supported."""
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise LayerwiseError where an optimizer cannot be served."""
+        """Raise LayerwiseError for an optimizer that is not supported."""
 
     def full_of(self, parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
-        """The parameters that blocks run with: they themselves."""
+        """The parameters that blocks run with: these."""
         return parameters
 
     def resident(self, units: Sequence[Unit]) -> AbstractContextManager[None]:
@@ -130,28 +142,28 @@ class Replicas:
         return nullcontext()
 
     def release(self) -> None:
-        """Let go of what is gathered."""
+        """Free what is gathered."""
 
     def shard_of(self, parameter: nn.Parameter) -> nn.Parameter:
-        """What learns here of a parameter of the model."""
+        """The part of a parameter of the model that this replica trains: all of it."""
         return parameter
 
     def to_shard(self, own: Tensor, given: Tensor) -> Tensor:
-        """Of the whole tensor `given`, what belongs to `own`."""
+        """The part of the full tensor `given` that belongs to `own`: all of it."""
         return given
 
     def to_full(self, own: Tensor, tensor: Tensor) -> Tensor:
-        """A tensor that belongs to `own`, as it is to be stored."""
+        """A tensor that belongs to `own`, as a checkpoint stores it."""
         return tensor
 
     def counted(self, use: MemoryUse, groups: Sequence[Group]) -> MemoryUse:
-        """A measured step with what is gathered."""
+        """The memory of a measured step, with what is gathered."""
         return use
 
     def largest(self, value: int) -> Callable[[], int]:
-        """Start to look for the largest of the replicas' numbers; gives a function that waits for it."""
+        """Start to find the largest of the replicas' numbers; returns a function that waits for it."""
         found = torch.tensor([value])
-        with self.pulse.watching():
+        with self.heartbeat.watching():
             work = dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
 
         def arrived() -> int:
@@ -161,20 +173,18 @@ class Replicas:
         return arrived
 
     def gather(self, value: Any) -> list[Any]:
-        """What every replica gives, in their order; waits for all of them."""
-        found: list[Any] = [None] * self.count
-        with self.pulse.watching():
-            dist.all_gather_object(found, value, group=self.group)
-        return found
+        """What every replica gives, in their order: numbers, strings, None, and tuples, lists and dicts of them."""
+        with self.heartbeat.watching():
+            return all_gather_values(value, self.group)
 
     def _wait(self, work: Any, tensor: Tensor) -> None:
-        with self.pulse.watching():
-            # With a limit NCCL's wait would hold the host up; its own watchdog keeps the group's limit.
+        with self.heartbeat.watching():
+            # With a limit, NCCL's wait would block the host; its own watchdog keeps the limit of the group.
             work.wait(*([] if tensor.is_cuda else [self.ranks.limit]))
 
 
 def check_shares(batch_size: int, count: int) -> None:
-    """Raise LayerwiseError unless a batch can be cut into equal shares: the loss is the mean over all its samples."""
+    """Raise LayerwiseError unless a batch divides into equal shares, as the mean of their losses must be its loss."""
     if batch_size % count:
         lower, upper = batch_size // count * count, -(-batch_size // count) * count
         raise LayerwiseError(

@@ -1,4 +1,4 @@
-"""Shards: replicas that keep a share of every parameter each, and gather one group's at a time to run it."""
+"""Shards: each replica keeps a part of every parameter, and gathers those of one group at a time to run it."""
 
 import functools
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
@@ -19,21 +19,21 @@ from layerwise.core.blocks import Block
 from layerwise.core.engine import Group, Unit
 from layerwise.errors import LayerwiseError
 from layerwise.memory.meter import MemoryUse, tensor_bytes
+from layerwise.parallel.ranks import Ranks
 from layerwise.parallel.replicas import Replicas
-from layerwise.parallel.transport import Ranks
 
 _NAMES = ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop")
 ELEMENTWISE = {getattr(torch.optim, name): name for name in _NAMES}
-"""Optimizers that treat every element on its own, so that a share's update is that share of the update."""
+"""Optimizers that treat every element on its own: the update of a shard is that part of the whole update."""
 
 # torch 2.13 has renamed it, and warns of the old name.
 scattered_sum: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-class Part(nn.Module):
-    """A group as one module, which torch's `fully_shard` asks for; it never runs as such.
+class GroupModule(nn.Module):
+    """A group as one module, which torch's `fully_shard` asks for; it never runs as one.
 
-    The blocks own no modules, so the whole model is in it; its other parameters are ignored.
+    A group may span several modules, so the whole model is in it, and its other parameters are ignored.
     """
 
     def __init__(self, model: nn.Module, units: Sequence[Unit]):
@@ -43,17 +43,17 @@ class Part(nn.Module):
 
 
 @dataclass(eq=False)
-class Gatherable:
-    """A group's parameters."""
+class GatherableGroup:
+    """The parameters of a group, which can be gathered."""
 
     module: FSDPModule
     bytes: int = 0
-    """Of the whole parameters."""
+    """Of the full parameters."""
 
 
 @dataclass(eq=False)
-class Shared:
-    """A parameter that is shared out."""
+class ShardedParameter:
+    """A parameter of which each rank keeps a shard."""
 
     sharded: DTensor
     """What the model holds while nothing is gathered."""
@@ -62,13 +62,13 @@ class Shared:
 
 
 class Shards(Replicas):
-    r"""Replicas each of which keeps the N-th part of every parameter, gradient and optimizer state.
+    r"""Replicas of which each keeps the N-th part of every parameter, gradient and optimizer state.
 
-    A group's parameters are gathered when it is about to run, once per batch: its backward pass follows its forward
-    pass at once, where global backpropagation gathers them for each. Behind the backward pass the whole parameters
-    are freed, and each rank gets its share of the mean gradient,
+    The parameters of a group are gathered before it runs, once per batch, as its backward pass follows its forward
+    pass at once; global backpropagation gathers them for each of the two. After the backward pass the full parameters
+    are freed, and each rank gets its shard of the mean gradient,
 
-    $$g_r = \Big[\frac1N \sum_{q=1}^{N} \nabla_q\Big]_{\text{share } r},$$
+    $$g_r = \Big[\frac1N \sum_{q=1}^{N} \nabla_q\Big]_{\text{shard } r},$$
 
     with which its optimizer steps while the next group runs forward. Sharding and gathering are torch's `fully_shard`.
 
@@ -77,21 +77,23 @@ class Shards(Replicas):
     """
 
     shares_parameters = True
-    every_batch = True  # else every group's whole gradients would live from one batch of an update to the next
+    every_batch = True  # else the full gradients of every group would live from one batch of an update to the next
 
     def __init__(self, ranks: Ranks):
         super().__init__(ranks)
-        self.mesh = init_device_mesh(ranks.device.type, (self.count,), mesh_dim_names=("data",))
-        self._parts: WeakKeyDictionary[Block, Gatherable] = WeakKeyDictionary()
-        self._shared: MutableMapping[Tensor, Shared] = WeakTensorKeyDictionary()
-        """By this rank's share, an ordinary tensor, for optimizers that know nothing of sharding."""
+        self.mesh = ranks.collectively(
+            lambda: init_device_mesh(ranks.device.type, (self.count,), mesh_dim_names=("data",))
+        )
+        self._parts: WeakKeyDictionary[Block, GatherableGroup] = WeakKeyDictionary()
+        self._shared: MutableMapping[Tensor, ShardedParameter] = WeakTensorKeyDictionary()
+        """By this rank's shard, an ordinary tensor, for optimizers that know nothing of sharding."""
         self._kept: MutableMapping[Tensor, nn.Parameter] = WeakTensorKeyDictionary()
-        """This rank's share of what the model holds."""
-        self._open: list[Gatherable] = []
+        """This rank's shard of each parameter of the model."""
+        self._open: list[GatherableGroup] = []
         self._running = False
 
     def check(self, **options: Any) -> None:
-        """Raise LayerwiseError for what `fully_shard` does not serve.
+        """Raise LayerwiseError for what `fully_shard` does not support.
 
         Args:
             options: of the learner: `precision`, `compile`, `channels_last`.
@@ -108,27 +110,27 @@ class Shards(Replicas):
         """Raise LayerwiseError unless it treats every element on its own."""
         if type(optimizer) not in ELEMENTWISE:
             raise LayerwiseError(
-                f"{type(optimizer).__name__} may look at whole tensors, and a rank has a share of each; choose one of "
+                f"{type(optimizer).__name__} may look at whole tensors, and a rank has a shard of each; choose one of "
                 f"{', '.join(_NAMES)}, or --parallel data."
             )
 
     def adopt(self, model: nn.Module, units: Sequence[Unit]) -> None:
-        """Share out a group's parameters."""
+        """Shard the parameters of a group."""
         super().adopt(model, units)
         found = [p for unit in units for p in unit.parameters()]
         for parameter in found:
             if parameter.dim() == 0:
                 raise LayerwiseError(
-                    f"a parameter of group {units[0].site.name!r} is a single number, which cannot be shared out; give "
+                    f"a parameter of group {units[0].site.name!r} is a single number, which cannot be sharded; give "
                     "it the shape (1,), or use --parallel data."
                 )
-        part = Part(model, units)
+        part = GroupModule(model, units)
         own = set(found)
         others = {p for p in part.parameters() if p not in own}
         fully_shard(part, mesh=self.mesh, ignored_params=others, shard_placement_fn=self._placement)
         assert isinstance(part, FSDPModule)
         sharded = [p for unit in units for p in unit.parameters()]
-        gatherable = Gatherable(part)
+        gatherable = GatherableGroup(part)
         self._gather(gatherable)
         full = [p for unit in units for p in unit.parameters()]
         gatherable.bytes = tensor_bytes(full)
@@ -136,7 +138,7 @@ class Shards(Replicas):
         for before, after in zip(sharded, full, strict=True):
             assert isinstance(before, DTensor)
             own = self._kept[before] = nn.Parameter(before.to_local().detach(), before.requires_grad)
-            self._shared[own] = Shared(before, after)
+            self._shared[own] = ShardedParameter(before, after)
         need = functools.partial(self._need, gatherable)
         for unit in units:
             self._parts[unit.block] = gatherable
@@ -145,19 +147,19 @@ class Shards(Replicas):
                 module.register_forward_pre_hook(lambda *_, need=need: need())
 
     def _placement(self, parameter: nn.Parameter) -> Shard | None:
-        """Rows are shared out; where there are too few, another dimension that can be cut evenly."""
+        """Shards by rows; where there are too few, by another dimension that divides evenly."""
         if parameter.shape[0] >= self.count:
             return None
         return next((Shard(i) for i, size in enumerate(parameter.shape) if size and size % self.count == 0), None)
 
-    # What is gathered, and when.
+    # Gathering.
 
     def shard_of(self, parameter: nn.Parameter) -> nn.Parameter:
-        """The share of a parameter of the model that this rank keeps; an optimizer's update of it is seen there."""
+        """The shard of a parameter of the model that this rank keeps, and whose updates the model sees."""
         return self._kept.get(parameter, parameter)
 
     def full_of(self, parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
-        """The parameters that blocks run with; they have memory while they are gathered."""
+        """The full parameters, which blocks run with; they have memory while they are gathered."""
         return [self._shared[parameter].full for parameter in parameters]
 
     @contextmanager
@@ -167,7 +169,7 @@ class Shards(Replicas):
         self._running = True
         try:
             for unit in units:
-                if unit.block in self._parts:  # else it is being built
+                if unit.block in self._parts:  # not while it is being built
                     self._gather(self._parts[unit.block])
             yield
         finally:
@@ -175,19 +177,19 @@ class Shards(Replicas):
             self.release()
 
     def release(self) -> None:
-        """Free all whole parameters."""
+        """Free all full parameters."""
         while self._open:
             self._open.pop().module.reshard()
 
-    def _need(self, part: Gatherable) -> None:
-        """Gather what is about to run outside of its group; where no graph is made, one part at a time."""
+    def _need(self, part: GatherableGroup) -> None:
+        """Gather what is about to run outside of its group; without gradients, one group at a time."""
         if part not in self._open and not self._running and not torch.is_grad_enabled():
             self.release()
         self._gather(part)
 
-    def _gather(self, part: Gatherable) -> None:
+    def _gather(self, part: GatherableGroup) -> None:
         if part not in self._open:
-            with self.pulse.watching():
+            with self.heartbeat.watching():
                 part.module.unshard()
             self._open.append(part)
 
@@ -196,10 +198,10 @@ class Shards(Replicas):
     def reduce(
         self, parameters: Sequence[nn.Parameter], running: Sequence[Tensor], loss: Tensor
     ) -> Callable[[], Tensor]:
-        """Start to average gradients, of which each rank gets its share, and running statistics.
+        """Start to average gradients, of which each rank gets its shard, and running statistics.
 
         Args:
-            parameters: what is kept here of those whose gradients are averaged.
+            parameters: this rank's shards of those whose gradients are averaged.
             running: as in `Replicas`.
             loss: as in `Replicas`.
         """
@@ -221,7 +223,7 @@ class Shards(Replicas):
                 full.grad = None
             bucket /= self.count
             own = torch.empty_like(bucket[0])
-            with self.pulse.watching():
+            with self.heartbeat.watching():
                 sent.append((scattered_sum(own, bucket.view(-1), async_op=True), own.split(widths), learned))
 
         def arrived() -> Tensor:
@@ -236,7 +238,7 @@ class Shards(Replicas):
         return arrived
 
     def _chunks(self, parameter: nn.Parameter) -> Sequence[Tensor]:
-        """The whole gradient, cut as the parameter is."""
+        """The full gradient, cut as the parameter is."""
         about = self._shared[parameter]
         (placement,) = about.sharded.placements
         assert isinstance(placement, Shard)
@@ -244,9 +246,9 @@ class Shards(Replicas):
         return about.full.grad.chunk(self.count, placement.dim)
 
     def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """Norm of the averaged gradients: the root of the sum of the shares' squares."""
+        """Norm of the averaged gradients: the root of the sum of the squares over all shards."""
         square = super().norm(parameters).to(self.ranks.device, torch.float64).square()  # which may not overflow
-        with self.pulse.watching():
+        with self.heartbeat.watching():
             work = dist.all_reduce(square, async_op=True)
         self._wait(work, square)
         return square.sqrt().float()
@@ -254,7 +256,7 @@ class Shards(Replicas):
     # States.
 
     def to_shard(self, own: Tensor, given: Tensor) -> Tensor:
-        """Of the whole tensor `given`, what belongs to a parameter of the model, or to this rank's share of one."""
+        """The part of the full tensor `given` that belongs to a parameter of the model or to its shard here."""
         sharded = self._shared[own].sharded if own in self._shared else own
         if not isinstance(sharded, DTensor) or sharded.shape != given.shape:
             return given
@@ -262,7 +264,7 @@ class Shards(Replicas):
         return found if own is sharded else found.to_local()
 
     def to_full(self, own: Tensor, tensor: Tensor) -> Tensor:
-        """A tensor that belongs to this rank's share of a parameter, as a part of the whole one."""
+        """A tensor that belongs to this rank's shard of a parameter, as a shard of the full one."""
         if own not in self._shared or tensor.shape != own.shape:
             return tensor
         full = self._shared[own].sharded
@@ -270,7 +272,7 @@ class Shards(Replicas):
         return DTensor.from_local(tensor, self.mesh, full.placements, run_check=False, shape=shape, stride=stride)
 
     def counted(self, use: MemoryUse, groups: Sequence[Group]) -> MemoryUse:
-        """A measured step with the largest group gathered, as a part of the parameters."""
+        """The memory of a measured step: the parameters count with the largest group gathered."""
         views = [{self._parts[unit.block] for unit in (*group.units, *group.ahead)} for group in groups]
         gathered = max(sum(part.bytes for part in parts) for parts in views)
         return replace(use, parameters=use.parameters + gathered, peak=use.peak + gathered)

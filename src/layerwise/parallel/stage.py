@@ -1,4 +1,4 @@
-"""A stage: the range of groups that one rank of a pipeline runs, and what comes in and goes out of it."""
+"""A stage: the groups that one rank of a pipeline runs, its input and its output."""
 
 import itertools
 import time
@@ -16,8 +16,8 @@ from layerwise.core.rule import Rule
 from layerwise.errors import LayerwiseError
 
 
-class Link(Protocol):
-    """The way from the rank before, and to the next one."""
+class StageLink(Protocol):
+    """The connections of a stage: from the rank before, and to the next one."""
 
     def receive(self) -> Any:
         """The next tree of tensors from the rank before, in the order in which it sent them."""
@@ -29,20 +29,20 @@ class Link(Protocol):
 
 
 class Stage:
-    """Which groups this rank runs, and the batch on its way through the ranks.
+    """Which groups this rank runs, and how a batch enters and leaves them.
 
     Args:
         rank: number of this rank, from 0.
         ranks: how many there are.
         counts: groups per rank; balanced by the blocks' costs if not given.
-        agree: gives all ranks the first one's list of numbers. With it the cost of a block is the time that it takes on
-            the first rank; without it the floating-point operations, in which ranks agree without a word.
+        agree: returns the first rank's list of numbers on all ranks. With it the cost of a block is the time that it
+            takes on the first rank; without it the floating-point operations, which are the same everywhere.
         samples: of the batch that is timed.
 
     Attributes:
         link: set before the first batch.
         blocks: per rank, names of the first and the last block; known when the learner is built.
-        stop: number of the signal by which the first rank stops the run behind this batch; 0 to go on.
+        stop: number of the signal by which the first rank stops the run after this batch; 0 to continue.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Stage:
         self.stop = 0
         self._skipped = False
 
-    link: Link
+    link: StageLink
 
     @property
     def first(self) -> bool:
@@ -72,16 +72,16 @@ class Stage:
         return self.rank == self.ranks - 1
 
     def choose(self, rule: Rule, network: Partition, groups: Sequence[range], example: Tensor) -> range:
-        """The groups of this rank; the other ranks' parameters are given up.
+        """The groups of this rank; parameters of other ranks lose their memory.
 
         Args:
-            rule: asked whether a pipeline can serve it.
+            rule: refused where a pipeline cannot train it.
             network: all blocks and the head.
             groups: sites of all groups.
             example: one sample, on which the costs are measured.
 
         Raises:
-            LayerwiseError: the rule needs more than what goes forward, or there are fewer groups than ranks.
+            LayerwiseError: the rule needs more than what travels forward, or there are fewer groups than ranks.
         """
         check_rule(rule, groups)
         if len(groups) < self.ranks:
@@ -110,12 +110,12 @@ class Stage:
             part = blocks[bounds[start] : bounds[end]]
             self.blocks.append(part[0].name if len(part) == 1 else f"{part[0].name}..{part[-1].name}")
             if i != self.rank:
-                give_up(network.model, [t for block in part for t in block.parameters()])
-                give_up(network.model, [t for block in part for _, t in block.named_buffers()])
+                to_meta(network.model, [t for block in part for t in block.parameters()])
+                to_meta(network.model, [t for block in part for _, t in block.named_buffers()])
         return range([0, *ends][self.rank], ends[self.rank])
 
     def own(self, tensors: Mapping[str, Tensor], auxiliary: nn.ModuleDict) -> dict[str, Tensor]:
-        """Of the tensors of all auxiliary modules, those of the modules here."""
+        """The tensors that belong to the auxiliary modules of this stage, out of those of all."""
         return {name: tensor for name, tensor in tensors.items() if name.partition(".")[0] in auxiliary}
 
     def receive(self) -> tuple[Tensor, Any]:
@@ -136,9 +136,9 @@ class Stage:
 
 
 def seconds(network: Partition, example: Tensor, repeats: int = 3) -> list[float]:
-    """Seconds that each block and the head take forward and backward, on a batch: the best of some, after a first.
+    """Seconds of each block and the head, forward and backward on a batch: the best of `repeats`, after a warm-up.
 
-    Evaluation mode leaves running statistics and random generators alone; no gradient stays behind.
+    Evaluation mode leaves running statistics and random generators alone; no gradient is kept.
     """
     was_training = network.training
     network.eval()
@@ -161,7 +161,7 @@ def seconds(network: Partition, example: Tensor, repeats: int = 3) -> list[float
 
 
 def check_rule(rule: Rule, groups: Sequence[range]) -> None:
-    """Raise LayerwiseError where a rule needs more than what goes forward from block to block, once."""
+    """Raise LayerwiseError where a rule needs more than what travels forward from block to block, once."""
     for i, group in enumerate(groups[1:], 1):
         if groups[i - 1].stop > group.start:
             why = "its signals pass through blocks of later groups"
@@ -183,13 +183,13 @@ def check_rule(rule: Rule, groups: Sequence[range]) -> None:
     )
 
 
-def give_up(model: nn.Module, tensors: Sequence[Tensor]) -> None:
-    """Replace parameters and buffers by ones that have a shape and no memory."""
-    gone = {id(tensor) for tensor in tensors}
+def to_meta(model: nn.Module, tensors: Sequence[Tensor]) -> None:
+    """Replace parameters and buffers by meta tensors, which have a shape and no memory."""
+    dropped = {id(tensor) for tensor in tensors}
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) in gone:
+            if parameter is not None and id(parameter) in dropped:
                 module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
         for name, buffer in module._buffers.items():
-            if buffer is not None and id(buffer) in gone:
+            if buffer is not None and id(buffer) in dropped:
                 module._buffers[name] = buffer.to("meta")

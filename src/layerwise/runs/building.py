@@ -2,8 +2,9 @@
 
 import contextlib
 import math
+import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,15 +16,18 @@ from layerwise.core.optim import Schedule
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.tasks import UNLABELLED
 from layerwise.errors import LayerwiseError
-from layerwise.learner import Learner
+from layerwise.files import kind_of, shown
+from layerwise.learner import Learner, checks
+from layerwise.memory.meter import MemoryUse
 from layerwise.memory.mmap import OnFile
-from layerwise.memory.offload import nearest_folder
+from layerwise.memory.stores import nearest_folder
 from layerwise.models import GraphModelOptions, ModelOptions
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
 from layerwise.runs import checkpoint
 from layerwise.runs.folders import check_options, read_options
 from layerwise.runs.options import TrainOptions, model_name
+from layerwise.runs.records import check_fields, is_amount, short, why
 
 
 def pick_device(name: str) -> torch.device:
@@ -86,8 +90,30 @@ class DataSignature:
 
     @classmethod
     def in_state(cls, state: Mapping[str, Any]) -> "DataSignature":
-        """The facts of the data that a checkpoint was trained on."""
-        return cls(**{name: tuple(value) for name, value in state["data"].items()})
+        """The facts of the data that a checkpoint was trained on.
+
+        Raises:
+            LayerwiseError: the checkpoint holds no such facts.
+        """
+        name, advice = "the checkpoint's description of its data", "take an older checkpoint"
+        known = [f.name for f in fields(cls)]
+        given = [f.name for f in fields(cls) if f.default is MISSING or f.name in state["data"]]
+        hints = typing.get_type_hints(cls)
+        check_fields(state["data"], {field: hints[field] for field in given}, name, advice)
+        found = cls(**{name: tuple(value) for name, value in state["data"].items() if name in known})
+        channels = {len(found.mean), len(found.std)}
+        right = (
+            len(found.shape) == len(found.sizes) == 3
+            and len(found.graph) in (0, 2)
+            and min(*found.shape, len(found.classes)) >= 1
+            and min(0, *found.sizes, *found.graph) == 0
+            and (channels == {found.shape[0]} or channels == {1})
+            and all(math.isfinite(number) for number in (*found.mean, *found.std))
+            and min(found.std) > 0
+        )
+        if not right:
+            raise LayerwiseError(f"{name} is damaged ({short(state['data'])}); {advice}.")
+        return found
 
     def check(self, dataset: data.Dataset) -> None:
         """Raise LayerwiseError unless `dataset` is the one that the facts are of."""
@@ -108,14 +134,23 @@ def build_model(options: ModelOptions, facts: DataSignature, seed: int, graph: G
     """The model for a data set, with initial weights that depend on `seed` only.
 
     Without the data's graph, a graph network has an empty one of the right size, which a checkpoint fills.
+
+    Raises:
+        LayerwiseError: the options do not go together, or the model does not fit into memory.
     """
     with preserved_generators(torch.device("cpu")):
         seed_generators(derive_seed(seed, "model"), torch.device("cpu"))
-        if not isinstance(options, GraphModelOptions):
-            return options.build(facts.shape, len(facts.classes))
-        if graph is None and facts.graph:
-            graph = Graph.blank(*facts.graph, classes=len(facts.classes))
-        return options.build(facts.shape, len(facts.classes), graph)
+        try:
+            if not isinstance(options, GraphModelOptions):
+                return options.build(facts.shape, len(facts.classes))
+            if graph is None and facts.graph:
+                graph = Graph.blank(*facts.graph, classes=len(facts.classes))
+            return options.build(facts.shape, len(facts.classes), graph)
+        except (RuntimeError, MemoryError, OverflowError) as reason:  # a size beyond memory, or 64 bits
+            raise LayerwiseError(
+                f"the model {model_name(options)!r} cannot be built with these options ({why(reason)}); choose a "
+                "smaller one."
+            ) from reason
 
 
 def load_data(options: TrainOptions) -> data.Dataset:
@@ -234,8 +269,40 @@ def read_state(folder: Path) -> tuple[TrainOptions, dict[str, Any], list[str]]:
     options = read_options(folder)
     state, notes = checkpoint.load_latest(folder / "checkpoints", mapped=options.offload != "none")
     if state is None:
-        raise LayerwiseError(f"the run in {folder} has no checkpoint yet; train it first.")
+        raise LayerwiseError(f"the run in {shown(folder)} has no checkpoint yet; train it first.")
+    check_run_state(state, folder)
     check_options(options, state["options"], folder)
-    if not (folder / "result.json").is_file():
+    if kind_of(folder / "result.json") is None:
         notes.append(f"the run is not finished: these are its weights after step {state['learner']['steps']}")
     return options, state, notes
+
+
+STATE: dict[str, Any] = {
+    "learner": dict,
+    "samples": int,
+    "seconds": float,
+    "val": dict[str, float],
+    "memory": dict[str, int] | None,
+    "measured": list[str] | None,  # this and the next are missing in the checkpoints of version 0.1.0
+    "flops": int | None,
+    "threads": int,
+    "machines": list[dict] | None,
+    "options": dict,
+    "data": dict,
+}
+"""What the checkpoint of a run holds beside its learner's own state."""
+
+
+def check_run_state(state: Any, folder: Path) -> None:
+    """Raise LayerwiseError unless the checkpoint of the run in `folder` holds what a run writes, in its ranges."""
+    name, advice = f"the checkpoint in {shown(folder)}", "take an older one, or start the run again"
+    check_fields(state, STATE, name, advice)
+    checks.check_parts(state["learner"])
+    amounts = {field: state.get(field) for field in ("samples", "seconds", "flops", "threads")}
+    memory = state.get("memory")
+    if memory is not None:
+        check_fields(memory, dict.fromkeys((f.name for f in fields(MemoryUse)), int), f"{name}, memory,", advice)
+        amounts |= {field: memory[field] for field in memory}
+    for field, value in amounts.items():
+        if value is not None and not is_amount(value):
+            raise LayerwiseError(f"{name} is damaged ({field} = {short(value)}); {advice}.")

@@ -9,8 +9,9 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from layerwise.errors import LayerwiseError
+from layerwise.files import check_regular, kind_of, shown
 from layerwise.memory.mmap import map_file, release_pages, tensor_at
+from layerwise.runs.records import check_fields, parse_json, read_json, short, why
 
 KEPT = 2  # complete checkpoints that stay: the newest, and one to fall back to
 
@@ -89,10 +92,12 @@ def not_written(folder: Path, step: int, reason: BaseException) -> LayerwiseErro
     """Why a checkpoint could not be written; what there is of it is removed."""
     final = folder / f"step-{step:09d}"
     shutil.rmtree(final.with_suffix(".partial"), ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()  # where this was to be the first one
     last = latest(folder)
     kept = f"; the last complete one is {last}" if last else ""
     return LayerwiseError(
-        f"could not write the checkpoint {final} ({_short(reason)}){kept}; free space or choose another --out."
+        f"could not write the checkpoint {final} ({why(reason)}){kept}; free space or choose another --out."
     )
 
 
@@ -104,41 +109,114 @@ def load(path: Path, mapped: bool = False) -> dict[str, Any]:
         mapped: leave the bytes in the file until they are read; not to be changed.
 
     Raises:
-        CorruptCheckpoint: a file is missing, cut short or changed.
+        CorruptCheckpoint: a file is missing, cut short or changed, or is not what this program writes.
+        LayerwiseError: a file may not be read.
     """
     try:
-        about = json.loads((path / "state.json").read_text())
-        said = about.pop("digest")
-        if "parts" in about:
-            files = list(about["parts"])
-            whole = digest(about) == said and all(digest(f, path / f) == d for f, d in about["parts"].items())
-        else:
-            files = ["state.safetensors"]
-            whole = digest(about["tree"], path / files[0]) == said
-        if not whole:
-            raise CorruptCheckpoint(f"the checkpoint {path} is damaged: its bytes do not match their digest.")
-        tensors: dict[str, Tensor] = {}
-        for file in files:
-            tensors |= (_map_tensors if mapped else load_file)(path / file)
-        for name, shards in about.get("shards", {}).items():
-            tensors[name] = _assembled(shards, tensors)
-    except (*FAILURES, ValueError, KeyError, TypeError) as reason:
-        raise CorruptCheckpoint(f"the checkpoint {path} is damaged: {_short(reason)}.") from reason
-    return _join(about["tree"], tensors)
+        return _load(path, mapped)
+    except CorruptCheckpoint:
+        raise
+    except (LayerwiseError, *FAILURES, ValueError, RecursionError, MemoryError, RuntimeError) as reason:
+        if isinstance(reason, PermissionError) or isinstance(reason.__cause__, PermissionError):
+            raise LayerwiseError(
+                f"the checkpoint {shown(path)} may not be read (Permission denied); give yourself the right to read it."
+            ) from reason
+        raise _damaged(path, why(reason).removesuffix(".")) from reason
 
 
-def _assembled(shards: Mapping[str, Any], tensors: dict[str, Tensor]) -> Tensor:
-    """One tensor out of its shards, which are taken out of `tensors`."""
-    parts = [(tensors.pop(key), offset) for key, offset in shards["offsets"].items()]
-    whole = parts[0][0].new_empty(shards["shape"])
-    for part, offset in parts:
-        whole[tuple(slice(start, start + size) for start, size in zip(offset, part.shape, strict=True))] = part
+ADVICE = "take an older checkpoint"
+ABOUT: dict[str, Any] = {"digest": str, "tree": dict, "parts": dict[str, str] | None, "shards": dict[str, dict] | None}
+SHARDS: dict[str, Any] = {"shape": list[int], "offsets": dict[str, list[int]]}
+
+
+def _damaged(path: Path, reason: str) -> CorruptCheckpoint:
+    return CorruptCheckpoint(f"the checkpoint {shown(path)} is damaged: {reason}.")
+
+
+def _load(path: Path, mapped: bool) -> dict[str, Any]:
+    about = read_json(path / "state.json", ADVICE, ABOUT)
+    said = about.pop("digest")
+    parts = about.get("parts")
+    for name in parts or {}:
+        if not re.fullmatch(r"[\w-]+\.safetensors", name):
+            raise _damaged(path, f"it names the file {short(name)}")
+    files = ["state.safetensors"] if parts is None else list(parts)
+    for name in files:
+        check_regular(path / name, ADVICE)
+    if parts is None:
+        whole = digest(about["tree"], path / files[0]) == said
+    else:
+        whole = digest(about) == said and all(digest(name, path / name) == found for name, found in parts.items())
+    if not whole:
+        raise _damaged(path, "its bytes do not match their digest")
+    tensors: dict[str, Tensor] = {}
+    for name in files:
+        found = (_map_tensors if mapped else load_file)(path / name)
+        if twice := found.keys() & tensors.keys():
+            raise _damaged(path, f"two files hold the tensor {short(min(twice))}")
+        tensors |= found
+    for name, shards in (about.get("shards") or {}).items():
+        check_fields(shards, SHARDS, f"the entry of {short(name)}", ADVICE)
+        whole_tensor = _assembled(path, name, shards, tensors)
+        if name in tensors:
+            raise _damaged(path, f"it holds the tensor {short(name)} twice")
+        tensors[name] = whole_tensor
+    tree = _join(about["tree"], tensors, used := set[str]())
+    if unused := tensors.keys() - used:
+        raise _damaged(path, f"nothing refers to its tensor {short(min(unused))}")
+    return tree
+
+
+def _assembled(path: Path, name: str, shards: Mapping[str, Any], tensors: dict[str, Tensor]) -> Tensor:
+    """One tensor out of its shards, which are taken out of `tensors`: they fill it, and none overlaps another.
+
+    Raises:
+        CorruptCheckpoint: they do not.
+    """
+    shape, offsets = shards["shape"], shards["offsets"]
+    if not offsets.keys() <= tensors.keys():
+        raise _damaged(path, f"a shard of the tensor {short(name)} is missing")
+    parts = [(tensors.pop(key), offset) for key, offset in offsets.items()]
+    boxes = [[range(at, at + size) for at, size in zip(o, part.shape, strict=True)] for part, o in parts]
+    inside = all(
+        len(box) == len(shape) and all(side.start >= 0 and side.stop <= n for side, n in zip(box, shape, strict=True))
+        for box in boxes
+    )
+    apart = all(_apart(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
+    count = sum(part.numel() for part, _ in parts)
+    if not (parts and inside and apart and count == torch.Size(shape).numel()):
+        raise _damaged(path, f"the shards of the tensor {short(name)} do not fill it")
+    if len({part.dtype for part, _ in parts}) > 1:
+        raise _damaged(path, f"the shards of the tensor {short(name)} are of several types")
+    whole = parts[0][0].new_empty(shape)
+    for (part, _), box in zip(parts, boxes, strict=True):
+        whole[tuple(slice(side.start, side.stop) for side in box)] = part
     return whole
 
 
+def _apart(a: Sequence[range], b: Sequence[range]) -> bool:
+    """Whether two boxes have no element in common."""
+    return any(x.stop <= y.start or y.stop <= x.start for x, y in zip(a, b, strict=True)) or any(
+        not side for side in (*a, *b)
+    )
+
+
 def complete(folder: Path) -> list[Path]:
-    """Complete checkpoints in `folder`, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.suffix != ".partial")
+    """Complete checkpoints in `folder`, oldest first; none where there is no such folder.
+
+    Raises:
+        LayerwiseError: the folder cannot be read, or is none.
+    """
+    kind = kind_of(folder, "give yourself the right to read it")
+    if kind is None:
+        return []
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except OSError as reason:
+        raise LayerwiseError(
+            f"the checkpoints in {shown(folder)} cannot be read ({why(reason)}); put the folder right, then resume."
+        ) from reason
+    return [folder / name for name in sorted(names) if re.fullmatch(r"step-\d{9,}", name)]
 
 
 def latest(folder: Path) -> Path | None:
@@ -166,41 +244,47 @@ def load_latest(folder: Path, mapped: bool = False) -> tuple[dict[str, Any] | No
     return None, []
 
 
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A name to write a file under, which then replaces `path` in one step: readers see the old file or the new one.
+
+    Raises:
+        LayerwiseError: the disk is full, the folder is not writable, or no file can have this name.
+    """
+    partial = None
+    try:
+        partial = path.with_name(path.name + ".partial")
+        partial.unlink(missing_ok=True)  # it may be a link, which would be followed
+        yield partial
+        flush(partial)
+        partial.replace(path)
+    except (*FAILURES, ValueError) as reason:
+        if partial is not None:
+            with contextlib.suppress(OSError, ValueError):
+                partial.unlink()
+        raise LayerwiseError(
+            f"could not write {shown(path)} ({why(reason)}); free space, or choose another place."
+        ) from reason
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file in one step: readers see the old content or the new one.
 
     Raises:
-        LayerwiseError: the disk is full or the folder is not writable.
+        LayerwiseError: the disk is full, the folder is not writable, or no file can have this name.
     """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.unlink(missing_ok=True)  # it may be a link, which would be followed
+    with replaced(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        flush(partial)
-        partial.replace(path)
-    except OSError as reason:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise LayerwiseError(f"could not write {path} ({_short(reason)}).") from reason
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Replace a safetensors file in one step.
 
     Raises:
-        LayerwiseError: the disk is full or the folder is not writable.
+        LayerwiseError: the disk is full, the folder is not writable, or no file can have this name.
     """
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with replaced(path) as partial:
         save_file(tensors, partial)
-        flush(partial)
-        partial.replace(path)
-    except (OSError, safetensors.SafetensorError) as reason:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise LayerwiseError(
-            f"could not write {path} ({_short(reason)}); free space or choose another place."
-        ) from reason
 
 
 def split(state: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
@@ -226,6 +310,10 @@ def save_file(tensors: Mapping[str, Tensor], path: Path) -> None:
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     names, header, end = {dtype: name for name, dtype in TYPES.items()}, {}, 0
     for name in order:
+        if tensors[name].dtype not in names:
+            raise LayerwiseError(
+                f"the tensor {name!r} is of type {tensors[name].dtype}, which safetensors has no name for; convert it."
+            )
         start, end = end, end + tensors[name].nbytes
         about = {"dtype": names[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
         header[name] = about
@@ -240,15 +328,26 @@ def save_file(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _map_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, none of which is in memory before it is read."""
+    """The tensors of a safetensors file, none of which is in memory before it is read.
+
+    The library checks the header first, so that no tensor lies outside of the file or over another one.
+    """
+    with safetensors.safe_open(path, framework="pt") as checked:  # pyright: ignore[reportPrivateImportUsage]
+        names = set(checked.keys())
     with path.open("rb") as file:
         first = 8 + int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(first - 8))
+        header = parse_json(file.read(first - 8).decode(), "its header", ADVICE)  # no name twice
         mapped = map_file(file.fileno(), path.stat().st_size, own_changes=True)
-    return {
-        name: tensor_at(mapped, first + about["data_offsets"][0], tuple(about["shape"]), TYPES[about["dtype"]])
-        for name, about in header.items()
-    }
+    if header.keys() - {"__metadata__"} != names or first % 8:
+        raise ValueError("its header is not one that this program writes")
+    found = {}
+    for name in names:
+        about = header[name]
+        if about["dtype"] not in TYPES:
+            raise ValueError(f"a tensor is of the unknown type {short(about['dtype'])}")
+        start = first + about["data_offsets"][0]
+        found[name] = tensor_at(mapped, start, tuple(about["shape"]), TYPES[about["dtype"]])
+    return found
 
 
 def _split(tree: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
@@ -267,13 +366,22 @@ def _split(tree: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
     return tree
 
 
-def _join(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _join(tree: Any, tensors: Mapping[str, Tensor], used: set[str]) -> Any:
+    """The state of a tree: every reference becomes its tensor, whose name is added to `used`.
+
+    Raises:
+        ValueError: a reference to no tensor, or a second one to the same.
+    """
     if isinstance(tree, dict):
         if tree.keys() == {"$tensor"}:
-            return tensors[tree["$tensor"]]
-        return {key.removeprefix("$"): _join(value, tensors) for key, value in tree.items()}
+            name = tree["$tensor"]
+            if not isinstance(name, str) or name not in tensors or name in used:
+                raise ValueError(f"it refers to {short(name)}, which is no tensor of its own")
+            used.add(name)
+            return tensors[name]
+        return {key.removeprefix("$"): _join(value, tensors, used) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [_join(value, tensors) for value in tree]
+        return [_join(value, tensors, used) for value in tree]
     return tree
 
 
@@ -294,7 +402,3 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _short(reason: BaseException) -> str:
-    return (str(reason) or type(reason).__name__).splitlines()[0]

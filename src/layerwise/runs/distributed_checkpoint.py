@@ -1,31 +1,60 @@
-"""Checkpoints written by several ranks, each its own part, with `torch.distributed.checkpoint`.
+"""Checkpoints written by several ranks, each a part.
 
-Planning, sharded tensors and the agreement of the ranks are torch's. The storage is our own, since torch's keeps
-its index in a pickle, which runs code when it is read, and its safetensors storage (torch 2.8) has no index at all:
-a safetensors file per rank, and the `state.json` that every checkpoint has.
+A checkpoint is a safetensors file per rank, and the `state.json` that every checkpoint has. The ranks of
+`torch.distributed.checkpoint` exchange pickles, and its index is one; a pickle runs code when it is read.
 """
 
-import dataclasses
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
-from torch.distributed.checkpoint.state_dict_saver import save as save_together
-from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
-from torch.futures import Future
+from torch.distributed.tensor import DTensor, Shard
 
-from layerwise.parallel.transport import Refused
-from layerwise.runs.checkpoint import begin, digest, flush, make_current, not_written, split
+from layerwise.parallel.ranks import Refused
+from layerwise.parallel.serialization import all_gather_values
+from layerwise.runs.checkpoint import begin, digest, flush, make_current, not_written, save_file, split
 
 Join = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class LocalTensor:
+    """What one rank holds of a tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the full tensor."""
+    offsets: tuple[int, ...]
+    """Where the part begins in it."""
+    sizes: tuple[int, ...]
+    """Shape of the part."""
+    bytes: int
+
+    @property
+    def key(self) -> str:
+        """Name in the file: the tensor's own, with the offset for a shard."""
+        return self.name if self.sizes == self.shape else f"{self.name}@{','.join(map(str, self.offsets))}"
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> "LocalTensor":
+        """What this rank holds of a tensor: a shard of a `DTensor`, otherwise all of it."""
+        shape, offsets = tuple(tensor.shape), [0] * tensor.dim()
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if isinstance(tensor, DTensor):
+            sizes, coordinate = list(shape), tensor.device_mesh.get_coordinate()
+            assert coordinate is not None
+            for place, count, placement in zip(coordinate, tensor.device_mesh.shape, tensor.placements, strict=True):
+                if isinstance(placement, Shard):  # chunks of equal size; the last ones may be short or empty
+                    chunk = -(-sizes[placement.dim] // count)
+                    start = min(chunk * place, sizes[placement.dim])
+                    offsets[placement.dim] += start
+                    sizes[placement.dim] = min(chunk, sizes[placement.dim] - start)
+            assert tuple(sizes) == tuple(local.shape)
+        return cls(name, shape, tuple(offsets), tuple(local.shape), local.nbytes)
 
 
 def save(
@@ -41,88 +70,93 @@ def save(
     Args:
         folder: of all checkpoints of the run, which every rank sees.
         step: number of finished steps.
-        state: this rank's; nested mappings of tensors (also sharded ones), numbers, strings and None.
+        state: of this rank; nested mappings of tensors (also sharded ones), numbers, strings and None.
         join: the whole tree out of those of all ranks.
         group: of the ranks.
-        written: called when this rank's part has been written.
+        written: called when the part of this rank is written.
 
     Raises:
         Refused: on every rank, where one of them could not write.
         RuntimeError: a rank is gone.
     """
+    rank = dist.get_rank(group) if dist.is_initialized() else 0
+    partial = folder / f"step-{step:09d}.partial"
+
+    def gathered(work: Callable[[], Any]) -> list[Any]:
+        """What the work of each rank gives; the failure of one is the failure of all."""
+        try:
+            mine = (None, work())
+        except Exception as reason:
+            mine = (str(reason) or type(reason).__name__, None)
+        found = all_gather_values(mine, group)
+        for number, (failure, _) in enumerate(found):
+            if failure is not None:
+                raise Refused(str(not_written(folder, step, OSError(failure))), teller=number)
+        return [value for _, value in found]
+
     tree, tensors = split(state)
-    writer = Writer(folder, step, tree, join, written)
-    try:
-        save_together(tensors, storage_writer=writer, process_group=group)
-    except CheckpointException as failed:
-        rank, (reason, _) = min(failed.failures.items())
-        if not isinstance(reason, Exception):
-            raise reason from None
-        raise Refused(str(not_written(folder, step, reason)), teller=rank) from None
+    held = [LocalTensor.of(name, tensor) for name, tensor in tensors.items()]
 
+    def plan() -> Any:
+        if rank == 0:
+            begin(folder, step)
+        return json.dumps(tree), [(t.name, t.shape, t.offsets, t.sizes, t.bytes) for t in held]
 
-class Writer(StorageWriter):
-    """A folder with a safetensors file per rank, which is renamed when all have been written."""
+    found = gathered(plan)
+    everyone = [[LocalTensor(*values) for values in rows] for _, rows in found]
+    writers = shared_out(everyone)
 
-    def __init__(self, folder: Path, step: int, tree: Any, join: Join, written: Callable[[], None]):
-        self.folder, self.step, self.tree, self.join, self.written = folder, step, tree, join, written
-        self.partial = folder / f"step-{step:09d}.partial"
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Nothing: a writer writes one checkpoint."""
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """No: the folder is given when the writer is made."""
-        return False
-
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Rank 0 makes the temporary folder; the others write only after it has planned."""
-        if is_coordinator:
-            begin(self.folder, self.step)
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """The plan takes the rank's tree along, as JSON, like the one on the disk."""
-        return dataclasses.replace(plan, storage_data=json.dumps(self.tree))
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Joins the trees of all ranks; gives each rank a file."""
-        self.tree = self.join([json.loads(plan.storage_data) for plan in plans])
-        return [dataclasses.replace(plan, storage_data=f"rank-{i}.safetensors") for i, plan in enumerate(plans)]
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """One file with what is on this rank."""
-        done: Future[list[WriteResult]] = Future()
-        if not plan.items:  # others have all that is here
-            done.set_result([])
-            return done
-        path = self.partial / plan.storage_data
-        tensors = {_key(item): planner.resolve_data(item) for item in plan.items}
-        save_file({key: t.contiguous() for key, t in tensors.items() if isinstance(t, Tensor)}, path)
+    def write() -> Any:
+        mine = [tensor for tensor in held if writers.get(tensor.key) == rank]
+        if not mine:  # others have all that is here
+            written()
+            return None
+        path = partial / f"rank-{rank}.safetensors"
+        parts = {t.key: tensors[t.name] for t in mine}
+        save_file({k: t.to_local() if isinstance(t, DTensor) else t for k, t in parts.items()}, path)
         flush(path)
-        part = path.name, digest(path.name, path)
-        self.written()
-        done.set_result([WriteResult(item.index, path.stat().st_size, (part, _key(item))) for item in plan.items])
-        return done
+        about = path.name, digest(path.name, path)
+        written()
+        return about
 
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Rank 0 writes which part has which digest, and which shard lies where; then the checkpoint is current."""
-        written = [result for found in results for result in found]
-        keys = {result.index: result.storage_data[1] for result in written}
-        shards = {}
-        for name, about in metadata.state_dict_metadata.items():
-            assert isinstance(about, TensorStorageMetadata)
-            if keys.get(MetadataIndex(name, [0] * len(about.size))) != name:
-                offsets = {keys[MetadataIndex(name, chunk.offsets)]: list(chunk.offsets) for chunk in about.chunks}
-                shards[name] = {"shape": list(about.size), "offsets": offsets}
-        about = {"tree": self.tree, "parts": dict(sorted({result.storage_data[0] for result in written}))}
-        about["shards"] = shards
-        make_current(self.partial, {**about, "digest": digest(about)})
+    parts = [part for part in gathered(write) if part is not None]
+
+    def finish() -> None:
+        if rank == 0:
+            trees = [json.loads(text) for text, _ in found]
+            about = {"tree": join(trees), "parts": dict(sorted(parts)), "shards": shards_of(everyone)}
+            make_current(partial, {**about, "digest": digest(about)})
+
+    gathered(finish)
 
 
-def _key(item: WriteItem) -> str:
-    """Name in the file: the tensor's own, with the offset for a shard."""
-    about = item.tensor_data
-    assert about is not None  # a state holds tensors alone here
-    offset = "" if about.chunk.sizes == about.size else f"@{','.join(map(str, about.chunk.offsets))}"
-    return item.index.fqn + offset
+def shared_out(held: Sequence[Sequence[LocalTensor]]) -> dict[str, int]:
+    """Which rank writes what, by key: where several hold the same, the one with the fewest bytes so far.
+
+    >>> both, one = LocalTensor("a", (2,), (0,), (2,), 8), LocalTensor("b", (1,), (0,), (1,), 4)
+    >>> shared_out([[one, both], [both]])
+    {'b': 0, 'a': 1}
+    """
+    holders: dict[str, list[int]] = {}
+    sizes: dict[str, int] = {}
+    for rank, tensors in enumerate(held):
+        for tensor in tensors:
+            if tensor.bytes or 0 in tensor.shape:  # nobody writes an empty shard
+                holders.setdefault(tensor.key, []).append(rank)
+                sizes[tensor.key] = tensor.bytes
+    load, writers = [0] * len(held), {}
+    for key in sorted(holders, key=lambda key: len(holders[key])):
+        writers[key] = min(holders[key], key=lambda rank: load[rank])
+        load[writers[key]] += sizes[key]
+    return writers
+
+
+def shards_of(held: Sequence[Sequence[LocalTensor]]) -> dict[str, Any]:
+    """Shape and offsets of every tensor of which no rank holds all."""
+    shards: dict[str, Any] = {}
+    for tensors in held:
+        for tensor in tensors:
+            if tensor.key != tensor.name and tensor.bytes:
+                about = shards.setdefault(tensor.name, {"shape": list(tensor.shape), "offsets": {}})
+                about["offsets"][tensor.key] = list(tensor.offsets)
+    return shards

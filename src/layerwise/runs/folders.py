@@ -1,34 +1,122 @@
-"""The folder of a run: made empty, its options read back, its log cut where a run goes on."""
+"""The folder of a run: claimed by one process at a time, made empty, its options read back, its log cut."""
 
 import contextlib
+import fcntl
 import itertools
 import json
 import os
 import re
 import shutil
 import socket
+import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from layerwise.errors import LayerwiseError
+from layerwise.files import MissingFile, kind_of, read_text, shown
 from layerwise.runs.checkpoint import write_atomically
 from layerwise.runs.options import TrainOptions, from_mapping, model_name, to_mapping
+from layerwise.runs.records import read_json, read_lines, short, why
+
+
+class Claim:
+    """An exclusive claim on a folder: no second run, resume or comparison works there meanwhile.
+
+    The system's lock on the folder ends with `release`, or with the last process that holds it, however that ends.
+
+    Args:
+        folder: made if it is missing.
+        patience: seconds to wait for another process, whose workers may live on for a moment after it was killed.
+        what: what another process is, for the sentence.
+
+    Attributes:
+        fresh: whether the folder was made here.
+        handle: number of the open folder, for processes that are to hold the claim, too.
+
+    Raises:
+        LayerwiseError: the folder cannot be written, or another process works there.
+    """
+
+    def __init__(self, folder: Path, patience: float = 0.0, what: str = "run"):
+        self.folder = folder
+        try:
+            self.fresh = kind_of(folder) is None
+            folder.mkdir(parents=True, exist_ok=True)
+            self.handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except (OSError, ValueError, LayerwiseError) as reason:
+            raise _cannot_write(folder, reason) from reason
+        self._close = weakref.finalize(self, os.close, self.handle)
+        try:
+            self._lock(patience, what)
+        except BaseException:
+            self.release()
+            raise
+
+    def _lock(self, patience: float, what: str) -> None:
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as reason:
+                if time.monotonic() >= deadline:
+                    raise LayerwiseError(
+                        f"another {what} is running in {shown(self.folder)}; wait for it, or stop it."
+                    ) from reason
+                time.sleep(0.1)
+            except OSError:  # a file system without locks, such as some network ones: nothing can be claimed there
+                return
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(self.folder), os.fstat(self.handle)):
+                return
+        raise LayerwiseError(f"another {what} has just replaced {shown(self.folder)}; try again.")
+
+    def release(self) -> None:
+        """Give the folder up."""
+        self._close()
+
+    def discard_if_empty(self) -> None:
+        """Remove the folder where it was made here and nothing came into it."""
+        with contextlib.suppress(OSError):
+            if self.fresh:
+                self.folder.rmdir()
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, patience: float = 0.0, what: str = "run") -> Iterator[int]:
+    """A context in which a folder is claimed; yields the number of the open folder. The arguments are `Claim`'s.
+
+    A folder that was made here is removed again if it stays empty.
+
+    Raises:
+        LayerwiseError: the folder cannot be written, or another process works there.
+    """
+    claim = Claim(folder, patience, what)
+    try:
+        yield claim.handle
+    finally:
+        claim.discard_if_empty()
+        claim.release()
+
+
+def _cannot_write(folder: Path, reason: BaseException) -> LayerwiseError:
+    cause = reason.__cause__ if isinstance(reason, LayerwiseError) and reason.__cause__ is not None else reason
+    return LayerwiseError(f"cannot write to {shown(folder)} ({why(cause)}); choose another --out.")
 
 
 def read_options(folder: Path) -> TrainOptions:
     """The options of the run in `folder`.
 
     Raises:
-        LayerwiseError: the folder holds no run, or its config.json is damaged.
+        LayerwiseError: the folder holds no run, or its config.json is damaged or cannot be read.
     """
     file = folder / "config.json"
     try:
-        return from_mapping(json.loads(file.read_text()), str(file))
-    except OSError as reason:
-        raise LayerwiseError(f"{folder} holds no run (no config.json); give the folder of a run.") from reason
-    except ValueError as reason:
-        raise LayerwiseError(f"{file} is damaged ({reason}); start the run again.") from reason
+        return from_mapping(read_json(file, "start the run again"), shown(file))
+    except MissingFile as reason:
+        raise LayerwiseError(f"{shown(folder)} holds no run (no config.json); give the folder of a run.") from reason
 
 
 FREE = (
@@ -45,8 +133,9 @@ def check_options(options: TrainOptions, trained: dict[str, Any], folder: Path) 
     for name in now.keys() - set(FREE):
         if now[name] != trained.get(name):
             raise LayerwiseError(
-                f"the checkpoint in {folder} is of another run: config.json has {name} = {json.dumps(now[name])} and "
-                f"the checkpoint {json.dumps(trained.get(name))}; put the options back, or start a new run."
+                f"the checkpoint in {shown(folder)} is of another run: config.json has {name} = "
+                f"{short(now[name])} and the checkpoint {short(trained.get(name))}; put the options back, or start a "
+                "new run."
             )
 
 
@@ -56,26 +145,106 @@ def wanted_folder(options: TrainOptions) -> Path:
     return Path(options.out or f"{base}-{options.rule.name}-seed{options.seed}")
 
 
-def new_folder(options: TrainOptions) -> Path:
-    """The folder of a new run, empty."""
-    folder = wanted_folder(options)
+BEGINNING = {"job", "job.partial", "config.json.partial"}
+"""What a run that was killed at its very beginning leaves behind: nothing that anyone needs."""
+
+
+def new_folder(options: TrainOptions) -> Claim:
+    """The folder of a new run, claimed and empty. What `--overwrite` replaces is renamed; `drop_replaced` deletes it.
+
+    Raises:
+        LayerwiseError: the folder holds something, another process works there, or it cannot be written.
+    """
+    wanted = wanted_folder(options)
     try:
-        if folder.exists() and any(folder.iterdir()):
-            if options.out is not None and not options.overwrite:
-                raise LayerwiseError(
-                    f"{folder} is not empty; choose another --out, go on with --resume {folder}, or replace it "
-                    "with --overwrite."
-                )
-            if options.overwrite:
-                if not (folder / "config.json").exists():
-                    raise LayerwiseError(f"{folder} is not the folder of a run, so --overwrite does not delete it.")
-                shutil.rmtree(folder)
-            else:
-                folder = next(path for path in numbered(folder) if not path.exists())
-        folder.mkdir(parents=True, exist_ok=True)
+        for folder in [wanted] if options.out or options.overwrite else numbered(wanted):
+            claim = _new_folder(folder, options)
+            if claim is not None:
+                return claim
+    except (OSError, ValueError) as reason:
+        raise _cannot_write(wanted, reason) from reason
+    raise AssertionError("the names do not end")
+
+
+def _new_folder(folder: Path, options: TrainOptions) -> Claim | None:
+    """The folder, claimed and empty; None where it is taken and another name will do."""
+    any_name = options.out is None and not options.overwrite
+    if any_name and kind_of(folder) is not None and (kind_of(folder) != "folder" or not _is_vacant(folder)):
+        return None
+    try:
+        claim = Claim(folder)
+    except LayerwiseError as reason:
+        if any_name and isinstance(reason.__cause__, BlockingIOError):
+            return None
+        raise
+    try:
+        if _is_vacant(folder):
+            return claim
+        if any_name:  # another run was faster
+            claim.release()
+            return None
+        if not options.overwrite:
+            raise LayerwiseError(
+                f"{shown(folder)} is not empty; choose another --out, continue it with --resume {shown(folder)}, or "
+                "replace it with --overwrite."
+            )
+        return _replaced(folder, claim)
+    except BaseException:
+        claim.release()
+        raise
+
+
+def _is_vacant(folder: Path) -> bool:
+    return {path.name for path in folder.iterdir()} <= BEGINNING
+
+
+def _replaced(folder: Path, old: Claim) -> Claim:
+    """A new folder in place of that of an old run, which is kept under another name until the new one has begun."""
+    if kind_of(folder / "config.json") != "file":
+        raise LayerwiseError(f"{shown(folder)} is not the folder of a run, so --overwrite does not delete it.")
+    real = folder.resolve()
+    if Path.cwd().is_relative_to(real):
+        raise LayerwiseError(
+            f"the current folder lies in {shown(folder)}, which --overwrite is to replace; go to another folder first."
+        )
+    aside = set_aside(folder)
+    if aside.exists():  # an earlier replacement was killed before it could delete it
+        shutil.rmtree(aside)
+    real.rename(aside)
+    try:
+        new = Claim(real)
+    except LayerwiseError:
+        aside.rename(real)
+        raise
+    old.release()
+    new.folder = folder
+    return new
+
+
+def set_aside(folder: Path) -> Path:
+    """The name under which a replaced run waits until its successor has begun."""
+    real = folder.resolve()
+    return real.with_name(f".{real.name[:200]}.replaced")
+
+
+def drop_replaced(folder: Path) -> list[str]:
+    """Delete the run that this folder's new one has replaced; returns a sentence if that fails."""
+    aside = set_aside(folder)
+    try:
+        if aside.exists():
+            shutil.rmtree(aside)
     except OSError as reason:
-        raise LayerwiseError(f"cannot write to {folder} ({reason.strerror}); choose another --out.") from reason
-    return folder
+        return [f"the replaced run could not be deleted from {shown(aside)} ({why(reason)})"]
+    return []
+
+
+def undo_replacement(folder: Path) -> None:
+    """Put a replaced run back where its successor could not begin."""
+    aside = set_aside(folder)
+    with contextlib.suppress(OSError):
+        if aside.exists() and _is_vacant(folder):
+            shutil.rmtree(folder)
+            aside.rename(folder.resolve())
 
 
 def numbered(folder: Path) -> Iterator[Path]:
@@ -94,36 +263,55 @@ def folder_of_restarted(options: TrainOptions) -> Path | None:
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return None
     first = wanted_folder(options)
-    for folder in [first] if options.out else itertools.takewhile(Path.exists, numbered(first)):
-        with contextlib.suppress(OSError):
-            if (folder / "job").read_text() == _job() + "\n":
+    for folder in [first] if options.out else itertools.takewhile(kind_of, numbered(first)):
+        try:
+            if read_text(folder / "job", "start the job again") == _job() + "\n":
                 return folder
+        except MissingFile:
+            continue
     return None
 
 
 def _job() -> str:
-    """What tells one start of torchrun from another: its id, or else its process, which starts every attempt."""
+    """Tells one start of torchrun from another: its id, or else its process, which starts every attempt."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return name if name != "none" else f"{socket.gethostname()} {os.getppid()}"
 
 
+def check_not_lost(folder: Path, save_every: int) -> None:
+    """Raise LayerwiseError where the run in `folder` had checkpoints, of which none is left: it would begin anew.
+
+    Args:
+        folder: of a run without a checkpoint.
+        save_every: steps between its checkpoints.
+    """
+    logged = max((line["step"] for line in read_lines(folder / "metrics.jsonl")), default=0)
+    had = logged > save_every or any(kind_of(folder / name) for name in ("result.json", "model.safetensors"))
+    begun = list((folder / "checkpoints").iterdir()) if kind_of(folder / "checkpoints") else ["none"]
+    if had or not begun:
+        raise LayerwiseError(
+            f"the checkpoints of the run in {shown(folder)} are gone, and its log reaches step {logged}; put them back "
+            "into checkpoints/, or start the run again with --overwrite."
+        )
+
+
 def drop_lines_after(file: Path, step: int) -> None:
-    """Forget what was logged after the checkpoint that the run goes on from, and any half-written line."""
-    if not file.exists():
+    """Drop what was logged after the checkpoint that the run continues from, and any half-written line.
+
+    Raises:
+        LayerwiseError: the file cannot be read or written.
+    """
+    if kind_of(file) is None:
         return
-    kept = []
-    for line in file.read_text().splitlines():
-        with contextlib.suppress(ValueError, KeyError):
-            values = json.loads(line)
-            if values["step"] <= step and values["split"] != "test":  # the end is evaluated and logged anew
-                kept.append(line)
-    write_atomically(file, "".join(f"{line}\n" for line in kept))
+    # The end is evaluated and logged anew.
+    kept = [line for line in read_lines(file) if line["step"] <= step and line["split"] != "test"]
+    write_atomically(file, "".join(f"{json.dumps(line)}\n" for line in kept))
 
 
 def grid_run_folder(label: str, what: str, part: str) -> str:
-    """Folder of a cell below that of the grid.
+    """Folder of a run below that of its grid.
 
-    >>> cell_folder("sll:overlap=1", "seed 0", "runs")
+    >>> grid_run_folder("sll:overlap=1", "seed 0", "runs")
     'runs/sll-overlap=1/seed0'
     """
     rule = re.sub(r"[^\w.=+-]", "-", label)

@@ -3,20 +3,20 @@
 import dataclasses
 import math
 import tomllib
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, Literal
 
 from layerwise import models, rules
 from layerwise.core.ranges import TRAINING, check_ranges
 from layerwise.core.rule import Rule
 from layerwise.errors import LayerwiseError, suggestion
+from layerwise.files import MissingFile, read_text, shown
 from layerwise.memory.offload import Where
 from layerwise.models import ModelOptions
+from layerwise.runs.records import LARGEST, check_fields, described, fits, short, why
 
 
 @dataclass(frozen=True)
@@ -106,18 +106,25 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         check_ranges(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in TRAINING})
+        if self.threads is not None and self.threads > MOST_THREADS:
+            raise LayerwiseError(f"threads is {self.threads}; the most is {MOST_THREADS}.")
         for part in (self, self.rule, self.model):
             for f in dataclasses.fields(part):
-                _finite(f.name, getattr(part, f.name))
+                _check_number(f.name, getattr(part, f.name))
 
 
-def _finite(name: str, value: Any) -> None:
-    """Refuse NaN and infinity, also inside of tuples and tables."""
+MOST_THREADS = 1024  # a system refuses to start many more, and the process dies of that
+
+
+def _check_number(name: str, value: Any) -> None:
+    """Refuse NaN, infinity and whole numbers of more than 64 bits, also inside of tuples and tables."""
     if isinstance(value, (tuple, dict)):
         for item in value.values() if isinstance(value, dict) else value:
-            _finite(name, item)
+            _check_number(name, item)
     elif isinstance(value, float) and not math.isfinite(value):
         raise LayerwiseError(f"{name} is {value}; give a finite number.")
+    elif isinstance(value, int) and abs(value) > LARGEST:
+        raise LayerwiseError(f"{name} is {short(value)}; the largest whole number is 2^63 - 1.")
 
 
 def model_name(options: ModelOptions) -> str:
@@ -147,16 +154,18 @@ def from_mapping(values: Mapping[str, Any], where: str = "the options") -> Train
     0.5
     """
     if not isinstance(values, Mapping):
-        raise LayerwiseError(f"{where}: there is no table of options but {values!r}.")
+        raise LayerwiseError(f"{where}: there is no table of options but {short(values)}.")
     given = dict(values)
     parts: dict[str, Any] = {}
     for part, find, default in (("rule", rules.get, "sll"), ("model", models.options, "mlp")):
         table = given.pop(part, {})
         if not isinstance(table, Mapping):
-            raise LayerwiseError(f"{where}: {part} is {table!r}; write a table [{part}] with name = ...")
+            raise LayerwiseError(f"{where}: {part} is {short(table)}; write a table [{part}] with name = ...")
         table = dict(table)
-        cls = find(table.pop("name", default))
-        parts[part] = _build(cls, table, f"{where}, [{part}]")
+        name = table.pop("name", default)
+        if not isinstance(name, str):
+            raise LayerwiseError(f"{where}, [{part}]: name = {short(name)} is not str.")
+        parts[part] = _build(find(name), table, f"{where}, [{part}]")
     return _build(TrainOptions, {**given, **parts}, where)
 
 
@@ -169,32 +178,11 @@ def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
             raise LayerwiseError(f"{where}: unknown field {name!r}; {suggestion(name, legal)}.")
         if isinstance(value, list):
             value = tuple(value)
-        if not _fits(value, hints[name]):
-            raise LayerwiseError(f"{where}: {name} = {value!r} is not {_described(hints[name])}.")
-        arguments[name] = value
+        if not fits(value, hints[name]):
+            raise LayerwiseError(f"{where}: {name} = {short(value)} is not {described(hints[name])}.")
+        # A file may write 1 for 1.0.
+        arguments[name] = float(value) if hints[name] is float and isinstance(value, int) else value
     return cls(**arguments)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value read from TOML or JSON is of a field's type; whole numbers count as floats."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, argument) for argument in arguments)
-    if origin is Literal:
-        return value in arguments
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(v, arguments[0]) for v in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(v, arguments[1]) for v in value.values())
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _described(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
 @dataclass(frozen=True)
@@ -227,18 +215,20 @@ def load_recipe(name: str) -> Recipe:
         LayerwiseError: no such recipe, or a file that is not TOML.
     """
     if name.endswith(".toml"):
-        file = Path(name)
-        if not file.is_file():
-            raise LayerwiseError(f"there is no recipe file {name}; give the path of a TOML file.")
+        try:
+            text = read_text(name, "give the path of a TOML file")
+        except MissingFile as reason:
+            raise LayerwiseError(f"there is no recipe file {shown(name)}; give the path of a TOML file.") from reason
     elif name in recipe_names():
-        file = files("layerwise.runs.recipes").joinpath(f"{name}.toml")
+        text = files("layerwise.runs.recipes").joinpath(f"{name}.toml").read_text(encoding="utf-8")
     else:
-        raise LayerwiseError(f"unknown recipe {name!r}; {suggestion(name, recipe_names())}.")
+        raise LayerwiseError(f"unknown recipe {short(name)}; {suggestion(name, recipe_names())}.")
     try:
-        values = tomllib.loads(file.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as reason:
-        raise LayerwiseError(f"the recipe {name} cannot be read: {reason}.") from reason
+        values = tomllib.loads(text)
+    except (ValueError, RecursionError) as reason:
+        raise LayerwiseError(f"the recipe {shown(name)} cannot be read ({why(reason)}); correct the file.") from reason
     about, expected = values.pop("about", ""), values.pop("expected", {})
+    check_fields({"about": about, "expected": expected}, {"about": str, "expected": dict}, shown(name), "correct it")
     return Recipe(name, about, values, expected)
 
 

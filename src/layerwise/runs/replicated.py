@@ -8,28 +8,30 @@ from torch import Tensor
 
 from layerwise.data import Batches
 from layerwise.errors import LayerwiseError
+from layerwise.parallel.ranks import Ranks, Refused
 from layerwise.parallel.replicas import Replicas
-from layerwise.parallel.transport import Ranks, Refused
+from layerwise.runs.distributed import ParallelOptions, RankRun, check_can_share
 from layerwise.runs.options import TrainOptions
-from layerwise.runs.pipelined import ParallelOptions, RankRun, check_can_share
 from layerwise.runs.training import mean_of, totals
 
 
 class DataRun(RankRun):
     """One rank's part of a run. The first rank writes the folder.
 
-    Gradients are averaged group by group while the next group runs forward. The figures of a log line and the word to
-    stop are agreed on by all.
+    Gradients are averaged group by group while the next group runs forward. The ranks agree on the figures
+    of a log line, and on when to stop.
     """
 
     def __init__(self, ranks: Ranks, how: ParallelOptions, options: TrainOptions, command: str, resume: Path | None):
-        self.ranks = ranks
+        self.ranks, self.how = ranks, how
         self._signum_of_all = 0
         try:
             check_can_share(options, ranks.count, how)
             self.replicas = self._replicas()
             super().__init__(options, command, self._begun(options, resume), replicas=self.replicas)
-            folder = ranks.agree(None, {"checkpoint": self.learner.steps}, str(self.folder.resolve()))[0]
+            folder = ranks.agree(None, {"the step of the checkpoint": self.learner.steps}, str(self.folder.resolve()))[
+                0
+            ]
             if not self.writes:
                 self.folder = Path(folder)
         except Refused:
@@ -46,7 +48,7 @@ class DataRun(RankRun):
 
     @property
     def writes(self) -> bool:
-        """The first rank does."""
+        """The first rank writes."""
         return self.ranks.rank == 0
 
     def close(self) -> None:
@@ -78,7 +80,7 @@ class DataRun(RankRun):
         return totals(self.learner, batches)
 
     def _save(self) -> None:
-        if self.learner.steps % self.options.accumulate:
+        if self.learner.accumulated:
             self.learner.average()
         super()._save()
 

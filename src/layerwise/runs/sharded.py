@@ -1,4 +1,4 @@
-"""`layerwise train --parallel sharded`: shares of each batch, and of every parameter."""
+"""`layerwise train --parallel sharded`: each rank has its share of each batch, and a shard of every parameter."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 from layerwise.data import Batches
 from layerwise.parallel.shards import Shards
-from layerwise.runs.pipelined import PartsRun
+from layerwise.runs.distributed import PartsRun
 from layerwise.runs.replicated import DataRun
 
 
@@ -18,12 +18,12 @@ class ShardedRun(PartsRun, DataRun):
         return Shards(self.ranks)
 
     def _joined(self, states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """The first rank's: every tensor has the same name on all ranks."""
+        """The state of the first rank: every tensor has the same name on all ranks."""
         return states[0]
 
     def _totals(self, batches: Batches) -> tuple[dict[str, float], int]:
         found = super()._totals(batches)
-        # The last batch may have no sample for this rank, whose shares the others need all the same.
+        # The last batch may have no sample for this rank; the other ranks need its shards nevertheless.
         if 0 < len(batches.source) % batches.batch_size <= self.ranks.rank:
             x = torch.zeros(1, *batches.source.shape, device=self.device)
             self.learner.evaluate(x, torch.zeros(1, dtype=torch.int64, device=self.device))

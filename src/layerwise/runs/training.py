@@ -18,18 +18,36 @@ from torch import Tensor
 from layerwise import data
 from layerwise.core.tasks import UNLABELLED
 from layerwise.errors import LayerwiseError
+from layerwise.files import kind_of, shown
 from layerwise.learner import Learner
 from layerwise.memory.flops import FlopMeter
 from layerwise.memory.meter import MemoryUse
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
 from layerwise.runs import checkpoint
-from layerwise.runs.building import DataSignature, build_learner, load_data, pick_device, split_batches
+from layerwise.runs.building import (
+    DataSignature,
+    build_learner,
+    check_run_state,
+    load_data,
+    pick_device,
+    split_batches,
+)
 from layerwise.runs.checkpoint import write_atomically
 from layerwise.runs.environment import machine
-from layerwise.runs.folders import check_options, drop_lines_after, new_folder, read_options
+from layerwise.runs.folders import (
+    Claim,
+    check_not_lost,
+    check_options,
+    drop_lines_after,
+    drop_replaced,
+    new_folder,
+    read_options,
+    undo_replacement,
+)
 from layerwise.runs.options import TrainOptions, model_name, to_mapping
 from layerwise.runs.progress import Progress
+from layerwise.runs.records import read_lines, why
 
 PREPARE = 2048  # training samples that a rule may look at before the first step
 OF_THE_FOLDER = ("out", "overwrite", "offload_folder")  # options that say where a run lies, not what it is
@@ -82,6 +100,7 @@ class Run:
         self.train_batches, self.val_batches, self.test_batches = split_batches(options, self.dataset, self.device)
         self.total = options.steps or options.epochs * len(self.train_batches)
         self.facts = DataSignature.of(self.dataset)
+        self._agree(resume)
         self.learner = build_learner(options, self.facts, self.device, self.total, stage, self.dataset.graph, replicas)
         # Labels that the rule cannot do with, and data that cannot be read, are told of before anything is written.
         for part in (self.dataset.train, self.dataset.val, self.dataset.test):
@@ -97,12 +116,23 @@ class Run:
         self.flops: int | None = None
         self.last_val: dict[str, float] = {}
         self.notes = list(self.dataset.notes)
+        if rest := self.total % options.accumulate:
+            self.notes.append(
+                f"the last update is of {rest} batches, as {self.total} steps do not divide by --accumulate "
+                f"{options.accumulate}"
+            )
         if options.tensorboard:
             _summary_writer()
-        self.folder = self._open(resume)
         self._signum = 0
-        if resume is not None:
-            self._restore()
+        self._claim: Claim | None = None
+        self._resumed = resume is not None
+        try:
+            self.folder = self._open(resume)
+            if resume is not None:
+                self._restore()
+        except BaseException:
+            self.release()
+            raise
 
     def _prepare(self) -> None:
         """Show the rule training samples, without augmentation."""
@@ -112,18 +142,32 @@ class Run:
         self.learner.prepare(*next(batches.epoch(0)))
 
     def _open(self, resume: Path | None) -> Path:
-        """The folder of the run, with its options in it."""
+        """The folder of the run, claimed, with its options in it."""
+        if resume is not None:
+            self._claim = Claim(resume)
         folder = resume or self._new_folder()
-        if not (folder / "config.json").exists():
-            write_atomically(folder / "config.json", json.dumps(to_mapping(self.options), indent=2) + "\n")
+        try:
+            if kind_of(folder / "config.json") is None:
+                write_atomically(folder / "config.json", json.dumps(to_mapping(self.options), indent=2) + "\n")
+        except LayerwiseError:
+            if resume is None and self.options.overwrite:
+                undo_replacement(folder)
+            raise
+        if self.options.overwrite:
+            self.notes += drop_replaced(folder)
         return folder
+
+    def release(self) -> None:
+        """Give up the claim on the folder, which no other run can use before; `train` does so at its end."""
+        if self._claim is not None:
+            self._claim.release()
 
     @classmethod
     def resumed(cls, folder: Path, command: str = "") -> "Run":
-        """Go on with the run in `folder`.
+        """Continue the run in `folder`.
 
         Raises:
-            LayerwiseError: the folder holds no run, or its checkpoints are damaged.
+            LayerwiseError: the folder holds no run, its checkpoints are damaged, or another process works there.
         """
         return cls(read_options(folder), command, resume=folder)
 
@@ -134,6 +178,12 @@ class Run:
             Interrupted: Ctrl-C or SIGTERM; a checkpoint has been written.
             LayerwiseError: a non-finite loss, a full disk.
         """
+        try:
+            return self._train()
+        finally:
+            self.release()
+
+    def _train(self) -> dict[str, Any]:
         options = self.options
         per_epoch = len(self.train_batches)
         save_every = options.save_every or per_epoch
@@ -142,6 +192,8 @@ class Run:
             for x, y in self._batches(self.learner.steps):
                 metrics = self._step(x, y)
                 step = self.learner.steps
+                if step == self.total:
+                    self.learner.flush()
                 self.samples += metrics.samples
                 self.seconds = saved + time.perf_counter() - started
                 if step % options.log_every == 0 or step % per_epoch == 0 or step == self.total:
@@ -162,20 +214,16 @@ class Run:
                     name = signal.Signals(stop).name
                     raise Interrupted(
                         stop,
-                        f"stopped by {name} after step {step} of {self.total}; go on with: "
+                        f"stopped by {name} after step {step} of {self.total}; continue with: "
                         f"layerwise train --resume {shlex.quote(str(self.folder))}",
                     )
             return self._finish(log)
 
     def _step(self, x: Tensor, y: Tensor) -> Any:
-        meter = FlopMeter() if self.learner.steps == 0 else None
+        step = self.learner.steps
+        meter = FlopMeter() if step == 0 else None
         with meter or contextlib.nullcontext():
-            # The second step's memory is measured: by then the optimizers have their state. So is that of the first
-            # step in which a rule joins groups or lets others rest; the largest one is told.
-            groups = self.learner.groups_at(self.learner.updates)
-            groups = " ".join(group.name for group in groups if group.optimizers)
-            if self.learner.steps >= min(1, self.total - 1) and groups not in self._measured:
-                self._measured.add(groups)
+            if self._measures(step):
                 metrics, memory = self.learner.measured_step(x, y)
                 self.memory = max(self.memory or memory, memory, key=lambda use: use.peak)
             else:
@@ -183,6 +231,24 @@ class Run:
         if meter is not None:
             self.flops = meter.total
         return metrics
+
+    def _measures(self, step: int) -> bool:
+        """Whether the memory of this step is measured; the largest measured step is reported.
+
+        A step is measured when it ends an update, so that all accumulated gradients count, and after the first update,
+        as optimizers make their state in it (an update that was skipped makes none). It is measured once for every set
+        of groups that a rule joins or lets rest, and again when optimizers have made state since.
+        """
+        last = step == self.total - 1
+        if not last and ((step + 1) % self.options.accumulate or step < self.options.accumulate):
+            return False
+        groups = [group for group in self.learner.groups_at(self.learner.updates) if group.optimizers]
+        states = sum(len(optimizer.state) for group in groups for optimizer in group.optimizers)
+        key = " ".join([*(group.name for group in groups), f"({states} with state)"])
+        if key in self._measured:
+            return False
+        self._measured.add(key)
+        return True
 
     def _batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches from `step` to the end; which ones depends on the seed and the step only."""
@@ -202,6 +268,9 @@ class Run:
 
     # What a run on several ranks does otherwise.
 
+    def _agree(self, resume: Path | None) -> None:
+        """Compare with the other ranks what the learner is built from."""
+
     def _device(self) -> torch.device:
         return pick_device(self.options.device)
 
@@ -212,7 +281,8 @@ class Run:
         return values
 
     def _new_folder(self) -> Path:
-        return new_folder(self.options)
+        self._claim = new_folder(self.options)
+        return self._claim.folder
 
     def _write(self, state: dict[str, Any]) -> None:
         """Write a checkpoint."""
@@ -295,17 +365,25 @@ class Run:
         offloaded = self.options.offload != "none"
         state, damaged = checkpoint.load_latest(self.folder / "checkpoints", mapped=offloaded)
         self.notes += damaged
-        if state is not None:
+        if state is None:
+            check_not_lost(self.folder, self.options.save_every or len(self.train_batches))
+            self.notes.append("the run was resumed before its first checkpoint, so it began again at step 0")
+        else:
+            check_run_state(state, self.folder)
+            if state["learner"]["steps"] > self.total:
+                raise LayerwiseError(
+                    f"the checkpoint in {shown(self.folder)} is of step {state['learner']['steps']}, and the run has "
+                    f"{self.total}; take an older one, or start the run again."
+                )
             check_options(self.options, state["options"], self.folder)
             DataSignature.in_state(state).check(self.dataset)
             self.learner.load_state_dict(state["learner"])
             self.samples, self.seconds, self.last_val = state["samples"], state["seconds"], state["val"]
-            self.memory = MemoryUse(**state["memory"]) if state["memory"] else None
-            groups = [" ".join(group.name for group in self.learner.groups if group.optimizers)] if self.memory else []
-            self._measured = set(state.get("measured", groups))
+            self.memory = MemoryUse(**state["memory"]) if state.get("memory") else None
+            self._measured = set(state.get("measured") or [])
             self.flops = state.get("flops")  # not in the checkpoints of version 0.1.0
             self.machines = [
-                *(found for found in state.get("machines", []) if found not in self.machines),
+                *(found for found in state.get("machines") or [] if found not in self.machines),
                 *self.machines,
             ]
             if state["threads"] != torch.get_num_threads():
@@ -316,7 +394,8 @@ class Run:
 
     def _title(self) -> str:
         o = self.options
-        return f"{o.rule.name} · {model_name(o.model)} · {o.data} · seed {o.seed} · {self.folder}"
+        title = f"{o.rule.name} · {model_name(o.model)} · {o.data} · seed {o.seed} · {self.folder}"
+        return title + (f" · continues after step {self.learner.steps}" if self._resumed else "")
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -341,24 +420,33 @@ class Run:
         """A function that writes one line to `metrics.jsonl`, and to TensorBoard where wanted."""
         file = self.folder / "metrics.jsonl"
         drop_lines_after(file, self.learner.steps)
-        writer = _summary_writer()(str(self.folder / "tensorboard")) if self.options.tensorboard else None
+
+        @contextlib.contextmanager
+        def told(what: Path) -> Iterator[None]:
+            try:
+                yield
+            except OSError as reason:
+                raise LayerwiseError(f"could not write {shown(what)} ({why(reason)}); free space, resume.") from reason
+
+        events = self.folder / "tensorboard"
+        with told(events):
+            writer = _summary_writer()(str(events)) if self.options.tensorboard else None
 
         def log(values: dict[str, Any]) -> None:
-            try:
-                with file.open("a") as lines:
-                    lines.write(json.dumps(values) + "\n")
-            except OSError as reason:
-                raise LayerwiseError(f"could not write {file} ({reason.strerror}); free space and resume.") from reason
+            with told(file), file.open("a") as lines:
+                lines.write(json.dumps(values) + "\n")
             if writer is not None:
-                for name, value in values.items():
-                    if isinstance(value, float):
-                        writer.add_scalar(f"{values['split']}/{name}", value, values["step"])
+                with told(events):
+                    for name, value in values.items():
+                        if isinstance(value, float):
+                            writer.add_scalar(f"{values['split']}/{name}", value, values["step"])
 
         try:
             yield log
         finally:
             if writer is not None:
-                writer.close()
+                with told(events):
+                    writer.close()
 
 
 def evaluate(learner: Learner, batches: data.Batches) -> dict[str, float]:
@@ -402,7 +490,7 @@ def by_epoch(log: Path, per_epoch: int) -> dict[str, list[float | None]]:
         `"train"`, the mean over the batches that were logged in each epoch, and `"val"`, empty without validation.
     """
     found: dict[str, dict[int, list[float]]] = {"train": {}, "val": {}}
-    for row in map(json.loads, log.read_text().splitlines() if log.exists() else ()):
+    for row in read_lines(log):
         if row["split"] in found and "head/accuracy" in row:
             found[row["split"]].setdefault((row["step"] - 1) // per_epoch, []).append(row["head/accuracy"])
     return {

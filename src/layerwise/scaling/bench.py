@@ -6,7 +6,6 @@ import math
 import os
 import queue
 import shlex
-import socket
 import statistics
 import subprocess
 import sys
@@ -93,7 +92,7 @@ class ScalingOptions(Problem):
             raise LayerwiseError(f"--ranks {self.ranks!r} holds {found[0]}; each must be 1 or more.")
         return found
 
-    def wire(self) -> Interconnect:
+    def interconnect(self) -> Interconnect:
         """The way between two ranks that is simulated."""
         return Interconnect(self.latency / 1e3, self.bandwidth * 1e9 / 8)
 
@@ -137,7 +136,7 @@ def check(options: ScalingOptions, blocks: int) -> None:
             raise LayerwiseError("to simulate, the pipeline must be among the ways: its messages are measured there.")
 
 
-class Crew:
+class RankProcesses:
     """Processes that form one job, and wait for tasks between two measurements.
 
     Args:
@@ -152,7 +151,7 @@ class Crew:
         self.processes: list[subprocess.Popen[str]] = []
         threads = options.threads or 1
         hosts = options.hosts or ("",)
-        setup = asdict(options) | {"ranks": ranks, "threads": threads, "port": free_port()}
+        setup = asdict(options) | {"ranks": ranks, "threads": threads}
         try:
             for rank in range(ranks):
                 self._start(rank, hosts[rank % len(hosts)], threads)
@@ -162,8 +161,10 @@ class Crew:
         self.setup = [setup | {"rank": rank} for rank in range(ranks)]
 
     def meet(self) -> None:
-        """Wait until the processes have found one another; the first that they are asked."""
-        self.ask(self.setup)
+        """Wait until the processes have found one another; the first thing that they are asked."""
+        # Rank 0 chooses a port at its own address, and keeps it: a port that is free here may be taken a moment later.
+        (found,) = self.ask([{"do": "listen", "address": self.setup[0]["address"]}])
+        self.ask([setup | found for setup in self.setup])
 
     def _start(self, rank: int, host: str, threads: int) -> None:
         command = [*shlex.split(host), sys.executable, "-m", "layerwise.scaling.rank"]
@@ -235,13 +236,6 @@ class Crew:
                     pipe.close()
 
 
-def free_port() -> int:
-    """A port at which nobody listens now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
-
-
 @dataclass
 class Series:
     """What was measured of one way at one number of ranks, round by round."""
@@ -293,22 +287,22 @@ def measured(
     with contextlib.ExitStack() as stack:
         log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "log.txt"
         log.touch()
-        crews: dict[int, Crew] = {}
+        processes_by_count: dict[int, RankProcesses] = {}
         for ranks in sorted({ranks for _, ranks in jobs}):
-            crews[ranks] = Crew(ranks, options, log)
-            stack.callback(crews[ranks].close)
-        for crew in crews.values():  # which start side by side
-            crew.meet()
+            processes_by_count[ranks] = RankProcesses(ranks, options, log)
+            stack.callback(processes_by_count[ranks].close)
+        for processes in processes_by_count.values():  # which start side by side
+            processes.meet()
         for turn in range(options.rounds):
             started = time.monotonic()
             # The order rotates, so that no way always runs behind the same one.
             for way, ranks in jobs[turn % len(jobs) :] + jobs[: turn % len(jobs)]:
                 warmup = options.warmup * (2 if turn == 0 else 1)
                 task = {"do": "measure", "way": "rule" if way == "apart" else way}
-                answers = crews[ranks].ask([task | {"warmup": warmup, "steps": options.steps}] * ranks)
+                answers = processes_by_count[ranks].ask([task | {"warmup": warmup, "steps": options.steps}] * ranks)
                 samples = options.batch_size * options.steps * (ranks if way == "apart" else 1)
                 series[way, ranks].add(answers, samples)
-            costs += crews[1].ask([{"do": "costs"}])
+            costs += processes_by_count[1].ask([{"do": "costs"}])
             told(f"round {turn + 1} of {options.rounds}, {time.monotonic() - started:.0f} s")
     # The first round's are those of code that runs for the first time.
     costs = costs[1:] or costs
@@ -388,11 +382,11 @@ def scaling_command(argv: list[str]) -> int:
     rows = list(rows_of(options, series, blocks))
     costs = Costs(**medians, micro_batches=options.micro_batches)
     sizes = [row["bytes_per_step"][0] for row in rows if row["way"] == "pipeline" and row["ranks"] > 1]
-    size, wire = max(sizes, default=0.0), options.wire() if options.hosts else None
+    size, interconnect = max(sizes, default=0.0), options.interconnect() if options.hosts else None
     for row in rows:
         if row["way"] in (*PARTS, "pipeline"):
             seconds = predicted(
-                row["way"], row["ranks"], costs, flops, size, options.micro_batches, wire, contention(series)
+                row["way"], row["ranks"], costs, flops, size, options.micro_batches, interconnect, contention(series)
             )
             row["predicted"] = options.batch_size / seconds
     print("\n".join(table(rows)))
@@ -455,7 +449,7 @@ def simulated(
             micro = max(options.micro_batches, ranks)
             if way in PARTS and (micro > options.batch_size or PARTS[way] * ranks > blocks + 1):
                 continue
-            seconds = predicted(way, ranks, grown_costs, grown_flops, size, micro, options.wire())
+            seconds = predicted(way, ranks, grown_costs, grown_flops, size, micro, options.interconnect())
             alone = sum(grown_costs.rule) if way == "pipeline" else grown_costs.backprop()
             found.append(
                 {

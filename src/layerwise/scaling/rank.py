@@ -1,13 +1,16 @@
 """A rank that measures: it trains one network in the ways that `layerwise bench scaling` compares.
 
-It reads tasks from standard input, one JSON object per line, the first of which says who it is, and answers each with
-one line on standard output. When standard input ends, because the parent has died or needs it no more, it ends at once.
+It reads tasks from standard input, one JSON object per line, and answers each with one line on standard output. Rank 0
+is asked for a port first; the next task tells each rank who it is. When standard input ends, because the parent has
+died or has finished, the process ends at once.
 """
 
 import contextlib
+import copy
 import itertools
 import json
 import os
+import socket
 import statistics
 import threading
 import time
@@ -35,12 +38,14 @@ from layerwise.core.cutting import partition
 from layerwise.core.engine import Engine
 from layerwise.core.optim import decay_groups, optimizer_factory
 from layerwise.errors import LayerwiseError
-from layerwise.learner import Learner
+from layerwise.learner import Learner, OneProcess
 from layerwise.measure.bench_problem import LEARNING_RATE, batch_of, network_of
 from layerwise.memory.malloc import keep_freed_memory
+from layerwise.parallel.ranks import Ranks
+from layerwise.parallel.rendezvous import listen
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
-from layerwise.parallel.transport import FORWARD, Outlet, Prefetched, Ranks
+from layerwise.parallel.transport import FORWARD, PrefetchingChannel, SendChannel
 
 SCHEDULES = {
     "gpipe": ScheduleGPipe,
@@ -90,20 +95,20 @@ class GroupTimes(Engine):
         return result
 
 
-class Link:
-    """The two ends of a pipeline's way at one rank, as in a run, with a count of the bytes."""
+class CountingLink:
+    """The channels of a pipeline at one rank, as in a run, with a count of the bytes."""
 
     def __init__(self, ranks: Ranks):
-        rank, wire = ranks.rank, ranks.wire
-        self.outlet = None if rank == ranks.count - 1 else Outlet(ranks, rank + 1, FORWARD, wire, ranks.lanes)
-        self.inlet = None if rank == 0 else Prefetched(ranks, rank - 1, FORWARD, wire, ranks.lanes)
+        rank, last, about = ranks.rank, ranks.count - 1, (FORWARD, ranks.transfer_device, ranks.lanes)
+        self.to_next = None if rank == last else SendChannel(ranks, rank + 1, *about)
+        self.from_previous = None if rank == 0 else PrefetchingChannel(ranks, rank - 1, *about)
         self.found: Any = None
         self.bytes = 0
 
     def take(self) -> bool:
         """Wait for the next batch; False where there is none to come."""
-        if self.inlet is not None:
-            self.found = self.inlet.receive()
+        if self.from_previous is not None:
+            self.found = self.from_previous.receive()
             return self.found is not None
         return True
 
@@ -113,17 +118,17 @@ class Link:
 
     def send(self, tree: Any) -> None:
         """Hand a tree to the next rank."""
-        assert self.outlet is not None
+        assert self.to_next is not None
         self.bytes += sum(leaf.nbytes for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
-        self.outlet.send(tree)
+        self.to_next.send(tree)
 
     def close(self) -> None:
         """Tell the next rank that nothing more comes, and take what the rank before has sent to say so."""
-        if self.outlet is not None:
-            self.outlet.end()
-        if self.inlet is not None:
-            for _ in self.inlet.lanes[1:]:  # `take` has found the None of one lane
-                self.inlet.receive()
+        if self.to_next is not None:
+            self.to_next.end()
+        if self.from_previous is not None:
+            for _ in self.from_previous.lanes[1:]:  # `take` has found the None of one lane
+                self.from_previous.receive()
 
 
 class CountedStage(PipelineStage):
@@ -149,14 +154,15 @@ class Rank:
 
     Args:
         task: `rank`, `ranks`, `address`, `port`, `timeout`, and the options of the benchmark.
+        server: on rank 0, a socket that listens at the address and the port.
     """
 
-    def __init__(self, task: dict[str, Any]):
+    def __init__(self, task: dict[str, Any], server: socket.socket | None = None):
         names = {"rank": "RANK", "ranks": "WORLD_SIZE", "address": "MASTER_ADDR", "port": "MASTER_PORT"}
         os.environ.update({variable: str(task[name]) for name, variable in names.items()})
         torch.set_num_threads(task["threads"])
         self.task = task
-        self.ranks = Ranks(task["timeout"], torch.device("cpu"))
+        self.ranks = Ranks(task["timeout"], torch.device("cpu"), server)
         self.number, self.count = self.ranks.rank, self.ranks.count
         self.x, self.y = batch_of(task["shape"], task["batch_size"])
         self.made: dict[str, Any] = {}
@@ -171,7 +177,7 @@ class Rank:
     def _model(self) -> nn.Sequential:
         return network_of(self.task["model"], self.task["depth"], self.task["shape"], self.task["model_options"])
 
-    def _learner(self, rule: str, stage: Stage | None = None, replicas: Replicas | None = None) -> Learner:
+    def _learner(self, rule: str, stage: Stage | None = None, replicas: Replicas | OneProcess | None = None) -> Learner:
         options = {"optimizer": self.task["optimizer"], "lr": LEARNING_RATE}
         return Learner(self._model(), rule, example=self.x, stage=stage, replicas=replicas, **options)
 
@@ -222,7 +228,7 @@ class Rank:
 
     def _whole(self, rule: str) -> Way:
         """The whole network in this process."""
-        learner = self._learner(rule)
+        learner = self._learner(rule, replicas=OneProcess())
         learner.engine = GroupTimes(learner.engine)
         self.made[f"learner {rule}"] = learner
         return lambda: learner.step(self.x, self.y), lambda: 0
@@ -234,20 +240,19 @@ class Rank:
         """
         learner = self._once("pipeline", lambda: self._learner(self.task["rule"], Stage(self.number, self.count)))
         stage = learner.stage
-        stage.link = link = Link(self.ranks)
+        stage.link = link = CountingLink(self.ranks)
         x = self.x if stage.first else self.x[:, :0]
         self.runs += 1
         key, enough = f"enough/{self.runs}", threading.Event()
-        store: Any = self.ranks.store
-        store = store.clone()  # one that another thread may wait on
+        store = self.ranks.store.clone()  # for another thread
 
-        def listen() -> None:
+        def wait() -> None:
             with contextlib.suppress(RuntimeError):
-                store.wait([key], self.ranks.limit)
-                enough.set()
+                if not store.wait([key], self.ranks.limit.total_seconds()):
+                    enough.set()
 
         if not stage.last:
-            threading.Thread(target=listen, daemon=True).start()
+            threading.Thread(target=wait, daemon=True).start()
         started, fill, clock, found, before = time.perf_counter(), 0.0, None, None, 0
         done = 0
         while not (stage.first and enough.is_set()) and link.take():
@@ -262,7 +267,7 @@ class Rank:
                 found = clock.read() | {"fill": fill, "bytes": (link.bytes - before) / steps}
                 if stage.last:
                     enough.set()
-                    store.set(key, "")
+                    store.set(key, "yes")
         link.close()
         assert found is not None
         return found
@@ -299,11 +304,19 @@ class Rank:
         costs = operations(partition(model), self.x[:1])
         bounds = list(itertools.pairwise([0, *balanced_ends(costs, parts)]))
         mine = [self.number] if parts == self.count else [self.number, parts - 1 - self.number]
-        children = list(model.children())
-        stages = [
-            CountedStage(nn.Sequential(*children[slice(*bounds[i])]), i, parts, torch.device("cpu")) for i in mine
-        ]
         kind, micro = SCHEDULES[way], self.task["micro_batches"]
+        modules = [nn.Sequential(*list(model.children())[slice(*span)]) for span in bounds]
+        # Where torch does not know the shapes, its ranks tell one another in pickles.
+        shapes = [torch.empty_like(self.x.tensor_split(micro)[0], device="meta")]
+        with torch.no_grad():
+            for module in modules:
+                shapes.append(copy.deepcopy(module).to("meta")(shapes[-1]))
+        for shape in shapes[1:]:
+            shape.requires_grad_()
+        stages = [
+            CountedStage(modules[i], i, parts, torch.device("cpu"), input_args=shapes[i], output_args=shapes[i + 1])
+            for i in mine
+        ]
         target = stages[0] if issubclass(kind, PipelineScheduleSingle) else stages
         schedule: Any = kind(target, micro, loss_fn=F.cross_entropy)  # pyright: ignore[reportArgumentType]
         optimizer = self._optimizer([p for stage in stages for p in stage.submod.parameters()])
@@ -381,11 +394,15 @@ def main() -> None:
     keep_freed_memory()
     tasks = lines_of_parent()
     rank: Rank | None = None
+    server: socket.socket | None = None
     while True:
         task = json.loads(tasks.get())
         try:
-            if rank is None:
-                rank, answer = Rank(task), {}
+            if task.get("do") == "listen":
+                server = listen(task["address"], 0)
+                answer = {"port": server.getsockname()[1]}
+            elif rank is None:
+                rank, answer = Rank(task, server), {}
             else:
                 answer = getattr(rank, task["do"])(task)
         except LayerwiseError as error:

@@ -58,13 +58,15 @@ class Op:
 
 
 def simulate(
-    programs: Sequence[Sequence[Op]], wire: Interconnect | None = None, speed: Callable[[int], float] | None = None
+    programs: Sequence[Sequence[Op]],
+    interconnect: Interconnect | None = None,
+    speed: Callable[[int], float] | None = None,
 ) -> dict[Hashable, tuple[float, float]]:
     """Run the ranks' programs, each in its own order, as soon as what an op needs has arrived.
 
     Args:
         programs: per rank.
-        wire: between ranks; nothing costs anything if not given.
+        interconnect: between ranks; nothing costs anything if not given.
         speed: of each of `k` ranks that compute at the same moment, where 1 is a rank alone; always 1 if not given.
 
     Returns:
@@ -73,10 +75,11 @@ def simulate(
     Raises:
         ValueError: the programs wait for one another.
 
-    >>> simulate([[Op("a", 2.0, to=(1,), bytes=3.0)], [Op("b", 1.0, needs=("a",))]], Wire(0.5, bandwidth=6.0))["b"]
+    >>> programs = [[Op("a", 2.0, to=(1,), bytes=3.0)], [Op("b", 1.0, needs=("a",))]]
+    >>> simulate(programs, Interconnect(0.5, bandwidth=6.0))["b"]
     (3.0, 4.0)
     """
-    wire, speed = wire or Interconnect(), speed or (lambda running: 1.0)
+    interconnect, speed = interconnect or Interconnect(), speed or (lambda running: 1.0)
     home = {op.name: (rank, op) for rank, program in enumerate(programs) for op in program}
     arrived: list[set[Hashable]] = [set() for _ in programs]
     free: dict[Hashable, float] = {}
@@ -94,9 +97,9 @@ def simulate(
     def send(op: Op, rank: int, other: int) -> None:
         way = (rank, other)
         start = max(now, free.get(way, 0.0), free.get((way, op.lane), 0.0) if op.lane is not None else 0.0)
-        free[way] = start + op.bytes / wire.bandwidth
-        arrival = free[way] + (2 * op.trips - 1) * wire.latency
-        free[way, op.lane] = arrival + wire.latency
+        free[way] = start + op.bytes / interconnect.bandwidth
+        arrival = free[way] + (2 * op.trips - 1) * interconnect.latency
+        free[way, op.lane] = arrival + interconnect.latency
         later(free[way], rank, ("sent", op.name))
         later(arrival, other, op.name)
 
@@ -110,12 +113,12 @@ def simulate(
                 reached[rank] = position[rank]
                 for name in op.needs:
                     if name in home and home[name][1].asked:
-                        later(now + wire.latency, home[name][0], ("asked", name))
+                        later(now + interconnect.latency, home[name][0], ("asked", name))
             if arrived[rank].issuperset(op.needs):
                 idle.discard(rank)
                 left[rank], begun[op.name] = op.seconds, now
                 for told in op.tells:
-                    later(now + wire.latency, told, ("begun", op.name))
+                    later(now + interconnect.latency, told, ("begun", op.name))
         if not left and not events:
             break
         rate = speed(len(left)) if left else 1.0
@@ -339,7 +342,7 @@ def predicted(
     operations: Sequence[int],
     size: float,
     micro_batches: int,
-    wire: Interconnect | None = None,
+    interconnect: Interconnect | None = None,
     speed: Callable[[int], float] | None = None,
 ) -> float:
     """Seconds per batch in the steady state.
@@ -351,7 +354,7 @@ def predicted(
         operations: by which the network is cut, per block and head.
         size: bytes of a batch at a boundary.
         micro_batches: per batch, for the schedules of backpropagation.
-        wire: between ranks.
+        interconnect: between ranks.
         speed: see `simulate`.
     """
     if schedule == "pipeline":
@@ -361,11 +364,11 @@ def predicted(
         ahead = 0 if speed is None else (ranks - 1) * (2 * DEPTH + 1)
         bounds = itertools.pairwise([0, *balanced_ends(operations, ranks)])
         own = [sum(costs.rule[start:end]) for start, end in bounds]
-        spans = simulate(forward_only(own, counted + ahead, size), wire, speed)
+        spans = simulate(forward_only(own, counted + ahead, size), interconnect, speed)
         return period(spans, [(ranks - 1, step) for step in range(counted)], skip)
     skip, steps = 1, 4
     orders = actions(schedule, ranks, micro_batches)
     parts = costs.parts(operations, PARTS[schedule] * ranks, micro_batches)
-    spans = simulate(scheduled(orders, parts, steps, size / micro_batches, WAITS[schedule]), wire, speed)
+    spans = simulate(scheduled(orders, parts, steps, size / micro_batches, WAITS[schedule]), interconnect, speed)
     ends = [max(spans["optimizer", rank, 0, step][1] for rank in range(ranks)) for step in range(steps)]
     return (ends[-1] - ends[skip - 1]) / (steps - skip)

@@ -1,0 +1,243 @@
+"""Whether a state fits a learner: names, shapes, types and ranges, all looked at before anything is loaded."""
+
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.errors import LayerwiseError
+
+PARTS = ("model", "auxiliary", "optimizer", "gradients", "scaler", "rates", "accumulation")
+PRIMES = (2, 3, 5, 7, 11, 13)  # sides of a tensor that tell which side of it a state's side is
+LARGEST = torch.finfo(torch.float32).max  # a scaler computes in float32
+SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a state has to fit.
+
+    Attributes:
+        rule: name of the rule.
+        model: the model's own `state_dict`.
+        auxiliary: that of the rule's modules.
+        parameters: of both, by name, in full shape.
+        optimizers: by the names of the parameters that they update.
+        rates: by group, the number of parameter groups of each of its optimizers.
+        scalers: names of the groups that scale their gradients (fp16).
+        accumulate: batches per update.
+        whole: whether all blocks are here; one of several ranks does not know the others' auxiliary modules.
+    """
+
+    rule: str
+    model: Mapping[str, Tensor]
+    auxiliary: Mapping[str, Tensor]
+    parameters: Mapping[str, Tensor]
+    optimizers: Mapping[str, torch.optim.Optimizer]
+    rates: Mapping[str, list[int]]
+    scalers: tuple[str, ...]
+    accumulate: int
+    whole: bool
+
+
+def check_parts(state: Any) -> None:
+    """Raise LayerwiseError unless `state` has the parts and counters of a learner's state."""
+    if not isinstance(state, Mapping):
+        raise _unfit(f"it is {type(state).__name__}, not a mapping")
+    for name in (*PARTS, "rule", "steps", "skipped"):
+        if name not in state:
+            raise _unfit(f"{name!r} is missing")
+    for name in PARTS:
+        if not isinstance(state[name], Mapping):
+            raise _unfit(f"{name!r} is no mapping")
+    for name in ("steps", "skipped"):
+        if not _is_count(state[name]):
+            raise _unfit(f"{name} = {_short(state[name])} is not a whole number from 0 up")
+    _check_accumulation(state["accumulation"], state["steps"])
+    if state["skipped"] > state["steps"]:
+        raise _unfit(f"{state['skipped']} of {state['steps']} steps are skipped ones")
+
+
+def check_state(state: Mapping[str, Any], expected: Expected) -> None:
+    """Raise LayerwiseError unless a learner can continue from `state`, after `check_parts`; nothing is changed."""
+    if state["rule"] != expected.rule:
+        raise LayerwiseError(
+            f"the checkpoint was trained with rule {_short(state['rule'])}, not {expected.rule!r}; choose the same "
+            "rule."
+        )
+    check_same_tensors(expected.model, state["model"], "model")
+    check_same_tensors(expected.auxiliary, state["auxiliary"], "rule")
+    for what in ("gradients", "optimizer"):
+        for name in state[what]:
+            foreign = not expected.whole and str(name).startswith("auxiliary.")
+            if name not in expected.parameters and not foreign:
+                raise _unfit(f"{what!r} names {_short(name)}, which is no parameter")
+    for name, gradient in state["gradients"].items():
+        if name in expected.parameters:
+            own = expected.parameters[name]
+            _check_tensor(gradient, own.shape, own.dtype, f"the gradient of {name!r}")
+    _check_optimizers(state, expected)
+    _check_rates(state["rates"], expected)
+    for name in expected.scalers:
+        _check_scaler(name, state["scaler"].get(name))
+
+
+def check_same_tensors(own: Mapping[str, Tensor], given: Mapping[str, Any], what: str) -> None:
+    """Raise LayerwiseError unless both hold tensors of the same names, shapes and types."""
+    advice = f"build the {what} with the options that the checkpoint was made with"
+    missing, extra = own.keys() - given.keys(), given.keys() - own.keys()
+    if missing or extra:
+        name = sorted(missing or extra)[0]
+        where = "is missing from the checkpoint" if missing else "is not part of this one"
+        raise LayerwiseError(f"the checkpoint is of another {what}: {name!r} {where}; {advice}.")
+    for name, tensor in own.items():
+        if not isinstance(given[name], Tensor):
+            raise LayerwiseError(f"the checkpoint is of another {what}: {name!r} is no tensor there; {advice}.")
+        if tensor.shape != given[name].shape:
+            raise LayerwiseError(
+                f"the checkpoint is of another {what}: {name!r} has shape {tuple(given[name].shape)} there and "
+                f"{tuple(tensor.shape)} here; {advice}."
+            )
+        if tensor.dtype != given[name].dtype:
+            raise LayerwiseError(
+                f"the checkpoint is of another {what}: {name!r} has type {given[name].dtype} there and "
+                f"{tensor.dtype} here; {advice}."
+            )
+
+
+def _check_optimizers(state: Mapping[str, Any], expected: Expected) -> None:
+    """The optimizers' state: what each parameter has is what its optimizer would make."""
+    specs: dict[Any, dict[str, Any] | None] = {}
+    learned = False
+    for name, optimizer in expected.optimizers.items():
+        own = expected.parameters[name]
+        key = id(optimizer), own.dim(), own.dtype
+        if key not in specs:
+            specs[key] = state_made_by(optimizer, own.dim(), own.dtype)
+        spec, given = specs[key], state["optimizer"].get(name)
+        learned |= bool(spec)
+        if given is None:
+            continue
+        if not isinstance(given, Mapping):
+            raise _unfit(f"the optimizer's state of {name!r} is no mapping")
+        if spec is not None:
+            if spec.keys() != given.keys():
+                wrong = sorted(map(str, spec.keys() ^ given.keys()))[0]
+                raise _unfit(f"the optimizer's state of {name!r} has {wrong!r} here or there only")
+            for part, made in spec.items():
+                _check_made(given[part], made, own, f"the optimizer's {part!r} of {name!r}")
+    accumulated = state["accumulation"]
+    took_updates = accumulated["updates"] > state["skipped"] and not expected.scalers
+    if learned and took_updates and expected.whole and not state["optimizer"]:
+        raise _unfit("the optimizers' state is missing")
+    if accumulated["batches"] >= expected.accumulate:
+        raise _unfit(f"{accumulated['batches']} batches have accumulated, and {expected.accumulate} make an update")
+    if accumulated["batches"] and learned and expected.whole and not state["gradients"]:
+        raise _unfit("the accumulated gradients are missing")
+
+
+def state_made_by(optimizer: torch.optim.Optimizer, dimensions: int, dtype: torch.dtype) -> dict[str, Any] | None:
+    """The state that an optimizer of torch makes for a parameter whose sides are the first primes.
+
+    A second one of the same class takes a step on such a parameter.
+
+    Returns:
+        Names and values; None where this cannot be told, as for a class of the user's.
+    """
+    cls = type(optimizer)
+    if not cls.__module__.startswith("torch.optim") or dimensions > len(PRIMES):
+        return None
+    legal = inspect.signature(cls).parameters
+    options = {name: value for name, value in optimizer.defaults.items() if name in legal}
+    try:
+        parameter = nn.Parameter(torch.zeros(PRIMES[:dimensions], dtype=dtype))
+        probe = cls([parameter], **options)  # pyright: ignore[reportArgumentType]
+        parameter.grad = torch.zeros_like(parameter)
+        probe.step()
+    except (RuntimeError, TypeError, ValueError, AssertionError):  # for example one for a certain device only
+        return None
+    return dict(probe.state[parameter])
+
+
+def _check_made(given: Any, made: Any, own: Tensor, what: str) -> None:
+    """Raise LayerwiseError unless `given` is what `made` is for the small parameter."""
+    if not isinstance(made, Tensor):
+        if type(given) is not type(made) or (isinstance(made, float) and not math.isfinite(given)):
+            raise _unfit(f"{what} is {_short(given)}")
+        return
+    sides = {prime: side for prime, side in zip(PRIMES, own.shape, strict=False)}
+    _check_tensor(given, torch.Size(sides.get(side, side) for side in made.shape), made.dtype, what)
+    if not made.dim():
+        value = float(given)
+        if not math.isfinite(value) or ("'step'" in what and (value < 0 or value != int(value))):
+            raise _unfit(f"{what} is {value}")
+
+
+def _check_tensor(given: Any, shape: torch.Size, dtype: torch.dtype, what: str) -> None:
+    if not isinstance(given, Tensor):
+        raise _unfit(f"{what} is no tensor")
+    if given.shape != shape:
+        raise _unfit(f"{what} has shape {tuple(given.shape)} instead of {tuple(shape)}")
+    if given.dtype != dtype:
+        raise _unfit(f"{what} has type {given.dtype} instead of {dtype}")
+
+
+def _check_accumulation(given: Mapping[str, Any], steps: int) -> None:
+    """The update under way: how many there were before, its batches and what they weigh."""
+    if set(given) != {"updates", "batches", "first", "weight"}:
+        raise _unfit("'accumulation' has other fields than updates, batches, first and weight")
+    for field, value in given.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LARGEST
+        if not number or (field in ("updates", "batches") and (value != int(value) or value > steps)):
+            raise _unfit(f"'accumulation' has {field} = {_short(value)}")
+    if given["updates"] + given["batches"] > steps or (given["batches"] > 0) != (given["weight"] > 0):
+        raise _unfit(f"'accumulation' does not belong to {steps} steps")
+
+
+def _check_rates(given: Mapping[str, Any], expected: Expected) -> None:
+    """Learning rates that were set from outside: one for every parameter group of a group's optimizers, or None."""
+    for name, counts in expected.rates.items():
+        rates = given.get(name)
+        if rates is None:
+            continue
+        right = isinstance(rates, (list, tuple)) and len(rates) == len(counts)
+        for found, count in zip(rates, counts, strict=False) if right else ():
+            if found is not None:
+                right &= isinstance(found, (list, tuple)) and len(found) == count
+                right &= right and all(isinstance(rate, (int, float)) and 0 <= rate <= LARGEST for rate in found)
+        if not right:
+            raise _unfit(f"'rates' has {_short(rates)} for {name!r}")
+
+
+def _check_scaler(name: str, given: Any) -> None:
+    """A gradient scaler's numbers: what they are, and that they are in their ranges."""
+    if not isinstance(given, Mapping) or set(given) != set(SCALER):
+        raise _unfit(f"the gradient scaler of {name!r} is missing or has other fields")
+    for field in SCALER:
+        value = given[field]
+        if field in ("growth_interval", "_growth_tracker"):
+            right = _is_count(value)
+        else:
+            right = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= LARGEST
+        if not right:
+            raise _unfit(f"the gradient scaler of {name!r} has {field} = {_short(value)}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _short(value: Any) -> str:
+    text = repr(value) if not isinstance(value, int) or abs(value) < 2**64 else "a huge number"
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _unfit(reason: str) -> LayerwiseError:
+    return LayerwiseError(
+        f"the checkpoint does not fit this learner: {reason}; build the learner with the options that the checkpoint "
+        "was made with, or take another checkpoint."
+    )

@@ -1,0 +1,242 @@
+"""Runs of several processes: their options, what all of them have in common, and how one rank is started."""
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from layerwise.errors import LayerwiseError, tell_torchrun
+from layerwise.models import GraphModelOptions
+from layerwise.parallel.ranks import Ranks, Refused, guarded
+from layerwise.parallel.rendezvous import NoAnswer
+from layerwise.parallel.replicas import check_shares
+from layerwise.runs import checkpoint, distributed_checkpoint
+from layerwise.runs.agreement import facts_of_checkpoint, facts_of_data, facts_of_options
+from layerwise.runs.building import pick_device
+from layerwise.runs.folders import folder_of_restarted, mark
+from layerwise.runs.options import TrainOptions, model_name
+from layerwise.runs.progress import Progress
+from layerwise.runs.training import Interrupted, Run
+
+
+@dataclass(frozen=True)
+class ParallelOptions:
+    """How the processes of one run share the work; none of it changes the result."""
+
+    parallel: Literal["none", "pipeline", "data", "sharded"] = "none"
+    """none | pipeline (blocks on several ranks, messages forward only) | data (all blocks on every rank, gradients
+    averaged) | sharded (data, and each rank keeps a shard of every parameter); start it with torchrun."""
+    stages: str | None = None
+    """Groups of blocks per rank, such as 3,3; balanced by the time that blocks take on the first rank if not given."""
+    replicas: int = 1
+    """Pipelines side by side, each on its share of every batch; they divide the ranks among them."""
+    timeout: float = 300.0
+    """Seconds after which a rank that does not answer counts as lost."""
+
+    def __post_init__(self) -> None:
+        if not self.timeout > 0:
+            raise LayerwiseError(f"timeout is {self.timeout}; it is a number of seconds larger than 0.")
+        if self.replicas < 1 or (self.replicas > 1 and self.parallel != "pipeline"):
+            raise LayerwiseError(
+                f"replicas is {self.replicas} with --parallel {self.parallel}; it is a number of pipelines, 1 or more, "
+                "and goes with --parallel pipeline (with data and sharded every rank is one)."
+            )
+        self.counts()
+
+    def counts(self) -> list[int] | None:
+        """Groups per rank, where they are given."""
+        if self.stages is None:
+            return None
+        try:
+            return [int(word) for word in self.stages.split(",")]
+        except ValueError:
+            raise LayerwiseError(
+                f"stages is {self.stages!r}; give one number of groups per rank, such as 3,3."
+            ) from None
+
+
+@dataclass(frozen=True)
+class TrainCommand(ParallelOptions, TrainOptions):
+    """Train a network with a learning rule.
+
+    Choose the rule and the model by name, `--rule sll --model vgg`; the options of both follow below.
+    """
+
+
+class RankRun(Run):
+    """One rank's part of a run. One of the ranks writes the folder.
+
+    Attributes:
+        ranks: the processes of the run.
+        how: they share the work.
+    """
+
+    ranks: Ranks
+    how: ParallelOptions
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank writes the folder, and prints what all have to say."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """The end, on all ranks together: none leaves before everything is written."""
+        raise NotImplementedError
+
+    def _begun(self, options: TrainOptions, resume: Path | None) -> Path | None:
+        """The run to continue: a restart continues what its job has begun, whose folder one rank knows."""
+        if resume is not None:
+            return resume
+        found = folder_of_restarted(options) if self.writes else None
+        words = self.ranks.agree(None, word=found and str(found.resolve()))
+        return next((Path(word) for word in words if word), None)
+
+    def _device(self) -> torch.device:
+        return self.ranks.device
+
+    def _agree(self, resume: Path | None) -> None:
+        try:
+            facts = facts_of_data(self.dataset) | facts_of_checkpoint(resume)
+        except OSError as reason:
+            raise LayerwiseError(f"the samples of {self.options.data} cannot be read ({reason}).") from reason
+        self.ranks.agree(None, facts)
+
+    def _open(self, resume: Path | None) -> Path:
+        # Nothing is written before all ranks are ready for the same run.
+        self.ranks.agree(None)
+        if self.writes:
+            return super()._open(resume)
+        return resume or Path(self.options.out or ".")
+
+    def _new_folder(self) -> Path:
+        folder = super()._new_folder()
+        mark(folder)
+        return folder
+
+    def _progress(self, per_epoch: int) -> Progress:
+        return Progress(self.total, per_epoch, self._title(), quiet=not self.writes)
+
+    @contextlib.contextmanager
+    def _logs(self) -> Iterator[Any]:
+        if self.writes:
+            with super()._logs() as log:
+                yield log
+        else:
+            yield lambda values: None
+
+
+class PartsRun(RankRun):
+    """A run whose ranks write every checkpoint together, each a part of it."""
+
+    def _write(self, state: dict[str, Any]) -> None:
+        with self.ranks.together() as written:
+            folder = self.folder / "checkpoints"
+            distributed_checkpoint.save(folder, self.learner.steps, state, self._joined, self.ranks.group, written)
+
+    def _joined(self, states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """The state of the run, out of those of all ranks."""
+        raise NotImplementedError
+
+    def _weights(self) -> Mapping[str, torch.Tensor]:
+        state, _ = checkpoint.load_latest(self.folder / "checkpoints")  # written after the last step
+        assert state is not None
+        return state["learner"]["model"]
+
+
+def check_can_share(options: TrainOptions, count: int, how: ParallelOptions) -> None:
+    """Raise LayerwiseError unless `count` replicas can share each batch of a run."""
+    check_shares(options.batch_size, count)
+    if isinstance(options.model, GraphModelOptions):
+        with_replicas = f"--parallel {how.parallel}" + (f" --replicas {count}" if how.replicas > 1 else "")
+        raise LayerwiseError(
+            f"a graph is one sample and has no shares, so {model_name(options.model)} cannot be trained with "
+            f"{with_replicas}; train it in one process."
+        )
+
+
+def pick_own_device(name: str) -> torch.device:
+    """The device of this rank: cuda and auto mean the one with the rank's number on its machine."""
+    device = pick_device(name)
+    if device.type == "cuda":
+        if ":" not in name:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    return device
+
+
+def train_rank(
+    kind: Callable[[Ranks, ParallelOptions, TrainOptions, str, Path | None], RankRun],
+    how: ParallelOptions,
+    options: TrainOptions,
+    command: str,
+    resume: Path | None,
+    show: Callable[[Any, Path], None],
+) -> int:
+    """One rank of `layerwise train --parallel ...`; returns the exit code.
+
+    On failure the process exits at once, because a thread may be blocked on a dead rank.
+
+    Args:
+        kind: of the run.
+        how: the ranks share the work.
+        options: of the run.
+        command: for the record.
+        resume: folder of a run to continue.
+        show: prints the result of a finished run.
+    """
+    try:
+        ranks = Ranks(how.timeout, pick_own_device(options.device))
+    except Refused as refusal:
+        return _failed(str(refusal))
+    except LayerwiseError as error:
+        if isinstance(error.__cause__, NoAnswer):
+            _leave(_failed(str(error)))
+        raise
+
+    def work() -> int:
+        ranks.agree(None, facts_of_options(options, asdict(how), ranks.device, resume is not None))
+        run = kind(ranks, how, options, command, resume)
+        try:
+            result = run.train()
+        except Interrupted as stop:
+            if run.writes:
+                print(f"layerwise: {stop}", file=sys.stderr)
+            run.close()
+            return 128 + stop.signum
+        run.close()
+        if run.writes:
+            show(result, run.folder)
+        return 0
+
+    try:
+        return guarded(ranks, work)
+    except LayerwiseError as error:
+        silent = isinstance(error, Refused) and error.teller not in (None, ranks.rank)
+        code = _failed(str(error), silent)
+    except KeyboardInterrupt:
+        print("layerwise: stopped.", file=sys.stderr)
+        code = 130
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    return _leave(code)
+
+
+def _failed(sentence: str, silent: bool = False) -> int:
+    """Say what is wrong, here and in torchrun's report; returns the exit code."""
+    tell_torchrun(sentence)
+    if not silent:
+        print(f"layerwise: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _leave(code: int) -> int:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
