@@ -49,7 +49,7 @@ def counts(model):
 )
 def test_batch_norm_sees_every_batch_once(rule, options):
     cuts = ["4", "8", "12"]
-    learner = Learner(normed(), create_rule(rule, **options), cuts=cuts, example=X)
+    learner = Learner(normed(), create_rule(rule, **options), cuts=cuts, layout={"input": "BCHW"}, example=X)
     before = counts(learner.network)
     for step in (1, 2):
         learner.step(X, Y)

@@ -261,6 +261,7 @@ def test_an_overlap_of_one_reads_behind_the_next_block_and_leaves_that_block_alo
     assert torch.allclose(loss, F.cross_entropy(readout, y))
     expected = torch.autograd.grad(F.cross_entropy(readout, y), first.parameters())
     before = tensors(learner.network.model)
+    learner.engine.take(y)
     learner.engine.update(group, x, None, y, 0, Trace())
     for (name, weight), gradient in zip(first.named_parameters(), expected, strict=True):
         decay = 0.01 * before[name] if weight.dim() > 1 else 0.0
@@ -403,9 +404,9 @@ def entry_point(name, value):
 def outside(monkeypatch):
     points = importlib.metadata.EntryPoints(
         [
-            entry_point("outside", "test_rules:Outside"),
+            entry_point("outside", f"{__name__}:Outside"),
             entry_point("not_a_rule", "math:sqrt"),
-            entry_point("sll", "test_rules:Outside"),
+            entry_point("sll", f"{__name__}:Outside"),
         ]
     )
     monkeypatch.setattr("layerwise.rules.entry_points", lambda **how: points.select(**how))

@@ -330,7 +330,7 @@ class Engine:
         Returns:
             Output and message of the last, detached: what a pipeline's next rank gets.
         """
-        self._weight = self.accumulation.add(self.task.counted(y, self.rule.unlabelled))
+        self.take(y)
         waiting, trunk = list(groups), None
         if has_trunk(self.rule) and groups[0].learns:
             first = waiting.pop(0)
@@ -349,6 +349,10 @@ class Engine:
         if self.accumulation.batches == self.execution.accumulate:
             self.accumulation.next()
         return h, message
+
+    def take(self, y: Tensor) -> None:
+        """Take a batch with these labels into the update under way; `step` does so for every batch."""
+        self._weight = self.accumulation.add(self.task.counted(y, self.rule.unlabelled))
 
     def flush(self, groups: Sequence[Group], step: int, trace: Trace) -> bool:
         """Do the update under way with the batches that it has; returns whether there were any."""
