@@ -39,7 +39,7 @@ SID, TRUNK = "test_sid.py", "test_trunk.py"
 LOCAL = f"{CONTRACT} mlp and sll and (carries or reaches)"
 MEMORY = f"{CONTRACT} working_memory and mlp and local_ce"
 PIPE, PARTS = "test_pipeline.py", "test_distributed_checkpoint.py"
-FREE = "        self._free(group)\n\n    def _free"
+FREE = "        self._free(group)\n\n    def _factor"
 AGAIN = '        seed_generators(derive_seed(self._setup.execution.seed, "evaluation"), self.device)\n'
 MUTANTS = [
     Mutant("activation not detached", "core/engine.py",
@@ -142,9 +142,9 @@ MUTANTS = [
            [("nn.utils.clip_grads_with_norm_(group.parameters, self.execution.clip, norm)", "pass")],
            f"{ENGINE} clipping"),
     Mutant("schedule ignored", "core/engine.py",
-           [("self.execution.schedule(self.accumulation.updates)", "1.0")], f"{ENGINE} schedule_multiplies"),
+           [("set_learning_rate(optimizer, self._factor())", "set_learning_rate(optimizer, 1.0)")], f"{ENGINE} schedule_multiplies"),
     Mutant("schedule counts batches", "core/engine.py",
-           [("self.execution.schedule(self.accumulation.updates)", "self.execution.schedule(step)")],
+           [("        update = self.accumulation.updates\n", "        update = self.accumulation.updates * 2\n")],
            f"{ENGINE} schedule_multiplies"),
     Mutant("accumulated sum, not mean", "core/engine.py",
            [("torch._foreach_div_(gradients, self.accumulation.weight)", "pass")],
@@ -163,7 +163,8 @@ MUTANTS = [
            [("loss=by_depth(self.likelihood_weight", "loss=-by_depth(self.likelihood_weight")],
            f"{RULES} likelihood or closed_form"),
     Mutant("an unlabelled sample counts as wrong", "core/tasks.py",
-           [("self.correct(logits, y) / (y != UNLABELLED).sum()", "self.correct(logits, y) / y.numel()")],
+           [("self.correct(logits, y) / (self.aligned(y) != UNLABELLED).sum()",
+             "self.correct(logits, y) / y.numel()")],
            "test_graph_forward.py counts_in_no_loss"),
     Mutant("a known node sees its own label", "rules/graph_forward.py",
            [('self.variant == "nodes" or self.links == "both"', "True")], "test_graph_forward.py links_in"),

@@ -433,3 +433,121 @@ def test_several_processes_that_know_nothing_of_each_other_are_refused(monkeypat
     from layerwise.learner import OneProcess
 
     Learner(dense(), "local_ce", replicas=OneProcess()).step(X, Y)
+
+
+# --- What goes wrong in one step is no part of the next
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("rule", ["local_ce", "sll", "backprop"])
+def test_a_step_that_fails_leaves_nothing_behind(rule, accumulate):
+    """NaN, a wrong shape, an interrupt: afterwards the learner trains like one that has seen none of it."""
+    model = dense()
+    learner = Learner(copy.deepcopy(model), rule, accumulate=accumulate, example=X)
+    layer = learner.network.model[1]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for x, error in ((X * math.nan, LayerwiseError), (X[:, :, :4], LayerwiseError), (X, KeyboardInterrupt)):
+        hook = layer.register_forward_pre_hook(interrupt) if error is KeyboardInterrupt else None
+        with pytest.raises(error):
+            learner.step(x, Y)
+        if hook is not None:
+            hook.remove()
+        assert learner.accumulated == 0 and all(p.grad is None for _, p in learner.named_parameters())
+    assert learner.steps == 0
+    other = Learner(copy.deepcopy(model), rule, accumulate=accumulate, example=X)
+    for x, y in batches(2):
+        learner.step(x, y)
+        other.step(x, y)
+    assert same_bits(learner, other) and learner.updates == other.updates > 0
+
+
+@pytest.mark.parametrize("rule", ["local_ce", "backprop"])
+def test_gradients_of_the_owner_are_no_part_of_an_update(rule):
+    clean = trained(dense(), rule, [(X, Y)])
+    stale = Learner(dense(), rule, example=X)
+    nn.functional.cross_entropy(stale.network.model(X), Y).backward()
+    stale.step(X, Y)
+    assert same_bits(clean, stale)
+
+
+def test_a_layer_frozen_between_batches_of_an_update_keeps_its_weights():
+    learner = Learner(dense(), "local_ce", accumulate=2, example=X)
+    learner.step(X, Y)
+    learner.network.model[1].requires_grad_(False)
+    before = snapshot(learner)
+    learner.step(X, Y)
+    assert moved(learner, before) & {"1.weight", "1.bias"} == set() and moved(learner, before)
+
+
+@pytest.mark.parametrize("schedule", [lambda k: math.nan, lambda k: -1.0, lambda k: None, lambda k: 1 / 0])
+def test_a_schedule_that_gives_no_rate_is_refused(schedule):
+    with pytest.raises(LayerwiseError, match="the schedule gives"):
+        Learner(dense(), "local_ce", schedule=schedule).step(X, Y)
+
+
+def test_rates_that_are_none_are_refused():
+    learner = trained(dense(), "local_ce", [(X, Y)])
+    learner.optimizer.param_groups[0]["lr"] = math.nan
+    with pytest.raises(LayerwiseError, match="was set to nan"):
+        learner.step(X, Y)
+
+
+def test_the_one_optimizer_saves_loads_and_refuses():
+    learner = trained(dense(), "backprop", batches(2))
+    other = Learner(copy.deepcopy(learner.network.model), "backprop", example=X)
+    other.optimizer.load_state_dict(learner.optimizer.state_dict())
+    learner.step(X, Y)
+    other.step(X, Y)
+    assert all(torch.equal(a, b) for a, b in zip(learner.network.parameters(), other.network.parameters(), strict=True))
+    with pytest.raises(LayerwiseError, match="none can be added"):
+        learner.optimizer.add_param_group({"params": [torch.zeros(1, requires_grad=True)]})
+    with pytest.raises(LayerwiseError, match="has no optimizers yet"):
+        torch.optim.lr_scheduler.StepLR(Learner(dense(), "local_ce").optimizer, 1)
+    torch.optim.lr_scheduler.OneCycleLR(learner.optimizer, 0.1, total_steps=10)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"optimizer_options": {"lr": 7.0}}, "holds 'lr', which is an option of its own"),
+        ({"optimizer_options": {"weight_decay": 7.0}}, "holds 'weight_decay'"),
+        ({"optimizer_options": {"amsgrad": "yes"}}, "it is True or False"),
+        ({"optimizer_options": {"betas": (0.9,)}}, "AdamW refuses its options"),
+        ({"optimizer_options": [1]}, "give a mapping"),
+        ({"device": "foo"}, "device 'foo' cannot be used"),
+        ({"device": "meta"}, "nothing can be trained on the device 'meta'"),
+        ({"lr_multipliers": [1]}, "lr_multipliers is of type list"),
+        ({"replicas": 3}, "replicas is of type int"),
+        ({"stage": 3}, "stage is of type int"),
+        ({"layout": 3}, "layout is of type int"),
+        ({"cuts": 3}, "cuts is of type int"),
+        ({"channels_last": "yes"}, "channels_last is of type str"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(options, sentence):
+    with pytest.raises(LayerwiseError, match=sentence):
+        Learner(dense(), "local_ce", **options).step(X, Y)
+
+
+def test_a_learner_that_is_built_in_inference_mode_trains():
+    learner = Learner(dense(), "sll")
+    with torch.inference_mode():
+        learner(X)
+    learner.step(X, Y)
+
+
+@pytest.mark.parametrize("act", ["evaluate", "__call__", "state_dict", "flush"])
+def test_a_replaced_module_is_noticed_by_whatever_comes_first(act):
+    learner = trained(dense(), "local_ce", [(X, Y)])
+    learner.network.model[5] = nn.Linear(8, CLASSES)
+    arguments = {"evaluate": (X, Y), "__call__": (X,)}.get(act, ())
+    with pytest.raises(LayerwiseError, match="module '5' was replaced"):
+        getattr(learner, act)(*arguments)
+
+
+def test_an_input_that_cannot_be_predicted_is_a_sentence():
+    with pytest.raises(LayerwiseError, match="the network cannot predict"):
+        trained(dense(), "sid", [(X, Y)])(X[:, :, :4])

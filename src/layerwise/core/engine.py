@@ -185,6 +185,10 @@ class Accumulation:
         """The update is done."""
         self.updates, self.batches, self.first, self.weight = self.updates + 1, 0, 0.0, 0.0
 
+    def restart(self) -> None:
+        """The update has no batch any more."""
+        self.batches, self.first, self.weight = 0, 0.0, 0.0
+
     def state(self) -> dict[str, float]:
         """As plain numbers."""
         return {name: float(getattr(self, name)) for name in ("updates", "batches", "first", "weight")}
@@ -237,8 +241,8 @@ def detach(tree: Any) -> Any:
 
 
 @contextmanager
-def _in_a_sentence(block: str, what: str, h: Any) -> Iterator[None]:
-    """Turn what a user's own modules raise into a sentence that names the block; the cause stays attached."""
+def in_a_sentence(who: str, what: str, h: Any) -> Iterator[None]:
+    """Turn what a user's own modules raise into a sentence that names them; the cause stays attached."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -247,9 +251,7 @@ def _in_a_sentence(block: str, what: str, h: Any) -> Iterator[None]:
         said = (str(reason).strip() or type(reason).__name__).splitlines()[0].rstrip(".")
         hint = "call torch's checkpoint with use_reentrant=False" if "use_reentrant" in said else "look at its modules"
         shapes = ", ".join(str(tuple(t.shape)) for t in tensors(h))
-        raise LayerwiseError(
-            f"block {block!r} {what} of shape {shapes} ({said}); {hint}, and at the batch."
-        ) from reason
+        raise LayerwiseError(f"{who} {what} of shape {shapes} ({said}); {hint}, and at the batch.") from reason
 
 
 class Engine:
@@ -332,7 +334,21 @@ class Engine:
 
         Returns:
             Output and message of the last, detached: what a pipeline's next rank gets.
+
+        Raises:
+            LayerwiseError: a block cannot run, a signal that cannot be acted on, a loss that is not finite. The update
+                under way is given up then, with all batches that it had; groups before the one that failed may have
+                made theirs.
         """
+        try:
+            return self._step_all(groups, h, message, y, step, trace)
+        except BaseException:  # also an interrupt: nothing of the update may be left for the next one
+            self._abandon(groups)
+            raise
+
+    def _step_all(
+        self, groups: Sequence[Group], h: Tensor, message: Any, y: Tensor, step: int, trace: Trace
+    ) -> tuple[Tensor, Any]:
         self.take(y)
         waiting, trunk = list(groups), None
         if has_trunk(self.rule) and groups[0].learns:
@@ -357,6 +373,14 @@ class Engine:
         """Take a batch with these labels into the update under way; `step` does so for every batch."""
         counted = self.task.counted(y, self.rule.unlabelled)  # of a share, where replicas share the batch
         self._weight = self.accumulation.add(counted * self.execution.replicas.count)
+
+    def _abandon(self, groups: Sequence[Group]) -> None:
+        """Give up the update under way: free its gradients, and begin it again with the next batch."""
+        self._reduced = None
+        self.accumulation.restart()
+        for group in groups:
+            group.broken = False
+            self._free(group)
 
     def flush(self, groups: Sequence[Group], step: int, trace: Trace) -> bool:
         """Do the update under way with the batches that it has; returns whether there were any."""
@@ -408,6 +432,8 @@ class Engine:
         self, group: Group, h: Tensor, message: Any, y: Tensor, step: int, trace: Trace
     ) -> tuple[list[tuple[Signal, Tensor]], Tensor, Any]:
         """The forward pass of an update: with a graph where something learns."""
+        if self.accumulation.batches <= 1:  # what the owner has computed is no part of the update
+            self._free(group)
         if self.execution.nonfinite == "skip" and self.accumulation.batches == 1:
             group.buffers = [(b, b.clone()) for unit in group.units for b in unit.buffers()]
             group.broken = False
@@ -479,7 +505,7 @@ class Engine:
         if step is not None:
             seed = derive_seed(self.execution.seed, "draw", step, unit.site.index)
             seed_generators(seed, self.execution.device)
-        with self.autocast(), _in_a_sentence(unit.site.name, "cannot run its input", h):
+        with self.autocast(), in_a_sentence(f"block {unit.site.name!r}", "cannot run its input", h):
             return self.rule.run(unit.block, h, message)
 
     def autocast(self) -> Any:
@@ -503,7 +529,7 @@ class Engine:
                 cotangents = [cotangent * self._weight for cotangent in cotangents]
             # Gradients for this group's parameters alone: what extends its graph, or does not learn, gets none.
             inputs = [*wanted, *([h] if has_trunk(self.rule) and h.requires_grad else [])]
-            with _in_a_sentence(group.name, "cannot be run backward", h):
+            with in_a_sentence(f"block {group.name!r}", "cannot be run backward", h):
                 ends = [root for root, _ in roots]
                 torch.autograd.backward(ends, list(group.scaler.scale(cotangents)), inputs=inputs)
         if not group.checked and all(unit.block.ran for unit in group.units):
@@ -539,6 +565,9 @@ class Engine:
 
     def _step(self, group: Group, h: Tensor | None, loss: Tensor, step: int, trace: Trace) -> None:
         """Check, clip, step, free the gradients."""
+        for parameter in group.parameters:
+            if not parameter.requires_grad:  # frozen since an earlier batch of the update
+                parameter.grad = None
         for optimizer in group.optimizers:
             group.scaler.unscale_(optimizer)
         if self.execution.accumulate > 1:
@@ -550,7 +579,7 @@ class Engine:
             if self.execution.clip is not None:
                 nn.utils.clip_grads_with_norm_(group.parameters, self.execution.clip, norm)
             for optimizer in group.optimizers:
-                set_learning_rate(optimizer, self.execution.schedule(self.accumulation.updates))
+                set_learning_rate(optimizer, self._factor())
                 try:
                     group.scaler.step(optimizer)
                 except RuntimeError as reason:
@@ -564,6 +593,17 @@ class Engine:
         group.scaler.update()
         group.broken = False
         self._free(group)
+
+    def _factor(self) -> float:
+        """What the schedule says of this update."""
+        update = self.accumulation.updates
+        try:
+            return float(self.execution.schedule(update))
+        except Exception as reason:  # of a function of the user's
+            raise LayerwiseError(
+                f"the schedule gives no number for update {update} ({str(reason) or type(reason).__name__}); let it "
+                "return a factor of the learning rate."
+            ) from reason
 
     def _free(self, group: Group) -> None:
         for optimizer in group.optimizers:

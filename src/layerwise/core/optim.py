@@ -116,11 +116,18 @@ def optimizer_factory(
     _refuse_closures(optimizer)
     cls = optimizer
     legal = inspect.signature(cls).parameters
+    if options is not None and not isinstance(options, Mapping):
+        raise LayerwiseError(f"optimizer_options are {options!r}; give a mapping from names to values.")
+    for name in ("lr", "weight_decay"):
+        if name in (options or {}):
+            raise LayerwiseError(f"optimizer_options holds {name!r}, which is an option of its own; give {name}=...")
     arguments = {"lr": lr, **preset, **(options or {})}
     for name in arguments:
         if name not in legal:
             raise LayerwiseError(f"{cls.__name__} has no option {name!r}; {suggestion(name, list(legal))}.")
         if isinstance(legal[name].default, bool):  # the command line gives numbers
+            if arguments[name] not in (0, 1):
+                raise LayerwiseError(f"{cls.__name__}'s option {name} is {arguments[name]!r}; it is True or False.")
             arguments[name] = bool(arguments[name])
     if "weight_decay" in legal:
         arguments["weight_decay"] = weight_decay
@@ -145,7 +152,7 @@ class FromClass:
         fused = {"fused": True} if self.can_fuse and _can_fuse(groups) else {}
         try:
             return self.cls(groups, **self.arguments, **fused)  # pyright: ignore[reportArgumentType]
-        except (TypeError, ValueError) as reason:
+        except (TypeError, ValueError, IndexError) as reason:
             raise LayerwiseError(f"{self.cls.__name__} refuses its options: {reason}.") from reason
 
 
@@ -163,7 +170,7 @@ class FromFunction:
         """
         try:
             made = self.function(groups)
-        except (TypeError, ValueError) as reason:
+        except Exception as reason:  # of a function of the user's
             raise LayerwiseError(f"the function that makes optimizers fails: {reason}.") from reason
         if not isinstance(made, torch.optim.Optimizer):
             raise LayerwiseError(
@@ -258,8 +265,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     A rate that was set from outside since the last update (by hand, or by a scheduler of `torch.optim.lr_scheduler`)
     is the rate of this update, and the schedule continues from it.
     """
+    if not (math.isfinite(factor) and factor >= 0):
+        raise LayerwiseError(f"the schedule gives the factor {factor}; it is a finite number, 0 or larger.")
     for group in optimizer.param_groups:
         base, rate = group["scheduled"]
+        if not (math.isfinite(group["lr"]) and group["lr"] >= 0):
+            raise LayerwiseError(
+                f"a learning rate was set to {float(group['lr'])}; it is a finite number, 0 or larger."
+            )
         if group["lr"] == rate:
             group["lr"] = base * factor
         else:

@@ -279,6 +279,9 @@ def check_rule(rule: object) -> None:
     for fact in ("name", "locality", "boundary", "flat_memory", "source"):
         if not hasattr(kind, fact):
             raise LayerwiseError(f"rule {kind.__name__} does not declare {fact!r}; set the class attribute, see Rule.")
+    if kind.locality not in get_args(Locality):
+        legal = suggestion(str(kind.locality), get_args(Locality))
+        raise LayerwiseError(f"rule {rule.name!r} declares the locality {kind.locality!r}; {legal}.")
     if kind.signal is Rule.signal:
         raise LayerwiseError(f"rule {rule.name!r} has no signal; define signal(self, ctx) in {kind.__name__}.")
     own = [name for name, hint in inspect.get_annotations(kind).items() if "ClassVar" not in str(hint)]
@@ -303,7 +306,7 @@ def check_signal(rule: Rule, ctx: BlockContext, signal: object) -> None:
     if not isinstance(signal, Signal):
         raise LayerwiseError(f"{where} {_in_words(signal)} and no Signal; return Signal(...) from `signal`.")
     loss, cotangent, output = signal.loss, signal.cotangent, signal.output
-    if loss is not None and not (isinstance(loss, Tensor) and loss.dim() == 0):
+    if loss is not None and not (isinstance(loss, Tensor) and loss.dim() == 0 and loss.is_floating_point()):
         raise LayerwiseError(f"{where} a loss that is {_in_words(loss)}; give a scalar tensor, such as loss.mean().")
     if cotangent is not None and not (isinstance(cotangent, Tensor) and cotangent.shape == ctx.h.shape):
         raise LayerwiseError(
@@ -312,6 +315,10 @@ def check_signal(rule: Rule, ctx: BlockContext, signal: object) -> None:
         )
     if output is not None and not isinstance(output, Tensor):
         raise LayerwiseError(f"{where} an output that is {_in_words(output)}; give a tensor, or leave it out.")
+    if not isinstance(signal.metrics, dict) or not all(isinstance(name, str) for name in signal.metrics):
+        raise LayerwiseError(
+            f"{where} metrics that are {_in_words(signal.metrics)}; give a dict from names to scalars."
+        )
     for name, value in signal.metrics.items():
         if not (isinstance(value, Tensor) and value.dim() == 0):
             raise LayerwiseError(f"{where} the metric {name!r}, which is {_in_words(value)}; give a scalar tensor.")

@@ -134,6 +134,11 @@ class Built:
         with preserved_generators(self.setup.device):
             seed_generators(derive_seed(self.setup.seed, "auxiliary", site.index), self.setup.device)
             auxiliary = self.setup.rule.auxiliary(site, h, self.task)
+        if auxiliary is not None and not isinstance(auxiliary, nn.Module):
+            raise LayerwiseError(
+                f"rule {self.setup.rule.name!r} gave block {site.name!r} an auxiliary module of type "
+                f"{type(auxiliary).__name__}; return a torch.nn.Module, or None."
+            )
         if auxiliary is not None:
             self.auxiliary[str(site.index)] = auxiliary.to(self.setup.device)
         return auxiliary

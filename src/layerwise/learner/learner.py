@@ -13,7 +13,7 @@ from layerwise import rules
 from layerwise.core import pieces
 from layerwise.core.blocks import Block, Partition
 from layerwise.core.calls import CallPartition, Output, Read, Tied
-from layerwise.core.engine import Engine, Execution, Group, Trace, detach
+from layerwise.core.engine import Engine, Execution, Group, Trace, detach, in_a_sentence
 from layerwise.core.optim import OptimizerFactory, Schedule, optimizer_factory
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.ranges import check_ranges
@@ -140,6 +140,7 @@ class Learner:
     ):
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "model", "rule")}
         self._arguments["example"] = None  # a batch is not kept
+        _check_types(lr_multipliers, channels_last, stage, replicas, cuts, layout)
         check_ranges(clip=clip, accumulate=accumulate, label_smoothing=label_smoothing, seed=seed, blocks=blocks)
         check_ranges(lr=lr, weight_decay=weight_decay, lr_multipliers=lr_multipliers or {})
         _check_options(precision, nonfinite)
@@ -156,7 +157,7 @@ class Learner:
         for name in lr_multipliers or {}:
             if name not in names:
                 raise LayerwiseError(f"lr_multipliers names no block {name!r}; {suggestion(name, names)}.")
-        self.device = next(model.parameters()).device if device is None else torch.device(device)
+        self.device = next(model.parameters()).device if device is None else _device(device)
         if device is not None and offload == "none":
             self.network.to(self.device)
         self.channels_last = channels_last
@@ -230,8 +231,9 @@ class Learner:
         self._check_input(x)
         check_reads(self.rule, x)
         x = self._placed(labelled(x, None)[0])
-        self._built = Built(self._setup, x, self.evaluating)
-        self._example = x[:1].clone() if isinstance(x, Tensor) else mapped(x, torch.clone)
+        with torch.inference_mode(False):  # what is made here has to learn, wherever it is made
+            self._built = Built(self._setup, mapped(x, _ordinary), self.evaluating)
+            self._example = x[:1].clone() if isinstance(x, Tensor) else mapped(x, torch.clone)
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self.load_state_dict(pending)
@@ -371,6 +373,7 @@ class Learner:
         if self._built is None:
             return False
         with preserved_generators(self.device):
+            self._built.watch.check()
             trace, updates = Trace(), self.updates
             done = self._built.engine.flush(self.groups_at(updates), self.steps - 1, trace)
             self._count(updates)
@@ -439,6 +442,7 @@ class Learner:
         with self.evaluating():
             x, y = self._ready(x, y)
             built = self.built
+            built.watch.check()
             h, message = self._begin(x, y, None)
             with self.network.passing():
                 for group in built.groups:
@@ -458,8 +462,9 @@ class Learner:
             self._check_input(x)
             if self._built is None:
                 self.build(x)
+            self.built.watch.check()
             x, _ = labelled(x, None)
-            with self.engine.autocast():
+            with self.engine.autocast(), in_a_sentence("the network", "cannot predict for an input", x):
                 if isinstance(self.network, CallPartition) and self.rule.predicts_plainly():
                     return self.network(self._placed(x))
                 with self.network.passing():
@@ -620,6 +625,7 @@ class Learner:
         Raises:
             LayerwiseError: nothing is built yet.
         """
+        self.built.watch.check()
         return states.state_of(self.built, self.skipped, self.steps)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -650,7 +656,13 @@ class Learner:
                 "state_dict(), or call onload() first."
             )
         state = self._pending if self._built is None else self.state_dict()
-        return _restored, (self.network, self.rule, self._arguments, self._example, state, self._prepared)
+        set_by_hand = [
+            {name: value for name, value in group.items() if name != "params"}
+            for optimizer in self._optimizers()
+            for group in optimizer.param_groups
+        ]
+        made_of = (self.network, self.rule, self._arguments, self._example)
+        return _restored, (*made_of, state, set_by_hand, self._prepared)
 
 
 def _restored(
@@ -659,6 +671,7 @@ def _restored(
     arguments: dict[str, Any],
     example: Any,
     state: Mapping[str, Any] | None,
+    set_by_hand: Sequence[Mapping[str, Any]],
     prepared: bool,
 ) -> Learner:
     """A learner out of its pickle."""
@@ -667,8 +680,49 @@ def _restored(
         learner.build(example)
     if state is not None:
         learner.load_state_dict(state)
+    own = [group for optimizer in learner._optimizers() for group in optimizer.param_groups]
+    for group, found in zip(own, set_by_hand, strict=True):
+        group.update(found)
     learner._prepared = prepared
     return learner
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one of inference mode, which autograd refuses."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def _device(device: torch.device | str) -> torch.device:
+    """A device that blocks can run on."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, TypeError, AssertionError) as reason:
+        said = str(reason).splitlines()[0].rstrip(".")
+        raise LayerwiseError(
+            f"device {device!r} cannot be used ({said}); choose one that this machine has."
+        ) from reason
+    if found.type == "meta":
+        raise LayerwiseError("nothing can be trained on the device 'meta'; choose one that holds numbers.")
+    return found
+
+
+def _check_types(lr_multipliers: Any, channels_last: Any, stage: Any, replicas: Any, cuts: Any, layout: Any) -> None:
+    """Raise LayerwiseError for an argument of another type."""
+    for name, value, kinds, wanted in (
+        ("lr_multipliers", lr_multipliers, (Mapping, type(None)), "a mapping from block names to factors"),
+        ("channels_last", channels_last, (bool,), "True or False"),
+        ("stage", stage, (Stage, type(None)), "a Stage"),
+        ("replicas", replicas, (Replicas, OneProcess, type(None)), "Replicas, Shards or OneProcess()"),
+        ("cuts", cuts, (str, Sequence, type(None)), "a name, a pattern, or a list of names"),
+        ("layout", layout, (str, Mapping, type(None)), "a layout such as 'BCL', or a mapping from block names"),
+    ):
+        if not isinstance(value, kinds):
+            raise LayerwiseError(f"{name} is of type {type(value).__name__}; give {wanted}.")
+    if isinstance(layout, Mapping) and not all(isinstance(part, str) for item in layout.items() for part in item):
+        raise LayerwiseError("layout maps block names to layouts such as 'BCL'; give words for both.")
+    if isinstance(cuts, Sequence) and not all(isinstance(cut, str) for cut in cuts):
+        raise LayerwiseError("cuts are names of modules; give words.")
 
 
 def _check_options(precision: str, nonfinite: str) -> None:

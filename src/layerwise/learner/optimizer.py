@@ -1,9 +1,12 @@
 """All optimizers of a learner as one, for code that wants to hold an optimizer."""
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
+from layerwise.errors import LayerwiseError
 
 
 class EveryOptimizer(torch.optim.Optimizer):
@@ -25,11 +28,26 @@ class EveryOptimizer(torch.optim.Optimizer):
     def __init__(self, own: Callable[[], Iterator[torch.optim.Optimizer]]):
         self._own = own  # asked anew each time: loading a state replaces an optimizer's groups
         super().__init__([torch.zeros(0)], {})
+        self._ready = True
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The groups of all optimizers, in the order of the blocks."""
-        return [group for optimizer in self._own() for group in optimizer.param_groups]
+        groups = [group for optimizer in self._own() for group in optimizer.param_groups]
+        if not groups and hasattr(self, "_ready"):
+            raise LayerwiseError(
+                "the learner has no optimizers yet; give it example=..., a batch of inputs, or take a step first."
+            )
+        return groups
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The defaults of the first optimizer; schedulers of torch look for momentum there."""
+        return next((optimizer.defaults for optimizer in self._own()), {})
+
+    @defaults.setter
+    def defaults(self, value: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The base class sets its own mapping, which is not used."""
 
     @param_groups.setter  # the checker knows an attribute here, and code that holds an optimizer reads one
     def param_groups(self, value: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -45,7 +63,29 @@ class EveryOptimizer(torch.optim.Optimizer):
         """The base class sets its own mapping, which is not used."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """The groups are those of the blocks; none is added."""
+        """Refuse a group: every parameter that learns is in one of a block.
+
+        Raises:
+            LayerwiseError: always.
+        """
+        if hasattr(self, "_ready"):  # the base class calls this when it is made
+            raise LayerwiseError("a learner's optimizers hold all parameters that learn; none can be added.")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from `state_dict()` of a learner whose blocks are grouped in the same way.
+
+        Raises:
+            LayerwiseError: the state has other groups of parameters.
+        """
+        saved, state = list(state_dict["param_groups"]), state_dict["state"]
+        if [len(g["params"]) for g in saved] != [len(g["params"]) for g in self.param_groups]:
+            raise LayerwiseError("the optimizer's state has other groups of parameters; use the same rule and model.")
+        for optimizer in self._own():
+            mine, saved = saved[: len(optimizer.param_groups)], saved[len(optimizer.param_groups) :]
+            place = {old: new for new, old in enumerate(i for group in mine for i in group["params"])}
+            groups = [group | {"params": [place[i] for i in group["params"]]} for group in mine]
+            own = {place[i]: copy.deepcopy(found) for i, found in state.items() if i in place}
+            optimizer.load_state_dict({"state": own, "param_groups": groups})
 
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Count an update; the learner has made it."""
