@@ -23,7 +23,7 @@ Locality = Literal["local", "interlocking", "broadcast", "perturbation", "equili
 
 @dataclass(frozen=True)
 class Site:
-    """A place where a rule acts: a block, or the head behind the last block."""
+    """A place where a rule acts: a block, or the head after the last block."""
 
     index: int
     """0 .. blocks-1 for a block, `blocks` for the head."""
@@ -196,7 +196,7 @@ class Rule:
     In a pipeline, whose blocks live on several ranks, it then runs on the first one; other rules are refused.
     """
     predicts_at_head: ClassVar[bool] = False
-    """Whether what `signal` tells of the head is the accuracy and loss of the rule's own prediction.
+    """Whether what `signal` reports at the head is the accuracy and loss of the rule's own prediction.
 
     Evaluation then takes one pass; otherwise prediction has a pass of its own.
     """
