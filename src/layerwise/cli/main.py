@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; those of the process if not given.
 
     Returns:
-        The exit code: 0; 1 when a run of a comparison failed; 2 for an error, explained in one sentence; 128 + the number
+        The exit code: 0; 1 when a run of a comparison failed; 2 for an error, said in one sentence; 128 + the number
         of the signal when stopped.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
