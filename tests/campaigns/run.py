@@ -8,7 +8,9 @@ broken.
 """
 
 import argparse
+import importlib
 import json
+import pkgutil
 import shutil
 import sys
 import tempfile
@@ -18,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
+import layerwise  # noqa: E402
 from campaigns import faults, files, kills, words  # noqa: E402
 from layerwise.data import load  # noqa: E402
 from layerwise.runs.environment import environment, in_words  # noqa: E402
@@ -40,7 +43,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=60.0, help="at most so many for each campaign")
     asked = parser.parse_args()
-    load("digits")  # imported once, for all forks
+    warm_up()
     found = []
     for name in asked.campaigns or CAMPAIGNS:
         work, full, sample = CAMPAIGNS[name]
@@ -59,6 +62,16 @@ def main() -> int:
     broken = sum(len(tally.broken) for tally in found)
     print(f"{sum(tally.attempts for tally in found) - broken} passed, {broken} failed")
     return int(broken > 0)
+
+
+def warm_up() -> None:
+    """Import once, for all forks, what the commands import when they need it."""
+    import torch._dynamo  # noqa: F401  the first optimizer would import it
+
+    for module in pkgutil.walk_packages(layerwise.__path__, "layerwise."):
+        if not module.name.endswith(("__main__", "rank", "worker")):
+            importlib.import_module(module.name)
+    load("digits")
 
 
 def write(found: list, seed: int) -> None:

@@ -13,13 +13,13 @@ PROMISE = (
     "never a traceback, a hang, or a file outside of the run's folder."
 )
 SEEDS = [
-    "train --steps 1",
-    "train --steps 2 --rule sid --rule.alpha 0.5 --lr 1e-3",
-    "train --steps 1 --rule local_ce --model vgg --data digits --batch-size 64",
-    "train --steps 1 --recipe digits --weight-decay 0.1 --clip 1.0 --accumulate 2",
-    "train --steps 1 --offload disk --offload-folder scratch",
+    "train --steps 1 --model.width 8 --threads 1",
+    "train --steps 2 --rule sid --rule.alpha 0.5 --lr 1e-3 --model.width 8 --threads 1",
+    "train --steps 1 --rule local_ce --model vgg --model.width 4 --data digits --batch-size 64 --threads 1",
+    "train --steps 1 --recipe digits --weight-decay 0.1 --clip 1.0 --accumulate 2 --model.width 8 --threads 1",
+    "train --steps 1 --offload disk --offload-folder scratch --model.width 8 --threads 1",
     "train --resume RUN",
-    "compare --rules sll:weight=0.5 backprop --seeds 1 --steps 1 --no-report",
+    "compare --rules sll:weight=0.5 backprop --seeds 1 --steps 1 --no-report --model.width 8",
     "eval RUN --split val",
     "eval RUN --batch-size 64 --json figures.json",
     "beliefs RUN",
