@@ -142,7 +142,7 @@ class BlockContext:
     """The module that `Rule.auxiliary` made for this site."""
     training: bool
     learns: bool = False
-    """Whether the site's group learns in this pass; False in evaluation, and where it rests (`Rule.learns_at`)."""
+    """Whether the site's group learns in this pass; False in evaluation, and where it rests (`TakesTurns`)."""
     view: range = range(0)
     """The sites that this pass runs as one graph: the group's own, then (in training) those that lend it theirs."""
 
