@@ -254,7 +254,7 @@ def test_the_cut_is_balanced_or_as_given():
         kept.append(len(learner.groups))
     assert len(said[0]) == 5 and said[1] == [], said  # blocks and head; the other rank measures nothing
     assert max(said[0]) == said[0][3] > 0.01
-    assert Sleeping.samples == {1, 7}  # one to learn the shapes, a whole batch to take the time
+    assert Sleeping.samples == {2, 7}  # two to learn the shapes, a whole batch to take the time
     assert kept == [3, 1]
     for counts in ([2, 1], [4], [4, 0], [5, -1]):
         with pytest.raises(LayerwiseError, match="give one number per rank"):

@@ -321,6 +321,29 @@ class Partition(nn.Module):
 
 
 @contextmanager
+def evaluation_mode(*models: nn.Module) -> Iterator[None]:
+    """A context in which all modules are in evaluation mode; every module gets its own mode back after it.
+
+    >>> net = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+    >>> with evaluation_mode(net):
+    ...     net[0].training
+    False
+    >>> [module.training for module in net]
+    [True, False]
+    """
+    inner = [model.model if isinstance(model, Partition) else model for model in models]
+    modules = [module for model in (*models, *inner) for module in model.modules()]
+    modes = [(module, module.training) for module in modules]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
 def scratch_buffers(places: Iterable[tuple[dict[str, Any], str]]) -> Iterator[None]:
     """A context in which modules run on copies of their buffers, so that a pass moves none of them.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from layerwise.core.blocks import Partition
+from layerwise.core.blocks import Partition, evaluation_mode
 
 
 def balanced_ends(cost: Sequence[float], parts: int) -> list[int]:
@@ -32,13 +32,10 @@ def balanced_ends(cost: Sequence[float], parts: int) -> list[int]:
 
 def operations(parts: Partition, example: Tensor) -> list[int]:
     """Floating-point operations of the forward pass of each block and the head; exact, the same on every machine."""
-    was_training = parts.training
-    parts.eval()
     costs, h = [], example
-    with torch.no_grad():
+    with evaluation_mode(parts), torch.no_grad():
         for block in [*parts.blocks, parts.head]:
             with FlopCounterMode(display=False) as counter:
                 h = block(h)
             costs.append(counter.get_total_flops())
-    parts.train(was_training)
     return costs

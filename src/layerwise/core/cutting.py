@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from layerwise.core.blocks import Partition
+from layerwise.core.blocks import Partition, evaluation_mode
 from layerwise.core.cost import balanced_ends, operations
 from layerwise.core.optim import is_norm
 from layerwise.core.tracing import check_model, expanded, is_sequential, legal_cuts, listed
@@ -73,14 +73,8 @@ def _materialise(model: nn.Module, example: Tensor | None) -> None:
             f"{lazy[0]!r} belongs to a lazy layer, whose size is not known yet; give example=..., a batch of "
             "inputs, or call the model once."
         )
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            model(example[:2])
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluation_mode(model), torch.no_grad():
+        model(example[:2])
 
 
 def _default_cuts(model: nn.Module) -> list[str]:

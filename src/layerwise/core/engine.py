@@ -92,6 +92,8 @@ class Group:
 class Alone:
     """One process that trains its blocks: nothing is averaged. `Replicas` does the same for several."""
 
+    count = 1
+    """Processes that train these blocks, each on its share of the batch."""
     every_batch = False
     """Whether gradients are averaged after every batch, not only where an update is due."""
     deferred = False
@@ -121,6 +123,7 @@ class Alone:
 class Reducer(Protocol):
     """Averages gradients over the processes that train the same blocks; the methods are those of `Alone`."""
 
+    count: int
     every_batch: bool
     deferred: bool
 
@@ -168,11 +171,11 @@ class Accumulation:
     weight: float | Tensor = 0.0
     """Sum of the weights of its batches."""
 
-    def add(self, y: Tensor, some_unlabelled: bool) -> float | Tensor:
-        """Add a batch; returns its weight."""
-        counted: float | Tensor = float(y.numel())
+    def add(self, y: Tensor, some_unlabelled: bool, shares: int = 1) -> float | Tensor:
+        """Add a batch, of which this process has one of so many equal shares; returns its weight."""
+        counted: float | Tensor = float(y.numel() * shares)
         if some_unlabelled:
-            counted = (y != UNLABELLED).sum().float()
+            counted = (y != UNLABELLED).sum().float() * shares
             counted = float(counted) if y.device.type == "cpu" else counted  # elsewhere it would wait for the device
         if self.batches == 0:
             self.first = counted
@@ -354,7 +357,7 @@ class Engine:
 
     def take(self, y: Tensor) -> None:
         """Take a batch with these labels into the update under way; `step` does so for every batch."""
-        self._weight = self.accumulation.add(y, self.rule.unlabelled)
+        self._weight = self.accumulation.add(y, self.rule.unlabelled, self.execution.replicas.count)
 
     def flush(self, groups: Sequence[Group], step: int, trace: Trace) -> bool:
         """Do the update under way with the batches that it has; returns whether there were any."""

@@ -358,7 +358,7 @@ class Learner:
     def _count(self, before: int) -> None:
         """Count an update in `optimizer`, as schedulers that hold it require."""
         if self.updates > before:
-            self.optimizer.step()
+            self.optimizer.count_update()
 
     def average(self) -> None:
         """Average over the replicas what an unfinished update has accumulated; afterwards all hold the same bits."""

@@ -50,6 +50,10 @@ class EveryOptimizer(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Count an update; the learner has made it."""
 
+    def count_update(self) -> None:
+        """Tell the schedulers that hold this optimizer of an update: they watch `step`."""
+        self.step()
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Free the gradients of all groups, such as those of an update under way."""
         for optimizer in self._own():

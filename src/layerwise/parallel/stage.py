@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from layerwise.core.blocks import Partition
+from layerwise.core.blocks import Partition, evaluation_mode
 from layerwise.core.cost import balanced_ends, operations
 from layerwise.core.engine import detach
 from layerwise.core.pieces import PredictsBySite, StartsFromData, has_trunk
@@ -140,23 +140,21 @@ def seconds(network: Partition, example: Tensor, repeats: int = 3) -> list[float
 
     Evaluation mode leaves running statistics and random generators alone; no gradient is kept.
     """
-    was_training = network.training
-    network.eval()
     found, h = [], example
-    for block in [*network.blocks, network.head]:
-        parameters = [p for p in block.parameters() if p.requires_grad]
-        times, out = [], h
-        for _ in range(1 + repeats):
-            start = time.perf_counter()
-            out = block(h)
-            if out.requires_grad:
-                torch.autograd.grad(out.sum(), parameters, allow_unused=True)
-            if out.is_cuda:
-                torch.cuda.synchronize(out.device)
-            times.append(time.perf_counter() - start)
-        found.append(min(times[1:]))
-        h = out.detach()
-    network.train(was_training)
+    with evaluation_mode(network):
+        for block in [*network.blocks, network.head]:
+            parameters = [p for p in block.parameters() if p.requires_grad]
+            times, out = [], h
+            for _ in range(1 + repeats):
+                start = time.perf_counter()
+                out = block(h)
+                if out.requires_grad:
+                    torch.autograd.grad(out.sum(), parameters, allow_unused=True)
+                if out.is_cuda:
+                    torch.cuda.synchronize(out.device)
+                times.append(time.perf_counter() - start)
+            found.append(min(times[1:]))
+            h = out.detach()
     return found
 
 
