@@ -39,8 +39,12 @@ docs folder="site":
 bench name *words:
     layerwise bench {{name}} {{words}}
 
+# Seeded attempts to break what docs/reliability.md promises; a sample of at most five minutes
+campaigns *words="--sample":
+    python tests/campaigns/run.py {{words}}
+
 # The folders of evidence, each with a README on how to reproduce it
-campaigns:
+evidence:
     @ls -d benchmarks/*/
 
 # Wheel and sdist

@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from layerwise.core.blocks import Block, Partition
+    from layerwise.core.calls import CallPartition, cut_at_calls
     from layerwise.core.cutting import partition
     from layerwise.core.optim import Schedule
     from layerwise.core.rule import BatchContext, BlockContext, Rule, Signal, Site
-    from layerwise.core.tasks import Classification
+    from layerwise.core.tasks import Classification, LanguageModel
     from layerwise.core.tracing import legal_cuts
     from layerwise.errors import LayerwiseError
     from layerwise.learner import Learner, Metrics
@@ -40,7 +41,9 @@ __all__ = [
     "BatchContext",
     "Block",
     "BlockContext",
+    "CallPartition",
     "Classification",
+    "LanguageModel",
     "LayerwiseError",
     "Learner",
     "MemoryUse",
@@ -51,6 +54,7 @@ __all__ = [
     "Signal",
     "Site",
     "create_rule",
+    "cut_at_calls",
     "keep_freed_memory",
     "legal_cuts",
     "measure_memory",
@@ -60,10 +64,11 @@ __all__ = [
 
 _HOMES = {
     "layerwise.core.blocks": ("Block", "Partition"),
+    "layerwise.core.calls": ("CallPartition", "cut_at_calls"),
     "layerwise.core.cutting": ("partition",),
     "layerwise.core.optim": ("Schedule",),
     "layerwise.core.rule": ("BatchContext", "BlockContext", "Rule", "Signal", "Site"),
-    "layerwise.core.tasks": ("Classification",),
+    "layerwise.core.tasks": ("Classification", "LanguageModel"),
     "layerwise.core.tracing": ("legal_cuts",),
     "layerwise.errors": ("LayerwiseError",),
     "layerwise.learner": ("Learner", "Metrics"),

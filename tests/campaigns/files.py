@@ -74,7 +74,7 @@ def images(draw: random.Random) -> tuple[str, bytes]:
     from PIL import Image
 
     mode = draw.choice(["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I", "F"])
-    kind = {"I;16": ["png", "tiff"], "I": ["png", "tiff"], "F": ["tiff"], "LA": ["png"], "RGBA": ["png", "webp"]}.get(
+    kind = {"I;16": ["png", "tiff"], "I": ["tiff"], "F": ["tiff"], "LA": ["png"], "RGBA": ["png", "webp"]}.get(
         mode, ["png", "gif", "bmp", "tiff"]
     )
     form, held = draw.choice(kind), io.BytesIO()

@@ -10,11 +10,12 @@ import pytest
 import torch
 from support.jobs import DATA, LONG, TINY, check_hangs, check_killed, check_refused, ended, job, run, under_way
 from support.nets import PLAIN_SGD, batches, kinds, net, same_bits, trained
-from support.ranks import close, learned, normed, same_state, similar, spread
+from support.own import decoder, text
+from support.ranks import close, learned, normed, same_state, share, similar, spread
 from support.runs import lines, result, state, weights
 from torch import nn
 
-from layerwise import LayerwiseError, Learner, rules
+from layerwise import LanguageModel, LayerwiseError, Learner, rules
 from layerwise.cli.main import main
 from layerwise.data import Batches, InMemorySource
 from layerwise.parallel.replicas import Replicas, check_shares
@@ -257,3 +258,23 @@ def test_a_loss_that_is_not_finite_stops_all_replicas(tmp_path):
     codes, errors = run(2, tmp_path / "job", words)
     assert codes == [2, 2] and all("non-finite" in error for error in errors), errors
     assert not (tmp_path / "out" / "result.json").exists()
+
+
+def test_replicas_of_a_model_that_is_cut_at_its_calls(tmp_path):
+    """Each replica has a share of a batch that is a mapping; together they make one process's update."""
+    batch = text(samples=4)
+    batch["labels"] = batch["tokens"]  # all tokens count, so that the shares weigh the same
+
+    def work(replicas=None):
+        options = {} if replicas is None else {"replicas": replicas}
+        learner = Learner(decoder(), "local_ce", cuts="layers.*", task=LanguageModel(), **PLAIN_SGD, **options)
+        for _ in range(3):
+            given = batch
+            if replicas is not None:
+                given = {name: share(value, replicas.rank, replicas.count) for name, value in batch.items()}
+            learner.step(given)
+        return copy.deepcopy(learner.state_dict())
+
+    first, second = spread(2, tmp_path, work)
+    assert same_state(first["model"], second["model"])
+    assert close(first, work())

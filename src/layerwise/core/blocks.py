@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -100,6 +100,11 @@ class Block:
                 f"passed on; cut elsewhere: {listed(legal_cuts(self._model))}."
             )
         return out
+
+    @property
+    def ran(self) -> bool:
+        """Whether the block has run in the pass under way; a model that is cut at its calls may leave one out."""
+        return True
 
     def compile(self, wrap: Callable[[Callable[[Tensor], Any]], Callable[[Tensor], Any]]) -> None:
         """Run the block through what `wrap` makes of it, such as `torch.compile`."""
@@ -214,7 +219,7 @@ class Partition(nn.Module):
         self.__dict__.update(model=model, cuts=tuple(cuts))
         *blocks, head = _cut(model, tuple(cuts))
         self.__dict__.update(blocks=blocks, head=head, _known=dict(model.named_modules(remove_duplicate=False)))
-        self.__dict__.update(layout=_declared(layout, [*cuts, "head"]), input_layout=None)
+        self.__dict__.update(layout=declared_layouts(layout, [*cuts, "head"]), input_layout=None)
         self.training = model.training
 
     model: nn.Module
@@ -236,6 +241,10 @@ class Partition(nn.Module):
         self.model.train(mode)
         self.training = mode
         return self
+
+    def passing(self) -> AbstractContextManager[None]:
+        """A context in which the blocks can be run: always, for a model that is cut into functions."""
+        return nullcontext()
 
     def check_modules(self) -> None:
         """Raise LayerwiseError where a module of the model was replaced: its block still runs the old one."""
@@ -316,6 +325,10 @@ class Partition(nn.Module):
         width = max(len(name) for name, _, _ in rows)
         return "\n".join(f"{name:<{width}}  {layout:<7} {count:>8} parameters" for name, layout, count in rows)
 
+    def with_layout(self, layout: Mapping[str, str] | str) -> "Partition":
+        """The same cuts, with the layout declared."""
+        return Partition(self.model, self.cuts, layout)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Partition, (self.model, self.cuts, self.layout)
 
@@ -370,7 +383,7 @@ def scratch_buffers(places: Iterable[tuple[dict[str, Any], str]]) -> Iterator[No
             registry[name] = buffer
 
 
-def _declared(layout: Mapping[str, str] | str | None, names: Sequence[str]) -> Mapping[str, str] | str | None:
+def declared_layouts(layout: Mapping[str, str] | str | None, names: Sequence[str]) -> Mapping[str, str] | str | None:
     """The declared layouts, checked."""
     if layout is None:
         return None

@@ -49,7 +49,7 @@ def partition(
     (['1', '3'], 'head')
     """
     if isinstance(model, Partition):
-        return model if layout is None else Partition(model.model, model.cuts, layout)
+        return model if layout is None else model.with_layout(layout)
     check_model(model)
     _materialise(model, example)
     if cuts is None or cuts == "block":

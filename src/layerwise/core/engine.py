@@ -15,7 +15,8 @@ from layerwise.core.optim import set_learning_rate
 from layerwise.core.pieces import HasTrunk, has_trunk
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.rule import BlockContext, Rule, Signal, Site, check_signal
-from layerwise.core.tasks import UNLABELLED, Classification
+from layerwise.core.tasks import Classification
+from layerwise.core.trees import all_finite, tensors
 from layerwise.errors import LayerwiseError
 
 
@@ -171,12 +172,8 @@ class Accumulation:
     weight: float | Tensor = 0.0
     """Sum of the weights of its batches."""
 
-    def add(self, y: Tensor, some_unlabelled: bool, shares: int = 1) -> float | Tensor:
-        """Add a batch, of which this process has one of so many equal shares; returns its weight."""
-        counted: float | Tensor = float(y.numel() * shares)
-        if some_unlabelled:
-            counted = (y != UNLABELLED).sum().float() * shares
-            counted = float(counted) if y.device.type == "cpu" else counted  # elsewhere it would wait for the device
+    def add(self, counted: float | Tensor) -> float | Tensor:
+        """Add a batch with so many labels that count; returns its weight."""
         if self.batches == 0:
             self.first = counted
         weight = counted / self.first
@@ -240,7 +237,7 @@ def detach(tree: Any) -> Any:
 
 
 @contextmanager
-def _in_a_sentence(block: str, what: str, h: Tensor) -> Iterator[None]:
+def _in_a_sentence(block: str, what: str, h: Any) -> Iterator[None]:
     """Turn what a user's own modules raise into a sentence that names the block; the cause stays attached."""
     try:
         yield
@@ -249,8 +246,9 @@ def _in_a_sentence(block: str, what: str, h: Tensor) -> Iterator[None]:
     except (RuntimeError, ValueError, IndexError, TypeError) as reason:
         said = (str(reason).strip() or type(reason).__name__).splitlines()[0].rstrip(".")
         hint = "call torch's checkpoint with use_reentrant=False" if "use_reentrant" in said else "look at its modules"
+        shapes = ", ".join(str(tuple(t.shape)) for t in tensors(h))
         raise LayerwiseError(
-            f"block {block!r} {what} of shape {tuple(h.shape)} ({said}); {hint}, and at the batch."
+            f"block {block!r} {what} of shape {shapes} ({said}); {hint}, and at the batch."
         ) from reason
 
 
@@ -326,7 +324,7 @@ class Engine:
 
         Args:
             groups: in the order of the network.
-            h: detached input of the first.
+            h: detached input of the first; the whole batch where the model is cut at its calls.
             message: the first message, detached.
             y: labels.
             step: number of the training step.
@@ -357,7 +355,8 @@ class Engine:
 
     def take(self, y: Tensor) -> None:
         """Take a batch with these labels into the update under way; `step` does so for every batch."""
-        self._weight = self.accumulation.add(y, self.rule.unlabelled, self.execution.replicas.count)
+        counted = self.task.counted(y, self.rule.unlabelled)  # of a share, where replicas share the batch
+        self._weight = self.accumulation.add(counted * self.execution.replicas.count)
 
     def flush(self, groups: Sequence[Group], step: int, trace: Trace) -> bool:
         """Do the update under way with the batches that it has; returns whether there were any."""
@@ -507,7 +506,7 @@ class Engine:
             with _in_a_sentence(group.name, "cannot be run backward", h):
                 ends = [root for root, _ in roots]
                 torch.autograd.backward(ends, list(group.scaler.scale(cotangents)), inputs=inputs)
-        if not group.checked:
+        if not group.checked and all(unit.block.ran for unit in group.units):
             group.checked = True
             self._check_reached(group, {id(p) for p in wanted if p.grad is not None}, bool(losses or roots))
         return torch.stack([loss.detach().float() for loss in losses or [torch.zeros(())]]).sum()
@@ -578,7 +577,7 @@ class Engine:
         elif not bool(finite):
             if self.execution.nonfinite == "raise":
                 self._free(group)
-                raise NonFinite(group.name, step, input_is_finite=bool(torch.isfinite(h).all()))
+                raise NonFinite(group.name, step, input_is_finite=all_finite(h))
             group.broken = True
 
     def _may_step(self, group: Group, h: Tensor | None, loss: Tensor, norm: Tensor, step: int, trace: Trace) -> bool:
@@ -597,4 +596,4 @@ class Engine:
             self._put_back(group)
             return False
         self._free(group)
-        raise NonFinite(group.name, step, input_is_finite=h is None or bool(torch.isfinite(h).all()))
+        raise NonFinite(group.name, step, input_is_finite=h is None or all_finite(h))

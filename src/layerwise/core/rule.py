@@ -195,6 +195,13 @@ class Rule:
 
     In a pipeline, whose blocks live on several ranks, it then runs on the first one; other rules are refused.
     """
+    runs_once: ClassVar[bool] = True
+    """Whether the rule runs every block once per step and in order.
+
+    A rule that runs a block again is refused where the model is cut at its calls (`cut_at_calls`).
+    """
+    reads_input: ClassVar[bool] = False
+    """Whether `signal` looks at the network's input, which then has to be one tensor."""
     predicts_at_head: ClassVar[bool] = False
     """Whether what `signal` reports at the head is the accuracy and loss of the rule's own prediction.
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from layerwise.core import trees
 from layerwise.core.blocks import Block, Partition
 from layerwise.core.engine import Engine, Execution, Group, Unit
 from layerwise.core.grouping import Grouping
@@ -38,7 +39,8 @@ class Setup:
     make_offload: Callable[[Sequence[Sequence[Block]]], Offload | NotOffloaded]
     """From the blocks of every group to what moves them."""
     seed: int
-    label_smoothing: float
+    task: Classification
+    """Without the number of classes."""
     compile: bool | str
     facts: Mapping[str, Any]
     """What must be the same on all replicas, by name."""
@@ -59,14 +61,15 @@ class Built:
 
     Args:
         setup: what the learner is made of.
-        x: one batch of inputs, placed; two samples of it are run to learn shapes and layouts.
+        x: one batch of inputs, placed; two samples of it are run to learn shapes and layouts, or all of a batch that is
+            no tensor.
         evaluating: opens a context in which modules are in evaluation mode.
 
     Raises:
         LayerwiseError: the network does not take such an input, or is not what was partitioned.
     """
 
-    def __init__(self, setup: Setup, x: Tensor, evaluating: Callable[[], AbstractContextManager[None]]):
+    def __init__(self, setup: Setup, x: Any, evaluating: Callable[[], AbstractContextManager[None]]):
         check_alone(setup)
         setup.network.check_modules()
         self.setup = setup
@@ -75,20 +78,23 @@ class Built:
         ranges = list(setup.rule.groups(len(blocks) - 1))
         ends = [later.start for later in ranges[1:]] + [len(blocks)]
         self.offload = setup.make_offload([blocks[s.start : end] for s, end in zip(ranges, ends, strict=True)])
-        if x.is_complex():
+        if any(t.is_complex() for t in trees.tensors(x)):
             raise LayerwiseError(
                 "the inputs are complex numbers, which no rule can read; give torch.view_as_real(x) or their absolute "
                 "values."
             )
         with evaluating():
-            outputs = setup.network.probe(x[:2])
-        self.task = Classification(outputs[-1].shape[-1], setup.label_smoothing)
+            outputs = setup.network.probe(x[:2] if isinstance(x, Tensor) else x)
+        self.task = setup.task.with_classes(outputs[-1].shape[-1])
         self.engine = Engine(setup.rule, self.task, setup.execution, self.resident)
-        mine = setup.stage.choose(setup.rule, setup.network, ranges, x[:1])
+        mine = setup.stage.choose(setup.rule, setup.network, ranges, x[:1] if isinstance(x, Tensor) else x)
         tensors = [*setup.network.parameters(), *setup.network.buffers()]
         setup.replicas.copy_from_first((tensor for tensor in tensors if not tensor.is_meta), setup.facts)
         sizes = tuple(tuple(out.shape[1:]) for out in outputs)
-        inputs, layouts = tuple(x.shape[1:]), (setup.network.layouts, setup.network.input_layout)
+        inputs, layouts = (
+            tuple(x.shape[1:]) if isinstance(x, Tensor) else (),
+            (setup.network.layouts, setup.network.input_layout),
+        )
         sites = [Site(i, len(blocks) - 1, b.name, sizes, inputs, *layouts, setup.network) for i, b in enumerate(blocks)]
         units = [Unit(site, block, None) for site, block in zip(sites, blocks, strict=True)]
         groups = []

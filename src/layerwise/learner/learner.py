@@ -12,18 +12,20 @@ from torch import Tensor, nn
 from layerwise import rules
 from layerwise.core import pieces
 from layerwise.core.blocks import Block, Partition
-from layerwise.core.cutting import partition
+from layerwise.core.calls import CallPartition, Output, Read, Tied
 from layerwise.core.engine import Engine, Execution, Group, Trace, detach
 from layerwise.core.optim import OptimizerFactory, Schedule, optimizer_factory
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.ranges import check_ranges
 from layerwise.core.rule import BatchContext, Rule, check_rule
-from layerwise.core.tasks import UNLABELLED, Classification
+from layerwise.core.tasks import UNLABELLED, Classification, LanguageModel
+from layerwise.core.trees import mapped, tensors
 from layerwise.errors import LayerwiseError, suggestion
 from layerwise.learner import state as states
 from layerwise.learner.alone import NotOffloaded, OneProcess, WholeNetwork
 from layerwise.learner.build import ONE_PROCESS, Built, Setup
 from layerwise.learner.checks import check_parts
+from layerwise.learner.cutting import check_reads, check_serves, cut, labelled
 from layerwise.learner.metrics import Metrics
 from layerwise.learner.optimizer import EveryOptimizer
 from layerwise.memory.meter import MemoryMeter, MemoryUse, optimizer_tensors
@@ -67,8 +69,13 @@ class Learner:
         label_smoothing: share of the target spread over all classes, in every loss that uses the label.
         seed: of all random draws. A draw depends on (seed, step, block) only; torch's global generators are
             left as they were.
-        cuts: where to cut the model, see `partition`.
+        cuts: where to cut the model, see `partition`. A pattern (`"model.layers.*"`) or `"auto"` cuts it at the calls
+            of its own modules, see `cut_at_calls`; so do `output`, `read`, `tied` and an example that is no tensor.
         blocks: number of blocks, see `partition`.
+        output: where the logits are in the model's output, see `cut_at_calls`.
+        read: where the teaching tensor is in a cut module's output, see `cut_at_calls`.
+        tied: who trains a parameter that several blocks use: `"last"` of them, `"first"` or `"frozen"`.
+        task: what the labels mean, if not classes: `LanguageModel()`.
         example: one batch of inputs; builds everything now instead of at the first step.
         layout: where outputs have batch, channels and positions, if the layers do not show it, see `partition`.
         stage: the part of the network that this process runs, as one of several ranks; all of it if not given.
@@ -119,7 +126,11 @@ class Learner:
         seed: int = 0,
         cuts: Sequence[str] | str | None = None,
         blocks: int | None = None,
-        example: Tensor | None = None,
+        output: Output = None,
+        read: Read = None,
+        tied: Tied | None = None,
+        task: Classification | None = None,
+        example: Any = None,
         layout: Mapping[str, str] | str | None = None,
         stage: Stage | None = None,
         replicas: Replicas | OneProcess | None = None,
@@ -137,7 +148,10 @@ class Learner:
         replicas.check(precision=precision, compile=compile, channels_last=channels_last)
         self.rule = rules.create(rule) if isinstance(rule, str) else rule
         check_rule(self.rule)
-        self.network: Partition = partition(model, cuts, blocks=blocks, example=example, layout=layout)
+        self.network: Partition = cut(model, cuts, blocks, output, read, tied, example, layout)
+        self._arguments |= {"cuts": None, "blocks": None, "output": None, "read": None, "tied": None}  # done
+        if isinstance(self.network, CallPartition):
+            check_serves(self.network, self.rule, offload=offload, stage=stage, replicas=replicas, compile=compile)
         names = [block.name for block in [*self.network.blocks, self.network.head]]
         for name in lr_multipliers or {}:
             if name not in names:
@@ -153,6 +167,10 @@ class Learner:
                 f"the schedule is of type {type(schedule).__name__}; give a function from the update number to a "
                 "factor, or hold a scheduler of torch by learner.optimizer."
             )
+        # Refuses a wrong value now; the number of classes is known later.
+        task = Classification(2, label_smoothing) if task is None else task
+        if label_smoothing and task.label_smoothing != label_smoothing:
+            raise LayerwiseError("label_smoothing is given beside task; give it to the task alone.")
         self.schedule = schedule or Schedule()
         self._offload_to: tuple[Where, Path] = offload, Path(offload_folder or tempfile.gettempdir())
         self.offload: Offload | NotOffloaded = NotOffloaded()
@@ -176,7 +194,7 @@ class Learner:
             replicas,
             self._moved_by,
             seed,
-            label_smoothing,
+            task,
             compile,
             self._facts(),
         )
@@ -186,7 +204,7 @@ class Learner:
         self.optimizer = EveryOptimizer(self._optimizers)
         self._prepared = not isinstance(self.rule, pieces.StartsFromData)
         self._built: Built | None = None
-        self._example: Tensor | None = None
+        self._example: Any = None
         self._pending: Mapping[str, Any] | None = None
         if example is not None:
             self.build(example)
@@ -198,20 +216,22 @@ class Learner:
         own = ("stage", "replicas", "device", "offload", "offload_folder", "compile", "example")
         options = {name: value for name, value in self._arguments.items() if name not in own}
         parts = {f"the rule's {name}": value for name, value in vars(self.rule).items()}
-        return {"the rule": self.rule.name, **options, **parts}
+        return {"the rule": self.rule.name, **options, "cuts": self.network.cuts, **parts}
 
-    def build(self, x: Tensor) -> None:
+    def build(self, x: Any) -> None:
         """Make the rule's auxiliary modules and the optimizers; done by the first `step` if not before.
 
         Args:
-            x: one batch of inputs; a single sample of it is run to learn the shapes.
+            x: one batch of inputs; two samples of it are run to learn the shapes, or all of a batch that is no tensor.
 
         Raises:
             LayerwiseError: the network does not take such an input, or is not what was partitioned.
         """
-        x = self._placed(x)
+        self._check_input(x)
+        check_reads(self.rule, x)
+        x = self._placed(labelled(x, None)[0])
         self._built = Built(self._setup, x, self.evaluating)
-        self._example = x[:1].clone()
+        self._example = x[:1].clone() if isinstance(x, Tensor) else mapped(x, torch.clone)
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self.load_state_dict(pending)
@@ -306,14 +326,15 @@ class Learner:
             self.replicas.copy_from_first(p for p in self.network.parameters() if not p.is_meta)
             self._prepared = True
 
-    def step(self, x: Tensor, y: Tensor) -> Metrics:
+    def step(self, x: Any, y: Tensor | None = None) -> Metrics:
         """Train on one batch: every block is updated once, while the batch passes through.
 
         The model is run in the mode in which its owner has put it.
 
         Args:
-            x: inputs `(B, ...)`.
-            y: labels `(B,)`, or `(B, T)` for a language model.
+            x: inputs `(B, ...)`; for a model that is cut at its calls also a tuple of arguments, or a mapping of
+                keywords.
+            y: labels `(B,)`, or `(B, T)` for a language model; the entry `labels` of a mapping if not given.
 
         Returns:
             The step's metrics, still on the device.
@@ -334,11 +355,12 @@ class Learner:
             step, trace, updates = self.steps, Trace(), self.updates
             seed_generators(derive_seed(self._setup.execution.seed, "begin", step), self.device)
             h, message = self._begin(x, y, step)
-            h, message = built.engine.step(self.groups_at(updates), h, message, y, step, trace)
+            with self.network.passing():
+                h, message = built.engine.step(self.groups_at(updates), h, message, y, step, trace)
             self.steps += 1
             self._count(updates)
             self.skipped += self.stage.pass_on(h, message, bool(trace.skipped))
-        return Metrics(step, len(x) * self.replicas.count, trace.metrics, tuple(trace.skipped), trace.finite)
+        return Metrics(step, len(y) * self.replicas.count, trace.metrics, tuple(trace.skipped), trace.finite)
 
     def flush(self) -> bool:
         """Do the update under way with the batches that it has; with `accumulate`, at the end of the training.
@@ -367,7 +389,7 @@ class Learner:
                 running = [buffer for unit in group.units for buffer in unit.running()]
                 self.replicas.reduce(group.parameters, running, torch.zeros((), device=self.device))()
 
-    def measured_step(self, x: Tensor, y: Tensor) -> tuple[Metrics, MemoryUse]:
+    def measured_step(self, x: Any, y: Tensor | None = None) -> tuple[Metrics, MemoryUse]:
         """One `step` under the memory meter: exact bytes, on the CPU at a few times the step's duration.
 
         The optimizers' state exists from the first update on, so measure a later step.
@@ -387,7 +409,7 @@ class Learner:
         use = self.offload.counted(meter.peak)
         return metrics, self.replicas.counted(use, self.groups_at(updates))
 
-    def _begin(self, x: Tensor, y: Tensor, step: int | None) -> tuple[Tensor, Any]:
+    def _begin(self, x: Any, y: Tensor, step: int | None) -> tuple[Any, Any]:
         """Input and message of the first group here: the rule's, or what the rank before has sent."""
         if not self.stage.first:
             return self.stage.receive()
@@ -406,11 +428,11 @@ class Learner:
 
     # Evaluation and prediction.
 
-    def evaluate(self, x: Tensor, y: Tensor) -> Metrics:
+    def evaluate(self, x: Any, y: Tensor | None = None) -> Metrics:
         """The rule's scalars for one batch in evaluation mode; nothing is updated.
 
         Args:
-            x: inputs `(B, ...)`.
+            x: inputs as for `step`.
             y: labels as for `step`.
         """
         trace = Trace()
@@ -418,32 +440,37 @@ class Learner:
             x, y = self._ready(x, y)
             built = self.built
             h, message = self._begin(x, y, None)
-            for group in built.groups:
-                with built.resident(group.units):
-                    _, h, message = built.engine.forward(group, h, message, y, None, trace)
+            with self.network.passing():
+                for group in built.groups:
+                    with built.resident(group.units):
+                        _, h, message = built.engine.forward(group, h, message, y, None, trace)
             self.stage.pass_on(h, message, skipped=False)
             apart = not self.rule.predicts_plainly() and not self.rule.predicts_at_head
             if apart and (logits := self._predicted(x)) is not None:
                 head = {"loss": self.task.loss(logits, y), "accuracy": self.task.accuracy(logits, y)}
                 trace.metrics["head"] = trace.metrics.get("head", {}) | head
-        return Metrics(self.steps, len(x), trace.metrics, (), {})
+        return Metrics(self.steps, len(y), trace.metrics, (), {})
 
     @torch.no_grad()
-    def __call__(self, x: Tensor) -> Tensor:
-        """Logits `(B, ..., K)` for inputs `(B, ...)` in evaluation mode, without gradient."""
+    def __call__(self, x: Any) -> Tensor:
+        """Logits `(B, ..., K)` for inputs, as `step` takes them, in evaluation mode, without gradient."""
         with self.evaluating():
             self._check_input(x)
             if self._built is None:
                 self.build(x)
+            x, _ = labelled(x, None)
             with self.engine.autocast():
-                return self.rule.predict(self.network, self._modules_by_site(), self._placed(x))
+                if isinstance(self.network, CallPartition) and self.rule.predicts_plainly():
+                    return self.network(self._placed(x))
+                with self.network.passing():
+                    return self.rule.predict(self.network, self._modules_by_site(), self._placed(x))
 
     @torch.no_grad()
-    def beliefs(self, x: Tensor, threshold: float | None = None) -> list[Tensor]:
+    def beliefs(self, x: Any, threshold: float | None = None) -> list[Tensor]:
         """What the sites believe about `x`, in evaluation mode, for rules that pass beliefs on.
 
         Args:
-            x: inputs `(B, ...)`.
+            x: inputs as for `step`.
             threshold: stop after the first site at which every sample's largest probability has reached it, at that
                 site or before; run all sites if not given.
 
@@ -462,7 +489,8 @@ class Learner:
             if self._built is None:
                 self.build(x)
             passed = torch.zeros((), dtype=torch.bool, device=self.device)
-            with self.engine.autocast():
+            x, _ = labelled(x, None)
+            with self.engine.autocast(), self.network.passing():
                 for belief in self.rule.beliefs(self.network, self._modules_by_site(), self._placed(x)):
                     found.append(belief)
                     if threshold is not None:
@@ -491,11 +519,12 @@ class Learner:
                     module.training = mode
                 self.replicas.release()
 
-    def _predicted(self, x: Tensor) -> Tensor | None:
+    def _predicted(self, x: Any) -> Tensor | None:
         """What the rule predicts, with the draws of `__call__`; None where a later rank knows."""
         seed_generators(derive_seed(self._setup.execution.seed, "evaluation"), self.device)
         if isinstance(self.stage, WholeNetwork):
-            return self.rule.predict(self.network, self._modules_by_site(), x)
+            with self.network.passing():
+                return self.rule.predict(self.network, self._modules_by_site(), x)
         first = self._modules_by_site().get(0)
         h, message = pieces.ask(self.rule, x, first) if self.stage.first else self.stage.receive()
         for unit in (unit for group in self.groups for unit in group.units):
@@ -508,7 +537,9 @@ class Learner:
 
     # Batches.
 
-    def _placed(self, x: Tensor) -> Tensor:
+    def _placed(self, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return mapped(x, self._placed)
         x = x.to(self.device, non_blocking=True)
         if x.is_inference() and not torch.is_inference_mode_enabled():
             x = x.clone()  # what inference mode made cannot enter a graph
@@ -516,14 +547,16 @@ class Learner:
             x = x.contiguous(memory_format=torch.channels_last)
         return x
 
-    def _ready(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _ready(self, x: Any, y: Tensor | None) -> tuple[Any, Tensor]:
         self._check_input(x)
+        x, y = labelled(x, y)
         if not isinstance(y, Tensor):
             raise LayerwiseError(f"the labels are of type {type(y).__name__}; give a tensor of int64 class numbers.")
-        if y.dim() == 0 or len(x) == 0 or len(x) != len(y):
+        samples = len(x) if isinstance(x, Tensor) else max(1, y.dim() and len(y))
+        if y.dim() == 0 or samples == 0 or samples != len(y):
             labels = "one number" if y.dim() == 0 else f"{len(y)}"
             raise LayerwiseError(
-                f"the batch has {len(x)} inputs and {labels} labels; give one label per input, and at least one of "
+                f"the batch has {samples} inputs and {labels} labels; give one label per input, and at least one of "
                 "each."
             )
         if self._built is None:
@@ -533,6 +566,15 @@ class Learner:
         return self._placed(x), y.clone() if y.is_inference() and not torch.is_inference_mode_enabled() else y
 
     def _check_input(self, x: Any) -> None:
+        if isinstance(self.network, CallPartition) and isinstance(x, (tuple, Mapping)):
+            if not tensors(x):
+                raise LayerwiseError("the batch holds no tensor; give what the model's forward takes.")
+            return
+        if isinstance(x, (tuple, Mapping)):
+            raise LayerwiseError(
+                f"the inputs are of type {type(x).__name__}, and this model was cut into functions of one tensor; cut "
+                'it at its calls: cuts="auto", a pattern such as "layers.*", or cut_at_calls(model, [...]).'
+            )
         if not isinstance(x, Tensor):
             hint = {"ndarray": "torch.from_numpy(x)", "list": "torch.tensor(x)"}.get(type(x).__name__, "one tensor")
             raise LayerwiseError(f"the inputs are of type {type(x).__name__}; give {hint}, of shape (B, ...).")
@@ -544,11 +586,12 @@ class Learner:
 
         The values are looked at only on the host: on an accelerator the look would wait for the device.
         """
-        if not self.rule.unlabelled and y.device.type == "cpu" and bool((y == UNLABELLED).any()):
+        missing = self.task.ignore if isinstance(self.task, LanguageModel) else UNLABELLED
+        if not self.rule.unlabelled and y.device.type == "cpu" and bool((y == missing).any()):
             able = [name for name in rules.names() if rules.get(name).unlabelled and not rules.get(name).models]
             raise LayerwiseError(
-                f"rule {self.rule.name!r} needs a label for every sample, and {int((y == UNLABELLED).sum())} of "
-                f"{y.numel()} have none (-100); choose a rule that leaves such samples out: {', '.join(able)}."
+                f"rule {self.rule.name!r} needs a label for every sample, and {int((y == missing).sum())} of "
+                f"{y.numel()} have none ({missing}); choose a rule that leaves such samples out: {', '.join(able)}."
             )
         self.task.check(y, self.rule.unlabelled)
 
@@ -614,7 +657,7 @@ def _restored(
     network: Partition,
     rule: Rule,
     arguments: dict[str, Any],
-    example: Tensor | None,
+    example: Any,
     state: Mapping[str, Any] | None,
     prepared: bool,
 ) -> Learner:

@@ -51,6 +51,7 @@ class BackpropCheckpoint(Backprop):
     """
 
     name: ClassVar[str] = "backprop_checkpoint"
+    runs_once: ClassVar[bool] = False
     boundary: ClassVar[str] = "as backprop; each block's input is kept, the rest recomputed"
     source: ClassVar[str] = "Chen et al., arXiv 1604.06174 (2016); torch.utils.checkpoint"
     restrictions: ClassVar[str] = (

@@ -41,6 +41,7 @@ class GradientReconciliation(LocalCE):
 
     name: ClassVar[str] = "gradient_reconciliation"
     unlabelled: ClassVar[bool] = False  # gradients are compared per sample
+    reads_input: ClassVar[bool] = True
     boundary: ClassVar[str] = "detached activation and the gradient of the block's own loss on it"
     source: ClassVar[str] = "Yang et al., arXiv 2406.05222 (2024); weight, scale and distance: our reading"
     restrictions: ClassVar[str] = (

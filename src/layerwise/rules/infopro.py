@@ -138,6 +138,7 @@ class InfoPro(Rule):
 
     name: ClassVar[str] = "infopro"
     locality: ClassVar[Locality] = "local"
+    reads_input: ClassVar[bool] = True
     boundary: ClassVar[str] = "detached activation and the input"
     flat_memory: ClassVar[bool] = True
     source: ClassVar[str] = (

@@ -1,0 +1,302 @@
+"""A forward pass that stops at every cut, so that the engine pulls block after block out of it."""
+
+import contextvars
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import greenlet
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from layerwise.core.trees import replaced
+from layerwise.errors import LayerwiseError
+
+_saved: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@dataclass
+class Modes:
+    """The modes of torch that hold for this thread, and so for all coroutines in it."""
+
+    grad: bool
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+    functions: int
+    """Modes on the stack of torch functions, such as `with torch.device(...)`."""
+    hooks: Any
+    """The innermost hooks on what autograd saves, such as those of a checkpoint."""
+
+    @classmethod
+    def now(cls, devices: Sequence[str]) -> "Modes":
+        """Those that hold at present."""
+        autocast = tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in devices)
+        return cls(torch.is_grad_enabled(), autocast, torch._C._len_torch_function_stack(), _innermost_hooks())
+
+    def set(self) -> None:
+        """Set what is a value; stacks are the business of `Own`."""
+        torch.set_grad_enabled(self.grad)
+        for kind, enabled, dtype in self.autocast:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+        # A cast weight that is kept would be stale after a step, and would tie the graphs of two blocks together.
+        torch.clear_autocast_cache()
+
+
+@dataclass
+class Own:
+    """What a forward pass has set itself, over the modes that it was entered with."""
+
+    grad: bool | None
+    autocast: tuple[tuple[str, bool, torch.dtype], ...] | None
+    functions: list[Any]
+    hooks: list[Any]
+
+    @classmethod
+    def taken_off(cls, base: Modes, devices: Sequence[str]) -> "Own":
+        """Take off what was set since `base`, so that `base` holds again."""
+        functions, hooks = [], []
+        while torch._C._len_torch_function_stack() > base.functions:
+            functions.append(torch._C._pop_torch_function_stack())
+        while (top := _innermost_hooks()) is not None and top != base.hooks:
+            hooks.append(top)
+            _saved._pop_saved_tensors_default_hooks()
+        now = Modes.now(devices)
+        base.set()
+        return cls(
+            now.grad if now.grad != base.grad else None,
+            now.autocast if now.autocast != base.autocast else None,
+            functions,
+            hooks,
+        )
+
+    def put_on(self, base: Modes) -> None:
+        """Set it again, over the modes that hold now."""
+        grad = base.grad if self.grad is None else self.grad
+        Modes(grad, base.autocast if self.autocast is None else self.autocast, 0, None).set()
+        for mode in reversed(self.functions):
+            torch._C._push_on_torch_function_stack(mode)
+        for pack, unpack in reversed(self.hooks):
+            _saved._push_saved_tensors_default_hooks(pack, unpack)
+
+
+def _innermost_hooks() -> Any:
+    return _saved._top_saved_tensors_default_hooks(False)
+
+
+class Severed(TorchFunctionMode):
+    """Detaches what a block uses of the graph of an earlier one, however it got there.
+
+    Nodes of the graph are numbered as they arise. One with a number below `mark` is of an earlier block.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mark = 0
+        self.found = False
+        """Whether anything had to be detached."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.mark and torch.is_grad_enabled():
+            args = [self._severed(value) for value in args]
+            kwargs = {name: self._severed(value) for name, value in (kwargs or {}).items()}
+        return func(*args, **(kwargs or {}))
+
+    def _severed(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            node = value.grad_fn
+            if node is None or node._sequence_nr() >= self.mark:
+                return value
+            self.found = True
+            return value.detach()
+        if type(value) in (list, tuple):
+            return type(value)(self._severed(part) for part in value)
+        return value
+
+
+@dataclass
+class Arrival:
+    """Where a forward pass has stopped: at a cut, or at its end."""
+
+    index: int
+    out: Any
+
+
+class Pass:
+    """One forward pass of a model, as a coroutine that stops behind every cut.
+
+    Args:
+        cuts: the modules behind which it stops, in the order in which they run, and how to read their outputs.
+        run: the forward pass: from the batch to the logits.
+        devices: device types whose autocast is looked after.
+        sever: whether blocks have to be kept from using graphs of earlier ones.
+    """
+
+    def __init__(
+        self,
+        cuts: Sequence[tuple[str, nn.Module, Callable[[Any], Tensor]]],
+        run: Callable[[Any], Tensor],
+        devices: Sequence[str],
+        sever: bool,
+    ):
+        self.cuts, self.run, self.devices = cuts, run, devices
+        self.severed = Severed() if sever else None
+        self._coroutine: greenlet.greenlet | None = None
+        self._handles: list[Any] = []
+        self._arrived: Arrival | None = None
+        """Where the pass waits; what arrived there has not been asked for yet where a block was left out."""
+        self._next = 0
+        """The block that is to be pulled next."""
+        self.skipped: set[int] = set()
+        self._fused: bool | None = None
+        """Whether torch's fused encoder layers were allowed before the pass; they are not inside."""
+
+    def pull(self, index: int, h: Any) -> Any:
+        """Run the pass to the next cut.
+
+        Args:
+            index: number of the block that is wanted.
+            h: the batch for the first block; then what the cut before hands to the rest of the pass.
+
+        Returns:
+            The block's output; the logits at the end. What was given where the pass leaves the block out.
+
+        Raises:
+            LayerwiseError: the pass comes to the cuts in another order than named, or twice to one.
+        """
+        if index == 0:
+            self.close()
+            self._begin()
+            arrived = self._switch(h)
+        elif self._coroutine is None or index != self._next:
+            raise LayerwiseError(
+                f"block {self._name(index)!r} is run out of turn, but a model that is cut at its calls runs each block "
+                "once per pass and in order."
+            )
+        elif self._arrived is not None:
+            arrived = self._arrived
+        else:
+            arrived = self._switch(h)
+        if arrived.index < index or (arrived.index > index == 0):
+            how = (
+                f"the first cut {self._name(0)!r} is not called before {self._name(arrived.index)!r}"
+                if index == 0
+                else f"cut {self._name(arrived.index)!r} is called again or after {self._name(index - 1)!r}"
+            )
+            self.close()
+            raise LayerwiseError(
+                f"{how} in the forward pass; name modules that are called once in every pass, in their order."
+            )
+        self._next = index + 1
+        if arrived.index > index:
+            self._arrived = arrived
+            self.skipped.add(index)
+            return h.detach()
+        self._arrived = None
+        if arrived.index == len(self.cuts):
+            self.close()
+        return arrived.out
+
+    def close(self) -> None:
+        """End the pass wherever it waits; the model is left without a hook."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        coroutine, self._coroutine, self._arrived = self._coroutine, None, None
+        self.skipped, self._next = set(), 0
+        if self._fused is not None:
+            torch.backends.mha.set_fastpath_enabled(self._fused)
+            self._fused = None
+        if coroutine is not None and coroutine and not coroutine.dead:
+            coroutine.parent = greenlet.getcurrent()
+            self._base = Modes.now(self.devices)
+            try:
+                coroutine.throw(greenlet.GreenletExit)
+            finally:
+                self._base.set()
+
+    def _name(self, index: int) -> str:
+        return self.cuts[index][0] if index < len(self.cuts) else "head"
+
+    def _begin(self) -> None:
+        self._handles = [
+            module.register_forward_hook(self._hook(i, read)) for i, (_, module, read) in enumerate(self.cuts)
+        ]
+        # In evaluation it passes nested tensors from layer to layer, which no rule can read.
+        self._fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        if self.severed is not None:
+            self.severed.mark = 0
+        self._coroutine = greenlet.greenlet(self._forward)
+        self._coroutine.gr_context = contextvars.copy_context()
+
+    def _forward(self, batch: Any) -> Arrival:
+        if self.severed is None:
+            return Arrival(len(self.cuts), self.run(batch))
+        with self.severed:
+            return Arrival(len(self.cuts), self.run(batch))
+
+    def _switch(self, value: Any) -> Arrival:
+        """Let the pass go on until it stops again."""
+        coroutine = self._coroutine
+        assert coroutine is not None
+        coroutine.parent = greenlet.getcurrent()
+        self._base = Modes.now(self.devices)
+        try:
+            arrived = coroutine.switch(value)
+            self._base.set()  # at the end of the pass, whatever its contexts have put back
+            return arrived
+        except BaseException:
+            self._coroutine = None
+            self.close()
+            raise
+
+    def _hook(self, index: int, read: Callable[[Any], Tensor]) -> Callable[[nn.Module, Any, Any], Any]:
+        def stop(module: nn.Module, args: Any, out: Any) -> Any:
+            coroutine = self._coroutine
+            if coroutine is None or greenlet.getcurrent() is not coroutine:
+                return None  # a block is run again, by a checkpoint for one
+            teaching = read(out)
+            own = Own.taken_off(self._base, self.devices)
+            parent = coroutine.parent
+            assert parent is not None
+            try:
+                h = parent.switch(Arrival(index, teaching))
+            except BaseException:  # the pass is given up; its contexts find their modes on the way out
+                own.put_on(self._base)
+                raise
+            base = self._base
+            boundary = h is not teaching and h.grad_fn is None
+            if boundary and self.severed is not None:
+                self.severed.mark = _saved._get_sequence_nr()
+            own.put_on(base)
+            if h is teaching:
+                return None
+            # Inside a group the graph goes on; between groups nothing of it does.
+            return replaced(out, teaching, h, detach=boundary)
+
+        return stop
+
+
+def reading(name: str, read: Callable[[Any], Any] | None) -> Callable[[Any], Tensor]:
+    """A function from a cut module's output to the tensor that teaches its block, checked."""
+    from layerwise.core.trees import tensors
+
+    def found(out: Any) -> Tensor:
+        held = tensors(out)
+        teaching = read(out) if read is not None else next((t for t in held if t.is_floating_point()), None)
+        if not isinstance(teaching, Tensor) or not any(teaching is t for t in held):
+            what = "no tensor of real numbers" if read is None else "with read=... something that is no tensor of it"
+            raise LayerwiseError(
+                f"cut {name!r} returns {type(out).__name__}, and {what} can be passed on from it; give read=..., a "
+                "function from the output to one tensor in it, or cut elsewhere."
+            )
+        return teaching
+
+    return found
+
+
+def devices_of(parameters: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The device types of tensors, those with autocast."""
+    kinds = {"cpu", *(t.device.type for t in parameters.values())}
+    return tuple(sorted(kind for kind in kinds if torch.amp.is_autocast_available(kind)))

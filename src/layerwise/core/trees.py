@@ -1,0 +1,62 @@
+"""Tensors in nested containers: batches, and what modules return."""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+
+def mapped(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same containers with `function` of every tensor; other values as they are.
+
+    Containers are tuples, lists, dictionaries, whatever is registered as a tree with torch, and dataclasses.
+
+    >>> mapped({"x": (torch.ones(2), 3)}, lambda t: t + 1)
+    {'x': (tensor([2., 2.]), 3)}
+    """
+    if isinstance(tree, Tensor):
+        return function(tree)
+    leaves, form = tree_flatten(tree)
+    return tree_unflatten([_mapped_leaf(leaf, function) for leaf in leaves], form)
+
+
+def _mapped_leaf(leaf: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(leaf, Tensor):
+        return function(leaf)
+    if isinstance(leaf, Mapping):  # one that torch does not know; most can be copied and set
+        found = copy.copy(leaf)
+        for name, value in leaf.items():
+            found[name] = mapped(value, function)  # pyright: ignore[reportIndexIssue]
+        return found
+    if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+        found = copy.copy(leaf)
+        for field in dataclasses.fields(leaf):
+            object.__setattr__(found, field.name, mapped(getattr(leaf, field.name), function))
+        return found
+    return leaf
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """All tensors of a tree, in its order."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    mapped(tree, note)
+    return found
+
+
+def replaced(tree: Any, old: Tensor, new: Tensor, detach: bool) -> Any:
+    """The tree with `new` wherever `old` was; the other tensors without their history, if `detach`."""
+    return mapped(tree, lambda t: new if t is old else (t.detach() if detach else t))
+
+
+def all_finite(tree: Any) -> bool:
+    """Whether all numbers are finite; this waits for the device."""
+    return all(bool(torch.isfinite(t).all()) for t in tensors(tree))
