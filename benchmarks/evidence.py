@@ -399,7 +399,7 @@ class Claim:
 
 
 def claims(here: Path = HERE) -> list[Claim]:
-    """All folders, in the order in which they are told."""
+    """All folders, in the order in which they are listed."""
     found = [Claim(file.parent) for file in sorted(here.glob("*/claim.toml"))]
     return sorted(found, key=lambda claim: (claim.toml.get("place", 99), claim.name))
 

@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--depths", default="8,64")
     parser.add_argument("--time-depth", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--folder", default=".", help="on the disk to stream to")
+    parser.add_argument("--folder", default=".", help="on the disk to offload to")
     parser.add_argument("--out", type=Path, default=HERE)
     options = parser.parse_args()
     timed = time(options.time_depth, options.rounds, options.folder)

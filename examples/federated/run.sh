@@ -5,7 +5,7 @@ set -euo pipefail
 app=$(cd "$(dirname "$0")" && pwd)
 work=$(mktemp -d)
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-# Nothing is kept in the home folder, nobody is told of the run, and nothing is installed for it.
+# Nothing is kept in the home folder, nothing is reported about the run, and nothing is installed for it.
 export FLWR_HOME=$work FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 RAY_USAGE_STATS_ENABLED=0
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0
 printf '[superlink]\ndefault = "own"\n\n[superlink.own]\naddress = "127.0.0.1:%s"\ninsecure = true\n' "$port" > "$work/config.toml"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 
 class LayerwiseError(Exception):
-    """A mistake of the user's, told in one sentence that says what is wrong and what to do.
+    """A user error, explained in one sentence: what is wrong and how to fix it.
 
     The command line prints the sentence and exits with code 2; no traceback.
     """

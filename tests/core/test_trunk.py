@@ -1,4 +1,4 @@
-"""A trunk: the first group learns last, from the sum of what the groups behind it send back."""
+"""A trunk: the first group learns last, from the sum of what later groups send back."""
 
 import copy
 

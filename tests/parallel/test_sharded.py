@@ -70,7 +70,7 @@ def test_more_ranks_and_other_options(tmp_path):
         assert close(own, plain), name
         assert own["skipped"] == plain["skipped"] == (name == "skipped")
         assert all(same_state(own, other[name][0]) for other in others), name
-    # Gradients are averaged behind every batch, so that shares alone live on; a replica's are its own so far.
+    # Gradients are averaged after every batch, so that shares alone live on; a replica's are its own so far.
     half = first["half"][0]["gradients"]
     replicas = [found["half"][1]["gradients"] for found in (first, *others)]
     assert half.keys() == replicas[0].keys() != set()

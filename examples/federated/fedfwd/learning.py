@@ -118,7 +118,7 @@ def arrays_of(learner: Learner) -> dict[str, Tensor]:
 
 
 def load_arrays(learner: Learner, arrays: Mapping[str, Tensor], steps: int) -> None:
-    """Go on from arrays that the server has averaged, with optimizers that know nothing yet, at a step's number."""
+    """Continue from arrays that the server has averaged, with optimizers that know nothing yet, at a step's number."""
     state = learner.state_dict()
     for part in ("model", "auxiliary"):
         # The average of counters is a fraction.
@@ -148,7 +148,7 @@ def train(options: Options, client: int, number: int, arrays: Mapping[str, Tenso
     """One client's round: `local_epochs` epochs on its shard.
 
     Optimizers begin anew in every round, as the client keeps nothing between two of them; order of the batches and
-    draws go on where the round before has ended. So a client is a function of options, round and arrays.
+    draws continue where the round before has ended. So a client is a function of options, round and arrays.
 
     Args:
         options: of the run.

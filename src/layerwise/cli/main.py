@@ -61,7 +61,7 @@ class CannotPrint(Exception):
 
 
 class Output:
-    """Standard output whose failures can be told from those of files.
+    """Standard output whose failures can be distinguished from those of files.
 
     Args:
         stream: what to write to.
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; those of the process if not given.
 
     Returns:
-        The exit code: 0; 1 when a run of a comparison failed; 2 for an error, told in one sentence; 128 + the number
+        The exit code: 0; 1 when a run of a comparison failed; 2 for an error, said in one sentence; 128 + the number
         of the signal when stopped.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -191,7 +191,7 @@ def _failed(sentence: str, debug: bool) -> int:
 
 
 def _say(sentence: str) -> None:
-    with contextlib.suppress(OSError):  # nobody is left to tell
+    with contextlib.suppress(OSError):  # nobody is left to read it
         print(f"layerwise: {sentence}", file=sys.stderr, flush=True)
 
 

@@ -67,7 +67,7 @@ class Block:
     them up when asked, so that it stays right when the model is moved, cast, compiled or sharded.
 
     Attributes:
-        name: the cut behind the block (`"head"` for the part behind the last cut).
+        name: the cut after the block (`"head"` for the part after the last cut).
         run: the function from the block's input tensor to its output tensor.
         before: called before every run, if anything; an offloaded block has to be fetched.
         layout: where batch, channels and positions are in the output; None while, or where, it is not known.
@@ -199,9 +199,9 @@ class Partition(nn.Module):
 
     Attributes:
         model: the model that was cut.
-        cuts: names of the modules behind which the model is cut.
+        cuts: names of the modules after which the model is cut.
         blocks: the blocks, in the order in which they run.
-        head: what runs behind the last cut; it maps the last block's output to logits.
+        head: what runs after the last cut; it maps the last block's output to logits.
         layout: what was declared of the blocks' outputs, and of the `"input"`.
         input_layout: the layout of the model's input; None while, or where, it is not known.
     """
@@ -446,6 +446,6 @@ def _check_ownership(model: nn.Module, blocks: list[Block]) -> None:
     *_, head = blocks
     if not head.parameters():
         raise LayerwiseError(
-            f"nothing behind the last cut {blocks[-2].name!r} has parameters, so there is no head; leave "
+            f"nothing after the last cut {blocks[-2].name!r} has parameters, so there is no head; leave "
             f"that cut out, legal cuts are {listed(legal_cuts(model))}."
         )

@@ -28,12 +28,12 @@ def partition(
             every child with a weight matrix or kernel starts a block, other children (activation, pooling,
             normalisation) join the block before them, and the last such child is the head. A model may
             name its own cuts in an attribute `block_names`. Any other model is traced with `torch.fx`.
-        cuts: names of the modules behind which to cut (`["layer1", "layer2.0"]`); what runs behind the
+        cuts: names of the modules after which to cut (`["layer1", "layer2.0"]`); what runs after the
             last one is the head. `"layer"` cuts as finely as is possible, `"block"` is the default.
         blocks: join the blocks found to this many, so that the largest number of floating-point
             operations in one block is as small as possible (measured on `example`).
         example: one batch of inputs, needed for `blocks` and for lazy layers; layouts are known at once with it.
-        layout: where outputs have batch, channels and positions, where the layers do not tell: a letter per dimension
+        layout: where outputs have batch, channels and positions, if the layers do not show it: a letter per dimension
             (`"BCL"`, `"BHWC"`), for all outputs of that many dimensions, or by name of a block or `"input"`.
 
     Returns:
@@ -96,7 +96,7 @@ def _finest_cuts(model: nn.Module) -> list[str]:
             f"cuts=[...] out of {listed(legal_cuts(model))}."
         )
     cuts = _weighted_cuts(model, deep=True)
-    # A model's own names tell where its head begins; a head of several modules is not taken apart.
+    # A model's own names say where its head begins; a head of several modules is not taken apart.
     names = getattr(model, "block_names", None)
     if names is None:
         return cuts

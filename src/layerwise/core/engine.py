@@ -201,7 +201,7 @@ class Accumulation:
 
 @dataclass
 class Trace:
-    """What one pass leaves behind: scalars on the device, read when somebody asks."""
+    """What one pass records: scalars on the device, read when somebody asks."""
 
     metrics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     finite: dict[str, Tensor] = field(default_factory=dict)

@@ -194,13 +194,13 @@ def nt_xent(z: Tensor, temperature: float) -> Tensor:
     Source: Chen et al., arXiv 2002.05709 (2020), equation 1.
 
     Args:
-        z: `(2 B, D)`, second views behind the first ones, in the same order.
+        z: `(2 B, D)`, second views after the first ones, in the same order.
         temperature: $\tau$.
 
     Returns:
         A scalar, in float32.
 
-    >>> round(float(nt_xent(torch.ones(6, 2), 0.1)), 4)  # ln 5: nothing tells the views apart
+    >>> round(float(nt_xent(torch.ones(6, 2), 0.1)), 4)  # ln 5: nothing distinguishes the views
     1.6094
     """
     return supervised_contrastive(z, torch.arange(len(z) // 2, device=z.device).repeat(2), temperature)

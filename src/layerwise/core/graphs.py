@@ -33,7 +33,7 @@ class Graph(nn.Module):
         edges: int64 `(2, E)`, from node to node, numbers from 0; an undirected edge is held in both directions.
         labels: int64 `(N,)`: the labels that are known, such as those of the training split; -100 elsewhere.
         classes: number of classes K.
-        label_columns: K where the network has inputs for a label behind those of the features, else 0.
+        label_columns: K where the network has inputs for a label after those of the features, else 0.
 
     Raises:
         LayerwiseError: an edge from or to a node that is not there, or a label that is out of range.

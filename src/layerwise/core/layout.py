@@ -1,4 +1,4 @@
-"""Where the channels of an activation are: what made the tensor tells it, not its number of dimensions.
+"""Where the channels of an activation are: known from what made the tensor, not from its number of dimensions.
 
 A *layout* has one letter per dimension: B the batch, C the channels (or features), any other letter a position, such
 as BC, BLC (tokens), BCL (what a Conv1d gives), BCHW, BHWC, BCDHW. The *standard order* of an activation, which the
@@ -60,8 +60,8 @@ def from_standard(h: Tensor, layout: str) -> Tensor:
 class Axis:
     """An axis that a dimension is made of: its kind and its size.
 
-    The kind is B, C, P (a position), None while nothing has told, or ? where it cannot be told. Tensors that are views
-    of one another hold the same objects, so what a layer tells about its input is known of the model's input too.
+    The kind is B, C, P (a position), None while it is unknown, or ? where it cannot be known. Tensors that are views
+    of one another hold the same objects, so what a layer shows about its input is known of the model's input too.
     """
 
     __slots__ = ("kind", "size")
@@ -322,14 +322,14 @@ def _tell(dimension: Sequence[Axis], kind: str) -> None:
 
 
 def _features_last(axes: Axes) -> None:
-    """What a layer on the last dimension tells: it holds the features, unless they are known to be elsewhere."""
+    """What a layer on the last dimension shows: it holds the features, unless they are known to be elsewhere."""
     if any(kind_of(dimension) == "C" for dimension in axes[:-1]):
         _tell(axes[-1], "P")
         return
     for i, dimension in enumerate(axes):
         kind = "C" if i == len(axes) - 1 else "P"
         _tell(dimension, kind)
-        if kind_of(dimension) in (None, "?"):  # made of several axes, or of what could not be told so far
+        if kind_of(dimension) in (None, "?"):  # made of several axes, or of what is unknown so far
             size = math.prod(axis.size for axis in dimension)
             axes[i] = (Axis("B" if i == 0 and len(axes) > 1 and kind_of(dimension) == "?" else kind, size),)
 

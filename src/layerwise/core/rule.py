@@ -23,7 +23,7 @@ Locality = Literal["local", "interlocking", "broadcast", "perturbation", "equili
 
 @dataclass(frozen=True)
 class Site:
-    """A place where a rule acts: a block, or the head behind the last block."""
+    """A place where a rule acts: a block, or the head after the last block."""
 
     index: int
     """0 .. blocks-1 for a block, `blocks` for the head."""
@@ -142,7 +142,7 @@ class BlockContext:
     """The module that `Rule.auxiliary` made for this site."""
     training: bool
     learns: bool = False
-    """Whether the site's group learns in this pass; False in evaluation, and where it rests (`Rule.learns_at`)."""
+    """Whether the site's group learns in this pass; False in evaluation, and where it rests (`TakesTurns`)."""
     view: range = range(0)
     """The sites that this pass runs as one graph: the group's own, then (in training) those that lend it theirs."""
 
@@ -203,7 +203,7 @@ class Rule:
     reads_input: ClassVar[bool] = False
     """Whether `signal` looks at the network's input, which then has to be one tensor."""
     predicts_at_head: ClassVar[bool] = False
-    """Whether what `signal` tells of the head is the accuracy and loss of the rule's own prediction.
+    """Whether what `signal` reports at the head is the accuracy and loss of the rule's own prediction.
 
     Evaluation then takes one pass; otherwise prediction has a pass of its own.
     """

@@ -15,7 +15,7 @@ from layerwise.errors import LayerwiseError
 
 
 def legal_cuts(model: nn.Module) -> list[str]:
-    """Names of the modules behind which `model` may be cut: one tensor crosses there and no other.
+    """Names of the modules after which `model` may be cut: one tensor crosses there and no other.
 
     Found by tracing; where the model cannot be traced, the children of its `nn.Sequential` parts.
 
@@ -48,7 +48,7 @@ def legal_cuts(model: nn.Module) -> list[str]:
         default=0,
     )
     position = {node: i for i, node in enumerate(order)}
-    # The last use of each value tells which values are alive behind a position.
+    # The last use of each value shows which values are alive after a position.
     last_use = {node: max((position[user] for user in node.users), default=-1) for node in order}
     legal = []
     for path, nodes in ends.items():
@@ -369,7 +369,7 @@ def _cut_traced(
         if len(ends.get(cut, [])) != 1:
             how = "is not called" if cut not in ends else "is called more than once"
             raise LayerwiseError(
-                f"the model cannot be cut behind {cut!r}, which {how} in its forward pass; legal cuts "
+                f"the model cannot be cut after {cut!r}, which {how} in its forward pass; legal cuts "
                 f"are {listed(legal_cuts(model))}."
             )
     stops = [position[ends[cut][0]] for cut in cuts]

@@ -142,7 +142,7 @@ def load(
         val_fraction: part of the training samples, in [0, 1), that becomes the validation split, stratified by class;
             default 0.1. A data set with a validation and a test split of its own keeps them: any fraction but 0 then
             takes the whole validation split and nothing of the training samples.
-        train_samples: how many of the training samples behind that split are kept, stratified by class; default all.
+        train_samples: how many of the training samples that are left are kept, stratified by class; default all.
         seed: of both choices, default 0; not the seed of the run. The test split depends on no option.
         root: folder that holds <name>/**/*.parquet; default $LAYERWISE_DATA, then the Hugging Face hub.
         size: side in pixels that images are scaled and centre-cropped to; default: their most common size, or 224

@@ -21,7 +21,7 @@ DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 TURNED = (5, 6, 7, 8)  # values of the EXIF orientation that exchange width and height
 GROUNDS = {255: "white", 0: "black", 128: "grey"}
-NEAR = 48  # levels: closer than this, a sign can hardly be told from its ground
+NEAR = 48  # levels: closer than this, a sign can hardly be seen on its ground
 
 
 class ImageFormat(NamedTuple):
@@ -44,7 +44,7 @@ class ImageFormat(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What a picture tells before it is decoded."""
+    """What is known of a picture before it is decoded."""
 
     mode: str
     size: tuple[int, int]

@@ -277,7 +277,7 @@ def open_parquet(path: Path, in_memory_limit: int) -> dict[str, Rows]:
         splits = {"train": splits[None]}
     columns: Columns | None = None
     found: dict[str, Rows] = {}
-    for split in sorted(splits, key=lambda split: split != "train"):  # what a test split lacks, the first one tells
+    for split in sorted(splits, key=lambda split: split != "train"):  # what a test split lacks, the first one shows
         found[str(split)], columns = _read_parquet(splits[split], folder, in_memory_limit, columns)
     return {str(split): found[str(split)] for split in splits}
 
@@ -430,7 +430,7 @@ def pick(what: str, candidates: Sequence[str], usual: Sequence[str], columns: Se
 
 
 def _pick_column(what: str, candidates: list[str], usual: Sequence[str], schema: Any, title: str, wanted: str) -> str:
-    """`pick`, but a column of the right name that holds the wrong things is told of as what it is."""
+    """`pick`, but a column of the right name that holds the wrong things is reported as what it is."""
     named = [name for name in usual if name in schema.names]
     if named and named[0] not in candidates and not any(name in candidates for name in usual):
         held = schema.field(named[0]).type

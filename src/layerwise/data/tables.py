@@ -90,7 +90,7 @@ def read_columns(path: Path, columns: Sequence[str]) -> Tensor:
 
     Raises:
         LayerwiseError: no such file or column, a cell that is no finite number, a row with too many or too few cells, a
-            name that two columns have, different long whole numbers that floating point cannot tell apart.
+            name that two columns have, different long whole numbers that floating point cannot distinguish.
     """
     lines = _read(path)
     places = {name: place for place, name in enumerate(lines.names)}
@@ -189,7 +189,7 @@ def _numbers(lines: Lines, places: Sequence[int]) -> Tensor:
 
 
 def _refuse(lines: Lines, index: int, places: Sequence[int]) -> None:
-    """Tell of the first cell of a row that is no finite number."""
+    """Refuse a row at its first cell that is no finite number."""
     for place in places:
         cell = lines.rows[index][place]
         if not NUMBER.fullmatch(cell.strip(" \t")) or not np.isfinite(float(cell)):

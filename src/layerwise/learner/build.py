@@ -183,7 +183,7 @@ def check_alone(setup: Setup) -> None:
 
 
 ONE_PROCESS = OneProcess()
-"""Of learners that were told nothing about processes."""
+"""For learners that were given no replicas."""
 
 
 def compile_blocks(blocks: Sequence[Block], backend: bool | str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from layerwise.errors import LayerwiseError
 
 PARTS = ("model", "auxiliary", "optimizer", "gradients", "scaler", "rates", "accumulation")
-PRIMES = (2, 3, 5, 7, 11, 13)  # sides of a tensor that tell which side of it a state's side is
+PRIMES = (2, 3, 5, 7, 11, 13)  # sides of a tensor that show which side of it a state's side is
 LARGEST = torch.finfo(torch.float32).max  # a scaler computes in float32
 SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
 
@@ -146,7 +146,7 @@ def state_made_by(optimizer: torch.optim.Optimizer, dimensions: int, dtype: torc
     A second one of the same class takes a step on such a parameter.
 
     Returns:
-        Names and values; None where this cannot be told, as for a class of the user's.
+        Names and values; None where this is unknown, as for a class of the user's.
     """
     cls = type(optimizer)
     if not cls.__module__.startswith("torch.optim") or dimensions > len(PRIMES):

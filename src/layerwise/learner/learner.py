@@ -77,7 +77,7 @@ class Learner:
         tied: who trains a parameter that several blocks use: `"last"` of them, `"first"` or `"frozen"`.
         task: what the labels mean, if not classes: `LanguageModel()`.
         example: one batch of inputs; builds everything now instead of at the first step.
-        layout: where outputs have batch, channels and positions, where the layers do not tell, see `partition`.
+        layout: where outputs have batch, channels and positions, if the layers do not show it, see `partition`.
         stage: the part of the network that this process runs, as one of several ranks; all of it if not given.
         replicas: the processes that train the same blocks, each on its share of every batch; none if not given. Draws
             then depend on the replica too, but those of the initial weights, which are the first one's. With `Shards`
@@ -381,7 +381,7 @@ class Learner:
         return done
 
     def _count(self, before: int) -> None:
-        """Tell who holds `optimizer` that an update is done, as its schedulers ask for."""
+        """Count an update in `optimizer`, as schedulers that hold it require."""
         if self.updates > before:
             self.optimizer.count_update()
 

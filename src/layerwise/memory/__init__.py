@@ -1,1 +1,1 @@
-"""Memory: measured exactly, and kept low by offloading."""
+"""Memory: measured exactly (`meter.py`), and kept low by moving blocks to the host or to disk (`offload.py`)."""

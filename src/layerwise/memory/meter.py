@@ -44,7 +44,7 @@ class MemoryUse:
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages behind `tensors`; a storage shared by several tensors counts once.
+    """Bytes of the storages of `tensors`; a storage shared by several tensors counts once.
 
     The whole storage counts, also where a tensor shows only a part of it. A sparse tensor counts
     nothing.
@@ -223,7 +223,7 @@ class MemoryMeter:
 
 
 class _Entry:
-    """A storage alive: its number, its size as last seen, and what tells of its death."""
+    """A storage alive: its number, its size as last seen, and what notices its death."""
 
     def __init__(self, number: int, nbytes: int, death: weakref.ref):
         self.number = number
@@ -282,7 +282,7 @@ class _Ledger:
         return largest, gradients_then
 
     def close(self) -> None:
-        """Forget everything; deaths are no longer told."""
+        """Forget everything; deaths are no longer noticed."""
         self._alive.clear()
 
     def _free(self, key: int) -> None:

@@ -353,7 +353,7 @@ class Offload:
             self._side.synchronize()
 
     def _start(self, move: Callable[[], None]) -> Future[Any]:
-        """Have something moved behind what is being moved; on CUDA also behind what the device is asked to do."""
+        """Have something moved after what is being moved; on CUDA also after what the device is asked to do."""
         ready = None if self._side is None else torch.cuda.current_stream(self.device).record_event()
 
         def moved() -> Any:

@@ -58,7 +58,7 @@ class GraphModelOptions(ModelOptions):
     dropout: float = 0.5
     """Probability of zeroing an input of a layer."""
     labels: bool = False
-    """Inputs for a label behind those of the features, for graph_forward with --rule.variant labels."""
+    """Inputs for a label after those of the features, for graph_forward with --rule.variant labels."""
 
     def build(self, shape: tuple[int, int, int], classes: int, graph: Graph | None = None) -> BlockSequential:
         """Build the model for nodes with features of `shape`, on `graph`.

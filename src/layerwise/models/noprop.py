@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from layerwise.core.functional import denoising_step, mixture, squared_distances
 from layerwise.models.base import BlockSequential, ModelOptions, assemble, check_sizes, require
 
-WAVES = 8  # pairs of sine and cosine that tell a network the time
+WAVES = 8  # pairs of sine and cosine that encode the time
 TOP = 3.0  # log SNR at t = 1 in continuous time; at t = 0 it begins as the negative
 
 
@@ -290,7 +290,7 @@ class NoProp(ModelOptions):
 
 @dataclass(frozen=True)
 class NoPropCT(NoProp):
-    """Network of NoProp in continuous time: one block, told the time t, predicts the clear label from a noisy one.
+    """Network of NoProp in continuous time: one block, given the time t, predicts the clear label from a noisy one.
 
     As a block of `noprop`, without batch norm; t goes through sines and cosines and a linear layer. It is a single
     block, whatever the depth. The noise schedule belongs to it: a learned one, or the cosine of `noprop`. As a plain
@@ -314,7 +314,7 @@ class NoPropCT(NoProp):
 
 @dataclass(frozen=True)
 class NoPropFM(NoProp):
-    """Network of NoProp with flow matching: one block, told the time t, gives the velocity of a label.
+    """Network of NoProp with flow matching: one block, given the time t, gives the velocity of a label.
 
     As a block of `noprop`, without batch norm; t goes through sines and cosines and a linear layer. It is a single
     block, whatever the depth. As a plain network it looks once, at t = 0 and a label of zero.

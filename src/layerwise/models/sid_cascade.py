@@ -99,7 +99,7 @@ class SIDCascade(ModelOptions):
     width: int = 128
     """Features of the extractor; the modules have twice as many hidden units."""
     dropout: float = 0.0
-    """Probability of zeroing an activation, behind the pools of the extractor and in the modules' hidden layer."""
+    """Probability of zeroing an activation, after the pools of the extractor and in the modules' hidden layer."""
 
     def build(self, shape: tuple[int, int, int], classes: int) -> BlockSequential:
         """Build the model for images of `shape` (channels, height, width) and `classes` logits.
@@ -130,7 +130,7 @@ class SIDCascade(ModelOptions):
 
 
 def _stage(inputs: int, first: int, second: int, dropout: float) -> dict[str, nn.Module]:
-    """Two convolutions; the second one's ReLU stands behind the max-pool: the same function on a quarter of pixels."""
+    """Two convolutions; the second one's ReLU comes after the max-pool: the same function on a quarter of pixels."""
     children: dict[str, nn.Module] = {
         "conv1": nn.Conv2d(inputs, first, 3, padding=1),
         "activation1": nn.ReLU(),

@@ -57,10 +57,10 @@ class VGG(ModelOptions):
             "conv": nn.Conv2d(inputs, channels, 3, padding=1, bias=False),
             "norm": nn.BatchNorm2d(channels),
         }
-        # ReLU behind the max-pool: the same function, since ReLU is monotone, on a quarter of the pixels.
+        # ReLU after the max-pool: the same function, since ReLU is monotone, on a quarter of the pixels.
         if pool:
             children["pool"] = nn.MaxPool2d(2)
-        # Not in place: with a cut behind the norm it would overwrite the message it is given.
+        # Not in place: with a cut after the norm it would overwrite the message it is given.
         children["activation"] = nn.ReLU()
         if self.dropout:
             children["dropout"] = nn.Dropout(self.dropout)

@@ -10,7 +10,7 @@ Decisions:
 - The parameters of other ranks become tensors without memory (`meta`), so that names, shapes and checkpoints stay
   those of the whole network.
 - A thread reads ahead, because gloo delivers only into a buffer that waits.
-- Ranks agree, and tell why they fail, through torchrun's store, which outlives each of them, with keys of their own
+- Ranks agree, and announce why they fail, through torchrun's store, which outlives each of them, with keys of their own
   for each restart. Every call on it has a limit, and what lies in it is JSON, never a pickle. A rank that fails ends
   at once (`os._exit`), because a thread may wait for a rank that is gone.
 - Replicas have one hook in the engine: `Execution.replicas` starts to average a group's gradients after its backward

@@ -1,4 +1,4 @@
-"""Heartbeats of the ranks: where a collective fails, they tell which rank has ended or hangs."""
+"""Heartbeats of the ranks: where a collective fails, they show which rank has ended or hangs."""
 
 import contextlib
 import threading
@@ -14,7 +14,7 @@ from layerwise.parallel.rendezvous import NoAnswer
 class Heartbeat:
     """A thread that writes twice a second to the ranks' store how many collectives this rank has entered.
 
-    A collective that fails does not tell whose fault it is: a neighbour may have waited for another rank. A rank
+    A collective that fails does not say which rank is at fault: a neighbour may have waited for another rank. A rank
     without a heartbeat has ended or was stopped. If all have one, the rank that has entered the fewest hangs.
 
     Args:

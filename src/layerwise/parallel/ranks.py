@@ -36,7 +36,7 @@ class Refused(LayerwiseError):
     """The ranks have agreed not to begin, or not to continue.
 
     Attributes:
-        teller: the rank that tells the user why; all of them if None.
+        teller: the rank that explains the failure to the user; all of them if None.
     """
 
     def __init__(self, sentence: str, teller: int | None):
@@ -152,7 +152,7 @@ class Ranks:
         Args:
             error: what is wrong here.
             facts: name to what must be the same on all ranks of a column.
-            word: what this rank tells the others.
+            word: what this rank sends to the others.
             column: of ranks that must agree with one another; all must if not given.
 
         Returns:
@@ -272,7 +272,7 @@ class Ranks:
         return f"{who} {about}; the run stops, and --resume continues it from its last checkpoint."
 
     def announce(self, sentence: str) -> str:
-        """Tell all ranks why the job ends; returns what was announced first."""
+        """Announce to all ranks why the job ends; returns what was announced first."""
         try:
             return self.store.limited(REPORT).set_once("failure", sentence)
         except RuntimeError as reason:
@@ -343,7 +343,7 @@ def in_words(ranks: Sequence[int]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON holds it. Objects are told by what they print, without their addresses in memory."""
+    """A value as JSON holds it. Objects are compared by what they print, without their addresses in memory."""
     return json.loads(
         json.dumps(value, skipkeys=True, default=lambda other: re.sub(r" at 0x[0-9a-f]+", "", repr(other)))
     )

@@ -123,7 +123,7 @@ class StoreClient:
 
 @dataclass(frozen=True)
 class Job:
-    """Which process of which job this one is, as its launcher has told it in environment variables."""
+    """Which process of which job this one is, as its launcher says in environment variables."""
 
     rank: int
     count: int
@@ -242,7 +242,7 @@ def open_store(job: Job, seconds: float, server: socket.socket | None = None) ->
         return TCPStore(job.address, job.port, None, **options, master_listen_fd=handle)
 
     try:
-        return within(seconds + min(1.0, seconds), connect)  # torch's own limit tells more, where it holds
+        return within(seconds + min(1.0, seconds), connect)  # torch's own message says more, where its limit holds
     except NoAnswer as reason:
         raise LayerwiseError(
             f"a program listens at {job.place}, but it has not answered rank {job.rank} within {seconds:g} s, as the "

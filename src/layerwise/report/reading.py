@@ -236,7 +236,7 @@ class Bench(TypedDict):
 
 
 BENCHES: dict[str, Any] = {"activations": MemoryRow, "way": ScalingRow, "ratio": SpeedRow}
-"""A field that tells a benchmark from the others, to its rows."""
+"""A field that only one benchmark has, to the type of its rows."""
 
 
 def read_text(folder: Path, name: str) -> str:

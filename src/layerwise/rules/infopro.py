@@ -175,7 +175,7 @@ class InfoPro(Rule):
         return Heads(decoder, reader(h, outputs) if tell else None).to(h.dtype)
 
     def _input(self, x: Tensor, h: Tensor, site: Site) -> Tensor:
-        """What is reconstructed, in the standard order; a vector tells nothing of it, so that any order will do."""
+        """What is reconstructed, in the standard order; of a vector it is unknown, so any order will do."""
         layout = site.input_layout
         if site.layouts and h.dim() > 2 and x.dim() > 3:
             layout = known_layout(layout)

@@ -98,7 +98,7 @@ def wrong_labels(y: Tensor, classes: int, logits: Tensor | None = None) -> Tenso
     """
     if logits is None:
         return (y + torch.randint(1, classes, y.shape, device=y.device)) % classes
-    known = torch.isfinite(logits).all(1, keepdim=True)  # the loss tells of the others
+    known = torch.isfinite(logits).all(1, keepdim=True)  # the loss reports the others
     others = torch.where(known, logits.float(), 0.0).scatter(1, y[:, None], -math.inf).softmax(1)
     return torch.multinomial(others, 1)[:, 0]
 

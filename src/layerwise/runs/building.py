@@ -230,7 +230,7 @@ def build_learner(
         offload_folder=folder,
     )
     wanted, given = options.rule.models, model_name(options.model)
-    if wanted and given not in wanted:  # asked last, as a rule that can tell by itself tells more
+    if wanted and given not in wanted:  # asked last, as a rule that checks this itself says more
         raise LayerwiseError(
             f"rule {options.rule.name!r} does not train the model {given!r}; choose the model {' or '.join(wanted)}."
         )

@@ -386,7 +386,7 @@ def _join(tree: Any, tensors: Mapping[str, Tensor], used: set[str]) -> Any:
 
 
 def digest(tree: Any, file: Path | None = None) -> str:
-    """BLAKE2b of the bytes of a file, if one is given, and of a tree behind them."""
+    """BLAKE2b of the bytes of a file, if one is given, and of a tree after them."""
     found = hashlib.blake2b()
     if file is not None:
         with file.open("rb") as opened:

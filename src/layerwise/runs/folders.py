@@ -273,7 +273,7 @@ def folder_of_restarted(options: TrainOptions) -> Path | None:
 
 
 def _job() -> str:
-    """Tells one start of torchrun from another: its id, or else its process, which starts every attempt."""
+    """What distinguishes starts of torchrun: its id, or else its process, which starts every attempt."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return name if name != "none" else f"{socket.gethostname()} {os.getppid()}"
 

@@ -136,7 +136,7 @@ class GridProgress:
         self.over += 1
 
     def begun(self, name: str, work: float, share: Callable[[], float]) -> None:
-        """A run has started; `share()` tells how much of it is done, from 0 to 1."""
+        """A run has started; `share()` gives how much of it is done, from 0 to 1."""
         self.running[name] = (work, share)
 
     def ended(self, name: str, line: str) -> None:
@@ -148,7 +148,7 @@ class GridProgress:
         self.console.print(line, markup=False, soft_wrap=True)
 
     def left(self) -> str:
-        """Time left, as the work done so far tells."""
+        """Time left, estimated from the work done so far."""
         done = self._done()
         if done <= 0:
             return "?"

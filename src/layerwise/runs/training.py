@@ -74,7 +74,7 @@ class Run:
     Args:
         options: what to train, and how.
         command: the command line, for the record.
-        resume: folder of a run to go on with; the options are then the run's own.
+        resume: folder of a run to continue; the options are then the run's own.
         stage: the part of the network that this process trains; all of it if not given.
         replicas: the processes that train the same blocks on their share of every batch; none if not given.
 
@@ -102,7 +102,7 @@ class Run:
         self.facts = DataSignature.of(self.dataset)
         self._agree(resume)
         self.learner = build_learner(options, self.facts, self.device, self.total, stage, self.dataset.graph, replicas)
-        # Labels that the rule cannot do with, and data that cannot be read, are told of before anything is written.
+        # Labels that the rule cannot do with, and data that cannot be read, are reported before anything is written.
         for part in (self.dataset.train, self.dataset.val, self.dataset.test):
             if part is not None:
                 self.learner.check_labels(part.labels)
@@ -293,7 +293,7 @@ class Run:
         return self.learner.state_dict()["model"]
 
     def _stop(self) -> int:
-        """Number of the signal that ends the run behind this step, or 0."""
+        """Number of the signal that ends the run after this step, or 0."""
         return self._signum
 
     def _finish(self, log: Any) -> dict[str, Any]:

@@ -199,11 +199,11 @@ class RankProcesses:
         """
         for process, task in zip(self.processes, tasks, strict=False):
             assert process.stdin is not None
-            with contextlib.suppress(OSError):  # told below, by its silence
+            with contextlib.suppress(OSError):  # noticed below, by its silence
                 process.stdin.write(json.dumps(task) + "\n")
                 process.stdin.flush()
         found: dict[int, dict[str, Any]] = {}
-        # Each process has the limit for every wait of its own; what it tells then is better than silence.
+        # Each process has the limit for every wait of its own; what it reports then is better than silence.
         deadline = time.monotonic() + 2 * self.limit
         while len(found) < len(tasks):
             try:
@@ -295,7 +295,7 @@ def measured(
             processes.meet()
         for turn in range(options.rounds):
             started = time.monotonic()
-            # The order rotates, so that no way always runs behind the same one.
+            # The order rotates, so that no way always runs after the same one.
             for way, ranks in jobs[turn % len(jobs) :] + jobs[: turn % len(jobs)]:
                 warmup = options.warmup * (2 if turn == 0 else 1)
                 task = {"do": "measure", "way": "rule" if way == "apart" else way}

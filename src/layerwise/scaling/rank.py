@@ -1,7 +1,7 @@
 """A rank that measures: it trains one network in the ways that `layerwise bench scaling` compares.
 
 It reads tasks from standard input, one JSON object per line, and answers each with one line on standard output. Rank 0
-is asked for a port first; the next task tells each rank who it is. When standard input ends, because the parent has
+is asked for a port first; the next task gives each rank its number. When standard input ends, because the parent has
 died or has finished, the process ends at once.
 """
 
@@ -123,7 +123,7 @@ class CountingLink:
         self.to_next.send(tree)
 
     def close(self) -> None:
-        """Tell the next rank that nothing more comes, and take what the rank before has sent to say so."""
+        """Announce the end to the next rank, and take what the rank before has sent to say so."""
         if self.to_next is not None:
             self.to_next.end()
         if self.from_previous is not None:
@@ -186,7 +186,7 @@ class Rank:
         return self.x.chunk(self.count)[self.number], self.y.chunk(self.count)[self.number]
 
     def _ring(self, parameters: Sequence[nn.Parameter]) -> float:
-        """Bytes that a ring sends per rank to average the gradients: what is known of them, as gloo does not tell."""
+        """Bytes that a ring sends per rank to average the gradients: estimated, as gloo does not report them."""
         return 2 * (self.count - 1) / self.count * sum(p.nbytes for p in parameters if p.requires_grad)
 
     def _optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
@@ -234,7 +234,7 @@ class Rank:
         return lambda: learner.step(self.x, self.y), lambda: 0
 
     def _pipeline(self, warmup: int, steps: int) -> dict[str, Any]:
-        """Our pipeline. The batches go on until the last rank has its steps, so that no rank idles at the end of them.
+        """Our pipeline. Batches continue until the last rank has its steps, so that no rank idles at the end of them.
 
         What is then still under way is dropped.
         """
@@ -306,7 +306,7 @@ class Rank:
         mine = [self.number] if parts == self.count else [self.number, parts - 1 - self.number]
         kind, micro = SCHEDULES[way], self.task["micro_batches"]
         modules = [nn.Sequential(*list(model.children())[slice(*span)]) for span in bounds]
-        # Where torch does not know the shapes, its ranks tell one another in pickles.
+        # Where torch does not know the shapes, its ranks exchange them in pickles.
         shapes = [torch.empty_like(self.x.tensor_split(micro)[0], device="meta")]
         with torch.no_grad():
             for module in modules:

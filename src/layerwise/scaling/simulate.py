@@ -47,7 +47,7 @@ class Op:
     bytes: float = 0.0
     """Size of the result."""
     tells: tuple[int, ...] = ()
-    """Ranks that are told when it begins; the word costs latency and no bandwidth."""
+    """Ranks that get a notice when it begins; the notice costs latency and no bandwidth."""
     asked: bool = False
     """Whether the result is sent only when it has been asked for, as gloo does: the rank that needs it asks when it
     comes to that op."""
