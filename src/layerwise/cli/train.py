@@ -28,17 +28,19 @@ def train_command(argv: list[str]) -> int:
                 f"--resume continues a run with its own options, so {' '.join(words)!r} cannot be given; leave it out."
             )
         words = [word for name, value in given.items() if value is not None for word in (f"--{name}", value)]
-        how = parse(distributed.ParallelOptions, words, "train")
+        launch = parse(distributed.ParallelOptions, words, "train")
         folder, options = Path(resume), read_options(Path(resume))
     else:
-        how = train_options(argv, "train", distributed.TrainCommand)
-        folder, options = None, TrainOptions(**{f.name: getattr(how, f.name) for f in fields(TrainOptions)})
-    if how.parallel != "none":
-        if how.parallel == "sharded":
+        launch = train_options(argv, "train", distributed.TrainCommand)
+        folder, options = None, TrainOptions(**{f.name: getattr(launch, f.name) for f in fields(TrainOptions)})
+    if launch.parallel != "none":
+        if launch.parallel == "sharded":
             from layerwise.runs.sharded import ShardedRun as kind  # here, as fully_shard takes seconds to import
         else:
-            kind = {"pipeline": pipelined.PipelineRun, "data": replicated.DataRun}[how.parallel]
-        return distributed.train_rank(kind, how, options, command, folder, lambda *found: print(result_table(*found)))
+            kind = {"pipeline": pipelined.PipelineRun, "data": replicated.DataRun}[launch.parallel]
+        return distributed.train_rank(
+            kind, launch, options, command, folder, lambda *found: print(result_table(*found))
+        )
     if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LayerwiseError(
             "torchrun has started several processes of the same run; add --parallel pipeline, data or sharded."

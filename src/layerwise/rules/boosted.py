@@ -17,7 +17,7 @@ from layerwise.rules.readout import Pool, grouped, pool_vectors
 MOMENTUM = 0.9
 
 
-class Stage(nn.Module):
+class BoostingStage(nn.Module):
     """What the rule keeps at the end of a stage.
 
     Args:
@@ -108,13 +108,13 @@ class Boosted(TakesTurns, PredictsBySite, Rule):
     def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
         """Readout and step of a stage, at its last site."""
         if site.is_head:
-            return Stage(None)
+            return BoostingStage(None)
         if (site.index + 1) % self.group or site.index == site.blocks - 1:
             return None
         width = pool_vectors(h, self.pool, False, site).shape[-1]
-        return Stage(nn.Linear(width, task.classes, dtype=h.dtype))
+        return BoostingStage(nn.Linear(width, task.classes, dtype=h.dtype))
 
-    def _output(self, stage: Stage, h: Tensor, site: Site) -> Tensor:
+    def _output(self, stage: BoostingStage, h: Tensor, site: Site) -> Tensor:
         """The stage's f `(B, K)`."""
         return (h if stage.readout is None else stage.readout(pool_vectors(h, self.pool, False, site))).float()
 
@@ -123,7 +123,7 @@ class Boosted(TakesTurns, PredictsBySite, Rule):
         if ctx.y.dim() > 1:
             raise LayerwiseError("boosted sums stages for one label per sample, not one per position.")
         stage = ctx.auxiliary
-        if not isinstance(stage, Stage):
+        if not isinstance(stage, BoostingStage):
             return Signal(message=ctx.message)
         f = self._output(stage, ctx.h, ctx.site)
         total = torch.zeros_like(f) if ctx.message is None else ctx.message
@@ -136,7 +136,7 @@ class Boosted(TakesTurns, PredictsBySite, Rule):
 
     def answer(self, site: Site, h: Tensor, message: Any, auxiliary: nn.Module | None) -> tuple[Tensor, Any]:
         """Adds the stage's step to the sum, which is the answer at the head."""
-        if isinstance(auxiliary, Stage):
+        if isinstance(auxiliary, BoostingStage):
             step = self.shrinkage * auxiliary.step() * self._output(auxiliary, h, site)
             message = step if message is None else message + step
         return (message if site.is_head else h), message

@@ -90,7 +90,7 @@ def reader(h: Tensor, outputs: int) -> nn.Module:
     return nn.Sequential(*maps, nn.Linear(width, FEATURES), nn.ReLU(), nn.Linear(FEATURES, outputs))
 
 
-class Heads(nn.Module):
+class InfoProHeads(nn.Module):
     """What reads a block: a decoder, and an auxiliary network, each where its loss has a weight."""
 
     def __init__(self, decoder: nn.Module | None, reader: nn.Module | None):
@@ -172,7 +172,7 @@ class InfoPro(Rule):
         wanted = tuple(self._input(h.new_empty(1, *site.inputs), h, site).shape[1:])
         decoder = Decoder(tuple(h.shape[1:]), wanted) if keep else None
         outputs = FEATURES if self.task == "contrast" else task.classes
-        return Heads(decoder, reader(h, outputs) if tell else None).to(h.dtype)
+        return InfoProHeads(decoder, reader(h, outputs) if tell else None).to(h.dtype)
 
     def _input(self, x: Tensor, h: Tensor, site: Site) -> Tensor:
         """What is reconstructed, in the standard order; of a vector it is unknown, so any order will do."""
@@ -190,7 +190,7 @@ class InfoPro(Rule):
         x = ctx.h_in if ctx.site.index == 0 else ctx.message
         if ctx.auxiliary is None:
             return Signal(message=x)
-        assert isinstance(ctx.auxiliary, Heads)
+        assert isinstance(ctx.auxiliary, InfoProHeads)
         keep, tell = self.weights(ctx.site)
         h = ctx.site.standard(ctx.h)
         loss, metrics = torch.zeros((), device=ctx.h.device), {}

@@ -15,7 +15,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.rules.readout import convolution, grouped, pool_vectors
 
 
-class Heads(nn.Module):
+class PredSimHeads(nn.Module):
     """The two local networks of a block: a linear classifier that starts at zero, and a map before the similarities.
 
     Args:
@@ -90,7 +90,7 @@ class PredSim(Rule):
     def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
         """The classifier and the map of every group of blocks."""
         ends = (site.index + 1) % self.group == 0 or site.index == site.blocks - 1
-        return Heads(site.standard(h), task.classes, self.loss) if ends and not site.is_head else None
+        return PredSimHeads(site.standard(h), task.classes, self.loss) if ends and not site.is_head else None
 
     def signal(self, ctx: BlockContext) -> Signal:
         """Cross-entropy of the local classifier and distance of the similarities from those of the labels."""
@@ -101,7 +101,7 @@ class PredSim(Rule):
         heads = ctx.auxiliary
         if heads is None:
             return Signal()
-        assert isinstance(heads, Heads)
+        assert isinstance(heads, PredSimHeads)
         h = ctx.site.standard(ctx.h)
         share = {"pred": 0.0, "sim": 1.0}.get(self.loss, self.beta)
         loss, metrics = torch.zeros((), device=ctx.h.device), {}

@@ -21,17 +21,17 @@ SAMPLED = 4096
 
 
 def facts_of_options(
-    options: TrainOptions, how: Mapping[str, Any], device: torch.device, resumed: bool
+    options: TrainOptions, launch: Mapping[str, Any], device: torch.device, resumed: bool
 ) -> dict[str, Any]:
     """The options, one by one, so that a difference is named.
 
     Args:
         options: of the run.
-        how: the options of the ranks.
+        launch: the options of the ranks.
         device: of this rank; its number may differ.
         resumed: whether a run is continued.
     """
-    facts = {"resume": resumed, **how, **_flat(json.loads(json.dumps(to_mapping(options), default=str)))}
+    facts = {"resume": resumed, **launch, **_flat(json.loads(json.dumps(to_mapping(options), default=str)))}
     return {f"--{name.replace('_', '-')}": value for name, value in {**facts, "device": device.type}.items()}
 
 

@@ -74,11 +74,11 @@ class RankRun(Run):
 
     Attributes:
         ranks: the processes of the run.
-        how: they share the work.
+        launch: how they share the work.
     """
 
     ranks: Ranks
-    how: ParallelOptions
+    launch: ParallelOptions
 
     @property
     def writes(self) -> bool:
@@ -149,11 +149,11 @@ class PartsRun(RankRun):
         return state["learner"]["model"]
 
 
-def check_can_share(options: TrainOptions, count: int, how: ParallelOptions) -> None:
+def check_can_share(options: TrainOptions, count: int, launch: ParallelOptions) -> None:
     """Raise LayerwiseError unless `count` replicas can share each batch of a run."""
     check_shares(options.batch_size, count)
     if isinstance(options.model, GraphModelOptions):
-        with_replicas = f"--parallel {how.parallel}" + (f" --replicas {count}" if how.replicas > 1 else "")
+        with_replicas = f"--parallel {launch.parallel}" + (f" --replicas {count}" if launch.replicas > 1 else "")
         raise LayerwiseError(
             f"a graph is one sample and has no shares, so {model_name(options.model)} cannot be trained with "
             f"{with_replicas}; train it in one process."
@@ -172,7 +172,7 @@ def pick_own_device(name: str) -> torch.device:
 
 def train_rank(
     kind: Callable[[Ranks, ParallelOptions, TrainOptions, str, Path | None], RankRun],
-    how: ParallelOptions,
+    launch: ParallelOptions,
     options: TrainOptions,
     command: str,
     resume: Path | None,
@@ -184,14 +184,14 @@ def train_rank(
 
     Args:
         kind: of the run.
-        how: the ranks share the work.
+        launch: how the ranks share the work.
         options: of the run.
         command: for the record.
         resume: folder of a run to continue.
         show: prints the result of a finished run.
     """
     try:
-        ranks = Ranks(how.timeout, pick_own_device(options.device))
+        ranks = Ranks(launch.timeout, pick_own_device(options.device))
     except Refused as refusal:
         return _failed(str(refusal))
     except LayerwiseError as error:
@@ -200,8 +200,8 @@ def train_rank(
         raise
 
     def work() -> int:
-        ranks.agree(None, facts_of_options(options, asdict(how), ranks.device, resume is not None))
-        run = kind(ranks, how, options, command, resume)
+        ranks.agree(None, facts_of_options(options, asdict(launch), ranks.device, resume is not None))
+        run = kind(ranks, launch, options, command, resume)
         try:
             result = run.train()
         except Interrupted as stop:

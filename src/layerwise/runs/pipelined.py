@@ -50,23 +50,23 @@ class PipelineRun(PartsRun):
     that hold the same stage average its gradients. The last rank of the first pipeline writes the folder.
     """
 
-    def __init__(self, ranks: Ranks, how: ParallelOptions, options: TrainOptions, command: str, resume: Path | None):
-        self.ranks, self.how, self.replicas = ranks, how, None
+    def __init__(self, ranks: Ranks, launch: ParallelOptions, options: TrainOptions, command: str, resume: Path | None):
+        self.ranks, self.launch, self.replicas = ranks, launch, None
         self._signum_of_all = 0
         try:
-            self.length, rest = divmod(ranks.count, how.replicas)
+            self.length, rest = divmod(ranks.count, launch.replicas)
             if rest or not self.length:
                 raise LayerwiseError(
-                    f"{ranks.count} ranks cannot form {how.replicas} pipelines of equal length; start a multiple of "
-                    f"{how.replicas} ranks (--nproc-per-node {how.replicas * (self.length + 1)})."
+                    f"{ranks.count} ranks cannot form {launch.replicas} pipelines of equal length; start a multiple of "
+                    f"{launch.replicas} ranks (--nproc-per-node {launch.replicas * (self.length + 1)})."
                 )
             self.row, number = divmod(ranks.rank, self.length)
             self.stage = Stage(
-                number, self.length, how.counts(), self._of_the_first, options.batch_size // how.replicas
+                number, self.length, launch.counts(), self._of_the_first, options.batch_size // launch.replicas
             )
-            if how.replicas > 1:
-                check_can_share(options, how.replicas, how)
-                self.replicas = replicas_of_stages(ranks, how.replicas)
+            if launch.replicas > 1:
+                check_can_share(options, launch.replicas, launch)
+                self.replicas = replicas_of_stages(ranks, launch.replicas)
             super().__init__(options, command, self._begun(options, resume), self.stage, self.replicas)
             words = ranks.agree(None, {"the step of the checkpoint": self.learner.steps}, str(self.folder.resolve()))
             if not self.writes:

@@ -22,11 +22,11 @@ class DataRun(RankRun):
     of a log line, and on when to stop.
     """
 
-    def __init__(self, ranks: Ranks, how: ParallelOptions, options: TrainOptions, command: str, resume: Path | None):
-        self.ranks, self.how = ranks, how
+    def __init__(self, ranks: Ranks, launch: ParallelOptions, options: TrainOptions, command: str, resume: Path | None):
+        self.ranks, self.launch = ranks, launch
         self._signum_of_all = 0
         try:
-            check_can_share(options, ranks.count, how)
+            check_can_share(options, ranks.count, launch)
             self.replicas = self._replicas()
             super().__init__(options, command, self._begun(options, resume), replicas=self.replicas)
             folder = ranks.agree(None, {"the step of the checkpoint": self.learner.steps}, str(self.folder.resolve()))[
