@@ -213,7 +213,7 @@ def test_splits_and_folders_that_are_left_out_are_told_of(tmp_path):
     refused("has no folder train, only test", f"imagefolder:{tmp_path / 'g'}")
     images(tmp_path / "h" / "train", {"a": 3, "b": 3})
     images(tmp_path / "h" / "Train", {"a": 3, "b": 3})
-    refused("two folders train", f"imagefolder:{tmp_path / 'h'}")
+    refused("two folders of the split 'train'", f"imagefolder:{tmp_path / 'h'}")
 
 
 def test_a_test_folder_of_loose_images_has_no_labels(tmp_path):
@@ -345,3 +345,120 @@ def test_cora_that_is_damaged_is_one_sentence(tmp_path):
     file.unlink()
     os.mkfifo(file)
     refused("is a named pipe", "cora", root=tmp_path)
+
+
+# What people call their splits
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "val"),
+    [
+        ("Training", "Testing", None),
+        ("training", "testing", "validation"),
+        ("seg_train", "seg_test", None),
+        ("seg_train/seg_train", "seg_test/seg_test", None),  # as an archive unpacks into a folder of its own
+        ("training_set", "test_set", "ValSet"),
+        ("trainA", "testA", None),
+        ("train2017", "test2017", "val2017"),
+        ("TRAIN", "eval", "dev"),
+        ("train", "test", "eval"),
+        ("chest train images", "chest test images", "chest valid images"),
+    ],
+)
+def test_a_folder_is_a_split_whatever_its_spelling(train, test, val, tmp_path):
+    for name, count in ((train, 6), (test, 3), (val, 4)):
+        if name:
+            images(tmp_path / "d" / name, {"a": count, "b": count})
+    found = data.load(f"imagefolder:{tmp_path / 'd'}", val_fraction=0.25)
+    assert found.classes == ("a", "b")
+    assert len(found.test) == 6
+    assert (len(found.train), len(found.val)) == ((12, 8) if val else (9, 3))
+
+
+def test_a_dev_split_is_used(tmp_path):
+    images(tmp_path / "d" / "train", {"a": 6, "b": 6})
+    images(tmp_path / "d" / "dev", {"a": 3, "b": 3})
+    found = data.load(f"imagefolder:{tmp_path / 'd'}", val_fraction=0)
+    assert (len(found.train), len(found.test)) == (12, 6)
+    assert any("'dev' is used as the test split" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (("fold1", "fold2"), "all hold the same folders"),
+        (("part_a", "part_b", "part_c"), "call one of them train"),
+        (("cat", "dog"), "all hold the same folders"),  # CLASS/SPLIT/NAME.png
+        (("dev", "eval"), "has no folder train, only dev, eval"),
+        (("train_a", "train_b"), "two folders of the split 'train'"),
+        (("train", "training"), "two folders of the split 'train'"),
+    ],
+)
+def test_folders_that_look_like_splits_are_no_classes(names, sentence, tmp_path):
+    for name in names:
+        images(tmp_path / "d" / name, {"x": 3, "y": 3})
+    refused(sentence, f"imagefolder:{tmp_path / 'd'}")
+
+
+def test_splits_without_class_folders_are_no_classes(tmp_path):
+    images(tmp_path / "d", {"training": 3, "testing": 3})
+    refused("holds no folder per class", f"imagefolder:{tmp_path / 'd'}")
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [("bullet_train", "steam_train"), ("training", "walking"), ("invalid", "valid"), ("contest", "test_tube")],
+)
+def test_classes_may_hold_words_of_splits(classes, tmp_path):
+    images(tmp_path / "d", dict.fromkeys(classes, 5))
+    assert data.load(f"imagefolder:{tmp_path / 'd'}", val_fraction=0).classes == classes
+
+
+def tables(folder, counts):
+    for name, count in counts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table([0, 1] * count), folder / f"{name}.parquet")
+    return f"parquet:{folder}"
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("training", "testing"),
+        ("Mnist-Training", "Mnist-Testing"),
+        ("trainset", "testset"),
+        ("train_full", "dev"),
+        ("training/0", "validation/0"),
+    ],
+)
+def test_a_parquet_file_is_of_the_split_that_its_name_says(train, test, tmp_path):
+    found = data.load(tables(tmp_path / "d", {train: 6, test: 3}), val_fraction=0)
+    assert (len(found.train), len(found.test)) == (12, 6)
+
+
+@pytest.mark.parametrize("names", [("first", "second"), ("main/0", "rest/0"), ("faces", "faces-new")])
+def test_parquet_files_that_name_no_split_are_not_joined(names, tmp_path):
+    refused("cannot tell the splits of", tables(tmp_path / "d", dict.fromkeys(names, 4)))
+
+
+def test_dev_and_eval_are_no_training_split(tmp_path):
+    refused("has no training split, only", tables(tmp_path / "d", {"dev": 4, "eval": 4}))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("data-00000-of-00002", "data-00001-of-00002"),
+        ("0000", "0001"),
+        ("faces1", "faces2"),
+        ("part-0-0b1c2d3e-1111-2222-3333-444455556666", "part-1-aaaaaaaa-1111-2222-3333-444455556666"),
+    ],
+)
+def test_numbered_parts_are_one_table(names, tmp_path):
+    found = data.load(tables(tmp_path / "d", dict.fromkeys(names, 10)), val_fraction=0)
+    assert len(found.train) + len(found.test) == 40
+
+
+@pytest.mark.parametrize("word", ["nan", "NaN", "null", " "])
+def test_a_missing_label_of_a_parquet_file_is_no_class(word, tmp_path):
+    refused("row 1 of .* has no label", write(tmp_path / "d", train=table(["a", word, "b"] * 4)))

@@ -59,7 +59,7 @@ def test_a_table_is_split_and_standardised_by_its_training_rows(tmp_path):
         (["007", "7", "1E5", "100000"], ("007", "7", "100000", "1E5")),
         (["9007199254740993", "9007199254740992", "2", "-3"], ("-3", "2", "9007199254740992", "9007199254740993")),
         (["1_1", "11", "１１", "x"], ("11", "1_1", "x", "１１")),
-        (["True", "true", "nan", "inf"], ("True", "inf", "nan", "true")),
+        (["True", "true", "nanny", "inf"], ("True", "inf", "nanny", "true")),
         (["b", "10", "b", "9"], ("10", "9", "b")),
         ([" yes", "no", "yes ", "no"], ("no", "yes")),
     ],
@@ -225,3 +225,25 @@ def test_views_of_rows_teach_without_labels(tmp_path, monkeypatch, capsys):
     words = split("train --rule ssl_local --model.width 16 --data t.csv --batch-size 64 --steps 40 --lr 0.02 --out run")
     assert main([*words, "--save-every", "1000"]) == 0, capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "result.json").read_text())["test_accuracy"] > 0.5  # of three classes
+
+
+@pytest.mark.parametrize("word", ["nan", "NaN", "null", "NULL", "", "  ", "<NA>", "N/A"])
+def test_a_missing_label_is_no_class(word, tmp_path):
+    write(tmp_path / "t.csv", [[i, i * i % 5, "ab"[i % 2] if i != 7 else word] for i in range(20)])
+    with pytest.raises(LayerwiseError, match=r"line 9 of .* has no label in column 'label'"):
+        data.load(str(tmp_path / "t.csv"), val_fraction=0)
+
+
+@pytest.mark.parametrize("words", [("NA", "b"), ("None", "some")])
+def test_a_class_that_may_be_a_missing_label_is_told_of(words, tmp_path):
+    write(tmp_path / "t.csv", [[i, i * i % 5, words[i % 2]] for i in range(20)])
+    found = data.load(str(tmp_path / "t.csv"), val_fraction=0)
+    assert set(found.classes) == set(words)
+    assert [note for note in found.notes if "looks like a missing label" in note and words[0] in note]
+
+
+def test_a_table_that_was_saved_twice_has_two_columns_of_row_numbers(tmp_path):
+    body = [[i, i, i * i % 5, i % 2] for i in range(20)]
+    found = data.load(write(tmp_path / "t.csv", body, ("Unnamed: 0.1", "Unnamed: 0", "a", "label")), val_fraction=0)
+    assert found.columns == ("a",)
+    assert sum("numbers the rows" in note for note in found.notes) == 2

@@ -11,8 +11,9 @@ from layerwise import data
 from layerwise.errors import LayerwiseError
 from layerwise.parsing import parse
 from layerwise.runs import building, training
-from layerwise.runs.checkpoint import write_atomically
 from layerwise.runs.exporting import export
+from layerwise.runs.folders import read_options
+from layerwise.runs.output import check_output, data_paths, write_output
 from layerwise.runs.predicting import predictions
 
 
@@ -39,6 +40,9 @@ def eval_command(argv: list[str]) -> int:
     run, facts, learner, notes = building.load_run(Path(folder), options.device)
     if options.split == "val" and run.val_fraction == 0:
         raise LayerwiseError(f"the run in {folder} has no validation split (--val-fraction 0); use --split test.")
+    inputs = data_paths(run.data)
+    if options.json:
+        check_output(Path(options.json), inputs)  # before the work
     dataset = building.load_data(run)
     facts.check(dataset)
     source = getattr(dataset, options.split)
@@ -58,7 +62,8 @@ def eval_command(argv: list[str]) -> int:
     width = max(map(len, figures))
     print("\n".join(f"{name:<{width}}  {value:.4f}" for name, value in figures.items()))
     if options.json:
-        write_atomically(Path(options.json), json.dumps({"run": folder, "split": options.split, **figures}) + "\n")
+        text = json.dumps({"run": folder, "split": options.split, **figures}) + "\n"
+        write_output(Path(options.json), text, inputs)
     return 0
 
 
@@ -89,10 +94,13 @@ def predict_command(argv: list[str]) -> int:
     folder, rest = _positional(argv, "predict", PredictOptions, "RUN")
     given, rest = _positional(rest, "predict", PredictOptions, "INPUT")
     options = parse(PredictOptions, rest, "predict")
+    inputs = [Path(given), *data_paths(read_options(Path(folder)).data)]
+    if options.out:
+        check_output(Path(options.out), inputs)  # before the work
     text, notes = predictions(Path(folder), Path(given), options.device)
     _tell(notes)
     if options.out:
-        write_atomically(Path(options.out), text)
+        write_output(Path(options.out), text, inputs)
     else:
         print(text, end="")
     return 0

@@ -380,7 +380,9 @@ def _sources(
     if len(classes) < 2:
         raise LayerwiseError(f"{title} holds the one class {''.join(classes)!r}; give data with two or more classes")
     splits = {"train": (train, _labels(train, "train", classes))}
-    for split in (split for split in TEST_NAMES if split in opened):
+    # Where there is a test split, "eval" is one for validation, and the last to be taken.
+    order = sorted(TEST_NAMES, key=lambda split: split == "eval" and "test" in opened)
+    for split in (split for split in order if split in opened):
         rows = opened.pop(split)
         notes += rows.notes
         if rows.withheld:

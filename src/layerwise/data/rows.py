@@ -30,8 +30,16 @@ SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".tga"),
 )
-TEST_NAMES = ("test", "validation", "valid", "val")  # the first that a data set has serves as its test split
-SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val)(?![a-z])")
+TEST_NAMES = ("test", "eval", "validation", "valid", "val", "dev")  # the first that there is serves as the test split
+SPLITS = {name: name for name in ("train", *TEST_NAMES)} | {
+    **dict.fromkeys(("training", "trn", "trainval"), "train"),
+    **dict.fromkeys(("testing", "tst", "holdout", "heldout"), "test"),
+    **{"evaluation": "eval", "devel": "dev", "development": "dev"},
+}  # what people call their splits
+AFFIXES = ("set", "dataset", "data", "images", "image", "imgs", "img", "split", "folder", "dir")
+NAMED_SPLIT = re.compile(rf"({'|'.join(SPLITS)})(?:{'|'.join(AFFIXES)}|[ab])?")
+SHARD = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9]+")  # what differs between the parts of a table
+MISSING = ("", "nan", "+nan", "-nan", "null", "<na>", "#na", "#n/a", "n/a", "nat")  # what programs write for no label
 TEXT_TYPES = ("string", "large_string", "string_view")  # arrow's names for words
 WITHHELD = -1  # the label that the Hugging Face hub gives to samples of a test split whose labels are kept back
 
@@ -226,39 +234,116 @@ def class_folders(folder: Path) -> FileRows:
     return rows
 
 
+def is_missing(word: str) -> bool:
+    """Whether a label stands for one that is missing.
+
+    >>> is_missing(" NaN "), is_missing("nanny")
+    (True, False)
+    """
+    return word.strip().lower() in MISSING
+
+
+def split_of(name: str, anywhere: bool = False) -> str | None:
+    """The split that a name gives: "train" or one of `TEST_NAMES`; None where it gives none, or several.
+
+    Args:
+        name: of a folder, a file or a split, in small or capital letters.
+        anywhere: whether the word may stand anywhere in the name; if not, only words such as "set" may follow it.
+
+    >>> split_of("Training"), split_of("seg_test"), split_of("val_set"), split_of("train_station")
+    ('train', 'test', 'val', None)
+    """
+    words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)]
+    if not anywhere:
+        while len(words) > 1 and (words[-1] in AFFIXES or len(words[-1]) == 1):
+            words.pop()
+        words = words[-1:]
+    words += [] if words else re.findall(r"[a-z]+", name.lower())[-1:]
+    found = {SPLITS[match[1]] for word in words if (match := NAMED_SPLIT.fullmatch(word))}
+    return found.pop() if len(found) == 1 else None
+
+
 def open_imagefolder(path: Path) -> dict[str, Rows]:
-    """The splits of `path`/train, `path`/test, ..., or `path` as the training split."""
+    """The splits of `path`/train, `path`/test, ..., or `path` as the training split.
+
+    A folder is a split by its name (`split_of`). Where no folder is the training split, all are classes.
+
+    Raises:
+        LayerwiseError: no folder, no images, two folders of one split, or folders that look like splits of which none
+            is the training split.
+    """
     if kind_of(path) != "folder":
         raise LayerwiseError(f"{shown(path)} is not a folder; give imagefolder: a folder with one folder per class")
     folders = list_folders(path)
-    splits: dict[str, Path] = {}
-    for folder in folders:
-        name = folder.name.lower()
-        if name in splits:
-            raise LayerwiseError(f"{shown(path)} has two folders {name}, in small and capital letters; join them")
-        if name in ("train", *TEST_NAMES):
-            splits[name] = folder
+    splits = _split_folders(path, folders)
     if "train" not in splits:
-        if folders and len(splits) == len(folders):
-            raise LayerwiseError(
-                f"{shown(path)} has no folder train, only {', '.join(folder.name for folder in folders)}; add it"
-            )
+        _check_classes(path, folders)
         return {"train": class_folders(path)}
-    found: dict[str, Rows] = {"train": class_folders(splits.pop("train"))}
-    for split, folder in splits.items():
+    used = set(splits.values())
+    found: dict[str, Rows] = {"train": class_folders(_inner(splits.pop("train"), "train"))}
+    for split in (split for split in TEST_NAMES if split in splits):
+        folder = _inner(splits[split], split)
         images = list_files(folder, SUFFIXES)
         unlabelled = images and not list_folders(folder)
         found[split] = FileRows(folder, images) if unlabelled else class_folders(folder)
-    others = [folder.name for folder in folders if folder.name.lower() not in found]
+    others = [folder.name for folder in folders if folder not in used]
     if others:
         found["train"].notes += (f"folders of {shown(path)} that are no split are left out: {few(others)}",)
     return found
 
 
+def _split_folders(path: Path, folders: Sequence[Path]) -> dict[str, Path]:
+    """The folder of each split; one whose name is the mere word comes before one with other words in its name."""
+    candidates: dict[str, list[Path]] = {}
+    for folder in folders:
+        split, plain = split_of(folder.name), folder.name.lower()
+        # Classes may be called "bullet_train" or "training"; a training split holds folders.
+        if split is not None and (split != "train" or plain == "train" or list_folders(folder)):
+            candidates.setdefault(split, []).append(folder)
+    splits = {}
+    for split, found in candidates.items():
+        plain = [folder for folder in found if folder.name.lower() in SPLITS]
+        if len(plain or found) > 1 and "train" in candidates:
+            names = " and ".join(folder.name for folder in (plain or found)[:2])
+            raise LayerwiseError(f"{shown(path)} has two folders of the split {split!r}, {names}; join them")
+        splits[split] = (plain or found)[0]
+    return splits
+
+
+def _inner(folder: Path, split: str) -> Path:
+    """A split's folder, or the one of the same split that is all there is in it, as in seg_train/seg_train."""
+    inner = list_folders(folder)
+    return inner[0] if len(inner) == 1 and split_of(inner[0].name) == split else folder
+
+
+def _check_classes(path: Path, folders: Sequence[Path]) -> None:
+    """Refuse folders that are no classes: all have names of splits, or all hold the same folders."""
+    names = [folder.name for folder in folders]
+    splits = {split_of(name) for name in names}
+    if folders and None not in splits and (len(splits) > 1 or any(name.lower() in SPLITS for name in names)):
+        if "train" in splits:
+            raise LayerwiseError(
+                f"the folders of {shown(path)} have names of splits ({few(names)}), and the one to train on holds no "
+                "folder per class; sort its images into one folder per class"
+            )
+        raise LayerwiseError(f"{shown(path)} has no folder train, only {', '.join(names)}; add it")
+    inside = [{folder.name.lower() for folder in list_folders(folder)} for folder in folders]
+    shared = sorted(set.intersection(*inside)) if len(inside) > 1 else []
+    if len(shared) > 1:
+        raise LayerwiseError(
+            f"the folders of {shown(path)} ({few(names)}) all hold the same folders ({few(shared)}), so they look like "
+            "splits and not like classes; call one of them train and the others test and val"
+        )
+
+
 def open_parquet(path: Path, in_memory_limit: int) -> dict[str, Rows]:
     """The splits of one parquet file, or of the parquet files anywhere under a folder.
 
-    A file belongs to the split that its name or its folder names; files that name none are the training split.
+    A file belongs to the split that its name or its folder names. One file that names none is the training split, and
+    so are the numbered parts of one table.
+
+    Raises:
+        LayerwiseError: no file, one that cannot be read, or files of which one cannot tell the splits.
     """
     kind = kind_of(path)
     if kind is None:
@@ -269,11 +354,18 @@ def open_parquet(path: Path, in_memory_limit: int) -> dict[str, Rows]:
     folder = path if kind == "folder" else path.parent
     splits: dict[str | None, list[Path]] = {}
     for file in files:
-        words = SPLIT.findall(str(file.relative_to(path)).lower()) if kind == "folder" else ()
-        splits.setdefault(words[-1] if words else None, []).append(file)
+        parts = file.relative_to(path).with_suffix("").parts if kind == "folder" else ()
+        named = (split_of(part, anywhere=True) for part in reversed(parts))
+        splits.setdefault(next(filter(None, named), None), []).append(file)
     if None in splits:
         if len(splits) > 1:
             raise LayerwiseError(f"cannot tell the split of {shown(splits[None][0])}; put train or test into its name")
+        stems = {SHARD.sub("", str(file.relative_to(folder)).lower()): str(file.relative_to(folder)) for file in files}
+        if len(stems) > 1:
+            raise LayerwiseError(
+                f"cannot tell the splits of {shown(path)}: its files ({few(list(stems.values()))}) name none and are "
+                "not the numbered parts of one table; put train, test or val into each name"
+            )
         splits = {"train": splits[None]}
     columns: Columns | None = None
     found: dict[str, Rows] = {}
@@ -306,7 +398,11 @@ def open_hub(repository: str, advice: str = "") -> dict[str, Rows]:
         part = Part(title, labels, columns.names, None)
         files = [Path(cached["filename"]) for cached in rows.cache_files]
         splits[split] = TableRows(columns.image, [rows.data.column(columns.image)], [part], files, caches)
-    return splits
+    known = [split_of(split) for split in splits]
+    return {
+        (of if of is not None and of not in splits and known.count(of) == 1 else split): rows
+        for (split, rows), of in zip(splits.items(), known, strict=True)
+    }
 
 
 def _unreachable(repository: str) -> str:
@@ -519,7 +615,7 @@ def _labels_of(column: Any, columns: Columns, title: str) -> list:
                 )
             else:
                 value = int(value)
-        elif value == "":
+        elif isinstance(value, str) and value not in (columns.names or ()) and is_missing(value):
             value = None
         if columns.names and isinstance(value, str):
             if value not in columns.names:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerwise.data.rows import LABEL_NAMES, check_words, few, pick
+from layerwise.data.rows import LABEL_NAMES, check_words, few, is_missing, pick
 from layerwise.data.sources import InMemorySource
 from layerwise.errors import LayerwiseError
 from layerwise.files import open_regular, shown
@@ -22,7 +22,7 @@ from layerwise.files import open_regular, shown
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")  # what float() takes and more people mean
 PLAIN = re.compile(r"[0-9+\-.eE \t,]*")  # rows of such cells, joined by commas, may go through float()
 WHOLE = re.compile(r"[+-]?[0-9]+")
-UNNAMED = re.compile(r"(Unnamed: [0-9]+)?")  # what pandas calls a column without a name, and what it writes
+UNNAMED = re.compile(r"(Unnamed: [0-9]+(\.[0-9]+)*)?")  # what pandas calls a column without a name, and writes
 EXACT = 2**53  # whole numbers beyond it do not all have a float64 of their own
 ADVICE = "give the path of a CSV file"
 
@@ -81,6 +81,11 @@ def read_table(path: Path) -> Table:
         raise LayerwiseError(f"{lines.title} has no column but {label!r}; give columns of numbers to learn from.")
     classes, labels = _classes(lines, label)
     values = _numbers(lines, [place for place, _ in columns])
+    notes += [
+        f"the class {name!r} of {lines.title} looks like a missing label; take its lines out if it is none"
+        for name in classes
+        if name.lower() in ("na", "none")
+    ]
     notes += _row_numbers(lines, values, columns)
     return Table(TableSource(values, labels), classes, tuple(name for _, name in columns), tuple(notes))
 
@@ -219,9 +224,11 @@ def _classes(lines: Lines, column: str) -> tuple[tuple[str, ...], Tensor]:
     place = lines.names.index(column)
     words = [row[place].strip() for row in lines.rows]
     for line, word in zip(lines.numbers, words, strict=True):
-        if not word:
+        if is_missing(word):
             raise LayerwiseError(
-                f"line {line} of {lines.title} has no label in column {column!r}; label it or take it out."
+                f"line {line} of {lines.title} has no label in column {column!r}"
+                + (f" but {word!r}, which stands for a missing one" if word else "")
+                + "; label it or take it out."
             )
     different = set(words)
     if all(NUMBER.fullmatch(word) for word in different):

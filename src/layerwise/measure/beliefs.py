@@ -30,7 +30,8 @@ from layerwise.learner import Learner
 from layerwise.report.reading import read_lines
 from layerwise.rules.sid import Direction, Distillation, divergences
 from layerwise.runs import building
-from layerwise.runs.checkpoint import write_atomically
+from layerwise.runs.folders import read_options
+from layerwise.runs.output import check_output, data_paths, write_output
 
 
 def alphas(alpha: float | tuple[float, ...], modules: int) -> list[float]:
@@ -343,7 +344,7 @@ def draw(modules: Sequence[dict[str, float]], file: Path) -> None:
     axis.legend(frameon=False)
     page = io.BytesIO()
     figure.savefig(page, format=form)
-    write_atomically(file, page.getvalue())
+    write_output(file, page.getvalue())
 
 
 @dataclass(frozen=True)
@@ -366,11 +367,13 @@ class BeliefsOptions:
 
 def show_beliefs(folder: Path, options: BeliefsOptions) -> list[str]:
     """`layerwise beliefs RUN`: prints the tables; returns notes that the user should see."""
+    for file in filter(None, (options.json, options.plot)):
+        check_output(Path(file), data_paths(read_options(folder).data))  # before the work
     found, notes = report(folder, options.split, options.thresholds, options.batch_size, options.device)
     if options.plot:
         draw(found["modules"], Path(options.plot))
     if options.json:
-        write_atomically(Path(options.json), json.dumps(found, indent=2) + "\n")
+        write_output(Path(options.json), json.dumps(found, indent=2) + "\n")
     print(f"{'module':>6}" + "".join(f"{name:>14}" for name in COLUMNS))
     for i, row in enumerate(found["modules"]):
         print(f"{i:>6}" + "".join(f"{row[name]:>14.4f}" if name in row else f"{'':>14}" for name in COLUMNS))

@@ -23,6 +23,7 @@ from layerwise.report.page import write_report
 from layerwise.runs.building import pick_device
 from layerwise.runs.checkpoint import write_atomically
 from layerwise.runs.environment import environment
+from layerwise.runs.output import check_output, write_output
 
 CLASSES = 10
 CPU = torch.device("cpu")
@@ -115,6 +116,8 @@ def parse_problem(cls: type, argv: Sequence[str], command: str) -> Any:
         torch.set_num_threads(options.threads)
     if options.json is not None and not Path(options.json).parent.is_dir():
         raise LayerwiseError(f"cannot write {options.json}: there is no folder {Path(options.json).parent}.")
+    if options.json is not None:
+        check_output(Path(options.json))
     if options.out is not None:
         try:
             Path(options.out).mkdir(parents=True, exist_ok=True)
@@ -135,7 +138,7 @@ def parse_problem(cls: type, argv: Sequence[str], command: str) -> Any:
 def write_figures(options: Any, rows: list[dict[str, Any]], kind: str, argv: Sequence[str]) -> int:
     """Write the files that the options ask for; returns the exit code."""
     if options.json is not None:
-        write_atomically(Path(options.json), json.dumps(rows, indent=2) + "\n")
+        write_output(Path(options.json), json.dumps(rows, indent=2) + "\n")
     if options.out is not None:
         command = shlex.join(["layerwise", "bench", kind, *argv])
         found = {"command": command, "environment": environment(), "rows": rows}

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from layerwise.runs.building import read_state
-from layerwise.runs.checkpoint import write_tensors
+from layerwise.runs.checkpoint import save_file
+from layerwise.runs.output import check_output, data_paths, output_file
 
 
 def export(folder: Path, file: Path) -> tuple[str, list[str]]:
@@ -14,7 +15,7 @@ def export(folder: Path, file: Path) -> tuple[str, list[str]]:
 
     Args:
         folder: folder of a run, finished or not.
-        file: where to write; replaced in one step if it exists.
+        file: where to write; replaced in one step if it is a file; not in the folder of a run.
 
     Returns:
         What has been written, in words; and what the user should know, a sentence each: the run is not finished, a
@@ -23,9 +24,11 @@ def export(folder: Path, file: Path) -> tuple[str, list[str]]:
     Raises:
         LayerwiseError: no run, no checkpoint that can be read, a file that cannot be written.
     """
+    check_output(file)  # before the work
     options, state, notes = read_state(folder)
     weights = state["learner"]["model"]
-    write_tensors(file, weights)
+    with output_file(file, data_paths(options.data)) as partial:
+        save_file(weights, partial)
     if not options.rule.predicts_plainly():
         notes.append(
             f"rule {options.rule.name!r} predicts with more than the network's own weights, which is all that {file} "
