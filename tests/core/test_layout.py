@@ -242,3 +242,41 @@ def test_the_standard_order_has_an_inverse(layout):
 def test_padding_and_windows_keep_the_features_apart():
     windows = Call(lambda h: F.pad(h, (0, 0, 1, 1)).unfold(1, 3, 1).flatten(2))
     assert layouts(nn.Sequential(Call(lambda x: x.mT), windows, nn.Linear(9, 5)), x=SERIES)[0] == "BLC"
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda h: torch.rot90(h, 1, (1, 2)),
+        lambda h: torch.tensordot(h, torch.eye(h.shape[1]), ([1], [0])),
+        lambda h: h.as_strided((len(h), 8, 5), (40, 1, 8)),
+        lambda h: torch.permute_copy(h, (0, 2, 1)),
+        lambda h: torch.transpose_copy(h, 1, 2),
+        lambda h: torch.ops.aten.transpose.int(h, 1, 2),
+    ],
+)
+def test_a_function_that_may_move_dimensions_is_followed_or_the_layout_is_unknown(move):
+    # The convolution gives (B, 5, 8); behind the function, the channels come last.
+    assert layouts(nn.Sequential(nn.Conv1d(3, 5, 3), Call(move)), x=SERIES)[0] in (None, "BLC")
+
+
+@pytest.mark.parametrize("rule", ["forward_forward", "layer_collaboration", "scalable_ff"])
+def test_rules_that_read_samples_from_the_first_dimension_refuse_another_one_there(rule):
+    sequence_first = nn.Sequential(Call(lambda x: x.transpose(0, 1)), nn.TransformerEncoderLayer(6, 2, 8))
+    model = nn.Sequential(
+        sequence_first, nn.Sequential(nn.Linear(6, 6), Call(lambda h: h[-1])), nn.Linear(6, 6), nn.Linear(6, 4)
+    )
+    with pytest.raises(LayerwiseError, match="rules need the batch first"):
+        Learner(model, rule, cuts=["0", "1"], example=TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("declared", "fits"), [("BLC", False), ("BCL", True), ({"0": "BLC"}, False), ({"input": "BLC"}, False)]
+)
+def test_a_declaration_that_contradicts_the_layers_is_refused(declared, fits):
+    model = nn.Sequential(nn.Conv1d(3, 5, 3), nn.Sequential(nn.Flatten(), nn.Linear(40, 6)), nn.Linear(6, 4))
+    if fits:
+        assert Learner(model, "local_ce", example=SERIES, layout=declared).network.layouts[0] == "BCL"
+        return
+    with pytest.raises(LayerwiseError, match=r"'BLC' is declared, but the layers tell that .* BCL"):
+        Learner(model, "local_ce", example=SERIES, layout=declared)

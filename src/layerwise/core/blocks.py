@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 from layerwise.core.layout import Layouts, check_layout
 from layerwise.core.tracing import (
+    INSTEAD,
     Chain,
     TracedPart,
+    both_modes,
     check_model,
     cut_graph,
     cut_sequential,
     expanded,
+    is_overridden,
     is_sequential,
     legal_cuts,
     listed,
@@ -218,6 +221,8 @@ class Partition(nn.Module):
         self._non_persistent_buffers_set = model._non_persistent_buffers_set
         self.__dict__.update(model=model, cuts=tuple(cuts))
         *blocks, head = _cut(model, tuple(cuts))
+        if isinstance(head.run, TracedPart):
+            head.run.traces.resident = lambda: all(block.before is None for block in (*blocks, head))
         self.__dict__.update(blocks=blocks, head=head, _known=dict(model.named_modules(remove_duplicate=False)))
         self.__dict__.update(layout=declared_layouts(layout, [*cuts, "head"]), input_layout=None)
         self.training = model.training
@@ -278,9 +283,13 @@ class Partition(nn.Module):
         common = declared if isinstance(declared, str) else None
         own = getattr(self.model, "input_layout", None)
         first = whole.get("input", own if own is not None and len(own) == x.dim() else None)
-        layouts, outputs, h = Layouts(), [], x
-        with layouts:
+        if isinstance(self.head.run, TracedPart):
+            for _ in both_modes(self.model):
+                self.head.run.traces.compare(x)
+        layouts, told, outputs, h = Layouts(), Layouts(), [], x
+        with told, layouts:
             layouts.begin(x, first)
+            told.begin(x, None)
             for block in [*self.blocks, self.head]:
                 try:
                     h = block(h)
@@ -303,9 +312,12 @@ class Partition(nn.Module):
                     )
                 given = whole.get(block.name, common if common is not None and len(common) == h.dim() else None)
                 if given is not None:
+                    _check_declared(block.name, given, told.of(h, len(x)))
                     layouts.begin(h, given)
                 block.layout = layouts.of(h, len(x))
                 outputs.append(h)
+            if "input" in whole:
+                _check_declared("input", whole["input"], told.of(x, len(x)))
             self.__dict__["input_layout"] = layouts.of(x, len(x))
         return outputs
 
@@ -395,9 +407,27 @@ def declared_layouts(layout: Mapping[str, str] | str | None, names: Sequence[str
     return {name: check_layout(value) for name, value in layout.items()}
 
 
+def _check_declared(name: str, declared: str, told: str | None) -> None:
+    """Raise LayerwiseError where the layers tell that batch or channels are elsewhere than was declared."""
+    if told is None or len(told) != len(declared):
+        return
+    if (told.index("B"), told.index("C")) != (declared.index("B"), declared.index("C")):
+        where = "the input is" if name == "input" else f"the output of block {name!r} is"
+        raise LayerwiseError(
+            f"layout {declared!r} is declared, but the layers tell that {where} {told}; leave the declaration out, or "
+            "give that."
+        )
+
+
 def check_hooks(held: Sequence[tuple[str, nn.Module]]) -> None:
-    """Raise LayerwiseError where a module has hooks on a call that does not happen."""
+    """Raise LayerwiseError where a module has hooks, or a function of its own, on a call that does not happen."""
     for name, module in held:
+        if is_overridden(module):
+            who = f"module {name!r}" if name else f"the model ({type(module).__name__})"
+            raise LayerwiseError(
+                f"{who} has a forward or a __call__ that is put over that of its class, which would not run, because "
+                f"it is run block by block; {INSTEAD}"
+            )
         if module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
             who = f"module {name!r}" if name else f"the model ({type(module).__name__})"
             raise LayerwiseError(

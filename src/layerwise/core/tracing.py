@@ -4,13 +4,18 @@ import functools
 import random
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from layerwise.core.randomness import preserved_generators, seed_generators
 from layerwise.errors import LayerwiseError
 
 
@@ -116,7 +121,13 @@ def check_model(model: Any) -> None:
 
 def is_sequential(module: nn.Module) -> bool:
     """Whether the module runs its children one after the other and does nothing else."""
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    own = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    return own and not is_overridden(module)
+
+
+def is_overridden(module: nn.Module) -> bool:
+    """Whether a call of the module does something else than its class's `forward`."""
+    return "forward" in vars(module) or type(module).__call__ is not nn.Module.__call__
 
 
 def expanded(
@@ -179,6 +190,12 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.leaf = leaf
         self.ends: dict[str, list[Any]] = {}
+        self.graded = torch.is_grad_enabled()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if torch.is_grad_enabled() != self.graded:
+            raise Switched
+        return super().create_node(*args, **kwargs)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         # One input; every other argument of forward takes its default.
@@ -193,10 +210,60 @@ class _Tracer(fx.Tracer):
         return out
 
 
-def _trace(model: nn.Module, leaf: Callable[[str, nn.Module], bool]) -> tuple[fx.Graph, dict[str, list[fx.Node]]]:
-    tracer = _Tracer(leaf)
+INSTEAD = (
+    "cut it at its own calls: cuts='layers.*' (a pattern of your names) with output=..., see \"Your own network\", or "
+    "wrap the model as nn.Sequential of its parts."
+)
+"""What to do with a model that cannot be traced."""
+
+
+class Switched(Exception):
+    """The forward pass switches gradients or autocast on or off around a part of itself."""
+
+
+@contextmanager
+def _watched(reads: dict[tuple[int, str], nn.Module] | None) -> Iterator[None]:
+    """A context in which reading an attribute of a module is noted in `reads`, and autocast cannot be switched."""
+
+    def get(module: nn.Module, name: str) -> Any:
+        value = object.__getattribute__(module, name)
+        if reads is not None and name not in _PLAIN and not name.startswith("__") and not callable(value):
+            reads[id(module), name] = module
+        return value
+
+    def switch(_: Any) -> Any:
+        raise Switched
+
+    enter = torch.autocast.__enter__
+    nn.Module.__getattribute__ = get  # pyright: ignore[reportAttributeAccessIssue]
+    torch.autocast.__enter__ = switch
     try:
-        graph = tracer.trace(model)
+        yield
+    finally:
+        del nn.Module.__getattribute__
+        torch.autocast.__enter__ = enter
+
+
+def _trace(
+    model: nn.Module,
+    leaf: Callable[[str, nn.Module], bool],
+    grad: bool = True,
+    reads: dict[tuple[int, str], nn.Module] | None = None,
+) -> tuple[fx.Graph, dict[str, list[fx.Node]]]:
+    name = type(model).__name__
+    if is_overridden(model):
+        raise LayerwiseError(
+            f"{name} has a forward or a __call__ that is put over that of its class, so it cannot be traced; {INSTEAD}"
+        )
+    try:
+        with torch.set_grad_enabled(grad), _watched(reads):
+            tracer = _Tracer(leaf)
+            graph = tracer.trace(model)
+    except Switched as reason:
+        raise LayerwiseError(
+            f"{name}.forward switches gradients or autocast inside (torch.no_grad, torch.enable_grad, torch.autocast), "
+            f"which a trace does not hold; {INSTEAD}"
+        ) from reason
     except Exception as reason:  # tracing runs the user's own forward, which may raise anything
         raise LayerwiseError(
             f"{type(model).__name__}.forward cannot be traced ({str(reason).splitlines()[0]}); wrap the "
@@ -209,8 +276,10 @@ def _trace(model: nn.Module, leaf: Callable[[str, nn.Module], bool]) -> tuple[fx
 class Traces:
     """The parts of a traced model, traced anew whenever Python values that its forward may read have changed.
 
-    A trace holds the branches that were taken and the numbers that were read. So there is one for each state of the
-    modules that are traced through: their training mode, and their attributes as far as they are plain values.
+    A trace holds the branches that were taken and the numbers that were read. So there is one for each state of what
+    the forward pass reads: the training mode and the plain attributes of the modules that are traced through, the
+    attributes of other modules that it has read, and the global names of its functions. What is missed all the same
+    shows in the output: every trace is compared with the model itself on the first samples that come.
 
     Raises:
         LayerwiseError: what a trace cannot follow (branches on tensors, random draws outside of torch's functions of
@@ -221,23 +290,52 @@ class Traces:
         self.model, self.cuts = model, cuts
         self.opened = opened(model, cuts)
         self.owned: list[set[str]] = [set() for _ in range(len(cuts) + 1)]
-        self._parts: dict[Any, list[Callable[[Tensor], Any]]] = {}
+        self._parts: OrderedDict[Any, list[Callable[[Tensor], Any]]] = OrderedDict()
+        self._compared: OrderedDict[Any, None] = OrderedDict()
+        self._reads: dict[tuple[int, str], nn.Module] = {}
+        self._names = _names_outside(self.opened)
+        self.resident: Callable[[], bool] = lambda: True
+        """Whether all tensors of the model are where it can be run."""
+        self._raw: OrderedDict[Any, list[tuple[Callable[[Tensor], Any], set[str]]]] = OrderedDict()
         self._wrap: Callable[[Callable[[Tensor], Any], int], Callable[[Tensor], Any]] = lambda run, _: run
-        modes = [(module, module.training) for module in self.opened]
+        for _ in both_modes(model):
+            self._made(growing=True)
+
+    def compare(self, x: Tensor) -> None:
+        """Compare the parts, one after the other, with the model itself: bit for bit, in the present state.
+
+        Args:
+            x: inputs of the model.
+
+        Raises:
+            LayerwiseError: they differ.
+        """
+        state = self._state()
+        if state in self._compared or not self.resident() or torch.compiler.is_compiling():
+            return
+        if _get_current_dispatch_mode() is not None:  # something counts what is run
+            return
+        if state not in self._parts:
+            self._made()
+            state = self._state()
+        runs = [run for run, _ in self._raw[state]]
         try:
-            for mode in (True, False):
-                for module in self.opened:
-                    module.training = mode
-                self._made(self._state(), growing=True)
-        finally:
-            for module, mode in modes:
-                module.training = mode
+            found = [_ran(run, self.model, x[:2]) for run in (self.model, self.model, _composed(runs))]
+        except Exception:  # the model does not take it: whoever runs it for a result will say so
+            return
+        if not _same(found[0], found[1]):
+            return  # not even the model agrees with itself
+        if not _same(found[0], found[2]):
+            raise LayerwiseError(
+                f"{type(self.model).__name__}.forward does something that a trace does not hold (a branch on a type, "
+                f"a value from elsewhere, a switch of a mode); {INSTEAD}"
+            )
+        _kept(self._compared, self._state(), None)
 
     def part(self, index: int) -> Callable[[Tensor], Any]:
         """What runs as block `index` in the present state of the modules."""
-        state = self._state()
-        parts = self._parts.get(state)
-        return (parts if parts is not None else self._made(state))[index]
+        parts = self._parts.get(self._state())
+        return (parts if parts is not None else self._made())[index]
 
     def wrap(self, index: int, wrap: Callable[[Callable[[Tensor], Any]], Callable[[Tensor], Any]]) -> None:
         """Put a function such as `torch.compile` around what runs as block `index`."""
@@ -247,10 +345,12 @@ class Traces:
             parts[index] = wrap(parts[index])
 
     def _state(self) -> Any:
-        return tuple(_values(module) for module in self.opened)
+        own = tuple(_values(module) for module in self.opened)
+        read = tuple((key, _read(module, key[1])) for key, module in self._reads.items())
+        return own, read, tuple(_value(look()) for look in self._names)
 
-    def _made(self, state: Any, growing: bool = False) -> list[Callable[[Tensor], Any]]:
-        graph, ends = self._traced(state)
+    def _made(self, growing: bool = False) -> list[Callable[[Tensor], Any]]:
+        graph, ends = self._traced()
         found = _cut_traced(self.model, self.cuts, graph, ends)
         for i, (_, owned) in enumerate(found):
             if growing:
@@ -260,23 +360,25 @@ class Traces:
                     f"{type(self.model).__name__}.forward now runs {sorted(owned - self.owned[i])[0]!r}, which it did "
                     "not when the model was cut; call partition(model) again."
                 )
-        self._parts[state] = [self._wrap(run, i) for i, (run, _) in enumerate(found)]
-        return self._parts[state]
+        state = self._state()
+        _kept(self._raw, state, found)
+        return _kept(self._parts, state, [self._wrap(run, i) for i, (run, _) in enumerate(found)])
 
-    def _traced(self, state: Any) -> tuple[fx.Graph, dict[str, list[fx.Node]]]:
+    def _traced(self) -> tuple[fx.Graph, dict[str, list[fx.Node]]]:
         """A trace, made twice to see that the forward pass does the same each time."""
-        name, before = type(self.model).__name__, _generators()
+        name, before, state = type(self.model).__name__, _generators(), self._state()
+        reads: dict[tuple[int, str], nn.Module] = {}
 
         def leaf(path: str, _: nn.Module) -> bool:
             return not any(cut.startswith(path + ".") for cut in self.cuts)
 
-        graph, ends = _trace(self.model, leaf)
+        graph, ends = _trace(self.model, leaf, reads=reads)
         first = _text(graph, self.model)
-        again = _text(_trace(self.model, leaf)[0], self.model)
+        again = _text(_trace(self.model, leaf, grad=False)[0], self.model)
         if self._state() != state:
             raise LayerwiseError(
-                f"{name}.forward changes attributes of its module while it runs, which a trace cannot follow; wrap the "
-                "model as nn.Sequential of its parts."
+                f"{name}.forward changes attributes of its module, or values outside of it, while it runs, which a "
+                f"trace cannot follow; {INSTEAD}"
             )
         if _generators() != before or first != again:
             _restore(before)
@@ -285,7 +387,69 @@ class Traces:
                 "is called, or with functions of a tensor (torch.rand_like), or wrap the model as nn.Sequential of its "
                 "parts."
             )
+        inside = {id(module) for module in self.opened}
+        self._reads |= {
+            key: module for key, module in reads.items() if key[0] not in inside or _of_class(module, key[1])
+        }
         return graph, ends
+
+
+def both_modes(model: nn.Module) -> Iterator[bool]:
+    """All modules in training mode, then in evaluation mode; then each has its own again."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for mode in (True, False):
+            for module, _ in modes:
+                module.training = mode
+            yield mode
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _kept(found: OrderedDict[Any, Any], state: Any, value: Any, most: int = 32) -> Any:
+    """Put a value into a store of the last `most` states."""
+    found[state] = value
+    while len(found) > most:
+        found.popitem(last=False)
+    return value
+
+
+def _composed(runs: Sequence[Callable[[Any], Any]]) -> Callable[[Tensor], Any]:
+    def run(h: Any) -> Any:
+        for part in runs:
+            h = part(h.clone())
+        return h
+
+    return run
+
+
+@torch.no_grad()
+def _ran(run: Callable[[Tensor], Any], model: nn.Module, x: Tensor) -> Any:
+    """What `run` gives under one seed of all generators; generators and buffers stay as they are."""
+    before = _generators()
+    buffers = [(m._buffers, name, t) for m in model.modules() for name, t in m._buffers.items() if t is not None]
+    copies = {id(t): t.clone() for _, _, t in buffers}
+    for registry, name, t in buffers:
+        registry[name] = copies[id(t)]
+    try:
+        with preserved_generators(x.device):
+            seed_generators(0, x.device)
+            random.seed(0)
+            if "numpy" in sys.modules:
+                sys.modules["numpy"].random.seed(0)
+            return run(x.clone())
+    finally:
+        for registry, name, t in buffers:
+            registry[name] = t
+        _restore(before)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two outputs are equal, NaN to NaN."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+        return not isinstance(a, Tensor) and not isinstance(b, Tensor)
+    return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 class TracedPart:
@@ -295,7 +459,10 @@ class TracedPart:
         self.traces, self.index = traces, index
 
     def __call__(self, h: Tensor) -> Any:
-        return self.traces.part(self.index)(h)
+        run = self.traces.part(self.index)
+        if self.index == 0:
+            self.traces.compare(h)
+        return run(h)
 
 
 def opened(model: nn.Module, cuts: Sequence[str]) -> list[nn.Module]:
@@ -305,6 +472,7 @@ def opened(model: nn.Module, cuts: Sequence[str]) -> list[nn.Module]:
 
 
 _PLAIN = frozenset(vars(nn.Module())) - {"training"}
+_LIBRARIES = ("torch", "numpy", "math", "builtins", "typing", "functools", "itertools", "layerwise", "operator")
 
 
 def _values(module: nn.Module) -> Any:
@@ -313,20 +481,113 @@ def _values(module: nn.Module) -> Any:
     return tuple((n, _value(v)) for n, v in found if n not in _PLAIN and not n.startswith("_tensor_constant"))
 
 
-def _value(value: Any, depth: int = 3) -> Any:
+def _of_class(module: nn.Module, name: str) -> bool:
+    return name not in vars(module)
+
+
+def _read(module: nn.Module, name: str) -> Any:
+    """An attribute of a module or of its class; a property counts as what it reads itself."""
+    if name in vars(module):
+        return _value(vars(module)[name])
+    found = next((vars(kind)[name] for kind in type(module).__mro__ if name in vars(kind)), None)
+    return None if hasattr(found, "__get__") else _value(found)
+
+
+def _names_outside(modules: Sequence[nn.Module]) -> list[Callable[[], Any]]:
+    """How to look up the values outside of modules that their functions name: globals, closures, their attributes."""
+    found: dict[Any, Callable[[], Any]] = {}
+    seen: set[int] = set()
+
+    def add(holder: Any, names: Sequence[str]) -> None:
+        """Attributes of a module of Python, or of a class, that are named in a function."""
+        for name in names:
+            value = vars(holder).get(name)
+            if isinstance(value, FunctionType):
+                follow(value)
+            elif value is not None and not callable(value) and not isinstance(value, (ModuleType, property)):
+                found[id(holder), name] = lambda holder=holder, name=name: vars(holder).get(name)
+
+    def meet(key: Any, look: Callable[[], Any], names: Sequence[str]) -> None:
+        value = look()
+        if isinstance(value, FunctionType):
+            follow(value)
+        elif isinstance(value, (ModuleType, type)):
+            where = value.__name__ if isinstance(value, ModuleType) else value.__module__
+            if where.partition(".")[0] not in _LIBRARIES:
+                add(value, names)
+        elif isinstance(value, nn.Module):
+            return
+        else:
+            found[key] = look
+
+    def follow(function: Any) -> None:
+        function = getattr(function, "__wrapped__", function)
+        if not isinstance(function, FunctionType) or id(function.__code__) in seen:
+            return
+        seen.add(id(function.__code__))
+        if (function.__module__ or "").partition(".")[0] in _LIBRARIES:
+            return
+        codes = [function.__code__]
+        for code in codes:
+            codes += [c for c in code.co_consts if hasattr(c, "co_names")]
+        names = [name for code in codes for name in code.co_names]
+        space = function.__globals__
+        for name in names:
+            if name in space:
+                meet((id(space), name), lambda space=space, name=name: space.get(name), names)
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
+            if name != "__class__":
+                meet(id(cell), lambda cell=cell: _content(cell), names)
+        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            meet((id(function), id(value)), lambda value=value: value, names)
+
+    for module in modules:
+        for kind in type(module).__mro__:
+            if kind.__module__.partition(".")[0] not in _LIBRARIES:
+                for value in vars(kind).values():
+                    follow(value.fget if isinstance(value, property) else getattr(value, "__func__", value))
+    return [*found.values()]
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def _value(value: Any, depth: int = 3, seen: frozenset[int] = frozenset()) -> Any:
     """A value that changes when a plain value does, or anything plain inside a container or a bag of attributes."""
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
         return type(value).__name__, repr(value)
-    if isinstance(value, (Tensor, nn.Module, type)) or callable(value) or depth == 0:
+    if isinstance(value, Tensor):
+        return id(value), None if value.is_inference() else value._version
+    if isinstance(value, random.Random):
+        return hash(value.getstate())
+    if isinstance(value, torch.Generator):
+        return bytes(value.get_state().tolist())
+    if isinstance(value, (nn.Module, type, ModuleType, FunctionType, MethodType)) or id(value) in seen:
         return id(value)
+    seen |= {id(value)}
     if isinstance(value, (list, tuple)):
-        return tuple(_value(v, depth - 1) for v in value)
+        return tuple(_value(v, depth, seen) for v in value)
     if isinstance(value, (set, frozenset)):
         return frozenset(map(repr, value))
     if isinstance(value, dict):
-        return tuple((repr(k), _value(v, depth - 1)) for k, v in value.items())
-    if hasattr(value, "__dict__"):
-        return tuple((k, _value(v, depth - 1)) for k, v in vars(value).items())
+        return tuple((repr(k), _value(v, depth, seen)) for k, v in value.items())
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        if isinstance(value, numpy.ndarray):
+            plain = value.dtype.kind != "O"
+            return value.shape, str(value.dtype), value.tobytes() if plain else repr(value.tolist())
+        if isinstance(value, numpy.generic):
+            return type(value).__name__, repr(value)
+        if isinstance(value, numpy.random.Generator):
+            return repr(value.bit_generator.state)
+        if isinstance(value, numpy.random.RandomState):
+            return repr(value.get_state(legacy=False))
+    if hasattr(value, "__dict__") and depth:
+        return id(value), tuple((k, _value(v, depth - 1, seen)) for k, v in vars(value).items())
     return id(value)
 
 

@@ -132,6 +132,7 @@ class ForwardForward(PredictsBySite, Rule):
         """A readout for the softmax predictor, running means for peer normalisation, what the label looks like."""
         if site.is_head:
             return None
+        site.layout()  # samples are read from the first dimension
         reads = self.predictor == "softmax" and self._counts(site) and site.index < site.blocks - 1
         return Layer(site, h, task.classes, reads, self.peer > 0)
 
