@@ -400,8 +400,8 @@ class Traces:
             _restore(before)
             raise LayerwiseError(
                 f"{name}.forward does something else each time it runs (it draws random numbers, reads a clock, or "
-                "asks whether gradients are on), which a trace would freeze; draw inside a module that is called, or with "
-                f"functions of a tensor (torch.rand_like), or {INSTEAD}"
+                "asks whether gradients are on), which a trace would freeze; draw inside a module that is called, or "
+                f"with functions of a tensor (torch.rand_like), or {INSTEAD}"
             )
         inside = {id(module) for module in self.opened}
         self._reads |= {
