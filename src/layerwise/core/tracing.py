@@ -4,6 +4,7 @@ import functools
 import random
 import re
 import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -227,21 +228,35 @@ def _watched(reads: dict[tuple[int, str], nn.Module] | None) -> Iterator[None]:
 
     def get(module: nn.Module, name: str) -> Any:
         value = object.__getattribute__(module, name)
-        if reads is not None and name not in _PLAIN and not name.startswith("__") and not callable(value):
+        if (
+            reads is not None
+            and threading.get_ident() == mine
+            and name not in _PLAIN
+            and not name.startswith("__")
+            and not callable(value)
+        ):
             reads[id(module), name] = module
         return value
 
-    def switch(_: Any) -> Any:
-        raise Switched
+    def switch(self: torch.autocast) -> Any:
+        if threading.get_ident() == mine:
+            raise Switched
+        return enter(self)
 
-    enter = torch.autocast.__enter__
-    nn.Module.__getattribute__ = get  # pyright: ignore[reportAttributeAccessIssue]
-    torch.autocast.__enter__ = switch
-    try:
-        yield
-    finally:
-        del nn.Module.__getattribute__
-        torch.autocast.__enter__ = enter
+    mine = threading.get_ident()
+    with _TRACING:
+        enter = torch.autocast.__enter__
+        nn.Module.__getattribute__ = get  # pyright: ignore[reportAttributeAccessIssue]
+        torch.autocast.__enter__ = switch
+        try:
+            yield
+        finally:
+            del nn.Module.__getattribute__
+            torch.autocast.__enter__ = enter
+
+
+_TRACING = threading.Lock()
+"""Held while classes of torch are changed for a trace: they are one per process."""
 
 
 def _trace(
@@ -347,7 +362,8 @@ class Traces:
     def _state(self) -> Any:
         own = tuple(_values(module) for module in self.opened)
         read = tuple((key, _read(module, key[1])) for key, module in self._reads.items())
-        return own, read, tuple(_value(look()) for look in self._names)
+        autocast = tuple(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
+        return own, read, tuple(_value(look()) for look in self._names), autocast
 
     def _made(self, growing: bool = False) -> list[Callable[[Tensor], Any]]:
         graph, ends = self._traced()
@@ -383,9 +399,9 @@ class Traces:
         if _generators() != before or first != again:
             _restore(before)
             raise LayerwiseError(
-                f"{name}.forward draws random numbers that a trace would freeze; draw them inside a module that "
-                "is called, or with functions of a tensor (torch.rand_like), or wrap the model as nn.Sequential of its "
-                "parts."
+                f"{name}.forward does something else each time it runs (it draws random numbers, reads a clock, or "
+                "asks whether gradients are on), which a trace would freeze; draw inside a module that is called, or "
+                f"with functions of a tensor (torch.rand_like), or {INSTEAD}"
             )
         inside = {id(module) for module in self.opened}
         self._reads |= {
