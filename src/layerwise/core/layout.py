@@ -106,7 +106,8 @@ class Layouts(TorchFunctionMode):
         kinds: list[str | None] = [kind_of(dimension) for dimension in axes]
         if kinds and kinds[0] in (None, "1") and "B" not in kinds and h.shape[0] == batch:
             kinds[0] = "B"
-        if len(kinds) == 2 and kinds[1] not in ("B", "M") and (kinds[0] == "B" or (kinds[0] == "?" and len(h) == batch)):
+        first = kinds[:1] == ["B"] or (kinds[:1] == ["?"] and len(h) == batch)
+        if len(kinds) == 2 and first and kinds[1] not in ("B", "M"):
             return "BC"  # also of a function that is not known: nothing else has two dimensions
         if kinds.count("C") == 1:  # what is left can only be positions
             kinds = ["P" if kind in (None, "1") else kind for kind in kinds]
