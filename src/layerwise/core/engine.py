@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -85,10 +85,6 @@ class Group:
         """Whether anything learns here now."""
         return bool(self.optimizers) and any(p.requires_grad for p in self.parameters)
 
-    def learning(self) -> list[nn.Parameter]:
-        """The parameters that learn now."""
-        return [p for p in self.parameters if p.requires_grad]
-
 
 class Alone:
     """One process that trains its blocks: nothing is averaged. `Replicas` does the same for several."""
@@ -121,22 +117,6 @@ class Alone:
         return lambda: loss
 
 
-class Reducer(Protocol):
-    """Averages gradients over the processes that train the same blocks; the methods are those of `Alone`."""
-
-    count: int
-    every_batch: bool
-    deferred: bool
-
-    def full_of(self, parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]: ...
-
-    def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor: ...
-
-    def reduce(
-        self, parameters: Sequence[nn.Parameter], running: Sequence[Tensor], loss: Tensor
-    ) -> Callable[[], Tensor]: ...
-
-
 @dataclass(frozen=True)
 class Execution:
     """How blocks are run and updated; the same for every rule."""
@@ -148,7 +128,7 @@ class Execution:
     accumulate: int = 1
     nonfinite: Literal["raise", "skip"] = "raise"
     seed: int = 0
-    replicas: Reducer = field(default_factory=Alone)
+    replicas: Alone = field(default_factory=Alone)
 
 
 @dataclass

@@ -4,8 +4,8 @@
 loads. `alone.py` has null objects for a learner without replicas, stages or offloading.
 """
 
-from layerwise.learner.alone import OneProcess
 from layerwise.learner.learner import Learner
 from layerwise.learner.metrics import Metrics
+from layerwise.parallel.alone import OneProcess
 
 __all__ = ["Learner", "Metrics", "OneProcess"]

@@ -18,9 +18,9 @@ from layerwise.core.randomness import derive_seed, preserved_generators, seed_ge
 from layerwise.core.rule import Rule, Site
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
-from layerwise.learner.alone import NotOffloaded, OneProcess, WholeNetwork
 from layerwise.learner.watch import Watch
-from layerwise.memory.offload import Offload
+from layerwise.memory.offload import NotOffloaded, Offload
+from layerwise.parallel.alone import OneProcess, WholeNetwork
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
 

@@ -22,14 +22,14 @@ from layerwise.core.tasks import UNLABELLED, Classification, LanguageModel
 from layerwise.core.trees import mapped, tensors
 from layerwise.errors import LayerwiseError, suggestion
 from layerwise.learner import state as states
-from layerwise.learner.alone import NotOffloaded, OneProcess, WholeNetwork
 from layerwise.learner.build import ONE_PROCESS, Built, Setup
 from layerwise.learner.checks import check_parts
 from layerwise.learner.cutting import check_reads, check_serves, cut, labelled
 from layerwise.learner.metrics import Metrics
 from layerwise.learner.optimizer import EveryOptimizer
 from layerwise.memory.meter import MemoryMeter, MemoryUse, optimizer_tensors
-from layerwise.memory.offload import Offload, Where, check_offload
+from layerwise.memory.offload import NotOffloaded, Offload, Where, check_offload
+from layerwise.parallel.alone import OneProcess, WholeNetwork
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
 

@@ -388,6 +388,42 @@ class Offload:
         return self._blanks[dtype]
 
 
+class NotOffloaded:
+    """In place of `Offload`: all blocks are on the device."""
+
+    active = False
+
+    def resident(self, units: Sequence[Unit]) -> contextlib.AbstractContextManager[None]:
+        """A context in which units can run: always."""
+        return contextlib.nullcontext()
+
+    def unchanging(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which nothing needs to be written back."""
+        return contextlib.nullcontext()
+
+    def add(self, group: Group) -> None:
+        """Leave the group where it is."""
+
+    def away(self) -> set[int]:
+        """`id` of every tensor that is not on the device: none."""
+        return set()
+
+    def loading(self, groups: Sequence[Group], resident: Callable[..., Any]) -> Iterator[Sequence[Group]]:
+        """The groups that can be loaded at once: all."""
+        yield groups
+
+    def to_full(self, tree: Any) -> Any:
+        """The tensors as they are."""
+        return tree
+
+    def counted(self, use: MemoryUse) -> MemoryUse:
+        """A measured step as it is."""
+        return use
+
+    def end(self) -> None:
+        """Nothing is away."""
+
+
 def window_of(rule: Rule, blocks: int) -> int:
     """The largest number of groups that run as one graph, in a network of so many blocks.
 

@@ -1,22 +1,21 @@
 """Replicas: processes that hold the same blocks and train them on different samples of one batch."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from layerwise.core.engine import Group, Unit
+from layerwise.core.engine import Unit
 from layerwise.errors import LayerwiseError
-from layerwise.memory.meter import MemoryUse
+from layerwise.parallel.alone import OneProcess
 from layerwise.parallel.heartbeat import Heartbeat
 from layerwise.parallel.ranks import Ranks
 from layerwise.parallel.serialization import all_gather_values
 
 
-class Replicas:
+class Replicas(OneProcess):
     r"""The processes that hold the same blocks, each with its share of every batch.
 
     With N replicas and shares of B / N samples, the mean of their gradients is the gradient of the mean loss over the
@@ -35,9 +34,7 @@ class Replicas:
         count: how many there are.
     """
 
-    every_batch = False
     deferred = True
-    shares_parameters = False
 
     def __init__(self, ranks: Ranks, group: dist.ProcessGroup | None = None):
         self.ranks, self.group = ranks, group
@@ -120,45 +117,6 @@ class Replicas:
             return flag
 
         return arrived
-
-    def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """Norm of the averaged gradients, a scalar; the same bits on every replica."""
-        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-
-    # What `Shards` does otherwise.
-
-    def check(self, **options: Any) -> None:
-        """Raise LayerwiseError for an option of the learner that is not supported."""
-
-    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise LayerwiseError for an optimizer that is not supported."""
-
-    def full_of(self, parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
-        """The parameters that blocks run with: these."""
-        return parameters
-
-    def resident(self, units: Sequence[Unit]) -> AbstractContextManager[None]:
-        """A context in which units can run."""
-        return nullcontext()
-
-    def release(self) -> None:
-        """Free what is gathered."""
-
-    def shard_of(self, parameter: nn.Parameter) -> nn.Parameter:
-        """The part of a parameter of the model that this replica trains: all of it."""
-        return parameter
-
-    def to_shard(self, own: Tensor, given: Tensor) -> Tensor:
-        """The part of the full tensor `given` that belongs to `own`: all of it."""
-        return given
-
-    def to_full(self, own: Tensor, tensor: Tensor) -> Tensor:
-        """A tensor that belongs to `own`, as a checkpoint stores it."""
-        return tensor
-
-    def counted(self, use: MemoryUse, groups: Sequence[Group]) -> MemoryUse:
-        """The memory of a measured step, with what is gathered."""
-        return use
 
     def largest(self, value: int) -> Callable[[], int]:
         """Start to find the largest of the replicas' numbers; returns a function that waits for it."""

@@ -1,6 +1,6 @@
-"""What a learner does without replicas, stages or offloading: null objects, so that nothing else has to ask."""
+"""What a learner does without replicas or stages: null objects, so that nothing else has to ask."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,7 +13,7 @@ from layerwise.memory.meter import MemoryUse
 
 
 class OneProcess(Alone):
-    """In place of `Replicas`: this process alone trains its blocks.
+    """In place of `Replicas`: this process alone trains its blocks, and every parameter is here in full.
 
     Give it to a `Learner` to train alone although `torch.distributed` runs in several processes.
     """
@@ -72,45 +72,9 @@ class WholeNetwork:
         return tensors
 
     def receive(self) -> tuple[Tensor, Any]:
-        """There is no rank before this one."""
-        raise NotImplementedError
+        """Never asked: there is no rank before this one."""
+        raise AssertionError("a network that is whole receives nothing")
 
     def pass_on(self, h: Any, message: Any, skipped: bool) -> bool:
         """Whether any update of this batch was skipped; there is no rank after this one."""
         return skipped
-
-
-class NotOffloaded:
-    """In place of `Offload`: all blocks are on the device."""
-
-    active = False
-
-    def resident(self, units: Sequence[Unit]) -> AbstractContextManager[None]:
-        """A context in which units can run: always."""
-        return nullcontext()
-
-    def unchanging(self) -> AbstractContextManager[None]:
-        """A context in which nothing needs to be written back."""
-        return nullcontext()
-
-    def add(self, group: Group) -> None:
-        """Leave the group where it is."""
-
-    def away(self) -> set[int]:
-        """`id` of every tensor that is not on the device: none."""
-        return set()
-
-    def loading(self, groups: Sequence[Group], resident: Callable[..., Any]) -> Iterator[Sequence[Group]]:
-        """The groups that can be loaded at once: all."""
-        yield groups
-
-    def to_full(self, tree: Any) -> Any:
-        """The tensors as they are."""
-        return tree
-
-    def counted(self, use: MemoryUse) -> MemoryUse:
-        """A measured step as it is."""
-        return use
-
-    def end(self) -> None:
-        """Nothing is away."""
