@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from layerwise import data
 from layerwise.errors import LayerwiseError
 from layerwise.parsing import parse
 from layerwise.runs import building, training
@@ -37,28 +36,13 @@ def eval_command(argv: list[str]) -> int:
     options = parse(EvalOptions, rest, "eval")
     if options.batch_size < 1:
         raise LayerwiseError(f"batch size is {options.batch_size}; it must be 1 or more.")
-    run, facts, learner, notes = building.load_run(Path(folder), options.device)
-    if options.split == "val" and run.val_fraction == 0:
-        raise LayerwiseError(f"the run in {folder} has no validation split (--val-fraction 0); use --split test.")
-    inputs = data_paths(run.data)
+    run = building.load_run(Path(folder), options.device)
+    inputs = data_paths(run.options.data)
     if options.json:
         check_output(Path(options.json), inputs)  # before the work
-    dataset = building.load_data(run)
-    facts.check(dataset)
-    source = getattr(dataset, options.split)
-    batches = data.Batches(
-        source,
-        options.batch_size,
-        seed=0,
-        mean=dataset.mean,
-        std=dataset.std,
-        device=learner.device,
-        shuffle=False,
-        drop_last=False,
-        channels_last=run.channels_last,
-    )
-    figures = training.evaluate(learner, batches)
-    _tell(notes)
+    batches = building.split_in_order(run, options.split, options.batch_size, Path(folder))
+    figures = training.evaluate(run.learner, batches)
+    _tell(run.notes)
     width = max(map(len, figures))
     print("\n".join(f"{name:<{width}}  {value:.4f}" for name, value in figures.items()))
     if options.json:

@@ -274,7 +274,8 @@ def report(
     Raises:
         LayerwiseError: no run in the folder, a rule without beliefs, data that has changed.
     """
-    options, facts, learner, notes = building.load_run(folder, device)
+    run = building.load_run(folder, device)
+    options, learner = run.options, run.learner
     if batch_size < 1:
         raise LayerwiseError(f"batch size is {batch_size}; it must be 1 or more.")
     if not isinstance(learner.rule, Distillation):
@@ -282,21 +283,7 @@ def report(
             f"the run in {folder} was trained with rule {learner.rule.name!r}, which refines no belief; give a run of "
             "sid or sid_cascade."
         )
-    dataset = building.load_data(options)
-    facts.check(dataset)
-    if split == "val" and dataset.val is None:
-        raise LayerwiseError(f"the run in {folder} has no validation split (--val-fraction 0); use --split test.")
-    batches = data.Batches(
-        getattr(dataset, split),
-        batch_size,
-        seed=0,
-        mean=dataset.mean,
-        std=dataset.std,
-        device=learner.device,
-        shuffle=False,
-        drop_last=False,
-        channels_last=options.channels_last,
-    )
+    batches = building.split_in_order(run, split, batch_size, folder)
     found = measure(learner, batches, thresholds)
     count = len(found["modules"]) - 1
     how = (learner.task.classes, count, learner.rule.alpha, options.label_smoothing, learner.rule.direction)
@@ -313,7 +300,7 @@ def report(
         "first_loss": first_loss(*how),
         "fixed_point_loss": fixed_point_loss(*how),
     }
-    return {**about, **found, "history": history(folder, names)}, notes
+    return {**about, **found, "history": history(folder, names)}, run.notes
 
 
 def draw(modules: Sequence[dict[str, float]], file: Path) -> None:

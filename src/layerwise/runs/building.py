@@ -170,18 +170,64 @@ def split_batches(
     options: TrainOptions, dataset: data.Dataset, device: torch.device
 ) -> tuple[data.Batches, data.Batches | None, data.Batches]:
     """Batches of the training, validation and test split; validation may be empty."""
-    common: dict[str, Any] = {
-        "mean": dataset.mean,
-        "std": dataset.std,
-        "device": device,
-        "channels_last": options.channels_last,
-    }
     train = data.Batches(
-        dataset.train, options.batch_size, seed=derive_seed(options.seed, "data"), augment=options.augment, **common
+        dataset.train,
+        options.batch_size,
+        seed=derive_seed(options.seed, "data"),
+        augment=options.augment,
+        mean=dataset.mean,
+        std=dataset.std,
+        device=device,
+        channels_last=options.channels_last,
     )
-    common |= {"seed": 0, "shuffle": False, "drop_last": False}
-    val = data.Batches(dataset.val, 2 * options.batch_size, **common) if dataset.val is not None else None
-    return train, val, data.Batches(dataset.test, 2 * options.batch_size, **common)
+    size = 2 * options.batch_size  # there are no gradients
+    val = None if dataset.val is None else in_order(dataset.val, size, options, dataset, device)
+    return train, val, in_order(dataset.test, size, options, dataset, device)
+
+
+def in_order(
+    source: data.Source, size: int, options: TrainOptions, scale: data.Dataset | DataSignature, device: torch.device
+) -> data.Batches:
+    """All samples of a source in its own order, as a run evaluates and predicts them.
+
+    Args:
+        source: the samples.
+        size: of a batch.
+        options: of the run.
+        scale: knows the mean and the standard deviation of the training data.
+        device: where the batches live.
+    """
+    return data.Batches(
+        source,
+        size,
+        seed=0,
+        mean=scale.mean,
+        std=scale.std,
+        device=device,
+        shuffle=False,
+        drop_last=False,
+        channels_last=options.channels_last,
+    )
+
+
+def split_in_order(run: "Trained", split: str, size: int, folder: Path) -> data.Batches:
+    """All samples of a split of a run's data, which are loaded anew and checked.
+
+    Args:
+        run: a run read back.
+        split: `"train"`, `"val"` or `"test"`.
+        size: of a batch.
+        folder: of the run, for the sentence.
+
+    Raises:
+        LayerwiseError: the data have changed since the run, or the run has no such split.
+    """
+    dataset = load_data(run.options)
+    run.facts.check(dataset)
+    source = getattr(dataset, split)
+    if source is None:
+        raise LayerwiseError(f"the run in {folder} has no validation split (--val-fraction 0); use --split test.")
+    return in_order(source, size, run.options, dataset, run.learner.device)
 
 
 def build_learner(

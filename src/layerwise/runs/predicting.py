@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from layerwise.data import Batches, InMemorySource, Source, StreamedSource, TableSource
+from layerwise.data import InMemorySource, Source, StreamedSource, TableSource
 from layerwise.data.pictures import ImageFormat
 from layerwise.data.rows import SUFFIXES, FileRows, need
 from layerwise.data.tables import read_columns
 from layerwise.errors import LayerwiseError
 from layerwise.files import kind_of, list_files, open_regular, shown
-from layerwise.runs.building import DataSignature, load_run
+from layerwise.runs.building import DataSignature, in_order, load_run
 
 BATCH = 256
 ADVICE = "give an image, a folder of images or a .npy array"
@@ -38,17 +38,7 @@ def predictions(folder: Path, given: Path, device: str = "auto") -> tuple[str, l
     if facts.graph:
         raise LayerwiseError(f"the run in {folder} knows the nodes of its own graph only; use layerwise eval.")
     names, source, left_out = _table(given, facts.columns) if facts.columns else _images(given, facts)
-    batches = Batches(
-        source,
-        BATCH,
-        seed=0,
-        mean=facts.mean,
-        std=facts.std,
-        device=learner.device,
-        shuffle=False,
-        drop_last=False,
-        channels_last=options.channels_last,
-    )
+    batches = in_order(source, BATCH, options, facts, learner.device)
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["input", "class", "probability"])
