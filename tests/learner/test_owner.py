@@ -13,7 +13,7 @@ from support.nets import CLASSES, PLAIN_SGD, batches, net, problem, same_bits, t
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from layerwise import LayerwiseError, Learner, Rule, Signal
+from layerwise import LanguageModel, LayerwiseError, Learner, Rule, Signal
 from layerwise.core.rule import cross_entropy_at_head
 
 X, Y = problem()
@@ -517,6 +517,7 @@ def test_the_one_optimizer_saves_loads_and_refuses():
         ({"optimizer_options": {"amsgrad": "yes"}}, "it is True or False"),
         ({"optimizer_options": {"betas": (0.9,)}}, "AdamW refuses its options"),
         ({"optimizer_options": [1]}, "give a mapping"),
+        ({"task": LanguageModel(), "label_smoothing": 0.1}, "give it to the task"),
         ({"device": "foo"}, "device 'foo' cannot be used"),
         ({"device": "meta"}, "nothing can be trained on the device 'meta'"),
         ({"lr_multipliers": [1]}, "lr_multipliers is of type list"),

@@ -40,6 +40,11 @@ class Classification:
                 "class; give the last layer 2 outputs or more."
             )
 
+    @property
+    def missing(self) -> int:
+        """Label of a prediction that counts in nothing, as labels are given."""
+        return UNLABELLED
+
     def with_classes(self, classes: int) -> Self:
         """The same task with `classes` classes."""
         return replace(self, classes=classes)
@@ -137,6 +142,11 @@ class LanguageModel(Classification):
     """Whether the label of a position is the next token; otherwise labels are given position by position."""
     ignore: int = UNLABELLED
     """Label of a token that counts in no loss and no accuracy."""
+
+    @property
+    def missing(self) -> int:
+        """Label of a token that counts in nothing: `ignore`."""
+        return self.ignore
 
     def aligned(self, y: Tensor) -> Tensor:
         """The next token of every position, -100 for the last one."""

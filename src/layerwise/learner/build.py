@@ -117,6 +117,20 @@ class Built:
         """The groups in which the blocks here are updated."""
         return self.grouping.own
 
+    def groups_at(self, update: int) -> list[Group]:
+        """The groups of an update, as the rule joins them or lets them rest."""
+        return self.grouping.at(update)
+
+    @property
+    def updates(self) -> int:
+        """Number of updates so far."""
+        return self.engine.accumulation.updates
+
+    @property
+    def accumulated(self) -> int:
+        """Batches that have been added to the update under way."""
+        return self.engine.accumulation.batches
+
     def optimizers(self) -> Iterator[torch.optim.Optimizer]:
         """The optimizers of all groups here."""
         return (optimizer for group in self.groups for optimizer in group.optimizers)
@@ -170,6 +184,25 @@ class Built:
     def _scaler(self) -> torch.amp.GradScaler:
         execution = self.setup.execution
         return torch.amp.GradScaler(execution.device.type, enabled=execution.autocast == torch.float16)
+
+
+class NotBuilt:
+    """In place of `Built` until the shapes are known: no groups, and nothing done."""
+
+    updates = accumulated = 0
+
+    def __init__(self) -> None:
+        self.auxiliary = nn.ModuleDict()
+        self.groups: list[Group] = []
+        self.offload: Offload | NotOffloaded = NotOffloaded()
+
+    def groups_at(self, update: int) -> list[Group]:
+        """The groups of an update: none."""
+        return []
+
+    def optimizers(self) -> Iterator[torch.optim.Optimizer]:
+        """The optimizers of all groups: none."""
+        return iter(())
 
 
 def check_alone(setup: Setup) -> None:

@@ -18,11 +18,12 @@ from layerwise.core.optim import OptimizerFactory, Schedule, optimizer_factory
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.ranges import check_ranges
 from layerwise.core.rule import BatchContext, Rule, check_rule
-from layerwise.core.tasks import UNLABELLED, Classification, LanguageModel
+from layerwise.core.tasks import Classification
 from layerwise.core.trees import mapped, tensors
 from layerwise.errors import LayerwiseError, suggestion
 from layerwise.learner import state as states
-from layerwise.learner.build import ONE_PROCESS, Built, Setup
+from layerwise.learner.arguments import check_options, check_types, usable_device
+from layerwise.learner.build import ONE_PROCESS, Built, NotBuilt, Setup
 from layerwise.learner.checks import check_parts
 from layerwise.learner.cutting import check_reads, check_serves, cut, labelled
 from layerwise.learner.metrics import Metrics
@@ -140,10 +141,10 @@ class Learner:
     ):
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "model", "rule")}
         self._arguments["example"] = None  # a batch is not kept
-        _check_types(lr_multipliers, channels_last, stage, replicas, cuts, layout)
+        check_types(lr_multipliers, channels_last, stage, replicas, cuts, layout)
         check_ranges(clip=clip, accumulate=accumulate, label_smoothing=label_smoothing, seed=seed, blocks=blocks)
         check_ranges(lr=lr, weight_decay=weight_decay, lr_multipliers=lr_multipliers or {})
-        _check_options(precision, nonfinite)
+        check_options(precision, nonfinite)
         check_offload(offload, stage or replicas, compile)
         replicas = replicas or ONE_PROCESS
         replicas.check(precision=precision, compile=compile, channels_last=channels_last)
@@ -157,7 +158,7 @@ class Learner:
         for name in lr_multipliers or {}:
             if name not in names:
                 raise LayerwiseError(f"lr_multipliers names no block {name!r}; {suggestion(name, names)}.")
-        self.device = next(model.parameters()).device if device is None else _device(device)
+        self.device = next(model.parameters()).device if device is None else usable_device(device)
         if device is not None and offload == "none":
             self.network.to(self.device)
         self.channels_last = channels_last
@@ -169,6 +170,8 @@ class Learner:
                 "factor, or hold a scheduler of torch by learner.optimizer."
             )
         # Refuses a wrong value now; the number of classes is known later.
+        if task is not None and label_smoothing:
+            raise LayerwiseError("label_smoothing is an option of the task where one is given; give it to the task.")
         task = Classification(2, label_smoothing) if task is None else task
         if label_smoothing and task.label_smoothing != label_smoothing:
             raise LayerwiseError("label_smoothing is given beside task; give it to the task alone.")
@@ -204,7 +207,7 @@ class Learner:
         self.skipped = 0
         self.optimizer = EveryOptimizer(self._optimizers)
         self._prepared = not isinstance(self.rule, pieces.StartsFromData)
-        self._built: Built | None = None
+        self._built: Built | NotBuilt = NotBuilt()
         self._example: Any = None
         self._pending: Mapping[str, Any] | None = None
         if example is not None:
@@ -238,6 +241,10 @@ class Learner:
             pending, self._pending = self._pending, None
             self.load_state_dict(pending)
 
+    def _build_at_first(self, x: Any) -> None:
+        if isinstance(self._built, NotBuilt):
+            self.build(x)
+
     def _moved_by(self, blocks: Sequence[Sequence[Block]]) -> Offload | NotOffloaded:
         """What moves the blocks of these groups; the same again where an earlier attempt has failed at the input."""
         kind, folder = self._offload_to
@@ -246,7 +253,7 @@ class Learner:
         return self.offload
 
     def _optimizers(self) -> Iterator[torch.optim.Optimizer]:
-        return iter(()) if self._built is None else self._built.optimizers()
+        return self._built.optimizers()
 
     @property
     def built(self) -> Built:
@@ -255,7 +262,7 @@ class Learner:
         Raises:
             LayerwiseError: nothing is built yet.
         """
-        if self._built is None:
+        if isinstance(self._built, NotBuilt):
             raise LayerwiseError("the learner is not built yet; take a step, give it an example, or call build(x).")
         return self._built
 
@@ -276,12 +283,12 @@ class Learner:
     @property
     def auxiliary(self) -> nn.ModuleDict:
         """The rule's modules by index of their site; none before `build`."""
-        return nn.ModuleDict() if self._built is None else self._built.auxiliary
+        return self._built.auxiliary
 
     @property
     def groups(self) -> list[Group]:
         """The groups in which the blocks here are updated; none before `build`."""
-        return [] if self._built is None else self._built.groups
+        return self._built.groups
 
     def groups_at(self, update: int) -> list[Group]:
         """The groups of an update: `groups`, unless the rule joins some there or lets some rest.
@@ -289,17 +296,17 @@ class Learner:
         Raises:
             LayerwiseError: the rule asks for groups that are not neighbours of its own, joined.
         """
-        return [] if self._built is None else self._built.grouping.at(update)
+        return self._built.groups_at(update)
 
     @property
     def updates(self) -> int:
         """Number of updates so far; with `accumulate` batches for each."""
-        return 0 if self._built is None else self._built.engine.accumulation.updates
+        return self._built.updates
 
     @property
     def accumulated(self) -> int:
         """Batches that have been added to the update under way."""
-        return 0 if self._built is None else self._built.engine.accumulation.batches
+        return self._built.accumulated
 
     # Training.
 
@@ -370,7 +377,7 @@ class Learner:
         Returns:
             Whether there were any.
         """
-        if self._built is None:
+        if isinstance(self._built, NotBuilt):
             return False
         with preserved_generators(self.device):
             self._built.watch.check()
@@ -460,8 +467,7 @@ class Learner:
         """Logits `(B, ..., K)` for inputs, as `step` takes them, in evaluation mode, without gradient."""
         with self.evaluating():
             self._check_input(x)
-            if self._built is None:
-                self.build(x)
+            self._build_at_first(x)
             self.built.watch.check()
             x, _ = labelled(x, None)
             with self.engine.autocast(), in_a_sentence("the network", "cannot predict for an input", x):
@@ -491,8 +497,7 @@ class Learner:
         found: list[Tensor] = []
         with self.evaluating():
             self._check_input(x)
-            if self._built is None:
-                self.build(x)
+            self._build_at_first(x)
             passed = torch.zeros((), dtype=torch.bool, device=self.device)
             x, _ = labelled(x, None)
             with self.engine.autocast(), self.network.passing():
@@ -527,7 +532,7 @@ class Learner:
     def _predicted(self, x: Any) -> Tensor | None:
         """What the rule predicts, with the draws of `__call__`; None where a later rank knows."""
         seed_generators(derive_seed(self._setup.execution.seed, "evaluation"), self.device)
-        if isinstance(self.stage, WholeNetwork):
+        if self.stage.first and self.stage.last:
             with self.network.passing():
                 return self.rule.predict(self.network, self._modules_by_site(), x)
         first = self._modules_by_site().get(0)
@@ -564,8 +569,7 @@ class Learner:
                 f"the batch has {samples} inputs and {labels} labels; give one label per input, and at least one of "
                 "each."
             )
-        if self._built is None:
-            self.build(x)
+        self._build_at_first(x)
         self.check_labels(y)
         y = y.to(self.device, non_blocking=True)
         return self._placed(x), y.clone() if y.is_inference() and not torch.is_inference_mode_enabled() else y
@@ -591,7 +595,7 @@ class Learner:
 
         The values are looked at only on the host: on an accelerator the look would wait for the device.
         """
-        missing = self.task.ignore if isinstance(self.task, LanguageModel) else UNLABELLED
+        missing = self.task.missing
         if not self.rule.unlabelled and y.device.type == "cpu" and bool((y == missing).any()):
             able = [name for name in rules.names() if rules.get(name).unlabelled and not rules.get(name).models]
             raise LayerwiseError(
@@ -635,7 +639,7 @@ class Learner:
             LayerwiseError: the state is damaged, or of another rule or model; nothing is changed then.
         """
         check_parts(state)
-        if self._built is None:
+        if isinstance(self._built, NotBuilt):
             self._pending = state
             return
         states.load_state(self._built, state)
@@ -646,8 +650,7 @@ class Learner:
         """Bring all offloaded blocks to the device, for good: the model is an ordinary module again."""
         self.offload.end()
         self.offload, self._offload_to = NotOffloaded(), ("none", self._offload_to[1])
-        if self._built is not None:
-            self._built.offload = self.offload
+        self._built.offload = self.offload
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.offload.active or not isinstance(self.stage, WholeNetwork) or type(self.replicas) is not OneProcess:
@@ -655,7 +658,7 @@ class Learner:
                 "a learner whose blocks are offloaded or on several ranks can be neither pickled nor copied; use "
                 "state_dict(), or call onload() first."
             )
-        state = self._pending if self._built is None else self.state_dict()
+        state = self._pending if isinstance(self._built, NotBuilt) else self.state_dict()
         set_by_hand = [
             {name: value for name, value in group.items() if name != "params"}
             for optimizer in self._optimizers()
@@ -690,43 +693,3 @@ def _restored(
 def _ordinary(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of one of inference mode, which autograd refuses."""
     return tensor.clone() if tensor.is_inference() else tensor
-
-
-def _device(device: torch.device | str) -> torch.device:
-    """A device that blocks can run on."""
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, TypeError, AssertionError) as reason:
-        said = str(reason).splitlines()[0].rstrip(".")
-        raise LayerwiseError(
-            f"device {device!r} cannot be used ({said}); choose one that this machine has."
-        ) from reason
-    if found.type == "meta":
-        raise LayerwiseError("nothing can be trained on the device 'meta'; choose one that holds numbers.")
-    return found
-
-
-def _check_types(lr_multipliers: Any, channels_last: Any, stage: Any, replicas: Any, cuts: Any, layout: Any) -> None:
-    """Raise LayerwiseError for an argument of another type."""
-    for name, value, kinds, wanted in (
-        ("lr_multipliers", lr_multipliers, (Mapping, type(None)), "a mapping from block names to factors"),
-        ("channels_last", channels_last, (bool,), "True or False"),
-        ("stage", stage, (Stage, type(None)), "a Stage"),
-        ("replicas", replicas, (Replicas, OneProcess, type(None)), "Replicas, Shards or OneProcess()"),
-        ("cuts", cuts, (str, Sequence, type(None)), "a name, a pattern, or a list of names"),
-        ("layout", layout, (str, Mapping, type(None)), "a layout such as 'BCL', or a mapping from block names"),
-    ):
-        if not isinstance(value, kinds):
-            raise LayerwiseError(f"{name} is of type {type(value).__name__}; give {wanted}.")
-    if isinstance(layout, Mapping) and not all(isinstance(part, str) for item in layout.items() for part in item):
-        raise LayerwiseError("layout maps block names to layouts such as 'BCL'; give words for both.")
-    if isinstance(cuts, Sequence) and not all(isinstance(cut, str) for cut in cuts):
-        raise LayerwiseError("cuts are names of modules; give words.")
-
-
-def _check_options(precision: str, nonfinite: str) -> None:
-    if precision not in ("fp32", "bf16", "fp16"):
-        raise LayerwiseError(f"unknown precision {precision!r}; choose fp32, bf16 or fp16.")
-    if nonfinite not in ("raise", "skip"):
-        raise LayerwiseError(f"nonfinite is {nonfinite!r}; choose 'raise' or 'skip'.")
