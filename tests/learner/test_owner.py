@@ -517,7 +517,7 @@ def test_the_one_optimizer_saves_loads_and_refuses():
         ({"optimizer_options": {"amsgrad": "yes"}}, "it is True or False"),
         ({"optimizer_options": {"betas": (0.9,)}}, "AdamW refuses its options"),
         ({"optimizer_options": [1]}, "give a mapping"),
-        ({"task": LanguageModel(), "label_smoothing": 0.1}, "give it to the task"),
+        ({"task": LanguageModel(), "label_smoothing": 0.1}, "give it to the task alone"),
         ({"device": "foo"}, "device 'foo' cannot be used"),
         ({"device": "meta"}, "nothing can be trained on the device 'meta'"),
         ({"lr_multipliers": [1]}, "lr_multipliers is of type list"),

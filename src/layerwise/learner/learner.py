@@ -170,8 +170,6 @@ class Learner:
                 "factor, or hold a scheduler of torch by learner.optimizer."
             )
         # Refuses a wrong value now; the number of classes is known later.
-        if task is not None and label_smoothing:
-            raise LayerwiseError("label_smoothing is an option of the task where one is given; give it to the task.")
         task = Classification(2, label_smoothing) if task is None else task
         if label_smoothing and task.label_smoothing != label_smoothing:
             raise LayerwiseError("label_smoothing is given beside task; give it to the task alone.")
