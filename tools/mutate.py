@@ -118,7 +118,7 @@ MUTANTS = [
            [("kl_divergence(log_before, log_p)", "kl_divergence(log_p, log_before)")], f"{SID} arithmetic"),
     Mutant("alpha of the wrong module", "rules/sid.py",
            [("Site(site.index - EXTRACTOR,", "Site(site.index - EXTRACTOR + 1,")], f"{SID} from_a_list"),
-    Mutant("the validation labels stay clean", "data/__init__.py",
+    Mutant("the validation labels stay clean", "data/loading.py",
            [("if not clean_validation:\n            val = val.relabelled(noisy[part])",
              "if False:\n            val = val.relabelled(noisy[part])")],
            "test_noise.py property"),

@@ -16,11 +16,6 @@ SIDE = 8
 RAMP = np.arange(SIDE * SIDE).reshape(SIDE, SIDE)
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 def encoded(image, form="PNG", **options):
     buffer = io.BytesIO()
     image.save(buffer, form, **options)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from layerwise import Learner, data, models, rules
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
-from layerwise.data.rows import find_local
+from layerwise.data.machine import find_local
 
 from .shards import shards
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from layerwise.core.graphs import Graph
 from layerwise.core.tasks import UNLABELLED
-from layerwise.data.rows import cache_folder, find_local
+from layerwise.data.machine import cache_folder, find_local
 from layerwise.data.sources import InMemorySource
 from layerwise.errors import LayerwiseError
 from layerwise.files import open_regular, shown

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerwise.data.rows import need
+from layerwise.data.machine import need
 from layerwise.errors import LayerwiseError
 
 # Formats that are pictures and nothing else: PIL would run Ghostscript for a file that is EPS inside.

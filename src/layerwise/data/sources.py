@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from layerwise.data.machine import cache_folder
 from layerwise.data.pictures import (
     DEEP_MODES,
     GREY_MODES,
@@ -26,7 +27,7 @@ from layerwise.data.pictures import (
     refusal,
     stack,
 )
-from layerwise.data.rows import Rows, cache_folder
+from layerwise.data.rows import Rows
 from layerwise.errors import LayerwiseError
 from layerwise.files import check_regular
 

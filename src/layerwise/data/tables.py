@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerwise.data.rows import LABEL_NAMES, check_words, few, is_missing, pick
+from layerwise.data.naming import LABEL_NAMES, check_words, few, is_missing, pick
 from layerwise.data.sources import InMemorySource
 from layerwise.errors import LayerwiseError
 from layerwise.files import open_regular, shown
@@ -104,16 +104,6 @@ def read_columns(path: Path, columns: Sequence[str]) -> Tensor:
         raise LayerwiseError(f"{lines.title} has no column {absent!r}; its columns are {few(lines.names)}.")
     _check_names(lines, columns)
     return _numbers(lines, [places[name] for name in columns])
-
-
-def column_statistics(values: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per column of `(N, columns, 1, 1)`; the deviation is 1 for a constant column."""
-    table = values.flatten(1).numpy()  # by numpy, whose sums do not depend on the number of threads
-    with np.errstate(over="ignore", invalid="ignore"):
-        mean, std = table.mean(0), np.where(np.ptp(table, 0) > 0, table.std(0), 1.0)
-    if not np.isfinite([mean, std]).all():
-        raise LayerwiseError("the numbers of the table are too large for a mean and a standard deviation; scale them.")
-    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def _read(path: Path) -> Lines:

@@ -11,8 +11,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from layerwise.data import is_table
-from layerwise.data.rows import SUFFIXES
+from layerwise.data.catalogue import is_table
+from layerwise.data.folders import SUFFIXES
 from layerwise.errors import LayerwiseError
 from layerwise.files import KINDS, shown
 from layerwise.runs.checkpoint import FAILURES, flush

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 from layerwise.data import InMemorySource, Source, StreamedSource, TableSource
+from layerwise.data.folders import SUFFIXES
+from layerwise.data.machine import need
 from layerwise.data.pictures import ImageFormat
-from layerwise.data.rows import SUFFIXES, FileRows, need
+from layerwise.data.rows import FileRows
 from layerwise.data.tables import read_columns
 from layerwise.errors import LayerwiseError
 from layerwise.files import kind_of, list_files, open_regular, shown

@@ -9,19 +9,10 @@ from decimal import Decimal
 import numpy as np
 import pytest
 import torch
+from support.images import PIL, pa, pq, refused
 
-from layerwise import LayerwiseError, data
-from layerwise.data import rows as rows_module
-
-PIL = pytest.importorskip("PIL.Image", reason="the data extra is not installed")
-pa = pytest.importorskip("pyarrow", reason="the data extra is not installed")
-pq = pytest.importorskip("pyarrow.parquet", reason="the data extra is not installed")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("LAYERWISE_DATA", raising=False)
+from layerwise import data
+from layerwise.data.parquet import open_parquet
 
 
 def png(level=0):
@@ -45,12 +36,6 @@ def write(folder, **splits):
     for split, found in splits.items():
         pq.write_table(found, folder / f"{split}-0.parquet")
     return f"parquet:{folder}"
-
-
-def refused(match, name, **options):
-    with pytest.raises(LayerwiseError, match=match) as caught:
-        data.load(name, **options)
-    assert "\n" not in str(caught.value)
 
 
 LABELS = {
@@ -330,7 +315,7 @@ def test_a_mapped_table_gives_the_same(tmp_path):
     pytest.importorskip("datasets", reason="the data extra is not installed")
     raw = table(pa.array(["b", "a"] * 4).dictionary_encode(), cells=[png(i) for i in range(8)], kind=pa.binary())
     write(tmp_path / "d", **{"train-1": raw, "train-2": raw, "test": raw})
-    held, mapped = (rows_module.open_parquet(tmp_path / "d", limit)["train"] for limit in (2**30, 0))
+    held, mapped = (open_parquet(tmp_path / "d", limit)["train"] for limit in (2**30, 0))
     assert held.values == mapped.values and [held.read(i) for i in range(16)] == [mapped.read(i) for i in range(16)]
     assert held.where(9) == mapped.where(9)
 

@@ -1,0 +1,121 @@
+"""The columns of an arrow table: which one holds the images, which one the labels, and what the labels are."""
+
+import json
+import math
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any, NamedTuple
+
+from layerwise.data.machine import need
+from layerwise.data.naming import IMAGE_NAMES, LABEL_NAMES, check_words, few, is_missing, pick
+from layerwise.errors import LayerwiseError
+
+TEXT_TYPES = ("string", "large_string", "string_view")  # arrow's names for words
+
+
+class Columns(NamedTuple):
+    """Where a table of images has what."""
+
+    image: str
+    label: str | None
+    """None where the labels of a test split are kept back."""
+    names: tuple[str, ...] | None
+    """The class names that whole numbers index, where the file notes them."""
+
+
+def find_columns(schema: Any, title: str, known: Columns | None = None) -> Columns:
+    """The columns of images and of labels, and the class names where the schema has them.
+
+    Args:
+        schema: arrow schema, with the features that Hugging Face `datasets` notes in its metadata, if any.
+        title: what to call the table in messages.
+        known: the columns of the training split, which a further split has too, apart from the labels.
+    """
+    types = need("pyarrow").types
+    features = _features(schema, title)
+
+    def kind(name: str) -> str | None:
+        return features.get(name, {}).get("_type")
+
+    def is_image(field: Any) -> bool:
+        struct = types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
+        return kind(field.name) == "Image" or struct or is_binary(field.type)
+
+    def is_label(field: Any) -> bool:
+        held = field.type.value_type if types.is_dictionary(field.type) else field.type
+        number = types.is_integer(held) or types.is_boolean(held) or types.is_decimal(held)
+        whole = types.is_floating(held) and field.name in LABEL_NAMES
+        return kind(field.name) == "ClassLabel" or number or whole or str(held) in TEXT_TYPES
+
+    if known is not None and known.image in schema.names:
+        image = known.image
+    else:
+        images = [field.name for field in schema if is_image(field)]
+        noted = [name for name in images if kind(name) == "Image"]
+        image = _pick_column("image", noted or images, IMAGE_NAMES, schema, title, "encoded images")
+    if known is not None and known.label is not None and known.label not in schema.names:
+        return Columns(image, None, None)
+    labels = [field.name for field in schema if is_label(field) and field.name != image]
+    if known is not None and known.label in labels:
+        label = str(known.label)
+    else:
+        noted = [name for name in labels if kind(name) == "ClassLabel"]
+        label = _pick_column("label", noted or labels, LABEL_NAMES, schema, title, "whole numbers or words")
+    names = features[label].get("names") if kind(label) == "ClassLabel" else None
+    if names is None:
+        return Columns(image, label, None)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise LayerwiseError(f"{title} notes no list of words as the classes of {label!r}; write it again.")
+    return Columns(image, label, check_words(names, title) or None)
+
+
+def _pick_column(what: str, candidates: list[str], usual: Sequence[str], schema: Any, title: str, wanted: str) -> str:
+    """`pick`, but a column of the right name that holds the wrong things is reported as what it is."""
+    named = [name for name in usual if name in schema.names]
+    if named and named[0] not in candidates and not any(name in candidates for name in usual):
+        held = schema.field(named[0]).type
+        raise LayerwiseError(f"column {named[0]!r} of {title} holds {held}, not {wanted}; store them as such.")
+    return pick(what, candidates, usual, schema.names, title)
+
+
+def _features(schema: Any, title: str) -> dict[str, dict]:
+    """What Hugging Face `datasets` has noted about the columns."""
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
+    except (ValueError, AttributeError, RecursionError) as reason:
+        raise LayerwiseError(f"{title} holds damaged notes about its columns; write it again.") from reason
+
+
+def labels_of(column: Any, columns: Columns, title: str) -> list:
+    """The labels of a column as whole numbers or words; None where a cell is empty."""
+    found = []
+    for row, value in enumerate(column.to_pylist()):
+        if isinstance(value, bool):
+            value = int(value) if columns.names else str(value)
+        elif isinstance(value, (float, Decimal)):
+            if math.isnan(value):
+                value = None
+            elif not math.isfinite(value) or value != int(value):
+                raise LayerwiseError(
+                    f"row {row} of {title} has the label {value} in column {columns.label!r}, which is no class; "
+                    "give whole numbers or words."
+                )
+            else:
+                value = int(value)
+        elif isinstance(value, str) and value not in (columns.names or ()) and is_missing(value):
+            value = None
+        if columns.names and isinstance(value, str):
+            if value not in columns.names:
+                raise LayerwiseError(
+                    f"row {row} of {title} has the label {value!r}, which is none of the classes that the file notes "
+                    f"({few(columns.names)}); correct one of them."
+                )
+            value = columns.names.index(value)
+        found.append(value)
+    return found
+
+
+def is_binary(kind: Any) -> bool:
+    """Whether an arrow type holds bytes."""
+    return str(kind).startswith(("binary", "large_binary", "fixed_size_binary"))

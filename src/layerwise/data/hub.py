@@ -1,0 +1,87 @@
+"""Data sets on the Hugging Face hub, downloaded once and mapped from the cache of `datasets`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from layerwise.data.columns import find_columns, labels_of
+from layerwise.data.machine import need
+from layerwise.data.naming import split_of
+from layerwise.data.rows import Part, Rows, TableRows
+from layerwise.errors import LayerwiseError
+
+
+def open_hub(repository: str, advice: str = "") -> dict[str, Rows]:
+    """The splits of a data set on the Hugging Face hub, downloaded once and mapped from its cache."""
+    datasets = need("datasets")
+    with quiet():
+        unreachable = _unreachable(repository)
+        try:
+            with _offline() if unreachable else nullcontext():
+                found = datasets.load_dataset(repository)
+        except Exception as error:  # anything may come out of the network stack and of a foreign loader
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            reason = reason.replace("OfflineModeIsEnabled", unreachable)
+            raise LayerwiseError(
+                f"cannot get {repository} from the Hugging Face hub ({type(error).__name__}: {reason}); "
+                f"check the name and the network{advice}"
+            ) from error
+    caches = [Path(datasets.config.HF_DATASETS_CACHE), Path(need("huggingface_hub.constants").HF_HUB_CACHE)]
+    splits = {}
+    for split, rows in found.items():
+        title = f"{repository} ({split})"
+        columns = find_columns(rows.features.arrow_schema, title)
+        labels = labels_of(rows.data.column(columns.label), columns, title) if columns.label else [None] * len(rows)
+        part = Part(title, labels, columns.names, None)
+        files = [Path(cached["filename"]) for cached in rows.cache_files]
+        splits[split] = TableRows(columns.image, [rows.data.column(columns.image)], [part], files, caches)
+    known = [split_of(split) for split in splits]
+    return {
+        (of if of is not None and of not in splits and known.count(of) == 1 else split): rows
+        for (split, rows), of in zip(splits.items(), known, strict=True)
+    }
+
+
+def _unreachable(repository: str) -> str:
+    """Why the hub cannot be reached, or "": `datasets` itself tries again for half a minute before it says so."""
+    hub = need("huggingface_hub")
+    try:
+        hub.HfApi().dataset_info(repository, timeout=5)
+    except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError):
+        return ""  # there was an answer, or `datasets` will say what is wrong with the name
+    except Exception as error:  # of the network library, which differs between versions of the hub's client
+        return str(error).strip().partition("\n")[0].rstrip(".")
+    return ""
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Let `datasets` look into its cache only."""
+    places = [need("datasets").config, need("huggingface_hub.constants")]
+    before = [place.HF_HUB_OFFLINE for place in places]
+    try:
+        for place in places:
+            place.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep `datasets` and `huggingface_hub` from writing to the terminal."""
+    datasets = need("datasets")
+    loggers = [need("datasets.utils.logging"), need("huggingface_hub.utils.logging")]
+    levels = [logger.get_verbosity() for logger in loggers]
+    bars = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    for logger in loggers:
+        logger.set_verbosity(50)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.set_verbosity(level)
+        if bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,185 @@
+"""A data set by name, split three ways."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from layerwise.core.graphs import Graph
+from layerwise.data.catalogue import is_table, plain_name
+from layerwise.data.images import check_size, load_images
+from layerwise.data.labels import absent_classes
+from layerwise.data.machine import need
+from layerwise.data.nodes import CORA_CLASSES, cora
+from layerwise.data.noise import NoiseKind, noisy_labels
+from layerwise.data.pictures import ImageFormat
+from layerwise.data.sources import InMemorySource, Source
+from layerwise.data.splitting import stratified_split
+from layerwise.data.statistics import mean_and_std
+from layerwise.data.tables import read_table
+from layerwise.errors import LayerwiseError
+from layerwise.files import shown
+
+TEST_FRACTION = 0.2  # of the samples, where a data set brings no test split
+TEST_SEED = 20_240  # of that split; a constant, so that no option moves a sample between training and test
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A data set, split three ways.
+
+    Attributes:
+        name: what it was loaded by.
+        classes: names of the K classes, in the order of the labels 0 to K - 1.
+        shape: (C, H, W) of an image; (columns, 1, 1) of a row of a table.
+        mean, std: per channel, on the pixel scale [0, 1], of the training split only; std is 1 for a constant channel.
+            Of a table, per column and on its own scale.
+        train: what to learn from.
+        val: what to select by: the data's own validation split where there is a test split too, or else carved from
+            the training samples; None when `val_fraction` was 0.
+        test: what to report on.
+        notes: what was done to the data that the user did not ask for, a sentence each.
+        graph: edges between the samples, with the labels of the training split; None where there are none.
+        columns: names of the columns of a table; empty for anything else.
+        form: what images were turned into; None for anything else.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    train: Source
+    val: Source | None
+    test: Source
+    notes: tuple[str, ...]
+    graph: Graph | None = None
+    columns: tuple[str, ...] = ()
+    form: ImageFormat | None = None
+
+
+def load(
+    name: str | os.PathLike[str] = "digits",
+    *,
+    val_fraction: float = 0.1,
+    train_samples: int | None = None,
+    seed: int = 0,
+    root: str | Path | None = None,
+    size: int | None = None,
+    in_memory_limit: int = 2 * 2**30,
+    label_noise: float = 0.0,
+    label_noise_kind: NoiseKind = "symmetric",
+    clean_validation: bool = False,
+) -> Dataset:
+    """Load a data set: labelled images, the nodes of a graph, or the rows of a table.
+
+    Args:
+        name: a name or form that `names()` lists; default "digits".
+        val_fraction: part of the training samples, in [0, 1), that becomes the validation split, stratified by class;
+            default 0.1. A data set with a validation and a test split of its own keeps them: any fraction but 0 then
+            takes the whole validation split and nothing of the training samples.
+        train_samples: how many of the training samples that are left are kept, stratified by class; default all.
+        seed: of both choices, default 0; not the seed of the run. The test split depends on no option.
+        root: folder that holds <name>/**/*.parquet; default $LAYERWISE_DATA, then the Hugging Face hub.
+        size: side in pixels that images are scaled and centre-cropped to; default: their most common size, or 224
+            when they are streamed.
+        in_memory_limit: bytes of decoded pixels above which images are decoded on demand; default 2 GiB.
+        label_noise: share of wrong labels in the training and the validation split, see `noisy_labels`; default 0. A
+            sample's label does not depend on how the splits are cut, and the test split is never touched.
+        label_noise_kind: "symmetric" or "pairs".
+        clean_validation: keep the true labels of the validation split; default False.
+
+    Raises:
+        LayerwiseError: an unknown name, an argument out of its range, data that cannot be found, reached or read, no
+            image or label column, cells that are no numbers, labels that are negative, absent or unknown, fewer than
+            two classes.
+
+    >>> load("digits", val_fraction=0).val is None
+    True
+    >>> load("mnits")
+    Traceback (most recent call last):
+    layerwise.errors.LayerwiseError: unknown data set 'mnits'; did you mean 'mnist'? legal names: digits, mnist, \
+fashion_mnist, cifar10, cifar100, cora, hf:owner/name, imagefolder:PATH, parquet:PATH, PATH.csv.
+    """
+    name, size = plain_name(name), check_size(size)
+    title = shown(name)  # for messages
+    if not 0 <= val_fraction < 1:
+        raise LayerwiseError(f"validation fraction {val_fraction} is not in [0, 1); use 0 for no validation split")
+    if name == "cora":
+        return _cora(root, size, label_noise)
+    columns: tuple[str, ...] = ()
+    test = own_val = form = None
+    if name == "digits":
+        classes, train, notes = _digits()
+        form = ImageFormat("L", *train.shape[1:])
+    elif is_table(name):
+        if size is not None:
+            raise LayerwiseError("the rows of a table are no images; leave --image-size out")
+        train, classes, columns, found = read_table(Path(name))
+        notes = list(found)
+    else:
+        classes, (train, own_val, test), form, notes = load_images(name, root, size, in_memory_limit)
+    if test is None:
+        rest, part = stratified_split(train.labels, TEST_FRACTION, TEST_SEED)
+        if not len(part):
+            raise LayerwiseError(
+                f"{title} has no test split, and its {len(train)} samples of {len(classes)} classes are too few to "
+                "take one from; give several samples of each class, or a test split."
+            )
+        train, test = train.subset(rest), train.subset(part)
+        notes.append(
+            f"{title} has no test split: {len(test)} of its {len(rest) + len(part)} samples, "
+            "the same in every run, are the test split"
+        )
+    noisy = noisy_labels(train.labels, classes, label_noise, label_noise_kind)
+    kept, val = torch.arange(len(train)), None
+    if val_fraction and own_val is not None:
+        val = own_val
+        notes.append(
+            f"{title} has its own validation split of {len(val)} samples: the validation fraction takes no training "
+            "samples"
+        )
+        if not clean_validation:
+            val = val.relabelled(noisy_labels(val.labels, classes, label_noise, label_noise_kind))
+    elif own_val is not None:
+        notes.append(f"the validation fraction is 0: {title}'s own validation split is not used")
+    elif val_fraction:
+        kept, part = stratified_split(train.labels, val_fraction, seed)
+        if not len(part):
+            raise LayerwiseError(
+                f"validation fraction {val_fraction} of {len(train)} training samples is no sample; raise it or use 0"
+            )
+        val = train.subset(part)
+        if not clean_validation:
+            val = val.relabelled(noisy[part])
+    if train_samples is not None:
+        if not len(classes) <= train_samples <= len(kept):
+            raise LayerwiseError(
+                f"train_samples is {train_samples}; give a number from {len(classes)}, one per class, to {len(kept)}"
+            )
+        if train_samples < len(kept):
+            kept = kept[stratified_split(train.labels[kept], train_samples / len(kept), seed)[1]]
+    notes += absent_classes(classes, {"training": train.labels[kept], "validation": val, "test": test})
+    if len(kept) < len(train):
+        train = train.subset(kept)
+    train = train.relabelled(noisy[kept])
+    mean, std, sampled = mean_and_std(train)
+    if sampled < len(train):
+        notes.append(f"mean and std are estimated from {sampled} of {len(train)} training images")
+    return Dataset(name, classes, train.shape, mean, std, train, val, test, tuple(notes), columns=columns, form=form)
+
+
+def _digits() -> tuple[tuple[str, ...], Source, list[str]]:
+    found = need("sklearn.datasets").load_digits()
+    pixels = torch.from_numpy(found.images).mul(255 / 16).round().to(torch.uint8)  # stored as 0 to 16
+    labels = torch.from_numpy(found.target).to(torch.int64)
+    return tuple(str(name) for name in found.target_names), InMemorySource(pixels[:, None], labels), []
+
+
+def _cora(root: str | Path | None, size: int | None, label_noise: float) -> Dataset:
+    if size is not None or label_noise:
+        raise LayerwiseError("the nodes of cora are no images and have no label noise; leave both options out")
+    train, val, test, graph = cora(root)
+    notes = ("the nodes are one batch and cora has its own validation split: batch size and val_fraction do nothing",)
+    return Dataset("cora", CORA_CLASSES, train.shape, (0.0,), (1.0,), train, val, test, notes, graph)

@@ -1,0 +1,35 @@
+"""What this machine has: optional packages, a cache, folders of data sets."""
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+from layerwise.errors import LayerwiseError
+from layerwise.files import kind_of, shown
+
+
+def need(module: str) -> Any:
+    """Import a module of the `data` extra, or say how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise LayerwiseError(f"{package} is not installed; run pip install 'layerwise[data]'") from error
+
+
+def cache_folder() -> Path:
+    """The folder of everything that layerwise may lose without harm."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layerwise"
+
+
+def find_local(name: str, root: str | Path | None) -> Path | None:
+    """The folder of a data set under `root` or else $LAYERWISE_DATA; None where there is no such folder."""
+    base = root if root is not None else os.environ.get("LAYERWISE_DATA")
+    if not base:
+        return None
+    if kind_of(base) != "folder":
+        origin = "the data root" if root is not None else "LAYERWISE_DATA"
+        raise LayerwiseError(f"{origin} names {shown(base)}, which is not a folder; point it to a folder of data sets")
+    folder = Path(base) / name
+    return folder if kind_of(folder) == "folder" else None

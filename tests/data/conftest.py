@@ -1,0 +1,9 @@
+"""Every test of the data has a cache of its own."""
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("LAYERWISE_DATA", raising=False)
