@@ -9,7 +9,7 @@ from support.nets import CLASSES, batches, net, problem, same_bits, trained
 from torch.distributions import Normal, kl_divergence
 
 from layerwise import LayerwiseError, Learner, create_rule, data, models
-from layerwise.core.engine import Engine, Trace
+from layerwise.core.engine import Engine
 from layerwise.core.functional import (
     denoising_step,
     integrate,
@@ -19,6 +19,7 @@ from layerwise.core.functional import (
     signal_share,
     squared_distances,
 )
+from layerwise.core.progress import Trace
 from layerwise.core.rule import Site
 from layerwise.models.noprop import CosineSchedule, LearnedSchedule
 from layerwise.runs.arguments import train_options

@@ -11,7 +11,7 @@ from support.nets import CLASSES, batches, net, problem, same_bits, tensors, tra
 from torch import nn
 
 from layerwise import BlockContext, Classification, LayerwiseError, Learner, Site, create_rule, rule_names
-from layerwise.core.engine import Trace
+from layerwise.core.progress import Trace
 from layerwise.core.rule import by_depth
 from layerwise.rules import SLL, get
 

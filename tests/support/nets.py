@@ -124,3 +124,16 @@ def linear_blocks(inputs=6, width=5, depth=3):
 def vectors(samples=16, inputs=6):
     draw = torch.Generator().manual_seed(3)
     return torch.randn(samples, inputs, generator=draw, dtype=torch.float64), torch.arange(samples) % CLASSES
+
+
+def dense():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, CLASSES))
+
+
+def snapshot(learner):
+    return {name: p.detach().clone() for name, p in learner.network.named_parameters()}
+
+
+def moved(learner, before):
+    return {name for name, p in learner.network.named_parameters() if not torch.equal(p, before[name])}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from layerwise.compare.pool import lines_of_parent
-from layerwise.core.engine import NonFinite
+from layerwise.core.failures import NonFinite
 from layerwise.errors import LayerwiseError
 from layerwise.measure.bench_speed import flops_of
 from layerwise.measure.diagnostics import diagnose

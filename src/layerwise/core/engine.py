@@ -1,89 +1,24 @@
 """The update order, once: forward on the detached input, signal, local backward, step, free, pass on."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from layerwise.core.blocks import Block, scratch_buffers
+from layerwise.core.failures import NonFinite, in_a_sentence
+from layerwise.core.groups import Group, Unit
 from layerwise.core.optim import set_learning_rate
 from layerwise.core.pieces import HasTrunk, has_trunk
+from layerwise.core.progress import Accumulation, Trace, WaitingTrunk
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
-from layerwise.core.rule import BlockContext, Rule, Signal, Site, check_signal
+from layerwise.core.rule import BlockContext, Rule, Signal, check_signal
 from layerwise.core.tasks import Classification
-from layerwise.core.trees import all_finite, tensors
+from layerwise.core.trees import all_finite, mapped
 from layerwise.errors import LayerwiseError
-
-
-@dataclass
-class Unit:
-    """A site with what runs and learns there."""
-
-    site: Site
-    block: Block
-    auxiliary: nn.Module | None
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Parameters of the block and of the rule's auxiliary module."""
-        return self.block.parameters() + list(self.auxiliary.parameters() if self.auxiliary else [])
-
-    def buffers(self) -> list[Tensor]:
-        """Buffers of both."""
-        return [buffer for _, buffer in self._named_buffers()]
-
-    def running(self) -> list[Tensor]:
-        """Running statistics: the buffers that are called `running_...`, as torch's norms have it."""
-        named = self._named_buffers()
-        return [buffer for name, buffer in named if name.rpartition(".")[2].startswith("running_")]
-
-    @contextmanager
-    def on_copies(self) -> Iterator[None]:
-        """A context in which the unit runs on copies of its buffers: what a pass moves there is forgotten."""
-        if self.block.before is not None:
-            self.block.before()  # an offloaded block has nothing to copy until it is fetched
-        own = self.auxiliary.modules() if self.auxiliary is not None else ()
-        with scratch_buffers([*self.block.places(), *((m._buffers, name) for m in own for name in m._buffers)]):
-            yield
-
-    def _named_buffers(self) -> list[tuple[str, Tensor]]:
-        return [*self.block.named_buffers(), *(self.auxiliary.named_buffers() if self.auxiliary else [])]
-
-
-@dataclass
-class Group:
-    """Neighbouring units that share one graph and one backward pass."""
-
-    units: list[Unit]
-    ahead: list[Unit]
-    """Units of later groups that extend this group's graph; they are not updated here."""
-    parameters: list[nn.Parameter]
-    """What may learn here; a parameter that is frozen (`requires_grad` is False) does not, as long as it is."""
-    optimizers: list[torch.optim.Optimizer]
-    """One, or those of the groups that are joined here; none where nothing learns or all rests: no graph then."""
-    scaler: torch.amp.GradScaler
-    """Scales the signal where gradients are fp16; does nothing otherwise."""
-    buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """Running statistics and what they were before the update, to be put back when it is skipped."""
-    checked: bool = False
-    """Whether a first update has shown that the signal reaches the blocks."""
-    broken: bool = False
-    """Whether a batch of the update under way was not finite; the update is skipped then."""
-
-    @property
-    def name(self) -> str:
-        """Names of the units, joined."""
-        first, last = self.units[0].site.name, self.units[-1].site.name
-        return first if first == last else f"{first}..{last}"
-
-    @property
-    def learns(self) -> bool:
-        """Whether anything learns here now."""
-        return bool(self.optimizers) and any(p.requires_grad for p in self.parameters)
 
 
 class Alone:
@@ -131,107 +66,9 @@ class Execution:
     replicas: Alone = field(default_factory=Alone)
 
 
-@dataclass
-class Accumulation:
-    r"""The update under way: which one it is, and how much its batches weigh.
-
-    The losses are means over the counted labels of a batch. With $c_i$ of them in batch $i$ the update follows
-
-    $$\frac{\sum_i c_i \nabla \ell_i}{\sum_i c_i},$$
-
-    which is the gradient of the mean over all counted labels, whether or not the batches are equally large. A batch
-    weighs $c_i / c_1$ while it is added, so that equal batches weigh exactly 1.
-    """
-
-    updates: int = 0
-    """Number of the update under way; those before it are done."""
-    batches: int = 0
-    """Batches that have been added to it."""
-    first: float | Tensor = 0.0
-    """Counted labels of its first batch."""
-    weight: float | Tensor = 0.0
-    """Sum of the weights of its batches."""
-
-    def add(self, counted: float | Tensor) -> float | Tensor:
-        """Add a batch with so many labels that count; returns its weight."""
-        if self.batches == 0:
-            self.first = counted
-        weight = counted / self.first
-        self.batches += 1
-        self.weight = self.weight + weight
-        return weight
-
-    def next(self) -> None:
-        """The update is done."""
-        self.updates, self.batches, self.first, self.weight = self.updates + 1, 0, 0.0, 0.0
-
-    def restart(self) -> None:
-        """The update has no batch any more."""
-        self.batches, self.first, self.weight = 0, 0.0, 0.0
-
-    def state(self) -> dict[str, float]:
-        """As plain numbers."""
-        return {name: float(getattr(self, name)) for name in ("updates", "batches", "first", "weight")}
-
-    def load(self, state: Mapping[str, float]) -> None:
-        """Continue from `state()`."""
-        self.updates, self.batches = int(state["updates"]), int(state["batches"])
-        self.first, self.weight = state["first"], state["weight"]
-
-
-@dataclass
-class Trace:
-    """What one pass records: scalars on the device, read when somebody asks."""
-
-    metrics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    finite: dict[str, Tensor] = field(default_factory=dict)
-    skipped: set[str] = field(default_factory=set)
-
-
-@dataclass
-class WaitingTrunk:
-    """The first group while it waits: its graph is kept until the later groups have sent their gradients back."""
-
-    group: Group
-    h: Tensor
-    """Its input."""
-    signals: list[tuple[Signal, Tensor]]
-    out: Tensor
-    """Its output, with the graph."""
-    gradient: Tensor
-    """Sum of what the later groups sent back, of the shape of `out`."""
-
-
-class NonFinite(LayerwiseError):
-    """A signal or a gradient is NaN or infinite."""
-
-    def __init__(self, block: str, step: int, input_is_finite: bool):
-        if input_is_finite:
-            cause = (
-                "lower the learning rate, clip gradients (clip=1.0), or count and skip such steps (nonfinite='skip')"
-            )
-        else:
-            cause = "its input already holds NaN or infinity, so look at the data or the block before it"
-        super().__init__(f"block {block!r} has a non-finite loss or gradient at step {step}: {cause}.")
-
-
 def detach(tree: Any) -> Any:
     """The same tensors without history; every boundary between groups is this call."""
-    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
-
-
-@contextmanager
-def in_a_sentence(who: str, what: str, h: Any) -> Iterator[None]:
-    """Turn what a user's own modules raise into a sentence that names them; the cause stays attached."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, IndexError, TypeError) as reason:
-        said = (str(reason).strip() or type(reason).__name__).splitlines()[0].rstrip(".")
-        hint = "call torch's checkpoint with use_reentrant=False" if "use_reentrant" in said else "look at its modules"
-        shapes = ", ".join(str(tuple(t.shape)) for t in tensors(h))
-        raise LayerwiseError(f"{who} {what} of shape {shapes} ({said}); {hint}, and at the batch.") from reason
+    return mapped(tree, Tensor.detach)
 
 
 class Engine:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from layerwise.core import trees
 from layerwise.core.blocks import Block, Partition
-from layerwise.core.engine import Engine, Execution, Group, Unit
-from layerwise.core.grouping import Grouping
+from layerwise.core.engine import Engine, Execution
+from layerwise.core.groups import Group, Grouping, Unit
 from layerwise.core.optim import OptimizerFactory, begin_schedule, decay_groups, sparse_gradients, without_decay
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.rule import Rule, Site

@@ -13,8 +13,11 @@ from layerwise import rules
 from layerwise.core import pieces
 from layerwise.core.blocks import Block, Partition
 from layerwise.core.calls import CallPartition, Output, Read, Tied
-from layerwise.core.engine import Engine, Execution, Group, Trace, detach, in_a_sentence
+from layerwise.core.engine import Engine, Execution, detach
+from layerwise.core.failures import in_a_sentence
+from layerwise.core.groups import Group
 from layerwise.core.optim import OptimizerFactory, Schedule, optimizer_factory
+from layerwise.core.progress import Trace
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.ranges import check_ranges
 from layerwise.core.rule import BatchContext, Rule, check_rule
@@ -25,7 +28,7 @@ from layerwise.learner import state as states
 from layerwise.learner.arguments import check_options, check_types, usable_device
 from layerwise.learner.build import ONE_PROCESS, Built, NotBuilt, Setup
 from layerwise.learner.checks import check_parts
-from layerwise.learner.cutting import check_reads, check_serves, cut, labelled
+from layerwise.learner.network import check_reads, check_serves, cut, labelled
 from layerwise.learner.metrics import Metrics
 from layerwise.learner.optimizer import EveryOptimizer
 from layerwise.memory.meter import MemoryMeter, MemoryUse, optimizer_tensors

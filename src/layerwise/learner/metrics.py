@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layerwise.core.engine import NonFinite
+from layerwise.core.failures import NonFinite
 
 
 @dataclass

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from layerwise.core.engine import Group
+from layerwise.core.groups import Group
 from layerwise.core.optim import base_rates, set_base_rates
 from layerwise.learner.build import Built
 from layerwise.learner.checks import Expected, check_state

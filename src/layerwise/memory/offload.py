@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from layerwise.core.blocks import Block
-from layerwise.core.engine import Group, Unit
+from layerwise.core.groups import Group, Unit
 from layerwise.core.pieces import JoinsGroups, has_trunk
 from layerwise.core.rule import Rule
 from layerwise.errors import LayerwiseError

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from layerwise.core.engine import Unit
+from layerwise.core.groups import Unit
 from layerwise.errors import LayerwiseError
 from layerwise.parallel.alone import OneProcess
 from layerwise.parallel.heartbeat import Heartbeat

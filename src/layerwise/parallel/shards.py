@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from layerwise.core.blocks import Block
-from layerwise.core.engine import Group, Unit
+from layerwise.core.groups import Group, Unit
 from layerwise.errors import LayerwiseError
 from layerwise.memory.meter import MemoryUse, tensor_bytes
 from layerwise.parallel.ranks import Ranks

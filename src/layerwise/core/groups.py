@@ -1,15 +1,84 @@
-"""Which blocks are updated together in a training step, as the rule wants it there."""
+"""Groups of blocks that are updated together: a rule's own, and those that it wants in a single update."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from layerwise.core.engine import Group
+from layerwise.core.blocks import Block, scratch_buffers
 from layerwise.core.pieces import groups_at, learns_at
-from layerwise.core.rule import Rule
+from layerwise.core.rule import Rule, Site
 from layerwise.errors import LayerwiseError
+
+
+@dataclass
+class Unit:
+    """A site with what runs and learns there."""
+
+    site: Site
+    block: Block
+    auxiliary: nn.Module | None
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Parameters of the block and of the rule's auxiliary module."""
+        return self.block.parameters() + list(self.auxiliary.parameters() if self.auxiliary else [])
+
+    def buffers(self) -> list[Tensor]:
+        """Buffers of both."""
+        return [buffer for _, buffer in self._named_buffers()]
+
+    def running(self) -> list[Tensor]:
+        """Running statistics: the buffers that are called `running_...`, as torch's norms have it."""
+        named = self._named_buffers()
+        return [buffer for name, buffer in named if name.rpartition(".")[2].startswith("running_")]
+
+    @contextmanager
+    def on_copies(self) -> Iterator[None]:
+        """A context in which the unit runs on copies of its buffers: what a pass moves there is forgotten."""
+        if self.block.before is not None:
+            self.block.before()  # an offloaded block has nothing to copy until it is fetched
+        own = self.auxiliary.modules() if self.auxiliary is not None else ()
+        with scratch_buffers([*self.block.places(), *((m._buffers, name) for m in own for name in m._buffers)]):
+            yield
+
+    def _named_buffers(self) -> list[tuple[str, Tensor]]:
+        return [*self.block.named_buffers(), *(self.auxiliary.named_buffers() if self.auxiliary else [])]
+
+
+@dataclass
+class Group:
+    """Neighbouring units that share one graph and one backward pass."""
+
+    units: list[Unit]
+    ahead: list[Unit]
+    """Units of later groups that extend this group's graph; they are not updated here."""
+    parameters: list[nn.Parameter]
+    """What may learn here; a parameter that is frozen (`requires_grad` is False) does not, as long as it is."""
+    optimizers: list[torch.optim.Optimizer]
+    """One, or those of the groups that are joined here; none where nothing learns or all rests: no graph then."""
+    scaler: GradScaler
+    """Scales the signal where gradients are fp16; does nothing otherwise."""
+    buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Running statistics and what they were before the update, to be put back when it is skipped."""
+    checked: bool = False
+    """Whether a first update has shown that the signal reaches the blocks."""
+    broken: bool = False
+    """Whether a batch of the update under way was not finite; the update is skipped then."""
+
+    @property
+    def name(self) -> str:
+        """Names of the units, joined."""
+        first, last = self.units[0].site.name, self.units[-1].site.name
+        return first if first == last else f"{first}..{last}"
+
+    @property
+    def learns(self) -> bool:
+        """Whether anything learns here now."""
+        return bool(self.optimizers) and any(p.requires_grad for p in self.parameters)
 
 
 class Grouping:

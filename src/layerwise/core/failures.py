@@ -1,0 +1,37 @@
+"""What goes wrong while a user's own modules run, in a sentence that names the block."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from layerwise.core.trees import tensors
+from layerwise.errors import LayerwiseError
+
+
+class NonFinite(LayerwiseError):
+    """A signal or a gradient is NaN or infinite."""
+
+    def __init__(self, block: str, step: int, input_is_finite: bool):
+        if input_is_finite:
+            cause = (
+                "lower the learning rate, clip gradients (clip=1.0), or count and skip such steps (nonfinite='skip')"
+            )
+        else:
+            cause = "its input already holds NaN or infinity, so look at the data or the block before it"
+        super().__init__(f"block {block!r} has a non-finite loss or gradient at step {step}: {cause}.")
+
+
+@contextmanager
+def in_a_sentence(who: str, what: str, h: Any) -> Iterator[None]:
+    """Turn what a user's own modules raise into a sentence that names them; the cause stays attached."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, IndexError, TypeError) as reason:
+        said = (str(reason).strip() or type(reason).__name__).splitlines()[0].rstrip(".")
+        hint = "call torch's checkpoint with use_reentrant=False" if "use_reentrant" in said else "look at its modules"
+        shapes = ", ".join(str(tuple(t.shape)) for t in tensors(h))
+        raise LayerwiseError(f"{who} {what} of shape {shapes} ({said}); {hint}, and at the batch.") from reason

@@ -1,0 +1,80 @@
+"""What the engine keeps of an update under way: its batches, what a pass records, a trunk that waits."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from layerwise.core.groups import Group
+from layerwise.core.rule import Signal
+
+
+@dataclass
+class Accumulation:
+    r"""The update under way: which one it is, and how much its batches weigh.
+
+    The losses are means over the counted labels of a batch. With $c_i$ of them in batch $i$ the update follows
+
+    $$\frac{\sum_i c_i \nabla \ell_i}{\sum_i c_i},$$
+
+    which is the gradient of the mean over all counted labels, whether or not the batches are equally large. A batch
+    weighs $c_i / c_1$ while it is added, so that equal batches weigh exactly 1.
+    """
+
+    updates: int = 0
+    """Number of the update under way; those before it are done."""
+    batches: int = 0
+    """Batches that have been added to it."""
+    first: float | Tensor = 0.0
+    """Counted labels of its first batch."""
+    weight: float | Tensor = 0.0
+    """Sum of the weights of its batches."""
+
+    def add(self, counted: float | Tensor) -> float | Tensor:
+        """Add a batch with so many labels that count; returns its weight."""
+        if self.batches == 0:
+            self.first = counted
+        weight = counted / self.first
+        self.batches += 1
+        self.weight = self.weight + weight
+        return weight
+
+    def next(self) -> None:
+        """The update is done."""
+        self.updates, self.batches, self.first, self.weight = self.updates + 1, 0, 0.0, 0.0
+
+    def restart(self) -> None:
+        """The update has no batch any more."""
+        self.batches, self.first, self.weight = 0, 0.0, 0.0
+
+    def state(self) -> dict[str, float]:
+        """As plain numbers."""
+        return {name: float(getattr(self, name)) for name in ("updates", "batches", "first", "weight")}
+
+    def load(self, state: Mapping[str, float]) -> None:
+        """Continue from `state()`."""
+        self.updates, self.batches = int(state["updates"]), int(state["batches"])
+        self.first, self.weight = state["first"], state["weight"]
+
+
+@dataclass
+class Trace:
+    """What one pass records: scalars on the device, read when somebody asks."""
+
+    metrics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    finite: dict[str, Tensor] = field(default_factory=dict)
+    skipped: set[str] = field(default_factory=set)
+
+
+@dataclass
+class WaitingTrunk:
+    """The first group while it waits: its graph is kept until the later groups have sent their gradients back."""
+
+    group: Group
+    h: Tensor
+    """Its input."""
+    signals: list[tuple[Signal, Tensor]]
+    out: Tensor
+    """Its output, with the graph."""
+    gradient: Tensor
+    """Sum of what the later groups sent back, of the shape of `out`."""

@@ -1,0 +1,105 @@
+"""What a learner is given: options, optimizers and batches of another kind are refused in a sentence."""
+
+import copy
+import math
+
+import pytest
+import torch
+from support.nets import batches, dense, problem, trained
+from torch import nn
+
+from layerwise import LanguageModel, LayerwiseError, Learner
+
+X, Y = problem()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "sentence"),
+    [
+        (torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1), "is an instance of SGD, and every block needs"),
+        (lambda groups: torch.optim.LBFGS([p for g in groups for p in g["params"]]), "LBFGS needs a closure"),
+        (lambda groups: None, "gave NoneType; let it return a torch.optim.Optimizer"),
+        (lambda groups: torch.optim.SGD(groups[:1], lr=0.1), "left parameters out"),
+        (nn.Linear, "Linear is no torch.optim.Optimizer"),
+        (3, "the optimizer is 3; give a name"),
+    ],
+)
+def test_an_optimizer_that_cannot_serve_is_refused(optimizer, sentence):
+    with pytest.raises(LayerwiseError, match=sentence):
+        Learner(dense(), "local_ce", optimizer=optimizer).step(X, Y)
+
+
+def test_the_one_optimizer_saves_loads_and_refuses():
+    learner = trained(dense(), "backprop", batches(2))
+    other = Learner(copy.deepcopy(learner.network.model), "backprop", example=X)
+    other.optimizer.load_state_dict(learner.optimizer.state_dict())
+    learner.step(X, Y)
+    other.step(X, Y)
+    assert all(torch.equal(a, b) for a, b in zip(learner.network.parameters(), other.network.parameters(), strict=True))
+    with pytest.raises(LayerwiseError, match="none can be added"):
+        learner.optimizer.add_param_group({"params": [torch.zeros(1, requires_grad=True)]})
+    with pytest.raises(LayerwiseError, match="has no optimizers yet"):
+        torch.optim.lr_scheduler.StepLR(Learner(dense(), "local_ce").optimizer, 1)
+    torch.optim.lr_scheduler.OneCycleLR(learner.optimizer, 0.1, total_steps=10)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "sentence"),
+    [
+        (X.numpy(), Y, "of type ndarray; give torch.from_numpy"),
+        ((X, X), Y, "of type tuple"),
+        (X, Y.numpy(), "the labels are of type ndarray"),
+        (X, Y.tolist(), "the labels are of type list"),
+        (X, Y[0], "8 inputs and one number labels|one number labels"),
+        (X, Y[:2], "and 2 labels"),
+        (torch.tensor(1.0), Y, "a single number"),
+    ],
+)
+def test_a_batch_that_is_none_is_refused(x, y, sentence):
+    with pytest.raises(LayerwiseError, match=sentence):
+        Learner(dense(), "local_ce").step(x, y)
+
+
+def test_an_input_that_cannot_be_predicted_is_a_sentence():
+    with pytest.raises(LayerwiseError, match="the network cannot predict"):
+        trained(dense(), "sid", [(X, Y)])(X[:, :, :4])
+
+
+@pytest.mark.parametrize("schedule", [lambda k: math.nan, lambda k: -1.0, lambda k: None, lambda k: 1 / 0])
+def test_a_schedule_that_gives_no_rate_is_refused(schedule):
+    with pytest.raises(LayerwiseError, match="the schedule gives"):
+        Learner(dense(), "local_ce", schedule=schedule).step(X, Y)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"optimizer_options": {"lr": 7.0}}, "holds 'lr', which is an option of its own"),
+        ({"optimizer_options": {"weight_decay": 7.0}}, "holds 'weight_decay'"),
+        ({"optimizer_options": {"amsgrad": "yes"}}, "it is True or False"),
+        ({"optimizer_options": {"betas": (0.9,)}}, "AdamW refuses its options"),
+        ({"optimizer_options": [1]}, "give a mapping"),
+        ({"task": LanguageModel(), "label_smoothing": 0.1}, "give it to the task alone"),
+        ({"device": "foo"}, "device 'foo' cannot be used"),
+        ({"device": "meta"}, "nothing can be trained on the device 'meta'"),
+        ({"lr_multipliers": [1]}, "lr_multipliers is of type list"),
+        ({"replicas": 3}, "replicas is of type int"),
+        ({"stage": 3}, "stage is of type int"),
+        ({"layout": 3}, "layout is of type int"),
+        ({"cuts": 3}, "cuts is of type int"),
+        ({"channels_last": "yes"}, "channels_last is of type str"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(options, sentence):
+    with pytest.raises(LayerwiseError, match=sentence):
+        Learner(dense(), "local_ce", **options).step(X, Y)
+
+
+def test_several_processes_that_know_nothing_of_each_other_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    with pytest.raises(LayerwiseError, match=r"runs in 4 processes.*OneProcess\(\)"):
+        Learner(dense(), "local_ce").step(X, Y)
+    from layerwise.learner import OneProcess
+
+    Learner(dense(), "local_ce", replicas=OneProcess()).step(X, Y)
