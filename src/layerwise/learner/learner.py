@@ -28,8 +28,8 @@ from layerwise.learner import state as states
 from layerwise.learner.arguments import check_options, check_types, usable_device
 from layerwise.learner.build import ONE_PROCESS, Built, NotBuilt, Setup
 from layerwise.learner.checks import check_parts
-from layerwise.learner.network import check_reads, check_serves, cut, labelled
 from layerwise.learner.metrics import Metrics
+from layerwise.learner.network import check_reads, check_serves, cut, labelled
 from layerwise.learner.optimizer import EveryOptimizer
 from layerwise.memory.meter import MemoryMeter, MemoryUse, optimizer_tensors
 from layerwise.memory.offload import NotOffloaded, Offload, Where, check_offload
