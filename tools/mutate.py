@@ -73,7 +73,7 @@ MUTANTS = [
     Mutant("the velocity's way starts elsewhere", "rules/noprop.py",
            [('- ctx.message["origin"]', "")], "test_noprop.py perfect_velocity_costs"),
     Mutant("prediction in evaluation has other draws", "learner/learner.py",
-           [(AGAIN + "        if isinstance(self.stage", "        if isinstance(self.stage")],
+           [(AGAIN + "        if self.stage.first", "        if self.stage.first")],
            "test_noprop.py what_evaluation_reports and one_hot"),
     Mutant("the lending block's output is passed on", "core/engine.py",
            [("            if own:\n", "            if True:\n")], f"{RULES} overlap_of_one"),
