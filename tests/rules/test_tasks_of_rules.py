@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.nets import PLAIN_SGD, made, same_bits
+from support.pages import ROOT
 from torch import nn
 
 from layerwise import (
@@ -262,3 +263,11 @@ def test_metrics_have_an_accuracy_where_there_are_classes_alone():
     learner = Learner(perceptron(1), "local_ce", task="regression")
     with pytest.raises(LayerwiseError, match="rmse, mae, r2"):
         _ = learner.step(X, TARGETS[:, 0]).accuracy
+
+
+def test_the_page_of_tasks_says_which_rule_can_do_which():
+    page = (ROOT / "docs" / "tasks.md").read_text()
+    kinds = ("classification", "soft_labels", "language_model", "regression", "multilabel", "segmentation", "loss")
+    for name in rule_names():
+        able = " | ".join("yes" if kind in get(name).tasks else "" for kind in kinds)
+        assert f"| [`{name}`](rules/{name}.md) | {able} |" in page
