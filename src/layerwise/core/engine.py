@@ -9,13 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from layerwise.core.contract import asking, check_run, check_sent_back, check_signal
 from layerwise.core.failures import NonFinite, in_a_sentence
 from layerwise.core.groups import Group, Unit
 from layerwise.core.optim import set_learning_rate
 from layerwise.core.pieces import HasTrunk, has_trunk
 from layerwise.core.progress import Accumulation, Trace, WaitingTrunk
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
-from layerwise.core.rule import BlockContext, Rule, Signal, check_signal
+from layerwise.core.rule import BlockContext, Rule, Signal
 from layerwise.core.tasks import Classification
 from layerwise.core.trees import all_finite, mapped
 from layerwise.errors import LayerwiseError
@@ -121,7 +122,7 @@ class Engine:
             own = unit.site.index <= group.units[-1].site.index
             with nullcontext() if own else unit.on_copies():  # running statistics move in the unit's own group only
                 out = self.run(unit, h, message, step)
-                with self.autocast():
+                with self.autocast(), asking(self.rule, f"`signal` at block {unit.site.name!r}"):
                     ctx = BlockContext(unit.site, out, h, message, y, self.task, unit.auxiliary, training, learns, view)
                     signal = self.rule.signal(ctx)
             check_signal(self.rule, ctx, signal)
@@ -240,7 +241,10 @@ class Engine:
         if trunk is not None and h.grad is not None:
             assert isinstance(self.rule, HasTrunk)
             gradient = h.grad / (self._weight * scale)  # in the units of the loss
-            sent_back = self.rule.to_trunk(group.units[0].site, gradient, self.task)
+            site = group.units[0].site
+            with asking(self.rule, f"`to_trunk` at block {site.name!r}"):
+                sent_back = self.rule.to_trunk(site, gradient, self.task)
+            check_sent_back(self.rule, site, sent_back, trunk.out)
             if sent_back is not None:
                 trunk.gradient += sent_back
         return detach(h_out), detach(message_out)
@@ -323,7 +327,9 @@ class Engine:
             seed = derive_seed(self.execution.seed, "draw", step, unit.site.index)
             seed_generators(seed, self.execution.device)
         with self.autocast(), in_a_sentence(f"block {unit.site.name!r}", "cannot run its input", h):
-            return self.rule.run(unit.block, h, message)
+            out = self.rule.run(unit.block, h, message)
+        check_run(self.rule, unit.site, out)
+        return out
 
     def autocast(self) -> Any:
         """The context of the chosen precision."""
@@ -351,17 +357,22 @@ class Engine:
                 torch.autograd.backward(ends, list(group.scaler.scale(cotangents)), inputs=inputs)
         if not group.checked and all(unit.block.ran for unit in group.units):
             group.checked = True
-            self._check_reached(group, {id(p) for p in wanted if p.grad is not None}, bool(losses or roots))
+            taught = any(s.loss is not None or s.cotangent is not None for s, _ in signals)
+            self._check_reached(group, {id(p) for p in wanted if p.grad is not None}, taught)
         return torch.stack([loss.detach().float() for loss in losses or [torch.zeros(())]]).sum()
 
-    def _check_reached(self, group: Group, reached: set[int], signal: bool) -> None:
-        """Refuse a block that its signal does not reach, and name single parameters that it does not reach.
+    def _check_reached(self, group: Group, reached: set[int], taught: bool) -> None:
+        """Refuse a block that no signal reaches, and name single parameters that its signal does not reach.
 
         Raises:
-            LayerwiseError: no parameter of a block got a gradient.
+            LayerwiseError: the rule has given no signal, or no parameter of a block got a gradient.
         """
-        if not signal:
-            return
+        if not taught:
+            raise LayerwiseError(
+                f"rule {self.rule.name!r} gives block {group.name!r} neither a loss nor a cotangent, so it would not "
+                "learn; give one in `signal`, or say that it does not learn (`trains`, or `TakesTurns` for some "
+                "updates)."
+            )
         own = {id(p) for p in self.execution.replicas.full_of(group.parameters)}
         for unit in group.units:
             named = [(name, p) for name, p in unit.block.named_parameters() if p.requires_grad and id(p) in own]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from layerwise.core.blocks import Block, scratch_buffers
-from layerwise.core.pieces import groups_at, learns_at
+from layerwise.core.contract import groups_of, groups_of_update, learns_in_update
 from layerwise.core.rule import Rule, Site
 from layerwise.errors import LayerwiseError
 
@@ -87,12 +87,12 @@ class Grouping:
     Args:
         rule: says at which update blocks share a graph (`groups_at`) and learn (`learns_at`).
         own: the groups that are here, each with its optimizers.
-        blocks: number of blocks of the network, without the head.
+        names: of all blocks of the network, the head last.
         scaler: makes the gradient scaler of joined groups.
     """
 
-    def __init__(self, rule: Rule, own: list[Group], blocks: int, scaler: Callable[[], GradScaler]):
-        self.rule, self.own, self.blocks, self.scaler = rule, own, blocks, scaler
+    def __init__(self, rule: Rule, own: list[Group], names: Sequence[str], scaler: Callable[[], GradScaler]):
+        self.rule, self.own, self.names, self.scaler = rule, own, names, scaler
         self._joined: dict[tuple[range, ...], list[Group]] = {}
         self._resting: dict[tuple[tuple[range, ...], tuple[bool, ...]], list[Group]] = {}
         self._scalers: Mapping[str, Any] = {}
@@ -102,13 +102,13 @@ class Grouping:
         """The groups of an update; the same objects whenever the rule asks for the same.
 
         Raises:
-            LayerwiseError: the rule asks for groups that are not neighbours of its own, joined.
+            LayerwiseError: the rule asks for groups that are not neighbours of its own, joined, or gives no ranges.
         """
-        ranges = tuple(groups_at(self.rule, update, self.blocks))
+        ranges = tuple(groups_of_update(self.rule, update, self.names))
         if ranges not in self._joined:
             self._joined[ranges] = self._join(ranges)
         groups = self._joined[ranges]
-        learns = tuple(learns_at(self.rule, update, group.units[0].site) for group in groups)
+        learns = tuple(learns_in_update(self.rule, update, group.units[0].site) for group in groups)
         if all(learns):
             return groups
         if (ranges, learns) not in self._resting:
@@ -120,7 +120,7 @@ class Grouping:
 
     def _join(self, ranges: Sequence[range]) -> list[Group]:
         """The groups, put together so that each begins where one of `ranges` does; optimizers stay what they are."""
-        if list(ranges) == list(self.rule.groups(self.blocks)):
+        if list(ranges) == groups_of(self.rule, self.names):
             return self.own
         units = [unit for group in self.own for unit in group.units]
         starts = [wanted.start for wanted in ranges]
