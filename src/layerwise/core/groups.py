@@ -75,6 +75,10 @@ class Group:
         first, last = self.units[0].site.name, self.units[-1].site.name
         return first if first == last else f"{first}..{last}"
 
+    def running(self) -> list[Tensor]:
+        """Running statistics of the units."""
+        return [buffer for unit in self.units for buffer in unit.running()]
+
     @property
     def learns(self) -> bool:
         """Whether anything learns here now."""

@@ -398,9 +398,7 @@ class Learner:
     def average(self) -> None:
         """Average over the replicas what an unfinished update has accumulated; afterwards all hold the same bits."""
         for group in self.groups:
-            if group.parameters:
-                running = [buffer for unit in group.units for buffer in unit.running()]
-                self.replicas.reduce(group.parameters, running, torch.zeros((), device=self.device))()
+            self.replicas.reduce(group.parameters, group.running(), torch.zeros((), device=self.device))()
 
     def measured_step(self, x: Any, y: Tensor | None = None) -> tuple[Metrics, MemoryUse]:
         """One `step` under the memory meter: exact bytes, on the CPU at a few times the step's duration.
