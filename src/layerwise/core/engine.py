@@ -471,8 +471,8 @@ class Engine:
             ) from reason
 
     def _free(self, group: Group) -> None:
-        for optimizer in group.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        for parameter in group.parameters:
+            parameter.grad = None
 
     def _note_non_finite(self, group: Group, h: Tensor, loss: Tensor, step: int, trace: Trace) -> None:
         """Look at the loss of a batch of an update that is not due yet: a later batch is not to be blamed for it."""

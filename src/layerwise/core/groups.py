@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,8 +34,15 @@ class Unit:
 
     def running(self) -> list[Tensor]:
         """Running statistics: the buffers that are called `running_...`, as torch's norms have it."""
-        named = self._named_buffers()
-        return [buffer for name, buffer in named if name.rpartition(".")[2].startswith("running_")]
+        return [registry[name] for registry, name in self._running]
+
+    @cached_property
+    def _running(self) -> list[tuple[dict[str, Any], str]]:
+        """Where running statistics are held; a module that is replaced later is refused, a tensor is not."""
+        own = self.auxiliary.modules() if self.auxiliary is not None else ()
+        places = [*self.block.places(), *((module._buffers, name) for module in own for name in module._buffers)]
+        found = {(id(registry), name): (registry, name) for registry, name in places if name.startswith("running_")}
+        return [(registry, name) for registry, name in found.values() if isinstance(registry[name], Tensor)]
 
     @contextmanager
     def on_copies(self) -> Iterator[None]:

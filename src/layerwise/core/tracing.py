@@ -574,8 +574,10 @@ def _content(cell: Any) -> Any:
 
 def _value(value: Any, depth: int = 3, seen: frozenset[int] = frozenset()) -> Any:
     """A value that changes when a plain value does, or anything plain inside a container or a bag of attributes."""
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
-        return type(value).__name__, repr(value)
+    if value is None or isinstance(value, (bool, int, str, bytes, torch.dtype, torch.device)):
+        return type(value), value
+    if isinstance(value, (float, complex)):  # NaN is not equal to itself, and -0.0 is equal to 0.0
+        return type(value), repr(value)
     if isinstance(value, Tensor):
         return id(value), None if value.is_inference() else value._version
     if isinstance(value, random.Random):

@@ -1,7 +1,7 @@
 """From a model, a rule and an example to groups of blocks with optimizers."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,9 +140,7 @@ class Built:
     @contextmanager
     def resident(self, units: Sequence[Unit]) -> Iterator[None]:
         """A context in which the tensors of these units are on the device, and whole."""
-        with ExitStack() as stack:
-            stack.enter_context(self.setup.replicas.resident(units))
-            stack.enter_context(self.offload.resident(units))
+        with self.setup.replicas.resident(units), self.offload.resident(units):
             yield
 
     def _auxiliary(self, site: Site, h: Tensor) -> nn.Module | None:
