@@ -189,7 +189,7 @@ MUTANTS = [
     Mutant("all groups' gradients are alive", "core/engine.py",
            [("        self._step_reduced()\n        replicas =", "        replicas =")],
            "test_data_parallel.py steps_while"),
-    Mutant("a module held twice runs once", "core/tracing.py",
+    Mutant("a module held twice runs once", "core/chains.py",
            [("in model._modules.items():", "in model.named_children():")],
            "test_blocks.py models_bits and shared"),
     Mutant("torn parts are read", "runs/checkpoint.py",

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from layerwise.core.blocks import Partition
 from layerwise.core.calls import CallPartition, Output, Read, Tied, cut_at_calls
+from layerwise.core.chains import is_sequential
 from layerwise.core.contract import groups_of
 from layerwise.core.cutting import partition
 from layerwise.core.pieces import has_trunk
 from layerwise.core.rule import Rule
-from layerwise.core.tracing import is_sequential
 from layerwise.errors import LayerwiseError
 
 
