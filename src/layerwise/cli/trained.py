@@ -18,7 +18,7 @@ from layerwise.runs.predicting import predictions
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """Measure accuracy and loss of a trained run, block by block."""
+    """Measure the task's metrics and the loss of a trained run, block by block."""
 
     split: Literal["test", "val", "train"] = "test"
     """Which part of the run's data set."""
@@ -62,9 +62,10 @@ def beliefs_command(argv: list[str]) -> int:
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """Predict the classes of images with a trained run: an image file, a folder, or a .npy array (N, C, H, W).
+    """Predict the labels of images with a trained run: an image file, a folder, or a .npy array (N, C, H, W).
 
-    The output is CSV: input, class, probability.
+    The output is CSV: input, class, probability; or a column per target or label, as the run's task has them. A class
+    per pixel goes into an array, --out FILE.npy.
     """
 
     out: str | None = None
@@ -74,19 +75,21 @@ class PredictOptions:
 
 
 def predict_command(argv: list[str]) -> int:
-    """`layerwise predict RUN INPUT`: print or write class and probability of every input."""
+    """`layerwise predict RUN INPUT`: print or write what is predicted for every input."""
     folder, rest = _positional(argv, "predict", PredictOptions, "RUN")
     given, rest = _positional(rest, "predict", PredictOptions, "INPUT")
     options = parse(PredictOptions, rest, "predict")
     inputs = [Path(given), *data_paths(read_options(Path(folder)).data)]
     if options.out:
         check_output(Path(options.out), inputs)  # before the work
+    if not options.out and read_options(Path(folder)).task == "segmentation":
+        raise LayerwiseError("a class per pixel does not go into CSV; write an array with --out FILE.npy.")
     text, notes = predictions(Path(folder), Path(given), options.device)
     _tell(notes)
     if options.out:
         write_output(Path(options.out), text, inputs)
     else:
-        print(text, end="")
+        print(str(text), end="")
     return 0
 
 

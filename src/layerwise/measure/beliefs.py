@@ -283,6 +283,8 @@ def report(
             f"the run in {folder} was trained with rule {learner.rule.name!r}, which refines no belief; give a run of "
             "sid or sid_cascade."
         )
+    if options.task != "classification":
+        raise LayerwiseError(f"SID's theory is about beliefs over classes, and the run's task is {options.task}.")
     batches = building.split_in_order(run, split, batch_size, folder)
     found = measure(learner, batches, thresholds)
     count = len(found["modules"]) - 1
