@@ -14,6 +14,7 @@ the test split to eight digits; nothing is stored. `--table` only writes the REA
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -120,9 +121,10 @@ def train(wanted: list[Wanted], jobs: int, ended: Callable[[Wanted, dict], None]
 
         def end(cell: GridRun) -> None:
             one, command, _ = runs[cell.name]
-            if (result := cell.result) is None:
+            if cell.result is None:
                 print(f"{cell.name}: failed: {(cell.failure or {}).get('reason')}", flush=True)
                 return
+            result = json.loads((cell.folder / "result.json").read_text())  # all fields, not those of a comparison
             ended(one, result | {"command": command})
             shutil.rmtree(cell.folder)
             metric = evidence.metric_in(result)
