@@ -73,6 +73,14 @@ class Trace:
     finite: dict[str, Tensor] = field(default_factory=dict)
     skipped: set[str] = field(default_factory=set)
 
+    def add(self, name: str, metrics: dict[str, Tensor], share: float = 1.0) -> None:
+        """Record a block's scalars; those of a part of the batch weigh by its share of the labels."""
+        if share == 1:
+            self.metrics[name] = metrics
+        elif share:
+            before = self.metrics.get(name, {})
+            self.metrics[name] = {key: before.get(key, 0.0) + value * share for key, value in metrics.items()}
+
 
 @dataclass
 class WaitingTrunk:

@@ -76,6 +76,7 @@ class PredSim(Rule):
 
     name: ClassVar[str] = "predsim"
     locality: ClassVar[Locality] = "local"
+    whole_batch: ClassVar[str] = "compares the samples of a batch"
     boundary: ClassVar[str] = "detached activation"
     flat_memory: ClassVar[bool] = True
     source: ClassVar[str] = "Nøkland & Eidnes, arXiv 1901.06656 (2019); tokens: our reading"

@@ -260,6 +260,7 @@ def build_learner(
         schedule=Schedule(options.schedule, updates, options.warmup),
         clip=options.clip,
         accumulate=options.accumulate,
+        micro=options.micro,
         precision=options.precision,
         compile=options.compile,
         channels_last=options.channels_last,

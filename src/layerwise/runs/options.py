@@ -75,6 +75,8 @@ class TrainOptions:
     """Largest norm of one group's gradient."""
     accumulate: int = 1
     """Batches per update."""
+    micro: int = 1
+    """Parts in which every block runs its batch, one after the other, before it steps: less memory, the same update."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the blocks (autocast)."""
     compile: bool = False
