@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from layerwise.compare.pool import lines_of_parent
 from layerwise.core.failures import NonFinite
 from layerwise.errors import LayerwiseError
 from layerwise.measure.bench_speed import flops_of
 from layerwise.measure.diagnostics import diagnose
 from layerwise.memory.malloc import keep_freed_memory
+from layerwise.processes import lines_of_parent
 from layerwise.runs import building, training
 from layerwise.runs.options import TrainOptions, from_mapping
 

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from layerwise.compare.pool import cores
 from layerwise.core.cost import operations
 from layerwise.core.cutting import partition
 from layerwise.errors import LayerwiseError, suggestion
 from layerwise.measure.bench_problem import Problem, batch_of, network_of, parse_problem, write_figures
 from layerwise.parallel.replicas import check_shares
+from layerwise.processes import cores
 from layerwise.scaling.simulate import PARTS, Costs, Interconnect, grown, predicted
 
 WAYS = ("rule", "backprop", "apart", "pipeline", "data", "ddp", *PARTS)

@@ -32,7 +32,6 @@ from torch.distributed.pipelining.schedules import (
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
-from layerwise.compare.pool import lines_of_parent
 from layerwise.core.cost import balanced_ends, operations
 from layerwise.core.cutting import partition
 from layerwise.core.engine import Engine
@@ -46,6 +45,7 @@ from layerwise.parallel.rendezvous import listen
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
 from layerwise.parallel.transport import FORWARD, PrefetchingChannel, SendChannel
+from layerwise.processes import lines_of_parent
 
 SCHEDULES = {
     "gpipe": ScheduleGPipe,
