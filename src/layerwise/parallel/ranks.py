@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, explained
 from layerwise.parallel.rendezvous import (
     Job,
     NoAnswer,
@@ -355,9 +355,6 @@ def guarded(ranks: Ranks, work: Callable[[], Any]) -> Any:
         return work()
     except Refused:
         raise
-    except LayerwiseError as error:
-        ranks.announce(f"{ranks.name(ranks.rank)} has stopped: {error}")
-        raise
     except Exception as error:
-        ranks.announce(f"{ranks.name(ranks.rank)} has stopped: {type(error).__name__}: {error}")
+        ranks.announce(f"{ranks.name(ranks.rank)} has stopped: {explained(error)}")
         raise
