@@ -2,12 +2,11 @@
 
 import os
 import shlex
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, say
 from layerwise.parsing import parse, take_option
 from layerwise.runs import distributed, pipelined, replicated
 from layerwise.runs.arguments import train_options
@@ -49,7 +48,7 @@ def train_command(argv: list[str]) -> int:
     try:
         result = run.train()
     except Interrupted as stop:
-        print(f"layerwise: {stop}", file=sys.stderr)
+        say(str(stop))
         return 128 + stop.signum
     print(result_table(result, run.folder))
     return 0

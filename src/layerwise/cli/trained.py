@@ -9,7 +9,8 @@ from typing import Literal
 
 from layerwise.errors import LayerwiseError
 from layerwise.parsing import parse
-from layerwise.runs import building, training
+from layerwise.runs import building
+from layerwise.runs.evaluation import evaluate
 from layerwise.runs.exporting import export
 from layerwise.runs.folders import read_options
 from layerwise.runs.output import check_output, data_paths, write_output
@@ -41,7 +42,7 @@ def eval_command(argv: list[str]) -> int:
     if options.json:
         check_output(Path(options.json), inputs)  # before the work
     batches = building.split_in_order(run, options.split, options.batch_size, Path(folder))
-    figures = training.evaluate(run.learner, batches)
+    figures = evaluate(run.learner, batches)
     _tell(run.notes)
     width = max(map(len, figures))
     print("\n".join(f"{name:<{width}}  {value:.4f}" for name, value in figures.items()))

@@ -27,7 +27,7 @@ from layerwise.core.rule import Site, by_depth
 from layerwise.core.tasks import Classification
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
-from layerwise.report.reading import read_lines
+from layerwise.report.reading import read_metrics
 from layerwise.rules.sid import Direction, Distillation, divergences
 from layerwise.runs import building
 from layerwise.runs.folders import read_options
@@ -256,7 +256,7 @@ def history(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     """Per epoch, from a run's log: `step`, and per module the scalars of its belief on the validation split."""
     rows = []
     file = folder / "metrics.jsonl"
-    for values in read_lines(folder, file.name) if file.exists() else ():
+    for values in read_metrics(folder, file.name) if file.exists() else ():
         if values["split"] == "val":
             modules = [
                 {key.partition("/")[2]: value for key, value in values.items() if key.startswith(f"{name}/")}

@@ -11,6 +11,7 @@ from typing import Any
 
 from layerwise.errors import LayerwiseError
 from layerwise.files import MissingFile, kind_of, shown
+from layerwise.records import convert
 from layerwise.report import figures
 from layerwise.report.reading import (
     ADVICE,
@@ -25,12 +26,9 @@ from layerwise.report.reading import (
     Result,
     ScalingRow,
     Summary,
-    convert,
-    parse_json,
-    read_json,
-    read_lines,
+    read_metrics,
+    read_record,
     read_rows,
-    read_text,
 )
 from layerwise.report.summary import COLUMNS, resolution_in_words, spread, table_rows
 from layerwise.runs.checkpoint import write_atomically
@@ -174,11 +172,11 @@ class Runs:
                 continue
             rule, seed = row["rule"], int(row["seed"])
             run = grid_run_folder(rule, f"seed {seed}", "runs")
-            found.results.setdefault(rule, {})[seed] = dict(read_json(folder, f"{run}/result.json", Result))
-            found.lines.setdefault(rule, {})[seed] = read_lines(folder, f"{run}/metrics.jsonl")
+            found.results.setdefault(rule, {})[seed] = dict(read_record(folder, f"{run}/result.json", Result))
+            found.lines.setdefault(rule, {})[seed] = read_metrics(folder, f"{run}/metrics.jsonl")
             blocks: dict[str, dict[str, float | None]] = {}
             with contextlib.suppress(MissingFile):
-                blocks = read_json(folder, f"{run}/diagnostics.json", Diagnostics)["blocks"]
+                blocks = read_record(folder, f"{run}/diagnostics.json", Diagnostics)["blocks"]
             found.layers.setdefault(rule, {})[seed] = blocks
         return found
 
@@ -235,9 +233,9 @@ def _point(values: list[tuple[float, float]]) -> tuple[float, float, float | Non
 
 def comparison(folder: Path, page: dict[str, Any]) -> None:
     """Put a comparison on the page: table, curves, trade-offs, layers."""
-    record: Any = read_json(folder, "compare.json", CompareRecord)
-    machine: Any = read_json(folder, "environment.json", Machine)
-    rules: dict[str, Any] = dict(read_json(folder, "summary.json", Summary)["rules"])
+    record: Any = read_record(folder, "compare.json", CompareRecord)
+    machine: Any = read_record(folder, "environment.json", Machine)
+    rules: dict[str, Any] = dict(read_record(folder, "summary.json", Summary)["rules"])
     rows = read_rows(folder, "results.csv")
     unknown = [row["rule"] for row in rows if row["rule"] not in rules]
     if unknown or not rules:
@@ -247,7 +245,7 @@ def comparison(folder: Path, page: dict[str, Any]) -> None:
         )
     runs = Runs.read(folder, rows)
     looks = figures.look(list(rules))
-    fixed: Any = convert(record["fixed"], FixedOptions, folder / "compare.json", "fixed")
+    fixed: Any = convert(record["fixed"], FixedOptions, f"'fixed' of {shown(folder / 'compare.json')}", ADVICE)
     commands = [found["command"] for seeds in runs.results.values() for found in seeds.values()]
     packages = "\n".join(f"{name}=={version}" for name, version in machine["packages"].items())
     origin = Origin(
@@ -385,7 +383,7 @@ def read_bench(folder: Path, name: str) -> dict[str, Any] | None:
     """
     file = folder / name
     try:
-        found = parse_json(read_text(folder, name), file)
+        found: Any = read_record(folder, name, object)
     except LayerwiseError:
         return None  # no file of ours
     if isinstance(found, list):
@@ -401,10 +399,11 @@ def read_bench(folder: Path, name: str) -> dict[str, Any] | None:
     kind = next((kind for field, kind in BENCHES.items() if field in rows[0]), None)
     if kind is None:
         return None
-    bench: Any = convert(found | {"rows": []}, Bench, file)
-    typed = convert(rows, list[kind], file, "rows")
+    bench: Any = convert(found | {"rows": []}, Bench, shown(file), ADVICE)
+    typed: list[Any] = convert(rows, list[kind], f"'rows' of {shown(file)}", ADVICE)
     if kind is ScalingRow:  # a row that was only simulated is not drawn
-        typed = convert([row for row in typed if "samples_per_second" in row], list[MeasuredRow], file, "measured rows")
+        measured = [row for row in typed if "samples_per_second" in row]
+        typed = convert(measured, list[MeasuredRow], f"'rows' of {shown(file)}", ADVICE)
     return dict(bench) | {"rows": typed, "name": file.stem, "kind": kind}
 
 

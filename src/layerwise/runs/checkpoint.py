@@ -13,17 +13,17 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import safetensors
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, short, why
 from layerwise.files import check_regular, kind_of, shown
 from layerwise.memory.mmap import map_file, release_pages, tensor_at
-from layerwise.runs.records import check_fields, parse_json, read_json, short, why
+from layerwise.records import Count, convert, parse_json, read_json
 
 KEPT = 2  # complete checkpoints that stay: the newest, and one to fall back to
 
@@ -125,8 +125,22 @@ def load(path: Path, mapped: bool = False) -> dict[str, Any]:
 
 
 ADVICE = "take an older checkpoint"
-ABOUT: dict[str, Any] = {"digest": str, "tree": dict, "parts": dict[str, str] | None, "shards": dict[str, dict] | None}
-SHARDS: dict[str, Any] = {"shape": list[int], "offsets": dict[str, list[int]]}
+
+
+class Shards(TypedDict):
+    """Of a tensor that several files hold: its shape, and where each shard begins in it."""
+
+    shape: list[Count]
+    offsets: dict[str, list[Count]]
+
+
+class About(TypedDict):
+    """The fields of `state.json`; the last two where several ranks have written the checkpoint."""
+
+    digest: str
+    tree: dict[str, Any]
+    parts: NotRequired[dict[str, str]]
+    shards: NotRequired[dict[str, Shards]]
 
 
 def _damaged(path: Path, reason: str) -> CorruptCheckpoint:
@@ -134,7 +148,8 @@ def _damaged(path: Path, reason: str) -> CorruptCheckpoint:
 
 
 def _load(path: Path, mapped: bool) -> dict[str, Any]:
-    about = read_json(path / "state.json", ADVICE, ABOUT)
+    about = read_json(path / "state.json", Any, ADVICE)
+    convert(about, About, "state.json", ADVICE)  # the digest is of what was read, with any further field
     said = about.pop("digest")
     parts = about.get("parts")
     for name in parts or {}:
@@ -156,7 +171,6 @@ def _load(path: Path, mapped: bool) -> dict[str, Any]:
             raise _damaged(path, f"two files hold the tensor {short(min(twice))}")
         tensors |= found
     for name, shards in (about.get("shards") or {}).items():
-        check_fields(shards, SHARDS, f"the entry of {short(name)}", ADVICE)
         whole_tensor = _assembled(path, name, shards, tensors)
         if name in tensors:
             raise _damaged(path, f"it holds the tensor {short(name)} twice")

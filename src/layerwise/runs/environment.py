@@ -22,6 +22,11 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def device_name(device: torch.device) -> str:
+    """A device, and the accelerator's name."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
 @functools.cache
 def commit() -> str | None:
     """The commit of the checkout that this package runs from; None where it is an installed copy.

@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, short, why
 from layerwise.files import MissingFile, kind_of, read_text, shown
+from layerwise.records import read_json
 from layerwise.runs.checkpoint import write_atomically
+from layerwise.runs.log import read_log
 from layerwise.runs.options import TrainOptions, from_mapping, model_name, to_mapping
-from layerwise.runs.records import read_json, read_lines, short, why
 
 
 class Claim:
@@ -114,7 +115,7 @@ def read_options(folder: Path) -> TrainOptions:
     """
     file = folder / "config.json"
     try:
-        return from_mapping(read_json(file, "start the run again"), shown(file))
+        return from_mapping(read_json(file, Any, "start the run again"), shown(file))
     except MissingFile as reason:
         raise LayerwiseError(f"{shown(folder)} holds no run (no config.json); give the folder of a run.") from reason
 
@@ -285,7 +286,7 @@ def check_not_lost(folder: Path, save_every: int) -> None:
         folder: of a run without a checkpoint.
         save_every: steps between its checkpoints.
     """
-    logged = max((line["step"] for line in read_lines(folder / "metrics.jsonl")), default=0)
+    logged = max((line["step"] for line in read_log(folder / "metrics.jsonl")), default=0)
     had = logged > save_every or any(kind_of(folder / name) for name in ("result.json", "model.safetensors"))
     begun = list((folder / "checkpoints").iterdir()) if kind_of(folder / "checkpoints") else ["none"]
     if had or not begun:
@@ -293,19 +294,6 @@ def check_not_lost(folder: Path, save_every: int) -> None:
             f"the checkpoints of the run in {shown(folder)} are gone, and its log reaches step {logged}; put them back "
             "into checkpoints/, or start the run again with --overwrite."
         )
-
-
-def drop_lines_after(file: Path, step: int) -> None:
-    """Drop what was logged after the checkpoint that the run continues from, and any half-written line.
-
-    Raises:
-        LayerwiseError: the file cannot be read or written.
-    """
-    if kind_of(file) is None:
-        return
-    # The end is evaluated and logged anew.
-    kept = [line for line in read_lines(file) if line["step"] <= step and line["split"] != "test"]
-    write_atomically(file, "".join(f"{json.dumps(line)}\n" for line in kept))
 
 
 def grid_run_folder(label: str, what: str, part: str) -> str:

@@ -19,8 +19,8 @@ from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
 from layerwise.parallel.transport import DONE, FORWARD, PrefetchingChannel, ReceiveChannel, SendChannel
 from layerwise.runs.distributed import ParallelOptions, PartsRun, check_can_share
+from layerwise.runs.evaluation import mean_of, totals
 from layerwise.runs.options import TrainOptions
-from layerwise.runs.training import mean_of, totals
 
 
 def replicas_of_stages(ranks: Ranks, count: int) -> Replicas:

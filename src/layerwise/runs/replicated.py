@@ -11,8 +11,8 @@ from layerwise.errors import LayerwiseError
 from layerwise.parallel.ranks import Ranks, Refused
 from layerwise.parallel.replicas import Replicas
 from layerwise.runs.distributed import ParallelOptions, RankRun, check_can_share
+from layerwise.runs.evaluation import mean_of, totals
 from layerwise.runs.options import TrainOptions
-from layerwise.runs.training import mean_of, totals
 
 
 class DataRun(RankRun):
