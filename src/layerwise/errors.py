@@ -35,6 +35,15 @@ def suggestion(given: str, legal: Sequence[str]) -> str:
     return (f"did you mean {near[0]!r}? " if near else "") + "legal names: " + ", ".join(legal)
 
 
+def unknown(what: str, given: str, legal: Sequence[str]) -> LayerwiseError:
+    """The sentence about a name that nothing has.
+
+    >>> str(unknown("rule", "spl", ["sll", "backprop"]))
+    "unknown rule 'spl'; did you mean 'sll'? legal names: sll, backprop."
+    """
+    return LayerwiseError(f"unknown {what} {short(given)}; {suggestion(given, legal)}.")
+
+
 def short(value: Any) -> str:
     """A value as a sentence shows it, cut where it is long.
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from layerwise.errors import LayerwiseError, report, say, suggestion, traceback_wanted
+from layerwise.errors import LayerwiseError, report, say, traceback_wanted, unknown
 
 USAGE = """\
 layerwise: train deep networks without global backpropagation
@@ -42,7 +42,7 @@ COMMANDS = {
     "ls": "layerwise.cli.listing:ls_command",
     "describe": "layerwise.cli.listing:describe_command",
     "bench": "layerwise.cli.bench:bench_command",
-    "validate": "layerwise.measure.validate:validate_command",
+    "validate": "layerwise.cli.validate:validate_command",
 }
 """Where each command lives. It is imported when it is called, since most of them import torch."""
 
@@ -135,7 +135,7 @@ def _run(words: list[str]) -> int:
         return 0
     command, *rest = words
     if command not in COMMANDS:
-        raise LayerwiseError(f"unknown command {command!r}; {suggestion(command, list(COMMANDS))}.")
+        raise unknown("command", command, list(COMMANDS))
     from layerwise.memory.malloc import keep_freed_memory
 
     keep_freed_memory()

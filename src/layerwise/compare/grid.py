@@ -18,7 +18,8 @@ from layerwise.errors import LayerwiseError
 from layerwise.report.reading import read_correct
 from layerwise.report.summary import BASELINE, result_row
 from layerwise.runs.building import pick_device
-from layerwise.runs.folders import FREE, claimed, grid_run_folder
+from layerwise.runs.folders import FREE, claimed
+from layerwise.runs.layout import grid_run_folder
 from layerwise.runs.options import TrainOptions, model_name, to_mapping
 from layerwise.runs.progress import GridProgress
 

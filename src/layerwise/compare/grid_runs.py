@@ -12,10 +12,10 @@ from layerwise.compare.pool import Pool
 from layerwise.errors import LayerwiseError
 from layerwise.files import MissingFile
 from layerwise.report.reading import Failure, Result, read_record
-from layerwise.runs.checkpoint import write_atomically
 from layerwise.runs.folders import FREE, claimed
 from layerwise.runs.log import read_log
 from layerwise.runs.options import TrainOptions, to_mapping, to_words
+from layerwise.runs.writing import write_atomically
 
 FINAL = ("diverged",)
 """Kinds of failure that follow from options and seed: such a run is not repeated."""

@@ -11,8 +11,8 @@ from layerwise.errors import LayerwiseError
 from layerwise.files import MissingFile
 from layerwise.report.reading import CompareRecord, read_record
 from layerwise.report.summary import as_csv, summarise
-from layerwise.runs.checkpoint import write_atomically
 from layerwise.runs.environment import environment
+from layerwise.runs.writing import write_atomically
 
 
 def kept_plan(folder: Path, fixed: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -12,12 +12,10 @@ The two sides of the implication are the same inequality, so what is to be measu
 """
 
 import io
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,8 +28,7 @@ from layerwise.learner import Learner
 from layerwise.report.reading import read_metrics
 from layerwise.rules.sid import Direction, Distillation, divergences
 from layerwise.runs import building
-from layerwise.runs.folders import read_options
-from layerwise.runs.output import check_output, data_paths, write_output
+from layerwise.runs.output import write_output
 
 
 def alphas(alpha: float | tuple[float, ...], modules: int) -> list[float]:
@@ -334,33 +331,8 @@ def draw(modules: Sequence[dict[str, float]], file: Path) -> None:
     write_output(file, page.getvalue())
 
 
-@dataclass(frozen=True)
-class BeliefsOptions:
-    """The beliefs of a run of SID, module by module: descent, the bounds of its theory, early exit."""
-
-    split: Literal["test", "val", "train"] = "test"
-    """Which part of the run's data set."""
-    thresholds: tuple[float, ...] = (0.5, 0.9, 0.99)
-    """Probabilities at which to stop at a module."""
-    batch_size: int = 512
-    """Samples per batch."""
-    device: str = "auto"
-    """cpu | cuda | cuda:N | auto."""
-    json: str | None = None
-    """Also write all results to this file, with the history of the run."""
-    plot: str | None = None
-    """Draw entropy and divergence over depth to this file (.svg, .png, .pdf)."""
-
-
-def show_beliefs(folder: Path, options: BeliefsOptions) -> list[str]:
-    """`layerwise beliefs RUN`: prints the tables; returns notes that the user should see."""
-    for file in filter(None, (options.json, options.plot)):
-        check_output(Path(file), data_paths(read_options(folder).data))  # before the work
-    found, notes = report(folder, options.split, options.thresholds, options.batch_size, options.device)
-    if options.plot:
-        draw(found["modules"], Path(options.plot))
-    if options.json:
-        write_output(Path(options.json), json.dumps(found, indent=2) + "\n")
+def print_beliefs(found: dict[str, Any]) -> None:
+    """Print what `report` has measured, as tables."""
     print(f"{'module':>6}" + "".join(f"{name:>14}" for name in COLUMNS))
     for i, row in enumerate(found["modules"]):
         print(f"{i:>6}" + "".join(f"{row[name]:>14.4f}" if name in row else f"{'':>14}" for name in COLUMNS))
@@ -373,7 +345,6 @@ def show_beliefs(folder: Path, options: BeliefsOptions) -> list[str]:
             f"stopping at probability {row['threshold']:g}: accuracy {row['accuracy']:.4f} with "
             f"{row['modules_used']:.2f} of {len(found['modules']) - 1} modules"
         )
-    return notes
 
 
 COLUMNS = ("accuracy", "label_kl", "entropy", "consistency", "loss", "excess", "descent", "bound", "within_bound")

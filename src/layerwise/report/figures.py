@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerwise.runs.checkpoint import write_atomically
+from layerwise.runs.writing import write_atomically
 
 INK = "#010203"  # a placeholder for the colour of text until the SVG is written
 COLOURS = ("#3b8ee0", "#2da44e", "#e0702b", "#b08a00", "#a371f7", "#d6569f", "#1fa3a3", "#8c7361")

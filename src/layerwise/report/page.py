@@ -31,9 +31,9 @@ from layerwise.report.reading import (
     read_rows,
 )
 from layerwise.report.summary import COLUMNS, resolution_in_words, spread, table_rows
-from layerwise.runs.checkpoint import write_atomically
 from layerwise.runs.environment import in_words
-from layerwise.runs.folders import grid_run_folder
+from layerwise.runs.layout import grid_run_folder
+from layerwise.runs.writing import write_atomically
 
 LAYERS: dict[str, tuple[str, str, tuple[float, float] | None]] = {  # quantity: title, caption, limits of the colours
     "accuracy": (

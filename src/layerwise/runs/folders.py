@@ -5,7 +5,6 @@ import fcntl
 import itertools
 import json
 import os
-import re
 import shutil
 import socket
 import time
@@ -17,9 +16,10 @@ from typing import Any
 from layerwise.errors import LayerwiseError, short, why
 from layerwise.files import MissingFile, kind_of, read_text, shown
 from layerwise.records import read_json
-from layerwise.runs.checkpoint import write_atomically
+from layerwise.runs.layout import OPTIONS, check_run
 from layerwise.runs.log import read_log
 from layerwise.runs.options import TrainOptions, from_mapping, model_name, to_mapping
+from layerwise.runs.writing import write_atomically
 
 
 class Claim:
@@ -113,11 +113,9 @@ def read_options(folder: Path) -> TrainOptions:
     Raises:
         LayerwiseError: the folder holds no run, or its config.json is damaged or cannot be read.
     """
-    file = folder / "config.json"
-    try:
-        return from_mapping(read_json(file, Any, "start the run again"), shown(file))
-    except MissingFile as reason:
-        raise LayerwiseError(f"{shown(folder)} holds no run (no config.json); give the folder of a run.") from reason
+    check_run(folder)
+    file = folder / OPTIONS
+    return from_mapping(read_json(file, Any, "start the run again"), shown(file))
 
 
 FREE = (
@@ -146,7 +144,7 @@ def wanted_folder(options: TrainOptions) -> Path:
     return Path(options.out or f"{base}-{options.rule.name}-seed{options.seed}")
 
 
-BEGINNING = {"job", "job.partial", "config.json.partial"}
+BEGINNING = {"job", "job.partial", f"{OPTIONS}.partial"}
 """What a run that was killed at its very beginning leaves behind: nothing that anyone needs."""
 
 
@@ -201,7 +199,7 @@ def _is_vacant(folder: Path) -> bool:
 
 def _replaced(folder: Path, old: Claim) -> Claim:
     """A new folder in place of that of an old run, which is kept under another name until the new one has begun."""
-    if kind_of(folder / "config.json") != "file":
+    if kind_of(folder / OPTIONS) != "file":
         raise LayerwiseError(f"{shown(folder)} is not the folder of a run, so --overwrite does not delete it.")
     real = folder.resolve()
     if Path.cwd().is_relative_to(real):
@@ -294,13 +292,3 @@ def check_not_lost(folder: Path, save_every: int) -> None:
             f"the checkpoints of the run in {shown(folder)} are gone, and its log reaches step {logged}; put them back "
             "into checkpoints/, or start the run again with --overwrite."
         )
-
-
-def grid_run_folder(label: str, what: str, part: str) -> str:
-    """Folder of a run below that of its grid.
-
-    >>> grid_run_folder("sll:overlap=1", "seed 0", "runs")
-    'runs/sll-overlap=1/seed0'
-    """
-    rule = re.sub(r"[^\w.=+-]", "-", label)
-    return f"{part}/{rule}/{what.replace(' ', '')}"

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 from layerwise.errors import LayerwiseError, why
 from layerwise.files import MissingFile, kind_of, shown
 from layerwise.records import Count, DamagedRecord, convert, read_lines
-from layerwise.runs.checkpoint import write_atomically
+from layerwise.runs.writing import write_atomically
 
 FILE = "metrics.jsonl"
 ADVICE = "restore the file, or start the run again"

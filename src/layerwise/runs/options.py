@@ -12,7 +12,7 @@ from typing import Any, Literal
 from layerwise import models, rules
 from layerwise.core.ranges import TRAINING, check_ranges
 from layerwise.core.rule import Rule
-from layerwise.errors import LayerwiseError, short, suggestion, why
+from layerwise.errors import LayerwiseError, short, suggestion, unknown, why
 from layerwise.files import MissingFile, read_text, shown
 from layerwise.memory.offload import Where
 from layerwise.models import ModelOptions
@@ -228,7 +228,7 @@ def load_recipe(name: str) -> Recipe:
     elif name in recipe_names():
         text = files("layerwise.runs.recipes").joinpath(f"{name}.toml").read_text(encoding="utf-8")
     else:
-        raise LayerwiseError(f"unknown recipe {short(name)}; {suggestion(name, recipe_names())}.")
+        raise unknown("recipe", name, recipe_names())
     try:
         values = tomllib.loads(text)
     except (ValueError, RecursionError) as reason:

@@ -30,7 +30,6 @@ from layerwise.runs.building import (
     pick_device,
     split_batches,
 )
-from layerwise.runs.checkpoint import write_atomically
 from layerwise.runs.environment import device_name, machine
 from layerwise.runs.evaluation import correct, evaluate
 from layerwise.runs.folders import (
@@ -45,6 +44,7 @@ from layerwise.runs.folders import (
 from layerwise.runs.log import FILE, Log, by_epoch, open_log, summary_writer
 from layerwise.runs.options import TrainOptions, model_name, to_mapping
 from layerwise.runs.progress import Progress
+from layerwise.runs.writing import write_atomically
 
 PREPARE = 2048  # training samples that a rule may look at before the first step
 OF_THE_FOLDER = ("out", "overwrite", "offload_folder")  # options that say where a run lies, not what it is

@@ -21,7 +21,7 @@ import torch
 
 from layerwise.core.cost import operations
 from layerwise.core.cutting import partition
-from layerwise.errors import LayerwiseError, suggestion
+from layerwise.errors import LayerwiseError, unknown
 from layerwise.measure.bench_problem import Problem, batch_of, network_of, parse_problem, write_figures
 from layerwise.parallel.replicas import check_shares
 from layerwise.processes import cores
@@ -110,7 +110,7 @@ def check(options: ScalingOptions, blocks: int) -> None:
         )
     for way in options.ways:
         if way not in WAYS:
-            raise LayerwiseError(f"unknown way {way!r}; {suggestion(way, list(WAYS))}.")
+            raise unknown("way", way, WAYS)
     if "rule" not in options.ways:
         raise LayerwiseError("the ways must hold rule, as what every other one is compared with.")
     most = max(options.counts())
