@@ -60,7 +60,7 @@ class DataRun(RankRun):
         return f"{super()._title()} · {self.ranks.count} replicas"
 
     def _step(self, x: Tensor, y: Tensor) -> Any:
-        agreed = self.replicas.largest(self._signum)
+        agreed = self.replicas.largest(self._signals.received)
         metrics = super()._step(x, y)
         if self.learner.steps == 1 and self.flops is not None:
             self.flops *= self.ranks.count

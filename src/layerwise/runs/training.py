@@ -41,6 +41,7 @@ from layerwise.runs.folders import (
     read_options,
     undo_replacement,
 )
+from layerwise.runs.interrupt import Interrupted, Signals
 from layerwise.runs.log import FILE, Log, by_epoch, open_log, summary_writer
 from layerwise.runs.options import TrainOptions, model_name, to_mapping
 from layerwise.runs.progress import Progress
@@ -48,18 +49,6 @@ from layerwise.runs.writing import write_atomically
 
 PREPARE = 2048  # training samples that a rule may look at before the first step
 OF_THE_FOLDER = ("out", "overwrite", "offload_folder")  # options that say where a run lies, not what it is
-
-
-class Interrupted(Exception):
-    """The run was asked to stop; everything is saved.
-
-    Attributes:
-        signum: number of the signal.
-    """
-
-    def __init__(self, signum: int, sentence: str):
-        super().__init__(sentence)
-        self.signum = signum
 
 
 class Run:
@@ -120,7 +109,7 @@ class Run:
             )
         if options.tensorboard:
             summary_writer()
-        self._signum = 0
+        self._signals = Signals()
         self._claim: Claim | None = None
         self._resumed = resume is not None
         try:
@@ -184,7 +173,7 @@ class Run:
         options = self.options
         per_epoch = len(self.train_batches)
         save_every = options.save_every or per_epoch
-        with self._progress(per_epoch) as progress, self._signals(), self._logs() as log:
+        with self._progress(per_epoch) as progress, self._signals, self._logs() as log:
             started, saved = time.perf_counter(), self.seconds
             for x, y in self._batches(self.learner.steps):
                 metrics = self._step(x, y)
@@ -294,7 +283,7 @@ class Run:
 
     def _stop(self) -> int:
         """Number of the signal that ends the run after this step, or 0."""
-        return self._signum
+        return self._signals.received
 
     def _finish(self, log: Any) -> dict[str, Any]:
         test = self._evaluate(self.test_batches)
@@ -387,21 +376,3 @@ class Run:
         o = self.options
         title = f"{o.rule.name} · {model_name(o.model)} · {o.data} · seed {o.seed} · {self.folder}"
         return title + (f" · continues after step {self.learner.steps}" if self._resumed else "")
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM are remembered and answered at the end of the step; a second one acts at once."""
-        before: dict[int, Any] = {}
-
-        def remember(signum: int, frame: Any) -> None:
-            self._signum = signum
-            signal.signal(signum, before[signum])
-
-        with contextlib.suppress(ValueError):  # not in the main thread: signals are its business
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                before[signum] = signal.signal(signum, remember)
-        try:
-            yield
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
