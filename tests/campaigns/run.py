@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import layerwise  # noqa: E402
 from campaigns import faults, files, kills, words  # noqa: E402
 from layerwise.data import load  # noqa: E402
-from layerwise.runs.environment import commit, environment, in_words  # noqa: E402
+from layerwise.runs.environment import commit, environment, machine_in_words  # noqa: E402
 
 CAMPAIGNS = {
     "kills": (kills.run, 200, 14),
@@ -78,7 +78,7 @@ def write(found: list, seed: int) -> None:
     """The figures into the page; those of campaigns that did not run now stay."""
     file = ROOT / "tests" / "campaigns" / "figures.json"
     kept = json.loads(file.read_text()) if file.exists() else {}
-    machine = in_words(environment())
+    machine = machine_in_words(environment())
     for tally in found:
         kept[tally.name] = {
             "attempts": tally.attempts,
