@@ -77,7 +77,7 @@ def tell_torchrun(sentence: str) -> None:
             json.dump({"message": message}, report)
 
 
-def report(error: BaseException, silent: bool = False) -> int:
+def report_error(error: BaseException, silent: bool = False) -> int:
     """Say in one sentence what went wrong, here and in torchrun's report; with `--debug` the traceback before it.
 
     Args:

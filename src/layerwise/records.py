@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import msgspec
 
 from layerwise.errors import LayerwiseError, why
-from layerwise.files import read_text, shown
+from layerwise.files import UnreadableFile, read_text, shown
 
 LIMIT = 2**28
 """Bytes of the largest record that is read."""
@@ -38,11 +38,11 @@ def read_json(file: Path, kind: Any, advice: str, inside: Path | None = None) ->
 
     Raises:
         MissingFile: there is no such file.
-        DamagedRecord: the file is not JSON, gives a name twice, is nested too deeply, or a field has another type.
+        DamagedRecord: the file is not UTF-8 or not JSON, gives a name twice, is nested too deeply, or a field has
+            another type.
         LayerwiseError: the file cannot be read.
     """
-    text = read_text(file, advice, inside, LIMIT)
-    return convert(parse_json(text, shown(file), advice), kind, shown(file), advice)
+    return convert(parse_json(_text(file, advice, inside), shown(file), advice), kind, shown(file), advice)
 
 
 def read_lines(file: Path, kind: Any, advice: str, inside: Path | None = None, torn: bool = False) -> list[Any]:
@@ -61,7 +61,7 @@ def read_lines(file: Path, kind: Any, advice: str, inside: Path | None = None, t
         LayerwiseError: the file cannot be read.
     """
     found = []
-    for number, line in enumerate(read_text(file, advice, inside, LIMIT).splitlines(), 1):
+    for number, line in enumerate(_text(file, advice, inside).splitlines(), 1):
         name = f"line {number} of {shown(file)}"
         try:
             found.append(convert(parse_json(line, name, advice), kind, name, advice))
@@ -104,6 +104,15 @@ def convert(value: Any, kind: Any, name: str, advice: str) -> Any:
 def damaged(name: str, reason: str, advice: str) -> DamagedRecord:
     """The sentence about a record that is not what this program writes."""
     return DamagedRecord(f"{name} is damaged ({' '.join(reason.split())[:300]}); {advice}.")
+
+
+def _text(file: Path, advice: str, inside: Path | None) -> str:
+    try:
+        return read_text(file, advice, inside, LIMIT)
+    except UnreadableFile as reason:
+        if isinstance(reason.__cause__, UnicodeDecodeError):
+            raise damaged(shown(file), "it is not UTF-8 text", advice) from reason
+        raise
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -23,13 +23,13 @@ def compare_command(argv: list[str]) -> int:
     check_names("rule", (name for label in labels if (name := label.partition(":")[0]) not in ("", "all")))
     from layerwise.compare.grid import CompareOptions, Grid
     from layerwise.report.page import write_report
-    from layerwise.report.summary import resolution_in_words, table
+    from layerwise.report.summary import resolution_in_words, summary_table
     from layerwise.runs.arguments import train_options
 
     options = train_options(argv, "compare", base=CompareOptions, hidden=("rule", "seed", "overwrite", "save_every"))
     grid = Grid(options, shlex.join(["layerwise", "compare", *argv]))
     summary = grid.run()
-    print(table(summary["rules"]))
+    print(summary_table(summary["rules"]))
     if (note := resolution_in_words(summary["rules"])) is not None:
         print(note)
     print(f"files: {grid.folder}")

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from layerwise.errors import LayerwiseError, report, say, traceback_wanted, unknown
+from layerwise.errors import LayerwiseError, report_error, say, traceback_wanted, unknown
 
 USAGE = """\
 layerwise: train deep networks without global backpropagation
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = error.__cause__
         if isinstance(reason, BrokenPipeError):  # the reader has gone, for example `| head`
             return 0
-        return report(LayerwiseError(f"cannot print ({getattr(reason, 'strerror', reason)})."))
+        return report_error(LayerwiseError(f"cannot print ({getattr(reason, 'strerror', reason)})."))
     except KeyboardInterrupt:
         say("stopped.")
         return 128 + signal.SIGINT
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("stopped.")
         return 128 + signal.SIGTERM
     except Exception as error:
-        return report(error)
+        return report_error(error)
 
 
 def _run(words: list[str]) -> int:

@@ -24,8 +24,9 @@ def train_command(argv: list[str]) -> int:
     from layerwise.runs import distributed, pipelined, replicated
     from layerwise.runs.arguments import train_options
     from layerwise.runs.folders import read_options
+    from layerwise.runs.interrupt import Interrupted
     from layerwise.runs.options import TrainOptions
-    from layerwise.runs.training import Interrupted, Run
+    from layerwise.runs.training import Run
 
     if resume is not None:
         given = {f.name: take_option(words, f.name) for f in fields(distributed.ParallelOptions)}

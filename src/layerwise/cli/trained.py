@@ -76,14 +76,14 @@ def beliefs_command(argv: list[str]) -> int:
     """`layerwise beliefs RUN`: print what SID's theory predicts beside what is measured."""
     folder, rest = _run(argv, "beliefs", BeliefsOptions)
     options = parse(BeliefsOptions, rest, "beliefs")
-    from layerwise.measure.beliefs import draw, print_beliefs, report
+    from layerwise.measure.beliefs import beliefs_of_run, draw, print_beliefs
     from layerwise.runs.folders import read_options
     from layerwise.runs.output import check_output, data_paths, write_output
 
     inputs = data_paths(read_options(folder).data)
     for file in filter(None, (options.json, options.plot)):
         check_output(Path(file), inputs)  # before the work
-    found, notes = report(folder, options.split, options.thresholds, options.batch_size, options.device)
+    found, notes = beliefs_of_run(folder, options.split, options.thresholds, options.batch_size, options.device)
     if options.plot:
         draw(found["modules"], Path(options.plot))
     if options.json:

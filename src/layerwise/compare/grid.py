@@ -214,7 +214,7 @@ class Grid:
             begun=lambda run: progress.begun(
                 run.name, self._cost(run), lambda: min(1.0, run.last_step() / steps[run.name])
             ),
-            ended=lambda run: progress.ended(run.name, in_words(run)),
+            ended=lambda run: progress.ended(run.name, outcome_of(run)),
         )
 
     def _steps(self, run: GridRun) -> int:
@@ -263,7 +263,7 @@ def _gone_if_empty(file: Path) -> Iterator[None]:
             file.unlink()
 
 
-def in_words(run: GridRun) -> str:
+def outcome_of(run: GridRun) -> str:
     """The outcome of a run in one line."""
     found = run.result
     if found is None:

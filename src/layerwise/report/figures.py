@@ -189,10 +189,10 @@ def shares(axes: Any, rows: Mapping[str, Mapping[str, float]], x: str) -> None:
     _finish(axes, x, "", grid="x")
 
 
-def short(value: float) -> str:
+def three_digits(value: float) -> str:
     """Three digits, without an exponent where none is needed.
 
-    >>> short(0.98765), short(97.54), short(0.0)
+    >>> three_digits(0.98765), three_digits(97.54), three_digits(0.0)
     ('0.988', '97.5', '0')
     """
     return f"{value:.3g}"

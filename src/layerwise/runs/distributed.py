@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from layerwise.errors import LayerwiseError, report, say
+from layerwise.errors import LayerwiseError, report_error, say
 from layerwise.models import GraphModelOptions
 from layerwise.parallel.ranks import Ranks, Refused, guarded
 from layerwise.parallel.rendezvous import NoAnswer
@@ -22,10 +22,11 @@ from layerwise.runs import checkpoint, distributed_checkpoint
 from layerwise.runs.agreement import facts_of_checkpoint, facts_of_data, facts_of_options
 from layerwise.runs.building import pick_device
 from layerwise.runs.folders import folder_of_restarted, mark
+from layerwise.runs.interrupt import Interrupted
 from layerwise.runs.log import Log
 from layerwise.runs.options import TrainOptions, model_name
 from layerwise.runs.progress import Progress
-from layerwise.runs.training import Interrupted, Run
+from layerwise.runs.training import Run
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def train_rank(
         ranks = Ranks(launch.timeout, pick_own_device(options.device))
     except LayerwiseError as error:
         if isinstance(error.__cause__, NoAnswer):
-            _leave(report(error))
+            _leave(report_error(error))
         raise
 
     def work() -> int:
@@ -216,7 +217,7 @@ def train_rank(
         say("stopped.")
         code = 128 + signal.SIGINT
     except Exception as error:
-        code = report(error, silent=isinstance(error, Refused) and error.teller not in (None, ranks.rank))
+        code = report_error(error, silent=isinstance(error, Refused) and error.teller not in (None, ranks.rank))
     return _leave(code)
 
 

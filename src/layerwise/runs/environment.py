@@ -80,7 +80,7 @@ def environment() -> dict[str, Any]:
     return machine() | {"packages": dict(sorted(packages.items(), key=lambda item: item[0].lower()))}
 
 
-def in_words(found: dict[str, Any]) -> str:
+def machine_in_words(found: dict[str, Any]) -> str:
     """The machine and the main versions in one line.
 
     The vector instructions are there where they were recorded: they may decide the last bits, and a name hides them.
