@@ -117,12 +117,21 @@ def explained(error: BaseException) -> str:
         return f"could not write{file or ' a file'} ({error.strerror}); free some space and start the command again."
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"cannot use {error.filename} ({error.strerror}); correct the path or its permissions."
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in first:
+    if is_out_of_memory(error):
         return f"out of memory{f' ({first})' if first else ''}; use smaller batches or a smaller model."
     kind = type(error).__name__
     return (
         f"unexpected {kind}{f': {first}' if first else ''} ({_place(error)}); please report it, with the command and "
         "what it prints when --debug is added."
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory has run out, of the host or of an accelerator; torch says so on the host by its words only."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
     )
 
 
