@@ -2,7 +2,7 @@
 
 import os
 
-from layerwise.errors import LayerwiseError, suggestion
+from layerwise.errors import unknown
 
 HUB = {
     "mnist": "ylecun/mnist",
@@ -49,7 +49,7 @@ def describe(name: str) -> str:
     for known, text in DESCRIPTIONS.items():
         if name == known or known.startswith(prefix):
             return text
-    raise unknown(name)
+    raise unknown("data set", name, names())
 
 
 def is_table(name: str) -> bool:
@@ -68,8 +68,3 @@ def plain_name(name: str | os.PathLike[str]) -> str:
     except TypeError:
         name = repr(name)
     return name if isinstance(name, str) else os.fsdecode(name)
-
-
-def unknown(name: str) -> LayerwiseError:
-    """The sentence about a name that no data set has."""
-    return LayerwiseError(f"unknown data set {name!r}; {suggestion(name, list(DESCRIPTIONS))}.")

@@ -22,9 +22,9 @@ from layerwise.memory.offload import Where
 from layerwise.parsing import parse
 from layerwise.report.page import write_report
 from layerwise.runs.building import pick_device
-from layerwise.runs.checkpoint import write_atomically
 from layerwise.runs.environment import environment
 from layerwise.runs.output import check_output, write_output
+from layerwise.runs.writing import write_atomically
 
 CLASSES = 10
 CPU = torch.device("cpu")

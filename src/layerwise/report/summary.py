@@ -275,7 +275,7 @@ def table_rows(summary: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
     return rows
 
 
-def table(summary: dict[str, dict[str, Any]]) -> str:
+def summary_table(summary: dict[str, dict[str, Any]]) -> str:
     """The table in aligned columns."""
     rows = [COLUMNS, *table_rows(summary)]
     widths = [max(len(row[i]) for row in rows if row[3] or i < 2) for i in range(len(COLUMNS))]
