@@ -18,7 +18,7 @@ from layerwise.core.pieces import HasTrunk, has_trunk
 from layerwise.core.progress import Accumulation, Trace, WaitingTrunk
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.rule import BlockContext, Rule, Signal
-from layerwise.core.tasks import Classification
+from layerwise.core.tasks import Task
 from layerwise.core.trees import all_finite, mapped
 from layerwise.errors import LayerwiseError
 
@@ -90,7 +90,7 @@ class Engine:
     def __init__(
         self,
         rule: Rule,
-        task: Classification,
+        task: Task,
         execution: Execution,
         resident: Callable[[Sequence[Unit]], AbstractContextManager[None]] = nullcontext,
     ):
@@ -151,7 +151,7 @@ class Engine:
             if own:
                 passed_on = h, message
                 if signal.metrics:
-                    trace.add(unit.site.name, detach(signal.metrics), share)
+                    trace.add(unit.site.name, detach(signal.metrics), signal.statistics, share)
         return signals, *passed_on
 
     def step(
@@ -276,6 +276,9 @@ class Engine:
             whole.add(part, passed_on)
             losses.append(loss)
         h_out, message_out = whole.tree
+        for name in [unit.site.name for unit in group.units if self.execution.micro > 1]:
+            if name in trace.statistics:  # metrics that are no means over the parts
+                trace.metrics[name] |= self.task.measures(trace.statistics[name])
         scale = group.scaler.get_scale() if trunk is not None else 1.0  # the step below may change it
         if group.learns:
             self._learn(group, h, torch.stack(losses).sum(), step, trace)
