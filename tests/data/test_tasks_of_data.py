@@ -60,10 +60,13 @@ def test_several_labels_are_zeros_and_ones(tmp_path):
 
 def test_images_in_parquet_have_numbers_as_labels(tmp_path):
     images, path = noise(20), tmp_path / "a.parquet"
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    cells = pa.array([{"bytes": png(image), "path": None} for image in images], kind)
-    numbers = {"age": pa.array([20.5 + i for i in range(20)]), "left": pa.array([i % 2 for i in range(20)])}
-    columns = {"image": cells, **numbers}
+    form = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    cells = pa.array([{"bytes": png(image), "path": None} for image in images], form)
+    columns = {
+        "image": cells,
+        "age": pa.array([20.5 + i for i in range(20)]),
+        "left": pa.array([i % 2 for i in range(20)]),
+    }
     pq.write_table(pa.table(columns), path)
     found = load(f"parquet:{path}", task="regression", targets=("age",), val_fraction=0)
     assert found.classes == ("age",) and found.train.labels.shape == (16, 1)

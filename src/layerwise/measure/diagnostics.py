@@ -24,7 +24,7 @@ from layerwise.core.tasks import UNLABELLED
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
 from layerwise.runs.building import load_data, load_run
-from layerwise.runs.checkpoint import write_atomically
+from layerwise.runs.writing import write_atomically
 
 SAMPLES = 1024
 """The largest number of samples of each split that are measured."""

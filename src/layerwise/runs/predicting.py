@@ -28,8 +28,8 @@ def predictions(folder: Path, given: Path, device: str = "auto") -> tuple[str | 
     """CSV with what is predicted for every input, and what the user should know of the run.
 
     The columns after `input` are `class` and its `probability`; or each target, in its own units, and under the
-    gaussian loss its standard deviation; or the `labels` that hold and the probability of each. With a class per pixel
-    it is a `.npy` array instead, uint8 `(N, H, W)`, in the order of the inputs.
+    gaussian loss its standard deviation; or the `labels` that hold and the probability of each. With a class per
+    pixel it is a `.npy` array instead, uint8 `(N, H, W)`, in the order of the inputs.
 
     What is read becomes numbers by the very functions that a training run uses.
 
