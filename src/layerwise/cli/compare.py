@@ -22,6 +22,7 @@ def compare_command(argv: list[str]) -> int:
     labels = [part for word in values(argv, "rules") for part in word.split(",")]
     check_names("rule", (name for label in labels if (name := label.partition(":")[0]) not in ("", "all")))
     from layerwise.compare.grid import CompareOptions, Grid
+    from layerwise.core.tasks import metric_of
     from layerwise.report.page import write_report
     from layerwise.report.summary import resolution_in_words, summary_table
     from layerwise.runs.arguments import train_options
@@ -29,7 +30,7 @@ def compare_command(argv: list[str]) -> int:
     options = train_options(argv, "compare", base=CompareOptions, hidden=("rule", "seed", "overwrite", "save_every"))
     grid = Grid(options, shlex.join(["layerwise", "compare", *argv]))
     summary = grid.run()
-    print(summary_table(summary["rules"]))
+    print(summary_table(summary["rules"], metric_of(options.task)))
     if (note := resolution_in_words(summary["rules"])) is not None:
         print(note)
     print(f"files: {grid.folder}")

@@ -18,7 +18,7 @@ usage: layerwise COMMAND [OPTIONS]
   train                 train a network (default: SLL on digits)
   compare               train several rules over several seeds, and write one report
   report DIR            draw the report of a comparison or a benchmark again
-  eval RUN              measure the accuracy of a trained run on the test split, block by block
+  eval RUN              measure a trained run on the test split, block by block
   beliefs RUN           measure what SID's theory predicts, module by module; early exit
   predict RUN INPUT     predict the classes of images, or of the rows of a table, as CSV
   export RUN FILE       write the trained weights as one safetensors file, for your own model class

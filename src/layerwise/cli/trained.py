@@ -17,7 +17,7 @@ from layerwise.runs.layout import check_run
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """Measure accuracy and loss of a trained run, block by block."""
+    """Measure the task's metrics and the loss of a trained run, block by block."""
 
     split: Literal["test", "val", "train"] = "test"
     """Which part of the run's data set."""
@@ -95,9 +95,10 @@ def beliefs_command(argv: list[str]) -> int:
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """Predict the classes of images with a trained run: an image file, a folder, or a .npy array (N, C, H, W).
+    """Predict the labels of images with a trained run: an image file, a folder, or a .npy array (N, C, H, W).
 
-    The output is CSV: input, class, probability.
+    The output is CSV: input, class, probability; or a column per target or label, as the run's task has them. A class
+    per pixel goes into an array, --out FILE.npy.
     """
 
     out: str | None = None
@@ -107,7 +108,7 @@ class PredictOptions:
 
 
 def predict_command(argv: list[str]) -> int:
-    """`layerwise predict RUN INPUT`: print or write class and probability of every input."""
+    """`layerwise predict RUN INPUT`: print or write what is predicted for every input."""
     folder, rest = _run(argv, "predict", PredictOptions)
     given, rest = _positional(rest, "predict", PredictOptions, "INPUT")
     options = parse(PredictOptions, rest, "predict")
@@ -118,12 +119,14 @@ def predict_command(argv: list[str]) -> int:
     inputs = [Path(given), *data_paths(read_options(folder).data)]
     if options.out:
         check_output(Path(options.out), inputs)  # before the work
+    if not options.out and read_options(folder).task == "segmentation":
+        raise LayerwiseError("a class per pixel does not go into CSV; write an array with --out FILE.npy.")
     text, notes = predictions(folder, Path(given), options.device)
     _tell(notes)
     if options.out:
         write_output(Path(options.out), text, inputs)
     else:
-        print(text, end="")
+        print(str(text), end="")
     return 0
 
 

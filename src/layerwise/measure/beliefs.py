@@ -23,7 +23,7 @@ from torch import Tensor
 
 from layerwise import data
 from layerwise.core.rule import Site, by_depth
-from layerwise.core.tasks import Classification
+from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
 from layerwise.report.reading import read_metrics
@@ -212,7 +212,7 @@ def measure(
 
 
 def quantities(
-    beliefs: Tensor, y: Tensor, task: Classification, weights: Sequence[float], direction: Direction
+    beliefs: Tensor, y: Tensor, task: Task, weights: Sequence[float], direction: Direction
 ) -> dict[str, Tensor]:
     """What `measure` averages: `(L + 1, B)` for every belief, `(L, B)` for every module.
 
@@ -275,6 +275,8 @@ def beliefs_of_run(
             f"the run in {folder} was trained with rule {learner.rule.name!r}, which refines no belief; give a run of "
             "sid or sid_cascade."
         )
+    if options.task != "classification":
+        raise LayerwiseError(f"SID's theory is about beliefs over classes, and the run's task is {options.task}.")
     batches = building.split_in_order(run, split, batch_size, folder)
     found = measure(learner, batches, thresholds)
     count = len(found["modules"]) - 1

@@ -9,11 +9,13 @@ import io
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired, TypedDict, TypeVar
+from typing import Annotated, Any, Literal, NotRequired, TypedDict, TypeVar, get_args
 
 import msgspec
 import numpy as np
 
+from layerwise.core.tasks import Metric, metric_of
+from layerwise.data.numbers import DataTask
 from layerwise.files import MissingFile, read_bytes, read_text, shown
 from layerwise.records import LIMIT, Count, convert, damaged, read_json, read_lines
 from layerwise.runs.log import LogLine
@@ -35,8 +37,15 @@ class Result(TypedDict):
 
     epochs: Finite
     steps: Count
-    test_accuracy: Share
-    val_accuracy: Share | None
+    metric: NotRequired[Name]
+    test_accuracy: NotRequired[Share]
+    val_accuracy: NotRequired[Share | None]
+    test_f1: NotRequired[Share]
+    val_f1: NotRequired[Share | None]
+    test_miou: NotRequired[Share]
+    val_miou: NotRequired[Share | None]
+    test_rmse: NotRequired[Finite]
+    val_rmse: NotRequired[Finite | None]
     test_loss: float
     val_loss: float | None
     parameters: Count
@@ -124,7 +133,10 @@ class RuleSummary(TypedDict):
     failed: list[FailedRun]
     lr: Finite | None
     weight_decay: Finite | None
-    test_accuracy: Spread | None
+    test_accuracy: NotRequired[Spread | None]
+    test_f1: NotRequired[Spread | None]
+    test_miou: NotRequired[Spread | None]
+    test_rmse: NotRequired[Spread | None]
     train_seconds: Spread | None
     peak_mib: Spread | None
     activations_gradients_mib: Spread | None
@@ -135,6 +147,7 @@ class RuleSummary(TypedDict):
 class Summary(TypedDict):
     """The fields of `summary.json`."""
 
+    metric: NotRequired[Name]
     rules: dict[Name, RuleSummary]
 
 
@@ -247,6 +260,34 @@ def read_record(folder: Path, name: str, kind: type[T]) -> T:
     """
     value = printable(read_json(folder / name, Any, ADVICE, inside=folder))
     return convert(value, kind, shown(folder / name), ADVICE)
+
+
+def metric_named(name: str, file: Path) -> Metric:
+    """A metric by its name, out of those that runs are compared by.
+
+    Raises:
+        LayerwiseError: there is none of that name.
+    """
+    known = {metric.name: metric for metric in map(metric_of, get_args(DataTask))}
+    if name not in known:
+        raise damaged(shown(file), f"there is no metric {name[:40]!r}", ADVICE)
+    return known[name]
+
+
+def read_result(folder: Path, name: str) -> dict[str, Any]:
+    """The fields of a run's `result.json`, with its metric on the test and the validation split.
+
+    Raises:
+        MissingFile: there is no such file.
+        LayerwiseError: a file that cannot be read, or is not what its writer writes.
+    """
+    found: dict[str, Any] = dict(read_record(folder, name, Result))
+    found.setdefault("metric", "accuracy")
+    metric = metric_named(found["metric"], folder / name).name
+    for part in ("test", "val"):
+        if f"{part}_{metric}" not in found:
+            raise damaged(shown(folder / name), f"it has no {part}_{metric}", ADVICE)
+    return found
 
 
 def read_metrics(folder: Path, name: str) -> list[dict[str, Any]]:

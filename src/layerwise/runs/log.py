@@ -107,20 +107,21 @@ def drop_lines_after(file: Path, step: int) -> None:
     write_atomically(file, "".join(f"{json.dumps(line)}\n" for line in kept))
 
 
-def by_epoch(log: Path, per_epoch: int) -> dict[str, list[float | None]]:
-    """Accuracy of the head epoch by epoch, out of `metrics.jsonl`.
+def by_epoch(log: Path, per_epoch: int, metric: str = "accuracy") -> dict[str, list[float | None]]:
+    """Accuracy, or another metric, of the head epoch by epoch, out of `metrics.jsonl`.
 
     Args:
         log: the file.
         per_epoch: steps of an epoch; a part of an epoch at the end counts as one.
+        metric: name of the metric.
 
     Returns:
         `"train"`, the mean over the batches that were logged in each epoch, and `"val"`, empty without validation.
     """
     found: dict[str, dict[int, list[float]]] = {"train": {}, "val": {}}
     for row in read_log(log):
-        if row["split"] in found and "head/accuracy" in row:
-            found[row["split"]].setdefault((row["step"] - 1) // per_epoch, []).append(row["head/accuracy"])
+        if row["split"] in found and f"head/{metric}" in row:
+            found[row["split"]].setdefault((row["step"] - 1) // per_epoch, []).append(row[f"head/{metric}"])
     return {
         split: [sum(epochs[i]) / len(epochs[i]) if i in epochs else None for i in range(max(epochs, default=-1) + 1)]
         for split, epochs in found.items()

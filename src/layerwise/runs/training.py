@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from layerwise import data
+from layerwise.core.tasks import metric_of
 from layerwise.errors import LayerwiseError
 from layerwise.files import kind_of, shown
 from layerwise.memory.flops import FlopMeter
@@ -261,7 +262,7 @@ class Run:
         return pick_device(self.options.device)
 
     def _progress(self, per_epoch: int) -> Progress:
-        return Progress(self.total, per_epoch, self._title())
+        return Progress(self.total, per_epoch, self._title(), metric=metric_of(self.options.task))
 
     def _logs(self) -> AbstractContextManager[Log]:
         return open_log(self.folder, self.learner.steps, self.options.tensorboard)
@@ -289,6 +290,7 @@ class Run:
         test = self._evaluate(self.test_batches)
         log({"step": self.total, "split": "test", **test})
         memory = self.memory.mib() if self.memory else {}
+        name = metric_of(self.options.task).name
         result = {
             "rule": self.options.rule.name,
             "model": model_name(self.options.model),
@@ -298,11 +300,13 @@ class Run:
             "seed": self.options.seed,
             "epochs": self.total / len(self.train_batches),
             "steps": self.total,
-            "test_accuracy": test["head/accuracy"],
-            "val_accuracy": self.last_val.get("head/accuracy"),
+            "task": self.options.task,
+            "metric": name,
+            f"test_{name}": test[f"head/{name}"],
+            f"val_{name}": self.last_val.get(f"head/{name}"),
             "test_loss": test["head/loss"],
             "val_loss": self.last_val.get("head/loss"),
-            "blocks": {k.removesuffix("/accuracy"): v for k, v in test.items() if k.endswith("/accuracy")},
+            "blocks": {k.removesuffix(f"/{name}"): v for k, v in test.items() if k.endswith(f"/{name}")},
             "train_seconds": self.seconds,
             "samples_per_second": self.samples / self.seconds,
             "memory_mib": memory,
@@ -314,13 +318,13 @@ class Run:
             "threads": torch.get_num_threads(),
             "command": self.command,
             "notes": self.notes,
-            "by_epoch": by_epoch(self.folder / FILE, len(self.train_batches)),
+            "by_epoch": by_epoch(self.folder / FILE, len(self.train_batches), name),
             "test": test,
             "machines": self.machines,
             "options": {k: v for k, v in to_mapping(self.options).items() if k not in OF_THE_FOLDER},
         }
         checkpoint.write_tensors(self.folder / "model.safetensors", self._weights())
-        if self._alone:
+        if self._alone and self.options.task == "classification":
             write_atomically(self.folder / "test_correct.npy", correct(self.learner, self.test_batches))
         write_atomically(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
         return result
