@@ -99,6 +99,7 @@ class CallPartition(Partition):
             _stops=[(name, known[name], readers[name]) for name in cuts],
             _pass=None,
             _severs=None,
+            _devices=devices_of(self.model.parameters()),
         )
         self.training = model.training
         self._own({})
@@ -111,6 +112,8 @@ class CallPartition(Partition):
     asked_by: str
     _stops: list[tuple[str, nn.Module, Callable[[Any], Tensor]]]
     _pass: Pass | None
+    _devices: tuple[str, ...]
+    """Device types whose autocast a pass looks after."""
     _severs: bool | None
     """Whether passes have to keep blocks from the graphs of earlier ones; None until a training pass has shown it."""
 
@@ -126,8 +129,7 @@ class CallPartition(Partition):
         Args:
             sever: whether blocks are kept from the graphs of earlier ones, where that is needed.
         """
-        devices = devices_of(dict(self.model.named_parameters()))
-        opened = Pass(self._stops, self.forward, devices, sever=sever and self._severs is not False)
+        opened = Pass(self._stops, self.forward, self._devices, sever=sever and self._severs is not False)
         self.__dict__["_pass"] = opened
         try:
             yield
@@ -170,6 +172,7 @@ class CallPartition(Partition):
             LayerwiseError: the model does not take the batch, or a cut is not called, or not once, or out of order.
         """
         batch = [(place, t) for place, t in _places(x) if isinstance(t, Tensor)]
+        self.__dict__["_devices"] = devices_of([*self.model.parameters(), *(t for _, t in batch)])
         uses, layouts = Uses(self._one_name_each(), batch), Layouts()
         declared = self.layout if isinstance(self.layout, Mapping) else {}
         common = self.layout if isinstance(self.layout, str) else None

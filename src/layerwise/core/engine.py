@@ -37,8 +37,15 @@ class Alone:
 
     def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Norm of the averaged gradients."""
-        grads = [p.grad for p in parameters if p.grad is not None]
-        return nn.utils.get_total_norm([g.coalesce().values() if g.is_sparse else g for g in grads])
+        return nn.utils.get_total_norm(_gradients(parameters))
+
+    def sum(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Sum over all averaged gradients, which is finite where they all are and costs a fraction of the norm."""
+        grads = _gradients(parameters)
+        if not grads:
+            return torch.zeros(())
+        wide = [g.sum(dtype=torch.promote_types(g.dtype, torch.float32)).to(grads[0].device) for g in grads]
+        return torch.stack(wide).sum()
 
     def reduce(
         self, parameters: Sequence[nn.Parameter], running: Sequence[Tensor], loss: Tensor
@@ -64,6 +71,11 @@ class Execution:
     nonfinite: Literal["raise", "skip"] = "raise"
     seed: int = 0
     replicas: Alone = field(default_factory=Alone)
+
+
+def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return [g.coalesce().values() if g.is_sparse else g for g in grads]
 
 
 def detach(tree: Any) -> Any:
@@ -352,7 +364,8 @@ class Engine:
         if not group.checked and all(unit.block.ran for unit in group.units):
             group.checked = True
             self._check_reached(group, {id(p) for p in wanted if p.grad is not None}, bool(losses or roots))
-        return torch.stack([loss.detach().float() for loss in losses or [torch.zeros(())]]).sum()
+        found = [loss.detach().float() for loss in losses] or [torch.zeros(())]
+        return found[0] if len(found) == 1 else torch.stack(found).sum()
 
     def _check_reached(self, group: Group, reached: set[int], signal: bool) -> None:
         """Refuse a block that its signal does not reach, and name single parameters that it does not reach.
@@ -391,7 +404,8 @@ class Engine:
             gradients = [p.grad for p in group.parameters if p.grad is not None]
             if gradients:
                 torch._foreach_div_(gradients, self.accumulation.weight)  # pyright: ignore[reportPrivateImportUsage]
-        norm = self.execution.replicas.norm(group.parameters)
+        clips, replicas = self.execution.clip is not None, self.execution.replicas
+        norm = replicas.norm(group.parameters) if clips else replicas.sum(group.parameters)
         if self._may_step(group, h, loss, norm, step, trace):
             if self.execution.clip is not None:
                 nn.utils.clip_grads_with_norm_(group.parameters, self.execution.clip, norm)
@@ -423,8 +437,8 @@ class Engine:
             ) from reason
 
     def _free(self, group: Group) -> None:
-        for optimizer in group.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        for parameter in group.parameters:  # those of its optimizers, whose own `zero_grad` takes longer
+            parameter.grad = None
 
     def _note_non_finite(self, group: Group, h: Tensor, loss: Tensor, step: int, trace: Trace) -> None:
         """Look at the loss of a batch of an update that is not due yet: a later batch is not to be blamed for it."""

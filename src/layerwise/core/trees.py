@@ -20,6 +20,10 @@ def mapped(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """
     if isinstance(tree, Tensor):
         return function(tree)
+    if tree is None:
+        return None
+    if type(tree) is dict and all(isinstance(value, Tensor) for value in tree.values()):  # what most trees are
+        return {name: function(value) for name, value in tree.items()}
     leaves, form = tree_flatten(tree)
     return tree_unflatten([_mapped_leaf(leaf, function) for leaf in leaves], form)
 
