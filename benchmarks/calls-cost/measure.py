@@ -95,8 +95,8 @@ def measure(width: int, rounds: int, warmup: int = 5) -> dict:
             steps[name](x, y)
             if i >= warmup:
                 seconds[name].append(time.process_time() - begun)
-    hand, *others = (torch.cat([p.detach().flatten() for p in model.parameters()]) for model in models.values())
-    apart = max(float((hand - other).abs().max() / hand.abs().max()) for other in others)
+    first, *others = (torch.cat([p.detach().flatten() for p in model.parameters()]) for model in models.values())
+    apart = max(float((first - other).abs().max() / first.abs().max()) for other in others)
     if apart > 1e-3:
         raise SystemExit(f"the contenders do not compute the same: their weights are {apart} apart")
     found: dict = {"width": width, "rounds": rounds, "apart": apart, "seconds": statistics.median(seconds["hand"])}

@@ -146,9 +146,8 @@ class Block:
         """By registry: names in the model, the module that holds each, and the name there."""
         modules = dict(self._model.named_modules())
         named = {"_parameters": self._model.named_parameters(), "_buffers": self._model.named_buffers()}
-        parted = {
-            kind: [(n, *n.rpartition(".")[::2]) for n, _ in all_ if n in self._names] for kind, all_ in named.items()
-        }
+        own = {kind: [name for name, _ in found if name in self._names] for kind, found in named.items()}
+        parted = {kind: [(name, *name.rpartition(".")[::2]) for name in names] for kind, names in own.items()}
         return {kind: [(name, modules[path], last) for name, path, last in found] for kind, found in parted.items()}
 
     def parameters(self) -> list[nn.Parameter]:
