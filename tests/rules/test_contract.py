@@ -19,8 +19,19 @@ RULES = rule_names()
 DATA = batches(3)
 X, Y = DATA[0]
 every_rule = pytest.mark.parametrize("rule", RULES)
+ON_ALL_MODELS = (
+    "sll",
+    "sid",
+    "local_ce",
+    "backprop",
+)  # the others have one in the fast suite, the rest in the slow one
 every_rule_and_model = pytest.mark.parametrize(
-    ("rule", "kind"), [(rule, kind) for rule in RULES for kind in kinds(rule)]
+    ("rule", "kind"),
+    [
+        pytest.param(rule, kind, marks=() if kind == kinds(rule)[0] or rule in ON_ALL_MODELS else pytest.mark.slow)
+        for rule in RULES
+        for kind in kinds(rule)
+    ],
 )
 
 
