@@ -1,4 +1,4 @@
-"""The gallery: every network under every rule; does it train, predict, stay flat, and is backpropagation the plain loop?
+"""The gallery: every network under every rule.
 
     python benchmarks/gallery/measure.py [--only gpt2,unet] [--rules sll,sid] [--out FOLDER]
 
@@ -39,10 +39,7 @@ STEPS = 20
 
 def learner_of(entry: Entry, rule: str, model: nn.Module, **options: Any) -> Learner:
     """The learner as a user would make it."""
-    from layerwise import rules
-
-    made = rules.create(rule, **entry.options.get(rule, {}))
-    return Learner(model, made, cuts=entry.cuts, task=entry.task, output=entry.output, **options)
+    return Learner(model, rule, cuts=entry.cuts, task=entry.task, output=entry.output, **options)
 
 
 def given(batch: Any) -> tuple[Any, Any]:

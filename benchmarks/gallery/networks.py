@@ -31,8 +31,6 @@ class Entry:
     output: Callable[[Any], Tensor] | None = None
     plain: Callable[[Any, Any], Tensor] = field(default=lambda model, batch: model(**batch).loss)
     """The loss of an ordinary loop: from model and batch."""
-    options: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Options of a rule by its name."""
 
 
 def logits_of(out: Any) -> Tensor:
@@ -62,12 +60,9 @@ def text() -> dict[str, Tensor]:
     return {"input_ids": tokens, "attention_mask": mask, "labels": tokens.masked_fill(mask == 0, -100)}
 
 
-PER_POSITION = {"sid": {"pool": "none"}}
-
-
 def language(model: nn.Module, **batch: Tensor) -> Entry:
     """A model of `transformers` for the next token."""
-    return Entry(model, text() | batch, task=LanguageModel(), output=logits_of, options=PER_POSITION)
+    return Entry(model, text() | batch, task=LanguageModel(), output=logits_of)
 
 
 def classifier(model: nn.Module, x: Tensor | None = None, **options: Any) -> Entry:
@@ -182,7 +177,7 @@ def t5(depth: int) -> Entry:
     )
     batch = text() | {"decoder_input_ids": ids(tokens=7), "labels": ids(tokens=7)}
     task = LanguageModel(shift=False)
-    return Entry(t.T5ForConditionalGeneration(config), batch, task=task, output=logits_of, options=PER_POSITION)
+    return Entry(t.T5ForConditionalGeneration(config), batch, task=task, output=logits_of)
 
 
 def whisper(depth: int) -> Entry:
@@ -211,7 +206,7 @@ def whisper(depth: int) -> Entry:
     )
     batch = {"input_features": torch.randn(SAMPLES, 8, 16), "decoder_input_ids": ids(tokens=7), "labels": ids(tokens=7)}
     task = LanguageModel(shift=False)
-    return Entry(t.WhisperForConditionalGeneration(config), batch, task=task, output=logits_of, options=PER_POSITION)
+    return Entry(t.WhisperForConditionalGeneration(config), batch, task=task, output=logits_of)
 
 
 # timm
@@ -368,7 +363,7 @@ def lstm(depth: int) -> Entry:
 
     tokens = ids()
     batch = {"input_ids": tokens, "labels": tokens}
-    return Entry(Recurrent(depth), batch, task=LanguageModel(), plain=plain, options=PER_POSITION)
+    return Entry(Recurrent(depth), batch, task=LanguageModel(), plain=plain)
 
 
 class Convolved(nn.Module):

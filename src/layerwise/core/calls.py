@@ -6,6 +6,7 @@ own affair; only the teaching tensor of each cut is handed to the engine and bac
 
 import fnmatch
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -392,18 +393,15 @@ def matching(model: nn.Module, cuts: Sequence[str] | str) -> list[str]:
 def automatic_cuts(model: nn.Module) -> list[str]:
     """The modules of the longest list of one class, and those of its other lists of that class or of the hinted ones.
 
+    Such a list is not looked into: a layer's experts are part of it. Only stages are, none of which is like another,
+    where the lists in them hold modules that are alike.
+
     >>> automatic_cuts(nn.ModuleDict({"layers": nn.ModuleList([nn.ReLU(), nn.ReLU()]), "head": nn.Linear(1, 1)}))
     ['layers.0', 'layers.1']
     """
-    lists: list[tuple[str, list[str], type]] = []
-    for path, module in model.named_modules():
-        children = list(module.named_children())
-        kinds = {type(child) for _, child in children}
-        inside = any(path.startswith(name + ".") for _, names, _ in lists for name in names)
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(children) > 1 and len(kinds) == 1 and not inside:
-            prefix = path + "." if path else ""
-            lists.append((path, [prefix + name for name, _ in children], kinds.pop()))
-    if not lists:
+    lists = _blocks(_lists("", model))
+    count = Counter(kind for _, members, kind in lists for _ in members)
+    if max(count.values(), default=0) < 2:
         raise LayerwiseError(
             f'{type(model).__name__} holds no list of modules of one class, so cuts="auto" finds nothing; name the '
             "modules to cut behind, such as cuts=[...] or a pattern."
@@ -411,9 +409,38 @@ def automatic_cuts(model: nn.Module) -> list[str]:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):  # labels are those of decoder positions
         lists = [found for found in lists if "decoder" in found[0].split(".")] or lists
     hinted = set(getattr(model, "_no_split_modules", None) or ())  # what the family calls its blocks
-    longest = max(lists, key=lambda found: len(found[1]))
+    longest = max(lists, key=lambda found: (len(found[1]), count[found[2]]))
     kinds = {longest[2]} | ({kind for _, _, kind in lists if kind.__name__ in hinted} if hinted else set())
-    return [name for _, names, kind in lists if kind in kinds for name in names]
+    return [name for _, members, kind in lists if kind in kinds for name in members]
+
+
+_List = tuple[str, dict[str, nn.Module], type]
+"""Its path, its modules by their paths, and their class."""
+
+
+def _lists(path: str, module: nn.Module) -> list[_List]:
+    """The outermost lists of modules of one class."""
+    members = {f"{path}.{name}" if path else name: child for name, child in module.named_children()}
+    kinds = {type(child) for child in members.values()}
+    if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(kinds) == 1:
+        return [(path, members, kinds.pop())]
+    return [found for name, child in members.items() for found in _lists(name, child)]
+
+
+def _blocks(lists: list[_List]) -> list[_List]:
+    """The lists, those of stages replaced by the lists of blocks in them."""
+    found = []
+    for path, members, kind in lists:
+        inner = [within for name, child in members.items() for within in _lists(name, child)]
+        staged = not _alike(lists, kind) and any(_alike(inner, within) for _, _, within in inner)
+        found += _blocks(inner) if staged else [(path, members, kind)]
+    return found
+
+
+def _alike(lists: list[_List], kind: type) -> bool:
+    """Whether two modules of this class have parameters of the same shapes."""
+    modules = [child for _, members, held in lists if held is kind for child in members.values()]
+    return len({tuple(p.shape for p in child.parameters()) for child in modules}) < len(modules)
 
 
 def _check_cuts(model: nn.Module, cuts: Sequence[str], known: Mapping[str, nn.Module]) -> None:
