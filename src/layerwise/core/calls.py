@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.core.blocks import Block, Partition, declared_layouts
+from layerwise.core.chains import check_model
 from layerwise.core.coroutine import Pass, devices_of, reading
 from layerwise.core.crossing import Crossing, Uses
 from layerwise.core.layout import Layouts
-from layerwise.core.tracing import check_model
 from layerwise.core.trees import tensors
 from layerwise.errors import LayerwiseError, suggestion
 
@@ -99,6 +99,7 @@ class CallPartition(Partition):
             asked_by="",
             _stops=[(name, known[name], readers[name]) for name in cuts],
             _pass=None,
+            _unordered=False,
             _severs=None,
             _devices=devices_of(self.model.parameters()),
         )
@@ -113,6 +114,8 @@ class CallPartition(Partition):
     asked_by: str
     _stops: list[tuple[str, nn.Module, Callable[[Any], Tensor]]]
     _pass: Pass | None
+    _unordered: bool
+    """Whether the order of the calls is still to be found out."""
     _devices: tuple[str, ...]
     """Device types whose autocast a pass looks after."""
     _severs: bool | None
@@ -172,6 +175,8 @@ class CallPartition(Partition):
         Raises:
             LayerwiseError: the model does not take the batch, or a cut is not called, or not once, or out of order.
         """
+        if self._unordered:
+            self._order(x)
         batch = [(place, t) for place, t in _places(x) if isinstance(t, Tensor)]
         self.__dict__["_devices"] = devices_of([*self.model.parameters(), *(t for _, t in batch)])
         uses, layouts = Uses(self._one_name_each(), batch), Layouts()
@@ -217,6 +222,25 @@ class CallPartition(Partition):
         self._own(uses.used)
         self.__dict__["crossings"] = uses.crossings
         return outputs
+
+    @torch.no_grad()
+    def _order(self, x: Any) -> None:
+        """Put the blocks in the order in which the model calls their modules for a batch."""
+        called: dict[int, int] = {}
+        handles = [
+            module.register_forward_hook(lambda *_, i=i: called.setdefault(i, len(called)) and None)
+            for i, (_, module, _) in enumerate(self._stops)
+        ]
+        try:
+            self.forward(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        order = sorted(range(len(self._stops)), key=lambda i: called.get(i, len(called)))
+        stops, blocks = [self._stops[i] for i in order], [self.blocks[i] for i in order]
+        for index, block in enumerate(blocks):
+            block.index = index  # pyright: ignore[reportAttributeAccessIssue]
+        self.__dict__.update(cuts=tuple(name for name, _, _ in stops), blocks=blocks, _stops=stops, _unordered=False)
 
     def describe(self) -> str:
         """One line per block with its parameters, and under it what crosses the cut before beside the teaching tensor.
@@ -329,9 +353,9 @@ def cut_at_calls(
 
     Args:
         model: any module. It may take several arguments, keywords, masks, and return what it likes.
-        cuts: names of modules, in the order in which they are called, or patterns (`"model.layers.*"`): a module that
-            is called ends a block with its call. What runs after the last one is the head. `"auto"` takes the longest
-            list of modules of one class.
+        cuts: names of modules, in the order in which they are called, or patterns (`"model.layers.*"`), whose order
+            the first batch shows: a module that is called ends a block with its call. What runs after the last one is
+            the head. `"auto"` takes the longest list of modules of one class.
         output: where the logits are in the model's output: a function, or the name of an entry. Not needed for a
             tensor, or where the entry is called `logits`.
         read: where the teaching tensor is in a cut module's output, its first tensor of real numbers if not given: a
@@ -356,7 +380,12 @@ def cut_at_calls(
         if not 1 <= blocks <= len(names):
             raise LayerwiseError(f"blocks={blocks} is not possible: there are {len(names)} cuts; give 1 to that many.")
         names = [names[(i + 1) * len(names) // blocks - 1] for i in range(blocks)]
-    return CallPartition(model, names, output, read, tied, layout)
+    found = CallPartition(model, names, output, read, tied, layout)
+    # Two lists may be called in another order than the model holds them; names one by one are an order of the owner's.
+    patterns = [cuts] if isinstance(cuts, str) else cuts
+    several = len({name.rpartition(".")[0] for name in names}) > 1
+    found.__dict__["_unordered"] = several and (cuts == "auto" or any(c in p for p in patterns for c in "*?["))
+    return found
 
 
 def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -22,8 +22,10 @@ def mapped(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
         return function(tree)
     if tree is None:
         return None
-    if type(tree) is dict and all(isinstance(value, Tensor) for value in tree.values()):  # what most trees are
-        return {name: function(value) for name, value in tree.items()}
+    if type(tree) in (tuple, list):  # what nearly every tree is, without torch's registry
+        return type(tree)([mapped(value, function) for value in tree])
+    if type(tree) is dict:
+        return {name: mapped(value, function) for name, value in tree.items()}
     leaves, form = tree_flatten(tree)
     return tree_unflatten([_mapped_leaf(leaf, function) for leaf in leaves], form)
 

@@ -1,7 +1,8 @@
 """A small model zoo with one surface: a `depth` dial, named blocks and a head.
 
 Every model is an `nn.Sequential` of blocks (`block1` .. `blockN`; `sid_cascade` names its parts)
-and `head`, for images (B, channels, height, width) to logits (B, classes). Its attribute
+and `head`, for images (B, channels, height, width) to logits (B, classes), or to a map of them
+(`fcn`). Its attribute
 `block_names` lists the children after which it may be cut.
 
 Example:
@@ -18,6 +19,7 @@ from typing import Any
 from layerwise.core.graphs import Graph
 from layerwise.errors import LayerwiseError, suggestion
 from layerwise.models.base import BlockSequential, ModelOptions
+from layerwise.models.fcn import FCN
 from layerwise.models.gnn import GAT, GCN, GraphModelOptions
 from layerwise.models.mlp import MLP
 from layerwise.models.noprop import NoProp, NoPropCT, NoPropFM
@@ -27,6 +29,7 @@ from layerwise.models.vgg import VGG
 from layerwise.models.vit import ViT
 
 __all__ = [
+    "FCN",
     "GAT",
     "GCN",
     "MLP",
@@ -47,6 +50,7 @@ __all__ = [
 ]
 
 _MODELS: dict[str, type[ModelOptions]] = {
+    "fcn": FCN,
     "gat": GAT,
     "gcn": GCN,
     "mlp": MLP,
@@ -65,7 +69,7 @@ def names() -> tuple[str, ...]:
 
     Example:
         >>> names()
-        ('gat', 'gcn', 'mlp', 'noprop', 'noprop_ct', 'noprop_fm', 'resnet', 'sid_cascade', 'vgg', 'vit')
+        ('fcn', 'gat', 'gcn', 'mlp', 'noprop', 'noprop_ct', 'noprop_fm', 'resnet', 'sid_cascade', 'vgg', 'vit')
     """
     return tuple(_MODELS)
 

@@ -7,6 +7,7 @@ from layerwise.core.tasks.base import Positions, Task
 from layerwise.core.tasks.classes import UNLABELLED, Classification, LanguageModel
 from layerwise.core.tasks.function import Loss
 from layerwise.core.tasks.labels import MultiLabel
+from layerwise.core.tasks.metric import ACCURACY, Metric
 from layerwise.core.tasks.numbers import Regression
 from layerwise.core.tasks.pixels import Segmentation
 
@@ -15,15 +16,29 @@ KINDS: dict[str, type[Task]] = {
 }
 """Tasks by the name under which rules declare them."""
 
+
+def metric_of(kind: str) -> Metric:
+    """The main metric of a kind of task.
+
+    >>> metric_of("regression").name
+    'rmse'
+    """
+    task = KINDS[kind]
+    return Metric(task.main, task.larger_is_better, task.share)
+
+
 __all__ = [
+    "ACCURACY",
     "KINDS",
     "UNLABELLED",
     "Classification",
     "LanguageModel",
     "Loss",
+    "Metric",
     "MultiLabel",
     "Positions",
     "Regression",
     "Segmentation",
     "Task",
+    "metric_of",
 ]

@@ -63,7 +63,7 @@ class Task:
         if outputs.dim() < 4:
             raise LayerwiseError(
                 f"the network's output has the shape {tuple(outputs.shape)}, and {self.kind} per pixel needs maps, "
-                "(B, K, H, W)."
+                "(B, K, H, W); give a network of maps, such as the model fcn."
             )
         return outputs.shape[1]
 

@@ -46,10 +46,10 @@ class Segmentation(Task):
 
     def check(self, y: Tensor, unlabelled: bool = False) -> None:
         """Raise LayerwiseError unless `y` `(B, H, W)` holds classes or `ignore`, and some of them count."""
-        if y.dtype != torch.int64 or y.dim() < 3:
+        if y.dtype not in (torch.int64, torch.uint8) or y.dim() < 3:
             raise LayerwiseError(
                 f"the labels are {str(y.dtype).removeprefix('torch.')} of shape {tuple(y.shape)}; give a class number "
-                "per pixel as int64, shape (B, H, W)."
+                "per pixel as int64 (or uint8), shape (B, H, W)."
             )
         if y.device.type != "cpu":
             return
@@ -70,7 +70,7 @@ class Segmentation(Task):
 
     def at(self, y: Tensor, resolution: tuple[int, ...]) -> Tensor:
         """Labels at a block's resolution: the most frequent class of each cell."""
-        sizes = tuple(y.shape[1:])
+        y, sizes = y.long(), tuple(y.shape[1:])
         if sizes == resolution:
             return y
         if len(sizes) != len(resolution):
@@ -98,7 +98,7 @@ class Segmentation(Task):
                 f"the labels have shape {tuple(y.shape)} and the outputs {tuple(self.as_outputs(z).shape)}; give a "
                 f"class number per pixel of the output, shape {tuple(z.shape[:-1])}, or scale the output up."
             )
-        return y if self.ignore == UNLABELLED else y.masked_fill(y == self.ignore, UNLABELLED)
+        return y.long() if self.ignore == UNLABELLED else y.long().masked_fill(y == self.ignore, UNLABELLED)
 
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy over the pixels that count: a scalar."""
