@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layerwise import LanguageModel
+from layerwise import LanguageModel, Loss, Regression, Segmentation
 
 CLASSES, VOCABULARY, SAMPLES, TOKENS = 5, 64, 8, 16
 
@@ -209,6 +209,25 @@ def whisper(depth: int) -> Entry:
     return Entry(t.WhisperForConditionalGeneration(config), batch, task=task, output=logits_of)
 
 
+def clip(depth: int) -> Entry:
+    """Two towers for images and texts; the class of an image is its text among those of the batch."""
+    import transformers as t
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": depth // 2}
+    config = t.CLIPConfig(
+        text_config=sizes | {"vocab_size": VOCABULARY, "max_position_embeddings": 32, "eos_token_id": 2},
+        vision_config=sizes | {"image_size": 16, "patch_size": 4},
+        projection_dim=16,
+    )
+    batch = text() | {"pixel_values": images(), "labels": torch.arange(SAMPLES)}
+
+    def plain(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        given = {name: value for name, value in batch.items() if name != "labels"}
+        return F.cross_entropy(model(**given).logits_per_image, batch["labels"])
+
+    return Entry(t.CLIPModel(config), batch, output=lambda out: out.logits_per_image, plain=plain)
+
+
 # timm
 
 
@@ -230,7 +249,8 @@ def timm_convnext(depth: int) -> Entry:
     return classifier(
         timm.models.ConvNeXt(
             depths=(depth // 4,) * 4, dims=(8, 12, 16, 24), patch_size=2, num_classes=CLASSES, drop_path_rate=0.1
-        )
+        ),
+        images(32),
     )
 
 
@@ -310,7 +330,155 @@ def torchvision_densenet(depth: int) -> Entry:
     return classifier(model, images(32), cuts=["features.*block*"])
 
 
+def segmentation(depth: int) -> Entry:
+    """A fully convolutional network, whose output is a dictionary with a map."""
+    from torchvision.models._utils import IntermediateLayerGetter
+    from torchvision.models.resnet import BasicBlock, ResNet
+    from torchvision.models.segmentation.fcn import FCN, FCNHead
+
+    backbone = IntermediateLayerGetter(ResNet(BasicBlock, [depth // 2, depth // 2, 1, 1]), {"layer2": "out"})
+    return pixels(FCN(backbone, FCNHead(128, CLASSES)), images(32), output=lambda out: out["out"])
+
+
+def pixels(model: nn.Module, x: Tensor, output: Callable[[Any], Tensor] | None = None, **options: Any) -> Entry:
+    """A model of images with a class per pixel: which of `CLASSES` ranges its brightness lies in."""
+    bounds = torch.linspace(-0.6, 0.6, CLASSES - 1)
+    y = torch.bucketize(F.avg_pool2d(x.mean(1, keepdim=True), 3, 1, 1)[:, 0], bounds / 2)
+    y[0, :2] = -100
+
+    def plain(model: nn.Module, batch: Any) -> Tensor:
+        out = model(batch[0])
+        return F.cross_entropy(out if output is None else output(out), batch[1])
+
+    return Entry(model, (x, y), task=Segmentation(), output=output, plain=plain, **options)
+
+
 # Of our own
+
+
+class Residual(nn.Module):
+    """Two convolutions beside a skip."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.one, self.two = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.norm = nn.GroupNorm(4, width)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """`(B, C, H, W)` to the same."""
+        return h + self.two(self.one(self.norm(h)).relu())
+
+
+class UNet(nn.Module):
+    """Down and up again, with a skip from every level to its counterpart."""
+
+    def __init__(self, blocks: int):
+        super().__init__()
+        widths = (8, 16)
+        self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, CLASSES, 1)
+        self.down, self.up = (
+            nn.ModuleList(nn.Sequential(*(Residual(w) for _ in range(blocks))) for w in widths) for _ in "du"
+        )
+        self.smaller = nn.Conv2d(8, 16, 2, stride=2)
+        self.larger = nn.ConvTranspose2d(16, 8, 2, stride=2)
+        self.joined = nn.Conv2d(16, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits `(B, K, H, W)`."""
+        fine = self.down[0](self.stem(x))
+        h = self.up[1](self.down[1](self.smaller(fine)))
+        return self.head(self.up[0](self.joined(torch.cat([fine, self.larger(h)], 1))))
+
+
+def unet(depth: int) -> Entry:
+    """A class per pixel."""
+    return pixels(UNet(depth // 4), images(), cuts=["down.*.*", "up.*.*"])
+
+
+class Feedforward(nn.Module):
+    """A layer beside a skip."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """`(..., C)` to the same."""
+        return h + self.down(self.up(self.norm(h)).relu())
+
+
+class Autoencoder(nn.Module):
+    """Layers, a bottleneck, layers."""
+
+    def __init__(self, depth: int):
+        super().__init__()
+        self.inside, self.outside = nn.Linear(64, 32), nn.Linear(32, 64)
+        self.encoder = nn.ModuleList(Feedforward(32) for _ in range(depth // 2))
+        self.decoder = nn.ModuleList(Feedforward(32) for _ in range(depth // 2))
+        self.narrow, self.wide = nn.Linear(32, 8), nn.Linear(8, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The input again."""
+        h = self.inside(x)
+        for layer in self.encoder:
+            h = layer(h)
+        h = self.wide(self.narrow(h))
+        for layer in self.decoder:
+            h = layer(h)
+        return self.outside(h)
+
+
+def autoencoder(depth: int) -> Entry:
+    """Regression on the input itself."""
+    x = torch.randn(32, 4) @ torch.randn(4, 64)
+    return Entry(Autoencoder(depth), (x, x), task=Regression(), plain=lambda m, b: F.mse_loss(m(b[0]), b[1]))
+
+
+class Pair(nn.Module):
+    """A layer of each of two towers, over two views `(B, 2, C)`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = Feedforward(32), Feedforward(32)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """The two views again."""
+        return torch.stack([self.one(h[:, 0]), self.two(h[:, 1])], 1)
+
+
+class Towers(nn.Module):
+    """Two towers side by side."""
+
+    def __init__(self, depth: int):
+        super().__init__()
+        self.left, self.right, self.head = nn.Linear(24, 32), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.layers = nn.ModuleList(Pair() for _ in range(depth))
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        """Embeddings `(B, 2, D)`."""
+        h = torch.stack([self.left(left), self.right(right)], 1)
+        for layer in self.layers:
+            h = layer(h)
+        return self.head(h)
+
+
+def contrast(z: Tensor, y: Tensor) -> Tensor:
+    """InfoNCE of the two views `(B, 2, D)`: each finds its other one in the batch, whose number y is."""
+    z = F.normalize(z, dim=-1)
+    return F.cross_entropy(z[:, 0] @ z[:, 1].T / 0.2, y)
+
+
+def towers(depth: int) -> Entry:
+    """A contrastive loss of one's own, at the head and at every block."""
+    source = torch.randn(32, 8)
+    views = {"left": source @ torch.randn(8, 24), "right": source @ torch.randn(8, 16)}
+    task = Loss(contrast, positions="token")
+    y = torch.arange(32)
+
+    def plain(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return contrast(model(batch["left"], batch["right"]), batch["labels"])
+
+    return Entry(Towers(depth), views | {"labels": y}, task=task, plain=plain)
 
 
 class Encoder(nn.Module):
@@ -460,6 +628,7 @@ for _make, _title, _depths, _equal in (
     (hf_resnet, "ResNet", (4, 12), False),
     (t5, "T5", (4, 12), True),
     (whisper, "Whisper", (4, 12), True),
+    (clip, "CLIP", (4, 12), True),
 ):
     _add("transformers", _make, _title, _depths, _equal)
 for _make, _title, _depths, _equal in (
@@ -472,8 +641,12 @@ for _make, _title, _depths, _equal in (
     _add("timm", _make, _title, _depths, _equal)
 _add("torchvision", torchvision_resnet, "ResNet", (4, 12), False)
 _add("torchvision", torchvision_densenet, "DenseNet", (4, 8), False)
+_add("torchvision", segmentation, "FCN, dictionary of maps", (4, 12), False)
+_add("torch", unet, "U-Net, per pixel", (4, 12), False)
 _add("torch", encoder, "`nn.TransformerEncoder`, mask", (4, 12), True)
 _add("torch", lstm, "LSTM stack", (4, 12), True)
 _add("torch-geometric", graph, "GCN, `f(x, edge_index)`", (4, 12), True)
 _add("torch", experts, "mixture of experts", (4, 12), True)
+_add("torch", towers, "two towers, contrastive", (4, 12), True)
+_add("torch", autoencoder, "autoencoder", (4, 12), True)
 _add("peft", lora, "Llama with LoRA", (4, 12), True)

@@ -269,6 +269,9 @@ class Partition(nn.Module):
         """A context in which the blocks can be run: always, for a model that is cut into functions."""
         return nullcontext()
 
+    def arrange(self, x: Any) -> None:
+        """Put the blocks in the order in which the model calls them for a batch, where only a run can show it."""
+
     def check_modules(self) -> None:
         """Raise LayerwiseError where a module of the model was replaced: its block still runs the old one."""
         now = dict(self.model.named_modules(remove_duplicate=False))

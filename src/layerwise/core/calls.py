@@ -175,8 +175,6 @@ class CallPartition(Partition):
         Raises:
             LayerwiseError: the model does not take the batch, or a cut is not called, or not once, or out of order.
         """
-        if self._unordered:
-            self._order(x)
         batch = [(place, t) for place, t in _places(x) if isinstance(t, Tensor)]
         self.__dict__["_devices"] = devices_of([*self.model.parameters(), *(t for _, t in batch)])
         uses, layouts = Uses(self._one_name_each(), batch), Layouts()
@@ -224,19 +222,25 @@ class CallPartition(Partition):
         return outputs
 
     @torch.no_grad()
-    def _order(self, x: Any) -> None:
-        """Put the blocks in the order in which the model calls their modules for a batch."""
-        called: dict[int, int] = {}
+    def arrange(self, x: Any) -> None:
+        """Put the blocks in the order in which the model calls their modules for a batch.
+
+        Args:
+            x: the batch.
+        """
+        if not self._unordered or any(p.is_meta for p in self.parameters()):
+            return
+        called: list[nn.Module] = []
         handles = [
-            module.register_forward_hook(lambda *_, i=i: called.setdefault(i, len(called)) and None)
-            for i, (_, module, _) in enumerate(self._stops)
+            module.register_forward_hook(lambda module, *_: called.append(module)) for _, module, _ in self._stops
         ]
         try:
             self.forward(x)
         finally:
             for handle in handles:
                 handle.remove()
-        order = sorted(range(len(self._stops)), key=lambda i: called.get(i, len(called)))
+        ended = {id(module): place for place, module in reversed([*enumerate(called)])}
+        order = sorted(range(len(self._stops)), key=lambda i: ended.get(id(self._stops[i][1]), len(called)))
         stops, blocks = [self._stops[i] for i in order], [self.blocks[i] for i in order]
         for index, block in enumerate(blocks):
             block.index = index  # pyright: ignore[reportAttributeAccessIssue]

@@ -151,7 +151,7 @@ class Engine:
                 passed_on = h, message
                 if signal.metrics:
                     trace.metrics[unit.site.name] = detach(signal.metrics)
-                if signal.statistics:
+                if signal.statistics and not training:  # a step's sums add up to nothing, and grow with depth
                     trace.statistics[unit.site.name] = signal.statistics
         return signals, *passed_on
 
