@@ -31,7 +31,8 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import evidence  # noqa: E402
-from networks import ENTRIES, Entry, torchvision_here  # noqa: E402
+from entry import Entry, torchvision_here  # noqa: E402
+from networks import ENTRIES, Network  # noqa: E402
 
 RULES = ("sll", "sid", "local_ce", "mono_forward", "backprop")
 STEPS = 20
@@ -47,7 +48,7 @@ def given(batch: Any) -> tuple[Any, Any]:
     return batch if isinstance(batch, tuple) else (batch, None)
 
 
-def fresh(about: SimpleNamespace, depth: int) -> Entry:
+def fresh(about: Network, depth: int) -> Entry:
     """The network and the batch, the same every time."""
     torch.manual_seed(0)
     entry = about.make(depth)
@@ -55,7 +56,7 @@ def fresh(about: SimpleNamespace, depth: int) -> Entry:
     return entry
 
 
-def cell(about: SimpleNamespace, rule: str) -> dict:
+def cell(about: Network, rule: str) -> dict:
     """One network under one rule; why it is refused, where it is."""
     entry = fresh(about, about.depths[0])
     before = {name: p.detach().clone() for name, p in entry.model.named_parameters() if not p.requires_grad}
@@ -155,7 +156,7 @@ def is_local(learner: Learner, entry: Entry) -> bool:
     )
 
 
-def memory(about: SimpleNamespace, rule: str, depth: int) -> int:
+def memory(about: Network, rule: str, depth: int) -> int:
     """Bytes of activations and gradients in a step."""
     entry = fresh(about, depth)
     learner = learner_of(entry, rule, entry.model)
@@ -164,7 +165,7 @@ def memory(about: SimpleNamespace, rule: str, depth: int) -> int:
     return use.activations + use.gradients
 
 
-def is_the_plain_loop(about: SimpleNamespace) -> bool:
+def is_the_plain_loop(about: Network) -> bool:
     """Whether three steps of `backprop` have the bits of an ordinary loop with the same random draws."""
     one, two = fresh(about, about.depths[0]), fresh(about, about.depths[0])
 
