@@ -17,7 +17,7 @@ from dataclasses import fields
 from typing import Any
 
 from layerwise.core.graphs import Graph
-from layerwise.errors import LayerwiseError, suggestion
+from layerwise.errors import LayerwiseError, unknown
 from layerwise.models.base import BlockSequential, ModelOptions
 from layerwise.models.fcn import FCN
 from layerwise.models.gnn import GAT, GCN, GraphModelOptions
@@ -85,7 +85,7 @@ def options(name: str) -> type[ModelOptions]:
         VGG(depth=8, width=64, dropout=0.0)
     """
     if name not in _MODELS:
-        raise _unknown("model", name, names())
+        raise unknown("model", name, names())
     return _MODELS[name]
 
 
@@ -112,7 +112,7 @@ def create(
     legal = [field.name for field in fields(kind)]
     for option in options_:
         if option not in legal:
-            raise _unknown(f"option of {name}", option, legal)
+            raise unknown(f"option of {name}", option, legal)
     made = kind(**options_)
     if isinstance(made, GraphModelOptions):
         return made.build(shape, classes, graph)
@@ -135,7 +135,3 @@ def describe(name: str) -> str:
     text = inspect.getdoc(kind) or ""
     dials = [f"  {field.name} = {field.default}" for field in fields(kind)]
     return "\n".join([text.partition("Example:")[0].rstrip(), "", "Options:", *dials])
-
-
-def _unknown(what: str, name: str, legal: "list[str] | tuple[str, ...]") -> LayerwiseError:
-    return LayerwiseError(f"unknown {what} {name!r}; {suggestion(name, legal)}.")
