@@ -6,6 +6,7 @@ own affair; only the teaching tensor of each cut is handed to the engine and bac
 
 import fnmatch
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -98,7 +99,9 @@ class CallPartition(Partition):
             asked_by="",
             _stops=[(name, known[name], readers[name]) for name in cuts],
             _pass=None,
+            _unordered=False,
             _severs=None,
+            _devices=devices_of(self.model.parameters()),
         )
         self.training = model.training
         self._own({})
@@ -111,6 +114,10 @@ class CallPartition(Partition):
     asked_by: str
     _stops: list[tuple[str, nn.Module, Callable[[Any], Tensor]]]
     _pass: Pass | None
+    _unordered: bool
+    """Whether the order of the calls is still to be found out."""
+    _devices: tuple[str, ...]
+    """Device types whose autocast a pass looks after."""
     _severs: bool | None
     """Whether passes have to keep blocks from the graphs of earlier ones; None until a training pass has shown it."""
 
@@ -126,8 +133,7 @@ class CallPartition(Partition):
         Args:
             sever: whether blocks are kept from the graphs of earlier ones, where that is needed.
         """
-        devices = devices_of(dict(self.model.named_parameters()))
-        opened = Pass(self._stops, self.forward, devices, sever=sever and self._severs is not False)
+        opened = Pass(self._stops, self.forward, self._devices, sever=sever and self._severs is not False)
         self.__dict__["_pass"] = opened
         try:
             yield
@@ -170,6 +176,7 @@ class CallPartition(Partition):
             LayerwiseError: the model does not take the batch, or a cut is not called, or not once, or out of order.
         """
         batch = [(place, t) for place, t in _places(x) if isinstance(t, Tensor)]
+        self.__dict__["_devices"] = devices_of([*self.model.parameters(), *(t for _, t in batch)])
         uses, layouts = Uses(self._one_name_each(), batch), Layouts()
         declared = self.layout if isinstance(self.layout, Mapping) else {}
         common = self.layout if isinstance(self.layout, str) else None
@@ -213,6 +220,31 @@ class CallPartition(Partition):
         self._own(uses.used)
         self.__dict__["crossings"] = uses.crossings
         return outputs
+
+    @torch.no_grad()
+    def arrange(self, x: Any) -> None:
+        """Put the blocks in the order in which the model calls their modules for a batch.
+
+        Args:
+            x: the batch.
+        """
+        if not self._unordered or any(p.is_meta for p in self.parameters()):
+            return
+        called: list[nn.Module] = []
+        handles = [
+            module.register_forward_hook(lambda module, *_: called.append(module)) for _, module, _ in self._stops
+        ]
+        try:
+            self.forward(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        ended = {id(module): place for place, module in reversed([*enumerate(called)])}
+        order = sorted(range(len(self._stops)), key=lambda i: ended.get(id(self._stops[i][1]), len(called)))
+        stops, blocks = [self._stops[i] for i in order], [self.blocks[i] for i in order]
+        for index, block in enumerate(blocks):
+            block.index = index  # pyright: ignore[reportAttributeAccessIssue]
+        self.__dict__.update(cuts=tuple(name for name, _, _ in stops), blocks=blocks, _stops=stops, _unordered=False)
 
     def describe(self) -> str:
         """One line per block with its parameters, and under it what crosses the cut before beside the teaching tensor.
@@ -325,9 +357,9 @@ def cut_at_calls(
 
     Args:
         model: any module. It may take several arguments, keywords, masks, and return what it likes.
-        cuts: names of modules, in the order in which they are called, or patterns (`"model.layers.*"`): a module that
-            is called ends a block with its call. What runs after the last one is the head. `"auto"` takes the longest
-            list of modules of one class.
+        cuts: names of modules, in the order in which they are called, or patterns (`"model.layers.*"`), whose order
+            the first batch shows: a module that is called ends a block with its call. What runs after the last one is
+            the head. `"auto"` takes the longest list of modules of one class.
         output: where the logits are in the model's output: a function, or the name of an entry. Not needed for a
             tensor, or where the entry is called `logits`.
         read: where the teaching tensor is in a cut module's output, its first tensor of real numbers if not given: a
@@ -352,7 +384,12 @@ def cut_at_calls(
         if not 1 <= blocks <= len(names):
             raise LayerwiseError(f"blocks={blocks} is not possible: there are {len(names)} cuts; give 1 to that many.")
         names = [names[(i + 1) * len(names) // blocks - 1] for i in range(blocks)]
-    return CallPartition(model, names, output, read, tied, layout)
+    found = CallPartition(model, names, output, read, tied, layout)
+    # Two lists may be called in another order than the model holds them; names one by one are an order of the owner's.
+    patterns = [cuts] if isinstance(cuts, str) else cuts
+    several = len({name.rpartition(".")[0] for name in names}) > 1
+    found.__dict__["_unordered"] = several and (cuts == "auto" or any(c in p for p in patterns for c in "*?["))
+    return found
 
 
 def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -389,18 +426,15 @@ def matching(model: nn.Module, cuts: Sequence[str] | str) -> list[str]:
 def automatic_cuts(model: nn.Module) -> list[str]:
     """The modules of the longest list of one class, and those of its other lists of that class or of the hinted ones.
 
+    Such a list is not looked into: a layer's experts are part of it. Only stages are, none of which is like another,
+    where the lists in them hold modules that are alike.
+
     >>> automatic_cuts(nn.ModuleDict({"layers": nn.ModuleList([nn.ReLU(), nn.ReLU()]), "head": nn.Linear(1, 1)}))
     ['layers.0', 'layers.1']
     """
-    lists: list[tuple[str, list[str], type]] = []
-    for path, module in model.named_modules():
-        children = list(module.named_children())
-        kinds = {type(child) for _, child in children}
-        inside = any(path.startswith(name + ".") for _, names, _ in lists for name in names)
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(children) > 1 and len(kinds) == 1 and not inside:
-            prefix = path + "." if path else ""
-            lists.append((path, [prefix + name for name, _ in children], kinds.pop()))
-    if not lists:
+    lists = _blocks(_lists("", model))
+    count = Counter(kind for _, members, kind in lists for _ in members)
+    if max(count.values(), default=0) < 2:
         raise LayerwiseError(
             f'{type(model).__name__} holds no list of modules of one class, so cuts="auto" finds nothing; name the '
             "modules to cut behind, such as cuts=[...] or a pattern."
@@ -408,9 +442,38 @@ def automatic_cuts(model: nn.Module) -> list[str]:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):  # labels are those of decoder positions
         lists = [found for found in lists if "decoder" in found[0].split(".")] or lists
     hinted = set(getattr(model, "_no_split_modules", None) or ())  # what the family calls its blocks
-    longest = max(lists, key=lambda found: len(found[1]))
+    longest = max(lists, key=lambda found: (len(found[1]), count[found[2]]))
     kinds = {longest[2]} | ({kind for _, _, kind in lists if kind.__name__ in hinted} if hinted else set())
-    return [name for _, names, kind in lists if kind in kinds for name in names]
+    return [name for _, members, kind in lists if kind in kinds for name in members]
+
+
+_List = tuple[str, dict[str, nn.Module], type]
+"""Its path, its modules by their paths, and their class."""
+
+
+def _lists(path: str, module: nn.Module) -> list[_List]:
+    """The outermost lists of modules of one class."""
+    members = {f"{path}.{name}" if path else name: child for name, child in module.named_children()}
+    kinds = {type(child) for child in members.values()}
+    if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(kinds) == 1:
+        return [(path, members, kinds.pop())]
+    return [found for name, child in members.items() for found in _lists(name, child)]
+
+
+def _blocks(lists: list[_List]) -> list[_List]:
+    """The lists, those of stages replaced by the lists of blocks in them."""
+    found = []
+    for path, members, kind in lists:
+        inner = [within for name, child in members.items() for within in _lists(name, child)]
+        staged = not _alike(lists, kind) and any(_alike(inner, within) for _, _, within in inner)
+        found += _blocks(inner) if staged else [(path, members, kind)]
+    return found
+
+
+def _alike(lists: list[_List], kind: type) -> bool:
+    """Whether two modules of this class have parameters of the same shapes."""
+    modules = [child for _, members, held in lists if held is kind for child in members.values()]
+    return len({tuple(p.shape for p in child.parameters()) for child in modules}) < len(modules)
 
 
 def _check_cuts(model: nn.Module, cuts: Sequence[str], known: Mapping[str, nn.Module]) -> None:

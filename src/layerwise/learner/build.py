@@ -76,6 +76,8 @@ class Built:
         setup.network.check_modules()
         self.setup = setup
         self.auxiliary = nn.ModuleDict()
+        with evaluating():
+            setup.network.arrange(x[:2] if isinstance(x, Tensor) else x)
         blocks = setup.blocks
         names = [block.name for block in blocks]
         ranges = groups_of(setup.rule, names)
