@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerwise.core.drawing import draw
 from layerwise.core.layout import Layouts, check_layout
 from layerwise.core.tracing import (
     INSTEAD,
@@ -178,15 +179,12 @@ class Block:
                 "new weights; wrap the model as nn.Sequential of its parts."
             )
         made = copy.deepcopy(nn.Sequential(*self.run.modules)).to_empty(device=device)
-        for module in made.modules():
-            reset = getattr(module, "reset_parameters", None)
-            if callable(reset):
-                reset()
-            elif [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
-                raise LayerwiseError(
-                    f"block {self.name!r} holds a {type(module).__name__}, which has no reset_parameters(), so it "
-                    "cannot be copied with new weights; give it that method."
-                )
+        unable = draw(made)
+        if unable is not None:
+            raise LayerwiseError(
+                f"block {self.name!r} holds a {unable.__name__}, which has no reset_parameters(), so it cannot be copied "
+                "with new weights; give it that method."
+            )
         return made
 
     def __repr__(self) -> str:

@@ -4,6 +4,7 @@ Nothing is traced. What the forward pass does between the cuts (masks, skips, ca
 own affair; only the teaching tensor of each cut is handed to the engine and back.
 """
 
+import copy
 import fnmatch
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from layerwise.core.blocks import Block, Partition, declared_layouts
 from layerwise.core.coroutine import Pass, devices_of, reading
 from layerwise.core.crossing import Crossing, Uses
+from layerwise.core.drawing import draw
 from layerwise.core.layout import Layouts
+from layerwise.core.regular import BlockByBlock
 from layerwise.core.tracing import check_model
 from layerwise.core.trees import tensors
 from layerwise.errors import LayerwiseError, suggestion
@@ -29,7 +32,7 @@ Read = Callable[[Any], Tensor] | Mapping[str, Callable[[Any], Tensor]] | None
 class CallBlock(Block):
     """What a model's forward pass runs between two cuts.
 
-    It can be called only while its partition has a pass open, once and in order.
+    It can be called only while its partition has a pass open; once and in order, unless they are run block by block.
     """
 
     def __init__(self, name: str, index: int, network: "CallPartition"):
@@ -38,6 +41,8 @@ class CallBlock(Block):
 
     def __call__(self, h: Any) -> Tensor:
         """Run the model's own forward pass on to the next cut; `h` is the whole batch for the first block."""
+        if self.before is not None:
+            self.before()
         return self.run(h)
 
     def _pull(self, h: Any) -> Tensor:
@@ -49,15 +54,33 @@ class CallBlock(Block):
         return not self._network.skipped(self.index)
 
     def redrawn(self, device: torch.device) -> nn.Sequential:
-        """There is no chain of modules to copy.
+        """The block's module with weights of its own, called with the arguments that the pass under way gives to it.
 
         Raises:
-            LayerwiseError: always.
+            LayerwiseError: it cannot draw its weights, or is the first block, which holds no module alone.
         """
-        raise LayerwiseError(
-            f"rule {self._network.asked_by!r} copies the layers of later blocks, and a model that is cut at its calls "
-            "has no such layers to copy; choose a rule such as local_ce, or give an nn.Sequential."
-        )
+        network = self._network
+        made = copy.deepcopy(network.model.get_submodule(self.name)).to_empty(device=device)
+        unable = draw(made, network.model)
+        if unable is not None or self.index == 0:
+            why = "is the first one" if unable is None else f"holds a {unable.__name__} without reset_parameters()"
+            raise LayerwiseError(
+                f"rule {network.asked_by!r} copies the layers of block {self.name!r}, which {why}; choose a rule such as "
+                "local_ce."
+            )
+        return nn.Sequential(_Copy(made, network, self.index))
+
+
+class _Copy(nn.Module):
+    """A copy of a block's module, in any pass of the network that the block is part of."""
+
+    def __init__(self, module: nn.Module, network: "CallPartition", index: int):
+        super().__init__()
+        self.module, self.index, self._network = module, index, (network,)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """What the module returns to read, for the output `h` of the block before."""
+        return self._network[0].call(self.index, h, self.module)
 
 
 class CallPartition(Partition):
@@ -67,7 +90,10 @@ class CallPartition(Partition):
         tied: who trains a parameter that several blocks use.
         shared: names of such parameters, with the numbers of the blocks; known after a probe.
         crossings: what else than the teaching tensors crosses cuts; known after a probe.
+        irregular: why the blocks cannot be run one by one, out of the forward pass; empty where they can, None before
+            a probe.
         asked_by: name of the rule that is served, for messages.
+        again: what asks for blocks that are run one by one, such as "rule 'interlocking' runs ..."; empty for nothing.
     """
 
     def __init__(
@@ -95,7 +121,9 @@ class CallPartition(Partition):
             head=CallBlock("head", len(cuts), self),
             shared={},
             crossings=[],
+            irregular=None,
             asked_by="",
+            again="",
             _stops=[(name, known[name], readers[name]) for name in cuts],
             _pass=None,
             _severs=None,
@@ -108,14 +136,24 @@ class CallPartition(Partition):
     tied: Tied
     shared: dict[str, set[int]]
     crossings: list[Crossing]
+    irregular: str | None
     asked_by: str
+    again: str
     _stops: list[tuple[str, nn.Module, Callable[[Any], Tensor]]]
-    _pass: Pass | None
+    _pass: Pass | BlockByBlock | None
     _severs: bool | None
     """Whether passes have to keep blocks from the graphs of earlier ones; None until a training pass has shown it."""
 
     def forward(self, x: Any) -> Tensor:
         """The logits that `output` finds in the model's own output for a batch."""
+        if all(block.before is None for block in [*self.blocks, self.head]):
+            return self._whole(x)
+        with self.passing(sever=False):  # parameters that are elsewhere are fetched block by block
+            for block in [*self.blocks, self.head]:
+                x = block(x)
+        return x
+
+    def _whole(self, x: Any) -> Tensor:
         args, kwargs = arguments(x)
         return self._logits(self.model(*args, **kwargs))
 
@@ -126,17 +164,31 @@ class CallPartition(Partition):
         Args:
             sever: whether blocks are kept from the graphs of earlier ones, where that is needed.
         """
-        devices = devices_of(dict(self.model.named_parameters()))
-        opened = Pass(self._stops, self.forward, devices, sever=sever and self._severs is not False)
+        opened = self._opened(sever and self._severs is not False)
+        try:
+            with self._holding(opened):
+                yield
+        finally:
+            if self._severs is None and opened.severed is not None and opened.severed.mark:
+                # The probe has run in evaluation mode; in training something else may cross.
+                self.__dict__["_severs"] = opened.severed.found or any(c.kept for c in self.crossings)
+
+    @contextmanager
+    def _holding(self, opened: Pass | BlockByBlock) -> Iterator[None]:
+        outer = self._pass  # of a step in which a rule asks what the network predicts
         self.__dict__["_pass"] = opened
         try:
             yield
         finally:
-            self.__dict__["_pass"] = None
-            if self._severs is None and opened.severed is not None and opened.severed.mark:
-                # The probe has run in evaluation mode; in training something else may cross.
-                self.__dict__["_severs"] = opened.severed.found or any(c.kept for c in self.crossings)
+            self.__dict__["_pass"] = outer
             opened.close()
+
+    def _opened(self, sever: bool, one_by_one: bool | None = None) -> Pass | BlockByBlock:
+        devices = devices_of(dict(self.model.named_parameters()))
+        if not (bool(self.again) if one_by_one is None else one_by_one):
+            return Pass(self._stops, self._whole, devices, sever)
+        device, first = next(self.model.parameters()).device, self.blocks[0]
+        return BlockByBlock(self._stops, self._whole, devices, device, first)
 
     def pull(self, index: int, h: Any) -> Tensor:
         """Run block `index` of the open pass.
@@ -152,6 +204,11 @@ class CallPartition(Partition):
                 "can trace."
             )
         return self._pass.pull(index, h)
+
+    def call(self, index: int, h: Tensor, module: nn.Module) -> Tensor:
+        """Call a module in place of that of block `index`, with the arguments of the open pass."""
+        assert isinstance(self._pass, BlockByBlock)
+        return self._pass.call(index, h, module)
 
     def skipped(self, index: int) -> bool:
         """Whether the open pass has left the block out."""
@@ -175,7 +232,8 @@ class CallPartition(Partition):
         common = self.layout if isinstance(self.layout, str) else None
         samples = next((len(t) for _, t in batch if t.dim()), 0)
         outputs, h = [], x
-        with self.passing(sever=False), torch.enable_grad(), layouts:
+        opened = self._opened(sever=False, one_by_one=False)
+        with self._holding(opened), torch.enable_grad(), layouts:
             for _, t in batch:
                 if t.dim() and len(t) == samples:
                     own = getattr(self.model, "input_layout", None)
@@ -212,7 +270,31 @@ class CallPartition(Partition):
             self.__dict__["input_layout"] = layouts.of(x, len(x)) if isinstance(x, Tensor) else None
         self._own(uses.used)
         self.__dict__["crossings"] = uses.crossings
+        self.__dict__["irregular"] = self._why_irregular(x, outputs)
+        if self.again and self.irregular:
+            raise LayerwiseError(
+                f"{self.again}, and the blocks of {type(self.model).__name__} run once per step, inside one forward "
+                f"pass: {self.irregular}; choose a rule such as local_ce, or give a model that partition() can trace."
+            )
         return outputs
+
+    def _why_irregular(self, x: Any, outputs: Sequence[Tensor]) -> str:
+        """Why the blocks cannot be run one by one; nothing where they give the same bits so."""
+        crossing = next((c for c in self.crossings if c.stopped), None)
+        if crossing is not None:
+            return f"a gradient crosses with {crossing}"
+        h = x
+        try:
+            with self._holding(self._opened(sever=False, one_by_one=True)), torch.enable_grad():
+                for block, out in zip([*self.blocks, self.head, self.head], [*outputs, outputs[-1]], strict=True):
+                    h = block(outputs[-2] if block is self.head else h).detach()
+                    if not torch.equal(h, out):
+                        return f"run on its own, block {block.name!r} gives other bits"
+        except LayerwiseError as reason:
+            return str(reason).partition(", so that")[0]
+        except Exception as reason:  # of the model's own code, which is run as nobody meant it
+            return f"{type(reason).__name__} where they are run one by one"
+        return ""
 
     def describe(self) -> str:
         """One line per block with its parameters, and under it what crosses the cut before beside the teaching tensor.
@@ -233,6 +315,8 @@ class CallPartition(Partition):
             where = ", ".join(names[i] for i in sorted(blocks))
             who = "nobody" if self.tied == "frozen" else names[_owner(blocks, self.tied) or 0]
             lines.append(f"{name} is used by {where}; it is trained by {who}")
+        if self.irregular is not None:
+            lines.append(f"not regular: {self.irregular}" if self.irregular else "regular: blocks can be run one by one")
         return "\n".join(lines)
 
     def with_layout(self, layout: Mapping[str, str] | str) -> "CallPartition":
@@ -278,11 +362,17 @@ class CallPartition(Partition):
             aliases.setdefault(id(tensor), []).append(name)
         owned: list[set[str]] = [set() for _ in range(len(self.cuts) + 1)]
         shared, unowned = {}, []
+        beside: dict[str, int] = {}  # a counter of training that the probe does not use belongs where its module does
+        for name, blocks in used.items():
+            for block in blocks:
+                beside.setdefault(name.rpartition(".")[0], block)
         learn = dict(self.model.named_parameters())
         for name, tensor in self._one_name_each().items():
             blocks = set(used.get(name, ())) or {
                 i for alias in aliases[id(tensor)] if (i := self._inside(alias)) is not None
             }
+            if name not in learn and not blocks and name.rpartition(".")[0] in beside:
+                blocks = {beside[name.rpartition(".")[0]]}
             if name in learn and len(blocks) > 1:
                 shared[name] = blocks
             owner = _owner(blocks, self.tied if name in learn else "last")

@@ -364,8 +364,8 @@ class Learner:
             built.auxiliary.train(self.network.model.training)
             step, trace, updates = self.steps, Trace(), self.updates
             seed_generators(derive_seed(self._setup.execution.seed, "begin", step), self.device)
-            h, message = self._begin(x, y, step)
             with self.network.passing():
+                h, message = self._begin(x, y, step)
                 h, message = built.engine.step(self.groups_at(updates), h, message, y, step, trace)
             self.steps += 1
             self._count(updates)
@@ -451,8 +451,8 @@ class Learner:
             x, y = self._ready(x, y)
             built = self.built
             built.watch.check()
-            h, message = self._begin(x, y, None)
             with self.network.passing():
+                h, message = self._begin(x, y, None)
                 for group in built.groups:
                     with built.resident(group.units):
                         _, h, message = built.engine.forward(group, h, message, y, None, trace)

@@ -60,12 +60,14 @@ def check_serves(network: CallPartition, rule: Rule, **options: Any) -> None:
     alone = "and the blocks of a model that is cut at its calls run once per step, inside one forward pass"
     other = "choose a rule such as local_ce, or give a model that partition() can trace"
     ranges = list(rule.groups(len(network.blocks)))
+    again = ""
     if any(view.stop > later.start for view, later in pairwise(ranges)):
-        raise LayerwiseError(f"rule {rule.name!r} runs blocks in two groups under these options, {alone}; {other}.")
-    if has_trunk(rule):
-        raise LayerwiseError(f"rule {rule.name!r} trains a trunk that waits for later blocks, {alone}; {other}.")
-    if not rule.runs_once:
-        raise LayerwiseError(f"rule {rule.name!r} runs a block more than once, {alone}; {other}.")
+        again = "runs blocks in two groups under these options"
+    elif has_trunk(rule):
+        again = "trains a trunk that waits for later blocks"
+    elif not rule.runs_once:
+        again = "runs a block more than once"
+    network.__dict__["again"] = again and f"rule {rule.name!r} {again}"
     if rule.models:
         raise LayerwiseError(f"rule {rule.name!r} trains the models {', '.join(rule.models)} alone; {other}.")
     reasons = {
