@@ -692,7 +692,7 @@ def test_rules_that_look_at_the_input_need_one_tensor(rule):
         ({"cuts": "layers.*", "tied": "both"}, "last, first or frozen"),
         ({"cuts": "layers.*", "blocks": 9}, "not possible"),
         ({"cuts": "layers.*", "read": {"layers.7": len}}, "no cut"),
-        ({"cuts": "layers.*", "offload": "host"}, "offload"),
+        ({"cuts": ["layers.0"], "tied": "last", "offload": "host"}, "offload"),
         ({"cuts": "layers.*", "compile": True}, "compile"),
         ({"cuts": "layers.*", "output": lambda out: out["attention"]}, "output="),
         ({"cuts": ["embedding", "layers.*", "head", "norm"], "tied": "last"}, "order"),

@@ -75,6 +75,7 @@ class Block:
         run: the function from the block's input tensor to its output tensor.
         before: called before every run, if anything; an offloaded block has to be fetched.
         layout: where batch, channels and positions are in the output; None while, or where, it is not known.
+        users: by the name of a tensor of this block, the numbers of all blocks that use it, where others do.
     """
 
     def __init__(self, name: str, model: nn.Module, run: Callable[[Tensor], Any], names: set[str]):
@@ -82,6 +83,7 @@ class Block:
         self.run = run
         self.before: Callable[[], None] | None = None
         self.layout: str | None = None
+        self.users: dict[str, set[int]] = {}
         self._model = model
         self._names = names
         self._opened: list[tuple[str, nn.Module]] = []
@@ -149,12 +151,13 @@ class Block:
 
     def places(self) -> list[tuple[dict[str, Any], str]]:
         """Where the block's parameters and buffers are held: a module's registry, and the name in it."""
-        found = []
-        for name in sorted(self._names):
-            path, _, last = name.rpartition(".")
-            module = self._model.get_submodule(path)
-            found.append((module._parameters if last in module._parameters else module._buffers, last))
-        return found
+        return [self.place(name) for name in sorted(self._names)]
+
+    def place(self, name: str) -> tuple[dict[str, Any], str]:
+        """Where a tensor of the model is held."""
+        path, _, last = name.rpartition(".")
+        module = self._model.get_submodule(path)
+        return (module._parameters if last in module._parameters else module._buffers), last
 
     def redrawn(self, device: torch.device) -> nn.Sequential:
         """A module of the block's layers and sizes with weights of its own, drawn by each layer's `reset_parameters`.
@@ -225,6 +228,8 @@ class Partition(nn.Module):
         self.__dict__.update(layout=declared_layouts(layout, [*cuts, "head"]), input_layout=None)
         self.training = model.training
 
+    owns_by_use = False
+    """Whether it is known only after a probe which block a parameter belongs to."""
     model: nn.Module
     cuts: tuple[str, ...]
     blocks: list[Block]

@@ -131,6 +131,7 @@ class CallPartition(Partition):
         self.training = model.training
         self._own({})
 
+    owns_by_use = True
     output: Output
     read: Read
     tied: Tied
@@ -382,6 +383,7 @@ class CallPartition(Partition):
                 unowned.append(name)
         for block, names in zip([*self.blocks, self.head], owned, strict=True):
             block._names = names
+            block.users = {name: set(used[name]) for name in names if len(used.get(name, ())) > 1}
         self.__dict__["shared"] = shared
         if unowned:
             warnings.warn(

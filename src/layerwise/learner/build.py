@@ -77,7 +77,9 @@ class Built:
         blocks = setup.blocks
         ranges = list(setup.rule.groups(len(blocks) - 1))
         ends = [later.start for later in ranges[1:]] + [len(blocks)]
-        self.offload = setup.make_offload([blocks[s.start : end] for s, end in zip(ranges, ends, strict=True)])
+        parts = [blocks[s.start : end] for s, end in zip(ranges, ends, strict=True)]
+        if not setup.network.owns_by_use:
+            self.offload = setup.make_offload(parts)
         if any(t.is_complex() for t in trees.tensors(x)):
             raise LayerwiseError(
                 "the inputs are complex numbers, which no rule can read; give torch.view_as_real(x) or their absolute "
@@ -85,6 +87,8 @@ class Built:
             )
         with evaluating():
             outputs = setup.network.probe(x[:2] if isinstance(x, Tensor) else x)
+        if setup.network.owns_by_use:
+            self.offload = setup.make_offload(parts)
         self.task = setup.task.with_classes(outputs[-1].shape[-1])
         self.engine = Engine(setup.rule, self.task, setup.execution, self.resident)
         mine = setup.stage.choose(setup.rule, setup.network, ranges, x[:1] if isinstance(x, Tensor) else x)

@@ -54,7 +54,7 @@ def check_serves(network: CallPartition, rule: Rule, **options: Any) -> None:
     Args:
         network: what is trained.
         rule: the rule.
-        options: `offload`, `stage`, `replicas`, `compile` of the learner.
+        options: `stage`, `replicas`, `compile` of the learner.
     """
     network.__dict__["asked_by"] = rule.name
     alone = "and the blocks of a model that is cut at its calls run once per step, inside one forward pass"
@@ -71,7 +71,6 @@ def check_serves(network: CallPartition, rule: Rule, **options: Any) -> None:
     if rule.models:
         raise LayerwiseError(f"rule {rule.name!r} trains the models {', '.join(rule.models)} alone; {other}.")
     reasons = {
-        "offload": ("offload", options["offload"] != "none"),
         "stage": ("a stage", options["stage"] is not None),
         "replicas": ("sharding", getattr(options["replicas"], "shares_parameters", False)),
         "compile": ("compile", bool(options["compile"])),

@@ -454,7 +454,7 @@ def check_offload(offload: str, stage: object, compile: bool | str) -> None:
 
 
 def _places(blocks: Sequence[Sequence[Block]]) -> tuple[list[list[tuple[dict[str, Any], str]]], dict[int, Tensor]]:
-    """Per group, where its blocks' tensors are held; and the tensors whose storage several groups hold, which stay."""
+    """Per group, where its blocks' tensors are held; and the tensors that several groups use, which stay."""
     found = [[place for block in group for place in block.places()] for group in blocks]
     owner: dict[int, int] = {}
     shared: dict[int, Tensor] = {}
@@ -463,5 +463,13 @@ def _places(blocks: Sequence[Sequence[Block]]) -> tuple[list[list[tuple[dict[str
             storage = registry[name].untyped_storage()._cdata
             if owner.setdefault(storage, i) != i:
                 shared[storage] = registry[name]
+    first = 0
+    for group in blocks:
+        for name, (registry, last), users in (
+            (name, block.place(name), users) for block in group for name, users in block.users.items()
+        ):
+            if not users <= {*range(first, first + len(group))}:
+                shared[registry[last].untyped_storage()._cdata] = registry[last]
+        first += len(group)
     own = [[(r, n) for r, n in group if r[n].untyped_storage()._cdata not in shared] for group in found]
     return own, shared
