@@ -73,7 +73,7 @@ MUTANTS = [
     Mutant("the velocity's way starts elsewhere", "rules/noprop.py",
            [('- ctx.message["origin"]', "")], "test_noprop.py perfect_velocity_costs"),
     Mutant("prediction in evaluation has other draws", "learner/learner.py",
-           [(AGAIN + "        if isinstance(self.stage", "        if isinstance(self.stage")],
+           [(AGAIN + "        if self.stage.first", "        if self.stage.first")],
            "test_noprop.py what_evaluation_reports and one_hot"),
     Mutant("the lending block's output is passed on", "core/engine.py",
            [("            if own:\n", "            if True:\n")], f"{RULES} overlap_of_one"),
@@ -242,7 +242,7 @@ def tests_on(place: Path, file: str, words: str) -> int:
     sys.dont_write_bytecode = True
     os.chdir(ROOT)
     with open(os.devnull, "w") as silence, redirect_stdout(silence), redirect_stderr(silence):
-        options = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
+        options = ["-x", "-q", "-n0", "--tb=no", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
         code = pytest.main([*options, *map(str, (ROOT / "tests").rglob(file)), "-k", words])
     used = Path(sys.modules["layerwise"].__file__ or "")
     return int(code) if used.is_relative_to(place) else 99  # never the tests of another copy
