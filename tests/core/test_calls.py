@@ -93,7 +93,7 @@ def test_a_regular_model_runs_block_by_block_to_the_bits_of_backprop():
         metrics = [learner.step(batch).blocks["head"]["loss"] for batch in batches]
         trained.append((metrics, model))
         assert learner.network.irregular == ""
-        assert "regular: blocks can be run one by one" in learner.network.describe()
+        assert "regular: its blocks can be run one by one" in learner.network.describe()
         assert not any("forward" in vars(module) for module in model.modules())
     for metrics, model in trained[1:]:
         assert metrics == trained[0][0]

@@ -132,6 +132,10 @@ class Block:
         """Pairs of the buffer's name in the model and the buffer."""
         return (item for item in self._model.named_buffers() if item[0] in self._names)
 
+    def names(self) -> list[str]:
+        """Names of the block's parameters and buffers in the model."""
+        return sorted(self._names)
+
     def parameters(self) -> list[nn.Parameter]:
         """The block's parameters, in the model's order."""
         return [parameter for _, parameter in self.named_parameters()]
@@ -151,7 +155,7 @@ class Block:
 
     def places(self) -> list[tuple[dict[str, Any], str]]:
         """Where the block's parameters and buffers are held: a module's registry, and the name in it."""
-        return [self.place(name) for name in sorted(self._names)]
+        return [self.place(name) for name in self.names()]
 
     def place(self, name: str) -> tuple[dict[str, Any], str]:
         """Where a tensor of the model is held."""
@@ -185,8 +189,8 @@ class Block:
         unable = draw(made)
         if unable is not None:
             raise LayerwiseError(
-                f"block {self.name!r} holds a {unable.__name__}, which has no reset_parameters(), so it cannot be copied "
-                "with new weights; give it that method."
+                f"block {self.name!r} holds a {unable.__name__}, which has no reset_parameters(), so it cannot be "
+                "copied with new weights; give it that method."
             )
         return made
 
@@ -250,9 +254,32 @@ class Partition(nn.Module):
         self.training = mode
         return self
 
-    def passing(self) -> AbstractContextManager[None]:
-        """A context in which the blocks can be run: always, for a model that is cut into functions."""
+    def passing(self, batch: Any = None) -> AbstractContextManager[None]:
+        """A context in which the blocks can be run: always, for a model that is cut into functions.
+
+        Args:
+            batch: what the model is given; needed where its first blocks are elsewhere.
+        """
         return nullcontext()
+
+    def outside(self) -> set[str]:
+        """Names of the tensors that are used between the blocks: none, for a model that is cut into functions."""
+        return set()
+
+    def keep_only(self, first: int, stop: int) -> set[str]:
+        """Prepare to run a range of the blocks only, as one of several ranks does.
+
+        Args:
+            first: number of the first one.
+            stop: number of the one after the last.
+
+        Returns:
+            Names of the other blocks' tensors that are still needed.
+
+        Raises:
+            LayerwiseError: these blocks need more of the others than what one passes to the next.
+        """
+        return set()
 
     def check_modules(self) -> None:
         """Raise LayerwiseError where a module of the model was replaced: its block still runs the old one."""

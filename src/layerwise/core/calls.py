@@ -8,7 +8,7 @@ import copy
 import fnmatch
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,7 @@ from layerwise.core.crossing import Crossing, Uses
 from layerwise.core.drawing import draw
 from layerwise.core.layout import Layouts
 from layerwise.core.regular import BlockByBlock
+from layerwise.core.remote import Elsewhere, form_of, needed, shown_as_nan, without_memory
 from layerwise.core.tracing import check_model
 from layerwise.core.trees import tensors
 from layerwise.errors import LayerwiseError, suggestion
@@ -94,6 +95,7 @@ class CallPartition(Partition):
             a probe.
         asked_by: name of the rule that is served, for messages.
         again: what asks for blocks that are run one by one, such as "rule 'interlocking' runs ..."; empty for nothing.
+        first: number of the first block that is here; those before it are on other ranks.
     """
 
     def __init__(
@@ -124,7 +126,13 @@ class CallPartition(Partition):
             irregular=None,
             asked_by="",
             again="",
+            first=0,
             _stops=[(name, known[name], readers[name]) for name in cuts],
+            _used={},
+            _forms=[],
+            _elsewhere=[],
+            _batch=None,
+            _received=None,
             _pass=None,
             _severs=None,
         )
@@ -140,7 +148,17 @@ class CallPartition(Partition):
     irregular: str | None
     asked_by: str
     again: str
+    first: int
     _stops: list[tuple[str, nn.Module, Callable[[Any], Tensor]]]
+    _used: Mapping[str, set[int]]
+    """By the name of a parameter or buffer, the blocks that use it; known after a probe."""
+    _forms: list[tuple[Any, Tensor]]
+    """What the modules of the cuts return; known after a probe."""
+    _elsewhere: list[tuple[dict[str, Any], str]]
+    """Where tensors of other ranks would be held."""
+    _batch: Any
+    """Of the pass under way."""
+    _received: Elsewhere | None
     _pass: Pass | BlockByBlock | None
     _severs: bool | None
     """Whether passes have to keep blocks from the graphs of earlier ones; None until a training pass has shown it."""
@@ -159,15 +177,19 @@ class CallPartition(Partition):
         return self._logits(self.model(*args, **kwargs))
 
     @contextmanager
-    def passing(self, sever: bool = True) -> Iterator[None]:
+    def passing(self, batch: Any = None, sever: bool = True) -> Iterator[None]:
         """A context in which the blocks can be run, one after the other; a pass that is not finished is given up.
 
         Args:
+            batch: what the model is given; needed where its first blocks are elsewhere.
             sever: whether blocks are kept from the graphs of earlier ones, where that is needed.
         """
         opened = self._opened(sever and self._severs is not False)
+        self.__dict__["_batch"] = batch
+        if self.first and not self._elsewhere:
+            self.__dict__["_elsewhere"] = without_memory(self.model)
         try:
-            with self._holding(opened):
+            with self._holding(opened), shown_as_nan(self._elsewhere, self._device()):
                 yield
         finally:
             if self._severs is None and opened.severed is not None and opened.severed.mark:
@@ -187,9 +209,15 @@ class CallPartition(Partition):
     def _opened(self, sever: bool, one_by_one: bool | None = None) -> Pass | BlockByBlock:
         devices = devices_of(dict(self.model.named_parameters()))
         if not (bool(self.again) if one_by_one is None else one_by_one):
-            return Pass(self._stops, self._whole, devices, sever)
-        device, first = next(self.model.parameters()).device, self.blocks[0]
-        return BlockByBlock(self._stops, self._whole, devices, device, first)
+            return Pass(self._stops, self._whole, devices, sever, self._stand_in, range(self.first))
+        return BlockByBlock(self._stops, self._whole, devices, self._device(), self.blocks[0])
+
+    def _device(self) -> torch.device:
+        return next((p.device for p in self.model.parameters() if not p.is_meta), torch.device("cpu"))
+
+    def _stand_in(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert self._received is not None
+        return self._received(index, args, kwargs)
 
     def pull(self, index: int, h: Any) -> Tensor:
         """Run block `index` of the open pass.
@@ -204,6 +232,9 @@ class CallPartition(Partition):
                 "runs its blocks in one forward pass; choose a rule such as local_ce, or give a model that partition() "
                 "can trace."
             )
+        if index == self.first > 0:
+            self.__dict__["_received"] = Elsewhere(self._forms, index - 1, h)
+            h = self._batch
         return self._pass.pull(index, h)
 
     def call(self, index: int, h: Tensor, module: nn.Module) -> Tensor:
@@ -234,7 +265,11 @@ class CallPartition(Partition):
         samples = next((len(t) for _, t in batch if t.dim()), 0)
         outputs, h = [], x
         opened = self._opened(sever=False, one_by_one=False)
-        with self._holding(opened), torch.enable_grad(), layouts:
+        assert isinstance(opened, Pass)
+        forms: list[tuple[Any, Tensor]] = []
+        with self._holding(opened), torch.enable_grad(), layouts, ExitStack() as hooks:
+            for _, module, _ in self._stops:
+                hooks.callback(module.register_forward_pre_hook(uses.enter).remove)
             for _, t in batch:
                 if t.dim() and len(t) == samples:
                     own = getattr(self.model, "input_layout", None)
@@ -242,6 +277,7 @@ class CallPartition(Partition):
                     layouts.begin(t, given if given is not None and len(given) == t.dim() else None)
             for block in [*self.blocks, self.head]:
                 uses.block = block.index  # pyright: ignore[reportAttributeAccessIssue]
+                uses.inside = False
                 try:
                     with uses:
                         out = block(h)
@@ -265,19 +301,40 @@ class CallPartition(Partition):
                 if given is not None:
                     layouts.begin(out, given)
                 block.layout = layouts.of(out, samples) or self._likely_layout(out)
-                uses.hand_over(out)
+                if block is not self.head:
+                    forms.append(form_of(opened.whole, out))
                 h = out.detach()
+                uses.hand_over(out, h)
                 outputs.append(h)
             self.__dict__["input_layout"] = layouts.of(x, len(x)) if isinstance(x, Tensor) else None
         self._own(uses.used)
-        self.__dict__["crossings"] = uses.crossings
-        self.__dict__["irregular"] = self._why_irregular(x, outputs)
+        self.__dict__.update(crossings=uses.crossings, _forms=forms, _used=uses.used)
+        if self.again or all(block.before is None for block in self.blocks):
+            self.__dict__["irregular"] = self._why_irregular(x, outputs)
         if self.again and self.irregular:
             raise LayerwiseError(
                 f"{self.again}, and the blocks of {type(self.model).__name__} run once per step, inside one forward "
                 f"pass: {self.irregular}; choose a rule such as local_ce, or give a model that partition() can trace."
             )
         return outputs
+
+    def outside(self) -> set[str]:
+        """Names of the tensors that lie in no module of a cut, or in several; before a probe."""
+        own = {name for block in [*self.blocks, self.head] for name in block.names()}
+        return {name for name in self._one_name_each() if name not in own or name in self.shared}
+
+    def keep_only(self, first: int, stop: int) -> set[str]:
+        """Prepare to run a range of the blocks only; see `Partition.keep_only`."""
+        if self.again:
+            raise LayerwiseError(
+                f"{self.again}, and the blocks before and behind are on other ranks; train it in one process, or choose "
+                "a rule such as local_ce."
+            )
+        owned = {name for block in [*self.blocks, self.head] for name in block.names()}
+        learned = {name for name, p in self.model.named_parameters() if p.requires_grad and name in owned}
+        found = needed(self.crossings, self._used, learned, [*self.cuts, "head"], range(first, stop))
+        self.__dict__["first"] = first
+        return found
 
     def _why_irregular(self, x: Any, outputs: Sequence[Tensor]) -> str:
         """Why the blocks cannot be run one by one; nothing where they give the same bits so."""
@@ -317,7 +374,8 @@ class CallPartition(Partition):
             who = "nobody" if self.tied == "frozen" else names[_owner(blocks, self.tied) or 0]
             lines.append(f"{name} is used by {where}; it is trained by {who}")
         if self.irregular is not None:
-            lines.append(f"not regular: {self.irregular}" if self.irregular else "regular: blocks can be run one by one")
+            regular = "regular: its blocks can be run one by one"
+            lines.append(f"not regular: {self.irregular}" if self.irregular else regular)
         return "\n".join(lines)
 
     def with_layout(self, layout: Mapping[str, str] | str) -> "CallPartition":

@@ -152,6 +152,8 @@ class Pass:
     ):
         self.cuts, self.run, self.devices = cuts, run, devices
         self.stand_in, self.away = stand_in, away
+        self.whole: Any = None
+        """All that the module returned behind which the pass waits."""
         self.severed = Severed() if sever else None
         self._coroutine: greenlet.greenlet | None = None
         self._undo: list[Callable[[], None]] = []
@@ -177,7 +179,8 @@ class Pass:
         Raises:
             LayerwiseError: the pass comes to the cuts in another order than named, or twice to one.
         """
-        if index == 0:
+        first = self.away.stop
+        if index == first:
             arrived = self.begin(h)
         elif self._coroutine is None or index != self._next:
             raise LayerwiseError(
@@ -188,10 +191,10 @@ class Pass:
             arrived = self._arrived
         else:
             arrived = self.resume(h)
-        if arrived.index < index or (arrived.index > index == 0):
+        if arrived.index < index or (arrived.index > index == first):
             how = (
-                f"the first cut {self._name(0)!r} is not called before {self._name(arrived.index)!r}"
-                if index == 0
+                f"the first cut {self._name(first)!r} is not called before {self._name(arrived.index)!r}"
+                if index == first
                 else f"cut {self._name(arrived.index)!r} is called again or after {self._name(index - 1)!r}"
             )
             self.close()
@@ -203,7 +206,7 @@ class Pass:
             self._arrived = arrived
             self.skipped.add(index)
             return h.detach()
-        self._arrived = None
+        self._arrived, self.whole = None, arrived.whole
         if arrived.index == len(self.cuts):
             self.close()
         return arrived.out

@@ -6,12 +6,11 @@ from torch import nn
 def draw(module: nn.Module, model: nn.Module | None = None) -> type[nn.Module] | None:
     """Draw the weights of a module and of all that it holds, where they lie.
 
-    Each module draws by the model's `_init_weights(module)` (as `transformers` has it), or by its own
-    `reset_parameters()`; the inner ones first, so that a module may change what those that it holds have drawn.
+    The inner ones first, so that a module may change what those that it holds have drawn.
 
     Args:
         module: whose weights are drawn.
-        model: the model that it is a part of.
+        model: the model that it is a part of, see `draw_own`.
 
     Returns:
         The class of a module that holds tensors and cannot draw them; None if there is none.
@@ -24,12 +23,25 @@ def draw(module: nn.Module, model: nn.Module | None = None) -> type[nn.Module] |
         unable = draw(child, model)
         if unable is not None:
             return unable
+    return None if draw_own(module, model) or not holds_tensors(module) else type(module)
+
+
+def draw_own(module: nn.Module, model: nn.Module | None = None) -> bool:
+    """Draw what one module holds: by the model's `_init_weights(module)`, which models of `transformers` have, or by
+    the module's own `reset_parameters()`.
+
+    Returns:
+        Whether there was a way.
+    """
     by_model = getattr(model, "_init_weights", None)
     own = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
     if callable(by_model):
         by_model(module)
     elif callable(own):
         own()
-    elif [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
-        return type(module)
-    return None
+    return callable(by_model) or callable(own)
+
+
+def holds_tensors(module: nn.Module) -> bool:
+    """Whether a module itself, not one inside of it, holds parameters or buffers."""
+    return bool([*module.parameters(recurse=False), *module.buffers(recurse=False)])

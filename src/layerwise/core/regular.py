@@ -90,7 +90,9 @@ class BlockByBlock:
         """Let the pass call the other modules, while something stands in for them, to see with which arguments."""
         last = len(self.cuts) - 1
         if self._pass is None:
-            raise LayerwiseError(f"block {self.cuts[0][0]!r} has to run before others do; run the network from its start.")
+            raise LayerwiseError(
+                f"block {self.cuts[0][0]!r} has to run before others do; run the network from its start."
+            )
         if self.calls or last == 0:
             return
         self.standin = h.detach()

@@ -13,6 +13,7 @@ from layerwise.core import trees
 from layerwise.core.blocks import Block, Partition
 from layerwise.core.engine import Engine, Execution
 from layerwise.core.groups import Group, Grouping, Unit
+from layerwise.core.late import LateWeights, NotLate
 from layerwise.core.optim import OptimizerFactory, begin_schedule, decay_groups, sparse_gradients, without_decay
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.rule import Rule, Site
@@ -36,8 +37,10 @@ class Setup:
     execution: Execution
     stage: Stage | WholeNetwork
     replicas: Replicas | OneProcess
-    make_offload: Callable[[Sequence[Sequence[Block]]], Offload | NotOffloaded]
-    """From the blocks of every group to what moves them."""
+    make_offload: Callable[[Sequence[Sequence[Block]], int], Offload | NotOffloaded]
+    """From the blocks of every group here, and the number of the first block, to what moves them."""
+    late: LateWeights | NotLate
+    """Makes weights where the model was made without."""
     seed: int
     task: Classification
     """Without the number of classes."""
@@ -78,8 +81,14 @@ class Built:
         ranges = list(setup.rule.groups(len(blocks) - 1))
         ends = [later.start for later in ranges[1:]] + [len(blocks)]
         parts = [blocks[s.start : end] for s, end in zip(ranges, ends, strict=True)]
-        if not setup.network.owns_by_use:
-            self.offload = setup.make_offload(parts)
+        # Which blocks are here, and what belongs to them, may be known only when the network has run.
+        known = isinstance(setup.stage, WholeNetwork) and not setup.network.owns_by_use
+        self.offload: Offload | NotOffloaded = NotOffloaded()
+        if known:
+            self._settle(parts, 0)
+        else:
+            setup.late.make(setup.network.outside())
+            setup.late.follow(blocks)
         if any(t.is_complex() for t in trees.tensors(x)):
             raise LayerwiseError(
                 "the inputs are complex numbers, which no rule can read; give torch.view_as_real(x) or their absolute "
@@ -87,11 +96,11 @@ class Built:
             )
         with evaluating():
             outputs = setup.network.probe(x[:2] if isinstance(x, Tensor) else x)
-        if setup.network.owns_by_use:
-            self.offload = setup.make_offload(parts)
         self.task = setup.task.with_classes(outputs[-1].shape[-1])
         self.engine = Engine(setup.rule, self.task, setup.execution, self.resident)
         mine = setup.stage.choose(setup.rule, setup.network, ranges, x[:1] if isinstance(x, Tensor) else x)
+        if not known:
+            self._settle([parts[i] for i in mine], ranges[mine.start].start)
         tensors = [*setup.network.parameters(), *setup.network.buffers()]
         setup.replicas.copy_from_first((tensor for tensor in tensors if not tensor.is_meta), setup.facts)
         sizes = tuple(tuple(out.shape[1:]) for out in outputs)
@@ -115,6 +124,11 @@ class Built:
         if setup.compile:
             compile_blocks(blocks, setup.compile)
         self.watch = Watch(setup.network.model, parameters=not setup.replicas.shares_parameters)
+
+    def _settle(self, parts: Sequence[Sequence[Block]], first: int) -> None:
+        """Make the blocks of these groups, and put them where they are kept; `first` is the first one's number."""
+        self.offload = self.setup.make_offload(parts, first)
+        self.setup.late.make_rest([block for part in parts for block in part])
 
     @property
     def groups(self) -> list[Group]:

@@ -71,7 +71,6 @@ def check_serves(network: CallPartition, rule: Rule, **options: Any) -> None:
     if rule.models:
         raise LayerwiseError(f"rule {rule.name!r} trains the models {', '.join(rule.models)} alone; {other}.")
     reasons = {
-        "stage": ("a stage", options["stage"] is not None),
         "replicas": ("sharding", getattr(options["replicas"], "shares_parameters", False)),
         "compile": ("compile", bool(options["compile"])),
     }
