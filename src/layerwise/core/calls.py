@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.core.blocks import Block, Partition, declared_layouts
+from layerwise.core.chains import check_model
 from layerwise.core.coroutine import Pass, devices_of, reading
 from layerwise.core.crossing import Crossing, Uses
 from layerwise.core.drawing import draw
 from layerwise.core.layout import Layouts
 from layerwise.core.regular import BlockByBlock
 from layerwise.core.remote import Elsewhere, form_of, needed, shown_as_nan, without_memory
-from layerwise.core.tracing import check_model
 from layerwise.core.trees import tensors
 from layerwise.errors import LayerwiseError, suggestion
 
@@ -66,8 +66,8 @@ class CallBlock(Block):
         if unable is not None or self.index == 0:
             why = "is the first one" if unable is None else f"holds a {unable.__name__} without reset_parameters()"
             raise LayerwiseError(
-                f"rule {network.asked_by!r} copies the layers of block {self.name!r}, which {why}; choose a rule such as "
-                "local_ce."
+                f"rule {network.asked_by!r} copies the layers of block {self.name!r}, which {why}; choose a rule such "
+                "as local_ce."
             )
         return nn.Sequential(_Copy(made, network, self.index))
 
@@ -327,8 +327,8 @@ class CallPartition(Partition):
         """Prepare to run a range of the blocks only; see `Partition.keep_only`."""
         if self.again:
             raise LayerwiseError(
-                f"{self.again}, and the blocks before and behind are on other ranks; train it in one process, or choose "
-                "a rule such as local_ce."
+                f"{self.again}, and others of them are on other ranks; train it in one process, or choose a rule such "
+                "as local_ce."
             )
         owned = {name for block in [*self.blocks, self.head] for name in block.names()}
         learned = {name for name, p in self.model.named_parameters() if p.requires_grad and name in owned}

@@ -104,8 +104,9 @@ def needed(
             if name in learned:
                 other = min(set(blocks) - set(own))
                 raise LayerwiseError(
-                    f"{name!r} is used by the blocks {names[other]!r} and {names[here[0]]!r} on different ranks, and one "
-                    "of them alone would train it; give tied='frozen', or share the blocks out so that one rank has both."
+                    f"{name!r} is used by the blocks {names[other]!r} and {names[here[0]]!r} on different ranks, and "
+                    "one of them alone would train it; give tied='frozen', or share the blocks out so that one rank "
+                    "has both."
                 )
             found.add(name)
     for crossing in crossings:
