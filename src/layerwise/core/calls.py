@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from layerwise.core.blocks import Block, Partition, declared_layouts
 from layerwise.core.chains import check_model
-from layerwise.core.coroutine import Pass, devices_of, reading
+from layerwise.core.coroutine import Pass, called_instead, devices_of, reading, without_severing
 from layerwise.core.crossing import Crossing, Uses
 from layerwise.core.drawing import draw
 from layerwise.core.layout import Layouts
@@ -48,6 +48,11 @@ class CallBlock(Block):
 
     def _pull(self, h: Any) -> Tensor:
         return self._network.pull(self.index, h)
+
+    def compile(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Run the block's own module through what `wrap` makes of it; what lies between the cuts stays as it is."""
+        if self.index < len(self._network.cuts):
+            self._network.compile(self.index, wrap)
 
     @property
     def ran(self) -> bool:
@@ -133,6 +138,7 @@ class CallPartition(Partition):
             _elsewhere=[],
             _batch=None,
             _received=None,
+            _compiled=[],
             _pass=None,
             _severs=None,
         )
@@ -159,6 +165,8 @@ class CallPartition(Partition):
     _batch: Any
     """Of the pass under way."""
     _received: Elsewhere | None
+    _compiled: list[tuple[nn.Module, Callable[..., Any]]]
+    """Modules of cuts, and what is called in place of their forward."""
     _pass: Pass | BlockByBlock | None
     _severs: bool | None
     """Whether passes have to keep blocks from the graphs of earlier ones; None until a training pass has shown it."""
@@ -201,10 +209,28 @@ class CallPartition(Partition):
         outer = self._pass  # of a step in which a rule asks what the network predicts
         self.__dict__["_pass"] = opened
         try:
-            yield
+            with ExitStack() as compiled:
+                for module, forward in self._compiled if outer is None else ():
+                    compiled.enter_context(called_instead(module, forward))
+                yield
         finally:
             self.__dict__["_pass"] = outer
             opened.close()
+
+    def compile(self, index: int, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Call what `wrap` makes of a cut module's forward in place of it, while a pass is open.
+
+        Raises:
+            LayerwiseError: another cut lies inside of the module, so that the pass stops there.
+        """
+        name, module, _ = self._stops[index]
+        inner = next((cut for cut in self.cuts if cut.startswith(name + ".")), None)
+        if inner is not None:
+            raise LayerwiseError(
+                f"block {name!r} cannot be compiled, because the cut {inner!r} lies inside of it; leave compile or one "
+                "of the two cuts out."
+            )
+        self._compiled.append((module, without_severing(wrap(module.forward))))
 
     def _opened(self, sever: bool, one_by_one: bool | None = None) -> Pass | BlockByBlock:
         devices = devices_of(dict(self.model.named_parameters()))

@@ -1,7 +1,8 @@
 """A forward pass that stops at every cut, so that the engine pulls block after block out of it."""
 
 import contextvars
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,10 +98,14 @@ class Severed(TorchFunctionMode):
         """Whether anything had to be detached."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.mark and torch.is_grad_enabled():
-            args = [self._severed(value) for value in args]
-            kwargs = {name: self._severed(value) for name, value in (kwargs or {}).items()}
-        return func(*args, **(kwargs or {}))
+        args, kwargs = self.severed((args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def severed(self, given: tuple[Any, dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
+        """Arguments without the graphs of earlier blocks."""
+        if not self.mark or not torch.is_grad_enabled():
+            return given
+        return [self._severed(value) for value in given[0]], {n: self._severed(v) for n, v in given[1].items()}
 
     def _severed(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -315,21 +320,58 @@ class Pass:
     def _put_in(self, index: int, module: nn.Module) -> Callable[[], None]:
         """Let the module's call be stood in for; returns what undoes it."""
         assert self.stand_in is not None
-        own, stand_in = vars(module), self.stand_in
-        before, forward = own.get("forward"), module.forward
+        stand_in, forward = self.stand_in, module.forward
 
         def called(*args: Any, **kwargs: Any) -> Any:
             return stand_in(index, args, kwargs) if self._runs else forward(*args, **kwargs)
 
-        own["forward"] = called
+        instead = ExitStack()
+        instead.enter_context(called_instead(module, called))
+        return instead.close
 
-        def undo() -> None:
-            if before is None:
-                del own["forward"]
-            else:
-                own["forward"] = before
 
-        return undo
+@contextmanager
+def called_instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """A context in which `forward` is called in place of the module's own; its hooks run as ever."""
+    own = vars(module)
+    before = own.get("forward")
+    own["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del own["forward"]
+        else:
+            own["forward"] = before
+
+
+def without_severing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with its arguments severed as a whole, and its own code outside of `Severed`, for a compiler."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        modes = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]
+        severing = [mode for mode in modes if isinstance(mode, Severed)]
+        for mode in severing:
+            args, kwargs = mode.severed((args, kwargs))
+        try:
+            with _on_stack([mode for mode in reversed(modes) if mode not in severing]):
+                return forward(*args, **kwargs)
+        finally:
+            for mode in reversed(modes):
+                torch._C._push_on_torch_function_stack(mode)
+
+    return called
+
+
+@contextmanager
+def _on_stack(modes: Sequence[Any]) -> Iterator[None]:
+    for mode in modes:
+        torch._C._push_on_torch_function_stack(mode)
+    try:
+        yield
+    finally:
+        for _ in modes:
+            torch._C._pop_torch_function_stack()
 
 
 def reading(name: str, read: Callable[[Any], Any] | None) -> Callable[[Any], Tensor]:

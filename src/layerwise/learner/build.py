@@ -245,15 +245,15 @@ def compile_blocks(blocks: Sequence[Block], backend: bool | str) -> None:
         block.compile(lambda run, name=name, kind=kind: torch.compile(_with_own_code(run, name), backend=kind))
 
 
-def _with_own_code(run: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor], Tensor]:
+def _with_own_code(run: Callable[..., Any], name: str) -> Callable[..., Any]:
     """`run` as a function with a code object of its own.
 
     Dynamo keeps what it compiled per code object, eight versions at most; blocks that shared one would fall
     back to plain Python from the ninth on, and take each other's shapes for dynamic ones.
     """
 
-    def block(h: Tensor) -> Tensor:
-        return run(h)
+    def block(*args: Any, **kwargs: Any) -> Any:
+        return run(*args, **kwargs)
 
     block.__code__ = block.__code__.replace(co_name=f"block {name}")
     return block

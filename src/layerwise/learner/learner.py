@@ -164,7 +164,7 @@ class Learner:
         self.network: Partition = cut(model, cuts, blocks, output, read, tied, example, layout)
         self._arguments |= {"cuts": None, "blocks": None, "output": None, "read": None, "tied": None}  # done
         if isinstance(self.network, CallPartition):
-            check_serves(self.network, self.rule, stage=stage, replicas=replicas, compile=compile)
+            check_serves(self.network, self.rule)
         names = [block.name for block in [*self.network.blocks, self.network.head]]
         for name in lr_multipliers or {}:
             if name not in names:
