@@ -693,7 +693,6 @@ def test_rules_that_look_at_the_input_need_one_tensor(rule):
         ({"cuts": "layers.*", "blocks": 9}, "not possible"),
         ({"cuts": "layers.*", "read": {"layers.7": len}}, "no cut"),
         ({"cuts": ["layers.0"], "tied": "last", "offload": "host"}, "offload"),
-        ({"cuts": ["layers.0.norm", "layers.0"], "tied": "last", "compile": True}, "compile"),
         ({"cuts": "layers.*", "output": lambda out: out["attention"]}, "output="),
         ({"cuts": ["embedding", "layers.*", "head", "norm"], "tied": "last"}, "order"),
     ],

@@ -102,9 +102,9 @@ def needed(
         here = sorted(set(blocks) & set(own))
         if here and len(here) < len(blocks):
             if name in learned:
-                other = min(set(blocks) - set(own))
+                first, last = names[min(blocks)], names[max(blocks)]
                 raise LayerwiseError(
-                    f"{name!r} is used by the blocks {names[other]!r} and {names[here[0]]!r} on different ranks, and "
+                    f"{name!r} is used by the blocks {first!r} to {last!r}, which are on different ranks, and "
                     "one of them alone would train it; give tied='frozen', or share the blocks out so that one rank "
                     "has both."
                 )
