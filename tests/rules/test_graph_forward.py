@@ -317,7 +317,7 @@ def test_wrong_use_of_cora_is_one_sentence(cora, tmp_path, capsys):
         ("--data cora --model mlp --rule dgl", "rule 'dgl' needs a label for every sample"),
         (
             "--data cora --rule boosted",
-            "choose a rule that leaves such samples out: sll, svp, sid, local_ce, ",
+            "choose a rule that leaves such samples out: sll, svp, sid, local_ce, mono_forward, ",
         ),
     ):
         assert main(["train", *words.split(), "--out", "none"]) == 2
