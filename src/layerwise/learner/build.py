@@ -18,8 +18,9 @@ from layerwise.core.late import LateWeights, NotLate
 from layerwise.core.optim import OptimizerFactory, begin_schedule, decay_groups, sparse_gradients, without_decay
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.rule import Rule, Site
-from layerwise.core.tasks import Classification
+from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
+from layerwise.learner.arguments import check_micro
 from layerwise.learner.watch import Watch
 from layerwise.memory.offload import NotOffloaded, Offload
 from layerwise.parallel.alone import OneProcess, WholeNetwork
@@ -43,8 +44,8 @@ class Setup:
     late: LateWeights | NotLate
     """Makes weights where the model was made without."""
     seed: int
-    task: Classification
-    """Without the number of classes."""
+    task: Task
+    """Without the number of outputs."""
     compile: bool | str
     facts: Mapping[str, Any]
     """What must be the same on all replicas, by name."""
@@ -98,7 +99,7 @@ class Built:
             )
         with evaluating():
             outputs = setup.network.probe(x[:2] if isinstance(x, Tensor) else x)
-        self.task = setup.task.with_classes(outputs[-1].shape[-1])
+        self.task = setup.task.fitted(outputs[-1])
         self.engine = Engine(setup.rule, self.task, setup.execution, self.resident)
         mine = setup.stage.choose(setup.rule, setup.network, ranges, x[:1] if isinstance(x, Tensor) else x)
         if not known:
@@ -122,6 +123,13 @@ class Built:
                 group = self._group(own, ahead=units[ends[i] : ranges[i].stop])
                 groups.append(group)
                 self.offload.add(group)
+        if setup.execution.micro > 1:
+            known = dict(zip(names, setup.network.layouts, strict=True))
+            check_micro(
+                setup.rule,
+                [unit for group in groups for unit in group.units],
+                {"the input": setup.network.input_layout, **known},
+            )
         self.grouping = Grouping(setup.rule, groups, names, self._scaler)
         if setup.compile:
             compile_blocks(blocks, setup.compile)
