@@ -2,7 +2,8 @@
 
 Every model is an `nn.Sequential` of blocks (`block1` .. `blockN`; `sid_cascade` names its parts)
 and `head`, for images (B, channels, height, width) to logits (B, classes). Its attribute
-`block_names` lists the children after which it may be cut.
+`block_names` lists the children after which it may be cut. Networks from elsewhere (`hf:`, `timm:`,
+`FILE.py:function`) are built by name too; they are cut at the calls of their own modules.
 
 Example:
     >>> from layerwise import models
@@ -15,12 +16,16 @@ import inspect
 from dataclasses import fields
 from typing import Any
 
+from torch import nn
+
 from layerwise.core.graphs import Graph
 from layerwise.errors import LayerwiseError, suggestion
 from layerwise.models.base import BlockSequential, ModelOptions
 from layerwise.models.gnn import GAT, GCN, GraphModelOptions
 from layerwise.models.mlp import MLP
+from layerwise.models import outside
 from layerwise.models.noprop import NoProp, NoPropCT, NoPropFM
+from layerwise.models.outside import OutsideModel
 from layerwise.models.resnet import ResNet
 from layerwise.models.sid_cascade import SIDCascade
 from layerwise.models.vgg import VGG
@@ -37,11 +42,13 @@ __all__ = [
     "NoProp",
     "NoPropCT",
     "NoPropFM",
+    "OutsideModel",
     "ResNet",
     "SIDCascade",
     "ViT",
     "create",
     "describe",
+    "name_of",
     "names",
     "options",
 ]
@@ -70,8 +77,12 @@ def names() -> tuple[str, ...]:
     return tuple(_MODELS)
 
 
-def options(name: str) -> type[ModelOptions]:
+def options(name: str, recorded: str | None = None) -> type[ModelOptions]:
     """The dataclass of a model's options; its fields and their defaults are the model's dials.
+
+    Args:
+        name: one of `names()`, or `hf:CONFIG_OR_FOLDER`, `timm:NAME`, `FILE.py:function`.
+        recorded: SHA-256 of the files of such a model when a run began; they are refused when they have changed.
 
     Raises:
         LayerwiseError: there is no model of that name.
@@ -80,18 +91,33 @@ def options(name: str) -> type[ModelOptions]:
         >>> options("vgg")(depth=8)
         VGG(depth=8, width=64, dropout=0.0)
     """
+    if outside.is_outside(name):
+        return outside.options(name, recorded)
     if name not in _MODELS:
-        raise _unknown("model", name, names())
+        raise LayerwiseError(
+            f"unknown model {name!r}; {suggestion(name, names())}, or hf:CONFIG_OR_FOLDER, timm:NAME, FILE.py:function."
+        )
     return _MODELS[name]
+
+
+def name_of(options_: ModelOptions) -> str:
+    """The name that a model's options are found by.
+
+    >>> name_of(options("vgg")())
+    'vgg'
+    """
+    if isinstance(options_, OutsideModel):
+        return options_.source
+    return next(name for name, kind in _MODELS.items() if kind is type(options_))
 
 
 def create(
     name: str, shape: tuple[int, int, int], classes: int, *, graph: Graph | None = None, **options_: Any
-) -> BlockSequential:
+) -> Any:
     """Build a model by name for images of `shape` (channels, height, width) and `classes` logits.
 
     Args:
-        name: one of `names()`.
+        name: as for `options`.
         shape: channels, height and width of an image.
         classes: number of logits.
         graph: what the nodes of a graph network are linked by (`gcn`, `gat`).

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from layerwise import data
+from layerwise import data, models
+from layerwise.core.blocks import Partition
 from layerwise.core.graphs import Graph
 from layerwise.core.optim import Schedule
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
@@ -247,6 +248,10 @@ def build_learner(
     folder = Path(options.offload_folder or nearest_folder(Path(options.out or "runs")))
     with OnFile(folder) if options.offload == "disk" else contextlib.nullcontext():
         model = build_model(options.model, facts, options.seed, graph)
+    where: dict[str, Any] = {name: getattr(options, name) for name in ("cuts", "blocks", "output", "tied")}
+    if isinstance(options.model, models.OutsideModel):
+        model = models.outside.cut(model, **where)
+        where = {} if isinstance(model, Partition) else where
     example = torch.zeros(2, *facts.shape, device=device)
     updates = math.ceil(total / options.accumulate)
     learner = Learner(
@@ -266,8 +271,7 @@ def build_learner(
         nonfinite=options.nonfinite,
         label_smoothing=options.label_smoothing,
         seed=options.seed,
-        cuts=options.cuts,
-        blocks=options.blocks,
+        **where,
         example=example,
         stage=stage,
         replicas=replicas,

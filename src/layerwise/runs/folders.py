@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import time
 import weakref
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from typing import Any
 from layerwise.errors import LayerwiseError
 from layerwise.files import MissingFile, kind_of, read_text, shown
 from layerwise.runs.checkpoint import write_atomically
-from layerwise.runs.options import TrainOptions, from_mapping, model_name, to_mapping
+from layerwise.runs.options import TrainOptions, from_mapping, own_code_of, run_name, to_mapping
 from layerwise.runs.records import read_json, read_lines, short, why
 
 
@@ -114,7 +115,10 @@ def read_options(folder: Path) -> TrainOptions:
     """
     file = folder / "config.json"
     try:
-        return from_mapping(read_json(file, "start the run again"), shown(file))
+        values = read_json(file, "start the run again")
+        for name in own_code_of(values):  # said before it is run: the folder may be somebody else's
+            print(f"layerwise: note: runs {shown(name)}, which the run in {shown(folder)} names", file=sys.stderr)
+        return from_mapping(values, shown(file))
     except MissingFile as reason:
         raise LayerwiseError(f"{shown(folder)} holds no run (no config.json); give the folder of a run.") from reason
 
@@ -141,7 +145,7 @@ def check_options(options: TrainOptions, trained: dict[str, Any], folder: Path) 
 
 def wanted_folder(options: TrainOptions) -> Path:
     """The folder of a run, as given or by the run's name."""
-    base = f"runs/{options.data.replace('/', '_').replace(':', '_')}-{model_name(options.model)}"
+    base = f"runs/{run_name(options)}"
     return Path(options.out or f"{base}-{options.rule.name}-seed{options.seed}")
 
 
