@@ -77,7 +77,7 @@ def proof() -> str:
     ]
     note = (
         f"Each folder has its table, its machine and its command. [All {len(CLAIMS)} questions](docs/results.md) have "
-        "an answer, also those that went against us."
+        f"an answer, also those that went against us. {evidence.MARKED}"
     )
     return "\n".join([*table(["question", "answer", "evidence"], body), "", *wrapped(note)])
 
@@ -109,7 +109,7 @@ def index() -> str:
     body = [
         [claim.toml["question"], claim.answer, f"[{claim.name}]({claim.name}/README.md)"] for claim in CLAIMS.values()
     ]
-    return "\n".join(table(["question", "answer", "folder"], body))
+    return "\n".join([*table(["question", "answer", "folder"], body), "", *wrapped(evidence.MARKED)])
 
 
 def options_of(row: Row) -> str:

@@ -25,6 +25,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 EDGE = "**edge**"
+MARK = "†"
+MARKED = "† marks a learning rate at the end of its grid, where a wider grid may give more."
 BESIDE = ("lr=", "seed=", "threads=", "data=")
 """Options of a run that are not its row's; a folder of data may have been renamed."""
 LEGEND = (
@@ -338,15 +340,18 @@ class Claim:
 
     @property
     def answer(self) -> str:
-        """The answer, with its figures filled in: `{grid/row}`, `{grid/row - grid/row}`, or a script's `{name}`."""
+        """The answer, with its figures filled in: `{grid/row}`, `{grid/row - grid/row}`, or a script's `{name}`.
+
+        A figure whose learning rate lies at the edge of its grid is marked.
+        """
 
         def figure(found: re.Match[str]) -> str:
             if not self.grids:
                 return self.script.figures(self.lines)[found[1]]
-            one, _, other = found[1].partition(" - ")
-            if not other:
-                return self.row(one).accuracy
-            return f"{statistics.mean(self.row(one).accuracies) - statistics.mean(self.row(other).accuracies):.1f}"
+            rows = [self.row(name) for name in found[1].split(" - ")]
+            means = [statistics.mean(row.accuracies) for row in rows]
+            text = rows[0].accuracy if len(rows) == 1 else f"{means[0] - means[1]:.1f}"
+            return text + (MARK if any(EDGE in row.lr_text for row in rows) else "")
 
         return re.sub(r"\{([^}]+)\}", figure, self.toml["answer"])
 
@@ -365,6 +370,8 @@ class Claim:
     def readme(self) -> str:
         """The folder's README: question, answer, tables, environment, command."""
         lines = [f"# {self.toml['question']}", "", *wrapped(self.answer), ""]
+        if MARK in self.answer:
+            lines += [*wrapped(MARKED), ""]
         if self.toml.get("about"):
             lines += [*wrapped(self.toml["about"]), ""]
         if self.grids:
