@@ -13,7 +13,7 @@ from layerwise.core import trees
 from layerwise.core.blocks import Block, Partition
 from layerwise.core.engine import Engine, Execution
 from layerwise.core.groups import Group, Grouping, Unit
-from layerwise.core.optim import OptimizerFactory, begin_schedule, decay_groups, sparse_gradients, without_decay
+from layerwise.core.optim import Factory, begin_schedule, decay_groups, sparse_gradients, without_decay
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.rule import Rule, Site
 from layerwise.core.tasks import Classification
@@ -31,7 +31,7 @@ class Setup:
 
     network: Partition
     rule: Rule
-    factory: OptimizerFactory
+    factory: Factory
     lr_multipliers: Mapping[str, float]
     execution: Execution
     stage: Stage | WholeNetwork
@@ -107,6 +107,7 @@ class Built:
                 group = self._group(own, ahead=units[ends[i] : ranges[i].stop])
                 groups.append(group)
                 self.offload.add(group)
+        setup.factory.check_names([name for name, _ in self.named_parameters()])
         self.grouping = Grouping(setup.rule, groups, len(blocks) - 1, self._scaler)
         if setup.compile:
             compile_blocks(blocks, setup.compile)
@@ -161,13 +162,14 @@ class Built:
         setup = self.setup
         learning = [unit for unit in units if setup.rule.trains(unit.site)]
         shard_of = setup.replicas.shard_of
+        names = {id(shard_of(parameter)): name for name, parameter in self.named_parameters()}
         exempt = without_decay(setup.network.model) | without_decay(self.auxiliary)
         exempt |= {id(shard_of(p)) for unit in learning for p in unit.parameters() if id(p) in exempt}
         groups = [
             group
             for unit in learning
             for group in decay_groups(
-                map(shard_of, unit.parameters()), setup.lr_multipliers.get(unit.site.name, 1.0), exempt
+                map(shard_of, unit.parameters()), setup.lr_multipliers.get(unit.site.name, 1.0), exempt, names
             )
         ]
         sparse = sparse_gradients(setup.network.model)
@@ -175,11 +177,19 @@ class Built:
             if any(id(p) in sparse for p in group["params"]):
                 group["fused"] = False  # the fused kernels take dense gradients alone
         parameters = [p for group in groups for p in group["params"]]
-        optimizers = [setup.factory(groups)] if groups else []
+        optimizers = setup.factory(groups) if groups else []
         for optimizer in optimizers:
             begin_schedule(optimizer)
+            if callable(mode := getattr(optimizer, "train", None)):
+                mode()  # schedule-free ones refuse to step otherwise
             setup.replicas.check_optimizer(optimizer)
         return Group(units, ahead, parameters, optimizers, self._scaler())
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The network's parameters under the model's names, then the rule's under `auxiliary.`."""
+        yield from self.setup.network.named_parameters()
+        for name, parameter in self.auxiliary.named_parameters():
+            yield f"auxiliary.{name}", parameter
 
     def _scaler(self) -> torch.amp.GradScaler:
         execution = self.setup.execution

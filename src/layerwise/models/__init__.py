@@ -20,10 +20,10 @@ from torch import nn
 
 from layerwise.core.graphs import Graph
 from layerwise.errors import LayerwiseError, suggestion
+from layerwise.models import outside
 from layerwise.models.base import BlockSequential, ModelOptions
 from layerwise.models.gnn import GAT, GCN, GraphModelOptions
 from layerwise.models.mlp import MLP
-from layerwise.models import outside
 from layerwise.models.noprop import NoProp, NoPropCT, NoPropFM
 from layerwise.models.outside import OutsideModel
 from layerwise.models.resnet import ResNet
@@ -111,9 +111,7 @@ def name_of(options_: ModelOptions) -> str:
     return next(name for name, kind in _MODELS.items() if kind is type(options_))
 
 
-def create(
-    name: str, shape: tuple[int, int, int], classes: int, *, graph: Graph | None = None, **options_: Any
-) -> Any:
+def create(name: str, shape: tuple[int, int, int], classes: int, *, graph: Graph | None = None, **options_: Any) -> Any:
     """Build a model by name for images of `shape` (channels, height, width) and `classes` logits.
 
     Args:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, make_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,8 @@ class OutsideModel(ModelOptions):
     """The name that it was asked for by."""
     sha256: ClassVar[str] = ""
     """Of its files; empty where it has none."""
+    further: ClassVar[str] = ""
+    """The option that holds numbers for what is not an option."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,6 +91,16 @@ class OutsideModel(ModelOptions):
         """Whether the network predicts a next token at every position."""
         return False
 
+    @classmethod
+    def from_numbers(cls, numbers: Mapping[str, float], depth: int | None = None) -> Self:
+        """Options out of numbers; those that are no option go to the constructor or configuration."""
+        own = {f.name for f in dataclasses.fields(cls)}
+        if cls.further not in own:
+            return super().from_numbers(numbers, depth)
+        rest = {name: value for name, value in numbers.items() if name not in own}
+        found = super().from_numbers({name: value for name, value in numbers.items() if name in own}, depth)
+        return dataclasses.replace(found, **{cls.further: rest})
+
 
 def cut(
     model: nn.Module, cuts: str, blocks: int | None, output: str | None, tied: Tied | None
@@ -105,7 +117,9 @@ def cut(
     if is_sequential(model) or hasattr(model, "block_names"):
         return model
     if cuts == "layer":
-        raise LayerwiseError("--cuts layer needs a chain of modules (nn.Sequential); name modules, or give --cuts auto.")
+        raise LayerwiseError(
+            "--cuts layer needs a chain of modules (nn.Sequential); name modules, or give --cuts auto."
+        )
     names = "auto" if cuts == "block" else cuts
     return cut_at_calls(model, names, output=output, tied=tied or "last", blocks=blocks)
 
@@ -121,6 +135,8 @@ def _words(values: Mapping[str, float]) -> dict[str, Any]:
 @dataclass(frozen=True)
 class TimmModel(OutsideModel):
     """An image network of timm, with random weights."""
+
+    further: ClassVar[str] = "options"
 
     depth: int | None = None
     """Number of blocks, for networks whose constructor takes a depth; their own if not given."""
@@ -175,7 +191,9 @@ def _own(name: str, function: Any) -> type[OutsideModel]:
     fields: list[Any] = []
     for parameter, how in parameters.items():
         if parameter in ("name", "sha256", "self"):
-            raise LayerwiseError(f"{name!r} has a parameter called {parameter!r}, which a run keeps for itself; rename it.")
+            raise LayerwiseError(
+                f"{name!r} has a parameter called {parameter!r}, which a run keeps for itself; rename it."
+            )
         if parameter in GIVEN or how.kind in (how.VAR_POSITIONAL, how.VAR_KEYWORD):
             continue
         if how.default is how.empty:
@@ -222,6 +240,8 @@ class _OwnModel(OutsideModel):
 @dataclass(frozen=True)
 class HFModel(OutsideModel):
     """A network of transformers: its weights where the folder holds some, random ones otherwise."""
+
+    further: ClassVar[str] = "config"
 
     depth: int | None = None
     """Number of layers (num_hidden_layers); that of the configuration if not given."""
