@@ -86,6 +86,12 @@ def refused(capsys, *words):
     return sentence
 
 
+def working_memory(file):
+    """Activations and gradients by rule and depth."""
+    rows = json.loads(Path(file).read_text())
+    return {(row["rule"], row["depth"]): row["activations"] + row["gradients"] for row in rows}
+
+
 def test_a_run_of_ones_own_network_and_rule(here, capsys):
     words = ["--model", "net.py:make", "--model.depth", "2", "--rule", "rule.py:Mine", "--rule.factor", "2"]
     assert main(["train", *words, *SHORT, "--out", "run"]) == 0

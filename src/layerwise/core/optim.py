@@ -173,7 +173,7 @@ class Factory(ABC):
             LayerwiseError: they cannot be made.
         """
 
-    def check_names(self, names: Sequence[str]) -> None:  # noqa: B027: most factories know no names
+    def check_names(self, names: Sequence[str]) -> None:  # noqa: B027
         """Raise LayerwiseError where the factory speaks of parameters that the model, with these, does not have."""
 
 
@@ -238,8 +238,8 @@ class FromFunction(Factory):
             factors = {multipliers[id(p)] for p in group["params"]}
             if len(factors) > 1:
                 raise LayerwiseError(
-                    "the function that makes optimizers joins parameters of blocks with different lr_multipliers in one "
-                    "group; keep the groups that it is called with apart."
+                    "the function that makes optimizers joins parameters of blocks with different lr_multipliers; "
+                    "keep the groups that it is called with apart."
                 )
             group["lr_multiplier"] = factors.pop()
         return made

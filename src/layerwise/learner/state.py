@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from layerwise.core.groups import Group
 from layerwise.core.optim import base_rates, own_settings, set_base_rates, set_own_settings
@@ -88,7 +88,7 @@ def expected_of(built: Built) -> Expected:
     )
 
 
-def held_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def held_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """The parameters of an optimizer, in its own order."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 

@@ -134,7 +134,7 @@ def memory_command(argv: list[str]) -> int:
     except ValueError as reason:
         raise LayerwiseError(f"--depths {options.depths!r} is not a list such as 4,16,64.") from reason
     by_model = {model: depths_of(model, depths) for model in options.model}
-    for model, depth in ((model, depth) for model in options.model for depth in by_model[model]):
+    for model, depth in [(name, depth) for name in options.model for depth in by_model[name]]:
         made = options_of(model, depth, options.model_options)
         if not isinstance(made, models.OutsideModel):
             with torch.device("meta"):  # report mistakes before the first measurement

@@ -104,9 +104,7 @@ def options_of(model: str, depth: int | None, model_options: dict[str, float]) -
     """The options of a model, with a number of blocks where it has one."""
     kind = models.options(model)
     if depth is not None and "depth" not in {f.name for f in fields(kind)}:
-        raise LayerwiseError(
-            f"{model!r} has no option depth; leave --depth out, or give the function a parameter depth."
-        )
+        raise LayerwiseError(f"{model!r} has no option depth; leave --depth out, or let the function have it.")
     return kind.from_numbers(model_options, depth)
 
 

@@ -16,8 +16,6 @@ import inspect
 from dataclasses import fields
 from typing import Any
 
-from torch import nn
-
 from layerwise.core.graphs import Graph
 from layerwise.errors import LayerwiseError, suggestion
 from layerwise.models import outside

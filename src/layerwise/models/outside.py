@@ -117,9 +117,7 @@ def cut(
     if is_sequential(model) or hasattr(model, "block_names"):
         return model
     if cuts == "layer":
-        raise LayerwiseError(
-            "--cuts layer needs a chain of modules (nn.Sequential); name modules, or give --cuts auto."
-        )
+        raise LayerwiseError("--cuts layer needs a nn.Sequential; name modules, or give --cuts auto.")
     names = "auto" if cuts == "block" else cuts
     return cut_at_calls(model, names, output=output, tied=tied or "last", blocks=blocks)
 
@@ -191,9 +189,7 @@ def _own(name: str, function: Any) -> type[OutsideModel]:
     fields: list[Any] = []
     for parameter, how in parameters.items():
         if parameter in ("name", "sha256", "self"):
-            raise LayerwiseError(
-                f"{name!r} has a parameter called {parameter!r}, which a run keeps for itself; rename it."
-            )
+            raise LayerwiseError(f"{name!r} has a parameter called {parameter!r}, a name that runs use; rename it.")
         if parameter in GIVEN or how.kind in (how.VAR_POSITIONAL, how.VAR_KEYWORD):
             continue
         if how.default is how.empty:
@@ -313,9 +309,8 @@ class HFModel(OutsideModel):
             raise LayerwiseError(f"{shown(self._path)} is no configuration of transformers ({said}).") from reason
         for name, value in changed.items():
             if not hasattr(config, name):
-                raise LayerwiseError(
-                    f"the configuration {shown(self._path)} has no {name!r}; {suggestion(name, sorted(config.to_dict()))}."
-                )
+                near = suggestion(name, sorted(config.to_dict()))
+                raise LayerwiseError(f"the configuration {shown(self._path)} has no {name!r}; {near}.")
             setattr(config, name, value)
         return config
 

@@ -92,7 +92,7 @@ def get(name: str, recorded: str | None = None) -> type[Rule]:
         rule = own_code.load(name, recorded)
         if not (isinstance(rule, type) and issubclass(rule, Rule) and dataclasses.is_dataclass(rule)):
             raise LayerwiseError(
-                f"{name!r} names no rule; name a class that inherits from layerwise.rules.Rule and is a frozen dataclass."
+                f"{name!r} names no rule; name a frozen dataclass that inherits from layerwise.rules.Rule."
             )
         return rule
     for rule in _BUILT_IN:

@@ -52,7 +52,7 @@ class TrainOptions:
     output: str | None = None
     """Name of the entry of the model's output that holds the logits; logits, or the tensor itself, if not given."""
     tied: Literal["last", "first", "frozen"] | None = None
-    """Who trains a parameter that several blocks use, where the model is cut at its own calls; the last if not given."""
+    """Who trains a parameter that several blocks use, where the model is cut at its calls; the last if not given."""
     blocks: int | None = None
     """Join the blocks to this many, balanced by their floating-point operations."""
     epochs: int = 10

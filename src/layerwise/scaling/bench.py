@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from layerwise import models
 from layerwise.compare.pool import cores
 from layerwise.core.cost import operations
 from layerwise.core.cutting import partition
