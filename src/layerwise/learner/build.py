@@ -1,5 +1,6 @@
 """From a model, a rule and an example to groups of blocks with optimizers."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -113,6 +114,7 @@ class Built:
         self.grouping = Grouping(setup.rule, groups, names, self._scaler)
         if setup.compile:
             compile_blocks(blocks, setup.compile)
+        self._warn_of_readouts(units)
         self.watch = Watch(setup.network.model, parameters=not setup.replicas.shares_parameters)
 
     @property
@@ -185,6 +187,22 @@ class Built:
                 mode()  # schedule-free ones refuse to step otherwise
             setup.replicas.check_optimizer(optimizer)
         return Group(units, ahead, parameters, optimizers, self._scaler())
+
+    def _warn_of_readouts(self, units: Sequence[Unit]) -> None:
+        """Warn where a block is frozen but for adapters, and the rule's own module is larger than these."""
+        larger = []
+        for unit in units:
+            own = list(unit.block.parameters())
+            trained = sum(p.numel() for p in own if p.requires_grad)
+            readout = sum(p.numel() for p in unit.auxiliary.parameters() if p.requires_grad) if unit.auxiliary else 0
+            if 0 < trained < readout and trained < sum(p.numel() for p in own):
+                larger.append(f"{unit.site.name} ({readout:,} against {trained:,})")
+        if larger:
+            warnings.warn(
+                f"rule {self.setup.rule.name!r} adds readouts that have more parameters than what the blocks train: "
+                f"{', '.join(larger[:3])}{', ...' if len(larger) > 3 else ''}; 'sll' has none that are trained.",
+                stacklevel=2,
+            )
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The network's parameters under the model's names, then the rule's under `auxiliary.`."""
