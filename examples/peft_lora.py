@@ -9,7 +9,7 @@ import transformers
 import layerwise
 
 
-def main(steps: int = 60) -> float:
+def main(steps: int = 80) -> float:
     config = transformers.LlamaConfig(
         vocab_size=16,
         hidden_size=32,
@@ -23,7 +23,7 @@ def main(steps: int = 60) -> float:
     torch.manual_seed(0)
     backbone = transformers.LlamaForCausalLM(config)
     model = peft.get_peft_model(
-        backbone, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"])
+        backbone, peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"])
     )
     before = copy.deepcopy(model.state_dict())
     batch = {"input_ids": (torch.arange(24) + torch.arange(8)[:, None]) % 16}
@@ -32,7 +32,7 @@ def main(steps: int = 60) -> float:
         "sll",  # its projections are fixed: no readout that is larger than the adapters
         cuts="auto",
         task=layerwise.LanguageModel(),
-        optimizer={"*.lora_B.*": {"lr": 4e-2}, "*": {"lr": 1e-2}},  # LoRA+: a larger rate for B
+        optimizer={"*.lora_B.*": {"lr": 8e-2}, "*": {"lr": 2e-2}},  # LoRA+: a larger rate for B
         example=batch,
     )
     for _ in range(steps):

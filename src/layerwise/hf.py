@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from layerwise.core.randomness import preserved_generators
 from layerwise.core.rule import Rule
-from layerwise.core.tasks import Classification, LanguageModel
+from layerwise.core.tasks import LanguageModel
 from layerwise.core.trees import mapped
 from layerwise.errors import LayerwiseError
 from layerwise.extras import need
@@ -72,9 +72,7 @@ class Trainer(transformers.Trainer):
                 'learner={"optimizer": ...}, or optim in the TrainingArguments.'
             )
         if options.get("compute_loss_func") is not None:
-            raise LayerwiseError(
-                "the loss is the rule's, so compute_loss_func cannot be used; choose a rule, or a task."
-            )
+            raise LayerwiseError("the loss is the rule's, so compute_loss_func cannot be used; give a task.")
         super().__init__(model, args, **options)
         _check_arguments(self.args)
         self.learner: Learner | None = None
@@ -188,7 +186,7 @@ def _check_arguments(args: Any) -> None:
             )
 
 
-def task_of(model: nn.Module, label_smoothing: float = 0.0) -> Classification | None:
+def task_of(model: Any, label_smoothing: float = 0.0) -> LanguageModel | None:
     """What the labels of a model of transformers mean, by its class; None for a class per sample."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # adapters of peft
     auto = need("transformers.models.auto.modeling_auto", "hf")

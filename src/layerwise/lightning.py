@@ -67,13 +67,13 @@ class LearnerMixin:
         trainer: Any = self.trainer  # pyright: ignore[reportAttributeAccessIssue]
         if trainer.world_size > 1:
             raise LayerwiseError(
-                "Lightning wraps the whole model for several processes, and a learner averages block by block; train in "
-                "one process, or with Learner(..., replicas=...) in a loop of your own."
+                "Lightning wraps the whole model for several processes, and a learner averages block by block; train "
+                "in one process, or with Learner(..., replicas=...) in a loop of your own."
             )
         if str(trainer.precision).startswith("16"):
             raise LayerwiseError(
-                'Lightning scales one loss in fp16, and a learner one per block; give Learner(..., precision="fp16") and '
-                'leave the Trainer at precision="32-true".'
+                'Lightning scales one loss in fp16, and a learner one per block; give Learner(..., precision="fp16") '
+                'and leave the Trainer at precision="32-true".'
             )
 
     def training_step(self, batch: Any, batch_idx: int) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from layerwise import models
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.rule import Rule
+from layerwise.core.tasks import Regression
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
 
@@ -163,8 +164,6 @@ class LayerwiseRegressor(RegressorMixin, _Estimator):
 
     def fit(self, X: Any, y: Any) -> "LayerwiseRegressor":
         """Train a new network on rows `X` (samples, columns) with targets `y` (samples,) or (samples, targets)."""
-        from layerwise.core.tasks import Regression
-
         X, y = validate_data(self, X, y, dtype=np.float64, multi_output=True, y_numeric=True, ensure_min_samples=2)
         self._one = y.ndim == 1
         targets = y.reshape(len(y), -1).astype(np.float64)

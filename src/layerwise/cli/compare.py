@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from layerwise.compare.grid import CompareOptions, Grid
+from layerwise.core.tasks import metric_of
 from layerwise.errors import LayerwiseError
 from layerwise.files import kind_of, shown
 from layerwise.report.page import write_report
@@ -24,7 +25,7 @@ def compare_command(argv: list[str]) -> int:
     options = train_options(argv, "compare", base=CompareOptions, hidden=("rule", "seed", "overwrite", "save_every"))
     grid = Grid(options, shlex.join(["layerwise", "compare", *argv]))
     summary = grid.run()
-    print(table(summary["rules"]))
+    print(table(summary["rules"], metric_of(options.task)))
     if (note := resolution_in_words(summary["rules"])) is not None:
         print(note)
     print(f"files: {grid.folder}")

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from layerwise.core.tasks import metric_of
 from layerwise.errors import LayerwiseError
 from layerwise.parsing import parse, take_option
 from layerwise.runs import distributed, pipelined, replicated
@@ -57,13 +58,14 @@ def train_command(argv: list[str]) -> int:
 
 def result_table(result: dict[str, Any], folder: Any) -> str:
     """The results of a run as a table of two columns, for a person to read."""
-    memory = result["memory_mib"]
+    memory, metric = result["memory_mib"], metric_of(result["task"])
+    val = result[f"val_{metric.name}"]
     held = ", ".join(f"{name} {memory[name]:.1f}" for name in ("parameters", "optimizer", "gradients", "activations"))
     rows = {
         "rule": f"{result['rule']} on {result['model']}, {result['data']}, seed {result['seed']}",
-        "test accuracy": f"{100 * result['test_accuracy']:.2f} %",
-        "val accuracy": "none" if result["val_accuracy"] is None else f"{100 * result['val_accuracy']:.2f} %",
-        "by block": " ".join(f"{name} {100 * value:.1f}" for name, value in result["blocks"].items()),
+        f"test {metric.words}": metric.written(result[f"test_{metric.name}"]),
+        f"val {metric.words}": "none" if val is None else metric.written(val),
+        "by block": " ".join(f"{name} {metric.factor * value:.1f}" for name, value in result["blocks"].items()),
         "training time": f"{result['train_seconds']:.1f} s, {result['samples_per_second']:,.0f} samples/s",
         "peak memory": f"{memory['peak']:.1f} MiB ({held})",
         "files": str(folder),

@@ -11,7 +11,7 @@ from typing import Any
 from layerwise.compare.pool import Pool
 from layerwise.errors import LayerwiseError
 from layerwise.files import MissingFile
-from layerwise.report.reading import Failure, Result, read_json
+from layerwise.report.reading import Failure, read_json, read_result
 from layerwise.runs.checkpoint import write_atomically
 from layerwise.runs.folders import FREE, claimed
 from layerwise.runs.options import TrainOptions, to_mapping, to_words
@@ -45,7 +45,10 @@ class GridRun:
     @property
     def result(self) -> dict[str, Any] | None:
         """Contents of `result.json`, which a run writes when it is finished."""
-        return self._read("result.json", Result)
+        try:
+            return read_result(self.folder, "result.json")
+        except MissingFile:
+            return None
 
     @property
     def failure(self) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from layerwise.core.tasks import ACCURACY, Metric
 from layerwise.runs.options import TrainOptions
 
 SPAN = 10.0
@@ -49,11 +50,17 @@ def _short(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def choose(results: Sequence[dict[str, Any] | None]) -> int | None:
+def choose(results: Sequence[dict[str, Any] | None], metric: Metric = ACCURACY) -> int | None:
     """Number of the trial with the best validation accuracy, then the lowest loss, then the first; None if all failed.
+
+    Args:
+        results: of the trials, None for one that failed.
+        metric: what stands in the place of the accuracy.
 
     >>> choose([None, {"val_accuracy": 0.9, "val_loss": 0.3}, {"val_accuracy": 0.9, "val_loss": 0.2}])
     2
     """
-    done = [(-found["val_accuracy"], found["val_loss"], i) for i, found in enumerate(results) if found is not None]
+    key = f"val_{metric.name}"
+    found = [(i, result) for i, result in enumerate(results) if result is not None]
+    done = [(metric.better_first(result[key]), result["val_loss"], i) for i, result in found]
     return min(done)[2] if done else None

@@ -17,7 +17,7 @@ from layerwise.core.pieces import HasTrunk, has_trunk
 from layerwise.core.progress import Accumulation, Trace, WaitingTrunk
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.rule import BlockContext, Rule, Signal
-from layerwise.core.tasks import Classification
+from layerwise.core.tasks import Task
 from layerwise.core.trees import all_finite, mapped
 from layerwise.errors import LayerwiseError
 
@@ -87,7 +87,7 @@ class Engine:
     def __init__(
         self,
         rule: Rule,
-        task: Classification,
+        task: Task,
         execution: Execution,
         resident: Callable[[Sequence[Unit]], AbstractContextManager[None]] = nullcontext,
     ):
@@ -139,6 +139,8 @@ class Engine:
                 passed_on = h, message
                 if signal.metrics:
                     trace.metrics[unit.site.name] = detach(signal.metrics)
+                if signal.statistics:
+                    trace.statistics[unit.site.name] = signal.statistics
         return signals, *passed_on
 
     def step(

@@ -70,6 +70,7 @@ class Trace:
     """What one pass records: scalars on the device, read when somebody asks."""
 
     metrics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    statistics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     finite: dict[str, Tensor] = field(default_factory=dict)
     skipped: set[str] = field(default_factory=set)
 

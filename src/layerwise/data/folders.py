@@ -26,14 +26,14 @@ def open_imagefolder(path: Path) -> dict[str, Rows]:
     if kind_of(path) != "folder":
         raise LayerwiseError(f"{shown(path)} is not a folder; give imagefolder: a folder with one folder per class")
     folders = list_folders(path)
-    splits = _split_folders(path, folders)
+    splits = split_folders(path, folders)
     if "train" not in splits:
         _check_classes(path, folders)
         return {"train": class_folders(path)}
     used = set(splits.values())
-    found: dict[str, Rows] = {"train": class_folders(_inner(splits.pop("train"), "train"))}
+    found: dict[str, Rows] = {"train": class_folders(inner_folder(splits.pop("train"), "train"))}
     for split in (split for split in TEST_NAMES if split in splits):
-        folder = _inner(splits[split], split)
+        folder = inner_folder(splits[split], split)
         images = list_files(folder, SUFFIXES)
         unlabelled = images and not list_folders(folder)
         found[split] = FileRows(folder, images) if unlabelled else class_folders(folder)
@@ -65,7 +65,7 @@ def class_folders(folder: Path) -> FileRows:
     return rows
 
 
-def _split_folders(path: Path, folders: Sequence[Path]) -> dict[str, Path]:
+def split_folders(path: Path, folders: Sequence[Path]) -> dict[str, Path]:
     """The folder of each split; one whose name is the mere word comes before one with other words in its name."""
     candidates: dict[str, list[Path]] = {}
     for folder in folders:
@@ -83,7 +83,7 @@ def _split_folders(path: Path, folders: Sequence[Path]) -> dict[str, Path]:
     return splits
 
 
-def _inner(folder: Path, split: str) -> Path:
+def inner_folder(folder: Path, split: str) -> Path:
     """A split's folder, or the one of the same split that is all there is in it, as in seg_train/seg_train."""
     inner = list_folders(folder)
     return inner[0] if len(inner) == 1 and split_of(inner[0].name) == split else folder

@@ -18,7 +18,7 @@ from layerwise.core.groups import Group, Grouping, Unit
 from layerwise.core.optim import Factory, begin_schedule, decay_groups, sparse_gradients, without_decay
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.rule import Rule, Site
-from layerwise.core.tasks import Classification
+from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
 from layerwise.learner.watch import Watch
 from layerwise.memory.offload import NotOffloaded, Offload
@@ -41,8 +41,8 @@ class Setup:
     make_offload: Callable[[Sequence[Sequence[Block]]], Offload | NotOffloaded]
     """From the blocks of every group to what moves them."""
     seed: int
-    task: Classification
-    """Without the number of classes."""
+    task: Task
+    """Without the number of outputs."""
     compile: bool | str
     facts: Mapping[str, Any]
     """What must be the same on all replicas, by name."""
@@ -88,7 +88,7 @@ class Built:
             )
         with evaluating():
             outputs = setup.network.probe(x[:2] if isinstance(x, Tensor) else x)
-        self.task = setup.task.with_classes(outputs[-1].shape[-1])
+        self.task = setup.task.fitted(outputs[-1])
         self.engine = Engine(setup.rule, self.task, setup.execution, self.resident)
         mine = setup.stage.choose(setup.rule, setup.network, ranges, x[:1] if isinstance(x, Tensor) else x)
         tensors = [*setup.network.parameters(), *setup.network.buffers()]

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from layerwise import data
 from layerwise.core.rule import Site, by_depth
-from layerwise.core.tasks import Classification
+from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
 from layerwise.report.reading import read_lines
@@ -220,7 +220,7 @@ def measure(
 
 
 def quantities(
-    beliefs: Tensor, y: Tensor, task: Classification, weights: Sequence[float], direction: Direction
+    beliefs: Tensor, y: Tensor, task: Task, weights: Sequence[float], direction: Direction
 ) -> dict[str, Tensor]:
     """What `measure` averages: `(L + 1, B)` for every belief, `(L, B)` for every module.
 

@@ -217,7 +217,7 @@ def gradients(learner: Learner, x: Tensor, y: Tensor, rule: Rule | str | None = 
     """The gradient that one training step would use, by name of the parameter; the learner is not changed.
 
     Args:
-        learner: gives network, auxiliary modules, seed and label smoothing.
+        learner: gives network, auxiliary modules, seed and task.
         x: inputs `(B, ...)`.
         y: labels `(B,)`.
         rule: another rule on the same network (without trained auxiliary modules); the learner's own if not given.
@@ -228,7 +228,7 @@ def gradients(learner: Learner, x: Tensor, y: Tensor, rule: Rule | str | None = 
         copy.deepcopy(learner.network),
         learner.rule if rule is None else rule,
         optimizer=lambda groups: _Kept(groups),
-        label_smoothing=learner.task.label_smoothing,
+        task=learner.task,
         example=x,
     )
     if rule is None:

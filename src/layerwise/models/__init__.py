@@ -1,9 +1,10 @@
 """A small model zoo with one surface: a `depth` dial, named blocks and a head.
 
 Every model is an `nn.Sequential` of blocks (`block1` .. `blockN`; `sid_cascade` names its parts)
-and `head`, for images (B, channels, height, width) to logits (B, classes). Its attribute
-`block_names` lists the children after which it may be cut. Networks from elsewhere (`hf:`, `timm:`,
-`FILE.py:function`) are built by name too; they are cut at the calls of their own modules.
+and `head`, for images (B, channels, height, width) to logits (B, classes), or to a map of them
+(`fcn`). Its attribute `block_names` lists the children after which it may be cut. Networks from
+elsewhere (`hf:`, `timm:`, `FILE.py:function`) are built by name too; they are cut at the calls of
+their own modules.
 
 Example:
     >>> from layerwise import models
@@ -20,6 +21,7 @@ from layerwise.core.graphs import Graph
 from layerwise.errors import LayerwiseError, suggestion
 from layerwise.models import outside
 from layerwise.models.base import BlockSequential, ModelOptions
+from layerwise.models.fcn import FCN
 from layerwise.models.gnn import GAT, GCN, GraphModelOptions
 from layerwise.models.mlp import MLP
 from layerwise.models.noprop import NoProp, NoPropCT, NoPropFM
@@ -30,6 +32,7 @@ from layerwise.models.vgg import VGG
 from layerwise.models.vit import ViT
 
 __all__ = [
+    "FCN",
     "GAT",
     "GCN",
     "MLP",
@@ -52,6 +55,7 @@ __all__ = [
 ]
 
 _MODELS: dict[str, type[ModelOptions]] = {
+    "fcn": FCN,
     "gat": GAT,
     "gcn": GCN,
     "mlp": MLP,
@@ -70,7 +74,7 @@ def names() -> tuple[str, ...]:
 
     Example:
         >>> names()
-        ('gat', 'gcn', 'mlp', 'noprop', 'noprop_ct', 'noprop_fm', 'resnet', 'sid_cascade', 'vgg', 'vit')
+        ('fcn', 'gat', 'gcn', 'mlp', 'noprop', 'noprop_ct', 'noprop_fm', 'resnet', 'sid_cascade', 'vgg', 'vit')
     """
     return tuple(_MODELS)
 

@@ -129,11 +129,20 @@ def curves(axes: Any, found: Curves, x: str, y: str, looks: Mapping[str, dict[st
     _finish(axes, x, y)
 
 
-def trade(axes: Any, found: Mapping[str, tuple[float, float, float | None]], x: str, y: str, looks: Any) -> None:
-    """One point per rule, and the line of the rules that no other beats in both."""
+def trade(
+    axes: Any,
+    found: Mapping[str, tuple[float, float, float | None]],
+    x: str,
+    y: str,
+    looks: Any,
+    larger: bool = True,
+) -> None:
+    """One point per rule, and the line of the rules that no other beats in both; `larger` says which y is better."""
     for rule, (place, mean, deviation) in found.items():
         axes.errorbar(place, mean, yerr=deviation, label=rule, ms=7, capsize=3, ls="none", **looks[rule])
-    front = pareto({rule: point[:2] for rule, point in found.items()})
+    sign = 1 if larger else -1
+    best = pareto({rule: (point[0], sign * point[1]) for rule, point in found.items()})
+    front = [(place, sign * value) for place, value in best]
     axes.plot(*zip(*front, strict=True), drawstyle="steps-post", color=INK, lw=0.8, ls=":", zorder=0)
     axes.margins(0.12, 0.18)
     _finish(axes, x, y)

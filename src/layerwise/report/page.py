@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from layerwise.core.tasks import ACCURACY, Metric
 from layerwise.errors import LayerwiseError
 from layerwise.files import MissingFile, kind_of, shown
 from layerwise.report import figures
@@ -22,17 +23,18 @@ from layerwise.report.reading import (
     Machine,
     MeasuredRow,
     MemoryRow,
-    Result,
     ScalingRow,
     Summary,
     convert,
+    metric_named,
     parse_json,
     read_json,
     read_lines,
+    read_result,
     read_rows,
     read_text,
 )
-from layerwise.report.summary import COLUMNS, resolution_in_words, spread, table_rows
+from layerwise.report.summary import columns, resolution_in_words, spread, table_rows
 from layerwise.runs.checkpoint import write_atomically
 from layerwise.runs.environment import in_words
 from layerwise.runs.folders import grid_run_folder
@@ -71,7 +73,7 @@ LAYERS: dict[str, tuple[str, str, tuple[float, float] | None]] = {  # quantity: 
     "hoyer": ("Hoyer sparsity", "0: all features of equal size; 1: all but one are zero.", (0.0, 1.0)),
     "dead": ("Dead units", "Share of units that give the same value for every test sample.", (0.0, 1.0)),
 }
-PERCENT = ("accuracy", "probe_accuracy")
+PERCENT = ("accuracy", "probe_accuracy", "f1", "exact_match", "miou", "pixel_accuracy")
 MOST_REPORTED = 50
 """Number of figures of scalars that rules report."""
 REPORTED = {
@@ -174,7 +176,7 @@ class Runs:
                 continue
             rule, seed = row["rule"], int(row["seed"])
             run = grid_run_folder(rule, f"seed {seed}", "runs")
-            found.results.setdefault(rule, {})[seed] = dict(read_json(folder, f"{run}/result.json", Result))
+            found.results.setdefault(rule, {})[seed] = read_result(folder, f"{run}/result.json")
             found.lines.setdefault(rule, {})[seed] = read_lines(folder, f"{run}/metrics.jsonl")
             blocks: dict[str, dict[str, float | None]] = {}
             with contextlib.suppress(MissingFile):
@@ -182,16 +184,16 @@ class Runs:
             found.layers.setdefault(rule, {})[seed] = blocks
         return found
 
-    def curves(self, x: str) -> dict[str, list[tuple[float, float, float | None]]]:
-        """Validation accuracy in % over `step` or `seconds`; at every evaluation the mean over seeds of both."""
+    def curves(self, x: str, metric: Metric = ACCURACY) -> dict[str, list[tuple[float, float, float | None]]]:
+        """The metric on the validation split over `step` or `seconds`; at every evaluation the mean over seeds."""
         found = {}
         for rule, seeds in self.lines.items():
             points: dict[int, list[tuple[float, float]]] = {}
             for lines in seeds.values():
                 for line in lines:
-                    place, accuracy = line.get(x), line.get("head/accuracy")
-                    if line["split"] == "val" and place is not None and accuracy is not None:
-                        points.setdefault(line["step"], []).append((place, 100 * accuracy))
+                    place, value = line.get(x), line.get(f"head/{metric.name}")
+                    if line["split"] == "val" and place is not None and value is not None:
+                        points.setdefault(line["step"], []).append((place, metric.factor * value))
             if points:
                 found[rule] = [_point(values) for _, values in sorted(points.items())]
         return found
@@ -237,7 +239,9 @@ def comparison(folder: Path, page: dict[str, Any]) -> None:
     """Put a comparison on the page: table, curves, trade-offs, layers."""
     record: Any = read_json(folder, "compare.json", CompareRecord)
     machine: Any = read_json(folder, "environment.json", Machine)
-    rules: dict[str, Any] = dict(read_json(folder, "summary.json", Summary)["rules"])
+    found: Any = read_json(folder, "summary.json", Summary)
+    rules: dict[str, Any] = dict(found["rules"])
+    metric = metric_named(found.get("metric", "accuracy"), folder / "summary.json")
     rows = read_rows(folder, "results.csv")
     unknown = [row["rule"] for row in rows if row["rule"] not in rules]
     if unknown or not rules:
@@ -257,16 +261,16 @@ def comparison(folder: Path, page: dict[str, Any]) -> None:
     page["title"] = f"Learning rules on {fixed['data']}, {fixed['model']['name']}"
     seeds = f"{record['seeds']} seed{'s' if record['seeds'] > 1 else ''}"
     page["subtitle"] = f"{seeds}, {_budget(fixed)}; {in_words(machine)}"
-    page["columns"], page["table"] = COLUMNS, table_rows(rules)
-    page["notes"] = notes(rules, fixed)
+    page["columns"], page["table"] = columns(metric), table_rows(rules, metric)
+    page["notes"] = notes(rules, fixed, metric)
     page["failures"] = [
         (f"{rule} seed {failed['seed']}", failed["reason"])
         for rule, found in rules.items()
         for failed in found["failed"]
     ]
     page["sections"] += [
-        _accuracy(runs, looks, record, origin),
-        _costs(rules, looks, origin),
+        _accuracy(runs, looks, record, origin, metric),
+        _costs(rules, looks, origin, metric),
         _layers(runs, origin),
     ]
 
@@ -277,12 +281,17 @@ def _budget(fixed: dict[str, Any]) -> str:
     return f"{amount} {kind} each" + (f", {fixed['tune']} trials per rule" if fixed["tune"] else "")
 
 
-def notes(rules: dict[str, Any], fixed: dict[str, Any]) -> list[str]:
+def notes(rules: dict[str, Any], fixed: dict[str, Any], metric: Metric = ACCURACY) -> list[str]:
     """Sentences on how to read the table."""
-    found = [
-        "Test accuracy of the last weights, mean ± standard deviation over n seeds. The difference to backprop is "
+    paired = (
         "paired by seed and test sample, in percentage points, with its 95 % confidence interval over both (Student's "
-        "t over seeds, bootstrap over test samples), from three seeds on. Memory is exact, of one training step: "
+        "t over seeds, bootstrap over test samples), from three seeds on"
+        if metric == ACCURACY
+        else "paired by seed" + ("" if metric.larger else "; less is better")
+    )
+    found = [
+        f"Test {metric.words} of the last weights, mean ± standard deviation over n seeds. The difference to backprop "
+        f"is {paired}. Memory is exact, of one training step: "
         "activations + gradients, and the peak with parameters and optimizer state. Seconds are those of training, "
         "without evaluation.",
     ]
@@ -300,31 +309,35 @@ def notes(rules: dict[str, Any], fixed: dict[str, Any]) -> list[str]:
     return [*found, f"Learning rate / weight decay, {how}: {words}."]
 
 
-def _accuracy(runs: Runs, looks: Any, record: dict[str, Any], origin: Origin) -> Section:
-    section = Section("Accuracy", "Validation accuracy after every epoch; bands are one standard deviation over seeds.")
+def _accuracy(runs: Runs, looks: Any, record: dict[str, Any], origin: Origin, metric: Metric = ACCURACY) -> Section:
+    words, unit = metric.words, " %" if metric.share else ""
+    title = f"{words[0].upper()}{words[1:]}"
+    section = Section(title, f"Validation {words} after every epoch; bands are one standard deviation over seeds.")
     per_epoch = {rule: plan.get("steps_per_epoch", 1) for rule, plan in record["plan"].items()}
-    steps = runs.curves("step")
+    steps = runs.curves("step", metric)
     epochs = {rule: [(x / per_epoch.get(rule, 1), y, sd) for x, y, sd in points] for rule, points in steps.items()}
     for name, found, x in (
         ("accuracy_epochs", epochs, "epochs"),
-        ("accuracy_seconds", runs.curves("seconds"), "seconds of training"),
+        ("accuracy_seconds", runs.curves("seconds", metric), "seconds of training"),
     ):
         if found:
-            ends = ", ".join(f"{rule} {points[-1][1]:.1f} %" for rule, points in found.items())
+            ends = ", ".join(f"{rule} {points[-1][1]:.1f}{unit}" for rule, points in found.items())
             figure = figures.render(
                 name,
-                f"Accuracy over {x}",
-                f"Validation accuracy over {x}, one curve per rule; at the end: {ends}.",
-                lambda axes, found=found, x=x: figures.curves(axes, found, x, "validation accuracy, %", looks),
+                f"{title} over {x}",
+                f"Validation {words} over {x}, one curve per rule; at the end: {ends}.",
+                lambda axes, found=found, x=x: figures.curves(axes, found, x, f"validation {metric.title}", looks),
                 height=figures.height(len(found)),
             )
-            section.add(figure, f"Validation accuracy over {x}; mean and band over seeds.", origin)
+            section.add(figure, f"Validation {words} over {x}; mean and band over seeds.", origin)
     return section
 
 
-def _costs(rules: dict[str, Any], looks: Any, origin: Origin) -> Section:
-    about = "Up and to the left is better; the dotted line joins the rules that no other beats in both."
-    section = Section("Accuracy against cost", about)
+def _costs(rules: dict[str, Any], looks: Any, origin: Origin, metric: Metric = ACCURACY) -> Section:
+    up, unit = "Up" if metric.larger else "Down", " %" if metric.share else ""
+    title = f"{metric.words[0].upper()}{metric.words[1:]}"
+    about = f"{up} and to the left is better; the dotted line joins the rules that no other beats in both."
+    section = Section(f"{title} against cost", about)
     for name, quantity, words, factor in (
         ("accuracy_memory", "peak_mib", "peak memory of a step, MiB", 1.0),
         ("accuracy_flops", "flops", "training compute, GFLOP", 1e-9),
@@ -332,20 +345,22 @@ def _costs(rules: dict[str, Any], looks: Any, origin: Origin) -> Section:
     ):
         points = {}
         for rule, found in rules.items():
-            accuracy = found["test_accuracy"]
-            if found["n"] and found[quantity] is not None and accuracy is not None:
-                deviation = None if accuracy["sd"] is None else 100 * accuracy["sd"]
-                points[rule] = (factor * found[quantity]["mean"], 100 * accuracy["mean"], deviation)
+            own, scale = found.get(f"test_{metric.name}"), metric.factor
+            if found["n"] and found[quantity] is not None and own is not None:
+                deviation = None if own["sd"] is None else scale * own["sd"]
+                points[rule] = (factor * found[quantity]["mean"], scale * own["mean"], deviation)
         if points:
-            values = "; ".join(f"{rule}: {x:.3g}, {y:.1f} %" for rule, (x, y, _) in points.items())
+            values = "; ".join(f"{rule}: {x:.3g}, {y:.1f}{unit}" for rule, (x, y, _) in points.items())
             figure = figures.render(
                 name,
-                f"Accuracy against {words.split(',')[0]}",
-                f"Test accuracy against {words}. {values}.",
-                lambda axes, points=points, words=words: figures.trade(axes, points, words, "test accuracy, %", looks),
+                f"{title} against {words.split(',')[0]}",
+                f"Test {metric.words} against {words}. {values}.",
+                lambda axes, points=points, words=words: figures.trade(
+                    axes, points, words, f"test {metric.title}", looks, metric.larger
+                ),
                 height=figures.height(len(points)),
             )
-            section.add(figure, f"Test accuracy (mean, standard deviation) against {words}.", origin)
+            section.add(figure, f"Test {metric.words} (mean, standard deviation) against {words}.", origin)
     return section
 
 

@@ -10,11 +10,13 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired, TypedDict, TypeVar
+from typing import Annotated, Any, Literal, NotRequired, TypedDict, TypeVar, get_args
 
 import msgspec
 import numpy as np
 
+from layerwise.core.tasks import Metric, metric_of
+from layerwise.data.numbers import DataTask
 from layerwise.errors import LayerwiseError
 from layerwise.files import MissingFile, read_bytes, shown
 
@@ -38,8 +40,15 @@ class Result(TypedDict):
 
     epochs: Finite
     steps: Count
-    test_accuracy: Share
-    val_accuracy: Share | None
+    metric: NotRequired[Name]
+    test_accuracy: NotRequired[Share]
+    val_accuracy: NotRequired[Share | None]
+    test_f1: NotRequired[Share]
+    val_f1: NotRequired[Share | None]
+    test_miou: NotRequired[Share]
+    val_miou: NotRequired[Share | None]
+    test_rmse: NotRequired[Finite]
+    val_rmse: NotRequired[Finite | None]
     test_loss: float
     val_loss: float | None
     parameters: Count
@@ -127,7 +136,10 @@ class RuleSummary(TypedDict):
     failed: list[FailedRun]
     lr: Finite | None
     weight_decay: Finite | None
-    test_accuracy: Spread | None
+    test_accuracy: NotRequired[Spread | None]
+    test_f1: NotRequired[Spread | None]
+    test_miou: NotRequired[Spread | None]
+    test_rmse: NotRequired[Spread | None]
     train_seconds: Spread | None
     peak_mib: Spread | None
     activations_gradients_mib: Spread | None
@@ -138,6 +150,7 @@ class RuleSummary(TypedDict):
 class Summary(TypedDict):
     """The fields of `summary.json`."""
 
+    metric: NotRequired[Name]
     rules: dict[Name, RuleSummary]
 
 
@@ -261,6 +274,34 @@ def read_json(folder: Path, name: str, kind: type[T]) -> T:
         LayerwiseError: a file that cannot be read, or is not what its writer writes.
     """
     return convert(parse_json(read_text(folder, name), folder / name), kind, folder / name)
+
+
+def metric_named(name: str, file: Path) -> Metric:
+    """A metric by its name, out of those that runs are compared by.
+
+    Raises:
+        LayerwiseError: there is none of that name.
+    """
+    known = {metric.name: metric for metric in map(metric_of, get_args(DataTask))}
+    if name not in known:
+        raise _damaged(file, f"there is no metric {name[:40]!r}")
+    return known[name]
+
+
+def read_result(folder: Path, name: str) -> dict[str, Any]:
+    """The fields of a run's `result.json`, with its metric on the test and the validation split.
+
+    Raises:
+        MissingFile: there is no such file.
+        LayerwiseError: a file that cannot be read, or is not what its writer writes.
+    """
+    found: dict[str, Any] = dict(read_json(folder, name, Result))
+    found.setdefault("metric", "accuracy")
+    metric = metric_named(found["metric"], folder / name).name
+    for part in ("test", "val"):
+        if f"{part}_{metric}" not in found:
+            raise _damaged(folder / name, f"it has no {part}_{metric}")
+    return found
 
 
 def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:

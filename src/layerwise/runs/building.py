@@ -15,7 +15,8 @@ from layerwise.core.blocks import Partition
 from layerwise.core.graphs import Graph
 from layerwise.core.optim import Schedule
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
-from layerwise.core.tasks import UNLABELLED
+from layerwise.core.tasks import UNLABELLED, Classification, MultiLabel, Regression, Segmentation, Task
+from layerwise.data.masks import IGNORED
 from layerwise.errors import LayerwiseError
 from layerwise.files import kind_of, shown
 from layerwise.learner import Learner, checks
@@ -69,6 +70,10 @@ class DataSignature:
     """Names of the columns, where the samples are the rows of a table."""
     form: tuple[str | int, ...] = ()
     """Mode and ground of `ImageFormat`, where the samples are images; not in the checkpoints of version 0.1.0."""
+    target_mean: tuple[float, ...] = ()
+    """Mean of each target, where labels are numbers."""
+    target_std: tuple[float, ...] = ()
+    """Standard deviation of each."""
 
     @property
     def image_mode(self) -> str:
@@ -84,10 +89,21 @@ class DataSignature:
     def of(cls, dataset: data.Dataset) -> "DataSignature":
         """The facts of a data set."""
         parts = (dataset.train, dataset.val, dataset.test)
-        sizes = tuple(0 if part is None else int((part.labels != UNLABELLED).sum()) for part in parts)
+        sizes = tuple(0 if part is None else _labelled(part) for part in parts)
         graph = () if dataset.graph is None else (len(dataset.graph.labels), dataset.graph.edges.shape[1])
         form = () if dataset.form is None else (dataset.form.mode, dataset.form.ground)
-        return cls(dataset.shape, dataset.classes, dataset.mean, dataset.std, sizes, graph, dataset.columns, form)
+        return cls(
+            dataset.shape,
+            dataset.classes,
+            dataset.mean,
+            dataset.std,
+            sizes,
+            graph,
+            dataset.columns,
+            form,
+            dataset.target_mean,
+            dataset.target_std,
+        )
 
     @classmethod
     def in_state(cls, state: Mapping[str, Any]) -> "DataSignature":
@@ -111,6 +127,9 @@ class DataSignature:
             and (channels == {found.shape[0]} or channels == {1})
             and all(math.isfinite(number) for number in (*found.mean, *found.std))
             and min(found.std) > 0
+            and len(found.target_mean) == len(found.target_std) in (0, len(found.classes))
+            and all(math.isfinite(number) for number in (*found.target_mean, *found.target_std))
+            and min(found.target_std, default=1) > 0
         )
         if not right:
             raise LayerwiseError(f"{name} is damaged ({short(state['data'])}); {advice}.")
@@ -127,14 +146,36 @@ class DataSignature:
                 )
 
 
+def _labelled(part: data.Source) -> int:
+    """Samples of a split that have a label."""
+    return int((part.labels != UNLABELLED).sum()) if part.labels.dim() == 1 else len(part)
+
+
 def _few(values: tuple[Any, ...]) -> str:
     return ", ".join(map(str, values[:10])) + (", ..." if len(values) > 10 else "")
 
 
-def build_model(options: ModelOptions, facts: DataSignature, seed: int, graph: Graph | None = None) -> torch.nn.Module:
+def build_task(options: TrainOptions, facts: DataSignature) -> Task:
+    """The task of a run."""
+    if options.task == "regression":
+        return Regression(options.loss, mean=facts.target_mean, std=facts.target_std)
+    if options.task == "segmentation":
+        return Segmentation(ignore=IGNORED)
+    return MultiLabel() if options.task == "multilabel" else Classification(2, options.label_smoothing)
+
+
+def outputs_of(options: TrainOptions, facts: DataSignature) -> int:
+    """Number of outputs that the network of a run has."""
+    return len(facts.classes) * (2 if options.task == "regression" and options.loss == "gaussian" else 1)
+
+
+def build_model(
+    options: ModelOptions, facts: DataSignature, seed: int, graph: Graph | None = None, outputs: int | None = None
+) -> torch.nn.Module:
     """The model for a data set, with initial weights that depend on `seed` only.
 
-    Without the data's graph, a graph network has an empty one of the right size, which a checkpoint fills.
+    It has as many outputs as there are classes, if no other number is given. Without the data's graph, a graph network
+    has an empty one of the right size, which a checkpoint fills.
 
     Raises:
         LayerwiseError: the options do not go together, or the model does not fit into memory.
@@ -143,7 +184,7 @@ def build_model(options: ModelOptions, facts: DataSignature, seed: int, graph: G
         seed_generators(derive_seed(seed, "model"), torch.device("cpu"))
         try:
             if not isinstance(options, GraphModelOptions):
-                return options.build(facts.shape, len(facts.classes))
+                return options.build(facts.shape, outputs or len(facts.classes))
             if graph is None and facts.graph:
                 graph = Graph.blank(*facts.graph, classes=len(facts.classes))
             return options.build(facts.shape, len(facts.classes), graph)
@@ -164,6 +205,8 @@ def load_data(options: TrainOptions) -> data.Dataset:
         label_noise=options.label_noise,
         label_noise_kind=options.label_noise_kind,
         clean_validation=options.clean_validation,
+        task=options.task,
+        targets=options.targets,
     )
 
 
@@ -247,7 +290,7 @@ def build_learner(
     """
     folder = Path(options.offload_folder or nearest_folder(Path(options.out or "runs")))
     with OnFile(folder) if options.offload == "disk" else contextlib.nullcontext():
-        model = build_model(options.model, facts, options.seed, graph)
+        model = build_model(options.model, facts, options.seed, graph, outputs_of(options, facts))
     where: dict[str, Any] = {name: getattr(options, name) for name in ("cuts", "blocks", "output", "tied")}
     if isinstance(options.model, models.OutsideModel):
         model = models.outside.cut(model, **where)
@@ -269,7 +312,7 @@ def build_learner(
         compile=options.compile,
         channels_last=options.channels_last,
         nonfinite=options.nonfinite,
-        label_smoothing=options.label_smoothing,
+        task=build_task(options, facts),
         seed=options.seed,
         **where,
         example=example,

@@ -14,6 +14,7 @@ from layerwise import models, rules
 from layerwise.core import own_code
 from layerwise.core.ranges import TRAINING, check_ranges
 from layerwise.core.rule import Rule
+from layerwise.data.numbers import DataTask
 from layerwise.errors import LayerwiseError, suggestion
 from layerwise.files import MissingFile, read_text, shown
 from layerwise.memory.offload import Where
@@ -30,9 +31,15 @@ class TrainOptions:
 
     rule: Rule = field(default_factory=lambda: rules.create("sll"))
     model: ModelOptions = field(default_factory=lambda: models.options("mlp")())
+    task: DataTask = "classification"
+    """What the labels are: a class, numbers, several labels that hold or not, or a class per pixel."""
+    loss: Literal["mse", "l1", "huber", "gaussian"] = "mse"
+    """Loss of --task regression; with gaussian the network predicts a variance, too."""
     data: str = "digits"
-    """digits | mnist | fashion_mnist | cifar10 | cifar100 | cora | hf:owner/name | imagefolder:PATH | parquet:PATH |
-    PATH.csv."""
+    """digits | mnist | fashion_mnist | cifar10 | cifar100 | cora | diabetes | digit_scenes | hf:owner/name |
+    imagefolder:PATH | parquet:PATH | PATH.csv."""
+    targets: tuple[str, ...] = ()
+    """Columns of labels of a table; the one called label (or class, target, y) if not given."""
     augment: tuple[str, ...] = ()
     """Random changes of training images: flip, crop, cutout."""
     image_size: int | None = None
@@ -114,6 +121,11 @@ class TrainOptions:
         check_ranges(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in TRAINING})
         if self.threads is not None and self.threads > MOST_THREADS:
             raise LayerwiseError(f"threads is {self.threads}; the most is {MOST_THREADS}.")
+        for name, own in (("loss", "regression"), ("label_smoothing", "classification")):
+            if self.task != own and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise LayerwiseError(f"{name} is about {own}, and the task is {self.task}; leave it out.")
+        if self.augment and self.task == "segmentation":
+            raise LayerwiseError("augment changes images and not their masks; leave it out of a segmentation.")
         for part in (self, self.rule, self.model):
             for f in dataclasses.fields(part):
                 _check_number(f.name, getattr(part, f.name))

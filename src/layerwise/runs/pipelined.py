@@ -168,7 +168,7 @@ class PipelineRun(PartsRun):
             sums = {**self.receive(), **sums}
         if not self.stage.last:
             self.send(sums)
-        return mean_of(self._gathered((sums, count)))
+        return mean_of(self._gathered((sums, count)), self.learner.task)
 
     def _gathered(self, value: Any) -> list[Any]:
         """What the last rank of each pipeline gives; on other ranks their own value alone."""

@@ -74,7 +74,7 @@ class DataRun(RankRun):
         return mean_of([(found, 1) for found in self.replicas.gather(values)])
 
     def _evaluate(self, batches: Batches | None) -> dict[str, float]:
-        return mean_of(self.replicas.gather(self._totals(batches))) if batches is not None else {}
+        return mean_of(self.replicas.gather(self._totals(batches)), self.learner.task) if batches is not None else {}
 
     def _totals(self, batches: Batches) -> tuple[dict[str, float], int]:
         return totals(self.learner, batches)

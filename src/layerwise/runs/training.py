@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from layerwise import data
-from layerwise.core.tasks import UNLABELLED
+from layerwise.core.tasks import UNLABELLED, Task, metric_of
 from layerwise.errors import LayerwiseError
 from layerwise.files import kind_of, shown
 from layerwise.learner import Learner
@@ -275,7 +275,7 @@ class Run:
         return pick_device(self.options.device)
 
     def _progress(self, per_epoch: int) -> Progress:
-        return Progress(self.total, per_epoch, self._title())
+        return Progress(self.total, per_epoch, self._title(), metric=metric_of(self.options.task))
 
     def _of_all_blocks(self, values: dict[str, float]) -> dict[str, float]:
         return values
@@ -300,6 +300,7 @@ class Run:
         test = self._evaluate(self.test_batches)
         log({"step": self.total, "split": "test", **test})
         memory = self.memory.mib() if self.memory else {}
+        name = metric_of(self.options.task).name
         result = {
             "rule": self.options.rule.name,
             "model": model_name(self.options.model),
@@ -309,11 +310,13 @@ class Run:
             "seed": self.options.seed,
             "epochs": self.total / len(self.train_batches),
             "steps": self.total,
-            "test_accuracy": test["head/accuracy"],
-            "val_accuracy": self.last_val.get("head/accuracy"),
+            "task": self.options.task,
+            "metric": name,
+            f"test_{name}": test[f"head/{name}"],
+            f"val_{name}": self.last_val.get(f"head/{name}"),
             "test_loss": test["head/loss"],
             "val_loss": self.last_val.get("head/loss"),
-            "blocks": {k.removesuffix("/accuracy"): v for k, v in test.items() if k.endswith("/accuracy")},
+            "blocks": {k.removesuffix(f"/{name}"): v for k, v in test.items() if k.endswith(f"/{name}")},
             "train_seconds": self.seconds,
             "samples_per_second": self.samples / self.seconds,
             "memory_mib": memory,
@@ -325,13 +328,13 @@ class Run:
             "threads": torch.get_num_threads(),
             "command": self.command,
             "notes": self.notes,
-            "by_epoch": by_epoch(self.folder / "metrics.jsonl", len(self.train_batches)),
+            "by_epoch": by_epoch(self.folder / "metrics.jsonl", len(self.train_batches), name),
             "test": test,
             "machines": self.machines,
             "options": {k: v for k, v in to_mapping(self.options).items() if k not in OF_THE_FOLDER},
         }
         checkpoint.write_tensors(self.folder / "model.safetensors", self._weights())
-        if self._alone:
+        if self._alone and self.options.task == "classification":
             self._write_correct()
         write_atomically(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
         return result
@@ -453,13 +456,16 @@ def evaluate(learner: Learner, batches: data.Batches) -> dict[str, float]:
     """Mean over all samples of the rule's scalars per block; the head's are those of the rule's prediction.
 
     Returns:
-        `"<block>/<scalar>"` to value; `head/accuracy` and `head/loss` always.
+        `"<block>/<scalar>"` to value; `head/loss` and the task's main metric at the head always.
     """
-    return mean_of([totals(learner, batches)])
+    return mean_of([totals(learner, batches)], learner.task)
 
 
 def totals(learner: Learner, batches: data.Batches) -> tuple[dict[str, float], int]:
-    """Sums over samples of the rule's scalars per block, and the number of samples."""
+    """Sums over samples of the rule's scalars per block, and the number of samples.
+
+    The sums that a task makes its metrics of are there too, a number each, as `"<block>#<name>#<place>"`.
+    """
     sums: dict[str, Tensor] = {}
     count = 0
     for x, y in batches.epoch(0):
@@ -468,31 +474,50 @@ def totals(learner: Learner, batches: data.Batches) -> tuple[dict[str, float], i
             for name, value in scalars.items():
                 key = f"{block}/{name}"
                 sums[key] = sums.get(key, 0.0) + value.double() * len(x)
+        for block, statistics in metrics.statistics.items():
+            for name, values in statistics.items():
+                for place, value in enumerate(values.double().flatten()):
+                    key = f"{block}#{name}#{place if values.dim() else ''}"
+                    sums[key] = sums.get(key, 0.0) + value
         count += len(x)
     return {key: float(value) for key, value in sums.items()}, count
 
 
-def mean_of(parts: Sequence[tuple[dict[str, float], int]]) -> dict[str, float]:
-    """Means over all samples, out of the totals of parts of a data set."""
+def mean_of(parts: Sequence[tuple[dict[str, float], int]], task: Task | None = None) -> dict[str, float]:
+    """Means over all samples, and the task's metrics, out of the totals of parts of a data set."""
     count = sum(samples for _, samples in parts)
     names = {name: None for sums, _ in parts for name in sums}  # in their order
-    return {name: sum(sums.get(name, 0.0) for sums, _ in parts) / count for name in names}
+    found = {name: sum(sums.get(name, 0.0) for sums, _ in parts) / (1 if "#" in name else count) for name in names}
+    summed: dict[str, dict[str, list[float]]] = {}
+    for name in [name for name in found if "#" in name]:
+        block, statistic, place = name.split("#")
+        value = found.pop(name)
+        summed.setdefault(block, {}).setdefault(statistic + ("" if place else "#"), []).append(value)
+    for block, statistics in summed.items():
+        assert task is not None
+        whole = {
+            name.removesuffix("#"): torch.tensor(values[0] if name.endswith("#") else values, dtype=torch.float64)
+            for name, values in statistics.items()
+        }
+        found |= {f"{block}/{name}": float(value) for name, value in task.measures(whole).items()}
+    return found
 
 
-def by_epoch(log: Path, per_epoch: int) -> dict[str, list[float | None]]:
-    """Accuracy of the head epoch by epoch, out of `metrics.jsonl`.
+def by_epoch(log: Path, per_epoch: int, metric: str = "accuracy") -> dict[str, list[float | None]]:
+    """Accuracy, or another metric, of the head epoch by epoch, out of `metrics.jsonl`.
 
     Args:
         log: the file.
         per_epoch: steps of an epoch; a part of an epoch at the end counts as one.
+        metric: name of the metric.
 
     Returns:
         `"train"`, the mean over the batches that were logged in each epoch, and `"val"`, empty without validation.
     """
     found: dict[str, dict[int, list[float]]] = {"train": {}, "val": {}}
     for row in read_lines(log):
-        if row["split"] in found and "head/accuracy" in row:
-            found[row["split"]].setdefault((row["step"] - 1) // per_epoch, []).append(row["head/accuracy"])
+        if row["split"] in found and f"head/{metric}" in row:
+            found[row["split"]].setdefault((row["step"] - 1) // per_epoch, []).append(row[f"head/{metric}"])
     return {
         split: [sum(epochs[i]) / len(epochs[i]) if i in epochs else None for i in range(max(epochs, default=-1) + 1)]
         for split, epochs in found.items()
