@@ -1,4 +1,4 @@
-"""scikit-learn's estimators on tables: cross-validation of a classifier and a regressor that are trained block by block."""
+"""scikit-learn's estimators on tables, trained block by block: cross-validation beside linear models."""
 
 from sklearn.datasets import load_breast_cancer, load_diabetes
 from sklearn.linear_model import LogisticRegression, Ridge

@@ -119,8 +119,8 @@ class Watch:
                 self.history.append(group.name)
             return update(engine, group, h, message, y, step, trace, trunk)
 
-        def watched_backward(engine, group, h, signals):
-            loss = backward(engine, group, h, signals)
+        def watched_backward(engine, group, h, signals, share):
+            loss = backward(engine, group, h, signals, share)
             found = {self.owner[id(p)] for _, p in learner.named_parameters() if p.grad is not None}
             self.reached.append((learner.groups.index(group), found))
             return loss

@@ -2,19 +2,14 @@
 
 import os
 import shlex
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from layerwise.core.tasks import metric_of
-from layerwise.errors import LayerwiseError
+from layerwise.cli.early import check_options
+from layerwise.errors import LayerwiseError, say
 from layerwise.parsing import parse, take_option
-from layerwise.runs import distributed, pipelined, replicated
-from layerwise.runs.arguments import train_options
-from layerwise.runs.folders import read_options
-from layerwise.runs.options import TrainOptions
-from layerwise.runs.training import Interrupted, Run
+from layerwise.runs.layout import check_run
 
 
 def train_command(argv: list[str]) -> int:
@@ -22,6 +17,17 @@ def train_command(argv: list[str]) -> int:
     command = shlex.join(["layerwise", "train", *argv])
     words = list(argv)
     resume = take_option(words, "resume")
+    if resume is None:
+        check_options(argv, "recipe", "rule", "model", "data")
+    else:
+        check_run(Path(resume))
+    from layerwise.runs import distributed, pipelined, replicated
+    from layerwise.runs.arguments import train_options
+    from layerwise.runs.folders import read_options
+    from layerwise.runs.interrupt import Interrupted
+    from layerwise.runs.options import TrainOptions
+    from layerwise.runs.training import Run
+
     if resume is not None:
         given = {f.name: take_option(words, f.name) for f in fields(distributed.ParallelOptions)}
         if words:
@@ -50,7 +56,7 @@ def train_command(argv: list[str]) -> int:
     try:
         result = run.train()
     except Interrupted as stop:
-        print(f"layerwise: {stop}", file=sys.stderr)
+        say(str(stop))
         return 128 + stop.signum
     print(result_table(result, run.folder))
     return 0
@@ -58,6 +64,8 @@ def train_command(argv: list[str]) -> int:
 
 def result_table(result: dict[str, Any], folder: Any) -> str:
     """The results of a run as a table of two columns, for a person to read."""
+    from layerwise.core.tasks import metric_of
+
     memory, metric = result["memory_mib"], metric_of(result["task"])
     val = result[f"val_{metric.name}"]
     held = ", ".join(f"{name} {memory[name]:.1f}" for name in ("parameters", "optimizer", "gradients", "activations"))

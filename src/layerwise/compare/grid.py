@@ -19,7 +19,8 @@ from layerwise.errors import LayerwiseError
 from layerwise.report.reading import read_correct
 from layerwise.report.summary import BASELINE, result_row
 from layerwise.runs.building import pick_device
-from layerwise.runs.folders import FREE, claimed, grid_run_folder
+from layerwise.runs.folders import FREE, claimed
+from layerwise.runs.layout import grid_run_folder
 from layerwise.runs.options import TrainOptions, run_name, to_mapping
 from layerwise.runs.progress import GridProgress
 
@@ -225,7 +226,7 @@ class Grid:
             begun=lambda run: progress.begun(
                 run.name, self._cost(run), lambda: min(1.0, run.last_step() / steps[run.name])
             ),
-            ended=lambda run: progress.ended(run.name, in_words(run)),
+            ended=lambda run: progress.ended(run.name, outcome_of(run)),
         )
 
     def _steps(self, run: GridRun) -> int:
@@ -276,7 +277,7 @@ def _gone_if_empty(file: Path) -> Iterator[None]:
             file.unlink()
 
 
-def in_words(run: GridRun) -> str:
+def outcome_of(run: GridRun) -> str:
     """The outcome of a run in one line."""
     found = run.result
     if found is None:

@@ -10,11 +10,11 @@ import numpy as np
 from layerwise.core.tasks import ACCURACY, Metric
 from layerwise.errors import LayerwiseError
 from layerwise.files import MissingFile
-from layerwise.report.reading import CompareRecord, read_json
+from layerwise.report.reading import CompareRecord, read_record
 from layerwise.report.summary import as_csv, summarise
-from layerwise.runs.checkpoint import write_atomically
 from layerwise.runs.environment import environment
 from layerwise.runs.options import TrainOptions, to_mapping
+from layerwise.runs.writing import write_atomically
 
 
 def kept_plan(folder: Path, fixed: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -28,7 +28,7 @@ def kept_plan(folder: Path, fixed: Mapping[str, Any]) -> dict[str, dict[str, Any
         LayerwiseError: the folder holds something else, a comparison with other options, or a damaged record.
     """
     try:
-        before = read_json(folder, "compare.json", CompareRecord)
+        before = read_record(folder, "compare.json", CompareRecord)
     except MissingFile:
         if {path.name for path in folder.iterdir()} - {"workers.log", "compare.json.partial"}:
             raise LayerwiseError(f"{folder} is not empty and holds no comparison; choose another --out.") from None

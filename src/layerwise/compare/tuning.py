@@ -27,7 +27,7 @@ def trial_options(options: TrainOptions, count: int) -> list[TrainOptions]:
     trials = [options]
     for k in range(1, count):
         rate, other = (SPAN ** (2 * halton(k, base) - 1) for base in (2, 3))
-        trials.append(replace(options, lr=_short(options.lr * rate), weight_decay=_short(decay * other)))
+        trials.append(replace(options, lr=_rounded(options.lr * rate), weight_decay=_rounded(decay * other)))
     return trials[:count]
 
 
@@ -45,7 +45,7 @@ def halton(k: int, base: int) -> float:
     return value
 
 
-def _short(value: float) -> float:
+def _rounded(value: float) -> float:
     """Round to four digits, which fit on a command line."""
     return float(f"{value:.4g}")
 

@@ -208,6 +208,11 @@ class Rule:
 
     A rule that runs a block again is refused where the model is cut at its calls (`cut_at_calls`).
     """
+    whole_batch: ClassVar[str] = ""
+    """Why the batch cannot be run in parts (`Learner(micro=n)`), such as "compares samples"; empty where it can.
+
+    It can where losses are means over the samples and messages have one entry per sample.
+    """
     reads_input: ClassVar[bool] = False
     """Whether `signal` looks at the network's input, which then has to be one tensor."""
     predicts_at_head: ClassVar[bool] = False

@@ -2,7 +2,7 @@
 
 import os
 
-from layerwise.errors import LayerwiseError, suggestion
+from layerwise.errors import LayerwiseError, unknown
 
 HUB = {
     "mnist": "ylecun/mnist",
@@ -61,7 +61,7 @@ def describe(name: str) -> str:
     for known, text in DESCRIPTIONS.items():
         if name == known or known.startswith(prefix):
             return text
-    raise unknown(name)
+    raise unknown("data set", name, names())
 
 
 def is_table(name: str) -> bool:
@@ -82,7 +82,7 @@ def check_task(name: str, task: str) -> None:
     """
     serves = SERVES.get("csv" if is_table(name) else name if name in SERVES else name.partition(":")[0])
     if serves is None:
-        raise unknown(name)
+        raise unknown("data set", name, names())
     if task not in serves:
         raise LayerwiseError(f"the labels of {name} are not for the task {task}; use --task {' or '.join(serves)}.")
 
@@ -94,8 +94,3 @@ def plain_name(name: str | os.PathLike[str]) -> str:
     except TypeError:
         name = repr(name)
     return name if isinstance(name, str) else os.fsdecode(name)
-
-
-def unknown(name: str) -> LayerwiseError:
-    """The sentence about a name that no data set has."""
-    return LayerwiseError(f"unknown data set {name!r}; {suggestion(name, list(DESCRIPTIONS))}.")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from layerwise.data.catalogue import HUB, unknown
+from layerwise.data.catalogue import HUB, names
 from layerwise.data.folders import open_imagefolder
 from layerwise.data.hub import open_hub
 from layerwise.data.labels import class_names, labels_of_split
@@ -21,7 +21,7 @@ from layerwise.data.parquet import open_parquet
 from layerwise.data.pictures import GROUNDS, MAX_PIXELS, ImageFormat
 from layerwise.data.rows import Rows
 from layerwise.data.sources import InMemorySource, Source, StreamedSource, decoded, sample_form
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, unknown
 from layerwise.files import shown
 
 STREAMED_SIZE = 224  # pixels
@@ -146,7 +146,7 @@ def _open(name: str, root: str | Path | None, limit: int, task: DataTask, target
         return open_masks(Path(rest)) if task == "segmentation" else open_imagefolder(Path(rest))
     if form == "parquet" and rest:
         return open_parquet(Path(rest), limit, task, targets)
-    raise unknown(name)
+    raise unknown("data set", name, names())
 
 
 def check_size(size: Any) -> int | None:

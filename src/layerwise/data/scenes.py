@@ -37,19 +37,21 @@ def digit_scenes(task: DataTask, test_fraction: float, test_seed: int) -> tuple[
 
 def _scenes(pixels: Tensor, labels: Tensor, count: int, task: DataTask, name: str) -> InMemorySource:
     draw = Generator().manual_seed(derive_seed(SEED, name))
+    wanted = torch.randint(1, MOST + 1, (count,), generator=draw)
+    which = torch.randint(len(labels), (MOST, count), generator=draw)
+    corners = torch.randint(SIDE - DIGIT + 1, (MOST, count, 2), generator=draw)
     images = torch.zeros(count, SIDE, SIDE, dtype=torch.uint8)
-    masks = torch.zeros(count, SIDE, SIDE, dtype=torch.uint8)
-    occurs = torch.zeros(count, 10)
-    for scene in range(count):
-        taken = torch.zeros(SIDE, SIDE, dtype=torch.bool)
-        for _ in range(int(torch.randint(1, MOST + 1, (), generator=draw))):
-            which = int(torch.randint(len(labels), (), generator=draw))
-            top, left = torch.randint(SIDE - DIGIT + 1, (2,), generator=draw).tolist()
-            place = slice(top, top + DIGIT), slice(left, left + DIGIT)
-            if bool(taken[place].any()):
-                continue
-            taken[place] = True
-            images[scene][place] = pixels[which]
-            masks[scene][place][pixels[which] >= INK] = labels[which].to(torch.uint8) + 1
-            occurs[scene, labels[which]] = 1
+    masks, occurs, placed = torch.zeros_like(images), torch.zeros(count, 10), []
+    scene, steps = torch.arange(count)[:, None, None], torch.arange(DIGIT)
+    for turn in range(MOST):  # a digit that would lie on another one is left out
+        free = wanted > turn
+        for other, there in placed:
+            free = free & ~(there & ((corners[turn] - corners[other]).abs() < DIGIT).all(1))
+        placed.append((turn, free))
+        rows, columns = (corners[turn, :, i, None] + steps for i in (0, 1))
+        at = scene[free], rows[free][:, :, None], columns[free][:, None, :]
+        digit, kind = pixels[which[turn, free]], labels[which[turn, free]]
+        images[at] = digit
+        masks[at] = torch.where(digit >= INK, kind[:, None, None] + 1, 0).to(torch.uint8)
+        occurs[free, kind] = 1
     return InMemorySource(images[:, None], masks if task == "segmentation" else occurs)

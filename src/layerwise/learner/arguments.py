@@ -1,5 +1,6 @@
 """The arguments of a learner, checked: one sentence for each of another kind."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor
 
 from layerwise import rules
+from layerwise.core.groups import Unit
+from layerwise.core.pieces import has_trunk
 from layerwise.core.rule import Rule
 from layerwise.core.tasks import KINDS, Classification, Task
 from layerwise.errors import LayerwiseError, suggestion
@@ -105,6 +108,30 @@ def check_types(lr_multipliers: Any, channels_last: Any, stage: Any, replicas: A
         raise LayerwiseError("layout maps block names to layouts such as 'BCL'; give words for both.")
     if isinstance(cuts, Sequence) and not all(isinstance(cut, str) for cut in cuts):
         raise LayerwiseError("cuts are names of modules; give words.")
+
+
+def check_micro(rule: Rule, units: Sequence[Unit], layouts: Mapping[str, str | None]) -> None:
+    """Raise LayerwiseError where a batch cannot be run in parts; warn where parts change what is learned.
+
+    Args:
+        rule: the rule.
+        units: what runs here.
+        layouts: of the input and of the blocks' outputs, by name.
+    """
+    if why := rule.whole_batch or ("trains a trunk that waits for the whole batch" if has_trunk(rule) else ""):
+        raise LayerwiseError(f"rule {rule.name!r} {why}, so that it cannot be run in parts; leave micro out.")
+    for name, layout in layouts.items():
+        if layout is not None and not layout.startswith("B"):
+            raise LayerwiseError(
+                f"{name} has the layout {layout!r}, and a batch can be run in parts only along its first dimension; "
+                "leave micro out, or put the batch first."
+            )
+    if names := [unit.site.name for unit in units if unit.running()]:
+        warnings.warn(
+            f"running statistics (batch norm) in {', '.join(names)} are taken from each of the parts of a batch, so "
+            "that the result is not that of the whole batch",
+            stacklevel=2,
+        )
 
 
 def check_options(precision: str, nonfinite: str) -> None:

@@ -20,6 +20,7 @@ from layerwise.core.randomness import derive_seed, preserved_generators, seed_ge
 from layerwise.core.rule import Rule, Site
 from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
+from layerwise.learner.arguments import check_micro
 from layerwise.learner.watch import Watch
 from layerwise.memory.offload import NotOffloaded, Offload
 from layerwise.parallel.alone import OneProcess, WholeNetwork
@@ -111,6 +112,13 @@ class Built:
                 groups.append(group)
                 self.offload.add(group)
         setup.factory.check_names([name for name, _ in self.named_parameters()])
+        if setup.execution.micro > 1:
+            known = dict(zip(names, setup.network.layouts, strict=True))
+            check_micro(
+                setup.rule,
+                [unit for group in groups for unit in group.units],
+                {"the input": setup.network.input_layout, **known},
+            )
         self.grouping = Grouping(setup.rule, groups, names, self._scaler)
         if setup.compile:
             compile_blocks(blocks, setup.compile)

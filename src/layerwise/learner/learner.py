@@ -74,6 +74,9 @@ class Learner:
         accumulate: batches per update. Gradients then live from one batch to the next, so that their memory
             grows with depth; activations still do not. A batch weighs as much as it has labels that count, and
             `flush` does the last update with the batches that it has.
+        micro: parts in which every group runs its batch, one after the other, before it steps once: of the activations
+            one part of one block is alive at a time. Draws then depend on the part, too, and layers with batch
+            statistics take those of a part. Rules whose signal compares samples are refused.
         precision: `"fp32"`, `"bf16"` or `"fp16"` (autocast; fp16 with a gradient scaler per group).
         compile: run every block through `torch.compile`; a string names the backend.
         channels_last: keep images and convolutions in channels-last order.
@@ -132,6 +135,7 @@ class Learner:
         schedule: Callable[[int], float] | None = None,
         clip: float | None = None,
         accumulate: int = 1,
+        micro: int = 1,
         precision: Precision = "fp32",
         compile: bool | str = False,
         channels_last: bool = False,
@@ -155,7 +159,9 @@ class Learner:
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "model", "rule")}
         self._arguments["example"] = None  # a batch is not kept
         check_types(lr_multipliers, channels_last, stage, replicas, cuts, layout)
-        check_ranges(clip=clip, accumulate=accumulate, label_smoothing=label_smoothing, seed=seed, blocks=blocks)
+        check_ranges(
+            clip=clip, accumulate=accumulate, micro=micro, label_smoothing=label_smoothing, seed=seed, blocks=blocks
+        )
         check_ranges(lr=lr, weight_decay=weight_decay, lr_multipliers=lr_multipliers or {})
         check_options(precision, nonfinite)
         check_offload(offload, stage or replicas, compile)
@@ -166,7 +172,9 @@ class Learner:
         self.network: Partition = cut(model, cuts, blocks, output, read, tied, example, layout)
         self._arguments |= {"cuts": None, "blocks": None, "output": None, "read": None, "tied": None}  # done
         if isinstance(self.network, CallPartition):
-            check_serves(self.network, self.rule, offload=offload, stage=stage, replicas=replicas, compile=compile)
+            check_serves(
+                self.network, self.rule, offload=offload, stage=stage, replicas=replicas, compile=compile, micro=micro
+            )
         names = [block.name for block in [*self.network.blocks, self.network.head]]
         for name in lr_multipliers or {}:
             if name not in names:
@@ -198,6 +206,7 @@ class Learner:
                 autocast={"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision],
                 clip=clip,
                 accumulate=accumulate,
+                micro=micro,
                 nonfinite=nonfinite,
                 # The first replica draws what one process would; the others must not drop the same units as it does.
                 seed=derive_seed(seed, "replica", replicas.rank) if replicas.rank else seed,

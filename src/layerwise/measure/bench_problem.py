@@ -14,6 +14,7 @@ from torch import Tensor
 
 from layerwise import models, rules
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
+from layerwise.core.ranges import check_ranges
 from layerwise.core.tasks import LanguageModel
 from layerwise.core.trees import mapped
 from layerwise.errors import LayerwiseError
@@ -23,9 +24,9 @@ from layerwise.memory.offload import Where
 from layerwise.parsing import parse
 from layerwise.report.page import write_report
 from layerwise.runs.building import pick_device
-from layerwise.runs.checkpoint import write_atomically
 from layerwise.runs.environment import environment
 from layerwise.runs.output import check_output, write_output
+from layerwise.runs.writing import write_atomically
 
 CLASSES = 10
 CPU = torch.device("cpu")
@@ -60,6 +61,11 @@ class DeviceProblem(Problem):
     """Precision of the blocks (autocast)."""
     device: str = "auto"
     """cpu | cuda | cuda:N | auto."""
+    micro: int = 1
+    """Parts in which every block runs its batch."""
+
+    def __post_init__(self) -> None:
+        check_ranges(micro=self.micro)
 
 
 def prepared(
@@ -73,6 +79,7 @@ def prepared(
     device: str,
     model_options: dict[str, float],
     offload_to: tuple[Where, str | None] = ("none", None),
+    micro: int = 1,
 ) -> tuple[Learner, Any, Tensor]:
     """A learner on the device, with a batch `(B, C, H, W)`, or what else the model takes, and its labels."""
     where = pick_device(device)
@@ -80,7 +87,7 @@ def prepared(
     with OnFile(folder) if offload == "disk" else contextlib.nullcontext():  # as in a run: never all of it in memory
         network = network_of(model, depth, shape, model_options)
     x, y = batch_of(shape, batch_size)
-    how: dict[str, Any] = {"device": where, "offload": offload, "offload_folder": folder}
+    how: dict[str, Any] = {"micro": micro, "device": where, "offload": offload, "offload_folder": folder}
     made = options_of(model, depth, model_options)
     if isinstance(made, models.OutsideModel):
         network = models.outside.cut(network, "block", None, None, None)

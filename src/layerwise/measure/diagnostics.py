@@ -24,7 +24,7 @@ from layerwise.core.tasks import UNLABELLED
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
 from layerwise.runs.building import load_data, load_run
-from layerwise.runs.checkpoint import write_atomically
+from layerwise.runs.writing import write_atomically
 
 SAMPLES = 1024
 """The largest number of samples of each split that are measured."""
@@ -340,9 +340,11 @@ def diagnose(folder: Path, twin: Path | None = None, device: str = "auto") -> di
         `samples`, and per block under `blocks` what `layer_table` gives, `cka_to_backprop` and `gradient_cosine`.
 
     Raises:
-        LayerwiseError: there is no run, or its data set is not there.
+        LayerwiseError: there is no run, its data set is not there, or its labels are no classes.
     """
     options, _, learner, _ = load_run(folder, device)
+    if options.task != "classification":
+        raise LayerwiseError(f"diagnostics probe for classes, and the run's task is {options.task}.")
     dataset = load_data(options)
     common: dict[str, Any] = {"mean": dataset.mean, "std": dataset.std, "seed": 0, "shuffle": False, "drop_last": False}
     common |= {"device": learner.device, "channels_last": options.channels_last}

@@ -18,7 +18,7 @@ from dataclasses import fields
 from typing import Any
 
 from layerwise.core.graphs import Graph
-from layerwise.errors import LayerwiseError, suggestion
+from layerwise.errors import LayerwiseError, unknown
 from layerwise.models import outside
 from layerwise.models.base import BlockSequential, ModelOptions
 from layerwise.models.fcn import FCN
@@ -96,9 +96,7 @@ def options(name: str, recorded: str | None = None) -> type[ModelOptions]:
     if outside.is_outside(name):
         return outside.options(name, recorded)
     if name not in _MODELS:
-        raise LayerwiseError(
-            f"unknown model {name!r}; {suggestion(name, names())}, or hf:CONFIG_OR_FOLDER, timm:NAME, FILE.py:function."
-        )
+        raise unknown("model", name, (*names(), *outside.FORMS))
     return _MODELS[name]
 
 
@@ -134,7 +132,7 @@ def create(name: str, shape: tuple[int, int, int], classes: int, *, graph: Graph
     legal = [field.name for field in fields(kind)]
     for option in options_:
         if option not in legal:
-            raise _unknown(f"option of {name}", option, legal)
+            raise unknown(f"option of {name}", option, legal)
     made = kind(**options_)
     if isinstance(made, GraphModelOptions):
         return made.build(shape, classes, graph)
@@ -157,7 +155,3 @@ def describe(name: str) -> str:
     text = inspect.getdoc(kind) or ""
     dials = [f"  {field.name} = {field.default}" for field in fields(kind)]
     return "\n".join([text.partition("Example:")[0].rstrip(), "", "Options:", *dials])
-
-
-def _unknown(what: str, name: str, legal: "list[str] | tuple[str, ...]") -> LayerwiseError:
-    return LayerwiseError(f"unknown {what} {name!r}; {suggestion(name, legal)}.")

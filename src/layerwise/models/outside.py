@@ -27,6 +27,12 @@ from layerwise.files import kind_of, read_bytes, shown
 from layerwise.models.base import ModelOptions, require
 
 PREFIXES = ("hf:", "timm:")
+FORMS = {
+    "hf:CONFIG_OR_FOLDER": "A network of transformers: random weights, or those of the folder.",
+    "timm:NAME": "An image network of timm, with random weights.",
+    "FILE.py:function": "A network of your own: what a function in a file returns.",
+}
+"""The forms of names of networks from elsewhere, and what they are."""
 GIVEN = ("classes", "outputs", "shape")
 """What a function of the user's may ask for by name: the number of outputs, and the shape of one sample."""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerwise.runs.checkpoint import write_atomically
+from layerwise.runs.writing import write_atomically
 
 INK = "#010203"  # a placeholder for the colour of text until the SVG is written
 COLOURS = ("#3b8ee0", "#2da44e", "#e0702b", "#b08a00", "#a371f7", "#d6569f", "#1fa3a3", "#8c7361")
@@ -198,10 +198,10 @@ def shares(axes: Any, rows: Mapping[str, Mapping[str, float]], x: str) -> None:
     _finish(axes, x, "", grid="x")
 
 
-def short(value: float) -> str:
+def three_digits(value: float) -> str:
     """Three digits, without an exponent where none is needed.
 
-    >>> short(0.98765), short(97.54), short(0.0)
+    >>> three_digits(0.98765), three_digits(97.54), three_digits(0.0)
     ('0.988', '97.5', '0')
     """
     return f"{value:.3g}"

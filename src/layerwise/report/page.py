@@ -4,7 +4,7 @@ import contextlib
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,32 +12,27 @@ from typing import Any
 from layerwise.core.tasks import ACCURACY, Metric
 from layerwise.errors import LayerwiseError
 from layerwise.files import MissingFile, kind_of, shown
+from layerwise.records import convert
 from layerwise.report import figures
+from layerwise.report.benches import put_bench, read_bench
 from layerwise.report.reading import (
     ADVICE,
-    BENCHES,
-    Bench,
     CompareRecord,
     Diagnostics,
     FixedOptions,
     Machine,
-    MeasuredRow,
-    MemoryRow,
-    ScalingRow,
     Summary,
-    convert,
     metric_named,
-    parse_json,
-    read_json,
-    read_lines,
+    read_metrics,
+    read_record,
     read_result,
     read_rows,
-    read_text,
 )
+from layerwise.report.sections import Origin, Section
 from layerwise.report.summary import columns, resolution_in_words, spread, table_rows
-from layerwise.runs.checkpoint import write_atomically
-from layerwise.runs.environment import in_words
-from layerwise.runs.folders import grid_run_folder
+from layerwise.runs.environment import machine_in_words
+from layerwise.runs.layout import grid_run_folder
+from layerwise.runs.writing import write_atomically
 
 LAYERS: dict[str, tuple[str, str, tuple[float, float] | None]] = {  # quantity: title, caption, limits of the colours
     "accuracy": (
@@ -85,31 +80,6 @@ REPORTED = {
 }
 
 
-@dataclass
-class Origin:
-    """The command and machine that a figure comes from."""
-
-    command: str
-    machine: str
-    options: str = ""
-    runs: str = ""
-    packages: str = ""
-
-
-@dataclass
-class Section:
-    """Figures under one heading: dictionaries of `figure`, `caption`, `command`, `machine`."""
-
-    title: str
-    about: str
-    shown: list[dict[str, Any]] = field(default_factory=list)
-
-    def add(self, figure: figures.Figure, caption: str, origin: Origin) -> None:
-        """Add a figure with its caption and where it comes from."""
-        words = {"command": origin.command, "machine": origin.machine}
-        self.shown.append({"figure": figure, "caption": caption, **words})
-
-
 def write_report(folder: Path) -> Path:
     """Draw `report.html` and `figures/` of a folder that `compare` or `bench --out` has written.
 
@@ -126,10 +96,10 @@ def write_report(folder: Path) -> Path:
         ) from reason
     page: dict[str, Any] = {"table": [], "notes": [], "failures": [], "sections": [], "origins": []}
     if kind_of(folder / "summary.json") is not None:
-        comparison(folder, page)
+        put_comparison(folder, page)
     benches = [found for file in sorted(folder.glob("*.json")) if (found := read_bench(folder, file.name)) is not None]
     for found in benches:
-        bench(found, page)
+        put_bench(found, page)
     if not page["origins"]:
         raise LayerwiseError(f"{folder} holds neither a comparison nor a benchmark; give the folder of one.")
     page.setdefault("title", f"Benchmarks: {folder.resolve().name}")
@@ -177,10 +147,10 @@ class Runs:
             rule, seed = row["rule"], int(row["seed"])
             run = grid_run_folder(rule, f"seed {seed}", "runs")
             found.results.setdefault(rule, {})[seed] = read_result(folder, f"{run}/result.json")
-            found.lines.setdefault(rule, {})[seed] = read_lines(folder, f"{run}/metrics.jsonl")
+            found.lines.setdefault(rule, {})[seed] = read_metrics(folder, f"{run}/metrics.jsonl")
             blocks: dict[str, dict[str, float | None]] = {}
             with contextlib.suppress(MissingFile):
-                blocks = read_json(folder, f"{run}/diagnostics.json", Diagnostics)["blocks"]
+                blocks = read_record(folder, f"{run}/diagnostics.json", Diagnostics)["blocks"]
             found.layers.setdefault(rule, {})[seed] = blocks
         return found
 
@@ -235,13 +205,13 @@ def _point(values: list[tuple[float, float]]) -> tuple[float, float, float | Non
     return sum(place for place, _ in values) / len(values), accuracies["mean"], accuracies["sd"]
 
 
-def comparison(folder: Path, page: dict[str, Any]) -> None:
+def put_comparison(folder: Path, page: dict[str, Any]) -> None:
     """Put a comparison on the page: table, curves, trade-offs, layers."""
-    record: Any = read_json(folder, "compare.json", CompareRecord)
-    machine: Any = read_json(folder, "environment.json", Machine)
-    found: Any = read_json(folder, "summary.json", Summary)
-    rules: dict[str, Any] = dict(found["rules"])
-    metric = metric_named(found.get("metric", "accuracy"), folder / "summary.json")
+    record: Any = read_record(folder, "compare.json", CompareRecord)
+    machine: Any = read_record(folder, "environment.json", Machine)
+    summary: Any = read_record(folder, "summary.json", Summary)
+    rules: dict[str, Any] = dict(summary["rules"])
+    metric = metric_named(summary.get("metric", "accuracy"), folder / "summary.json")
     rows = read_rows(folder, "results.csv")
     unknown = [row["rule"] for row in rows if row["rule"] not in rules]
     if unknown or not rules:
@@ -251,16 +221,20 @@ def comparison(folder: Path, page: dict[str, Any]) -> None:
         )
     runs = Runs.read(folder, rows)
     looks = figures.look(list(rules))
-    fixed: Any = convert(record["fixed"], FixedOptions, folder / "compare.json", "fixed")
+    fixed: Any = convert(record["fixed"], FixedOptions, f"'fixed' of {shown(folder / 'compare.json')}", ADVICE)
     commands = [found["command"] for seeds in runs.results.values() for found in seeds.values()]
     packages = "\n".join(f"{name}=={version}" for name, version in machine["packages"].items())
     origin = Origin(
-        record["command"], in_words(machine), json.dumps(record["fixed"], indent=2), "\n".join(commands), packages
+        record["command"],
+        machine_in_words(machine),
+        json.dumps(record["fixed"], indent=2),
+        "\n".join(commands),
+        packages,
     )
     page["origins"].append(origin)
     page["title"] = f"Learning rules on {fixed['data']}, {fixed['model']['name']}"
     seeds = f"{record['seeds']} seed{'s' if record['seeds'] > 1 else ''}"
-    page["subtitle"] = f"{seeds}, {_budget(fixed)}; {in_words(machine)}"
+    page["subtitle"] = f"{seeds}, {_budget(fixed)}; {machine_in_words(machine)}"
     page["columns"], page["table"] = columns(metric), table_rows(rules, metric)
     page["notes"] = notes(rules, fixed, metric)
     page["failures"] = [
@@ -322,14 +296,15 @@ def _accuracy(runs: Runs, looks: Any, record: dict[str, Any], origin: Origin, me
     ):
         if found:
             ends = ", ".join(f"{rule} {points[-1][1]:.1f}{unit}" for rule, points in found.items())
-            figure = figures.render(
+            section.draw(
                 name,
                 f"{title} over {x}",
                 f"Validation {words} over {x}, one curve per rule; at the end: {ends}.",
                 lambda axes, found=found, x=x: figures.curves(axes, found, x, f"validation {metric.title}", looks),
-                height=figures.height(len(found)),
+                figures.height(len(found)),
+                f"Validation {words} over {x}; mean and band over seeds.",
+                origin,
             )
-            section.add(figure, f"Validation {words} over {x}; mean and band over seeds.", origin)
     return section
 
 
@@ -351,16 +326,17 @@ def _costs(rules: dict[str, Any], looks: Any, origin: Origin, metric: Metric = A
                 points[rule] = (factor * found[quantity]["mean"], scale * own["mean"], deviation)
         if points:
             values = "; ".join(f"{rule}: {x:.3g}, {y:.1f}{unit}" for rule, (x, y, _) in points.items())
-            figure = figures.render(
+            section.draw(
                 name,
                 f"{title} against {words.split(',')[0]}",
                 f"Test {metric.words} against {words}. {values}.",
                 lambda axes, points=points, words=words: figures.trade(
                     axes, points, words, f"test {metric.title}", looks, metric.larger
                 ),
-                height=figures.height(len(points)),
+                figures.height(len(points)),
+                f"Test {metric.words} (mean, standard deviation) against {words}.",
+                origin,
             )
-            section.add(figure, f"Test {metric.words} (mean, standard deviation) against {words}.", origin)
     return section
 
 
@@ -372,14 +348,15 @@ def _layers(runs: Runs, origin: Origin) -> Section:
         if found:
             form = ".1f" if quantity in PERCENT else ".3g" if quantity in own else ".3f"
             alt = "; ".join(f"{rule}: {_row(row)}" for rule, row in found.items())
-            figure = figures.render(
+            section.draw(
                 f"layers_{quantity}",
                 title,
                 f"{title}, per rule and block. {alt}.",
                 lambda axes, found=found, limits=limits, form=form: figures.heat(axes, found, limits, form),
-                height=0.7 + 0.36 * len(found),
+                0.7 + 0.36 * len(found),
+                caption,
+                origin,
             )
-            section.add(figure, caption, origin)
     return section
 
 
@@ -389,124 +366,4 @@ def _reported(name: str) -> tuple[str, str, None]:
 
 
 def _row(row: Mapping[str, float | None]) -> str:
-    return ", ".join(f"{block} {figures.short(value)}" for block, value in row.items() if value is not None)
-
-
-def read_bench(folder: Path, name: str) -> dict[str, Any] | None:
-    """A benchmark's JSON file: `{"command", "environment", "rows"}`, or the rows alone; None for any other file.
-
-    Raises:
-        LayerwiseError: rows of a benchmark that lack a field, or have one of another type.
-    """
-    file = folder / name
-    try:
-        found = parse_json(read_text(folder, name), file)
-    except LayerwiseError:
-        return None  # no file of ours
-    if isinstance(found, list):
-        found = {"command": f"layerwise bench, file {file.name}", "environment": None, "rows": found}
-    rows = found.get("rows") if isinstance(found, dict) else None
-    if (
-        not isinstance(rows, list)
-        or not rows
-        or not isinstance(rows[0], dict)
-        or not {"rule", "model"} <= rows[0].keys()
-    ):
-        return None
-    kind = next((kind for field, kind in BENCHES.items() if field in rows[0]), None)
-    if kind is None:
-        return None
-    bench: Any = convert(found | {"rows": []}, Bench, file)
-    typed = convert(rows, list[kind], file, "rows")
-    if kind is ScalingRow:  # a row that was only simulated is not drawn
-        typed = convert([row for row in typed if "samples_per_second" in row], list[MeasuredRow], file, "measured rows")
-    return dict(bench) | {"rows": typed, "name": file.stem, "kind": kind}
-
-
-def bench(found: dict[str, Any], page: dict[str, Any]) -> None:
-    """Put a benchmark of memory, speed or scaling on the page."""
-    rows, machine = found["rows"], found["environment"]
-    origin = Origin(found["command"], in_words(machine) if machine else "The file does not say on which machine.")
-    page["origins"].append(origin)
-    looks = figures.look(list(dict.fromkeys(row["rule"] for row in rows)))
-    if found["kind"] is MemoryRow:
-        page["sections"].append(_depths(found["name"], rows, looks, origin))
-    elif found["kind"] is ScalingRow:
-        page["sections"].append(_scaling(found["name"], rows, origin))
-    else:
-        page["sections"].append(_speeds(found["name"], rows, origin))
-
-
-def _depths(name: str, rows: list[dict[str, Any]], looks: Any, origin: Origin) -> Section:
-    section = Section("Memory against depth", "One training step; exact bytes on the CPU, the allocator's on CUDA.")
-    kinds: list[tuple[str, str, tuple[str, ...], str]] = [
-        ("", "Activations + gradients", ("activations", "gradients"), "at the peak of a step")
-    ]
-    if all(row.get("resident") for row in rows):
-        kinds.append(
-            (
-                "_resident",
-                "Resident memory",
-                ("resident",),
-                f"of a process, blocks on {rows[0].get('offload', 'the device')}",
-            )
-        )
-    for model in dict.fromkeys(row["model"] for row in rows):
-        for suffix, title, parts, where in kinds:
-            points: dict[str, list[tuple[float, float, None]]] = {}
-            for row in sorted((row for row in rows if row["model"] == model), key=lambda row: row["depth"]):
-                held = sum(row[part] for part in parts) / 2**20
-                points.setdefault(row["rule"], []).append((float(row["depth"]), held, None))
-            ends = "; ".join(f"{rule} {p[0][1]:.3g} to {p[-1][1]:.3g} MiB" for rule, p in points.items())
-            figure = figures.render(
-                f"{name}_{model}{suffix}",
-                f"{title}, {model}",
-                f"{title} of one step of {model} against the number of blocks, from the least to the most: {ends}.",
-                lambda axes, points=points: figures.curves(axes, points, "number of blocks", "MiB", looks, log=True),
-                height=figures.height(len(points)),
-            )
-            section.add(figure, f"{title} {where}, against the number of blocks.", origin)
-    return section
-
-
-def _speeds(name: str, rows: list[dict[str, Any]], origin: Origin) -> Section:
-    section = Section("Time per step", "Rules interleaved in one process; medians.")
-    parts = {
-        row["rule"]: {p: 1000 * row["seconds"] * s for p, s in (row.get("shares") or {"step": 1.0}).items()}
-        for row in rows
-    }
-    values = "; ".join(
-        f"{row['rule']} {1000 * row['seconds']:.3g} ms, {row['ratio']:.2f} times {row['baseline']}" for row in rows
-    )
-    figure = _time(name, rows[0], "step", f"Milliseconds per training step. {values}.", parts)
-    section.add(figure, f"Median over {rows[0]['rounds']} rounds. {values}.", origin)
-    return section
-
-
-def _time(name: str, row: dict[str, Any], per: str, alt: str, parts: dict[str, dict[str, float]]) -> figures.Figure:
-    """Bars of milliseconds per step or batch, one for each of `parts`, in their shares."""
-    return figures.render(
-        f"{name}_time",
-        f"Time per {per}, {row['model']} of {row['depth']} blocks",
-        alt,
-        lambda axes: figures.shares(axes, parts, f"ms per {per}"),
-        height=1.4 + 0.35 * len(parts),
-    )
-
-
-def _scaling(name: str, rows: list[dict[str, Any]], origin: Origin) -> Section:
-    section = Section("Throughput on several processes", "Ways interleaved; medians; one batch per step.")
-    if not rows:
-        return section
-    parts = {}
-    for row in rows:
-        shares = {part: sum(row[part]) / row["ranks"] for part in ("busy", "queued", "waiting")}
-        parts[f"{row['way']}, {row['ranks']}"] = {p: 1000 * row["seconds"] * share for p, share in shares.items()}
-    values = "; ".join(
-        f"{row['way']} on {row['ranks']}: {row['samples_per_second']:.1f} samples/s, {row['ratio']:.2f} times rule"
-        for row in rows
-    )
-    alt = f"Milliseconds per batch by way and number of processes: computing, queued for a core, waiting. {values}."
-    figure = _time(name, rows[0], "batch", alt, parts)
-    section.add(figure, f"Median over {rows[0]['rounds']} rounds, mean over the processes. {values}.", origin)
-    return section
+    return ", ".join(f"{block} {figures.three_digits(value)}" for block, value in row.items() if value is not None)

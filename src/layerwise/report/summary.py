@@ -293,7 +293,7 @@ def table_rows(summary: dict[str, dict[str, Any]], metric: Metric = ACCURACY) ->
     return rows
 
 
-def table(summary: dict[str, dict[str, Any]], metric: Metric = ACCURACY) -> str:
+def summary_table(summary: dict[str, dict[str, Any]], metric: Metric = ACCURACY) -> str:
     """The table in aligned columns."""
     rows = [columns(metric), *table_rows(summary, metric)]
     widths = [max(len(row[i]) for row in rows if row[3] or i < 2) for i in range(len(rows[0]))]

@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 
 from layerwise.core import own_code
 from layerwise.core.rule import BatchContext, BlockContext, Rule, Signal, Site
-from layerwise.errors import LayerwiseError, suggestion
+from layerwise.errors import LayerwiseError, suggestion, unknown
 from layerwise.rules.auglocal import AugLocal
 from layerwise.rules.backprop import Backprop, BackpropCheckpoint, BackpropOffload
 from layerwise.rules.boosted import Boosted
@@ -66,6 +66,9 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     LastLayer,
 )
 
+FORMS = {"FILE.py:Class": "a rule of your own: a class in a file"}
+"""The form of names of rules from elsewhere, and what they are."""
+
 
 def names() -> list[str]:
     """Names of all rules, the built-in ones first.
@@ -106,7 +109,7 @@ def get(name: str, recorded: str | None = None) -> type[Rule]:
                 "layerwise.rules.Rule; correct the package that declares it."
             )
         return rule
-    raise LayerwiseError(f"unknown rule {name!r}; {suggestion(name, names())}, or FILE.py:Class for one of your own.")
+    raise unknown("rule", name, [*names(), *FORMS])
 
 
 def name_of(rule: Rule) -> str:

@@ -84,6 +84,7 @@ class Boosted(TakesTurns, PredictsBySite, Rule):
 
     name: ClassVar[str] = "boosted"
     locality: ClassVar[Locality] = "local"
+    whole_batch: ClassVar[str] = "takes the mean of its stages from the whole batch"
     boundary: ClassVar[str] = "detached activation and the sum of the stages (K numbers per sample)"
     flat_memory: ClassVar[bool] = True
     tasks: ClassVar[tuple[str, ...]] = ("classification", "soft_labels")

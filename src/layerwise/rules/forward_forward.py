@@ -100,6 +100,7 @@ class ForwardForward(PredictsBySite, Rule):
 
     name: ClassVar[str] = "forward_forward"
     locality: ClassVar[Locality] = "local"
+    whole_batch: ClassVar[str] = "makes negative samples out of the batch"
     boundary: ClassVar[str] = "detached activation of unit length, for a positive and a negative sample"
     flat_memory: ClassVar[bool] = True
     begins_with_batch: ClassVar[bool] = True

@@ -74,6 +74,7 @@ class GraphForward(Rule):
 
     name: ClassVar[str] = "graph_forward"
     locality: ClassVar[Locality] = "local"
+    whole_batch: ClassVar[str] = "trains on the nodes of one graph"
     boundary: ClassVar[str] = "detached activation of unit length, of the nodes and of one node per class"
     flat_memory: ClassVar[bool] = True
     unlabelled: ClassVar[bool] = True

@@ -150,6 +150,7 @@ class NoPropDT(Denoising):
 
     name: ClassVar[str] = "noprop_dt"
     models: ClassVar[tuple[str, ...]] = ("noprop",)
+    whole_batch: ClassVar[str] = "sends embeddings of the classes from block to block"
     boundary: ClassVar[str] = (
         "the input; in prediction a noisy label too; embeddings that are learned, from the head to the blocks"
     )
@@ -217,6 +218,7 @@ class _AnyTime(Denoising):
     solver: Literal["euler", "heun"] = "euler"
     """Of the sampler; `heun` asks the network twice per step."""
 
+    whole_batch: ClassVar[str] = "sends embeddings of the classes from block to block"
     boundary: ClassVar[str] = "the input and a noisy label; embeddings that are learned, from the head to the block"
 
     def sampled(self, network: Partition, velocity: Any, u: Tensor, x: Tensor) -> Tensor:

@@ -76,6 +76,7 @@ class PredSim(Rule):
 
     name: ClassVar[str] = "predsim"
     locality: ClassVar[Locality] = "local"
+    whole_batch: ClassVar[str] = "compares the samples of a batch"
     boundary: ClassVar[str] = "detached activation"
     flat_memory: ClassVar[bool] = True
     tasks: ClassVar[tuple[str, ...]] = ("classification", "soft_labels", "multilabel")

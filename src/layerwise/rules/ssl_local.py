@@ -62,6 +62,7 @@ class SSLLocal(Rule):
 
     name: ClassVar[str] = "ssl_local"
     locality: ClassVar[Locality] = "local"
+    whole_batch: ClassVar[str] = "compares the samples of a batch"
     boundary: ClassVar[str] = "detached activation, of every sample and two views of it"
     flat_memory: ClassVar[bool] = True
     tasks: ClassVar[tuple[str, ...]] = ("classification", "soft_labels", "regression", "multilabel", "loss")

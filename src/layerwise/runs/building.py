@@ -2,11 +2,10 @@
 
 import contextlib
 import math
-import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
 
@@ -17,19 +16,18 @@ from layerwise.core.optim import Schedule
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.tasks import UNLABELLED, Classification, MultiLabel, Regression, Segmentation, Task
 from layerwise.data.masks import IGNORED
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, short, why
 from layerwise.files import kind_of, shown
 from layerwise.learner import Learner, checks
-from layerwise.memory.meter import MemoryUse
 from layerwise.memory.mmap import OnFile
 from layerwise.memory.stores import nearest_folder
 from layerwise.models import GraphModelOptions, ModelOptions
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
+from layerwise.records import Amount, Count, convert
 from layerwise.runs import checkpoint
 from layerwise.runs.folders import check_options, read_options
 from layerwise.runs.options import TrainOptions, model_name
-from layerwise.runs.records import check_fields, is_amount, short, why
 
 
 def pick_device(name: str) -> torch.device:
@@ -113,11 +111,7 @@ class DataSignature:
             LayerwiseError: the checkpoint holds no such facts.
         """
         name, advice = "the checkpoint's description of its data", "take an older checkpoint"
-        known = [f.name for f in fields(cls)]
-        given = [f.name for f in fields(cls) if f.default is MISSING or f.name in state["data"]]
-        hints = typing.get_type_hints(cls)
-        check_fields(state["data"], {field: hints[field] for field in given}, name, advice)
-        found = cls(**{name: tuple(value) for name, value in state["data"].items() if name in known})
+        found: DataSignature = convert(state["data"], cls, name, advice)
         channels = {len(found.mean), len(found.std)}
         right = (
             len(found.shape) == len(found.sizes) == 3
@@ -308,6 +302,7 @@ def build_learner(
         schedule=Schedule(options.schedule, updates, options.warmup),
         clip=options.clip,
         accumulate=options.accumulate,
+        micro=options.micro,
         precision=options.precision,
         compile=options.compile,
         channels_last=options.channels_last,
@@ -370,32 +365,34 @@ def read_state(folder: Path) -> tuple[TrainOptions, dict[str, Any], list[str]]:
     return options, state, notes
 
 
-STATE: dict[str, Any] = {
-    "learner": dict,
-    "samples": int,
-    "seconds": float,
-    "val": dict[str, float],
-    "memory": dict[str, int] | None,
-    "measured": list[str] | None,  # this and the next are missing in the checkpoints of version 0.1.0
-    "flops": int | None,
-    "threads": int,
-    "machines": list[dict] | None,
-    "options": dict,
-    "data": dict,
-}
-"""What the checkpoint of a run holds beside its learner's own state."""
+class MeasuredMemory(TypedDict):
+    """The fields of a `MemoryUse`."""
+
+    parameters: Count
+    optimizer: Count
+    gradients: Count
+    activations: Count
+    peak: Count
+
+
+class RunState(TypedDict):
+    """What the checkpoint of a run holds; checkpoints of version 0.1.0 lack what is not required."""
+
+    learner: dict[str, Any]
+    samples: Count
+    seconds: Amount
+    val: dict[str, float]
+    memory: NotRequired[MeasuredMemory | None]
+    measured: NotRequired[list[str] | None]
+    flops: NotRequired[Count | None]
+    threads: Count
+    machines: NotRequired[list[dict[str, Any]] | None]
+    options: dict[str, Any]
+    data: dict[str, Any]
 
 
 def check_run_state(state: Any, folder: Path) -> None:
     """Raise LayerwiseError unless the checkpoint of the run in `folder` holds what a run writes, in its ranges."""
     name, advice = f"the checkpoint in {shown(folder)}", "take an older one, or start the run again"
-    check_fields(state, STATE, name, advice)
+    convert(state, RunState, name, advice)
     checks.check_parts(state["learner"])
-    amounts = {field: state.get(field) for field in ("samples", "seconds", "flops", "threads")}
-    memory = state.get("memory")
-    if memory is not None:
-        check_fields(memory, dict.fromkeys((f.name for f in fields(MemoryUse)), int), f"{name}, memory,", advice)
-        amounts |= {field: memory[field] for field in memory}
-    for field, value in amounts.items():
-        if value is not None and not is_amount(value):
-            raise LayerwiseError(f"{name} is damaged ({field} = {short(value)}); {advice}.")

@@ -15,11 +15,11 @@ from layerwise.core import own_code
 from layerwise.core.ranges import TRAINING, check_ranges
 from layerwise.core.rule import Rule
 from layerwise.data.numbers import DataTask
-from layerwise.errors import LayerwiseError, suggestion
+from layerwise.errors import LayerwiseError, short, suggestion, unknown, why
 from layerwise.files import MissingFile, read_text, shown
 from layerwise.memory.offload import Where
 from layerwise.models import ModelOptions
-from layerwise.runs.records import LARGEST, check_fields, described, fits, short, why
+from layerwise.records import LARGEST, DamagedRecord, convert
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ class TrainOptions:
     """Largest norm of one group's gradient."""
     accumulate: int = 1
     """Batches per update."""
+    micro: int = 1
+    """Parts in which every block runs its batch, one after the other, before it steps: less memory, the same update."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the blocks (autocast)."""
     compile: bool = False
@@ -227,13 +229,19 @@ def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
     for name, value in values.items():
         if name not in legal:
             raise LayerwiseError(f"{where}: unknown field {name!r}; {suggestion(name, legal)}.")
-        if isinstance(value, list):
-            value = tuple(value)
-        if not fits(value, hints[name]):
-            raise LayerwiseError(f"{where}: {name} = {short(value)} is not {described(hints[name])}.")
-        # A file may write 1 for 1.0.
-        arguments[name] = float(value) if hints[name] is float and isinstance(value, int) else value
+        if isinstance(value, (Rule, ModelOptions)):
+            arguments[name] = value
+            continue
+        try:
+            arguments[name] = convert(value, hints[name], name, "correct it")
+        except DamagedRecord:
+            raise LayerwiseError(f"{where}: {name} = {short(value)} is not {_described(hints[name])}.") from None
     return cls(**arguments)
+
+
+def _described(hint: Any) -> str:
+    """A type, for a sentence."""
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
 @dataclass(frozen=True)
@@ -273,13 +281,14 @@ def load_recipe(name: str) -> Recipe:
     elif name in recipe_names():
         text = files("layerwise.runs.recipes").joinpath(f"{name}.toml").read_text(encoding="utf-8")
     else:
-        raise LayerwiseError(f"unknown recipe {short(name)}; {suggestion(name, recipe_names())}.")
+        raise unknown("recipe", name, recipe_names())
     try:
         values = tomllib.loads(text)
     except (ValueError, RecursionError) as reason:
         raise LayerwiseError(f"the recipe {shown(name)} cannot be read ({why(reason)}); correct the file.") from reason
     about, expected = values.pop("about", ""), values.pop("expected", {})
-    check_fields({"about": about, "expected": expected}, {"about": str, "expected": dict}, shown(name), "correct it")
+    convert(about, str, f"'about' of {shown(name)}", "correct it")
+    convert(expected, dict[str, Any], f"'expected' of {shown(name)}", "correct it")
     return Recipe(name, about, values, expected)
 
 
