@@ -14,11 +14,11 @@ from layerwise.compare.pool import Pool, default_jobs
 from layerwise.compare.record import kept_plan, write_record, write_results
 from layerwise.compare.rules_asked import plain_fields, read_rules
 from layerwise.compare.tuning import choose, trial_options
+from layerwise.core.devices import pick_device
 from layerwise.core.tasks import metric_of
 from layerwise.errors import LayerwiseError
 from layerwise.report.reading import read_correct
 from layerwise.report.summary import BASELINE, result_row
-from layerwise.runs.building import pick_device
 from layerwise.runs.folders import FREE, claimed
 from layerwise.runs.layout import grid_run_folder
 from layerwise.runs.options import TrainOptions, run_name, to_mapping

@@ -14,6 +14,7 @@ from layerwise.core import pieces
 from layerwise.core.blocks import Block, Partition
 from layerwise.core.calls import CallPartition, Output, Read, Tied
 from layerwise.core.contract import asking, check_begin, check_prediction, check_rule
+from layerwise.core.devices import check_precision, usable_device
 from layerwise.core.engine import Engine, Execution, detach
 from layerwise.core.failures import in_a_sentence
 from layerwise.core.groups import Group
@@ -31,7 +32,6 @@ from layerwise.learner.arguments import (
     check_labels_of,
     check_options,
     check_types,
-    usable_device,
     usable_task,
 )
 from layerwise.learner.build import ONE_PROCESS, Built, NotBuilt, Setup
@@ -180,6 +180,7 @@ class Learner:
             if name not in names:
                 raise LayerwiseError(f"lr_multipliers names no block {name!r}; {suggestion(name, names)}.")
         self.device = next(model.parameters()).device if device is None else usable_device(device)
+        check_precision(precision, self.device)
         if device is not None and offload == "none":
             self.network.to(self.device)
         self.channels_last = channels_last

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from layerwise import models, rules
+from layerwise.core.devices import pick_device
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.ranges import check_ranges
 from layerwise.core.tasks import LanguageModel
@@ -23,7 +24,6 @@ from layerwise.memory.mmap import OnFile
 from layerwise.memory.offload import Where
 from layerwise.parsing import parse
 from layerwise.report.page import write_report
-from layerwise.runs.building import pick_device
 from layerwise.runs.environment import environment
 from layerwise.runs.output import check_output, write_output
 from layerwise.runs.writing import write_atomically
@@ -60,7 +60,7 @@ class DeviceProblem(Problem):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the blocks (autocast)."""
     device: str = "auto"
-    """cpu | cuda | cuda:N | auto."""
+    """cpu | cuda | cuda:N | mps | xpu | auto."""
     micro: int = 1
     """Parts in which every block runs its batch."""
 

@@ -11,6 +11,7 @@ import torch
 
 from layerwise import data, models
 from layerwise.core.blocks import Partition
+from layerwise.core.devices import pick_device
 from layerwise.core.graphs import Graph
 from layerwise.core.optim import Schedule
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
@@ -28,28 +29,6 @@ from layerwise.records import Amount, Count, convert
 from layerwise.runs import checkpoint
 from layerwise.runs.folders import check_options, read_options
 from layerwise.runs.options import TrainOptions, model_name
-
-
-def pick_device(name: str) -> torch.device:
-    """The device called `name`; `"auto"` is cuda where there is one.
-
-    Raises:
-        LayerwiseError: no such device on this machine.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as reason:
-        raise LayerwiseError(f"unknown device {name!r}; choose cpu, cuda, cuda:N or auto.") from reason
-    if device.type not in ("cpu", "cuda"):
-        raise LayerwiseError(f"device {name!r} is not supported; choose cpu or cuda.")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise LayerwiseError(f"there is no device {name!r} here ({count} CUDA devices); choose cpu or auto.")
-        return torch.device("cuda", device.index or 0)
-    return device
 
 
 @dataclass(frozen=True)

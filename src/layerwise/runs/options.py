@@ -101,7 +101,7 @@ class TrainOptions:
     seed: int = 0
     """Seed of the initial weights, the order of the data and every random draw."""
     device: str = "auto"
-    """cpu | cuda | cuda:N | auto (cuda where there is one)."""
+    """cpu | cuda | cuda:N | mps | xpu | auto (the accelerator where there is one)."""
     threads: int | None = None
     """Threads of the CPU; the same number gives the same bits."""
     offload: Where = "none"
