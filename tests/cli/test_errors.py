@@ -121,10 +121,11 @@ def test_the_catalogue_is_that_of_the_classes():
         return text.strip().partition("\n")[0]
 
     found = catalogue.rules()
-    assert list(found) == rules.names()
+    assert list(found) == [*rules.names(), *rules.FORMS]
     for name in rules.names():
         assert found[name] == f"{rules.get(name).locality:<13} {first(rules.get(name).__doc__)}"
-    assert catalogue.models() == {name: first(models.describe(name)) for name in models.names()}
+    of_the_zoo = {name: first(models.describe(name)) for name in models.names()}
+    assert catalogue.models() == of_the_zoo | models.outside.FORMS
     assert catalogue.data() == {name: data.describe(name) for name in data.names()}
     assert list(catalogue.recipes()) == recipe_names()
     assert all(catalogue.recipes()[name].startswith(load_recipe(name).about) for name in recipe_names())

@@ -448,12 +448,13 @@ class CallPartition(Partition):
         if callable(self.output):
             found = self.output(out)
         elif self.output is not None:
-            found = out[self.output] if isinstance(out, Mapping) else getattr(out, self.output)
+            found = out.get(self.output) if isinstance(out, Mapping) else getattr(out, self.output, None)
         elif not isinstance(out, Tensor):
             found = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
         if not isinstance(found, Tensor):
             raise LayerwiseError(
-                f"{type(self.model).__name__} returns {type(out).__name__}, and no tensor of logits is known in it; "
+                f"{type(self.model).__name__} returns {type(out).__name__}, and no tensor of logits is known in it"
+                f"{f' under the name {self.output!r}' if isinstance(self.output, str) else ''}; "
                 "give output=..., a function such as lambda out: out.logits, or the name of the entry."
             )
         return found

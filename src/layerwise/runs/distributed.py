@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from layerwise.core.devices import pick_device
 from layerwise.errors import LayerwiseError, report_error, say
 from layerwise.models import GraphModelOptions
 from layerwise.parallel.ranks import Ranks, Refused, guarded
@@ -20,7 +21,6 @@ from layerwise.parallel.rendezvous import NoAnswer
 from layerwise.parallel.replicas import check_shares
 from layerwise.runs import checkpoint, distributed_checkpoint
 from layerwise.runs.agreement import facts_of_checkpoint, facts_of_data, facts_of_options
-from layerwise.runs.building import pick_device
 from layerwise.runs.folders import folder_of_restarted, mark
 from layerwise.runs.interrupt import Interrupted
 from layerwise.runs.launch import ParallelOptions
