@@ -27,6 +27,10 @@ doctests:
 test *words:
     python -m pytest --durations=10 -p no:cacheprovider {{words}}
 
+# What the fast suite leaves out: every rule on every family of models
+every-model:
+    python -m pytest -m slow tests/rules/test_contract.py -p no:cacheprovider
+
 # Break the library on purpose; the tests must notice. Words select mutants by name
 mutants *words:
     python tools/mutate.py {{words}}

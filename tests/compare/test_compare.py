@@ -156,7 +156,7 @@ def test_rules_start_from_the_same_weights_and_see_the_same_batches(tmp_path):
 
 def test_a_cell_is_what_its_own_command_gives(comparison, tmp_path):
     """Bit for bit, though a worker has trained other cells before it."""
-    for label in LABELS:
+    for label in LABELS[1:]:
         found = cell(comparison, label, 1)
         words = split(result(found)["command"])[2:]
         words[words.index("--out") + 1] = str(tmp_path / label)

@@ -8,6 +8,8 @@ import torch
 from support.nets import CLASSES, PLAIN_SGD, batches, dense, moved, problem, same_bits, snapshot, trained
 
 from layerwise import LayerwiseError, Learner
+from layerwise.core.pieces import JoinsGroups
+from layerwise.rules.local_ce import LocalCE
 
 X, Y = problem()
 
@@ -104,3 +106,39 @@ def test_a_step_that_fails_leaves_nothing_behind(rule, accumulate):
         learner.step(x, y)
         other.step(x, y)
     assert same_bits(learner, other) and learner.updates == other.updates > 0
+
+
+class JoinsEverySecond(JoinsGroups, LocalCE):
+    """Goes through all blocks at once in every second update."""
+
+    def groups_at(self, update, blocks):
+        return self.groups(blocks) if update % 2 else [range(blocks + 1)]
+
+
+def test_what_a_rule_does_in_some_updates_counts_updates_and_not_batches():
+    rule, model = JoinsEverySecond(), dense().double()
+    data = [(x.double(), y) for x, y in batches(3, size=8)]
+    halves = [half for x, y in data for half in zip(x.chunk(2), y.chunk(2), strict=True)]
+    accumulated = trained(copy.deepcopy(model), rule, halves, accumulate=2, **PLAIN_SGD)
+    whole = trained(copy.deepcopy(model), rule, data, **PLAIN_SGD)
+    for a, b in zip(accumulated.network.parameters(), whole.network.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-9)
+
+
+@pytest.mark.parametrize("where", [0, -1])
+def test_a_flush_that_fails_gives_the_update_up(where):
+    learner = Learner(dense(), "local_ce", accumulate=3, example=X, **PLAIN_SGD)
+    learner.step(X, Y)
+    optimizer = learner.groups[where].optimizers[0]
+    step = optimizer.step
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    optimizer.step = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        learner.flush()
+    optimizer.step = step
+    assert learner.accumulated == 0 and all(p.grad is None for _, p in learner.named_parameters())
+    before = snapshot(learner)
+    assert not learner.flush() and moved(learner, before) == set()

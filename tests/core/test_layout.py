@@ -206,7 +206,7 @@ ANY_MODEL = [name for name in rule_names() if not get_rule(name).models]
 @pytest.mark.parametrize("rule", ANY_MODEL)
 def test_a_rule_trains_the_same_whatever_the_layout(rule, kind):
     x, first, second = twins(kind)
-    options = {"reconstruction": 0} if rule == "infopro" and kind == "series" else {}
+    options = {"reconstruction": 0, "classification": 1} if rule == "infopro" and kind == "series" else {}
     read = []
     for model in (first, second):
         learner = Learner(model, create_rule(rule, **options), optimizer="sgd", lr=0.05)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from layerwise import LayerwiseError, Learner, Rule, Signal
+from layerwise.core.pieces import HasTrunk, JoinsGroups, TakesTurns
 from layerwise.core.rule import cross_entropy_at_head
 
 X, Y = problem()
@@ -81,12 +82,12 @@ class Fine(Rule):
 
 SIGNALS = {
     "vector": r"a loss that is a tensor of shape \(",
-    "number": "a loss that is of type float; give a scalar tensor",
-    "none": "of type NoneType and no Signal",
+    "number": "a loss that is a float; give a scalar tensor",
+    "none": r"None and no Signal",
     "cotangent": r"a cotangent that is a tensor of shape \(1, 8\); give a tensor of the output's shape",
-    "float": "the metric 'size', which is of type float",
+    "float": "the metric 'size', which is a float",
     "metric": r"the metric 'size', which is a tensor of shape",
-    "output": "an output that is of type tuple",
+    "output": "an output that is a tuple",
 }
 
 
@@ -125,3 +126,97 @@ class Nameless(Rule):
 def test_what_is_no_rule_is_refused(rule, sentence):
     with pytest.raises(LayerwiseError, match=sentence):
         Learner(dense(), rule)
+
+
+# Every answer of a rule, once.
+
+
+@dataclass(frozen=True)
+class Answers(JoinsGroups, TakesTurns, HasTrunk, Rule):
+    """A rule that keeps the contract but in the answer called `wrong`, which is `given`, or fails there."""
+
+    name, locality, boundary, flat_memory, source = "answers", "local", "activation", True, "this test"
+    wrong: str = ""
+    given: object = None
+
+    def answer(self, method, right):
+        if method != self.wrong:
+            return right
+        if isinstance(self.given, Exception):
+            raise self.given
+        return self.given
+
+    def groups(self, blocks):
+        return self.answer("groups", [range(i, i + 1) for i in range(blocks + 1)])
+
+    def groups_at(self, update, blocks):
+        return self.answer("groups_at", [range(i, i + 1) for i in range(blocks + 1)])
+
+    def learns_at(self, update, site):
+        return self.answer("learns_at", True)
+
+    def auxiliary(self, site, h, task):
+        return self.answer("auxiliary", None)
+
+    def begin(self, ctx):
+        return self.answer("begin", (ctx.x, None))
+
+    def run(self, block, h, message):
+        return self.answer("run", block(h))
+
+    def signal(self, ctx):
+        return self.answer("signal", Signal(loss=ctx.h.square().mean()))
+
+    def to_trunk(self, site, gradient, task):
+        return self.answer("to_trunk", gradient)
+
+    def predict(self, network, auxiliary, x):
+        return self.answer("predict", network(x))
+
+
+SITES = "return from `{}` ranges with rising starts that cover the sites 0 to 2, the head included"
+ANSWERS = [
+    ("groups", [range(1), range(1, 2)], "puts block 'head' into no group; " + SITES.format("groups")),
+    ("groups", [range(1), range(2, 3)], r"rule 'answers' puts block '4' into no group"),
+    ("groups", [range(3), range(0, 3)], r"rule 'answers' gives the group range\(0, 3\) of 3 sites"),
+    ("groups", [range(5)], r"rule 'answers' gives the group range\(0, 5\) of 3 sites"),
+    ("groups", [[0, 1], [2]], "rule 'answers' gives a list for a group of blocks"),
+    ("groups", None, r"rule 'answers' gives None for its groups of blocks"),
+    ("groups_at", [], "puts block '2' into no group; " + SITES.format("groups_at")),
+    ("learns_at", None, r"rule 'answers' answers whether block '2' learns in update 0 with None; return True"),
+    ("auxiliary", "net", "rule 'answers' gave block '2' an auxiliary module of type str"),
+    ("begin", torch.zeros(2), r"rule 'answers' begins with a tensor of shape \(2,\); return two things from `begin`"),
+    ("begin", (torch.zeros(2),), "rule 'answers' begins with 1 things; return two things from `begin`"),
+    ("begin", (None, None), r"rule 'answers' begins with an input that is None; return two things"),
+    ("run", None, r"rule 'answers' runs block '2' to None; return the block's output from `run`"),
+    ("signal", Signal(), "rule 'answers' gives block '4' neither a loss nor a cotangent, so it would not learn"),
+    ("to_trunk", torch.zeros(1), r"rule 'answers' sends a tensor of shape \(1,\) back from block '4'; return from"),
+    ("predict", None, r"rule 'answers' predicts None; return from `predict` logits of shape \(64, ..., 4\)"),
+    ("predict", torch.zeros(64, 9), r"rule 'answers' predicts a tensor of shape \(64, 9\)"),
+]  # fmt: skip
+
+
+def used(rule):
+    learner = Learner(dense(), rule, cuts=["2", "4"])
+    learner.step(X, Y)
+    return learner(X)
+
+
+def test_a_rule_that_keeps_the_contract_is_used():
+    assert used(Answers()).shape == (len(X), CLASSES)
+
+
+@pytest.mark.parametrize(("wrong", "given", "sentence"), ANSWERS)
+def test_an_answer_that_cannot_be_acted_on_is_refused_by_rule_and_block(wrong, given, sentence):
+    with pytest.raises(LayerwiseError, match=sentence) as caught:
+        used(Answers(wrong, given))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "method", ["groups", "groups_at", "learns_at", "auxiliary", "begin", "signal", "to_trunk", "predict"]
+)
+def test_a_rule_that_fails_is_named_with_the_method(method):
+    with pytest.raises(LayerwiseError, match=rf"rule 'answers' fails in `{method}`.*\(KeyError: 'it'\)") as caught:
+        used(Answers(method, KeyError("it")))
+    assert isinstance(caught.value.__cause__, KeyError)

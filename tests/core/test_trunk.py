@@ -29,6 +29,16 @@ def test_accumulated_batches_are_one_large_batch():
     assert torch.allclose(a, b, atol=1e-7)  # the loss is computed in float64, labels in float32
 
 
+def test_batches_of_unequal_size_weigh_by_their_labels_in_the_trunk_too():
+    model = cascade()
+    x, y = problem(32)
+    parts = list(zip(wide(x).split([4, 20, 8]), y.split([4, 20, 8]), strict=True))
+    a = moved(trained(model, "sid_cascade", parts, lr=0.5, accumulate=3, **SGD), model)
+    b = moved(trained(model, "sid_cascade", [(wide(x), y)], lr=0.5, **SGD), model)
+    assert b.norm() > 1e-3
+    assert torch.allclose(a, b, atol=1e-7)
+
+
 def extractor_move(model, **options):
     learner = trained(model, "sid_cascade", [(wide(X), Y)], lr=1.0, **SGD, **options)
     start = dict(model.named_parameters())

@@ -9,7 +9,7 @@ from shlex import split
 import pytest
 import torch
 from support.jobs import DATA, LONG, TINY, check_hangs, check_killed, check_refused, ended, job, run, under_way
-from support.nets import PLAIN_SGD, batches, kinds, net, same_bits, trained
+from support.nets import PLAIN_SGD, batches, dense, kinds, net, problem, same_bits, trained
 from support.own import decoder, text
 from support.ranks import close, learned, normed, same_state, share, similar, spread
 from support.runs import lines, result, state, weights
@@ -66,6 +66,51 @@ def test_a_group_steps_while_the_next_one_has_run_forward():
     assert events.seen == ["block1", "start", "block2", "head", "arrived", "start", "arrived"]
     learner.step(*data[1])
     assert same_bits(learner, trained(before, "local_ce", data))
+
+
+class OneOfTwo(Events):
+    """One of two replicas, in one process: its own gradients not the mean, running statistics from elsewhere."""
+
+    count = 2
+
+    def __init__(self, total, running=0.0):
+        super().__init__()
+        self.labels, self.average = total, running
+
+    def total(self, value):
+        return self.labels
+
+    def reduce(self, parameters, running, loss):
+        for buffer in running:
+            buffer.fill_(self.average)
+        return super().reduce(parameters, running, loss)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_mean_of_two_replicas_weighs_each_by_its_labels(accumulate):
+    """One has 3 labels, then 2, the other 1, then 4."""
+    model, (x, y) = dense().double(), problem(10)
+    x = x.flatten(1).double()
+    shares = ([(0, 3), (4, 6)], [(3, 4), (6, 10)])
+    one = trained(model, "local_ce", [(x[:4], y[:4]), (x[4:], y[4:])][:accumulate], accumulate=accumulate, **PLAIN_SGD)
+    ours = []
+    for own in shares:
+        replica = OneOfTwo(4.0)
+        learner = Learner(copy.deepcopy(model), "local_ce", replicas=replica, accumulate=accumulate, **PLAIN_SGD)
+        for (start, end), replica.labels in [*zip(own, (4.0, 6.0), strict=True)][:accumulate]:
+            learner.step(x[start:end], y[start:end])
+        ours.append(learner)
+    for first, second, expected in zip(*(list(each.network.parameters()) for each in (*ours, one)), strict=True):
+        assert torch.allclose((first + second) / 2, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_running_statistics_of_blocks_at_rest_come_from_all_replicas(flush):
+    learner = Learner(normed(), "last_layer", replicas=OneOfTwo(16.0, 7.0), accumulate=1 + flush, **PLAIN_SGD)
+    learner.step(torch.randn(8, 64), torch.arange(8) % 4)
+    assert not flush or learner.flush()
+    means = [b for name, b in learner.network.named_buffers() if "running" in name]
+    assert len(means) == 4 and all(torch.equal(b, torch.full_like(b, 7.0)) for b in means)
 
 
 def test_every_rule_has_the_gradient_of_the_whole_batch(tmp_path):
@@ -278,3 +323,53 @@ def test_replicas_of_a_model_that_is_cut_at_its_calls(tmp_path):
     first, second = spread(2, tmp_path, work)
     assert same_state(first["model"], second["model"])
     assert close(first, work())
+
+
+def test_unequal_shares_weigh_as_much_as_their_labels(tmp_path):
+    """Two replicas with 3 and 1 samples, or with as many tokens that count, make the update of all of them."""
+    data = [(x.flatten(1).double(), y) for x, y in batches(2, size=4)]
+    tokens = text(samples=2)["tokens"]
+    labels = tokens.clone()
+    labels[1, 2:] = -100  # the second replica has one next token
+    options = {"accumulate": 2, **PLAIN_SGD}
+    rows = (slice(0, 3), slice(3, 4))
+
+    def work(replicas=None):
+        given = {} if replicas is None else {"replicas": replicas}
+        part = slice(None) if replicas is None else rows[replicas.rank]
+        row = slice(None) if replicas is None else slice(replicas.rank, replicas.rank + 1)
+        model = dense().double()
+        learners = [Learner(copy.deepcopy(model), "local_ce", **given, **o) for o in (PLAIN_SGD, options)]
+        for x, y in data:
+            for learner in learners:
+                learner.step(x[part], y[part])
+        torch.manual_seed(0)
+        told = Learner(decoder(), "local_ce", cuts="layers.*", task=LanguageModel(), **PLAIN_SGD, **given)
+        told.step({"tokens": tokens[row]}, labels[row])
+        return [copy.deepcopy(learner.state_dict()) for learner in (*learners, told)]
+
+    first, second = spread(2, tmp_path, work)
+    for a, b, one, limit in zip(first, second, work(), (1e-12, 1e-12, 1e-6), strict=True):
+        assert same_state(a, b)
+        assert close(a, one, limit)
+
+
+def test_running_statistics_at_rest_are_averaged_too(tmp_path):
+    """Blocks that never learn run in training mode all the same; one replica's broken share is nobody's batch."""
+    data = [(x.flatten(1), y) for x, y in batches(2, size=16)]
+    broken = copy.deepcopy(data)
+    broken[1][0][-1, 0] = torch.nan  # in the last share
+
+    def work(replicas):
+        skipped = learned(replicas, normed(), "last_layer", broken, nonfinite="skip", **PLAIN_SGD)
+        half = Learner(normed(), "last_layer", replicas=replicas, accumulate=3, **PLAIN_SGD)
+        half.step(*(share(part, replicas.rank, 2) for part in data[0]))
+        half.flush()
+        return learned(replicas, normed(), "last_layer", data[:1], **PLAIN_SGD), skipped, half.state_dict()
+
+    first, second = spread(2, tmp_path, work)
+    for a, b in zip(first, second, strict=True):
+        assert same_state(a["model"], b["model"])
+    means = nn.functional.linear(data[0][0], *normed().model[0].parameters()).mean(0)
+    for found in first:
+        assert torch.allclose(found["model"]["1.running_mean"], 0.1 * means, atol=1e-6)

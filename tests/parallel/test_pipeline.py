@@ -130,8 +130,7 @@ FAMILIES = [
 ]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "ranks"), [("mlp", 2), ("mlp", 4), ("vgg", 4), ("vit", 2)])
 @pytest.mark.parametrize(("rule", "options"), FAMILIES)
 def test_rules_that_make_samples_or_add_up_votes_have_the_bits_of_one_process(rule, options, kind, ranks):
     rule = rules.create(rule, **options)

@@ -11,6 +11,7 @@ from support.nets import CLASSES, batches, kinds, made, net, problem, same_bits,
 
 from layerwise import Learner, Rule, create_rule, rule_names
 from layerwise.core import pieces
+from layerwise.core.contract import groups_of_update, learns_in_update
 from layerwise.core.engine import Engine
 from layerwise.core.rule import Locality, Site
 from layerwise.rules import get
@@ -19,8 +20,19 @@ RULES = rule_names()
 DATA = batches(3)
 X, Y = DATA[0]
 every_rule = pytest.mark.parametrize("rule", RULES)
+ON_ALL_MODELS = (
+    "sll",
+    "sid",
+    "local_ce",
+    "backprop",
+)  # the others have one in the fast suite, the rest in the slow one
 every_rule_and_model = pytest.mark.parametrize(
-    ("rule", "kind"), [(rule, kind) for rule in RULES for kind in kinds(rule)]
+    ("rule", "kind"),
+    [
+        pytest.param(rule, kind, marks=() if kind == kinds(rule)[0] or rule in ON_ALL_MODELS else pytest.mark.slow)
+        for rule in RULES
+        for kind in kinds(rule)
+    ],
 )
 
 
@@ -67,15 +79,15 @@ def test_groups_are_neighbours_and_cover_every_site_once(rule, blocks):
 @every_rule
 def test_the_groups_of_any_update_are_those_of_the_rule_or_neighbours_joined(rule):
     one = made(rule)
-    own = one.groups(6)
+    own, names = one.groups(6), [*"123456", "head"]
     for update in range(24):
-        groups = pieces.groups_at(one, update, 6)
+        groups = groups_of_update(one, update, names)
         assert {group.start for group in groups} <= {group.start for group in own}
         assert groups[0].start == 0 and groups[-1].stop == 7
-        assert groups == pieces.groups_at(one, update, 6)
+        assert groups == groups_of_update(one, update, names)
         sites = [Site(group.start, 6, "") for group in groups]
-        learn = [pieces.learns_at(one, update, site) for site in sites]
-        assert any(learn) and learn == [pieces.learns_at(one, update, site) for site in sites]
+        learn = [learns_in_update(one, update, site) for site in sites]
+        assert any(learn) and learn == [learns_in_update(one, update, site) for site in sites]
 
 
 @every_rule

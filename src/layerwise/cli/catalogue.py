@@ -60,7 +60,7 @@ def data() -> dict[str, str]:
     >>> data()["cifar10"]
     '60,000 photographs, 32x32 RGB, 10 classes'
     """
-    return ast.literal_eval(_assigned(PACKAGE / "data" / "__init__.py", "DESCRIPTIONS"))
+    return ast.literal_eval(_assigned(PACKAGE / "data" / "catalogue.py", "DESCRIPTIONS"))
 
 
 def recipes() -> dict[str, str]:

@@ -8,22 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.core.layout import Layouts, check_layout
-from layerwise.core.tracing import (
+from layerwise.core.chains import (
     INSTEAD,
     Chain,
-    TracedPart,
-    both_modes,
     check_model,
-    cut_graph,
     cut_sequential,
     expanded,
     is_overridden,
     is_sequential,
-    legal_cuts,
     listed,
     opened,
 )
+from layerwise.core.layout import Layouts, check_layout
+from layerwise.core.tracing import TracedPart, both_modes, cut_graph, legal_cuts
 from layerwise.errors import LayerwiseError, suggestion
 
 

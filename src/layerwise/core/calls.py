@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.core.blocks import Block, Partition, declared_layouts
+from layerwise.core.chains import check_model
 from layerwise.core.coroutine import Pass, devices_of, reading
 from layerwise.core.crossing import Crossing, Uses
 from layerwise.core.layout import Layouts
-from layerwise.core.tracing import check_model
 from layerwise.core.trees import tensors
 from layerwise.errors import LayerwiseError, suggestion
 

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from layerwise.core.blocks import Partition, evaluation_mode
+from layerwise.core.chains import check_model, expanded, is_sequential, listed
 from layerwise.core.cost import balanced_ends, operations
 from layerwise.core.optim import is_norm
-from layerwise.core.tracing import check_model, expanded, is_sequential, legal_cuts, listed
+from layerwise.core.tracing import legal_cuts
 from layerwise.errors import LayerwiseError
 
 

@@ -1,21 +1,22 @@
 """The update order, once: forward on the detached input, signal, local backward, step, free, pass on."""
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from layerwise.core.contract import asking, check_run, check_sent_back, check_signal
 from layerwise.core.failures import NonFinite, in_a_sentence
 from layerwise.core.groups import Group, Unit
 from layerwise.core.optim import set_learning_rate
 from layerwise.core.pieces import HasTrunk, has_trunk
 from layerwise.core.progress import Accumulation, Trace, WaitingTrunk
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
-from layerwise.core.rule import BlockContext, Rule, Signal, check_signal
+from layerwise.core.rule import BlockContext, Rule, Signal
 from layerwise.core.tasks import Classification
 from layerwise.core.trees import all_finite, mapped
 from layerwise.errors import LayerwiseError
@@ -34,6 +35,10 @@ class Alone:
     def full_of(self, parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
         """The parameters that blocks run with, in place of what is kept of them here."""
         return parameters
+
+    def total(self, value: float | Tensor) -> float | Tensor:
+        """Sum of the processes' numbers; on an accelerator a scalar there, so that nothing waits for it."""
+        return value
 
     def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Norm of the averaged gradients."""
@@ -89,7 +94,7 @@ class Engine:
         self.rule, self.task, self.execution, self.resident = rule, task, execution, resident
         self.accumulation = Accumulation()
         self._weight: float | Tensor = 1.0
-        """Of the batch under way."""
+        """Of the batch under way, or of this process's share of it."""
         self._reduced: Callable[[], Any] | None = None
         """The step of the group whose gradients are being averaged over the replicas."""
 
@@ -121,7 +126,7 @@ class Engine:
             own = unit.site.index <= group.units[-1].site.index
             with nullcontext() if own else unit.on_copies():  # running statistics move in the unit's own group only
                 out = self.run(unit, h, message, step)
-                with self.autocast():
+                with self.autocast(), asking(self.rule, f"`signal` at block {unit.site.name!r}"):
                     ctx = BlockContext(unit.site, out, h, message, y, self.task, unit.auxiliary, training, learns, view)
                     signal = self.rule.signal(ctx)
             check_signal(self.rule, ctx, signal)
@@ -157,63 +162,79 @@ class Engine:
                 under way is given up then, with all batches that it had; groups before the one that failed may have
                 made theirs.
         """
-        try:
-            return self._step_all(groups, h, message, y, step, trace)
-        except BaseException:  # also an interrupt: nothing of the update may be left for the next one
-            self._abandon(groups)
-            raise
-
-    def _step_all(
-        self, groups: Sequence[Group], h: Tensor, message: Any, y: Tensor, step: int, trace: Trace
-    ) -> tuple[Tensor, Any]:
-        self.take(y)
-        waiting, trunk = list(groups), None
-        if has_trunk(self.rule) and groups[0].learns:
-            first = waiting.pop(0)
-            with self.resident(first.units):
-                signals, out, message = self._with_graph(first, h, message, y, step, trace)
-            trunk = WaitingTrunk(first, h, signals, out, gradient=torch.zeros_like(out))
-            h, message = detach(out), detach(message)
-        for group in waiting:
-            with self.resident([*group.units, *group.ahead]):
-                h, message = self.update(group, h, message, y, step, trace, trunk)
-        if trunk is not None:
-            sent_back = (Signal(cotangent=trunk.gradient), trunk.out)
-            with self.resident(trunk.group.units):
-                self._learn(trunk.group, trunk.h, [*trunk.signals, sent_back], step, trace)
-        self._step_reduced()
-        if self.accumulation.batches == self.execution.accumulate:
-            self.accumulation.next()
+        with self._whole_or_given_up(groups):
+            self.take(y)
+            waiting, trunk = list(groups), None
+            if has_trunk(self.rule) and groups[0].learns:
+                first = waiting.pop(0)
+                with self.resident(first.units):
+                    signals, out, message = self._with_graph(first, h, message, y, step, trace)
+                trunk = WaitingTrunk(first, h, signals, out, gradient=torch.zeros_like(out))
+                h, message = detach(out), detach(message)
+            for group in waiting:
+                with self.resident([*group.units, *group.ahead]):
+                    h, message = self.update(group, h, message, y, step, trace, trunk)
+            if trunk is not None:
+                sent_back = (Signal(cotangent=trunk.gradient), trunk.out)
+                with self.resident(trunk.group.units):
+                    self._learn(trunk.group, trunk.h, [*trunk.signals, sent_back], step, trace)
+            self._step_reduced()
+            if self._due:
+                self.accumulation.next()
         return h, message
 
     def take(self, y: Tensor) -> None:
         """Take a batch with these labels into the update under way; `step` does so for every batch."""
-        counted = self.task.counted(y, self.rule.unlabelled)  # of a share, where replicas share the batch
-        self._weight = self.accumulation.add(counted * self.execution.replicas.count)
+        replicas, counted = self.execution.replicas, self.task.counted(y, self.rule.unlabelled)
+        # Of a share, where replicas share the batch; it weighs as much in their mean as it has of the batch's labels.
+        self._weight = self.accumulation.add(counted * replicas.count, replicas.total(counted))
 
-    def _abandon(self, groups: Sequence[Group]) -> None:
-        """Give up the update under way: free its gradients, and begin it again with the next batch."""
-        self._reduced = None
-        self.accumulation.restart()
-        for group in groups:
-            group.broken = False
-            self._free(group)
+    @property
+    def _due(self) -> bool:
+        """Whether the update under way has all its batches."""
+        return self.accumulation.batches == self.execution.accumulate
+
+    @contextmanager
+    def _whole_or_given_up(self, groups: Sequence[Group]) -> Iterator[None]:
+        """A context in which an error gives up the update under way: its gradients are freed, its batches forgotten."""
+        try:
+            yield
+        except BaseException:  # also an interrupt: nothing of the update may be left for the next one
+            self._reduced = None
+            self.accumulation.restart()
+            for group in groups:
+                group.broken = False
+                self._free(group)
+            raise
 
     def flush(self, groups: Sequence[Group], step: int, trace: Trace) -> bool:
-        """Do the update under way with the batches that it has; returns whether there were any."""
+        """Do the update under way with the batches that it has; returns whether there were any.
+
+        Raises:
+            LayerwiseError: as `step` does, and the update under way is given up then too.
+        """
         if self.accumulation.batches == 0:
             return False
-        replicas, nothing = self.execution.replicas, torch.zeros((), device=self.execution.device)
-        for group in groups:
-            if group.learns:
+        with self._whole_or_given_up(groups):
+            for group in groups:
                 with self.resident(group.units):
-                    running = [buffer for unit in group.units for buffer in unit.running()]
-                    averaged = (
-                        nothing if replicas.every_batch else replicas.reduce(group.parameters, running, nothing)()
-                    )
-                    self._step(group, None, averaged, step, trace)
-        self.accumulation.next()
+                    self._flush(group, step, trace)
+            self._step_reduced()
+            self.accumulation.next()
         return True
+
+    def _flush(self, group: Group, step: int, trace: Trace) -> None:
+        replicas, loss = self.execution.replicas, self._verdict(group)
+        if group.learns:
+            if not replicas.every_batch:
+                loss = replicas.reduce(group.parameters, group.running(), loss)()
+            self._step(group, None, loss, step, trace)
+        elif not replicas.every_batch:
+            self._average(group)
+
+    def _verdict(self, group: Group) -> Tensor:
+        """In place of a loss: 0, or NaN where a batch of the update under way was not finite."""
+        return torch.full((), torch.nan if group.broken else 0.0, device=self.execution.device)
 
     def update(
         self,
@@ -235,12 +256,15 @@ class Engine:
         scale = group.scaler.get_scale() if trunk is not None else 1.0  # the step below may change it
         if group.learns:
             self._learn(group, h, signals, step, trace)
-        elif self.execution.nonfinite == "skip":
+        else:
             self._rest(group, h_out)
         if trunk is not None and h.grad is not None:
             assert isinstance(self.rule, HasTrunk)
             gradient = h.grad / (self._weight * scale)  # in the units of the loss
-            sent_back = self.rule.to_trunk(group.units[0].site, gradient, self.task)
+            site = group.units[0].site
+            with asking(self.rule, f"`to_trunk` at block {site.name!r}"):
+                sent_back = self.rule.to_trunk(site, gradient, self.task)
+            check_sent_back(self.rule, site, sent_back, trunk.out)
             if sent_back is not None:
                 trunk.gradient += sent_back
         return detach(h_out), detach(message_out)
@@ -266,20 +290,21 @@ class Engine:
         self._step_reduced()
         replicas = self.execution.replicas
         loss = self._backward(group, h, signals)
-        due = self.accumulation.batches == self.execution.accumulate
-        if not due:
+        if not self._due:
             self._note_non_finite(group, h, loss, step, trace)
         elif group.broken:
             loss = torch.full_like(loss, torch.nan)
-        if not (due or replicas.every_batch):
+        if not (self._due or replicas.every_batch):
             return
-        running = [buffer for unit in group.units for buffer in unit.running()]
-        arrived = replicas.reduce(group.parameters, running, loss)
-        finish = (lambda: self._step(group, h, arrived(), step, trace)) if due else arrived
-        if replicas.deferred:
-            self._reduced = finish
+        arrived = replicas.reduce(group.parameters, group.running(), loss)
+        self._finish((lambda: self._step(group, h, arrived(), step, trace)) if self._due else arrived)
+
+    def _finish(self, step: Callable[[], Any]) -> None:
+        """Do what waits for averages: at once, or while the next group runs."""
+        if self.execution.replicas.deferred:
+            self._reduced = step
         else:
-            finish()
+            step()
 
     def _step_reduced(self) -> None:
         """The step of the group whose gradients are on their way, if there is one."""
@@ -292,15 +317,31 @@ class Engine:
 
         It has no update to skip, so it is not counted in `Trace.skipped`.
         """
-        if not (bool(torch.isfinite(out).all()) and bool(torch.isfinite(self._running_norm(group)))):
-            group.broken = True
-        if group.broken:
-            self._put_back(group)
+        if self.execution.nonfinite == "skip":
+            if not (bool(torch.isfinite(out).all()) and bool(torch.isfinite(self._running_norm(group)))):
+                group.broken = True
+            if group.broken:
+                self._put_back(group)
+        if self._due or self.execution.replicas.every_batch:
+            self._average(group)
+
+    def _average(self, group: Group) -> None:
+        """Average the running statistics of a group that does not learn over the replicas, or put all of them back."""
+        self._step_reduced()
+        if self.execution.replicas.count == 1:
+            return
+        arrived = self.execution.replicas.reduce([], group.running(), self._verdict(group))
+
+        def finish() -> None:
+            verdict = arrived()
+            if self.execution.nonfinite == "skip" and not bool(torch.isfinite(verdict)):
+                self._put_back(group)
+
+        self._finish(finish)
 
     def _running_norm(self, group: Group) -> Tensor:
         """Largest absolute running statistic of the group, which is finite if all of them are."""
-        running = [buffer for unit in group.units for buffer in unit.running()]
-        return nn.utils.get_total_norm(running, float("inf"))
+        return nn.utils.get_total_norm(group.running(), float("inf"))
 
     def _put_back(self, group: Group) -> None:
         for buffer, before in group.buffers:
@@ -323,7 +364,9 @@ class Engine:
             seed = derive_seed(self.execution.seed, "draw", step, unit.site.index)
             seed_generators(seed, self.execution.device)
         with self.autocast(), in_a_sentence(f"block {unit.site.name!r}", "cannot run its input", h):
-            return self.rule.run(unit.block, h, message)
+            out = self.rule.run(unit.block, h, message)
+        check_run(self.rule, unit.site, out)
+        return out
 
     def autocast(self) -> Any:
         """The context of the chosen precision."""
@@ -342,7 +385,7 @@ class Engine:
         wanted = [p for p in own if p.requires_grad]
         if roots:
             cotangents = [cotangent for _, cotangent in roots]
-            if self.execution.accumulate > 1:
+            if self.execution.accumulate > 1 or self.execution.replicas.count > 1:
                 cotangents = [cotangent * self._weight for cotangent in cotangents]
             # Gradients for this group's parameters alone: what extends its graph, or does not learn, gets none.
             inputs = [*wanted, *([h] if has_trunk(self.rule) and h.requires_grad else [])]
@@ -351,17 +394,22 @@ class Engine:
                 torch.autograd.backward(ends, list(group.scaler.scale(cotangents)), inputs=inputs)
         if not group.checked and all(unit.block.ran for unit in group.units):
             group.checked = True
-            self._check_reached(group, {id(p) for p in wanted if p.grad is not None}, bool(losses or roots))
+            taught = any(s.loss is not None or s.cotangent is not None for s, _ in signals)
+            self._check_reached(group, {id(p) for p in wanted if p.grad is not None}, taught)
         return torch.stack([loss.detach().float() for loss in losses or [torch.zeros(())]]).sum()
 
-    def _check_reached(self, group: Group, reached: set[int], signal: bool) -> None:
-        """Refuse a block that its signal does not reach, and name single parameters that it does not reach.
+    def _check_reached(self, group: Group, reached: set[int], taught: bool) -> None:
+        """Refuse a block that no signal reaches, and name single parameters that its signal does not reach.
 
         Raises:
-            LayerwiseError: no parameter of a block got a gradient.
+            LayerwiseError: the rule has given no signal, or no parameter of a block got a gradient.
         """
-        if not signal:
-            return
+        if not taught:
+            raise LayerwiseError(
+                f"rule {self.rule.name!r} gives block {group.name!r} neither a loss nor a cotangent, so it would not "
+                "learn; look at the rule's options (a weight of 0), give one in `signal`, or say that it does not "
+                "learn (`trains`, or `TakesTurns` for some updates)."
+            )
         own = {id(p) for p in self.execution.replicas.full_of(group.parameters)}
         for unit in group.units:
             named = [(name, p) for name, p in unit.block.named_parameters() if p.requires_grad and id(p) in own]
@@ -423,8 +471,8 @@ class Engine:
             ) from reason
 
     def _free(self, group: Group) -> None:
-        for optimizer in group.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        for parameter in group.parameters:
+            parameter.grad = None
 
     def _note_non_finite(self, group: Group, h: Tensor, loss: Tensor, step: int, trace: Trace) -> None:
         """Look at the loss of a batch of an update that is not due yet: a later batch is not to be blamed for it."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from layerwise.core.blocks import Block, scratch_buffers
-from layerwise.core.pieces import groups_at, learns_at
+from layerwise.core.contract import groups_of, groups_of_update, learns_in_update
 from layerwise.core.rule import Rule, Site
 from layerwise.errors import LayerwiseError
 
@@ -33,8 +34,15 @@ class Unit:
 
     def running(self) -> list[Tensor]:
         """Running statistics: the buffers that are called `running_...`, as torch's norms have it."""
-        named = self._named_buffers()
-        return [buffer for name, buffer in named if name.rpartition(".")[2].startswith("running_")]
+        return [registry[name] for registry, name in self._running]
+
+    @cached_property
+    def _running(self) -> list[tuple[dict[str, Any], str]]:
+        """Where running statistics are held; a module that is replaced later is refused, a tensor is not."""
+        own = self.auxiliary.modules() if self.auxiliary is not None else ()
+        places = [*self.block.places(), *((module._buffers, name) for module in own for name in module._buffers)]
+        found = {(id(registry), name): (registry, name) for registry, name in places if name.startswith("running_")}
+        return [(registry, name) for registry, name in found.values() if isinstance(registry[name], Tensor)]
 
     @contextmanager
     def on_copies(self) -> Iterator[None]:
@@ -75,6 +83,10 @@ class Group:
         first, last = self.units[0].site.name, self.units[-1].site.name
         return first if first == last else f"{first}..{last}"
 
+    def running(self) -> list[Tensor]:
+        """Running statistics of the units."""
+        return [buffer for unit in self.units for buffer in unit.running()]
+
     @property
     def learns(self) -> bool:
         """Whether anything learns here now."""
@@ -87,12 +99,12 @@ class Grouping:
     Args:
         rule: says at which update blocks share a graph (`groups_at`) and learn (`learns_at`).
         own: the groups that are here, each with its optimizers.
-        blocks: number of blocks of the network, without the head.
+        names: of all blocks of the network, the head last.
         scaler: makes the gradient scaler of joined groups.
     """
 
-    def __init__(self, rule: Rule, own: list[Group], blocks: int, scaler: Callable[[], GradScaler]):
-        self.rule, self.own, self.blocks, self.scaler = rule, own, blocks, scaler
+    def __init__(self, rule: Rule, own: list[Group], names: Sequence[str], scaler: Callable[[], GradScaler]):
+        self.rule, self.own, self.names, self.scaler = rule, own, names, scaler
         self._joined: dict[tuple[range, ...], list[Group]] = {}
         self._resting: dict[tuple[tuple[range, ...], tuple[bool, ...]], list[Group]] = {}
         self._scalers: Mapping[str, Any] = {}
@@ -102,13 +114,13 @@ class Grouping:
         """The groups of an update; the same objects whenever the rule asks for the same.
 
         Raises:
-            LayerwiseError: the rule asks for groups that are not neighbours of its own, joined.
+            LayerwiseError: the rule asks for groups that are not neighbours of its own, joined, or gives no ranges.
         """
-        ranges = tuple(groups_at(self.rule, update, self.blocks))
+        ranges = tuple(groups_of_update(self.rule, update, self.names))
         if ranges not in self._joined:
             self._joined[ranges] = self._join(ranges)
         groups = self._joined[ranges]
-        learns = tuple(learns_at(self.rule, update, group.units[0].site) for group in groups)
+        learns = tuple(learns_in_update(self.rule, update, group.units[0].site) for group in groups)
         if all(learns):
             return groups
         if (ranges, learns) not in self._resting:
@@ -120,7 +132,7 @@ class Grouping:
 
     def _join(self, ranges: Sequence[range]) -> list[Group]:
         """The groups, put together so that each begins where one of `ranges` does; optimizers stay what they are."""
-        if list(ranges) == list(self.rule.groups(self.blocks)):
+        if list(ranges) == groups_of(self.rule, self.names):
             return self.own
         units = [unit for group in self.own for unit in group.units]
         starts = [wanted.start for wanted in ranges]

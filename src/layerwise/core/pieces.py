@@ -131,16 +131,6 @@ def has_trunk(rule: Rule) -> bool:
     return isinstance(rule, HasTrunk) and rule.has_trunk()
 
 
-def groups_at(rule: Rule, update: int, blocks: int) -> list[range]:
-    """The groups of one update."""
-    return rule.groups_at(update, blocks) if isinstance(rule, JoinsGroups) else rule.groups(blocks)
-
-
-def learns_at(rule: Rule, update: int, site: Site) -> bool:
-    """Whether the group that begins at the site learns in one update."""
-    return not isinstance(rule, TakesTurns) or rule.learns_at(update, site)
-
-
 def ask(rule: Rule, x: Tensor, auxiliary: nn.Module | None) -> tuple[Tensor, Any]:
     """Input of the first block and first message of a forward pass of prediction."""
     return rule.ask(x, auxiliary) if isinstance(rule, PredictsBySite) else (x, None)

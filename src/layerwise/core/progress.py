@@ -18,7 +18,8 @@ class Accumulation:
     $$\frac{\sum_i c_i \nabla \ell_i}{\sum_i c_i},$$
 
     which is the gradient of the mean over all counted labels, whether or not the batches are equally large. A batch
-    weighs $c_i / c_1$ while it is added, so that equal batches weigh exactly 1.
+    weighs $c_i / c_1$ while it is added, so that equal batches weigh exactly 1. Of N replicas, whose mean is taken, the
+    one with $c_{ir}$ of the labels weighs its gradient by $N c_{ir} / c_1$.
     """
 
     updates: int = 0
@@ -26,18 +27,25 @@ class Accumulation:
     batches: int = 0
     """Batches that have been added to it."""
     first: float | Tensor = 0.0
-    """Counted labels of its first batch."""
+    """Counted labels of its first batch, of all replicas together."""
     weight: float | Tensor = 0.0
     """Sum of the weights of its batches."""
 
-    def add(self, counted: float | Tensor) -> float | Tensor:
-        """Add a batch with so many labels that count; returns its weight."""
+    def add(self, counted: float | Tensor, total: float | Tensor) -> float | Tensor:
+        """Add a batch.
+
+        Args:
+            counted: labels that count in this process's share, times the number of replicas.
+            total: labels that count in the whole batch.
+
+        Returns:
+            The weight of this process's share.
+        """
         if self.batches == 0:
-            self.first = counted
-        weight = counted / self.first
+            self.first = total
         self.batches += 1
-        self.weight = self.weight + weight
-        return weight
+        self.weight = self.weight + total / self.first
+        return counted / self.first
 
     def next(self) -> None:
         """The update is done."""

@@ -4,10 +4,9 @@ The engine runs one *group* of blocks at a time (most rules: one block) and owns
 only answers questions. It sees tensors and modules; it knows no optimizer, device, process or data set.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, get_args, get_origin
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from layerwise.core.blocks import Block, Partition
 from layerwise.core.layout import from_standard, to_standard
 from layerwise.core.ranges import check_fields
 from layerwise.core.tasks import Classification
-from layerwise.errors import LayerwiseError, suggestion
+from layerwise.errors import LayerwiseError
 
 Locality = Literal["local", "interlocking", "broadcast", "perturbation", "equilibrium", "global"]
 
@@ -260,73 +259,6 @@ class Rule:
     def predicts_plainly(self) -> bool:
         """Whether the prediction is the network's plain output."""
         return type(self).predict is Rule.predict
-
-
-def check_rule(rule: object) -> None:
-    """Raise LayerwiseError unless `rule` keeps the contract as far as it can be seen before the first step.
-
-    It is an instance of a `Rule` that declares its facts and overrides `signal`; it is a dataclass, so that its options
-    are fields; and every option that lists its words is one of them. The learner asks this of every rule.
-    """
-    kind = rule if isinstance(rule, type) else type(rule)
-    if not issubclass(kind, Rule):
-        raise LayerwiseError(
-            f"the rule is {rule!r}, which is no layerwise.Rule; give the name of a rule, or an instance of a subclass."
-        )
-    if isinstance(rule, type):
-        raise LayerwiseError(f"the rule is the class {kind.__name__}; give an instance of it: {kind.__name__}().")
-    assert isinstance(rule, Rule)
-    for fact in ("name", "locality", "boundary", "flat_memory", "source"):
-        if not hasattr(kind, fact):
-            raise LayerwiseError(f"rule {kind.__name__} does not declare {fact!r}; set the class attribute, see Rule.")
-    if kind.locality not in get_args(Locality):
-        legal = suggestion(str(kind.locality), get_args(Locality))
-        raise LayerwiseError(f"rule {rule.name!r} declares the locality {kind.locality!r}; {legal}.")
-    if kind.signal is Rule.signal:
-        raise LayerwiseError(f"rule {rule.name!r} has no signal; define signal(self, ctx) in {kind.__name__}.")
-    own = [name for name, hint in inspect.get_annotations(kind).items() if "ClassVar" not in str(hint)]
-    if own and "__dataclass_params__" not in kind.__dict__:
-        raise LayerwiseError(
-            f"rule {rule.name!r} is no dataclass, so {own[0]!r} is no option of it; write "
-            f"@dataclass(frozen=True) above class {kind.__name__}."
-        )
-    for option in fields(rule):
-        value, words = getattr(rule, option.name), get_args(option.type)
-        if get_origin(option.type) is Literal and value not in words:
-            legal = suggestion(str(value), [str(word) for word in words])
-            raise LayerwiseError(f"{rule.name}'s option {option.name} is {value!r}; {legal}.")
-
-
-def check_signal(rule: Rule, ctx: BlockContext, signal: object) -> None:
-    """Raise LayerwiseError unless `signal` is one that the engine can act on.
-
-    The loss is a scalar, the cotangent has the shape of the block's output, the metrics are scalar tensors.
-    """
-    where = f"rule {rule.name!r} gave block {ctx.site.name!r}"
-    if not isinstance(signal, Signal):
-        raise LayerwiseError(f"{where} {_in_words(signal)} and no Signal; return Signal(...) from `signal`.")
-    loss, cotangent, output = signal.loss, signal.cotangent, signal.output
-    if loss is not None and not (isinstance(loss, Tensor) and loss.dim() == 0 and loss.is_floating_point()):
-        raise LayerwiseError(f"{where} a loss that is {_in_words(loss)}; give a scalar tensor, such as loss.mean().")
-    if cotangent is not None and not (isinstance(cotangent, Tensor) and cotangent.shape == ctx.h.shape):
-        raise LayerwiseError(
-            f"{where} a cotangent that is {_in_words(cotangent)}; give a tensor of the output's shape "
-            f"{tuple(ctx.h.shape)}."
-        )
-    if output is not None and not isinstance(output, Tensor):
-        raise LayerwiseError(f"{where} an output that is {_in_words(output)}; give a tensor, or leave it out.")
-    if not isinstance(signal.metrics, dict) or not all(isinstance(name, str) for name in signal.metrics):
-        raise LayerwiseError(
-            f"{where} metrics that are {_in_words(signal.metrics)}; give a dict from names to scalars."
-        )
-    for name, value in signal.metrics.items():
-        if not (isinstance(value, Tensor) and value.dim() == 0):
-            raise LayerwiseError(f"{where} the metric {name!r}, which is {_in_words(value)}; give a scalar tensor.")
-
-
-def _in_words(value: object) -> str:
-    """What a value is, for a sentence."""
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"of type {type(value).__name__}"
 
 
 def cross_entropy_at_head(ctx: BlockContext) -> Signal:

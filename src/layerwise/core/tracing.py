@@ -1,4 +1,4 @@
-"""Where a model may be cut, and what runs between two cuts: chains of modules, or parts of a traced graph."""
+"""Where a model may be cut, and what runs between two cuts of a traced graph."""
 
 import functools
 import random
@@ -8,7 +8,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -16,6 +15,17 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from layerwise.core.chains import INSTEAD, expanded, is_overridden, is_sequential, listed, opened
+from layerwise.core.observed import (
+    PLAIN,
+    attribute_of,
+    generator_states,
+    is_of_class,
+    names_outside,
+    restore_generators,
+    value_of,
+    values_of,
+)
 from layerwise.core.randomness import preserved_generators, seed_generators
 from layerwise.errors import LayerwiseError
 
@@ -83,103 +93,8 @@ def _untraceable(model: nn.Module) -> set[str]:
     return found
 
 
-def listed(names: Sequence[str], most: int = 24) -> str:
-    """Names in a sentence, the first `most` of them."""
-    if not names:
-        return "none (wrap the model as nn.Sequential of its parts)"
-    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
-
-
 def _weighted(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
-
-
-def check_model(model: Any) -> None:
-    """Raise LayerwiseError where `model` is no module, or a module around the one that is to be trained."""
-    name = type(model).__name__
-    if not isinstance(model, nn.Module):
-        raise LayerwiseError(f"the model is a {name}; give a torch.nn.Module.")
-    if name == "OptimizedModule":
-        raise LayerwiseError(
-            "the model is compiled as a whole, which hides its blocks; give the module itself (model._orig_mod) and "
-            "Learner(..., compile=True), which compiles each block."
-        )
-    if isinstance(model, nn.DataParallel):
-        raise LayerwiseError(
-            "the model is wrapped in DataParallel, whose replicas live for one call only; give model.module, and "
-            "several processes with Learner(..., replicas=...) or --parallel data."
-        )
-    if isinstance(model, nn.parallel.DistributedDataParallel) or name == "FullyShardedDataParallel":
-        raise LayerwiseError(
-            f"the model is wrapped in {name}, which waits for the gradients of the whole network; give model.module "
-            "and Learner(..., replicas=...) or --parallel data, which average block by block."
-        )
-    if isinstance(model, torch.jit.ScriptModule):
-        raise LayerwiseError(
-            "the model is a ScriptModule, which cannot be cut; give the Python module that it was made from."
-        )
-
-
-def is_sequential(module: nn.Module) -> bool:
-    """Whether the module runs its children one after the other and does nothing else."""
-    own = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-    return own and not is_overridden(module)
-
-
-def is_overridden(module: nn.Module) -> bool:
-    """Whether a call of the module does something else than its class's `forward`."""
-    return "forward" in vars(module) or type(module).__call__ is not nn.Module.__call__
-
-
-def expanded(
-    model: nn.Module, cuts: Sequence[str] = (), deep: bool = False, prefix: str = ""
-) -> list[tuple[str, nn.Module]]:
-    """The children of nested `nn.Sequential` containers, opened only where a cut lies inside (or all, if `deep`)."""
-    found: list[tuple[str, nn.Module]] = []
-    for name, child in model._modules.items():  # named_children() leaves out a child held twice
-        if child is None:
-            continue
-        path = prefix + name
-        if is_sequential(child) and child._modules:
-            inside = any(cut.startswith(path + ".") for cut in cuts)
-            if inside or deep:
-                found += expanded(child, cuts, deep, path + ".")
-                continue
-        found.append((path, child))
-    return found
-
-
-class Chain:
-    """The composition of modules."""
-
-    def __init__(self, modules: list[nn.Module]):
-        self.modules = modules
-
-    def __call__(self, h: Tensor) -> Tensor:
-        for module in self.modules:
-            h = module(h)
-        return h
-
-
-def cut_sequential(model: nn.Module, cuts: tuple[str, ...]) -> list[tuple[Callable[[Tensor], Any], set[str]]]:
-    """What runs between the cuts of nested `nn.Sequential` containers, and the names of its tensors."""
-    children = expanded(model, cuts)
-    order = [name for name, _ in children]
-    ends = [order.index(cut) + 1 for cut in cuts]
-    if ends != sorted(ends):
-        raise LayerwiseError(
-            f"the cuts {list(cuts)} are not in the order in which the model runs; give them as "
-            f"{[name for name in order if name in cuts]}."
-        )
-    parts = []
-    for start, end in zip([0, *ends], [*ends, len(order)], strict=True):
-        owned = {
-            f"{path}.{name}"
-            for path, child in children[start:end]
-            for name, _ in [*child.named_parameters(), *child.named_buffers()]
-        }
-        parts.append((Chain([child for _, child in children[start:end]]), owned))
-    return parts
 
 
 class _Tracer(fx.Tracer):
@@ -211,13 +126,6 @@ class _Tracer(fx.Tracer):
         return out
 
 
-INSTEAD = (
-    "cut it at its own calls: cuts='layers.*' (a pattern of your names) with output=..., see \"Your own network\", or "
-    "wrap the model as nn.Sequential of its parts."
-)
-"""What to do with a model that cannot be traced."""
-
-
 class Switched(Exception):
     """The forward pass switches gradients or autocast on or off around a part of itself."""
 
@@ -231,7 +139,7 @@ def _watched(reads: dict[tuple[int, str], nn.Module] | None) -> Iterator[None]:
         if (
             reads is not None
             and threading.get_ident() == mine
-            and name not in _PLAIN
+            and name not in PLAIN
             and not name.startswith("__")
             and not callable(value)
         ):
@@ -308,7 +216,7 @@ class Traces:
         self._parts: OrderedDict[Any, list[Callable[[Tensor], Any]]] = OrderedDict()
         self._compared: OrderedDict[Any, None] = OrderedDict()
         self._reads: dict[tuple[int, str], nn.Module] = {}
-        self._names = _names_outside(self.opened)
+        self._names = names_outside(self.opened)
         self.resident: Callable[[], bool] = lambda: True
         """Whether all tensors of the model are where it can be run."""
         self._raw: OrderedDict[Any, list[tuple[Callable[[Tensor], Any], set[str]]]] = OrderedDict()
@@ -360,10 +268,10 @@ class Traces:
             parts[index] = wrap(parts[index])
 
     def _state(self) -> Any:
-        own = tuple(_values(module) for module in self.opened)
-        read = tuple((key, _read(module, key[1])) for key, module in self._reads.items())
+        own = tuple(values_of(module) for module in self.opened)
+        read = tuple((key, attribute_of(module, key[1])) for key, module in self._reads.items())
         autocast = tuple(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
-        return own, read, tuple(_value(look()) for look in self._names), autocast
+        return own, read, tuple(value_of(look()) for look in self._names), autocast
 
     def _made(self, growing: bool = False) -> list[Callable[[Tensor], Any]]:
         graph, ends = self._traced()
@@ -382,7 +290,7 @@ class Traces:
 
     def _traced(self) -> tuple[fx.Graph, dict[str, list[fx.Node]]]:
         """A trace, made twice to see that the forward pass does the same each time."""
-        name, before, state = type(self.model).__name__, _generators(), self._state()
+        name, before, state = type(self.model).__name__, generator_states(), self._state()
         reads: dict[tuple[int, str], nn.Module] = {}
 
         def leaf(path: str, _: nn.Module) -> bool:
@@ -396,8 +304,8 @@ class Traces:
                 f"{name}.forward changes attributes of its module, or values outside of it, while it runs, which a "
                 f"trace cannot follow; {INSTEAD}"
             )
-        if _generators() != before or first != again:
-            _restore(before)
+        if generator_states() != before or first != again:
+            restore_generators(before)
             raise LayerwiseError(
                 f"{name}.forward does something else each time it runs (it draws random numbers, reads a clock, or "
                 "asks whether gradients are on), which a trace would freeze; draw inside a module that is called, or "
@@ -405,7 +313,7 @@ class Traces:
             )
         inside = {id(module) for module in self.opened}
         self._reads |= {
-            key: module for key, module in reads.items() if key[0] not in inside or _of_class(module, key[1])
+            key: module for key, module in reads.items() if key[0] not in inside or is_of_class(module, key[1])
         }
         return graph, ends
 
@@ -443,7 +351,7 @@ def _composed(runs: Sequence[Callable[[Any], Any]]) -> Callable[[Tensor], Any]:
 @torch.no_grad()
 def _ran(run: Callable[[Tensor], Any], model: nn.Module, x: Tensor) -> Any:
     """What `run` gives under one seed of all generators; generators and buffers stay as they are."""
-    before = _generators()
+    before = generator_states()
     buffers = [(m._buffers, name, t) for m in model.modules() for name, t in m._buffers.items() if t is not None]
     copies = {id(t): t.clone() for _, _, t in buffers}
     for registry, name, t in buffers:
@@ -458,7 +366,7 @@ def _ran(run: Callable[[Tensor], Any], model: nn.Module, x: Tensor) -> Any:
     finally:
         for registry, name, t in buffers:
             registry[name] = t
-        _restore(before)
+        restore_generators(before)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -479,149 +387,6 @@ class TracedPart:
         if self.index == 0:
             self.traces.compare(h)
         return run(h)
-
-
-def opened(model: nn.Module, cuts: Sequence[str]) -> list[nn.Module]:
-    """The modules whose own call does not happen when the model is run part by part: the root, and what holds a cut."""
-    named = model.named_modules(remove_duplicate=False)
-    return [module for path, module in named if path == "" or any(cut.startswith(path + ".") for cut in cuts)]
-
-
-_PLAIN = frozenset(vars(nn.Module())) - {"training"}
-_LIBRARIES = ("torch", "numpy", "math", "builtins", "typing", "functools", "itertools", "layerwise", "operator")
-
-
-def _values(module: nn.Module) -> Any:
-    """Training mode and plain attributes of a module."""
-    found = vars(module).items()
-    return tuple((n, _value(v)) for n, v in found if n not in _PLAIN and not n.startswith("_tensor_constant"))
-
-
-def _of_class(module: nn.Module, name: str) -> bool:
-    return name not in vars(module)
-
-
-def _read(module: nn.Module, name: str) -> Any:
-    """An attribute of a module or of its class; a property counts as what it reads itself."""
-    if name in vars(module):
-        return _value(vars(module)[name])
-    found = next((vars(kind)[name] for kind in type(module).__mro__ if name in vars(kind)), None)
-    return None if hasattr(found, "__get__") else _value(found)
-
-
-def _names_outside(modules: Sequence[nn.Module]) -> list[Callable[[], Any]]:
-    """How to look up the values outside of modules that their functions name: globals, closures, their attributes."""
-    found: dict[Any, Callable[[], Any]] = {}
-    seen: set[int] = set()
-
-    def add(holder: Any, names: Sequence[str]) -> None:
-        """Attributes of a module of Python, or of a class, that are named in a function."""
-        for name in names:
-            value = vars(holder).get(name)
-            if isinstance(value, FunctionType):
-                follow(value)
-            elif value is not None and not callable(value) and not isinstance(value, (ModuleType, property)):
-                found[id(holder), name] = lambda holder=holder, name=name: vars(holder).get(name)
-
-    def meet(key: Any, look: Callable[[], Any], names: Sequence[str]) -> None:
-        value = look()
-        if isinstance(value, FunctionType):
-            follow(value)
-        elif isinstance(value, (ModuleType, type)):
-            where = value.__name__ if isinstance(value, ModuleType) else value.__module__
-            if where.partition(".")[0] not in _LIBRARIES:
-                add(value, names)
-        elif isinstance(value, nn.Module):
-            return
-        else:
-            found[key] = look
-
-    def follow(function: Any) -> None:
-        function = getattr(function, "__wrapped__", function)
-        if not isinstance(function, FunctionType) or id(function.__code__) in seen:
-            return
-        seen.add(id(function.__code__))
-        if (function.__module__ or "").partition(".")[0] in _LIBRARIES:
-            return
-        codes = [function.__code__]
-        for code in codes:
-            codes += [c for c in code.co_consts if hasattr(c, "co_names")]
-        names = [name for code in codes for name in code.co_names]
-        space = function.__globals__
-        for name in names:
-            if name in space:
-                meet((id(space), name), lambda space=space, name=name: space.get(name), names)
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
-            if name != "__class__":
-                meet(id(cell), lambda cell=cell: _content(cell), names)
-        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
-            meet((id(function), id(value)), lambda value=value: value, names)
-
-    for module in modules:
-        for kind in type(module).__mro__:
-            if kind.__module__.partition(".")[0] not in _LIBRARIES:
-                for value in vars(kind).values():
-                    follow(value.fget if isinstance(value, property) else getattr(value, "__func__", value))
-    return [*found.values()]
-
-
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not filled yet
-        return None
-
-
-def _value(value: Any, depth: int = 3, seen: frozenset[int] = frozenset()) -> Any:
-    """A value that changes when a plain value does, or anything plain inside a container or a bag of attributes."""
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
-        return type(value).__name__, repr(value)
-    if isinstance(value, Tensor):
-        return id(value), None if value.is_inference() else value._version
-    if isinstance(value, random.Random):
-        return hash(value.getstate())
-    if isinstance(value, torch.Generator):
-        return bytes(value.get_state().tolist())
-    if isinstance(value, (nn.Module, type, ModuleType, FunctionType, MethodType)) or id(value) in seen:
-        return id(value)
-    seen |= {id(value)}
-    if isinstance(value, (list, tuple)):
-        return tuple(_value(v, depth, seen) for v in value)
-    if isinstance(value, (set, frozenset)):
-        return frozenset(map(repr, value))
-    if isinstance(value, dict):
-        return tuple((repr(k), _value(v, depth, seen)) for k, v in value.items())
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        if isinstance(value, numpy.ndarray):
-            plain = value.dtype.kind != "O"
-            return value.shape, str(value.dtype), value.tobytes() if plain else repr(value.tolist())
-        if isinstance(value, numpy.generic):
-            return type(value).__name__, repr(value)
-        if isinstance(value, numpy.random.Generator):
-            return repr(value.bit_generator.state)
-        if isinstance(value, numpy.random.RandomState):
-            return repr(value.get_state(legacy=False))
-    if hasattr(value, "__dict__") and depth:
-        return id(value), tuple((k, _value(v, depth - 1, seen)) for k, v in vars(value).items())
-    return id(value)
-
-
-def _generators() -> tuple[Any, ...]:
-    """States of the random generators that a forward pass may use without a tensor."""
-    numpy = sys.modules.get("numpy")
-    states = None if numpy is None else numpy.random.get_state()
-    drawn = None if states is None else (states[0], states[1].tobytes(), *states[2:])
-    return random.getstate(), drawn, bytes(torch.random.get_rng_state().tolist())
-
-
-def _restore(states: tuple[Any, ...]) -> None:
-    random.setstate(states[0])
-    torch.random.set_rng_state(torch.tensor(list(states[2]), dtype=torch.uint8))
-    if states[1] is not None:
-        numpy = sys.modules["numpy"]
-        name, keys, *rest = states[1]
-        numpy.random.set_state((name, numpy.frombuffer(keys, dtype=numpy.uint32), *rest))
 
 
 def _text(graph: fx.Graph, model: nn.Module) -> tuple[str, list[Any]]:

@@ -20,6 +20,12 @@ def mapped(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """
     if isinstance(tree, Tensor):
         return function(tree)
+    if tree is None:
+        return None
+    if type(tree) in (tuple, list):  # what nearly every tree is, without torch's registry
+        return type(tree)([mapped(value, function) for value in tree])
+    if type(tree) is dict:
+        return {name: mapped(value, function) for name, value in tree.items()}
     leaves, form = tree_flatten(tree)
     return tree_unflatten([_mapped_leaf(leaf, function) for leaf in leaves], form)
 

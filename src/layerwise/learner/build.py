@@ -1,7 +1,7 @@
 """From a model, a rule and an example to groups of blocks with optimizers."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from layerwise.core import trees
 from layerwise.core.blocks import Block, Partition
+from layerwise.core.contract import asking, groups_of
 from layerwise.core.engine import Engine, Execution
 from layerwise.core.groups import Group, Grouping, Unit
 from layerwise.core.optim import OptimizerFactory, begin_schedule, decay_groups, sparse_gradients, without_decay
@@ -75,7 +76,8 @@ class Built:
         self.setup = setup
         self.auxiliary = nn.ModuleDict()
         blocks = setup.blocks
-        ranges = list(setup.rule.groups(len(blocks) - 1))
+        names = [block.name for block in blocks]
+        ranges = groups_of(setup.rule, names)
         ends = [later.start for later in ranges[1:]] + [len(blocks)]
         self.offload = setup.make_offload([blocks[s.start : end] for s, end in zip(ranges, ends, strict=True)])
         if any(t.is_complex() for t in trees.tensors(x)):
@@ -107,7 +109,7 @@ class Built:
                 group = self._group(own, ahead=units[ends[i] : ranges[i].stop])
                 groups.append(group)
                 self.offload.add(group)
-        self.grouping = Grouping(setup.rule, groups, len(blocks) - 1, self._scaler)
+        self.grouping = Grouping(setup.rule, groups, names, self._scaler)
         if setup.compile:
             compile_blocks(blocks, setup.compile)
         self.watch = Watch(setup.network.model, parameters=not setup.replicas.shares_parameters)
@@ -138,16 +140,15 @@ class Built:
     @contextmanager
     def resident(self, units: Sequence[Unit]) -> Iterator[None]:
         """A context in which the tensors of these units are on the device, and whole."""
-        with ExitStack() as stack:
-            stack.enter_context(self.setup.replicas.resident(units))
-            stack.enter_context(self.offload.resident(units))
+        with self.setup.replicas.resident(units), self.offload.resident(units):
             yield
 
     def _auxiliary(self, site: Site, h: Tensor) -> nn.Module | None:
         """The rule's module at a site, where it has one."""
         with preserved_generators(self.setup.device):
             seed_generators(derive_seed(self.setup.seed, "auxiliary", site.index), self.setup.device)
-            auxiliary = self.setup.rule.auxiliary(site, h, self.task)
+            with asking(self.setup.rule, f"`auxiliary` at block {site.name!r}"):
+                auxiliary = self.setup.rule.auxiliary(site, h, self.task)
         if auxiliary is not None and not isinstance(auxiliary, nn.Module):
             raise LayerwiseError(
                 f"rule {self.setup.rule.name!r} gave block {site.name!r} an auxiliary module of type "

@@ -13,6 +13,7 @@ from layerwise import rules
 from layerwise.core import pieces
 from layerwise.core.blocks import Block, Partition
 from layerwise.core.calls import CallPartition, Output, Read, Tied
+from layerwise.core.contract import asking, check_begin, check_prediction, check_rule
 from layerwise.core.engine import Engine, Execution, detach
 from layerwise.core.failures import in_a_sentence
 from layerwise.core.groups import Group
@@ -20,7 +21,7 @@ from layerwise.core.optim import OptimizerFactory, Schedule, optimizer_factory
 from layerwise.core.progress import Trace
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.ranges import check_ranges
-from layerwise.core.rule import BatchContext, Rule, check_rule
+from layerwise.core.rule import BatchContext, Rule
 from layerwise.core.tasks import Classification
 from layerwise.core.trees import mapped, tensors
 from layerwise.errors import LayerwiseError, suggestion
@@ -331,7 +332,8 @@ class Learner:
             x, y = self._ready(x, y)
             seed_generators(derive_seed(self._setup.seed, "prepare"), self.device)
             if isinstance(self.rule, pieces.StartsFromData):
-                self.rule.prepare(self.network, x, y)
+                with asking(self.rule, "`prepare`"):
+                    self.rule.prepare(self.network, x, y)
             # Each replica has seen its own share.
             self.replicas.copy_from_first(p for p in self.network.parameters() if not p.is_meta)
             self._prepared = True
@@ -396,9 +398,7 @@ class Learner:
     def average(self) -> None:
         """Average over the replicas what an unfinished update has accumulated; afterwards all hold the same bits."""
         for group in self.groups:
-            if group.parameters:
-                running = [buffer for unit in group.units for buffer in unit.running()]
-                self.replicas.reduce(group.parameters, running, torch.zeros((), device=self.device))()
+            self.replicas.reduce(group.parameters, group.running(), torch.zeros((), device=self.device))()
 
     def measured_step(self, x: Any, y: Tensor | None = None) -> tuple[Metrics, MemoryUse]:
         """One `step` under the memory meter: exact bytes, on the CPU at a few times the step's duration.
@@ -435,7 +435,10 @@ class Learner:
             return h
 
         ctx = BatchContext(x, y, self.task, self.network, self._modules_by_site(), run, forward, self.__call__)
-        return detach(self.rule.begin(ctx))
+        with asking(self.rule, "`begin`"):
+            begun = self.rule.begin(ctx)
+        check_begin(self.rule, begun)
+        return detach(begun)
 
     # Evaluation and prediction.
 
@@ -458,7 +461,7 @@ class Learner:
                         _, h, message = built.engine.forward(group, h, message, y, None, trace)
             self.stage.pass_on(h, message, skipped=False)
             apart = not self.rule.predicts_plainly() and not self.rule.predicts_at_head
-            if apart and (logits := self._predicted(x)) is not None:
+            if apart and (logits := self._predicted_again(x)) is not None:
                 head = {"loss": self.task.loss(logits, y), "accuracy": self.task.accuracy(logits, y)}
                 trace.metrics["head"] = trace.metrics.get("head", {}) | head
         return Metrics(self.steps, len(y), trace.metrics, (), {})
@@ -471,11 +474,8 @@ class Learner:
             self._build_at_first(x)
             self.built.watch.check()
             x, _ = labelled(x, None)
-            with self.engine.autocast(), in_a_sentence("the network", "cannot predict for an input", x):
-                if isinstance(self.network, CallPartition) and self.rule.predicts_plainly():
-                    return self.network(self._placed(x))
-                with self.network.passing():
-                    return self.rule.predict(self.network, self._modules_by_site(), self._placed(x))
+            with self.engine.autocast():
+                return self._predicted(self._placed(x))
 
     @torch.no_grad()
     def beliefs(self, x: Any, threshold: float | None = None) -> list[Tensor]:
@@ -501,7 +501,8 @@ class Learner:
             self._build_at_first(x)
             passed = torch.zeros((), dtype=torch.bool, device=self.device)
             x, _ = labelled(x, None)
-            with self.engine.autocast(), self.network.passing():
+            who = in_a_sentence("the network", "cannot predict for an input", x)
+            with asking(self.rule, "`beliefs`"), who, self.engine.autocast(), self.network.passing():
                 for belief in self.rule.beliefs(self.network, self._modules_by_site(), self._placed(x)):
                     found.append(belief)
                     if threshold is not None:
@@ -530,12 +531,22 @@ class Learner:
                     module.training = mode
                 self.replicas.release()
 
-    def _predicted(self, x: Any) -> Tensor | None:
+    def _predicted(self, x: Any) -> Tensor:
+        """What the rule predicts for inputs that are placed, where the whole network is here."""
+        who = in_a_sentence("the network", "cannot predict for an input", x)
+        if self.rule.predicts_plainly():
+            with who:
+                return self.network(x)
+        with asking(self.rule, "`predict`"), who, self.network.passing():
+            found = self.rule.predict(self.network, self._modules_by_site(), x)
+        check_prediction(self.rule, found, self.task, len(x) if isinstance(x, Tensor) else None)
+        return found
+
+    def _predicted_again(self, x: Any) -> Tensor | None:
         """What the rule predicts, with the draws of `__call__`; None where a later rank knows."""
         seed_generators(derive_seed(self._setup.execution.seed, "evaluation"), self.device)
         if self.stage.first and self.stage.last:
-            with self.network.passing():
-                return self.rule.predict(self.network, self._modules_by_site(), x)
+            return self._predicted(x)
         first = self._modules_by_site().get(0)
         h, message = pieces.ask(self.rule, x, first) if self.stage.first else self.stage.receive()
         for unit in (unit for group in self.groups for unit in group.units):

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from layerwise.core.blocks import Partition
 from layerwise.core.calls import CallPartition, Output, Read, Tied, cut_at_calls
+from layerwise.core.chains import is_sequential
+from layerwise.core.contract import groups_of
 from layerwise.core.cutting import partition
 from layerwise.core.pieces import has_trunk
 from layerwise.core.rule import Rule
-from layerwise.core.tracing import is_sequential
 from layerwise.errors import LayerwiseError
 
 
@@ -59,7 +60,7 @@ def check_serves(network: CallPartition, rule: Rule, **options: Any) -> None:
     network.__dict__["asked_by"] = rule.name
     alone = "and the blocks of a model that is cut at its calls run once per step, inside one forward pass"
     other = "choose a rule such as local_ce, or give a model that partition() can trace"
-    ranges = list(rule.groups(len(network.blocks)))
+    ranges = groups_of(rule, [*network.cuts, "head"])
     if any(view.stop > later.start for view, later in pairwise(ranges)):
         raise LayerwiseError(f"rule {rule.name!r} runs blocks in two groups under these options, {alone}; {other}.")
     if has_trunk(rule):

@@ -18,10 +18,11 @@ from layerwise.parallel.serialization import all_gather_values
 class Replicas(OneProcess):
     r"""The processes that hold the same blocks, each with its share of every batch.
 
-    With N replicas and shares of B / N samples, the mean of their gradients is the gradient of the mean loss over the
-    B samples:
+    With N replicas, of whose shares $c_r$ labels count, a replica weighs its gradient by $N c_r / c$ with
+    $c = \sum_r c_r$. Then the mean of their gradients is the gradient of the mean loss over the c labels of the batch:
 
-    $$\frac1N \sum_{r=1}^{N} \nabla \frac{N}{B} \sum_{i \in \text{share } r} \ell_i = \nabla \frac1B \sum_i \ell_i$$
+    $$\frac1N \sum_{r=1}^{N} \frac{N c_r}{c} \nabla \frac{1}{c_r} \sum_{i \in \text{share } r} \ell_i
+      = \nabla \frac1c \sum_i \ell_i$$
 
     Give it to a `Learner`, whose `step` then takes this rank's share; all replicas call it equally often.
 
@@ -117,6 +118,17 @@ class Replicas(OneProcess):
             return flag
 
         return arrived
+
+    def total(self, value: float | Tensor) -> float | Tensor:
+        """Sum of the replicas' numbers; on an accelerator a scalar there, so that the host does not wait for it."""
+        if self.count == 1:
+            return value
+        device = self.ranks.device
+        found = value.float().clone() if isinstance(value, Tensor) else torch.full((), value, device=device)
+        with self.heartbeat.watching():
+            work = dist.all_reduce(found, group=self.group, async_op=True)
+        self._wait(work, found)
+        return float(found) if device.type == "cpu" else found
 
     def largest(self, value: int) -> Callable[[], int]:
         """Start to find the largest of the replicas' numbers; returns a function that waits for it."""

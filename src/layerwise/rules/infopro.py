@@ -69,7 +69,7 @@ def _patch(given: tuple[int, ...], wanted: tuple[int, ...]) -> int:
                 return side
     raise LayerwiseError(
         f"infopro reconstructs the input, and cannot tell how an output of shape {given} covers an input of shape "
-        f"{wanted}; set reconstruction=0, or choose a rule such as local_ce."
+        f"{wanted}; set reconstruction=0 and classification=1, or choose a rule such as local_ce."
     )
 
 

@@ -1,0 +1,116 @@
+"""Chains of modules: models that can be cut without a trace, and what can be cut at all."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.errors import LayerwiseError
+
+INSTEAD = (
+    "cut it at its own calls: cuts='layers.*' (a pattern of your names) with output=..., see \"Your own network\", or "
+    "wrap the model as nn.Sequential of its parts."
+)
+"""What to do with a model that cannot be traced."""
+
+
+def listed(names: Sequence[str], most: int = 24) -> str:
+    """Names in a sentence, the first `most` of them."""
+    if not names:
+        return "none (wrap the model as nn.Sequential of its parts)"
+    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
+
+
+def check_model(model: Any) -> None:
+    """Raise LayerwiseError where `model` is no module, or a module around the one that is to be trained."""
+    name = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise LayerwiseError(f"the model is a {name}; give a torch.nn.Module.")
+    if name == "OptimizedModule":
+        raise LayerwiseError(
+            "the model is compiled as a whole, which hides its blocks; give the module itself (model._orig_mod) and "
+            "Learner(..., compile=True), which compiles each block."
+        )
+    if isinstance(model, nn.DataParallel):
+        raise LayerwiseError(
+            "the model is wrapped in DataParallel, whose replicas live for one call only; give model.module, and "
+            "several processes with Learner(..., replicas=...) or --parallel data."
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel) or name == "FullyShardedDataParallel":
+        raise LayerwiseError(
+            f"the model is wrapped in {name}, which waits for the gradients of the whole network; give model.module "
+            "and Learner(..., replicas=...) or --parallel data, which average block by block."
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise LayerwiseError(
+            "the model is a ScriptModule, which cannot be cut; give the Python module that it was made from."
+        )
+
+
+def is_sequential(module: nn.Module) -> bool:
+    """Whether the module runs its children one after the other and does nothing else."""
+    own = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    return own and not is_overridden(module)
+
+
+def is_overridden(module: nn.Module) -> bool:
+    """Whether a call of the module does something else than its class's `forward`."""
+    return "forward" in vars(module) or type(module).__call__ is not nn.Module.__call__
+
+
+def expanded(
+    model: nn.Module, cuts: Sequence[str] = (), deep: bool = False, prefix: str = ""
+) -> list[tuple[str, nn.Module]]:
+    """The children of nested `nn.Sequential` containers, opened only where a cut lies inside (or all, if `deep`)."""
+    found: list[tuple[str, nn.Module]] = []
+    for name, child in model._modules.items():  # named_children() leaves out a child held twice
+        if child is None:
+            continue
+        path = prefix + name
+        if is_sequential(child) and child._modules:
+            inside = any(cut.startswith(path + ".") for cut in cuts)
+            if inside or deep:
+                found += expanded(child, cuts, deep, path + ".")
+                continue
+        found.append((path, child))
+    return found
+
+
+class Chain:
+    """The composition of modules."""
+
+    def __init__(self, modules: list[nn.Module]):
+        self.modules = modules
+
+    def __call__(self, h: Tensor) -> Tensor:
+        for module in self.modules:
+            h = module(h)
+        return h
+
+
+def cut_sequential(model: nn.Module, cuts: tuple[str, ...]) -> list[tuple[Callable[[Tensor], Any], set[str]]]:
+    """What runs between the cuts of nested `nn.Sequential` containers, and the names of its tensors."""
+    children = expanded(model, cuts)
+    order = [name for name, _ in children]
+    ends = [order.index(cut) + 1 for cut in cuts]
+    if ends != sorted(ends):
+        raise LayerwiseError(
+            f"the cuts {list(cuts)} are not in the order in which the model runs; give them as "
+            f"{[name for name in order if name in cuts]}."
+        )
+    parts = []
+    for start, end in zip([0, *ends], [*ends, len(order)], strict=True):
+        owned = {
+            f"{path}.{name}"
+            for path, child in children[start:end]
+            for name, _ in [*child.named_parameters(), *child.named_buffers()]
+        }
+        parts.append((Chain([child for _, child in children[start:end]]), owned))
+    return parts
+
+
+def opened(model: nn.Module, cuts: Sequence[str]) -> list[nn.Module]:
+    """The modules whose own call does not happen when the model is run part by part: the root, and what holds a cut."""
+    named = model.named_modules(remove_duplicate=False)
+    return [module for path, module in named if path == "" or any(cut.startswith(path + ".") for cut in cuts)]

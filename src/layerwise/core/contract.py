@@ -1,0 +1,211 @@
+"""Whether a rule keeps its contract: one sentence, with rule and block, for each answer that cannot be acted on."""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any, Literal, get_args, get_origin
+
+import torch
+from torch import Tensor
+
+from layerwise.core.pieces import JoinsGroups, TakesTurns
+from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site
+from layerwise.core.tasks import Classification
+from layerwise.errors import LayerwiseError, suggestion
+
+
+def check_rule(rule: object) -> None:
+    """Raise LayerwiseError unless `rule` keeps the contract as far as it can be seen before the first step.
+
+    It is an instance of a `Rule` that declares its facts and overrides `signal`; it is a dataclass, so that its options
+    are fields; and every option that lists its words is one of them. The learner asks this of every rule.
+    """
+    kind = rule if isinstance(rule, type) else type(rule)
+    if not issubclass(kind, Rule):
+        raise LayerwiseError(
+            f"the rule is {rule!r}, which is no layerwise.Rule; give the name of a rule, or an instance of a subclass."
+        )
+    if isinstance(rule, type):
+        raise LayerwiseError(f"the rule is the class {kind.__name__}; give an instance of it: {kind.__name__}().")
+    assert isinstance(rule, Rule)
+    for fact in ("name", "locality", "boundary", "flat_memory", "source"):
+        if not hasattr(kind, fact):
+            raise LayerwiseError(f"rule {kind.__name__} does not declare {fact!r}; set the class attribute, see Rule.")
+    if kind.locality not in get_args(Locality):
+        legal = suggestion(str(kind.locality), get_args(Locality))
+        raise LayerwiseError(f"rule {rule.name!r} declares the locality {kind.locality!r}; {legal}.")
+    if kind.signal is Rule.signal:
+        raise LayerwiseError(f"rule {rule.name!r} has no signal; define signal(self, ctx) in {kind.__name__}.")
+    own = [name for name, hint in inspect.get_annotations(kind).items() if "ClassVar" not in str(hint)]
+    if own and "__dataclass_params__" not in kind.__dict__:
+        raise LayerwiseError(
+            f"rule {rule.name!r} is no dataclass, so {own[0]!r} is no option of it; write "
+            f"@dataclass(frozen=True) above class {kind.__name__}."
+        )
+    for option in fields(rule):
+        value, words = getattr(rule, option.name), get_args(option.type)
+        if get_origin(option.type) is Literal and value not in words:
+            legal = suggestion(str(value), [str(word) for word in words])
+            raise LayerwiseError(f"{rule.name}'s option {option.name} is {value!r}; {legal}.")
+
+
+@contextmanager
+def asking(rule: Rule, what: str) -> Iterator[None]:
+    """Turn what a rule's own code raises into a sentence that names the rule; the cause stays attached.
+
+    Args:
+        rule: the rule.
+        what: the method and its place, such as "`signal` at block '2'".
+    """
+    try:
+        yield
+    except (LayerwiseError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as reason:  # code of the user's, which may raise anything
+        said = (str(reason).strip() or "no message").splitlines()[0].rstrip(".")
+        raise LayerwiseError(
+            f"rule {rule.name!r} fails in {what} ({type(reason).__name__}: {said}); mend the rule, or see whether it "
+            "can serve this network."
+        ) from reason
+
+
+def groups_of(rule: Rule, names: Sequence[str]) -> list[range]:
+    """The groups of the rule, checked.
+
+    Args:
+        rule: the rule.
+        names: of all blocks, the head last.
+
+    Raises:
+        LayerwiseError: they are no ranges with rising starts that cover all sites.
+    """
+    with asking(rule, "`groups`"):
+        found = rule.groups(len(names) - 1)
+    return _checked_groups(rule, "groups", found, names)
+
+
+def groups_of_update(rule: Rule, update: int, names: Sequence[str]) -> list[range]:
+    """The groups of one update, checked; see `groups_of`."""
+    if not isinstance(rule, JoinsGroups):
+        return groups_of(rule, names)
+    with asking(rule, f"`groups_at` for update {update}"):
+        found = rule.groups_at(update, len(names) - 1)
+    return _checked_groups(rule, "groups_at", found, names)
+
+
+def learns_in_update(rule: Rule, update: int, site: Site) -> bool:
+    """Whether the group that begins at the site learns in one update, checked.
+
+    Raises:
+        LayerwiseError: the rule says neither True nor False.
+    """
+    if not isinstance(rule, TakesTurns):
+        return True
+    with asking(rule, f"`learns_at` for update {update} at block {site.name!r}"):
+        found = rule.learns_at(update, site)
+    if not isinstance(found, bool):
+        raise LayerwiseError(
+            f"rule {rule.name!r} answers whether block {site.name!r} learns in update {update} with "
+            f"{_in_words(found)}; return True or False from `learns_at`."
+        )
+    return found
+
+
+def _checked_groups(rule: Rule, method: str, found: Any, names: Sequence[str]) -> list[range]:
+    last = len(names) - 1
+    advice = f"return from `{method}` ranges with rising starts that cover the sites 0 to {last}, the head included"
+    if not isinstance(found, (list, tuple)):
+        raise LayerwiseError(f"rule {rule.name!r} gives {_in_words(found)} for its groups of blocks; {advice}.")
+    covered, start = 0, -1
+    for sites in found:
+        if not isinstance(sites, range):
+            raise LayerwiseError(f"rule {rule.name!r} gives {_in_words(sites)} for a group of blocks; {advice}.")
+        if sites.step != 1 or len(sites) == 0 or sites.start <= start or sites.stop > last + 1:
+            raise LayerwiseError(f"rule {rule.name!r} gives the group {sites} of {last + 1} sites; {advice}.")
+        if sites.start > covered:
+            break
+        covered, start = max(covered, sites.stop), sites.start
+    if covered <= last:
+        raise LayerwiseError(f"rule {rule.name!r} puts block {names[covered]!r} into no group; {advice}.")
+    return list(found)
+
+
+def check_begin(rule: Rule, found: Any) -> None:
+    """Raise LayerwiseError unless `begin` has given an input, which is a tensor, and a message."""
+    if type(rule).begin is Rule.begin:
+        return
+    advice = "return two things from `begin`, the first block's input, a tensor, and the first message"
+    if not isinstance(found, tuple) or len(found) != 2:
+        what = f"{len(found)} things" if isinstance(found, tuple) else _in_words(found)
+        raise LayerwiseError(f"rule {rule.name!r} begins with {what}; {advice}.")
+    if not isinstance(found[0], Tensor):
+        raise LayerwiseError(f"rule {rule.name!r} begins with an input that is {_in_words(found[0])}; {advice}.")
+
+
+def check_run(rule: Rule, site: Site, out: Any) -> None:
+    """Raise LayerwiseError unless a block's output is a tensor."""
+    if not isinstance(out, Tensor):
+        raise LayerwiseError(
+            f"rule {rule.name!r} runs block {site.name!r} to {_in_words(out)}; return the block's output from `run`."
+        )
+
+
+def check_signal(rule: Rule, ctx: BlockContext, signal: object) -> None:
+    """Raise LayerwiseError unless `signal` is one that the engine can act on.
+
+    The loss is a scalar, the cotangent has the shape of the block's output, the metrics are scalar tensors.
+    """
+    where = f"rule {rule.name!r} gave block {ctx.site.name!r}"
+    if not isinstance(signal, Signal):
+        raise LayerwiseError(f"{where} {_in_words(signal)} and no Signal; return Signal(...) from `signal`.")
+    loss, cotangent, output = signal.loss, signal.cotangent, signal.output
+    if loss is not None and not (isinstance(loss, Tensor) and loss.dim() == 0 and loss.is_floating_point()):
+        raise LayerwiseError(f"{where} a loss that is {_in_words(loss)}; give a scalar tensor, such as loss.mean().")
+    if cotangent is not None and not (isinstance(cotangent, Tensor) and cotangent.shape == ctx.h.shape):
+        raise LayerwiseError(
+            f"{where} a cotangent that is {_in_words(cotangent)}; give a tensor of the output's shape "
+            f"{tuple(ctx.h.shape)}."
+        )
+    if output is not None and not isinstance(output, Tensor):
+        raise LayerwiseError(f"{where} an output that is {_in_words(output)}; give a tensor, or leave it out.")
+    if not isinstance(signal.metrics, dict) or not all(isinstance(name, str) for name in signal.metrics):
+        raise LayerwiseError(
+            f"{where} metrics that are {_in_words(signal.metrics)}; give a dict from names to scalars."
+        )
+    for name, value in signal.metrics.items():
+        if not (isinstance(value, Tensor) and value.dim() == 0):
+            raise LayerwiseError(f"{where} the metric {name!r}, which is {_in_words(value)}; give a scalar tensor.")
+
+
+def check_sent_back(rule: Rule, site: Site, sent: Any, out: Tensor) -> None:
+    """Raise LayerwiseError unless what a group sends back to the trunk is None, or of the trunk's output's shape."""
+    if sent is not None and not (isinstance(sent, Tensor) and sent.shape == out.shape):
+        raise LayerwiseError(
+            f"rule {rule.name!r} sends {_in_words(sent)} back from block {site.name!r}; return from `to_trunk` a "
+            f"tensor of the shape of the trunk's output {tuple(out.shape)}, or None."
+        )
+
+
+def check_prediction(rule: Rule, found: Any, task: Classification, samples: int | None) -> None:
+    """Raise LayerwiseError unless `predict` has given logits `(B, ..., K)`.
+
+    Args:
+        rule: the rule.
+        found: what it predicts.
+        task: knows the number of classes K.
+        samples: the number of samples B, where it is known.
+    """
+    fits = isinstance(found, Tensor) and found.is_floating_point() and found.dim() > 1
+    if not (fits and found.shape[-1] == task.classes and samples in (None, len(found))):
+        raise LayerwiseError(
+            f"rule {rule.name!r} predicts {_in_words(found)}; return from `predict` logits of shape "
+            f"({'B' if samples is None else samples}, ..., {task.classes})."
+        )
+
+
+def _in_words(value: object) -> str:
+    """What a value is, for a sentence."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}" + ("" if value.is_floating_point() else f" ({value.dtype})")
+    return "None" if value is None else f"a {type(value).__name__}"
