@@ -11,6 +11,7 @@ from layerwise.core.graphs import Graph
 
 SHAPE, CLASSES = (1, 8, 8), 4
 KINDS = ("mlp", "vgg", "vit")
+QUICK = {"boosted": {"updates": 1}, "block_rota": {"period": 1, "order": "up"}, "zeroth_order": {"directions": 16}}
 SIZES = {
     "mlp": {"width": 16},
     "vgg": {"width": 4},
@@ -47,8 +48,8 @@ def kinds(rule):
 
 
 def made(rule):
-    """A rule by name, with options under which every block has its turn within three steps."""
-    return rules.create(rule, **({"updates": 1} if rule == "boosted" else {}))
+    """A rule by name, with options under which every block has its turn, and learns, within few steps."""
+    return rules.create(rule, **QUICK.get(rule, {}))
 
 
 def cascade(depth=4, **options):

@@ -199,6 +199,7 @@ class Learner:
             stage or WholeNetwork(),
             replicas,
             self._moved_by,
+            self._offload_to[1],
             seed,
             task,
             compile,

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from layerwise.core.groups import Group
+from layerwise.core.groups import Group, parameters_of
 from layerwise.core.optim import base_rates, set_base_rates
 from layerwise.learner.build import Built
 from layerwise.learner.checks import Expected, check_state
@@ -67,7 +67,7 @@ def load_state(built: Built, state: Mapping[str, Any]) -> None:
 def expected_of(built: Built) -> Expected:
     """What a state has to fit."""
     setup, parameters = built.setup, dict(named_parameters(built))
-    updated = {p: optimizer for g in built.groups for optimizer in g.optimizers for p in g.parameters}
+    updated = {p: optimizer for optimizer in built.optimizers() for p in parameters_of([optimizer])}
     kept = {name: setup.replicas.shard_of(parameter) for name, parameter in parameters.items()}
     return Expected(
         setup.rule.name,
@@ -112,7 +112,7 @@ def _load(built: Built, groups: Sequence[Group], state: Mapping[str, Any], auxil
     for group in groups:
         for optimizer in group.optimizers:
             packed = optimizer.state_dict()
-            found = [(p, state["optimizer"].get(names[p])) for p in group.parameters]
+            found = [(p, state["optimizer"].get(names[p])) for p in parameters_of([optimizer])]
             packed["state"] = {
                 i: {name: to_shard(built, p, value) for name, value in s.items()}
                 for i, (p, s) in enumerate(found)

@@ -12,7 +12,11 @@ from importlib.metadata import entry_points
 from layerwise.core.rule import BatchContext, BlockContext, Rule, Signal, Site
 from layerwise.errors import LayerwiseError, suggestion
 from layerwise.rules.auglocal import AugLocal
-from layerwise.rules.backprop import Backprop, BackpropCheckpoint, BackpropOffload
+from layerwise.rules.backprop import Backprop
+from layerwise.rules.backprop_checkpoint import BackpropCheckpoint
+from layerwise.rules.backprop_fused import BackpropFused
+from layerwise.rules.backprop_offload import BackpropOffload
+from layerwise.rules.block_rota import BlockRota
 from layerwise.rules.boosted import Boosted
 from layerwise.rules.controls import DeepSupervision, LastLayer
 from layerwise.rules.counter_current import CounterCurrent
@@ -33,6 +37,7 @@ from layerwise.rules.sid import SID, SIDCascade
 from layerwise.rules.sll import SLL
 from layerwise.rules.ssl_local import SSLLocal
 from layerwise.rules.svp import SVP
+from layerwise.rules.zeroth_order import ZerothOrder
 
 _BUILT_IN: tuple[type[Rule], ...] = (
     SLL,
@@ -60,7 +65,10 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     SSLLocal,
     Backprop,
     BackpropCheckpoint,
+    BackpropFused,
     BackpropOffload,
+    BlockRota,
+    ZerothOrder,
     DeepSupervision,
     LastLayer,
 )
@@ -126,9 +134,11 @@ __all__ = [
     "AugLocal",
     "Backprop",
     "BackpropCheckpoint",
+    "BackpropFused",
     "BackpropOffload",
     "BatchContext",
     "BlockContext",
+    "BlockRota",
     "Boosted",
     "CounterCurrent",
     "DeepSupervision",
@@ -152,6 +162,7 @@ __all__ = [
     "ScalableFF",
     "Signal",
     "Site",
+    "ZerothOrder",
     "create",
     "get",
     "names",
