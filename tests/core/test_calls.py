@@ -25,7 +25,8 @@ ABLE = [
     name
     for name in rules.names()
     if not rules.get(name).models
-    and name not in ("interlocking", "auglocal", "backprop_checkpoint", "noprop_dt", "noprop_ct", "noprop_fm")
+    and name not in ("interlocking", "auglocal", "noprop_dt", "noprop_ct", "noprop_fm")
+    and rules.get(name).runs_once
 ]
 
 

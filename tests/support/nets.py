@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from layerwise import Learner, Partition, models, rules
+from layerwise.core import pieces
 from layerwise.core.graphs import Graph
 
 SHAPE, CLASSES = (1, 8, 8), 4
@@ -16,6 +17,7 @@ SIZES = {
     "mlp": {"width": 16},
     "vgg": {"width": 4},
     "resnet": {"width": 4},
+    "reversible": {"width": 8, "heads": 2},
     "noprop": {"width": 2},
     "noprop_ct": {"width": 4},
     "noprop_fm": {"width": 2},
@@ -45,6 +47,11 @@ def graph(nodes=64, known=32):
 def kinds(rule):
     """Models on which a rule is tested."""
     return rules.get(rule).models or KINDS
+
+
+def by_parameter(rule):
+    """Whether a rule updates one parameter at a time, so that it has no replicas, no clipping and no accumulation."""
+    return issubclass(rules.get(rule), pieces.StepsByParameter)
 
 
 def made(rule):

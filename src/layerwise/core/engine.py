@@ -547,7 +547,8 @@ class Engine:
                     direction.to(0.0)
                     raise
                 passed_on = passed_on or [detach(part) for part in out]
-                losses.append(sum(signal.loss.detach().float() for signal, _ in signals if signal.loss is not None))
+                found = [signal.loss for signal, _ in signals if signal.loss is not None]
+                losses.append(sum(loss.to(torch.promote_types(loss.dtype, torch.float32)) for loss in found))
             direction.to(0.0)
             slopes.append((losses[0] - losses[1]) / (2 * eps * directions))
         total = torch.stack(slopes).sum()

@@ -22,6 +22,7 @@ from layerwise.models.gnn import GAT, GCN, GraphModelOptions
 from layerwise.models.mlp import MLP
 from layerwise.models.noprop import NoProp, NoPropCT, NoPropFM
 from layerwise.models.resnet import ResNet
+from layerwise.models.reversible import Reversible
 from layerwise.models.sid_cascade import SIDCascade
 from layerwise.models.vgg import VGG
 from layerwise.models.vit import ViT
@@ -38,6 +39,7 @@ __all__ = [
     "NoPropCT",
     "NoPropFM",
     "ResNet",
+    "Reversible",
     "SIDCascade",
     "ViT",
     "create",
@@ -54,6 +56,7 @@ _MODELS: dict[str, type[ModelOptions]] = {
     "noprop_ct": NoPropCT,
     "noprop_fm": NoPropFM,
     "resnet": ResNet,
+    "reversible": Reversible,
     "sid_cascade": SIDCascade,
     "vgg": VGG,
     "vit": ViT,
@@ -65,7 +68,8 @@ def names() -> tuple[str, ...]:
 
     Example:
         >>> names()
-        ('gat', 'gcn', 'mlp', 'noprop', 'noprop_ct', 'noprop_fm', 'resnet', 'sid_cascade', 'vgg', 'vit')
+        ('gat', 'gcn', 'mlp', 'noprop', 'noprop_ct', 'noprop_fm', 'resnet', 'reversible', 'sid_cascade',
+        'vgg', 'vit')
     """
     return tuple(_MODELS)
 
