@@ -85,10 +85,12 @@ def keep(folder: Path, name: str, found: Any, command: str, packages: Sequence[s
 
 def machine_of(line: dict[str, Any]) -> str:
     """The machines and versions behind a line, as far as they were recorded."""
-    from layerwise.runs.environment import in_words
+    from layerwise.runs.environment import machine_in_words
 
     def words(found: dict[str, Any]) -> str:
-        return ", ".join([in_words(found), *(f"{name} {number}" for name, number in found.get("packages", {}).items())])
+        return ", ".join(
+            [machine_in_words(found), *(f"{name} {number}" for name, number in found.get("packages", {}).items())]
+        )
 
     if line.get("machines"):
         return "; resumed on ".join(map(words, line["machines"]))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from layerwise.core.cutting import partition
     from layerwise.core.optim import Schedule
     from layerwise.core.rule import BatchContext, BlockContext, Rule, Signal, Site
-    from layerwise.core.tasks import Classification, LanguageModel
+    from layerwise.core.tasks import Classification, LanguageModel, Loss, MultiLabel, Regression, Segmentation, Task
     from layerwise.core.tracing import legal_cuts
     from layerwise.errors import LayerwiseError
     from layerwise.learner import Learner, Metrics
@@ -46,13 +46,18 @@ __all__ = [
     "LanguageModel",
     "LayerwiseError",
     "Learner",
+    "Loss",
     "MemoryUse",
     "Metrics",
+    "MultiLabel",
     "Partition",
+    "Regression",
     "Rule",
     "Schedule",
+    "Segmentation",
     "Signal",
     "Site",
+    "Task",
     "create_rule",
     "cut_at_calls",
     "keep_freed_memory",
@@ -68,7 +73,9 @@ _HOMES = {
     "layerwise.core.cutting": ("partition",),
     "layerwise.core.optim": ("Schedule",),
     "layerwise.core.rule": ("BatchContext", "BlockContext", "Rule", "Signal", "Site"),
-    "layerwise.core.tasks": ("Classification", "LanguageModel"),
+    "layerwise.core.tasks": (
+        *("Classification", "LanguageModel", "Loss", "MultiLabel", "Regression", "Segmentation", "Task"),
+    ),
     "layerwise.core.tracing": ("legal_cuts",),
     "layerwise.errors": ("LayerwiseError",),
     "layerwise.learner": ("Learner", "Metrics"),

@@ -1,11 +1,21 @@
-"""The one exception that a user's mistake raises."""
+"""The one exception that a user's mistake raises, and how every failure becomes one sentence."""
 
 import contextlib
+import contextvars
 import difflib
+import errno
 import json
 import os
+import sys
 import time
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+traceback_wanted = contextvars.ContextVar("traceback_wanted", default=False)
+"""Whether `--debug` was given."""
 
 
 class LayerwiseError(Exception):
@@ -25,6 +35,36 @@ def suggestion(given: str, legal: Sequence[str]) -> str:
     return (f"did you mean {near[0]!r}? " if near else "") + "legal names: " + ", ".join(legal)
 
 
+def unknown(what: str, given: str, legal: Sequence[str]) -> LayerwiseError:
+    """The sentence about a name that nothing has.
+
+    >>> str(unknown("rule", "spl", ["sll", "backprop"]))
+    "unknown rule 'spl'; did you mean 'sll'? legal names: sll, backprop."
+    """
+    return LayerwiseError(f"unknown {what} {short(given)}; {suggestion(given, legal)}.")
+
+
+def short(value: Any) -> str:
+    """A value as a sentence shows it, cut where it is long.
+
+    >>> short("x" * 99)
+    "'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx..."
+    """
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, a tree of thousands of levels
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def why(reason: BaseException) -> str:
+    """The first line of an error's words, or its name."""
+    if isinstance(reason, RecursionError):
+        return "it is nested too deeply"
+    said = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+    return said.splitlines()[0]
+
+
 def tell_torchrun(sentence: str) -> None:
     """Where torchrun has started this process, put the sentence into the report that torchrun prints at its end.
 
@@ -35,3 +75,71 @@ def tell_torchrun(sentence: str) -> None:
         message = {"message": f"layerwise: {sentence}", "extraInfo": {"timestamp": str(int(time.time()))}}
         with contextlib.suppress(OSError), open(file, "w") as report:  # the sentence is printed in any case
             json.dump({"message": message}, report)
+
+
+def report_error(error: BaseException, silent: bool = False) -> int:
+    """Say in one sentence what went wrong, here and in torchrun's report; with `--debug` the traceback before it.
+
+    Args:
+        error: what was raised.
+        silent: leave the sentence to another rank of the same job.
+
+    Returns:
+        The exit code of a failure, 2.
+    """
+    sentence = explained(error)
+    if traceback_wanted.get():
+        with contextlib.suppress(OSError):
+            traceback.print_exception(error)
+    tell_torchrun(sentence)
+    if not silent:
+        say(sentence)
+    return 2
+
+
+def say(sentence: str) -> None:
+    """Print a sentence to standard error."""
+    with contextlib.suppress(OSError):  # nobody is left to read it
+        print(f"layerwise: {sentence}", file=sys.stderr, flush=True)
+
+
+def explained(error: BaseException) -> str:
+    """One sentence on an exception: what happened, and what to do; for one that nobody has foreseen, where, too.
+
+    >>> explained(FileNotFoundError(2, "No such file or directory", "notes.txt"))
+    'cannot use notes.txt (No such file or directory); correct the path or its permissions.'
+    """
+    if isinstance(error, LayerwiseError):
+        return str(error)
+    first = " ".join(str(error).split())[:300].rstrip(".")
+    if isinstance(error, OSError) and error.errno in FULL:
+        file = f" {error.filename}" if error.filename is not None else ""
+        return f"could not write{file or ' a file'} ({error.strerror}); free some space and start the command again."
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"cannot use {error.filename} ({error.strerror}); correct the path or its permissions."
+    if is_out_of_memory(error):
+        return f"out of memory{f' ({first})' if first else ''}; use smaller batches or a smaller model."
+    kind = type(error).__name__
+    return (
+        f"unexpected {kind}{f': {first}' if first else ''} ({_place(error)}); please report it, with the command and "
+        "what it prints when --debug is added."
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory has run out, of the host or of an accelerator; torch says so on the host by its words only."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
+
+
+def _place(error: BaseException) -> str:
+    """The last line of layerwise that was running."""
+    frames = traceback.extract_tb(error.__traceback__)
+    root = str(Path(__file__).parent)
+    own = [frame for frame in frames if frame.filename.startswith(root + os.sep)] or frames
+    if not own:
+        return "place unknown"
+    return f"{os.path.relpath(own[-1].filename, os.path.dirname(root))}, line {own[-1].lineno}"

@@ -115,9 +115,11 @@ def read_bytes(
             raise _refused(path, reason, advice) from reason
 
 
-def read_text(path: str | os.PathLike[str], advice: str = ADVICE, limit: int = 2**30) -> str:
+def read_text(
+    path: str | os.PathLike[str], advice: str = ADVICE, inside: Path | None = None, limit: int = 2**30
+) -> str:
     """The text of a regular UTF-8 file, with or without a byte order mark; errors as of `open_regular`."""
-    content = read_bytes(path, advice, limit=limit)
+    content = read_bytes(path, advice, inside, limit)
     try:
         return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig").read()  # line ends become \n
     except UnicodeDecodeError as reason:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import layerwise  # noqa: E402
 from campaigns import faults, files, kills, words  # noqa: E402
 from layerwise.data import load  # noqa: E402
-from layerwise.runs.environment import environment, in_words  # noqa: E402
+from layerwise.runs.environment import commit, environment, machine_in_words  # noqa: E402
 
 CAMPAIGNS = {
     "kills": (kills.run, 200, 14),
@@ -78,7 +78,7 @@ def write(found: list, seed: int) -> None:
     """The figures into the page; those of campaigns that did not run now stay."""
     file = ROOT / "tests" / "campaigns" / "figures.json"
     kept = json.loads(file.read_text()) if file.exists() else {}
-    machine = in_words(environment())
+    machine = machine_in_words(environment())
     for tally in found:
         kept[tally.name] = {
             "attempts": tally.attempts,
@@ -86,14 +86,16 @@ def write(found: list, seed: int) -> None:
             "seconds": round(tally.seconds),
             "seed": seed,
             "machine": machine,
+            "commit": commit(),
         }
     file.write_text(json.dumps(kept, indent=2) + "\n")
-    rows = ["| campaign | attempts | promises broken | seconds | seed | machine |", "|---|---|---|---|---|---|"]
+    columns = ("campaign", "attempts", "promises broken", "seconds", "seed", "commit", "machine")
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in (name for name in CAMPAIGNS if name in kept):
         f = kept[name]
-        rows.append(
-            f"| {name} | {f['attempts']:,} | {len(f['broken'])} | {f['seconds']:,} | {f['seed']} | {f['machine']} |"
-        )
+        version = f"`{f['commit'][:10]}`" if f.get("commit") else "not recorded"
+        cells = (name, f"{f['attempts']:,}", len(f["broken"]), f"{f['seconds']:,}", f["seed"], version, f["machine"])
+        rows.append(f"| {' | '.join(map(str, cells))} |")
     page = ROOT / "docs" / "reliability.md"
     text = page.read_text()
     start, end = text.index(BEGIN) + len(BEGIN), text.index(END)

@@ -97,7 +97,7 @@ def fork(
         os._exit(code)
 
 
-def wait(pid: int, limit: float) -> int | None:
+def wait(pid: int, limit: float, kills: bool = True) -> int | None:
     """Exit code of a child, negative for a signal; None where it has not ended in time (it is killed then)."""
     until = time.monotonic() + limit
     while time.monotonic() < until:
@@ -105,6 +105,8 @@ def wait(pid: int, limit: float) -> int | None:
         if done:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.005)
+    if not kills:
+        return None
     kill(pid)
     os.waitpid(pid, 0)
     return None
@@ -119,11 +121,24 @@ def kill(pid: int, number: int = signal.SIGKILL) -> None:
 
 
 def command(words: Sequence[str], folder: Path, limit: float = 60.0, kill_after: float | None = None) -> Attempt:
-    """Run a command of the command line; kill it after some seconds, if asked for."""
+    """Run a command of the command line; kill it after some seconds, if asked for.
+
+    At its limit, a command that says nothing new for as long again hangs; one that is at work (somebody may ask for
+    a thousand runs) is stopped as a user stops it, and has to end.
+    """
     begun = time.monotonic()
     pid = fork(lambda: main(list(words)), folder)
     if kill_after is None:
-        code = wait(pid, limit)
+        code = wait(pid, limit, kills=False)
+        said = -1
+        while code is None and (now := sum((folder / file).stat().st_size for file in ("out0", "err0"))) > said:
+            if said >= 0:
+                kill(pid, signal.SIGTERM)
+            said = now
+            code = wait(pid, limit, kills=False)
+        if code is None:
+            kill(pid)
+            os.waitpid(pid, 0)
     else:
         until = time.monotonic() + kill_after
         code = None

@@ -11,14 +11,22 @@ from pathlib import Path
 import pytest
 from support.runs import split, start
 
-from layerwise import data, models, rules
-from layerwise.cli import catalogue
+from layerwise import LayerwiseError, data, models, rules
+from layerwise.cli import catalogue, early
 from layerwise.cli import main as cli
 from layerwise.runs.options import load_recipe, recipe_names
 
-LIGHT = [
-    *("", "--help", "--version", "ls rules", "ls models", "ls data", "ls recipes", "ls", "ls rulez"),
-    *("trian", "bench", "bench memori", "describe", "describe sl", "--debug --version"),
+ANSWERED = [
+    *("", "--help", "--version", "--debug --version", "ls rules", "ls models", "ls data", "ls recipes"),
+    *("eval --help", "beliefs --help", "predict --help", "export --help", "validate --help", "report --help"),
+]
+REFUSED = [
+    *("ls", "ls rulez", "trian", "bench", "bench memori", "describe", "describe sl"),
+    *("train --rule slll", "train --model=mpl", "train --data mnits", "train --recipe digit", "train --rule"),
+    *("compare --rules sll:overlap=1 backpro --model mlp", "compare --rules sll,svpp", "compare --data mnits"),
+    *("bench memory --rule sll slll", "bench speed --rules slll", "bench scaling --model mpl", "validate --rule slll"),
+    *("eval nowhere", "beliefs nowhere", "predict nowhere x.png", "export nowhere x", "validate nowhere"),
+    *("report nowhere", "train --resume nowhere", "eval", "report", "validate --model mpl", "eval x --batch-size no"),
 ]
 
 
@@ -28,14 +36,42 @@ def test_the_light_answers_import_no_torch():
 import sys
 from layerwise.cli.main import main
 import layerwise
-for words in {LIGHT!r}:
-    assert main(words.split()) in (0, 2), words
-    assert "torch" not in sys.modules, words
+for code, commands in ((0, {ANSWERED!r}), (2, {REFUSED!r})):
+    for words in commands:
+        assert main(words.split()) == code, words
+        assert "torch" not in sys.modules, words
 assert "Learner" in dir(layerwise) and "torch" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == len(REFUSED), done.stderr
+    assert "Traceback" not in done.stderr and "unexpected" not in done.stderr
+
+
+def sentence(work, *arguments):
+    """The refusal of a call."""
+    with pytest.raises(LayerwiseError) as caught:
+        work(*arguments)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("option", "later"), [
+    ("rule", rules.get), ("model", models.options), ("data", data.load), ("recipe", load_recipe)
+])  # fmt: skip
+def test_an_early_refusal_has_the_words_of_the_later_one(option, later):
+    for name in ("sl", "digit", "mnits", "", "x" * 400, "ünknown"):
+        assert sentence(early.check_options, [f"--{option}", name], option) == sentence(later, name)
+    for name in catalogue.rules() if option == "rule" else ():
+        early.check_options([f"--{option}={name}"], option)
+
+
+def test_what_is_opened_later_is_not_refused_early(tmp_path):
+    """A path, and a name with a form: whether they exist is not known from their names."""
+    names = ["x.csv", "hf:a/b", "imagefolder:x", "parquet:x", "C:/t.CSV"]
+    early.check_names("data", names)
+    early.check_names("recipe", ["mine.toml", "a/b.toml"])
+    for name in names[2:]:
+        assert "unknown" not in sentence(data.load, name)
 
 
 def test_the_version_is_there_at_once():

@@ -402,7 +402,7 @@ def test_failed_cells_are_told_and_the_others_go_on(broken, tmp_path, capsys):
     ("how", "kind", "reason"),
     [
         ("nan", "diverged", "non-finite loss"),
-        ("memory", "memory", "out of memory: "),
+        ("memory", "memory", "out of memory ("),
         ("fault", "error", "ZeroDivision"),
     ],
 )

@@ -373,7 +373,6 @@ def test_a_dev_split_is_used(tmp_path):
     [
         (("fold1", "fold2"), "all hold the same folders"),
         (("part_a", "part_b", "part_c"), "call one of them train"),
-        (("cat", "dog"), "all hold the same folders"),  # CLASS/SPLIT/NAME.png
         (("dev", "eval"), "has no folder train, only dev, eval"),
         (("train_a", "train_b"), "two folders of the split 'train'"),
         (("train", "training"), "two folders of the split 'train'"),
@@ -383,6 +382,22 @@ def test_folders_that_look_like_splits_are_no_classes(names, sentence, tmp_path)
     for name in names:
         images(tmp_path / "d" / name, {"x": 3, "y": 3})
     refused(sentence, f"imagefolder:{tmp_path / 'd'}")
+
+
+def test_splits_below_the_classes_are_no_classes(tmp_path):
+    for name in ("cat", "dog"):
+        images(tmp_path / "d" / name, {"train": 3, "test": 3})
+    refused("put train and test above the classes", f"imagefolder:{tmp_path / 'd'}")
+
+
+@pytest.mark.parametrize("inner", [("left", "right"), ("2019", "2020", "2021")])
+def test_classes_may_hold_the_same_folders(inner, tmp_path):
+    for name in ("cat", "dog"):
+        images(tmp_path / "d" / name, dict.fromkeys(inner, 4))
+    found = data.load(f"imagefolder:{tmp_path / 'd'}", val_fraction=0)
+    assert found.classes == ("cat", "dog")
+    assert torch.bincount(torch.cat([found.train.labels, found.test.labels])).tolist() == [4 * len(inner)] * 2
+    assert any("are the classes, and all hold the same folders" in note for note in found.notes)
 
 
 def test_splits_without_class_folders_are_no_classes(tmp_path):

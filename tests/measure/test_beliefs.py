@@ -10,7 +10,7 @@ from support.runs import result, split, train
 
 from layerwise import LayerwiseError, Learner, create_rule, data
 from layerwise.cli.main import main
-from layerwise.measure.beliefs import draw, early_exit, fixed_point_loss, measure, minimiser, quantities, report
+from layerwise.measure.beliefs import Cascade, beliefs_of_run, draw, early_exit, measure, minimiser, quantities
 
 CASCADE = split("--rule sid_cascade --model sid_cascade --model.depth 3 --model.width 8 --batch-size 128 --threads 1")
 
@@ -147,7 +147,7 @@ def test_the_command_writes_what_it_prints(run, tmp_path, capsys):
     assert f"{found['modules'][-1]['label_kl']:.4f}" in out
     assert found["loss"] == pytest.approx(sum(row["loss"] for row in found["modules"][1:]))
     assert found["first_loss"] == pytest.approx(1.5 * math.log(10))
-    assert found["fixed_point_loss"] == pytest.approx(fixed_point_loss(10, 3))
+    assert found["fixed_point_loss"] == pytest.approx(Cascade(10, 3).fixed_point_loss())
     assert [row["threshold"] for row in found["early_exit"]] == [0.2, 0.9]
     last = found["history"][-1]
     assert last["step"] == 12
@@ -158,7 +158,7 @@ def test_the_command_writes_what_it_prints(run, tmp_path, capsys):
 
 def test_the_stack_is_measured_too(tmp_path):
     folder = train(tmp_path / "run", "--rule", "sid", "--steps", "3")
-    found, notes = report(folder)
+    found, notes = beliefs_of_run(folder)
     assert notes == []
     assert (found["rule"], len(found["modules"])) == ("sid", 3)
     assert found["modules"][-1]["accuracy"] == pytest.approx(result(folder)["test_accuracy"])

@@ -22,7 +22,7 @@ SMALL = {
     "vit": {"width": 12},
 }
 ONE_BLOCK = ("noprop_ct", "noprop_fm")  # told the time, their depth is the steps of the sampler
-IMAGES = [name for name in models.names() if name not in ("gcn", "gat")]  # those are in test_graph_forward.py
+IMAGES = [name for name in models.names() if name not in ("gcn", "gat", "fcn")]  # these have tests of their own
 SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32)]
 
 
@@ -262,7 +262,7 @@ WRONG = [
     (lambda: models.create("vggg", (1, 8, 8), 10), "did you mean 'vgg'?"),
     (
         lambda: models.create("x", (1, 8, 8), 10),
-        "legal names: gat, gcn, mlp, noprop, noprop_ct, noprop_fm, resnet, reversible, sid_cascade, vgg, vit",
+        "legal names: fcn, gat, gcn, mlp, noprop, noprop_ct, noprop_fm, resnet, reversible, sid_cascade, vgg, vit",
     ),
     (lambda: models.options("resnt"), "did you mean 'resnet'?"),
     (lambda: models.describe("resnt"), "did you mean 'resnet'?"),
@@ -291,3 +291,15 @@ def test_wrong_use_is_told_in_one_sentence(use, sentence):
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
     assert str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("halvings", "sides"), [(0, [20, 20, 20]), (1, [20, 10, 10]), (2, [20, 10, 5]), (9, [20, 10, 5])]
+)
+def test_a_fully_convolutional_net_gives_a_map_of_the_size_of_the_image(halvings, sides):
+    model = models.create("fcn", (3, 20, 24), 5, depth=3, width=4, halvings=halvings)
+    h, found = torch.randn(2, 3, 20, 24), []
+    for name in model.block_names:
+        h = getattr(model, name)(h)
+        found.append(h.shape[2])
+    assert found == sides and model.head(h).shape == (2, 5, 20, 24)

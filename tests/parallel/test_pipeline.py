@@ -51,6 +51,7 @@ from layerwise.parallel.serialization import TensorSpec, encode
 from layerwise.parallel.stage import Stage
 from layerwise.parallel.transport import TreeBuffers
 from layerwise.runs.pipelined import PipelineRun
+from layerwise.runs.training import Run
 
 
 class Pipe:
@@ -379,6 +380,24 @@ def test_a_rank_that_fails_is_named_with_its_reason(tmp_path):
     assert all("non-finite" in error for error in errors), errors
     assert any("has stopped: block" in error for error in errors)
     assert not (tmp_path / "out" / "result.json").exists()
+
+
+@pytest.mark.parametrize("words", [PIPELINE, DATA])
+def test_an_unexpected_error_of_a_rank_is_one_sentence(words, tmp_path, monkeypatch):
+    def broken(run, x, y):
+        if run.ranks.rank == 1:
+            raise ZeroDivisionError("nobody has foreseen this")
+        return step(run, x, y)
+
+    step = Run._step
+    monkeypatch.setattr(Run, "_step", broken)
+    codes, errors = run(2, tmp_path / "job", [*words, *TINY, "--out", str(tmp_path / "out")])
+    assert codes == [2, 2]
+    for error in errors:
+        sentence = error.strip().splitlines()[-1]
+        assert "unexpected ZeroDivisionError: nobody has foreseen this" in sentence, errors
+        assert "please report it" in sentence and "Traceback" not in error, errors
+    assert "rank 1" in errors[0] and "has stopped: unexpected" in errors[0]
 
 
 @pytest.mark.parametrize(

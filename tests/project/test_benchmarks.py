@@ -77,7 +77,7 @@ def test_a_grid_keeps_what_is_finished(tmp_path):
     page = (tmp_path / "README.md").read_text()
     mean = f"{50 * sum(line['test_accuracy'] for line in lines[:2]):.2f}"
     assert f"It has {mean} ± " in page and "Rows without a finished run: diverging." in page
-    assert environment.in_words(environment.machine()) in page
+    assert environment.machine_in_words(environment.machine()) in page
     assert "tiny-sll-final" not in run(sys.executable, script, tmp_path)
     assert "tiny/sll seed 1: " in (out := run(sys.executable, script, tmp_path, "--check", "tiny/sll"))
     assert out.count(", equal") == 2
@@ -130,7 +130,7 @@ def test_a_machine_that_no_run_recorded_is_not_made_up(evidence):
     assert evidence.recorded_by(old) == "environment.txt, not by the run"
     assert evidence.machine_of({"machines": [], "stored": {"environment": None}}) == "not recorded"
     new = {"machines": [environment.machine() | {"commit": "abc", "packages": {"flwr": "1.2"}}]}
-    assert evidence.machine_of(new) == environment.in_words(environment.machine()) + ", flwr 1.2"
+    assert evidence.machine_of(new) == environment.machine_in_words(environment.machine()) + ", flwr 1.2"
     assert evidence.recorded_by(new) == "the run itself, commit abc"
 
 

@@ -129,7 +129,7 @@ def test_every_field_has_its_type(comparison, tmp_path, name):
             target[path[-1]] = value
             (tmp_path / "file.json").write_text(json.dumps(changed))
             try:
-                read = reading.read_json(tmp_path, "file.json", KINDS[name])
+                read = reading.read_record(tmp_path, "file.json", KINDS[name])
             except LayerwiseError as reason:
                 refusals += "file.json is damaged" in str(reason)
             else:

@@ -12,7 +12,7 @@ from torch import nn
 
 from layerwise import Classification, LayerwiseError, Learner, create_rule
 from layerwise.core.rule import BlockContext, Site
-from layerwise.measure.beliefs import alphas, first_loss, fixed_point_loss, least_loss, minimiser
+from layerwise.measure.beliefs import Cascade, alphas, least_loss, minimiser
 from layerwise.rules.sid import EXTRACTOR, BeliefHead, divergences, log_softmax, uniform_belief
 
 SGD = {"optimizer": torch.optim.SGD, "weight_decay": 0.0}
@@ -91,9 +91,9 @@ def test_the_exact_reverse_cascade_is_a_power_of_the_target():
 
 @pytest.mark.parametrize(("classes", "modules", "value"), [(10, 5, 0.860), (10, 10, 0.879), (100, 8, 1.058)])
 def test_the_loss_at_the_fixed_point_and_at_the_start(classes, modules, value):
-    assert fixed_point_loss(classes, modules) == pytest.approx(value, abs=1e-3)
-    assert first_loss(classes, modules) == pytest.approx(modules * 0.5 * math.log(classes))
-    assert first_loss(classes, modules) > fixed_point_loss(classes, modules)
+    assert Cascade(classes, modules).fixed_point_loss() == pytest.approx(value, abs=1e-3)
+    assert Cascade(classes, modules).first_loss() == pytest.approx(modules * 0.5 * math.log(classes))
+    assert Cascade(classes, modules).first_loss() > Cascade(classes, modules).fixed_point_loss()
 
 
 def test_the_fixed_point_is_not_the_smallest_sum():
@@ -108,7 +108,7 @@ def test_the_fixed_point_is_not_the_smallest_sum():
         found = [objective(p, q, target, 0.5, "forward") for p, q in zip(path, [belief, *path[:-1]], strict=True)]
         return float(sum(found))
 
-    assert total(path) == pytest.approx(fixed_point_loss(classes, modules))
+    assert total(path) == pytest.approx(Cascade(classes, modules).fixed_point_loss())
     surer = [(p * torch.where(target > 0, 1.0, 1.2)).log_softmax(-1) for p in path]
     assert total(surer) < total(path)
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from layerwise import LayerwiseError
 from layerwise.runs import checkpoint
 from layerwise.runs.checkpoint import CorruptCheckpoint
+from layerwise.runs.writing import write_atomically
 
 STATE = {"model": {"weight": torch.arange(6.0).view(2, 3)}, "steps": 7}
 FILES = ("state.safetensors", "state.json")
@@ -121,13 +122,15 @@ def test_tensors_that_share_memory_are_written_apart(tmp_path):
     assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
 
 
-@pytest.mark.parametrize(("write", "value"), [("write_atomically", "new"), ("write_tensors", {"w": torch.ones(2)})])
+@pytest.mark.parametrize(
+    ("write", "value"), [(write_atomically, "new"), (checkpoint.write_tensors, {"w": torch.ones(2)})]
+)
 def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch, write, value):
     file = tmp_path / "file"
     file.write_text("old")
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(LayerwiseError, match=r"could not write .*No space left"):
-        getattr(checkpoint, write)(file, value)
+        write(file, value)
     assert contents(tmp_path) == {"file": b"old"}
 
 

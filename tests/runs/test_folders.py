@@ -12,7 +12,7 @@ from support.runs import SMALL, contents, lines, result, split, train, weights
 
 from layerwise import LayerwiseError
 from layerwise.cli.main import main
-from layerwise.runs import checkpoint, folders
+from layerwise.runs import checkpoint, folders, writing
 from layerwise.runs.folders import Claim, read_options
 from layerwise.runs.options import TrainOptions
 
@@ -40,7 +40,7 @@ class Crash(BaseException):
 @contextmanager
 def crashing(monkeypatch, name, error=Crash):
     """A context in which writing this file ends in an error, half-written."""
-    real = checkpoint.write_atomically
+    real = writing.write_atomically
 
     def write(path, content):
         if path.name == name:

@@ -13,8 +13,10 @@ from layerwise import LayerwiseError
 from layerwise.cli.main import main
 from layerwise.measure.bench_problem import network_of
 from layerwise.scaling import bench as scaling
-from layerwise.scaling.bench import RankProcesses, ScalingOptions, contention
-from layerwise.scaling.rank import CountingLink
+from layerwise.scaling.bench import contention
+from layerwise.scaling.counting import CountingLink
+from layerwise.scaling.jobs import RankProcesses
+from layerwise.scaling.options import ScalingOptions
 from layerwise.scaling.simulate import (
     PARTS,
     Costs,

@@ -1,5 +1,6 @@
 """`layerwise bench memory|speed|scaling`."""
 
+from layerwise.cli.early import check_names, check_options, values
 from layerwise.errors import LayerwiseError, suggestion
 
 KINDS = ("memory", "speed", "scaling")
@@ -17,13 +18,18 @@ def bench_command(argv: list[str]) -> int:
         raise LayerwiseError(f"say what to measure: {near}; layerwise bench KIND --help lists the options.")
     kind, *rest = argv
     if kind == "memory":
+        check_names("rule", values(rest, "rule"))
+        check_names("model", values(rest, "model"))
         from layerwise.measure.bench_memory import memory_command
 
         return memory_command(rest)
+    check_options(rest, "model")
     if kind == "speed":
+        check_names("rule", values(rest, "rules"))
         from layerwise.measure.bench_speed import speed_command
 
         return speed_command(rest)
+    check_options(rest, "rule")
     from layerwise.scaling.bench import scaling_command
 
     return scaling_command(rest)

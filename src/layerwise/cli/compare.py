@@ -5,12 +5,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from layerwise.compare.grid import CompareOptions, Grid
+from layerwise.cli.early import check_names, check_options, values
 from layerwise.errors import LayerwiseError
 from layerwise.files import kind_of, shown
-from layerwise.report.page import write_report
-from layerwise.report.summary import resolution_in_words, table
-from layerwise.runs.arguments import train_options
 
 
 def compare_command(argv: list[str]) -> int:
@@ -21,10 +18,19 @@ def compare_command(argv: list[str]) -> int:
                 f"compare has no {word.partition('=')[0]}; rules and their options come after --rules, such as "
                 "--rules sll:overlap=1 backprop."
             )
+    check_options(argv, "recipe", "model", "data")
+    labels = [part for word in values(argv, "rules") for part in word.split(",")]
+    check_names("rule", (name for label in labels if (name := label.partition(":")[0]) not in ("", "all")))
+    from layerwise.compare.grid import CompareOptions, Grid
+    from layerwise.core.tasks import metric_of
+    from layerwise.report.page import write_report
+    from layerwise.report.summary import resolution_in_words, summary_table
+    from layerwise.runs.arguments import train_options
+
     options = train_options(argv, "compare", base=CompareOptions, hidden=("rule", "seed", "overwrite", "save_every"))
     grid = Grid(options, shlex.join(["layerwise", "compare", *argv]))
     summary = grid.run()
-    print(table(summary["rules"]))
+    print(summary_table(summary["rules"], metric_of(options.task)))
     if (note := resolution_in_words(summary["rules"])) is not None:
         print(note)
     print(f"files: {grid.folder}")
@@ -47,5 +53,7 @@ def report_command(argv: list[str]) -> int:
         raise LayerwiseError("report takes one folder: layerwise report DIR.")
     if kind_of(argv[0]) != "folder":
         raise LayerwiseError(f"there is no folder {shown(argv[0])}; give the folder of a comparison or a benchmark.")
+    from layerwise.report.page import write_report
+
     print(write_report(Path(argv[0])))
     return 0

@@ -1,6 +1,7 @@
 """`layerwise ls` and `layerwise describe`: what there is. Lists, and answers to misspelt names, need no torch."""
 
 from layerwise.cli import catalogue
+from layerwise.cli.early import check_names
 from layerwise.errors import LayerwiseError, suggestion
 
 LISTS = {
@@ -33,8 +34,7 @@ def describe_command(argv: list[str]) -> int:
         return 0
     if len(argv) != 1:
         raise LayerwiseError(f"name one rule: layerwise describe {'|'.join(names)}.")
-    if argv[0] not in names:
-        raise LayerwiseError(f"unknown rule {argv[0]!r}; {suggestion(argv[0], names)}.")
+    check_names("rule", argv)
     from layerwise.cli.describing import describe_rule
 
     print(describe_rule(argv[0]))

@@ -1,17 +1,14 @@
 """The command line: `layerwise COMMAND`. It finds the command, and turns every failure into one sentence."""
 
 import contextlib
-import errno
 import importlib
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from layerwise.errors import LayerwiseError, suggestion, tell_torchrun
+from layerwise.errors import LayerwiseError, report_error, say, traceback_wanted, unknown
 
 USAGE = """\
 layerwise: train deep networks without global backpropagation
@@ -21,7 +18,7 @@ usage: layerwise COMMAND [OPTIONS]
   train                 train a network (default: SLL on digits)
   compare               train several rules over several seeds, and write one report
   report DIR            draw the report of a comparison or a benchmark again
-  eval RUN              measure the accuracy of a trained run on the test split, block by block
+  eval RUN              measure a trained run on the test split, block by block
   beliefs RUN           measure what SID's theory predicts, module by module; early exit
   predict RUN INPUT     predict the classes of images, or of the rows of a table, as CSV
   export RUN FILE       write the trained weights as one safetensors file, for your own model class
@@ -45,11 +42,9 @@ COMMANDS = {
     "ls": "layerwise.cli.listing:ls_command",
     "describe": "layerwise.cli.listing:describe_command",
     "bench": "layerwise.cli.bench:bench_command",
-    "validate": "layerwise.measure.validate:validate_command",
+    "validate": "layerwise.cli.validate:validate_command",
 }
 """Where each command lives. It is imported when it is called, since most of them import torch."""
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Terminated(BaseException):
@@ -99,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         of the signal when stopped.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in argv
+    traceback_wanted.set("--debug" in argv)
     words = [word for word in argv if word != "--debug"]
     stdout = sys.stdout
     try:
@@ -118,17 +113,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = error.__cause__
         if isinstance(reason, BrokenPipeError):  # the reader has gone, for example `| head`
             return 0
-        return _failed(f"cannot print ({getattr(reason, 'strerror', reason)}).", debug)
-    except LayerwiseError as error:
-        return _failed(str(error), debug)
+        return report_error(LayerwiseError(f"cannot print ({getattr(reason, 'strerror', reason)})."))
     except KeyboardInterrupt:
-        _say("stopped.")
+        say("stopped.")
         return 128 + signal.SIGINT
     except Terminated:
-        _say("stopped.")
+        say("stopped.")
         return 128 + signal.SIGTERM
     except Exception as error:
-        return _failed(explained(error), debug)
+        return report_error(error)
 
 
 def _run(words: list[str]) -> int:
@@ -142,57 +135,12 @@ def _run(words: list[str]) -> int:
         return 0
     command, *rest = words
     if command not in COMMANDS:
-        raise LayerwiseError(f"unknown command {command!r}; {suggestion(command, list(COMMANDS))}.")
+        raise unknown("command", command, list(COMMANDS))
     from layerwise.memory.malloc import keep_freed_memory
 
     keep_freed_memory()
     module, _, function = COMMANDS[command].partition(":")
     return getattr(importlib.import_module(module), function)(rest)
-
-
-def explained(error: Exception) -> str:
-    """One sentence on an exception that is not a LayerwiseError: what happened, where, and what to do.
-
-    >>> explained(FileNotFoundError(2, "No such file or directory", "notes.txt"))
-    'cannot use notes.txt (No such file or directory); correct the path or its permissions.'
-    """
-    first = " ".join(str(error).split())[:300].rstrip(".")
-    if isinstance(error, OSError) and error.errno in FULL:
-        file = f" {error.filename}" if error.filename is not None else ""
-        return f"could not write{file or ' a file'} ({error.strerror}); free some space and start the command again."
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"cannot use {error.filename} ({error.strerror}); correct the path or its permissions."
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in first:
-        return f"out of memory{f' ({first})' if first else ''}; use smaller batches or a smaller model."
-    kind = type(error).__name__
-    return (
-        f"unexpected {kind}{f': {first}' if first else ''} ({_place(error)}); please report it, with the command and "
-        "what it prints when --debug is added."
-    )
-
-
-def _place(error: Exception) -> str:
-    """The last line of layerwise that was running."""
-    frames = traceback.extract_tb(error.__traceback__)
-    root = str(Path(__file__).parents[1])
-    own = [frame for frame in frames if frame.filename.startswith(root + os.sep)] or frames
-    if not own:
-        return "place unknown"
-    return f"{os.path.relpath(own[-1].filename, os.path.dirname(root))}, line {own[-1].lineno}"
-
-
-def _failed(sentence: str, debug: bool) -> int:
-    if debug:
-        with contextlib.suppress(OSError):
-            traceback.print_exc()
-    tell_torchrun(sentence)
-    _say(sentence)
-    return 2
-
-
-def _say(sentence: str) -> None:
-    with contextlib.suppress(OSError):  # nobody is left to read it
-        print(f"layerwise: {sentence}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -2,18 +2,14 @@
 
 import os
 import shlex
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from layerwise.errors import LayerwiseError
+from layerwise.cli.early import check_options
+from layerwise.errors import LayerwiseError, say
 from layerwise.parsing import parse, take_option
-from layerwise.runs import distributed, pipelined, replicated
-from layerwise.runs.arguments import train_options
-from layerwise.runs.folders import read_options
-from layerwise.runs.options import TrainOptions
-from layerwise.runs.training import Interrupted, Run
+from layerwise.runs.layout import check_run
 
 
 def train_command(argv: list[str]) -> int:
@@ -21,6 +17,17 @@ def train_command(argv: list[str]) -> int:
     command = shlex.join(["layerwise", "train", *argv])
     words = list(argv)
     resume = take_option(words, "resume")
+    if resume is None:
+        check_options(argv, "recipe", "rule", "model", "data")
+    else:
+        check_run(Path(resume))
+    from layerwise.runs import distributed, pipelined, replicated
+    from layerwise.runs.arguments import train_options
+    from layerwise.runs.folders import read_options
+    from layerwise.runs.interrupt import Interrupted
+    from layerwise.runs.options import TrainOptions
+    from layerwise.runs.training import Run
+
     if resume is not None:
         given = {f.name: take_option(words, f.name) for f in fields(distributed.ParallelOptions)}
         if words:
@@ -49,7 +56,7 @@ def train_command(argv: list[str]) -> int:
     try:
         result = run.train()
     except Interrupted as stop:
-        print(f"layerwise: {stop}", file=sys.stderr)
+        say(str(stop))
         return 128 + stop.signum
     print(result_table(result, run.folder))
     return 0
@@ -57,13 +64,16 @@ def train_command(argv: list[str]) -> int:
 
 def result_table(result: dict[str, Any], folder: Any) -> str:
     """The results of a run as a table of two columns, for a person to read."""
-    memory = result["memory_mib"]
+    from layerwise.core.tasks import metric_of
+
+    memory, metric = result["memory_mib"], metric_of(result["task"])
+    val = result[f"val_{metric.name}"]
     held = ", ".join(f"{name} {memory[name]:.1f}" for name in ("parameters", "optimizer", "gradients", "activations"))
     rows = {
         "rule": f"{result['rule']} on {result['model']}, {result['data']}, seed {result['seed']}",
-        "test accuracy": f"{100 * result['test_accuracy']:.2f} %",
-        "val accuracy": "none" if result["val_accuracy"] is None else f"{100 * result['val_accuracy']:.2f} %",
-        "by block": " ".join(f"{name} {100 * value:.1f}" for name, value in result["blocks"].items()),
+        f"test {metric.words}": metric.written(result[f"test_{metric.name}"]),
+        f"val {metric.words}": "none" if val is None else metric.written(val),
+        "by block": " ".join(f"{name} {metric.factor * value:.1f}" for name, value in result["blocks"].items()),
         "training time": f"{result['train_seconds']:.1f} s, {result['samples_per_second']:,.0f} samples/s",
         "peak memory": f"{memory['peak']:.1f} MiB ({held})",
         "files": str(folder),

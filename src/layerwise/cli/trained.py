@@ -1,4 +1,7 @@
-"""Commands that use a trained run: `layerwise eval`, `beliefs`, `predict` and `export`."""
+"""Commands that use a trained run: `layerwise eval`, `beliefs`, `predict` and `export`.
+
+What imports torch is imported in the commands, so that help and refusals come at once.
+"""
 
 import json
 import sys
@@ -9,16 +12,12 @@ from typing import Literal
 
 from layerwise.errors import LayerwiseError
 from layerwise.parsing import parse
-from layerwise.runs import building, training
-from layerwise.runs.exporting import export
-from layerwise.runs.folders import read_options
-from layerwise.runs.output import check_output, data_paths, write_output
-from layerwise.runs.predicting import predictions
+from layerwise.runs.layout import check_run
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """Measure accuracy and loss of a trained run, block by block."""
+    """Measure the task's metrics and the loss of a trained run, block by block."""
 
     split: Literal["test", "val", "train"] = "test"
     """Which part of the run's data set."""
@@ -32,39 +31,74 @@ class EvalOptions:
 
 def eval_command(argv: list[str]) -> int:
     """`layerwise eval RUN`: print the scalars of every block, averaged over a split."""
-    folder, rest = _positional(argv, "eval", EvalOptions, "RUN")
+    folder, rest = _run(argv, "eval", EvalOptions)
     options = parse(EvalOptions, rest, "eval")
     if options.batch_size < 1:
         raise LayerwiseError(f"batch size is {options.batch_size}; it must be 1 or more.")
-    run = building.load_run(Path(folder), options.device)
+    from layerwise.runs import building
+    from layerwise.runs.evaluation import evaluate
+    from layerwise.runs.output import check_output, data_paths, write_output
+
+    run = building.load_run(folder, options.device)
     inputs = data_paths(run.options.data)
     if options.json:
         check_output(Path(options.json), inputs)  # before the work
-    batches = building.split_in_order(run, options.split, options.batch_size, Path(folder))
-    figures = training.evaluate(run.learner, batches)
+    batches = building.split_in_order(run, options.split, options.batch_size, folder)
+    figures = evaluate(run.learner, batches)
     _tell(run.notes)
     width = max(map(len, figures))
     print("\n".join(f"{name:<{width}}  {value:.4f}" for name, value in figures.items()))
     if options.json:
-        text = json.dumps({"run": folder, "split": options.split, **figures}) + "\n"
+        text = json.dumps({"run": str(folder), "split": options.split, **figures}) + "\n"
         write_output(Path(options.json), text, inputs)
     return 0
 
 
+@dataclass(frozen=True)
+class BeliefsOptions:
+    """The beliefs of a run of SID, module by module: descent, the bounds of its theory, early exit."""
+
+    split: Literal["test", "val", "train"] = "test"
+    """Which part of the run's data set."""
+    thresholds: tuple[float, ...] = (0.5, 0.9, 0.99)
+    """Probabilities at which to stop at a module."""
+    batch_size: int = 512
+    """Samples per batch."""
+    device: str = "auto"
+    """cpu | cuda | cuda:N | auto."""
+    json: str | None = None
+    """Also write all results to this file, with the history of the run."""
+    plot: str | None = None
+    """Draw entropy and divergence over depth to this file (.svg, .png, .pdf)."""
+
+
 def beliefs_command(argv: list[str]) -> int:
     """`layerwise beliefs RUN`: print what SID's theory predicts beside what is measured."""
-    from layerwise.measure.beliefs import BeliefsOptions, show_beliefs
+    folder, rest = _run(argv, "beliefs", BeliefsOptions)
+    options = parse(BeliefsOptions, rest, "beliefs")
+    from layerwise.measure.beliefs import beliefs_of_run, draw, print_beliefs
+    from layerwise.runs.folders import read_options
+    from layerwise.runs.output import check_output, data_paths, write_output
 
-    folder, rest = _positional(argv, "beliefs", BeliefsOptions, "RUN")
-    _tell(show_beliefs(Path(folder), parse(BeliefsOptions, rest, "beliefs")))
+    inputs = data_paths(read_options(folder).data)
+    for file in filter(None, (options.json, options.plot)):
+        check_output(Path(file), inputs)  # before the work
+    found, notes = beliefs_of_run(folder, options.split, options.thresholds, options.batch_size, options.device)
+    if options.plot:
+        draw(found["modules"], Path(options.plot))
+    if options.json:
+        write_output(Path(options.json), json.dumps(found, indent=2) + "\n", inputs)
+    print_beliefs(found)
+    _tell(notes)
     return 0
 
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """Predict the classes of images with a trained run: an image file, a folder, or a .npy array (N, C, H, W).
+    """Predict the labels of images with a trained run: an image file, a folder, or a .npy array (N, C, H, W).
 
-    The output is CSV: input, class, probability.
+    The output is CSV: input, class, probability; or a column per target or label, as the run's task has them. A class
+    per pixel goes into an array, --out FILE.npy.
     """
 
     out: str | None = None
@@ -74,19 +108,25 @@ class PredictOptions:
 
 
 def predict_command(argv: list[str]) -> int:
-    """`layerwise predict RUN INPUT`: print or write class and probability of every input."""
-    folder, rest = _positional(argv, "predict", PredictOptions, "RUN")
+    """`layerwise predict RUN INPUT`: print or write what is predicted for every input."""
+    folder, rest = _run(argv, "predict", PredictOptions)
     given, rest = _positional(rest, "predict", PredictOptions, "INPUT")
     options = parse(PredictOptions, rest, "predict")
-    inputs = [Path(given), *data_paths(read_options(Path(folder)).data)]
+    from layerwise.runs.folders import read_options
+    from layerwise.runs.output import check_output, data_paths, write_output
+    from layerwise.runs.predicting import predictions
+
+    inputs = [Path(given), *data_paths(read_options(folder).data)]
     if options.out:
         check_output(Path(options.out), inputs)  # before the work
-    text, notes = predictions(Path(folder), Path(given), options.device)
+    if not options.out and read_options(folder).task == "segmentation":
+        raise LayerwiseError("a class per pixel does not go into CSV; write an array with --out FILE.npy.")
+    text, notes = predictions(folder, Path(given), options.device)
     _tell(notes)
     if options.out:
         write_output(Path(options.out), text, inputs)
     else:
-        print(text, end="")
+        print(str(text), end="")
     return 0
 
 
@@ -100,10 +140,12 @@ class ExportOptions:
 
 def export_command(argv: list[str]) -> int:
     """`layerwise export RUN FILE`: write the weights, and print the file's path."""
-    folder, rest = _positional(argv, "export", ExportOptions, "RUN")
+    folder, rest = _run(argv, "export", ExportOptions)
     file, rest = _positional(rest, "export", ExportOptions, "FILE")
     parse(ExportOptions, rest, "export")
-    written, notes = export(Path(folder), Path(file))
+    from layerwise.runs.exporting import export
+
+    written, notes = export(folder, Path(file))
     _tell(notes)
     print(written)
     return 0
@@ -112,6 +154,13 @@ def export_command(argv: list[str]) -> int:
 def _tell(notes: Sequence[str]) -> None:
     for note in notes:
         print(f"layerwise: note: {note}", file=sys.stderr)
+
+
+def _run(argv: Sequence[str], command: str, options: type) -> tuple[Path, list[str]]:
+    """The folder of a run that a command is given first, and the words after it."""
+    folder, rest = _positional(argv, command, options, "RUN")
+    check_run(Path(folder))
+    return Path(folder), rest
 
 
 def _positional(argv: Sequence[str], command: str, options: type, name: str) -> tuple[str, list[str]]:

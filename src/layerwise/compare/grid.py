@@ -14,11 +14,13 @@ from layerwise.compare.pool import Pool, default_jobs
 from layerwise.compare.record import kept_plan, write_record, write_results
 from layerwise.compare.rules_asked import plain_fields, read_rules
 from layerwise.compare.tuning import choose, trial_options
+from layerwise.core.tasks import metric_of
 from layerwise.errors import LayerwiseError
 from layerwise.report.reading import read_correct
 from layerwise.report.summary import BASELINE, result_row
 from layerwise.runs.building import pick_device
-from layerwise.runs.folders import FREE, claimed, grid_run_folder
+from layerwise.runs.folders import FREE, claimed
+from layerwise.runs.layout import grid_run_folder
 from layerwise.runs.options import TrainOptions, model_name, to_mapping
 from layerwise.runs.progress import GridProgress
 
@@ -52,7 +54,7 @@ class CompareOptions(TrainOptions):
     jobs: int | None = None
     """Number of runs at the same time (default: as many as cores and memory allow)."""
     report: bool = True
-    """Diagnose the finished runs and write report.html."""
+    """Diagnose the finished runs (of classes) and write report.html."""
 
 
 def budget_of(options: CompareOptions) -> str:
@@ -92,6 +94,7 @@ class Grid:
                 raise LayerwiseError(f"{name} is {value}; it must be {least} or more.")
         if options.tune and options.val_fraction == 0:
             raise LayerwiseError("--tune chooses on the validation split, and --val-fraction is 0; give it a share.")
+        self.metric = metric_of(options.task)
         self.accelerator = pick_device(options.device).type != "cpu"
         self.budget = budget_of(options)
         threads = options.threads or 1
@@ -126,7 +129,7 @@ class Grid:
                 self.chosen = {label: self._choose(label) for label in self.rules}
                 finals = self.finals()
                 self._train(pool, [run for run in finals if run is not None], progress)
-            if self.options.report:
+            if self.options.report and self.options.task == "classification":  # probes are of classes
                 self._diagnose(pool, [run for run in finals if run is not None])
         return self._write()
 
@@ -151,7 +154,7 @@ class Grid:
         trials = self._trials(label)
         if not trials:
             return self._budgeted(label)
-        best = choose([run.result for run in trials])
+        best = choose([run.result for run in trials], self.metric)
         return None if best is None else trials[best].options
 
     def _budgeted(self, label: str) -> TrainOptions:
@@ -213,7 +216,7 @@ class Grid:
             begun=lambda run: progress.begun(
                 run.name, self._cost(run), lambda: min(1.0, run.last_step() / steps[run.name])
             ),
-            ended=lambda run: progress.ended(run.name, in_words(run)),
+            ended=lambda run: progress.ended(run.name, outcome_of(run)),
         )
 
     def _steps(self, run: GridRun) -> int:
@@ -243,13 +246,15 @@ class Grid:
                 options = self.chosen[label]
                 if options is None:
                     reason = f"every trial failed, the first: {(self._trials(label)[0].failure or {})['reason']}"
-                    rows.append(result_row(label, seed, None, None, reason))
+                    rows.append(result_row(label, seed, None, None, reason, self.metric))
                     continue
                 run = self._grid_run(label, f"seed {seed}", seed, "runs", options)
-                rows.append(result_row(label, seed, options, run.result, (run.failure or {}).get("reason", "")))
+                rows.append(
+                    result_row(label, seed, options, run.result, (run.failure or {}).get("reason", ""), self.metric)
+                )
                 if run.result and (found := read_correct(run.folder)) is not None:
                     correct.setdefault(label, {})[seed] = found
-        return write_results(self.folder, self.command, self.budget, rows, correct)
+        return write_results(self.folder, self.command, self.budget, rows, correct, self.metric)
 
 
 @contextlib.contextmanager
@@ -262,10 +267,12 @@ def _gone_if_empty(file: Path) -> Iterator[None]:
             file.unlink()
 
 
-def in_words(run: GridRun) -> str:
+def outcome_of(run: GridRun) -> str:
     """The outcome of a run in one line."""
     found = run.result
     if found is None:
         return f"{run.name}: failed: {(run.failure or {}).get('reason', 'unknown')}"
-    val = "" if found["val_accuracy"] is None else f"val {100 * found['val_accuracy']:.2f} %, "
-    return f"{run.name}: {val}test {100 * found['test_accuracy']:.2f} % in {found['train_seconds']:.1f} s"
+    metric = metric_of(run.options.task)
+    own, val = found[f"test_{metric.name}"], found[f"val_{metric.name}"]
+    before = "" if val is None else f"val {metric.written(val)}, "
+    return f"{run.name}: {before}test {metric.written(own)} in {found['train_seconds']:.1f} s"

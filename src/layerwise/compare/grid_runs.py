@@ -11,11 +11,11 @@ from typing import Any
 from layerwise.compare.pool import Pool
 from layerwise.errors import LayerwiseError
 from layerwise.files import MissingFile
-from layerwise.report.reading import Failure, Result, read_json
-from layerwise.runs.checkpoint import write_atomically
+from layerwise.report.reading import Failure, read_record, read_result
 from layerwise.runs.folders import FREE, claimed
+from layerwise.runs.log import read_log
 from layerwise.runs.options import TrainOptions, to_mapping, to_words
-from layerwise.runs.records import read_lines
+from layerwise.runs.writing import write_atomically
 
 FINAL = ("diverged",)
 """Kinds of failure that follow from options and seed: such a run is not repeated."""
@@ -45,7 +45,10 @@ class GridRun:
     @property
     def result(self) -> dict[str, Any] | None:
         """Contents of `result.json`, which a run writes when it is finished."""
-        return self._read("result.json", Result)
+        try:
+            return read_result(self.folder, "result.json")
+        except MissingFile:
+            return None
 
     @property
     def failure(self) -> dict[str, Any] | None:
@@ -60,13 +63,13 @@ class GridRun:
     def _read(self, file: str, kind: Any) -> dict[str, Any] | None:
         """A JSON file of the folder; None where it is missing."""
         try:
-            return read_json(self.folder, file, kind)
+            return read_record(self.folder, file, kind)
         except MissingFile:
             return None
 
     def last_step(self) -> int:
         """The last step that the run has logged so far."""
-        return max((line["step"] for line in read_lines(self.folder / "metrics.jsonl")), default=0)
+        return max((line["step"] for line in read_log(self.folder / "metrics.jsonl")), default=0)
 
     def check(self) -> None:
         """Raise LayerwiseError where the folder holds a run with other options."""

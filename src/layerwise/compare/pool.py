@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import queue
 import signal
 import subprocess
 import sys
@@ -12,21 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from layerwise.processes import cores
+
 OUTSIDE = 600 * 2**20
 """Bytes that a worker needs besides its tensors: Python, torch's code, scikit-learn."""
-
-
-def lines_of_parent() -> "queue.SimpleQueue[str]":
-    """In a worker: the lines of standard input as they arrive. When it ends, the process exits, even in mid-task."""
-    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def read() -> None:
-        for line in sys.stdin:
-            lines.put(line)
-        os._exit(0)
-
-    threading.Thread(target=read, daemon=True).start()
-    return lines
 
 
 class Pool:
@@ -160,13 +148,6 @@ def _epitaph(code: int) -> str:
         guess = " (the system does so when memory runs out)" if -code == signal.SIGKILL else ""
         return f"the process was ended by {name}{guess}"
     return f"the process ended by itself with exit code {code}"
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    with contextlib.suppress(AttributeError):  # not on every system
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def free_memory() -> int | None:

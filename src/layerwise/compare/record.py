@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from layerwise.core.tasks import ACCURACY, Metric
 from layerwise.errors import LayerwiseError
 from layerwise.files import MissingFile
-from layerwise.report.reading import CompareRecord, read_json
+from layerwise.report.reading import CompareRecord, read_record
 from layerwise.report.summary import as_csv, summarise
-from layerwise.runs.checkpoint import write_atomically
 from layerwise.runs.environment import environment
+from layerwise.runs.options import TrainOptions, to_mapping
+from layerwise.runs.writing import write_atomically
 
 
 def kept_plan(folder: Path, fixed: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -26,13 +28,15 @@ def kept_plan(folder: Path, fixed: Mapping[str, Any]) -> dict[str, dict[str, Any
         LayerwiseError: the folder holds something else, a comparison with other options, or a damaged record.
     """
     try:
-        before = read_json(folder, "compare.json", CompareRecord)
+        before = read_record(folder, "compare.json", CompareRecord)
     except MissingFile:
         if {path.name for path in folder.iterdir()} - {"workers.log", "compare.json.partial"}:
             raise LayerwiseError(f"{folder} is not empty and holds no comparison; choose another --out.") from None
         return {}
+    # Options that are newer than the comparison had the value that is their default now.
+    known = json.loads(json.dumps(to_mapping(TrainOptions()))) | before["fixed"]
     for name, value in json.loads(json.dumps(fixed)).items():
-        if before["fixed"].get(name) != value:
+        if known.get(name) != value:
             raise LayerwiseError(
                 f"{folder} holds a comparison with {name} = {json.dumps(before['fixed'].get(name))}, not "
                 f"{json.dumps(value)}; put it back, or choose another --out."
@@ -56,9 +60,15 @@ def write_results(
     budget: str,
     rows: Sequence[dict[str, Any]],
     correct: Mapping[str, Mapping[int, np.ndarray]],
+    metric: Metric = ACCURACY,
 ) -> dict[str, Any]:
     """Write `results.csv` and `summary.json`; returns the summary."""
     write_atomically(folder / "results.csv", as_csv(rows))
-    summary = {"command": command, "budget": budget, "rules": summarise(rows, correct)}
+    summary = {
+        "command": command,
+        "budget": budget,
+        "metric": metric.name,
+        "rules": summarise(rows, correct, metric),
+    }
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from layerwise.core.tasks import ACCURACY, Metric
 from layerwise.runs.options import TrainOptions
 
 SPAN = 10.0
@@ -26,7 +27,7 @@ def trial_options(options: TrainOptions, count: int) -> list[TrainOptions]:
     trials = [options]
     for k in range(1, count):
         rate, other = (SPAN ** (2 * halton(k, base) - 1) for base in (2, 3))
-        trials.append(replace(options, lr=_short(options.lr * rate), weight_decay=_short(decay * other)))
+        trials.append(replace(options, lr=_rounded(options.lr * rate), weight_decay=_rounded(decay * other)))
     return trials[:count]
 
 
@@ -44,16 +45,22 @@ def halton(k: int, base: int) -> float:
     return value
 
 
-def _short(value: float) -> float:
+def _rounded(value: float) -> float:
     """Round to four digits, which fit on a command line."""
     return float(f"{value:.4g}")
 
 
-def choose(results: Sequence[dict[str, Any] | None]) -> int | None:
+def choose(results: Sequence[dict[str, Any] | None], metric: Metric = ACCURACY) -> int | None:
     """Number of the trial with the best validation accuracy, then the lowest loss, then the first; None if all failed.
+
+    Args:
+        results: of the trials, None for one that failed.
+        metric: what stands in the place of the accuracy.
 
     >>> choose([None, {"val_accuracy": 0.9, "val_loss": 0.3}, {"val_accuracy": 0.9, "val_loss": 0.2}])
     2
     """
-    done = [(-found["val_accuracy"], found["val_loss"], i) for i, found in enumerate(results) if found is not None]
+    key = f"val_{metric.name}"
+    found = [(i, result) for i, result in enumerate(results) if result is not None]
+    done = [(metric.better_first(result[key]), result["val_loss"], i) for i, result in found]
     return min(done)[2] if done else None

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from layerwise.compare.pool import lines_of_parent
 from layerwise.core.failures import NonFinite
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, explained, is_out_of_memory
 from layerwise.measure.bench_speed import flops_of
 from layerwise.measure.diagnostics import diagnose
 from layerwise.memory.malloc import keep_freed_memory
+from layerwise.processes import lines_of_parent
 from layerwise.runs import building, training
 from layerwise.runs.options import TrainOptions, from_mapping
 
@@ -84,10 +84,8 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
     except LayerwiseError as error:
         return {"kind": "mistake", "reason": str(error)}
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
-        memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-        reason = f"out of memory: {first}" if memory else f"{type(error).__name__}: {first}"
-        return {"kind": "memory" if memory else "error", "reason": reason, "traceback": traceback.format_exc()}
+        kind = "memory" if is_out_of_memory(error) else "error"
+        return {"kind": kind, "reason": explained(error), "traceback": traceback.format_exc()}
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from layerwise.errors import LayerwiseError, suggestion
+from layerwise.errors import unknown
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def check_augmentations(names: Sequence[str]) -> None:
     """
     for name in names:
         if name not in AUGMENTATIONS:
-            raise LayerwiseError(f"unknown augmentation {name!r}; {suggestion(name, list(AUGMENTATIONS))}.")
+            raise unknown("augmentation", name, list(AUGMENTATIONS))
 
 
 def _on(images: Tensor, draws: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from layerwise.core.pieces import JoinsGroups, LearnsInPart, TakesTurns
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site
-from layerwise.core.tasks import Classification
+from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError, suggestion
 
 
@@ -204,20 +204,23 @@ def check_sent_back(rule: Rule, site: Site, sent: Any, out: Tensor) -> None:
         )
 
 
-def check_prediction(rule: Rule, found: Any, task: Classification, samples: int | None) -> None:
-    """Raise LayerwiseError unless `predict` has given logits `(B, ..., K)`.
+def check_prediction(rule: Rule, found: Any, task: Task, samples: int | None) -> None:
+    """Raise LayerwiseError unless `predict` has given outputs of the task: `(B, ..., K)`, `(B, K, H, W)` per pixel.
 
     Args:
         rule: the rule.
         found: what it predicts.
-        task: knows the number of classes K.
+        task: knows the number of outputs K.
         samples: the number of samples B, where it is known.
     """
     fits = isinstance(found, Tensor) and found.is_floating_point() and found.dim() > 1
-    if not (fits and found.shape[-1] == task.classes and samples in (None, len(found))):
+    per_pixel = task.positions == "pixel"
+    right = fits and (task.kind == "loss" or found.shape[1 if per_pixel else -1] == task.outputs)
+    if not (right and samples in (None, len(found))):
+        places = f"{task.outputs}, ..." if per_pixel else f"..., {task.outputs}"
         raise LayerwiseError(
             f"rule {rule.name!r} predicts {_in_words(found)}; return from `predict` logits of shape "
-            f"({'B' if samples is None else samples}, ..., {task.classes})."
+            f"({'B' if samples is None else samples}, {places})."
         )
 
 

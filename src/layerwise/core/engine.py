@@ -13,12 +13,13 @@ from layerwise.core.contract import asking, check_run, check_sent_back, check_si
 from layerwise.core.failures import NonFinite, in_a_sentence
 from layerwise.core.groups import Group, Unit, parameters_of
 from layerwise.core.optim import set_learning_rate
+from layerwise.core.parts import Part, Whole, parts_of
 from layerwise.core.perturbation import Perturbation
 from layerwise.core.pieces import HasTrunk, PerturbsWeights, StepsByParameter, has_trunk
 from layerwise.core.progress import Accumulation, Trace, WaitingTrunk
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.rule import BlockContext, Rule, Signal
-from layerwise.core.tasks import Classification
+from layerwise.core.tasks import Task
 from layerwise.core.trees import all_finite, mapped
 from layerwise.errors import LayerwiseError
 
@@ -67,6 +68,8 @@ class Execution:
     autocast: torch.dtype | None = None
     clip: float | None = None
     accumulate: int = 1
+    micro: int = 1
+    """Parts in which each group runs its batch."""
     nonfinite: Literal["raise", "skip"] = "raise"
     seed: int = 0
     replicas: Alone = field(default_factory=Alone)
@@ -88,7 +91,7 @@ class Engine:
     def __init__(
         self,
         rule: Rule,
-        task: Classification,
+        task: Task,
         execution: Execution,
         resident: Callable[[Sequence[Unit]], AbstractContextManager[None]] = nullcontext,
     ):
@@ -102,7 +105,15 @@ class Engine:
         """The step of the group whose gradients are being averaged over the replicas."""
 
     def forward(
-        self, group: Group, h: Tensor, message: Any, y: Tensor, step: int | None, trace: Trace
+        self,
+        group: Group,
+        h: Tensor,
+        message: Any,
+        y: Tensor,
+        step: int | None,
+        trace: Trace,
+        part: int | None = None,
+        share: float = 1.0,
     ) -> tuple[list[tuple[Signal, Tensor]], Tensor, Any]:
         """Run a group's blocks and ask the rule for its signals.
 
@@ -113,6 +124,8 @@ class Engine:
             y: labels.
             step: the training step, which decides the random draws; None in evaluation.
             trace: where metrics go.
+            part: number of the part of the batch; None for a whole one.
+            share: of the batch's labels, which metrics weigh by.
 
         Returns:
             Signals with the output that each one belongs to; input and message of the next group.
@@ -130,7 +143,7 @@ class Engine:
             graph = torch.set_grad_enabled(torch.is_grad_enabled() and unit.site.index >= group.first)
             buffers = nullcontext() if own else unit.on_copies()  # running statistics move in the unit's own group
             with graph, buffers:
-                out = self.run(unit, h, message, step)
+                out = self.run(unit, h, message, step, part)
                 with self.autocast(), asking(self.rule, f"`signal` at block {unit.site.name!r}"):
                     ctx = BlockContext(unit.site, out, h, message, y, self.task, unit.auxiliary, training, learns, view)
                     signal = self.rule.signal(ctx)
@@ -144,7 +157,7 @@ class Engine:
             if own:
                 passed_on = h, message
                 if signal.metrics:
-                    trace.metrics[unit.site.name] = detach(signal.metrics)
+                    trace.add(unit.site.name, detach(signal.metrics), signal.statistics, share)
         return signals, *passed_on
 
     def step(
@@ -183,7 +196,8 @@ class Engine:
             if trunk is not None:
                 sent_back = (Signal(cotangent=trunk.gradient), trunk.out)
                 with self.resident(trunk.group.units):
-                    self._learn(trunk.group, trunk.h, [*trunk.signals, sent_back], step, trace)
+                    loss = self._add(trunk.group, trunk.h, [*trunk.signals, sent_back], step)
+                    self._learn(trunk.group, trunk.h, loss, step, trace)
             self._step_reduced()
             if self._due:
                 self.accumulation.next()
@@ -254,16 +268,28 @@ class Engine:
     ) -> tuple[Tensor, Any]:
         """One group's whole update; returns the detached input and message of the next group.
 
+        With `micro` parts the batch comes through in so many, each forward, signal and backward; the gradients of this
+        group add up to those of the mean over the counted labels, and it steps once. Of the activations one part's are
+        alive at a time.
+
         Where there is a trunk, the gradient on the group's input goes back to it, as the rule says.
         """
         if isinstance(self.rule, PerturbsWeights) and group.learns:
             return self._perturbed(group, h, message, y, step, trace, *self.rule.perturbations())
         if trunk is not None and group.learns:
             h = h.detach().requires_grad_()
-        signals, h_out, message_out = self._with_graph(group, h, message, y, step, trace)
+        whole, losses = Whole(group.name), []
+        for part in parts_of(len(y), self.execution.micro):
+            passed_on, loss = self._run_part(group, part, h, message, y, step, trace)
+            whole.add(part, passed_on)
+            losses.append(loss)
+        h_out, message_out = whole.tree
+        for name in [unit.site.name for unit in group.units if self.execution.micro > 1]:
+            if name in trace.statistics:  # metrics that are no means over the parts
+                trace.metrics[name] |= self.task.measures(trace.statistics[name])
         scale = group.scaler.get_scale() if trunk is not None else 1.0  # the step below may change it
         if group.learns:
-            self._learn(group, h, signals, step, trace)
+            self._learn(group, h, torch.stack(losses).sum(), step, trace)
         else:
             self._rest(group, h_out)
         if trunk is not None and h.grad is not None:
@@ -275,21 +301,51 @@ class Engine:
             check_sent_back(self.rule, site, sent_back, trunk.out)
             if sent_back is not None:
                 trunk.gradient += sent_back
-        return detach(h_out), detach(message_out)
+        return h_out, message_out
+
+    def _run_part(
+        self, group: Group, part: Part, h: Tensor, message: Any, y: Tensor, step: int, trace: Trace
+    ) -> tuple[tuple[Tensor, Any], Tensor]:
+        """Forward, signal and backward of a part of the batch.
+
+        Returns:
+            Output and message, detached; the loss, as the part's share of the batch's.
+        """
+        h, message, own = part.of(h), part.of(message), part.of(y)
+        share = 1.0 if part.index is None else self._share(own, y)
+        signals, out, message = self._with_graph(group, h, message, own, step, trace, part.index, share)
+        loss = (
+            self._add(group, h, signals, step, share) if group.learns and share else torch.zeros((), device=out.device)
+        )
+        return detach((out, message)), loss
+
+    def _share(self, part: Tensor, y: Tensor) -> float:
+        """How many of a batch's labels that count are in one part."""
+        some = self.rule.unlabelled
+        return float(self.task.counted(part, some) / self.task.counted(y, some))
 
     def _with_graph(
-        self, group: Group, h: Tensor, message: Any, y: Tensor, step: int, trace: Trace
+        self,
+        group: Group,
+        h: Tensor,
+        message: Any,
+        y: Tensor,
+        step: int,
+        trace: Trace,
+        part: int | None = None,
+        share: float = 1.0,
     ) -> tuple[list[tuple[Signal, Tensor]], Tensor, Any]:
         """The forward pass of an update: with a graph where something learns."""
-        if self.accumulation.batches <= 1:  # what the owner has computed is no part of the update
+        first = self.accumulation.batches <= 1 and not part
+        if first:  # what the owner has computed is no part of the update
             self._free(group)
             for optimizer in group.resting:
                 optimizer.state.clear()
-        if self.execution.nonfinite == "skip" and self.accumulation.batches == 1:
+        if self.execution.nonfinite == "skip" and self.accumulation.batches == 1 and first:
             group.buffers = [(b, b.clone()) for unit in group.units for b in unit.buffers()]
             group.broken = False
         with torch.set_grad_enabled(group.learns), self._frozen(group):
-            return self.forward(group, h, message, y, step, trace)
+            return self.forward(group, h, message, y, step, trace, part, share)
 
     @contextmanager
     def _frozen(self, group: Group) -> Iterator[None]:
@@ -304,17 +360,24 @@ class Engine:
             for parameter in frozen:
                 parameter.requires_grad_(True)
 
-    def _learn(self, group: Group, h: Tensor, signals: list[tuple[Signal, Tensor]], step: int, trace: Trace) -> None:
-        """Backward, and the optimizer's step where enough batches have accumulated.
+    def _add(
+        self, group: Group, h: Tensor, signals: list[tuple[Signal, Tensor]], step: int, share: float = 1.0
+    ) -> Tensor:
+        """Add the gradients of signals to those that the group has; returns the loss, as its share of the batch's.
 
-        With replicas the step comes when their gradients have, while the next group runs forward; before its backward
-        pass at the latest, so that never more than one group's gradients are alive.
+        With replicas the group before steps now at the latest, so that never more than one group's gradients are alive.
         """
         self._step_reduced()
-        replicas = self.execution.replicas
         with self._stepping_at_once(group, h, step) as norms:
-            loss = self._backward(group, h, signals)
-        loss = sum((0 * norm for norm in norms), loss)  # finite where loss and gradients are
+            loss = self._backward(group, h, signals, share)
+        return sum((0 * norm for norm in norms), loss)  # finite where loss and gradients are
+
+    def _learn(self, group: Group, h: Tensor, loss: Tensor, step: int, trace: Trace) -> None:
+        """The optimizer's step where enough batches have accumulated.
+
+        With replicas the step comes when their gradients have, while the next group runs forward.
+        """
+        replicas = self.execution.replicas
         if not self._due:
             self._note_non_finite(group, h, loss, step, trace)
         elif group.broken:
@@ -383,10 +446,11 @@ class Engine:
         with torch.no_grad(), preserved_generators(self.execution.device), unit.on_copies():
             return self.run(unit, h, message, step)
 
-    def run(self, unit: Unit, h: Tensor, message: Any, step: int | None) -> Tensor:
-        """Run one block under its own random draws of this step."""
+    def run(self, unit: Unit, h: Tensor, message: Any, step: int | None, part: int | None = None) -> Tensor:
+        """Run one block under its own random draws of this step, and of this part of the batch."""
         if step is not None:
-            seed = derive_seed(self.execution.seed, "draw", step, unit.site.index)
+            place = (step, unit.site.index) if part is None else (step, unit.site.index, part)
+            seed = derive_seed(self.execution.seed, "draw", *place)
             seed_generators(seed, self.execution.device)
         with self.autocast(), in_a_sentence(f"block {unit.site.name!r}", "cannot run its input", h):
             out = self.rule.run(unit.block, h, message)
@@ -399,8 +463,11 @@ class Engine:
             return nullcontext()
         return torch.autocast(self.execution.device.type, dtype=self.execution.autocast)
 
-    def _backward(self, group: Group, h: Tensor, signals: list[tuple[Signal, Tensor]]) -> Tensor:
-        """Backward inside the group only, down to its input for a trunk; returns the summed loss, without history."""
+    def _backward(self, group: Group, h: Tensor, signals: list[tuple[Signal, Tensor]], share: float) -> Tensor:
+        """Backward inside the group only, down to its input for a trunk; returns the summed loss, without history.
+
+        Gradients and loss are weighed by the share of the batch's labels.
+        """
         losses = [signal.loss for signal, _ in signals if signal.loss is not None]
         roots = [(loss, torch.ones_like(loss)) for loss in losses]
         roots += [(out, s.cotangent) for s, out in signals if s.cotangent is not None]
@@ -410,8 +477,8 @@ class Engine:
         wanted = [p for p in own if p.requires_grad]
         if roots:
             cotangents = [cotangent for _, cotangent in roots]
-            if self.execution.accumulate > 1 or self.execution.replicas.count > 1:
-                cotangents = [cotangent * self._weight for cotangent in cotangents]
+            if self.execution.accumulate > 1 or self.execution.replicas.count > 1 or share != 1:
+                cotangents = [cotangent * (self._weight * share) for cotangent in cotangents]
             # Gradients for this group's parameters alone: what extends its graph, or does not learn, gets none.
             inputs = [*wanted, *([h] if has_trunk(self.rule) and h.requires_grad else [])]
             with in_a_sentence(f"block {group.name!r}", "cannot be run backward", h):
@@ -422,7 +489,7 @@ class Engine:
             taught = any(s.loss is not None or s.cotangent is not None for s, _ in signals)
             reached = self._stepped | {id(p) for p in wanted if p.grad is not None}
             self._check_reached(group, reached, taught)
-        return torch.stack([loss.detach().float() for loss in losses or [torch.zeros(())]]).sum()
+        return torch.stack([loss.detach().float() for loss in losses or [torch.zeros(())]]).sum() * share
 
     def _check_reached(self, group: Group, reached: set[int], taught: bool) -> None:
         """Refuse a block that no signal reaches, and name single parameters that its signal does not reach.

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from layerwise.core.ranges import check_ranges
-from layerwise.errors import LayerwiseError, suggestion
+from layerwise.errors import LayerwiseError, suggestion, unknown
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 """From parameter groups to an optimizer."""
@@ -50,7 +50,7 @@ class Schedule:
         check_ranges(total=self.total, warmup=self.warmup, final=self.final)
         kinds = ["constant", "cosine", "onecycle"]
         if self.kind not in kinds:
-            raise LayerwiseError(f"unknown schedule {self.kind!r}; {suggestion(self.kind, kinds)}.")
+            raise unknown("schedule", self.kind, kinds)
         if self.kind != "constant" and self.total < 1:
             raise LayerwiseError(
                 f"total is {self.total}; a {self.kind} schedule needs the number of updates in the run, 1 or more."

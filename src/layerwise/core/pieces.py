@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from layerwise.core.blocks import Partition
 from layerwise.core.rule import Rule, Site
-from layerwise.core.tasks import Classification
+from layerwise.core.tasks import Task
 
 
 class JoinsGroups:
@@ -103,7 +103,7 @@ class HasTrunk:
         """Whether the first group is a trunk under the rule's options."""
         return True
 
-    def to_trunk(self, site: Site, gradient: Tensor, task: Classification) -> Tensor | None:
+    def to_trunk(self, site: Site, gradient: Tensor, task: Task) -> Tensor | None:
         """What a group sends back to the trunk; nothing for None. The engine sums it over the groups.
 
         Args:

@@ -70,8 +70,24 @@ class Trace:
     """What one pass records: scalars on the device, read when somebody asks."""
 
     metrics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    statistics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     finite: dict[str, Tensor] = field(default_factory=dict)
     skipped: set[str] = field(default_factory=set)
+
+    def add(self, name: str, metrics: dict[str, Tensor], statistics: dict[str, Tensor], share: float = 1.0) -> None:
+        """Record a block's scalars and sums; the scalars of a part of the batch weigh by its share of the labels."""
+        if share == 1:
+            self.metrics[name] = metrics
+            if statistics:
+                self.statistics[name] = statistics
+        elif share:
+            self.metrics[name] = _sum(self.metrics.get(name, {}), metrics, share)
+            if statistics:
+                self.statistics[name] = _sum(self.statistics.get(name, {}), statistics, 1)
+
+
+def _sum(before: dict[str, Tensor], new: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
+    return {name: before.get(name, 0) + value * factor for name, value in new.items()}
 
 
 @dataclass

@@ -88,6 +88,7 @@ class Training(TypedDict, total=False):
     weight_decay: NonNegativeFloat
     clip: PositiveFloat | None
     accumulate: PositiveInt
+    micro: PositiveInt
     label_smoothing: ProperFraction
     warmup: ProperFraction
     total: NonNegativeInt

@@ -5,7 +5,7 @@ only answers questions. It sees tensors and modules; it knows no optimizer, devi
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from layerwise.core.blocks import Block, Partition
 from layerwise.core.layout import from_standard, to_standard
 from layerwise.core.ranges import check_fields
-from layerwise.core.tasks import Classification
+from layerwise.core.tasks import KINDS, Task
 from layerwise.errors import LayerwiseError
+
+ANY_TASK = (*KINDS, "soft_labels")
+"""`Rule.tasks` of a rule that needs nothing but the task's loss on outputs of any width."""
 
 Locality = Literal["local", "interlocking", "broadcast", "perturbation", "equilibrium", "global"]
 
@@ -102,8 +105,8 @@ class BatchContext:
     x: Tensor
     """The batch, `(B, ...)`."""
     y: Tensor
-    """Labels, `(B,)`, or `(B, T)` for a language model."""
-    task: Classification
+    """Labels, as the task has them: `(B,)`, `(B, T)` for a language model, `(B, H, W)` for segmentation, ..."""
+    task: Task
     network: Partition
     """The blocks and the head, for a rule that iterates over them before the update."""
     auxiliary: Mapping[int, nn.Module]
@@ -136,7 +139,7 @@ class BlockContext:
     message: Any
     """What the site before sent: tensors, or nested tuples, lists and dicts of them."""
     y: Tensor
-    task: Classification
+    task: Task
     auxiliary: nn.Module | None
     """The module that `Rule.auxiliary` made for this site."""
     training: bool
@@ -162,6 +165,8 @@ class Signal:
     """Input of the next block, where it is not the block's output (normalised, label attached, ...)."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """Scalars on the device, read later; a mean over the batch each. `"loss"` is the loss above unless given."""
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    """Sums out of which the task makes metrics that are no means over the batch, see `Task.statistics`."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +190,10 @@ class Rule:
     """Paper, year, and how far the code is the paper's statement."""
     restrictions: ClassVar[str] = ""
     """What the rule cannot do, in one or two sentences."""
+    tasks: ClassVar[tuple[str, ...]] = ("classification", "language_model")
+    """Kinds of tasks that the rule can do, out of `KINDS` and `"soft_labels"`, see `ANY_TASK`; a test verifies it."""
+    only: ClassVar[str] = "its signal is defined for class numbers alone"
+    """Why it can do no others, as a part of a sentence."""
     models: ClassVar[tuple[str, ...]] = ()
     """The models that the rule trains; empty for a rule that trains any network."""
     unlabelled: ClassVar[bool] = False
@@ -198,6 +207,11 @@ class Rule:
     """Whether the rule runs every block once per step and in order.
 
     A rule that runs a block again is refused where the model is cut at its calls (`cut_at_calls`).
+    """
+    whole_batch: ClassVar[str] = ""
+    """Why the batch cannot be run in parts (`Learner(micro=n)`), such as "compares samples"; empty where it can.
+
+    It can where losses are means over the samples and messages have one entry per sample.
     """
     reads_input: ClassVar[bool] = False
     """Whether `signal` looks at the network's input, which then has to be one tensor."""
@@ -226,7 +240,7 @@ class Rule:
         """Whether the site's parameters learn; a group in which none does runs without a graph."""
         return True
 
-    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
+    def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
         """The module that the rule adds at a site; `h` is a sample of the output, for its shape."""
         return None
 
@@ -261,12 +275,35 @@ class Rule:
         return type(self).predict is Rule.predict
 
 
-def cross_entropy_at_head(ctx: BlockContext) -> Signal:
-    """The signal of a head: the task's loss on its logits."""
-    loss = ctx.task.loss(ctx.h, ctx.y)
+def loss_of(task: Task, outputs: Tensor, y: Tensor) -> Signal:
+    """A signal with the task's loss on a readout's outputs, and its metrics.
+
+    Args:
+        task: the task.
+        outputs: as the task has them, `(B, K)`, `(B, T, K)` or `(B, K, H, W)`.
+        y: labels at their resolution.
+    """
+    metrics, statistics = metrics_of(task, outputs, y)
+    return Signal(loss=task.loss(outputs, y), metrics=metrics, statistics=statistics)
+
+
+def metrics_of(task: Task, outputs: Tensor, y: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The task's metrics of outputs, and the sums that they are made of, where they are: as `loss_of` has them."""
+    outputs = outputs.detach()
+    statistics = task.statistics(outputs, y)
+    return task.measures(statistics) if statistics else task.metrics(outputs, y), statistics
+
+
+def loss_at_head(ctx: BlockContext) -> Signal:
+    """The signal of a head: the task's loss on the network's output."""
+    signal = loss_of(ctx.task, ctx.h, ctx.y)
+    assert signal.loss is not None
     # Named here, so that it stays the task's loss where a rule adds to the signal.
-    metrics = {"loss": loss, "accuracy": ctx.task.accuracy(ctx.h, ctx.y)}
-    return Signal(loss=loss, message=ctx.message, metrics=metrics)
+    return replace(signal, message=ctx.message, metrics={"loss": signal.loss, **signal.metrics})
+
+
+cross_entropy_at_head = loss_at_head
+"""The name of `loss_at_head` where the task is classification."""
 
 
 def by_depth(value: float | tuple[float, ...], site: Site) -> float:

@@ -122,7 +122,8 @@ class Batches:
             start: index of the first batch to give, 0 to `len(self)`; default 0.
 
         Yields:
-            x: float32 (B, C, H, W), normalised; y: int64 (B,); both on `device`.
+            x: float32 (B, C, H, W), normalised; y: labels as the source has them, class numbers as int64; both on
+                `device`.
 
         Raises:
             LayerwiseError: `start` is outside 0 to `len(self)`.
@@ -137,7 +138,7 @@ class Batches:
         wanted = [batch for batch in wanted if len(batch)]
         if self.labels_only:
             for indices in wanted:
-                labels = self.source.labels[indices].to(self.device, non_blocking=True)
+                labels = _usable(self.source.labels[indices]).to(self.device, non_blocking=True)
                 yield torch.empty(len(labels), 0, device=self.device), labels
             return
         for index, (images, labels) in enumerate(self.source.batches(wanted), start):
@@ -148,7 +149,12 @@ class Batches:
                     images = AUGMENTATIONS[name](images, generator, self.part)
             layout = torch.channels_last if self.channels_last else torch.contiguous_format
             x = images.to(self._type, copy=True, memory_format=layout).mul_(self._scale).add_(self._shift)
-            yield x.to(torch.float32), labels.to(self.device, non_blocking=True)
+            yield x.to(torch.float32), _usable(labels).to(self.device, non_blocking=True)
 
     def _generator(self, *use: int | str) -> Generator:
         return Generator().manual_seed(derive_seed(self.seed, *use))
+
+
+def _usable(labels: Tensor) -> Tensor:
+    """Class numbers as int64; pixels of masks are held as bytes."""
+    return labels.long() if labels.dtype == torch.uint8 else labels

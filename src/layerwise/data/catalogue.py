@@ -2,7 +2,7 @@
 
 import os
 
-from layerwise.errors import LayerwiseError, suggestion
+from layerwise.errors import LayerwiseError, unknown
 
 HUB = {
     "mnist": "ylecun/mnist",
@@ -17,11 +17,23 @@ DESCRIPTIONS = {
     "cifar10": "60,000 photographs, 32x32 RGB, 10 classes",
     "cifar100": "60,000 photographs, 32x32 RGB, 100 (fine) classes",
     "cora": "2,708 papers that cite each other, 1,433 words, 7 classes; labels of 140 papers, public split",
+    "diabetes": "442 patients, 10 numbers each, and how far diabetes went a year later: --task regression",
+    "digit_scenes": "5,000 scenes of 1 to 3 of the digits, 20x20 grey: --task multilabel (which ones) or segmentation",
     "hf:owner/name": "any image-classification data set on the Hugging Face hub",
-    "imagefolder:PATH": "a folder with one folder of images per class, or with train/ and test/ of that form",
+    "imagefolder:PATH": "a folder with one folder of images per class, or with train/ and test/ of that form; "
+    "with images/ and masks/ in place of classes for --task segmentation",
     "parquet:PATH": "one parquet file or a folder of them with train or test in the names: an image and a label column",
-    "PATH.csv": "a table: a line of names, a column called label (or class, target, y), all others numbers",
+    "PATH.csv": "a table: a line of names, a column called label (or class, target, y) or those of --targets, "
+    "all others numbers",
 }
+SERVES = {
+    **dict.fromkeys(("digits", "cora", *HUB), ("classification",)),
+    "diabetes": ("regression",),
+    "digit_scenes": ("multilabel", "segmentation"),
+    "imagefolder": ("classification", "segmentation"),
+    **dict.fromkeys(("hf", "parquet", "csv"), ("classification", "regression", "multilabel")),
+}
+"""Names, and forms of names, to the tasks that their labels are for."""
 FORMS = ("hf", "imagefolder", "parquet")  # what a name may begin with, before a colon
 
 
@@ -49,7 +61,7 @@ def describe(name: str) -> str:
     for known, text in DESCRIPTIONS.items():
         if name == known or known.startswith(prefix):
             return text
-    raise unknown(name)
+    raise unknown("data set", name, names())
 
 
 def is_table(name: str) -> bool:
@@ -61,6 +73,20 @@ def is_table(name: str) -> bool:
     return name.lower().endswith(".csv") and name.partition(":")[0] not in FORMS
 
 
+def check_task(name: str, task: str) -> None:
+    """Raise LayerwiseError where the labels of a data set are not for the task.
+
+    >>> check_task("digits", "regression")
+    Traceback (most recent call last):
+    layerwise.errors.LayerwiseError: the labels of digits are not for the task regression; use --task classification.
+    """
+    serves = SERVES.get("csv" if is_table(name) else name if name in SERVES else name.partition(":")[0])
+    if serves is None:
+        raise unknown("data set", name, names())
+    if task not in serves:
+        raise LayerwiseError(f"the labels of {name} are not for the task {task}; use --task {' or '.join(serves)}.")
+
+
 def plain_name(name: str | os.PathLike[str]) -> str:
     """A name or path as text, whatever a user gave; what is none will be unknown."""
     try:
@@ -68,8 +94,3 @@ def plain_name(name: str | os.PathLike[str]) -> str:
     except TypeError:
         name = repr(name)
     return name if isinstance(name, str) else os.fsdecode(name)
-
-
-def unknown(name: str) -> LayerwiseError:
-    """The sentence about a name that no data set has."""
-    return LayerwiseError(f"unknown data set {name!r}; {suggestion(name, list(DESCRIPTIONS))}.")

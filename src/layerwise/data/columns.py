@@ -2,12 +2,13 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple
 
 from layerwise.data.machine import need
 from layerwise.data.naming import IMAGE_NAMES, LABEL_NAMES, check_words, few, is_missing, pick
+from layerwise.data.numbers import DataTask, chosen_targets
 from layerwise.errors import LayerwiseError
 
 TEXT_TYPES = ("string", "large_string", "string_view")  # arrow's names for words
@@ -21,15 +22,30 @@ class Columns(NamedTuple):
     """None where the labels of a test split are kept back."""
     names: tuple[str, ...] | None
     """The class names that whole numbers index, where the file notes them."""
+    targets: tuple[str, ...] = ()
+    """The columns of numbers, where the labels are some."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The columns of labels, of either kind."""
+        return self.targets or (() if self.label is None else (self.label,))
 
 
-def find_columns(schema: Any, title: str, known: Columns | None = None) -> Columns:
+def find_columns(
+    schema: Any,
+    title: str,
+    known: Columns | None = None,
+    task: DataTask = "classification",
+    targets: Sequence[str] = (),
+) -> Columns:
     """The columns of images and of labels, and the class names where the schema has them.
 
     Args:
         schema: arrow schema, with the features that Hugging Face `datasets` notes in its metadata, if any.
         title: what to call the table in messages.
         known: the columns of the training split, which a further split has too, apart from the labels.
+        task: what the labels are.
+        targets: names of the columns of labels.
     """
     types = need("pyarrow").types
     features = _features(schema, title)
@@ -53,8 +69,14 @@ def find_columns(schema: Any, title: str, known: Columns | None = None) -> Colum
         images = [field.name for field in schema if is_image(field)]
         noted = [name for name in images if kind(name) == "Image"]
         image = _pick_column("image", noted or images, IMAGE_NAMES, schema, title, "encoded images")
-    if known is not None and known.label is not None and known.label not in schema.names:
+    if known is not None and known.labels and known.labels[0] not in schema.names:
         return Columns(image, None, None)
+    if task != "classification" or targets:
+        wanted = chosen_targets(targets, schema.names, task, title)
+        if task != "classification":
+            return Columns(image, None, None, wanted)
+        _check_labels(is_label(schema.field(wanted[0])), schema, wanted[0], title)
+        known = Columns(image, wanted[0], None)
     labels = [field.name for field in schema if is_label(field) and field.name != image]
     if known is not None and known.label in labels:
         label = str(known.label)
@@ -67,6 +89,14 @@ def find_columns(schema: Any, title: str, known: Columns | None = None) -> Colum
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise LayerwiseError(f"{title} notes no list of words as the classes of {label!r}; write it again.")
     return Columns(image, label, check_words(names, title) or None)
+
+
+def _check_labels(good: bool, schema: Any, name: str, title: str) -> None:
+    if not good:
+        raise LayerwiseError(
+            f"column {name!r} of {title} holds {schema.field(name).type}, not whole numbers or words; store "
+            "them as such."
+        )
 
 
 def _pick_column(what: str, candidates: list[str], usual: Sequence[str], schema: Any, title: str, wanted: str) -> str:
@@ -114,6 +144,29 @@ def labels_of(column: Any, columns: Columns, title: str) -> list:
             value = columns.names.index(value)
         found.append(value)
     return found
+
+
+def read_labels(column: Callable[[str], Any], columns: Columns, title: str) -> list:
+    """The labels of a table: whole numbers or words, a tuple of numbers per row, or None where there is none.
+
+    Args:
+        column: gives an arrow column by name.
+        columns: which columns hold labels.
+        title: what to call the table in messages.
+    """
+    if columns.label is not None:
+        return labels_of(column(columns.label), columns, title)
+    found = []
+    for name in columns.targets:
+        values = column(name).to_pylist()
+        for row, value in enumerate(values):
+            if not isinstance(value, (int, float, Decimal)):
+                raise LayerwiseError(
+                    f"row {row} of {title} has {value!r} in column {name!r}, which is no number; fill it or "
+                    "take it out."
+                )
+        found.append([float(value) for value in values])
+    return list(zip(*found, strict=True))
 
 
 def is_binary(kind: Any) -> bool:

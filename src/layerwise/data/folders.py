@@ -1,5 +1,6 @@
 """Image folders: which folders are splits, and which are classes."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,14 +27,16 @@ def open_imagefolder(path: Path) -> dict[str, Rows]:
     if kind_of(path) != "folder":
         raise LayerwiseError(f"{shown(path)} is not a folder; give imagefolder: a folder with one folder per class")
     folders = list_folders(path)
-    splits = _split_folders(path, folders)
+    splits = split_folders(path, folders)
     if "train" not in splits:
-        _check_classes(path, folders)
-        return {"train": class_folders(path)}
+        notes = _check_classes(path, folders)
+        rows = class_folders(path)
+        rows.notes += notes
+        return {"train": rows}
     used = set(splits.values())
-    found: dict[str, Rows] = {"train": class_folders(_inner(splits.pop("train"), "train"))}
+    found: dict[str, Rows] = {"train": class_folders(inner_folder(splits.pop("train"), "train"))}
     for split in (split for split in TEST_NAMES if split in splits):
-        folder = _inner(splits[split], split)
+        folder = inner_folder(splits[split], split)
         images = list_files(folder, SUFFIXES)
         unlabelled = images and not list_folders(folder)
         found[split] = FileRows(folder, images) if unlabelled else class_folders(folder)
@@ -65,7 +68,7 @@ def class_folders(folder: Path) -> FileRows:
     return rows
 
 
-def _split_folders(path: Path, folders: Sequence[Path]) -> dict[str, Path]:
+def split_folders(path: Path, folders: Sequence[Path]) -> dict[str, Path]:
     """The folder of each split; one whose name is the mere word comes before one with other words in its name."""
     candidates: dict[str, list[Path]] = {}
     for folder in folders:
@@ -83,14 +86,22 @@ def _split_folders(path: Path, folders: Sequence[Path]) -> dict[str, Path]:
     return splits
 
 
-def _inner(folder: Path, split: str) -> Path:
+def inner_folder(folder: Path, split: str) -> Path:
     """A split's folder, or the one of the same split that is all there is in it, as in seg_train/seg_train."""
     inner = list_folders(folder)
     return inner[0] if len(inner) == 1 and split_of(inner[0].name) == split else folder
 
 
-def _check_classes(path: Path, folders: Sequence[Path]) -> None:
-    """Refuse folders that are no classes: all have names of splits, or all hold the same folders."""
+PART = re.compile(r"(fold|part|partition|split|shard|chunk|batch|subset|set)s?([ _-]?(\d+|[a-z]))?", re.IGNORECASE)
+"""The name of a part of a data set, such as fold1 or part_a."""
+
+
+def _check_classes(path: Path, folders: Sequence[Path]) -> tuple[str, ...]:
+    """Refuse folders that are no classes: all have names of splits, or are parts or hold splits of the same classes.
+
+    Returns:
+        A note where classes hold the same folders, as in CLASS/left and CLASS/right: it might be meant otherwise.
+    """
     names = [folder.name for folder in folders]
     splits = {split_of(name) for name in names}
     if folders and None not in splits and (len(splits) > 1 or any(name.lower() in SPLITS for name in names)):
@@ -102,8 +113,19 @@ def _check_classes(path: Path, folders: Sequence[Path]) -> None:
         raise LayerwiseError(f"{shown(path)} has no folder train, only {', '.join(names)}; add it")
     inside = [{folder.name.lower() for folder in list_folders(folder)} for folder in folders]
     shared = sorted(set.intersection(*inside)) if len(inside) > 1 else []
-    if len(shared) > 1:
+    if len(shared) < 2:
+        return ()
+    if all(PART.fullmatch(name) for name in names):
         raise LayerwiseError(
             f"the folders of {shown(path)} ({few(names)}) all hold the same folders ({few(shared)}), so they look like "
             "splits and not like classes; call one of them train and the others test and val"
         )
+    if len({split_of(name) for name in shared} - {None}) > 1:
+        raise LayerwiseError(
+            f"the folders of {shown(path)} ({few(names)}) each hold splits ({few(shared)}); put train and test above "
+            "the classes, as in train/CLASS/NAME.png"
+        )
+    return (
+        f"the folders of {shown(path)} ({few(names)}) are the classes, and all hold the same folders "
+        f"({few(shared)}); if these are the classes, call the folders above them train and test",
+    )

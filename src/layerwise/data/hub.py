@@ -1,17 +1,20 @@
 """Data sets on the Hugging Face hub, downloaded once and mapped from the cache of `datasets`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from layerwise.data.columns import find_columns, labels_of
+from layerwise.data.columns import find_columns, read_labels
 from layerwise.data.machine import need
 from layerwise.data.naming import split_of
+from layerwise.data.numbers import DataTask
 from layerwise.data.rows import Part, Rows, TableRows
 from layerwise.errors import LayerwiseError
 
 
-def open_hub(repository: str, advice: str = "") -> dict[str, Rows]:
+def open_hub(
+    repository: str, advice: str = "", task: DataTask = "classification", targets: Sequence[str] = ()
+) -> dict[str, Rows]:
     """The splits of a data set on the Hugging Face hub, downloaded once and mapped from its cache."""
     datasets = need("datasets")
     with quiet():
@@ -30,8 +33,8 @@ def open_hub(repository: str, advice: str = "") -> dict[str, Rows]:
     splits = {}
     for split, rows in found.items():
         title = f"{repository} ({split})"
-        columns = find_columns(rows.features.arrow_schema, title)
-        labels = labels_of(rows.data.column(columns.label), columns, title) if columns.label else [None] * len(rows)
+        columns = find_columns(rows.features.arrow_schema, title, None, task, targets)
+        labels = read_labels(rows.data.column, columns, title) if columns.labels else [None] * len(rows)
         part = Part(title, labels, columns.names, None)
         files = [Path(cached["filename"]) for cached in rows.cache_files]
         splits[split] = TableRows(columns.image, [rows.data.column(columns.image)], [part], files, caches)

@@ -2,20 +2,26 @@
 
 import math
 import operator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from layerwise.data.catalogue import HUB, unknown
+import torch
+from torch import Tensor
+
+from layerwise.data.catalogue import HUB, names
 from layerwise.data.folders import open_imagefolder
 from layerwise.data.hub import open_hub
 from layerwise.data.labels import class_names, labels_of_split
 from layerwise.data.machine import find_local
+from layerwise.data.masks import classes_of, decoded_masks, open_masks
 from layerwise.data.naming import TEST_NAMES, few
+from layerwise.data.numbers import DataTask, checked_numbers
 from layerwise.data.parquet import open_parquet
 from layerwise.data.pictures import GROUNDS, MAX_PIXELS, ImageFormat
 from layerwise.data.rows import Rows
 from layerwise.data.sources import InMemorySource, Source, StreamedSource, decoded, sample_form
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, unknown
 from layerwise.files import shown
 
 STREAMED_SIZE = 224  # pixels
@@ -30,7 +36,12 @@ class Sources(NamedTuple):
 
 
 def load_images(
-    name: str, root: str | Path | None, size: int | None, limit: int
+    name: str,
+    root: str | Path | None,
+    size: int | None,
+    limit: int,
+    task: DataTask = "classification",
+    targets: Sequence[str] = (),
 ) -> tuple[tuple[str, ...], Sources, ImageFormat, list[str]]:
     """The splits of labelled images, decoded or to be streamed.
 
@@ -39,6 +50,8 @@ def load_images(
         root: folder of local data sets.
         size: side in pixels that images are scaled and cropped to; default their most common size.
         limit: bytes of decoded pixels above which images are streamed.
+        task: what the labels are.
+        targets: names of the columns of labels.
 
     Returns:
         Classes, splits, the form that all images take, and notes.
@@ -46,13 +59,24 @@ def load_images(
     Raises:
         LayerwiseError: an unknown name, or data that cannot be read or used.
     """
-    opened, title = _open(name, root, limit), shown(name)
+    opened, title, masks = _open(name, root, limit, task, targets), shown(name), {}
     if "train" not in opened:
         raise LayerwiseError(f"{title} has no training split, only {', '.join(opened)}; give one named train")
+    if task == "segmentation":
+        masks = {split: rows for split, (_, rows) in opened.items()}
+        opened = {split: rows for split, (rows, _) in opened.items()}
     train = opened.pop("train")
     notes = list(train.notes)
-    classes = class_names(train, title)
-    splits = {"train": (train, labels_of_split(train, "train", classes, train.names, title))}
+    classes = class_names(train, title) if task == "classification" else _targets(train, targets)
+
+    def labels_in(rows: Rows, split: str) -> Tensor:
+        if task == "classification":
+            return labels_of_split(rows, split, classes, train.names, title)
+        if task == "segmentation":  # known when the form is
+            return torch.zeros(len(rows), dtype=torch.int64)
+        return checked_numbers(torch.tensor(rows.values), task, classes)
+
+    splits = {"train": (train, labels_in(train, "train"))}
     # Where there is a test split, "eval" is one for validation, and the last to be taken.
     order = sorted(TEST_NAMES, key=lambda split: split == "eval" and "test" in opened)
     for split in (split for split in order if split in opened):
@@ -64,7 +88,8 @@ def load_images(
             notes.append(f"the split {split!r} of {title} is a second validation split and is left out")
         else:
             use = "val" if split != "test" and "test" in splits else "test"
-            splits[use] = (rows, labels_of_split(rows, split, classes, train.names, title))
+            splits[use] = (rows, labels_in(rows, split))
+            masks |= {use: masks[split]} if split in masks else {}
             if split != use and use == "test":
                 notes.append(f"{title} has no test split: its split {split!r} is used as the test split")
     if opened:
@@ -76,6 +101,11 @@ def load_images(
         if size is None:
             form = form._replace(height=STREAMED_SIZE, width=STREAMED_SIZE)
         notes.append(f"images are streamed: decoded on demand, scaled and centre-cropped to {form.height} pixels")
+    if task == "segmentation":
+        found = [decoded_masks(masks[split], form) for split in splits]
+        classes, found, told = classes_of(found, title)
+        notes += told
+        splits = {split: (rows, labels) for (split, (rows, _)), labels in zip(splits.items(), found, strict=True)}
     sources: dict[str, Source] = {}
     for split, (rows, labels) in splits.items():
         if streamed:
@@ -95,7 +125,15 @@ def load_images(
     return classes, Sources(sources["train"], sources.get("val"), sources.get("test")), form, notes
 
 
-def _open(name: str, root: str | Path | None, limit: int) -> dict[str, Rows]:
+def _targets(rows: Rows, targets: Sequence[str]) -> tuple[str, ...]:
+    """Names of the numbers of each row."""
+    if targets:
+        return tuple(targets)
+    count = len(rows.values[0]) if rows.values and isinstance(rows.values[0], tuple) else 1
+    return ("target",) if count == 1 else tuple(f"target{i}" for i in range(count))
+
+
+def _open(name: str, root: str | Path | None, limit: int, task: DataTask, targets: Sequence[str]) -> dict[str, Any]:
     form, _, rest = name.partition(":")
     if name in HUB:
         folder = find_local(name, root)
@@ -103,12 +141,12 @@ def _open(name: str, root: str | Path | None, limit: int) -> dict[str, Rows]:
             return open_parquet(folder, limit)
         return open_hub(HUB[name], f", or set LAYERWISE_DATA to a folder that holds {name}/*.parquet")
     if form == "hf" and rest:
-        return open_hub(rest)
+        return open_hub(rest, task=task, targets=targets)
     if form == "imagefolder" and rest:
-        return open_imagefolder(Path(rest))
+        return open_masks(Path(rest)) if task == "segmentation" else open_imagefolder(Path(rest))
     if form == "parquet" and rest:
-        return open_parquet(Path(rest), limit)
-    raise unknown(name)
+        return open_parquet(Path(rest), limit, task, targets)
+    raise unknown("data set", name, names())
 
 
 def check_size(size: Any) -> int | None:

@@ -1,23 +1,27 @@
 """A data set by name, split three ways."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from layerwise.core.graphs import Graph
-from layerwise.data.catalogue import is_table, plain_name
+from layerwise.data.catalogue import check_task, is_table, plain_name
 from layerwise.data.images import check_size, load_images
 from layerwise.data.labels import absent_classes
 from layerwise.data.machine import need
 from layerwise.data.nodes import CORA_CLASSES, cora
 from layerwise.data.noise import NoiseKind, noisy_labels
+from layerwise.data.numbers import DataTask, target_statistics
 from layerwise.data.pictures import ImageFormat
+from layerwise.data.scenes import digit_scenes
 from layerwise.data.sources import InMemorySource, Source
 from layerwise.data.splitting import stratified_split
 from layerwise.data.statistics import mean_and_std
-from layerwise.data.tables import read_table
+from layerwise.data.tables import TableSource, read_table
 from layerwise.errors import LayerwiseError
 from layerwise.files import shown
 
@@ -31,7 +35,8 @@ class Dataset:
 
     Attributes:
         name: what it was loaded by.
-        classes: names of the K classes, in the order of the labels 0 to K - 1.
+        classes: names of the K classes, in the order of the labels 0 to K - 1; of the targets, where labels are
+            numbers, or several that hold or not.
         shape: (C, H, W) of an image; (columns, 1, 1) of a row of a table.
         mean, std: per channel, on the pixel scale [0, 1], of the training split only; std is 1 for a constant channel.
             Of a table, per column and on its own scale.
@@ -43,6 +48,8 @@ class Dataset:
         graph: edges between the samples, with the labels of the training split; None where there are none.
         columns: names of the columns of a table; empty for anything else.
         form: what images were turned into; None for anything else.
+        target_mean, target_std: of numbers to be predicted, one per target, of the training split; empty for anything
+            else.
     """
 
     name: str
@@ -57,6 +64,8 @@ class Dataset:
     graph: Graph | None = None
     columns: tuple[str, ...] = ()
     form: ImageFormat | None = None
+    target_mean: tuple[float, ...] = ()
+    target_std: tuple[float, ...] = ()
 
 
 def load(
@@ -71,6 +80,8 @@ def load(
     label_noise: float = 0.0,
     label_noise_kind: NoiseKind = "symmetric",
     clean_validation: bool = False,
+    task: DataTask = "classification",
+    targets: Sequence[str] = (),
 ) -> Dataset:
     """Load a data set: labelled images, the nodes of a graph, or the rows of a table.
 
@@ -89,6 +100,9 @@ def load(
             sample's label does not depend on how the splits are cut, and the test split is never touched.
         label_noise_kind: "symmetric" or "pairs".
         clean_validation: keep the true labels of the validation split; default False.
+        task: what the labels are: "classification", "regression" (float32 (N, D)), "multilabel" (float32 (N, K)) or
+            "segmentation" (uint8 (N, H, W)). Only classes are split by strata and have label noise.
+        targets: names of the columns of labels of a table; default the one with a usual name.
 
     Raises:
         LayerwiseError: an unknown name, an argument out of its range, data that cannot be found, reached or read, no
@@ -100,12 +114,17 @@ def load(
     >>> load("mnits")
     Traceback (most recent call last):
     layerwise.errors.LayerwiseError: unknown data set 'mnits'; did you mean 'mnist'? legal names: digits, mnist, \
-fashion_mnist, cifar10, cifar100, cora, hf:owner/name, imagefolder:PATH, parquet:PATH, PATH.csv.
+fashion_mnist, cifar10, cifar100, cora, diabetes, digit_scenes, hf:owner/name, imagefolder:PATH, parquet:PATH, PATH.csv.
     """
     name, size = plain_name(name), check_size(size)
     title = shown(name)  # for messages
     if not 0 <= val_fraction < 1:
         raise LayerwiseError(f"validation fraction {val_fraction} is not in [0, 1); use 0 for no validation split")
+    check_task(name, task)
+    if targets and not (is_table(name) or name.partition(":")[0] in ("parquet", "hf")):
+        raise LayerwiseError(f"{title} has no columns to choose from; leave --targets out")
+    if label_noise and task != "classification":
+        raise LayerwiseError("label noise puts wrong classes in the place of right ones; leave it out under this task")
     if name == "cora":
         return _cora(root, size, label_noise)
     columns: tuple[str, ...] = ()
@@ -113,15 +132,23 @@ fashion_mnist, cifar10, cifar100, cora, hf:owner/name, imagefolder:PATH, parquet
     if name == "digits":
         classes, train, notes = _digits()
         form = ImageFormat("L", *train.shape[1:])
+    elif name == "diabetes":
+        train, columns = _diabetes()
+        classes, notes = ("progression",), []
+    elif name == "digit_scenes":
+        train, test = digit_scenes(task, TEST_FRACTION, TEST_SEED)
+        digits = tuple(map(str, range(10)))
+        classes, notes = (("ground", *digits) if task == "segmentation" else digits), []
+        form = ImageFormat("L", *train.shape[1:])
     elif is_table(name):
         if size is not None:
             raise LayerwiseError("the rows of a table are no images; leave --image-size out")
-        train, classes, columns, found = read_table(Path(name))
+        train, classes, columns, found = read_table(Path(name), task, targets)
         notes = list(found)
     else:
-        classes, (train, own_val, test), form, notes = load_images(name, root, size, in_memory_limit)
+        classes, (train, own_val, test), form, notes = load_images(name, root, size, in_memory_limit, task, targets)
     if test is None:
-        rest, part = stratified_split(train.labels, TEST_FRACTION, TEST_SEED)
+        rest, part = stratified_split(_strata(train.labels, task), TEST_FRACTION, TEST_SEED)
         if not len(part):
             raise LayerwiseError(
                 f"{title} has no test split, and its {len(train)} samples of {len(classes)} classes are too few to "
@@ -132,7 +159,8 @@ fashion_mnist, cifar10, cifar100, cora, hf:owner/name, imagefolder:PATH, parquet
             f"{title} has no test split: {len(test)} of its {len(rest) + len(part)} samples, "
             "the same in every run, are the test split"
         )
-    noisy = noisy_labels(train.labels, classes, label_noise, label_noise_kind)
+    plain = task != "classification"
+    noisy = train.labels if plain else noisy_labels(train.labels, classes, label_noise, label_noise_kind)
     kept, val = torch.arange(len(train)), None
     if val_fraction and own_val is not None:
         val = own_val
@@ -140,12 +168,12 @@ fashion_mnist, cifar10, cifar100, cora, hf:owner/name, imagefolder:PATH, parquet
             f"{title} has its own validation split of {len(val)} samples: the validation fraction takes no training "
             "samples"
         )
-        if not clean_validation:
+        if not (clean_validation or plain):
             val = val.relabelled(noisy_labels(val.labels, classes, label_noise, label_noise_kind))
     elif own_val is not None:
         notes.append(f"the validation fraction is 0: {title}'s own validation split is not used")
     elif val_fraction:
-        kept, part = stratified_split(train.labels, val_fraction, seed)
+        kept, part = stratified_split(_strata(train.labels, task), val_fraction, seed)
         if not len(part):
             raise LayerwiseError(
                 f"validation fraction {val_fraction} of {len(train)} training samples is no sample; raise it or use 0"
@@ -154,20 +182,36 @@ fashion_mnist, cifar10, cifar100, cora, hf:owner/name, imagefolder:PATH, parquet
         if not clean_validation:
             val = val.relabelled(noisy[part])
     if train_samples is not None:
-        if not len(classes) <= train_samples <= len(kept):
+        least = 1 if plain else len(classes)
+        if not least <= train_samples <= len(kept):
+            per_class = "" if plain else ", one per class,"
             raise LayerwiseError(
-                f"train_samples is {train_samples}; give a number from {len(classes)}, one per class, to {len(kept)}"
+                f"train_samples is {train_samples}; give a number from {least}{per_class} to {len(kept)}"
             )
         if train_samples < len(kept):
-            kept = kept[stratified_split(train.labels[kept], train_samples / len(kept), seed)[1]]
-    notes += absent_classes(classes, {"training": train.labels[kept], "validation": val, "test": test})
+            strata = _strata(train.labels[kept], task)
+            kept = kept[stratified_split(strata, train_samples / len(kept), seed)[1]]
+    if not plain:
+        notes += absent_classes(classes, {"training": train.labels[kept], "validation": val, "test": test})
     if len(kept) < len(train):
         train = train.subset(kept)
     train = train.relabelled(noisy[kept])
     mean, std, sampled = mean_and_std(train)
     if sampled < len(train):
         notes.append(f"mean and std are estimated from {sampled} of {len(train)} training images")
-    return Dataset(name, classes, train.shape, mean, std, train, val, test, tuple(notes), columns=columns, form=form)
+    scale = target_statistics(train.labels) if task == "regression" else ((), ())
+    return Dataset(name, classes, train.shape, mean, std, train, val, test, tuple(notes), None, columns, form, *scale)
+
+
+def _strata(labels: Tensor, task: DataTask) -> Tensor:
+    """The classes by which samples are split in proportion; one for all where labels are none."""
+    return labels if task == "classification" else torch.zeros(len(labels), dtype=torch.int64)
+
+
+def _diabetes() -> tuple[Source, tuple[str, ...]]:
+    found = need("sklearn.datasets").load_diabetes(scaled=False)
+    values = torch.from_numpy(found.data).double()[:, :, None, None]
+    return TableSource(values, torch.from_numpy(found.target).float()[:, None]), tuple(found.feature_names)
 
 
 def _digits() -> tuple[tuple[str, ...], Source, list[str]]:

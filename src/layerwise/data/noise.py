@@ -41,7 +41,7 @@ def noisy_labels(labels: Tensor, classes: Sequence[str], rate: float, kind: Nois
     if not 0 <= rate < 1:
         raise LayerwiseError(f"label noise {rate} is not in [0, 1); it is the share of wrong labels, 0 for none")
     if kind not in get_args(NoiseKind):
-        raise LayerwiseError(f"unknown label noise {kind!r}; choose symmetric or pairs")
+        raise LayerwiseError(f"unknown label noise {kind!r}; choose symmetric or pairs.")
     names = [name.lower() for name in classes]
     if kind == "pairs" and not {*PAIRS, *PAIRS.values()} <= {*names}:
         raise LayerwiseError(

@@ -1,13 +1,15 @@
 """Parquet files: which file is of which split, and their rows, in memory or mapped from disk."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from layerwise.data.columns import Columns, find_columns, labels_of
+from layerwise.data.columns import Columns, find_columns, read_labels
 from layerwise.data.hub import quiet
 from layerwise.data.machine import cache_folder, need
 from layerwise.data.naming import few, split_of
+from layerwise.data.numbers import DataTask
 from layerwise.data.rows import Part, Rows, TableRows
 from layerwise.errors import LayerwiseError
 from layerwise.files import check_regular, kind_of, list_files, shown
@@ -15,7 +17,9 @@ from layerwise.files import check_regular, kind_of, list_files, shown
 SHARD = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9]+")  # what differs between the parts of a table
 
 
-def open_parquet(path: Path, in_memory_limit: int) -> dict[str, Rows]:
+def open_parquet(
+    path: Path, in_memory_limit: int, task: DataTask = "classification", targets: Sequence[str] = ()
+) -> dict[str, Rows]:
     """The splits of one parquet file, or of the parquet files anywhere under a folder.
 
     A file belongs to the split that its name or its folder names. One file that names none is the training split, and
@@ -49,12 +53,16 @@ def open_parquet(path: Path, in_memory_limit: int) -> dict[str, Rows]:
     columns: Columns | None = None
     found: dict[str, Rows] = {}
     for split in sorted(splits, key=lambda split: split != "train"):  # what a test split lacks, the first one shows
-        found[str(split)], columns = _read_parquet(splits[split], folder, in_memory_limit, columns)
+        found[str(split)], columns = _read_parquet(splits[split], folder, in_memory_limit, columns, (task, targets))
     return {str(split): found[str(split)] for split in splits}
 
 
 def _read_parquet(
-    files: list[Path], folder: Path, in_memory_limit: int, known: Columns | None
+    files: list[Path],
+    folder: Path,
+    in_memory_limit: int,
+    known: Columns | None,
+    wanted: tuple[DataTask, Sequence[str]],
 ) -> tuple[TableRows, Columns]:
     parquet = need("pyarrow.parquet")
     advice = "give parquet: a parquet file or a folder of them"
@@ -67,18 +75,19 @@ def _read_parquet(
             opened = parquet.ParquetFile(file)
             schema = opened.schema_arrow
             if first is None:
-                columns = first = find_columns(schema, title, known)
+                columns = first = find_columns(schema, title, known, *wanted)
             else:
-                for column in first[:2]:
-                    if column is not None and column not in schema.names:
+                for column in (first.image, *first.labels):
+                    if column not in schema.names:
                         raise LayerwiseError(
                             f"{title} has no column {column!r}, as {shown(files[0])} has; take one of them out"
                         )
-                columns = find_columns(schema, title, first)
+                columns = find_columns(schema, title, first, *wanted)
             count = opened.metadata.num_rows
             labels: list = [None] * count
-            if columns.label is not None:
-                labels = labels_of(opened.read(columns=[columns.label]).column(0), columns, title)
+            if columns.labels:
+                held = opened.read(columns=list(columns.labels))
+                labels = read_labels(held.column, columns, title)
             if not mapped:
                 images.append(opened.read(columns=[columns.image]).column(0))
         except LayerwiseError:

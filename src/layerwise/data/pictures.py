@@ -59,7 +59,7 @@ class Unfit(ValueError):
 
 def read_header(content: bytes) -> Header:
     """Read what a picture is, without its pixels."""
-    image = _open(content)
+    image = open_picture(content)
     turned = _orientation(image) in TURNED and image.format != "TIFF"  # PIL turns a TIFF's own size
     size = image.size[::-1] if turned else image.size
     return Header(image.mode, size, _has_transparency(image))
@@ -80,12 +80,11 @@ def decode(content: bytes, form: ImageFormat) -> tuple[bytes, frozenset[str]]:
         Exception: whatever PIL raises about a broken file.
     """
     pil, ops = need("PIL.Image"), need("PIL.ImageOps")
-    image = _open(content)
+    image = open_picture(content)
     done = {"frames"} if getattr(image, "is_animated", False) and image.format != "MPO" else set()
     image.load()
     grey = image.mode in GREY_MODES
-    if _orientation(image) != 1:
-        image = ops.exif_transpose(image)
+    image = upright(image)
     if image.mode in DEEP_MODES:
         levels = _levels(image, form.ground)
         image = pil.fromarray(levels if form.mode == "F" else np.rint(levels).astype(np.uint8))
@@ -113,7 +112,7 @@ def pick_ground(contents: Iterable[bytes]) -> int:
     """
     seen = np.zeros(256)
     for content in contents:
-        image = _open(content)
+        image = open_picture(content)
         image.load()
         if image.mode in DEEP_MODES:
             continue
@@ -142,7 +141,8 @@ def refusal(place: str, reason: Exception) -> LayerwiseError:
     return LayerwiseError(f"{place} is not a readable image; replace it or take it out.")
 
 
-def _open(content: bytes) -> Any:
+def open_picture(content: bytes) -> Any:
+    """A picture that is not decoded yet, of a format and size that are allowed."""
     pil = need("PIL.Image")
     try:
         image = pil.open(io.BytesIO(content), formats=_formats())
@@ -164,6 +164,11 @@ def _formats() -> tuple[str, ...]:
     # picture, as the filters belong to all threads.
     warnings.filterwarnings("ignore", category=pil.DecompressionBombWarning, append=True)
     return tuple(name for name in FORMATS if name in pil.OPEN)
+
+
+def upright(image: Any) -> Any:
+    """A picture turned as its EXIF orientation says."""
+    return image if _orientation(image) == 1 else need("PIL.ImageOps").exif_transpose(image)
 
 
 def _orientation(image: Any) -> int:

@@ -43,7 +43,8 @@ class Source(ABC):
     """Labelled samples, read by index: images, or what is laid out like them.
 
     Attributes:
-        labels: int64 (N,).
+        labels: int64 (N,) of classes; float32 (N, D) of numbers, (N, K) of several labels; uint8 (N, H, W) of pixels,
+            255 where one counts in nothing.
         shape: (C, H, W) of every image.
         whole: whether the samples belong together, so that one batch holds them all, in order.
         pictures: whether the samples are pictures, which may be augmented.
@@ -108,7 +109,7 @@ class InMemorySource(Source):
 
     def __init__(self, images: Tensor, labels: Tensor):
         images, labels = torch.as_tensor(images), torch.as_tensor(labels)  # arrays of numpy too
-        if images.ndim != 4 or labels.shape != images.shape[:1]:
+        if images.ndim != 4 or labels.shape[:1] != images.shape[:1]:
             raise LayerwiseError(
                 f"images of shape {tuple(images.shape)} and labels of shape {tuple(labels.shape)} are no samples; give "
                 "images (N, C, H, W) and labels (N,)."

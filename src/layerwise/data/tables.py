@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerwise.data.naming import LABEL_NAMES, check_words, few, is_missing, pick
+from layerwise.data.naming import check_words, few, is_missing
+from layerwise.data.numbers import DataTask, checked_numbers, chosen_targets
 from layerwise.data.sources import InMemorySource
 from layerwise.errors import LayerwiseError
 from layerwise.files import open_regular, shown
@@ -32,7 +33,7 @@ class TableSource(InMemorySource):
 
     Args:
         images: float64 (N, columns, 1, 1).
-        labels: int64 (N,).
+        labels: int64 (N,), float32 (N, D) of numbers or several labels.
     """
 
     pictures = False
@@ -60,31 +61,41 @@ class Lines(NamedTuple):
     """The line on which each row ends."""
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path, task: DataTask = "classification", targets: Sequence[str] = ()) -> Table:
     """Read a CSV file: a line of names, then rows of numbers with a label each.
 
     One column holds the labels: the first of label, labels, class, target and y that is there. Every different word is
     a class: whole numbers in their order, anything else in alphabetical order. A column of row numbers without a name,
     as pandas writes it, is left out.
 
+    Args:
+        path: of the file.
+        task: what the labels are: classes, numbers (float32 (N, D)), or zeros and ones (float32 (N, K)).
+        targets: names of the columns of labels; needed for several.
+
     Raises:
         LayerwiseError: a file that `read_columns` refuses; no column of labels, or no other one; another column without
             a name; a label that is absent or a fraction; fewer than two classes.
     """
     lines = _read(path)
-    label = pick("label", [name for name in lines.names if name in LABEL_NAMES], LABEL_NAMES, lines.names, lines.title)
+    wanted = chosen_targets(targets, lines.names, task, lines.title)
     unnamed = {place: name for place, name in enumerate(lines.names) if UNNAMED.fullmatch(name)}
-    columns = [(place, name) for place, name in enumerate(lines.names) if name != label and place not in unnamed]
+    columns = [(place, name) for place, name in enumerate(lines.names) if name not in wanted and place not in unnamed]
     notes = [_left_out(lines, place) for place in unnamed]
     _check_names(lines, [name for _, name in columns])
     if not columns:
-        raise LayerwiseError(f"{lines.title} has no column but {label!r}; give columns of numbers to learn from.")
-    classes, labels = _classes(lines, label)
+        raise LayerwiseError(f"{lines.title} has no column but {wanted[0]!r}; give columns of numbers to learn from.")
+    if task == "classification":
+        classes, labels = _classes(lines, wanted[0])
+    else:
+        _check_names(lines, wanted)
+        classes = wanted
+        labels = checked_numbers(_numbers(lines, [lines.names.index(name) for name in wanted]).flatten(1), task, wanted)
     values = _numbers(lines, [place for place, _ in columns])
     notes += [
         f"the class {name!r} of {lines.title} looks like a missing label; take its lines out if it is none"
         for name in classes
-        if name.lower() in ("na", "none")
+        if task == "classification" and name.lower() in ("na", "none")
     ]
     notes += _row_numbers(lines, values, columns)
     return Table(TableSource(values, labels), classes, tuple(name for _, name in columns), tuple(notes))

@@ -1,11 +1,18 @@
 """The arguments of a learner, checked: one sentence for each of another kind."""
 
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
-from layerwise.errors import LayerwiseError
+from layerwise import rules
+from layerwise.core.groups import Unit
+from layerwise.core.pieces import has_trunk
+from layerwise.core.rule import Rule
+from layerwise.core.tasks import KINDS, Classification, Task
+from layerwise.errors import LayerwiseError, suggestion
 from layerwise.parallel.alone import OneProcess
 from layerwise.parallel.stage import Stage
 
@@ -25,6 +32,66 @@ def usable_device(device: torch.device | str) -> torch.device:
     return found
 
 
+def usable_task(task: Task | str | None, label_smoothing: float = 0.0) -> Task:
+    """What the labels mean, classes if nothing is said; the number of outputs is known later.
+
+    Raises:
+        LayerwiseError: there is no such task, or `label_smoothing` is given beside one that does not have it.
+    """
+    if task is None:
+        return Classification(2, label_smoothing)
+    if isinstance(task, str):
+        if task not in KINDS or task == "loss":
+            legal = [kind for kind in KINDS if kind != "loss"]
+            raise LayerwiseError(f"there is no task {task!r}; {suggestion(task, legal)}.")
+        task = KINDS[task]()
+    if not isinstance(task, Task):
+        given = f"the class {task.__name__}" if isinstance(task, type) else f"of type {type(task).__name__}"
+        raise LayerwiseError(f"the task is {given}; give an instance, such as layerwise.Regression().")
+    if label_smoothing and getattr(task, "label_smoothing", 0.0) != label_smoothing:
+        raise LayerwiseError("label_smoothing is given beside task; give it to the task alone.")
+    return task
+
+
+def check_can(rule: Rule, task: Task) -> None:
+    """Raise LayerwiseError where the rule cannot do the task: why, and which rules can."""
+    needs = [task.kind, *{"token": ["language_model"], "pixel": ["segmentation"]}.get(task.positions, [])]
+    for need in needs:
+        if need not in rule.tasks:
+            _refuse(rule, WORDS.get(need, need), [need, task.kind])
+
+
+def check_labels_of(rule: Rule, task: Task, y: Tensor) -> None:
+    """Raise LayerwiseError unless labels `y` are of the task, and such as the rule can use."""
+    if task.kind == "classification" and y.is_floating_point() and y.dim() > 1 and "soft_labels" not in rule.tasks:
+        task.check(y)
+        _refuse(rule, WORDS["soft_labels"], ["soft_labels"])
+    missing = task.missing
+    if missing is not None and not rule.unlabelled and y.device.type == "cpu" and bool((y == missing).any()):
+        able = [name for name in rules.names() if rules.get(name).unlabelled and not rules.get(name).models]
+        raise LayerwiseError(
+            f"rule {rule.name!r} needs a label for every sample, and {int((y == missing).sum())} of "
+            f"{y.numel()} have none ({missing}); choose a rule that leaves such samples out: {', '.join(able)}."
+        )
+    task.check(y, rule.unlabelled)
+
+
+WORDS = {
+    "soft_labels": "learn from soft labels",
+    "language_model": "learn from a label per token",
+    "segmentation": "learn from a label per pixel",
+    "regression": "do regression",
+    "multilabel": "learn from several labels at once",
+    "loss": "learn from a loss of one's own",
+    "classification": "do classification",
+}
+
+
+def _refuse(rule: Rule, what: str, kinds: Sequence[str]) -> NoReturn:
+    able = [name for name in rules.names() if set(kinds) <= set(rules.get(name).tasks) and not rules.get(name).models]
+    raise LayerwiseError(f"rule {rule.name!r} cannot {what}: {rule.only}; rules that can: {', '.join(able)}.")
+
+
 def check_types(lr_multipliers: Any, channels_last: Any, stage: Any, replicas: Any, cuts: Any, layout: Any) -> None:
     """Raise LayerwiseError for an argument of another type."""
     for name, value, kinds, wanted in (
@@ -41,6 +108,30 @@ def check_types(lr_multipliers: Any, channels_last: Any, stage: Any, replicas: A
         raise LayerwiseError("layout maps block names to layouts such as 'BCL'; give words for both.")
     if isinstance(cuts, Sequence) and not all(isinstance(cut, str) for cut in cuts):
         raise LayerwiseError("cuts are names of modules; give words.")
+
+
+def check_micro(rule: Rule, units: Sequence[Unit], layouts: Mapping[str, str | None]) -> None:
+    """Raise LayerwiseError where a batch cannot be run in parts; warn where parts change what is learned.
+
+    Args:
+        rule: the rule.
+        units: what runs here.
+        layouts: of the input and of the blocks' outputs, by name.
+    """
+    if why := rule.whole_batch or ("trains a trunk that waits for the whole batch" if has_trunk(rule) else ""):
+        raise LayerwiseError(f"rule {rule.name!r} {why}, so that it cannot be run in parts; leave micro out.")
+    for name, layout in layouts.items():
+        if layout is not None and not layout.startswith("B"):
+            raise LayerwiseError(
+                f"{name} has the layout {layout!r}, and a batch can be run in parts only along its first dimension; "
+                "leave micro out, or put the batch first."
+            )
+    if names := [unit.site.name for unit in units if unit.running()]:
+        warnings.warn(
+            f"running statistics (batch norm) in {', '.join(names)} are taken from each of the parts of a batch, so "
+            "that the result is not that of the whole batch",
+            stacklevel=2,
+        )
 
 
 def check_options(precision: str, nonfinite: str) -> None:

@@ -19,8 +19,9 @@ from layerwise.core.optim import OptimizerFactory, begin_schedule, decay_groups,
 from layerwise.core.pieces import LearnsInPart, MovesActivations, StepsByParameter
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.rule import Rule, Site
-from layerwise.core.tasks import Classification
+from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
+from layerwise.learner.arguments import check_micro
 from layerwise.learner.watch import Watch
 from layerwise.memory.activations import ActivationOffload, NotMoved
 from layerwise.memory.offload import NotOffloaded, Offload
@@ -45,8 +46,8 @@ class Setup:
     offload_folder: Path
     """For files of offloaded blocks or activations."""
     seed: int
-    task: Classification
-    """Without the number of classes."""
+    task: Task
+    """Without the number of outputs."""
     compile: bool | str
     facts: Mapping[str, Any]
     """What must be the same on all replicas, by name."""
@@ -96,7 +97,7 @@ class Built:
         self.activations = NotMoved()
         if isinstance(setup.rule, MovesActivations):
             self.activations = ActivationOffload(setup.rule.activations_to(), setup.offload_folder, setup.device)
-        self.task = setup.task.with_classes(outputs[-1].shape[-1])
+        self.task = setup.task.fitted(outputs[-1])
         self.engine = Engine(setup.rule, self.task, setup.execution, self.resident)
         mine = setup.stage.choose(setup.rule, setup.network, ranges, x[:1] if isinstance(x, Tensor) else x)
         tensors = [*setup.network.parameters(), *setup.network.buffers()]
@@ -118,6 +119,13 @@ class Built:
                 group = self._group(own, ahead=units[ends[i] : ranges[i].stop])
                 groups.append(group)
                 self.offload.add(group)
+        if setup.execution.micro > 1:
+            known = dict(zip(names, setup.network.layouts, strict=True))
+            check_micro(
+                setup.rule,
+                [unit for group in groups for unit in group.units],
+                {"the input": setup.network.input_layout, **known},
+            )
         self.grouping = Grouping(setup.rule, groups, names, self._scaler)
         if setup.compile:
             compile_blocks(blocks, setup.compile)
@@ -239,6 +247,7 @@ def check_by_parameter(setup: Setup) -> None:
     needs = {
         "clip": execution.clip is not None,
         "accumulate": execution.accumulate > 1,
+        "micro": execution.micro > 1,
         "nonfinite='skip'": execution.nonfinite == "skip",
         "precision='fp16'": execution.autocast == torch.float16,
         "replicas": setup.replicas is not ONE_PROCESS and setup.replicas.count > 1,

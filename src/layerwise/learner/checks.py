@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, short
 
 PARTS = ("model", "auxiliary", "optimizer", "gradients", "scaler", "rates", "accumulation")
 PRIMES = (2, 3, 5, 7, 11, 13)  # sides of a tensor that show which side of it a state's side is
@@ -56,7 +56,7 @@ def check_parts(state: Any) -> None:
             raise _unfit(f"{name!r} is no mapping")
     for name in ("steps", "skipped"):
         if not _is_count(state[name]):
-            raise _unfit(f"{name} = {_short(state[name])} is not a whole number from 0 up")
+            raise _unfit(f"{name} = {short(state[name])} is not a whole number from 0 up")
     _check_accumulation(state["accumulation"], state["steps"])
     if state["skipped"] > state["steps"]:
         raise _unfit(f"{state['skipped']} of {state['steps']} steps are skipped ones")
@@ -66,8 +66,7 @@ def check_state(state: Mapping[str, Any], expected: Expected) -> None:
     """Raise LayerwiseError unless a learner can continue from `state`, after `check_parts`; nothing is changed."""
     if state["rule"] != expected.rule:
         raise LayerwiseError(
-            f"the checkpoint was trained with rule {_short(state['rule'])}, not {expected.rule!r}; choose the same "
-            "rule."
+            f"the checkpoint was trained with rule {short(state['rule'])}, not {expected.rule!r}; choose the same rule."
         )
     check_same_tensors(expected.model, state["model"], "model")
     check_same_tensors(expected.auxiliary, state["auxiliary"], "rule")
@@ -75,7 +74,7 @@ def check_state(state: Mapping[str, Any], expected: Expected) -> None:
         for name in state[what]:
             foreign = not expected.whole and str(name).startswith("auxiliary.")
             if name not in expected.parameters and not foreign:
-                raise _unfit(f"{what!r} names {_short(name)}, which is no parameter")
+                raise _unfit(f"{what!r} names {short(name)}, which is no parameter")
     for name, gradient in state["gradients"].items():
         if name in expected.parameters:
             own = expected.parameters[name]
@@ -167,7 +166,7 @@ def _check_made(given: Any, made: Any, own: Tensor, what: str) -> None:
     """Raise LayerwiseError unless `given` is what `made` is for the small parameter."""
     if not isinstance(made, Tensor):
         if type(given) is not type(made) or (isinstance(made, float) and not math.isfinite(given)):
-            raise _unfit(f"{what} is {_short(given)}")
+            raise _unfit(f"{what} is {short(given)}")
         return
     sides = {prime: side for prime, side in zip(PRIMES, own.shape, strict=False)}
     _check_tensor(given, torch.Size(sides.get(side, side) for side in made.shape), made.dtype, what)
@@ -193,7 +192,7 @@ def _check_accumulation(given: Mapping[str, Any], steps: int) -> None:
     for field, value in given.items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LARGEST
         if not number or (field in ("updates", "batches") and (value != int(value) or value > steps)):
-            raise _unfit(f"'accumulation' has {field} = {_short(value)}")
+            raise _unfit(f"'accumulation' has {field} = {short(value)}")
     if given["updates"] + given["batches"] > steps or (given["batches"] > 0) != (given["weight"] > 0):
         raise _unfit(f"'accumulation' does not belong to {steps} steps")
 
@@ -210,7 +209,7 @@ def _check_rates(given: Mapping[str, Any], expected: Expected) -> None:
                 right &= isinstance(found, (list, tuple)) and len(found) == count
                 right &= right and all(isinstance(rate, (int, float)) and 0 <= rate <= LARGEST for rate in found)
         if not right:
-            raise _unfit(f"'rates' has {_short(rates)} for {name!r}")
+            raise _unfit(f"'rates' has {short(rates)} for {name!r}")
 
 
 def _check_scaler(name: str, given: Any) -> None:
@@ -224,16 +223,11 @@ def _check_scaler(name: str, given: Any) -> None:
         else:
             right = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= LARGEST
         if not right:
-            raise _unfit(f"the gradient scaler of {name!r} has {field} = {_short(value)}")
+            raise _unfit(f"the gradient scaler of {name!r} has {field} = {short(value)}")
 
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
-
-
-def _short(value: Any) -> str:
-    text = repr(value) if not isinstance(value, int) or abs(value) < 2**64 else "a huge number"
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _unfit(reason: str) -> LayerwiseError:

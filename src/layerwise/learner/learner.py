@@ -21,12 +21,19 @@ from layerwise.core.optim import OptimizerFactory, Schedule, optimizer_factory
 from layerwise.core.progress import Trace
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.ranges import check_ranges
-from layerwise.core.rule import BatchContext, Rule
-from layerwise.core.tasks import Classification
+from layerwise.core.rule import BatchContext, Rule, metrics_of
+from layerwise.core.tasks import Task
 from layerwise.core.trees import mapped, tensors
 from layerwise.errors import LayerwiseError, suggestion
 from layerwise.learner import state as states
-from layerwise.learner.arguments import check_options, check_types, usable_device
+from layerwise.learner.arguments import (
+    check_can,
+    check_labels_of,
+    check_options,
+    check_types,
+    usable_device,
+    usable_task,
+)
 from layerwise.learner.build import ONE_PROCESS, Built, NotBuilt, Setup
 from layerwise.learner.checks import check_parts
 from layerwise.learner.metrics import Metrics
@@ -66,6 +73,9 @@ class Learner:
         accumulate: batches per update. Gradients then live from one batch to the next, so that their memory
             grows with depth; activations still do not. A batch weighs as much as it has labels that count, and
             `flush` does the last update with the batches that it has.
+        micro: parts in which every group runs its batch, one after the other, before it steps once: of the activations
+            one part of one block is alive at a time. Draws then depend on the part, too, and layers with batch
+            statistics take those of a part. Rules whose signal compares samples are refused.
         precision: `"fp32"`, `"bf16"` or `"fp16"` (autocast; fp16 with a gradient scaler per group).
         compile: run every block through `torch.compile`; a string names the backend.
         channels_last: keep images and convolutions in channels-last order.
@@ -80,7 +90,8 @@ class Learner:
         output: where the logits are in the model's output, see `cut_at_calls`.
         read: where the teaching tensor is in a cut module's output, see `cut_at_calls`.
         tied: who trains a parameter that several blocks use: `"last"` of them, `"first"` or `"frozen"`.
-        task: what the labels mean, if not classes: `LanguageModel()`.
+        task: what the labels mean, if not classes: `Regression()`, `MultiLabel()`, `Segmentation()`, `LanguageModel()`,
+            `Loss(fn)`, `Classification(weights=...)`, or the name of its kind, such as `"regression"`.
         example: one batch of inputs; builds everything now instead of at the first step.
         layout: where outputs have batch, channels and positions, if the layers do not show it, see `partition`.
         stage: the part of the network that this process runs, as one of several ranks; all of it if not given.
@@ -123,6 +134,7 @@ class Learner:
         schedule: Callable[[int], float] | None = None,
         clip: float | None = None,
         accumulate: int = 1,
+        micro: int = 1,
         precision: Precision = "fp32",
         compile: bool | str = False,
         channels_last: bool = False,
@@ -134,7 +146,7 @@ class Learner:
         output: Output = None,
         read: Read = None,
         tied: Tied | None = None,
-        task: Classification | None = None,
+        task: Task | str | None = None,
         example: Any = None,
         layout: Mapping[str, str] | str | None = None,
         stage: Stage | None = None,
@@ -146,7 +158,9 @@ class Learner:
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "model", "rule")}
         self._arguments["example"] = None  # a batch is not kept
         check_types(lr_multipliers, channels_last, stage, replicas, cuts, layout)
-        check_ranges(clip=clip, accumulate=accumulate, label_smoothing=label_smoothing, seed=seed, blocks=blocks)
+        check_ranges(
+            clip=clip, accumulate=accumulate, micro=micro, label_smoothing=label_smoothing, seed=seed, blocks=blocks
+        )
         check_ranges(lr=lr, weight_decay=weight_decay, lr_multipliers=lr_multipliers or {})
         check_options(precision, nonfinite)
         check_offload(offload, stage or replicas, compile)
@@ -157,7 +171,9 @@ class Learner:
         self.network: Partition = cut(model, cuts, blocks, output, read, tied, example, layout)
         self._arguments |= {"cuts": None, "blocks": None, "output": None, "read": None, "tied": None}  # done
         if isinstance(self.network, CallPartition):
-            check_serves(self.network, self.rule, offload=offload, stage=stage, replicas=replicas, compile=compile)
+            check_serves(
+                self.network, self.rule, offload=offload, stage=stage, replicas=replicas, compile=compile, micro=micro
+            )
         names = [block.name for block in [*self.network.blocks, self.network.head]]
         for name in lr_multipliers or {}:
             if name not in names:
@@ -173,10 +189,8 @@ class Learner:
                 f"the schedule is of type {type(schedule).__name__}; give a function from the update number to a "
                 "factor, or hold a scheduler of torch by learner.optimizer."
             )
-        # Refuses a wrong value now; the number of classes is known later.
-        task = Classification(2, label_smoothing) if task is None else task
-        if label_smoothing and task.label_smoothing != label_smoothing:
-            raise LayerwiseError("label_smoothing is given beside task; give it to the task alone.")
+        task = usable_task(task, label_smoothing)
+        check_can(self.rule, task)
         self.schedule = schedule or Schedule()
         self._offload_to: tuple[Where, Path] = offload, Path(offload_folder or tempfile.gettempdir())
         self.offload: Offload | NotOffloaded = NotOffloaded()
@@ -191,6 +205,7 @@ class Learner:
                 autocast={"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision],
                 clip=clip,
                 accumulate=accumulate,
+                micro=micro,
                 nonfinite=nonfinite,
                 # The first replica draws what one process would; the others must not drop the same units as it does.
                 seed=derive_seed(seed, "replica", replicas.rank) if replicas.rank else seed,
@@ -279,7 +294,7 @@ class Learner:
         self.built.engine = engine
 
     @property
-    def task(self) -> Classification:
+    def task(self) -> Task:
         """What the labels mean."""
         return self.built.task
 
@@ -347,7 +362,8 @@ class Learner:
         Args:
             x: inputs `(B, ...)`; for a model that is cut at its calls also a tuple of arguments, or a mapping of
                 keywords.
-            y: labels `(B,)`, or `(B, T)` for a language model; the entry `labels` of a mapping if not given.
+            y: labels as the task has them: classes `(B,)`, `(B, T)` for a language model, numbers `(B, D)`, `(B, H, W)`
+                for segmentation; the entry `labels` of a mapping if not given.
 
         Returns:
             The step's metrics, still on the device.
@@ -373,7 +389,9 @@ class Learner:
             self.steps += 1
             self._count(updates)
             self.skipped += self.stage.pass_on(h, message, bool(trace.skipped))
-        return Metrics(step, len(y) * self.replicas.count, trace.metrics, tuple(trace.skipped), trace.finite)
+        return Metrics(
+            step, len(y) * self.replicas.count, trace.metrics, tuple(trace.skipped), trace.finite, trace.statistics
+        )
 
     def flush(self) -> bool:
         """Do the update under way with the batches that it has; with `accumulate`, at the end of the training.
@@ -463,9 +481,10 @@ class Learner:
             self.stage.pass_on(h, message, skipped=False)
             apart = not self.rule.predicts_plainly() and not self.rule.predicts_at_head
             if apart and (logits := self._predicted_again(x)) is not None:
-                head = {"loss": self.task.loss(logits, y), "accuracy": self.task.accuracy(logits, y)}
+                metrics, trace.statistics["head"] = metrics_of(self.task, logits, y)
+                head = {"loss": self.task.loss(logits, y), **metrics}
                 trace.metrics["head"] = trace.metrics.get("head", {}) | head
-        return Metrics(self.steps, len(y), trace.metrics, (), {})
+        return Metrics(self.steps, len(y), trace.metrics, (), {}, trace.statistics)
 
     @torch.no_grad()
     def __call__(self, x: Any) -> Tensor:
@@ -574,7 +593,7 @@ class Learner:
         self._check_input(x)
         x, y = labelled(x, y)
         if not isinstance(y, Tensor):
-            raise LayerwiseError(f"the labels are of type {type(y).__name__}; give a tensor of int64 class numbers.")
+            raise LayerwiseError(f"the labels are of type {type(y).__name__}; give a tensor{self._setup.task.wanted}.")
         samples = len(x) if isinstance(x, Tensor) else max(1, y.dim() and len(y))
         if y.dim() == 0 or samples == 0 or samples != len(y):
             labels = "one number" if y.dim() == 0 else f"{len(y)}"
@@ -604,18 +623,11 @@ class Learner:
             raise LayerwiseError("the input is a single number; give a batch of shape (B, ...).")
 
     def check_labels(self, y: Tensor) -> None:
-        """Raise LayerwiseError unless all labels `y` are classes of the network, or -100 for a rule that allows it.
+        """Raise LayerwiseError unless all labels `y` are of the task, or -100 for a rule that allows it.
 
         The values are looked at only on the host: on an accelerator the look would wait for the device.
         """
-        missing = self.task.missing
-        if not self.rule.unlabelled and y.device.type == "cpu" and bool((y == missing).any()):
-            able = [name for name in rules.names() if rules.get(name).unlabelled and not rules.get(name).models]
-            raise LayerwiseError(
-                f"rule {self.rule.name!r} needs a label for every sample, and {int((y == missing).sum())} of "
-                f"{y.numel()} have none ({missing}); choose a rule that leaves such samples out: {', '.join(able)}."
-            )
-        self.task.check(y, self.rule.unlabelled)
+        check_labels_of(self.rule, self.task, y)
 
     # State.
 

@@ -1,11 +1,12 @@
 """What one step measured."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from layerwise.core.failures import NonFinite
+from layerwise.errors import LayerwiseError
 
 
 @dataclass
@@ -16,6 +17,7 @@ class Metrics:
         step: number of the step, from 0.
         samples: size of the batch, the shares of all replicas together.
         blocks: per block name (and `"head"`), the rule's scalars, such as `loss` and `accuracy`.
+        statistics: per block name, sums out of which the task makes its metrics, for tasks that need them.
         skipped: names of the groups whose update was skipped (`nonfinite="skip"`).
     """
 
@@ -24,16 +26,24 @@ class Metrics:
     blocks: dict[str, dict[str, Tensor]]
     skipped: tuple[str, ...]
     finite: dict[str, Tensor]
+    statistics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
     def loss(self) -> Tensor:
-        """Loss at the head: a scalar on the device, in nats."""
+        """Loss at the head: a scalar on the device, in nats where it is a log-likelihood."""
         return self.blocks["head"]["loss"]
 
     @property
     def accuracy(self) -> Tensor:
-        """Share of the batch that the head gets right: a scalar on the device."""
-        return self.blocks["head"]["accuracy"]
+        """Share of the batch that the head gets right: a scalar on the device.
+
+        Raises:
+            LayerwiseError: the task is none of classes; its metrics are in `blocks["head"]`.
+        """
+        head = self.blocks["head"]
+        if "accuracy" not in head:
+            raise LayerwiseError(f"the task has no accuracy; metrics.blocks['head'] has {', '.join(head)}.")
+        return head["accuracy"]
 
     def read(self) -> dict[str, float]:
         """All scalars as floats, keyed `"head/loss"`; this waits for the device.

@@ -55,7 +55,7 @@ def check_serves(network: CallPartition, rule: Rule, **options: Any) -> None:
     Args:
         network: what is trained.
         rule: the rule.
-        options: `offload`, `stage`, `replicas`, `compile` of the learner.
+        options: `offload`, `stage`, `replicas`, `compile`, `micro` of the learner.
     """
     network.__dict__["asked_by"] = rule.name
     alone = "and the blocks of a model that is cut at its calls run once per step, inside one forward pass"
@@ -74,6 +74,7 @@ def check_serves(network: CallPartition, rule: Rule, **options: Any) -> None:
         "stage": ("a stage", options["stage"] is not None),
         "replicas": ("sharding", getattr(options["replicas"], "shares_parameters", False)),
         "compile": ("compile", bool(options["compile"])),
+        "micro": ("micro", options["micro"] > 1),
     }
     for what, given in reasons.values():
         if given:

@@ -12,26 +12,24 @@ The two sides of the implication are the same inequality, so what is to be measu
 """
 
 import io
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from layerwise import data
 from layerwise.core.rule import Site, by_depth
-from layerwise.core.tasks import Classification
+from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
-from layerwise.report.reading import read_lines
+from layerwise.report.reading import read_metrics
 from layerwise.rules.sid import Direction, Distillation, divergences
 from layerwise.runs import building
-from layerwise.runs.folders import read_options
-from layerwise.runs.output import check_output, data_paths, write_output
+from layerwise.runs.output import write_output
 
 
 def alphas(alpha: float | tuple[float, ...], modules: int) -> list[float]:
@@ -85,61 +83,55 @@ def least_loss(log_before: Tensor, target: Tensor, alpha: float, direction: Dire
     return entropy(alpha * target + (1 - alpha) * before) - alpha * entropy(target) - (1 - alpha) * entropy(before)
 
 
-def _ideal(classes: int, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """The uniform belief's log, and a target."""
-    target = torch.full((classes,), label_smoothing / classes, dtype=torch.float64)
-    target[0] += 1 - label_smoothing
-    return torch.full((classes,), -math.log(classes), dtype=torch.float64), target
+@dataclass(frozen=True)
+class Cascade:
+    """The modules of SID before training, when all beliefs are nearly uniform; and the losses that follow from that.
 
-
-def first_loss(
-    classes: int,
-    modules: int,
-    alpha: float | tuple[float, ...] = 0.5,
-    label_smoothing: float = 0.0,
-    direction: Direction = "forward",
-) -> float:
-    r"""The summed objective of a cascade whose beliefs are all uniform, as they nearly are at the start.
-
-    Without label smoothing, in the forward direction, it is $\sum_i \alpha_i \ln N$.
-
-    >>> round(first_loss(classes=10, modules=5), 3)
+    >>> round(Cascade(classes=10, modules=5).first_loss(), 3)
     5.756
-    """
-    uniform, target = _ideal(classes, label_smoothing)
-    label, _ = divergences(uniform, uniform, target, direction)
-    return sum(alphas(alpha, modules)) * float(label)
-
-
-def fixed_point_loss(
-    classes: int,
-    modules: int,
-    alpha: float | tuple[float, ...] = 0.5,
-    label_smoothing: float = 0.0,
-    direction: Direction = "forward",
-) -> float:
-    """The summed objective of a cascade in which every module has reached the minimum that it can see.
-
-    Module by module it is `least_loss`, given a belief before that is itself the minimiser: where training settles
-    when the network can learn every label, since no module sees the losses of the later ones. It is not the smallest
-    sum that there is: beliefs that a joint minimisation would choose go below it.
-
-    Args:
-        classes: number of classes N.
-        modules: number of modules L.
-        alpha: the rule's option.
-        label_smoothing: share of the target that is spread over the classes.
-        direction: of the divergences.
-
-    >>> [round(fixed_point_loss(*size), 3) for size in ((10, 5), (10, 10), (100, 8))]
+    >>> [round(Cascade(*size).fixed_point_loss(), 3) for size in ((10, 5), (10, 10), (100, 8))]
     [0.86, 0.879, 1.058]
     """
-    belief, target = _ideal(classes, label_smoothing)
-    total = 0.0
-    for weight in alphas(alpha, modules):
-        total += float(least_loss(belief, target, weight, direction))
-        belief = minimiser(belief, target, weight, direction)
-    return total
+
+    classes: int
+    """Number of classes N."""
+    modules: int
+    """Number of modules L."""
+    alpha: float | tuple[float, ...] = 0.5
+    """The rule's option."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over the classes."""
+    direction: Direction = "forward"
+    """Of the divergences."""
+
+    def _start(self) -> tuple[Tensor, Tensor]:
+        """The uniform belief's log, and a target."""
+        target = torch.full((self.classes,), self.label_smoothing / self.classes, dtype=torch.float64)
+        target[0] += 1 - self.label_smoothing
+        return torch.full((self.classes,), -math.log(self.classes), dtype=torch.float64), target
+
+    def first_loss(self) -> float:
+        r"""The summed objective while all beliefs are uniform.
+
+        Without label smoothing, in the forward direction, it is $\sum_i \alpha_i \ln N$.
+        """
+        uniform, target = self._start()
+        label, _ = divergences(uniform, uniform, target, self.direction)
+        return sum(alphas(self.alpha, self.modules)) * float(label)
+
+    def fixed_point_loss(self) -> float:
+        """The summed objective once every module has reached the minimum that it can see.
+
+        Module by module it is `least_loss`, given a belief before that is itself the minimiser: where training settles
+        when the network can learn every label, since no module sees the losses of the later ones. It is not the
+        smallest sum that there is: beliefs that a joint minimisation would choose go below it.
+        """
+        belief, target = self._start()
+        total = 0.0
+        for weight in alphas(self.alpha, self.modules):
+            total += float(least_loss(belief, target, weight, self.direction))
+            belief = minimiser(belief, target, weight, self.direction)
+        return total
 
 
 def early_exit(beliefs: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
@@ -220,7 +212,7 @@ def measure(
 
 
 def quantities(
-    beliefs: Tensor, y: Tensor, task: Classification, weights: Sequence[float], direction: Direction
+    beliefs: Tensor, y: Tensor, task: Task, weights: Sequence[float], direction: Direction
 ) -> dict[str, Tensor]:
     """What `measure` averages: `(L + 1, B)` for every belief, `(L, B)` for every module.
 
@@ -256,7 +248,7 @@ def history(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     """Per epoch, from a run's log: `step`, and per module the scalars of its belief on the validation split."""
     rows = []
     file = folder / "metrics.jsonl"
-    for values in read_lines(folder, file.name) if file.exists() else ():
+    for values in read_metrics(folder, file.name) if file.exists() else ():
         if values["split"] == "val":
             modules = [
                 {key.partition("/")[2]: value for key, value in values.items() if key.startswith(f"{name}/")}
@@ -266,7 +258,7 @@ def history(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def report(
+def beliefs_of_run(
     folder: Path, split: str = "test", thresholds: Sequence[float] = (), batch_size: int = 512, device: str = "auto"
 ) -> tuple[dict[str, Any], list[str]]:
     """Measure a trained run: plain values for JSON, and notes that the user should see.
@@ -283,10 +275,13 @@ def report(
             f"the run in {folder} was trained with rule {learner.rule.name!r}, which refines no belief; give a run of "
             "sid or sid_cascade."
         )
+    if options.task != "classification":
+        raise LayerwiseError(f"SID's theory is about beliefs over classes, and the run's task is {options.task}.")
     batches = building.split_in_order(run, split, batch_size, folder)
     found = measure(learner, batches, thresholds)
     count = len(found["modules"]) - 1
-    how = (learner.task.classes, count, learner.rule.alpha, options.label_smoothing, learner.rule.direction)
+    rule = learner.rule
+    cascade = Cascade(learner.task.classes, count, rule.alpha, options.label_smoothing, rule.direction)
     units = [unit.site for group in learner.groups for unit in group.units]
     names = [site.name for site in units if learner.rule.place(site) is not None]
     about = {
@@ -297,8 +292,8 @@ def report(
         "direction": learner.rule.direction,
         "label_smoothing": options.label_smoothing,
         "loss": sum(row["loss"] for row in found["modules"][1:]),
-        "first_loss": first_loss(*how),
-        "fixed_point_loss": fixed_point_loss(*how),
+        "first_loss": cascade.first_loss(),
+        "fixed_point_loss": cascade.fixed_point_loss(),
     }
     return {**about, **found, "history": history(folder, names)}, run.notes
 
@@ -334,33 +329,8 @@ def draw(modules: Sequence[dict[str, float]], file: Path) -> None:
     write_output(file, page.getvalue())
 
 
-@dataclass(frozen=True)
-class BeliefsOptions:
-    """The beliefs of a run of SID, module by module: descent, the bounds of its theory, early exit."""
-
-    split: Literal["test", "val", "train"] = "test"
-    """Which part of the run's data set."""
-    thresholds: tuple[float, ...] = (0.5, 0.9, 0.99)
-    """Probabilities at which to stop at a module."""
-    batch_size: int = 512
-    """Samples per batch."""
-    device: str = "auto"
-    """cpu | cuda | cuda:N | auto."""
-    json: str | None = None
-    """Also write all results to this file, with the history of the run."""
-    plot: str | None = None
-    """Draw entropy and divergence over depth to this file (.svg, .png, .pdf)."""
-
-
-def show_beliefs(folder: Path, options: BeliefsOptions) -> list[str]:
-    """`layerwise beliefs RUN`: prints the tables; returns notes that the user should see."""
-    for file in filter(None, (options.json, options.plot)):
-        check_output(Path(file), data_paths(read_options(folder).data))  # before the work
-    found, notes = report(folder, options.split, options.thresholds, options.batch_size, options.device)
-    if options.plot:
-        draw(found["modules"], Path(options.plot))
-    if options.json:
-        write_output(Path(options.json), json.dumps(found, indent=2) + "\n")
+def print_beliefs(found: dict[str, Any]) -> None:
+    """Print what `beliefs_of_run` has measured, as tables."""
     print(f"{'module':>6}" + "".join(f"{name:>14}" for name in COLUMNS))
     for i, row in enumerate(found["modules"]):
         print(f"{i:>6}" + "".join(f"{row[name]:>14.4f}" if name in row else f"{'':>14}" for name in COLUMNS))
@@ -373,7 +343,6 @@ def show_beliefs(folder: Path, options: BeliefsOptions) -> list[str]:
             f"stopping at probability {row['threshold']:g}: accuracy {row['accuracy']:.4f} with "
             f"{row['modules_used']:.2f} of {len(found['modules']) - 1} modules"
         )
-    return notes
 
 
 COLUMNS = ("accuracy", "label_kl", "entropy", "consistency", "loss", "excess", "descent", "bound", "within_bound")

@@ -57,6 +57,7 @@ def memory_of(
     device: str = "cpu",
     offload: Where = "none",
     offload_folder: str | None = None,
+    micro: int = 1,
     **model_options: float,
 ) -> dict[str, Any]:
     """Measure the peak memory of a training step.
@@ -72,6 +73,7 @@ def memory_of(
         device: where to run.
         offload: where idle blocks wait: none, host or disk.
         offload_folder: folder for the file of disk (default: the folder for temporary files).
+        micro: parts in which every block runs its batch.
         model_options: further options of the model.
 
     Returns:
@@ -83,7 +85,9 @@ def memory_of(
     6568
     """
     where = offload, offload_folder
-    learner, x, y = prepared(rule, model, depth, shape, batch_size, optimizer, precision, device, model_options, where)
+    learner, x, y = prepared(
+        rule, model, depth, shape, batch_size, optimizer, precision, device, model_options, where, micro
+    )
     learner.step(x, y)
     _, use = learner.measured_step(x, y)
     return {"rule": rule, "model": model, "depth": depth, "offload": offload, **asdict(use)}
@@ -151,6 +155,7 @@ def memory_command(argv: list[str]) -> int:
                     "device": options.device,
                     "offload": options.offload,
                     "offload_folder": options.offload_folder,
+                    "micro": options.micro,
                     **options.model_options,
                 }
                 apart = options.offload != "none"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from layerwise import models, rules
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
+from layerwise.core.ranges import check_ranges
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
 from layerwise.memory.mmap import OnFile
@@ -21,9 +22,9 @@ from layerwise.memory.offload import Where
 from layerwise.parsing import parse
 from layerwise.report.page import write_report
 from layerwise.runs.building import pick_device
-from layerwise.runs.checkpoint import write_atomically
 from layerwise.runs.environment import environment
 from layerwise.runs.output import check_output, write_output
+from layerwise.runs.writing import write_atomically
 
 CLASSES = 10
 CPU = torch.device("cpu")
@@ -58,6 +59,11 @@ class DeviceProblem(Problem):
     """Precision of the blocks (autocast)."""
     device: str = "auto"
     """cpu | cuda | cuda:N | auto."""
+    micro: int = 1
+    """Parts in which every block runs its batch."""
+
+    def __post_init__(self) -> None:
+        check_ranges(micro=self.micro)
 
 
 def prepared(
@@ -71,6 +77,7 @@ def prepared(
     device: str,
     model_options: dict[str, float],
     offload_to: tuple[Where, str | None] = ("none", None),
+    micro: int = 1,
 ) -> tuple[Learner, Tensor, Tensor]:
     """A learner on the device, with a batch `(B, C, H, W)` and its labels `(B,)`."""
     where = pick_device(device)
@@ -78,7 +85,7 @@ def prepared(
     with OnFile(folder) if offload == "disk" else contextlib.nullcontext():  # as in a run: never all of it in memory
         network = network_of(model, depth, shape, model_options)
     x, y = (tensor.to(where) for tensor in batch_of(shape, batch_size))
-    how: dict[str, Any] = {"device": where, "offload": offload, "offload_folder": folder}
+    how: dict[str, Any] = {"micro": micro, "device": where, "offload": offload, "offload_folder": folder}
     return Learner(network, rule, optimizer=optimizer, precision=precision, lr=LEARNING_RATE, example=x, **how), x, y
 
 

@@ -135,6 +135,7 @@ def speed_command(argv: list[str]) -> int:
             options.precision,
             options.device,
             options.model_options,
+            micro=options.micro,
         )
         for rule in options.rules
     }

@@ -24,7 +24,7 @@ from layerwise.core.tasks import UNLABELLED
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
 from layerwise.runs.building import load_data, load_run
-from layerwise.runs.checkpoint import write_atomically
+from layerwise.runs.writing import write_atomically
 
 SAMPLES = 1024
 """The largest number of samples of each split that are measured."""
@@ -217,7 +217,7 @@ def gradients(learner: Learner, x: Tensor, y: Tensor, rule: Rule | str | None = 
     """The gradient that one training step would use, by name of the parameter; the learner is not changed.
 
     Args:
-        learner: gives network, auxiliary modules, seed and label smoothing.
+        learner: gives network, auxiliary modules, seed and task.
         x: inputs `(B, ...)`.
         y: labels `(B,)`.
         rule: another rule on the same network (without trained auxiliary modules); the learner's own if not given.
@@ -228,7 +228,7 @@ def gradients(learner: Learner, x: Tensor, y: Tensor, rule: Rule | str | None = 
         copy.deepcopy(learner.network),
         learner.rule if rule is None else rule,
         optimizer=lambda groups: _Kept(groups),
-        label_smoothing=learner.task.label_smoothing,
+        task=learner.task,
         example=x,
     )
     if rule is None:
@@ -340,9 +340,11 @@ def diagnose(folder: Path, twin: Path | None = None, device: str = "auto") -> di
         `samples`, and per block under `blocks` what `layer_table` gives, `cka_to_backprop` and `gradient_cosine`.
 
     Raises:
-        LayerwiseError: there is no run, or its data set is not there.
+        LayerwiseError: there is no run, its data set is not there, or its labels are no classes.
     """
     options, _, learner, _ = load_run(folder, device)
+    if options.task != "classification":
+        raise LayerwiseError(f"diagnostics probe for classes, and the run's task is {options.task}.")
     dataset = load_data(options)
     common: dict[str, Any] = {"mean": dataset.mean, "std": dataset.std, "seed": 0, "shuffle": False, "drop_last": False}
     common |= {"device": learner.device, "channels_last": options.channels_last}

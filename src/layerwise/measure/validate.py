@@ -1,9 +1,8 @@
-"""`layerwise validate`: checks a rule's declared properties on this machine, or the files of a run."""
+"""Checks of a rule's declared properties on this machine, and of the files of a run."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,33 +12,9 @@ from layerwise.core.blocks import Block
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
 from layerwise.measure.bench_memory import memory_of
-from layerwise.parsing import parse
 from layerwise.runs import checkpoint
 from layerwise.runs.folders import read_options
-
-
-@dataclass(frozen=True)
-class ValidateOptions:
-    """Check a rule's declared properties on this machine; with a RUN, check that run's files instead."""
-
-    rule: str = "sll"
-    """Rule to check."""
-    model: Literal["mlp", "vgg", "resnet", "vit", "sid_cascade", "noprop", "noprop_ct", "noprop_fm"] = "mlp"
-    """Model to check it on."""
-
-
-def validate_command(argv: list[str]) -> int:
-    """`layerwise validate [RUN] [OPTIONS]`: prints one line per check; exit code 2 where one fails."""
-    if argv and not argv[0].startswith("-"):
-        if len(argv) > 1:
-            raise LayerwiseError("validate takes one RUN and then no options; see layerwise validate --help.")
-        findings = run_findings(Path(argv[0]))
-    else:
-        options = parse(ValidateOptions, argv, "validate")
-        findings = rule_findings(options.rule, options.model)
-    for holds, sentence in findings:
-        print(f"{'ok  ' if holds else 'FAIL'}  {sentence}", flush=True)
-    return 0 if all(holds for holds, _ in findings) else 2
+from layerwise.runs.layout import check_run
 
 
 def rule_findings(rule: str, model: str) -> list[tuple[bool, str]]:
@@ -158,8 +133,7 @@ def run_findings(folder: Path) -> list[tuple[bool, str]]:
     Raises:
         LayerwiseError: there is no run in the folder.
     """
-    if not (folder / "config.json").is_file():
-        raise LayerwiseError(f"{folder} holds no run (no config.json); give the folder of a run.")
+    check_run(folder)
     findings = []
     try:
         read_options(folder)

@@ -33,12 +33,17 @@ class Moved:
     def __init__(self, key: int, tensor: Tensor, storage: torch.UntypedStorage):
         self.key, self.device, self.length = key, storage.device, storage.nbytes()
         self.version = tensor._version
-        self.here = weakref.ref(storage)
-        """The bytes on the device, for as long as somebody holds them."""
+        self.origin = weakref.ref(storage)
+        self.leaving: Tensor | None = tensor
+        """The tensor itself, until its bytes have left."""
+        self.here: Callable[[], torch.UntypedStorage | None] = lambda: None
+        """The bytes that came back, for as long as somebody holds them."""
         self.coming: tuple[Tensor, Callable[[], object]] | None = None
         """Bytes on their way back, and what waits for them."""
         self.left: Callable[[], object] = lambda: None
         """Waits until the bytes have left; raises what stopped them."""
+        self.fetched = False
+        """Whether autograd has asked for it once; nobody waits for it then."""
         self.torn = False
         """Whether the bytes changed while they were written."""
 
@@ -115,7 +120,7 @@ class ActivationOffload:
     def _send(self, tensor: Tensor, storage: torch.UntypedStorage) -> Moved:
         """Start to move a storage away, unless it has been."""
         known = self._known.get(storage._cdata)
-        if known is not None and known.here() is storage and known.version == tensor._version:
+        if known is not None and known.origin() is storage and known.version == tensor._version:
             return known
         moved = self._known[storage._cdata] = Moved(len(self._moved), tensor, storage)
         self._moved.append(moved)
@@ -125,10 +130,12 @@ class ActivationOffload:
             def write() -> None:
                 self._store.write(moved.key, moved.length, [(0, chunk)])
                 moved.torn = tensor._version != moved.version
+                moved.leaving = None
 
             moved.left = self._mover.submit(write).result
         else:
             moved.left = self._on_side(lambda: self._store.write(moved.key, moved.length, [(0, chunk)]))
+            moved.leaving = None
         self._leaving.append(moved.left)
         while len(self._leaving) > AHEAD:
             self._leaving.popleft()()
@@ -136,12 +143,14 @@ class ActivationOffload:
 
     def _fetch(self, moved: Moved) -> torch.UntypedStorage:
         """The bytes of a storage, back on the device; those saved before it are asked for already."""
-        storage = moved.here()  # still being written, or shown by another tensor
+        storage, leaving = moved.here(), moved.leaving
+        if leaving is not None:  # still being written
+            storage, moved.torn = leaving.untyped_storage(), leaving._version != moved.version
         if storage is None:
             self._ask(moved)
-        coming, moved.coming = moved.coming, None
+        coming, moved.coming, moved.fetched = moved.coming, None, True
         for earlier in self._moved[max(moved.key - AHEAD, 0) : moved.key][::-1]:
-            if earlier.here() is None:
+            if not earlier.fetched and earlier.leaving is None:
                 self._ask(earlier)
         if storage is None:
             assert coming is not None

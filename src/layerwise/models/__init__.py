@@ -1,7 +1,8 @@
 """A small model zoo with one surface: a `depth` dial, named blocks and a head.
 
 Every model is an `nn.Sequential` of blocks (`block1` .. `blockN`; `sid_cascade` names its parts)
-and `head`, for images (B, channels, height, width) to logits (B, classes). Its attribute
+and `head`, for images (B, channels, height, width) to logits (B, classes), or to a map of them
+(`fcn`). Its attribute
 `block_names` lists the children after which it may be cut.
 
 Example:
@@ -16,8 +17,9 @@ from dataclasses import fields
 from typing import Any
 
 from layerwise.core.graphs import Graph
-from layerwise.errors import LayerwiseError, suggestion
+from layerwise.errors import LayerwiseError, unknown
 from layerwise.models.base import BlockSequential, ModelOptions
+from layerwise.models.fcn import FCN
 from layerwise.models.gnn import GAT, GCN, GraphModelOptions
 from layerwise.models.mlp import MLP
 from layerwise.models.noprop import NoProp, NoPropCT, NoPropFM
@@ -28,6 +30,7 @@ from layerwise.models.vgg import VGG
 from layerwise.models.vit import ViT
 
 __all__ = [
+    "FCN",
     "GAT",
     "GCN",
     "MLP",
@@ -49,6 +52,7 @@ __all__ = [
 ]
 
 _MODELS: dict[str, type[ModelOptions]] = {
+    "fcn": FCN,
     "gat": GAT,
     "gcn": GCN,
     "mlp": MLP,
@@ -68,8 +72,8 @@ def names() -> tuple[str, ...]:
 
     Example:
         >>> names()
-        ('gat', 'gcn', 'mlp', 'noprop', 'noprop_ct', 'noprop_fm', 'resnet', 'reversible', 'sid_cascade',
-        'vgg', 'vit')
+        ('fcn', 'gat', 'gcn', 'mlp', 'noprop', 'noprop_ct', 'noprop_fm', 'resnet', 'reversible', 'sid_cascade', 'vgg',
+        'vit')
     """
     return tuple(_MODELS)
 
@@ -85,7 +89,7 @@ def options(name: str) -> type[ModelOptions]:
         VGG(depth=8, width=64, dropout=0.0)
     """
     if name not in _MODELS:
-        raise _unknown("model", name, names())
+        raise unknown("model", name, names())
     return _MODELS[name]
 
 
@@ -112,7 +116,7 @@ def create(
     legal = [field.name for field in fields(kind)]
     for option in options_:
         if option not in legal:
-            raise _unknown(f"option of {name}", option, legal)
+            raise unknown(f"option of {name}", option, legal)
     made = kind(**options_)
     if isinstance(made, GraphModelOptions):
         return made.build(shape, classes, graph)
@@ -135,7 +139,3 @@ def describe(name: str) -> str:
     text = inspect.getdoc(kind) or ""
     dials = [f"  {field.name} = {field.default}" for field in fields(kind)]
     return "\n".join([text.partition("Example:")[0].rstrip(), "", "Options:", *dials])
-
-
-def _unknown(what: str, name: str, legal: "list[str] | tuple[str, ...]") -> LayerwiseError:
-    return LayerwiseError(f"unknown {what} {name!r}; {suggestion(name, legal)}.")

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, explained
 from layerwise.parallel.rendezvous import (
     Job,
     NoAnswer,
@@ -139,7 +139,7 @@ class Ranks:
         except RuntimeError as reason:
             raise not_met(self.job, str(reason), seconds) from reason
         if missing:
-            names = in_words([int(key.rpartition("/")[2]) for key in missing])
+            names = ranks_in_words([int(key.rpartition("/")[2]) for key in missing])
             raise not_met(self.job, f"{names} did not come", seconds)
 
     def agree(
@@ -300,7 +300,7 @@ def difference(facts: Mapping[int, Mapping[str, Any]]) -> str | None:
             text = json.dumps(found[name], sort_keys=True) if name in found else "none"
             by_value.setdefault(text, []).append(rank)
         if len(by_value) > 1:
-            parts = [f"{shortened(text)} on {in_words(ranks)}" for text, ranks in by_value.items()]
+            parts = [f"{shortened(text)} on {ranks_in_words(ranks)}" for text, ranks in by_value.items()]
             (of_some if "none" in by_value else differing).append(f"{name} ({', '.join(parts)})")
     differing += of_some
     if not differing:
@@ -332,10 +332,10 @@ def shortened(text: str, most: int = 60) -> str:
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
-def in_words(ranks: Sequence[int]) -> str:
+def ranks_in_words(ranks: Sequence[int]) -> str:
     """Ranks in words.
 
-    >>> in_words([1]), in_words([0, 2, 3])
+    >>> ranks_in_words([1]), ranks_in_words([0, 2, 3])
     ('rank 1', 'ranks 0, 2 and 3')
     """
     *first, last = map(str, ranks)
@@ -355,9 +355,6 @@ def guarded(ranks: Ranks, work: Callable[[], Any]) -> Any:
         return work()
     except Refused:
         raise
-    except LayerwiseError as error:
-        ranks.announce(f"{ranks.name(ranks.rank)} has stopped: {error}")
-        raise
     except Exception as error:
-        ranks.announce(f"{ranks.name(ranks.rank)} has stopped: {type(error).__name__}: {error}")
+        ranks.announce(f"{ranks.name(ranks.rank)} has stopped: {explained(error)}")
         raise

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerwise.runs.checkpoint import write_atomically
+from layerwise.runs.writing import write_atomically
 
 INK = "#010203"  # a placeholder for the colour of text until the SVG is written
 COLOURS = ("#3b8ee0", "#2da44e", "#e0702b", "#b08a00", "#a371f7", "#d6569f", "#1fa3a3", "#8c7361")
@@ -129,11 +129,20 @@ def curves(axes: Any, found: Curves, x: str, y: str, looks: Mapping[str, dict[st
     _finish(axes, x, y)
 
 
-def trade(axes: Any, found: Mapping[str, tuple[float, float, float | None]], x: str, y: str, looks: Any) -> None:
-    """One point per rule, and the line of the rules that no other beats in both."""
+def trade(
+    axes: Any,
+    found: Mapping[str, tuple[float, float, float | None]],
+    x: str,
+    y: str,
+    looks: Any,
+    larger: bool = True,
+) -> None:
+    """One point per rule, and the line of the rules that no other beats in both; `larger` says which y is better."""
     for rule, (place, mean, deviation) in found.items():
         axes.errorbar(place, mean, yerr=deviation, label=rule, ms=7, capsize=3, ls="none", **looks[rule])
-    front = pareto({rule: point[:2] for rule, point in found.items()})
+    sign = 1 if larger else -1
+    best = pareto({rule: (point[0], sign * point[1]) for rule, point in found.items()})
+    front = [(place, sign * value) for place, value in best]
     axes.plot(*zip(*front, strict=True), drawstyle="steps-post", color=INK, lw=0.8, ls=":", zorder=0)
     axes.margins(0.12, 0.18)
     _finish(axes, x, y)
@@ -189,10 +198,10 @@ def shares(axes: Any, rows: Mapping[str, Mapping[str, float]], x: str) -> None:
     _finish(axes, x, "", grid="x")
 
 
-def short(value: float) -> str:
+def three_digits(value: float) -> str:
     """Three digits, without an exponent where none is needed.
 
-    >>> short(0.98765), short(97.54), short(0.0)
+    >>> three_digits(0.98765), three_digits(97.54), three_digits(0.0)
     ('0.988', '97.5', '0')
     """
     return f"{value:.3g}"

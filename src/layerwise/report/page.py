@@ -4,38 +4,35 @@ import contextlib
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from layerwise.core.tasks import ACCURACY, Metric
 from layerwise.errors import LayerwiseError
 from layerwise.files import MissingFile, kind_of, shown
+from layerwise.records import convert
 from layerwise.report import figures
+from layerwise.report.benches import put_bench, read_bench
 from layerwise.report.reading import (
     ADVICE,
-    BENCHES,
-    Bench,
     CompareRecord,
     Diagnostics,
     FixedOptions,
     Machine,
-    MeasuredRow,
-    MemoryRow,
-    Result,
-    ScalingRow,
     Summary,
-    convert,
-    parse_json,
-    read_json,
-    read_lines,
+    metric_named,
+    read_metrics,
+    read_record,
+    read_result,
     read_rows,
-    read_text,
 )
-from layerwise.report.summary import COLUMNS, resolution_in_words, spread, table_rows
-from layerwise.runs.checkpoint import write_atomically
-from layerwise.runs.environment import in_words
-from layerwise.runs.folders import grid_run_folder
+from layerwise.report.sections import Origin, Section
+from layerwise.report.summary import columns, resolution_in_words, spread, table_rows
+from layerwise.runs.environment import machine_in_words
+from layerwise.runs.layout import grid_run_folder
+from layerwise.runs.writing import write_atomically
 
 LAYERS: dict[str, tuple[str, str, tuple[float, float] | None]] = {  # quantity: title, caption, limits of the colours
     "accuracy": (
@@ -71,7 +68,7 @@ LAYERS: dict[str, tuple[str, str, tuple[float, float] | None]] = {  # quantity: 
     "hoyer": ("Hoyer sparsity", "0: all features of equal size; 1: all but one are zero.", (0.0, 1.0)),
     "dead": ("Dead units", "Share of units that give the same value for every test sample.", (0.0, 1.0)),
 }
-PERCENT = ("accuracy", "probe_accuracy")
+PERCENT = ("accuracy", "probe_accuracy", "f1", "exact_match", "miou", "pixel_accuracy")
 MOST_REPORTED = 50
 """Number of figures of scalars that rules report."""
 REPORTED = {
@@ -81,31 +78,6 @@ REPORTED = {
     "entropy": "Belief: entropy",
     "descent": "Belief: share of samples that descend",
 }
-
-
-@dataclass
-class Origin:
-    """The command and machine that a figure comes from."""
-
-    command: str
-    machine: str
-    options: str = ""
-    runs: str = ""
-    packages: str = ""
-
-
-@dataclass
-class Section:
-    """Figures under one heading: dictionaries of `figure`, `caption`, `command`, `machine`."""
-
-    title: str
-    about: str
-    shown: list[dict[str, Any]] = field(default_factory=list)
-
-    def add(self, figure: figures.Figure, caption: str, origin: Origin) -> None:
-        """Add a figure with its caption and where it comes from."""
-        words = {"command": origin.command, "machine": origin.machine}
-        self.shown.append({"figure": figure, "caption": caption, **words})
 
 
 def write_report(folder: Path) -> Path:
@@ -124,10 +96,10 @@ def write_report(folder: Path) -> Path:
         ) from reason
     page: dict[str, Any] = {"table": [], "notes": [], "failures": [], "sections": [], "origins": []}
     if kind_of(folder / "summary.json") is not None:
-        comparison(folder, page)
+        put_comparison(folder, page)
     benches = [found for file in sorted(folder.glob("*.json")) if (found := read_bench(folder, file.name)) is not None]
     for found in benches:
-        bench(found, page)
+        put_bench(found, page)
     if not page["origins"]:
         raise LayerwiseError(f"{folder} holds neither a comparison nor a benchmark; give the folder of one.")
     page.setdefault("title", f"Benchmarks: {folder.resolve().name}")
@@ -174,24 +146,24 @@ class Runs:
                 continue
             rule, seed = row["rule"], int(row["seed"])
             run = grid_run_folder(rule, f"seed {seed}", "runs")
-            found.results.setdefault(rule, {})[seed] = dict(read_json(folder, f"{run}/result.json", Result))
-            found.lines.setdefault(rule, {})[seed] = read_lines(folder, f"{run}/metrics.jsonl")
+            found.results.setdefault(rule, {})[seed] = read_result(folder, f"{run}/result.json")
+            found.lines.setdefault(rule, {})[seed] = read_metrics(folder, f"{run}/metrics.jsonl")
             blocks: dict[str, dict[str, float | None]] = {}
             with contextlib.suppress(MissingFile):
-                blocks = read_json(folder, f"{run}/diagnostics.json", Diagnostics)["blocks"]
+                blocks = read_record(folder, f"{run}/diagnostics.json", Diagnostics)["blocks"]
             found.layers.setdefault(rule, {})[seed] = blocks
         return found
 
-    def curves(self, x: str) -> dict[str, list[tuple[float, float, float | None]]]:
-        """Validation accuracy in % over `step` or `seconds`; at every evaluation the mean over seeds of both."""
+    def curves(self, x: str, metric: Metric = ACCURACY) -> dict[str, list[tuple[float, float, float | None]]]:
+        """The metric on the validation split over `step` or `seconds`; at every evaluation the mean over seeds."""
         found = {}
         for rule, seeds in self.lines.items():
             points: dict[int, list[tuple[float, float]]] = {}
             for lines in seeds.values():
                 for line in lines:
-                    place, accuracy = line.get(x), line.get("head/accuracy")
-                    if line["split"] == "val" and place is not None and accuracy is not None:
-                        points.setdefault(line["step"], []).append((place, 100 * accuracy))
+                    place, value = line.get(x), line.get(f"head/{metric.name}")
+                    if line["split"] == "val" and place is not None and value is not None:
+                        points.setdefault(line["step"], []).append((place, metric.factor * value))
             if points:
                 found[rule] = [_point(values) for _, values in sorted(points.items())]
         return found
@@ -233,11 +205,13 @@ def _point(values: list[tuple[float, float]]) -> tuple[float, float, float | Non
     return sum(place for place, _ in values) / len(values), accuracies["mean"], accuracies["sd"]
 
 
-def comparison(folder: Path, page: dict[str, Any]) -> None:
+def put_comparison(folder: Path, page: dict[str, Any]) -> None:
     """Put a comparison on the page: table, curves, trade-offs, layers."""
-    record: Any = read_json(folder, "compare.json", CompareRecord)
-    machine: Any = read_json(folder, "environment.json", Machine)
-    rules: dict[str, Any] = dict(read_json(folder, "summary.json", Summary)["rules"])
+    record: Any = read_record(folder, "compare.json", CompareRecord)
+    machine: Any = read_record(folder, "environment.json", Machine)
+    summary: Any = read_record(folder, "summary.json", Summary)
+    rules: dict[str, Any] = dict(summary["rules"])
+    metric = metric_named(summary.get("metric", "accuracy"), folder / "summary.json")
     rows = read_rows(folder, "results.csv")
     unknown = [row["rule"] for row in rows if row["rule"] not in rules]
     if unknown or not rules:
@@ -247,26 +221,30 @@ def comparison(folder: Path, page: dict[str, Any]) -> None:
         )
     runs = Runs.read(folder, rows)
     looks = figures.look(list(rules))
-    fixed: Any = convert(record["fixed"], FixedOptions, folder / "compare.json", "fixed")
+    fixed: Any = convert(record["fixed"], FixedOptions, f"'fixed' of {shown(folder / 'compare.json')}", ADVICE)
     commands = [found["command"] for seeds in runs.results.values() for found in seeds.values()]
     packages = "\n".join(f"{name}=={version}" for name, version in machine["packages"].items())
     origin = Origin(
-        record["command"], in_words(machine), json.dumps(record["fixed"], indent=2), "\n".join(commands), packages
+        record["command"],
+        machine_in_words(machine),
+        json.dumps(record["fixed"], indent=2),
+        "\n".join(commands),
+        packages,
     )
     page["origins"].append(origin)
     page["title"] = f"Learning rules on {fixed['data']}, {fixed['model']['name']}"
     seeds = f"{record['seeds']} seed{'s' if record['seeds'] > 1 else ''}"
-    page["subtitle"] = f"{seeds}, {_budget(fixed)}; {in_words(machine)}"
-    page["columns"], page["table"] = COLUMNS, table_rows(rules)
-    page["notes"] = notes(rules, fixed)
+    page["subtitle"] = f"{seeds}, {_budget(fixed)}; {machine_in_words(machine)}"
+    page["columns"], page["table"] = columns(metric), table_rows(rules, metric)
+    page["notes"] = notes(rules, fixed, metric)
     page["failures"] = [
         (f"{rule} seed {failed['seed']}", failed["reason"])
         for rule, found in rules.items()
         for failed in found["failed"]
     ]
     page["sections"] += [
-        _accuracy(runs, looks, record, origin),
-        _costs(rules, looks, origin),
+        _accuracy(runs, looks, record, origin, metric),
+        _costs(rules, looks, origin, metric),
         _layers(runs, origin),
     ]
 
@@ -277,12 +255,17 @@ def _budget(fixed: dict[str, Any]) -> str:
     return f"{amount} {kind} each" + (f", {fixed['tune']} trials per rule" if fixed["tune"] else "")
 
 
-def notes(rules: dict[str, Any], fixed: dict[str, Any]) -> list[str]:
+def notes(rules: dict[str, Any], fixed: dict[str, Any], metric: Metric = ACCURACY) -> list[str]:
     """Sentences on how to read the table."""
-    found = [
-        "Test accuracy of the last weights, mean ± standard deviation over n seeds. The difference to backprop is "
+    paired = (
         "paired by seed and test sample, in percentage points, with its 95 % confidence interval over both (Student's "
-        "t over seeds, bootstrap over test samples), from three seeds on. Memory is exact, of one training step: "
+        "t over seeds, bootstrap over test samples), from three seeds on"
+        if metric == ACCURACY
+        else "paired by seed" + ("" if metric.larger else "; less is better")
+    )
+    found = [
+        f"Test {metric.words} of the last weights, mean ± standard deviation over n seeds. The difference to backprop "
+        f"is {paired}. Memory is exact, of one training step: "
         "activations + gradients, and the peak with parameters and optimizer state. Seconds are those of training, "
         "without evaluation.",
     ]
@@ -300,31 +283,36 @@ def notes(rules: dict[str, Any], fixed: dict[str, Any]) -> list[str]:
     return [*found, f"Learning rate / weight decay, {how}: {words}."]
 
 
-def _accuracy(runs: Runs, looks: Any, record: dict[str, Any], origin: Origin) -> Section:
-    section = Section("Accuracy", "Validation accuracy after every epoch; bands are one standard deviation over seeds.")
+def _accuracy(runs: Runs, looks: Any, record: dict[str, Any], origin: Origin, metric: Metric = ACCURACY) -> Section:
+    words, unit = metric.words, " %" if metric.share else ""
+    title = f"{words[0].upper()}{words[1:]}"
+    section = Section(title, f"Validation {words} after every epoch; bands are one standard deviation over seeds.")
     per_epoch = {rule: plan.get("steps_per_epoch", 1) for rule, plan in record["plan"].items()}
-    steps = runs.curves("step")
+    steps = runs.curves("step", metric)
     epochs = {rule: [(x / per_epoch.get(rule, 1), y, sd) for x, y, sd in points] for rule, points in steps.items()}
     for name, found, x in (
         ("accuracy_epochs", epochs, "epochs"),
-        ("accuracy_seconds", runs.curves("seconds"), "seconds of training"),
+        ("accuracy_seconds", runs.curves("seconds", metric), "seconds of training"),
     ):
         if found:
-            ends = ", ".join(f"{rule} {points[-1][1]:.1f} %" for rule, points in found.items())
-            figure = figures.render(
+            ends = ", ".join(f"{rule} {points[-1][1]:.1f}{unit}" for rule, points in found.items())
+            section.draw(
                 name,
-                f"Accuracy over {x}",
-                f"Validation accuracy over {x}, one curve per rule; at the end: {ends}.",
-                lambda axes, found=found, x=x: figures.curves(axes, found, x, "validation accuracy, %", looks),
-                height=figures.height(len(found)),
+                f"{title} over {x}",
+                f"Validation {words} over {x}, one curve per rule; at the end: {ends}.",
+                lambda axes, found=found, x=x: figures.curves(axes, found, x, f"validation {metric.title}", looks),
+                figures.height(len(found)),
+                f"Validation {words} over {x}; mean and band over seeds.",
+                origin,
             )
-            section.add(figure, f"Validation accuracy over {x}; mean and band over seeds.", origin)
     return section
 
 
-def _costs(rules: dict[str, Any], looks: Any, origin: Origin) -> Section:
-    about = "Up and to the left is better; the dotted line joins the rules that no other beats in both."
-    section = Section("Accuracy against cost", about)
+def _costs(rules: dict[str, Any], looks: Any, origin: Origin, metric: Metric = ACCURACY) -> Section:
+    up, unit = "Up" if metric.larger else "Down", " %" if metric.share else ""
+    title = f"{metric.words[0].upper()}{metric.words[1:]}"
+    about = f"{up} and to the left is better; the dotted line joins the rules that no other beats in both."
+    section = Section(f"{title} against cost", about)
     for name, quantity, words, factor in (
         ("accuracy_memory", "peak_mib", "peak memory of a step, MiB", 1.0),
         ("accuracy_flops", "flops", "training compute, GFLOP", 1e-9),
@@ -332,20 +320,23 @@ def _costs(rules: dict[str, Any], looks: Any, origin: Origin) -> Section:
     ):
         points = {}
         for rule, found in rules.items():
-            accuracy = found["test_accuracy"]
-            if found["n"] and found[quantity] is not None and accuracy is not None:
-                deviation = None if accuracy["sd"] is None else 100 * accuracy["sd"]
-                points[rule] = (factor * found[quantity]["mean"], 100 * accuracy["mean"], deviation)
+            own, scale = found.get(f"test_{metric.name}"), metric.factor
+            if found["n"] and found[quantity] is not None and own is not None:
+                deviation = None if own["sd"] is None else scale * own["sd"]
+                points[rule] = (factor * found[quantity]["mean"], scale * own["mean"], deviation)
         if points:
-            values = "; ".join(f"{rule}: {x:.3g}, {y:.1f} %" for rule, (x, y, _) in points.items())
-            figure = figures.render(
+            values = "; ".join(f"{rule}: {x:.3g}, {y:.1f}{unit}" for rule, (x, y, _) in points.items())
+            section.draw(
                 name,
-                f"Accuracy against {words.split(',')[0]}",
-                f"Test accuracy against {words}. {values}.",
-                lambda axes, points=points, words=words: figures.trade(axes, points, words, "test accuracy, %", looks),
-                height=figures.height(len(points)),
+                f"{title} against {words.split(',')[0]}",
+                f"Test {metric.words} against {words}. {values}.",
+                lambda axes, points=points, words=words: figures.trade(
+                    axes, points, words, f"test {metric.title}", looks, metric.larger
+                ),
+                figures.height(len(points)),
+                f"Test {metric.words} (mean, standard deviation) against {words}.",
+                origin,
             )
-            section.add(figure, f"Test accuracy (mean, standard deviation) against {words}.", origin)
     return section
 
 
@@ -357,14 +348,15 @@ def _layers(runs: Runs, origin: Origin) -> Section:
         if found:
             form = ".1f" if quantity in PERCENT else ".3g" if quantity in own else ".3f"
             alt = "; ".join(f"{rule}: {_row(row)}" for rule, row in found.items())
-            figure = figures.render(
+            section.draw(
                 f"layers_{quantity}",
                 title,
                 f"{title}, per rule and block. {alt}.",
                 lambda axes, found=found, limits=limits, form=form: figures.heat(axes, found, limits, form),
-                height=0.7 + 0.36 * len(found),
+                0.7 + 0.36 * len(found),
+                caption,
+                origin,
             )
-            section.add(figure, caption, origin)
     return section
 
 
@@ -374,124 +366,4 @@ def _reported(name: str) -> tuple[str, str, None]:
 
 
 def _row(row: Mapping[str, float | None]) -> str:
-    return ", ".join(f"{block} {figures.short(value)}" for block, value in row.items() if value is not None)
-
-
-def read_bench(folder: Path, name: str) -> dict[str, Any] | None:
-    """A benchmark's JSON file: `{"command", "environment", "rows"}`, or the rows alone; None for any other file.
-
-    Raises:
-        LayerwiseError: rows of a benchmark that lack a field, or have one of another type.
-    """
-    file = folder / name
-    try:
-        found = parse_json(read_text(folder, name), file)
-    except LayerwiseError:
-        return None  # no file of ours
-    if isinstance(found, list):
-        found = {"command": f"layerwise bench, file {file.name}", "environment": None, "rows": found}
-    rows = found.get("rows") if isinstance(found, dict) else None
-    if (
-        not isinstance(rows, list)
-        or not rows
-        or not isinstance(rows[0], dict)
-        or not {"rule", "model"} <= rows[0].keys()
-    ):
-        return None
-    kind = next((kind for field, kind in BENCHES.items() if field in rows[0]), None)
-    if kind is None:
-        return None
-    bench: Any = convert(found | {"rows": []}, Bench, file)
-    typed = convert(rows, list[kind], file, "rows")
-    if kind is ScalingRow:  # a row that was only simulated is not drawn
-        typed = convert([row for row in typed if "samples_per_second" in row], list[MeasuredRow], file, "measured rows")
-    return dict(bench) | {"rows": typed, "name": file.stem, "kind": kind}
-
-
-def bench(found: dict[str, Any], page: dict[str, Any]) -> None:
-    """Put a benchmark of memory, speed or scaling on the page."""
-    rows, machine = found["rows"], found["environment"]
-    origin = Origin(found["command"], in_words(machine) if machine else "The file does not say on which machine.")
-    page["origins"].append(origin)
-    looks = figures.look(list(dict.fromkeys(row["rule"] for row in rows)))
-    if found["kind"] is MemoryRow:
-        page["sections"].append(_depths(found["name"], rows, looks, origin))
-    elif found["kind"] is ScalingRow:
-        page["sections"].append(_scaling(found["name"], rows, origin))
-    else:
-        page["sections"].append(_speeds(found["name"], rows, origin))
-
-
-def _depths(name: str, rows: list[dict[str, Any]], looks: Any, origin: Origin) -> Section:
-    section = Section("Memory against depth", "One training step; exact bytes on the CPU, the allocator's on CUDA.")
-    kinds: list[tuple[str, str, tuple[str, ...], str]] = [
-        ("", "Activations + gradients", ("activations", "gradients"), "at the peak of a step")
-    ]
-    if all(row.get("resident") for row in rows):
-        kinds.append(
-            (
-                "_resident",
-                "Resident memory",
-                ("resident",),
-                f"of a process, blocks on {rows[0].get('offload', 'the device')}",
-            )
-        )
-    for model in dict.fromkeys(row["model"] for row in rows):
-        for suffix, title, parts, where in kinds:
-            points: dict[str, list[tuple[float, float, None]]] = {}
-            for row in sorted((row for row in rows if row["model"] == model), key=lambda row: row["depth"]):
-                held = sum(row[part] for part in parts) / 2**20
-                points.setdefault(row["rule"], []).append((float(row["depth"]), held, None))
-            ends = "; ".join(f"{rule} {p[0][1]:.3g} to {p[-1][1]:.3g} MiB" for rule, p in points.items())
-            figure = figures.render(
-                f"{name}_{model}{suffix}",
-                f"{title}, {model}",
-                f"{title} of one step of {model} against the number of blocks, from the least to the most: {ends}.",
-                lambda axes, points=points: figures.curves(axes, points, "number of blocks", "MiB", looks, log=True),
-                height=figures.height(len(points)),
-            )
-            section.add(figure, f"{title} {where}, against the number of blocks.", origin)
-    return section
-
-
-def _speeds(name: str, rows: list[dict[str, Any]], origin: Origin) -> Section:
-    section = Section("Time per step", "Rules interleaved in one process; medians.")
-    parts = {
-        row["rule"]: {p: 1000 * row["seconds"] * s for p, s in (row.get("shares") or {"step": 1.0}).items()}
-        for row in rows
-    }
-    values = "; ".join(
-        f"{row['rule']} {1000 * row['seconds']:.3g} ms, {row['ratio']:.2f} times {row['baseline']}" for row in rows
-    )
-    figure = _time(name, rows[0], "step", f"Milliseconds per training step. {values}.", parts)
-    section.add(figure, f"Median over {rows[0]['rounds']} rounds. {values}.", origin)
-    return section
-
-
-def _time(name: str, row: dict[str, Any], per: str, alt: str, parts: dict[str, dict[str, float]]) -> figures.Figure:
-    """Bars of milliseconds per step or batch, one for each of `parts`, in their shares."""
-    return figures.render(
-        f"{name}_time",
-        f"Time per {per}, {row['model']} of {row['depth']} blocks",
-        alt,
-        lambda axes: figures.shares(axes, parts, f"ms per {per}"),
-        height=1.4 + 0.35 * len(parts),
-    )
-
-
-def _scaling(name: str, rows: list[dict[str, Any]], origin: Origin) -> Section:
-    section = Section("Throughput on several processes", "Ways interleaved; medians; one batch per step.")
-    if not rows:
-        return section
-    parts = {}
-    for row in rows:
-        shares = {part: sum(row[part]) / row["ranks"] for part in ("busy", "queued", "waiting")}
-        parts[f"{row['way']}, {row['ranks']}"] = {p: 1000 * row["seconds"] * share for p, share in shares.items()}
-    values = "; ".join(
-        f"{row['way']} on {row['ranks']}: {row['samples_per_second']:.1f} samples/s, {row['ratio']:.2f} times rule"
-        for row in rows
-    )
-    alt = f"Milliseconds per batch by way and number of processes: computing, queued for a core, waiting. {values}."
-    figure = _time(name, rows[0], "batch", alt, parts)
-    section.add(figure, f"Median over {rows[0]['rounds']} rounds, mean over the processes. {values}.", origin)
-    return section
+    return ", ".join(f"{block} {figures.three_digits(value)}" for block, value in row.items() if value is not None)

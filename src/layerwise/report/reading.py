@@ -6,20 +6,20 @@ every field that is used, and names the first one that is wrong.
 
 import csv
 import io
-import json
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired, TypedDict, TypeVar
+from typing import Annotated, Any, Literal, NotRequired, TypedDict, TypeVar, get_args
 
 import msgspec
 import numpy as np
 
-from layerwise.errors import LayerwiseError
-from layerwise.files import MissingFile, read_bytes, shown
+from layerwise.core.tasks import Metric, metric_of
+from layerwise.data.numbers import DataTask
+from layerwise.files import MissingFile, read_bytes, read_text, shown
+from layerwise.records import LIMIT, Count, convert, damaged, read_json, read_lines
+from layerwise.runs.log import LogLine
 
-LIMIT = 2**28
-"""Bytes of the largest file that is read."""
 ADVICE = "run the command that wrote this folder again"
 UNPRINTABLE = re.compile("[^\t\n\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """What XML cannot hold, and the other control characters."""
@@ -29,7 +29,6 @@ Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
 Text = Annotated[str, msgspec.Meta(max_length=100_000)]
 Finite = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1e300)]
-Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
@@ -38,8 +37,15 @@ class Result(TypedDict):
 
     epochs: Finite
     steps: Count
-    test_accuracy: Share
-    val_accuracy: Share | None
+    metric: NotRequired[Name]
+    test_accuracy: NotRequired[Share]
+    val_accuracy: NotRequired[Share | None]
+    test_f1: NotRequired[Share]
+    val_f1: NotRequired[Share | None]
+    test_miou: NotRequired[Share]
+    val_miou: NotRequired[Share | None]
+    test_rmse: NotRequired[Finite]
+    val_rmse: NotRequired[Finite | None]
     test_loss: float
     val_loss: float | None
     parameters: Count
@@ -127,7 +133,10 @@ class RuleSummary(TypedDict):
     failed: list[FailedRun]
     lr: Finite | None
     weight_decay: Finite | None
-    test_accuracy: Spread | None
+    test_accuracy: NotRequired[Spread | None]
+    test_f1: NotRequired[Spread | None]
+    test_miou: NotRequired[Spread | None]
+    test_rmse: NotRequired[Spread | None]
     train_seconds: Spread | None
     peak_mib: Spread | None
     activations_gradients_mib: Spread | None
@@ -138,6 +147,7 @@ class RuleSummary(TypedDict):
 class Summary(TypedDict):
     """The fields of `summary.json`."""
 
+    metric: NotRequired[Name]
     rules: dict[Name, RuleSummary]
 
 
@@ -239,31 +249,48 @@ BENCHES: dict[str, Any] = {"activations": MemoryRow, "way": ScalingRow, "ratio":
 """A field that only one benchmark has, to the type of its rows."""
 
 
-def read_text(folder: Path, name: str) -> str:
-    """The text of a file below `folder`, without characters that cannot be printed.
-
-    Raises:
-        MissingFile: there is no such file.
-        LayerwiseError: no regular file, a file outside of the folder, or no text.
-    """
-    try:
-        text = read_bytes(folder / name, ADVICE, inside=folder, limit=LIMIT).decode()
-    except UnicodeDecodeError as reason:
-        raise _damaged(folder / name, "it is not UTF-8 text") from reason
-    return text
-
-
-def read_json(folder: Path, name: str, kind: type[T]) -> T:
+def read_record(folder: Path, name: str, kind: type[T]) -> T:
     """The values of a JSON file below `folder`, of the type `kind`; fields that `kind` does not name are left out.
+
+    Texts lose what cannot be printed.
 
     Raises:
         MissingFile: there is no such file.
         LayerwiseError: a file that cannot be read, or is not what its writer writes.
     """
-    return convert(parse_json(read_text(folder, name), folder / name), kind, folder / name)
+    value = printable(read_json(folder / name, Any, ADVICE, inside=folder))
+    return convert(value, kind, shown(folder / name), ADVICE)
 
 
-def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
+def metric_named(name: str, file: Path) -> Metric:
+    """A metric by its name, out of those that runs are compared by.
+
+    Raises:
+        LayerwiseError: there is none of that name.
+    """
+    known = {metric.name: metric for metric in map(metric_of, get_args(DataTask))}
+    if name not in known:
+        raise damaged(shown(file), f"there is no metric {name[:40]!r}", ADVICE)
+    return known[name]
+
+
+def read_result(folder: Path, name: str) -> dict[str, Any]:
+    """The fields of a run's `result.json`, with its metric on the test and the validation split.
+
+    Raises:
+        MissingFile: there is no such file.
+        LayerwiseError: a file that cannot be read, or is not what its writer writes.
+    """
+    found: dict[str, Any] = dict(read_record(folder, name, Result))
+    found.setdefault("metric", "accuracy")
+    metric = metric_named(found["metric"], folder / name).name
+    for part in ("test", "val"):
+        if f"{part}_{metric}" not in found:
+            raise damaged(shown(folder / name), f"it has no {part}_{metric}", ADVICE)
+    return found
+
+
+def read_metrics(folder: Path, name: str) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl`: `split`, `step`, `seconds` where there are any, and every number with a `/`.
 
     Numbers that are not finite are None.
@@ -271,17 +298,13 @@ def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
     Raises:
         LayerwiseError: a file that is missing or damaged.
     """
-    file, found = folder / name, []
-    for number, text in enumerate(read_text(folder, name).splitlines(), 1):
-        line = parse_json(text, file, f"line {number}")
-        where = f"line {number}"
-        line = convert(line, dict[Annotated[str, msgspec.Meta(max_length=200)], Any], file, where)
-        kept: dict[str, Any] = {
-            "split": convert(line.get("split"), Name, file, where),
-            "step": convert(line.get("step"), Count, file, where),
-        }
+    found = []
+    for line in read_lines(folder / name, Any, ADVICE, inside=folder):
+        line = printable(line)
+        kept: dict[str, Any] = dict(convert(line, LogLine, shown(folder / name), ADVICE))
         for key, value in line.items():
-            if ("/" in key or key == "seconds") and isinstance(value, (int, float)) and not isinstance(value, bool):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if number and (key == "seconds" or ("/" in key and len(key) <= 200)):
                 kept[key] = float(value) if abs(value) < 1e300 else None
         found.append(kept)
     return found
@@ -294,15 +317,16 @@ def read_rows(folder: Path, name: str) -> list[dict[str, str]]:
         LayerwiseError: a file that is missing or damaged.
     """
     try:
-        rows = list(csv.DictReader(io.StringIO(read_text(folder, name)), strict=True))
+        rows = list(csv.DictReader(io.StringIO(read_text(folder / name, ADVICE, folder, LIMIT)), strict=True))
     except csv.Error as reason:
-        raise _damaged(folder / name, str(reason)) from reason
+        raise damaged(shown(folder / name), str(reason), ADVICE) from reason
     for row in rows:
         for column in ("rule", "seed", "status"):
             if not isinstance(row.get(column), str):
-                raise _damaged(folder / name, f"a row has no {column}")
+                raise damaged(shown(folder / name), f"a row has no {column}", ADVICE)
         if not re.fullmatch(r"\d{1,9}", row["seed"]):
-            raise _damaged(folder / name, f"a seed is {row['seed'][:40]!r}, which is not a whole number")
+            reason = f"a seed is {row['seed'][:40]!r}, which is not a whole number"
+            raise damaged(shown(folder / name), reason, ADVICE)
     return rows
 
 
@@ -318,47 +342,20 @@ def read_correct(folder: Path) -> np.ndarray | None:
     except MissingFile:
         return None
     except (ValueError, EOFError, OSError, MemoryError) as reason:
-        raise _damaged(file, str(reason)) from reason
+        raise damaged(shown(file), str(reason), ADVICE) from reason
     if not isinstance(found, np.ndarray) or found.dtype != np.bool_ or found.ndim != 1 or not len(found):
-        raise _damaged(file, "it is not an array of truth values (N,)")
+        raise damaged(shown(file), "it is not an array of truth values (N,)", ADVICE)
     return found
 
 
-def parse_json(text: str, file: Path, where: str = "") -> Any:
-    """The value of a JSON text; texts in it lose what cannot be printed.
-
-    Raises:
-        LayerwiseError: not JSON, or nested deeper than anything that we write.
-    """
-    try:
-        return _cleaned(json.loads(text))
-    except (ValueError, RecursionError) as reason:
-        raise _damaged(file, " ".join([where, str(reason)]).strip()) from reason
-
-
-def convert(value: Any, kind: Any, file: Path, where: str = "") -> Any:
-    """A value as the type `kind`.
-
-    Raises:
-        LayerwiseError: it is of another type, named with its place in the file.
-    """
-    try:
-        return msgspec.convert(value, kind)
-    except msgspec.ValidationError as reason:
-        raise _damaged(file, " ".join([where, str(reason)]).strip()) from reason
-
-
-def _damaged(file: Path, reason: str) -> LayerwiseError:
-    return LayerwiseError(f"{shown(file)} is damaged ({' '.join(reason.split())[:300]}); {ADVICE}.")
-
-
-def _cleaned(value: Any) -> Any:
+def printable(value: Any) -> Any:
+    """A value out of JSON, whose texts have a replacement character in place of each that cannot be printed."""
     if isinstance(value, str):
         return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", value)
     if isinstance(value, list):
-        return [_cleaned(item) for item in value]
+        return [printable(item) for item in value]
     if isinstance(value, dict):
-        return {UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", key): _cleaned(item) for key, item in value.items()}
+        return {printable(key): printable(item) for key, item in value.items()}
     return value
 
 

@@ -17,7 +17,8 @@ $$\bar d = \frac{1}{nN}\sum_{s,i} (c_{si} - b_{si}), \qquad
 - together: the distances are added in quadrature, as those of independent errors are (Zou & Donner, Statistics in
   Medicine 27, 2008).
 
-There is no interval for fewer than three seeds, or where the runs did not keep which samples they classified correctly.
+There is no interval for fewer than three seeds, or where the runs did not keep which samples they classified correctly
+(as under a task without classes). A difference is in the metric of the task: under `rmse` less is better.
 """
 
 import csv
@@ -29,6 +30,8 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
+from layerwise.core.tasks import ACCURACY, Metric
+
 BASELINE = "backprop"
 CONFIDENCE = 0.95
 LEAST_SEEDS = 3
@@ -39,8 +42,6 @@ TIMING = ("train_seconds", "samples_per_second")
 """Columns of results.csv that differ from one repetition to the next."""
 MEMORY = ("parameters", "optimizer", "gradients", "activations", "peak")
 QUANTITIES = {  # of summary.json: from a row
-    "test_accuracy": lambda row: row["test_accuracy"],
-    "val_accuracy": lambda row: row["val_accuracy"],
     "test_loss": lambda row: row["test_loss"],
     "train_seconds": lambda row: row["train_seconds"],
     "peak_mib": lambda row: row["peak_mib"],
@@ -49,7 +50,9 @@ QUANTITIES = {  # of summary.json: from a row
 }
 
 
-def result_row(label: str, seed: int, options: Any, result: dict[str, Any] | None, reason: str) -> dict[str, Any]:
+def result_row(
+    label: str, seed: int, options: Any, result: dict[str, Any] | None, reason: str, metric: Metric = ACCURACY
+) -> dict[str, Any]:
     """A row of results.csv.
 
     Args:
@@ -58,8 +61,9 @@ def result_row(label: str, seed: int, options: Any, result: dict[str, Any] | Non
         options: of the run, with `lr` and `weight_decay`; None where no trial of the rule succeeded.
         result: contents of `result.json`, None for a run that failed.
         reason: why it failed.
+        metric: by which rules are compared.
     """
-    names = ("epochs", "steps", "test_accuracy", "val_accuracy", "test_loss", "val_loss", "parameters")
+    names = ("epochs", "steps", f"test_{metric.name}", f"val_{metric.name}", "test_loss", "val_loss", "parameters")
     names += ("flops_per_step", "skipped_steps")
     row: dict[str, Any] = {
         "rule": label,
@@ -166,13 +170,16 @@ def resampled_distances(outcomes: np.ndarray) -> tuple[float, float]:
 
 
 def summarise(
-    rows: Sequence[dict[str, Any]], correct: Mapping[str, Mapping[int, np.ndarray]] | None = None
+    rows: Sequence[dict[str, Any]],
+    correct: Mapping[str, Mapping[int, np.ndarray]] | None = None,
+    metric: Metric = ACCURACY,
 ) -> dict[str, dict[str, Any]]:
-    """Per rule: spread of every quantity, failures with their reasons, difference to the baseline in accuracy.
+    """Per rule: spread of every quantity, failures with their reasons, difference to the baseline in the metric.
 
     Args:
         rows: of `result_row`.
         correct: per rule and seed, which test samples were classified correctly.
+        metric: by which rules are compared.
     """
     correct, found = correct or {}, {}
     for label in dict.fromkeys(row["rule"] for row in rows):
@@ -185,20 +192,25 @@ def summarise(
             "lr": own[0]["lr"],
             "weight_decay": own[0]["weight_decay"],
         }
+        named = {f"{part}_{metric.name}": f"{part}_{metric.name}" for part in ("test", "val")}
+        summary |= {name: spread([row[key] for row in done]) for name, key in named.items()}
         summary |= {name: spread([read(row) for row in done]) for name, read in QUANTITIES.items()}
         summary[f"difference_to_{BASELINE}"] = (
             None
             if label == BASELINE
             else paired_difference(
-                _by_seed(rows, label), _by_seed(rows, BASELINE), correct.get(label), correct.get(BASELINE)
+                _by_seed(rows, label, metric),
+                _by_seed(rows, BASELINE, metric),
+                correct.get(label),
+                correct.get(BASELINE),
             )
         )
         found[label] = summary
     return found
 
 
-def _by_seed(rows: Sequence[dict[str, Any]], label: str) -> dict[int, float]:
-    return {row["seed"]: row["test_accuracy"] for row in rows if row["rule"] == label and row["status"] == "ok"}
+def _by_seed(rows: Sequence[dict[str, Any]], label: str, metric: Metric) -> dict[int, float]:
+    return {row["seed"]: row[f"test_{metric.name}"] for row in rows if row["rule"] == label and row["status"] == "ok"}
 
 
 def plus_minus(found: dict[str, Any] | None, digits: int, factor: float = 1.0) -> str:
@@ -222,16 +234,15 @@ def exact(found: dict[str, Any] | None, digits: int) -> str:
     return plus_minus(found if found is None or found["sd"] else found | {"sd": None}, digits)
 
 
-def difference_in_words(found: dict[str, Any] | None) -> str:
-    """A paired difference of accuracies in percentage points, with its interval where there is one."""
+def difference_in_words(found: dict[str, Any] | None, metric: Metric = ACCURACY) -> str:
+    """A paired difference, of shares in percentage points, with its interval where there is one."""
     if found is None:
         return "-"
-    text = f"{100 * found['mean']:+.2f}"
-    return (
-        text
-        if found["low"] is None or found["high"] is None
-        else f"{text} ({100 * found['low']:+.2f} .. {100 * found['high']:+.2f})"
+    mean, low, high = (
+        None if found[name] is None else f"{metric.factor * found[name]:+.{metric.digits}f}"
+        for name in ("mean", "low", "high")
     )
+    return str(mean) if low is None or high is None else f"{mean} ({low} .. {high})"
 
 
 def resolution_in_words(summary: Mapping[str, Mapping[str, Any]]) -> str | None:
@@ -250,11 +261,18 @@ def resolution_in_words(summary: Mapping[str, Mapping[str, Any]]) -> str | None:
     )
 
 
-COLUMNS = ("rule", "n", "test accuracy, %", "difference to backprop", "act. + grad., MiB", "peak, MiB", "seconds")
+def columns(metric: Metric = ACCURACY) -> tuple[str, ...]:
+    """Names of the columns of the table.
+
+    >>> columns()[2:4]
+    ('test accuracy, %', 'difference to backprop')
+    """
+    difference = "difference to backprop" + ("" if metric.larger else " (less is better)")
+    return ("rule", "n", f"test {metric.title}", difference, "act. + grad., MiB", "peak, MiB", "seconds")
 
 
-def table_rows(summary: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
-    """The table for a person, in the order of `COLUMNS`; a rule without a finished run gives its reason."""
+def table_rows(summary: dict[str, dict[str, Any]], metric: Metric = ACCURACY) -> list[tuple[str, ...]]:
+    """The table for a person, in the order of `columns`; a rule without a finished run gives its reason."""
     rows = []
     for label, found in summary.items():
         if not found["n"]:
@@ -265,8 +283,8 @@ def table_rows(summary: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
             (
                 label,
                 str(found["n"]) + (f" ({len(found['failed'])} failed)" if found["failed"] else ""),
-                plus_minus(found["test_accuracy"], 2, 100),
-                difference_in_words(found[f"difference_to_{BASELINE}"]),
+                plus_minus(found.get(f"test_{metric.name}"), metric.digits, metric.factor),
+                difference_in_words(found[f"difference_to_{BASELINE}"], metric),
                 exact(found["activations_gradients_mib"], 2),
                 exact(found["peak_mib"], 2),
                 plus_minus(found["train_seconds"], 1),
@@ -275,8 +293,8 @@ def table_rows(summary: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
     return rows
 
 
-def table(summary: dict[str, dict[str, Any]]) -> str:
+def summary_table(summary: dict[str, dict[str, Any]], metric: Metric = ACCURACY) -> str:
     """The table in aligned columns."""
-    rows = [COLUMNS, *table_rows(summary)]
-    widths = [max(len(row[i]) for row in rows if row[3] or i < 2) for i in range(len(COLUMNS))]
+    rows = [columns(metric), *table_rows(summary, metric)]
+    widths = [max(len(row[i]) for row in rows if row[3] or i < 2) for i in range(len(rows[0]))]
     return "\n".join("  ".join(f"{word:<{w}}" for word, w in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -10,7 +10,7 @@ import dataclasses
 from importlib.metadata import entry_points
 
 from layerwise.core.rule import BatchContext, BlockContext, Rule, Signal, Site
-from layerwise.errors import LayerwiseError, suggestion
+from layerwise.errors import LayerwiseError, suggestion, unknown
 from layerwise.rules.auglocal import AugLocal
 from layerwise.rules.backprop import Backprop
 from layerwise.rules.backprop_checkpoint import BackpropCheckpoint
@@ -102,7 +102,7 @@ def get(name: str) -> type[Rule]:
                 "layerwise.rules.Rule; correct the package that declares it."
             )
         return rule
-    raise LayerwiseError(f"unknown rule {name!r}; {suggestion(name, names())}.")
+    raise unknown("rule", name, names())
 
 
 def create(name: str, **options: object) -> Rule:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from layerwise.core.blocks import Unchanged
 from layerwise.core.layout import from_standard, to_standard
 from layerwise.core.ranges import Fraction, PositiveInt
-from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, cross_entropy_at_head
-from layerwise.core.tasks import Classification
+from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, loss_at_head, loss_of
+from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
 from layerwise.rules.readout import Pool, pool_vectors
 
@@ -133,6 +133,10 @@ class AugLocal(Rule):
     locality: ClassVar[Locality] = "local"
     boundary: ClassVar[str] = "detached activation"
     flat_memory: ClassVar[bool] = True
+    tasks: ClassVar[tuple[str, ...]] = (
+        *("classification", "soft_labels", "language_model", "regression", "multilabel", "loss"),
+    )
+    only: ClassVar[str] = "the copies of later blocks give one vector per sample or token, not one per pixel"
     source: ClassVar[str] = (
         "Ma, Wu, Si & Tan, arXiv 2402.17318 (2024) and its code; number of groups in the depths, and how inputs of "
         "copies are adapted: our reading"
@@ -153,19 +157,17 @@ class AugLocal(Rule):
         count = max(1, round(self.depth * (1 - along) + along))
         return [round(index + (blocks - 1 - index) / count * i) for i in range(1, count + 1)]
 
-    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
+    def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
         """Copies of later blocks, for every block that learns alone."""
         if site.index >= site.blocks - self.depth:
             return None
-        return AuxiliaryNetwork(site, self.chosen(site.index, site.blocks), h, task.classes, self.pool)
+        return AuxiliaryNetwork(site, self.chosen(site.index, site.blocks), h, task.outputs, self.pool)
 
     def signal(self, ctx: BlockContext) -> Signal:
         """Cross-entropy after the copies, or of the network's head at the end."""
         if ctx.site.is_head:
-            return cross_entropy_at_head(ctx)
+            return loss_at_head(ctx)
         if ctx.auxiliary is None:
             return Signal()
         assert isinstance(ctx.auxiliary, AuxiliaryNetwork)
-        logits = ctx.auxiliary.logits(ctx.h, ctx.y.dim() > 1)
-        accuracy = ctx.task.correct(logits, ctx.y) / ctx.y.numel()
-        return Signal(loss=ctx.task.loss(logits, ctx.y), metrics={"accuracy": accuracy})
+        return loss_of(ctx.task, ctx.auxiliary.logits(ctx.h, ctx.task.per_position(ctx.y)), ctx.y)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from layerwise.core.rule import BlockContext, Locality, Rule, Signal, cross_entropy_at_head
+from layerwise.core.rule import ANY_TASK, BlockContext, Locality, Rule, Signal, loss_at_head
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Backprop(Rule):
     boundary: ClassVar[str] = "activations forward; gradients backward through every block"
     flat_memory: ClassVar[bool] = False
     unlabelled: ClassVar[bool] = True
+    tasks: ClassVar[tuple[str, ...]] = ANY_TASK
     source: ClassVar[str] = "Rumelhart, Hinton & Williams, Nature 323 (1986)"
     restrictions: ClassVar[str] = "Activations of all blocks are kept until the backward pass."
 
@@ -30,5 +31,5 @@ class Backprop(Rule):
         return [range(blocks + 1)]
 
     def signal(self, ctx: BlockContext) -> Signal:
-        """Cross-entropy at the head; the blocks have no loss of their own."""
-        return cross_entropy_at_head(ctx) if ctx.site.is_head else Signal()
+        """The task's loss at the head; the blocks have no loss of their own."""
+        return loss_at_head(ctx) if ctx.site.is_head else Signal()

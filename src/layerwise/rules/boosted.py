@@ -10,7 +10,7 @@ from layerwise.core.functional import newton_step
 from layerwise.core.pieces import PredictsBySite, TakesTurns
 from layerwise.core.ranges import PositiveFraction, PositiveInt
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site
-from layerwise.core.tasks import Classification
+from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
 from layerwise.rules.readout import Pool, grouped, pool_vectors
 
@@ -84,8 +84,11 @@ class Boosted(TakesTurns, PredictsBySite, Rule):
 
     name: ClassVar[str] = "boosted"
     locality: ClassVar[Locality] = "local"
+    whole_batch: ClassVar[str] = "takes the mean of its stages from the whole batch"
     boundary: ClassVar[str] = "detached activation and the sum of the stages (K numbers per sample)"
     flat_memory: ClassVar[bool] = True
+    tasks: ClassVar[tuple[str, ...]] = ("classification", "soft_labels")
+    only: ClassVar[str] = "its stages follow the residual of class probabilities"
     predicts_at_head: ClassVar[bool] = True
     source: ClassVar[str] = (
         "Emami & Martinez-Munoz, arXiv 1909.12098 (2019), and arXiv 2302.11327 (2023) for stages that are layers; "
@@ -105,7 +108,7 @@ class Boosted(TakesTurns, PredictsBySite, Rule):
         stages = len(self.groups(site.blocks))
         return site.index // self.group == min(update // self.updates, stages - 1)
 
-    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
+    def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
         """Readout and step of a stage, at its last site."""
         if site.is_head:
             return BoostingStage(None)
@@ -120,7 +123,7 @@ class Boosted(TakesTurns, PredictsBySite, Rule):
 
     def signal(self, ctx: BlockContext) -> Signal:
         """Squared distance of the stage's output from the residual; the sum, this stage included, crosses."""
-        if ctx.y.dim() > 1:
+        if ctx.task.per_position(ctx.y):
             raise LayerwiseError("boosted sums stages for one label per sample, not one per position.")
         stage = ctx.auxiliary
         if not isinstance(stage, BoostingStage):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, cross_entropy_at_head
+from layerwise.core.rule import ANY_TASK, BlockContext, Locality, Rule, Signal, Site, loss_at_head
 from layerwise.rules.local_ce import LocalCE
 
 
@@ -39,6 +39,7 @@ class LastLayer(Rule):
     boundary: ClassVar[str] = "detached activation"
     flat_memory: ClassVar[bool] = True
     unlabelled: ClassVar[bool] = True
+    tasks: ClassVar[tuple[str, ...]] = ANY_TASK
     source: ClassVar[str] = "the random-feature baseline"
     restrictions: ClassVar[str] = "A control: the blocks do not learn."
 
@@ -47,5 +48,5 @@ class LastLayer(Rule):
         return site.is_head
 
     def signal(self, ctx: BlockContext) -> Signal:
-        """Cross-entropy at the head."""
-        return cross_entropy_at_head(ctx) if ctx.site.is_head else Signal()
+        """The task's loss at the head."""
+        return loss_at_head(ctx) if ctx.site.is_head else Signal()

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.core.ranges import NonNegativeFloat, PositiveFloat
-from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Signal, Site, cross_entropy_at_head
-from layerwise.core.tasks import Classification
+from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Signal, Site, loss_at_head
+from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
 
 
@@ -80,6 +80,8 @@ class CounterCurrent(Rule):
     locality: ClassVar[Locality] = "broadcast"
     boundary: ClassVar[str] = "detached activation upwards; detached feedback activations of the K classes downwards"
     flat_memory: ClassVar[bool] = True
+    tasks: ClassVar[tuple[str, ...]] = ("classification",)
+    only: ClassVar[str] = "its feedback begins with a class per sample"
     source: ClassVar[str] = (
         "Kao & Hariharan, arXiv 2409.19841 (2024); feedback computed again for each block, tokens, activations: our "
         "reading"
@@ -88,7 +90,7 @@ class CounterCurrent(Rule):
         "One label per sample. The feedback costs L (L + 1) / 2 layers on K rows per step for L blocks."
     )
 
-    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
+    def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
         """The feedback layer that ends at this block's output."""
         if site.is_head:
             return None
@@ -114,7 +116,7 @@ class CounterCurrent(Rule):
     def signal(self, ctx: BlockContext) -> Signal:
         """Agreement of the block's activations with the feedback of the samples' classes."""
         if ctx.site.is_head:
-            return cross_entropy_at_head(ctx)
+            return loss_at_head(ctx)
         b = self.feedback(ctx.message, ctx.site.index, ctx.task.classes)
         h = ctx.site.standard(ctx.h)
         rows, classes = h.float().flatten(1), b.float().flatten(1)

@@ -6,11 +6,11 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from layerwise.core.rule import BlockContext, Signal, Site
-from layerwise.core.tasks import Classification
+from layerwise.core.rule import ANY_TASK, BlockContext, Signal, Site, loss_of
+from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
 from layerwise.rules.local_ce import LocalCE
-from layerwise.rules.readout import Pool, convolution, pool_vectors
+from layerwise.rules.readout import Pool, convolution, labels_at, pool_vectors
 
 Kind = Literal["mlp_sr", "cnn", "mlp"]
 
@@ -34,30 +34,43 @@ def _convolutions(h: Tensor, kernel: int, count: int) -> list[nn.Module]:
     return modules
 
 
-def auxiliary_network(h: Tensor, classes: int, kind: Kind, pool: Pool) -> nn.Module:
+def auxiliary_network(h: Tensor, outputs: int, kind: Kind, pool: Pool, per_pixel: bool = False) -> nn.Module:
     """The auxiliary network that reads a block's output.
 
     Args:
         h: a sample of the output, in the standard order.
-        classes: number of classes K.
+        outputs: number of outputs K, such as classes.
         kind: for maps `(B, C, H, W)`, `"mlp_sr"` (averaged to a quarter of the side, three 1x1 convolutions, averaged
             to 2x2, three hidden layers of 4 C units), `"cnn"` (two 3x3 convolutions, averaged to 2x2, linear) or
             `"mlp"` (averaged to 2x2, three hidden layers of 4 C units). Other outputs get three hidden layers of their
             own width after the pooling, for every kind.
         pool: how tokens become a vector.
+        per_pixel: whether there is a label per pixel. What follows the last convolution is then a 1x1 convolution onto
+            the outputs; `"mlp"` has three 1x1 convolutions before it, and `"mlp_sr"` works on a quarter of the side.
     """
+    if per_pixel and h.dim() >= 4:
+        return _per_pixel(h, outputs, kind).to(h.dtype)
     if h.dim() < 4:
         width = pool_vectors(h, pool, per_position=False).shape[-1]
-        return nn.Sequential(*_mlp(width, width, 3, classes)).to(h.dtype)
+        return nn.Sequential(*_mlp(width, width, 3, outputs)).to(h.dtype)
     pooled = nn.AdaptiveAvgPool3d if h.dim() == 5 else nn.AdaptiveAvgPool2d
     square, width = [pooled(2), nn.Flatten()], 2 ** (h.dim() - 2) * h.shape[1]
     if kind == "cnn":
-        layers = [*_convolutions(h, 3, 2), *square, nn.Linear(width, classes)]
+        layers = [*_convolutions(h, 3, 2), *square, nn.Linear(width, outputs)]
     else:
         quarter: Any = tuple(math.ceil(side / 4) for side in h.shape[2:])
         staged = [pooled(quarter), *_convolutions(h, 1, 3)] if kind == "mlp_sr" else []
-        layers = [*staged, *square, *_mlp(width, width, 3, classes)]
+        layers = [*staged, *square, *_mlp(width, width, 3, outputs)]
     return nn.Sequential(*layers).to(h.dtype)
+
+
+def _per_pixel(h: Tensor, outputs: int, kind: Kind) -> nn.Module:
+    """The same with outputs `(B, K, H, W)`."""
+    pooled = nn.AdaptiveAvgPool3d if h.dim() == 5 else nn.AdaptiveAvgPool2d
+    quarter: Any = tuple(math.ceil(side / 4) for side in h.shape[2:])
+    before = [pooled(quarter)] if kind == "mlp_sr" else []
+    layers = _convolutions(h, 3, 2) if kind == "cnn" else _convolutions(h, 1, 3)
+    return nn.Sequential(*before, *layers, convolution(h)(h.shape[1], outputs, 1))
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,8 @@ class DGL(LocalCE):
     """Auxiliary network after a convolution: mlp_sr | cnn | mlp; other blocks have an MLP."""
 
     name: ClassVar[str] = "dgl"
+    tasks: ClassVar[tuple[str, ...]] = tuple(kind for kind in ANY_TASK if kind != "language_model")
+    only: ClassVar[str] = "its auxiliary networks read one label per sample or per pixel"
     unlabelled: ClassVar[bool] = False  # the auxiliary network's batch norm sees all samples
     source: ClassVar[str] = (
         "Belilovsky, Eickenberg & Oyallon, arXiv 1901.08164 (2019); blocks that are no convolutions: our reading"
@@ -90,20 +105,21 @@ class DGL(LocalCE):
         "One label per sample, batches of two or more (batch norm). Synchronous: no buffers between the blocks."
     )
 
-    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
+    def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
         """The auxiliary network of every group but the last."""
         if not self._has_head(site):
             return None
-        return auxiliary_network(site.standard(h), task.classes, self.network, self.pool)
+        per_pixel = task.positions == "pixel"
+        return auxiliary_network(site.standard(h), task.outputs, self.network, self.pool, per_pixel)
 
     def signal(self, ctx: BlockContext) -> Signal:
         """Cross-entropy of the auxiliary network, or of the network's head at the end."""
-        if ctx.y.dim() > 1:
+        if ctx.task.per_position(ctx.y) and ctx.task.positions != "pixel":
             raise LayerwiseError("dgl's auxiliary networks read one label per sample, not one per position.")
         if ctx.site.is_head or ctx.auxiliary is None:
             return super().signal(ctx)
         h = ctx.site.standard(ctx.h)
         if h.dim() < 4:
             return super().signal(ctx)
-        logits = ctx.auxiliary(h)
-        return Signal(loss=ctx.task.loss(logits, ctx.y), metrics={"accuracy": ctx.task.accuracy(logits, ctx.y)})
+        outputs = ctx.auxiliary(h)
+        return loss_of(ctx.task, outputs, labels_at(ctx, ctx.task.outputs_last(outputs)))

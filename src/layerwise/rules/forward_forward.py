@@ -11,7 +11,7 @@ from layerwise.core.functional import goodness, unit_length
 from layerwise.core.pieces import PredictsBySite
 from layerwise.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Signal, Site
-from layerwise.core.tasks import Classification
+from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
 from layerwise.rules.label_input import hybrid_images, label_map, overlay, wrong_labels
 from layerwise.rules.readout import pool_vectors
@@ -100,9 +100,12 @@ class ForwardForward(PredictsBySite, Rule):
 
     name: ClassVar[str] = "forward_forward"
     locality: ClassVar[Locality] = "local"
+    whole_batch: ClassVar[str] = "makes negative samples out of the batch"
     boundary: ClassVar[str] = "detached activation of unit length, for a positive and a negative sample"
     flat_memory: ClassVar[bool] = True
     begins_with_batch: ClassVar[bool] = True
+    tasks: ClassVar[tuple[str, ...]] = ("classification",)
+    only: ClassVar[str] = "its negative samples carry a wrong class"
     source: ClassVar[str] = (
         "Hinton, arXiv 2212.13345 (2022); SymBa: Lee & Song, arXiv 2303.08418 (2023); readouts, label map: our reading"
     )
@@ -128,7 +131,7 @@ class ForwardForward(PredictsBySite, Rule):
     def _counts(self, site: Site) -> bool:
         return site.index >= min(self.skip, site.blocks - 1)
 
-    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
+    def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
         """A readout for the softmax predictor, running means for peer normalisation, what the label looks like."""
         if site.is_head:
             return None

@@ -74,9 +74,12 @@ class GraphForward(Rule):
 
     name: ClassVar[str] = "graph_forward"
     locality: ClassVar[Locality] = "local"
+    whole_batch: ClassVar[str] = "trains on the nodes of one graph"
     boundary: ClassVar[str] = "detached activation of unit length, of the nodes and of one node per class"
     flat_memory: ClassVar[bool] = True
     unlabelled: ClassVar[bool] = True
+    tasks: ClassVar[tuple[str, ...]] = ("classification",)
+    only: ClassVar[str] = "its negative nodes carry a wrong class"
     source: ClassVar[str] = (
         "Park et al., arXiv 2403.11004 (2024); all layers in each step, copies of the graph, states above: our reading"
     )

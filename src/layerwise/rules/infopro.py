@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from layerwise.core.functional import supervised_contrastive
 from layerwise.core.layout import to_standard
 from layerwise.core.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
-from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, by_depth, cross_entropy_at_head
-from layerwise.core.tasks import Classification
+from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, by_depth, loss_at_head, loss_of
+from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
 from layerwise.rules.label_input import known_layout
 from layerwise.rules.readout import convolution, grouped, pool_vectors
@@ -141,6 +141,8 @@ class InfoPro(Rule):
     reads_input: ClassVar[bool] = True
     boundary: ClassVar[str] = "detached activation and the input"
     flat_memory: ClassVar[bool] = True
+    tasks: ClassVar[tuple[str, ...]] = ("classification", "soft_labels", "regression", "multilabel", "loss")
+    only: ClassVar[str] = "its auxiliary networks read one label per sample"
     source: ClassVar[str] = (
         "Wang et al., arXiv 2101.10832 (2021) and its code; range of the target, other inputs than images, vectors and "
         "tokens: our reading"
@@ -163,15 +165,19 @@ class InfoPro(Rule):
         place = Site(number, last, site.name)
         return by_depth(self.reconstruction, place), by_depth(self.classification, place)
 
-    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
+    def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
         """Decoder and auxiliary network of every group but the last, as far as they have a weight."""
+        if self.task == "contrast" and task.kind != "classification":
+            raise LayerwiseError(
+                f'infopro with task="contrast" compares samples of one class, and {task.kind} has none; use task="ce".'
+            )
         keep, tell = self.weights(site)
         if not keep and not tell:
             return None
         h = site.standard(h)
         wanted = tuple(self._input(h.new_empty(1, *site.inputs), h, site).shape[1:])
         decoder = Decoder(tuple(h.shape[1:]), wanted) if keep else None
-        outputs = FEATURES if self.task == "contrast" else task.classes
+        outputs = FEATURES if self.task == "contrast" else task.outputs
         return InfoProHeads(decoder, reader(h, outputs) if tell else None).to(h.dtype)
 
     def _input(self, x: Tensor, h: Tensor, site: Site) -> Tensor:
@@ -183,17 +189,17 @@ class InfoPro(Rule):
 
     def signal(self, ctx: BlockContext) -> Signal:
         """Reconstruction and task of the group, or the cross-entropy of the network's head."""
-        if ctx.y.dim() > 1:
+        if ctx.task.per_position(ctx.y):
             raise LayerwiseError("infopro's auxiliary networks read one label per sample, not one per position.")
         if ctx.site.is_head:
-            return cross_entropy_at_head(ctx)
+            return loss_at_head(ctx)
         x = ctx.h_in if ctx.site.index == 0 else ctx.message
         if ctx.auxiliary is None:
             return Signal(message=x)
         assert isinstance(ctx.auxiliary, InfoProHeads)
         keep, tell = self.weights(ctx.site)
         h = ctx.site.standard(ctx.h)
-        loss, metrics = torch.zeros((), device=ctx.h.device), {}
+        loss, metrics, statistics = torch.zeros((), device=ctx.h.device), {}, {}
         if ctx.auxiliary.decoder is not None:
             decoded, wanted = ctx.auxiliary.decoder(h).float(), self._input(x, h, ctx.site)
             if wanted.dim() >= 4:
@@ -207,6 +213,8 @@ class InfoPro(Rule):
                 metrics["contrast"] = supervised_contrastive(found, ctx.y, self.temperature)
                 loss = loss + tell * metrics["contrast"]
             else:
-                metrics["accuracy"] = ctx.task.correct(found, ctx.y) / ctx.y.numel()
-                loss = loss + tell * ctx.task.loss(found, ctx.y)
-        return Signal(loss=loss, message=x, metrics=metrics)
+                told = loss_of(ctx.task, found, ctx.y)
+                assert told.loss is not None
+                metrics |= told.metrics
+                statistics, loss = told.statistics, loss + tell * told.loss
+        return Signal(loss=loss, message=x, metrics=metrics, statistics=statistics)

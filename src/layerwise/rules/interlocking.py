@@ -6,9 +6,9 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from layerwise.core.ranges import PositiveInt
-from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, cross_entropy_at_head
-from layerwise.core.tasks import Classification
-from layerwise.rules.readout import Pool, grouped, pool_vectors
+from layerwise.core.rule import ANY_TASK, BlockContext, Locality, Rule, Signal, Site, loss_at_head, loss_of
+from layerwise.core.tasks import Task
+from layerwise.rules.readout import Pool, grouped, read_out, readout_width
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Interlocking(Rule):
     locality: ClassVar[Locality] = "interlocking"
     boundary: ClassVar[str] = "detached activation; gradients back over n - 1 boundaries"
     flat_memory: ClassVar[bool] = True
+    tasks: ClassVar[tuple[str, ...]] = ANY_TASK
     source: ClassVar[str] = (
         "Gomez, Key et al., arXiv 2010.04116 (2020); linear auxiliary heads, blocks ahead run again: our reading"
     )
@@ -47,20 +48,18 @@ class Interlocking(Rule):
         """Each block with a view of the n - 1 blocks ahead; the head joins the last block."""
         return grouped(blocks, 1, join_head=True, overlap=self.n - 1)
 
-    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
+    def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
         """A linear head where a view ends before the network does."""
         if not self.n - 1 <= site.index < site.blocks - 1:
             return None
-        return nn.Linear(pool_vectors(h, self.pool, False, site).shape[-1], task.classes, dtype=h.dtype)
+        return nn.Linear(readout_width(h, self.pool, site, task), task.outputs, dtype=h.dtype)
 
     def signal(self, ctx: BlockContext) -> Signal:
         """The loss at the end of the view, which trains the first block; in a block's turn, the loss of its head."""
         if ctx.site.is_head:
-            return cross_entropy_at_head(ctx)
+            return loss_at_head(ctx)
         own, last = ctx.site.index == ctx.view.start, ctx.site.index == ctx.view.stop - 1
         if ctx.auxiliary is None or not (own or last):
             return Signal()
         h = ctx.h if last else ctx.h.detach()
-        logits = ctx.auxiliary(pool_vectors(h, self.pool, ctx.y.dim() > 1, ctx.site))
-        accuracy = ctx.task.accuracy(logits, ctx.y)
-        return Signal(loss=ctx.task.loss(logits, ctx.y), metrics={"accuracy": accuracy})
+        return loss_of(ctx.task, *read_out(ctx, ctx.auxiliary, self.pool, h))

@@ -39,6 +39,7 @@ class LayerCollaboration(ForwardForward):
 
     name: ClassVar[str] = "layer_collaboration"
     locality: ClassVar[Locality] = "local"
+    whole_batch: ClassVar[str] = "makes negative samples out of the batch"
     boundary: ClassVar[str] = (
         "detached activation of unit length and goodness (one number per sample), for a positive and a negative sample"
     )

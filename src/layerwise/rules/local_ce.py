@@ -7,15 +7,17 @@ from torch import Tensor, nn
 
 from layerwise.core.ranges import PositiveInt
 from layerwise.core.rule import (
+    ANY_TASK,
     BlockContext,
     Locality,
     Rule,
     Signal,
     Site,
-    cross_entropy_at_head,
+    loss_at_head,
+    loss_of,
 )
-from layerwise.core.tasks import Classification
-from layerwise.rules.readout import Pool, grouped, pool_vectors
+from layerwise.core.tasks import Task
+from layerwise.rules.readout import Pool, grouped, read_out, readout_width
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class LocalCE(Rule):
     boundary: ClassVar[str] = "detached activation"
     flat_memory: ClassVar[bool] = True
     unlabelled: ClassVar[bool] = True
+    tasks: ClassVar[tuple[str, ...]] = ANY_TASK
     source: ClassVar[str] = (
         "Belilovsky, Eickenberg & Oyallon, arXiv 1812.11446 (2018), with the simplest head; last block "
         "joined with the head: our reading"
@@ -56,18 +59,16 @@ class LocalCE(Rule):
     def _has_head(self, site: Site) -> bool:
         return (site.index + 1) % self.group == 0 and site.index < site.blocks - 1
 
-    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
-        """A linear head from the pooled output to the classes, for every group but the last."""
+    def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
+        """A linear head from the pooled output to the task's outputs, for every group but the last."""
         if not self._has_head(site):
             return None
-        return nn.Linear(pool_vectors(h, self.pool, False, site).shape[-1], task.classes, dtype=h.dtype)
+        return nn.Linear(readout_width(h, self.pool, site, task), task.outputs, dtype=h.dtype)
 
     def signal(self, ctx: BlockContext) -> Signal:
-        """Cross-entropy of the block's own head, or of the network's at the end."""
+        """The task's loss on the block's own head, or on the network's at the end."""
         if ctx.site.is_head:
-            return cross_entropy_at_head(ctx)
+            return loss_at_head(ctx)
         if ctx.auxiliary is None:
             return Signal()
-        logits = ctx.auxiliary(pool_vectors(ctx.h, self.pool, ctx.y.dim() > 1, ctx.site))
-        accuracy = ctx.task.accuracy(logits, ctx.y)
-        return Signal(loss=ctx.task.loss(logits, ctx.y), metrics={"accuracy": accuracy})
+        return loss_of(ctx.task, *read_out(ctx, ctx.auxiliary, self.pool))

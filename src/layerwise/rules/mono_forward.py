@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from layerwise.core.pieces import PredictsBySite
 from layerwise.core.rule import BlockContext, Signal, Site
-from layerwise.core.tasks import Classification
+from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
 from layerwise.rules.local_ce import LocalCE
-from layerwise.rules.readout import Pool, pool_vectors
+from layerwise.rules.readout import Pool, pool_vectors, readout_width
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,19 @@ class MonoForward(PredictsBySite, LocalCE):
     )
     restrictions: ClassVar[str] = "Early blocks turn greedy: each one has to classify on its own."
 
-    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
+    def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
         """The projection M of every group but the last, whose projection is the head."""
+        if self.predictor == "sum" and task.kind in ("regression", "segmentation", "loss"):
+            raise LayerwiseError(
+                f'predictor="sum" adds up the goodness of classes, and {task.kind} has none; use "last".'
+            )
         if not self._has_head(site):
             return None
-        width = pool_vectors(h, self.pool, False, site).shape[-1]
-        return nn.Linear(width, task.classes, bias=False, dtype=h.dtype)
+        return nn.Linear(readout_width(h, self.pool, site, task), task.outputs, bias=False, dtype=h.dtype)
 
     def signal(self, ctx: BlockContext) -> Signal:
         """Cross-entropy of the block's goodness."""
-        if ctx.y.dim() > 1 and self.predictor == "sum" and self.pool != "none":
+        if ctx.task.per_position(ctx.y) and self.predictor == "sum" and self.pool != "none":
             raise LayerwiseError('predictor="sum" with a label per position needs pool="none"; give it, or use "last".')
         return super().signal(ctx)
 

@@ -20,8 +20,8 @@ from layerwise.core.functional import (
 )
 from layerwise.core.pieces import StartsFromData
 from layerwise.core.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
-from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Signal, Site, cross_entropy_at_head
-from layerwise.core.tasks import Classification
+from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Signal, Site, loss_at_head
+from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
 
 
@@ -65,8 +65,10 @@ class Denoising(StartsFromData, Rule):
 
     locality: ClassVar[Locality] = "local"
     flat_memory: ClassVar[bool] = True
+    tasks: ClassVar[tuple[str, ...]] = ("classification",)
+    only: ClassVar[str] = "its blocks denoise the embedding of a class"
 
-    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
+    def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
         """Nothing; refuses a network that passes on no state."""
         (kind,), network = self.models, site.network
         assert network is not None
@@ -112,7 +114,7 @@ class Denoising(StartsFromData, Rule):
 
     def signal_at_head(self, ctx: BlockContext, share: Tensor | float) -> Signal:
         r"""Cross-entropy; where embeddings learn, $KL(q(z_0|y) \,\|\, N(0, I))$ with `share` $\bar\alpha_0$ as well."""
-        signal, u = cross_entropy_at_head(ctx), embedding_at(ctx.site)
+        signal, u = loss_at_head(ctx), embedding_at(ctx.site)
         if u.requires_grad and signal.loss is not None:
             signal.loss = signal.loss + prior_divergence(u[ctx.y], share).mean()
         return signal
@@ -148,6 +150,7 @@ class NoPropDT(Denoising):
 
     name: ClassVar[str] = "noprop_dt"
     models: ClassVar[tuple[str, ...]] = ("noprop",)
+    whole_batch: ClassVar[str] = "sends embeddings of the classes from block to block"
     boundary: ClassVar[str] = (
         "the input; in prediction a noisy label too; embeddings that are learned, from the head to the blocks"
     )
@@ -215,6 +218,7 @@ class _AnyTime(Denoising):
     solver: Literal["euler", "heun"] = "euler"
     """Of the sampler; `heun` asks the network twice per step."""
 
+    whole_batch: ClassVar[str] = "sends embeddings of the classes from block to block"
     boundary: ClassVar[str] = "the input and a noisy label; embeddings that are learned, from the head to the block"
 
     def sampled(self, network: Partition, velocity: Any, u: Tensor, x: Tensor) -> Tensor:
@@ -363,7 +367,7 @@ class NoPropFM(_AnyTime):
     def signal(self, ctx: BlockContext) -> Signal:
         """Squared distance of the velocity from the way to the label; passes on where it leads at t = 1."""
         if ctx.site.is_head:
-            return cross_entropy_at_head(ctx)
+            return loss_at_head(ctx)
         u, t = embedding_at(ctx.site), ctx.h_in[:, :1]
         v, _, x = divided(ctx.h, u)
         p, r, _ = divided(ctx.h_in[:, 1:], u)

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from layerwise.core.pieces import JoinsGroups
 from layerwise.core.ranges import NonNegativeInt, PositiveInt
-from layerwise.core.rule import BlockContext, Locality, Signal, cross_entropy_at_head
+from layerwise.core.rule import BlockContext, Locality, Signal, loss_at_head
 from layerwise.errors import LayerwiseError
 from layerwise.rules.dgl import DGL
 
@@ -60,5 +60,5 @@ class PeriodicGuidance(JoinsGroups, DGL):
     def signal(self, ctx: BlockContext) -> Signal:
         """The block's own loss; where all blocks are one graph, the head's alone."""
         if ctx.view == range(ctx.site.blocks + 1):
-            return cross_entropy_at_head(ctx) if ctx.site.is_head else Signal()
+            return loss_at_head(ctx) if ctx.site.is_head else Signal()
         return super().signal(ctx)

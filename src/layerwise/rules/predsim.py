@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from layerwise.core.functional import similarity
 from layerwise.core.ranges import Fraction, PositiveInt
-from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, cross_entropy_at_head
-from layerwise.core.tasks import Classification
+from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, loss_at_head, loss_of
+from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
 from layerwise.rules.readout import convolution, grouped, pool_vectors
 
@@ -76,8 +76,11 @@ class PredSim(Rule):
 
     name: ClassVar[str] = "predsim"
     locality: ClassVar[Locality] = "local"
+    whole_batch: ClassVar[str] = "compares the samples of a batch"
     boundary: ClassVar[str] = "detached activation"
     flat_memory: ClassVar[bool] = True
+    tasks: ClassVar[tuple[str, ...]] = ("classification", "soft_labels", "multilabel")
+    only: ClassVar[str] = "similarities are those of labels with several entries, such as classes"
     source: ClassVar[str] = "Nøkland & Eidnes, arXiv 1901.06656 (2019); tokens: our reading"
     restrictions: ClassVar[str] = (
         "One label per sample. The similarities depend on who else is in the batch: keep 64 samples or more."
@@ -87,31 +90,34 @@ class PredSim(Rule):
         """`group` blocks each; the head on its own."""
         return grouped(blocks, self.group, join_head=False)
 
-    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
+    def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
         """The classifier and the map of every group of blocks."""
         ends = (site.index + 1) % self.group == 0 or site.index == site.blocks - 1
-        return PredSimHeads(site.standard(h), task.classes, self.loss) if ends and not site.is_head else None
+        return PredSimHeads(site.standard(h), task.outputs, self.loss) if ends and not site.is_head else None
 
     def signal(self, ctx: BlockContext) -> Signal:
         """Cross-entropy of the local classifier and distance of the similarities from those of the labels."""
-        if ctx.y.dim() > 1:
+        if ctx.task.per_position(ctx.y):
             raise LayerwiseError("predsim compares samples, which have one label each, not one per position.")
         if ctx.site.is_head:
-            return cross_entropy_at_head(ctx)
+            return loss_at_head(ctx)
         heads = ctx.auxiliary
         if heads is None:
             return Signal()
         assert isinstance(heads, PredSimHeads)
         h = ctx.site.standard(ctx.h)
         share = {"pred": 0.0, "sim": 1.0}.get(self.loss, self.beta)
-        loss, metrics = torch.zeros((), device=ctx.h.device), {}
+        loss, metrics, statistics = torch.zeros((), device=ctx.h.device), {}, {}
         if heads.classifier is not None:
             logits = heads.classifier(pool_vectors(h, "grid", False))
-            loss = loss + (1 - share) * ctx.task.loss(logits, ctx.y)
-            metrics["accuracy"] = ctx.task.correct(logits, ctx.y) / ctx.y.numel()
+            predicted = loss_of(ctx.task, logits, ctx.y)
+            assert predicted.loss is not None
+            metrics |= predicted.metrics
+            statistics, loss = predicted.statistics, loss + (1 - share) * predicted.loss
         if heads.map is not None:
-            wanted = similarity(F.one_hot(ctx.y, ctx.task.classes))
+            rows = ctx.y if ctx.y.dim() > 1 else F.one_hot(ctx.y, ctx.task.classes)
+            wanted = similarity(rows)
             # Not F.mse_loss, whose scalar keeps a storage of B x B numbers alive with the metrics.
             metrics["similarity"] = (similarity(heads.rows(h)) - wanted).square().mean()
             loss = loss + share * metrics["similarity"]
-        return Signal(loss=loss, metrics=metrics)
+        return Signal(loss=loss, metrics=metrics, statistics=statistics)

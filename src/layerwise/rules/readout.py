@@ -1,11 +1,15 @@
-"""What the rules with a loss per block share: groups of blocks, and a vector out of a block's output."""
+"""What the rules with a loss per block share: groups of blocks, a block's readout, and its labels."""
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.core.functional import pool_features
-from layerwise.core.rule import Site
+from layerwise.core.posteriors import Categorical, Posterior
+from layerwise.core.rule import BlockContext, Site
+from layerwise.core.tasks import Task
+from layerwise.errors import LayerwiseError
 
 Pool = Literal["auto", "mean", "moments", "grid", "cls", "flatten", "none"]
 
@@ -53,3 +57,48 @@ def pool_vectors(h: Tensor, pool: Pool, per_position: bool, site: Site | None = 
     elif pool == "auto":
         pool = "none" if per_position else "mean"
     return pool_features(h, pool)
+
+
+def readout_width(h: Tensor, pool: Pool, site: Site, task: Task) -> int:
+    """Number of features that a block's readout reads."""
+    return pool_vectors(h, pool, task.positions != "sample", site).shape[-1]
+
+
+def features_of(ctx: BlockContext, pool: Pool, h: Tensor | None = None) -> Tensor:
+    """One vector per prediction, `(B, D)` or `(B, ..., D)`, out of the block's output, or of `h` in its place."""
+    return pool_vectors(ctx.h if h is None else h, pool, ctx.task.per_position(ctx.y), ctx.site)
+
+
+def labels_at(ctx: BlockContext, z: Tensor) -> Tensor:
+    """The labels at the resolution of a readout's outputs `(B, ..., K)`.
+
+    Raises:
+        LayerwiseError: labels are given per pixel, and the block keeps none.
+    """
+    if ctx.task.positions != "pixel":
+        return ctx.y
+    places = tuple(z.shape[1:-1])
+    if len(places) < 2:
+        raise LayerwiseError(
+            f"{ctx.task.kind} needs a label for every pixel of a block, and the readout of block {ctx.site.name!r} "
+            f"gives one vector per {'token' if places else 'sample'}; cut where the output is a map (B, C, H, W), with "
+            'pool="auto".'
+        )
+    return ctx.task.at(ctx.y, places)
+
+
+def read_out(ctx: BlockContext, readout: nn.Module, pool: Pool, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Outputs of a block's own readout, as the task has them, and the labels at their resolution."""
+    z = readout(features_of(ctx, pool, h))
+    return ctx.task.as_outputs(z), labels_at(ctx, z)
+
+
+def resized(posterior: Posterior, task: Task, places: tuple[int, ...]) -> Posterior:
+    """A posterior per pixel at another resolution: the mean over each cell, of probabilities where it has classes."""
+    if task.positions != "pixel":
+        return posterior
+    z: Any = posterior.features
+    if tuple(z.shape[1:-1]) == places:
+        return posterior
+    z = F.interpolate(z.movedim(-1, 1), places, mode="area").movedim(1, -1)
+    return Categorical(z.clamp_min(1e-30).log()) if isinstance(posterior, Categorical) else task.posterior(z)

@@ -10,7 +10,7 @@ from layerwise.core.functional import normalise
 from layerwise.core.pieces import PredictsBySite
 from layerwise.core.ranges import NonNegativeFloat, PositiveInt
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site
-from layerwise.core.tasks import Classification
+from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
 from layerwise.rules.readout import convolution
 
@@ -76,6 +76,8 @@ class ScalableFF(PredictsBySite, Rule):
     locality: ClassVar[Locality] = "local"
     boundary: ClassVar[str] = "detached activation, normalised over its channels"
     flat_memory: ClassVar[bool] = True
+    tasks: ClassVar[tuple[str, ...]] = ("classification",)
+    only: ClassVar[str] = "its channels are shared out among classes"
     source: ClassVar[str] = "Krutsylo, arXiv 2501.03176 (2025); form of the margin loss: our reading"
     restrictions: ClassVar[str] = "One label per sample. The network's head is not used; its output means nothing."
 
@@ -88,7 +90,7 @@ class ScalableFF(PredictsBySite, Rule):
         """All blocks; the head is not used."""
         return not site.is_head
 
-    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
+    def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
         """The channels of every block."""
         return None if site.is_head else ChannelGoodness(site.standard(h), task.classes, self.kernel)
 
@@ -108,7 +110,7 @@ class ScalableFF(PredictsBySite, Rule):
         loss = self.margin_loss(g, ctx.y, ctx.task)
         return Signal(loss, message=carried, output=ctx.site.restored(channel_norm(h)), metrics={"accuracy": accuracy})
 
-    def margin_loss(self, g: Tensor, y: Tensor, task: Classification) -> Tensor:
+    def margin_loss(self, g: Tensor, y: Tensor, task: Task) -> Tensor:
         """Mean of log(1 + sum over the other classes of exp(g_c - g_y + m)), for `g` `(B, K)`."""
         return task.loss(g - self.margin * F.one_hot(y, task.classes), y)
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from layerwise.core.blocks import Partition
 from layerwise.core.functional import kl_divergence
 from layerwise.core.pieces import HasTrunk, PassesBeliefs
+from layerwise.core.posteriors import Categorical, Posterior
 from layerwise.core.ranges import NonNegativeInt, PositiveFraction, PositiveInt
-from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, by_depth
-from layerwise.core.tasks import Classification
+from layerwise.core.rule import ANY_TASK, BlockContext, Locality, Rule, Signal, Site, by_depth, loss_of, metrics_of
+from layerwise.core.tasks import Classification, Task
 from layerwise.errors import LayerwiseError
-from layerwise.rules.readout import Pool, grouped, pool_vectors
+from layerwise.rules.readout import Pool, grouped, labels_at, pool_vectors, resized
 
 Direction = Literal["forward", "reverse"]
+OF_CLASSES = ("classification", "language_model", "segmentation")
 
 
 def divergences(log_p: Tensor, log_before: Tensor, target: Tensor, direction: Direction) -> tuple[Tensor, Tensor]:
@@ -50,6 +52,28 @@ def uniform_belief(like: Tensor, classes: int) -> Tensor:
     return like.new_full((*like.shape[:-1], classes), -math.log(classes), dtype=dtype)
 
 
+def first_belief(like: Tensor, task: Task) -> Tensor:
+    """The belief before any block, as it is passed on, `(..., K)` for `like` `(..., D)`; float32 or wider.
+
+    Uniform over classes, one half for every label, or a Gaussian around zero for every target.
+    """
+    if task.kind in OF_CLASSES:
+        return uniform_belief(like, task.outputs)
+    return torch.zeros_like(uniform_belief(like, task.outputs))
+
+
+def believed(task: Task, passed: Tensor) -> Posterior:
+    """A belief out of what is passed on: log-probabilities `(..., K)` of classes, the task's outputs otherwise."""
+    return Categorical(passed) if task.kind in OF_CLASSES else task.posterior(passed)
+
+
+def moved(task: Task, passed: Tensor, like: Tensor) -> Tensor:
+    """A belief that is passed on, at the resolution of `like` `(B, ..., D)` where there is one per pixel."""
+    if task.positions != "pixel":
+        return passed
+    return resized(believed(task, passed), task, tuple(like.shape[1:-1])).passed
+
+
 def log_softmax(logits: Tensor) -> Tensor:
     """Log-probabilities of logits, in float32 or wider."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
@@ -68,65 +92,82 @@ class Distillation(PassesBeliefs, Rule):
         """The site's belief, counted among the beliefs of the network; None where the rule reads none."""
         raise NotImplementedError
 
-    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
+    def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
         """No module; refuses what the objective cannot do."""
-        if self.direction == "reverse" and task.label_smoothing == 0:
+        if self.direction == "reverse" and not isinstance(task, Classification):
+            raise LayerwiseError(
+                f'{self.name} with direction="reverse" needs a target without zeros, and {task.kind} has none; use '
+                'direction="forward".'
+            )
+        if self.direction == "reverse" and getattr(task, "label_smoothing", 0.0) == 0:
             raise LayerwiseError(
                 f'{self.name} with direction="reverse" needs a target without zeros; set label_smoothing to more than '
                 '0 (--label-smoothing 0.1), or use direction="forward".'
             )
         return None
 
-    def distil(self, ctx: BlockContext, logits: Tensor, log_before: Tensor) -> Signal:
-        """The objective of the belief softmax(logits), given the belief before."""
+    def distil(self, ctx: BlockContext, outputs: Tensor, before: Tensor) -> Signal:
+        """The objective of the belief of outputs `(..., K)`, given the belief before as it was passed on."""
         place = self.place(ctx.site)
         assert place is not None
-        alpha, log_p, log_before = by_depth(self.alpha, place), log_softmax(logits), log_before.detach()
-        target = ctx.task.distribution(ctx.y).to(log_p.dtype)
-        label, consistency = divergences(log_p, log_before, target, self.direction)
+        task, alpha, y = ctx.task, by_depth(self.alpha, place), labels_at(ctx, outputs)
+        belief, before = task.posterior(outputs), before.detach()
+        label, consistency = self._divergences(task, belief, before, y)
         each = alpha * label + (1 - alpha) * consistency
-        signal = Signal(loss=each.mean(), message=log_p)
+        passed = task.as_outputs(belief.passed)
+        metrics, statistics = metrics_of(task, passed, y)
+        signal = Signal(loss=task.average(each, y), message=belief.passed, statistics=statistics)
         signal.metrics = {
-            "accuracy": ctx.task.correct(log_p, ctx.y) / ctx.y.numel(),
-            "label_kl": label.mean(),
-            "consistency": consistency.mean(),
+            **metrics,
+            "label_kl": task.average(label, y),
+            "consistency": task.average(consistency, y),
         }
         if ctx.site.is_head:
-            signal.metrics["loss"] = ctx.task.loss(log_p, ctx.y)
+            signal.metrics["loss"] = task.loss(passed, y)
         if not ctx.training:  # not worth the time in training
-            before, _ = divergences(log_before, log_before, target, self.direction)
-            signal.metrics["entropy"] = -(log_p.exp() * log_p).sum(-1).mean()
-            signal.metrics["descent"] = (each <= alpha * before).to(log_p.dtype).mean()
+            unmoved, _ = self._divergences(task, believed(task, before), before, y)
+            signal.metrics["entropy"] = task.average(belief.entropy(), y)
+            signal.metrics["descent"] = task.average((each <= alpha * unmoved).to(each.dtype), y)
         return signal
+
+    def _divergences(self, task: Task, belief: Any, before: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a belief and the labels, and of the belief before and it; per prediction, or per target or label of it."""
+        if isinstance(task, Classification):
+            target = task.distribution(y).to(belief.log_p.dtype)
+            return divergences(belief.log_p, before, target, self.direction)
+        return task.surprise(belief.passed, y), believed(task, before).kl(belief)
 
 
 class BeliefHead(nn.Module):
-    """Belief and features to the logits of the next belief: a linear layer on `concat(p, v)`, or two with ReLU.
+    """Belief and features to the outputs of the next belief: a linear layer on `concat(p, v)`, or two with ReLU.
 
-    Shapes: log-probabilities `(..., K)` and features `(..., D)` to `(..., K)`.
+    p are probabilities; means, and log variances where the task has them, under regression.
+
+    Shapes: a belief as it is passed on `(..., K)` and features `(..., D)` to `(..., K)`.
     """
 
-    def __init__(self, classes: int, width: int, hidden: int, dtype: torch.dtype):
+    def __init__(self, classes: int, width: int, hidden: int, dtype: torch.dtype, task: Task | None = None):
         super().__init__()
-        self.classes = classes
+        self.task = task or Classification(classes)
         out = nn.Linear(hidden or classes + width, classes, dtype=dtype)
         self.layers = nn.Sequential(nn.Linear(classes + width, hidden, dtype=dtype), nn.ReLU(), out) if hidden else out
 
-    def forward(self, log_before: Tensor, features: Tensor) -> Tensor:
-        """Logits of the next belief."""
-        return self.layers(torch.cat([log_before.exp().to(features.dtype), features], dim=-1))
+    def forward(self, before: Tensor, features: Tensor) -> Tensor:
+        """Outputs of the next belief."""
+        return self.layers(torch.cat([believed(self.task, before).features.to(features.dtype), features], dim=-1))
 
 
 class BeliefToLogits(nn.Module):
-    """Adds V p to the network's logits; V is K x K and starts at zero."""
+    """Adds V p to the network's outputs; V is K x K and starts at zero."""
 
-    def __init__(self, classes: int, dtype: torch.dtype):
+    def __init__(self, task: Task, dtype: torch.dtype):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(classes, classes, dtype=dtype))
+        self.task = task
+        self.weight = nn.Parameter(torch.zeros(task.outputs, task.outputs, dtype=dtype))
 
-    def forward(self, log_before: Tensor, logits: Tensor) -> Tensor:
-        """Logits of the last belief, `(..., K)`."""
-        return logits + nn.functional.linear(log_before.exp().to(self.weight.dtype), self.weight)
+    def forward(self, before: Tensor, outputs: Tensor) -> Tensor:
+        """Outputs of the last belief, `(..., K)`."""
+        return outputs + nn.functional.linear(believed(self.task, before).features.to(self.weight.dtype), self.weight)
 
 
 @dataclass(frozen=True)
@@ -144,6 +185,12 @@ class SID(Distillation):
     divergences have $p_i$ first. The last block has no belief head: it learns through the network's own head, whose
     logits get the belief before as well. $V$ starts at 0. Prediction is the whole stack of beliefs, not the plain
     network.
+
+    Other tasks are ours. The belief of `Regression` is a Gaussian per target: means, and log variances with
+    `loss="gaussian"`; that of `MultiLabel` a Bernoulli distribution per label, that of `Segmentation` a categorical
+    per pixel, averaged over each cell where the next block has fewer. The divergence from the label is the task's
+    loss, the other the closed form of two such distributions, averaged over targets or labels as the loss is. The
+    belief before any block is one half, or a Gaussian around zero.
 
     The objective is the paper's; that features of an ordinary network take the place of its shared extractor, which
     makes the rule block-local, the form of the belief heads and of the head are our reading. The gradient of $L_i$ on
@@ -168,8 +215,11 @@ class SID(Distillation):
         "Ye & Tang, arXiv 2510.03273 (2025), for the objective; belief heads on an ordinary network: our reading"
     )
     predicts_at_head: ClassVar[bool] = True
+    tasks: ClassVar[tuple[str, ...]] = tuple(kind for kind in ANY_TASK if kind != "loss")
+    only: ClassVar[str] = "it refines a distribution of the label, and a function of one's own has none"
     restrictions: ClassVar[str] = (
-        'Classification; one label per position needs pool="none". direction="reverse" needs label smoothing.'
+        "Tasks with a distribution of the label; a function of one's own as the loss has none. "
+        'One label per position needs pool="none". direction="reverse" needs label smoothing.'
     )
 
     def groups(self, blocks: int) -> list[range]:
@@ -185,48 +235,50 @@ class SID(Distillation):
             return None
         return Site(site.index // self.group, count, site.name)
 
-    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
+    def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
         """A belief head for every group but the last, whose belief is the network's own head's."""
         super().auxiliary(site, h, task)
         if self.place(site) is None:
             return None
         if site.is_head:
-            return BeliefToLogits(task.classes, h.dtype)
-        return BeliefHead(task.classes, self._vectors(h, site).shape[-1], self.hidden, h.dtype)
+            return BeliefToLogits(task, h.dtype)
+        return BeliefHead(task.outputs, self._vectors(h, site, task).shape[-1], self.hidden, h.dtype, task)
 
-    def _vectors(self, h: Tensor, site: Site) -> Tensor:
-        return pool_vectors(h, self.pool, False, site)
+    def _vectors(self, h: Tensor, site: Site, task: Task) -> Tensor:
+        if site.is_head:
+            return task.outputs_last(h)
+        return pool_vectors(h, self.pool, task.positions == "pixel", site)
 
     def signal(self, ctx: BlockContext) -> Signal:
         """The objective of the group's belief."""
         if ctx.auxiliary is None:
             return Signal(message=ctx.message)
-        if ctx.y.dim() > 1 and self.pool != "none":
+        if ctx.task.positions != "pixel" and ctx.task.per_position(ctx.y) and self.pool != "none":
             raise LayerwiseError('sid reads a belief per sample, and there is a label per position; set pool="none".')
-        features = ctx.h if ctx.site.is_head else self._vectors(ctx.h, ctx.site)
-        before = ctx.message if ctx.message is not None else uniform_belief(features, ctx.task.classes)
+        features = self._vectors(ctx.h, ctx.site, ctx.task)
+        before = ctx.message if ctx.message is not None else first_belief(features, ctx.task)
+        before = moved(ctx.task, before, features)
         return self.distil(ctx, ctx.auxiliary(before, features), before)
 
     def beliefs(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Iterator[Tensor]:
-        """The uniform belief, then one per group: log-probabilities `(B, ..., K)`."""
-        belief = None
+        """The belief before any block, then one per group: log-probabilities `(B, ..., K)`, outputs without classes."""
+        belief, task = None, cast(BeliefToLogits, auxiliary[len(network.blocks)]).task
         for index, block in enumerate([*network.blocks, network.head]):
             x = block(x)
             if index not in auxiliary:
                 continue
             site = Site(index, len(network.blocks), block.name, layouts=network.layouts)
-            features = x if block is network.head else self._vectors(x, site)
+            features = self._vectors(x, site, task)
             if belief is None:
-                first = next(p for p in auxiliary[len(network.blocks)].parameters())
-                belief = uniform_belief(features, len(first))
+                belief = first_belief(features, task)
                 yield belief
-            belief = log_softmax(auxiliary[index](belief, features))
+            belief = task.posterior(auxiliary[index](moved(task, belief, features), features)).passed
             yield belief
 
     def predict(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Tensor:
-        """The last belief, as log-probabilities `(B, ..., K)`."""
+        """The last belief, as log-probabilities `(B, ..., K)`, or as the outputs of a task without classes."""
         *_, last = self.beliefs(network, auxiliary, x)
-        return last
+        return cast(BeliefToLogits, auxiliary[len(network.blocks)]).task.as_outputs(last)
 
 
 EXTRACTOR = 2
@@ -267,6 +319,8 @@ class SIDCascade(HasTrunk, Distillation):
 
     name: ClassVar[str] = "sid_cascade"
     models: ClassVar[tuple[str, ...]] = ("sid_cascade",)
+    tasks: ClassVar[tuple[str, ...]] = ("classification", "soft_labels")
+    only: ClassVar[str] = "its model passes on the probabilities of classes"
     locality: ClassVar[Locality] = "interlocking"
     boundary: ClassVar[str] = (
         "detached features and belief (K numbers per sample); the gradient on the features, back to the extractor"
@@ -297,7 +351,7 @@ class SIDCascade(HasTrunk, Distillation):
         """The extractor learns last, unless it has heads of its own."""
         return self.extractor != "local"
 
-    def to_trunk(self, site: Site, gradient: Tensor, task: Classification) -> Tensor | None:
+    def to_trunk(self, site: Site, gradient: Tensor, task: Task) -> Tensor | None:
         """The gradient on the features, weighted; none on the belief."""
         if self.extractor == "last" and not site.is_head:
             return None
@@ -313,7 +367,7 @@ class SIDCascade(HasTrunk, Distillation):
             return None
         return Site(site.index - EXTRACTOR, site.blocks - EXTRACTOR + 1, site.name)
 
-    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
+    def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
         """A linear head for each half of an extractor that learns locally."""
         super().auxiliary(site, h, task)
         if site.index < EXTRACTOR and site.name != f"extractor{site.index + 1}":
@@ -325,7 +379,7 @@ class SIDCascade(HasTrunk, Distillation):
             return None
         return nn.Linear(self._features(site, h, task).shape[-1], task.classes, dtype=h.dtype)
 
-    def _features(self, site: Site, h: Tensor, task: Classification) -> Tensor:
+    def _features(self, site: Site, h: Tensor, task: Task) -> Tensor:
         """A vector out of the output of the extractor's half: the mean over space, or the features of the state."""
         return h[:, task.classes :] if h.dim() == 2 else pool_vectors(h, "mean", False, site)
 
@@ -337,8 +391,7 @@ class SIDCascade(HasTrunk, Distillation):
         if ctx.auxiliary is None:
             return Signal()
         logits = ctx.auxiliary(self._features(ctx.site, ctx.h, ctx.task))
-        accuracy = ctx.task.correct(logits, ctx.y) / ctx.y.numel()
-        return Signal(loss=ctx.task.loss(logits, ctx.y), metrics={"accuracy": accuracy})
+        return loss_of(ctx.task, logits, ctx.y)
 
     def beliefs(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Iterator[Tensor]:
         """The uniform belief, then one per module: log-probabilities `(B, K)`."""

@@ -8,26 +8,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.core import functional
+from layerwise.core.posteriors import divergence
 from layerwise.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ProperFraction
 from layerwise.core.rule import (
+    ANY_TASK,
     BlockContext,
     Locality,
     Rule,
     Signal,
     Site,
     by_depth,
-    cross_entropy_at_head,
+    loss_at_head,
+    loss_of,
 )
-from layerwise.core.tasks import Classification
+from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
-from layerwise.rules.readout import Pool, grouped, pool_vectors
-
-SURROGATES = {
-    "neg_log_bc": functional.neg_log_bc,
-    "one_minus_bc": functional.one_minus_bc,
-    "hellinger": functional.hellinger,
-    "kl": functional.kl_divergence,
-}
+from layerwise.rules.readout import Pool, features_of, grouped, labels_at, readout_width, resized
 
 
 class Projection(nn.Module):
@@ -36,7 +32,7 @@ class Projection(nn.Module):
     Args:
         width: number of features D after pooling.
         dim: rows d0 of R.
-        classes: number of classes K.
+        classes: number of classes K, or of the task's outputs.
         dtype: of R; float32 unless activations are wider.
         options: the rule, for scale, normalisation, dropout, distribution of R, kind of target.
 
@@ -66,7 +62,9 @@ class Projection(nn.Module):
             return F.linear(features, self.matrix)
 
     def class_logits(self, v: Tensor) -> Tensor:
-        """Logits of the classes: the first K entries, or the products with the codebook."""
+        """Outputs of the task: the first K entries, or the products with the codebook."""
+        if self.code is None and v.shape[-1] == self.classes:
+            return v
         return v[..., : self.classes] if self.code is None else F.linear(v, self.code)
 
 
@@ -90,6 +88,17 @@ class SLL(Rule):
     the standard deviation over space beside the mean, `group` lets neighbouring blocks share one objective, and
     `overlap=1` moves every readout one block further, and each trains all groups that see it: gradients cross one
     boundary, two blocks are alive at a time, and the rule is interlocking, no longer local.
+
+    Other tasks are ours. The projection has one row per output of the task, and its posterior is: for `Regression`, D
+    Gaussians $N(\mu, \sigma^2)$ around the first D coordinates, whose variance is read off the other D with
+    `loss="gaussian"`, and is that of which the loss is the likelihood otherwise; for `MultiLabel`, K Bernoulli
+    distributions; for `Segmentation`, a categorical per pixel of the block. The likelihood is the task's loss, D the
+    divergence per target or label, averaged over them as the loss is,
+
+    $$-\log BC = \frac{(\mu_1 - \mu_2)^2}{4 (\sigma_1^2 + \sigma_2^2)} + \frac12 \log \frac{\sigma_1^2 + \sigma_2^2}
+      {2 \sigma_1 \sigma_2}, \qquad -\log BC = -\log\big(\sqrt{p q} + \sqrt{(1 - p)(1 - q)}\big)$$
+
+    and a neighbour's posterior of another resolution is averaged over the pixels of each cell.
 
     What is the paper's and what is ours: the two terms, their equal weight, the fixed projection and the optional
     dropout on it are stated by the paper; scale and normalisation of the projection, the softmax, the pooling, the
@@ -134,12 +143,14 @@ class SLL(Rule):
     locality: ClassVar[Locality] = "local"
     boundary: ClassVar[str] = "detached activation and projection (d0 numbers per sample)"
     flat_memory: ClassVar[bool] = True
+    tasks: ClassVar[tuple[str, ...]] = tuple(kind for kind in ANY_TASK if kind != "loss")
+    only: ClassVar[str] = "its objective compares distributions of the label, and a function of one's own has none"
     source: ClassVar[str] = (
         "Yin & Corradi, arXiv 2505.05181 v4 (2025); scale, normalisation, neighbour and head: our reading"
     )
     restrictions: ClassVar[str] = (
-        "Classification, per sample or per position. Single small convolutions lose accuracy under a fixed "
-        "projection; see the options pool, group and overlap."
+        "Tasks with a distribution of the label; a function of one's own as the loss has none. Single small "
+        "convolutions lose accuracy under a fixed projection; see the options pool, group and overlap."
     )
 
     def __post_init__(self) -> None:
@@ -152,38 +163,43 @@ class SLL(Rule):
         """`group` blocks each, with a view of `overlap` more; the head joins the last block or stands alone."""
         return grouped(blocks, self.group, join_head=self.head != "separate", overlap=self.overlap)
 
-    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
+    def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
         """A fixed projection where a group's view ends; the head is its own readout."""
         if site.is_head or not any(view.stop == site.index + 1 for view in self.groups(site.blocks)):
             return None
-        dim = task.classes if self.dim is None else self.dim
-        if self.targets == "index" and dim < task.classes:
+        dim = task.outputs if self.dim is None else self.dim
+        if self.targets == "index" and dim < task.outputs:
             raise LayerwiseError(
-                f"dim is {dim}, smaller than the {task.classes} classes; use dim >= {task.classes} or "
+                f"dim is {dim}, smaller than the {task.outputs} classes; use dim >= {task.outputs} or "
                 'targets="codebook".'
             )
-        width = pool_vectors(h, self.pool, False, site).shape[-1]
-        return Projection(width, dim, task.classes, self, torch.promote_types(h.dtype, torch.float32))
+        if task.kind in ("regression", "multilabel") and (dim > task.outputs or self.targets == "codebook"):
+            raise LayerwiseError(
+                f'dim and targets="codebook" are about classes, and {task.kind} has none; leave both out, so that the '
+                f"projection has the task's {task.outputs} outputs."
+            )
+        width = readout_width(h, self.pool, site, task)
+        return Projection(width, dim, task.outputs, self, torch.promote_types(h.dtype, torch.float32))
 
     def signal(self, ctx: BlockContext) -> Signal:
         """Likelihood and alignment of the posterior that is read off at this site."""
         if ctx.site.is_head:
-            signal = cross_entropy_at_head(ctx)
+            signal = loss_at_head(ctx)
             if self.head == "joint":
-                self._align(signal, ctx, ctx.h.float())
+                self._align(signal, ctx, ctx.task.outputs_last(ctx.h.float()))
             return signal
         if ctx.auxiliary is None:
             return Signal(message=ctx.message)
         assert isinstance(ctx.auxiliary, Projection)
-        v = ctx.auxiliary(pool_vectors(ctx.h, self.pool, ctx.y.dim() > 1, ctx.site))
-        logits = ctx.auxiliary.class_logits(v)
+        v = ctx.auxiliary(features_of(ctx, self.pool))
+        y, read = labels_at(ctx, v), ctx.auxiliary.class_logits(v)
+        signal = loss_of(ctx.task, ctx.task.as_outputs(read), y)
         # With the index targets the softmax runs over all d0 coordinates; the label is one of the first K.
-        likelihood = ctx.task.loss(v if self.targets == "index" else logits, ctx.y)
-        signal = Signal(
-            loss=by_depth(self.likelihood_weight, ctx.site) * likelihood,
-            message=(*(ctx.message or ()), v)[-2:],
-            metrics={"accuracy": ctx.task.correct(logits, ctx.y) / ctx.y.numel()},
-        )
+        wider = self.targets == "index" and read is not v
+        likelihood = ctx.task.loss(ctx.task.as_outputs(v), y) if wider else signal.loss
+        assert likelihood is not None
+        signal.loss = by_depth(self.likelihood_weight, ctx.site) * likelihood
+        signal.message = (*(ctx.message or ()), v)[-2:]
         self._align(signal, ctx, v)
         return signal
 
@@ -191,9 +207,14 @@ class SLL(Rule):
         """Add the divergence to the neighbour's posterior, where there is one over the same categories."""
         back = {"previous": 1, "before_previous": 2}[self.neighbour]
         sent = ctx.message or ()
-        if self.surrogate == "none" or len(sent) < back or sent[-back].shape != v.shape or signal.loss is None:
+        if self.surrogate == "none" or len(sent) < back or signal.loss is None:
             return
-        log_p, log_q = sent[-back].detach().log_softmax(-1), v.log_softmax(-1)
-        divergence = SURROGATES[self.surrogate](log_p, log_q).mean()
-        signal.loss = signal.loss + by_depth(self.weight, ctx.site) * divergence
-        signal.metrics["divergence"] = divergence
+        before, task = sent[-back].detach(), ctx.task
+        if (before.dim(), before.shape[-1]) != (v.dim(), v.shape[-1]):
+            return
+        if task.positions != "pixel" and before.shape != v.shape:
+            return
+        p = resized(task.posterior(before), task, tuple(v.shape[1:-1]))
+        distance = divergence(self.surrogate, p, task.posterior(v)).mean()
+        signal.loss = signal.loss + by_depth(self.weight, ctx.site) * distance
+        signal.metrics["divergence"] = distance

@@ -10,8 +10,8 @@ from layerwise.core.augment import AUGMENTATIONS, check_augmentations
 from layerwise.core.functional import matched, nt_xent
 from layerwise.core.layout import from_standard, to_standard
 from layerwise.core.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, ProperFraction
-from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Signal, Site, cross_entropy_at_head
-from layerwise.core.tasks import Classification
+from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Signal, Site, loss_at_head
+from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
 from layerwise.rules.label_input import known_layout
 from layerwise.rules.readout import Pool, grouped, pool_vectors
@@ -62,8 +62,11 @@ class SSLLocal(Rule):
 
     name: ClassVar[str] = "ssl_local"
     locality: ClassVar[Locality] = "local"
+    whole_batch: ClassVar[str] = "compares the samples of a batch"
     boundary: ClassVar[str] = "detached activation, of every sample and two views of it"
     flat_memory: ClassVar[bool] = True
+    tasks: ClassVar[tuple[str, ...]] = ("classification", "soft_labels", "regression", "multilabel", "loss")
+    only: ClassVar[str] = "its two views are of samples with one label each"
     begins_with_batch: ClassVar[bool] = True
     source: ClassVar[str] = (
         "Chen et al., arXiv 2002.05709 (2020; SimCLR) for the loss, Loewe et al., arXiv 1905.11786 (2019) for isolated "
@@ -82,7 +85,7 @@ class SSLLocal(Rule):
         """`group` blocks each; the head, which alone sees labels, stands alone."""
         return grouped(blocks, self.group, join_head=False)
 
-    def auxiliary(self, site: Site, h: Tensor, task: Classification) -> nn.Module | None:
+    def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
         """The projection head at the end of every group of blocks."""
         if site.is_head or ((site.index + 1) % self.group and site.index < site.blocks - 1):
             return None
@@ -104,7 +107,7 @@ class SSLLocal(Rule):
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
         """First views of all samples, second views, and the samples; the samples alone in evaluation."""
-        if ctx.y.dim() > 1 or not ctx.x.is_floating_point():
+        if ctx.task.per_position(ctx.y) or not ctx.x.is_floating_point():
             raise LayerwiseError(
                 f"{self.name} makes views of samples of real numbers with one label each, not of inputs of shape "
                 f"{tuple(ctx.x.shape)} and type {str(ctx.x.dtype).removeprefix('torch.')} with labels of shape "
@@ -118,7 +121,7 @@ class SSLLocal(Rule):
     def signal(self, ctx: BlockContext) -> Signal:
         """The contrast of the two views; at the head the cross-entropy of the probe, which gets the samples alone."""
         if ctx.site.is_head:
-            return cross_entropy_at_head(ctx)
+            return loss_at_head(ctx)
         if not ctx.training:
             return Signal()
         views, itself = ctx.h[: 2 * len(ctx.y)], ctx.h[2 * len(ctx.y) :]

@@ -30,6 +30,8 @@ class SVP(SLL):
     """Weight gamma of the feature alignment."""
 
     name: ClassVar[str] = "svp"
+    tasks: ClassVar[tuple[str, ...]] = ("classification", "soft_labels", "language_model", "multilabel")
+    only: ClassVar[str] = "the cosine of two projections needs several coordinates per prediction, at one resolution"
     boundary: ClassVar[str] = "detached activation and projection (d0 numbers per sample)"
     source: ClassVar[str] = (
         "Yin & Corradi, arXiv 2505.05181 v1-v3 (2025), named SVP there; cosine alignment: our reading"

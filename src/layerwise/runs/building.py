@@ -2,11 +2,10 @@
 
 import contextlib
 import math
-import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
 
@@ -14,20 +13,20 @@ from layerwise import data
 from layerwise.core.graphs import Graph
 from layerwise.core.optim import Schedule
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
-from layerwise.core.tasks import UNLABELLED
-from layerwise.errors import LayerwiseError
+from layerwise.core.tasks import UNLABELLED, Classification, MultiLabel, Regression, Segmentation, Task
+from layerwise.data.masks import IGNORED
+from layerwise.errors import LayerwiseError, short, why
 from layerwise.files import kind_of, shown
 from layerwise.learner import Learner, checks
-from layerwise.memory.meter import MemoryUse
 from layerwise.memory.mmap import OnFile
 from layerwise.memory.stores import nearest_folder
 from layerwise.models import GraphModelOptions, ModelOptions
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
+from layerwise.records import Amount, Count, convert
 from layerwise.runs import checkpoint
 from layerwise.runs.folders import check_options, read_options
 from layerwise.runs.options import TrainOptions, model_name
-from layerwise.runs.records import check_fields, is_amount, short, why
 
 
 def pick_device(name: str) -> torch.device:
@@ -68,6 +67,10 @@ class DataSignature:
     """Names of the columns, where the samples are the rows of a table."""
     form: tuple[str | int, ...] = ()
     """Mode and ground of `ImageFormat`, where the samples are images; not in the checkpoints of version 0.1.0."""
+    target_mean: tuple[float, ...] = ()
+    """Mean of each target, where labels are numbers."""
+    target_std: tuple[float, ...] = ()
+    """Standard deviation of each."""
 
     @property
     def image_mode(self) -> str:
@@ -83,10 +86,21 @@ class DataSignature:
     def of(cls, dataset: data.Dataset) -> "DataSignature":
         """The facts of a data set."""
         parts = (dataset.train, dataset.val, dataset.test)
-        sizes = tuple(0 if part is None else int((part.labels != UNLABELLED).sum()) for part in parts)
+        sizes = tuple(0 if part is None else _labelled(part) for part in parts)
         graph = () if dataset.graph is None else (len(dataset.graph.labels), dataset.graph.edges.shape[1])
         form = () if dataset.form is None else (dataset.form.mode, dataset.form.ground)
-        return cls(dataset.shape, dataset.classes, dataset.mean, dataset.std, sizes, graph, dataset.columns, form)
+        return cls(
+            dataset.shape,
+            dataset.classes,
+            dataset.mean,
+            dataset.std,
+            sizes,
+            graph,
+            dataset.columns,
+            form,
+            dataset.target_mean,
+            dataset.target_std,
+        )
 
     @classmethod
     def in_state(cls, state: Mapping[str, Any]) -> "DataSignature":
@@ -96,11 +110,7 @@ class DataSignature:
             LayerwiseError: the checkpoint holds no such facts.
         """
         name, advice = "the checkpoint's description of its data", "take an older checkpoint"
-        known = [f.name for f in fields(cls)]
-        given = [f.name for f in fields(cls) if f.default is MISSING or f.name in state["data"]]
-        hints = typing.get_type_hints(cls)
-        check_fields(state["data"], {field: hints[field] for field in given}, name, advice)
-        found = cls(**{name: tuple(value) for name, value in state["data"].items() if name in known})
+        found: DataSignature = convert(state["data"], cls, name, advice)
         channels = {len(found.mean), len(found.std)}
         right = (
             len(found.shape) == len(found.sizes) == 3
@@ -110,6 +120,9 @@ class DataSignature:
             and (channels == {found.shape[0]} or channels == {1})
             and all(math.isfinite(number) for number in (*found.mean, *found.std))
             and min(found.std) > 0
+            and len(found.target_mean) == len(found.target_std) in (0, len(found.classes))
+            and all(math.isfinite(number) for number in (*found.target_mean, *found.target_std))
+            and min(found.target_std, default=1) > 0
         )
         if not right:
             raise LayerwiseError(f"{name} is damaged ({short(state['data'])}); {advice}.")
@@ -126,14 +139,36 @@ class DataSignature:
                 )
 
 
+def _labelled(part: data.Source) -> int:
+    """Samples of a split that have a label."""
+    return int((part.labels != UNLABELLED).sum()) if part.labels.dim() == 1 else len(part)
+
+
 def _few(values: tuple[Any, ...]) -> str:
     return ", ".join(map(str, values[:10])) + (", ..." if len(values) > 10 else "")
 
 
-def build_model(options: ModelOptions, facts: DataSignature, seed: int, graph: Graph | None = None) -> torch.nn.Module:
+def build_task(options: TrainOptions, facts: DataSignature) -> Task:
+    """The task of a run."""
+    if options.task == "regression":
+        return Regression(options.loss, mean=facts.target_mean, std=facts.target_std)
+    if options.task == "segmentation":
+        return Segmentation(ignore=IGNORED)
+    return MultiLabel() if options.task == "multilabel" else Classification(2, options.label_smoothing)
+
+
+def outputs_of(options: TrainOptions, facts: DataSignature) -> int:
+    """Number of outputs that the network of a run has."""
+    return len(facts.classes) * (2 if options.task == "regression" and options.loss == "gaussian" else 1)
+
+
+def build_model(
+    options: ModelOptions, facts: DataSignature, seed: int, graph: Graph | None = None, outputs: int | None = None
+) -> torch.nn.Module:
     """The model for a data set, with initial weights that depend on `seed` only.
 
-    Without the data's graph, a graph network has an empty one of the right size, which a checkpoint fills.
+    It has as many outputs as there are classes, if no other number is given. Without the data's graph, a graph network
+    has an empty one of the right size, which a checkpoint fills.
 
     Raises:
         LayerwiseError: the options do not go together, or the model does not fit into memory.
@@ -142,7 +177,7 @@ def build_model(options: ModelOptions, facts: DataSignature, seed: int, graph: G
         seed_generators(derive_seed(seed, "model"), torch.device("cpu"))
         try:
             if not isinstance(options, GraphModelOptions):
-                return options.build(facts.shape, len(facts.classes))
+                return options.build(facts.shape, outputs or len(facts.classes))
             if graph is None and facts.graph:
                 graph = Graph.blank(*facts.graph, classes=len(facts.classes))
             return options.build(facts.shape, len(facts.classes), graph)
@@ -163,6 +198,8 @@ def load_data(options: TrainOptions) -> data.Dataset:
         label_noise=options.label_noise,
         label_noise_kind=options.label_noise_kind,
         clean_validation=options.clean_validation,
+        task=options.task,
+        targets=options.targets,
     )
 
 
@@ -246,7 +283,7 @@ def build_learner(
     """
     folder = Path(options.offload_folder or nearest_folder(Path(options.out or "runs")))
     with OnFile(folder) if options.offload == "disk" else contextlib.nullcontext():
-        model = build_model(options.model, facts, options.seed, graph)
+        model = build_model(options.model, facts, options.seed, graph, outputs_of(options, facts))
     example = torch.zeros(2, *facts.shape, device=device)
     updates = math.ceil(total / options.accumulate)
     learner = Learner(
@@ -260,11 +297,12 @@ def build_learner(
         schedule=Schedule(options.schedule, updates, options.warmup),
         clip=options.clip,
         accumulate=options.accumulate,
+        micro=options.micro,
         precision=options.precision,
         compile=options.compile,
         channels_last=options.channels_last,
         nonfinite=options.nonfinite,
-        label_smoothing=options.label_smoothing,
+        task=build_task(options, facts),
         seed=options.seed,
         cuts=options.cuts,
         blocks=options.blocks,
@@ -323,32 +361,34 @@ def read_state(folder: Path) -> tuple[TrainOptions, dict[str, Any], list[str]]:
     return options, state, notes
 
 
-STATE: dict[str, Any] = {
-    "learner": dict,
-    "samples": int,
-    "seconds": float,
-    "val": dict[str, float],
-    "memory": dict[str, int] | None,
-    "measured": list[str] | None,  # this and the next are missing in the checkpoints of version 0.1.0
-    "flops": int | None,
-    "threads": int,
-    "machines": list[dict] | None,
-    "options": dict,
-    "data": dict,
-}
-"""What the checkpoint of a run holds beside its learner's own state."""
+class MeasuredMemory(TypedDict):
+    """The fields of a `MemoryUse`."""
+
+    parameters: Count
+    optimizer: Count
+    gradients: Count
+    activations: Count
+    peak: Count
+
+
+class RunState(TypedDict):
+    """What the checkpoint of a run holds; checkpoints of version 0.1.0 lack what is not required."""
+
+    learner: dict[str, Any]
+    samples: Count
+    seconds: Amount
+    val: dict[str, float]
+    memory: NotRequired[MeasuredMemory | None]
+    measured: NotRequired[list[str] | None]
+    flops: NotRequired[Count | None]
+    threads: Count
+    machines: NotRequired[list[dict[str, Any]] | None]
+    options: dict[str, Any]
+    data: dict[str, Any]
 
 
 def check_run_state(state: Any, folder: Path) -> None:
     """Raise LayerwiseError unless the checkpoint of the run in `folder` holds what a run writes, in its ranges."""
     name, advice = f"the checkpoint in {shown(folder)}", "take an older one, or start the run again"
-    check_fields(state, STATE, name, advice)
+    convert(state, RunState, name, advice)
     checks.check_parts(state["learner"])
-    amounts = {field: state.get(field) for field in ("samples", "seconds", "flops", "threads")}
-    memory = state.get("memory")
-    if memory is not None:
-        check_fields(memory, dict.fromkeys((f.name for f in fields(MemoryUse)), int), f"{name}, memory,", advice)
-        amounts |= {field: memory[field] for field in memory}
-    for field, value in amounts.items():
-        if value is not None and not is_amount(value):
-            raise LayerwiseError(f"{name} is damaged ({field} = {short(value)}); {advice}.")

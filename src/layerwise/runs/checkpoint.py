@@ -8,22 +8,22 @@ everything else, the tree that both belong to, and the digest of both. One that 
 import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import safetensors
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, short, why
 from layerwise.files import check_regular, kind_of, shown
 from layerwise.memory.mmap import map_file, release_pages, tensor_at
-from layerwise.runs.records import check_fields, parse_json, read_json, short, why
+from layerwise.records import Count, convert, parse_json, read_json
+from layerwise.runs.writing import FAILURES, flush, replaced
 
 KEPT = 2  # complete checkpoints that stay: the newest, and one to fall back to
 
@@ -60,9 +60,6 @@ def save(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
         return make_current(partial, about)
     except FAILURES as reason:
         raise not_written(folder, step, reason) from reason
-
-
-FAILURES = (OSError, safetensors.SafetensorError)  # what a disk that is full or not writable raises
 
 
 def begin(folder: Path, step: int) -> Path:
@@ -125,8 +122,22 @@ def load(path: Path, mapped: bool = False) -> dict[str, Any]:
 
 
 ADVICE = "take an older checkpoint"
-ABOUT: dict[str, Any] = {"digest": str, "tree": dict, "parts": dict[str, str] | None, "shards": dict[str, dict] | None}
-SHARDS: dict[str, Any] = {"shape": list[int], "offsets": dict[str, list[int]]}
+
+
+class Shards(TypedDict):
+    """Of a tensor that several files hold: its shape, and where each shard begins in it."""
+
+    shape: list[Count]
+    offsets: dict[str, list[Count]]
+
+
+class About(TypedDict):
+    """The fields of `state.json`; the last two where several ranks have written the checkpoint."""
+
+    digest: str
+    tree: dict[str, Any]
+    parts: NotRequired[dict[str, str]]
+    shards: NotRequired[dict[str, Shards]]
 
 
 def _damaged(path: Path, reason: str) -> CorruptCheckpoint:
@@ -134,7 +145,8 @@ def _damaged(path: Path, reason: str) -> CorruptCheckpoint:
 
 
 def _load(path: Path, mapped: bool) -> dict[str, Any]:
-    about = read_json(path / "state.json", ADVICE, ABOUT)
+    about = read_json(path / "state.json", Any, ADVICE)
+    convert(about, About, "state.json", ADVICE)  # the digest is of what was read, with any further field
     said = about.pop("digest")
     parts = about.get("parts")
     for name in parts or {}:
@@ -156,7 +168,6 @@ def _load(path: Path, mapped: bool) -> dict[str, Any]:
             raise _damaged(path, f"two files hold the tensor {short(min(twice))}")
         tensors |= found
     for name, shards in (about.get("shards") or {}).items():
-        check_fields(shards, SHARDS, f"the entry of {short(name)}", ADVICE)
         whole_tensor = _assembled(path, name, shards, tensors)
         if name in tensors:
             raise _damaged(path, f"it holds the tensor {short(name)} twice")
@@ -242,39 +253,6 @@ def load_latest(folder: Path, mapped: bool = False) -> tuple[dict[str, Any] | No
     if passed_over:
         raise CorruptCheckpoint(f"every checkpoint in {folder} is damaged ({passed_over[0]}); start the run again.")
     return None, []
-
-
-@contextlib.contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A name to write a file under, which then replaces `path` in one step: readers see the old file or the new one.
-
-    Raises:
-        LayerwiseError: the disk is full, the folder is not writable, or no file can have this name.
-    """
-    partial = None
-    try:
-        partial = path.with_name(path.name + ".partial")
-        partial.unlink(missing_ok=True)  # it may be a link, which would be followed
-        yield partial
-        flush(partial)
-        partial.replace(path)
-    except (*FAILURES, ValueError) as reason:
-        if partial is not None:
-            with contextlib.suppress(OSError, ValueError):
-                partial.unlink()
-        raise LayerwiseError(
-            f"could not write {shown(path)} ({why(reason)}); free space, or choose another place."
-        ) from reason
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file in one step: readers see the old content or the new one.
-
-    Raises:
-        LayerwiseError: the disk is full, the folder is not writable, or no file can have this name.
-    """
-    with replaced(path) as partial:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -393,12 +371,3 @@ def digest(tree: Any, file: Path | None = None) -> str:
             found = hashlib.file_digest(opened, "blake2b")
     found.update(json.dumps(tree).encode())
     return found.hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Make the system write a file or a folder's entries to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -2,16 +2,18 @@
 
 import contextlib
 import os
+import signal
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from layerwise.errors import LayerwiseError, tell_torchrun
+from layerwise.errors import LayerwiseError, report_error, say
 from layerwise.models import GraphModelOptions
 from layerwise.parallel.ranks import Ranks, Refused, guarded
 from layerwise.parallel.rendezvous import NoAnswer
@@ -20,9 +22,11 @@ from layerwise.runs import checkpoint, distributed_checkpoint
 from layerwise.runs.agreement import facts_of_checkpoint, facts_of_data, facts_of_options
 from layerwise.runs.building import pick_device
 from layerwise.runs.folders import folder_of_restarted, mark
+from layerwise.runs.interrupt import Interrupted
+from layerwise.runs.log import Log
 from layerwise.runs.options import TrainOptions, model_name
 from layerwise.runs.progress import Progress
-from layerwise.runs.training import Interrupted, Run
+from layerwise.runs.training import Run
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class TrainCommand(ParallelOptions, TrainOptions):
     """
 
 
-class RankRun(Run):
+class RankRun(Run, ABC):
     """One rank's part of a run. One of the ranks writes the folder.
 
     Attributes:
@@ -81,13 +85,13 @@ class RankRun(Run):
     launch: ParallelOptions
 
     @property
+    @abstractmethod
     def writes(self) -> bool:
         """Whether this rank writes the folder, and prints what all have to say."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
         """The end, on all ranks together: none leaves before everything is written."""
-        raise NotImplementedError
 
     def _begun(self, options: TrainOptions, resume: Path | None) -> Path | None:
         """The run to continue: a restart continues what its job has begun, whose folder one rank knows."""
@@ -122,13 +126,8 @@ class RankRun(Run):
     def _progress(self, per_epoch: int) -> Progress:
         return Progress(self.total, per_epoch, self._title(), quiet=not self.writes)
 
-    @contextlib.contextmanager
-    def _logs(self) -> Iterator[Any]:
-        if self.writes:
-            with super()._logs() as log:
-                yield log
-        else:
-            yield lambda values: None
+    def _logs(self) -> AbstractContextManager[Log]:
+        return super()._logs() if self.writes else contextlib.nullcontext(lambda values: None)
 
 
 class PartsRun(RankRun):
@@ -139,9 +138,9 @@ class PartsRun(RankRun):
             folder = self.folder / "checkpoints"
             distributed_checkpoint.save(folder, self.learner.steps, state, self._joined, self.ranks.group, written)
 
+    @abstractmethod
     def _joined(self, states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         """The state of the run, out of those of all ranks."""
-        raise NotImplementedError
 
     def _weights(self) -> Mapping[str, torch.Tensor]:
         state, _ = checkpoint.load_latest(self.folder / "checkpoints")  # written after the last step
@@ -192,11 +191,9 @@ def train_rank(
     """
     try:
         ranks = Ranks(launch.timeout, pick_own_device(options.device))
-    except Refused as refusal:
-        return _failed(str(refusal))
     except LayerwiseError as error:
         if isinstance(error.__cause__, NoAnswer):
-            _leave(_failed(str(error)))
+            _leave(report_error(error))
         raise
 
     def work() -> int:
@@ -206,7 +203,7 @@ def train_rank(
             result = run.train()
         except Interrupted as stop:
             if run.writes:
-                print(f"layerwise: {stop}", file=sys.stderr)
+                say(str(stop))
             run.close()
             return 128 + stop.signum
         run.close()
@@ -216,24 +213,12 @@ def train_rank(
 
     try:
         return guarded(ranks, work)
-    except LayerwiseError as error:
-        silent = isinstance(error, Refused) and error.teller not in (None, ranks.rank)
-        code = _failed(str(error), silent)
     except KeyboardInterrupt:
-        print("layerwise: stopped.", file=sys.stderr)
-        code = 130
-    except BaseException:
-        traceback.print_exc()
-        code = 1
+        say("stopped.")
+        code = 128 + signal.SIGINT
+    except Exception as error:
+        code = report_error(error, silent=isinstance(error, Refused) and error.teller not in (None, ranks.rank))
     return _leave(code)
-
-
-def _failed(sentence: str, silent: bool = False) -> int:
-    """Say what is wrong, here and in torchrun's report; returns the exit code."""
-    tell_torchrun(sentence)
-    if not silent:
-        print(f"layerwise: {sentence}", file=sys.stderr)
-    return 2
 
 
 def _leave(code: int) -> int:

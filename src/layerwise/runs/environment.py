@@ -22,6 +22,11 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def device_name(device: torch.device) -> str:
+    """A device, and the accelerator's name."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
 @functools.cache
 def commit() -> str | None:
     """The commit of the checkout that this package runs from; None where it is an installed copy.
@@ -75,7 +80,7 @@ def environment() -> dict[str, Any]:
     return machine() | {"packages": dict(sorted(packages.items(), key=lambda item: item[0].lower()))}
 
 
-def in_words(found: dict[str, Any]) -> str:
+def machine_in_words(found: dict[str, Any]) -> str:
     """The machine and the main versions in one line.
 
     The vector instructions are there where they were recorded: they may decide the last bits, and a name hides them.

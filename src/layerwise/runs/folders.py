@@ -5,7 +5,6 @@ import fcntl
 import itertools
 import json
 import os
-import re
 import shutil
 import socket
 import time
@@ -14,11 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, short, why
 from layerwise.files import MissingFile, kind_of, read_text, shown
-from layerwise.runs.checkpoint import write_atomically
+from layerwise.records import read_json
+from layerwise.runs.layout import OPTIONS, check_run
+from layerwise.runs.log import read_log
 from layerwise.runs.options import TrainOptions, from_mapping, model_name, to_mapping
-from layerwise.runs.records import read_json, read_lines, short, why
+from layerwise.runs.writing import write_atomically
 
 
 class Claim:
@@ -112,11 +113,9 @@ def read_options(folder: Path) -> TrainOptions:
     Raises:
         LayerwiseError: the folder holds no run, or its config.json is damaged or cannot be read.
     """
-    file = folder / "config.json"
-    try:
-        return from_mapping(read_json(file, "start the run again"), shown(file))
-    except MissingFile as reason:
-        raise LayerwiseError(f"{shown(folder)} holds no run (no config.json); give the folder of a run.") from reason
+    check_run(folder)
+    file = folder / OPTIONS
+    return from_mapping(read_json(file, Any, "start the run again"), shown(file))
 
 
 FREE = (
@@ -145,7 +144,7 @@ def wanted_folder(options: TrainOptions) -> Path:
     return Path(options.out or f"{base}-{options.rule.name}-seed{options.seed}")
 
 
-BEGINNING = {"job", "job.partial", "config.json.partial"}
+BEGINNING = {"job", "job.partial", f"{OPTIONS}.partial"}
 """What a run that was killed at its very beginning leaves behind: nothing that anyone needs."""
 
 
@@ -200,7 +199,7 @@ def _is_vacant(folder: Path) -> bool:
 
 def _replaced(folder: Path, old: Claim) -> Claim:
     """A new folder in place of that of an old run, which is kept under another name until the new one has begun."""
-    if kind_of(folder / "config.json") != "file":
+    if kind_of(folder / OPTIONS) != "file":
         raise LayerwiseError(f"{shown(folder)} is not the folder of a run, so --overwrite does not delete it.")
     real = folder.resolve()
     if Path.cwd().is_relative_to(real):
@@ -285,7 +284,7 @@ def check_not_lost(folder: Path, save_every: int) -> None:
         folder: of a run without a checkpoint.
         save_every: steps between its checkpoints.
     """
-    logged = max((line["step"] for line in read_lines(folder / "metrics.jsonl")), default=0)
+    logged = max((line["step"] for line in read_log(folder / "metrics.jsonl")), default=0)
     had = logged > save_every or any(kind_of(folder / name) for name in ("result.json", "model.safetensors"))
     begun = list((folder / "checkpoints").iterdir()) if kind_of(folder / "checkpoints") else ["none"]
     if had or not begun:
@@ -293,26 +292,3 @@ def check_not_lost(folder: Path, save_every: int) -> None:
             f"the checkpoints of the run in {shown(folder)} are gone, and its log reaches step {logged}; put them back "
             "into checkpoints/, or start the run again with --overwrite."
         )
-
-
-def drop_lines_after(file: Path, step: int) -> None:
-    """Drop what was logged after the checkpoint that the run continues from, and any half-written line.
-
-    Raises:
-        LayerwiseError: the file cannot be read or written.
-    """
-    if kind_of(file) is None:
-        return
-    # The end is evaluated and logged anew.
-    kept = [line for line in read_lines(file) if line["step"] <= step and line["split"] != "test"]
-    write_atomically(file, "".join(f"{json.dumps(line)}\n" for line in kept))
-
-
-def grid_run_folder(label: str, what: str, part: str) -> str:
-    """Folder of a run below that of its grid.
-
-    >>> grid_run_folder("sll:overlap=1", "seed 0", "runs")
-    'runs/sll-overlap=1/seed0'
-    """
-    rule = re.sub(r"[^\w.=+-]", "-", label)
-    return f"{part}/{rule}/{what.replace(' ', '')}"

@@ -12,11 +12,12 @@ from typing import Any, Literal
 from layerwise import models, rules
 from layerwise.core.ranges import TRAINING, check_ranges
 from layerwise.core.rule import Rule
-from layerwise.errors import LayerwiseError, suggestion
+from layerwise.data.numbers import DataTask
+from layerwise.errors import LayerwiseError, short, suggestion, unknown, why
 from layerwise.files import MissingFile, read_text, shown
 from layerwise.memory.offload import Where
 from layerwise.models import ModelOptions
-from layerwise.runs.records import LARGEST, check_fields, described, fits, short, why
+from layerwise.records import LARGEST, DamagedRecord, convert
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,15 @@ class TrainOptions:
 
     rule: Rule = field(default_factory=lambda: rules.create("sll"))
     model: ModelOptions = field(default_factory=lambda: models.options("mlp")())
+    task: DataTask = "classification"
+    """What the labels are: a class, numbers, several labels that hold or not, or a class per pixel."""
+    loss: Literal["mse", "l1", "huber", "gaussian"] = "mse"
+    """Loss of --task regression; with gaussian the network predicts a variance, too."""
     data: str = "digits"
-    """digits | mnist | fashion_mnist | cifar10 | cifar100 | cora | hf:owner/name | imagefolder:PATH | parquet:PATH |
-    PATH.csv."""
+    """digits | mnist | fashion_mnist | cifar10 | cifar100 | cora | diabetes | digit_scenes | hf:owner/name |
+    imagefolder:PATH | parquet:PATH | PATH.csv."""
+    targets: tuple[str, ...] = ()
+    """Columns of labels of a table; the one called label (or class, target, y) if not given."""
     augment: tuple[str, ...] = ()
     """Random changes of training images: flip, crop, cutout."""
     image_size: int | None = None
@@ -75,6 +82,8 @@ class TrainOptions:
     """Largest norm of one group's gradient."""
     accumulate: int = 1
     """Batches per update."""
+    micro: int = 1
+    """Parts in which every block runs its batch, one after the other, before it steps: less memory, the same update."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the blocks (autocast)."""
     compile: bool = False
@@ -108,6 +117,11 @@ class TrainOptions:
         check_ranges(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in TRAINING})
         if self.threads is not None and self.threads > MOST_THREADS:
             raise LayerwiseError(f"threads is {self.threads}; the most is {MOST_THREADS}.")
+        for name, own in (("loss", "regression"), ("label_smoothing", "classification")):
+            if self.task != own and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise LayerwiseError(f"{name} is about {own}, and the task is {self.task}; leave it out.")
+        if self.augment and self.task == "segmentation":
+            raise LayerwiseError("augment changes images and not their masks; leave it out of a segmentation.")
         for part in (self, self.rule, self.model):
             for f in dataclasses.fields(part):
                 _check_number(f.name, getattr(part, f.name))
@@ -176,13 +190,19 @@ def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
     for name, value in values.items():
         if name not in legal:
             raise LayerwiseError(f"{where}: unknown field {name!r}; {suggestion(name, legal)}.")
-        if isinstance(value, list):
-            value = tuple(value)
-        if not fits(value, hints[name]):
-            raise LayerwiseError(f"{where}: {name} = {short(value)} is not {described(hints[name])}.")
-        # A file may write 1 for 1.0.
-        arguments[name] = float(value) if hints[name] is float and isinstance(value, int) else value
+        if isinstance(value, (Rule, ModelOptions)):
+            arguments[name] = value
+            continue
+        try:
+            arguments[name] = convert(value, hints[name], name, "correct it")
+        except DamagedRecord:
+            raise LayerwiseError(f"{where}: {name} = {short(value)} is not {_described(hints[name])}.") from None
     return cls(**arguments)
+
+
+def _described(hint: Any) -> str:
+    """A type, for a sentence."""
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
 @dataclass(frozen=True)
@@ -222,13 +242,14 @@ def load_recipe(name: str) -> Recipe:
     elif name in recipe_names():
         text = files("layerwise.runs.recipes").joinpath(f"{name}.toml").read_text(encoding="utf-8")
     else:
-        raise LayerwiseError(f"unknown recipe {short(name)}; {suggestion(name, recipe_names())}.")
+        raise unknown("recipe", name, recipe_names())
     try:
         values = tomllib.loads(text)
     except (ValueError, RecursionError) as reason:
         raise LayerwiseError(f"the recipe {shown(name)} cannot be read ({why(reason)}); correct the file.") from reason
     about, expected = values.pop("about", ""), values.pop("expected", {})
-    check_fields({"about": about, "expected": expected}, {"about": str, "expected": dict}, shown(name), "correct it")
+    convert(about, str, f"'about' of {shown(name)}", "correct it")
+    convert(expected, dict[str, Any], f"'expected' of {shown(name)}", "correct it")
     return Recipe(name, about, values, expected)
 
 

@@ -13,10 +13,9 @@ from pathlib import Path
 
 from layerwise.data.catalogue import is_table
 from layerwise.data.folders import SUFFIXES
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, why
 from layerwise.files import KINDS, shown
-from layerwise.runs.checkpoint import FAILURES, flush
-from layerwise.runs.records import why
+from layerwise.runs.writing import FAILURES, flush
 
 GRID_FILES = ("compare.json", "environment.json", "results.csv", "summary.json")  # what `compare` records
 

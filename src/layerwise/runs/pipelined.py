@@ -19,8 +19,8 @@ from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
 from layerwise.parallel.transport import DONE, FORWARD, PrefetchingChannel, ReceiveChannel, SendChannel
 from layerwise.runs.distributed import ParallelOptions, PartsRun, check_can_share
+from layerwise.runs.evaluation import mean_of, totals
 from layerwise.runs.options import TrainOptions
-from layerwise.runs.training import mean_of, totals
 
 
 def replicas_of_stages(ranks: Ranks, count: int) -> Replicas:
@@ -141,11 +141,11 @@ class PipelineRun(PartsRun):
     def _step(self, x: torch.Tensor, y: torch.Tensor) -> Any:
         agreed = None
         if self.stage.first:
-            self.stage.stop = self._signum
+            self.stage.stop = self._signals.received
             if self.replicas is not None:
                 # All pipelines stop after the same batch, so this is the signal that they agreed on before it.
                 self.stage.stop = self._signum_of_all
-                agreed = self.replicas.largest(self._signum)
+                agreed = self.replicas.largest(self._signals.received)
         metrics = super()._step(x, y)
         if self.replicas is not None and self.learner.steps == 1 and self.flops is not None:
             self.flops *= self.replicas.count
@@ -168,7 +168,7 @@ class PipelineRun(PartsRun):
             sums = {**self.receive(), **sums}
         if not self.stage.last:
             self.send(sums)
-        return mean_of(self._gathered((sums, count)))
+        return mean_of(self._gathered((sums, count)), self.learner.task)
 
     def _gathered(self, value: Any) -> list[Any]:
         """What the last rank of each pipeline gives; on other ranks their own value alone."""

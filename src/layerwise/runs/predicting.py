@@ -1,13 +1,15 @@
-"""Classes of images, or of the rows of a table, with a trained run."""
+"""What a trained run predicts of images, or of the rows of a table."""
 
 import csv
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from layerwise.core.tasks import MultiLabel, Regression, Task
 from layerwise.data import InMemorySource, Source, StreamedSource, TableSource
 from layerwise.data.folders import SUFFIXES
 from layerwise.data.machine import need
@@ -22,8 +24,12 @@ BATCH = 256
 ADVICE = "give an image, a folder of images or a .npy array"
 
 
-def predictions(folder: Path, given: Path, device: str = "auto") -> tuple[str, list[str]]:
-    """CSV with the class and its probability for every input, and what the user should know of the run.
+def predictions(folder: Path, given: Path, device: str = "auto") -> tuple[str | bytes, list[str]]:
+    """CSV with what is predicted for every input, and what the user should know of the run.
+
+    The columns after `input` are `class` and its `probability`; or each target, in its own units, and under the
+    gaussian loss its standard deviation; or the `labels` that hold and the probability of each. With a class per
+    pixel it is a `.npy` array instead, uint8 `(N, H, W)`, in the order of the inputs.
 
     What is read becomes numbers by the very functions that a training run uses.
 
@@ -43,12 +49,49 @@ def predictions(folder: Path, given: Path, device: str = "auto") -> tuple[str, l
     batches = in_order(source, BATCH, options, facts, learner.device)
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["input", "class", "probability"])
+    if options.task == "segmentation":
+        return _array([learner.task.decode(learner(x)) for x, _ in batches.epoch(0)]), notes + left_out
+    rows.writerow(["input", *_columns(learner.task, facts)])
     remaining = iter(names)
     for x, _ in batches.epoch(0):
-        for row in learner(x).float().softmax(-1).cpu():
-            rows.writerow([next(remaining), facts.classes[int(row.argmax())], f"{float(row.max()):.6f}"])
+        for row in _cells(learner.task, learner(x).float(), facts):
+            rows.writerow([next(remaining), *row])
     return text.getvalue(), notes + left_out
+
+
+def _columns(task: Task, facts: DataSignature) -> list[str]:
+    """Names of the columns of what is predicted."""
+    if isinstance(task, MultiLabel):
+        return ["labels", *facts.classes]
+    if not isinstance(task, Regression):
+        return ["class", "probability"]
+    deviations = [f"{name} sd" for name in facts.classes] if task.criterion == "gaussian" else []
+    return [*facts.classes, *deviations]
+
+
+def _cells(task: Task, outputs: torch.Tensor, facts: DataSignature) -> Iterator[list[str]]:
+    """What stands in them, input by input."""
+    if isinstance(task, Regression):
+        found = task.decode(outputs)
+        if task.criterion == "gaussian":
+            deviation = (0.5 * task.posterior(outputs).log_variance).exp() * outputs.new_tensor(task.std)
+            found = torch.cat([found, deviation], -1)
+        yield from ([f"{value:.6g}" for value in row] for row in found.tolist())
+        return
+    if isinstance(task, MultiLabel):
+        for row in outputs.sigmoid().cpu():
+            held = [name for name, value in zip(facts.classes, row.tolist(), strict=True) if value >= 0.5]
+            yield [" ".join(held), *(f"{value:.6f}" for value in row.tolist())]
+        return
+    for row in outputs.softmax(-1).cpu():
+        yield [facts.classes[int(row.argmax())], f"{float(row.max()):.6f}"]
+
+
+def _array(parts: list[torch.Tensor]) -> bytes:
+    """Maps of classes as a `.npy` file."""
+    file = io.BytesIO()
+    np.save(file, torch.cat(parts).to(torch.uint8).cpu().numpy())
+    return file.getvalue()
 
 
 def _table(given: Path, columns: tuple[str, ...]) -> tuple[list[str], Source, list[str]]:

@@ -10,21 +10,23 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Column
 
+from layerwise.core.tasks import ACCURACY, Metric
 from layerwise.memory.meter import MemoryUse
 
 
 class Progress:
-    """Shows loss, accuracy, samples per second, memory and the time left.
+    """Shows loss, accuracy (or the task's metric), samples per second, memory and the time left.
 
     Args:
         total: steps in the whole run.
         per_epoch: steps in an epoch.
         title: first line.
         quiet: show nothing.
+        metric: what is shown beside the loss.
     """
 
-    def __init__(self, total: int, per_epoch: int, title: str, quiet: bool = False):
-        self.total, self.per_epoch = total, per_epoch
+    def __init__(self, total: int, per_epoch: int, title: str, quiet: bool = False, metric: Metric = ACCURACY):
+        self.total, self.per_epoch, self.metric = total, per_epoch, metric
         self.console = Console(stderr=True, highlight=False, quiet=quiet)
         self.console.print(title, markup=False, soft_wrap=True)
         self.bar = Bar(
@@ -65,10 +67,12 @@ class Progress:
         parts = [f"epoch {step / self.per_epoch:.1f}"]
         if "head/loss" in self.train:
             parts.append(f"loss {self.train['head/loss']:.3f}")
-        if "head/accuracy" in val:
-            parts.append(f"val {100 * val['head/accuracy']:.2f} %")
-        elif "head/accuracy" in self.train:
-            parts.append(f"train {100 * self.train['head/accuracy']:.1f} %")
+        name, words = f"head/{self.metric.name}", "" if self.metric == ACCURACY else f" {self.metric.words}"
+        if name in val:
+            parts.append(f"val{words} {self.metric.written(val[name])}")
+        elif name in self.train:
+            factor, unit = self.metric.factor, " %" if self.metric.share else ""
+            parts.append(f"train{words} {factor * self.train[name]:.1f}{unit}")
         parts.append(f"{speed:,.0f} samples/s")
         if memory is not None:
             parts.append(f"{memory.peak / 2**20:,.1f} MiB")

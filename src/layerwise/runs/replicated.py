@@ -11,8 +11,8 @@ from layerwise.errors import LayerwiseError
 from layerwise.parallel.ranks import Ranks, Refused
 from layerwise.parallel.replicas import Replicas
 from layerwise.runs.distributed import ParallelOptions, RankRun, check_can_share
+from layerwise.runs.evaluation import mean_of, totals
 from layerwise.runs.options import TrainOptions
-from layerwise.runs.training import mean_of, totals
 
 
 class DataRun(RankRun):
@@ -60,7 +60,7 @@ class DataRun(RankRun):
         return f"{super()._title()} · {self.ranks.count} replicas"
 
     def _step(self, x: Tensor, y: Tensor) -> Any:
-        agreed = self.replicas.largest(self._signum)
+        agreed = self.replicas.largest(self._signals.received)
         metrics = super()._step(x, y)
         if self.learner.steps == 1 and self.flops is not None:
             self.flops *= self.ranks.count
@@ -74,7 +74,7 @@ class DataRun(RankRun):
         return mean_of([(found, 1) for found in self.replicas.gather(values)])
 
     def _evaluate(self, batches: Batches | None) -> dict[str, float]:
-        return mean_of(self.replicas.gather(self._totals(batches))) if batches is not None else {}
+        return mean_of(self.replicas.gather(self._totals(batches)), self.learner.task) if batches is not None else {}
 
     def _totals(self, batches: Batches) -> tuple[dict[str, float], int]:
         return totals(self.learner, batches)

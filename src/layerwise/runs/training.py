@@ -1,25 +1,23 @@
 """A training run: epochs, schedule, evaluation, logs, checkpoints that continue to the same bits."""
 
 import contextlib
-import io
 import json
 import shlex
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from layerwise import data
-from layerwise.core.tasks import UNLABELLED
+from layerwise.core.tasks import metric_of
 from layerwise.errors import LayerwiseError
 from layerwise.files import kind_of, shown
-from layerwise.learner import Learner
 from layerwise.memory.flops import FlopMeter
 from layerwise.memory.meter import MemoryUse
 from layerwise.parallel.replicas import Replicas
@@ -33,36 +31,25 @@ from layerwise.runs.building import (
     pick_device,
     split_batches,
 )
-from layerwise.runs.checkpoint import write_atomically
-from layerwise.runs.environment import machine
+from layerwise.runs.environment import device_name, machine
+from layerwise.runs.evaluation import correct, evaluate
 from layerwise.runs.folders import (
     Claim,
     check_not_lost,
     check_options,
-    drop_lines_after,
     drop_replaced,
     new_folder,
     read_options,
     undo_replacement,
 )
+from layerwise.runs.interrupt import Interrupted, Signals
+from layerwise.runs.log import FILE, Log, by_epoch, open_log, summary_writer
 from layerwise.runs.options import TrainOptions, model_name, to_mapping
 from layerwise.runs.progress import Progress
-from layerwise.runs.records import read_lines, why
+from layerwise.runs.writing import write_atomically
 
 PREPARE = 2048  # training samples that a rule may look at before the first step
 OF_THE_FOLDER = ("out", "overwrite", "offload_folder")  # options that say where a run lies, not what it is
-
-
-class Interrupted(Exception):
-    """The run was asked to stop; everything is saved.
-
-    Attributes:
-        signum: number of the signal.
-    """
-
-    def __init__(self, signum: int, sentence: str):
-        super().__init__(sentence)
-        self.signum = signum
 
 
 class Run:
@@ -122,8 +109,8 @@ class Run:
                 f"{options.accumulate}"
             )
         if options.tensorboard:
-            _summary_writer()
-        self._signum = 0
+            summary_writer()
+        self._signals = Signals()
         self._claim: Claim | None = None
         self._resumed = resume is not None
         try:
@@ -187,7 +174,7 @@ class Run:
         options = self.options
         per_epoch = len(self.train_batches)
         save_every = options.save_every or per_epoch
-        with self._progress(per_epoch) as progress, self._signals(), self._logs() as log:
+        with self._progress(per_epoch) as progress, self._signals, self._logs() as log:
             started, saved = time.perf_counter(), self.seconds
             for x, y in self._batches(self.learner.steps):
                 metrics = self._step(x, y)
@@ -275,7 +262,10 @@ class Run:
         return pick_device(self.options.device)
 
     def _progress(self, per_epoch: int) -> Progress:
-        return Progress(self.total, per_epoch, self._title())
+        return Progress(self.total, per_epoch, self._title(), metric=metric_of(self.options.task))
+
+    def _logs(self) -> AbstractContextManager[Log]:
+        return open_log(self.folder, self.learner.steps, self.options.tensorboard)
 
     def _of_all_blocks(self, values: dict[str, float]) -> dict[str, float]:
         return values
@@ -294,12 +284,13 @@ class Run:
 
     def _stop(self) -> int:
         """Number of the signal that ends the run after this step, or 0."""
-        return self._signum
+        return self._signals.received
 
     def _finish(self, log: Any) -> dict[str, Any]:
         test = self._evaluate(self.test_batches)
         log({"step": self.total, "split": "test", **test})
         memory = self.memory.mib() if self.memory else {}
+        name = metric_of(self.options.task).name
         result = {
             "rule": self.options.rule.name,
             "model": model_name(self.options.model),
@@ -309,11 +300,13 @@ class Run:
             "seed": self.options.seed,
             "epochs": self.total / len(self.train_batches),
             "steps": self.total,
-            "test_accuracy": test["head/accuracy"],
-            "val_accuracy": self.last_val.get("head/accuracy"),
+            "task": self.options.task,
+            "metric": name,
+            f"test_{name}": test[f"head/{name}"],
+            f"val_{name}": self.last_val.get(f"head/{name}"),
             "test_loss": test["head/loss"],
             "val_loss": self.last_val.get("head/loss"),
-            "blocks": {k.removesuffix("/accuracy"): v for k, v in test.items() if k.endswith("/accuracy")},
+            "blocks": {k.removesuffix(f"/{name}"): v for k, v in test.items() if k.endswith(f"/{name}")},
             "train_seconds": self.seconds,
             "samples_per_second": self.samples / self.seconds,
             "memory_mib": memory,
@@ -321,29 +314,20 @@ class Run:
             "skipped_steps": self.learner.skipped,
             "parameters": sum(p.numel() for p in self.learner.network.parameters()),
             "torch": torch.__version__,
-            "device": _describe_device(self.device),
+            "device": device_name(self.device),
             "threads": torch.get_num_threads(),
             "command": self.command,
             "notes": self.notes,
-            "by_epoch": by_epoch(self.folder / "metrics.jsonl", len(self.train_batches)),
+            "by_epoch": by_epoch(self.folder / FILE, len(self.train_batches), name),
             "test": test,
             "machines": self.machines,
             "options": {k: v for k, v in to_mapping(self.options).items() if k not in OF_THE_FOLDER},
         }
         checkpoint.write_tensors(self.folder / "model.safetensors", self._weights())
-        if self._alone:
-            self._write_correct()
+        if self._alone and self.options.task == "classification":
+            write_atomically(self.folder / "test_correct.npy", correct(self.learner, self.test_batches))
         write_atomically(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
         return result
-
-    def _write_correct(self) -> None:
-        """Write which test samples are classified correctly, bool `(N,)`: a comparison pairs them between rules."""
-        found = [
-            (self.learner(x).argmax(-1) == y)[y != UNLABELLED].flatten().cpu() for x, y in self.test_batches.epoch(0)
-        ]
-        file = io.BytesIO()
-        np.save(file, torch.cat(found).numpy())
-        write_atomically(self.folder / "test_correct.npy", file.getvalue())
 
     def _save(self) -> None:
         state = {
@@ -396,118 +380,3 @@ class Run:
         o = self.options
         title = f"{o.rule.name} · {model_name(o.model)} · {o.data} · seed {o.seed} · {self.folder}"
         return title + (f" · continues after step {self.learner.steps}" if self._resumed else "")
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM are remembered and answered at the end of the step; a second one acts at once."""
-        before: dict[int, Any] = {}
-
-        def remember(signum: int, frame: Any) -> None:
-            self._signum = signum
-            signal.signal(signum, before[signum])
-
-        with contextlib.suppress(ValueError):  # not in the main thread: signals are its business
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                before[signum] = signal.signal(signum, remember)
-        try:
-            yield
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
-
-    @contextlib.contextmanager
-    def _logs(self) -> Iterator[Any]:
-        """A function that writes one line to `metrics.jsonl`, and to TensorBoard where wanted."""
-        file = self.folder / "metrics.jsonl"
-        drop_lines_after(file, self.learner.steps)
-
-        @contextlib.contextmanager
-        def told(what: Path) -> Iterator[None]:
-            try:
-                yield
-            except OSError as reason:
-                raise LayerwiseError(f"could not write {shown(what)} ({why(reason)}); free space, resume.") from reason
-
-        events = self.folder / "tensorboard"
-        with told(events):
-            writer = _summary_writer()(str(events)) if self.options.tensorboard else None
-
-        def log(values: dict[str, Any]) -> None:
-            with told(file), file.open("a") as lines:
-                lines.write(json.dumps(values) + "\n")
-            if writer is not None:
-                with told(events):
-                    for name, value in values.items():
-                        if isinstance(value, float):
-                            writer.add_scalar(f"{values['split']}/{name}", value, values["step"])
-
-        try:
-            yield log
-        finally:
-            if writer is not None:
-                with told(events):
-                    writer.close()
-
-
-def evaluate(learner: Learner, batches: data.Batches) -> dict[str, float]:
-    """Mean over all samples of the rule's scalars per block; the head's are those of the rule's prediction.
-
-    Returns:
-        `"<block>/<scalar>"` to value; `head/accuracy` and `head/loss` always.
-    """
-    return mean_of([totals(learner, batches)])
-
-
-def totals(learner: Learner, batches: data.Batches) -> tuple[dict[str, float], int]:
-    """Sums over samples of the rule's scalars per block, and the number of samples."""
-    sums: dict[str, Tensor] = {}
-    count = 0
-    for x, y in batches.epoch(0):
-        metrics = learner.evaluate(x, y)
-        for block, scalars in metrics.blocks.items():
-            for name, value in scalars.items():
-                key = f"{block}/{name}"
-                sums[key] = sums.get(key, 0.0) + value.double() * len(x)
-        count += len(x)
-    return {key: float(value) for key, value in sums.items()}, count
-
-
-def mean_of(parts: Sequence[tuple[dict[str, float], int]]) -> dict[str, float]:
-    """Means over all samples, out of the totals of parts of a data set."""
-    count = sum(samples for _, samples in parts)
-    names = {name: None for sums, _ in parts for name in sums}  # in their order
-    return {name: sum(sums.get(name, 0.0) for sums, _ in parts) / count for name in names}
-
-
-def by_epoch(log: Path, per_epoch: int) -> dict[str, list[float | None]]:
-    """Accuracy of the head epoch by epoch, out of `metrics.jsonl`.
-
-    Args:
-        log: the file.
-        per_epoch: steps of an epoch; a part of an epoch at the end counts as one.
-
-    Returns:
-        `"train"`, the mean over the batches that were logged in each epoch, and `"val"`, empty without validation.
-    """
-    found: dict[str, dict[int, list[float]]] = {"train": {}, "val": {}}
-    for row in read_lines(log):
-        if row["split"] in found and "head/accuracy" in row:
-            found[row["split"]].setdefault((row["step"] - 1) // per_epoch, []).append(row["head/accuracy"])
-    return {
-        split: [sum(epochs[i]) / len(epochs[i]) if i in epochs else None for i in range(max(epochs, default=-1) + 1)]
-        for split, epochs in found.items()
-    }
-
-
-def _summary_writer() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as reason:
-        raise LayerwiseError("TensorBoard is not installed; pip install 'layerwise[tensorboard]'.") from reason
-    return SummaryWriter
-
-
-def _describe_device(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return "cpu"

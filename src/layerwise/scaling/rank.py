@@ -16,26 +16,22 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
 from torch.distributed.pipelining.schedules import (
     PipelineScheduleSingle,
     ScheduleInterleavedZeroBubble,
     ScheduleZBVZeroBubble,
 )
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_leaves
 
-from layerwise.compare.pool import lines_of_parent
 from layerwise.core.cost import balanced_ends, operations
 from layerwise.core.cutting import partition
-from layerwise.core.engine import Engine
 from layerwise.core.optim import decay_groups, optimizer_factory
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner, OneProcess
@@ -45,7 +41,8 @@ from layerwise.parallel.ranks import Ranks
 from layerwise.parallel.rendezvous import listen
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
-from layerwise.parallel.transport import FORWARD, PrefetchingChannel, SendChannel
+from layerwise.processes import lines_of_parent
+from layerwise.scaling.counting import Clock, CountedStage, CountingLink, GroupTimes
 
 SCHEDULES = {
     "gpipe": ScheduleGPipe,
@@ -57,96 +54,6 @@ SCHEDULES = {
 
 Way = tuple[Callable[[], Any], Callable[[], float]]
 """One step of training, and the bytes sent so far."""
-
-
-class Clock:
-    """Wall time, and how much of it this thread computed or stood in the queue for a core."""
-
-    def __init__(self) -> None:
-        self.wall = time.perf_counter()
-        self.busy, self.queued = time.thread_time(), queued_seconds()
-
-    def read(self) -> dict[str, float]:
-        """`seconds` since the clock was made, and of these `busy` and `queued`; the rest was waiting for something."""
-        # The wall's interval holds the others.
-        queued, busy = queued_seconds() - self.queued, time.thread_time() - self.busy
-        return {"seconds": time.perf_counter() - self.wall, "busy": busy, "queued": queued}
-
-
-def queued_seconds() -> float:
-    """Seconds that this thread was ready to run and had no core, as Linux counts them; 0 elsewhere."""
-    try:
-        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
-    except (OSError, IndexError, ValueError):
-        return 0.0
-
-
-class GroupTimes(Engine):
-    """An engine that keeps the seconds of every group's update."""
-
-    def __init__(self, engine: Engine):
-        super().__init__(engine.rule, engine.task, engine.execution)
-        self.seconds: dict[str, list[float]] = {}
-
-    def update(self, group: Any, *arguments: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        started = time.perf_counter()
-        result = super().update(group, *arguments)
-        self.seconds.setdefault(group.name, []).append(time.perf_counter() - started)
-        return result
-
-
-class CountingLink:
-    """The channels of a pipeline at one rank, as in a run, with a count of the bytes."""
-
-    def __init__(self, ranks: Ranks):
-        rank, last, about = ranks.rank, ranks.count - 1, (FORWARD, ranks.transfer_device, ranks.lanes)
-        self.to_next = None if rank == last else SendChannel(ranks, rank + 1, *about)
-        self.from_previous = None if rank == 0 else PrefetchingChannel(ranks, rank - 1, *about)
-        self.found: Any = None
-        self.bytes = 0
-
-    def take(self) -> bool:
-        """Wait for the next batch; False where there is none to come."""
-        if self.from_previous is not None:
-            self.found = self.from_previous.receive()
-            return self.found is not None
-        return True
-
-    def receive(self) -> Any:
-        """The batch that `take` has found."""
-        return self.found
-
-    def send(self, tree: Any) -> None:
-        """Hand a tree to the next rank."""
-        assert self.to_next is not None
-        self.bytes += sum(leaf.nbytes for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
-        self.to_next.send(tree)
-
-    def close(self) -> None:
-        """Announce the end to the next rank, and take what the rank before has sent to say so."""
-        if self.to_next is not None:
-            self.to_next.end()
-        if self.from_previous is not None:
-            for _ in self.from_previous.lanes[1:]:  # `take` has found the None of one lane
-                self.from_previous.receive()
-
-
-class CountedStage(PipelineStage):
-    """A stage of torch's pipeline that counts the bytes it sends."""
-
-    bytes = 0
-
-    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        """Those of torch."""
-        return self._counted(super().get_fwd_send_ops(fwd_chunk_id))
-
-    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        """Those of torch."""
-        return self._counted(super().get_bwd_send_ops(bwd_chunk_id))
-
-    def _counted(self, sends: list[dist.P2POp]) -> list[dist.P2POp]:
-        self.bytes += sum(send.tensor.nbytes for send in sends)
-        return sends
 
 
 class Rank:

@@ -1,0 +1,47 @@
+"""Refuses misspelt names before torch is imported, which takes seconds; the sentences are those of later checks."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+
+from layerwise.cli import catalogue
+from layerwise.errors import unknown
+from layerwise.parsing import take_option
+
+KINDS = {
+    "rule": ("rule", catalogue.rules),
+    "model": ("model", catalogue.models),
+    "data": ("data set", catalogue.data),
+    "recipe": ("recipe", catalogue.recipes),
+}
+"""Option to what it names, and the names that there are."""
+OPEN = (".", ":", "/", "\\")
+"""What a path, or a name with a form, holds; whether there is such a thing is seen when it is opened."""
+
+
+def check_options(words: Sequence[str], *options: str) -> None:
+    """Raise LayerwiseError where the value of one of these options is no name that there is.
+
+    >>> check_options(["--rule", "sll", "--data", "imagefolder:pictures"], "rule", "data")
+    """
+    for option in options:
+        name = take_option(list(words), option)
+        check_names(option, [] if name is None else [name])
+
+
+def check_names(option: str, names: Iterable[str]) -> None:
+    """Raise LayerwiseError where one of the names that an option was given is none that there is."""
+    what, known = KINDS[option]
+    for name in names:
+        if name not in known() and not (option in ("data", "recipe") and any(mark in name for mark in OPEN)):
+            raise unknown(what, name, list(known()))
+
+
+def values(words: Sequence[str], option: str) -> list[str]:
+    """What follows `--option` in the words of a command, up to the next option.
+
+    >>> values(["--rules", "sll", "backprop", "--seeds", "2"], "rules")
+    ['sll', 'backprop']
+    """
+    flag = f"--{option}"
+    after = words[words.index(flag) + 1 :] if flag in words else []
+    return list(itertools.takewhile(lambda word: not word.startswith("-"), after))

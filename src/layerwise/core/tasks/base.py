@@ -1,0 +1,172 @@
+"""What every task answers: how wide the outputs are, the loss, the metrics, and what a block compares itself with."""
+
+from dataclasses import replace
+from typing import ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from layerwise.core.posteriors import Posterior
+from layerwise.errors import LayerwiseError
+
+Positions = Literal["sample", "token", "pixel"]
+
+
+class Task:
+    """What the labels mean. A task of one's own is a frozen dataclass that inherits this and overrides `loss`.
+
+    Outputs are those of the network's head, or of a block's readout: `(B, K)` per sample, `(B, T, K)` per token,
+    `(B, K, H, W)` per pixel, with K = `outputs`. Every loss is computed in float32 whatever the precision of the
+    network.
+
+    Attributes:
+        outputs: width K of the head and of every readout; 0 until the network is known.
+    """
+
+    kind: ClassVar[str] = "loss"
+    """Which tasks a rule must be able to do to train this one, see `Rule.tasks`."""
+    main: ClassVar[str] = "loss"
+    """Name of the metric by which runs are compared."""
+    larger_is_better: ClassVar[bool] = False
+    """Whether a larger value of it is better."""
+    share: ClassVar[bool] = False
+    """Whether it is a share, shown in percent."""
+
+    wanted: ClassVar[str] = ""
+    """What labels are, to follow "give a tensor" in a sentence."""
+
+    outputs: int
+    positions: Positions = "sample"
+    """Where there is a label: one per sample, per token or per pixel."""
+
+    @property
+    def missing(self) -> int | None:
+        """Label of a prediction that counts in nothing, where only some rules can leave it out; None otherwise."""
+        return None
+
+    def fitted(self, outputs: Tensor) -> Self:
+        """The task for a network whose output looks like this.
+
+        Raises:
+            LayerwiseError: no network for this task has such outputs.
+        """
+        return self.with_outputs(self.width(outputs))
+
+    def with_outputs(self, outputs: int) -> Self:
+        """The same task for so many outputs."""
+        return replace(self, outputs=outputs)  # pyright: ignore[reportArgumentType]
+
+    def width(self, outputs: Tensor) -> int:
+        """Number of outputs per prediction."""
+        if self.positions != "pixel":
+            return outputs.shape[-1]
+        if outputs.dim() < 4:
+            raise LayerwiseError(
+                f"the network's output has the shape {tuple(outputs.shape)}, and {self.kind} per pixel needs maps, "
+                "(B, K, H, W); give a network of maps, such as the model fcn."
+            )
+        return outputs.shape[1]
+
+    def per_position(self, y: Tensor) -> bool:
+        """Whether labels `y` are given per position, not per sample."""
+        return self.positions != "sample"
+
+    def counted(self, y: Tensor, some_unlabelled: bool) -> float | Tensor:
+        """Weight of a batch in an update that accumulates several: how many predictions count in its mean loss."""
+        return float(len(y))
+
+    def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Mean over what counts, a scalar in float32."""
+        raise NotImplementedError
+
+    def statistics(self, outputs: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Sums over the batch, out of which `measures` makes the metrics of any number of batches; empty for none."""
+        return {}
+
+    def measures(self, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Metrics out of sums: scalars on the device."""
+        return {}
+
+    def metrics(self, outputs: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Metrics of a batch by name: scalars on the device, without history."""
+        return self.measures(self.statistics(outputs.detach(), y))
+
+    def check(self, y: Tensor, unlabelled: bool = False) -> None:
+        """Raise LayerwiseError unless `y` holds labels of this task.
+
+        Args:
+            y: labels `(B, ...)`; values are looked at only on the host.
+            unlabelled: whether the rule can leave out predictions that count in nothing.
+        """
+
+    def at(self, y: Tensor, resolution: tuple[int, ...]) -> Tensor:
+        """Labels at a block's resolution, `(B, h, w)` of maps `(B, H, W)`; labels that are no maps as they are."""
+        return y
+
+    def outputs_last(self, outputs: Tensor) -> Tensor:
+        """Outputs `(B, K, H, W)` as `(B, H, W, K)`; those that are no maps as they are."""
+        return outputs.movedim(1, -1) if self.positions == "pixel" else outputs
+
+    def as_outputs(self, z: Tensor) -> Tensor:
+        """The inverse of `outputs_last`."""
+        return z.movedim(-1, 1) if self.positions == "pixel" else z
+
+    def posterior(self, z: Tensor) -> Posterior:
+        """The distribution of the label that outputs stand for, outputs last.
+
+        Raises:
+            LayerwiseError: there is none.
+        """
+        raise LayerwiseError(f"{self.kind} has no distribution of the label; choose a rule such as local_ce.")
+
+    def surprise(self, z: Tensor, y: Tensor) -> Tensor:
+        """What each prediction adds to the loss, in the shape of the posterior's divergences; outputs last."""
+        raise LayerwiseError(f"{self.kind} has no distribution of the label; choose a rule such as local_ce.")
+
+    def average(self, each: Tensor, y: Tensor) -> Tensor:
+        """Mean of a number per prediction over those that count, a scalar."""
+        return each.mean()
+
+    def distribution(self, y: Tensor) -> Tensor:
+        """Target probabilities `(..., K)` of labels `y`, where labels are classes."""
+        raise LayerwiseError(f"{self.kind} has no classes.")
+
+    def correct(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Number of predictions that are right, where labels are classes."""
+        raise LayerwiseError(f"{self.kind} has no classes.")
+
+    def accuracy(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Share of the predictions that are right, where labels are classes."""
+        raise LayerwiseError(f"{self.kind} has no classes.")
+
+    def decode(self, outputs: Tensor) -> Tensor:
+        """Predictions in the units of the labels."""
+        return outputs
+
+    @property
+    def classes(self) -> int:
+        """Number of outputs, where each one is a class."""
+        return self.outputs
+
+
+def cells(size: int, into: int, device: torch.device) -> Tensor:
+    """Which of `into` equal cells each of `size` places lies in: int64 `(size,)`.
+
+    >>> cells(6, 3, torch.device("cpu"))
+    tensor([0, 0, 1, 1, 2, 2])
+    """
+    return torch.arange(size, device=device) * into // size
+
+
+def nearest(y: Tensor, resolution: tuple[int, ...]) -> Tensor:
+    """The label at the middle of every cell of maps `(B, ..., *places)`; for resolutions above that of the labels too.
+
+    >>> nearest(torch.tensor([[1, 2]]), (4,))
+    tensor([[1, 1, 2, 2]])
+    """
+    for dim, into in enumerate(resolution, y.dim() - len(resolution)):
+        size = y.shape[dim]
+        if size != into:
+            middle = (2 * torch.arange(into, device=y.device) + 1) * size // (2 * into)
+            y = y.index_select(dim, middle)
+    return y

@@ -1,0 +1,288 @@
+"""One class per prediction: per sample, or per position for a language model."""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from layerwise.core.posteriors import Categorical
+from layerwise.core.ranges import NonNegativeFloat, check_fields, check_ranges
+from layerwise.core.tasks.base import Task
+from layerwise.errors import LayerwiseError
+
+UNLABELLED = -100
+"""Label of a prediction that counts in no loss and no accuracy (torch's own value)."""
+
+
+@dataclass(frozen=True)
+class Classification(Task):
+    r"""One of K classes per prediction: per sample, or per position for a language model.
+
+    Every loss is the mean over predictions, those with the label `ignore_index` left out, in nats, computed in float32
+    whatever the precision of the network. With weights w it is $\sum_i w_{y_i} \ell_i / \sum_i w_{y_i}$.
+
+    Labels are class numbers, int64 `(B,)` or `(B, T)`, or *soft*: probabilities `(B, K)`, whose loss is the
+    cross-entropy $-\sum_k y_k \log p_k$; accuracy then counts the most likely class.
+
+    >>> task = Classification(classes=10)
+    >>> y = torch.tensor([3, 7])
+    >>> round(float(task.loss(torch.zeros(2, 10), y)), 4)  # ln 10
+    2.3026
+    """
+
+    classes: int = 2  # pyright: ignore[reportIncompatibleMethodOverride]
+    """Number of classes K, 2 or more; the learner reads it off the logits."""
+    label_smoothing: float = 0.0
+    """Share of the target's probability that is spread evenly over all K classes."""
+    weights: tuple[NonNegativeFloat, ...] | None = None
+    """Weight of each class in the loss; all the same if not given."""
+    ignore_index: int = UNLABELLED
+    """Label of a prediction that counts in no loss and no accuracy."""
+
+    kind: ClassVar[str] = "classification"
+    wanted: ClassVar[str] = " of int64 class numbers"
+    main: ClassVar[str] = "accuracy"
+    larger_is_better: ClassVar[bool] = True
+    share: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_ranges(label_smoothing=self.label_smoothing)
+        if self.weights is not None:
+            object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))
+        check_fields(self)
+        if self.classes < 2:  # any answer would be right
+            raise LayerwiseError(
+                f"the network has {self.classes} output{'s' * (self.classes != 1)}, and classification needs one per "
+                "class; give the last layer 2 outputs or more."
+            )
+
+    @property
+    def missing(self) -> int:
+        """Label of a prediction that counts in nothing, as labels are given."""
+        return self.ignore_index
+
+    @property
+    def outputs(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Number of classes K."""
+        return self.classes
+
+    def with_classes(self, classes: int) -> Self:
+        """The same task with `classes` classes."""
+        if self.weights is not None and len(self.weights) != classes:
+            raise LayerwiseError(
+                f"weights has {len(self.weights)} numbers, and the network has {classes} outputs; give one per class."
+            )
+        return replace(self, classes=classes)
+
+    def fitted(self, outputs: Tensor) -> Self:
+        """The task for a network with such logits."""
+        return self.with_classes(outputs.shape[-1])
+
+    def with_outputs(self, outputs: int) -> Self:
+        """The same task with so many classes."""
+        return self.with_classes(outputs)
+
+    def per_position(self, y: Tensor) -> bool:
+        """Whether there is a label per position: class numbers `(B, T)`, or probabilities `(B, T, K)`."""
+        return y.dim() > (2 if y.is_floating_point() else 1)
+
+    def aligned(self, y: Tensor) -> Tensor:
+        """The label of every prediction, -100 for one that counts in nothing, out of the labels as they are given."""
+        return y if self.missing == UNLABELLED else y.masked_fill(y == self.missing, UNLABELLED)
+
+    def counted(self, y: Tensor, some_unlabelled: bool) -> float | Tensor:
+        """Number of predictions that count, or the sum of their weights; on an accelerator a scalar there."""
+        if y.is_floating_point():
+            return float(y.numel() // self.classes)
+        if self.weights is not None:
+            y = self.aligned(y)
+            counted = (self._weights(self.classes, y)[y.clamp_min(0)] * (y != UNLABELLED)).sum()
+            return float(counted) if y.device.type == "cpu" else counted
+        if not some_unlabelled:
+            return float(y.numel())
+        counted = (self.aligned(y) != UNLABELLED).sum().float()
+        return float(counted) if y.device.type == "cpu" else counted  # elsewhere it would wait for the device
+
+    def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Cross-entropy of logits `(..., K)` against labels `y` `(...)`: a scalar."""
+        _check_shapes(outputs, y)
+        given = outputs.shape[-1]
+        if y.is_floating_point():  # some readouts have further categories, which no label has
+            y = F.pad(y.float(), (0, given - y.shape[-1])).flatten(0, -2)
+        else:
+            y = self.aligned(y).flatten()
+        weights = None if self.weights is None else self._weights(given, y)
+        return F.cross_entropy(outputs.float().flatten(0, -2), y, weights, label_smoothing=self.label_smoothing)
+
+    def _weights(self, size: int, like: Tensor) -> Tensor:
+        """The weights of the classes, 1 for what lies above them."""
+        assert self.weights is not None
+        return _on(self.weights + (1.0,) * (size - len(self.weights)), like.device)
+
+    def average(self, each: Tensor, y: Tensor) -> Tensor:
+        """Mean over predictions, each of which has a label, with the weights of the classes."""
+        if self.weights is None or y.is_floating_point():
+            return each.mean()
+        weights = self._weights(self.classes, y)[y]
+        return (weights * each).sum() / weights.sum()
+
+    def posterior(self, z: Tensor) -> Categorical:
+        """The softmax of logits `(..., K)`."""
+        return Categorical(z.to(torch.promote_types(z.dtype, torch.float32)).log_softmax(-1))
+
+    def distribution(self, y: Tensor) -> Tensor:
+        """Target probabilities `(..., K)` of labels `y` `(...)`, with label smoothing."""
+        hot = y.float() if y.is_floating_point() else F.one_hot(y, self.classes).float()
+        return hot * (1 - self.label_smoothing) + self.label_smoothing / self.classes
+
+    def correct(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Number of predictions whose largest logit is the label: an int64 scalar on the device."""
+        _check_shapes(outputs, y)
+        return (outputs.argmax(-1) == (y.argmax(-1) if y.is_floating_point() else self.aligned(y))).sum()
+
+    def accuracy(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Share of the labelled predictions that are correct: a scalar on the device.
+
+        >>> Classification(2).accuracy(torch.eye(2)[[0, 1, 1]], torch.tensor([0, 0, -100]))
+        tensor(0.5000)
+        """
+        if y.is_floating_point():
+            return self.correct(outputs, y) / (y.numel() // y.shape[-1])
+        return self.correct(outputs, y) / (self.aligned(y) != UNLABELLED).sum()
+
+    def metrics(self, outputs: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """The accuracy."""
+        return {"accuracy": self.accuracy(outputs, y)}
+
+    def decode(self, outputs: Tensor) -> Tensor:
+        """The class of the largest logit."""
+        return outputs.argmax(-1)
+
+    def check(self, y: Tensor, unlabelled: bool = False) -> None:
+        """Raise LayerwiseError unless `y` holds integer labels in `0 .. K-1`, or -100 where that is allowed.
+
+        The values are looked at only on the host: on an accelerator the look would wait for the device.
+        """
+        if y.is_floating_point() and y.dim() > 1:
+            self._check_soft(y)
+            return
+        if y.dtype != torch.int64:
+            raise LayerwiseError(f"the labels are {str(y.dtype).removeprefix('torch.')}; give class numbers as int64.")
+        if unlabelled and y.device.type == "cpu":
+            y = y[(y != UNLABELLED) & (y != self.missing)]
+            if not y.numel():
+                raise LayerwiseError(f"none of the labels counts: all are {self.missing}; give at least one.")
+        if y.device.type == "cpu" and y.numel() > 0:
+            low, high = int(y.min()), int(y.max())
+            if low < 0 or high >= self.classes:
+                wrong = low if low < 0 else high
+                raise LayerwiseError(
+                    f"label {wrong} is out of range: the network has {self.classes} outputs, so labels "
+                    f"go from 0 to {self.classes - 1}."
+                )
+
+    def _check_soft(self, y: Tensor) -> None:
+        if y.shape[-1] != self.classes:
+            raise LayerwiseError(
+                f"the labels are {str(y.dtype).removeprefix('torch.')} of shape {tuple(y.shape)}; give class numbers "
+                f"as int64, or the probabilities of all {self.classes} classes, shape (B, {self.classes})."
+            )
+        if y.device.type == "cpu":
+            sums = y.double().sum(-1)
+            if not (bool((y >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-2, rtol=0)):
+                raise LayerwiseError(
+                    "the labels are no probabilities: some are negative, or do not add up to 1 over the classes; give "
+                    "probabilities, or task=MultiLabel() where several labels hold at once."
+                )
+
+
+@lru_cache(maxsize=64)
+def _on(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """The numbers on a device, copied there once."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def _check_shapes(logits: Tensor, y: Tensor) -> None:
+    if logits.shape[:-1] == (y.shape[:-1] if y.is_floating_point() else y.shape):
+        return
+    if logits.dim() - 1 == y.dim() > 1:
+        raise LayerwiseError(
+            f"the labels have shape {tuple(y.shape)} and the logits {tuple(logits.shape)}; give one class number per "
+            f"prediction, shape {tuple(logits.shape[:-1])}, and cut where the positions are those of the labels (an "
+            "encoder's positions have none)."
+        )
+    raise LayerwiseError(
+        f"the labels have shape {tuple(y.shape)} and the logits {tuple(logits.shape)}; give one class "
+        f"number per prediction, shape {tuple(logits.shape[:-1])}."
+    )
+
+
+@dataclass(frozen=True)
+class LanguageModel(Classification):
+    r"""One of K tokens per position, as `transformers` has it: the label of a position is the next token.
+
+    With tokens $y_1 \dots y_T$ as labels the loss is the mean over the positions t < T whose next token counts,
+
+    $$L = \frac{1}{|\{t : y_{t+1} \ne \mathrm{ignore}\}|} \sum_{t} -\log p_t[y_{t+1}]$$
+
+    at the network's head and at every block's readout, in float32.
+
+    >>> task = LanguageModel().with_classes(10)
+    >>> y = torch.tensor([[3, 7, -100]])  # one position counts: that of 3, whose next token is 7
+    >>> round(float(task.loss(torch.zeros(1, 3, 10), y)), 4)  # ln 10
+    2.3026
+    """
+
+    classes: int = 2
+    """Size of the vocabulary K; the learner reads it off the logits."""
+    shift: bool = True
+    """Whether the label of a position is the next token; otherwise labels are given position by position."""
+    ignore: int = UNLABELLED
+    """Label of a token that counts in no loss and no accuracy."""
+
+    kind: ClassVar[str] = "language_model"
+    positions = "token"
+
+    @property
+    def missing(self) -> int:
+        """Label of a token that counts in nothing: `ignore`."""
+        return self.ignore
+
+    def aligned(self, y: Tensor) -> Tensor:
+        """The next token of every position, -100 for the last one."""
+        y = super().aligned(y)
+        return F.pad(y[..., 1:], (0, 1), value=UNLABELLED) if self.shift else y
+
+    def counted(self, y: Tensor, some_unlabelled: bool) -> float | Tensor:
+        """Number of positions whose label counts."""
+        return super().counted(y, True)
+
+    def distribution(self, y: Tensor) -> Tensor:
+        """Target probabilities `(..., K)` of every position, where each has one.
+
+        Raises:
+            LayerwiseError: with `shift`, as the last position has no next token.
+        """
+        if self.shift:
+            raise LayerwiseError(
+                "this rule teaches a distribution at every position, and with shift=True the last one has no label; "
+                "shift the labels yourself and give task=LanguageModel(shift=False)."
+            )
+        return super().distribution(y)
+
+    def check(self, y: Tensor, unlabelled: bool = False) -> None:
+        """Raise LayerwiseError unless `y` `(B, T)` holds tokens in `0 .. K-1`, or `ignore`, and some of them count."""
+        if y.dtype == torch.int64 and (y.dim() < 2 or (self.shift and y.shape[-1] < 2)):
+            raise LayerwiseError(
+                f"the labels have shape {tuple(y.shape)}; a language model needs one per position, shape (B, T), with "
+                "two positions or more where they are shifted."
+            )
+        if y.dtype == torch.int64 and y.device.type == "cpu":
+            counts = self.aligned(y) != UNLABELLED
+            if not bool(counts.any()):
+                raise LayerwiseError("none of the labels counts: give at least one token with a label.")
+            y = y[y != self.ignore]
+        super().check(y, unlabelled)

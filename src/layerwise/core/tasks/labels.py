@@ -1,0 +1,89 @@
+"""Several labels at once."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from layerwise.core.posteriors import Bernoullis
+from layerwise.core.tasks.base import Task
+from layerwise.errors import LayerwiseError
+
+
+@dataclass(frozen=True)
+class MultiLabel(Task):
+    r"""K labels per sample that each hold or not: zeros and ones `(B, K)`, floats or integers.
+
+    The loss is the binary cross-entropy, averaged over samples and labels. Metrics: `f1` (the main one), the micro-F1
+    $2\,TP / (2\,TP + FP + FN)$ over all labels of all samples, where a label is predicted from a probability of one
+    half on, 0 where none holds and none is predicted; and `exact_match`, the share of samples with all K labels right.
+    Both are made of sums over samples, so that they are exact over any number of batches.
+
+    >>> task, y = MultiLabel(), torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    >>> found = task.metrics(torch.tensor([[1.0, -1.0], [1.0, -1.0]]), y)
+    >>> {name: round(float(value), 3) for name, value in found.items()}
+    {'f1': 0.8, 'exact_match': 0.5}
+    """
+
+    outputs: int = 0
+    """Number of labels K; the learner reads it off the network."""
+
+    kind: ClassVar[str] = "multilabel"
+    main: ClassVar[str] = "f1"
+    larger_is_better: ClassVar[bool] = True
+    share: ClassVar[bool] = True
+
+    def check(self, y: Tensor, unlabelled: bool = False) -> None:
+        """Raise LayerwiseError unless `y` `(B, K)` holds zeros and ones, or probabilities."""
+        if y.dim() != 2 or (self.outputs and y.shape[1] != self.outputs):
+            raise LayerwiseError(
+                f"the labels have shape {tuple(y.shape)} and the network has {self.outputs} outputs; give one number "
+                f"per label, shape (B, {self.outputs})."
+            )
+        if y.is_complex():
+            raise LayerwiseError("the labels are complex numbers; give zeros and ones.")
+        if y.device.type == "cpu" and not bool(((y >= 0) & (y <= 1)).all()):
+            raise LayerwiseError("some labels are neither 0 nor 1; give 1 where a label holds and 0 where it does not.")
+
+    def surprise(self, z: Tensor, y: Tensor) -> Tensor:
+        """Binary cross-entropy of every label, `(B, K)`."""
+        if z.shape != y.shape:
+            raise LayerwiseError(
+                f"the labels have shape {tuple(y.shape)} and the outputs {tuple(z.shape)}; give one number per output."
+            )
+        return F.binary_cross_entropy_with_logits(z.float(), y.float(), reduction="none")
+
+    def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Mean over samples and labels: a scalar."""
+        return self.surprise(outputs, y).mean()
+
+    def posterior(self, z: Tensor) -> Bernoullis:
+        """One Bernoulli distribution per label, out of logits `(B, K)`."""
+        return Bernoullis(z.to(torch.promote_types(z.dtype, torch.float32)))
+
+    def distribution(self, y: Tensor) -> Tensor:
+        """The labels as numbers, `(B, K)`."""
+        return y.float()
+
+    def decode(self, outputs: Tensor) -> Tensor:
+        """Which labels hold, bool `(B, K)`."""
+        return outputs >= 0
+
+    def statistics(self, outputs: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Counts over the batch."""
+        predicted, true = outputs >= 0, y >= 0.5
+        return {
+            "hits": (predicted & true).sum(),
+            "named": predicted.sum() + true.sum(),
+            "exact": (predicted == true).all(-1).sum(),
+            "count": torch.full((), len(y), device=y.device),
+        }
+
+    def measures(self, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Micro-F1 and share of exact matches."""
+        return {
+            "f1": 2 * statistics["hits"] / statistics["named"].clamp_min(1),
+            "exact_match": statistics["exact"] / statistics["count"],
+        }

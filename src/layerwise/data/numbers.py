@@ -1,0 +1,63 @@
+"""Numbers as labels: which columns hold them, and whether they are what the task needs."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from layerwise.data.naming import LABEL_NAMES, few, pick
+from layerwise.errors import LayerwiseError
+
+DataTask = Literal["classification", "regression", "multilabel", "segmentation"]
+"""What the labels of a data set are: a class, numbers, zeros and ones, or a class per pixel."""
+
+
+def chosen_targets(targets: Sequence[str], columns: Sequence[str], task: DataTask, title: str) -> tuple[str, ...]:
+    """Names of the columns that hold labels: those that were named, or the one with a usual name.
+
+    Raises:
+        LayerwiseError: a column that is not there, none, or several for classes.
+    """
+    absent = next((name for name in targets if name not in columns), None)
+    if absent is not None:
+        raise LayerwiseError(f"{title} has no column {absent!r}; its columns are {few(columns)}.")
+    if len(set(targets)) < len(targets):
+        raise LayerwiseError(f"a column is named twice among the targets {few(targets)}; name each once.")
+    if task == "classification" and len(targets) > 1:
+        raise LayerwiseError(f"{len(targets)} columns of classes are named; name one, or use --task multilabel.")
+    if task == "multilabel" and len(targets) < 2:
+        raise LayerwiseError(
+            f"several labels are several columns of zeros and ones; name those of {title} with --targets, out of "
+            f"{few(columns)}."
+        )
+    if targets:
+        return tuple(targets)
+    return (pick("label", [name for name in columns if name in LABEL_NAMES], LABEL_NAMES, columns, title),)
+
+
+def checked_numbers(values: Tensor, task: DataTask, columns: Sequence[str]) -> Tensor:
+    """Labels as float32 (N, D).
+
+    Raises:
+        LayerwiseError: numbers that are not finite, or other ones than 0 and 1 where labels hold or not.
+    """
+    found = torch.as_tensor(values).to(torch.float32)
+    bad = ~torch.isfinite(found)
+    wanted = "finite number"
+    if task == "multilabel":
+        bad, wanted = (found != 0) & (found != 1), "0 or 1"
+    if bool(bad.any()):
+        row, column = (int(i) for i in bad.nonzero()[0])
+        raise LayerwiseError(
+            f"row {row} has {float(found[row, column]):g} in the column {columns[column]!r}, which is no {wanted}; "
+            "correct it or take it out."
+        )
+    return found
+
+
+def target_statistics(labels: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each target of (N, D); the deviation is 1 for one that is constant."""
+    values = labels.double()
+    std = values.std(0, correction=0)
+    return tuple(values.mean(0).tolist()), tuple(std.where(std > 0, 1.0).tolist())

@@ -1,0 +1,124 @@
+"""JSON records, read back and checked before anyone uses them: msgspec compares every field with its type.
+
+A record may come from an older version, from a crash, or from someone else. So nothing in it is trusted.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from layerwise.errors import LayerwiseError, why
+from layerwise.files import UnreadableFile, read_text, shown
+
+LIMIT = 2**28
+"""Bytes of the largest record that is read."""
+LARGEST = 2**63 - 1
+"""The largest whole number that torch and the file formats hold."""
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=LARGEST)]
+"""A whole number from 0 up."""
+Amount = Annotated[float, msgspec.Meta(ge=0, le=1e300)]
+"""A finite number from 0 up."""
+
+
+class DamagedRecord(LayerwiseError):
+    """A record is there and is not what this program writes."""
+
+
+def read_json(file: Path, kind: Any, advice: str, inside: Path | None = None) -> Any:
+    """The value of a JSON file, as the type `kind`. Fields that `kind` does not name are left out.
+
+    Args:
+        file: a regular file.
+        kind: what msgspec converts to: a TypedDict, a dataclass, `dict[str, float]`; `Any` takes all as it is.
+        advice: what to do about a file that is refused; the end of the sentence.
+        inside: folder that the file itself has to lie in; default anywhere.
+
+    Raises:
+        MissingFile: there is no such file.
+        DamagedRecord: the file is not UTF-8 or not JSON, gives a name twice, is nested too deeply, or a field has
+            another type.
+        LayerwiseError: the file cannot be read.
+    """
+    return convert(parse_json(_text(file, advice, inside), shown(file), advice), kind, shown(file), advice)
+
+
+def read_lines(file: Path, kind: Any, advice: str, inside: Path | None = None, torn: bool = False) -> list[Any]:
+    """The values of a file with one JSON value per line, each as the type `kind`.
+
+    Args:
+        file: a regular file.
+        kind: as for `read_json`.
+        advice: as for `read_json`.
+        inside: as for `read_json`.
+        torn: leave out lines that are damaged, as a crash may have left one half-written.
+
+    Raises:
+        MissingFile: there is no such file.
+        DamagedRecord: a line is damaged, and `torn` is false.
+        LayerwiseError: the file cannot be read.
+    """
+    found = []
+    for number, line in enumerate(_text(file, advice, inside).splitlines(), 1):
+        name = f"line {number} of {shown(file)}"
+        try:
+            found.append(convert(parse_json(line, name, advice), kind, name, advice))
+        except DamagedRecord:
+            if not torn:
+                raise
+    return found
+
+
+def parse_json(text: str, name: str, advice: str) -> Any:
+    """The value of a JSON text; `name` is that of the record, for the sentence.
+
+    Raises:
+        DamagedRecord: it is not JSON, gives a name twice, or is nested too deeply.
+
+    >>> parse_json('{"a": 1}', "a.json", "write it again")
+    {'a': 1}
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as reason:
+        raise damaged(name, why(reason), advice) from reason
+
+
+def convert(value: Any, kind: Any, name: str, advice: str) -> Any:
+    """A value out of JSON as the type `kind`; `name` is that of the record, for the sentence.
+
+    Raises:
+        DamagedRecord: a field is missing, or of another type; its place is named.
+
+    >>> convert([1, 2.5], tuple[float, ...], "a.json", "write it again")
+    (1.0, 2.5)
+    """
+    try:
+        return msgspec.convert(value, kind)
+    except (msgspec.ValidationError, RecursionError) as reason:
+        raise damaged(name, why(reason), advice) from reason
+
+
+def damaged(name: str, reason: str, advice: str) -> DamagedRecord:
+    """The sentence about a record that is not what this program writes."""
+    return DamagedRecord(f"{name} is damaged ({' '.join(reason.split())[:300]}); {advice}.")
+
+
+def _text(file: Path, advice: str, inside: Path | None) -> str:
+    try:
+        return read_text(file, advice, inside, LIMIT)
+    except UnreadableFile as reason:
+        if isinstance(reason.__cause__, UnicodeDecodeError):
+            raise damaged(shown(file), "it is not UTF-8 text", advice) from reason
+        raise
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {twice!r} is given twice")
+    return found

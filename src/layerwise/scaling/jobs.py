@@ -1,0 +1,118 @@
+"""The processes of a job whose ranks measure, and wait for tasks between two measurements."""
+
+import contextlib
+import json
+import os
+import queue
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from layerwise.errors import LayerwiseError
+from layerwise.scaling.options import ScalingOptions
+
+
+class RankProcesses:
+    """Processes that form one job, and wait for tasks between two measurements.
+
+    Args:
+        ranks: how many.
+        options: of the benchmark.
+        log: file for what they write to standard error.
+    """
+
+    def __init__(self, ranks: int, options: ScalingOptions, log: Path):
+        self.ranks, self.limit, self.log = ranks, options.timeout, log
+        self.answers: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
+        self.processes: list[subprocess.Popen[str]] = []
+        threads = options.threads or 1
+        hosts = options.hosts or ("",)
+        setup = asdict(options) | {"ranks": ranks, "threads": threads}
+        try:
+            for rank in range(ranks):
+                self._start(rank, hosts[rank % len(hosts)], threads)
+        except BaseException:
+            self.close()
+            raise
+        self.setup = [setup | {"rank": rank} for rank in range(ranks)]
+
+    def meet(self) -> None:
+        """Wait until the processes have found one another; the first thing that they are asked."""
+        # Rank 0 chooses a port at its own address, and keeps it: a port that is free here may be taken a moment later.
+        (found,) = self.ask([{"do": "listen", "address": self.setup[0]["address"]}])
+        self.ask([setup | found for setup in self.setup])
+
+    def _start(self, rank: int, host: str, threads: int) -> None:
+        command = [*shlex.split(host), sys.executable, "-m", "layerwise.scaling.rank"]
+        with self.log.open("a") as log:
+            try:
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    env=os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)},
+                    start_new_session=True,  # Ctrl-C is for the parent, whose end ends them too
+                )
+            except OSError as reason:
+                raise LayerwiseError(f"cannot start {shlex.join(command)}: {reason.strerror}.") from reason
+        self.processes.append(process)
+
+        def listen() -> None:
+            assert process.stdout is not None
+            for line in process.stdout:
+                self.answers.put((rank, line))
+            self.answers.put((rank, ""))
+
+        threading.Thread(target=listen, daemon=True).start()
+
+    def ask(self, tasks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Give each of the first processes its task and wait for all answers.
+
+        Raises:
+            LayerwiseError: one of them failed, died or has not answered within the limit.
+        """
+        for process, task in zip(self.processes, tasks, strict=False):
+            assert process.stdin is not None
+            with contextlib.suppress(OSError):  # noticed below, by its silence
+                process.stdin.write(json.dumps(task) + "\n")
+                process.stdin.flush()
+        found: dict[int, dict[str, Any]] = {}
+        # Each process has the limit for every wait of its own; what it reports then is better than silence.
+        deadline = time.monotonic() + 2 * self.limit
+        while len(found) < len(tasks):
+            try:
+                rank, line = self.answers.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                silent = next(rank for rank in range(len(tasks)) if rank not in found)
+                raise LayerwiseError(
+                    f"process {silent} of {self.ranks} has not answered for {2 * self.limit:g} s; raise --timeout, or "
+                    "measure less."
+                ) from None
+            answer = json.loads(line) if line else {"failure": f"the process has ended; {self._last_words()}"}
+            if "failure" in answer:
+                raise LayerwiseError(f"process {rank} of {self.ranks} failed: {answer['failure']}")
+            found[rank] = answer
+        return [found[rank] for rank in range(len(tasks))]
+
+    def _last_words(self) -> str:
+        lines = self.log.read_text().strip().splitlines()
+        return f"it said: {lines[-1]}" if lines else "it said nothing."
+
+    def close(self) -> None:
+        """End all processes at once."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                assert pipe is not None
+                with contextlib.suppress(OSError):
+                    pipe.close()

@@ -1,0 +1,105 @@
+"""The options of `layerwise bench scaling`, and whether they can be measured."""
+
+import math
+from dataclasses import dataclass
+
+from layerwise.errors import LayerwiseError, unknown
+from layerwise.measure.bench_problem import Problem
+from layerwise.parallel.replicas import check_shares
+from layerwise.scaling.simulate import PARTS, Interconnect
+
+WAYS = ("rule", "backprop", "apart", "pipeline", "data", "ddp", *PARTS)
+ALONE = ("rule", "backprop")
+
+
+@dataclass(frozen=True)
+class ScalingOptions(Problem):
+    """Throughput on several processes, interleaved: every round runs each way once, in turn.
+
+    Ways: rule and backprop in one process; apart (processes that share nothing: what the machine gives); pipeline
+    and data (ours); ddp (torch's DistributedDataParallel); torch's gpipe, 1f1b, zb1p and zbv (zero bubble). On the CPU.
+    """
+
+    rule: str = "sll"
+    """Rule of one process, the pipeline and data parallel."""
+    model: str = "vit"
+    """mlp | vgg | resnet | vit."""
+    depth: int | None = None
+    """Number of blocks; the model's own default if not given."""
+    ranks: str = "1,2,4"
+    """Numbers of processes, separated by commas."""
+    ways: tuple[str, ...] = WAYS
+    """What to measure, out of rule backprop apart pipeline data ddp gpipe 1f1b zb1p zbv."""
+    micro_batches: int = 4
+    """Parts of a batch in torch's pipelines; ours needs none."""
+    rounds: int = 5
+    """Rounds that count."""
+    steps: int = 5
+    """Steps per round that count."""
+    warmup: int = 2
+    """Steps before them that do not; the first round of all has as many again."""
+    timeout: float = 300.0
+    """Seconds after which a process that does not answer counts as lost."""
+    hosts: tuple[str, ...] = ()
+    """Words to start the processes with, one host after another in turn, such as "ip netns exec one"."""
+    address: str = "127.0.0.1"
+    """Address at which the first process is found by the others."""
+    simulate: int | None = None
+    """Predict machines of up to so many ranks, for a network that grows with them."""
+    latency: float = 0.0
+    """Milliseconds, one way, between the ranks that are simulated (and the measured ones, where hosts are given)."""
+    bandwidth: float = math.inf
+    """Gbit/s between neighbouring ranks there."""
+
+    def counts(self) -> list[int]:
+        """Numbers of processes, from the smallest."""
+        try:
+            found = sorted({int(word) for word in self.ranks.split(",")})
+        except ValueError:
+            raise LayerwiseError(f"--ranks {self.ranks!r} is not a list such as 1,2,4.") from None
+        if found[0] < 1:
+            raise LayerwiseError(f"--ranks {self.ranks!r} holds {found[0]}; each must be 1 or more.")
+        return found
+
+    def interconnect(self) -> Interconnect:
+        """The way between two ranks that is simulated."""
+        return Interconnect(self.latency / 1e3, self.bandwidth * 1e9 / 8)
+
+
+def check_options(options: ScalingOptions, blocks: int) -> None:
+    """Raise LayerwiseError unless everything that is asked for can be measured."""
+    for name, least in {"rounds": 1, "steps": 1, "warmup": 1, "micro_batches": 1}.items():
+        if getattr(options, name) < least:
+            raise LayerwiseError(f"{name.replace('_', '-')} is {getattr(options, name)}; use at least {least}.")
+    if not options.timeout > 0:
+        raise LayerwiseError(f"timeout is {options.timeout}; it is a number of seconds larger than 0.")
+    if not options.latency >= 0 or not options.bandwidth > 0:
+        raise LayerwiseError(
+            f"latency is {options.latency} ms and bandwidth {options.bandwidth} Gbit/s; use 0 or more, and more than 0."
+        )
+    for way in options.ways:
+        if way not in WAYS:
+            raise unknown("way", way, WAYS)
+    if "rule" not in options.ways:
+        raise LayerwiseError("the ways must hold rule, as what every other one is compared with.")
+    most = max(options.counts())
+    torchs = [way for way in options.ways if way in PARTS]
+    if torchs and not most <= options.micro_batches <= options.batch_size:
+        raise LayerwiseError(
+            f"micro-batches is {options.micro_batches}; torch's pipelines need at least as many as ranks ({most}), and "
+            f"no more than samples in a batch ({options.batch_size})."
+        )
+    for way in [way for way in (*torchs, "pipeline") if way in options.ways]:
+        needed = most * PARTS.get(way, 1)
+        if needed > blocks + 1:
+            raise LayerwiseError(
+                f"{way} on {most} ranks needs {needed} parts, and the network has {blocks} blocks and a head; choose a "
+                "larger --depth, fewer --ranks, or other --ways."
+            )
+    for ranks in options.counts() if {"data", "ddp"} & {*options.ways} else ():
+        check_shares(options.batch_size, ranks)
+    if options.simulate is not None:
+        if options.simulate < 2:
+            raise LayerwiseError(f"simulate is {options.simulate}; it is a number of ranks, 2 or more.")
+        if "pipeline" not in options.ways:
+            raise LayerwiseError("to simulate, the pipeline must be among the ways: its messages are measured there.")

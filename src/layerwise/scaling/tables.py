@@ -1,0 +1,75 @@
+"""The figures of `layerwise bench scaling`, for a person to read."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from layerwise.scaling.options import ALONE, ScalingOptions
+from layerwise.scaling.series import Series, quantiles
+
+ABOUT = {
+    "rule": "the rule in one process",
+    "backprop": "backpropagation in one process",
+    "apart": "the rule in processes that share nothing, each with a whole network: what the machine gives",
+    "pipeline": "our forward-only pipeline",
+    "data": "our data parallel: the rule with the batch shared among the ranks",
+    "ddp": "backpropagation with the batch shared among the ranks (torch's DistributedDataParallel)",
+    "gpipe": "torch's ScheduleGPipe",
+    "1f1b": "torch's Schedule1F1B",
+    "zb1p": "torch's ScheduleInterleavedZeroBubble, one stage per rank",
+    "zbv": "torch's ScheduleZBVZeroBubble, two stages per rank",
+}
+
+
+def measured_table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What was measured, for a person to read."""
+    yield (
+        f"{'way':<10}{'ranks':>6}{'samples/s':>11}{'10 % .. 90 %':>18}{'ratio to rule':>15}{'10 % .. 90 %':>16}"
+        f"{'MiB/step':>10}{'fill, s':>9}{'simulated':>11}{'error':>8}   waiting for others (for a core), % by rank"
+    )
+    for row in rows:
+        guess = row["predicted"]
+        error = "" if guess is None else f"{100 * (guess / row['samples_per_second'] - 1):+.0f} %"
+        waits = [
+            f"{100 * wait:.0f}" + (f" ({100 * queued:.0f})" if queued >= 0.005 else "")
+            for wait, queued in zip(row["waiting"], row["queued"], strict=True)
+        ]
+        yield (
+            f"{row['way']:<10}{row['ranks']:>6}{row['samples_per_second']:>11.1f}"
+            f"{'{:.1f} .. {:.1f}'.format(row['samples_per_second_10'], row['samples_per_second_90']):>18}"
+            f"{row['ratio']:>15.2f}{'{:.2f} .. {:.2f}'.format(row['ratio_10'], row['ratio_90']):>16}"
+            f"{max(row['bytes_per_step']) / 2**20:>10.2f}{row['fill']:>9.2f}"
+            f"{'' if guess is None else f'{guess:.1f}':>11}{error:>8}   {' '.join(waits)}"
+        )
+
+
+def against_rivals(rows: Sequence[dict[str, Any]], series: dict[tuple[str, int], Series]) -> Iterator[str]:
+    """Our pipeline against each rival, round by round."""
+    yield "\n".join(f"{way}: {ABOUT[way]}" for way in dict.fromkeys(row["way"] for row in rows))
+    for way, ranks in series:
+        if way != "pipeline" or ranks == 1:
+            continue
+        rivals = []
+        for rival in dict.fromkeys(row["way"] for row in rows):
+            found = series.get((rival, 1 if rival in ALONE else ranks))
+            if found is not None and rival != way:
+                pairs = zip(series[way, ranks].rates, found.rates, strict=True)
+                middle, low, high = quantiles([a / b for a, b in pairs])
+                rivals.append(f"{middle:.2f} ({low:.2f} .. {high:.2f}) x {rival}")
+        yield f"pipeline of {ranks} ranks: {', '.join(rivals)}"
+
+
+def simulated_table(options: ScalingOptions, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What was simulated, for a person to read."""
+    found = [row for row in rows if "speedup" in row]
+    yield (
+        f"simulated: one rank per host, {options.latency:g} ms and {options.bandwidth:g} Gbit/s between two; "
+        "samples/s, and how many times one process with the same rule"
+    )
+    ways = list(dict.fromkeys(row["way"] for row in found))
+    yield f"{'ranks':>6}{'blocks':>8}{'micro-batches':>15}" + "".join(f"{way:>20}" for way in ways)
+    for ranks in dict.fromkeys(row["ranks"] for row in found):
+        here = {row["way"]: row for row in found if row["ranks"] == ranks}
+        micro = max((row["micro_batches"] or 0 for row in here.values()), default=0)
+        cells = [f"{here[w]['predicted']:.1f} ({here[w]['speedup']:.2f} x)" if w in here else "" for w in ways]
+        depth = next(iter(here.values()))["depth"]
+        yield f"{ranks:>6}{depth:>8}{micro or '':>15}" + "".join(f"{cell:>20}" for cell in cells)
