@@ -3,8 +3,8 @@
     python benchmarks/which-way-to-fit/measure.py [--rounds 8] [--folder FOLDER]
 
 Memory is exact, of one step after a few: activations + gradients, and the optimizer's state. Time is that of steps of
-all ways of a network in turn. A way whose steps differ (`block_rota`) has the largest memory of a round of turns, and the
-mean time of as many turns as there are rounds here. The figures go to `results.jsonl` beside this file.
+all ways of a network in turn. A way whose steps differ (`block_rota`) has the largest memory of a round of turns, and
+the mean time of as many turns as there are rounds here. The figures go to `results.jsonl` beside this file.
 """
 
 import argparse

@@ -38,10 +38,11 @@ def small(lines):
 
 def tables(lines):
     text = wrapped(
-        "Activations + gradients in MiB at the time per sample as a multiple of plain backpropagation's. Memory is exact, "
-        "of one step. Time is the median of interleaved steps, one thread, AdamW, random data; of `block_rota` it is the "
-        "mean over as many turns, drawn at random, and its memory the largest of a round. `accumulate n` runs the batch in n parts: for "
-        "backpropagation that is gradient accumulation, for `sll` each block runs its own parts."
+        "Activations + gradients in MiB at the time per sample as a multiple of plain backpropagation's. Memory is "
+        "exact, of one step. Time is the median of interleaved steps, one thread, AdamW, random data; of `block_rota` "
+        "it is the mean over as many turns, drawn at random, and its memory the largest of a round. `accumulate n` "
+        "runs the batch in n parts: for backpropagation that is gradient accumulation, for `sll` each block runs its "
+        "own parts."
     )
     text += ["", *small(lines)]
     for name, words in NETWORKS.items():
