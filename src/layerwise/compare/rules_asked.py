@@ -31,8 +31,8 @@ def read_rules(words: Sequence[str], common: TrainOptions) -> dict[str, TrainOpt
     Args:
         words: `name` or `name:option=value:...`, several in one word with commas between. An option is a field of the
             rule, one of `PER_RULE`, or `model.` and a field of the model; a value is a number, a word, `none`,
-            `true`, `false`, or numbers with `/` between. `all` stands for every rule that trains the model, with its
-            default options.
+            `true`, `false`, or numbers with `/` between. `all` stands for every rule that trains the model on the
+            task, with its default options.
         common: the options that all runs share.
 
     Raises:
@@ -42,7 +42,9 @@ def read_rules(words: Sequence[str], common: TrainOptions) -> dict[str, TrainOpt
     1
     """
     found: dict[str, TrainOptions] = {}
-    every = [name for name in rules.names() if model_name(common.model) in (rules.get(name).models or models.names())]
+    kinds = {name: rules.get(name) for name in rules.names()}
+    model = model_name(common.model)
+    every = [n for n, kind in kinds.items() if model in (kind.models or models.names()) and common.task in kind.tasks]
     labels = [part for word in words for part in word.split(",") if part]
     for label in (name for part in labels for name in (every if part == "all" else [part])):
         name, *settings = label.split(":")
