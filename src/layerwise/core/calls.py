@@ -7,6 +7,7 @@ own affair; only the teaching tensor of each cut is handed to the engine and bac
 import copy
 import fnmatch
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -140,7 +141,9 @@ class CallPartition(Partition):
             _received=None,
             _compiled=[],
             _pass=None,
+            _unordered=False,
             _severs=None,
+            _devices=devices_of(self.model.parameters()),
         )
         self.training = model.training
         self._own({})
@@ -168,6 +171,10 @@ class CallPartition(Partition):
     _compiled: list[tuple[nn.Module, Callable[..., Any]]]
     """Modules of cuts, and what is called in place of their forward."""
     _pass: Pass | BlockByBlock | None
+    _unordered: bool
+    """Whether the order of the calls is still to be found out."""
+    _devices: tuple[str, ...]
+    """Device types whose autocast a pass looks after."""
     _severs: bool | None
     """Whether passes have to keep blocks from the graphs of earlier ones; None until a training pass has shown it."""
 
@@ -233,10 +240,9 @@ class CallPartition(Partition):
         self._compiled.append((module, without_severing(wrap(module.forward))))
 
     def _opened(self, sever: bool, one_by_one: bool | None = None) -> Pass | BlockByBlock:
-        devices = devices_of(dict(self.model.named_parameters()))
         if not (bool(self.again) if one_by_one is None else one_by_one):
-            return Pass(self._stops, self._whole, devices, sever, self._stand_in, range(self.first))
-        return BlockByBlock(self._stops, self._whole, devices, self._device(), self.blocks[0])
+            return Pass(self._stops, self._whole, self._devices, sever, self._stand_in, range(self.first))
+        return BlockByBlock(self._stops, self._whole, self._devices, self._device(), self.blocks[0])
 
     def _device(self) -> torch.device:
         return next((p.device for p in self.model.parameters() if not p.is_meta), torch.device("cpu"))
@@ -285,6 +291,7 @@ class CallPartition(Partition):
             LayerwiseError: the model does not take the batch, or a cut is not called, or not once, or out of order.
         """
         batch = [(place, t) for place, t in _places(x) if isinstance(t, Tensor)]
+        self.__dict__["_devices"] = devices_of([*self.model.parameters(), *(t for _, t in batch)])
         uses, layouts = Uses(self._one_name_each(), batch), Layouts()
         declared = self.layout if isinstance(self.layout, Mapping) else {}
         common = self.layout if isinstance(self.layout, str) else None
@@ -343,6 +350,31 @@ class CallPartition(Partition):
                 f"pass: {self.irregular}; choose a rule such as local_ce, or give a model that partition() can trace."
             )
         return outputs
+
+    @torch.no_grad()
+    def arrange(self, x: Any) -> None:
+        """Put the blocks in the order in which the model calls their modules for a batch.
+
+        Args:
+            x: the batch.
+        """
+        if not self._unordered or any(p.is_meta for p in self.parameters()):
+            return
+        called: list[nn.Module] = []
+        handles = [
+            module.register_forward_hook(lambda module, *_: called.append(module)) for _, module, _ in self._stops
+        ]
+        try:
+            self.forward(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        ended = {id(module): place for place, module in reversed([*enumerate(called)])}
+        order = sorted(range(len(self._stops)), key=lambda i: ended.get(id(self._stops[i][1]), len(called)))
+        stops, blocks = [self._stops[i] for i in order], [self.blocks[i] for i in order]
+        for index, block in enumerate(blocks):
+            block.index = index  # pyright: ignore[reportAttributeAccessIssue]
+        self.__dict__.update(cuts=tuple(name for name, _, _ in stops), blocks=blocks, _stops=stops, _unordered=False)
 
     def outside(self) -> set[str]:
         """Names of the tensors that lie in no module of a cut, or in several; before a probe."""
@@ -416,12 +448,13 @@ class CallPartition(Partition):
         if callable(self.output):
             found = self.output(out)
         elif self.output is not None:
-            found = out[self.output] if isinstance(out, Mapping) else getattr(out, self.output)
+            found = out.get(self.output) if isinstance(out, Mapping) else getattr(out, self.output, None)
         elif not isinstance(out, Tensor):
             found = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
         if not isinstance(found, Tensor):
             raise LayerwiseError(
-                f"{type(self.model).__name__} returns {type(out).__name__}, and no tensor of logits is known in it; "
+                f"{type(self.model).__name__} returns {type(out).__name__}, and no tensor of logits is known in it"
+                f"{f' under the name {self.output!r}' if isinstance(self.output, str) else ''}; "
                 "give output=..., a function such as lambda out: out.logits, or the name of the entry."
             )
         return found
@@ -501,9 +534,9 @@ def cut_at_calls(
 
     Args:
         model: any module. It may take several arguments, keywords, masks, and return what it likes.
-        cuts: names of modules, in the order in which they are called, or patterns (`"model.layers.*"`): a module that
-            is called ends a block with its call. What runs after the last one is the head. `"auto"` takes the longest
-            list of modules of one class.
+        cuts: names of modules, in the order in which they are called, or patterns (`"model.layers.*"`), whose order
+            the first batch shows: a module that is called ends a block with its call. What runs after the last one is
+            the head. `"auto"` takes the longest list of modules of one class.
         output: where the logits are in the model's output: a function, or the name of an entry. Not needed for a
             tensor, or where the entry is called `logits`.
         read: where the teaching tensor is in a cut module's output, its first tensor of real numbers if not given: a
@@ -528,7 +561,12 @@ def cut_at_calls(
         if not 1 <= blocks <= len(names):
             raise LayerwiseError(f"blocks={blocks} is not possible: there are {len(names)} cuts; give 1 to that many.")
         names = [names[(i + 1) * len(names) // blocks - 1] for i in range(blocks)]
-    return CallPartition(model, names, output, read, tied, layout)
+    found = CallPartition(model, names, output, read, tied, layout)
+    # Two lists may be called in another order than the model holds them; names one by one are an order of the owner's.
+    patterns = [cuts] if isinstance(cuts, str) else cuts
+    several = len({name.rpartition(".")[0] for name in names}) > 1
+    found.__dict__["_unordered"] = several and (cuts == "auto" or any(c in p for p in patterns for c in "*?["))
+    return found
 
 
 def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -565,18 +603,15 @@ def matching(model: nn.Module, cuts: Sequence[str] | str) -> list[str]:
 def automatic_cuts(model: nn.Module) -> list[str]:
     """The modules of the longest list of one class, and those of its other lists of that class or of the hinted ones.
 
+    Such a list is not looked into: a layer's experts are part of it. Only stages are, none of which is like another,
+    where the lists in them hold modules that are alike.
+
     >>> automatic_cuts(nn.ModuleDict({"layers": nn.ModuleList([nn.ReLU(), nn.ReLU()]), "head": nn.Linear(1, 1)}))
     ['layers.0', 'layers.1']
     """
-    lists: list[tuple[str, list[str], type]] = []
-    for path, module in model.named_modules():
-        children = list(module.named_children())
-        kinds = {type(child) for _, child in children}
-        inside = any(path.startswith(name + ".") for _, names, _ in lists for name in names)
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(children) > 1 and len(kinds) == 1 and not inside:
-            prefix = path + "." if path else ""
-            lists.append((path, [prefix + name for name, _ in children], kinds.pop()))
-    if not lists:
+    lists = _blocks(_lists("", model))
+    count = Counter(kind for _, members, kind in lists for _ in members)
+    if max(count.values(), default=0) < 2:
         raise LayerwiseError(
             f'{type(model).__name__} holds no list of modules of one class, so cuts="auto" finds nothing; name the '
             "modules to cut behind, such as cuts=[...] or a pattern."
@@ -584,9 +619,38 @@ def automatic_cuts(model: nn.Module) -> list[str]:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):  # labels are those of decoder positions
         lists = [found for found in lists if "decoder" in found[0].split(".")] or lists
     hinted = set(getattr(model, "_no_split_modules", None) or ())  # what the family calls its blocks
-    longest = max(lists, key=lambda found: len(found[1]))
+    longest = max(lists, key=lambda found: (len(found[1]), count[found[2]]))
     kinds = {longest[2]} | ({kind for _, _, kind in lists if kind.__name__ in hinted} if hinted else set())
-    return [name for _, names, kind in lists if kind in kinds for name in names]
+    return [name for _, members, kind in lists if kind in kinds for name in members]
+
+
+_List = tuple[str, dict[str, nn.Module], type]
+"""Its path, its modules by their paths, and their class."""
+
+
+def _lists(path: str, module: nn.Module) -> list[_List]:
+    """The outermost lists of modules of one class."""
+    members = {f"{path}.{name}" if path else name: child for name, child in module.named_children()}
+    kinds = {type(child) for child in members.values()}
+    if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(kinds) == 1:
+        return [(path, members, kinds.pop())]
+    return [found for name, child in members.items() for found in _lists(name, child)]
+
+
+def _blocks(lists: list[_List]) -> list[_List]:
+    """The lists, those of stages replaced by the lists of blocks in them."""
+    found = []
+    for path, members, kind in lists:
+        inner = [within for name, child in members.items() for within in _lists(name, child)]
+        staged = not _alike(lists, kind) and any(_alike(inner, within) for _, _, within in inner)
+        found += _blocks(inner) if staged else [(path, members, kind)]
+    return found
+
+
+def _alike(lists: list[_List], kind: type) -> bool:
+    """Whether two modules of this class have parameters of the same shapes."""
+    modules = [child for _, members, held in lists if held is kind for child in members.values()]
+    return len({tuple(p.shape for p in child.parameters()) for child in modules}) < len(modules)
 
 
 def _check_cuts(model: nn.Module, cuts: Sequence[str], known: Mapping[str, nn.Module]) -> None:

@@ -1,7 +1,7 @@
 """A forward pass that stops at every cut, so that the engine pulls block after block out of it."""
 
 import contextvars
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -392,7 +392,7 @@ def reading(name: str, read: Callable[[Any], Any] | None) -> Callable[[Any], Ten
     return found
 
 
-def devices_of(parameters: Mapping[str, Tensor]) -> tuple[str, ...]:
+def devices_of(found: Iterable[Tensor]) -> tuple[str, ...]:
     """The device types of tensors, those with autocast."""
-    kinds = {"cpu", *(t.device.type for t in parameters.values())}
+    kinds = {"cpu", *(t.device.type for t in found)}
     return tuple(sorted(kind for kind in kinds if torch.amp.is_autocast_available(kind)))

@@ -14,10 +14,11 @@ from layerwise.core import pieces
 from layerwise.core.blocks import Block, Partition
 from layerwise.core.calls import CallPartition, Output, Read, Tied
 from layerwise.core.contract import asking, check_begin, check_prediction, check_rule
+from layerwise.core.devices import check_precision, usable_device
 from layerwise.core.engine import Engine, Execution, detach
 from layerwise.core.failures import in_a_sentence
 from layerwise.core.groups import Group
-from layerwise.core.optim import OptimizerFactory, Schedule, optimizer_factory
+from layerwise.core.optim import OptimizerChoice, Schedule, optimizer_factory
 from layerwise.core.progress import Trace
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.ranges import check_ranges
@@ -31,7 +32,6 @@ from layerwise.learner.arguments import (
     check_labels_of,
     check_options,
     check_types,
-    usable_device,
     usable_task,
 )
 from layerwise.learner.build import ONE_PROCESS, Built, NotBuilt, Setup
@@ -62,9 +62,10 @@ class Learner:
     Args:
         model: a module, or a `Partition` of one. It is trained in place and stays an ordinary module.
         rule: name of a rule, or a rule.
-        optimizer: `"adamw"`, `"adam"`, `"sgd"`, `"rmsprop"`, any class of `torch.optim` or its name, or a
-            callable from parameter groups to an optimizer. Every group of blocks gets its own; `learner.optimizer`
-            shows them as one.
+        optimizer: `"adamw"`, `"adam"`, `"sgd"`, `"rmsprop"`, any class of `torch.optim` or its name, the dotted path
+            of another package's class, a callable from parameter groups to an optimizer or several, or a mapping from
+            patterns of parameter names to options (`{"*.lora_*": {"lr": 1e-3}}`, with `optimizer` among them where it
+            is not AdamW). Every group of blocks gets its own; `learner.optimizer` shows them as one.
         lr: learning rate.
         weight_decay: of weights; norms and biases have none.
         optimizer_options: further arguments of the optimizer's class.
@@ -131,7 +132,7 @@ class Learner:
         model: nn.Module,
         rule: str | Rule = "sll",
         *,
-        optimizer: str | type[torch.optim.Optimizer] | OptimizerFactory = "adamw",
+        optimizer: OptimizerChoice = "adamw",
         lr: float = 1e-3,
         weight_decay: float = 0.01,
         optimizer_options: Mapping[str, Any] | None = None,
@@ -184,6 +185,7 @@ class Learner:
             if name not in names:
                 raise LayerwiseError(f"lr_multipliers names no block {name!r}; {suggestion(name, names)}.")
         self.device = next(model.parameters()).device if device is None else usable_device(device)
+        check_precision(precision, self.device)
         if device is not None and offload == "none":
             self.network.to(self.device)
         self.channels_last = channels_last
@@ -219,6 +221,7 @@ class Learner:
             stage or WholeNetwork(),
             replicas,
             self._moved_by,
+            self._offload_to[1],
             late,
             seed,
             task,
@@ -543,6 +546,7 @@ class Learner:
         with preserved_generators(self.device):  # first, so that other threads see no mode but their own
             modules = [self.network, *self.network.model.modules(), *self.auxiliary.modules()]
             modes = [(module, module.training) for module in modules]
+            training = self.optimizer.training
             self.network.eval()
             self.auxiliary.eval()
             self.optimizer.eval()
@@ -552,7 +556,8 @@ class Learner:
                     seed_generators(derive_seed(self._setup.execution.seed, "evaluation"), self.device)
                     yield
             finally:
-                self.optimizer.train()
+                if training:
+                    self.optimizer.train()
                 for module, mode in modes:
                     module.training = mode
                 self.replicas.release()

@@ -260,6 +260,10 @@ class Shards(Replicas):
         self._wait(work, square)
         return square.sqrt().float()
 
+    def sum(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """The norm, which all ranks agree on: a sum of one shard says nothing of the others."""
+        return self.norm(parameters)
+
     # States.
 
     def to_shard(self, own: Tensor, given: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from layerwise.core.blocks import Partition, evaluation_mode
 from layerwise.core.cost import balanced_ends, operations
+from layerwise.core.devices import synchronize
 from layerwise.core.engine import detach
 from layerwise.core.pieces import PredictsBySite, StartsFromData, has_trunk
 from layerwise.core.rule import Rule
@@ -153,8 +154,7 @@ def seconds(network: Partition, example: Tensor, repeats: int = 3) -> list[float
                 out = block(h)
                 if out.requires_grad:
                     torch.autograd.grad(out.sum(), parameters, allow_unused=True)
-                if out.is_cuda:
-                    torch.cuda.synchronize(out.device)
+                synchronize(out.device)
                 times.append(time.perf_counter() - start)
             found.append(min(times[1:]))
             h = out.detach()

@@ -9,10 +9,15 @@ A rule from another package is found through the entry point group `layerwise.ru
 import dataclasses
 from importlib.metadata import entry_points
 
+from layerwise.core import own_code
 from layerwise.core.rule import BatchContext, BlockContext, Rule, Signal, Site
 from layerwise.errors import LayerwiseError, suggestion, unknown
 from layerwise.rules.auglocal import AugLocal
-from layerwise.rules.backprop import Backprop, BackpropCheckpoint, BackpropOffload
+from layerwise.rules.backprop import Backprop
+from layerwise.rules.backprop_checkpoint import BackpropCheckpoint
+from layerwise.rules.backprop_fused import BackpropFused
+from layerwise.rules.backprop_offload import BackpropOffload
+from layerwise.rules.block_rota import BlockRota
 from layerwise.rules.boosted import Boosted
 from layerwise.rules.controls import DeepSupervision, LastLayer
 from layerwise.rules.counter_current import CounterCurrent
@@ -33,6 +38,7 @@ from layerwise.rules.sid import SID, SIDCascade
 from layerwise.rules.sll import SLL
 from layerwise.rules.ssl_local import SSLLocal
 from layerwise.rules.svp import SVP
+from layerwise.rules.zeroth_order import ZerothOrder
 
 _BUILT_IN: tuple[type[Rule], ...] = (
     SLL,
@@ -60,10 +66,16 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     SSLLocal,
     Backprop,
     BackpropCheckpoint,
+    BackpropFused,
     BackpropOffload,
+    BlockRota,
+    ZerothOrder,
     DeepSupervision,
     LastLayer,
 )
+
+FORMS = {"FILE.py:Class": "a rule of your own: a class in a file"}
+"""The form of names of rules from elsewhere, and what they are."""
 
 
 def names() -> list[str]:
@@ -77,12 +89,23 @@ def names() -> list[str]:
     return built_in + [name for name in outside if name not in built_in]
 
 
-def get(name: str) -> type[Rule]:
+def get(name: str, recorded: str | None = None) -> type[Rule]:
     """The class of the rule called `name`.
+
+    Args:
+        name: one of `names()`, or `FILE.py:Class` for a rule of your own, whose file is run.
+        recorded: SHA-256 of that file when a run began; it is refused when it has changed.
 
     Raises:
         LayerwiseError: there is no such rule.
     """
+    if own_code.is_own(name):
+        rule = own_code.load(name, recorded)
+        if not (isinstance(rule, type) and issubclass(rule, Rule) and dataclasses.is_dataclass(rule)):
+            raise LayerwiseError(
+                f"{name!r} names no rule; name a frozen dataclass that inherits from layerwise.rules.Rule."
+            )
+        return rule
     for rule in _BUILT_IN:
         if rule.name == name:
             return rule
@@ -94,14 +117,24 @@ def get(name: str) -> type[Rule]:
                 "layerwise.rules.Rule; correct the package that declares it."
             )
         return rule
-    raise unknown("rule", name, names())
+    raise unknown("rule", name, [*names(), *FORMS])
+
+
+def name_of(rule: Rule) -> str:
+    """The name that a rule is found by: its own, or `FILE.py:Class`.
+
+    >>> name_of(create("sll"))
+    'sll'
+    """
+    found = own_code.origin(type(rule))
+    return rule.name if found is None else found[0]
 
 
 def create(name: str, **options: object) -> Rule:
     """Make a rule by name, with any of its fields as options.
 
     Args:
-        name: one of `names()`.
+        name: as for `get`.
         options: fields of the rule's dataclass.
 
     Raises:
@@ -126,9 +159,11 @@ __all__ = [
     "AugLocal",
     "Backprop",
     "BackpropCheckpoint",
+    "BackpropFused",
     "BackpropOffload",
     "BatchContext",
     "BlockContext",
+    "BlockRota",
     "Boosted",
     "CounterCurrent",
     "DeepSupervision",
@@ -152,7 +187,9 @@ __all__ = [
     "ScalableFF",
     "Signal",
     "Site",
+    "ZerothOrder",
     "create",
     "get",
+    "name_of",
     "names",
 ]
