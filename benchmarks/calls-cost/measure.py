@@ -72,7 +72,7 @@ def by_hand(model: nn.Sequential, readouts: list[nn.Linear]) -> Step:
     return step
 
 
-def measure(width: int, rounds: int, warmup: int = 5) -> dict:
+def measure(width: int, rounds: int, warmup: int = 3) -> dict:
     """Ratios of processor time to the loop by hand."""
     torch.manual_seed(0)
     x, y = torch.randn(BATCH, TOKENS, FEATURES), torch.randint(CLASSES, (BATCH,))
