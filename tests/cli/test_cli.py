@@ -73,7 +73,12 @@ def test_train_help_shows_the_options_of_the_rule_and_the_model(capsys, rule):
 
 @pytest.mark.parametrize(
     ("what", "names"),
-    [("rules", rules.names()), ("models", models.names()), ("data", data.names()), ("recipes", recipe_names())],
+    [
+        ("rules", [*rules.names(), *rules.FORMS]),
+        ("models", [*models.names(), *models.outside.FORMS]),
+        ("data", data.names()),
+        ("recipes", recipe_names()),
+    ],
 )
 def test_ls_gives_a_line_each(capsys, what, names):
     rows = [row.split(maxsplit=1) for row in printed(capsys, "ls", what).splitlines()]

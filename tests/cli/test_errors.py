@@ -18,7 +18,15 @@ from layerwise.runs.options import load_recipe, recipe_names
 
 ANSWERED = [
     *("", "--help", "--version", "--debug --version", "ls rules", "ls models", "ls data", "ls recipes"),
-    *("eval --help", "beliefs --help", "predict --help", "export --help", "validate --help", "report --help"),
+    *(
+        "train --resume nowhere --help",
+        "eval --help",
+        "beliefs --help",
+        "predict --help",
+        "export --help",
+        "validate --help",
+        "report --help",
+    ),
 ]
 REFUSED = [
     *("ls", "ls rulez", "trian", "bench", "bench memori", "describe", "describe sl"),
@@ -26,7 +34,15 @@ REFUSED = [
     *("compare --rules sll:overlap=1 backpro --model mlp", "compare --rules sll,svpp", "compare --data mnits"),
     *("bench memory --rule sll slll", "bench speed --rules slll", "bench scaling --model mpl", "validate --rule slll"),
     *("eval nowhere", "beliefs nowhere", "predict nowhere x.png", "export nowhere x", "validate nowhere"),
-    *("report nowhere", "train --resume nowhere", "eval", "report", "validate --model mpl", "eval x --batch-size no"),
+    *(
+        "report nowhere",
+        "train --resume nowhere",
+        "train --resume x --epochs 4",
+        "eval",
+        "report",
+        "validate --model mpl",
+        "eval x --batch-size no",
+    ),
 ]
 
 
@@ -105,10 +121,11 @@ def test_the_catalogue_is_that_of_the_classes():
         return text.strip().partition("\n")[0]
 
     found = catalogue.rules()
-    assert list(found) == rules.names()
+    assert list(found) == [*rules.names(), *rules.FORMS]
     for name in rules.names():
         assert found[name] == f"{rules.get(name).locality:<13} {first(rules.get(name).__doc__)}"
-    assert catalogue.models() == {name: first(models.describe(name)) for name in models.names()}
+    of_the_zoo = {name: first(models.describe(name)) for name in models.names()}
+    assert catalogue.models() == of_the_zoo | models.outside.FORMS
     assert catalogue.data() == {name: data.describe(name) for name in data.names()}
     assert list(catalogue.recipes()) == recipe_names()
     assert all(catalogue.recipes()[name].startswith(load_recipe(name).about) for name in recipe_names())

@@ -285,7 +285,7 @@ def test_there_are_enough_wrong_uses():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_where_there_is_none(capsys, tmp_path):
     assert main(["train", "--device", "cuda", "--out", str(tmp_path / "run")]) == 2
-    assert "there is no device 'cuda' here (0 CUDA devices); choose cpu or auto" in capsys.readouterr().err
+    assert "there is no device 'cuda' here (no accelerator); choose cpu or auto" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rule", ["sll", "backprop"])

@@ -34,7 +34,8 @@ def rules() -> dict[str, str]:
         if point.name not in found:
             file = _file(point)
             found[point.name] = _line(file, point.attr) if file else f"{'':<13} from the package {_package(point)}"
-    return found
+    forms = ast.literal_eval(_assigned(PACKAGE / "rules" / "__init__.py", "FORMS"))
+    return found | {form: f"{'':<13} {about}" for form, about in forms.items()}
 
 
 def models() -> dict[str, str]:
@@ -51,7 +52,7 @@ def models() -> dict[str, str]:
         assert isinstance(name, ast.Constant)
         assert isinstance(entry, ast.Name)
         found[name.value] = _first_line(_class(*classes[entry.id]))
-    return found
+    return found | ast.literal_eval(_assigned(PACKAGE / "models" / "outside.py", "FORMS"))
 
 
 def data() -> dict[str, str]:

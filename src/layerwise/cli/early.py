@@ -15,7 +15,10 @@ KINDS = {
 }
 """Option to what it names, and the names that there are."""
 OPEN = (".", ":", "/", "\\")
-"""What a path, or a name with a form, holds; whether there is such a thing is seen when it is opened."""
+"""What a path, or a name with a form, holds; whether there is such a thing is seen when it is opened.
+
+A rule or a model from elsewhere has the form `FILE.py:NAME`, `hf:...` or `timm:...`.
+"""
 
 
 def check_options(words: Sequence[str], *options: str) -> None:
@@ -32,7 +35,8 @@ def check_names(option: str, names: Iterable[str]) -> None:
     """Raise LayerwiseError where one of the names that an option was given is none that there is."""
     what, known = KINDS[option]
     for name in names:
-        if name not in known() and not (option in ("data", "recipe") and any(mark in name for mark in OPEN)):
+        marks = OPEN if option in ("data", "recipe") else (":", ".py")
+        if name not in known() and not any(mark in name for mark in marks):
             raise unknown(what, name, list(known()))
 
 

@@ -24,7 +24,7 @@ class EvalOptions:
     batch_size: int = 512
     """Samples per batch."""
     device: str = "auto"
-    """cpu | cuda | cuda:N | auto."""
+    """cpu | cuda | cuda:N | mps | xpu | auto."""
     json: str | None = None
     """Also write the results to this file."""
 
@@ -65,7 +65,7 @@ class BeliefsOptions:
     batch_size: int = 512
     """Samples per batch."""
     device: str = "auto"
-    """cpu | cuda | cuda:N | auto."""
+    """cpu | cuda | cuda:N | mps | xpu | auto."""
     json: str | None = None
     """Also write all results to this file, with the history of the run."""
     plot: str | None = None
@@ -104,7 +104,7 @@ class PredictOptions:
     out: str | None = None
     """Write the CSV to this file instead of printing it."""
     device: str = "auto"
-    """cpu | cuda | cuda:N | auto."""
+    """cpu | cuda | cuda:N | mps | xpu | auto."""
 
 
 def predict_command(argv: list[str]) -> int:

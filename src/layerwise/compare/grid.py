@@ -14,14 +14,14 @@ from layerwise.compare.pool import Pool, default_jobs
 from layerwise.compare.record import kept_plan, write_record, write_results
 from layerwise.compare.rules_asked import plain_fields, read_rules
 from layerwise.compare.tuning import choose, trial_options
+from layerwise.core.devices import pick_device
 from layerwise.core.tasks import metric_of
 from layerwise.errors import LayerwiseError
 from layerwise.report.reading import read_correct
 from layerwise.report.summary import BASELINE, result_row
-from layerwise.runs.building import pick_device
 from layerwise.runs.folders import FREE, claimed
 from layerwise.runs.layout import grid_run_folder
-from layerwise.runs.options import TrainOptions, model_name, to_mapping
+from layerwise.runs.options import TrainOptions, run_name, to_mapping
 from layerwise.runs.progress import GridProgress
 
 RIVALS = ("sll", "sid", "local_ce", "backprop", "backprop_checkpoint")
@@ -99,7 +99,10 @@ class Grid:
         self.budget = budget_of(options)
         threads = options.threads or 1
         self.rules = read_rules(options.rules, replace(options, threads=threads, out=None, save_every=NEVER))
-        base = f"runs/compare-{options.data.replace('/', '_').replace(':', '_')}-{model_name(options.model)}"
+        words = () if options.rules == RIVALS else options.rules
+        self.asked = {part for word in words for part in word.split(",")}
+        """Rules that the user has named; others are left out where they do not train this model."""
+        base = f"runs/compare-{run_name(options)}"
         self.folder = Path(options.out or base)
         self.plan: dict[str, dict[str, Any]] = {}
         """What a step of each rule costs, or why that could not be measured."""
@@ -179,14 +182,21 @@ class Grid:
     def _measure(self, pool: Pool) -> None:
         """Measure once what a step of every rule costs, alone on the machine: for budgets, jobs and the time left."""
         missing = [label for label in self.rules if label not in self.plan]
+        refused: dict[str, str] = {}
 
         def done(task: dict[str, Any], answer: dict[str, Any]) -> None:
             if answer.get("kind") == "mistake":
-                raise LayerwiseError(answer["reason"])
+                refused[task["label"]] = answer["reason"]
+                return
             self.plan[task["label"]] = answer.get("done", answer)
 
         tasks = [{"do": "measure", "label": label, "options": to_mapping(self.rules[label])} for label in missing]
         pool.run(tasks, done, jobs=1)
+        for label, reason in refused.items():
+            if label in self.asked or len(refused) == len(self.rules):
+                raise LayerwiseError(reason)
+            print(f"layerwise: note: {label} is left out: {reason}", file=sys.stderr)
+            del self.rules[label]
 
     def _label_cost(self, label: str) -> float:
         options, plan = self._budgeted(label), self.plan[label]

@@ -6,7 +6,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-from layerwise import models, rules
+from layerwise import rules
 from layerwise.errors import LayerwiseError, suggestion
 from layerwise.runs.options import TrainOptions, from_mapping, model_name, to_mapping
 
@@ -31,8 +31,8 @@ def read_rules(words: Sequence[str], common: TrainOptions) -> dict[str, TrainOpt
     Args:
         words: `name` or `name:option=value:...`, several in one word with commas between. An option is a field of the
             rule, one of `PER_RULE`, or `model.` and a field of the model; a value is a number, a word, `none`,
-            `true`, `false`, or numbers with `/` between. `all` stands for every rule that trains the model, with its
-            default options.
+            `true`, `false`, or numbers with `/` between. `all` stands for every rule that trains the model on the
+            task, with its default options.
         common: the options that all runs share.
 
     Raises:
@@ -42,10 +42,14 @@ def read_rules(words: Sequence[str], common: TrainOptions) -> dict[str, TrainOpt
     1
     """
     found: dict[str, TrainOptions] = {}
-    every = [name for name in rules.names() if model_name(common.model) in (rules.get(name).models or models.names())]
+    kinds = {name: rules.get(name) for name in rules.names()}
+    model = model_name(common.model)
+    every = [n for n, kind in kinds.items() if model in (kind.models or (model,)) and common.task in kind.tasks]
     labels = [part for word in words for part in word.split(",") if part]
     for label in (name for part in labels for name in (every if part == "all" else [part])):
         name, *settings = label.split(":")
+        if name.endswith(".py") and settings:  # FILE.py:Class
+            name = f"{name}:{settings.pop(0)}"
         values = plain_fields(common) | {"rule": {"name": name}}
         legal = {field: (values["rule"], field, hint) for field, hint in _fields(rules.get(name)).items()}
         legal |= {field: (values, field, hint) for field, hint in _fields(TrainOptions).items() if field in PER_RULE}

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from layerwise.core.devices import pick_device
 from layerwise.core.failures import NonFinite
 from layerwise.errors import LayerwiseError, explained, is_out_of_memory
 from layerwise.measure.bench_speed import flops_of
@@ -41,7 +42,7 @@ def measure_task(task: dict[str, Any], warmup: int = 2, timed: int = 3) -> dict[
     options: TrainOptions = from_mapping(task["options"])
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    device = building.pick_device(options.device)
+    device = pick_device(options.device)
     dataset = building.load_data(options)
     batches, _, _ = building.split_batches(options, dataset, device)
     learner = building.build_learner(options, building.DataSignature.of(dataset), device, total=warmup + timed)

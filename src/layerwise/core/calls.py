@@ -4,11 +4,12 @@ Nothing is traced. What the forward pass does between the cuts (masks, skips, ca
 own affair; only the teaching tensor of each cut is handed to the engine and back.
 """
 
+import copy
 import fnmatch
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -16,9 +17,12 @@ from torch import Tensor, nn
 
 from layerwise.core.blocks import Block, Partition, declared_layouts
 from layerwise.core.chains import check_model
-from layerwise.core.coroutine import Pass, devices_of, reading
+from layerwise.core.coroutine import Pass, called_instead, devices_of, reading, without_severing
 from layerwise.core.crossing import Crossing, Uses
+from layerwise.core.drawing import draw
 from layerwise.core.layout import Layouts
+from layerwise.core.regular import BlockByBlock
+from layerwise.core.remote import Elsewhere, form_of, needed, shown_as_nan, without_memory
 from layerwise.core.trees import tensors
 from layerwise.errors import LayerwiseError, suggestion
 
@@ -30,7 +34,7 @@ Read = Callable[[Any], Tensor] | Mapping[str, Callable[[Any], Tensor]] | None
 class CallBlock(Block):
     """What a model's forward pass runs between two cuts.
 
-    It can be called only while its partition has a pass open, once and in order.
+    It can be called only while its partition has a pass open; once and in order, unless they are run block by block.
     """
 
     def __init__(self, name: str, index: int, network: "CallPartition"):
@@ -39,10 +43,17 @@ class CallBlock(Block):
 
     def __call__(self, h: Any) -> Tensor:
         """Run the model's own forward pass on to the next cut; `h` is the whole batch for the first block."""
+        if self.before is not None:
+            self.before()
         return self.run(h)
 
     def _pull(self, h: Any) -> Tensor:
         return self._network.pull(self.index, h)
+
+    def compile(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Run the block's own module through what `wrap` makes of it; what lies between the cuts stays as it is."""
+        if self.index < len(self._network.cuts):
+            self._network.compile(self.index, wrap)
 
     @property
     def ran(self) -> bool:
@@ -50,15 +61,33 @@ class CallBlock(Block):
         return not self._network.skipped(self.index)
 
     def redrawn(self, device: torch.device) -> nn.Sequential:
-        """There is no chain of modules to copy.
+        """The block's module with weights of its own, called with the arguments that the pass under way gives to it.
 
         Raises:
-            LayerwiseError: always.
+            LayerwiseError: it cannot draw its weights, or is the first block, which holds no module alone.
         """
-        raise LayerwiseError(
-            f"rule {self._network.asked_by!r} copies the layers of later blocks, and a model that is cut at its calls "
-            "has no such layers to copy; choose a rule such as local_ce, or give an nn.Sequential."
-        )
+        network = self._network
+        made = copy.deepcopy(network.model.get_submodule(self.name)).to_empty(device=device)
+        unable = draw(made, network.model)
+        if unable is not None or self.index == 0:
+            why = "is the first one" if unable is None else f"holds a {unable.__name__} without reset_parameters()"
+            raise LayerwiseError(
+                f"rule {network.asked_by!r} copies the layers of block {self.name!r}, which {why}; choose a rule such "
+                "as local_ce."
+            )
+        return nn.Sequential(_Copy(made, network, self.index))
+
+
+class _Copy(nn.Module):
+    """A copy of a block's module, in any pass of the network that the block is part of."""
+
+    def __init__(self, module: nn.Module, network: "CallPartition", index: int):
+        super().__init__()
+        self.module, self.index, self._network = module, index, (network,)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """What the module returns to read, for the output `h` of the block before."""
+        return self._network[0].call(self.index, h, self.module)
 
 
 class CallPartition(Partition):
@@ -68,7 +97,11 @@ class CallPartition(Partition):
         tied: who trains a parameter that several blocks use.
         shared: names of such parameters, with the numbers of the blocks; known after a probe.
         crossings: what else than the teaching tensors crosses cuts; known after a probe.
+        irregular: why the blocks cannot be run one by one, out of the forward pass; empty where they can, None before
+            a probe.
         asked_by: name of the rule that is served, for messages.
+        again: what asks for blocks that are run one by one, such as "rule 'interlocking' runs ..."; empty for nothing.
+        first: number of the first block that is here; those before it are on other ranks.
     """
 
     def __init__(
@@ -96,8 +129,17 @@ class CallPartition(Partition):
             head=CallBlock("head", len(cuts), self),
             shared={},
             crossings=[],
+            irregular=None,
             asked_by="",
+            again="",
+            first=0,
             _stops=[(name, known[name], readers[name]) for name in cuts],
+            _used={},
+            _forms=[],
+            _elsewhere=[],
+            _batch=None,
+            _received=None,
+            _compiled=[],
             _pass=None,
             _unordered=False,
             _severs=None,
@@ -106,14 +148,29 @@ class CallPartition(Partition):
         self.training = model.training
         self._own({})
 
+    owns_by_use = True
     output: Output
     read: Read
     tied: Tied
     shared: dict[str, set[int]]
     crossings: list[Crossing]
+    irregular: str | None
     asked_by: str
+    again: str
+    first: int
     _stops: list[tuple[str, nn.Module, Callable[[Any], Tensor]]]
-    _pass: Pass | None
+    _used: Mapping[str, set[int]]
+    """By the name of a parameter or buffer, the blocks that use it; known after a probe."""
+    _forms: list[tuple[Any, Tensor]]
+    """What the modules of the cuts return; known after a probe."""
+    _elsewhere: list[tuple[dict[str, Any], str]]
+    """Where tensors of other ranks would be held."""
+    _batch: Any
+    """Of the pass under way."""
+    _received: Elsewhere | None
+    _compiled: list[tuple[nn.Module, Callable[..., Any]]]
+    """Modules of cuts, and what is called in place of their forward."""
+    _pass: Pass | BlockByBlock | None
     _unordered: bool
     """Whether the order of the calls is still to be found out."""
     _devices: tuple[str, ...]
@@ -123,26 +180,76 @@ class CallPartition(Partition):
 
     def forward(self, x: Any) -> Tensor:
         """The logits that `output` finds in the model's own output for a batch."""
+        if all(block.before is None for block in [*self.blocks, self.head]):
+            return self._whole(x)
+        with self.passing(sever=False):  # parameters that are elsewhere are fetched block by block
+            for block in [*self.blocks, self.head]:
+                x = block(x)
+        return x
+
+    def _whole(self, x: Any) -> Tensor:
         args, kwargs = arguments(x)
         return self._logits(self.model(*args, **kwargs))
 
     @contextmanager
-    def passing(self, sever: bool = True) -> Iterator[None]:
+    def passing(self, batch: Any = None, sever: bool = True) -> Iterator[None]:
         """A context in which the blocks can be run, one after the other; a pass that is not finished is given up.
 
         Args:
+            batch: what the model is given; needed where its first blocks are elsewhere.
             sever: whether blocks are kept from the graphs of earlier ones, where that is needed.
         """
-        opened = Pass(self._stops, self.forward, self._devices, sever=sever and self._severs is not False)
-        self.__dict__["_pass"] = opened
+        opened = self._opened(sever and self._severs is not False)
+        self.__dict__["_batch"] = batch
+        if self.first and not self._elsewhere:
+            self.__dict__["_elsewhere"] = without_memory(self.model)
         try:
-            yield
+            with self._holding(opened), shown_as_nan(self._elsewhere, self._device()):
+                yield
         finally:
-            self.__dict__["_pass"] = None
             if self._severs is None and opened.severed is not None and opened.severed.mark:
                 # The probe has run in evaluation mode; in training something else may cross.
                 self.__dict__["_severs"] = opened.severed.found or any(c.kept for c in self.crossings)
+
+    @contextmanager
+    def _holding(self, opened: Pass | BlockByBlock) -> Iterator[None]:
+        outer = self._pass  # of a step in which a rule asks what the network predicts
+        self.__dict__["_pass"] = opened
+        try:
+            with ExitStack() as compiled:
+                for module, forward in self._compiled if outer is None else ():
+                    compiled.enter_context(called_instead(module, forward))
+                yield
+        finally:
+            self.__dict__["_pass"] = outer
             opened.close()
+
+    def compile(self, index: int, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Call what `wrap` makes of a cut module's forward in place of it, while a pass is open.
+
+        Raises:
+            LayerwiseError: another cut lies inside of the module, so that the pass stops there.
+        """
+        name, module, _ = self._stops[index]
+        inner = next((cut for cut in self.cuts if cut.startswith(name + ".")), None)
+        if inner is not None:
+            raise LayerwiseError(
+                f"block {name!r} cannot be compiled, because the cut {inner!r} lies inside of it; leave compile or one "
+                "of the two cuts out."
+            )
+        self._compiled.append((module, without_severing(wrap(module.forward))))
+
+    def _opened(self, sever: bool, one_by_one: bool | None = None) -> Pass | BlockByBlock:
+        if not (bool(self.again) if one_by_one is None else one_by_one):
+            return Pass(self._stops, self._whole, self._devices, sever, self._stand_in, range(self.first))
+        return BlockByBlock(self._stops, self._whole, self._devices, self._device(), self.blocks[0])
+
+    def _device(self) -> torch.device:
+        return next((p.device for p in self.model.parameters() if not p.is_meta), torch.device("cpu"))
+
+    def _stand_in(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert self._received is not None
+        return self._received(index, args, kwargs)
 
     def pull(self, index: int, h: Any) -> Tensor:
         """Run block `index` of the open pass.
@@ -157,7 +264,15 @@ class CallPartition(Partition):
                 "runs its blocks in one forward pass; choose a rule such as local_ce, or give a model that partition() "
                 "can trace."
             )
+        if index == self.first > 0:
+            self.__dict__["_received"] = Elsewhere(self._forms, index - 1, h)
+            h = self._batch
         return self._pass.pull(index, h)
+
+    def call(self, index: int, h: Tensor, module: nn.Module) -> Tensor:
+        """Call a module in place of that of block `index`, with the arguments of the open pass."""
+        assert isinstance(self._pass, BlockByBlock)
+        return self._pass.call(index, h, module)
 
     def skipped(self, index: int) -> bool:
         """Whether the open pass has left the block out."""
@@ -182,7 +297,12 @@ class CallPartition(Partition):
         common = self.layout if isinstance(self.layout, str) else None
         samples = next((len(t) for _, t in batch if t.dim()), 0)
         outputs, h = [], x
-        with self.passing(sever=False), torch.enable_grad(), layouts:
+        opened = self._opened(sever=False, one_by_one=False)
+        assert isinstance(opened, Pass)
+        forms: list[tuple[Any, Tensor]] = []
+        with self._holding(opened), torch.enable_grad(), layouts, ExitStack() as hooks:
+            for _, module, _ in self._stops:
+                hooks.callback(module.register_forward_pre_hook(uses.enter).remove)
             for _, t in batch:
                 if t.dim() and len(t) == samples:
                     own = getattr(self.model, "input_layout", None)
@@ -190,6 +310,7 @@ class CallPartition(Partition):
                     layouts.begin(t, given if given is not None and len(given) == t.dim() else None)
             for block in [*self.blocks, self.head]:
                 uses.block = block.index  # pyright: ignore[reportAttributeAccessIssue]
+                uses.inside = False
                 try:
                     with uses:
                         out = block(h)
@@ -213,12 +334,21 @@ class CallPartition(Partition):
                 if given is not None:
                     layouts.begin(out, given)
                 block.layout = layouts.of(out, samples) or self._likely_layout(out)
-                uses.hand_over(out)
+                if block is not self.head:
+                    forms.append(form_of(opened.whole, out))
                 h = out.detach()
+                uses.hand_over(out, h)
                 outputs.append(h)
             self.__dict__["input_layout"] = layouts.of(x, len(x)) if isinstance(x, Tensor) else None
         self._own(uses.used)
-        self.__dict__["crossings"] = uses.crossings
+        self.__dict__.update(crossings=uses.crossings, _forms=forms, _used=uses.used)
+        if self.again or all(block.before is None for block in self.blocks):
+            self.__dict__["irregular"] = self._why_irregular(x, outputs)
+        if self.again and self.irregular:
+            raise LayerwiseError(
+                f"{self.again}, and the blocks of {type(self.model).__name__} run once per step, inside one forward "
+                f"pass: {self.irregular}; choose a rule such as local_ce, or give a model that partition() can trace."
+            )
         return outputs
 
     @torch.no_grad()
@@ -246,6 +376,42 @@ class CallPartition(Partition):
             block.index = index  # pyright: ignore[reportAttributeAccessIssue]
         self.__dict__.update(cuts=tuple(name for name, _, _ in stops), blocks=blocks, _stops=stops, _unordered=False)
 
+    def outside(self) -> set[str]:
+        """Names of the tensors that lie in no module of a cut, or in several; before a probe."""
+        own = {name for block in [*self.blocks, self.head] for name in block.names()}
+        return {name for name in self._one_name_each() if name not in own or name in self.shared}
+
+    def keep_only(self, first: int, stop: int) -> set[str]:
+        """Prepare to run a range of the blocks only; see `Partition.keep_only`."""
+        if self.again:
+            raise LayerwiseError(
+                f"{self.again}, and others of them are on other ranks; train it in one process, or choose a rule such "
+                "as local_ce."
+            )
+        owned = {name for block in [*self.blocks, self.head] for name in block.names()}
+        learned = {name for name, p in self.model.named_parameters() if p.requires_grad and name in owned}
+        found = needed(self.crossings, self._used, learned, [*self.cuts, "head"], range(first, stop))
+        self.__dict__["first"] = first
+        return found
+
+    def _why_irregular(self, x: Any, outputs: Sequence[Tensor]) -> str:
+        """Why the blocks cannot be run one by one; nothing where they give the same bits so."""
+        crossing = next((c for c in self.crossings if c.stopped), None)
+        if crossing is not None:
+            return f"a gradient crosses with {crossing}"
+        h = x
+        try:
+            with self._holding(self._opened(sever=False, one_by_one=True)), torch.enable_grad():
+                for block, out in zip([*self.blocks, self.head, self.head], [*outputs, outputs[-1]], strict=True):
+                    h = block(outputs[-2] if block is self.head else h).detach()
+                    if not torch.equal(h, out):
+                        return f"run on its own, block {block.name!r} gives other bits"
+        except LayerwiseError as reason:
+            return str(reason).partition(", so that")[0]
+        except Exception as reason:  # of the model's own code, which is run as nobody meant it
+            return f"{type(reason).__name__} where they are run one by one"
+        return ""
+
     def describe(self) -> str:
         """One line per block with its parameters, and under it what crosses the cut before beside the teaching tensor.
 
@@ -265,6 +431,9 @@ class CallPartition(Partition):
             where = ", ".join(names[i] for i in sorted(blocks))
             who = "nobody" if self.tied == "frozen" else names[_owner(blocks, self.tied) or 0]
             lines.append(f"{name} is used by {where}; it is trained by {who}")
+        if self.irregular is not None:
+            regular = "regular: its blocks can be run one by one"
+            lines.append(f"not regular: {self.irregular}" if self.irregular else regular)
         return "\n".join(lines)
 
     def with_layout(self, layout: Mapping[str, str] | str) -> "CallPartition":
@@ -279,12 +448,13 @@ class CallPartition(Partition):
         if callable(self.output):
             found = self.output(out)
         elif self.output is not None:
-            found = out[self.output] if isinstance(out, Mapping) else getattr(out, self.output)
+            found = out.get(self.output) if isinstance(out, Mapping) else getattr(out, self.output, None)
         elif not isinstance(out, Tensor):
             found = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
         if not isinstance(found, Tensor):
             raise LayerwiseError(
-                f"{type(self.model).__name__} returns {type(out).__name__}, and no tensor of logits is known in it; "
+                f"{type(self.model).__name__} returns {type(out).__name__}, and no tensor of logits is known in it"
+                f"{f' under the name {self.output!r}' if isinstance(self.output, str) else ''}; "
                 "give output=..., a function such as lambda out: out.logits, or the name of the entry."
             )
         return found
@@ -310,11 +480,17 @@ class CallPartition(Partition):
             aliases.setdefault(id(tensor), []).append(name)
         owned: list[set[str]] = [set() for _ in range(len(self.cuts) + 1)]
         shared, unowned = {}, []
+        beside: dict[str, int] = {}  # a counter of training that the probe does not use belongs where its module does
+        for name, blocks in used.items():
+            for block in blocks:
+                beside.setdefault(name.rpartition(".")[0], block)
         learn = dict(self.model.named_parameters())
         for name, tensor in self._one_name_each().items():
             blocks = set(used.get(name, ())) or {
                 i for alias in aliases[id(tensor)] if (i := self._inside(alias)) is not None
             }
+            if name not in learn and not blocks and name.rpartition(".")[0] in beside:
+                blocks = {beside[name.rpartition(".")[0]]}
             if name in learn and len(blocks) > 1:
                 shared[name] = blocks
             owner = _owner(blocks, self.tied if name in learn else "last")
@@ -324,6 +500,7 @@ class CallPartition(Partition):
                 unowned.append(name)
         for block, names in zip([*self.blocks, self.head], owned, strict=True):
             block._names = names
+            block.users = {name: set(used[name]) for name in names if len(used.get(name, ())) > 1}
         self.__dict__["shared"] = shared
         if unowned:
             warnings.warn(

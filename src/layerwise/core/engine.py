@@ -510,7 +510,11 @@ class Engine:
         for parameter in group.parameters:
             if not parameter.requires_grad:  # frozen since an earlier batch of the update
                 parameter.grad = None
-        for optimizer in group.optimizers:
+        # A scaler refuses an optimizer all of whose parameters are frozen.
+        learning = (
+            group.optimizers if not group.scaler.is_enabled() else [o for o in group.optimizers if _has_gradient(o)]
+        )
+        for optimizer in learning:
             group.scaler.unscale_(optimizer)
         if self.execution.accumulate > 1:
             gradients = [p.grad for p in group.parameters if p.grad is not None]
@@ -521,7 +525,7 @@ class Engine:
         if self._may_step(group, h, loss, norm, step, trace):
             if self.execution.clip is not None:
                 nn.utils.clip_grads_with_norm_(group.parameters, self.execution.clip, norm)
-            for optimizer in group.optimizers:
+            for optimizer in learning:
                 set_learning_rate(optimizer, self._factor())
                 try:
                     group.scaler.step(optimizer)
@@ -580,3 +584,7 @@ class Engine:
             return False
         self._free(group)
         raise NonFinite(group.name, step, input_is_finite=h is None or all_finite(h))
+
+
+def _has_gradient(optimizer: torch.optim.Optimizer) -> bool:
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])

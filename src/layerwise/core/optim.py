@@ -1,7 +1,10 @@
 """Optimizers per group of blocks, learning-rate schedules, weight-decay groups."""
 
+import fnmatch
+import importlib
 import inspect
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,8 +15,10 @@ from torch import nn
 from layerwise.core.ranges import check_ranges
 from layerwise.errors import LayerwiseError, suggestion, unknown
 
-OptimizerFactory = Callable[..., torch.optim.Optimizer]
-"""From parameter groups to an optimizer."""
+OptimizerFactory = Callable[..., torch.optim.Optimizer | Sequence[torch.optim.Optimizer]]
+"""From parameter groups to an optimizer, or to several that share the parameters."""
+OptimizerChoice = str | type[torch.optim.Optimizer] | OptimizerFactory | Mapping[str, Mapping[str, Any]]
+"""What a learner takes as its `optimizer`."""
 
 _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw": ("AdamW", {}),
@@ -71,17 +76,18 @@ class Schedule:
 
 
 def optimizer_factory(
-    optimizer: str | type[torch.optim.Optimizer] | OptimizerFactory,
+    optimizer: OptimizerChoice,
     *,
     lr: float,
     weight_decay: float,
     options: Mapping[str, Any] | None = None,
-) -> OptimizerFactory:
-    """A function from parameter groups to an optimizer.
+) -> "Factory":
+    """A function from parameter groups to optimizers.
 
     Args:
         optimizer: `"adamw"`, `"adam"`, `"sgd"` (Nesterov momentum 0.9), `"rmsprop"`, the name of any class in
-            `torch.optim`, such a class, or a callable that takes the parameter groups.
+            `torch.optim`, the dotted path of a class (`"schedulefree.AdamWScheduleFree"`), such a class, a callable
+            that takes the parameter groups, or a mapping from patterns of parameter names to options (`ByName`).
         lr: learning rate; a plain callable sets its own and is scheduled from that.
         weight_decay: for tensors of two or more dimensions; norms and biases get none.
         options: further arguments of the optimizer's class, such as `{"betas": (0.9, 0.95)}`.
@@ -91,13 +97,16 @@ def optimizer_factory(
             a closure.
     """
     check_ranges(lr=lr, weight_decay=weight_decay)
+    if isinstance(optimizer, Mapping):
+        return _by_name(optimizer, {"lr": lr, "weight_decay": weight_decay, **(options or {})})
     preset: dict[str, Any] = {}
     if isinstance(optimizer, str):
         class_name, preset = _PRESETS.get(optimizer, (optimizer, {}))
-        found = getattr(torch.optim, class_name, None)
+        found = _imported(optimizer) if "." in optimizer else getattr(torch.optim, class_name, None)
         if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
             raise LayerwiseError(
-                f"unknown optimizer {optimizer!r}; {suggestion(optimizer, list(_PRESETS))}, or a class of torch.optim."
+                f"unknown optimizer {optimizer!r}; {suggestion(optimizer, list(_PRESETS))}, or a class of torch.optim, "
+                "or the dotted path of a class, such as schedulefree.AdamWScheduleFree."
             )
         optimizer = found
     if isinstance(optimizer, torch.optim.Optimizer):
@@ -135,55 +144,164 @@ def optimizer_factory(
     return FromClass(cls, arguments, can_fuse="fused" in legal and "fused" not in arguments)
 
 
+def _imported(path: str) -> Any:
+    """What a dotted path names, None where its module holds nothing of that name."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as reason:
+        if reason.name is None or not f"{module}.".startswith(f"{reason.name}."):
+            raise LayerwiseError(f"{module} cannot be imported ({reason}); install what it needs.") from reason
+        raise LayerwiseError(
+            f"there is no module {reason.name!r} for the optimizer {path!r}; install its package, or correct the name."
+        ) from reason
+    except (ImportError, ValueError) as reason:
+        raise LayerwiseError(f"the optimizer {path!r} cannot be imported ({reason}).") from reason
+
+
+class Factory(ABC):
+    """From parameter groups to optimizers; can be pickled, as a local function cannot."""
+
+    @abstractmethod
+    def __call__(self, groups: list[dict[str, Any]]) -> list[torch.optim.Optimizer]:
+        """Optimizers that together hold the parameters of these groups, each of them once.
+
+        Args:
+            groups: as torch has them, with `names` of the parameters and the `lr_multiplier` of their block.
+
+        Raises:
+            LayerwiseError: they cannot be made.
+        """
+
+    def check_names(self, names: Sequence[str]) -> None:  # noqa: B027
+        """Raise LayerwiseError where the factory speaks of parameters that the model, with these, does not have."""
+
+
 @dataclass(frozen=True)
-class FromClass:
-    """Makes an optimizer of a class; can be pickled, as a local function cannot."""
+class FromClass(Factory):
+    """Makes an optimizer of a class."""
 
     cls: type[torch.optim.Optimizer]
     arguments: Mapping[str, Any]
     can_fuse: bool
 
-    def __call__(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """An optimizer of these parameter groups.
-
-        Raises:
-            LayerwiseError: the class refuses its arguments.
-        """
+    def __call__(self, groups: list[dict[str, Any]]) -> list[torch.optim.Optimizer]:
         fused = {"fused": True} if self.can_fuse and _can_fuse(groups) else {}
+        groups = [{name: value for name, value in group.items() if name != "names"} for group in groups]
         try:
-            return self.cls(groups, **self.arguments, **fused)  # pyright: ignore[reportArgumentType]
+            return [self.cls(groups, **self.arguments, **fused)]  # pyright: ignore[reportArgumentType]
         except (TypeError, ValueError, IndexError) as reason:
             raise LayerwiseError(f"{self.cls.__name__} refuses its options: {reason}.") from reason
 
 
 @dataclass(frozen=True)
-class FromFunction:
-    """Asks a function of the user's for an optimizer, and checks what it gives."""
+class FromFunction(Factory):
+    """Asks a function of the user's for an optimizer or several, and checks what it gives.
+
+    The function is called with the parameter groups of one group of blocks. It may divide them anew: a rate of its own
+    for some, Muon for matrices and AdamW for the rest.
+
+    >>> layer = nn.Linear(3, 2)
+    >>> def function(groups):
+    ...     return [torch.optim.SGD(g["params"], lr=0.1 if g["names"] == ["weight"] else 0.2) for g in groups]
+    >>> groups = decay_groups([layer.weight, layer.bias], names={id(layer.weight): "weight", id(layer.bias): "bias"})
+    >>> [optimizer.defaults["lr"] for optimizer in FromFunction(function)(groups)]
+    [0.1, 0.2]
+    """
 
     function: Callable[..., Any]
 
-    def __call__(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """An optimizer of these parameter groups.
-
-        Raises:
-            LayerwiseError: the function fails, or gives something else.
-        """
+    def __call__(self, groups: list[dict[str, Any]]) -> list[torch.optim.Optimizer]:
+        multipliers = {id(p): group.get("lr_multiplier", 1.0) for group in groups for p in group["params"]}
         try:
             made = self.function(groups)
         except Exception as reason:  # of a function of the user's
             raise LayerwiseError(f"the function that makes optimizers fails: {reason}.") from reason
-        if not isinstance(made, torch.optim.Optimizer):
+        made = list(made) if isinstance(made, (list, tuple)) else [made]
+        for optimizer in made:
+            if not isinstance(optimizer, torch.optim.Optimizer):
+                raise LayerwiseError(
+                    f"the function that makes optimizers gave {type(optimizer).__name__}; let it return a "
+                    "torch.optim.Optimizer, or a list of them."
+                )
+            _refuse_closures(type(optimizer))
+        own = [group for optimizer in made for group in optimizer.param_groups]
+        held = [id(p) for group in own for p in group["params"]]
+        if sorted(held) != sorted(multipliers):
+            what = "put a parameter into two optimizers" if len(held) > len(set(held)) else "left parameters out"
             raise LayerwiseError(
-                f"the function that makes optimizers gave {type(made).__name__}; let it return a torch.optim.Optimizer."
+                f"the function that makes optimizers {what if set(held) <= set(multipliers) else 'added parameters'}; "
+                "give its optimizers exactly the parameters that it is called with, each of them once."
             )
-        _refuse_closures(type(made))
-        given = {id(p) for group in groups for p in group["params"]}
-        if {id(p) for group in made.param_groups for p in group["params"]} != given:
-            raise LayerwiseError(
-                "the function that makes optimizers left parameters out, or added some; give its optimizer exactly the "
-                "parameter groups that it is called with."
-            )
+        for group in own:
+            group.pop("names", None)
+            factors = {multipliers[id(p)] for p in group["params"]}
+            if len(factors) > 1:
+                raise LayerwiseError(
+                    "the function that makes optimizers joins parameters of blocks with different lr_multipliers; "
+                    "keep the groups that it is called with apart."
+                )
+            group["lr_multiplier"] = factors.pop()
         return made
+
+
+@dataclass(frozen=True)
+class ByName(Factory):
+    """Optimizers by patterns of parameter names; of several patterns that match, the first counts.
+
+    A `*` stands for any part of a name, dots included. The names are the model's own; those of the rule's modules begin
+    with `auxiliary.`.
+    """
+
+    factories: tuple[tuple[str, Factory], ...]
+
+    def __call__(self, groups: list[dict[str, Any]]) -> list[torch.optim.Optimizer]:
+        made: list[torch.optim.Optimizer] = []
+        for pattern, factory in self.factories:
+            chosen = []
+            for group in groups:
+                pairs = [
+                    (p, name)
+                    for p, name in zip(group["params"], group["names"], strict=True)
+                    if self._pattern(name) == pattern
+                ]
+                if pairs:
+                    chosen.append(group | {"params": [p for p, _ in pairs], "names": [name for _, name in pairs]})
+            made += factory(chosen) if chosen else []
+        return made
+
+    def _pattern(self, name: str) -> str:
+        """The first pattern that a name matches."""
+        return next(pattern for pattern, _ in self.factories if fnmatch.fnmatchcase(name, pattern))
+
+    def check_names(self, names: Sequence[str]) -> None:
+        for pattern, _ in self.factories:
+            if pattern != "*" and not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                raise LayerwiseError(
+                    f"the optimizer's pattern {pattern!r} matches no parameter; {suggestion(pattern, list(names)[:20])}"
+                    f"{', ...' if len(names) > 20 else ''}."
+                )
+
+
+def _by_name(patterns: Mapping[Any, Any], common: Mapping[str, Any]) -> ByName:
+    """A factory out of options by pattern; what they leave out is common to all."""
+    factories = []
+    for pattern, options in {**patterns, **({} if "*" in patterns else {"*": {}})}.items():
+        if not isinstance(pattern, str) or not isinstance(options, Mapping):
+            raise LayerwiseError(
+                f"the optimizer maps {pattern!r} to {options!r}; map patterns of parameter names to options, such as "
+                '{"*.lora_*": {"lr": 1e-3}}.'
+            )
+        own = dict(options)
+        optimizer = own.pop("optimizer", "adamw")
+        if isinstance(optimizer, Mapping):
+            raise LayerwiseError(f"the optimizer of {pattern!r} is a mapping; give a name, a class or a function.")
+        # An option that is common to all is left out where another optimizer is chosen, which may not have it.
+        shared = common if "optimizer" not in options else {name: common[name] for name in ("lr", "weight_decay")}
+        whole = {**shared, **own}
+        lr, weight_decay = whole.pop("lr"), whole.pop("weight_decay")
+        factories.append((pattern, optimizer_factory(optimizer, lr=lr, weight_decay=weight_decay, options=whole)))
+    return ByName(tuple(factories))
 
 
 def _refuse_closures(cls: type[torch.optim.Optimizer]) -> None:
@@ -228,7 +346,10 @@ def sparse_gradients(model: nn.Module) -> set[int]:
 
 
 def decay_groups(
-    parameters: Iterable[nn.Parameter], multiplier: float = 1.0, exempt: Collection[int] = ()
+    parameters: Iterable[nn.Parameter],
+    multiplier: float = 1.0,
+    exempt: Collection[int] = (),
+    names: Mapping[int, str] | None = None,
 ) -> list[dict[str, Any]]:
     """Two parameter groups: weights, which decay, and norms, biases and other vectors, which do not.
 
@@ -236,6 +357,7 @@ def decay_groups(
         parameters: of one block and its auxiliary module.
         multiplier: of the learning rate, kept in the group as `"lr_multiplier"` until the optimizer is made.
         exempt: identities of parameters of two or more dimensions that do not decay either, see `without_decay`.
+        names: names of the parameters by their identity, kept in the group as `"names"` until the optimizer is made.
 
     >>> layer = nn.Linear(3, 2)
     >>> [len(group["params"]) for group in decay_groups(layer.parameters())]
@@ -249,6 +371,8 @@ def decay_groups(
         groups.append({"params": weights, "lr_multiplier": multiplier})
     if vectors:
         groups.append({"params": vectors, "lr_multiplier": multiplier, "weight_decay": 0.0})
+    for group in groups if names is not None else ():
+        group["names"] = [names.get(id(p), "") for p in group["params"]]  # pyright: ignore[reportOptionalMemberAccess]
     return groups
 
 
@@ -257,6 +381,26 @@ def begin_schedule(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         group["lr"] = group["lr"] * group.pop("lr_multiplier", 1.0)
         group["scheduled"] = (group["lr"], group["lr"])
+
+
+def own_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]] | None:
+    """Numbers that an optimizer of another package keeps in its groups, such as a count of its steps.
+
+    The optimizers of torch keep everything that changes in the state of their parameters; None for them.
+    """
+    if type(optimizer).__module__.startswith("torch."):
+        return None
+    found = []
+    for group in optimizer.param_groups:
+        kept = {name: value for name, value in group.items() if name not in ("params", "lr", "scheduled")}
+        found.append({name: value for name, value in kept.items() if isinstance(value, (bool, int, float))})
+    return found
+
+
+def set_own_settings(optimizer: torch.optim.Optimizer, settings: Sequence[Mapping[str, Any]]) -> None:
+    """Continue from `own_settings()`."""
+    for group, found in zip(optimizer.param_groups, settings, strict=True):
+        group.update(found)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from layerwise.core.devices import preserved_generator, seed_device
+
 
 def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed that is a pure function of `parts`, the same on every machine.
@@ -28,8 +30,7 @@ def derive_seed(*parts: int | str) -> int:
 def seed_generators(seed: int, device: torch.device) -> None:
     """Start torch's global generators of the host and of `device` at `seed`."""
     torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+    seed_device(seed, device)
 
 
 _IN_USE = threading.RLock()
@@ -43,5 +44,5 @@ def preserved_generators(device: torch.device) -> Iterator[None]:
 
     Other threads that ask for the same wait: two learners in two threads take turns, and each has its own draws.
     """
-    with _IN_USE, torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
+    with _IN_USE, torch.random.fork_rng([]), preserved_generator(device):
         yield

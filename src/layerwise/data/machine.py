@@ -1,21 +1,17 @@
 """What this machine has: optional packages, a cache, folders of data sets."""
 
-import importlib
 import os
 from pathlib import Path
 from typing import Any
 
+from layerwise import extras
 from layerwise.errors import LayerwiseError
 from layerwise.files import kind_of, shown
 
 
 def need(module: str) -> Any:
     """Import a module of the `data` extra, or say how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise LayerwiseError(f"{package} is not installed; run pip install 'layerwise[data]'") from error
+    return extras.need(module, "data")
 
 
 def cache_folder() -> Path:

@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor
 
 from layerwise import rules
@@ -15,21 +14,6 @@ from layerwise.core.tasks import KINDS, Classification, Task
 from layerwise.errors import LayerwiseError, suggestion
 from layerwise.parallel.alone import OneProcess
 from layerwise.parallel.stage import Stage
-
-
-def usable_device(device: torch.device | str) -> torch.device:
-    """A device that blocks can run on."""
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, TypeError, AssertionError) as reason:
-        said = str(reason).splitlines()[0].rstrip(".")
-        raise LayerwiseError(
-            f"device {device!r} cannot be used ({said}); choose one that this machine has."
-        ) from reason
-    if found.type == "meta":
-        raise LayerwiseError("nothing can be trained on the device 'meta'; choose one that holds numbers.")
-    return found
 
 
 def usable_task(task: Task | str | None, label_smoothing: float = 0.0) -> Task:

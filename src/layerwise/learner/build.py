@@ -1,5 +1,6 @@
 """From a model, a rule and an example to groups of blocks with optimizers."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from layerwise.core.blocks import Block, Partition
 from layerwise.core.contract import asking, groups_of
 from layerwise.core.engine import Engine, Execution
 from layerwise.core.groups import Group, Grouping, Unit
-from layerwise.core.optim import OptimizerFactory, begin_schedule, decay_groups, sparse_gradients, without_decay
+from layerwise.core.late import LateWeights, NotLate
+from layerwise.core.optim import Factory, begin_schedule, decay_groups, sparse_gradients, without_decay
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.rule import Rule, Site
 from layerwise.core.tasks import Task
@@ -33,13 +35,15 @@ class Setup:
 
     network: Partition
     rule: Rule
-    factory: OptimizerFactory
+    factory: Factory
     lr_multipliers: Mapping[str, float]
     execution: Execution
     stage: Stage | WholeNetwork
     replicas: Replicas | OneProcess
-    make_offload: Callable[[Sequence[Sequence[Block]]], Offload | NotOffloaded]
-    """From the blocks of every group to what moves them."""
+    make_offload: Callable[[Sequence[Sequence[Block]], int], Offload | NotOffloaded]
+    """From the blocks of every group here, and the number of the first block, to what moves them."""
+    late: LateWeights | NotLate
+    """Makes weights where the model was made without."""
     seed: int
     task: Task
     """Without the number of outputs."""
@@ -82,7 +86,15 @@ class Built:
         names = [block.name for block in blocks]
         ranges = groups_of(setup.rule, names)
         ends = [later.start for later in ranges[1:]] + [len(blocks)]
-        self.offload = setup.make_offload([blocks[s.start : end] for s, end in zip(ranges, ends, strict=True)])
+        parts = [blocks[s.start : end] for s, end in zip(ranges, ends, strict=True)]
+        # Which blocks are here, and what belongs to them, may be known only when the network has run.
+        known = isinstance(setup.stage, WholeNetwork) and not setup.network.owns_by_use
+        self.offload: Offload | NotOffloaded = NotOffloaded()
+        if known:
+            self._settle(parts, 0)
+        else:
+            setup.late.make(setup.network.outside())
+            setup.late.follow(blocks)
         if any(t.is_complex() for t in trees.tensors(x)):
             raise LayerwiseError(
                 "the inputs are complex numbers, which no rule can read; give torch.view_as_real(x) or their absolute "
@@ -93,6 +105,8 @@ class Built:
         self.task = setup.task.fitted(outputs[-1])
         self.engine = Engine(setup.rule, self.task, setup.execution, self.resident)
         mine = setup.stage.choose(setup.rule, setup.network, ranges, x[:1] if isinstance(x, Tensor) else x)
+        if not known:
+            self._settle([parts[i] for i in mine], ranges[mine.start].start)
         tensors = [*setup.network.parameters(), *setup.network.buffers()]
         setup.replicas.copy_from_first((tensor for tensor in tensors if not tensor.is_meta), setup.facts)
         sizes = tuple(tuple(out.shape[1:]) for out in outputs)
@@ -112,6 +126,7 @@ class Built:
                 group = self._group(own, ahead=units[ends[i] : ranges[i].stop])
                 groups.append(group)
                 self.offload.add(group)
+        setup.factory.check_names([name for name, _ in self.named_parameters()])
         if setup.execution.micro > 1:
             known = dict(zip(names, setup.network.layouts, strict=True))
             check_micro(
@@ -122,7 +137,13 @@ class Built:
         self.grouping = Grouping(setup.rule, groups, names, self._scaler)
         if setup.compile:
             compile_blocks(blocks, setup.compile)
+        self._warn_of_readouts(units)
         self.watch = Watch(setup.network.model, parameters=not setup.replicas.shares_parameters)
+
+    def _settle(self, parts: Sequence[Sequence[Block]], first: int) -> None:
+        """Make the blocks of these groups, and put them where they are kept; `first` is the first one's number."""
+        self.offload = self.setup.make_offload(parts, first)
+        self.setup.late.make_rest([block for part in parts for block in part])
 
     @property
     def groups(self) -> list[Group]:
@@ -172,13 +193,14 @@ class Built:
         setup = self.setup
         learning = [unit for unit in units if setup.rule.trains(unit.site)]
         shard_of = setup.replicas.shard_of
+        names = {id(shard_of(parameter)): name for name, parameter in self.named_parameters()}
         exempt = without_decay(setup.network.model) | without_decay(self.auxiliary)
         exempt |= {id(shard_of(p)) for unit in learning for p in unit.parameters() if id(p) in exempt}
         groups = [
             group
             for unit in learning
             for group in decay_groups(
-                map(shard_of, unit.parameters()), setup.lr_multipliers.get(unit.site.name, 1.0), exempt
+                map(shard_of, unit.parameters()), setup.lr_multipliers.get(unit.site.name, 1.0), exempt, names
             )
         ]
         sparse = sparse_gradients(setup.network.model)
@@ -186,11 +208,35 @@ class Built:
             if any(id(p) in sparse for p in group["params"]):
                 group["fused"] = False  # the fused kernels take dense gradients alone
         parameters = [p for group in groups for p in group["params"]]
-        optimizers = [setup.factory(groups)] if groups else []
+        optimizers = setup.factory(groups) if groups else []
         for optimizer in optimizers:
             begin_schedule(optimizer)
+            if callable(mode := getattr(optimizer, "train", None)):
+                mode()  # schedule-free ones refuse to step otherwise
             setup.replicas.check_optimizer(optimizer)
         return Group(units, ahead, parameters, optimizers, self._scaler())
+
+    def _warn_of_readouts(self, units: Sequence[Unit]) -> None:
+        """Warn where a block is frozen but for adapters, and the rule's own module is larger than these."""
+        larger = []
+        for unit in units:
+            own = list(unit.block.parameters())
+            trained = sum(p.numel() for p in own if p.requires_grad)
+            readout = sum(p.numel() for p in unit.auxiliary.parameters() if p.requires_grad) if unit.auxiliary else 0
+            if 0 < trained < readout and trained < sum(p.numel() for p in own):
+                larger.append(f"{unit.site.name} ({readout:,} against {trained:,})")
+        if larger:
+            warnings.warn(
+                f"rule {self.setup.rule.name!r} adds readouts that have more parameters than what the blocks train: "
+                f"{', '.join(larger[:3])}{', ...' if len(larger) > 3 else ''}; 'sll' has none that are trained.",
+                stacklevel=2,
+            )
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The network's parameters under the model's names, then the rule's under `auxiliary.`."""
+        yield from self.setup.network.named_parameters()
+        for name, parameter in self.auxiliary.named_parameters():
+            yield f"auxiliary.{name}", parameter
 
     def _scaler(self) -> torch.amp.GradScaler:
         execution = self.setup.execution
@@ -237,15 +283,15 @@ def compile_blocks(blocks: Sequence[Block], backend: bool | str) -> None:
         block.compile(lambda run, name=name, kind=kind: torch.compile(_with_own_code(run, name), backend=kind))
 
 
-def _with_own_code(run: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor], Tensor]:
+def _with_own_code(run: Callable[..., Any], name: str) -> Callable[..., Any]:
     """`run` as a function with a code object of its own.
 
     Dynamo keeps what it compiled per code object, eight versions at most; blocks that shared one would fall
     back to plain Python from the ninth on, and take each other's shapes for dynamic ones.
     """
 
-    def block(h: Tensor) -> Tensor:
-        return run(h)
+    def block(*args: Any, **kwargs: Any) -> Any:
+        return run(*args, **kwargs)
 
     block.__code__ = block.__code__.replace(co_name=f"block {name}")
     return block

@@ -57,6 +57,8 @@ def check_parts(state: Any) -> None:
     for name in ("steps", "skipped"):
         if not _is_count(state[name]):
             raise _unfit(f"{name} = {short(state[name])} is not a whole number from 0 up")
+    if not isinstance(state.get("settings", {}), Mapping):  # missing in the checkpoints of older versions
+        raise _unfit("'settings' is no mapping")
     _check_accumulation(state["accumulation"], state["steps"])
     if state["skipped"] > state["steps"]:
         raise _unfit(f"{state['skipped']} of {state['steps']} steps are skipped ones")
@@ -81,6 +83,7 @@ def check_state(state: Mapping[str, Any], expected: Expected) -> None:
             _check_tensor(gradient, own.shape, own.dtype, f"the gradient of {name!r}")
     _check_optimizers(state, expected)
     _check_rates(state["rates"], expected)
+    _check_settings(state.get("settings", {}), expected)
     for name in expected.scalers:
         _check_scaler(name, state["scaler"].get(name))
 
@@ -210,6 +213,22 @@ def _check_rates(given: Mapping[str, Any], expected: Expected) -> None:
                 right &= right and all(isinstance(rate, (int, float)) and 0 <= rate <= LARGEST for rate in found)
         if not right:
             raise _unfit(f"'rates' has {short(rates)} for {name!r}")
+
+
+def _check_settings(given: Mapping[str, Any], expected: Expected) -> None:
+    """Numbers that optimizers of other packages keep in their groups: by name, for every group, or None."""
+    for name, counts in expected.rates.items():
+        found = given.get(name, [])
+        right = isinstance(found, (list, tuple)) and len(found) in (0, len(counts))
+        for settings, count in zip(found, counts, strict=False) if right else ():
+            if settings is not None:
+                right &= isinstance(settings, (list, tuple)) and len(settings) == count
+                right &= right and all(isinstance(group, Mapping) for group in settings)
+                values = [(key, value) for group in settings for key, value in group.items()] if right else []
+                right &= all(isinstance(key, str) and key != "params" for key, _ in values)
+                right &= all(isinstance(value, (bool, int, float)) and math.isfinite(value) for _, value in values)
+        if not right:
+            raise _unfit(f"'settings' has {short(found)} for {name!r}")
 
 
 def _check_scaler(name: str, given: Any) -> None:

@@ -14,10 +14,11 @@ from layerwise.core import pieces
 from layerwise.core.blocks import Block, Partition
 from layerwise.core.calls import CallPartition, Output, Read, Tied
 from layerwise.core.contract import asking, check_begin, check_prediction, check_rule
+from layerwise.core.devices import check_precision, usable_device
 from layerwise.core.engine import Engine, Execution, detach
 from layerwise.core.failures import in_a_sentence
 from layerwise.core.groups import Group
-from layerwise.core.optim import OptimizerFactory, Schedule, optimizer_factory
+from layerwise.core.optim import OptimizerChoice, Schedule, optimizer_factory
 from layerwise.core.progress import Trace
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.ranges import check_ranges
@@ -31,7 +32,6 @@ from layerwise.learner.arguments import (
     check_labels_of,
     check_options,
     check_types,
-    usable_device,
     usable_task,
 )
 from layerwise.learner.build import ONE_PROCESS, Built, NotBuilt, Setup
@@ -39,6 +39,7 @@ from layerwise.learner.checks import check_parts
 from layerwise.learner.metrics import Metrics
 from layerwise.learner.network import check_reads, check_serves, cut, labelled
 from layerwise.learner.optimizer import EveryOptimizer
+from layerwise.learner.weights import Weights, late_weights, save_blocks
 from layerwise.memory.meter import MemoryMeter, MemoryUse, optimizer_tensors
 from layerwise.memory.offload import NotOffloaded, Offload, Where, check_offload
 from layerwise.parallel.alone import OneProcess, WholeNetwork
@@ -61,9 +62,10 @@ class Learner:
     Args:
         model: a module, or a `Partition` of one. It is trained in place and stays an ordinary module.
         rule: name of a rule, or a rule.
-        optimizer: `"adamw"`, `"adam"`, `"sgd"`, `"rmsprop"`, any class of `torch.optim` or its name, or a
-            callable from parameter groups to an optimizer. Every group of blocks gets its own; `learner.optimizer`
-            shows them as one.
+        optimizer: `"adamw"`, `"adam"`, `"sgd"`, `"rmsprop"`, any class of `torch.optim` or its name, the dotted path
+            of another package's class, a callable from parameter groups to an optimizer or several, or a mapping from
+            patterns of parameter names to options (`{"*.lora_*": {"lr": 1e-3}}`, with `optimizer` among them where it
+            is not AdamW). Every group of blocks gets its own; `learner.optimizer` shows them as one.
         lr: learning rate.
         weight_decay: of weights; norms and biases have none.
         optimizer_options: further arguments of the optimizer's class.
@@ -103,6 +105,10 @@ class Learner:
         offload: `"host"` or `"disk"` keeps parameters and optimizer state there, and on the device only those of the
             groups that are about to run; `onload` brings them back. Until then the model's own tensors show nothing.
         offload_folder: for the file of `"disk"`; the system's folder for temporary files if not given.
+        weights: of a model that was made on the meta device (`with torch.device("meta")`), whose blocks are made one by
+            one when each is first needed: a safetensors file or folder, or a function of a module's name and the module
+            that fills what the module itself holds. Each module draws its own, by `reset_parameters` or the model's
+            `_init_weights`, if not given; the draws depend on the seed and the module's name.
 
     What the owner does to the model is followed: its mode (`train()`, `eval()`, of single modules too), parameters
     that are frozen or thawed, rates that are set in `learner.optimizer.param_groups`. A module or parameter that is
@@ -126,7 +132,7 @@ class Learner:
         model: nn.Module,
         rule: str | Rule = "sll",
         *,
-        optimizer: str | type[torch.optim.Optimizer] | OptimizerFactory = "adamw",
+        optimizer: OptimizerChoice = "adamw",
         lr: float = 1e-3,
         weight_decay: float = 0.01,
         optimizer_options: Mapping[str, Any] | None = None,
@@ -154,31 +160,32 @@ class Learner:
         device: torch.device | str | None = None,
         offload: Where = "none",
         offload_folder: str | Path | None = None,
+        weights: Weights = None,
     ):
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "model", "rule")}
-        self._arguments["example"] = None  # a batch is not kept
+        self._arguments |= {"example": None, "weights": None}  # a batch is not kept, and weights are made once
         check_types(lr_multipliers, channels_last, stage, replicas, cuts, layout)
         check_ranges(
             clip=clip, accumulate=accumulate, micro=micro, label_smoothing=label_smoothing, seed=seed, blocks=blocks
         )
         check_ranges(lr=lr, weight_decay=weight_decay, lr_multipliers=lr_multipliers or {})
         check_options(precision, nonfinite)
-        check_offload(offload, stage or replicas, compile)
+        check_offload(offload, replicas, compile)
         replicas = replicas or ONE_PROCESS
         replicas.check(precision=precision, compile=compile, channels_last=channels_last)
         self.rule = rules.create(rule) if isinstance(rule, str) else rule
         check_rule(self.rule)
+        late = late_weights(model, weights, seed, device)
         self.network: Partition = cut(model, cuts, blocks, output, read, tied, example, layout)
         self._arguments |= {"cuts": None, "blocks": None, "output": None, "read": None, "tied": None}  # done
         if isinstance(self.network, CallPartition):
-            check_serves(
-                self.network, self.rule, offload=offload, stage=stage, replicas=replicas, compile=compile, micro=micro
-            )
+            check_serves(self.network, self.rule, micro)
         names = [block.name for block in [*self.network.blocks, self.network.head]]
         for name in lr_multipliers or {}:
             if name not in names:
                 raise LayerwiseError(f"lr_multipliers names no block {name!r}; {suggestion(name, names)}.")
         self.device = next(model.parameters()).device if device is None else usable_device(device)
+        check_precision(precision, self.device)
         if device is not None and offload == "none":
             self.network.to(self.device)
         self.channels_last = channels_last
@@ -214,6 +221,7 @@ class Learner:
             stage or WholeNetwork(),
             replicas,
             self._moved_by,
+            late,
             seed,
             task,
             compile,
@@ -262,11 +270,12 @@ class Learner:
         if isinstance(self._built, NotBuilt):
             self.build(x)
 
-    def _moved_by(self, blocks: Sequence[Sequence[Block]]) -> Offload | NotOffloaded:
+    def _moved_by(self, blocks: Sequence[Sequence[Block]], first: int) -> Offload | NotOffloaded:
         """What moves the blocks of these groups; the same again where an earlier attempt has failed at the input."""
         kind, folder = self._offload_to
         if kind != "none" and not self.offload.active:
-            self.offload = Offload(kind, folder, self.device, self.rule, blocks)
+            total, make = len(self._setup.blocks), self._setup.late.make_rest
+            self.offload = Offload(kind, folder, self.device, self.rule, blocks, first, total, make)
         return self.offload
 
     def _optimizers(self) -> Iterator[torch.optim.Optimizer]:
@@ -382,8 +391,8 @@ class Learner:
             built.auxiliary.train(self.network.model.training)
             step, trace, updates = self.steps, Trace(), self.updates
             seed_generators(derive_seed(self._setup.execution.seed, "begin", step), self.device)
-            h, message = self._begin(x, y, step)
-            with self.network.passing():
+            with self.network.passing(x):
+                h, message = self._begin(x, y, step)
                 h, message = built.engine.step(self.groups_at(updates), h, message, y, step, trace)
             self.steps += 1
             self._count(updates)
@@ -472,8 +481,8 @@ class Learner:
             x, y = self._ready(x, y)
             built = self.built
             built.watch.check()
-            h, message = self._begin(x, y, None)
-            with self.network.passing():
+            with self.network.passing(x):
+                h, message = self._begin(x, y, None)
                 for group in built.groups:
                     with built.resident(group.units):
                         _, h, message = built.engine.forward(group, h, message, y, None, trace)
@@ -536,6 +545,7 @@ class Learner:
         with preserved_generators(self.device):  # first, so that other threads see no mode but their own
             modules = [self.network, *self.network.model.modules(), *self.auxiliary.modules()]
             modes = [(module, module.training) for module in modules]
+            training = self.optimizer.training
             self.network.eval()
             self.auxiliary.eval()
             self.optimizer.eval()
@@ -545,7 +555,8 @@ class Learner:
                     seed_generators(derive_seed(self._setup.execution.seed, "evaluation"), self.device)
                     yield
             finally:
-                self.optimizer.train()
+                if training:
+                    self.optimizer.train()
                 for module, mode in modes:
                     module.training = mode
                 self.replicas.release()
@@ -568,8 +579,9 @@ class Learner:
             return self._predicted(x)
         first = self._modules_by_site().get(0)
         h, message = pieces.ask(self.rule, x, first) if self.stage.first else self.stage.receive()
-        for unit in (unit for group in self.groups for unit in group.units):
-            h, message = pieces.answer(self.rule, unit.site, unit.block(h), message, unit.auxiliary)
+        with self.network.passing(x):
+            for unit in (unit for group in self.groups for unit in group.units):
+                h, message = pieces.answer(self.rule, unit.site, unit.block(h), message, unit.auxiliary)
         self.stage.pass_on(h, message, skipped=False)
         return h if self.stage.last else None
 
@@ -669,6 +681,19 @@ class Learner:
         states.load_state(self._built, state)
         self.steps, self.skipped = state["steps"], state["skipped"]
         self._prepared = self._prepared or self.steps > 0
+
+    def save_weights(self, folder: str | Path) -> None:
+        """Write the network's weights, a safetensors file per block and an index, as `transformers` reads them.
+
+        Never more than one tensor is held beside what the learner holds. Each of several ranks writes its own blocks.
+
+        Args:
+            folder: made if it is not there; files of the same names are replaced.
+
+        Raises:
+            LayerwiseError: nothing is built yet, or the folder cannot be written to.
+        """
+        save_blocks(self.built, Path(folder))
 
     def onload(self) -> None:
         """Bring all offloaded blocks to the device, for good: the model is an ordinary module again."""

@@ -26,6 +26,8 @@ class EveryOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, own: Callable[[], Iterator[torch.optim.Optimizer]]):
+        self.training = True
+        """Whether optimizers that have a mode are in training mode."""
         self._own = own  # asked anew each time: loading a state replaces an optimizer's groups
         super().__init__([torch.zeros(0)], {})
         self._ready = True
@@ -100,13 +102,15 @@ class EveryOptimizer(torch.optim.Optimizer):
             optimizer.zero_grad(set_to_none)
 
     def train(self) -> None:
-        """Put optimizers that have a mode (schedule-free ones) into training mode."""
+        """Put optimizers that have a mode (schedule-free ones) into training mode, in which they begin."""
+        self.training = True
         for optimizer in self._own():
             if callable(mode := getattr(optimizer, "train", None)):
                 mode()
 
     def eval(self) -> None:
         """Put optimizers that have a mode (schedule-free ones) into evaluation mode: weights become the averages."""
+        self.training = False
         for optimizer in self._own():
             if callable(mode := getattr(optimizer, "eval", None)):
                 mode()

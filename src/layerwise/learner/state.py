@@ -1,13 +1,14 @@
 """The state of a learner as a mapping: whether it fits, which part of it is here, the whole out of its parts."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from layerwise.core.groups import Group
-from layerwise.core.optim import base_rates, set_base_rates
+from layerwise.core.optim import base_rates, own_settings, set_base_rates, set_own_settings
 from layerwise.learner.build import Built
 from layerwise.learner.checks import Expected, check_state
 
@@ -20,8 +21,8 @@ def without_meta(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def joined(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The state of one whole learner out of those of all stages, in the order of the ranks."""
     whole = dict(states[-1])
-    for part in ("model", "auxiliary", "optimizer", "gradients", "scaler", "rates"):
-        whole[part] = {name: value for state in states for name, value in state[part].items()}
+    for part in ("model", "auxiliary", "optimizer", "gradients", "scaler", "rates", "settings"):
+        whole[part] = {name: value for state in states for name, value in state.get(part, {}).items()}
     return whole
 
 
@@ -29,7 +30,8 @@ def state_of(built: Built, skipped: int, steps: int) -> dict[str, Any]:
     """Everything that decides how training continues; see `Learner.state_dict`."""
     setup, replicas = built.setup, built.setup.replicas
     offloaded = built.offload.active
-    own = [(name, replicas.shard_of(parameter)) for name, parameter in named_parameters(built)]
+    own = [(name, replicas.shard_of(parameter)) for name, parameter in built.named_parameters()]
+    settings = {group.name: [own_settings(optimizer) for optimizer in group.optimizers] for group in built.groups}
     rates = {group.name: [base_rates(optimizer) for optimizer in group.optimizers] for group in built.groups}
     state = {
         "model": without_meta(setup.network.state_dict(keep_vars=offloaded)),
@@ -38,6 +40,7 @@ def state_of(built: Built, skipped: int, steps: int) -> dict[str, Any]:
         "gradients": {n: to_full(built, p, p.grad) for n, p in own if p.grad is not None},
         "scaler": built.grouping.scalers(),
         "rates": {name: found for name, found in rates.items() if any(found)},
+        "settings": {name: found for name, found in settings.items() if any(found)},
         "accumulation": built.engine.accumulation.state(),
         "rule": setup.rule.name,
         "steps": steps,
@@ -60,14 +63,17 @@ def load_state(built: Built, state: Mapping[str, Any]) -> None:
         for optimizer, rates in zip(group.optimizers, state.get("rates", {}).get(group.name, []), strict=False):
             if rates is not None:
                 set_base_rates(optimizer, rates)
+        for optimizer, found in zip(group.optimizers, state.get("settings", {}).get(group.name, []), strict=False):
+            if found is not None:
+                set_own_settings(optimizer, found)
     built.grouping.load_scalers(state["scaler"])
     built.engine.accumulation.load(state["accumulation"])
 
 
 def expected_of(built: Built) -> Expected:
     """What a state has to fit."""
-    setup, parameters = built.setup, dict(named_parameters(built))
-    updated = {p: optimizer for g in built.groups for optimizer in g.optimizers for p in g.parameters}
+    setup, parameters = built.setup, dict(built.named_parameters())
+    updated = {p: optimizer for optimizer in built.optimizers() for p in held_by(optimizer)}
     kept = {name: setup.replicas.shard_of(parameter) for name, parameter in parameters.items()}
     return Expected(
         setup.rule.name,
@@ -82,17 +88,15 @@ def expected_of(built: Built) -> Expected:
     )
 
 
-def named_parameters(built: Built) -> Iterator[tuple[str, nn.Parameter]]:
-    """The network's parameters under the model's names, then the rule's under `auxiliary.`."""
-    yield from built.setup.network.named_parameters()
-    for name, parameter in built.auxiliary.named_parameters():
-        yield f"auxiliary.{name}", parameter
+def held_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """The parameters of an optimizer, in its own order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def optimizer_states(built: Built) -> dict[str, dict[str, Any]]:
     """Optimizer state per parameter name, whatever the grouping of the blocks."""
     shard_of = built.setup.replicas.shard_of
-    names: dict[Tensor, str] = {shard_of(parameter): name for name, parameter in named_parameters(built)}
+    names: dict[Tensor, str] = {shard_of(parameter): name for name, parameter in built.named_parameters()}
     return {
         names[parameter]: {name: to_full(built, parameter, value) for name, value in state.items()}
         for optimizer in built.optimizers()
@@ -107,12 +111,12 @@ def _load(built: Built, groups: Sequence[Group], state: Mapping[str, Any], auxil
         own = without_meta(module.state_dict(keep_vars=True))
         here = {name: to_shard(built, t, given[name]) for name, t in own.items() if id(t) not in away}
         module.load_state_dict(here, strict=False)
-    here = {p: name for name, p in named_parameters(built) if not p.is_meta and id(p) not in away}
+    here = {p: name for name, p in built.named_parameters() if not p.is_meta and id(p) not in away}
     names = {shard_of(p): name for p, name in here.items()}
     for group in groups:
         for optimizer in group.optimizers:
             packed = optimizer.state_dict()
-            found = [(p, state["optimizer"].get(names[p])) for p in group.parameters]
+            found = [(p, state["optimizer"].get(names[p])) for p in held_by(optimizer)]
             packed["state"] = {
                 i: {name: to_shard(built, p, value) for name, value in s.items()}
                 for i, (p, s) in enumerate(found)

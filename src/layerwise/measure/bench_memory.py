@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from layerwise.measure.bench_problem import (
     CLASSES,
     CPU,
     DeviceProblem,
-    model_dials,
+    options_of,
     parse_problem,
     prepared,
     write_figures,
@@ -48,7 +48,7 @@ class MemoryOptions(DeviceProblem):
 def memory_of(
     rule: str,
     model: str,
-    depth: int,
+    depth: int | None,
     *,
     shape: tuple[int, int, int] = (3, 32, 32),
     batch_size: int = 64,
@@ -65,7 +65,7 @@ def memory_of(
     Args:
         rule: name of a rule.
         model: name of a model.
-        depth: number of blocks.
+        depth: number of blocks; as the model is if None.
         shape: channels, height, width.
         batch_size: samples per batch.
         optimizer: name of the optimizer.
@@ -90,6 +90,7 @@ def memory_of(
     )
     learner.step(x, y)
     _, use = learner.measured_step(x, y)
+    depth = len(learner.network.blocks) if depth is None else depth
     return {"rule": rule, "model": model, "depth": depth, "offload": offload, **asdict(use)}
 
 
@@ -123,6 +124,12 @@ def answer() -> None:
     print(json.dumps(answer))
 
 
+def depths_of(model: str, depths: list[int]) -> list[int] | list[None]:
+    """The numbers of blocks at which a model is measured; one measurement, as it is, for one that has no depth."""
+    dials = {field.name for field in fields(models.options(model))}
+    return depths if "depth" in dials else [None]
+
+
 def memory_command(argv: list[str]) -> int:
     """`layerwise bench memory`: print a row per model, rule and depth."""
     options = parse_problem(MemoryOptions, argv, "bench memory")
@@ -130,20 +137,22 @@ def memory_command(argv: list[str]) -> int:
         depths = [int(depth) for depth in options.depths.split(",")]
     except ValueError as reason:
         raise LayerwiseError(f"--depths {options.depths!r} is not a list such as 4,16,64.") from reason
-    for model in options.model:
-        for depth in depths:
+    by_model = {model: depths_of(model, depths) for model in options.model}
+    for model, depth in [(name, depth) for name in options.model for depth in by_model[name]]:
+        made = options_of(model, depth, options.model_options)
+        if not isinstance(made, models.OutsideModel):
             with torch.device("meta"):  # report mistakes before the first measurement
-                network = models.create(model, options.shape, CLASSES, **model_dials(options.model_options, depth))
+                network = made.build(options.shape, CLASSES)
             for rule in options.rule if options.offload != "none" else ():
                 window_of(rules.create(rule), len(network.block_names))
     if options.offload == "disk":
         DiskStore(Path(options.offload_folder or tempfile.gettempdir()), CPU)  # refuses a folder that it cannot use
-    rows = []
+    rows, width = [], max(8, *(len(model) + 1 for model in options.model))
     columns = COLUMNS if options.offload == "none" else (*COLUMNS, "resident")
-    print(f"{'rule':<20}{'model':<8}{'depth':>6}" + "".join(f"{name:>14}" for name in columns) + "   (MiB)")
+    print(f"{'rule':<20}{'model':<{width}}{'depth':>6}" + "".join(f"{name:>14}" for name in columns) + "   (MiB)")
     for model in options.model:
         for rule in options.rule:
-            for depth in depths:
+            for depth in by_model[model]:
                 task = {
                     "rule": rule,
                     "model": model,
@@ -159,8 +168,14 @@ def memory_command(argv: list[str]) -> int:
                     **options.model_options,
                 }
                 apart = options.offload != "none"
-                row = in_own_process(task | {"threads": torch.get_num_threads()}) if apart else memory_of(**task)
+                try:
+                    row = in_own_process(task | {"threads": torch.get_num_threads()}) if apart else memory_of(**task)
+                except LayerwiseError as reason:
+                    if options.rule != MemoryOptions.rule or not issubclass(models.options(model), models.OutsideModel):
+                        raise
+                    print(f"layerwise: note: {rule} is left out: {reason}", file=sys.stderr)
+                    break
                 rows.append(row)
                 figures = "".join(f"{'-' if row[n] is None else f'{row[n] / 2**20:.3f}':>14}" for n in columns)
-                print(f"{rule:<20}{model:<8}{depth:>6}{figures}", flush=True)
+                print(f"{rule:<20}{model:<{width}}{row['depth']:>6}{figures}", flush=True)
     return write_figures(options, rows, "memory", argv)

@@ -5,23 +5,25 @@ import json
 import shlex
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from layerwise import models, rules
+from layerwise.core.devices import pick_device
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.ranges import check_ranges
+from layerwise.core.tasks import LanguageModel
+from layerwise.core.trees import mapped
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
 from layerwise.memory.mmap import OnFile
 from layerwise.memory.offload import Where
 from layerwise.parsing import parse
 from layerwise.report.page import write_report
-from layerwise.runs.building import pick_device
 from layerwise.runs.environment import environment
 from layerwise.runs.output import check_output, write_output
 from layerwise.runs.writing import write_atomically
@@ -58,7 +60,7 @@ class DeviceProblem(Problem):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the blocks (autocast)."""
     device: str = "auto"
-    """cpu | cuda | cuda:N | auto."""
+    """cpu | cuda | cuda:N | mps | xpu | auto."""
     micro: int = 1
     """Parts in which every block runs its batch."""
 
@@ -78,23 +80,39 @@ def prepared(
     model_options: dict[str, float],
     offload_to: tuple[Where, str | None] = ("none", None),
     micro: int = 1,
-) -> tuple[Learner, Tensor, Tensor]:
-    """A learner on the device, with a batch `(B, C, H, W)` and its labels `(B,)`."""
+) -> tuple[Learner, Any, Tensor]:
+    """A learner on the device, with a batch `(B, C, H, W)`, or what else the model takes, and its labels."""
     where = pick_device(device)
     offload, folder = offload_to[0], Path(offload_to[1] or tempfile.gettempdir())
     with OnFile(folder) if offload == "disk" else contextlib.nullcontext():  # as in a run: never all of it in memory
         network = network_of(model, depth, shape, model_options)
-    x, y = (tensor.to(where) for tensor in batch_of(shape, batch_size))
+    x, y = batch_of(shape, batch_size)
     how: dict[str, Any] = {"micro": micro, "device": where, "offload": offload, "offload_folder": folder}
+    made = options_of(model, depth, model_options)
+    if isinstance(made, models.OutsideModel):
+        network = models.outside.cut(network, "block", None, None, None)
+        with preserved_generators(CPU):
+            seed_generators(derive_seed(0, "bench batch"), CPU)
+            x, y = made.batch(shape, CLASSES, batch_size)
+        how |= {"task": LanguageModel()} if made.positions else {}
+    x, y = mapped(x, lambda tensor: tensor.to(where)), y.to(where)
     return Learner(network, rule, optimizer=optimizer, precision=precision, lr=LEARNING_RATE, example=x, **how), x, y
 
 
-def network_of(model: str, depth: int | None, shape: Sequence[int], model_options: dict[str, float]) -> nn.Sequential:
+def network_of(model: str, depth: int | None, shape: Sequence[int], model_options: dict[str, float]) -> Any:
     """Build the network that is measured: the same weights in every process."""
     with preserved_generators(CPU):
         seed_generators(derive_seed(0, "bench"), CPU)
         channels, height, width = shape
-        return models.create(model, (channels, height, width), CLASSES, **model_dials(model_options, depth))
+        return options_of(model, depth, model_options).build((channels, height, width), CLASSES)
+
+
+def options_of(model: str, depth: int | None, model_options: dict[str, float]) -> models.ModelOptions:
+    """The options of a model, with a number of blocks where it has one."""
+    kind = models.options(model)
+    if depth is not None and "depth" not in {f.name for f in fields(kind)}:
+        raise LayerwiseError(f"{model!r} has no option depth; leave --depth out, or let the function have it.")
+    return kind.from_numbers(model_options, depth)
 
 
 def batch_of(shape: Sequence[int], batch_size: int) -> tuple[Tensor, Tensor]:
@@ -102,12 +120,6 @@ def batch_of(shape: Sequence[int], batch_size: int) -> tuple[Tensor, Tensor]:
     with preserved_generators(CPU):
         seed_generators(derive_seed(0, "bench batch"), CPU)
         return torch.randn(batch_size, *shape), torch.randint(CLASSES, (batch_size,))
-
-
-def model_dials(model_options: dict[str, float], depth: int | None) -> dict[str, Any]:
-    """Options of the model in the types that it takes: the command line gives every number as a float."""
-    dials: dict[str, Any] = {k: int(v) if float(v).is_integer() else v for k, v in model_options.items()}
-    return dials if depth is None else dials | {"depth": depth}
 
 
 def parse_problem(cls: type, argv: Sequence[str], command: str) -> Any:

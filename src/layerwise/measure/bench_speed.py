@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerwise.core.devices import synchronize
 from layerwise.core.engine import Engine
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
@@ -63,12 +64,6 @@ class TimedEngine(Engine):
 
     def _step(self, *arguments: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self._timed("optimizer", super()._step, *arguments)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until an accelerator has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def shares_of(learner: Learner, x: Tensor, y: Tensor, steps: int = 3) -> dict[str, float]:

@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from layerwise.core.devices import allocator, usable_device
 from layerwise.errors import LayerwiseError
 
 
@@ -129,20 +130,21 @@ class MemoryMeter:
     - `activations`: all else that is made inside. Memory that was there before is not counted,
       unless it is given as `inputs`.
 
-    **CUDA**: from the allocator. Gradients and activations together are the peak of the allocated
+    **CUDA, XPU**: from the allocator. Gradients and activations together are the peak of the allocated
     bytes above those at the start; `gradients` is the largest sum of gradients alive at one time
     (no more than the whole), `activations` the rest. Figures include the allocator's rounding to
-    512 bytes and the workspaces of libraries, so again run one step beforehand.
+    512 bytes and the workspaces of libraries, so again run one step beforehand. An accelerator whose
+    allocator tells no peak (MPS) is measured as the CPU is.
 
     Args:
         parameters: parameters and buffers, of the model and of auxiliary modules.
         optimizer_state: called at the end for the optimizers' tensors; see `optimizer_tensors`.
         inputs: tensors made beforehand that count as activations, such as the batch.
-        device: `"cpu"` or a CUDA device; tensors elsewhere are not counted.
+        device: `"cpu"` or an accelerator; tensors elsewhere are not counted.
 
     Raises:
-        LayerwiseError: the device is neither the CPU nor a CUDA device that is there, or `peak` is
-            read before the end.
+        LayerwiseError: the device is neither the CPU nor one that is there, or `peak` is read before
+            the end.
 
     Example:
         >>> layer = torch.nn.Linear(100, 10)
@@ -160,7 +162,8 @@ class MemoryMeter:
         inputs: Iterable[Tensor] = (),
         device: torch.device | str = "cpu",
     ):
-        self._device = _supported(device)
+        self._device = usable_device(device)
+        self._allocator = allocator(self._device)
         self._parameters = list(parameters)
         self._optimizer_state = optimizer_state
         self._inputs = list(inputs)
@@ -183,11 +186,11 @@ class MemoryMeter:
         trained = [p for p in self._parameters if p.is_leaf and p.requires_grad]
         self._hooks = [p.register_post_accumulate_grad_hook(self._note_gradient) for p in trained]
         self._hooks.append(register_optimizer_step_pre_hook(self._note_gradients))
-        if self._device.type == "cpu":
+        if self._allocator is None:
             self._mode.__enter__()
         else:
-            torch.cuda.reset_peak_memory_stats(self._device)
-            self._before = torch.cuda.memory_allocated(self._device) - self._ledger.peak(set())[0]
+            self._allocator.reset_peak_memory_stats(self._device)
+            self._before = self._allocator.memory_allocated(self._device) - self._ledger.peak(set())[0]
         return self
 
     def __exit__(
@@ -196,7 +199,7 @@ class MemoryMeter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._device.type == "cpu":
+        if self._allocator is None:
             self._mode.__exit__(kind, error, trace)
         for hook in self._hooks:
             hook.remove()
@@ -205,8 +208,8 @@ class MemoryMeter:
         parameters = tensor_bytes(held)
         optimizer = tensor_bytes([*held, *state]) - parameters
         total, gradients = self._ledger.peak({s._cdata for s in _storages([*held, *state])})
-        if self._device.type == "cuda":
-            total = torch.cuda.max_memory_allocated(self._device) - self._before
+        if self._allocator is not None:
+            total = self._allocator.max_memory_allocated(self._device) - self._before
             gradients = min(gradients, total)
         self._ledger.close()
         self._peak = MemoryUse(parameters, optimizer, gradients, total - gradients, parameters + optimizer + total)
@@ -325,10 +328,3 @@ def _storages(tensors: Iterable[Tensor]) -> Iterator[torch.UntypedStorage]:
     """The storages of strided tensors, of a sharded one that of its share; a sparse tensor's are seen when made."""
     found = (getattr(t, "_local_tensor", t) for t in tensors)
     return (t.untyped_storage() for t in found if t.layout is torch.strided)
-
-
-def _supported(device: torch.device | str) -> torch.device:
-    kind = str(device).partition(":")[0]
-    if kind == "cpu" or (kind == "cuda" and torch.cuda.is_available()):
-        return torch.device(device)
-    raise LayerwiseError(f"memory cannot be measured on {str(device)!r}; use 'cpu', or 'cuda' where there is one.")

@@ -2,8 +2,9 @@
 
 Every model is an `nn.Sequential` of blocks (`block1` .. `blockN`; `sid_cascade` names its parts)
 and `head`, for images (B, channels, height, width) to logits (B, classes), or to a map of them
-(`fcn`). Its attribute
-`block_names` lists the children after which it may be cut.
+(`fcn`). Its attribute `block_names` lists the children after which it may be cut. Networks from
+elsewhere (`hf:`, `timm:`, `FILE.py:function`) are built by name too; they are cut at the calls of
+their own modules.
 
 Example:
     >>> from layerwise import models
@@ -18,11 +19,13 @@ from typing import Any
 
 from layerwise.core.graphs import Graph
 from layerwise.errors import LayerwiseError, unknown
+from layerwise.models import outside
 from layerwise.models.base import BlockSequential, ModelOptions
 from layerwise.models.fcn import FCN
 from layerwise.models.gnn import GAT, GCN, GraphModelOptions
 from layerwise.models.mlp import MLP
 from layerwise.models.noprop import NoProp, NoPropCT, NoPropFM
+from layerwise.models.outside import OutsideModel
 from layerwise.models.resnet import ResNet
 from layerwise.models.sid_cascade import SIDCascade
 from layerwise.models.vgg import VGG
@@ -40,11 +43,13 @@ __all__ = [
     "NoProp",
     "NoPropCT",
     "NoPropFM",
+    "OutsideModel",
     "ResNet",
     "SIDCascade",
     "ViT",
     "create",
     "describe",
+    "name_of",
     "names",
     "options",
 ]
@@ -74,8 +79,12 @@ def names() -> tuple[str, ...]:
     return tuple(_MODELS)
 
 
-def options(name: str) -> type[ModelOptions]:
+def options(name: str, recorded: str | None = None) -> type[ModelOptions]:
     """The dataclass of a model's options; its fields and their defaults are the model's dials.
+
+    Args:
+        name: one of `names()`, or `hf:CONFIG_OR_FOLDER`, `timm:NAME`, `FILE.py:function`.
+        recorded: SHA-256 of the files of such a model when a run began; they are refused when they have changed.
 
     Raises:
         LayerwiseError: there is no model of that name.
@@ -84,18 +93,29 @@ def options(name: str) -> type[ModelOptions]:
         >>> options("vgg")(depth=8)
         VGG(depth=8, width=64, dropout=0.0)
     """
+    if outside.is_outside(name):
+        return outside.options(name, recorded)
     if name not in _MODELS:
-        raise unknown("model", name, names())
+        raise unknown("model", name, (*names(), *outside.FORMS))
     return _MODELS[name]
 
 
-def create(
-    name: str, shape: tuple[int, int, int], classes: int, *, graph: Graph | None = None, **options_: Any
-) -> BlockSequential:
+def name_of(options_: ModelOptions) -> str:
+    """The name that a model's options are found by.
+
+    >>> name_of(options("vgg")())
+    'vgg'
+    """
+    if isinstance(options_, OutsideModel):
+        return options_.source
+    return next(name for name, kind in _MODELS.items() if kind is type(options_))
+
+
+def create(name: str, shape: tuple[int, int, int], classes: int, *, graph: Graph | None = None, **options_: Any) -> Any:
     """Build a model by name for images of `shape` (channels, height, width) and `classes` logits.
 
     Args:
-        name: one of `names()`.
+        name: as for `options`.
         shape: channels, height and width of an image.
         classes: number of logits.
         graph: what the nodes of a graph network are linked by (`gcn`, `gat`).

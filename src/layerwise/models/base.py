@@ -3,11 +3,11 @@
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal, get_args, get_origin
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
 from torch import nn
 
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, suggestion
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,24 @@ class ModelOptions:
             elif name == "dropout":
                 fraction = isinstance(value, int | float) and 0 <= value < 1
                 require(fraction, f"dropout must be at least 0 and less than 1, not {value!r}.")
+
+    @classmethod
+    def from_numbers(cls, numbers: Mapping[str, float], depth: int | None = None) -> Self:
+        """Options out of numbers, as the command line gives them, and a number of blocks where one is asked for.
+
+        Raises:
+            LayerwiseError: there is no such option.
+
+        >>> from layerwise.models import MLP
+        >>> MLP.from_numbers({"width": 16.0}, depth=2)
+        MLP(depth=2, width=16, activation='relu', norm='none', dropout=0.0)
+        """
+        given: dict[str, Any] = {k: int(v) if float(v).is_integer() else v for k, v in numbers.items()}
+        given |= {} if depth is None else {"depth": depth}
+        legal = [field.name for field in fields(cls)]
+        for name in given:
+            require(name in legal, f"unknown option {name!r} of {cls.__name__}; {suggestion(name, legal)}.")
+        return cls(**given)
 
     def build(self, shape: tuple[int, int, int], classes: int) -> "BlockSequential":
         """Build the model for images of `shape` (channels, height, width) and `classes` logits.

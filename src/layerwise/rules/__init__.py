@@ -9,6 +9,7 @@ A rule from another package is found through the entry point group `layerwise.ru
 import dataclasses
 from importlib.metadata import entry_points
 
+from layerwise.core import own_code
 from layerwise.core.rule import BatchContext, BlockContext, Rule, Signal, Site
 from layerwise.errors import LayerwiseError, suggestion, unknown
 from layerwise.rules.auglocal import AugLocal
@@ -65,6 +66,9 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     LastLayer,
 )
 
+FORMS = {"FILE.py:Class": "a rule of your own: a class in a file"}
+"""The form of names of rules from elsewhere, and what they are."""
+
 
 def names() -> list[str]:
     """Names of all rules, the built-in ones first.
@@ -77,12 +81,23 @@ def names() -> list[str]:
     return built_in + [name for name in outside if name not in built_in]
 
 
-def get(name: str) -> type[Rule]:
+def get(name: str, recorded: str | None = None) -> type[Rule]:
     """The class of the rule called `name`.
+
+    Args:
+        name: one of `names()`, or `FILE.py:Class` for a rule of your own, whose file is run.
+        recorded: SHA-256 of that file when a run began; it is refused when it has changed.
 
     Raises:
         LayerwiseError: there is no such rule.
     """
+    if own_code.is_own(name):
+        rule = own_code.load(name, recorded)
+        if not (isinstance(rule, type) and issubclass(rule, Rule) and dataclasses.is_dataclass(rule)):
+            raise LayerwiseError(
+                f"{name!r} names no rule; name a frozen dataclass that inherits from layerwise.rules.Rule."
+            )
+        return rule
     for rule in _BUILT_IN:
         if rule.name == name:
             return rule
@@ -94,14 +109,24 @@ def get(name: str) -> type[Rule]:
                 "layerwise.rules.Rule; correct the package that declares it."
             )
         return rule
-    raise unknown("rule", name, names())
+    raise unknown("rule", name, [*names(), *FORMS])
+
+
+def name_of(rule: Rule) -> str:
+    """The name that a rule is found by: its own, or `FILE.py:Class`.
+
+    >>> name_of(create("sll"))
+    'sll'
+    """
+    found = own_code.origin(type(rule))
+    return rule.name if found is None else found[0]
 
 
 def create(name: str, **options: object) -> Rule:
     """Make a rule by name, with any of its fields as options.
 
     Args:
-        name: one of `names()`.
+        name: as for `get`.
         options: fields of the rule's dataclass.
 
     Raises:
@@ -154,5 +179,6 @@ __all__ = [
     "Site",
     "create",
     "get",
+    "name_of",
     "names",
 ]

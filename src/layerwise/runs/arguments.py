@@ -27,7 +27,7 @@ def train_options(argv: list[str], command: str, base: type | None = None, hidde
     recipe = load_recipe(take_option(argv, "recipe") or "digits")
     defaults = from_mapping(recipe.values, f"recipe {recipe.name}")
     rule, model = take_option(argv, "rule"), take_option(argv, "model")
-    if rule is not None and rule != defaults.rule.name:
+    if rule is not None and rule != rules.name_of(defaults.rule):
         defaults = replace(defaults, rule=rules.create(rule))
     if model is not None and models.options(model) is not type(defaults.model):
         defaults = replace(defaults, model=models.options(model)())

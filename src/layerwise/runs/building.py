@@ -9,7 +9,9 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
 
-from layerwise import data
+from layerwise import data, models
+from layerwise.core.blocks import Partition
+from layerwise.core.devices import pick_device
 from layerwise.core.graphs import Graph
 from layerwise.core.optim import Schedule
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
@@ -27,28 +29,6 @@ from layerwise.records import Amount, Count, convert
 from layerwise.runs import checkpoint
 from layerwise.runs.folders import check_options, read_options
 from layerwise.runs.options import TrainOptions, model_name
-
-
-def pick_device(name: str) -> torch.device:
-    """The device called `name`; `"auto"` is cuda where there is one.
-
-    Raises:
-        LayerwiseError: no such device on this machine.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as reason:
-        raise LayerwiseError(f"unknown device {name!r}; choose cpu, cuda, cuda:N or auto.") from reason
-    if device.type not in ("cpu", "cuda"):
-        raise LayerwiseError(f"device {name!r} is not supported; choose cpu or cuda.")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise LayerwiseError(f"there is no device {name!r} here ({count} CUDA devices); choose cpu or auto.")
-        return torch.device("cuda", device.index or 0)
-    return device
 
 
 @dataclass(frozen=True)
@@ -284,6 +264,10 @@ def build_learner(
     folder = Path(options.offload_folder or nearest_folder(Path(options.out or "runs")))
     with OnFile(folder) if options.offload == "disk" else contextlib.nullcontext():
         model = build_model(options.model, facts, options.seed, graph, outputs_of(options, facts))
+    where: dict[str, Any] = {name: getattr(options, name) for name in ("cuts", "blocks", "output", "tied")}
+    if isinstance(options.model, models.OutsideModel):
+        model = models.outside.cut(model, **where)
+        where = {} if isinstance(model, Partition) else where
     example = torch.zeros(2, *facts.shape, device=device)
     updates = math.ceil(total / options.accumulate)
     learner = Learner(
@@ -304,8 +288,7 @@ def build_learner(
         nonfinite=options.nonfinite,
         task=build_task(options, facts),
         seed=options.seed,
-        cuts=options.cuts,
-        blocks=options.blocks,
+        **where,
         example=example,
         stage=stage,
         replicas=replicas,

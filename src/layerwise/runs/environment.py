@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from layerwise.core import devices
+
 
 def processor() -> str:
     """The processor's name, as far as the system gives it."""
@@ -24,7 +26,7 @@ def processor() -> str:
 
 def device_name(device: torch.device) -> str:
     """A device, and the accelerator's name."""
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    return str(device) if device.type == "cpu" else f"{device} ({devices.device_name(device)})"
 
 
 @functools.cache
@@ -61,7 +63,7 @@ def machine() -> dict[str, Any]:
         "cpu": processor(),
         "cores": os.cpu_count(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "devices": devices.device_names(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "torch": torch.__version__,

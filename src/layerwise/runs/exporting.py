@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from layerwise.runs.building import read_state
-from layerwise.runs.checkpoint import save_file
+from layerwise.memory.tensorfile import save_file
+from layerwise.runs.building import load_run, read_state
 from layerwise.runs.output import check_output, data_paths, output_file
 
 
@@ -27,6 +27,10 @@ def export(folder: Path, file: Path) -> tuple[str, list[str]]:
     check_output(file)  # before the work
     options, state, notes = read_state(folder)
     weights = state["learner"]["model"]
+    if "." in options.optimizer:  # some optimizers of other packages keep the weights to predict with themselves
+        learner = load_run(folder, "cpu").learner
+        learner.optimizer.eval()
+        weights = learner.network.model.state_dict()
     with output_file(file, data_paths(options.data)) as partial:
         save_file(weights, partial)
     if not options.rule.predicts_plainly():

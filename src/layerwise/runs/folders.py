@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 import time
 import weakref
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from layerwise.files import MissingFile, kind_of, read_text, shown
 from layerwise.records import read_json
 from layerwise.runs.layout import OPTIONS, check_run
 from layerwise.runs.log import read_log
-from layerwise.runs.options import TrainOptions, from_mapping, model_name, to_mapping
+from layerwise.runs.options import TrainOptions, from_mapping, own_code_of, run_name, to_mapping
 from layerwise.runs.writing import write_atomically
 
 
@@ -115,7 +116,10 @@ def read_options(folder: Path) -> TrainOptions:
     """
     check_run(folder)
     file = folder / OPTIONS
-    return from_mapping(read_json(file, Any, "start the run again"), shown(file))
+    values = read_json(file, Any, "start the run again")
+    for name in own_code_of(values):  # said before it is run: the folder may be somebody else's
+        print(f"layerwise: note: runs {shown(name)}, which the run in {shown(folder)} names", file=sys.stderr)
+    return from_mapping(values, shown(file))
 
 
 FREE = (
@@ -140,7 +144,7 @@ def check_options(options: TrainOptions, trained: dict[str, Any], folder: Path) 
 
 def wanted_folder(options: TrainOptions) -> Path:
     """The folder of a run, as given or by the run's name."""
-    base = f"runs/{options.data.replace('/', '_').replace(':', '_')}-{model_name(options.model)}"
+    base = f"runs/{run_name(options)}"
     return Path(options.out or f"{base}-{options.rule.name}-seed{options.seed}")
 
 

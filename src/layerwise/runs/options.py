@@ -7,9 +7,11 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, Literal
 
 from layerwise import models, rules
+from layerwise.core import own_code
 from layerwise.core.ranges import TRAINING, check_ranges
 from layerwise.core.rule import Rule
 from layerwise.data.numbers import DataTask
@@ -53,7 +55,11 @@ class TrainOptions:
     clean_validation: bool = False
     """Keep the true labels of the validation split."""
     cuts: str = "block"
-    """Where to cut the model: block | layer | names of modules separated by commas."""
+    """Where to cut the model: block | layer | auto | names of modules or patterns (layers.*), separated by commas."""
+    output: str | None = None
+    """Name of the entry of the model's output that holds the logits; logits, or the tensor itself, if not given."""
+    tied: Literal["last", "first", "frozen"] | None = None
+    """Who trains a parameter that several blocks use, where the model is cut at its calls; the last if not given."""
     blocks: int | None = None
     """Join the blocks to this many, balanced by their floating-point operations."""
     epochs: int = 10
@@ -95,7 +101,7 @@ class TrainOptions:
     seed: int = 0
     """Seed of the initial weights, the order of the data and every random draw."""
     device: str = "auto"
-    """cpu | cuda | cuda:N | auto (cuda where there is one)."""
+    """cpu | cuda | cuda:N | mps | xpu | auto (the accelerator where there is one)."""
     threads: int | None = None
     """Threads of the CPU; the same number gives the same bits."""
     offload: Where = "none"
@@ -142,16 +148,47 @@ def _check_number(name: str, value: Any) -> None:
 
 
 def model_name(options: ModelOptions) -> str:
-    """The name under which a model's options are registered."""
-    return next(name for name in models.names() if models.options(name) is type(options))
+    """The name that a model's options are found by."""
+    return models.name_of(options)
+
+
+def run_name(options: TrainOptions) -> str:
+    """Data set and model as a part of a folder's name.
+
+    >>> run_name(from_mapping({"data": "hf:ylecun/mnist"}))
+    'hf_ylecun_mnist-mlp'
+    """
+    model = model_name(options.model)
+    if isinstance(options.model, models.OutsideModel):
+        model = Path(model.partition(".py:")[2] or model.removeprefix("hf:").removeprefix("timm:")).stem
+    return f"{options.data.replace('/', '_').replace(':', '_')}-{model}"
 
 
 def to_mapping(options: TrainOptions) -> dict[str, Any]:
     """Options as nested plain values, as in a recipe; the inverse of `from_mapping`."""
     values = dataclasses.asdict(options)
-    values["rule"] = {"name": options.rule.name, **values["rule"]}
-    values["model"] = {"name": model_name(options.model), **values["model"]}
+    values["rule"] = {"name": rules.name_of(options.rule), **_recorded(options.rule), **values["rule"]}
+    values["model"] = {"name": model_name(options.model), **_recorded(options.model), **values["model"]}
     return values
+
+
+def _recorded(part: Rule | ModelOptions) -> dict[str, str]:
+    """SHA-256 of the files that a rule or a model of the user's was loaded from."""
+    if isinstance(part, models.OutsideModel):
+        return {"sha256": part.sha256} if part.sha256 else {}
+    found = own_code.origin(type(part))
+    return {} if found is None else {"sha256": found[1]}
+
+
+def own_code_of(values: Any) -> list[str]:
+    """The files with code of the user's that options in the form of `to_mapping` name.
+
+    >>> own_code_of({"rule": {"name": "mine.py:Rule"}, "model": {"name": "mlp"}})
+    ['mine.py']
+    """
+    parts = [values.get(part) for part in ("rule", "model")] if isinstance(values, Mapping) else []
+    names = [str(part.get("name")) for part in parts if isinstance(part, Mapping)]
+    return sorted({name.rpartition(":")[0] for name in names if own_code.is_own(name)})
 
 
 def from_mapping(values: Mapping[str, Any], where: str = "the options") -> TrainOptions:
@@ -179,7 +216,9 @@ def from_mapping(values: Mapping[str, Any], where: str = "the options") -> Train
         name = table.pop("name", default)
         if not isinstance(name, str):
             raise LayerwiseError(f"{where}, [{part}]: name = {short(name)} is not str.")
-        parts[part] = _build(find(name), table, f"{where}, [{part}]")
+        outside = models.outside.is_outside(name)
+        recorded = table.pop("sha256", None) if outside else None
+        parts[part] = _build(find(name, recorded) if outside else find(name), table, f"{where}, [{part}]")
     return _build(TrainOptions, {**given, **parts}, where)
 
 
@@ -260,7 +299,7 @@ def to_words(options: TrainOptions) -> list[str]:
     ['--rule', 'sll', '--rule.overlap', '1', '--epochs', '3']
     """
     recipe = from_mapping(load_recipe("digits").values)  # what the command line starts from
-    words = ["--rule", options.rule.name, *_differing(options.rule, recipe.rule, "rule.")]
+    words = ["--rule", rules.name_of(options.rule), *_differing(options.rule, recipe.rule, "rule.")]
     if type(options.model) is not type(recipe.model):
         words += ["--model", model_name(options.model)]
     words += _differing(options.model, recipe.model, "model.")

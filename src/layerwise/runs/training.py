@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from layerwise import data
+from layerwise.core.devices import pick_device
 from layerwise.core.tasks import metric_of
 from layerwise.errors import LayerwiseError
 from layerwise.files import kind_of, shown
@@ -28,7 +29,6 @@ from layerwise.runs.building import (
     build_learner,
     check_run_state,
     load_data,
-    pick_device,
     split_batches,
 )
 from layerwise.runs.environment import device_name, machine

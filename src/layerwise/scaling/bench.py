@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from layerwise import models
 from layerwise.core.cost import operations
 from layerwise.core.cutting import partition
+from layerwise.errors import LayerwiseError
 from layerwise.measure.bench_problem import batch_of, network_of, parse_problem, write_figures
 from layerwise.processes import cores
 from layerwise.scaling.jobs import RankProcesses
@@ -123,6 +125,11 @@ def contention(series: dict[tuple[str, int], Series]) -> Callable[[int], float]:
 def scaling_command(argv: list[str]) -> int:
     """`layerwise bench scaling`."""
     options: ScalingOptions = parse_problem(ScalingOptions, argv, "bench scaling")
+    if models.outside.is_outside(options.model):
+        raise LayerwiseError(
+            f"bench scaling divides the models of the zoo ({', '.join(models.names())}), not {options.model!r}; choose "
+            "one of them."
+        )
     network = network_of(options.model, options.depth, options.shape, options.model_options)
     blocks = len(list(network.children())) - 1
     check_options(options, blocks)

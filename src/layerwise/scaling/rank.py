@@ -98,7 +98,9 @@ class Rank:
 
     def _optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         """The optimizer that a learner would make."""
-        return optimizer_factory(self.task["optimizer"], lr=LEARNING_RATE, weight_decay=0.01)(decay_groups(parameters))
+        factory = optimizer_factory(self.task["optimizer"], lr=LEARNING_RATE, weight_decay=0.01)
+        (optimizer,) = factory(decay_groups(parameters))
+        return optimizer
 
     def measure(self, task: dict[str, Any]) -> dict[str, Any]:
         """Train `steps` steps in one way.

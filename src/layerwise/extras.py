@@ -1,0 +1,42 @@
+"""Optional packages: imported when they are needed, with one sentence where they are missing."""
+
+import importlib
+from typing import Any
+
+from layerwise.errors import LayerwiseError
+
+
+class MissingPackage(LayerwiseError, ImportError):
+    """An optional package is not installed, or cannot be imported."""
+
+
+def need(module: str, extra: str) -> Any:
+    """Import a module of an optional extra.
+
+    Args:
+        module: the module, such as `"transformers"`.
+        extra: the extra of layerwise that brings it.
+
+    Raises:
+        MissingPackage: it is not installed, or cannot be imported; the sentence says what to do.
+
+    >>> need("math", "data").sqrt(4)
+    2.0
+    """
+    package = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as reason:
+        if (reason.name or package).partition(".")[0] == package:
+            raise MissingPackage(f"{package} is not installed; run pip install 'layerwise[{extra}]'.") from reason
+        raise _broken(package, extra, reason) from reason
+    except (ImportError, RuntimeError, OSError) as reason:  # for another version of torch, say
+        raise _broken(package, extra, reason) from reason
+
+
+def _broken(package: str, extra: str, reason: Exception) -> MissingPackage:
+    said = " ".join(str(reason).split())[:200].rstrip(".")
+    return MissingPackage(
+        f"{package} is installed but cannot be imported ({said}); install versions that go together: "
+        f"pip install 'layerwise[{extra}]'."
+    )

@@ -1,0 +1,179 @@
+"""scikit-learn's estimators: `fit` and `predict` on a table, trained block by block."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor, nn
+
+from layerwise import models
+from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
+from layerwise.core.rule import Rule
+from layerwise.core.tasks import Regression
+from layerwise.errors import LayerwiseError
+from layerwise.learner import Learner
+
+CPU = torch.device("cpu")
+
+
+class _Estimator(BaseEstimator):
+    """What classifier and regressor share: columns brought to mean 0 and deviation 1, a network, epochs of batches.
+
+    Args:
+        rule: name of a rule, or a rule.
+        network: from the number of columns and of outputs to a module; a multilayer perceptron if not given.
+        depth: hidden layers of the perceptron.
+        width: units of each.
+        epochs: passes over the samples.
+        batch_size: samples per batch.
+        lr: learning rate.
+        weight_decay: of weights.
+        optimizer: as for `Learner`.
+        learner: further arguments of `Learner`, such as `cuts` for a network of one's own.
+        device: where to train.
+        random_state: of initial weights, order and draws: a number, a generator of numpy, or None for another one
+            each time.
+
+    Attributes:
+        learner_: the learner after `fit`; `learner_.network.model` is the network.
+        loss_curve_: mean loss at the head per epoch.
+        n_features_in_: number of columns.
+        n_iter_: number of epochs.
+    """
+
+    def __init__(
+        self,
+        rule: str | Rule = "sll",
+        *,
+        network: Callable[[int, int], nn.Module] | None = None,
+        depth: int = 2,
+        width: int = 128,
+        epochs: int = 30,
+        batch_size: int = 32,
+        lr: float = 3e-3,
+        weight_decay: float = 0.01,
+        optimizer: Any = "adamw",
+        learner: Mapping[str, Any] | None = None,
+        device: str = "cpu",
+        random_state: Any = None,
+    ):
+        self.rule, self.network, self.depth, self.width = rule, network, depth, width
+        self.epochs, self.batch_size, self.lr, self.weight_decay = epochs, batch_size, lr, weight_decay
+        self.optimizer, self.learner, self.device, self.random_state = optimizer, learner, device, random_state
+
+    def _fit(self, X: np.ndarray, y: Tensor, outputs: int, task: Any = None) -> None:
+        self.mean_, deviation = X.mean(0), X.std(0)
+        self.scale_ = np.where(deviation > 0, deviation, 1.0)
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        with preserved_generators(CPU):
+            seed_generators(derive_seed(seed, "model"), CPU)
+            network = self._network(X.shape[1], outputs)
+        x = self._inputs(X)
+        self.learner_ = Learner(
+            network,
+            self.rule,
+            optimizer=self.optimizer,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            seed=seed,
+            device=self.device,
+            example=x[:2],
+            **({} if task is None else {"task": task}),
+            **(self.learner or {}),
+        )
+        if self.learner_.prepares:
+            self.learner_.prepare(x, y)
+        generator = torch.Generator().manual_seed(derive_seed(seed, "order"))
+        self.loss_curve_: list[float] = []
+        for _ in range(self.epochs):
+            losses = []
+            for batch in torch.randperm(len(x), generator=generator).split(self.batch_size):
+                metrics = self.learner_.step(x[batch], y[batch])
+                losses.append(metrics.loss * len(batch))
+            self.learner_.flush()
+            self.loss_curve_.append(float(torch.stack(losses).sum() / len(x)))
+        self.n_iter_ = self.epochs
+
+    def _network(self, columns: int, outputs: int) -> nn.Module:
+        if self.network is None:
+            return models.create("mlp", (columns, 1, 1), outputs, depth=self.depth, width=self.width)
+        made = self.network(columns, outputs)
+        if not isinstance(made, nn.Module):
+            raise LayerwiseError(f"network returns {type(made).__name__}; let it return a torch.nn.Module.")
+        return made
+
+    def _inputs(self, X: np.ndarray) -> Tensor:
+        return torch.from_numpy(((X - self.mean_) / self.scale_).astype(np.float32))
+
+    def _outputs(self, X: Any) -> np.ndarray:
+        """What the network says of each row, as float64."""
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=np.float64, reset=False)
+        return torch.cat([self.learner_(part).cpu() for part in self._inputs(X).split(1024)]).double().numpy()
+
+
+class LayerwiseClassifier(ClassifierMixin, _Estimator):
+    """A network that is trained block by block, as a classifier of scikit-learn.
+
+    >>> from sklearn.datasets import load_iris
+    >>> X, y = load_iris(return_X_y=True)
+    >>> LayerwiseClassifier("local_ce", width=16, epochs=20, random_state=0).fit(X, y).score(X, y) > 0.9
+    True
+    """
+
+    def fit(self, X: Any, y: Any) -> "LayerwiseClassifier":
+        """Train a new network on rows `X` (samples, columns) with labels `y` (samples,), of any kind."""
+        X, y = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=2)
+        check_classification_targets(y)
+        self.classes_, numbers = np.unique(y, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise ValueError(f"the labels are of one class, {self.classes_[0]!r}; a classifier needs two or more.")
+        self._fit(X, torch.from_numpy(numbers.astype(np.int64)), len(self.classes_))
+        return self
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Probabilities (samples, classes), in the order of `classes_`."""
+        outputs = self._outputs(X)
+        outputs = np.exp(outputs - outputs.max(1, keepdims=True))
+        return outputs / outputs.sum(1, keepdims=True)
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The most probable class of every row."""
+        chosen = self._outputs(X).argmax(1)
+        return self.classes_[chosen]
+
+
+class LayerwiseRegressor(RegressorMixin, _Estimator):
+    """A network that is trained block by block on numbers, as a regressor of scikit-learn; one target or several.
+
+    >>> from sklearn.datasets import load_diabetes
+    >>> X, y = load_diabetes(return_X_y=True)
+    >>> LayerwiseRegressor("local_ce", width=32, random_state=0).fit(X, y).score(X, y) > 0.4
+    True
+    """
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
+
+    def fit(self, X: Any, y: Any) -> "LayerwiseRegressor":
+        """Train a new network on rows `X` (samples, columns) with targets `y` (samples,) or (samples, targets)."""
+        X, y = validate_data(self, X, y, dtype=np.float64, multi_output=True, y_numeric=True, ensure_min_samples=2)
+        self._one = y.ndim == 1
+        targets = y.reshape(len(y), -1).astype(np.float64)
+        self.target_mean_, deviation = targets.mean(0), targets.std(0)
+        self.target_scale_ = np.where(deviation > 0, deviation, 1.0)
+        scaled = torch.from_numpy(((targets - self.target_mean_) / self.target_scale_).astype(np.float32))
+        self._fit(X, scaled, targets.shape[1], Regression())
+        return self
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The target of every row, or its targets."""
+        found = self._outputs(X) * self.target_scale_ + self.target_mean_
+        return found[:, 0] if self._one else found

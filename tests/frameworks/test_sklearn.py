@@ -1,0 +1,70 @@
+"""scikit-learn's estimators: its own checks, and what a user does with them."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_diabetes, load_digits
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import PolynomialFeatures
+from sklearn.utils.estimator_checks import check_estimator
+from torch import nn
+
+from layerwise import LayerwiseError
+from layerwise.sklearn import LayerwiseClassifier, LayerwiseRegressor
+
+SMALL = {"width": 16, "depth": 1, "epochs": 8, "lr": 2e-2, "random_state": 0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [LayerwiseClassifier, LayerwiseRegressor])
+def test_scikit_learns_own_checks(kind):
+    found = check_estimator(kind("local_ce", **SMALL | {"epochs": 30}), on_fail=None, on_skip=None)
+    assert [check["check_name"] for check in found if check["status"] == "failed"] == []
+
+
+def test_a_classifier_in_a_pipeline_a_search_and_a_pickle():
+    X, y = load_digits(return_X_y=True)
+    X, y = X[:400], np.array(list("abcdefghij"))[y[:400]]
+    search = GridSearchCV(LayerwiseClassifier(**SMALL), {"rule": ["local_ce", "sll"]}, cv=2).fit(X[:300], y[:300])
+    best = search.best_estimator_
+    assert best.score(X[300:], y[300:]) > 0.7 and set(best.predict(X)) <= set(y)
+    probabilities = best.predict_proba(X[300:])
+    np.testing.assert_allclose(probabilities.sum(1), 1)
+    assert (best.classes_[probabilities.argmax(1)] == best.predict(X[300:])).all()
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(best)).predict_proba(X), best.predict_proba(X))
+    assert len(best.loss_curve_) == best.n_iter_ == 8 and best.loss_curve_[-1] < best.loss_curve_[0]
+
+
+def test_a_regressor_is_near_least_squares_where_that_is_right():
+    """With a linear network under backprop: the targets' own scale comes back, for one target and for two."""
+    generator = np.random.default_rng(0)
+    X = generator.normal(5, 3, (300, 4))
+    y = X @ generator.normal(size=(4, 2)) * [1, 1000] + [7, -5000]
+    linear = lambda columns, outputs: nn.Sequential(nn.Linear(columns, 8), nn.Linear(8, outputs))  # noqa: E731
+    options = SMALL | {"network": linear, "epochs": 40, "weight_decay": 0.0}
+    for targets in (y, y[:, 1]):
+        model = LayerwiseRegressor("backprop", **options).fit(X, targets)
+        assert model.predict(X).shape == targets.shape and model.score(X, targets) > 0.999
+    X, y = load_diabetes(return_X_y=True)
+    pipeline = make_pipeline(PolynomialFeatures(1), LayerwiseRegressor("local_ce", **SMALL))
+    assert cross_val_score(pipeline, X, y, cv=3).mean() > 0.3
+
+
+def test_the_global_generator_is_left_alone_and_a_seed_decides():
+    X, y = load_digits(return_X_y=True)
+    X, y = X[:60], y[:60]
+    before = torch.get_rng_state()
+    one, two, other = (LayerwiseClassifier(**SMALL | {"random_state": seed}).fit(X, y) for seed in (1, 1, 2))
+    assert torch.equal(before, torch.get_rng_state())
+    np.testing.assert_array_equal(one.predict_proba(X), two.predict_proba(X))
+    assert not np.array_equal(one.predict_proba(X), other.predict_proba(X))
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="of one class"):
+        LayerwiseClassifier().fit(np.ones((4, 2)), np.zeros(4))
+    with pytest.raises(LayerwiseError, match="network returns NoneType"):
+        LayerwiseClassifier(network=lambda columns, outputs: None).fit(np.eye(4), [0, 1, 0, 1])
