@@ -26,6 +26,7 @@ AGAIN = [
     rules.create("interlocking"),
     rules.create("sll", overlap=1),
     rules.create("backprop_checkpoint"),
+    rules.create("zeroth_order"),
     rules.create("auglocal"),
     rules.create("layer_collaboration", gamma="all"),
 ]
