@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layerwise import Learner, cut_at_calls
+from layerwise import Learner, cut_at_calls, keep_freed_memory
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # whose pages the system else clears again and again, in a number that is chance
     rows = [measure(int(width), options.rounds) for width in options.widths.split(",")]
     command = shlex.join(["python", "benchmarks/calls-cost/measure.py", *sys.argv[1:]])
     options.out.mkdir(parents=True, exist_ok=True)
