@@ -140,8 +140,9 @@ def rule_page(rule: str) -> str:
     for claim, row in rows_of(rule):
         task = row.grid.options.get("task", row.grid.options["title"])
         text = f"`{row.text}`" if row.text else ""
-        body.append([task, text, row.accuracy, str(len(row.finals)), row.lr_text, link(claim, "../../benchmarks/")])
-    head = ["task", "options", "test accuracy, %", "n", "learning rate", "evidence"]
+        body.append([task, text, row.figure, str(len(row.finals)), row.lr_text, link(claim, "../../benchmarks/")])
+    title = evidence.title_of(row for _, row in rows_of(rule))
+    head = ["task", "options", title, "n", "learning rate", "evidence"]
     more = "The other rules beside it, and what the tables leave open: [results](../results.md)."
     if any(evidence.EDGE in row.lr_text for _, row in rows_of(rule)):
         more = f"{evidence.EDGE} marks a learning rate at the end of its grid, where a wider grid may give more. {more}"

@@ -23,6 +23,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from layerwise.core.tasks import ACCURACY, Metric, metric_of
+
 HERE = Path(__file__).parent
 EDGE = "**edge**"
 MARK = "†"
@@ -137,6 +139,11 @@ def shortened(names: Sequence[str], known: Sequence[str]) -> str:
     return "; ".join(words)
 
 
+def metric_in(line: dict[str, Any]) -> Metric:
+    """The metric that a run is judged by; runs that do not say so are of classes."""
+    return metric_of(line.get("task", "classification")) if line.get("metric") else ACCURACY
+
+
 # Claims
 
 
@@ -169,14 +176,21 @@ class Row:
 
     @property
     def lr(self) -> float:
-        """The learning rate with the best accuracy on the validation split."""
-        return max(self.scores, key=self.scores.__getitem__) if self.scores else self.grid.options["rates"][0]
+        """The learning rate with the best accuracy (or other metric) on the validation split."""
+        best = min(self.scores, key=lambda lr: self.metric.better_first(self.scores[lr]), default=None)
+        return self.grid.options["rates"][0] if best is None else best
+
+    @property
+    def metric(self) -> Metric:
+        """What its runs are judged by."""
+        return metric_in(next((line for line in self.grid.lines if line["row"] == self.name), {}))
 
     @cached_property
     def scores(self) -> dict[float, float]:
-        """Learning rate to accuracy on the validation split, in the order of the grid."""
+        """Learning rate to accuracy (or other metric) on the validation split, in the order of the grid."""
+        key = f"val_{self.metric.name}"
         lines = [line for line in self.grid.lines if (line["row"], line["kind"]) == (self.tuned_as, "tuning")]
-        return {lr: line["val_accuracy"] for lr in self.grid.options["rates"] for line in lines if line["lr"] == lr}
+        return {lr: line[key] for lr in self.grid.options["rates"] for line in lines if line["lr"] == lr}
 
     @property
     def lr_text(self) -> str:
@@ -207,13 +221,20 @@ class Row:
 
     @property
     def accuracies(self) -> list[float]:
-        """Test accuracy in %, seed by seed."""
-        return [100 * line["test_accuracy"] for line in self.finals]
+        """Test accuracy in %, or the metric of another task, seed by seed."""
+        return [self.metric.factor * line[f"test_{self.metric.name}"] for line in self.finals]
 
     @property
     def accuracy(self) -> str:
-        """Mean and standard deviation of the test accuracy."""
-        return spread(self.accuracies)
+        """Mean and standard deviation of the test accuracy, or of the metric of another task."""
+        return spread(self.accuracies, digits=2 if self.metric.share else 1)
+
+    @property
+    def figure(self) -> str:
+        """The same with its name and unit, for a table of several metrics."""
+        if self.metric == ACCURACY or not self.accuracy:
+            return self.accuracy
+        return f"{self.metric.words} {self.accuracy}" + (" %" if self.metric.share else "")
 
     @property
     def changed(self) -> str:
@@ -230,7 +251,7 @@ class Row:
     def cells(self) -> dict[str, str]:
         """Column to cell."""
         first, memory = self.finals[0], self.finals[0]["memory_mib"]
-        blocks = [name for name in first["test"] if name.endswith("/accuracy")]
+        blocks = [name for name in first["test"] if name.endswith(f"/{self.metric.name}")]
         descents = [v for line in self.finals for name, v in line["test"].items() if name.endswith("/descent")]
         return {
             "row": f"`{self.name}`",
@@ -238,9 +259,10 @@ class Row:
             "options": f"`{self.text}`" if self.text else "",
             "learning rate": self.lr_text,
             "n": str(len(self.finals)),
-            "test accuracy, %": self.accuracy,
-            "by block, %": " ".join(
-                f"{100 * statistics.mean(line['test'][block] for line in self.finals):.1f}" for block in blocks
+            f"test {self.metric.title}": self.accuracy,
+            "by block, %" if self.metric.share else "by block": " ".join(
+                f"{self.metric.factor * statistics.mean(line['test'][block] for line in self.finals):.1f}"
+                for block in blocks
             ),
             "act. + grad.": f"{memory['activations'] + memory['gradients']:.1f}",
             "peak": f"{memory['peak']:.1f}",
@@ -362,10 +384,10 @@ class Claim:
         if not self.grids:
             return self.script.small(self.lines)
         rows = [self.row(name) for name in self.toml["shown"]]
-        head = ["task", "rule", "options", "test accuracy, %", "n", "learning rate"]
+        head = ["task", "rule", "options", title_of(rows), "n", "learning rate"]
         body = []
         for row in rows:
-            cells = row.cells()
+            cells = row.cells() | {head[3]: row.figure}
             body.append([row.grid.options.get("task", row.grid.options["title"]), *(cells[name] for name in head[1:])])
         return table(head, body)
 
@@ -405,6 +427,11 @@ class Claim:
         )
         lines += [f"{what}: figures, options or command, machine. `claim.toml` has the settings.", ""]
         return "\n".join([*lines, "<!-- written by benchmarks/run.py; do not edit -->", ""])
+
+
+def title_of(rows: Iterable[Row]) -> str:
+    """Head of the column of figures."""
+    return "test accuracy, %" if all(row.metric == ACCURACY for row in rows) else "test accuracy, %, or as it says"
 
 
 def claims(here: Path = HERE) -> list[Claim]:

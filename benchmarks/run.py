@@ -14,6 +14,7 @@ the test split to eight digits; nothing is stored. `--table` only writes the REA
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -120,14 +121,16 @@ def train(wanted: list[Wanted], jobs: int, ended: Callable[[Wanted, dict], None]
 
         def end(cell: GridRun) -> None:
             one, command, _ = runs[cell.name]
-            if (result := cell.result) is None:
+            if cell.result is None:
                 print(f"{cell.name}: failed: {(cell.failure or {}).get('reason')}", flush=True)
                 return
+            result = json.loads((cell.folder / "result.json").read_text())  # all fields, not those of a comparison
             ended(one, result | {"command": command})
             shutil.rmtree(cell.folder)
-            val = "" if result["val_accuracy"] is None else f"val {100 * result['val_accuracy']:.2f} "
-            test, seconds = 100 * result["test_accuracy"], result["train_seconds"]
-            print(f"{cell.name}: {val}test {test:.2f} in {seconds:.0f} s", flush=True)
+            metric = evidence.metric_in(result)
+            own, val = (result[f"{part}_{metric.name}"] for part in ("test", "val"))
+            before = "" if val is None else f"val {metric.written(val)}, "
+            print(f"{cell.name}: {before}test {metric.written(own)} in {result['train_seconds']:.0f} s", flush=True)
 
         grid_runs.train_all([cell for _, _, cell in runs.values()], pool, jobs, ended=end)
 
@@ -150,8 +153,10 @@ def check(claim: Claim, names: list[str], jobs: int) -> int:
         new = result["test"]
         same = evidence.short(old["test"], 8) == evidence.short(new, 8)
         differ.extend([] if same else [name])
-        shown = "equal" if same else f"{100 * old['test']['head/accuracy']:.4f} is stored, {evidence.machine_of(old)}"
-        print(f"{grid.name}/{name} seed {seed}: {100 * new['head/accuracy']:.4f}, {shown}", flush=True)
+        metric = evidence.metric_in(old)
+        before, now = (f"{metric.factor * test[f'head/{metric.name}']:.4f}" for test in (old["test"], new))
+        shown = "equal" if same else f"{before} is stored, {evidence.machine_of(old)}"
+        print(f"{grid.name}/{name} seed {seed}: {now}, {shown}", flush=True)
 
     train(wanted, jobs, ended)
     return 1 if differ else 0

@@ -18,7 +18,15 @@ from layerwise.runs.options import load_recipe, recipe_names
 
 ANSWERED = [
     *("", "--help", "--version", "--debug --version", "ls rules", "ls models", "ls data", "ls recipes"),
-    *("eval --help", "beliefs --help", "predict --help", "export --help", "validate --help", "report --help"),
+    *(
+        "train --resume nowhere --help",
+        "eval --help",
+        "beliefs --help",
+        "predict --help",
+        "export --help",
+        "validate --help",
+        "report --help",
+    ),
 ]
 REFUSED = [
     *("ls", "ls rulez", "trian", "bench", "bench memori", "describe", "describe sl"),
@@ -26,7 +34,15 @@ REFUSED = [
     *("compare --rules sll:overlap=1 backpro --model mlp", "compare --rules sll,svpp", "compare --data mnits"),
     *("bench memory --rule sll slll", "bench speed --rules slll", "bench scaling --model mpl", "validate --rule slll"),
     *("eval nowhere", "beliefs nowhere", "predict nowhere x.png", "export nowhere x", "validate nowhere"),
-    *("report nowhere", "train --resume nowhere", "eval", "report", "validate --model mpl", "eval x --batch-size no"),
+    *(
+        "report nowhere",
+        "train --resume nowhere",
+        "train --resume x --epochs 4",
+        "eval",
+        "report",
+        "validate --model mpl",
+        "eval x --batch-size no",
+    ),
 ]
 
 

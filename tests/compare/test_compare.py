@@ -403,7 +403,7 @@ def test_failed_cells_are_told_and_the_others_go_on(broken, tmp_path, capsys):
     [
         ("nan", "diverged", "non-finite loss"),
         ("memory", "memory", "out of memory ("),
-        ("fault", "error", "ZeroDivision"),
+        ("fault", "mistake", "ZeroDivision"),
     ],
 )
 def test_a_worker_gives_the_reason(broken, tmp_path, how, kind, reason):

@@ -15,10 +15,11 @@ from shlex import split
 import pytest
 import torch
 from support.nets import KINDS, batches, net, problem, same_bits, trained
+from support.own import Decoder, decoder, text
 from support.runs import SMALL, lines, result, start, state, train, weights
 from torch import nn
 
-from layerwise import LayerwiseError, Learner, Partition, rules
+from layerwise import LanguageModel, LayerwiseError, Learner, Partition, rules
 from layerwise.cli.main import main
 from layerwise.memory.mmap import OnFile, ScratchFile, map_file, release_pages, tensor_at
 from layerwise.parallel.stage import Stage
@@ -192,6 +193,69 @@ def test_state_crosses_between_streamed_and_not():
         for x, y in data[3:]:
             rest.step(x, y)
         assert_same(one, rest)
+
+
+def unlabelled_nowhere(seed):
+    batch = text(seed=seed)
+    return {**batch, "labels": batch["tokens"]}
+
+
+def test_a_model_cut_at_its_calls_is_offloaded_to_the_same_bits():
+    """With tied weights, which stay; run in one pass, and block by block where the rule asks for that."""
+    given = [
+        ("local_ce", {"tied": "last", "accumulate": 2}),
+        ("sll", {"tied": "first", "nonfinite": "skip", "clip": 0.1}),
+        (rules.create("sll", overlap=1), {"tied": "frozen"}),
+        (rules.create("interlocking"), {"precision": "bf16"}),
+        (rules.create("local_ce", group=2), {}),
+        ("auglocal", {}),
+    ]
+    for i, (rule, options) in enumerate(given):
+        learners = []
+        for where in ("none", "disk"):
+            options = {"task": LanguageModel(shift=False), "cuts": "layers.*", "lr": 0.01, **options}
+            model = decoder(depth=5, dropout=0.2, tie=i < 4)
+            learners.append(Learner(model, rule, offload=where, **options))
+            for seed in range(3):
+                learners[-1].step(unlabelled_nowhere(seed))
+        one, two = learners
+        batch = unlabelled_nowhere(5)
+        assert same_state(one.state_dict(), two.state_dict()), rule
+        assert same_state(one.evaluate(batch).blocks, two.evaluate(batch).blocks), rule
+        assert torch.equal(one(batch), two(batch)), rule
+        continued = Learner(decoder(depth=5, dropout=0.2, tie=i < 4), rule, offload="host", **options)
+        continued.load_state_dict(copy.deepcopy(two.state_dict()))
+        for learner in (one, continued):
+            learner.step(batch)
+        continued.onload()
+        assert same_bits(one, continued), rule
+
+
+def test_the_total_of_a_model_cut_at_its_calls_is_flat_in_depth():
+    def use(depth, where):
+        learner = Learner(Stack(depth), "local_ce", cuts="layers.*", task=LanguageModel(), offload=where)
+        for seed in range(2):
+            learner.step(unlabelled_nowhere(seed))
+        return learner.measured_step(unlabelled_nowhere(2))[1]
+
+    shallow, deep, whole = use(4, "disk"), use(16, "disk"), use(16, "none")
+    assert deep.peak <= 1.02 * shallow.peak
+    assert whole.peak > 3 * deep.peak
+
+
+class Stack(Decoder):
+    """A decoder that keeps nothing of its layers."""
+
+    def __init__(self, depth):
+        torch.manual_seed(0)
+        super().__init__(depth)
+
+    def forward(self, tokens, attention_mask):
+        mask = torch.ones(len(tokens[0]), len(tokens[0]), dtype=torch.bool).tril()
+        x = self.embedding(tokens) + self.positions[: tokens.shape[1]]
+        for layer in self.layers:
+            x = layer(x, mask=mask, scale=1.0)[0]
+        return self.head(self.norm(x))
 
 
 def test_a_failed_first_step_loses_nothing():

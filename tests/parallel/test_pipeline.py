@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections import deque
 from dataclasses import dataclass
 from shlex import split
 from types import SimpleNamespace
@@ -36,6 +35,7 @@ from support.jobs import (
 from support.nets import KINDS, batches, net, problem, same_bits, trained
 from support.ranks import same_state
 from support.runs import lines, result, state, weights
+from support.stages import stages, through
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -52,35 +52,6 @@ from layerwise.parallel.stage import Stage
 from layerwise.parallel.transport import TreeBuffers
 from layerwise.runs.pipelined import PipelineRun
 from layerwise.runs.training import Run
-
-
-class Pipe:
-    """A link inside one process."""
-
-    def __init__(self, before, after):
-        self.before, self.after = before, after
-
-    def receive(self):
-        return self.before.popleft()
-
-    def send(self, tree):
-        self.after.append(tree)
-
-
-def stages(model, rule, ranks, example, counts=None, **options):
-    ways = [deque() for _ in range(ranks + 1)]
-    learners = []
-    for rank in range(ranks):
-        stage = Stage(rank, ranks, counts)
-        stage.link = Pipe(ways[rank], ways[rank + 1])
-        learners.append(Learner(copy.deepcopy(model), rule, stage=stage, example=example, **options))
-    return learners
-
-
-def through(learners, method, x, y):
-    """One batch through all stages; the later ones get labels alone."""
-    found = [getattr(learner, method)(x if i == 0 else x[:, :0], y) for i, learner in enumerate(learners)]
-    return {block: scalars for metrics in found for block, scalars in metrics.blocks.items()}
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -56,7 +56,7 @@ def test_an_unlabelled_sample_teaches_nothing(rule):
 
 def test_other_rules_refuse_an_unlabelled_sample():
     with pytest.raises(LayerwiseError, match="needs a label for every sample, and 1 of 3 have none"):
-        Learner(net("mlp"), "sll").step(X[:3], torch.tensor([0, 1, -100]))
+        Learner(net("mlp"), "boosted").step(X[:3], torch.tensor([0, 1, -100]))
     with pytest.raises(LayerwiseError, match="all are -100"):
         Learner(net("mlp"), "backprop").step(X[:2], torch.tensor([-100, -100]))
 
@@ -314,8 +314,11 @@ def test_wrong_use_of_cora_is_one_sentence(cora, tmp_path, capsys):
         ("--data cora --augment flip", "no images to augment"),
         ("--data digits --model gcn", "need data with a graph"),
         ("--data cora --rule graph_forward --model mlp", "choose the model gcn or gat"),
-        ("--data cora --model mlp", "rule 'sll' needs a label for every sample"),
-        ("--data cora --rule boosted", "choose a rule that leaves such samples out: local_ce, mono_forward, backprop"),
+        ("--data cora --model mlp --rule dgl", "rule 'dgl' needs a label for every sample"),
+        (
+            "--data cora --rule boosted",
+            "choose a rule that leaves such samples out: sll, svp, sid, local_ce, ",
+        ),
     ):
         assert main(["train", *words.split(), "--out", "none"]) == 2
         assert sentence in capsys.readouterr().err

@@ -9,6 +9,7 @@ from typing import Any
 from layerwise.cli.early import check_options
 from layerwise.errors import LayerwiseError, say
 from layerwise.parsing import parse, take_option
+from layerwise.runs.launch import ParallelOptions
 from layerwise.runs.layout import check_run
 
 
@@ -17,10 +18,18 @@ def train_command(argv: list[str]) -> int:
     command = shlex.join(["layerwise", "train", *argv])
     words = list(argv)
     resume = take_option(words, "resume")
-    if resume is None:
-        check_options(argv, "recipe", "rule", "model", "data")
+    folder, launch = None if resume is None else Path(resume), None
+    if folder is not None:
+        given = {f.name: take_option(words, f.name) for f in fields(ParallelOptions)}
+        if words and not {"-h", "--help"} & {*words}:
+            raise LayerwiseError(
+                f"--resume continues a run with its own options, so {' '.join(words)!r} cannot be given; leave it out."
+            )
+        words += [word for name, value in given.items() if value is not None for word in (f"--{name}", value)]
+        launch = parse(ParallelOptions, words, "train")
+        check_run(folder)
     else:
-        check_run(Path(resume))
+        check_options(argv, "recipe", "rule", "model", "data")
     from layerwise.runs import distributed, pipelined, replicated
     from layerwise.runs.arguments import train_options
     from layerwise.runs.folders import read_options
@@ -28,18 +37,11 @@ def train_command(argv: list[str]) -> int:
     from layerwise.runs.options import TrainOptions
     from layerwise.runs.training import Run
 
-    if resume is not None:
-        given = {f.name: take_option(words, f.name) for f in fields(distributed.ParallelOptions)}
-        if words:
-            raise LayerwiseError(
-                f"--resume continues a run with its own options, so {' '.join(words)!r} cannot be given; leave it out."
-            )
-        words = [word for name, value in given.items() if value is not None for word in (f"--{name}", value)]
-        launch = parse(distributed.ParallelOptions, words, "train")
-        folder, options = Path(resume), read_options(Path(resume))
-    else:
+    if folder is None or launch is None:
         launch = train_options(argv, "train", distributed.TrainCommand)
-        folder, options = None, TrainOptions(**{f.name: getattr(launch, f.name) for f in fields(TrainOptions)})
+        options = TrainOptions(**{f.name: getattr(launch, f.name) for f in fields(TrainOptions)})
+    else:
+        options = read_options(folder)
     if launch.parallel != "none":
         if launch.parallel == "sharded":
             from layerwise.runs.sharded import ShardedRun as kind  # here, as fully_shard takes seconds to import

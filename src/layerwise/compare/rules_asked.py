@@ -31,8 +31,8 @@ def read_rules(words: Sequence[str], common: TrainOptions) -> dict[str, TrainOpt
     Args:
         words: `name` or `name:option=value:...`, several in one word with commas between. An option is a field of the
             rule, one of `PER_RULE`, or `model.` and a field of the model; a value is a number, a word, `none`,
-            `true`, `false`, or numbers with `/` between. `all` stands for every rule that trains the model, with its
-            default options.
+            `true`, `false`, or numbers with `/` between. `all` stands for every rule that trains the model on the
+            task, with its default options.
         common: the options that all runs share.
 
     Raises:
@@ -42,8 +42,9 @@ def read_rules(words: Sequence[str], common: TrainOptions) -> dict[str, TrainOpt
     1
     """
     found: dict[str, TrainOptions] = {}
-    able = [(name, rules.get(name).models) for name in rules.names()]
-    every = [name for name, only in able if not only or model_name(common.model) in only]
+    kinds = {name: rules.get(name) for name in rules.names()}
+    model = model_name(common.model)
+    every = [n for n, kind in kinds.items() if (not kind.models or model in kind.models) and common.task in kind.tasks]
     labels = [part for word in words for part in word.split(",") if part]
     for label in (name for part in labels for name in (every if part == "all" else [part])):
         name, *settings = label.split(":")

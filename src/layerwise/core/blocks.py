@@ -19,6 +19,7 @@ from layerwise.core.chains import (
     listed,
     opened,
 )
+from layerwise.core.drawing import draw
 from layerwise.core.layout import Layouts, check_layout
 from layerwise.core.tracing import TracedPart, both_modes, cut_graph, legal_cuts
 from layerwise.errors import LayerwiseError, suggestion
@@ -71,6 +72,7 @@ class Block:
         run: the function from the block's input tensor to its output tensor.
         before: called before every run, if anything; an offloaded block has to be fetched.
         layout: where batch, channels and positions are in the output; None while, or where, it is not known.
+        users: by the name of a tensor of this block, the numbers of all blocks that use it, where others do.
     """
 
     def __init__(self, name: str, model: nn.Module, run: Callable[[Tensor], Any], names: set[str]):
@@ -78,8 +80,10 @@ class Block:
         self.run = run
         self.before: Callable[[], None] | None = None
         self.layout: str | None = None
+        self.users: dict[str, set[int]] = {}
         self._model = model
         self._names = names
+        self._holders: tuple[set[str] | None, dict[str, list[tuple[str, nn.Module, str]]]] = None, {}
         self._opened: list[tuple[str, nn.Module]] = []
         """Modules that hold the block, and whose own call does not happen."""
         self._unchanged = Unchanged(name)
@@ -120,11 +124,35 @@ class Block:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Pairs of the parameter's name in the model and the parameter."""
-        return (item for item in self._model.named_parameters() if item[0] in self._names)
+        return self._held("_parameters")
 
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
         """Pairs of the buffer's name in the model and the buffer."""
-        return (item for item in self._model.named_buffers() if item[0] in self._names)
+        return self._held("_buffers")
+
+    def _held(self, kind: str) -> Iterator[tuple[str, Any]]:
+        """Pairs of names and tensors, in the model's order; the model is walked once, and again when ownership changes.
+
+        What is remembered are the modules that hold the tensors, never a tensor: those are replaced by sharding.
+        """
+        if self._holders[0] is not self._names:
+            self._holders = self._names, self._walked()
+        for name, module, last in self._holders[1][kind]:
+            tensor = getattr(module, kind).get(last)
+            if tensor is not None:
+                yield name, tensor
+
+    def _walked(self) -> dict[str, list[tuple[str, nn.Module, str]]]:
+        """By registry: names in the model, the module that holds each, and the name there."""
+        modules = dict(self._model.named_modules())
+        named = {"_parameters": self._model.named_parameters(), "_buffers": self._model.named_buffers()}
+        own = {kind: [name for name, _ in found if name in self._names] for kind, found in named.items()}
+        parted = {kind: [(name, *name.rpartition(".")[::2]) for name in names] for kind, names in own.items()}
+        return {kind: [(name, modules[path], last) for name, path, last in found] for kind, found in parted.items()}
+
+    def names(self) -> list[str]:
+        """Names of the block's parameters and buffers in the model."""
+        return sorted(self._names)
 
     def parameters(self) -> list[nn.Parameter]:
         """The block's parameters, in the model's order."""
@@ -145,12 +173,13 @@ class Block:
 
     def places(self) -> list[tuple[dict[str, Any], str]]:
         """Where the block's parameters and buffers are held: a module's registry, and the name in it."""
-        found = []
-        for name in sorted(self._names):
-            path, _, last = name.rpartition(".")
-            module = self._model.get_submodule(path)
-            found.append((module._parameters if last in module._parameters else module._buffers, last))
-        return found
+        return [self.place(name) for name in self.names()]
+
+    def place(self, name: str) -> tuple[dict[str, Any], str]:
+        """Where a tensor of the model is held."""
+        path, _, last = name.rpartition(".")
+        module = self._model.get_submodule(path)
+        return (module._parameters if last in module._parameters else module._buffers), last
 
     def redrawn(self, device: torch.device) -> nn.Sequential:
         """A module of the block's layers and sizes with weights of its own, drawn by each layer's `reset_parameters`.
@@ -175,15 +204,12 @@ class Block:
                 "new weights; wrap the model as nn.Sequential of its parts."
             )
         made = copy.deepcopy(nn.Sequential(*self.run.modules)).to_empty(device=device)
-        for module in made.modules():
-            reset = getattr(module, "reset_parameters", None)
-            if callable(reset):
-                reset()
-            elif [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
-                raise LayerwiseError(
-                    f"block {self.name!r} holds a {type(module).__name__}, which has no reset_parameters(), so it "
-                    "cannot be copied with new weights; give it that method."
-                )
+        unable = draw(made)
+        if unable is not None:
+            raise LayerwiseError(
+                f"block {self.name!r} holds a {unable.__name__}, which has no reset_parameters(), so it cannot be "
+                "copied with new weights; give it that method."
+            )
         return made
 
     def __repr__(self) -> str:
@@ -224,6 +250,8 @@ class Partition(nn.Module):
         self.__dict__.update(layout=declared_layouts(layout, [*cuts, "head"]), input_layout=None)
         self.training = model.training
 
+    owns_by_use = False
+    """Whether it is known only after a probe which block a parameter belongs to."""
     model: nn.Module
     cuts: tuple[str, ...]
     blocks: list[Block]
@@ -244,9 +272,35 @@ class Partition(nn.Module):
         self.training = mode
         return self
 
-    def passing(self) -> AbstractContextManager[None]:
-        """A context in which the blocks can be run: always, for a model that is cut into functions."""
+    def passing(self, batch: Any = None) -> AbstractContextManager[None]:
+        """A context in which the blocks can be run: always, for a model that is cut into functions.
+
+        Args:
+            batch: what the model is given; needed where its first blocks are elsewhere.
+        """
         return nullcontext()
+
+    def arrange(self, x: Any) -> None:
+        """Put the blocks in the order in which the model calls them for a batch, where only a run can show it."""
+
+    def outside(self) -> set[str]:
+        """Names of the tensors that are used between the blocks: none, for a model that is cut into functions."""
+        return set()
+
+    def keep_only(self, first: int, stop: int) -> set[str]:
+        """Prepare to run a range of the blocks only, as one of several ranks does.
+
+        Args:
+            first: number of the first one.
+            stop: number of the one after the last.
+
+        Returns:
+            Names of the other blocks' tensors that are still needed.
+
+        Raises:
+            LayerwiseError: these blocks need more of the others than what one passes to the next.
+        """
+        return set()
 
     def check_modules(self) -> None:
         """Raise LayerwiseError where a module of the model was replaced: its block still runs the old one."""

@@ -4,10 +4,12 @@ Nothing is traced. What the forward pass does between the cuts (masks, skips, ca
 own affair; only the teaching tensor of each cut is handed to the engine and back.
 """
 
+import copy
 import fnmatch
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -15,9 +17,12 @@ from torch import Tensor, nn
 
 from layerwise.core.blocks import Block, Partition, declared_layouts
 from layerwise.core.chains import check_model
-from layerwise.core.coroutine import Pass, devices_of, reading
+from layerwise.core.coroutine import Pass, called_instead, devices_of, reading, without_severing
 from layerwise.core.crossing import Crossing, Uses
+from layerwise.core.drawing import draw
 from layerwise.core.layout import Layouts
+from layerwise.core.regular import BlockByBlock
+from layerwise.core.remote import Elsewhere, form_of, needed, shown_as_nan, without_memory
 from layerwise.core.trees import tensors
 from layerwise.errors import LayerwiseError, suggestion
 
@@ -29,7 +34,7 @@ Read = Callable[[Any], Tensor] | Mapping[str, Callable[[Any], Tensor]] | None
 class CallBlock(Block):
     """What a model's forward pass runs between two cuts.
 
-    It can be called only while its partition has a pass open, once and in order.
+    It can be called only while its partition has a pass open; once and in order, unless they are run block by block.
     """
 
     def __init__(self, name: str, index: int, network: "CallPartition"):
@@ -38,10 +43,17 @@ class CallBlock(Block):
 
     def __call__(self, h: Any) -> Tensor:
         """Run the model's own forward pass on to the next cut; `h` is the whole batch for the first block."""
+        if self.before is not None:
+            self.before()
         return self.run(h)
 
     def _pull(self, h: Any) -> Tensor:
         return self._network.pull(self.index, h)
+
+    def compile(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Run the block's own module through what `wrap` makes of it; what lies between the cuts stays as it is."""
+        if self.index < len(self._network.cuts):
+            self._network.compile(self.index, wrap)
 
     @property
     def ran(self) -> bool:
@@ -49,15 +61,33 @@ class CallBlock(Block):
         return not self._network.skipped(self.index)
 
     def redrawn(self, device: torch.device) -> nn.Sequential:
-        """There is no chain of modules to copy.
+        """The block's module with weights of its own, called with the arguments that the pass under way gives to it.
 
         Raises:
-            LayerwiseError: always.
+            LayerwiseError: it cannot draw its weights, or is the first block, which holds no module alone.
         """
-        raise LayerwiseError(
-            f"rule {self._network.asked_by!r} copies the layers of later blocks, and a model that is cut at its calls "
-            "has no such layers to copy; choose a rule such as local_ce, or give an nn.Sequential."
-        )
+        network = self._network
+        made = copy.deepcopy(network.model.get_submodule(self.name)).to_empty(device=device)
+        unable = draw(made, network.model)
+        if unable is not None or self.index == 0:
+            why = "is the first one" if unable is None else f"holds a {unable.__name__} without reset_parameters()"
+            raise LayerwiseError(
+                f"rule {network.asked_by!r} copies the layers of block {self.name!r}, which {why}; choose a rule such "
+                "as local_ce."
+            )
+        return nn.Sequential(_Copy(made, network, self.index))
+
+
+class _Copy(nn.Module):
+    """A copy of a block's module, in any pass of the network that the block is part of."""
+
+    def __init__(self, module: nn.Module, network: "CallPartition", index: int):
+        super().__init__()
+        self.module, self.index, self._network = module, index, (network,)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """What the module returns to read, for the output `h` of the block before."""
+        return self._network[0].call(self.index, h, self.module)
 
 
 class CallPartition(Partition):
@@ -67,7 +97,11 @@ class CallPartition(Partition):
         tied: who trains a parameter that several blocks use.
         shared: names of such parameters, with the numbers of the blocks; known after a probe.
         crossings: what else than the teaching tensors crosses cuts; known after a probe.
+        irregular: why the blocks cannot be run one by one, out of the forward pass; empty where they can, None before
+            a probe.
         asked_by: name of the rule that is served, for messages.
+        again: what asks for blocks that are run one by one, such as "rule 'interlocking' runs ..."; empty for nothing.
+        first: number of the first block that is here; those before it are on other ranks.
     """
 
     def __init__(
@@ -95,48 +129,127 @@ class CallPartition(Partition):
             head=CallBlock("head", len(cuts), self),
             shared={},
             crossings=[],
+            irregular=None,
             asked_by="",
+            again="",
+            first=0,
             _stops=[(name, known[name], readers[name]) for name in cuts],
+            _used={},
+            _forms=[],
+            _elsewhere=[],
+            _batch=None,
+            _received=None,
+            _compiled=[],
             _pass=None,
+            _unordered=False,
             _severs=None,
+            _devices=devices_of(self.model.parameters()),
         )
         self.training = model.training
         self._own({})
 
+    owns_by_use = True
     output: Output
     read: Read
     tied: Tied
     shared: dict[str, set[int]]
     crossings: list[Crossing]
+    irregular: str | None
     asked_by: str
+    again: str
+    first: int
     _stops: list[tuple[str, nn.Module, Callable[[Any], Tensor]]]
-    _pass: Pass | None
+    _used: Mapping[str, set[int]]
+    """By the name of a parameter or buffer, the blocks that use it; known after a probe."""
+    _forms: list[tuple[Any, Tensor]]
+    """What the modules of the cuts return; known after a probe."""
+    _elsewhere: list[tuple[dict[str, Any], str]]
+    """Where tensors of other ranks would be held."""
+    _batch: Any
+    """Of the pass under way."""
+    _received: Elsewhere | None
+    _compiled: list[tuple[nn.Module, Callable[..., Any]]]
+    """Modules of cuts, and what is called in place of their forward."""
+    _pass: Pass | BlockByBlock | None
+    _unordered: bool
+    """Whether the order of the calls is still to be found out."""
+    _devices: tuple[str, ...]
+    """Device types whose autocast a pass looks after."""
     _severs: bool | None
     """Whether passes have to keep blocks from the graphs of earlier ones; None until a training pass has shown it."""
 
     def forward(self, x: Any) -> Tensor:
         """The logits that `output` finds in the model's own output for a batch."""
+        if all(block.before is None for block in [*self.blocks, self.head]):
+            return self._whole(x)
+        with self.passing(sever=False):  # parameters that are elsewhere are fetched block by block
+            for block in [*self.blocks, self.head]:
+                x = block(x)
+        return x
+
+    def _whole(self, x: Any) -> Tensor:
         args, kwargs = arguments(x)
         return self._logits(self.model(*args, **kwargs))
 
     @contextmanager
-    def passing(self, sever: bool = True) -> Iterator[None]:
+    def passing(self, batch: Any = None, sever: bool = True) -> Iterator[None]:
         """A context in which the blocks can be run, one after the other; a pass that is not finished is given up.
 
         Args:
+            batch: what the model is given; needed where its first blocks are elsewhere.
             sever: whether blocks are kept from the graphs of earlier ones, where that is needed.
         """
-        devices = devices_of(dict(self.model.named_parameters()))
-        opened = Pass(self._stops, self.forward, devices, sever=sever and self._severs is not False)
-        self.__dict__["_pass"] = opened
+        opened = self._opened(sever and self._severs is not False)
+        self.__dict__["_batch"] = batch
+        if self.first and not self._elsewhere:
+            self.__dict__["_elsewhere"] = without_memory(self.model)
         try:
-            yield
+            with self._holding(opened), shown_as_nan(self._elsewhere, self._device()):
+                yield
         finally:
-            self.__dict__["_pass"] = None
             if self._severs is None and opened.severed is not None and opened.severed.mark:
                 # The probe has run in evaluation mode; in training something else may cross.
                 self.__dict__["_severs"] = opened.severed.found or any(c.kept for c in self.crossings)
+
+    @contextmanager
+    def _holding(self, opened: Pass | BlockByBlock) -> Iterator[None]:
+        outer = self._pass  # of a step in which a rule asks what the network predicts
+        self.__dict__["_pass"] = opened
+        try:
+            with ExitStack() as compiled:
+                for module, forward in self._compiled if outer is None else ():
+                    compiled.enter_context(called_instead(module, forward))
+                yield
+        finally:
+            self.__dict__["_pass"] = outer
             opened.close()
+
+    def compile(self, index: int, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Call what `wrap` makes of a cut module's forward in place of it, while a pass is open.
+
+        Raises:
+            LayerwiseError: another cut lies inside of the module, so that the pass stops there.
+        """
+        name, module, _ = self._stops[index]
+        inner = next((cut for cut in self.cuts if cut.startswith(name + ".")), None)
+        if inner is not None:
+            raise LayerwiseError(
+                f"block {name!r} cannot be compiled, because the cut {inner!r} lies inside of it; leave compile or one "
+                "of the two cuts out."
+            )
+        self._compiled.append((module, without_severing(wrap(module.forward))))
+
+    def _opened(self, sever: bool, one_by_one: bool | None = None) -> Pass | BlockByBlock:
+        if not (bool(self.again) if one_by_one is None else one_by_one):
+            return Pass(self._stops, self._whole, self._devices, sever, self._stand_in, range(self.first))
+        return BlockByBlock(self._stops, self._whole, self._devices, self._device(), self.blocks[0])
+
+    def _device(self) -> torch.device:
+        return next((p.device for p in self.model.parameters() if not p.is_meta), torch.device("cpu"))
+
+    def _stand_in(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert self._received is not None
+        return self._received(index, args, kwargs)
 
     def pull(self, index: int, h: Any) -> Tensor:
         """Run block `index` of the open pass.
@@ -151,7 +264,15 @@ class CallPartition(Partition):
                 "runs its blocks in one forward pass; choose a rule such as local_ce, or give a model that partition() "
                 "can trace."
             )
+        if index == self.first > 0:
+            self.__dict__["_received"] = Elsewhere(self._forms, index - 1, h)
+            h = self._batch
         return self._pass.pull(index, h)
+
+    def call(self, index: int, h: Tensor, module: nn.Module) -> Tensor:
+        """Call a module in place of that of block `index`, with the arguments of the open pass."""
+        assert isinstance(self._pass, BlockByBlock)
+        return self._pass.call(index, h, module)
 
     def skipped(self, index: int) -> bool:
         """Whether the open pass has left the block out."""
@@ -170,12 +291,18 @@ class CallPartition(Partition):
             LayerwiseError: the model does not take the batch, or a cut is not called, or not once, or out of order.
         """
         batch = [(place, t) for place, t in _places(x) if isinstance(t, Tensor)]
+        self.__dict__["_devices"] = devices_of([*self.model.parameters(), *(t for _, t in batch)])
         uses, layouts = Uses(self._one_name_each(), batch), Layouts()
         declared = self.layout if isinstance(self.layout, Mapping) else {}
         common = self.layout if isinstance(self.layout, str) else None
         samples = next((len(t) for _, t in batch if t.dim()), 0)
         outputs, h = [], x
-        with self.passing(sever=False), torch.enable_grad(), layouts:
+        opened = self._opened(sever=False, one_by_one=False)
+        assert isinstance(opened, Pass)
+        forms: list[tuple[Any, Tensor]] = []
+        with self._holding(opened), torch.enable_grad(), layouts, ExitStack() as hooks:
+            for _, module, _ in self._stops:
+                hooks.callback(module.register_forward_pre_hook(uses.enter).remove)
             for _, t in batch:
                 if t.dim() and len(t) == samples:
                     own = getattr(self.model, "input_layout", None)
@@ -183,6 +310,7 @@ class CallPartition(Partition):
                     layouts.begin(t, given if given is not None and len(given) == t.dim() else None)
             for block in [*self.blocks, self.head]:
                 uses.block = block.index  # pyright: ignore[reportAttributeAccessIssue]
+                uses.inside = False
                 try:
                     with uses:
                         out = block(h)
@@ -206,13 +334,83 @@ class CallPartition(Partition):
                 if given is not None:
                     layouts.begin(out, given)
                 block.layout = layouts.of(out, samples) or self._likely_layout(out)
-                uses.hand_over(out)
+                if block is not self.head:
+                    forms.append(form_of(opened.whole, out))
                 h = out.detach()
+                uses.hand_over(out, h)
                 outputs.append(h)
             self.__dict__["input_layout"] = layouts.of(x, len(x)) if isinstance(x, Tensor) else None
         self._own(uses.used)
-        self.__dict__["crossings"] = uses.crossings
+        self.__dict__.update(crossings=uses.crossings, _forms=forms, _used=uses.used)
+        if self.again or all(block.before is None for block in self.blocks):
+            self.__dict__["irregular"] = self._why_irregular(x, outputs)
+        if self.again and self.irregular:
+            raise LayerwiseError(
+                f"{self.again}, and the blocks of {type(self.model).__name__} run once per step, inside one forward "
+                f"pass: {self.irregular}; choose a rule such as local_ce, or give a model that partition() can trace."
+            )
         return outputs
+
+    @torch.no_grad()
+    def arrange(self, x: Any) -> None:
+        """Put the blocks in the order in which the model calls their modules for a batch.
+
+        Args:
+            x: the batch.
+        """
+        if not self._unordered or any(p.is_meta for p in self.parameters()):
+            return
+        called: list[nn.Module] = []
+        handles = [
+            module.register_forward_hook(lambda module, *_: called.append(module)) for _, module, _ in self._stops
+        ]
+        try:
+            self.forward(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        ended = {id(module): place for place, module in reversed([*enumerate(called)])}
+        order = sorted(range(len(self._stops)), key=lambda i: ended.get(id(self._stops[i][1]), len(called)))
+        stops, blocks = [self._stops[i] for i in order], [self.blocks[i] for i in order]
+        for index, block in enumerate(blocks):
+            block.index = index  # pyright: ignore[reportAttributeAccessIssue]
+        self.__dict__.update(cuts=tuple(name for name, _, _ in stops), blocks=blocks, _stops=stops, _unordered=False)
+
+    def outside(self) -> set[str]:
+        """Names of the tensors that lie in no module of a cut, or in several; before a probe."""
+        own = {name for block in [*self.blocks, self.head] for name in block.names()}
+        return {name for name in self._one_name_each() if name not in own or name in self.shared}
+
+    def keep_only(self, first: int, stop: int) -> set[str]:
+        """Prepare to run a range of the blocks only; see `Partition.keep_only`."""
+        if self.again:
+            raise LayerwiseError(
+                f"{self.again}, and others of them are on other ranks; train it in one process, or choose a rule such "
+                "as local_ce."
+            )
+        owned = {name for block in [*self.blocks, self.head] for name in block.names()}
+        learned = {name for name, p in self.model.named_parameters() if p.requires_grad and name in owned}
+        found = needed(self.crossings, self._used, learned, [*self.cuts, "head"], range(first, stop))
+        self.__dict__["first"] = first
+        return found
+
+    def _why_irregular(self, x: Any, outputs: Sequence[Tensor]) -> str:
+        """Why the blocks cannot be run one by one; nothing where they give the same bits so."""
+        crossing = next((c for c in self.crossings if c.stopped), None)
+        if crossing is not None:
+            return f"a gradient crosses with {crossing}"
+        h = x
+        try:
+            with self._holding(self._opened(sever=False, one_by_one=True)), torch.enable_grad():
+                for block, out in zip([*self.blocks, self.head, self.head], [*outputs, outputs[-1]], strict=True):
+                    h = block(outputs[-2] if block is self.head else h).detach()
+                    if not torch.equal(h, out):
+                        return f"run on its own, block {block.name!r} gives other bits"
+        except LayerwiseError as reason:
+            return str(reason).partition(", so that")[0]
+        except Exception as reason:  # of the model's own code, which is run as nobody meant it
+            return f"{type(reason).__name__} where they are run one by one"
+        return ""
 
     def describe(self) -> str:
         """One line per block with its parameters, and under it what crosses the cut before beside the teaching tensor.
@@ -233,6 +431,9 @@ class CallPartition(Partition):
             where = ", ".join(names[i] for i in sorted(blocks))
             who = "nobody" if self.tied == "frozen" else names[_owner(blocks, self.tied) or 0]
             lines.append(f"{name} is used by {where}; it is trained by {who}")
+        if self.irregular is not None:
+            regular = "regular: its blocks can be run one by one"
+            lines.append(f"not regular: {self.irregular}" if self.irregular else regular)
         return "\n".join(lines)
 
     def with_layout(self, layout: Mapping[str, str] | str) -> "CallPartition":
@@ -279,11 +480,17 @@ class CallPartition(Partition):
             aliases.setdefault(id(tensor), []).append(name)
         owned: list[set[str]] = [set() for _ in range(len(self.cuts) + 1)]
         shared, unowned = {}, []
+        beside: dict[str, int] = {}  # a counter of training that the probe does not use belongs where its module does
+        for name, blocks in used.items():
+            for block in blocks:
+                beside.setdefault(name.rpartition(".")[0], block)
         learn = dict(self.model.named_parameters())
         for name, tensor in self._one_name_each().items():
             blocks = set(used.get(name, ())) or {
                 i for alias in aliases[id(tensor)] if (i := self._inside(alias)) is not None
             }
+            if name not in learn and not blocks and name.rpartition(".")[0] in beside:
+                blocks = {beside[name.rpartition(".")[0]]}
             if name in learn and len(blocks) > 1:
                 shared[name] = blocks
             owner = _owner(blocks, self.tied if name in learn else "last")
@@ -293,6 +500,7 @@ class CallPartition(Partition):
                 unowned.append(name)
         for block, names in zip([*self.blocks, self.head], owned, strict=True):
             block._names = names
+            block.users = {name: set(used[name]) for name in names if len(used.get(name, ())) > 1}
         self.__dict__["shared"] = shared
         if unowned:
             warnings.warn(
@@ -326,9 +534,9 @@ def cut_at_calls(
 
     Args:
         model: any module. It may take several arguments, keywords, masks, and return what it likes.
-        cuts: names of modules, in the order in which they are called, or patterns (`"model.layers.*"`): a module that
-            is called ends a block with its call. What runs after the last one is the head. `"auto"` takes the longest
-            list of modules of one class.
+        cuts: names of modules, in the order in which they are called, or patterns (`"model.layers.*"`), whose order
+            the first batch shows: a module that is called ends a block with its call. What runs after the last one is
+            the head. `"auto"` takes the longest list of modules of one class.
         output: where the logits are in the model's output: a function, or the name of an entry. Not needed for a
             tensor, or where the entry is called `logits`.
         read: where the teaching tensor is in a cut module's output, its first tensor of real numbers if not given: a
@@ -353,7 +561,12 @@ def cut_at_calls(
         if not 1 <= blocks <= len(names):
             raise LayerwiseError(f"blocks={blocks} is not possible: there are {len(names)} cuts; give 1 to that many.")
         names = [names[(i + 1) * len(names) // blocks - 1] for i in range(blocks)]
-    return CallPartition(model, names, output, read, tied, layout)
+    found = CallPartition(model, names, output, read, tied, layout)
+    # Two lists may be called in another order than the model holds them; names one by one are an order of the owner's.
+    patterns = [cuts] if isinstance(cuts, str) else cuts
+    several = len({name.rpartition(".")[0] for name in names}) > 1
+    found.__dict__["_unordered"] = several and (cuts == "auto" or any(c in p for p in patterns for c in "*?["))
+    return found
 
 
 def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -390,18 +603,15 @@ def matching(model: nn.Module, cuts: Sequence[str] | str) -> list[str]:
 def automatic_cuts(model: nn.Module) -> list[str]:
     """The modules of the longest list of one class, and those of its other lists of that class or of the hinted ones.
 
+    Such a list is not looked into: a layer's experts are part of it. Only stages are, none of which is like another,
+    where the lists in them hold modules that are alike.
+
     >>> automatic_cuts(nn.ModuleDict({"layers": nn.ModuleList([nn.ReLU(), nn.ReLU()]), "head": nn.Linear(1, 1)}))
     ['layers.0', 'layers.1']
     """
-    lists: list[tuple[str, list[str], type]] = []
-    for path, module in model.named_modules():
-        children = list(module.named_children())
-        kinds = {type(child) for _, child in children}
-        inside = any(path.startswith(name + ".") for _, names, _ in lists for name in names)
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(children) > 1 and len(kinds) == 1 and not inside:
-            prefix = path + "." if path else ""
-            lists.append((path, [prefix + name for name, _ in children], kinds.pop()))
-    if not lists:
+    lists = _blocks(_lists("", model))
+    count = Counter(kind for _, members, kind in lists for _ in members)
+    if max(count.values(), default=0) < 2:
         raise LayerwiseError(
             f'{type(model).__name__} holds no list of modules of one class, so cuts="auto" finds nothing; name the '
             "modules to cut behind, such as cuts=[...] or a pattern."
@@ -409,9 +619,38 @@ def automatic_cuts(model: nn.Module) -> list[str]:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):  # labels are those of decoder positions
         lists = [found for found in lists if "decoder" in found[0].split(".")] or lists
     hinted = set(getattr(model, "_no_split_modules", None) or ())  # what the family calls its blocks
-    longest = max(lists, key=lambda found: len(found[1]))
+    longest = max(lists, key=lambda found: (len(found[1]), count[found[2]]))
     kinds = {longest[2]} | ({kind for _, _, kind in lists if kind.__name__ in hinted} if hinted else set())
-    return [name for _, names, kind in lists if kind in kinds for name in names]
+    return [name for _, members, kind in lists if kind in kinds for name in members]
+
+
+_List = tuple[str, dict[str, nn.Module], type]
+"""Its path, its modules by their paths, and their class."""
+
+
+def _lists(path: str, module: nn.Module) -> list[_List]:
+    """The outermost lists of modules of one class."""
+    members = {f"{path}.{name}" if path else name: child for name, child in module.named_children()}
+    kinds = {type(child) for child in members.values()}
+    if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(kinds) == 1:
+        return [(path, members, kinds.pop())]
+    return [found for name, child in members.items() for found in _lists(name, child)]
+
+
+def _blocks(lists: list[_List]) -> list[_List]:
+    """The lists, those of stages replaced by the lists of blocks in them."""
+    found = []
+    for path, members, kind in lists:
+        inner = [within for name, child in members.items() for within in _lists(name, child)]
+        staged = not _alike(lists, kind) and any(_alike(inner, within) for _, _, within in inner)
+        found += _blocks(inner) if staged else [(path, members, kind)]
+    return found
+
+
+def _alike(lists: list[_List], kind: type) -> bool:
+    """Whether two modules of this class have parameters of the same shapes."""
+    modules = [child for _, members, held in lists if held is kind for child in members.values()]
+    return len({tuple(p.shape for p in child.parameters()) for child in modules}) < len(modules)
 
 
 def _check_cuts(model: nn.Module, cuts: Sequence[str], known: Mapping[str, nn.Module]) -> None:

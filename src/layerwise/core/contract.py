@@ -6,13 +6,12 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin
 
-import torch
 from torch import Tensor
 
 from layerwise.core.pieces import JoinsGroups, TakesTurns
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site
 from layerwise.core.tasks import Task
-from layerwise.errors import LayerwiseError, suggestion
+from layerwise.errors import LayerwiseError, is_out_of_memory, suggestion
 
 
 def check_rule(rule: object) -> None:
@@ -60,9 +59,11 @@ def asking(rule: Rule, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (LayerwiseError, torch.OutOfMemoryError, MemoryError):
+    except LayerwiseError:
         raise
     except Exception as reason:  # code of the user's, which may raise anything
+        if is_out_of_memory(reason):
+            raise
         said = (str(reason).strip() or "no message").splitlines()[0].rstrip(".")
         raise LayerwiseError(
             f"rule {rule.name!r} fails in {what} ({type(reason).__name__}: {said}); mend the rule, or see whether it "

@@ -1,7 +1,8 @@
 """A forward pass that stops at every cut, so that the engine pulls block after block out of it."""
 
 import contextvars
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,10 +98,14 @@ class Severed(TorchFunctionMode):
         """Whether anything had to be detached."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.mark and torch.is_grad_enabled():
-            args = [self._severed(value) for value in args]
-            kwargs = {name: self._severed(value) for name, value in (kwargs or {}).items()}
-        return func(*args, **(kwargs or {}))
+        args, kwargs = self.severed((args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def severed(self, given: tuple[Any, dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
+        """Arguments without the graphs of earlier blocks."""
+        if not self.mark or not torch.is_grad_enabled():
+            return given
+        return [self._severed(value) for value in given[0]], {n: self._severed(v) for n, v in given[1].items()}
 
     def _severed(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -120,6 +125,13 @@ class Arrival:
 
     index: int
     out: Any
+    """The teaching tensor; the logits at the end."""
+    whole: Any = None
+    """All that the module returned; for a call that is stood in for, its arguments."""
+
+
+StandIn = Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
+"""From the number of a cut and the arguments of its module's call to what the call returns."""
 
 
 class Pass:
@@ -130,6 +142,8 @@ class Pass:
         run: the forward pass: from the batch to the logits.
         devices: device types whose autocast is looked after.
         sever: whether blocks have to be kept from using graphs of earlier ones.
+        stand_in: what is called in place of the modules of the cuts `away`, which do not run.
+        away: numbers of cuts.
     """
 
     def __init__(
@@ -138,11 +152,17 @@ class Pass:
         run: Callable[[Any], Tensor],
         devices: Sequence[str],
         sever: bool,
+        stand_in: StandIn | None = None,
+        away: range = range(0),
     ):
         self.cuts, self.run, self.devices = cuts, run, devices
+        self.stand_in, self.away = stand_in, away
+        self.whole: Any = None
+        """All that the module returned behind which the pass waits."""
         self.severed = Severed() if sever else None
         self._coroutine: greenlet.greenlet | None = None
-        self._handles: list[Any] = []
+        self._undo: list[Callable[[], None]] = []
+        """What takes hooks and stand-ins off the model."""
         self._arrived: Arrival | None = None
         """Where the pass waits; what arrived there has not been asked for yet where a block was left out."""
         self._next = 0
@@ -164,10 +184,9 @@ class Pass:
         Raises:
             LayerwiseError: the pass comes to the cuts in another order than named, or twice to one.
         """
-        if index == 0:
-            self.close()
-            self._begin()
-            arrived = self._switch(h)
+        first = self.away.stop
+        if index == first:
+            arrived = self.begin(h)
         elif self._coroutine is None or index != self._next:
             raise LayerwiseError(
                 f"block {self._name(index)!r} is run out of turn, but a model that is cut at its calls runs each block "
@@ -176,11 +195,11 @@ class Pass:
         elif self._arrived is not None:
             arrived = self._arrived
         else:
-            arrived = self._switch(h)
-        if arrived.index < index or (arrived.index > index == 0):
+            arrived = self.resume(h)
+        if arrived.index < index or (arrived.index > index == first):
             how = (
-                f"the first cut {self._name(0)!r} is not called before {self._name(arrived.index)!r}"
-                if index == 0
+                f"the first cut {self._name(first)!r} is not called before {self._name(arrived.index)!r}"
+                if index == first
                 else f"cut {self._name(arrived.index)!r} is called again or after {self._name(index - 1)!r}"
             )
             self.close()
@@ -192,16 +211,26 @@ class Pass:
             self._arrived = arrived
             self.skipped.add(index)
             return h.detach()
-        self._arrived = None
+        self._arrived, self.whole = None, arrived.whole
         if arrived.index == len(self.cuts):
             self.close()
         return arrived.out
 
+    def begin(self, batch: Any) -> Arrival:
+        """Run the pass to its first stop."""
+        self.close()
+        self._begin()
+        return self.resume(batch)
+
+    @property
+    def waits(self) -> bool:
+        """Whether the pass has begun and is not at its end."""
+        return self._coroutine is not None and not self._coroutine.dead
+
     def close(self) -> None:
         """End the pass wherever it waits; the model is left without a hook."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        while self._undo:
+            self._undo.pop()()
         coroutine, self._coroutine, self._arrived = self._coroutine, None, None
         self.skipped, self._next = set(), 0
         if self._fused is not None:
@@ -219,9 +248,11 @@ class Pass:
         return self.cuts[index][0] if index < len(self.cuts) else "head"
 
     def _begin(self) -> None:
-        self._handles = [
-            module.register_forward_hook(self._hook(i, read)) for i, (_, module, read) in enumerate(self.cuts)
-        ]
+        for i, (_, module, read) in enumerate(self.cuts):
+            if i in self.away:
+                self._undo.append(self._put_in(i, module))
+            else:
+                self._undo.append(module.register_forward_hook(self._hook(i, read)).remove)
         # In evaluation it passes nested tensors from layer to layer, which no rule can read.
         self._fused = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
@@ -236,8 +267,8 @@ class Pass:
         with self.severed:
             return Arrival(len(self.cuts), self.run(batch))
 
-    def _switch(self, value: Any) -> Arrival:
-        """Let the pass go on until it stops again."""
+    def resume(self, value: Any) -> Arrival:
+        """Let the pass go on until it stops again; it gets `value` where it waits."""
         coroutine = self._coroutine
         assert coroutine is not None
         coroutine.parent = greenlet.getcurrent()
@@ -251,31 +282,96 @@ class Pass:
             self.close()
             raise
 
+    def pause(self, index: int, out: Any, whole: Any = None) -> Any:
+        """Stop here, inside of the pass; returns what `resume` is given."""
+        assert self._coroutine is not None
+        own = Own.taken_off(self._base, self.devices)
+        parent = self._coroutine.parent
+        assert parent is not None
+        try:
+            h = parent.switch(Arrival(index, out, whole))
+        except BaseException:  # the pass is given up; its contexts find their modes on the way out
+            own.put_on(self._base)
+            raise
+        base = self._base
+        if h is not out and h.grad_fn is None and self.severed is not None:
+            self.severed.mark = _saved._get_sequence_nr()
+        own.put_on(base)
+        return h
+
+    @property
+    def _runs(self) -> bool:
+        """Whether what runs now is the pass; a block may be run again, by a checkpoint for one."""
+        return self._coroutine is not None and greenlet.getcurrent() is self._coroutine
+
     def _hook(self, index: int, read: Callable[[Any], Tensor]) -> Callable[[nn.Module, Any, Any], Any]:
         def stop(module: nn.Module, args: Any, out: Any) -> Any:
-            coroutine = self._coroutine
-            if coroutine is None or greenlet.getcurrent() is not coroutine:
-                return None  # a block is run again, by a checkpoint for one
+            if not self._runs:
+                return None
             teaching = read(out)
-            own = Own.taken_off(self._base, self.devices)
-            parent = coroutine.parent
-            assert parent is not None
-            try:
-                h = parent.switch(Arrival(index, teaching))
-            except BaseException:  # the pass is given up; its contexts find their modes on the way out
-                own.put_on(self._base)
-                raise
-            base = self._base
-            boundary = h is not teaching and h.grad_fn is None
-            if boundary and self.severed is not None:
-                self.severed.mark = _saved._get_sequence_nr()
-            own.put_on(base)
+            h = self.pause(index, teaching, out)
             if h is teaching:
                 return None
             # Inside a group the graph goes on; between groups nothing of it does.
-            return replaced(out, teaching, h, detach=boundary)
+            return replaced(out, teaching, h, detach=h.grad_fn is None)
 
         return stop
+
+    def _put_in(self, index: int, module: nn.Module) -> Callable[[], None]:
+        """Let the module's call be stood in for; returns what undoes it."""
+        assert self.stand_in is not None
+        stand_in, forward = self.stand_in, module.forward
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            return stand_in(index, args, kwargs) if self._runs else forward(*args, **kwargs)
+
+        instead = ExitStack()
+        instead.enter_context(called_instead(module, called))
+        return instead.close
+
+
+@contextmanager
+def called_instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """A context in which `forward` is called in place of the module's own; its hooks run as ever."""
+    own = vars(module)
+    before = own.get("forward")
+    own["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del own["forward"]
+        else:
+            own["forward"] = before
+
+
+def without_severing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with its arguments severed as a whole, and its own code outside of `Severed`, for a compiler."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        modes = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]
+        severing = [mode for mode in modes if isinstance(mode, Severed)]
+        for mode in severing:
+            args, kwargs = mode.severed((args, kwargs))
+        try:
+            with _on_stack([mode for mode in reversed(modes) if mode not in severing]):
+                return forward(*args, **kwargs)
+        finally:
+            for mode in reversed(modes):
+                torch._C._push_on_torch_function_stack(mode)
+
+    return called
+
+
+@contextmanager
+def _on_stack(modes: Sequence[Any]) -> Iterator[None]:
+    for mode in modes:
+        torch._C._push_on_torch_function_stack(mode)
+    try:
+        yield
+    finally:
+        for _ in modes:
+            torch._C._pop_torch_function_stack()
 
 
 def reading(name: str, read: Callable[[Any], Any] | None) -> Callable[[Any], Tensor]:
@@ -296,7 +392,7 @@ def reading(name: str, read: Callable[[Any], Any] | None) -> Callable[[Any], Ten
     return found
 
 
-def devices_of(parameters: Mapping[str, Tensor]) -> tuple[str, ...]:
+def devices_of(found: Iterable[Tensor]) -> tuple[str, ...]:
     """The device types of tensors, those with autocast."""
-    kinds = {"cpu", *(t.device.type for t in parameters.values())}
+    kinds = {"cpu", *(t.device.type for t in found)}
     return tuple(sorted(kind for kind in kinds if torch.amp.is_autocast_available(kind)))

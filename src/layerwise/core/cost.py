@@ -1,9 +1,9 @@
 """What the blocks of a network cost, and how to share them out evenly."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerwise.core.blocks import Partition, evaluation_mode
@@ -30,10 +30,10 @@ def balanced_ends(cost: Sequence[float], parts: int) -> list[int]:
     return ends[::-1]
 
 
-def operations(parts: Partition, example: Tensor) -> list[int]:
+def operations(parts: Partition, example: Any) -> list[int]:
     """Floating-point operations of the forward pass of each block and the head; exact, the same on every machine."""
     costs, h = [], example
-    with evaluation_mode(parts), torch.no_grad():
+    with evaluation_mode(parts), torch.no_grad(), parts.passing(example):
         for block in [*parts.blocks, parts.head]:
             with FlopCounterMode(display=False) as counter:
                 h = block(h)

@@ -27,6 +27,12 @@ class Crossing:
     """Whether it keeps the graph of its block alive, since the forward pass itself holds it, not a cut's output."""
     used: set[int] = field(default_factory=set)
     """Numbers of the later blocks that use it."""
+    needs: set[str] = field(default_factory=set)
+    """Names of the parameters and buffers that it is computed from."""
+    after: set[int] = field(default_factory=set)
+    """Numbers of the blocks whose outputs it is computed from."""
+    inside: bool = False
+    """Whether a cut's own module has made it, not what the forward pass does between the cuts."""
 
     def __str__(self) -> str:
         return f"{self.what} {self.dtype} {self.shape}"
@@ -43,9 +49,12 @@ class Uses(TorchDispatchMode):
     def __init__(self, named: Mapping[str, Tensor], batch: Sequence[tuple[str, Tensor]]):
         super().__init__()
         self.block = 0
+        self.inside = False
+        """Whether the module of a cut runs."""
         self.used: dict[str, set[int]] = {name: set() for name in named}
         self._names = {id(tensor): name for name, tensor in named.items()}
         self._made: Any = WeakIdKeyDictionary()
+        self._outputs: Any = WeakIdKeyDictionary()
         self._crossings: dict[int, Crossing] = {}
         for place, tensor in batch:
             self._made[tensor] = Crossing(place, tuple(tensor.shape), _dtype(tensor), -1)
@@ -55,27 +64,56 @@ class Uses(TorchDispatchMode):
         """What crosses, in the order in which it was first used across a cut."""
         return list(self._crossings.values())
 
-    def hand_over(self, tensor: Tensor) -> None:
-        """The tensor is what a block hands to the next one, which is no crossing."""
-        self._made.pop(tensor, None)
+    def enter(self, module: Any, args: Any) -> None:
+        """The module of a cut begins to run."""
+        self.inside = True
+
+    def hand_over(self, out: Tensor, h: Tensor) -> None:
+        """What a block hands to the next one is no crossing; `h` is its output `out` without history."""
+        self._made.pop(out, None)
+        self._outputs[h] = self.block
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.detach.default:  # a cut takes a tensor's history away; that alone is no use of it
             return self._detached(args[0], func(*args))
+        needs: set[str] = set()
+        after: set[int] = set()
         for tensor in tree_iter((args, kwargs)):
             if isinstance(tensor, Tensor):
                 self._note(tensor)
+                self._add_sources(tensor, needs, after)
         out = func(*args, **(kwargs or {}))
         for tensor in tree_iter(out):
-            if isinstance(tensor, Tensor) and tensor not in self._made and id(tensor) not in self._names:
-                name = str(func).split(".")[1]
-                self._made[tensor] = Crossing(name, tuple(tensor.shape), _dtype(tensor), self.block)
+            if isinstance(tensor, Tensor) and id(tensor) not in self._names:
+                made = self._made.get(tensor)
+                if made is None:
+                    name = str(func).split(".")[1]
+                    made = self._made[tensor] = self._crossing(name, tensor)
+                made.needs |= needs
+                made.after |= after
         return out
+
+    def _crossing(self, what: str, tensor: Tensor) -> Crossing:
+        return Crossing(what, tuple(tensor.shape), _dtype(tensor), self.block, inside=self.inside)
+
+    def _add_sources(self, tensor: Tensor, needs: set[str], after: set[int]) -> None:
+        made = self._made.get(tensor)
+        if made is not None:
+            needs |= made.needs
+            after |= made.after
+        if id(tensor) in self._names:
+            needs.add(self._names[id(tensor)])
+        if tensor in self._outputs:
+            after.add(self._outputs[tensor])
 
     def _detached(self, tensor: Tensor, out: Tensor) -> Tensor:
         name, made = self._names.get(id(tensor)), self._made.get(tensor)
+        if tensor in self._outputs:
+            self._outputs[out] = self._outputs[tensor]
         if name is not None:
             self.used[name].add(self.block)
+            self._made[out] = self._crossing("detach", out)
+            self._made[out].needs.add(name)
         elif made is not None:
             made.stopped = made.stopped or tensor.requires_grad
             self._made[out] = made

@@ -43,8 +43,15 @@ class Alone:
 
     def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Norm of the averaged gradients."""
-        grads = [p.grad for p in parameters if p.grad is not None]
-        return nn.utils.get_total_norm([g.coalesce().values() if g.is_sparse else g for g in grads])
+        return nn.utils.get_total_norm(_gradients(parameters))
+
+    def sum(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Sum over all averaged gradients, which is finite where they all are and costs a fraction of the norm."""
+        grads = _gradients(parameters)
+        if not grads:
+            return torch.zeros(())
+        wide = [g.sum(dtype=torch.promote_types(g.dtype, torch.float32)).to(grads[0].device) for g in grads]
+        return torch.stack(wide).sum()
 
     def reduce(
         self, parameters: Sequence[nn.Parameter], running: Sequence[Tensor], loss: Tensor
@@ -72,6 +79,11 @@ class Execution:
     nonfinite: Literal["raise", "skip"] = "raise"
     seed: int = 0
     replicas: Alone = field(default_factory=Alone)
+
+
+def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return [g.coalesce().values() if g.is_sparse else g for g in grads]
 
 
 def detach(tree: Any) -> Any:
@@ -276,9 +288,10 @@ class Engine:
             whole.add(part, passed_on)
             losses.append(loss)
         h_out, message_out = whole.tree
-        for name in [unit.site.name for unit in group.units if self.execution.micro > 1]:
-            if name in trace.statistics:  # metrics that are no means over the parts
-                trace.metrics[name] |= self.task.measures(trace.statistics[name])
+        for name in [unit.site.name for unit in group.units]:
+            sums = trace.statistics.pop(name, None)  # of every block they would grow with depth
+            if sums is not None and self.execution.micro > 1:  # metrics that are no means over the parts
+                trace.metrics[name] |= self.task.measures(sums)
         scale = group.scaler.get_scale() if trunk is not None else 1.0  # the step below may change it
         if group.learns:
             self._learn(group, h, torch.stack(losses).sum(), step, trace)
@@ -459,7 +472,8 @@ class Engine:
             group.checked = True
             taught = any(s.loss is not None or s.cotangent is not None for s, _ in signals)
             self._check_reached(group, {id(p) for p in wanted if p.grad is not None}, taught)
-        return torch.stack([loss.detach().float() for loss in losses or [torch.zeros(())]]).sum() * share
+        found = [loss.detach().float() for loss in losses] or [torch.zeros(())]
+        return (found[0] if len(found) == 1 else torch.stack(found).sum()) * share
 
     def _check_reached(self, group: Group, reached: set[int], taught: bool) -> None:
         """Refuse a block that no signal reaches, and name single parameters that its signal does not reach.
@@ -506,7 +520,8 @@ class Engine:
             gradients = [p.grad for p in group.parameters if p.grad is not None]
             if gradients:
                 torch._foreach_div_(gradients, self.accumulation.weight)  # pyright: ignore[reportPrivateImportUsage]
-        norm = self.execution.replicas.norm(group.parameters)
+        clips, replicas = self.execution.clip is not None, self.execution.replicas
+        norm = replicas.norm(group.parameters) if clips else replicas.sum(group.parameters)
         if self._may_step(group, h, loss, norm, step, trace):
             if self.execution.clip is not None:
                 nn.utils.clip_grads_with_norm_(group.parameters, self.execution.clip, norm)

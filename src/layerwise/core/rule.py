@@ -206,7 +206,8 @@ class Rule:
     runs_once: ClassVar[bool] = True
     """Whether the rule runs every block once per step and in order.
 
-    A rule that runs a block again is refused where the model is cut at its calls (`cut_at_calls`).
+    A rule that runs a block (or a copy of one) again trains a model that is cut at its calls (`cut_at_calls`) only
+    where that is regular, so that its blocks can be run one by one.
     """
     whole_batch: ClassVar[str] = ""
     """Why the batch cannot be run in parts (`Learner(micro=n)`), such as "compares samples"; empty where it can.

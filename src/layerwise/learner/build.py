@@ -15,6 +15,7 @@ from layerwise.core.blocks import Block, Partition
 from layerwise.core.contract import asking, groups_of
 from layerwise.core.engine import Engine, Execution
 from layerwise.core.groups import Group, Grouping, Unit
+from layerwise.core.late import LateWeights, NotLate
 from layerwise.core.optim import Factory, begin_schedule, decay_groups, sparse_gradients, without_decay
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.rule import Rule, Site
@@ -39,8 +40,10 @@ class Setup:
     execution: Execution
     stage: Stage | WholeNetwork
     replicas: Replicas | OneProcess
-    make_offload: Callable[[Sequence[Sequence[Block]]], Offload | NotOffloaded]
-    """From the blocks of every group to what moves them."""
+    make_offload: Callable[[Sequence[Sequence[Block]], int], Offload | NotOffloaded]
+    """From the blocks of every group here, and the number of the first block, to what moves them."""
+    late: LateWeights | NotLate
+    """Makes weights where the model was made without."""
     seed: int
     task: Task
     """Without the number of outputs."""
@@ -77,11 +80,21 @@ class Built:
         setup.network.check_modules()
         self.setup = setup
         self.auxiliary = nn.ModuleDict()
+        with evaluating():
+            setup.network.arrange(x[:2] if isinstance(x, Tensor) else x)
         blocks = setup.blocks
         names = [block.name for block in blocks]
         ranges = groups_of(setup.rule, names)
         ends = [later.start for later in ranges[1:]] + [len(blocks)]
-        self.offload = setup.make_offload([blocks[s.start : end] for s, end in zip(ranges, ends, strict=True)])
+        parts = [blocks[s.start : end] for s, end in zip(ranges, ends, strict=True)]
+        # Which blocks are here, and what belongs to them, may be known only when the network has run.
+        known = isinstance(setup.stage, WholeNetwork) and not setup.network.owns_by_use
+        self.offload: Offload | NotOffloaded = NotOffloaded()
+        if known:
+            self._settle(parts, 0)
+        else:
+            setup.late.make(setup.network.outside())
+            setup.late.follow(blocks)
         if any(t.is_complex() for t in trees.tensors(x)):
             raise LayerwiseError(
                 "the inputs are complex numbers, which no rule can read; give torch.view_as_real(x) or their absolute "
@@ -92,6 +105,8 @@ class Built:
         self.task = setup.task.fitted(outputs[-1])
         self.engine = Engine(setup.rule, self.task, setup.execution, self.resident)
         mine = setup.stage.choose(setup.rule, setup.network, ranges, x[:1] if isinstance(x, Tensor) else x)
+        if not known:
+            self._settle([parts[i] for i in mine], ranges[mine.start].start)
         tensors = [*setup.network.parameters(), *setup.network.buffers()]
         setup.replicas.copy_from_first((tensor for tensor in tensors if not tensor.is_meta), setup.facts)
         sizes = tuple(tuple(out.shape[1:]) for out in outputs)
@@ -124,6 +139,11 @@ class Built:
             compile_blocks(blocks, setup.compile)
         self._warn_of_readouts(units)
         self.watch = Watch(setup.network.model, parameters=not setup.replicas.shares_parameters)
+
+    def _settle(self, parts: Sequence[Sequence[Block]], first: int) -> None:
+        """Make the blocks of these groups, and put them where they are kept; `first` is the first one's number."""
+        self.offload = self.setup.make_offload(parts, first)
+        self.setup.late.make_rest([block for part in parts for block in part])
 
     @property
     def groups(self) -> list[Group]:
@@ -263,15 +283,15 @@ def compile_blocks(blocks: Sequence[Block], backend: bool | str) -> None:
         block.compile(lambda run, name=name, kind=kind: torch.compile(_with_own_code(run, name), backend=kind))
 
 
-def _with_own_code(run: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor], Tensor]:
+def _with_own_code(run: Callable[..., Any], name: str) -> Callable[..., Any]:
     """`run` as a function with a code object of its own.
 
     Dynamo keeps what it compiled per code object, eight versions at most; blocks that shared one would fall
     back to plain Python from the ninth on, and take each other's shapes for dynamic ones.
     """
 
-    def block(h: Tensor) -> Tensor:
-        return run(h)
+    def block(*args: Any, **kwargs: Any) -> Any:
+        return run(*args, **kwargs)
 
     block.__code__ = block.__code__.replace(co_name=f"block {name}")
     return block

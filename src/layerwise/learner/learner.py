@@ -39,6 +39,7 @@ from layerwise.learner.checks import check_parts
 from layerwise.learner.metrics import Metrics
 from layerwise.learner.network import check_reads, check_serves, cut, labelled
 from layerwise.learner.optimizer import EveryOptimizer
+from layerwise.learner.weights import Weights, late_weights, save_blocks
 from layerwise.memory.meter import MemoryMeter, MemoryUse, optimizer_tensors
 from layerwise.memory.offload import NotOffloaded, Offload, Where, check_offload
 from layerwise.parallel.alone import OneProcess, WholeNetwork
@@ -104,6 +105,10 @@ class Learner:
         offload: `"host"` or `"disk"` keeps parameters and optimizer state there, and on the device only those of the
             groups that are about to run; `onload` brings them back. Until then the model's own tensors show nothing.
         offload_folder: for the file of `"disk"`; the system's folder for temporary files if not given.
+        weights: of a model that was made on the meta device (`with torch.device("meta")`), whose blocks are made one by
+            one when each is first needed: a safetensors file or folder, or a function of a module's name and the module
+            that fills what the module itself holds. Each module draws its own, by `reset_parameters` or the model's
+            `_init_weights`, if not given; the draws depend on the seed and the module's name.
 
     What the owner does to the model is followed: its mode (`train()`, `eval()`, of single modules too), parameters
     that are frozen or thawed, rates that are set in `learner.optimizer.param_groups`. A module or parameter that is
@@ -155,26 +160,26 @@ class Learner:
         device: torch.device | str | None = None,
         offload: Where = "none",
         offload_folder: str | Path | None = None,
+        weights: Weights = None,
     ):
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "model", "rule")}
-        self._arguments["example"] = None  # a batch is not kept
+        self._arguments |= {"example": None, "weights": None}  # a batch is not kept, and weights are made once
         check_types(lr_multipliers, channels_last, stage, replicas, cuts, layout)
         check_ranges(
             clip=clip, accumulate=accumulate, micro=micro, label_smoothing=label_smoothing, seed=seed, blocks=blocks
         )
         check_ranges(lr=lr, weight_decay=weight_decay, lr_multipliers=lr_multipliers or {})
         check_options(precision, nonfinite)
-        check_offload(offload, stage or replicas, compile)
+        check_offload(offload, replicas, compile)
         replicas = replicas or ONE_PROCESS
         replicas.check(precision=precision, compile=compile, channels_last=channels_last)
         self.rule = rules.create(rule) if isinstance(rule, str) else rule
         check_rule(self.rule)
+        late = late_weights(model, weights, seed, device)
         self.network: Partition = cut(model, cuts, blocks, output, read, tied, example, layout)
         self._arguments |= {"cuts": None, "blocks": None, "output": None, "read": None, "tied": None}  # done
         if isinstance(self.network, CallPartition):
-            check_serves(
-                self.network, self.rule, offload=offload, stage=stage, replicas=replicas, compile=compile, micro=micro
-            )
+            check_serves(self.network, self.rule, micro)
         names = [block.name for block in [*self.network.blocks, self.network.head]]
         for name in lr_multipliers or {}:
             if name not in names:
@@ -216,6 +221,7 @@ class Learner:
             stage or WholeNetwork(),
             replicas,
             self._moved_by,
+            late,
             seed,
             task,
             compile,
@@ -264,11 +270,12 @@ class Learner:
         if isinstance(self._built, NotBuilt):
             self.build(x)
 
-    def _moved_by(self, blocks: Sequence[Sequence[Block]]) -> Offload | NotOffloaded:
+    def _moved_by(self, blocks: Sequence[Sequence[Block]], first: int) -> Offload | NotOffloaded:
         """What moves the blocks of these groups; the same again where an earlier attempt has failed at the input."""
         kind, folder = self._offload_to
         if kind != "none" and not self.offload.active:
-            self.offload = Offload(kind, folder, self.device, self.rule, blocks)
+            total, make = len(self._setup.blocks), self._setup.late.make_rest
+            self.offload = Offload(kind, folder, self.device, self.rule, blocks, first, total, make)
         return self.offload
 
     def _optimizers(self) -> Iterator[torch.optim.Optimizer]:
@@ -384,8 +391,8 @@ class Learner:
             built.auxiliary.train(self.network.model.training)
             step, trace, updates = self.steps, Trace(), self.updates
             seed_generators(derive_seed(self._setup.execution.seed, "begin", step), self.device)
-            h, message = self._begin(x, y, step)
-            with self.network.passing():
+            with self.network.passing(x):
+                h, message = self._begin(x, y, step)
                 h, message = built.engine.step(self.groups_at(updates), h, message, y, step, trace)
             self.steps += 1
             self._count(updates)
@@ -474,8 +481,8 @@ class Learner:
             x, y = self._ready(x, y)
             built = self.built
             built.watch.check()
-            h, message = self._begin(x, y, None)
-            with self.network.passing():
+            with self.network.passing(x):
+                h, message = self._begin(x, y, None)
                 for group in built.groups:
                     with built.resident(group.units):
                         _, h, message = built.engine.forward(group, h, message, y, None, trace)
@@ -572,8 +579,9 @@ class Learner:
             return self._predicted(x)
         first = self._modules_by_site().get(0)
         h, message = pieces.ask(self.rule, x, first) if self.stage.first else self.stage.receive()
-        for unit in (unit for group in self.groups for unit in group.units):
-            h, message = pieces.answer(self.rule, unit.site, unit.block(h), message, unit.auxiliary)
+        with self.network.passing(x):
+            for unit in (unit for group in self.groups for unit in group.units):
+                h, message = pieces.answer(self.rule, unit.site, unit.block(h), message, unit.auxiliary)
         self.stage.pass_on(h, message, skipped=False)
         return h if self.stage.last else None
 
@@ -673,6 +681,19 @@ class Learner:
         states.load_state(self._built, state)
         self.steps, self.skipped = state["steps"], state["skipped"]
         self._prepared = self._prepared or self.steps > 0
+
+    def save_weights(self, folder: str | Path) -> None:
+        """Write the network's weights, a safetensors file per block and an index, as `transformers` reads them.
+
+        Never more than one tensor is held beside what the learner holds. Each of several ranks writes its own blocks.
+
+        Args:
+            folder: made if it is not there; files of the same names are replaced.
+
+        Raises:
+            LayerwiseError: nothing is built yet, or the folder cannot be written to.
+        """
+        save_blocks(self.built, Path(folder))
 
     def onload(self) -> None:
         """Bring all offloaded blocks to the device, for good: the model is an ordinary module again."""

@@ -49,39 +49,28 @@ def cut(
         ) from reason
 
 
-def check_serves(network: CallPartition, rule: Rule, **options: Any) -> None:
-    """Raise LayerwiseError where the rule or an option needs blocks that can be run on their own.
+def check_serves(network: CallPartition, rule: Rule, micro: int = 1) -> None:
+    """Raise LayerwiseError where the rule trains other models; note where it needs blocks that are run one by one.
 
-    Args:
-        network: what is trained.
-        rule: the rule.
-        options: `offload`, `stage`, `replicas`, `compile`, `micro` of the learner.
+    Whether they can be is seen when the network has run.
     """
-    network.__dict__["asked_by"] = rule.name
-    alone = "and the blocks of a model that is cut at its calls run once per step, inside one forward pass"
-    other = "choose a rule such as local_ce, or give a model that partition() can trace"
-    ranges = groups_of(rule, [*network.cuts, "head"])
-    if any(view.stop > later.start for view, later in pairwise(ranges)):
-        raise LayerwiseError(f"rule {rule.name!r} runs blocks in two groups under these options, {alone}; {other}.")
-    if has_trunk(rule):
-        raise LayerwiseError(f"rule {rule.name!r} trains a trunk that waits for later blocks, {alone}; {other}.")
-    if not rule.runs_once:
-        raise LayerwiseError(f"rule {rule.name!r} runs a block more than once, {alone}; {other}.")
     if rule.models:
-        raise LayerwiseError(f"rule {rule.name!r} trains the models {', '.join(rule.models)} alone; {other}.")
-    reasons = {
-        "offload": ("offload", options["offload"] != "none"),
-        "stage": ("a stage", options["stage"] is not None),
-        "replicas": ("sharding", getattr(options["replicas"], "shares_parameters", False)),
-        "compile": ("compile", bool(options["compile"])),
-        "micro": ("micro", options["micro"] > 1),
-    }
-    for what, given in reasons.values():
-        if given:
-            raise LayerwiseError(
-                f"{what} needs blocks that can be run on their own, {alone}; leave it out, or give a model that "
-                "partition() can trace."
-            )
+        raise LayerwiseError(
+            f"rule {rule.name!r} trains the models {', '.join(rule.models)} alone; choose a rule such as local_ce."
+        )
+    if micro > 1:
+        raise LayerwiseError(
+            "micro needs blocks that take a part of the batch, and the blocks of a model that is cut at its calls see "
+            "the masks of the whole one; leave it out, or give a model that partition() can trace."
+        )
+    again = ""
+    if any(view.stop > later.start for view, later in pairwise(groups_of(rule, [*network.cuts, "head"]))):
+        again = "runs blocks in two groups under these options"
+    elif has_trunk(rule):
+        again = "trains a trunk that waits for later blocks"
+    elif not rule.runs_once:
+        again = "runs a block more than once"
+    network.__dict__.update(asked_by=rule.name, again=again and f"rule {rule.name!r} {again}")
 
 
 def check_reads(rule: Rule, x: Any) -> None:

@@ -155,7 +155,10 @@ class Offload:
         folder: for the file of disk.
         device: where blocks run; the parameters may still be on the host.
         rule: asked whether offloading it saves anything.
-        blocks: per group, the blocks that learn there.
+        blocks: per group that is here, the blocks that learn there.
+        site: number of the first of them.
+        total: number of all blocks of the network, its head included.
+        make: makes what blocks hold, where it is not made yet.
 
     Raises:
         LayerwiseError: all blocks would be on the device at once, the folder cannot be written to, the disk is full.
@@ -170,19 +173,22 @@ class Offload:
         device: torch.device,
         rule: Rule,
         blocks: Sequence[Sequence[Block]],
+        site: int,
+        total: int,
+        make: Callable[[Sequence[Block]], None],
     ):
         owners = [i for i, group in enumerate(blocks) for _ in group]
-        window = window_of(rule, len(owners) - 1)
+        window = window_of(rule, total - 1)
         self.device = device
         self.store: Store = HostStore(device) if kind == "host" else DiskStore(folder, device)
         self.changing = True
         """Whether what runs may change its tensors; not in evaluation."""
-        places, shared = _places(blocks)
+        places, shared = _places(blocks, site)
         self._fixed = [*shared.values()]
         for tensor in self._fixed:
             tensor.data = tensor.data.to(device)
         self.parts = [OffloadedGroup(i, found) for i, found in enumerate(places)]
-        self._of_site = [self.parts[owner] for owner in owners]
+        self._of_site = {site + i: self.parts[owner] for i, owner in enumerate(owners)}
         self._pinned = {self.parts[0]} if has_trunk(rule) else set()
         self._capacity = min(window + 1, len(self.parts))
         self._slots: list[DeviceSlot] = []
@@ -194,6 +200,7 @@ class Offload:
         self._blanks: dict[torch.dtype, Tensor] = {}
         self._hooks: list[Any] = []
         for part, group in zip(self.parts, blocks, strict=True):
+            make(group)
             for block in group:
                 block.before = functools.partial(self.need, part)
             part.attached = True
@@ -441,20 +448,24 @@ def window_of(rule: Rule, blocks: int) -> int:
     return window
 
 
-def check_offload(offload: str, stage: object, compile: bool | str) -> None:
+def check_offload(offload: str, replicas: object, compile: bool | str) -> None:
     """Raise LayerwiseError unless blocks can be offloaded so."""
     if offload not in get_args(Where):
         raise LayerwiseError(f"offload is {offload!r}; choose none, host or disk.")
-    if offload != "none" and stage is not None:
-        raise LayerwiseError("the blocks of several ranks cannot be offloaded; leave --offload or --parallel out.")
+    if offload != "none" and replicas is not None:
+        raise LayerwiseError(
+            "the blocks of replicas cannot be offloaded; leave --offload out, or train in one process or a pipeline."
+        )
     if offload != "none" and compile:
         raise LayerwiseError(
             "offloaded blocks share memory, which torch.compile refuses; leave --offload or --compile out."
         )
 
 
-def _places(blocks: Sequence[Sequence[Block]]) -> tuple[list[list[tuple[dict[str, Any], str]]], dict[int, Tensor]]:
-    """Per group, where its blocks' tensors are held; and the tensors whose storage several groups hold, which stay."""
+def _places(
+    blocks: Sequence[Sequence[Block]], first: int
+) -> tuple[list[list[tuple[dict[str, Any], str]]], dict[int, Tensor]]:
+    """Per group, where its blocks' tensors are held; and the tensors that several groups use, which stay."""
     found = [[place for block in group for place in block.places()] for group in blocks]
     owner: dict[int, int] = {}
     shared: dict[int, Tensor] = {}
@@ -463,5 +474,12 @@ def _places(blocks: Sequence[Sequence[Block]]) -> tuple[list[list[tuple[dict[str
             storage = registry[name].untyped_storage()._cdata
             if owner.setdefault(storage, i) != i:
                 shared[storage] = registry[name]
+    for group in blocks:
+        last = first + len(group) - 1
+        for block in group:
+            beside = [name for name, users in block.users.items() if min(users) < first or max(users) > last]
+            for registry, name in map(block.place, beside):
+                shared[registry[name].untyped_storage()._cdata] = registry[name]
+        first = last + 1
     own = [[(r, n) for r, n in group if r[n].untyped_storage()._cdata not in shared] for group in found]
     return own, shared

@@ -64,7 +64,7 @@ class WholeNetwork:
 
     first = last = True
 
-    def choose(self, rule: Rule, network: Partition, groups: Sequence[range], example: Tensor) -> range:
+    def choose(self, rule: Rule, network: Partition, groups: Sequence[range], example: Any) -> range:
         """The groups of this process: all."""
         return range(len(groups))
 

@@ -116,6 +116,13 @@ class Shards(Replicas):
 
     def adopt(self, model: nn.Module, units: Sequence[Unit]) -> None:
         """Shard the parameters of a group."""
+        own = {unit.site.index for unit in units}
+        for name, users in ((name, users) for unit in units for name, users in unit.block.users.items()):
+            if not users <= own and any(name == other for unit in units for other, _ in unit.block.named_parameters()):
+                raise LayerwiseError(
+                    f"{name!r} is used by several groups of blocks, and would be gathered with one of them alone; give "
+                    "--parallel data, or a model in which it is not shared."
+                )
         super().adopt(model, units)
         found = [p for unit in units for p in unit.parameters()]
         for parameter in found:
@@ -252,6 +259,10 @@ class Shards(Replicas):
             work = dist.all_reduce(square, async_op=True)
         self._wait(work, square)
         return square.sqrt().float()
+
+    def sum(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """The norm, which all ranks agree on: a sum of one shard says nothing of the others."""
+        return self.norm(parameters)
 
     # States.
 

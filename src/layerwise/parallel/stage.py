@@ -37,7 +37,8 @@ class Stage:
         ranks: how many there are.
         counts: groups per rank; balanced by the blocks' costs if not given.
         agree: returns the first rank's list of numbers on all ranks. With it the cost of a block is the time that it
-            takes on the first rank; without it the floating-point operations, which are the same everywhere.
+            takes on the first rank; without it, and where a model is cut at its calls, the floating-point operations,
+            which are the same everywhere.
         samples: of the batch that is timed.
 
     Attributes:
@@ -72,14 +73,14 @@ class Stage:
         """Whether the head is here."""
         return self.rank == self.ranks - 1
 
-    def choose(self, rule: Rule, network: Partition, groups: Sequence[range], example: Tensor) -> range:
+    def choose(self, rule: Rule, network: Partition, groups: Sequence[range], example: Any) -> range:
         """The groups of this rank; parameters of other ranks lose their memory.
 
         Args:
             rule: refused where a pipeline cannot train it.
             network: all blocks and the head.
             groups: sites of all groups.
-            example: one sample, on which the costs are measured.
+            example: one sample, or a whole batch that is no tensor, on which the costs are measured.
 
         Raises:
             LayerwiseError: the rule needs more than what travels forward, or there are fewer groups than ranks.
@@ -92,7 +93,7 @@ class Stage:
             )
         bounds = [group.start for group in groups] + [groups[-1].stop]
         if self.counts is None:
-            if self.agree is None:
+            if self.agree is None or network.owns_by_use:  # whose blocks run once per pass, and cannot be timed alone
                 cost = operations(network, example)
             else:
                 batch = example.repeat(self.samples, *[1] * (example.dim() - 1))
@@ -106,14 +107,16 @@ class Stage:
             )
         else:
             ends = [sum(self.counts[: i + 1]) for i in range(self.ranks)]
+        starts = [0, *ends]
+        kept = network.keep_only(bounds[starts[self.rank]], bounds[ends[self.rank]])
         blocks, self.blocks = [*network.blocks, network.head], []
         for i, (start, end) in enumerate(itertools.pairwise([0, *ends])):
             part = blocks[bounds[start] : bounds[end]]
             self.blocks.append(part[0].name if len(part) == 1 else f"{part[0].name}..{part[-1].name}")
             if i != self.rank:
-                to_meta(network.model, [t for block in part for t in block.parameters()])
-                to_meta(network.model, [t for block in part for _, t in block.named_buffers()])
-        return range([0, *ends][self.rank], ends[self.rank])
+                held = [item for block in part for item in (*block.named_parameters(), *block.named_buffers())]
+                to_meta(network.model, [tensor for name, tensor in held if name not in kept])
+        return range(starts[self.rank], ends[self.rank])
 
     def own(self, tensors: Mapping[str, Tensor], auxiliary: nn.ModuleDict) -> dict[str, Tensor]:
         """The tensors that belong to the auxiliary modules of this stage, out of those of all."""

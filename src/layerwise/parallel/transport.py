@@ -3,6 +3,7 @@
 import datetime
 import queue
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -195,3 +196,59 @@ class PrefetchingChannel:
         """Take the None of every lane. After that nothing from the peer is under way."""
         for _ in self.lanes:
             self.receive()
+
+
+class PipelineLink:
+    """The link of a `Stage` that is one rank of a pipeline: the rank before sends to it, and it sends to the next one.
+
+    For a training loop of one's own, in which all ranks call `Learner.step` equally often:
+
+        ranks = Ranks(timeout=60, device=torch.device("cpu"))
+        stage = Stage(ranks.rank, ranks.count)
+        learner = Learner(model, "local_ce", cuts="layers.*", stage=stage, example=batch)
+        with PipelineLink(ranks, stage, stage.blocks):
+            for batch in batches:
+                learner.step(batch)
+
+    Args:
+        ranks: the processes of the job, one per stage.
+        stage: of this rank; the link is given to it.
+        blocks: what each rank runs, for error sentences.
+    """
+
+    def __init__(self, ranks: Ranks, stage: Any, blocks: Sequence[str] = ()):
+        self.ranks = ranks
+        ranks.blocks = list(blocks)
+        rank, about = ranks.rank, (FORWARD, ranks.transfer_device, ranks.lanes)
+        self.to_next = None if stage.last else SendChannel(ranks, rank + 1, *about)
+        self.from_previous = None if stage.first else PrefetchingChannel(ranks, rank - 1, *about)
+        stage.link = self
+
+    def receive(self) -> Any:
+        """The next tree from the rank before, on this rank's device."""
+        assert self.from_previous is not None
+        tree = self.from_previous.receive()
+        if self.ranks.transfer_device == self.ranks.device:
+            return tree
+        return tree_map(lambda t: t.to(self.ranks.device) if isinstance(t, Tensor) else t, tree)
+
+    def send(self, tree: Any) -> None:
+        """Hand a tree to the next rank."""
+        assert self.to_next is not None
+        self.to_next.send(tree)
+
+    def end(self) -> None:
+        """Wait until all that was sent has arrived; nothing can be sent any more."""
+        if self.to_next is not None:
+            self.to_next.end()
+        if self.from_previous is not None:
+            self.from_previous.end()
+
+    def __enter__(self) -> "PipelineLink":
+        return self
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        if kind is None:
+            self.end()
+            dist.barrier(self.ranks.group)
+            dist.destroy_process_group()

@@ -137,6 +137,7 @@ class AugLocal(Rule):
         *("classification", "soft_labels", "language_model", "regression", "multilabel", "loss"),
     )
     only: ClassVar[str] = "the copies of later blocks give one vector per sample or token, not one per pixel"
+    runs_once: ClassVar[bool] = False
     source: ClassVar[str] = (
         "Ma, Wu, Si & Tan, arXiv 2402.17318 (2024) and its code; number of groups in the depths, and how inputs of "
         "copies are adapted: our reading"

@@ -51,6 +51,7 @@ class LayerCollaboration(ForwardForward):
         super().__post_init__()
         if self.gamma == "all":  # what the class declares holds for the earlier blocks
             object.__setattr__(self, "locality", "broadcast")
+            object.__setattr__(self, "runs_once", False)
             object.__setattr__(
                 self, "boundary", f"{self.boundary}; that of later blocks comes from a first forward pass"
             )

@@ -211,6 +211,7 @@ class SID(Distillation):
     locality: ClassVar[Locality] = "local"
     boundary: ClassVar[str] = "detached activation and belief (K numbers per sample)"
     flat_memory: ClassVar[bool] = True
+    unlabelled: ClassVar[bool] = True
     source: ClassVar[str] = (
         "Ye & Tang, arXiv 2510.03273 (2025), for the objective; belief heads on an ordinary network: our reading"
     )
@@ -219,7 +220,7 @@ class SID(Distillation):
     only: ClassVar[str] = "it refines a distribution of the label, and a function of one's own has none"
     restrictions: ClassVar[str] = (
         "Tasks with a distribution of the label; a function of one's own as the loss has none. "
-        'One label per position needs pool="none". direction="reverse" needs label smoothing.'
+        'Classes per position need pool="none", or the task LanguageModel. direction="reverse" needs label smoothing.'
     )
 
     def groups(self, blocks: int) -> list[range]:
@@ -247,13 +248,13 @@ class SID(Distillation):
     def _vectors(self, h: Tensor, site: Site, task: Task) -> Tensor:
         if site.is_head:
             return task.outputs_last(h)
-        return pool_vectors(h, self.pool, task.positions == "pixel", site)
+        return pool_vectors(h, self.pool, task.positions != "sample", site)
 
     def signal(self, ctx: BlockContext) -> Signal:
         """The objective of the group's belief."""
         if ctx.auxiliary is None:
             return Signal(message=ctx.message)
-        if ctx.task.positions != "pixel" and ctx.task.per_position(ctx.y) and self.pool != "none":
+        if ctx.task.positions == "sample" and ctx.task.per_position(ctx.y) and self.pool != "none":
             raise LayerwiseError('sid reads a belief per sample, and there is a label per position; set pool="none".')
         features = self._vectors(ctx.h, ctx.site, ctx.task)
         before = ctx.message if ctx.message is not None else first_belief(features, ctx.task)

@@ -143,6 +143,7 @@ class SLL(Rule):
     locality: ClassVar[Locality] = "local"
     boundary: ClassVar[str] = "detached activation and projection (d0 numbers per sample)"
     flat_memory: ClassVar[bool] = True
+    unlabelled: ClassVar[bool] = True
     tasks: ClassVar[tuple[str, ...]] = tuple(kind for kind in ANY_TASK if kind != "loss")
     only: ClassVar[str] = "its objective compares distributions of the label, and a function of one's own has none"
     source: ClassVar[str] = (
@@ -186,7 +187,7 @@ class SLL(Rule):
         if ctx.site.is_head:
             signal = loss_at_head(ctx)
             if self.head == "joint":
-                self._align(signal, ctx, ctx.task.outputs_last(ctx.h.float()))
+                self._align(signal, ctx, ctx.task.outputs_last(ctx.h.float()), ctx.y)
             return signal
         if ctx.auxiliary is None:
             return Signal(message=ctx.message)
@@ -200,10 +201,10 @@ class SLL(Rule):
         assert likelihood is not None
         signal.loss = by_depth(self.likelihood_weight, ctx.site) * likelihood
         signal.message = (*(ctx.message or ()), v)[-2:]
-        self._align(signal, ctx, v)
+        self._align(signal, ctx, v, y)
         return signal
 
-    def _align(self, signal: Signal, ctx: BlockContext, v: Tensor) -> None:
+    def _align(self, signal: Signal, ctx: BlockContext, v: Tensor, y: Tensor) -> None:
         """Add the divergence to the neighbour's posterior, where there is one over the same categories."""
         back = {"previous": 1, "before_previous": 2}[self.neighbour]
         sent = ctx.message or ()
@@ -215,6 +216,6 @@ class SLL(Rule):
         if task.positions != "pixel" and before.shape != v.shape:
             return
         p = resized(task.posterior(before), task, tuple(v.shape[1:-1]))
-        distance = divergence(self.surrogate, p, task.posterior(v)).mean()
+        distance = task.average(divergence(self.surrogate, p, task.posterior(v)), y)
         signal.loss = signal.loss + by_depth(self.weight, ctx.site) * distance
         signal.metrics["divergence"] = distance

@@ -43,7 +43,8 @@ class SVP(SLL):
         previous = ctx.message
         if signal.loss is not None and ctx.auxiliary is not None and previous:
             v, before = signal.message[-1], previous[-1].detach()
-            distance = 1 - F.cosine_similarity(v, before, dim=-1).mean()
+            each = 1 - F.cosine_similarity(v, before, dim=-1)
+            distance = each.mean() if ctx.task.kind == "multilabel" else ctx.task.average(each, ctx.y)
             signal.loss = signal.loss + self.feature_weight * distance
             signal.metrics["feature_distance"] = distance
         return signal

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from layerwise.errors import LayerwiseError, short, why
 from layerwise.files import check_regular, kind_of, shown
-from layerwise.memory.mmap import map_file, release_pages, tensor_at
+from layerwise.memory.mmap import map_file, tensor_at
+from layerwise.memory.tensorfile import TYPES, save_file
 from layerwise.records import Count, convert, parse_json, read_json
 from layerwise.runs.writing import FAILURES, flush, replaced
 
@@ -269,40 +270,6 @@ def split(state: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
     """The tree of a state, with references in place of its tensors, and these."""
     tensors: dict[str, Tensor] = {}
     return _split(state, (), tensors), tensors
-
-
-TYPES = {  # names in the format
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-
-
-def save_file(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file, one tensor after the other, so that never more than one is in memory twice.
-
-    The library's own writer wants all of them at once, as copies. Its order is kept: wide types first, so that all
-    lie aligned.
-    """
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    names, header, end = {dtype: name for name, dtype in TYPES.items()}, {}, 0
-    for name in order:
-        if tensors[name].dtype not in names:
-            raise LayerwiseError(
-                f"the tensor {name!r} is of type {tensors[name].dtype}, which safetensors has no name for; convert it."
-            )
-        start, end = end, end + tensors[name].nbytes
-        about = {"dtype": names[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
-        header[name] = about
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            flat = tensors[name].detach().to("cpu").contiguous().view(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
-            release_pages()
 
 
 def _map_tensors(path: Path) -> dict[str, Tensor]:

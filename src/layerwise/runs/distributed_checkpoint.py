@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from layerwise.memory.tensorfile import save_file
 from layerwise.parallel.ranks import Refused
 from layerwise.parallel.serialization import all_gather_values
-from layerwise.runs.checkpoint import begin, digest, make_current, not_written, save_file, split
+from layerwise.runs.checkpoint import begin, digest, make_current, not_written, split
 from layerwise.runs.writing import flush
 
 Join = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]]

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from layerwise.memory.tensorfile import save_file
 from layerwise.runs.building import load_run, read_state
-from layerwise.runs.checkpoint import save_file
 from layerwise.runs.output import check_output, data_paths, output_file
 
 

@@ -18,8 +18,9 @@ from layerwise.parallel.ranks import Ranks, Refused
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
 from layerwise.parallel.transport import DONE, FORWARD, PrefetchingChannel, ReceiveChannel, SendChannel
-from layerwise.runs.distributed import ParallelOptions, PartsRun, check_can_share
+from layerwise.runs.distributed import PartsRun, check_can_share
 from layerwise.runs.evaluation import mean_of, totals
+from layerwise.runs.launch import ParallelOptions
 from layerwise.runs.options import TrainOptions
 
 

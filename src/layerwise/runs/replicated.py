@@ -10,8 +10,9 @@ from layerwise.data import Batches
 from layerwise.errors import LayerwiseError
 from layerwise.parallel.ranks import Ranks, Refused
 from layerwise.parallel.replicas import Replicas
-from layerwise.runs.distributed import ParallelOptions, RankRun, check_can_share
+from layerwise.runs.distributed import RankRun, check_can_share
 from layerwise.runs.evaluation import mean_of, totals
+from layerwise.runs.launch import ParallelOptions
 from layerwise.runs.options import TrainOptions
 
 

@@ -123,10 +123,12 @@ class Classification(Task):
         return _on(self.weights + (1.0,) * (size - len(self.weights)), like.device)
 
     def average(self, each: Tensor, y: Tensor) -> Tensor:
-        """Mean over predictions, each of which has a label, with the weights of the classes."""
-        if self.weights is None or y.is_floating_point():
+        """Mean over the predictions that count, with the weights of the classes."""
+        if y.is_floating_point():
             return each.mean()
-        weights = self._weights(self.classes, y)[y]
+        y = self.aligned(y)
+        counts = y != UNLABELLED
+        weights = counts if self.weights is None else self._weights(self.classes, y)[y.clamp_min(0)] * counts
         return (weights * each).sum() / weights.sum()
 
     def posterior(self, z: Tensor) -> Categorical:
@@ -134,8 +136,8 @@ class Classification(Task):
         return Categorical(z.to(torch.promote_types(z.dtype, torch.float32)).log_softmax(-1))
 
     def distribution(self, y: Tensor) -> Tensor:
-        """Target probabilities `(..., K)` of labels `y` `(...)`, with label smoothing."""
-        hot = y.float() if y.is_floating_point() else F.one_hot(y, self.classes).float()
+        """Target probabilities `(..., K)` of labels `y` `(...)`, with label smoothing; any where none counts."""
+        hot = y.float() if y.is_floating_point() else F.one_hot(self.aligned(y).clamp_min(0), self.classes).float()
         return hot * (1 - self.label_smoothing) + self.label_smoothing / self.classes
 
     def correct(self, outputs: Tensor, y: Tensor) -> Tensor:
@@ -259,19 +261,6 @@ class LanguageModel(Classification):
     def counted(self, y: Tensor, some_unlabelled: bool) -> float | Tensor:
         """Number of positions whose label counts."""
         return super().counted(y, True)
-
-    def distribution(self, y: Tensor) -> Tensor:
-        """Target probabilities `(..., K)` of every position, where each has one.
-
-        Raises:
-            LayerwiseError: with `shift`, as the last position has no next token.
-        """
-        if self.shift:
-            raise LayerwiseError(
-                "this rule teaches a distribution at every position, and with shift=True the last one has no label; "
-                "shift the labels yourself and give task=LanguageModel(shift=False)."
-            )
-        return super().distribution(y)
 
     def check(self, y: Tensor, unlabelled: bool = False) -> None:
         """Raise LayerwiseError unless `y` `(B, T)` holds tokens in `0 .. K-1`, or `ignore`, and some of them count."""

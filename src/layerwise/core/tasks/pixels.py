@@ -102,9 +102,7 @@ class Segmentation(Task):
 
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy over the pixels that count: a scalar."""
-        z = self.outputs_last(outputs)
-        y = self._numbers(z, y)
-        return F.cross_entropy(z.float().flatten(0, -2), y.flatten())
+        return F.cross_entropy(outputs.float(), self._numbers(self.outputs_last(outputs), y))
 
     def surprise(self, z: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy of every pixel, `(B, H, W)`; 0 for one that does not count."""

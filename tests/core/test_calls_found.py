@@ -1,0 +1,223 @@
+"""Where models that nobody here wrote are cut by themselves, and who trains what lies between."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.own import VOCABULARY, decoder, text
+from torch import nn
+
+from layerwise import LanguageModel, LayerwiseError, Learner, Regression, Segmentation, cut_at_calls, rules
+from layerwise.core.calls import automatic_cuts
+from layerwise.core.tasks import Classification
+
+PLAIN = {"optimizer": torch.optim.SGD, "lr": 0.1, "weight_decay": 0.0}
+
+
+class Conv(nn.Module):
+    """A block of another width than the one before it, with convolutions of one class inside."""
+
+    def __init__(self, inside, width):
+        super().__init__()
+        self.convs = nn.Sequential(nn.Conv2d(inside, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1))
+
+    def forward(self, x):
+        return self.convs(x).relu()
+
+
+class Stage(nn.Module):
+    def __init__(self, inside, width, depth):
+        super().__init__()
+        self.blocks = nn.ModuleList(Conv(width if i else inside, width) for i in range(depth))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Pyramid(nn.Module):
+    """Stages of blocks, with a class per sample."""
+
+    def __init__(self, *depths):
+        super().__init__()
+        widths = [3, 4, 6, 8]
+        self.stages = nn.ModuleList(Stage(widths[i], widths[i + 1], depth) for i, depth in enumerate(depths))
+        self.head = nn.Linear(widths[len(depths)], 4)
+
+    def forward(self, x):
+        for stage in self.stages:
+            x = stage(x)
+        return self.head(x.mean((2, 3)))
+
+
+class Experts(nn.Module):
+    """A layer that holds a list itself."""
+
+    def __init__(self, width=8, count=5):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(width, width) for _ in range(count))
+
+    def forward(self, x):
+        return x + sum(expert(x) for expert in self.experts).relu()
+
+
+class Layers(nn.Module):
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(layers), nn.Linear(8, 4)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def test_stages_are_looked_into_and_layers_are_not():
+    assert automatic_cuts(Pyramid(2, 3)) == [f"stages.{i}.blocks.{j}" for i, n in enumerate((2, 3)) for j in range(n)]
+    assert automatic_cuts(Pyramid(1, 1, 1)) == ["stages.0", "stages.1", "stages.2"]  # no two blocks are alike
+    assert automatic_cuts(Layers(Experts(), Experts())) == ["layers.0", "layers.1"]
+    assert automatic_cuts(Layers(Experts(count=2), Experts(), Experts())) == ["layers.0", "layers.1", "layers.2"]
+    separate = nn.ModuleDict({f"layer{i}": nn.Sequential(Conv(3, 3)) for i in range(3)})
+    assert automatic_cuts(separate) == ["layer0.0", "layer1.0", "layer2.0"]
+    with pytest.raises(LayerwiseError, match="no list of modules of one class"):
+        automatic_cuts(nn.ModuleDict({"one": nn.Sequential(nn.ReLU()), "two": nn.Linear(1, 1)}))
+
+
+class Turned(nn.Module):
+    """The list that is called first is held last."""
+
+    def __init__(self):
+        super().__init__()
+        self.later, self.earlier = (nn.ModuleList(nn.Linear(8, 8) for _ in range(2)) for _ in range(2))
+        self.between, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        for layer in self.earlier:
+            x = layer(x).relu()
+        x = self.between(x)
+        for layer in self.later:
+            x = layer(x).relu()
+        return self.head(x)
+
+
+@pytest.mark.parametrize("cuts", ["auto", ["later.*", "earlier.*"], "later.*,earlier.*"])
+def test_lists_are_put_in_the_order_of_their_calls(cuts):
+    torch.manual_seed(0)
+    model = Turned()
+    plain, x, y = copy.deepcopy(model), torch.randn(8, 8), torch.arange(8) % 4
+    learner = Learner(model, "local_ce", cuts=cuts, **PLAIN)
+    learner.step(x, y)
+    order = ["earlier.0", "earlier.1", "later.0", "later.1"]
+    assert list(learner.network.cuts) == order
+    assert [block.name for block in learner.network.blocks] == order
+    named = cut_at_calls(plain, order)
+    same = Learner(named, "local_ce", **PLAIN)
+    same.step(x, y)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
+    assert "between.weight" in {name for name, _ in learner.network.blocks[2].named_parameters()}
+
+
+def test_names_one_by_one_are_an_order_of_the_owners():
+    learner = Learner(cut_at_calls(Turned(), ["later.0", "earlier.0"]), "local_ce")
+    with pytest.raises(LayerwiseError, match="not called before"):
+        learner.step(torch.randn(8, 8), torch.arange(8) % 4)
+
+
+# --- Positions without a label
+
+
+@pytest.mark.parametrize("rule", ["sll", "svp", "sid"])
+def test_tokens_without_a_label_teach_nothing(rule):
+    """The same step whatever stands behind -100, and that of the shifted labels given position by position."""
+    batch = text()
+    hidden = batch["labels"].clone()
+    hidden[1:, -3:] = -100
+    following = F.pad(hidden[:, 1:], (0, 1), value=-100)
+    learned = []
+    for task, y in ((LanguageModel(), hidden), (LanguageModel(shift=False), following)):
+        model = decoder(depth=3)
+        learner = Learner(model, rule, cuts="layers.*", task=task, **PLAIN)
+        learner.step({"tokens": batch["tokens"], "labels": y})
+        learned.append(model)
+    assert all(torch.equal(p, q) for p, q in zip(learned[0].parameters(), learned[1].parameters(), strict=True))
+    assert not torch.equal(learned[0].head.weight, decoder(depth=3).head.weight)
+
+
+@pytest.mark.parametrize("weights", [None, tuple(float(1 + i % 3) for i in range(VOCABULARY))])
+def test_the_mean_over_predictions_leaves_out_those_without_a_label(weights):
+    task = Classification(weights=weights).with_classes(VOCABULARY)
+    each, y = torch.rand(6, 5), torch.randint(VOCABULARY, (6, 5))
+    assert torch.allclose(task.average(each, y), task.average(each.flatten(), y.flatten()))
+    hidden = torch.where(torch.rand(6, 5) < 0.4, -100, y)
+    torch.testing.assert_close(task.average(each, hidden), task.average(each[hidden >= 0], y[hidden >= 0]))
+    if weights is None:
+        assert torch.equal(task.average(each, y), each.mean())
+
+
+# --- What a step costs
+
+
+def test_a_step_does_not_walk_the_model_block_by_block(monkeypatch):
+    """The number of walks over all modules does not grow with the number of blocks."""
+    walks = []
+    walk = nn.Module.named_modules
+
+    def counted(self, *args, **kwargs):
+        if isinstance(self, Layers):
+            walks.append(1)
+        return walk(self, *args, **kwargs)
+
+    found = []
+    for depth in (2, 8):
+        learner = Learner(Layers(*(nn.Linear(8, 8) for _ in range(depth))), "local_ce", cuts="auto")
+        x, y = torch.randn(8, 8), torch.arange(8) % 4
+        learner.step(x, y)
+        with monkeypatch.context() as patched:
+            patched.setattr(nn.Module, "named_modules", counted)
+            walks.clear()
+            learner.step(x, y)
+        found.append(len(walks))
+    assert found[0] == found[1]
+
+
+def test_gradients_whose_norm_overflows_are_finite_all_the_same():
+    """1e25 is a number of fp32, its square is none."""
+    torch.manual_seed(0)
+    model = Layers(nn.Linear(8, 8), nn.Linear(8, 8))
+    options = {"optimizer": torch.optim.SGD, "lr": 1e-30, "weight_decay": 0.0}
+    task = Regression()
+    learner = Learner(model, "backprop", cuts="auto", task=task, **options)
+    learner.step(torch.randn(8, 8), torch.full((8, 4), 1e18))
+    steep = model.head.weight.detach().clone()
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient: gradient * 1e8)
+    learner.step(torch.randn(8, 8), torch.full((8, 4), 1e18))
+    assert torch.isfinite(model.head.weight).all()
+    assert not torch.equal(model.head.weight, steep)
+    model.head.weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([1]), torch.inf))
+    with pytest.raises(LayerwiseError, match="non-finite loss or gradient"):
+        learner.step(torch.randn(8, 8), torch.randn(8, 4))
+
+
+def test_a_step_keeps_no_sums_of_its_blocks():
+    """They are of use over a whole split; in training they would grow with depth, by targets times blocks."""
+    model = Layers(*(nn.Linear(8, 8) for _ in range(3)))
+    learner = Learner(model, "local_ce", cuts="auto", task=Regression())
+    x, y = torch.randn(8, 8), torch.randn(8, 4)
+    assert learner.step(x, y).statistics == {}
+    assert set(learner.evaluate(x, y).statistics) == {"layers.0", "layers.1", "head"}
+
+
+def test_segmentation_has_the_bits_of_torchs_loss_on_maps():
+    z = torch.randn(3, 4, 5, 6, requires_grad=True)
+    y = torch.randint(4, (3, 5, 6)).masked_fill(torch.rand(3, 5, 6) < 0.3, -100)
+    task = Segmentation().with_outputs(4)
+    (mine,) = torch.autograd.grad(task.loss(z, y), z)
+    (plain,) = torch.autograd.grad(F.cross_entropy(z, y), z)
+    assert torch.equal(mine, plain)
+
+
+def test_every_rule_that_leaves_labels_out_says_so():
+    assert all(rules.get(name).unlabelled for name in ("sll", "svp", "sid", "local_ce", "mono_forward"))

@@ -1,0 +1,40 @@
+"""Stages of a pipeline inside one process; shared by the tests."""
+
+import copy
+from collections import deque
+
+from torch import nn
+
+from layerwise import Learner
+from layerwise.parallel.stage import Stage
+
+
+class Pipe:
+    """A link inside one process."""
+
+    def __init__(self, before, after):
+        self.before, self.after = before, after
+
+    def receive(self):
+        return self.before.popleft()
+
+    def send(self, tree):
+        self.after.append(tree)
+
+
+def stages(model, rule, ranks, example, counts=None, **options):
+    """Learners of all stages; `model` is copied, or called where it makes one."""
+    ways = [deque() for _ in range(ranks + 1)]
+    learners = []
+    for rank in range(ranks):
+        stage = Stage(rank, ranks, counts)
+        stage.link = Pipe(ways[rank], ways[rank + 1])
+        own = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
+        learners.append(Learner(own, rule, stage=stage, example=example, **options))
+    return learners
+
+
+def through(learners, method, x, y):
+    """One batch through all stages; the later ones get labels alone."""
+    found = [getattr(learner, method)(x if i == 0 else x[:, :0], y) for i, learner in enumerate(learners)]
+    return {block: scalars for metrics in found for block, scalars in metrics.blocks.items()}
