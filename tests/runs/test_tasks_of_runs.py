@@ -127,6 +127,6 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(tmp_pat
 
 def test_measurements_of_classes_refuse_other_tasks(runs):
     with pytest.raises(LayerwiseError, match="task is regression"):
-        beliefs.report(runs["regression"])
+        beliefs.beliefs_of_run(runs["regression"])
     with pytest.raises(LayerwiseError, match="task is multilabel"):
         diagnostics.diagnose(runs["multilabel"])
