@@ -43,8 +43,7 @@ class SVP(SLL):
         previous = ctx.message
         if signal.loss is not None and ctx.auxiliary is not None and previous:
             v, before = signal.message[-1], previous[-1].detach()
-            each = 1 - F.cosine_similarity(v, before, dim=-1)
-            distance = each.mean() if ctx.task.kind == "multilabel" else ctx.task.average(each, ctx.y)
+            distance = 1 - ctx.task.average(F.cosine_similarity(v, before, dim=-1), ctx.y)
             signal.loss = signal.loss + self.feature_weight * distance
             signal.metrics["feature_distance"] = distance
         return signal
