@@ -298,7 +298,7 @@ class Offload:
         state = max(sum(own[(i + k) % count] for k in range(self._capacity)) for i in range(count))
         slots = sum(len(slot.bytes) for slot in self._slots)
         parameters = slots - state + tensor_bytes(self._fixed)
-        # Where all groups find room, none has left yet, and what their optimizers have made since lies beside the slots.
+        # Where all groups find room, none has left, and what their optimizers have made since lies beside the slots.
         state += tensor_bytes([t for tensors in held for i, t in tensors.items() if i not in laid_out])
         work = use.gradients + use.activations
         return replace(use, parameters=parameters, optimizer=state, peak=parameters + state + work)
