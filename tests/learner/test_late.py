@@ -179,6 +179,15 @@ def test_what_cannot_be_made_is_refused(tmp_path):
         learner.save_weights(broken)
 
 
+def test_a_mistake_leaves_the_model_to_the_next_learner():
+    model = meta()
+    for wrong in ({"cuts": "blocks.*"}, {"lr": 0.0}, {"example": {"tokens": torch.zeros(2, 3)}}):
+        with pytest.raises(LayerwiseError):
+            Learner(model, "local_ce", **{**OPTIONS, **wrong})
+    learner = Learner(model, "local_ce", example=batch(), **OPTIONS)
+    assert same_bits(learner.network, Learner(meta(), "local_ce", example=batch(), **OPTIONS).network)
+
+
 def test_a_llama_of_transformers_is_made_trained_and_written_block_by_block(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(

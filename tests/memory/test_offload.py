@@ -242,6 +242,17 @@ def test_the_total_of_a_model_cut_at_its_calls_is_flat_in_depth():
     assert whole.peak > 3 * deep.peak
 
 
+def test_where_all_groups_find_room_their_state_is_counted_too():
+    """Two groups have two slots: none leaves, and nothing is saved."""
+    use = []
+    for where in ("none", "disk"):
+        learner = Learner(net("mlp", 2, width=64), "sll", offload=where, example=problem()[0])
+        for x, y in batches(2):
+            learner.step(x, y)
+        use.append(learner.measured_step(*batches(1)[0])[1])
+    assert use[1].optimizer == pytest.approx(use[0].optimizer, rel=0.01)
+
+
 class Stack(Decoder):
     """A decoder that keeps nothing of its layers."""
 

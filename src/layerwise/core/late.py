@@ -22,7 +22,7 @@ class LateWeights:
     on the seed and on its name alone, so that every process gets the same bits, whatever else it makes.
 
     Args:
-        model: with parameters or buffers on the meta device, in whose place tensors of the same sizes are put.
+        model: with parameters or buffers that are not made, in whose place tensors of the same sizes are put.
         fill: writes what a module holds; each module draws its weights in its own way if not given.
         seed: of all draws.
         device: where the tensors will be.
@@ -41,7 +41,7 @@ class LateWeights:
         for path, module in model.named_modules():
             for registry in (module._parameters, module._buffers):
                 for name, tensor in registry.items():
-                    if tensor is not None and tensor.is_meta:
+                    if tensor is not None and is_unmade(tensor):
                         replaced.append(tensor)  # so that no other one gets its id
                         if id(tensor) not in instead:
                             instead[id(tensor)] = self._placeholder(tensor)
@@ -72,6 +72,7 @@ class LateWeights:
         for name in self._made:
             tensor = known[name]
             tensor.data = _blank(tensor)
+            tensor._unmade = True  # pyright: ignore[reportAttributeAccessIssue]
             self._waiting[name] = tensor
         self._made, self._holder = [], None
 
@@ -88,6 +89,7 @@ class LateWeights:
         made = [name for name in names if name in self._waiting]
         for name in made:
             tensor = self._waiting.pop(name)
+            del tensor._unmade  # pyright: ignore[reportAttributeAccessIssue]
             tensor.data = torch.full(tensor.shape, _unwritten(tensor.dtype), dtype=tensor.dtype, device=self.device)
         with preserved_generators(self.device):
             for path, module in self._holding(set(made)):
@@ -127,7 +129,7 @@ class LateWeights:
         found = _blank(torch.empty(0, dtype=tensor.dtype, device=self.device), tensor.shape)
         if isinstance(tensor, nn.Parameter):
             found = nn.Parameter(found, tensor.requires_grad)
-        vars(found).update(vars(tensor))
+        vars(found).update(vars(tensor), _unmade=True)
         return found
 
 
@@ -146,8 +148,13 @@ class NotLate:
 
 
 def is_late(model: nn.Module) -> bool:
-    """Whether a model has tensors on the meta device."""
-    return any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    """Whether a model has tensors that are not made."""
+    return any(is_unmade(tensor) for tensor in (*model.parameters(), *model.buffers()))
+
+
+def is_unmade(tensor: Tensor) -> bool:
+    """Whether a tensor is on the meta device, or was, and a learner that came to nothing has left it unmade."""
+    return tensor.is_meta or getattr(tensor, "_unmade", False)
 
 
 def _unwritten(dtype: torch.dtype) -> float | int | bool:

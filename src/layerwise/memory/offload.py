@@ -291,12 +291,15 @@ class Offload:
 
     def counted(self, use: MemoryUse) -> MemoryUse:
         """A measured step with what is resident as parameters and optimizer state: the slots, at their fullest."""
-        held = [{id(tensor) for tensor in part.state(self.device)} for part in self.parts]
-        own = [sum(e.length for e in p.entries if id(e.tensor) in ids) for p, ids in zip(self.parts, held, strict=True)]
+        held = [{id(tensor): tensor for tensor in part.state(self.device)} for part in self.parts]
+        laid_out = {id(e.tensor): e.length for part in self.parts for e in part.entries}
+        own = [sum(laid_out.get(i, 0) for i in tensors) for tensors in held]
         count = len(own)
         state = max(sum(own[(i + k) % count] for k in range(self._capacity)) for i in range(count))
         slots = sum(len(slot.bytes) for slot in self._slots)
         parameters = slots - state + tensor_bytes(self._fixed)
+        # Where all groups find room, none has left, and what their optimizers have made since lies beside the slots.
+        state += tensor_bytes([t for tensors in held for i, t in tensors.items() if i not in laid_out])
         work = use.gradients + use.activations
         return replace(use, parameters=parameters, optimizer=state, peak=parameters + state + work)
 
