@@ -25,7 +25,7 @@ from layerwise.memory.mmap import OnFile, ScratchFile, map_file, release_pages, 
 from layerwise.parallel.stage import Stage
 from layerwise.runs import checkpoint
 
-REFUSED = ("backprop", "backprop_checkpoint", "backprop_offload", "deep_supervision", "periodic_guidance")
+REFUSED = ("periodic_guidance", *(name for name in rules.names() if rules.get(name).locality == "global"))
 TINY = split("--model.width 16 --model.depth 4 --batch-size 256 --steps 6 --model.dropout 0.2 --augment crop")
 
 

@@ -14,6 +14,7 @@ SMALL = {
     "mlp": {"width": 12},
     "vgg": {"width": 4},
     "resnet": {"width": 4},
+    "reversible": {"width": 8, "heads": 2},
     "noprop": {"width": 2},
     "noprop_ct": {"width": 2},
     "noprop_fm": {"width": 2},
@@ -261,7 +262,7 @@ WRONG = [
     (lambda: models.create("vggg", (1, 8, 8), 10), "did you mean 'vgg'?"),
     (
         lambda: models.create("x", (1, 8, 8), 10),
-        "legal names: fcn, gat, gcn, mlp, noprop, noprop_ct, noprop_fm, resnet, sid_cascade, vgg, vit",
+        "legal names: fcn, gat, gcn, mlp, noprop, noprop_ct, noprop_fm, resnet, reversible, sid_cascade, vgg, vit",
     ),
     (lambda: models.options("resnt"), "did you mean 'resnet'?"),
     (lambda: models.describe("resnt"), "did you mean 'resnet'?"),

@@ -104,14 +104,17 @@ class Watch:
 
     def __init__(self, learner, monkeypatch):
         self.owner = {}
-        self.reached = []  # per group, the groups whose parameters had a gradient when it stepped
+        self.reached = {}  # per step and group, the groups whose parameters had a gradient until it stepped
+        self.with_gradient = set()  # the groups whose parameters have got a gradient since the last optimizer's step
         self.history = []  # names of groups whose input or message could carry a gradient back
         self.learner = learner
         for i, group in enumerate(learner.groups):
             for unit in group.units:
                 self.owner |= {id(p): i for p in unit.parameters()}
+                for p in (p for p in unit.parameters() if p.requires_grad):
+                    p.register_post_accumulate_grad_hook(lambda p: self.with_gradient.add(self.owner[id(p)]))
         update = Engine.update
-        backward = Engine._backward
+        step_optimizer = Engine._step_optimizer
 
         def watched_update(engine, group, h, message, y, step, trace, trunk):
             leaves = [h, *torch.utils._pytree.tree_leaves(message)]
@@ -119,14 +122,15 @@ class Watch:
                 self.history.append(group.name)
             return update(engine, group, h, message, y, step, trace, trunk)
 
-        def watched_backward(engine, group, h, signals, share):
-            loss = backward(engine, group, h, signals, share)
+        def watched_step(engine, group, optimizer):
             found = {self.owner[id(p)] for _, p in learner.named_parameters() if p.grad is not None}
-            self.reached.append((learner.groups.index(group), found))
-            return loss
+            turn = learner.steps, next(i for i, own in enumerate(learner.groups) if own.units[0] is group.units[0])
+            self.reached.setdefault(turn, set()).update(found | self.with_gradient)
+            self.with_gradient = set()
+            step_optimizer(engine, group, optimizer)
 
         monkeypatch.setattr(Engine, "update", watched_update)
-        monkeypatch.setattr(Engine, "_backward", watched_backward)
+        monkeypatch.setattr(Engine, "_step_optimizer", watched_step)
 
 
 @every_rule_and_model
@@ -136,12 +140,13 @@ def test_a_groups_signal_reaches_its_own_parameters_and_no_others(rule, kind, mo
     watch, expected = Watch(learner, monkeypatch), []
     for step, (x, y) in enumerate(DATA):
         turns = [i for i, g in enumerate(learner.groups_at(step)) if g.optimizers]
-        expected += turns[1:] + turns[:1] if pieces.has_trunk(learner.rule) else turns  # a trunk learns last
+        turns = turns[1:] + turns[:1] if pieces.has_trunk(learner.rule) else turns  # a trunk learns last
+        expected += [(step, own) for own in turns]
         learner.step(x, y)
     assert watch.history == []
-    assert all(found == {own} for own, found in watch.reached)
-    assert [own for own, _ in watch.reached] == expected
-    assert {*expected} == {i for i, g in enumerate(learner.groups) if g.optimizers}
+    assert all(found == {own} for (_, own), found in watch.reached.items())
+    assert [*watch.reached] == expected
+    assert {own for _, own in expected} == {i for i, g in enumerate(learner.groups) if g.optimizers}
 
 
 @every_rule
@@ -150,7 +155,7 @@ def test_a_local_block_does_not_feel_what_comes_after_it(rule):
     model, other = (net(kinds(rule)[0]) for _ in range(2))
     with torch.no_grad():
         [*other.head.parameters()][-2].mul_(-3)
-    a, b = (trained(m, rule, DATA[:1], weight_decay=0.0).network.model for m in (model, other))
+    a, b = (trained(m, made(rule), DATA[:1], weight_decay=0.0).network.model for m in (model, other))
     if get(rule).locality == "local":
         assert same_bits(a[0], b[0])
     one, blocks = create_rule(rule), len(model.block_names)

@@ -7,14 +7,17 @@ import torch
 from torch import nn
 
 from layerwise import Learner, Partition, models, rules
+from layerwise.core import pieces
 from layerwise.core.graphs import Graph
 
 SHAPE, CLASSES = (1, 8, 8), 4
 KINDS = ("mlp", "vgg", "vit")
+QUICK = {"boosted": {"updates": 1}, "block_rota": {"period": 1, "order": "up"}, "zeroth_order": {"directions": 16}}
 SIZES = {
     "mlp": {"width": 16},
     "vgg": {"width": 4},
     "resnet": {"width": 4},
+    "reversible": {"width": 8, "heads": 2},
     "noprop": {"width": 2},
     "noprop_ct": {"width": 4},
     "noprop_fm": {"width": 2},
@@ -46,9 +49,14 @@ def kinds(rule):
     return rules.get(rule).models or KINDS
 
 
+def by_parameter(rule):
+    """Whether a rule updates one parameter at a time, so that it has no replicas, no clipping and no accumulation."""
+    return issubclass(rules.get(rule), pieces.StepsByParameter)
+
+
 def made(rule):
-    """A rule by name, with options under which every block has its turn within three steps."""
-    return rules.create(rule, **({"updates": 1} if rule == "boosted" else {}))
+    """A rule by name, with options under which every block has its turn, and learns, within few steps."""
+    return rules.create(rule, **QUICK.get(rule, {}))
 
 
 def cascade(depth=4, **options):

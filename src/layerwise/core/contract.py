@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from torch import Tensor
 
-from layerwise.core.pieces import JoinsGroups, TakesTurns
+from layerwise.core.pieces import JoinsGroups, LearnsInPart, TakesTurns
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site
 from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError, is_out_of_memory, suggestion
@@ -109,6 +109,23 @@ def learns_in_update(rule: Rule, update: int, site: Site) -> bool:
         raise LayerwiseError(
             f"rule {rule.name!r} answers whether block {site.name!r} learns in update {update} with "
             f"{_in_words(found)}; return True or False from `learns_at`."
+        )
+    return found
+
+
+def sites_in_update(rule: LearnsInPart, update: int, names: Sequence[str]) -> frozenset[int]:
+    """The sites that learn in one update, checked.
+
+    Raises:
+        LayerwiseError: there are none, or they are no sites.
+    """
+    assert isinstance(rule, Rule)
+    with asking(rule, f"`sites_at` for update {update}"):
+        found = frozenset(rule.sites_at(update, len(names) - 1))
+    if not found or not found <= set(range(len(names))):
+        raise LayerwiseError(
+            f"rule {rule.name!r} lets the sites {sorted(found)} learn in update {update}; return one or more of 0 to "
+            f"{len(names) - 1} from `sites_at`."
         )
     return found
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from layerwise.core.contract import asking, check_run, check_sent_back, check_signal
 from layerwise.core.failures import NonFinite, in_a_sentence
-from layerwise.core.groups import Group, Unit
+from layerwise.core.groups import Group, Unit, parameters_of
 from layerwise.core.optim import set_learning_rate
 from layerwise.core.parts import Part, Whole, parts_of
-from layerwise.core.pieces import HasTrunk, has_trunk
+from layerwise.core.perturbation import Perturbation
+from layerwise.core.pieces import HasTrunk, PerturbsWeights, StepsByParameter, has_trunk
 from layerwise.core.progress import Accumulation, Trace, WaitingTrunk
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.rule import BlockContext, Rule, Signal
@@ -110,6 +111,8 @@ class Engine:
         self.accumulation = Accumulation()
         self._weight: float | Tensor = 1.0
         """Of the batch under way, or of this process's share of it."""
+        self._stepped: set[int] = set()
+        """Parameters that have stepped in the backward pass under way."""
         self._reduced: Callable[[], Any] | None = None
         """The step of the group whose gradients are being averaged over the replicas."""
 
@@ -149,7 +152,9 @@ class Engine:
         training, learns = step is not None, step is not None and group.learns
         for unit in units:
             own = unit.site.index <= group.units[-1].site.index
-            with nullcontext() if own else unit.on_copies():  # running statistics move in the unit's own group only
+            graph = torch.set_grad_enabled(torch.is_grad_enabled() and unit.site.index >= group.first)
+            buffers = nullcontext() if own else unit.on_copies()  # running statistics move in the unit's own group
+            with graph, buffers:
                 out = self.run(unit, h, message, step, part)
                 with self.autocast(), asking(self.rule, f"`signal` at block {unit.site.name!r}"):
                     ctx = BlockContext(unit.site, out, h, message, y, self.task, unit.auxiliary, training, learns, view)
@@ -159,7 +164,8 @@ class Engine:
             message = signal.message
             if signal.loss is not None:
                 signal.metrics.setdefault("loss", signal.loss)
-            signals.append((signal, out))
+            if signal.loss is not None or signal.cotangent is not None:
+                signals.append((signal, out))
             if own:
                 passed_on = h, message
                 if signal.metrics:
@@ -202,7 +208,7 @@ class Engine:
             if trunk is not None:
                 sent_back = (Signal(cotangent=trunk.gradient), trunk.out)
                 with self.resident(trunk.group.units):
-                    loss = self._add(trunk.group, trunk.h, [*trunk.signals, sent_back])
+                    loss = self._add(trunk.group, trunk.h, [*trunk.signals, sent_back], step)
                     self._learn(trunk.group, trunk.h, loss, step, trace)
             self._step_reduced()
             if self._due:
@@ -280,6 +286,8 @@ class Engine:
 
         Where there is a trunk, the gradient on the group's input goes back to it, as the rule says.
         """
+        if isinstance(self.rule, PerturbsWeights) and group.learns:
+            return self._perturbed(group, h, message, y, step, trace, *self.rule.perturbations())
         if trunk is not None and group.learns:
             h = h.detach().requires_grad_()
         whole, losses = Whole(group.name), []
@@ -319,7 +327,9 @@ class Engine:
         h, message, own = part.of(h), part.of(message), part.of(y)
         share = 1.0 if part.index is None else self._share(own, y)
         signals, out, message = self._with_graph(group, h, message, own, step, trace, part.index, share)
-        loss = self._add(group, h, signals, share) if group.learns and share else torch.zeros((), device=out.device)
+        loss = (
+            self._add(group, h, signals, step, share) if group.learns and share else torch.zeros((), device=out.device)
+        )
         return detach((out, message)), loss
 
     def _share(self, part: Tensor, y: Tensor) -> float:
@@ -342,19 +352,38 @@ class Engine:
         first = self.accumulation.batches <= 1 and not part
         if first:  # what the owner has computed is no part of the update
             self._free(group)
+            for optimizer in group.resting:
+                optimizer.state.clear()
         if self.execution.nonfinite == "skip" and self.accumulation.batches == 1 and first:
             group.buffers = [(b, b.clone()) for unit in group.units for b in unit.buffers()]
             group.broken = False
-        with torch.set_grad_enabled(group.learns):
+        with torch.set_grad_enabled(group.learns), self._frozen(group):
             return self.forward(group, h, message, y, step, trace, part, share)
 
-    def _add(self, group: Group, h: Tensor, signals: list[tuple[Signal, Tensor]], share: float = 1.0) -> Tensor:
+    @contextmanager
+    def _frozen(self, group: Group) -> Iterator[None]:
+        """A context in which parameters at rest want no gradient, so that the graph keeps nothing for them."""
+        resting = self.execution.replicas.full_of(parameters_of(group.resting))
+        frozen = [p for p in resting if p.requires_grad]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+
+    def _add(
+        self, group: Group, h: Tensor, signals: list[tuple[Signal, Tensor]], step: int, share: float = 1.0
+    ) -> Tensor:
         """Add the gradients of signals to those that the group has; returns the loss, as its share of the batch's.
 
         With replicas the group before steps now at the latest, so that never more than one group's gradients are alive.
         """
         self._step_reduced()
-        return self._backward(group, h, signals, share)
+        with self._stepping_at_once(group, h, step) as norms:
+            loss = self._backward(group, h, signals, share)
+        return sum((0 * norm for norm in norms), loss)  # finite where loss and gradients are
 
     def _learn(self, group: Group, h: Tensor, loss: Tensor, step: int, trace: Trace) -> None:
         """The optimizer's step where enough batches have accumulated.
@@ -471,7 +500,8 @@ class Engine:
         if not group.checked and all(unit.block.ran for unit in group.units):
             group.checked = True
             taught = any(s.loss is not None or s.cotangent is not None for s, _ in signals)
-            self._check_reached(group, {id(p) for p in wanted if p.grad is not None}, taught)
+            reached = self._stepped | {id(p) for p in wanted if p.grad is not None}
+            self._check_reached(group, reached, taught)
         found = [loss.detach().float() for loss in losses] or [torch.zeros(())]
         return (found[0] if len(found) == 1 else torch.stack(found).sum()) * share
 
@@ -522,24 +552,100 @@ class Engine:
                 torch._foreach_div_(gradients, self.accumulation.weight)  # pyright: ignore[reportPrivateImportUsage]
         clips, replicas = self.execution.clip is not None, self.execution.replicas
         norm = replicas.norm(group.parameters) if clips else replicas.sum(group.parameters)
-        if self._may_step(group, h, loss, norm, step, trace):
+        may_step = self._may_step(group, h, loss, norm, step, trace)
+        if may_step and not isinstance(self.rule, StepsByParameter):
             if self.execution.clip is not None:
                 nn.utils.clip_grads_with_norm_(group.parameters, self.execution.clip, norm)
             for optimizer in learning:
-                set_learning_rate(optimizer, self._factor())
-                try:
-                    group.scaler.step(optimizer)
-                except RuntimeError as reason:
-                    if "sparse" not in str(reason).lower():
-                        raise
-                    raise LayerwiseError(
-                        f"{type(optimizer).__name__} cannot use the gradients of {group.name!r} ({reason}); sparse "
-                        "gradients need sgd with momentum 0 or adagrad, both with weight_decay=0, or sparse=False in "
-                        "the embedding."
-                    ) from reason
+                self._step_optimizer(group, optimizer)
         group.scaler.update()
         group.broken = False
         self._free(group)
+
+    def _step_optimizer(self, group: Group, optimizer: torch.optim.Optimizer) -> None:
+        set_learning_rate(optimizer, self._factor())
+        try:
+            group.scaler.step(optimizer)
+        except RuntimeError as reason:
+            if "sparse" not in str(reason).lower():
+                raise
+            raise LayerwiseError(
+                f"{type(optimizer).__name__} cannot use the gradients of {group.name!r} ({reason}); sparse gradients "
+                "need sgd with momentum 0 or adagrad, both with weight_decay=0, or sparse=False in the embedding."
+            ) from reason
+
+    @contextmanager
+    def _stepping_at_once(self, group: Group, h: Any, step: int) -> Iterator[list[Tensor]]:
+        """A context in which each parameter steps when its gradient is complete, where the rule wants that.
+
+        Gives the norms of the gradients so far. Autograd completes a gradient after all uses of the parameter.
+        """
+        norms: list[Tensor] = []
+        hooks = []
+        self._stepped = set()
+        if isinstance(self.rule, StepsByParameter):
+            for optimizer in group.optimizers:
+                for parameter in (p for p in parameters_of([optimizer]) if p.requires_grad):
+
+                    def arrived(p: Tensor, optimizer: torch.optim.Optimizer = optimizer) -> None:
+                        norms.append(self._step_parameter(group, optimizer, p, h, step))
+
+                    hooks.append(parameter.register_post_accumulate_grad_hook(arrived))
+        try:
+            yield norms
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _step_parameter(
+        self, group: Group, optimizer: torch.optim.Optimizer, parameter: Any, h: Any, step: int
+    ) -> Tensor:
+        """One parameter's update; frees its gradient and returns the norm that it had."""
+        norm = self.execution.replicas.norm([parameter])
+        if norm.device.type == "cpu" and not bool(torch.isfinite(norm)):
+            raise NonFinite(group.name, step, input_is_finite=all_finite(h))
+        self._step_optimizer(group, optimizer)
+        parameter.grad = None
+        self._stepped.add(id(parameter))
+        return norm
+
+    @torch.no_grad()
+    def _perturbed(
+        self, group: Group, h: Tensor, message: Any, y: Tensor, step: int, trace: Trace, eps: float, directions: int
+    ) -> tuple[Tensor, Any]:
+        """One group's update by `PerturbsWeights`: forward passes, then one parameter's gradient after the other."""
+        of = [(optimizer, p) for optimizer in group.optimizers for p in parameters_of([optimizer]) if p.requires_grad]
+        seeds = [derive_seed(self.execution.seed, "direction", step, number) for number in range(directions)]
+        drawn = [Perturbation([p for _, p in of], seed) for seed in seeds]
+        passed_on: list[Any] = []
+        slopes = []
+        for direction in drawn:
+            losses = []
+            for offset in (eps, -eps):
+                try:
+                    direction.to(offset)
+                    with ExitStack() as aside:
+                        for unit in group.units if passed_on else ():
+                            aside.enter_context(unit.on_copies())  # running statistics move once
+                        seen = Trace() if passed_on else trace
+                        signals, *out = self.forward(group, h, message, y, step, seen)
+                except BaseException:
+                    direction.to(0.0)
+                    raise
+                passed_on = passed_on or [detach(part) for part in out]
+                found = [signal.loss for signal, _ in signals if signal.loss is not None]
+                losses.append(sum(loss.to(torch.promote_types(loss.dtype, torch.float32)) for loss in found))
+            direction.to(0.0)
+            slopes.append((losses[0] - losses[1]) / (2 * eps * directions))
+        total = torch.stack(slopes).sum()
+        if self._may_step(group, h, total, 0 * total, step, trace):
+            for place, (optimizer, parameter) in enumerate(of):
+                for direction, slope in zip(drawn, slopes, strict=True):
+                    share = direction.of(place).mul_(slope)
+                    parameter.grad = share if parameter.grad is None else parameter.grad.add_(share)
+                self._step_optimizer(group, optimizer)
+                parameter.grad = None
+        return passed_on[0], passed_on[1]
 
     def _factor(self) -> float:
         """What the schedule says of this update."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from layerwise.core.blocks import Block, scratch_buffers
-from layerwise.core.contract import groups_of, groups_of_update, learns_in_update
+from layerwise.core.contract import groups_of, groups_of_update, learns_in_update, sites_in_update
+from layerwise.core.pieces import LearnsInPart
 from layerwise.core.rule import Rule, Site
 from layerwise.errors import LayerwiseError
 
@@ -23,6 +24,8 @@ class Unit:
     site: Site
     block: Block
     auxiliary: nn.Module | None
+    optimizer: torch.optim.Optimizer | None = None
+    """Its own, where sites of one group learn in turn (`LearnsInPart`)."""
 
     def parameters(self) -> list[nn.Parameter]:
         """Parameters of the block and of the rule's auxiliary module."""
@@ -57,7 +60,7 @@ class Unit:
         return [*self.block.named_buffers(), *(self.auxiliary.named_buffers() if self.auxiliary else [])]
 
 
-@dataclass
+@dataclass(eq=False)
 class Group:
     """Neighbouring units that share one graph and one backward pass."""
 
@@ -76,6 +79,10 @@ class Group:
     """Whether a first update has shown that the signal reaches the blocks."""
     broken: bool = False
     """Whether a batch of the update under way was not finite; the update is skipped then."""
+    resting: list[torch.optim.Optimizer] = field(default_factory=list)
+    """Optimizers of parameters that rest while others of the group learn; their state is dropped."""
+    first: int = 0
+    """The first site that learns, where others rest; those before it run without a graph."""
 
     @property
     def name(self) -> str:
@@ -107,6 +114,7 @@ class Grouping:
         self.rule, self.own, self.names, self.scaler = rule, own, names, scaler
         self._joined: dict[tuple[range, ...], list[Group]] = {}
         self._resting: dict[tuple[tuple[range, ...], tuple[bool, ...]], list[Group]] = {}
+        self._parts: dict[frozenset[int], list[Group]] = {}
         self._scalers: Mapping[str, Any] = {}
         """States for groups that are not joined yet."""
 
@@ -116,6 +124,11 @@ class Grouping:
         Raises:
             LayerwiseError: the rule asks for groups that are not neighbours of its own, joined, or gives no ranges.
         """
+        if isinstance(self.rule, LearnsInPart):
+            sites = sites_in_update(self.rule, update, self.names)
+            if sites not in self._parts:
+                self._parts[sites] = [_in_part(group, sites) for group in self.own]
+            return self._parts[sites]
         ranges = tuple(groups_of_update(self.rule, update, self.names))
         if ranges not in self._joined:
             self._joined[ranges] = self._join(ranges)
@@ -164,4 +177,21 @@ class Grouping:
             if group.scaler.is_enabled():
                 group.scaler.load_state_dict(states[group.name])
         self._scalers = states
-        self._joined, self._resting = {}, {}
+        self._joined, self._resting, self._parts = {}, {}, {}
+
+
+def parameters_of(optimizers: Sequence[torch.optim.Optimizer]) -> list[nn.Parameter]:
+    """The parameters that these optimizers update, in their order."""
+    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+
+
+def _in_part(group: Group, sites: frozenset[int]) -> Group:
+    """The group when the optimizers of these sites alone step; each is of one unit that learns."""
+    learning = [u.optimizer for u in group.units if u.optimizer is not None and u.site.index in sites]
+    return replace(
+        group,
+        parameters=parameters_of(learning),
+        optimizers=learning,
+        resting=[o for o in group.optimizers if o not in learning],
+        first=min(sites),
+    )

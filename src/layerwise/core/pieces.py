@@ -6,8 +6,8 @@ An ordinary rule needs `Rule` alone. A rule that needs more inherits the piece t
     class Boosted(TakesTurns, PredictsBySite, Rule): ...
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -42,6 +42,54 @@ class TakesTurns:
             update: number of the update, from 0; with `accumulate` batches for each.
             site: the first site of a group, as `Rule.groups` has them.
         """
+        raise NotImplementedError
+
+
+class LearnsInPart:
+    """A rule that trains some sites of its one group in each update: the others rest, and keep no optimizer state.
+
+    Each site has an optimizer of its own. Sites before the first one that learns run without a graph, and the graph of
+    those after it keeps what their inputs' gradients need, and nothing for parameters at rest. Where a site rests, its
+    optimizer's state is dropped: it begins anew with its next turn.
+    """
+
+    def sites_at(self, update: int, blocks: int) -> Collection[int]:
+        """The sites that learn in one update, one at least; the head is site L.
+
+        Args:
+            update: number of the update, from 0; with `accumulate` batches for each.
+            blocks: number of blocks L.
+        """
+        raise NotImplementedError
+
+
+class StepsByParameter:
+    """A rule whose parameters are updated one by one, so that one gradient is alive at a time.
+
+    Each parameter has an optimizer of its own, which steps in the backward pass as soon as the gradient is complete.
+    What needs all gradients at once (clipping by their norm, accumulation, skipped steps, averages over replicas,
+    scaled fp16 gradients) is refused.
+    """
+
+
+class PerturbsWeights(StepsByParameter):
+    """A rule that estimates gradients by forward passes with perturbed weights: no graph and no backward pass.
+
+    With loss L, a scale eps and K directions the engine gives every parameter the gradient
+    (1/K) sum_k (L(w + eps z_k) - L(w - eps z_k)) / (2 eps) * z_k, where z_k is drawn from N(0, I) out of a seed, so
+    that it is never kept. Weights are perturbed in place and put back.
+    """
+
+    def perturbations(self) -> tuple[float, int]:
+        """The scale eps, and the number of directions K."""
+        raise NotImplementedError
+
+
+class MovesActivations:
+    """A rule whose saved activations wait elsewhere between the forward and the backward pass."""
+
+    def activations_to(self) -> Literal["host", "disk"]:
+        """Where they wait: in host memory, or in a file in the learner's `offload_folder`."""
         raise NotImplementedError
 
 

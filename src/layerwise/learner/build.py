@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +18,14 @@ from layerwise.core.engine import Engine, Execution
 from layerwise.core.groups import Group, Grouping, Unit
 from layerwise.core.late import LateWeights, NotLate
 from layerwise.core.optim import Factory, begin_schedule, decay_groups, sparse_gradients, without_decay
+from layerwise.core.pieces import LearnsInPart, MovesActivations, StepsByParameter
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.rule import Rule, Site
 from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
 from layerwise.learner.arguments import check_micro
 from layerwise.learner.watch import Watch
+from layerwise.memory.activations import ActivationOffload, NotMoved
 from layerwise.memory.offload import NotOffloaded, Offload
 from layerwise.parallel.alone import OneProcess, WholeNetwork
 from layerwise.parallel.replicas import Replicas
@@ -42,6 +45,8 @@ class Setup:
     replicas: Replicas | OneProcess
     make_offload: Callable[[Sequence[Sequence[Block]], int], Offload | NotOffloaded]
     """From the blocks of every group here, and the number of the first block, to what moves them."""
+    offload_folder: Path
+    """For files of offloaded blocks or activations."""
     late: LateWeights | NotLate
     """Makes weights where the model was made without."""
     seed: int
@@ -77,6 +82,7 @@ class Built:
 
     def __init__(self, setup: Setup, x: Any, evaluating: Callable[[], AbstractContextManager[None]]):
         check_alone(setup)
+        check_by_parameter(setup)
         setup.network.check_modules()
         self.setup = setup
         self.auxiliary = nn.ModuleDict()
@@ -102,6 +108,9 @@ class Built:
             )
         with evaluating():
             outputs = setup.network.probe(x[:2] if isinstance(x, Tensor) else x)
+        self.activations = NotMoved()
+        if isinstance(setup.rule, MovesActivations):
+            self.activations = ActivationOffload(setup.rule.activations_to(), setup.offload_folder, setup.device)
         self.task = setup.task.fitted(outputs[-1])
         self.engine = Engine(setup.rule, self.task, setup.execution, self.resident)
         mine = setup.stage.choose(setup.rule, setup.network, ranges, x[:1] if isinstance(x, Tensor) else x)
@@ -171,7 +180,7 @@ class Built:
     @contextmanager
     def resident(self, units: Sequence[Unit]) -> Iterator[None]:
         """A context in which the tensors of these units are on the device, and whole."""
-        with self.setup.replicas.resident(units), self.offload.resident(units):
+        with self.setup.replicas.resident(units), self.offload.resident(units), self.activations.kept(units):
             yield
 
     def _auxiliary(self, site: Site, h: Tensor) -> nn.Module | None:
@@ -196,25 +205,38 @@ class Built:
         names = {id(shard_of(parameter)): name for name, parameter in self.named_parameters()}
         exempt = without_decay(setup.network.model) | without_decay(self.auxiliary)
         exempt |= {id(shard_of(p)) for unit in learning for p in unit.parameters() if id(p) in exempt}
-        groups = [
-            group
-            for unit in learning
-            for group in decay_groups(
-                map(shard_of, unit.parameters()), setup.lr_multipliers.get(unit.site.name, 1.0), exempt, names
-            )
+        multipliers = [setup.lr_multipliers.get(unit.site.name, 1.0) for unit in learning]
+        of_units = [
+            decay_groups(map(shard_of, unit.parameters()), multiplier, exempt, names)
+            for unit, multiplier in zip(learning, multipliers, strict=True)
         ]
+        groups = [group for own in of_units for group in own]
         sparse = sparse_gradients(setup.network.model)
         for group in groups:
             if any(id(p) in sparse for p in group["params"]):
                 group["fused"] = False  # the fused kernels take dense gradients alone
-        parameters = [p for group in groups for p in group["params"]]
-        optimizers = setup.factory(groups) if groups else []
+        if isinstance(setup.rule, StepsByParameter):
+            of_optimizers = [[_alone(group, place)] for group in groups for place in range(len(group["params"]))]
+        elif isinstance(setup.rule, LearnsInPart):
+            of_optimizers = [own for own in of_units if own]
+        else:
+            of_optimizers = [groups] if groups else []
+        made = [setup.factory(own) for own in of_optimizers]
+        optimizers = [optimizer for several in made for optimizer in several]
+        if isinstance(setup.rule, LearnsInPart) and len(optimizers) > len(made):
+            raise LayerwiseError(
+                f"rule {setup.rule.name!r} takes one optimizer for each block, and this choice gives several; name one."
+            )
         for optimizer in optimizers:
             begin_schedule(optimizer)
             if callable(mode := getattr(optimizer, "train", None)):
                 mode()  # schedule-free ones refuse to step otherwise
             setup.replicas.check_optimizer(optimizer)
-        return Group(units, ahead, parameters, optimizers, self._scaler())
+        if isinstance(setup.rule, LearnsInPart):
+            with_parameters = [unit for unit, own in zip(learning, of_units, strict=True) if own]
+            for unit, optimizer in zip(with_parameters, optimizers, strict=True):
+                unit.optimizer = optimizer
+        return Group(units, ahead, [p for group in groups for p in group["params"]], optimizers, self._scaler())
 
     def _warn_of_readouts(self, units: Sequence[Unit]) -> None:
         """Warn where a block is frozen but for adapters, and the rule's own module is larger than these."""
@@ -272,6 +294,25 @@ def check_alone(setup: Setup) -> None:
         )
 
 
+def check_by_parameter(setup: Setup) -> None:
+    """Raise LayerwiseError where an option needs all gradients at once, and the rule has one at a time."""
+    execution = setup.execution
+    needs = {
+        "clip": execution.clip is not None,
+        "accumulate": execution.accumulate > 1,
+        "micro": execution.micro > 1,
+        "nonfinite='skip'": execution.nonfinite == "skip",
+        "precision='fp16'": execution.autocast == torch.float16,
+        "replicas": setup.replicas is not ONE_PROCESS and setup.replicas.count > 1,
+    }
+    for option, wanted in needs.items():
+        if wanted and isinstance(setup.rule, StepsByParameter):
+            raise LayerwiseError(
+                f"rule {setup.rule.name!r} updates one parameter at a time, and {option} needs all gradients at once; "
+                "leave it out, or choose a rule such as backprop."
+            )
+
+
 ONE_PROCESS = OneProcess()
 """For learners that were given no replicas."""
 
@@ -295,3 +336,8 @@ def _with_own_code(run: Callable[..., Any], name: str) -> Callable[..., Any]:
 
     block.__code__ = block.__code__.replace(co_name=f"block {name}")
     return block
+
+
+def _alone(group: dict[str, Any], place: int) -> dict[str, Any]:
+    """A parameter group with one of its parameters."""
+    return group | {name: [group[name][place]] for name in ("params", "names")}

@@ -221,6 +221,7 @@ class Learner:
             stage or WholeNetwork(),
             replicas,
             self._moved_by,
+            self._offload_to[1],
             late,
             seed,
             task,

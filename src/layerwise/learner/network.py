@@ -49,10 +49,11 @@ def cut(
         ) from reason
 
 
-def check_serves(network: CallPartition, rule: Rule, micro: int = 1) -> None:
-    """Raise LayerwiseError where the rule trains other models; note where it needs blocks that are run one by one.
+def check_serves(network: CallPartition, rule: Rule, micro: int) -> None:
+    """Raise LayerwiseError where the rule trains other models, or a batch is to come in parts.
 
-    Whether they can be is seen when the network has run.
+    Where the rule needs blocks that are run one by one, that is noted: whether they can be is seen when the network has
+    run.
     """
     if rule.models:
         raise LayerwiseError(
@@ -60,8 +61,8 @@ def check_serves(network: CallPartition, rule: Rule, micro: int = 1) -> None:
         )
     if micro > 1:
         raise LayerwiseError(
-            "micro needs blocks that take a part of the batch, and the blocks of a model that is cut at its calls see "
-            "the masks of the whole one; leave it out, or give a model that partition() can trace."
+            "micro needs blocks that can be run on their own, and the blocks of a model that is cut at its calls run "
+            "once per step, inside one forward pass; leave it out, or give a model that partition() can trace."
         )
     again = ""
     if any(view.stop > later.start for view, later in pairwise(groups_of(rule, [*network.cuts, "head"]))):

@@ -4,10 +4,9 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from layerwise.core.groups import Group
+from layerwise.core.groups import Group, parameters_of
 from layerwise.core.optim import base_rates, own_settings, set_base_rates, set_own_settings
 from layerwise.learner.build import Built
 from layerwise.learner.checks import Expected, check_state
@@ -73,7 +72,7 @@ def load_state(built: Built, state: Mapping[str, Any]) -> None:
 def expected_of(built: Built) -> Expected:
     """What a state has to fit."""
     setup, parameters = built.setup, dict(built.named_parameters())
-    updated = {p: optimizer for optimizer in built.optimizers() for p in held_by(optimizer)}
+    updated = {p: optimizer for optimizer in built.optimizers() for p in parameters_of([optimizer])}
     kept = {name: setup.replicas.shard_of(parameter) for name, parameter in parameters.items()}
     return Expected(
         setup.rule.name,
@@ -86,11 +85,6 @@ def expected_of(built: Built) -> Expected:
         setup.execution.accumulate,
         whole=setup.stage.first and setup.stage.last,
     )
-
-
-def held_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """The parameters of an optimizer, in its own order."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def optimizer_states(built: Built) -> dict[str, dict[str, Any]]:
@@ -116,7 +110,7 @@ def _load(built: Built, groups: Sequence[Group], state: Mapping[str, Any], auxil
     for group in groups:
         for optimizer in group.optimizers:
             packed = optimizer.state_dict()
-            found = [(p, state["optimizer"].get(names[p])) for p in held_by(optimizer)]
+            found = [(p, state["optimizer"].get(names[p])) for p in parameters_of([optimizer])]
             packed["state"] = {
                 i: {name: to_shard(built, p, value) for name, value in s.items()}
                 for i, (p, s) in enumerate(found)

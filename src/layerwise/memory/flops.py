@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from layerwise.memory.watching import WatchingMode
 
-class FlopMeter(TorchDispatchMode):
+
+class FlopMeter(WatchingMode):
     """Context manager that counts the operations of the code inside, backward passes too; read `total` after.
 
     The formulas are those of `torch.utils.flop_counter.FlopCounterMode`, which also follows modules through the graph
@@ -23,8 +24,8 @@ class FlopMeter(TorchDispatchMode):
         super().__init__()
         self.total = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def watch(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation, and add what it costs."""
         result = func(*args, **kwargs)
         count = flop_registry.get(func._overloadpacket)
         if count is not None:

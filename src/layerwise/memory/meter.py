@@ -2,21 +2,21 @@
 
 import re
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import TracebackType
+from types import FunctionType, ModuleType, TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from layerwise.core.devices import allocator, usable_device
 from layerwise.errors import LayerwiseError
+from layerwise.memory.watching import WatchingMode, plain_tensors, tensors_of
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class MemoryUse:
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages of `tensors`; a storage shared by several tensors counts once.
 
-    The whole storage counts, also where a tensor shows only a part of it. A sparse tensor counts
-    nothing.
+    The whole storage counts, also where a tensor shows only a part of it. A tensor subclass that is
+    made of other tensors (quantised, sharded) counts as these. A sparse tensor counts nothing.
 
     Example:
         >>> x = torch.zeros(10)
@@ -61,6 +61,9 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
 def optimizer_tensors(optimizers: Iterable[Optimizer]) -> list[Tensor]:
     """The tensors in the state of `optimizers`, as `MemoryMeter` wants them.
 
+    Those that plain objects of the state hold (a projector, a quantiser) are among them, and for a
+    tensor subclass that is made of other tensors these.
+
     Example:
         >>> parameter = torch.nn.Parameter(torch.zeros(5))
         >>> parameter.grad = torch.ones(5)
@@ -69,8 +72,22 @@ def optimizer_tensors(optimizers: Iterable[Optimizer]) -> list[Tensor]:
         >>> tensor_bytes(optimizer_tensors([adam]))  # two moments of five floats, a step counter
         44
     """
-    leaves = tree_leaves([list(optimizer.state.values()) for optimizer in optimizers])
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    state = [list(optimizer.state.values()) for optimizer in optimizers]
+    return list(plain_tensors(_held_by(state, set())))
+
+
+def _held_by(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """The tensors in containers and in the attributes of objects; each object is looked at once."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif id(leaf) not in seen and not isinstance(leaf, (type, FunctionType, ModuleType)):
+            seen.add(id(leaf))
+            slots = [name for kind in type(leaf).__mro__ for name in getattr(kind, "__slots__", ())]
+            parts = [*getattr(leaf, "__dict__", {}).values(), *(getattr(leaf, name, None) for name in slots)]
+            if isinstance(leaf, (Mapping, Set)):  # one that torch does not know as a tree
+                parts += leaf.values() if isinstance(leaf, Mapping) else leaf
+            yield from _held_by(parts, seen)
 
 
 def measure_memory(
@@ -117,8 +134,8 @@ class MemoryMeter:
     many views it has, in forward, backward and optimizer alike; the figures are exact to the byte.
     Not seen are the workspace that a kernel takes and returns within one operation, and tensors
     that no operation makes: the generator state (5 kB) that `torch.utils.checkpoint` keeps per
-    call. Functions from `torch.compile` run uncompiled here (torch does so under a dispatch mode),
-    so their figures are the plain code's.
+    call. Functions from `torch.compile` run uncompiled here (torch compiles nothing under a dispatch
+    mode), so their figures are the plain code's; afterwards they are compiled again.
 
     - `parameters` and `optimizer` are the sizes of what is given. Optimizer state is asked for at
       the end and counts as if it had been there from the start: run one step beforehand, so that it
@@ -293,21 +310,21 @@ class _Ledger:
         self._log.append((entry.number, -entry.nbytes))
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(WatchingMode):
     """Shows the ledger each storage that an operation returns, in backward and optimizer too."""
 
     def __init__(self, ledger: _Ledger):
         super().__init__()
         self._ledger = ledger
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        given = {s._cdata: s for s in _storages(_tensors([args, list(kwargs.values())]))}
+    def watch(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation, and enter what it made."""
+        given = {s._cdata: s for s in _storages(tensors_of([args, list(kwargs.values())]))}
         result = func(*args, **kwargs)
         for storage in given.values():
             if storage in self._ledger:  # it may have been resized
                 self._ledger.see(storage)
-        for storage in _storages(_tensors(result)):
+        for storage in _storages(tensors_of(result)):
             # What went in and is not in the ledger was there before the meter. The exception is a
             # tensor made from Python numbers: it is lifted into sight by an operation on itself.
             if storage._cdata not in given or func is torch.ops.aten.lift_fresh.default:
@@ -315,16 +332,6 @@ class _Watch(TorchDispatchMode):
         return result
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in an operation's arguments or result, which nest lists and tuples only."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-
-
 def _storages(tensors: Iterable[Tensor]) -> Iterator[torch.UntypedStorage]:
     """The storages of strided tensors, of a sharded one that of its share; a sparse tensor's are seen when made."""
-    found = (getattr(t, "_local_tensor", t) for t in tensors)
-    return (t.untyped_storage() for t in found if t.layout is torch.strided)
+    return (t.untyped_storage() for t in plain_tensors(tensors) if t.layout is torch.strided)

@@ -55,9 +55,16 @@ class HostStore:
 
 
 class DiskStore:
-    """One sparse file without a name: the system frees it however the process ends."""
+    """One sparse file without a name: the system frees it however the process ends.
 
-    def __init__(self, folder: Path, device: torch.device):
+    Args:
+        folder: on the disk that is to hold the file.
+        device: where the bytes come from.
+        reserve: whether the disk has to have room for a group's bytes before any of them is written.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, reserve: bool = False):
+        self._reserve = reserve
         self._file = ScratchFile(folder)
         self._device = device
         self._places: dict[Hashable, tuple[int, int]] = {}
@@ -71,6 +78,8 @@ class DiskStore:
             room = 8 * length + 1  # for state that comes later; it takes no space on the disk before that
             room += -room % mmap.ALLOCATIONGRANULARITY
             place = self._file.extend(room)
+            if self._reserve:
+                self._file.reserve(place, length)
             self._places[key] = place, room
         for offset, chunk in chunks:
             if chunk.device.type != "cpu":

@@ -27,6 +27,7 @@ from layerwise.models.mlp import MLP
 from layerwise.models.noprop import NoProp, NoPropCT, NoPropFM
 from layerwise.models.outside import OutsideModel
 from layerwise.models.resnet import ResNet
+from layerwise.models.reversible import Reversible
 from layerwise.models.sid_cascade import SIDCascade
 from layerwise.models.vgg import VGG
 from layerwise.models.vit import ViT
@@ -45,6 +46,7 @@ __all__ = [
     "NoPropFM",
     "OutsideModel",
     "ResNet",
+    "Reversible",
     "SIDCascade",
     "ViT",
     "create",
@@ -63,6 +65,7 @@ _MODELS: dict[str, type[ModelOptions]] = {
     "noprop_ct": NoPropCT,
     "noprop_fm": NoPropFM,
     "resnet": ResNet,
+    "reversible": Reversible,
     "sid_cascade": SIDCascade,
     "vgg": VGG,
     "vit": ViT,
@@ -74,7 +77,8 @@ def names() -> tuple[str, ...]:
 
     Example:
         >>> names()
-        ('fcn', 'gat', 'gcn', 'mlp', 'noprop', 'noprop_ct', 'noprop_fm', 'resnet', 'sid_cascade', 'vgg', 'vit')
+        ('fcn', 'gat', 'gcn', 'mlp', 'noprop', 'noprop_ct', 'noprop_fm', 'resnet', 'reversible', 'sid_cascade', 'vgg',
+        'vit')
     """
     return tuple(_MODELS)
 

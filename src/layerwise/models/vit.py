@@ -85,7 +85,7 @@ class ViT(ModelOptions):
             linear=nn.Linear(self.width, classes),
         )
         model = assemble(blocks, head)
-        model.apply(_initialise)
+        model.apply(initialise)
         return model
 
     def _block(self, **stem: nn.Module) -> nn.Sequential:
@@ -128,10 +128,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the unit on (B, tokens, width)."""
+        return x + self.branch(x)
+
+    def branch(self, x: Tensor) -> Tensor:
+        """What the unit adds to `x`."""
         # (B, T, 3 W) -> three of (B, heads, T, W / heads)
         q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return x + self.dropout(self.project(mixed))
+        return self.dropout(self.project(mixed))
 
 
 class FeedForward(nn.Module):
@@ -146,7 +150,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the unit on (B, tokens, width)."""
-        return x + self.dropout(self.project(F.gelu(self.expand(self.norm(x)))))
+        return x + self.branch(x)
+
+    def branch(self, x: Tensor) -> Tensor:
+        """What the unit adds to `x`."""
+        return self.dropout(self.project(F.gelu(self.expand(self.norm(x)))))
 
 
 class TokenPool(nn.Module):
@@ -161,7 +169,8 @@ class TokenPool(nn.Module):
         return tokens[:, 0] if self.pool == "cls" else tokens.mean(dim=1)
 
 
-def _initialise(module: nn.Module) -> None:
+def initialise(module: nn.Module) -> None:
+    """Draw the weights of a vision transformer's module."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)

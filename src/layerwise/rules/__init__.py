@@ -13,7 +13,11 @@ from layerwise.core import own_code
 from layerwise.core.rule import BatchContext, BlockContext, Rule, Signal, Site
 from layerwise.errors import LayerwiseError, suggestion, unknown
 from layerwise.rules.auglocal import AugLocal
-from layerwise.rules.backprop import Backprop, BackpropCheckpoint, BackpropOffload
+from layerwise.rules.backprop import Backprop
+from layerwise.rules.backprop_checkpoint import BackpropCheckpoint
+from layerwise.rules.backprop_fused import BackpropFused
+from layerwise.rules.backprop_offload import BackpropOffload
+from layerwise.rules.block_rota import BlockRota
 from layerwise.rules.boosted import Boosted
 from layerwise.rules.controls import DeepSupervision, LastLayer
 from layerwise.rules.counter_current import CounterCurrent
@@ -34,6 +38,7 @@ from layerwise.rules.sid import SID, SIDCascade
 from layerwise.rules.sll import SLL
 from layerwise.rules.ssl_local import SSLLocal
 from layerwise.rules.svp import SVP
+from layerwise.rules.zeroth_order import ZerothOrder
 
 _BUILT_IN: tuple[type[Rule], ...] = (
     SLL,
@@ -61,7 +66,10 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     SSLLocal,
     Backprop,
     BackpropCheckpoint,
+    BackpropFused,
     BackpropOffload,
+    BlockRota,
+    ZerothOrder,
     DeepSupervision,
     LastLayer,
 )
@@ -151,9 +159,11 @@ __all__ = [
     "AugLocal",
     "Backprop",
     "BackpropCheckpoint",
+    "BackpropFused",
     "BackpropOffload",
     "BatchContext",
     "BlockContext",
+    "BlockRota",
     "Boosted",
     "CounterCurrent",
     "DeepSupervision",
@@ -177,6 +187,7 @@ __all__ = [
     "ScalableFF",
     "Signal",
     "Site",
+    "ZerothOrder",
     "create",
     "get",
     "name_of",

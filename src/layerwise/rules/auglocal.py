@@ -133,11 +133,11 @@ class AugLocal(Rule):
     locality: ClassVar[Locality] = "local"
     boundary: ClassVar[str] = "detached activation"
     flat_memory: ClassVar[bool] = True
+    runs_once: ClassVar[bool] = False
     tasks: ClassVar[tuple[str, ...]] = (
         *("classification", "soft_labels", "language_model", "regression", "multilabel", "loss"),
     )
     only: ClassVar[str] = "the copies of later blocks give one vector per sample or token, not one per pixel"
-    runs_once: ClassVar[bool] = False
     source: ClassVar[str] = (
         "Ma, Wu, Si & Tan, arXiv 2402.17318 (2024) and its code; number of groups in the depths, and how inputs of "
         "copies are adapted: our reading"

@@ -1,0 +1,115 @@
+"""Memory and time of every way to fit a network into less memory, as ratios to plain backpropagation.
+
+    python benchmarks/which-way-to-fit/measure.py [--rounds 8] [--folder FOLDER]
+
+Memory is exact, of one step after a few: activations + gradients, and the optimizer's state. Time is that of steps of
+all ways of a network in turn. A way whose steps differ (`block_rota`) has the largest memory of a round of turns, and
+the mean time of as many turns as there are rounds here. The figures go to `results.jsonl` beside this file.
+"""
+
+import argparse
+import shlex
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerwise import Learner, create_rule
+from layerwise.measure.bench_problem import batch_of, network_of
+from layerwise.measure.bench_speed import speed_of
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import evidence  # noqa: E402
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "mlp": {"model": "mlp", "depth": 24, "shape": (1, 28, 28), "batch": 512, "options": {"width": 512}},
+    "conv": {"model": "vgg", "depth": 8, "shape": (3, 32, 32), "batch": 64, "options": {"width": 32}},
+    "vit": {"model": "vit", "depth": 12, "shape": (3, 32, 32), "batch": 32, "options": {"width": 96}},
+}
+WAYS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "backprop": ("backprop", {}, {}),
+    "accumulate 4": ("backprop", {}, {"micro": 4}),
+    "accumulate 16": ("backprop", {}, {"micro": 16}),
+    "checkpoint": ("backprop_checkpoint", {}, {}),
+    "checkpoint matmul": ("backprop_checkpoint", {"policy": "matmul"}, {}),
+    "checkpoint attention": ("backprop_checkpoint", {"policy": "attention"}, {}),
+    "checkpoint + accumulate 4": ("backprop_checkpoint", {}, {"micro": 4}),
+    "fused": ("backprop_fused", {}, {}),
+    "offload host": ("backprop_offload", {}, {}),
+    "offload disk": ("backprop_offload", {"where": "disk"}, {}),
+    "block_rota": ("block_rota", {"period": 1}, {}),
+    "zeroth_order": ("zeroth_order", {}, {}),
+    "local_ce": ("local_ce", {}, {}),
+    "sll": ("sll", {}, {}),
+    "sll + accumulate 4": ("sll", {}, {"micro": 4}),
+}
+
+
+def measure(name: str, rounds: int, folder: str) -> list[dict[str, Any]]:
+    """A row per way to train one network."""
+    net = NETWORKS[name]
+    x, y = batch_of(net["shape"], net["batch"])
+    learners = {}
+    for way, (rule, options, how) in WAYS.items():
+        if way == "checkpoint attention" and net["model"] != "vit":
+            continue
+        network = network_of(net["model"], net["depth"], net["shape"], net["options"])
+        made = create_rule(rule, **options)
+        learners[way] = Learner(network, made, lr=1e-4, offload_folder=folder, example=x, **how), x, y
+    uses = {way: memory(way, *found) for way, found in learners.items()}
+    seconds = speed_of(learners, rounds, warmup=1)
+    rows = []
+    for way, times in seconds.items():
+        ratios = sorted(a / b for a, b in zip(times, seconds["backprop"], strict=True))
+        middle = statistics.mean(ratios) if way == "block_rota" else statistics.median(ratios)
+        low, high = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
+        held = max(uses[way], key=lambda use: use.activations + use.gradients)
+        row = {
+            "way": way,
+            "activations": held.activations,
+            "gradients": held.gradients,
+            "optimizer": max(use.optimizer for use in uses[way]),
+            "parameters": held.parameters,
+            "seconds": statistics.median(times) / net["batch"],
+            "ratio": middle,
+            "low": low,
+            "high": high,
+        }
+        rows.append(row)
+        mib = (row["activations"] + row["gradients"]) / 2**20
+        print(
+            f"{name:<5}{way:<27}{mib:9.2f} MiB {row['optimizer'] / 2**20:9.2f} MiB state  x{middle:.2f} "
+            f"({low:.2f} .. {high:.2f})",
+            flush=True,
+        )
+    return rows
+
+
+def memory(way: str, learner: Learner, x: torch.Tensor, y: torch.Tensor) -> list[Any]:
+    """What a step uses; of block_rota, each step of a round of turns."""
+    for _ in range(2):
+        learner.step(x, y)
+    return [learner.measured_step(x, y)[1] for _ in range(len(learner.network.blocks) if way == "block_rota" else 1)]
+
+
+def main() -> None:
+    """Measure, write the files."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--folder", default=".", help="on the disk to offload to")
+    parser.add_argument("--out", type=Path, default=HERE)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    command = shlex.join(["python", "benchmarks/which-way-to-fit/measure.py", *sys.argv[1:]])
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in options.networks:
+        evidence.keep(options.out, name, measure(name, options.rounds, options.folder), command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Memory and time of every way to fit a network, beside plain backpropagation."""
+
+from evidence import table, wrapped
+
+NETWORKS = {
+    "mlp": "MLP of 24 blocks of width 512, batch 512",
+    "conv": "conv net of 8 blocks of width 32, batch 64",
+    "vit": "ViT of 12 blocks of width 96, batch 32",
+}
+
+
+def rows_of(lines, name):
+    return {row["way"]: row for line in lines if line["name"] == name for row in line["rows"]}
+
+
+def held(row):
+    return (row["activations"] + row["gradients"]) / 2**20
+
+
+def figures(lines):
+    found = {}
+    for name in NETWORKS:
+        for way, row in rows_of(lines, name).items():
+            key = f"{name}_{way}".replace(" ", "_").replace("+_", "")
+            found |= {f"{key}_mib": f"{held(row):.1f}", f"{key}_time": f"{row['ratio']:.2f}"}
+    return found
+
+
+def small(lines):
+    """Per network the memory and the time of the ways, side by side."""
+    ways = [way for way in rows_of(lines, "vit")]
+    body = []
+    for way in ways:
+        cells = [rows_of(lines, name).get(way) for name in NETWORKS]
+        body.append([way, *("" if row is None else f"{held(row):.1f} at {row['ratio']:.2f}" for row in cells)])
+    return table(["way", *(f"{text}" for text in NETWORKS.values())], body)
+
+
+def tables(lines):
+    text = wrapped(
+        "Activations + gradients in MiB at the time per sample as a multiple of plain backpropagation's. Memory is "
+        "exact, of one step. Time is the median of interleaved steps, one thread, AdamW, random data; of `block_rota` "
+        "it is the mean over as many turns, drawn at random, and its memory the largest of a round. `accumulate n` "
+        "runs the batch in n parts: for backpropagation that is gradient accumulation, for `sll` each block runs its "
+        "own parts."
+    )
+    text += ["", *small(lines)]
+    for name, words in NETWORKS.items():
+        body = [
+            [
+                way,
+                f"{row['activations'] / 2**20:.2f}",
+                f"{row['gradients'] / 2**20:.2f}",
+                f"{row['optimizer'] / 2**20:.2f}",
+                f"{1e3 * row['seconds']:.2f}",
+                f"{row['ratio']:.2f} ({row['low']:.2f} .. {row['high']:.2f})",
+            ]
+            for way, row in rows_of(lines, name).items()
+        ]
+        head = ["way", "activations, MiB", "gradients, MiB", "optimizer, MiB", "ms per sample", "time (10 % .. 90 %)"]
+        text += ["", f"## {words[0].upper()}{words[1:]}", "", *table(head, body)]
+    return text
