@@ -27,8 +27,9 @@ def test_every_example_is_on_the_page():
     assert set(SHOWN) == files - {"own_loop", "own_rule"}
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:.*pin_memory.*", "ignore:The .grad attribute")
+@pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:.*pin_memory.*", "ignore:The .grad attribute"
+)
 @pytest.mark.parametrize("name", [name for name in SHOWN if name != "data_parallel"])
 def test_an_example_prints_what_the_page_says(name, capsys):
     for package in NEEDS.get(name, []):
