@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.nets import batches, dense, problem
-from torch import nn
 
 from layerwise import LayerwiseError, Learner
 
@@ -113,7 +112,7 @@ def test_a_mode_that_the_owner_sets_stays():
 def test_frozen_and_thawed_parameters_of_one_of_several_optimizers():
     """In fp16 a scaler refuses an optimizer without gradients, such as one whose parameters are all frozen."""
     model = dense()
-    learner = Learner(model, "backprop", optimizer={"*.bias": {"lr": 0.1}}, precision="fp16", example=X)
+    learner = Learner(model, "backprop", optimizer={"*.bias": {"optimizer": "rmsprop"}}, precision="fp16", example=X)
     biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
     for frozen in (True, False):
         before = [p.detach().clone() for p in model.parameters()]
@@ -148,5 +147,3 @@ def test_blocks_with_other_multipliers_stay_in_groups_of_their_own():
     joined = lambda groups: torch.optim.SGD([p for group in groups for p in group["params"]], lr=0.1)  # noqa: E731
     with pytest.raises(LayerwiseError, match="keep the groups that it is called with apart"):
         Learner(dense(), "backprop", optimizer=joined, lr_multipliers={"head": 2.0}, example=X)
-    names = [name for name, module in dense().named_modules() if isinstance(module, nn.Linear)]
-    assert len(names) > 1
