@@ -21,11 +21,15 @@ layers:
 
 # Examples in docstrings
 doctests:
-    python -m pytest -q --doctest-modules src -p no:cacheprovider
+    python -m pytest -q --doctest-modules --doctest-ignore-import-errors src -p no:cacheprovider
 
 # The fast suite, or some of it: just test tests/core -k engine
 test *words:
     python -m pytest --durations=10 -p no:cacheprovider {{words}}
+
+# What needs transformers, Lightning or timm: pip install -c constraints.txt -e '.[test,hf,lightning]' first
+frameworks:
+    python -m pytest -m "slow or not slow" tests/frameworks tests/project/test_examples.py tests/cli/test_outside.py tests/core/test_calls.py tests/project/test_readme.py -p no:cacheprovider
 
 # What the fast suite leaves out: every rule on every family of models
 every-model:

@@ -288,6 +288,19 @@ MUTANTS = [
            "test_late.py no_more_than"),
     Mutant("made late: nobody looks what was written", "core/late.py",
            [("if tensor.numel() and _is_unwritten(tensor):", "if False:")], "test_late.py cannot_be_made"),
+    Mutant("a changed file of the user's is run", "core/own_code.py",
+           [("if recorded is not None and digest != recorded:", "if False:")], "test_outside.py changed_file"),
+    Mutant("an optimizer without gradients is scaled", "core/engine.py",
+           [("for o in group.optimizers if _has_gradient(o)]", "for o in group.optimizers]")],
+           "test_optimizers.py thawed"),
+    Mutant("evaluation puts optimizers into training mode", "learner/learner.py",
+           [("                if training:\n                    self.optimizer.train()",
+             "                if True:\n                    self.optimizer.train()")], "test_optimizers.py mode_that"),
+    Mutant("what an optimizer counts in its groups is not saved", "learner/state.py",
+           [('"settings": {name: found for name, found in settings.items() if any(found)},', '"settings": {},')],
+           "test_optimizers.py same_bits"),
+    Mutant("state goes to another optimizer's parameters", "learner/state.py",
+           [("for p in parameters_of([optimizer])]\n", "for p in group.parameters]\n")], "test_optimizers.py same_bits"),
 ]  # fmt: skip
 
 

@@ -153,7 +153,7 @@ class LayerwiseRegressor(RegressorMixin, _Estimator):
 
     >>> from sklearn.datasets import load_diabetes
     >>> X, y = load_diabetes(return_X_y=True)
-    >>> LayerwiseRegressor("local_ce", width=32, random_state=0).fit(X, y).score(X, y) > 0.4
+    >>> LayerwiseRegressor("local_ce", width=32, epochs=5, random_state=0).fit(X, y).score(X, y) > 0.4
     True
     """
 

@@ -113,7 +113,7 @@ def test_a_mode_that_the_owner_sets_stays():
 def test_frozen_and_thawed_parameters_of_one_of_several_optimizers():
     """In fp16 a scaler refuses an optimizer without gradients, such as one whose parameters are all frozen."""
     model = dense()
-    learner = Learner(model, "backprop", optimizer={"*.bias": {"lr": 0.1}}, precision="fp16", example=X)
+    learner = Learner(model, "backprop", optimizer={"*.bias": {"optimizer": "rmsprop"}}, precision="fp16", example=X)
     biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
     for frozen in (True, False):
         before = [p.detach().clone() for p in model.parameters()]
@@ -148,5 +148,15 @@ def test_blocks_with_other_multipliers_stay_in_groups_of_their_own():
     joined = lambda groups: torch.optim.SGD([p for group in groups for p in group["params"]], lr=0.1)  # noqa: E731
     with pytest.raises(LayerwiseError, match="keep the groups that it is called with apart"):
         Learner(dense(), "backprop", optimizer=joined, lr_multipliers={"head": 2.0}, example=X)
-    names = [name for name, module in dense().named_modules() if isinstance(module, nn.Linear)]
-    assert len(names) > 1
+
+
+def test_a_readout_larger_than_the_adapters_of_a_frozen_block_is_warned_of():
+    def adapted(frozen):
+        block = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 1, bias=False), nn.Linear(1, 64, bias=False))
+        block[0].requires_grad_(not frozen)
+        return nn.Sequential(nn.Flatten(), nn.Linear(X[0].numel(), 8), block, nn.Linear(64, 64), nn.Linear(64, 4))
+
+    with pytest.warns(UserWarning, match=r"more parameters than what the blocks train: 2 \(260 against 128\)"):
+        Learner(adapted(True), "local_ce", example=X)
+    Learner(adapted(True), "sll", example=X)  # its projections are fixed
+    Learner(adapted(False), "local_ce", example=X)  # nothing is frozen: warnings are errors here

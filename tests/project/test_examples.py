@@ -38,6 +38,7 @@ def test_an_example_prints_what_the_page_says(name, capsys):
     assert without_numbers(capsys.readouterr().out) == without_numbers(SHOWN[name])
 
 
+@pytest.mark.slow
 def test_two_processes_print_what_the_page_says():
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     done = subprocess.run(
