@@ -39,7 +39,7 @@ SID, TRUNK = "test_sid.py", "test_trunk.py"
 LOCAL = f"{CONTRACT} mlp and sll and (carries or reaches)"
 MEMORY = f"{CONTRACT} working_memory and mlp and local_ce"
 PIPE, PARTS = "test_pipeline.py", "test_distributed_checkpoint.py"
-FREE = "        self._free(group)\n\n    def _factor"
+FREE = "        self._free(group)\n\n    def _step_optimizer"
 AGAIN = '        seed_generators(derive_seed(self._setup.execution.seed, "evaluation"), self.device)\n'
 MUTANTS = [
     Mutant("activation not detached", "core/engine.py",
@@ -47,9 +47,9 @@ MUTANTS = [
     Mutant("message not detached", "core/engine.py",
            [("return detach((out, message)), loss", "return (detach(out), message), loss")], LOCAL),
     Mutant("zero_grad before backward", "core/engine.py",
-           [(FREE, "\n    def _factor"),
-            ("return self._backward(group, h, signals, share)",
-             "self._free(group); return self._backward(group, h, signals, share)")], MEMORY),
+           [(FREE, "\n    def _step_optimizer"),
+            ("loss = self._backward(group, h, signals, share)",
+             "self._free(group); loss = self._backward(group, h, signals, share)")], MEMORY),
     Mutant("gradients zeroed, not freed", "core/engine.py",
            [("        for parameter in group.parameters:\n            parameter.grad = None\n",
              "        for optimizer in group.optimizers:\n            optimizer.zero_grad(set_to_none=False)\n")],
@@ -80,7 +80,7 @@ MUTANTS = [
     Mutant("the lending block's output is passed on", "core/engine.py",
            [("            if own:\n", "            if True:\n")], f"{RULES} overlap_of_one"),
     Mutant("the lending block's running statistics move", "core/engine.py",
-           [("with nullcontext() if own else unit.on_copies():", "with nullcontext():")],
+           [("buffers = nullcontext() if own else unit.on_copies()", "buffers = nullcontext()")],
            "test_extra_passes.py sees_every_batch_once and interlocking"),
     Mutant("an extra pass has other draws than the step", "core/engine.py",
            [("    return self.run(unit, h, message, step)\n", "    return self.run(unit, h, message, None)\n")],
@@ -219,7 +219,7 @@ MUTANTS = [
     Mutant("the step waits for no forward pass", "core/engine.py",
            [("if self.execution.replicas.deferred:", "if False:")], "test_data_parallel.py steps_while"),
     Mutant("all groups' gradients are alive", "core/engine.py",
-           [("        self._step_reduced()\n        return self._backward", "        return self._backward")],
+           [("        self._step_reduced()\n        with self._stepping", "        with self._stepping")],
            "test_data_parallel.py steps_while"),
     Mutant("a module held twice runs once", "core/chains.py",
            [("in model._modules.items():", "in model.named_children():")],
@@ -244,7 +244,7 @@ MUTANTS = [
            [("group if wanted else replace(", "group if True else replace(")],
            "test_boosted.py only_the_stage and mlp"),
     Mutant("boosting fits the label, not the residual", "rules/boosted.py",
-           [("ctx.task.distribution(ctx.y) - total.softmax(-1)", "ctx.task.distribution(ctx.y)")],
+           [("return task.distribution(y) - (total.sigmoid()", "return task.distribution(y) - 0.0 * (total.sigmoid()")],
            "test_boosted.py negative_gradient"),
     Mutant("a stage without a turn adds its output", "rules/boosted.py",
            [("if ctx.learns:", "if ctx.training:")], "test_boosted.py adds_nothing"),

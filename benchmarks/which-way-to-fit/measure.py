@@ -3,14 +3,17 @@
     python benchmarks/which-way-to-fit/measure.py [--rounds 8] [--folder FOLDER]
 
 Memory is exact, of one step after a few: activations + gradients, and the optimizer's state. Time is that of steps of
-all ways of a network in turn. A way whose steps differ (`block_rota`) has the largest memory of a round of turns, and
-the mean time of as many turns as there are rounds here. The figures go to `results.jsonl` beside this file.
+all ways of a network in turn: seconds of the processor, of the system's part too, as other work may share the cores (it
+does not count waiting for a disk that is slower than the system's file cache). A way whose steps differ
+(`block_rota`) has the largest memory of a round of turns, and the mean time of as many turns as there are rounds here. The figures go to `results.jsonl` beside this file.
 """
 
 import argparse
 import shlex
 import statistics
 import sys
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +64,7 @@ def measure(name: str, rounds: int, folder: str) -> list[dict[str, Any]]:
         made = create_rule(rule, **options)
         learners[way] = Learner(network, made, lr=1e-4, offload_folder=folder, example=x, **how), x, y
     uses = {way: memory(way, *found) for way, found in learners.items()}
-    seconds = speed_of(learners, rounds, warmup=1)
+    seconds = speed_of(learners, rounds, warmup=1, clock=time.process_time)
     rows = []
     for way, times in seconds.items():
         ratios = sorted(a / b for a, b in zip(times, seconds["backprop"], strict=True))
@@ -105,6 +108,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "running statistics", UserWarning)  # said in the table
     command = shlex.join(["python", "benchmarks/which-way-to-fit/measure.py", *sys.argv[1:]])
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.networks:

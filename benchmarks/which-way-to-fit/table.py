@@ -39,10 +39,11 @@ def small(lines):
 def tables(lines):
     text = wrapped(
         "Activations + gradients in MiB at the time per sample as a multiple of plain backpropagation's. Memory is "
-        "exact, of one step. Time is the median of interleaved steps, one thread, AdamW, random data; of `block_rota` "
-        "it is the mean over as many turns, drawn at random, and its memory the largest of a round. `accumulate n` "
-        "runs the batch in n parts: for backpropagation that is gradient accumulation, for `sll` each block runs its "
-        "own parts."
+        "exact, of one step. Time is the median of interleaved steps, one thread, AdamW, random data, in seconds of "
+        "the processor (the machine had other work; waiting for a disk does not count); of `block_rota` it is the mean "
+        "over as many turns, drawn at random, and its memory the largest of a round. `accumulate n` runs the batch in "
+        "n parts: for backpropagation that is gradient accumulation, for `sll` each block runs its own parts. With "
+        "batch norm (the conv net) parts have statistics of their own."
     )
     text += ["", *small(lines)]
     for name, words in NETWORKS.items():
