@@ -41,7 +41,23 @@ MEMORY = f"{CONTRACT} working_memory and mlp and local_ce"
 PIPE, PARTS = "test_pipeline.py", "test_distributed_checkpoint.py"
 FREE = "        self._free(group)\n\n    def _step_optimizer"
 AGAIN = '        seed_generators(derive_seed(self._setup.execution.seed, "evaluation"), self.device)\n'
+FOUND = "test_calls_found.py"
 MUTANTS = [
+    Mutant("blocks are not looked for in stages", "core/cut_names.py",
+           [("found += _blocks(inner) if staged else", "found += _blocks(inner) if False else")], f"{FOUND} stages"),
+    Mutant("layers are looked into", "core/cut_names.py",
+           [("staged = not _alike(lists, kind) and any(", "staged = any(")], f"{FOUND} stages"),
+    Mutant("the model's order in place of the calls'", "core/calls.py",
+           [("order = sorted(range(len(self._stops)), key=lambda i: ended.get(id(self._stops[i][1]), len(called)))",
+             "order = list(range(len(self._stops)))")], f"{FOUND} order_of_their_calls"),
+    Mutant("what has no label counts in a mean", "core/tasks/classes.py",
+           [("counts = y != UNLABELLED\n        weights", "counts = y == y\n        weights")],
+           f"{FOUND} mean_over"),
+    Mutant("a step keeps the sums of its blocks", "core/engine.py",
+           [("trace.statistics.pop(name, None)", "trace.statistics.get(name)")], f"{FOUND} keeps_no_sums"),
+    Mutant("finite gradients are judged by their norm", "core/engine.py",
+           [("norm = replicas.norm(group.parameters) if clips else replicas.sum(group.parameters)",
+             "norm = replicas.norm(group.parameters)")], f"{FOUND} norm_overflows"),
     Mutant("activation not detached", "core/engine.py",
            [("return detach((out, message)), loss", "return (out, detach(message)), loss")], LOCAL),
     Mutant("message not detached", "core/engine.py",

@@ -83,7 +83,6 @@ class Block:
         self.users: dict[str, set[int]] = {}
         self._model = model
         self._names = names
-        self._holders: tuple[set[str] | None, dict[str, list[tuple[str, nn.Module, str]]]] = None, {}
         self._opened: list[tuple[str, nn.Module]] = []
         """Modules that hold the block, and whose own call does not happen."""
         self._unchanged = Unchanged(name)
@@ -124,31 +123,11 @@ class Block:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Pairs of the parameter's name in the model and the parameter."""
-        return self._held("_parameters")
+        return (item for item in self._model.named_parameters() if item[0] in self._names)
 
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
         """Pairs of the buffer's name in the model and the buffer."""
-        return self._held("_buffers")
-
-    def _held(self, kind: str) -> Iterator[tuple[str, Any]]:
-        """Pairs of names and tensors, in the model's order; the model is walked once, and again when ownership changes.
-
-        What is remembered are the modules that hold the tensors, never a tensor: those are replaced by sharding.
-        """
-        if self._holders[0] is not self._names:
-            self._holders = self._names, self._walked()
-        for name, module, last in self._holders[1][kind]:
-            tensor = getattr(module, kind).get(last)
-            if tensor is not None:
-                yield name, tensor
-
-    def _walked(self) -> dict[str, list[tuple[str, nn.Module, str]]]:
-        """By registry: names in the model, the module that holds each, and the name there."""
-        modules = dict(self._model.named_modules())
-        named = {"_parameters": self._model.named_parameters(), "_buffers": self._model.named_buffers()}
-        own = {kind: [name for name, _ in found if name in self._names] for kind, found in named.items()}
-        parted = {kind: [(name, *name.rpartition(".")[::2]) for name in names] for kind, names in own.items()}
-        return {kind: [(name, modules[path], last) for name, path, last in found] for kind, found in parted.items()}
+        return (item for item in self._model.named_buffers() if item[0] in self._names)
 
     def names(self) -> list[str]:
         """Names of the block's parameters and buffers in the model."""
