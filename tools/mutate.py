@@ -244,7 +244,7 @@ MUTANTS = [
            [("group if wanted else replace(", "group if True else replace(")],
            "test_boosted.py only_the_stage and mlp"),
     Mutant("boosting fits the label, not the residual", "rules/boosted.py",
-           [("ctx.task.distribution(ctx.y) - total.softmax(-1)", "ctx.task.distribution(ctx.y)")],
+           [("return task.distribution(y) - (total.sigmoid()", "return task.distribution(y) - 0.0 * (total.sigmoid()")],
            "test_boosted.py negative_gradient"),
     Mutant("a stage without a turn adds its output", "rules/boosted.py",
            [("if ctx.learns:", "if ctx.training:")], "test_boosted.py adds_nothing"),

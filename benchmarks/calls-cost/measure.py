@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layerwise import Learner, cut_at_calls
+from layerwise import Learner, cut_at_calls, keep_freed_memory
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -72,7 +72,7 @@ def by_hand(model: nn.Sequential, readouts: list[nn.Linear]) -> Step:
     return step
 
 
-def measure(width: int, rounds: int, warmup: int = 5) -> dict:
+def measure(width: int, rounds: int, warmup: int = 3) -> dict:
     """Ratios of processor time to the loop by hand."""
     torch.manual_seed(0)
     x, y = torch.randn(BATCH, TOKENS, FEATURES), torch.randint(CLASSES, (BATCH,))
@@ -103,9 +103,17 @@ def measure(width: int, rounds: int, warmup: int = 5) -> dict:
     for name in ("calls", "functions"):
         ratios = sorted(a / b for a, b in zip(seconds[name], seconds["hand"], strict=True))
         found[name] = [statistics.median(ratios), ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]]
+        off = round(0.98 * len(ratios) ** 0.5)  # ranks between which the median lies with 95 %, a binomial's
+        found[f"{name}_median"] = [
+            ratios[max(0, len(ratios) // 2 - off)],
+            ratios[min(len(ratios) // 2 + off, rounds - 1)],
+        ]
         extra = [a - b for a, b in zip(seconds[name], seconds["hand"], strict=True)]
         found[f"{name}_extra"] = statistics.median(extra)
-    words = {name: "{:.3f} ({:.3f} .. {:.3f})".format(*found[name]) for name in ("calls", "functions")}
+    words = {
+        name: "{:.3f} ({:.3f} .. {:.3f})".format(found[name][0], *found[f"{name}_median"])
+        for name in ("calls", "functions")
+    }
     print(width, f"{1000 * found['seconds']:.1f} ms", words, f"{1000 * found['calls_extra']:.2f} ms more", flush=True)
     return found
 
@@ -118,6 +126,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # whose pages the system else clears again and again, in a number that is chance
     rows = [measure(int(width), options.rounds) for width in options.widths.split(",")]
     command = shlex.join(["python", "benchmarks/calls-cost/measure.py", *sys.argv[1:]])
     options.out.mkdir(parents=True, exist_ok=True)

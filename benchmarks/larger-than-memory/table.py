@@ -63,7 +63,7 @@ def tables(lines):
     return text + wrapped(
         "*Held* is what the process trains: weights and optimizer state. *Peak* is the most that was ever resident, as "
         "Linux counts it (VmHWM, pages of mapped files included), from the start of Python to the end, and *built* the "
-        "same when the learner is built. *Step* is the median. The machine was shared with other work, so that seconds "
-        "are rough. The loss is the mean over the blocks here, of the first and of the last step: four steps show that "
-        "it is trained, no more."
+        "same when the learner is built. The system's file cache, which gives way to others, is not counted. *Step* is "
+        "the median. The machine was shared with other work, so that seconds are rough. The loss is the mean over the "
+        "blocks here, of the first and of the last step: four steps show that it is trained, no more."
     )

@@ -86,7 +86,10 @@ _PLACES = {name: (module, name) for module, names in _HOMES.items() for name in 
     "create_rule": ("layerwise.rules", "create"),
     "rule_names": ("layerwise.rules", "names"),
 }
-_PACKAGES = ("core", "data", "errors", "learner", "measure", "memory", "models", "parallel", "report", "rules", "runs")
+_PACKAGES = (
+    *("core", "data", "errors", "hf", "learner", "lightning", "measure", "memory", "models", "parallel", "report"),
+    *("rules", "runs", "sklearn"),
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from layerwise import LanguageModel, LayerwiseError, Learner, cut_at_calls, rules
-from layerwise.core.calls import automatic_cuts, matching
+from layerwise.core.cut_names import automatic_cuts, matching
 from layerwise.rules.local_ce import LocalCE
 
 DATA = batches(3)

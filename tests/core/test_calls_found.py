@@ -9,7 +9,7 @@ from support.own import VOCABULARY, decoder, text
 from torch import nn
 
 from layerwise import LanguageModel, LayerwiseError, Learner, Regression, Segmentation, cut_at_calls, rules
-from layerwise.core.calls import automatic_cuts
+from layerwise.core.cut_names import automatic_cuts
 from layerwise.core.tasks import Classification
 
 PLAIN = {"optimizer": torch.optim.SGD, "lr": 0.1, "weight_decay": 0.0}

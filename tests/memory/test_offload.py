@@ -22,7 +22,6 @@ from torch import nn
 from layerwise import LanguageModel, LayerwiseError, Learner, Partition, rules
 from layerwise.cli.main import main
 from layerwise.memory.mmap import OnFile, ScratchFile, map_file, release_pages, tensor_at
-from layerwise.parallel.stage import Stage
 from layerwise.runs import checkpoint
 
 REFUSED = ("periodic_guidance", *(name for name in rules.names() if rules.get(name).locality == "global"))
@@ -397,7 +396,6 @@ def test_nothing_stays_behind_a_killed_run(tmp_path):
     ("options", "sentence"),
     [
         ({"offload": "tape"}, "offload is 'tape'; choose none, host or disk"),
-        ({"offload": "disk", "stage": Stage(0, 2)}, "several ranks cannot be offloaded"),
         ({"offload": "disk", "compile": True}, "leave --offload or --compile out"),
         (
             {"offload": "disk", "offload_folder": "no/such"},

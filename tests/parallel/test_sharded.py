@@ -204,7 +204,7 @@ def test_a_rank_that_hangs_is_noticed_within_the_limit(tmp_path):
     [
         ("--batch-size 127", "2 replicas cannot share a batch of 127 samples equally"),
         ("--optimizer Adafactor", "Adafactor may look at whole tensors"),
-        ("--offload host", "several ranks"),
+        ("--offload host", "blocks of replicas"),
     ],
 )
 def test_a_mistake_is_one_sentence_of_one_rank(words, sentence, tmp_path):

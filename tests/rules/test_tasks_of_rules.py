@@ -229,6 +229,23 @@ def test_a_readout_of_pixels_is_a_1x1_convolution():
     assert learner.evaluate(MAPS, PIXELS).read()["1/loss"] == pytest.approx(float(wanted), rel=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["regression", "multilabel"])
+def test_boosting_steps_to_the_minimum_of_the_loss_along_the_stage(kind):
+    """Newton's step is exact for squares; for several labels it is that of the quadratic model at F = 0."""
+    model, task, x, y = PROBLEMS[kind]()
+    learner = Learner(model, get("boosted")(updates=1), task=task, lr=1e-9)
+    with torch.enable_grad():
+        learner.step(x, y)
+    stage = learner.auxiliary["0"]
+    f = stage.readout(model[1](model[0](x)) if learner.network.blocks[0].name != "0" else model[0](x))
+    if kind == "regression":
+        wanted = (f * y).sum() / f.square().sum()
+    else:
+        wanted = (f * (y - 0.5)).sum() / (0.25 * f.square()).sum()
+    assert float(stage.step()) == pytest.approx(max(float(wanted), 0.0), rel=1e-3)
+
+
 # --- Refusals
 
 

@@ -44,7 +44,7 @@ def read_rules(words: Sequence[str], common: TrainOptions) -> dict[str, TrainOpt
     found: dict[str, TrainOptions] = {}
     kinds = {name: rules.get(name) for name in rules.names()}
     model = model_name(common.model)
-    every = [n for n, kind in kinds.items() if model in (kind.models or (model,)) and common.task in kind.tasks]
+    every = [n for n, kind in kinds.items() if (not kind.models or model in kind.models) and common.task in kind.tasks]
     labels = [part for word in words for part in word.split(",") if part]
     for label in (name for part in labels for name in (every if part == "all" else [part])):
         name, *settings = label.split(":")

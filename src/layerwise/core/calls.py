@@ -5,9 +5,7 @@ own affair; only the teaching tensor of each cut is handed to the engine and bac
 """
 
 import copy
-import fnmatch
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -19,6 +17,7 @@ from layerwise.core.blocks import Block, Partition, declared_layouts
 from layerwise.core.chains import check_model
 from layerwise.core.coroutine import Pass, called_instead, devices_of, reading, without_severing
 from layerwise.core.crossing import Crossing, Uses
+from layerwise.core.cut_names import automatic_cuts, check_cuts, matching
 from layerwise.core.drawing import draw
 from layerwise.core.layout import Layouts
 from layerwise.core.regular import BlockByBlock
@@ -118,7 +117,7 @@ class CallPartition(Partition):
         self._modules, self._parameters, self._buffers = model._modules, model._parameters, model._buffers
         self._non_persistent_buffers_set = model._non_persistent_buffers_set
         known = dict(model.named_modules(remove_duplicate=False))
-        _check_cuts(model, cuts, known)
+        check_cuts(model, cuts, known)
         if tied not in ("last", "first", "frozen"):
             raise LayerwiseError(f"tied is {tied!r}; choose last, first or frozen.")
         readers = _readers(cuts, read)
@@ -574,110 +573,6 @@ def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, Mapping):
         return (), {str(name): value for name, value in batch.items()}
     return (batch, {}) if isinstance(batch, tuple) else ((batch,), {})
-
-
-def matching(model: nn.Module, cuts: Sequence[str] | str) -> list[str]:
-    """The names of modules that patterns match: in the order given, those of one pattern in the model's order.
-
-    A `*` stands for one part of a name.
-
-    >>> matching(nn.Sequential(nn.Sequential(nn.ReLU(), nn.Tanh()), nn.ReLU()), "0.*")
-    ['0.0', '0.1']
-    """
-    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-    patterns = cuts.split(",") if isinstance(cuts, str) else list(cuts)
-    found: list[str] = []
-    for pattern in (p.strip() for p in patterns if p.strip()):
-        parts = pattern.split(".")
-        hits = [
-            name
-            for name in names
-            if len(split := name.split(".")) == len(parts) and all(map(fnmatch.fnmatchcase, split, parts))
-        ]
-        if not hits:
-            raise LayerwiseError(f"no module is called {pattern!r}; {suggestion(pattern, names)}.")
-        found += [name for name in hits if name not in found]
-    return found
-
-
-def automatic_cuts(model: nn.Module) -> list[str]:
-    """The modules of the longest list of one class, and those of its other lists of that class or of the hinted ones.
-
-    Such a list is not looked into: a layer's experts are part of it. Only stages are, none of which is like another,
-    where the lists in them hold modules that are alike.
-
-    >>> automatic_cuts(nn.ModuleDict({"layers": nn.ModuleList([nn.ReLU(), nn.ReLU()]), "head": nn.Linear(1, 1)}))
-    ['layers.0', 'layers.1']
-    """
-    lists = _blocks(_lists("", model))
-    count = Counter(kind for _, members, kind in lists for _ in members)
-    if max(count.values(), default=0) < 2:
-        raise LayerwiseError(
-            f'{type(model).__name__} holds no list of modules of one class, so cuts="auto" finds nothing; name the '
-            "modules to cut behind, such as cuts=[...] or a pattern."
-        )
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):  # labels are those of decoder positions
-        lists = [found for found in lists if "decoder" in found[0].split(".")] or lists
-    hinted = set(getattr(model, "_no_split_modules", None) or ())  # what the family calls its blocks
-    longest = max(lists, key=lambda found: (len(found[1]), count[found[2]]))
-    kinds = {longest[2]} | ({kind for _, _, kind in lists if kind.__name__ in hinted} if hinted else set())
-    return [name for _, members, kind in lists if kind in kinds for name in members]
-
-
-_List = tuple[str, dict[str, nn.Module], type]
-"""Its path, its modules by their paths, and their class."""
-
-
-def _lists(path: str, module: nn.Module) -> list[_List]:
-    """The outermost lists of modules of one class."""
-    members = {f"{path}.{name}" if path else name: child for name, child in module.named_children()}
-    kinds = {type(child) for child in members.values()}
-    if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(kinds) == 1:
-        return [(path, members, kinds.pop())]
-    return [found for name, child in members.items() for found in _lists(name, child)]
-
-
-def _blocks(lists: list[_List]) -> list[_List]:
-    """The lists, those of stages replaced by the lists of blocks in them."""
-    found = []
-    for path, members, kind in lists:
-        inner = [within for name, child in members.items() for within in _lists(name, child)]
-        staged = not _alike(lists, kind) and any(_alike(inner, within) for _, _, within in inner)
-        found += _blocks(inner) if staged else [(path, members, kind)]
-    return found
-
-
-def _alike(lists: list[_List], kind: type) -> bool:
-    """Whether two modules of this class have parameters of the same shapes."""
-    modules = [child for _, members, held in lists if held is kind for child in members.values()]
-    return len({tuple(p.shape for p in child.parameters()) for child in modules}) < len(modules)
-
-
-def _check_cuts(model: nn.Module, cuts: Sequence[str], known: Mapping[str, nn.Module]) -> None:
-    if not cuts:
-        raise LayerwiseError('name at least one module to cut behind, or give cuts="auto".')
-    check_model(model)
-    seen: dict[int, str] = {}
-    for cut in cuts:
-        if cut not in known or cut == "":
-            raise LayerwiseError(f"no module is called {cut!r}; {suggestion(cut, [n for n in known if n])}.")
-        other = seen.setdefault(id(known[cut]), cut)
-        if other != cut or list(cuts).count(cut) > 1:
-            raise LayerwiseError(f"the cuts {other!r} and {cut!r} are one module; name each module once.")
-        if isinstance(known[cut], nn.ModuleList) or type(known[cut]).forward is nn.Module.forward:
-            raise LayerwiseError(
-                f"cut {cut!r} is a {type(known[cut]).__name__}, which is never called itself; name what it holds, such "
-                f"as {cut + '.*'!r}."
-            )
-    for name, module in known.items():
-        stops = any(cut == name or cut.startswith(name + ".") or name == "" for cut in cuts)
-        compiled = getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
-        if stops and (compiled or isinstance(module, torch.jit.ScriptModule)):
-            what = "compiled" if compiled else "a ScriptModule"
-            raise LayerwiseError(
-                f"module {name!r} is {what}, so that its forward pass cannot be stopped inside; give the model as it "
-                "was before, or compile modules inside the blocks."
-            )
 
 
 def _readers(cuts: Sequence[str], read: Read) -> dict[str, Callable[[Any], Tensor]]:

@@ -87,6 +87,10 @@ def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     return [g.coalesce().values() if g.is_sparse else g for g in grads]
 
 
+def _sum(scalars: Sequence[Tensor]) -> Tensor:
+    return scalars[0] if len(scalars) == 1 else torch.stack(list(scalars)).sum()
+
+
 def detach(tree: Any) -> Any:
     """The same tensors without history; every boundary between groups is this call."""
     return mapped(tree, Tensor.detach)
@@ -302,7 +306,7 @@ class Engine:
                 trace.metrics[name] |= self.task.measures(sums)
         scale = group.scaler.get_scale() if trunk is not None else 1.0  # the step below may change it
         if group.learns:
-            self._learn(group, h, torch.stack(losses).sum(), step, trace)
+            self._learn(group, h, _sum(losses), step, trace)
         else:
             self._rest(group, h_out)
         if trunk is not None and h.grad is not None:
@@ -502,8 +506,8 @@ class Engine:
             taught = any(s.loss is not None or s.cotangent is not None for s, _ in signals)
             reached = self._stepped | {id(p) for p in wanted if p.grad is not None}
             self._check_reached(group, reached, taught)
-        found = [loss.detach().float() for loss in losses] or [torch.zeros(())]
-        return (found[0] if len(found) == 1 else torch.stack(found).sum()) * share
+        loss = _sum([loss.detach().float() for loss in losses] or [torch.zeros(())])
+        return loss if share == 1 else loss * share
 
     def _check_reached(self, group: Group, reached: set[int], taught: bool) -> None:
         """Refuse a block that no signal reaches, and name single parameters that its signal does not reach.

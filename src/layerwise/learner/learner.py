@@ -170,7 +170,7 @@ class Learner:
         )
         check_ranges(lr=lr, weight_decay=weight_decay, lr_multipliers=lr_multipliers or {})
         check_options(precision, nonfinite)
-        check_offload(offload, replicas, compile)
+        check_offload(offload, isinstance(replicas, Replicas), compile)
         replicas = replicas or ONE_PROCESS
         replicas.check(precision=precision, compile=compile, channels_last=channels_last)
         self.rule = rules.create(rule) if isinstance(rule, str) else rule

@@ -448,11 +448,11 @@ def window_of(rule: Rule, blocks: int) -> int:
     return window
 
 
-def check_offload(offload: str, replicas: object, compile: bool | str) -> None:
+def check_offload(offload: str, replicas: bool, compile: bool | str) -> None:
     """Raise LayerwiseError unless blocks can be offloaded so."""
     if offload not in get_args(Where):
         raise LayerwiseError(f"offload is {offload!r}; choose none, host or disk.")
-    if offload != "none" and replicas is not None:
+    if offload != "none" and replicas:
         raise LayerwiseError(
             "the blocks of replicas cannot be offloaded; leave --offload out, or train in one process or a pipeline."
         )

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from layerwise.core.functional import newton_step
 from layerwise.core.pieces import PredictsBySite, TakesTurns
 from layerwise.core.ranges import PositiveFraction, PositiveInt
-from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site
-from layerwise.core.tasks import Task
+from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, metrics_of
+from layerwise.core.tasks import MultiLabel, Regression, Task
 from layerwise.errors import LayerwiseError
 from layerwise.rules.readout import Pool, grouped, pool_vectors
 
@@ -43,6 +43,27 @@ class BoostingStage(nn.Module):
         return (self.running_slope / self.running_curvature.clamp_min(1e-12)).clamp_min(0)
 
 
+def residual_of(task: Task, total: Tensor, y: Tensor) -> Tensor:
+    """Negative gradient of each sample's loss on the sum of the stages, `(B, K)`; half of it for the squared error."""
+    if isinstance(task, Regression):
+        return task.standardised(y, total) - total
+    return task.distribution(y) - (total.sigmoid() if isinstance(task, MultiLabel) else total.softmax(-1))
+
+
+def slope_and_curvature(task: Task, f: Tensor, total: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Slope and curvature of the loss along f, means over the batch, whose quotient is Newton's step.
+
+    The curvature is that of the cross-entropy, $\sum_k p_k (1 - p_k) f_k^2$ of several labels, $\sum_k f_k^2$ of the
+    squared error.
+    """
+    if isinstance(task, Regression):
+        return (f * residual).sum(-1).mean(), f.square().sum(-1).mean()
+    if isinstance(task, MultiLabel):
+        p = total.sigmoid()
+        return (f * residual).sum(-1).mean(), (p * (1 - p) * f.square()).sum(-1).mean()
+    return newton_step(f, total, residual)
+
+
 @dataclass(frozen=True)
 class Boosted(TakesTurns, PredictsBySite, Rule):
     r"""Sequential training with gradient boosting: stage after stage, each fitted to the residual of those before it.
@@ -67,6 +88,9 @@ class Boosted(TakesTurns, PredictsBySite, Rule):
     input; that each is a further layer on frozen ones is its authors' later form. Ours: minibatches instead of L-BFGS
     on a subsample, one step length with the exact curvature, running means of it.
 
+    `Regression("mse")` has the residual $t - F$ of standardised targets and the curvature $\langle f_t^2 \rangle$, as
+    in the paper; `MultiLabel` (ours) has $y - \sigma(F)$ and $\langle p (1 - p) f_t^2 \rangle$, summed over labels.
+
     >>> rule = Boosted(updates=5)
     >>> sites = [Site(i, blocks=3, name="") for i in range(3)]
     >>> [[rule.learns_at(update, site) for site in sites] for update in (4, 5, 100)]
@@ -87,8 +111,8 @@ class Boosted(TakesTurns, PredictsBySite, Rule):
     whole_batch: ClassVar[str] = "takes the mean of its stages from the whole batch"
     boundary: ClassVar[str] = "detached activation and the sum of the stages (K numbers per sample)"
     flat_memory: ClassVar[bool] = True
-    tasks: ClassVar[tuple[str, ...]] = ("classification", "soft_labels")
-    only: ClassVar[str] = "its stages follow the residual of class probabilities"
+    tasks: ClassVar[tuple[str, ...]] = ("classification", "soft_labels", "regression", "multilabel")
+    only: ClassVar[str] = "its stages follow residuals per sample, of classes, squares or several labels"
     predicts_at_head: ClassVar[bool] = True
     source: ClassVar[str] = (
         "Emami & Martinez-Munoz, arXiv 1909.12098 (2019), and arXiv 2302.11327 (2023) for stages that are layers; "
@@ -110,12 +134,14 @@ class Boosted(TakesTurns, PredictsBySite, Rule):
 
     def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
         """Readout and step of a stage, at its last site."""
+        if isinstance(task, Regression) and task.criterion != "mse":
+            raise LayerwiseError(f"boosted follows the residual of squares, not that of {task.criterion}; use mse.")
         if site.is_head:
             return BoostingStage(None)
         if (site.index + 1) % self.group or site.index == site.blocks - 1:
             return None
         width = pool_vectors(h, self.pool, False, site).shape[-1]
-        return BoostingStage(nn.Linear(width, task.classes, dtype=h.dtype))
+        return BoostingStage(nn.Linear(width, task.outputs, dtype=h.dtype))
 
     def _output(self, stage: BoostingStage, h: Tensor, site: Site) -> Tensor:
         """The stage's f `(B, K)`."""
@@ -130,12 +156,14 @@ class Boosted(TakesTurns, PredictsBySite, Rule):
             return Signal(message=ctx.message)
         f = self._output(stage, ctx.h, ctx.site)
         total = torch.zeros_like(f) if ctx.message is None else ctx.message
-        residual = ctx.task.distribution(ctx.y) - total.softmax(-1)
+        residual = residual_of(ctx.task, total, ctx.y)
         if ctx.learns:
-            stage.follow(*newton_step(f.detach(), total, residual))
+            stage.follow(*slope_and_curvature(ctx.task, f.detach(), total, residual))
         message = total + self.shrinkage * stage.step() * f.detach()
-        metrics = {"loss": ctx.task.loss(message, ctx.y), "accuracy": ctx.task.accuracy(message, ctx.y)}
-        return Signal(loss=(f - residual).square().sum(-1).mean(), message=message, metrics=metrics)
+        metrics, statistics = metrics_of(ctx.task, message, ctx.y)
+        metrics = {"loss": ctx.task.loss(message, ctx.y), **metrics}
+        loss = (f - residual).square().sum(-1).mean()
+        return Signal(loss=loss, message=message, metrics=metrics, statistics=statistics)
 
     def answer(self, site: Site, h: Tensor, message: Any, auxiliary: nn.Module | None) -> tuple[Tensor, Any]:
         """Adds the stage's step to the sum, which is the answer at the head."""

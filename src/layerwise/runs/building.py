@@ -15,7 +15,7 @@ from layerwise.core.devices import pick_device
 from layerwise.core.graphs import Graph
 from layerwise.core.optim import Schedule
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
-from layerwise.core.tasks import UNLABELLED, Classification, MultiLabel, Regression, Segmentation, Task
+from layerwise.core.tasks import UNLABELLED, MultiLabel, Regression, Segmentation, Task
 from layerwise.data.masks import IGNORED
 from layerwise.errors import LayerwiseError, short, why
 from layerwise.files import kind_of, shown
@@ -128,13 +128,13 @@ def _few(values: tuple[Any, ...]) -> str:
     return ", ".join(map(str, values[:10])) + (", ..." if len(values) > 10 else "")
 
 
-def build_task(options: TrainOptions, facts: DataSignature) -> Task:
-    """The task of a run."""
+def build_task(options: TrainOptions, facts: DataSignature) -> Task | None:
+    """The task of a run; None for classes, where the learner needs the label smoothing alone."""
     if options.task == "regression":
         return Regression(options.loss, mean=facts.target_mean, std=facts.target_std)
     if options.task == "segmentation":
         return Segmentation(ignore=IGNORED)
-    return MultiLabel() if options.task == "multilabel" else Classification(2, options.label_smoothing)
+    return MultiLabel() if options.task == "multilabel" else None
 
 
 def outputs_of(options: TrainOptions, facts: DataSignature) -> int:
@@ -286,6 +286,7 @@ def build_learner(
         compile=options.compile,
         channels_last=options.channels_last,
         nonfinite=options.nonfinite,
+        label_smoothing=options.label_smoothing,
         task=build_task(options, facts),
         seed=options.seed,
         **where,

@@ -129,7 +129,7 @@ class Regression(Task):
         pool = F.adaptive_avg_pool3d if len(resolution) == 3 else F.adaptive_avg_pool2d
         return pool(maps.float(), resolution)  # pyright: ignore[reportArgumentType]
 
-    def _standard(self, y: Tensor, z: Tensor) -> Tensor:
+    def standardised(self, y: Tensor, z: Tensor) -> Tensor:
         """Standardised targets `(..., D)`, in float32, for outputs `(..., D or 2 D)`."""
         y = y.float()
         if y.dim() < z.dim():
@@ -150,7 +150,7 @@ class Regression(Task):
 
     def surprise(self, z: Tensor, y: Tensor) -> Tensor:
         """The loss of every target, `(..., D)`."""
-        p, t = self.posterior(z), self._standard(y, z)
+        p, t = self.posterior(z), self.standardised(y, z)
         distance = p.mean - t
         if self.criterion == "l1":
             return distance.abs()
@@ -177,7 +177,7 @@ class Regression(Task):
         """Sums over the batch, per target: errors, and targets about `mean`, in their units."""
         z = self.outputs_last(outputs)
         exact = torch.float32 if z.device.type == "mps" else torch.float64
-        t = self._standard(y, z).flatten(0, -2).to(exact)
+        t = self.standardised(y, z).flatten(0, -2).to(exact)
         std = t.new_tensor(self.std)
         error, t = (self.posterior(z).mean.flatten(0, -2).to(exact) - t) * std, t * std
         sums = {"squares": error.square(), "absolute": error.abs(), "sum": t, "sum_of_squares": t.square()}
