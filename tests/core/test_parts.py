@@ -90,7 +90,7 @@ def test_memory_is_that_of_a_part():
             use = learner.measured_step(x, y)[1]
             peaks[depth, micro] = use.activations
     assert peaks[2, 8] < 0.25 * peaks[2, 1]
-    assert peaks[6, 8] == pytest.approx(peaks[2, 8], rel=0.02)
+    assert peaks[6, 8] == pytest.approx(peaks[2, 8], rel=0.05)
 
 
 def test_nothing_is_stepped_where_a_part_is_not_finite():

@@ -300,7 +300,6 @@ def check_by_parameter(setup: Setup) -> None:
     needs = {
         "clip": execution.clip is not None,
         "accumulate": execution.accumulate > 1,
-        "micro": execution.micro > 1,
         "nonfinite='skip'": execution.nonfinite == "skip",
         "precision='fp16'": execution.autocast == torch.float16,
         "replicas": setup.replicas is not ONE_PROCESS and setup.replicas.count > 1,
