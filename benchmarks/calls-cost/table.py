@@ -31,7 +31,8 @@ def tables(lines):
         "`local_ce` on 12 `nn.TransformerEncoderLayer`s with a batch of 32 sequences of 32, AdamW, one thread. "
         "The three contenders take steps in turn, and each ratio is one within a round: the median, with its "
         "interval of 95 %. Freed memory stays with the process (`keep_freed_memory`), for all three. "
-        "The loop by hand checks nothing and reports nothing; the learner checks every gradient for numbers that are not finite, and gives loss and accuracy of every block. After the last round the "
+        "The loop by hand checks nothing and reports nothing; the learner checks every gradient for numbers "
+        "that are not finite, and gives loss and accuracy of every block. After the last round the "
         f"three hold the same weights, up to a relative {max(row['apart'] for row in line['rows']):.0e}."
     )
     return [*text, "", *small(lines)]

@@ -4,9 +4,9 @@
 
 Memory is exact, of one step after a few: activations + gradients, and the optimizer's state. Time is that of steps of
 all ways of a network in turn: seconds of the processor, of the system's part too, as other work may share the cores (it
-does not count waiting for a disk that is slower than the system's file cache). A way whose steps differ (`block_rota`)
-has the largest memory of a round of turns, and the mean time of as many turns as there are rounds here. The figures go
-to `results.jsonl` beside this file.
+does not count waiting for a disk that is slower than the system's file cache). A way whose steps differ
+(`block_rota`) has the largest memory of a round of turns, and the mean time of as many turns as
+there are rounds here. The figures go to `results.jsonl` beside this file.
 """
 
 import argparse
