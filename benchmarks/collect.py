@@ -149,6 +149,11 @@ def rule_page(rule: str) -> str:
     return "\n".join([*(table(head, body) if body else ()), *([""] if body else ()), *wrapped(more)])
 
 
+def fit() -> str:
+    """The ways to fit a network into less memory, side by side."""
+    return "\n".join(CLAIMS["which-way-to-fit"].small())
+
+
 def screening() -> str:
     """The single runs that led to the options of `sll`."""
     claim = CLAIMS["conv-sll-screening"]
@@ -185,6 +190,7 @@ def pages() -> dict[Path, str]:
             filled(ROOT / "README.md", rules=rules_table(), figures=proof()),
             filled(docs / "results.md", answers=answers(), papers=papers()),
             filled(docs / "log.md", screening=screening()),
+            filled(docs / "which-way-to-fit.md", fit=fit()),
             filled(HERE / "README.md", claims=index()),
             *(filled(page, figures=rule_page(page.stem)) for page in rule_pages),
             *(recipe(name, folder, row) for name, (folder, row) in RECIPES.items()),

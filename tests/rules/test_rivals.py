@@ -215,6 +215,11 @@ def test_a_turn_keeps_nothing_for_blocks_before_it_and_no_gradient_of_others():
     assert max(first.optimizer, last.optimizer) < plain.optimizer / 3
 
 
+def test_the_graph_keeps_nothing_for_parameters_at_rest():
+    """The first block learns, so that all have a graph; a linear layer keeps its input for its weight alone."""
+    assert use_of("block_rota", order="up", period=100).activations < 0.8 * use_of("backprop").activations
+
+
 @pytest.mark.parametrize("order", ["random", "up", "down"])
 @pytest.mark.parametrize("head", ["always", "turn"])
 def test_every_block_has_one_turn_per_round(order, head):
