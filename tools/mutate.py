@@ -335,7 +335,8 @@ MUTANTS = [
            [('"settings": {name: found for name, found in settings.items() if any(found)},', '"settings": {},')],
            "test_optimizers.py same_bits"),
     Mutant("state goes to another optimizer's parameters", "learner/state.py",
-           [("for p in parameters_of([optimizer])]\n", "for p in group.parameters]\n")], "test_optimizers.py same_bits"),
+           [("for p in parameters_of([optimizer])]\n", "for p in group.parameters]\n")],
+           "test_optimizers.py same_bits"),
 ]  # fmt: skip
 
 
