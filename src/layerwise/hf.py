@@ -1,9 +1,9 @@
 """`layerwise.hf.Trainer`: a `transformers.Trainer` that differs in its training step alone."""
 
 import itertools
-import os
 import random
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from layerwise.core.randomness import preserved_generators
 from layerwise.core.rule import Rule
 from layerwise.core.tasks import LanguageModel
-from layerwise.core.trees import mapped
 from layerwise.errors import LayerwiseError
 from layerwise.extras import need
 from layerwise.learner import Learner
+from layerwise.runs.checkpoint import load_latest, save
 
 transformers: Any = need("transformers", "hf")
-STATE = "learner.pt"
-"""In a checkpoint: what the rule's own modules have learned, and the optimizers' state by parameter name."""
+STATE = "learner"
+"""Folder in a checkpoint: what the rule's own modules have learned, and the optimizers' state by parameter name."""
 FROM_ARGS = {
     "lr": "learning_rate",
     "weight_decay": "weight_decay",
@@ -158,16 +158,15 @@ class Trainer(transformers.Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         assert self.learner is not None
         state = {name: value for name, value in self.learner.state_dict().items() if name != "model"}
-        torch.save(mapped(state, torch.Tensor.detach), os.path.join(output_dir, STATE))
+        save(Path(output_dir) / STATE, self.learner.steps, state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or self.learner is None:
             return
-        file = os.path.join(checkpoint, STATE)
-        if not os.path.isfile(file):
+        state, _ = load_latest(Path(checkpoint) / STATE)
+        if state is None:
             raise LayerwiseError(f"{checkpoint} holds no {STATE}; it was written by another Trainer.")
-        state = torch.load(file, map_location=self.args.device, weights_only=True)
         self.learner.load_state_dict({**state, "model": self.learner.network.state_dict()})
 
 

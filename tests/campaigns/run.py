@@ -8,6 +8,7 @@ broken.
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import pkgutil
@@ -23,6 +24,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import layerwise  # noqa: E402
 from campaigns import faults, files, kills, words  # noqa: E402
 from layerwise.data import load  # noqa: E402
+from layerwise.extras import MissingPackage  # noqa: E402
 from layerwise.runs.environment import commit, environment, machine_in_words  # noqa: E402
 
 CAMPAIGNS = {
@@ -70,7 +72,8 @@ def warm_up() -> None:
 
     for module in pkgutil.walk_packages(layerwise.__path__, "layerwise."):
         if not module.name.endswith(("__main__", "rank", "worker")):
-            importlib.import_module(module.name)
+            with contextlib.suppress(MissingPackage):
+                importlib.import_module(module.name)
     load("digits")
 
 

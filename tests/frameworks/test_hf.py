@@ -1,5 +1,7 @@
 """`layerwise.hf.Trainer` against `transformers.Trainer`, and what it refuses."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -76,7 +78,7 @@ def test_a_local_rule_continues_from_a_checkpoint_to_the_same_bits(tmp_path):
     rest = Trainer(model(), arguments(tmp_path, **options), "local_ce", train_dataset=Tokens())
     rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert all(torch.equal(p, q) for p, q in zip(whole.model.parameters(), rest.model.parameters(), strict=True))
-    (tmp_path / "checkpoint-3" / "learner.pt").unlink()
+    shutil.rmtree(tmp_path / "checkpoint-3" / "learner")
     with pytest.raises(LayerwiseError, match="was written by another Trainer"):
         Trainer(model(), arguments(tmp_path, **options), train_dataset=Tokens()).train(
             resume_from_checkpoint=str(tmp_path / "checkpoint-3")

@@ -84,7 +84,7 @@ def test_the_layers_notice_an_import_that_points_up(tmp_path):
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     kept = layers(tmp_path)
     assert kept.returncode == 0, kept.stdout + kept.stderr
-    file = tmp_path / "src" / "layerwise" / "core" / "tasks.py"
+    file = tmp_path / "src" / "layerwise" / "core" / "trees.py"
     file.write_text(file.read_text() + "\n\ndef _up():\n    from layerwise.runs import training\n    return training\n")
     broken = layers(tmp_path)
     assert broken.returncode != 0
@@ -95,7 +95,11 @@ def test_just_and_ci_share_one_list_of_commands():
     recipes = set(re.findall(r"^([a-z]\w*)(?: [^:\n]*)?:(?!=)", (ROOT / "justfile").read_text(), re.MULTILINE))
     assert {"check", "test", "mutants", "docs", "bench", "campaigns"} <= recipes
     used = set(re.findall(r"\bjust (\w+)", (ROOT / ".ci" / "run").read_text()))
-    assert used == {"lint", "format", "types", "layers", "doctests", "test", "mutants", "docs", "campaigns"} <= recipes
+    assert (
+        used
+        == {"lint", "format", "types", "layers", "doctests", "test", "contract", "mutants", "docs", "campaigns"}
+        <= recipes
+    )
     assert ".ci/run" in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     for page in ("CONTRIBUTING.md", ".github/pull_request_template.md"):
         assert set(re.findall(r"`just (\w+)`", (ROOT / page).read_text())) <= recipes

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -130,6 +130,7 @@ class Engine:
         trace: Trace,
         part: int | None = None,
         share: float = 1.0,
+        aside: bool = False,
     ) -> tuple[list[tuple[Signal, Tensor]], Tensor, Any]:
         """Run a group's blocks and ask the rule for its signals.
 
@@ -142,6 +143,7 @@ class Engine:
             trace: where metrics go.
             part: number of the part of the batch; None for a whole one.
             share: of the batch's labels, which metrics weigh by.
+            aside: whether running statistics stay as they are.
 
         Returns:
             Signals with the output that each one belongs to; input and message of the next group.
@@ -157,7 +159,8 @@ class Engine:
         for unit in units:
             own = unit.site.index <= group.units[-1].site.index
             graph = torch.set_grad_enabled(torch.is_grad_enabled() and unit.site.index >= group.first)
-            buffers = nullcontext() if own else unit.on_copies()  # running statistics move in the unit's own group
+            # Running statistics move once, in the unit's own group.
+            buffers = nullcontext() if own and not aside else unit.on_copies()
             with graph, buffers:
                 out = self.run(unit, h, message, step, part)
                 with self.autocast(), asking(self.rule, f"`signal` at block {unit.site.name!r}"):
@@ -628,11 +631,9 @@ class Engine:
             for offset in (eps, -eps):
                 try:
                     direction.to(offset)
-                    with ExitStack() as aside:
-                        for unit in group.units if passed_on else ():
-                            aside.enter_context(unit.on_copies())  # running statistics move once
-                        seen = Trace() if passed_on else trace
-                        signals, *out = self.forward(group, h, message, y, step, seen)
+                    again = bool(passed_on)
+                    seen = Trace() if again else trace
+                    signals, *out = self.forward(group, h, message, y, step, seen, aside=again)
                 except BaseException:
                     direction.to(0.0)
                     raise

@@ -48,16 +48,16 @@ class TimedEngine(Engine):
         self.accumulation = engine.accumulation
         self.seconds: dict[str, float] = dict.fromkeys(PARTS[:3], 0.0)
 
-    def _timed(self, part: str, work: Callable[..., Any], *arguments: Any) -> Any:
+    def _timed(self, part: str, work: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         synchronize(self.execution.device)
         started = time.perf_counter()
-        result = work(*arguments)
+        result = work(*arguments, **named)
         synchronize(self.execution.device)
         self.seconds[part] += time.perf_counter() - started
         return result
 
-    def forward(self, *arguments: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self._timed("forward", super().forward, *arguments)
+    def forward(self, *arguments: Any, **named: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._timed("forward", super().forward, *arguments, **named)
 
     def _backward(self, *arguments: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self._timed("backward", super()._backward, *arguments)
