@@ -399,7 +399,7 @@ class Learner:
             self._count(updates)
             self.skipped += self.stage.pass_on(h, message, bool(trace.skipped))
         return Metrics(
-            step, len(y) * self.replicas.count, trace.metrics, tuple(trace.skipped), trace.finite, trace.statistics
+            step, len(y), trace.metrics, tuple(trace.skipped), trace.finite, trace.statistics
         )
 
     def flush(self) -> bool:
