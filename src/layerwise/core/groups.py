@@ -94,6 +94,11 @@ class Group:
         """Running statistics of the units."""
         return [buffer for unit in self.units for buffer in unit.running()]
 
+    def free(self) -> None:
+        """Free the gradients."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
     @property
     def learns(self) -> bool:
         """Whether anything learns here now."""

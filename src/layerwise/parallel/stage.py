@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from layerwise.core.blocks import Partition, evaluation_mode
 from layerwise.core.cost import balanced_ends, operations
 from layerwise.core.devices import synchronize
-from layerwise.core.engine import detach
 from layerwise.core.pieces import PredictsBySite, StartsFromData, has_trunk
 from layerwise.core.rule import Rule
+from layerwise.core.trees import detach
 from layerwise.errors import LayerwiseError
 
 
