@@ -42,6 +42,7 @@ def scratch_buffers(places: Iterable[tuple[dict[str, Any], str]]) -> Iterator[No
     Args:
         places: registries of modules, and the names there; what is no buffer is left alone.
 
+    >>> import torch
     >>> norm = nn.BatchNorm1d(2)
     >>> with scratch_buffers([(norm._buffers, name) for name in norm._buffers]):
     ...     out = norm(torch.randn(4, 2))
