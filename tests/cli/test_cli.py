@@ -194,7 +194,7 @@ def test_validate_finds_the_declared_properties(capsys, rule):
 
 def test_validate_notices_a_leak(capsys, monkeypatch):
     """Gradients that are not freed are still there when the next block steps."""
-    monkeypatch.setattr("layerwise.core.engine.Engine._free", lambda self, group: None)
+    monkeypatch.setattr("layerwise.core.groups.Group.free", lambda self: None)
     assert main(["validate", "--rule", "local_ce"]) == 2
     assert "FAIL  no group's signal" in capsys.readouterr().out
 
