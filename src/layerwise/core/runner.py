@@ -16,6 +16,9 @@ from layerwise.core.rule import BlockContext, Rule, Signal
 from layerwise.core.tasks import Task
 from layerwise.core.trees import detach
 
+NOTHING = nullcontext()
+"""In place of a context that is not needed."""
+
 
 class Runner:
     """Runs groups of blocks forward for a rule.
@@ -67,9 +70,9 @@ class Runner:
         training, learns = step is not None, step is not None and group.learns
         for unit in units:
             own = unit.site.index <= group.units[-1].site.index
-            graph = torch.set_grad_enabled(torch.is_grad_enabled() and unit.site.index >= group.first)
+            graph = torch.no_grad() if unit.site.index < group.first else NOTHING
             # Running statistics move once, in the unit's own group.
-            buffers = nullcontext() if own and not aside else unit.on_copies()
+            buffers = NOTHING if own and not aside else unit.on_copies()
             with graph, buffers:
                 out = self.run(unit, h, message, step, part)
                 with self.autocast(), asking(self.rule, f"`signal` at block {unit.site.name!r}"):
@@ -113,5 +116,5 @@ class Runner:
     def autocast(self) -> Any:
         """The context of the chosen precision."""
         if self.execution.autocast is None:
-            return nullcontext()
+            return NOTHING
         return torch.autocast(self.execution.device.type, dtype=self.execution.autocast)
