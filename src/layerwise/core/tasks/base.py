@@ -1,18 +1,20 @@
 """What every task answers: how wide the outputs are, the loss, the metrics, and what a block compares itself with."""
 
+from abc import abstractmethod
 from dataclasses import replace
 from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
+from layerwise.core.abstract import Abstract
 from layerwise.core.posteriors import Posterior
 from layerwise.errors import LayerwiseError
 
 Positions = Literal["sample", "token", "pixel"]
 
 
-class Task:
+class Task(Abstract):
     """What the labels mean. A task of one's own is a frozen dataclass that inherits this and overrides `loss`.
 
     Outputs are those of the network's head, or of a block's readout: `(B, K)` per sample, `(B, T, K)` per token,
@@ -75,9 +77,9 @@ class Task:
         """Weight of a batch in an update that accumulates several: how many predictions count in its mean loss."""
         return float(len(y))
 
+    @abstractmethod
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Mean over what counts, a scalar in float32."""
-        raise NotImplementedError
 
     def statistics(self, outputs: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Sums over the batch, out of which `measures` makes the metrics of any number of batches; empty for none."""
