@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from layerwise import LayerwiseError, Learner
-from layerwise.core.calls import arguments
 from layerwise.core.randomness import derive_seed
+from layerwise.core.reading import arguments
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]

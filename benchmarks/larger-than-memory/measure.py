@@ -179,7 +179,9 @@ def main() -> None:
         return
     import evidence
 
-    command = shlex.join(["python", "benchmarks/larger-than-memory/measure.py", *sys.argv[1:]])
+    place = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    place.add_argument("--folder")  # of this machine alone, so the recorded command leaves it out
+    command = shlex.join(["python", "benchmarks/larger-than-memory/measure.py", *place.parse_known_args()[1]])
     for ranks in map(int, options.processes.split(",")):
         for rule in options.rules.split(","):
             rows = measure(options, rule, ranks)

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from layerwise.core.blocks import Block, Partition
-    from layerwise.core.calls import CallPartition, cut_at_calls
-    from layerwise.core.cutting import partition
+    from layerwise.core.calls import CallPartition
+    from layerwise.core.cutting import cut_at_calls, partition
     from layerwise.core.optim import Schedule
     from layerwise.core.rule import BatchContext, BlockContext, Rule, Signal, Site
     from layerwise.core.tasks import Classification, LanguageModel, Loss, MultiLabel, Regression, Segmentation, Task
@@ -69,8 +69,8 @@ __all__ = [
 
 _HOMES = {
     "layerwise.core.blocks": ("Block", "Partition"),
-    "layerwise.core.calls": ("CallPartition", "cut_at_calls"),
-    "layerwise.core.cutting": ("partition",),
+    "layerwise.core.calls": ("CallPartition",),
+    "layerwise.core.cutting": ("cut_at_calls", "partition"),
     "layerwise.core.optim": ("Schedule",),
     "layerwise.core.rule": ("BatchContext", "BlockContext", "Rule", "Signal", "Site"),
     "layerwise.core.tasks": (

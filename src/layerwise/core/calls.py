@@ -4,89 +4,25 @@ Nothing is traced. What the forward pass does between the cuts (masks, skips, ca
 own affair; only the teaching tensor of each cut is handed to the engine and back.
 """
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from layerwise.core.blocks import Block, Partition, declared_layouts
-from layerwise.core.chains import check_model
-from layerwise.core.coroutine import Pass, called_instead, devices_of, reading, without_severing
+from layerwise.core.blocks import Partition, declared_layouts
+from layerwise.core.call_blocks import CallBlock
+from layerwise.core.coroutine import Pass, called_instead, devices_of, without_severing
 from layerwise.core.crossing import Crossing, Uses
-from layerwise.core.cut_names import automatic_cuts, check_cuts, matching
-from layerwise.core.drawing import draw
+from layerwise.core.cut_names import check_cuts
 from layerwise.core.layout import Layouts
+from layerwise.core.ownership import Tied, owner_of, ownership
+from layerwise.core.reading import Output, Read, arguments, logits_in, places, readers
 from layerwise.core.regular import BlockByBlock
 from layerwise.core.remote import Elsewhere, form_of, needed, shown_as_nan, without_memory
-from layerwise.core.trees import tensors
-from layerwise.errors import LayerwiseError, suggestion
-
-Tied = Literal["last", "first", "frozen"]
-Output = Callable[[Any], Tensor] | str | None
-Read = Callable[[Any], Tensor] | Mapping[str, Callable[[Any], Tensor]] | None
-
-
-class CallBlock(Block):
-    """What a model's forward pass runs between two cuts.
-
-    It can be called only while its partition has a pass open; once and in order, unless they are run block by block.
-    """
-
-    def __init__(self, name: str, index: int, network: "CallPartition"):
-        super().__init__(name, network.model, self._pull, set())
-        self.index, self._network = index, network
-
-    def __call__(self, h: Any) -> Tensor:
-        """Run the model's own forward pass on to the next cut; `h` is the whole batch for the first block."""
-        if self.before is not None:
-            self.before()
-        return self.run(h)
-
-    def _pull(self, h: Any) -> Tensor:
-        return self._network.pull(self.index, h)
-
-    def compile(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Run the block's own module through what `wrap` makes of it; what lies between the cuts stays as it is."""
-        if self.index < len(self._network.cuts):
-            self._network.compile(self.index, wrap)
-
-    @property
-    def ran(self) -> bool:
-        """Whether the pass under way has called the block's module; a pass may leave one out."""
-        return not self._network.skipped(self.index)
-
-    def redrawn(self, device: torch.device) -> nn.Sequential:
-        """The block's module with weights of its own, called with the arguments that the pass under way gives to it.
-
-        Raises:
-            LayerwiseError: it cannot draw its weights, or is the first block, which holds no module alone.
-        """
-        network = self._network
-        made = copy.deepcopy(network.model.get_submodule(self.name)).to_empty(device=device)
-        unable = draw(made, network.model)
-        if unable is not None or self.index == 0:
-            why = "is the first one" if unable is None else f"holds a {unable.__name__} without reset_parameters()"
-            raise LayerwiseError(
-                f"rule {network.asked_by!r} copies the layers of block {self.name!r}, which {why}; choose a rule such "
-                "as local_ce."
-            )
-        return nn.Sequential(_Copy(made, network, self.index))
-
-
-class _Copy(nn.Module):
-    """A copy of a block's module, in any pass of the network that the block is part of."""
-
-    def __init__(self, module: nn.Module, network: "CallPartition", index: int):
-        super().__init__()
-        self.module, self.index, self._network = module, index, (network,)
-
-    def forward(self, h: Tensor) -> Tensor:
-        """What the module returns to read, for the output `h` of the block before."""
-        return self._network[0].call(self.index, h, self.module)
+from layerwise.errors import LayerwiseError
 
 
 class CallPartition(Partition):
@@ -120,7 +56,7 @@ class CallPartition(Partition):
         check_cuts(model, cuts, known)
         if tied not in ("last", "first", "frozen"):
             raise LayerwiseError(f"tied is {tied!r}; choose last, first or frozen.")
-        readers = _readers(cuts, read)
+        reader_of = readers(cuts, read)
         self.__dict__.update(model=model, cuts=tuple(cuts), output=output, read=read, tied=tied, _known=known)
         self.__dict__.update(layout=declared_layouts(layout, [*cuts, "head"]), input_layout=None)
         self.__dict__.update(
@@ -132,7 +68,7 @@ class CallPartition(Partition):
             asked_by="",
             again="",
             first=0,
-            _stops=[(name, known[name], readers[name]) for name in cuts],
+            _stops=[(name, known[name], reader_of[name]) for name in cuts],
             _used={},
             _forms=[],
             _elsewhere=[],
@@ -188,7 +124,7 @@ class CallPartition(Partition):
 
     def _whole(self, x: Any) -> Tensor:
         args, kwargs = arguments(x)
-        return self._logits(self.model(*args, **kwargs))
+        return logits_in(self.model(*args, **kwargs), self.output, type(self.model).__name__)
 
     @contextmanager
     def passing(self, batch: Any = None, sever: bool = True) -> Iterator[None]:
@@ -289,7 +225,7 @@ class CallPartition(Partition):
         Raises:
             LayerwiseError: the model does not take the batch, or a cut is not called, or not once, or out of order.
         """
-        batch = [(place, t) for place, t in _places(x) if isinstance(t, Tensor)]
+        batch = [(place, t) for place, t in places(x) if isinstance(t, Tensor)]
         self.__dict__["_devices"] = devices_of([*self.model.parameters(), *(t for _, t in batch)])
         uses, layouts = Uses(self._one_name_each(), batch), Layouts()
         declared = self.layout if isinstance(self.layout, Mapping) else {}
@@ -428,7 +364,7 @@ class CallPartition(Partition):
                     lines.append(f"  uses {crossing} of {source}{stopped}{kept}")
         for name, blocks in self.shared.items():
             where = ", ".join(names[i] for i in sorted(blocks))
-            who = "nobody" if self.tied == "frozen" else names[_owner(blocks, self.tied) or 0]
+            who = "nobody" if self.tied == "frozen" else names[owner_of(blocks, self.tied) or 0]
             lines.append(f"{name} is used by {where}; it is trained by {who}")
         if self.irregular is not None:
             regular = "regular: its blocks can be run one by one"
@@ -442,22 +378,6 @@ class CallPartition(Partition):
     def __reduce__(self) -> tuple[Any, ...]:
         return CallPartition, (self.model, self.cuts, self.output, self.read, self.tied, self.layout)
 
-    def _logits(self, out: Any) -> Tensor:
-        found = out
-        if callable(self.output):
-            found = self.output(out)
-        elif self.output is not None:
-            found = out.get(self.output) if isinstance(out, Mapping) else getattr(out, self.output, None)
-        elif not isinstance(out, Tensor):
-            found = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
-        if not isinstance(found, Tensor):
-            raise LayerwiseError(
-                f"{type(self.model).__name__} returns {type(out).__name__}, and no tensor of logits is known in it"
-                f"{f' under the name {self.output!r}' if isinstance(self.output, str) else ''}; "
-                "give output=..., a function such as lambda out: out.logits, or the name of the entry."
-            )
-        return found
-
     def _likely_layout(self, out: Tensor) -> str | None:
         """The layout where the functions did not tell: a norm's weight of the last size says that features are last."""
         if out.dim() != 3:
@@ -469,125 +389,14 @@ class CallPartition(Partition):
         return dict([*self.model.named_parameters(), *self.model.named_buffers()])
 
     def _own(self, used: Mapping[str, set[int]]) -> None:
-        """Give every parameter and buffer to a block: that uses it, or in whose module it lies if none does."""
-        aliases: dict[int, list[str]] = {}
-        every = [
-            *self.model.named_parameters(remove_duplicate=False),
-            *self.model.named_buffers(remove_duplicate=False),
-        ]
-        for name, tensor in every:
-            aliases.setdefault(id(tensor), []).append(name)
-        owned: list[set[str]] = [set() for _ in range(len(self.cuts) + 1)]
-        shared, unowned = {}, []
-        beside: dict[str, int] = {}  # a counter of training that the probe does not use belongs where its module does
-        for name, blocks in used.items():
-            for block in blocks:
-                beside.setdefault(name.rpartition(".")[0], block)
-        learn = dict(self.model.named_parameters())
-        for name, tensor in self._one_name_each().items():
-            blocks = set(used.get(name, ())) or {
-                i for alias in aliases[id(tensor)] if (i := self._inside(alias)) is not None
-            }
-            if name not in learn and not blocks and name.rpartition(".")[0] in beside:
-                blocks = {beside[name.rpartition(".")[0]]}
-            if name in learn and len(blocks) > 1:
-                shared[name] = blocks
-            owner = _owner(blocks, self.tied if name in learn else "last")
-            if owner is not None:
-                owned[owner].add(name)
-            elif not blocks and used and name in learn and tensor.requires_grad:
-                unowned.append(name)
-        for block, names in zip([*self.blocks, self.head], owned, strict=True):
+        """Give every parameter and buffer to a block, and warn of parameters that none uses."""
+        found = ownership(self.model, self.cuts, used, self.tied)
+        for block, names in zip([*self.blocks, self.head], found.names, strict=True):
             block._names = names
             block.users = {name: set(used[name]) for name in names if len(used.get(name, ())) > 1}
-        self.__dict__["shared"] = shared
-        if unowned:
+        self.__dict__["shared"] = found.shared
+        if found.unused:
             warnings.warn(
-                f"no block uses these parameters in the forward pass, so they do not learn: {', '.join(unowned)}",
+                f"no block uses these parameters in the forward pass, so they do not learn: {', '.join(found.unused)}",
                 stacklevel=2,
             )
-
-    def _inside(self, name: str) -> int | None:
-        """The innermost cut whose module holds the parameter."""
-        holding = [i for i, cut in enumerate(self.cuts) if name.startswith(cut + ".")]
-        return max(holding, key=lambda i: len(self.cuts[i]), default=None)
-
-
-def _owner(blocks: set[int], tied: Tied) -> int | None:
-    if len(blocks) < 2:
-        return next(iter(blocks), None)
-    return {"last": max(blocks), "first": min(blocks), "frozen": None}[tied]
-
-
-def cut_at_calls(
-    model: nn.Module,
-    cuts: Sequence[str] | str = "auto",
-    *,
-    output: Output = None,
-    read: Read = None,
-    tied: Tied = "last",
-    blocks: int | None = None,
-    layout: Mapping[str, str] | str | None = None,
-) -> CallPartition:
-    """Cut any model at the calls of its own modules; its own forward pass runs, nothing is traced.
-
-    Args:
-        model: any module. It may take several arguments, keywords, masks, and return what it likes.
-        cuts: names of modules, in the order in which they are called, or patterns (`"model.layers.*"`), whose order
-            the first batch shows: a module that is called ends a block with its call. What runs after the last one is
-            the head. `"auto"` takes the longest list of modules of one class.
-        output: where the logits are in the model's output: a function, or the name of an entry. Not needed for a
-            tensor, or where the entry is called `logits`.
-        read: where the teaching tensor is in a cut module's output, its first tensor of real numbers if not given: a
-            function, or one per cut by name.
-        tied: who trains a parameter that several blocks use: the `"last"` of them, the `"first"`, or nobody
-            (`"frozen"`).
-        blocks: keep this many of the cuts, evenly spaced.
-        layout: where outputs have batch, channels and positions, where the layers do not tell, see `partition`.
-
-    Raises:
-        LayerwiseError: a wrong cut, or a model that cannot be stopped at its calls.
-
-    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> [block.name for block in cut_at_calls(net, ["1", "3"]).blocks]
-    ['1', '3']
-    """
-    check_model(model)
-    if isinstance(model, Partition):
-        raise LayerwiseError("the model is cut already; give the model itself, or leave the cuts out.")
-    names = automatic_cuts(model) if cuts == "auto" else matching(model, cuts)
-    if blocks is not None:
-        if not 1 <= blocks <= len(names):
-            raise LayerwiseError(f"blocks={blocks} is not possible: there are {len(names)} cuts; give 1 to that many.")
-        names = [names[(i + 1) * len(names) // blocks - 1] for i in range(blocks)]
-    found = CallPartition(model, names, output, read, tied, layout)
-    # Two lists may be called in another order than the model holds them; names one by one are an order of the owner's.
-    patterns = [cuts] if isinstance(cuts, str) else cuts
-    several = len({name.rpartition(".")[0] for name in names}) > 1
-    found.__dict__["_unordered"] = several and (cuts == "auto" or any(c in p for p in patterns for c in "*?["))
-    return found
-
-
-def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a forward pass: a tensor, a tuple of arguments, or a mapping of keywords."""
-    if isinstance(batch, Mapping):
-        return (), {str(name): value for name, value in batch.items()}
-    return (batch, {}) if isinstance(batch, tuple) else ((batch,), {})
-
-
-def _readers(cuts: Sequence[str], read: Read) -> dict[str, Callable[[Any], Tensor]]:
-    if isinstance(read, Mapping):
-        for name in read:
-            if name not in cuts:
-                raise LayerwiseError(f"read names no cut {name!r}; {suggestion(name, list(cuts))}.")
-        return {name: reading(name, read.get(name)) for name in cuts}
-    return {name: reading(name, read) for name in cuts}
-
-
-def _places(batch: Any) -> list[tuple[str, Any]]:
-    """The values of a batch by their places in it."""
-    if isinstance(batch, Mapping):
-        return [(str(name), t) for name, value in batch.items() for t in tensors(value)]
-    if isinstance(batch, tuple):
-        return [(f"argument {i}", t) for i, value in enumerate(batch) for t in tensors(value)]
-    return [("the input", batch)]

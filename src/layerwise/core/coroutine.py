@@ -374,24 +374,6 @@ def _on_stack(modes: Sequence[Any]) -> Iterator[None]:
             torch._C._pop_torch_function_stack()
 
 
-def reading(name: str, read: Callable[[Any], Any] | None) -> Callable[[Any], Tensor]:
-    """A function from a cut module's output to the tensor that teaches its block, checked."""
-    from layerwise.core.trees import tensors
-
-    def found(out: Any) -> Tensor:
-        held = tensors(out)
-        teaching = read(out) if read is not None else next((t for t in held if t.is_floating_point()), None)
-        if not isinstance(teaching, Tensor) or not any(teaching is t for t in held):
-            what = "no tensor of real numbers" if read is None else "with read=... something that is no tensor of it"
-            raise LayerwiseError(
-                f"cut {name!r} returns {type(out).__name__}, and {what} can be passed on from it; give read=..., a "
-                "function from the output to one tensor in it, or cut elsewhere."
-            )
-        return teaching
-
-    return found
-
-
 def devices_of(found: Iterable[Tensor]) -> tuple[str, ...]:
     """The device types of tensors, those with autocast."""
     kinds = {"cpu", *(t.device.type for t in found)}

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from layerwise.core.blocks import Partition, evaluation_mode
+from layerwise.core.blocks import Partition
+from layerwise.core.modes import evaluation_mode
 
 
 def balanced_ends(cost: Sequence[float], parts: int) -> list[int]:

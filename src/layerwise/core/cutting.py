@@ -1,4 +1,4 @@
-"""Partition a model into gradient-isolated blocks and a head: where to cut it unless somebody says so."""
+"""Cut a model into gradient-isolated blocks and a head, as functions or at its calls; where, if nobody says so."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,10 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from layerwise.core.blocks import Partition, evaluation_mode
+from layerwise.core.blocks import Partition
+from layerwise.core.calls import CallPartition
 from layerwise.core.chains import check_model, expanded, is_sequential, listed
 from layerwise.core.cost import balanced_ends, operations
+from layerwise.core.cut_names import automatic_cuts, matching
+from layerwise.core.modes import evaluation_mode
 from layerwise.core.optim import is_norm
+from layerwise.core.ownership import Tied
+from layerwise.core.reading import Output, Read
 from layerwise.core.tracing import legal_cuts
 from layerwise.errors import LayerwiseError
 
@@ -62,6 +67,55 @@ def partition(
     if blocks is not None:
         cuts = _balanced(model, cuts, blocks, example)
     return Partition(model, cuts, layout)
+
+
+def cut_at_calls(
+    model: nn.Module,
+    cuts: Sequence[str] | str = "auto",
+    *,
+    output: Output = None,
+    read: Read = None,
+    tied: Tied = "last",
+    blocks: int | None = None,
+    layout: Mapping[str, str] | str | None = None,
+) -> CallPartition:
+    """Cut any model at the calls of its own modules; its own forward pass runs, nothing is traced.
+
+    Args:
+        model: any module. It may take several arguments, keywords, masks, and return what it likes.
+        cuts: names of modules, in the order in which they are called, or patterns (`"model.layers.*"`), whose order
+            the first batch shows: a module that is called ends a block with its call. What runs after the last one is
+            the head. `"auto"` takes the longest list of modules of one class.
+        output: where the logits are in the model's output: a function, or the name of an entry. Not needed for a
+            tensor, or where the entry is called `logits`.
+        read: where the teaching tensor is in a cut module's output, its first tensor of real numbers if not given: a
+            function, or one per cut by name.
+        tied: who trains a parameter that several blocks use: the `"last"` of them, the `"first"`, or nobody
+            (`"frozen"`).
+        blocks: keep this many of the cuts, evenly spaced.
+        layout: where outputs have batch, channels and positions, where the layers do not tell, see `partition`.
+
+    Raises:
+        LayerwiseError: a wrong cut, or a model that cannot be stopped at its calls.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> [block.name for block in cut_at_calls(net, ["1", "3"]).blocks]
+    ['1', '3']
+    """
+    check_model(model)
+    if isinstance(model, Partition):
+        raise LayerwiseError("the model is cut already; give the model itself, or leave the cuts out.")
+    names = automatic_cuts(model) if cuts == "auto" else matching(model, cuts)
+    if blocks is not None:
+        if not 1 <= blocks <= len(names):
+            raise LayerwiseError(f"blocks={blocks} is not possible: there are {len(names)} cuts; give 1 to that many.")
+        names = [names[(i + 1) * len(names) // blocks - 1] for i in range(blocks)]
+    found = CallPartition(model, names, output, read, tied, layout)
+    # Two lists may be called in another order than the model holds them; names one by one are an order of the owner's.
+    patterns = [cuts] if isinstance(cuts, str) else cuts
+    several = len({name.rpartition(".")[0] for name in names}) > 1
+    found.__dict__["_unordered"] = several and (cuts == "auto" or any(c in p for p in patterns for c in "*?["))
+    return found
 
 
 def _materialise(model: nn.Module, example: Tensor | None) -> None:

@@ -1,103 +1,38 @@
 """The update order, once: forward on the detached input, signal, local backward, step, free, pass on."""
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from layerwise.core.contract import asking, check_run, check_sent_back, check_signal
+from layerwise.core.arrival import as_gradients_arrive
+from layerwise.core.contract import asking, check_sent_back
+from layerwise.core.execution import Execution
 from layerwise.core.failures import NonFinite, in_a_sentence
+from layerwise.core.finite import FiniteCheck
 from layerwise.core.groups import Group, Unit, parameters_of
 from layerwise.core.optim import set_learning_rate
-from layerwise.core.parts import Part, Whole, parts_of
-from layerwise.core.perturbation import Perturbation
+from layerwise.core.parts import Part, Whole, parts_of, share_of
+from layerwise.core.perturbation import Estimate
 from layerwise.core.pieces import HasTrunk, PerturbsWeights, StepsByParameter, has_trunk
 from layerwise.core.progress import Accumulation, Trace, WaitingTrunk
-from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
-from layerwise.core.rule import BlockContext, Rule, Signal
+from layerwise.core.randomness import derive_seed
+from layerwise.core.reached import check_reached
+from layerwise.core.rule import Rule, Signal
+from layerwise.core.runner import Runner
 from layerwise.core.tasks import Task
-from layerwise.core.trees import all_finite, mapped
+from layerwise.core.trees import all_finite, detach
 from layerwise.errors import LayerwiseError
-
-
-class Alone:
-    """One process that trains its blocks: nothing is averaged. `Replicas` does the same for several."""
-
-    count = 1
-    """Processes that train these blocks, each on its share of the batch."""
-    every_batch = False
-    """Whether gradients are averaged after every batch, not only where an update is due."""
-    deferred = False
-    """Whether a group steps while the next one runs forward, as its averages are on their way until then."""
-
-    def full_of(self, parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
-        """The parameters that blocks run with, in place of what is kept of them here."""
-        return parameters
-
-    def total(self, value: float | Tensor) -> float | Tensor:
-        """Sum of the processes' numbers; on an accelerator a scalar there, so that nothing waits for it."""
-        return value
-
-    def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """Norm of the averaged gradients."""
-        return nn.utils.get_total_norm(_gradients(parameters))
-
-    def sum(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """Sum over all averaged gradients, which is finite where they all are and costs a fraction of the norm."""
-        grads = _gradients(parameters)
-        if not grads:
-            return torch.zeros(())
-        wide = [g.sum(dtype=torch.promote_types(g.dtype, torch.float32)).to(grads[0].device) for g in grads]
-        return torch.stack(wide).sum()
-
-    def reduce(
-        self, parameters: Sequence[nn.Parameter], running: Sequence[Tensor], loss: Tensor
-    ) -> Callable[[], Tensor]:
-        """Start to average gradients and running statistics.
-
-        Returns:
-            A function that waits until the averages are in place, and gives a number that is finite where the loss is
-            finite everywhere.
-        """
-        return lambda: loss
-
-
-@dataclass(frozen=True)
-class Execution:
-    """How blocks are run and updated; the same for every rule."""
-
-    device: torch.device
-    schedule: Callable[[int], float]
-    autocast: torch.dtype | None = None
-    clip: float | None = None
-    accumulate: int = 1
-    micro: int = 1
-    """Parts in which each group runs its batch."""
-    nonfinite: Literal["raise", "skip"] = "raise"
-    seed: int = 0
-    replicas: Alone = field(default_factory=Alone)
-
-
-def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    grads = [p.grad for p in parameters if p.grad is not None]
-    return [g.coalesce().values() if g.is_sparse else g for g in grads]
 
 
 def _sum(scalars: Sequence[Tensor]) -> Tensor:
     return scalars[0] if len(scalars) == 1 else torch.stack(list(scalars)).sum()
 
 
-def detach(tree: Any) -> Any:
-    """The same tensors without history; every boundary between groups is this call."""
-    return mapped(tree, Tensor.detach)
-
-
-class Engine:
-    """Runs groups of blocks for a rule. Nothing else in the library knows the update order.
+class Engine(Runner):
+    """Updates groups of blocks for a rule. Nothing else in the library knows the update order.
 
     Attributes:
         resident: the context in which units run; offloaded ones are on the device inside.
@@ -111,7 +46,9 @@ class Engine:
         execution: Execution,
         resident: Callable[[Sequence[Unit]], AbstractContextManager[None]] = nullcontext,
     ):
-        self.rule, self.task, self.execution, self.resident = rule, task, execution, resident
+        super().__init__(rule, task, execution)
+        self.resident = resident
+        self.finite = FiniteCheck(execution)
         self.accumulation = Accumulation()
         self._weight: float | Tensor = 1.0
         """Of the batch under way, or of this process's share of it."""
@@ -119,65 +56,6 @@ class Engine:
         """Parameters that have stepped in the backward pass under way."""
         self._reduced: Callable[[], Any] | None = None
         """The step of the group whose gradients are being averaged over the replicas."""
-
-    def forward(
-        self,
-        group: Group,
-        h: Tensor,
-        message: Any,
-        y: Tensor,
-        step: int | None,
-        trace: Trace,
-        part: int | None = None,
-        share: float = 1.0,
-        aside: bool = False,
-    ) -> tuple[list[tuple[Signal, Tensor]], Tensor, Any]:
-        """Run a group's blocks and ask the rule for its signals.
-
-        Args:
-            group: what runs.
-            h: input of the group's first block.
-            message: of the site before.
-            y: labels.
-            step: the training step, which decides the random draws; None in evaluation.
-            trace: where metrics go.
-            part: number of the part of the batch; None for a whole one.
-            share: of the batch's labels, which metrics weigh by.
-            aside: whether running statistics stay as they are.
-
-        Returns:
-            Signals with the output that each one belongs to; input and message of the next group.
-
-        Raises:
-            LayerwiseError: the rule's answer is no signal that the engine can act on.
-        """
-        signals: list[tuple[Signal, Tensor]] = []
-        passed_on = h, message
-        units = [*group.units, *(group.ahead if step is not None else [])]
-        view = range(units[0].site.index, units[-1].site.index + 1)
-        training, learns = step is not None, step is not None and group.learns
-        for unit in units:
-            own = unit.site.index <= group.units[-1].site.index
-            graph = torch.set_grad_enabled(torch.is_grad_enabled() and unit.site.index >= group.first)
-            # Running statistics move once, in the unit's own group.
-            buffers = nullcontext() if own and not aside else unit.on_copies()
-            with graph, buffers:
-                out = self.run(unit, h, message, step, part)
-                with self.autocast(), asking(self.rule, f"`signal` at block {unit.site.name!r}"):
-                    ctx = BlockContext(unit.site, out, h, message, y, self.task, unit.auxiliary, training, learns, view)
-                    signal = self.rule.signal(ctx)
-            check_signal(self.rule, ctx, signal)
-            h = out if signal.output is None else signal.output
-            message = signal.message
-            if signal.loss is not None:
-                signal.metrics.setdefault("loss", signal.loss)
-            if signal.loss is not None or signal.cotangent is not None:
-                signals.append((signal, out))
-            if own:
-                passed_on = h, message
-                if signal.metrics:
-                    trace.add(unit.site.name, detach(signal.metrics), signal.statistics, share)
-        return signals, *passed_on
 
     def step(
         self, groups: Sequence[Group], h: Tensor, message: Any, y: Tensor, step: int, trace: Trace
@@ -243,7 +121,7 @@ class Engine:
             self.accumulation.restart()
             for group in groups:
                 group.broken = False
-                self._free(group)
+                group.free()
             raise
 
     def flush(self, groups: Sequence[Group], step: int, trace: Trace) -> bool:
@@ -263,17 +141,13 @@ class Engine:
         return True
 
     def _flush(self, group: Group, step: int, trace: Trace) -> None:
-        replicas, loss = self.execution.replicas, self._verdict(group)
+        replicas, loss = self.execution.replicas, self.finite.verdict(group)
         if group.learns:
             if not replicas.every_batch:
                 loss = replicas.reduce(group.parameters, group.running(), loss)()
             self._step(group, None, loss, step, trace)
         elif not replicas.every_batch:
             self._average(group)
-
-    def _verdict(self, group: Group) -> Tensor:
-        """In place of a loss: 0, or NaN where a batch of the update under way was not finite."""
-        return torch.full((), torch.nan if group.broken else 0.0, device=self.execution.device)
 
     def update(
         self,
@@ -311,7 +185,9 @@ class Engine:
         if group.learns:
             self._learn(group, h, _sum(losses), step, trace)
         else:
-            self._rest(group, h_out)
+            self.finite.judge_resting(group, h_out)
+            if self._due or self.execution.replicas.every_batch:
+                self._average(group)
         if trunk is not None and h.grad is not None:
             assert isinstance(self.rule, HasTrunk)
             gradient = h.grad / (self._weight * scale)  # in the units of the loss
@@ -332,17 +208,12 @@ class Engine:
             Output and message, detached; the loss, as the part's share of the batch's.
         """
         h, message, own = part.of(h), part.of(message), part.of(y)
-        share = 1.0 if part.index is None else self._share(own, y)
+        share = 1.0 if part.index is None else share_of(self.task, own, y, self.rule.unlabelled)
         signals, out, message = self._with_graph(group, h, message, own, step, trace, part.index, share)
         loss = (
             self._add(group, h, signals, step, share) if group.learns and share else torch.zeros((), device=out.device)
         )
         return detach((out, message)), loss
-
-    def _share(self, part: Tensor, y: Tensor) -> float:
-        """How many of a batch's labels that count are in one part."""
-        some = self.rule.unlabelled
-        return float(self.task.counted(part, some) / self.task.counted(y, some))
 
     def _with_graph(
         self,
@@ -358,12 +229,11 @@ class Engine:
         """The forward pass of an update: with a graph where something learns."""
         first = self.accumulation.batches <= 1 and not part
         if first:  # what the owner has computed is no part of the update
-            self._free(group)
+            group.free()
             for optimizer in group.resting:
                 optimizer.state.clear()
-        if self.execution.nonfinite == "skip" and self.accumulation.batches == 1 and first:
-            group.buffers = [(b, b.clone()) for unit in group.units for b in unit.buffers()]
-            group.broken = False
+        if self.accumulation.batches == 1 and first:
+            self.finite.begin(group)
         with torch.set_grad_enabled(group.learns), self._frozen(group):
             return self.forward(group, h, message, y, step, trace, part, share)
 
@@ -388,7 +258,13 @@ class Engine:
         With replicas the group before steps now at the latest, so that never more than one group's gradients are alive.
         """
         self._step_reduced()
-        with self._stepping_at_once(group, h, step) as norms:
+        norms: list[Tensor] = []
+        self._stepped = set()
+
+        def arrived(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
+            norms.append(self._step_parameter(group, optimizer, parameter, h, step))
+
+        with as_gradients_arrive(group.optimizers if isinstance(self.rule, StepsByParameter) else [], arrived):
             loss = self._backward(group, h, signals, share)
         return sum((0 * norm for norm in norms), loss)  # finite where loss and gradients are
 
@@ -399,7 +275,7 @@ class Engine:
         """
         replicas = self.execution.replicas
         if not self._due:
-            self._note_non_finite(group, h, loss, step, trace)
+            self.finite.note(group, h, loss, step, trace)
         elif group.broken:
             loss = torch.full_like(loss, torch.nan)
         if not (self._due or replicas.every_batch):
@@ -420,68 +296,19 @@ class Engine:
         if waiting is not None:
             waiting()
 
-    def _rest(self, group: Group, out: Tensor) -> None:
-        """Judge a group that does not learn by its output: where that is not finite, its buffers are put back.
-
-        It has no update to skip, so it is not counted in `Trace.skipped`.
-        """
-        if self.execution.nonfinite == "skip":
-            if not (bool(torch.isfinite(out).all()) and bool(torch.isfinite(self._running_norm(group)))):
-                group.broken = True
-            if group.broken:
-                self._put_back(group)
-        if self._due or self.execution.replicas.every_batch:
-            self._average(group)
-
     def _average(self, group: Group) -> None:
         """Average the running statistics of a group that does not learn over the replicas, or put all of them back."""
         self._step_reduced()
         if self.execution.replicas.count == 1:
             return
-        arrived = self.execution.replicas.reduce([], group.running(), self._verdict(group))
+        arrived = self.execution.replicas.reduce([], group.running(), self.finite.verdict(group))
 
         def finish() -> None:
             verdict = arrived()
-            if self.execution.nonfinite == "skip" and not bool(torch.isfinite(verdict)):
-                self._put_back(group)
+            if self.finite.skips and not bool(torch.isfinite(verdict)):
+                self.finite.put_back(group)
 
         self._finish(finish)
-
-    def _running_norm(self, group: Group) -> Tensor:
-        """Largest absolute running statistic of the group, which is finite if all of them are."""
-        return nn.utils.get_total_norm(group.running(), float("inf"))
-
-    def _put_back(self, group: Group) -> None:
-        for buffer, before in group.buffers:
-            buffer.copy_(before)
-
-    def run_aside(self, unit: Unit, h: Tensor, message: Any, step: int | None) -> Tensor:
-        """Run a block one time more than its step does, for a rule that looks ahead.
-
-        Returns:
-            The block's output without gradient: in a training step, what the block gives in its own group, bit for
-            bit, since mode, draws and (before its update) weights are the same. Buffers and generators stay as they
-            are.
-        """
-        with torch.no_grad(), preserved_generators(self.execution.device), unit.on_copies():
-            return self.run(unit, h, message, step)
-
-    def run(self, unit: Unit, h: Tensor, message: Any, step: int | None, part: int | None = None) -> Tensor:
-        """Run one block under its own random draws of this step, and of this part of the batch."""
-        if step is not None:
-            place = (step, unit.site.index) if part is None else (step, unit.site.index, part)
-            seed = derive_seed(self.execution.seed, "draw", *place)
-            seed_generators(seed, self.execution.device)
-        with self.autocast(), in_a_sentence(f"block {unit.site.name!r}", "cannot run its input", h):
-            out = self.rule.run(unit.block, h, message)
-        check_run(self.rule, unit.site, out)
-        return out
-
-    def autocast(self) -> Any:
-        """The context of the chosen precision."""
-        if self.execution.autocast is None:
-            return nullcontext()
-        return torch.autocast(self.execution.device.type, dtype=self.execution.autocast)
 
     def _backward(self, group: Group, h: Tensor, signals: list[tuple[Signal, Tensor]], share: float) -> Tensor:
         """Backward inside the group only, down to its input for a trunk; returns the summed loss, without history.
@@ -508,39 +335,9 @@ class Engine:
             group.checked = True
             taught = any(s.loss is not None or s.cotangent is not None for s, _ in signals)
             reached = self._stepped | {id(p) for p in wanted if p.grad is not None}
-            self._check_reached(group, reached, taught)
+            check_reached(self.rule, group, own, reached, taught)
         loss = _sum([loss.detach().float() for loss in losses] or [torch.zeros(())])
         return loss if share == 1 else loss * share
-
-    def _check_reached(self, group: Group, reached: set[int], taught: bool) -> None:
-        """Refuse a block that no signal reaches, and name single parameters that its signal does not reach.
-
-        Raises:
-            LayerwiseError: the rule has given no signal, or no parameter of a block got a gradient.
-        """
-        if not taught:
-            raise LayerwiseError(
-                f"rule {self.rule.name!r} gives block {group.name!r} neither a loss nor a cotangent, so it would not "
-                "learn; look at the rule's options (a weight of 0), give one in `signal`, or say that it does not "
-                "learn (`trains`, or `TakesTurns` for some updates)."
-            )
-        own = {id(p) for p in self.execution.replicas.full_of(group.parameters)}
-        for unit in group.units:
-            named = [(name, p) for name, p in unit.block.named_parameters() if p.requires_grad and id(p) in own]
-            missed = [name for name, p in named if id(p) not in reached]
-            if missed and len(missed) == len(named) and self.rule.trains(unit.site):
-                raise LayerwiseError(
-                    f"no parameter of block {unit.site.name!r} gets a gradient ({missed[0]}, ...), so it would not "
-                    "learn: its output has no history (a block that recomputes itself with use_reentrant=True, or "
-                    "detaches), or the loss does not depend on it; mend the block, or freeze it with "
-                    "requires_grad_(False)."
-                )
-            if missed:
-                warnings.warn(
-                    f"these parameters of block {unit.site.name!r} get no gradient in the first step, so they do not "
-                    f"learn there: {', '.join(missed)}",
-                    stacklevel=2,
-                )
 
     def _step(self, group: Group, h: Tensor | None, loss: Tensor, step: int, trace: Trace) -> None:
         """Check, clip, step, free the gradients."""
@@ -559,7 +356,7 @@ class Engine:
                 torch._foreach_div_(gradients, self.accumulation.weight)  # pyright: ignore[reportPrivateImportUsage]
         clips, replicas = self.execution.clip is not None, self.execution.replicas
         norm = replicas.norm(group.parameters) if clips else replicas.sum(group.parameters)
-        may_step = self._may_step(group, h, loss, norm, step, trace)
+        may_step = self.finite.may_step(group, h, loss, norm, step, trace)
         if may_step and not isinstance(self.rule, StepsByParameter):
             if self.execution.clip is not None:
                 nn.utils.clip_grads_with_norm_(group.parameters, self.execution.clip, norm)
@@ -567,7 +364,7 @@ class Engine:
                 self._step_optimizer(group, optimizer)
         group.scaler.update()
         group.broken = False
-        self._free(group)
+        group.free()
 
     def _step_optimizer(self, group: Group, optimizer: torch.optim.Optimizer) -> None:
         set_learning_rate(optimizer, self._factor())
@@ -580,29 +377,6 @@ class Engine:
                 f"{type(optimizer).__name__} cannot use the gradients of {group.name!r} ({reason}); sparse gradients "
                 "need sgd with momentum 0 or adagrad, both with weight_decay=0, or sparse=False in the embedding."
             ) from reason
-
-    @contextmanager
-    def _stepping_at_once(self, group: Group, h: Any, step: int) -> Iterator[list[Tensor]]:
-        """A context in which each parameter steps when its gradient is complete, where the rule wants that.
-
-        Gives the norms of the gradients so far. Autograd completes a gradient after all uses of the parameter.
-        """
-        norms: list[Tensor] = []
-        hooks = []
-        self._stepped = set()
-        if isinstance(self.rule, StepsByParameter):
-            for optimizer in group.optimizers:
-                for parameter in (p for p in parameters_of([optimizer]) if p.requires_grad):
-
-                    def arrived(p: Tensor, optimizer: torch.optim.Optimizer = optimizer) -> None:
-                        norms.append(self._step_parameter(group, optimizer, p, h, step))
-
-                    hooks.append(parameter.register_post_accumulate_grad_hook(arrived))
-        try:
-            yield norms
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _step_parameter(
         self, group: Group, optimizer: torch.optim.Optimizer, parameter: Any, h: Any, step: int
@@ -623,31 +397,21 @@ class Engine:
         """One group's update by `PerturbsWeights`: forward passes, then one parameter's gradient after the other."""
         of = [(optimizer, p) for optimizer in group.optimizers for p in parameters_of([optimizer]) if p.requires_grad]
         seeds = [derive_seed(self.execution.seed, "direction", step, number) for number in range(directions)]
-        drawn = [Perturbation([p for _, p in of], seed) for seed in seeds]
+        estimate = Estimate([p for _, p in of], seeds)
         passed_on: list[Any] = []
-        slopes = []
-        for direction in drawn:
-            losses = []
-            for offset in (eps, -eps):
-                try:
-                    direction.to(offset)
-                    again = bool(passed_on)
-                    seen = Trace() if again else trace
-                    signals, *out = self.forward(group, h, message, y, step, seen, aside=again)
-                except BaseException:
-                    direction.to(0.0)
-                    raise
-                passed_on = passed_on or [detach(part) for part in out]
-                found = [signal.loss for signal, _ in signals if signal.loss is not None]
-                losses.append(sum(loss.to(torch.promote_types(loss.dtype, torch.float32)) for loss in found))
-            direction.to(0.0)
-            slopes.append((losses[0] - losses[1]) / (2 * eps * directions))
-        total = torch.stack(slopes).sum()
-        if self._may_step(group, h, total, 0 * total, step, trace):
+
+        def loss() -> Tensor:
+            again = bool(passed_on)
+            signals, *out = self.forward(group, h, message, y, step, Trace() if again else trace, aside=again)
+            passed_on[:] = passed_on or [detach(part) for part in out]
+            losses = [signal.loss for signal, _ in signals if signal.loss is not None]
+            wide = (loss.to(torch.promote_types(loss.dtype, torch.float32)) for loss in losses)
+            return sum(wide, torch.zeros((), device=self.execution.device))
+
+        total = estimate.measure(eps, loss)
+        if self.finite.may_step(group, h, total, 0 * total, step, trace):
             for place, (optimizer, parameter) in enumerate(of):
-                for direction, slope in zip(drawn, slopes, strict=True):
-                    share = direction.of(place).mul_(slope)
-                    parameter.grad = share if parameter.grad is None else parameter.grad.add_(share)
+                parameter.grad = estimate.gradient(place)
                 self._step_optimizer(group, optimizer)
                 parameter.grad = None
         return passed_on[0], passed_on[1]
@@ -662,39 +426,6 @@ class Engine:
                 f"the schedule gives no number for update {update} ({str(reason) or type(reason).__name__}); let it "
                 "return a factor of the learning rate."
             ) from reason
-
-    def _free(self, group: Group) -> None:
-        for parameter in group.parameters:
-            parameter.grad = None
-
-    def _note_non_finite(self, group: Group, h: Tensor, loss: Tensor, step: int, trace: Trace) -> None:
-        """Look at the loss of a batch of an update that is not due yet: a later batch is not to be blamed for it."""
-        finite = torch.isfinite(loss)
-        if self.execution.device.type != "cpu" and self.execution.nonfinite == "raise":
-            trace.finite[group.name] = finite
-        elif not bool(finite):
-            if self.execution.nonfinite == "raise":
-                self._free(group)
-                raise NonFinite(group.name, step, input_is_finite=all_finite(h))
-            group.broken = True
-
-    def _may_step(self, group: Group, h: Tensor | None, loss: Tensor, norm: Tensor, step: int, trace: Trace) -> bool:
-        """Whether signal and gradient are finite; an overflow of scaled gradients is the scaler's own affair."""
-        finite = torch.isfinite(loss if group.scaler.is_enabled() else loss + norm)
-        if self.execution.nonfinite == "skip":  # a finite batch may be too large for its variance
-            finite = finite & torch.isfinite(self._running_norm(group)).to(finite.device)
-        if self.execution.nonfinite == "raise" and self.execution.device.type != "cpu":
-            # Reading the flag here would wait for the device: it is read with the metrics.
-            trace.finite[group.name] = finite
-            return True
-        if bool(finite):
-            return True
-        if self.execution.nonfinite == "skip":
-            trace.skipped.add(group.name)
-            self._put_back(group)
-            return False
-        self._free(group)
-        raise NonFinite(group.name, step, input_is_finite=h is None or all_finite(h))
 
 
 def _has_gradient(optimizer: torch.optim.Optimizer) -> bool:

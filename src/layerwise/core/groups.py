@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from layerwise.core.blocks import Block, scratch_buffers
+from layerwise.core.blocks import Block
 from layerwise.core.contract import groups_of, groups_of_update, learns_in_update, sites_in_update
+from layerwise.core.modes import scratch_buffers
 from layerwise.core.pieces import LearnsInPart
 from layerwise.core.rule import Rule, Site
 from layerwise.errors import LayerwiseError
@@ -93,6 +94,11 @@ class Group:
     def running(self) -> list[Tensor]:
         """Running statistics of the units."""
         return [buffer for unit in self.units for buffer in unit.running()]
+
+    def free(self) -> None:
+        """Free the gradients."""
+        for parameter in self.parameters:
+            parameter.grad = None
 
     @property
     def learns(self) -> bool:

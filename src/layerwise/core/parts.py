@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerwise.core.tasks import Task
 from layerwise.core.trees import mapped
 from layerwise.errors import LayerwiseError
 
@@ -31,6 +32,18 @@ class Part:
         if self.index is None:
             return tree
         return mapped(tree, lambda t: t[self.samples] if t.dim() and len(t) == self.batch else t)
+
+
+def share_of(task: Task, part: Tensor, y: Tensor, some: bool) -> float:
+    """How many of a batch's labels that count are in one part.
+
+    Args:
+        task: counts them.
+        part: labels of the part.
+        y: labels of the batch.
+        some: whether some samples may have none.
+    """
+    return float(task.counted(part, some) / task.counted(y, some))
 
 
 def parts_of(batch: int, count: int) -> Iterator[Part]:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.core.blocks import Block, scratch_buffers
+from layerwise.core.blocks import Block
 from layerwise.core.coroutine import Arrival, Pass
+from layerwise.core.modes import scratch_buffers
 from layerwise.core.randomness import preserved_generators
 from layerwise.core.trees import replaced, tensors
 from layerwise.errors import LayerwiseError

@@ -66,3 +66,8 @@ def replaced(tree: Any, old: Tensor, new: Tensor, detach: bool) -> Any:
 def all_finite(tree: Any) -> bool:
     """Whether all numbers are finite; this waits for the device."""
     return all(bool(torch.isfinite(t).all()) for t in tensors(tree))
+
+
+def detach(tree: Any) -> Any:
+    """The same tensors without history; every boundary between groups is this call."""
+    return mapped(tree, Tensor.detach)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from layerwise.core import trees
 from layerwise.core.blocks import Block, Partition
 from layerwise.core.contract import asking, groups_of
-from layerwise.core.engine import Engine, Execution
+from layerwise.core.engine import Engine
+from layerwise.core.execution import Execution
 from layerwise.core.groups import Group, Grouping, Unit
 from layerwise.core.late import LateWeights, NotLate
 from layerwise.core.optim import Factory, begin_schedule, decay_groups, sparse_gradients, without_decay

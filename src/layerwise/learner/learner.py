@@ -12,19 +12,22 @@ from torch import Tensor, nn
 from layerwise import rules
 from layerwise.core import pieces
 from layerwise.core.blocks import Block, Partition
-from layerwise.core.calls import CallPartition, Output, Read, Tied
+from layerwise.core.calls import CallPartition
 from layerwise.core.contract import asking, check_begin, check_prediction, check_rule
 from layerwise.core.devices import check_precision, usable_device
-from layerwise.core.engine import Engine, Execution, detach
+from layerwise.core.engine import Engine
+from layerwise.core.execution import Execution
 from layerwise.core.failures import in_a_sentence
 from layerwise.core.groups import Group
 from layerwise.core.optim import OptimizerChoice, Schedule, optimizer_factory
+from layerwise.core.ownership import Tied
 from layerwise.core.progress import Trace
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.ranges import check_ranges
+from layerwise.core.reading import Output, Read
 from layerwise.core.rule import BatchContext, Rule, metrics_of
 from layerwise.core.tasks import Task
-from layerwise.core.trees import mapped, tensors
+from layerwise.core.trees import detach, mapped, tensors
 from layerwise.errors import LayerwiseError, suggestion
 from layerwise.learner import state as states
 from layerwise.learner.arguments import (
@@ -398,9 +401,7 @@ class Learner:
             self.steps += 1
             self._count(updates)
             self.skipped += self.stage.pass_on(h, message, bool(trace.skipped))
-        return Metrics(
-            step, len(y) * self.replicas.count, trace.metrics, tuple(trace.skipped), trace.finite, trace.statistics
-        )
+        return Metrics(step, len(y), trace.metrics, tuple(trace.skipped), trace.finite, trace.statistics)
 
     def flush(self) -> bool:
         """Do the update under way with the batches that it has; with `accumulate`, at the end of the training.

@@ -7,11 +7,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from layerwise.core.blocks import Partition
-from layerwise.core.calls import CallPartition, Output, Read, Tied, cut_at_calls
+from layerwise.core.calls import CallPartition
 from layerwise.core.chains import is_sequential
 from layerwise.core.contract import groups_of
-from layerwise.core.cutting import partition
+from layerwise.core.cutting import cut_at_calls, partition
+from layerwise.core.ownership import Tied
 from layerwise.core.pieces import has_trunk
+from layerwise.core.reading import Output, Read
 from layerwise.core.rule import Rule
 from layerwise.errors import LayerwiseError
 

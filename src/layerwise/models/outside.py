@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.core import own_code
-from layerwise.core.calls import CallPartition, Tied, cut_at_calls
+from layerwise.core.calls import CallPartition
+from layerwise.core.cutting import cut_at_calls
+from layerwise.core.ownership import Tied
 from layerwise.core.tracing import is_sequential
 from layerwise.errors import LayerwiseError, suggestion
 from layerwise.extras import need

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from layerwise.core.blocks import Partition
-from layerwise.core.engine import Alone
+from layerwise.core.execution import Alone
 from layerwise.core.groups import Group, Unit
 from layerwise.core.rule import Rule
 from layerwise.memory.meter import MemoryUse

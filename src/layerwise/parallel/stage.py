@@ -8,12 +8,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from layerwise.core.blocks import Partition, evaluation_mode
+from layerwise.core.blocks import Partition
 from layerwise.core.cost import balanced_ends, operations
 from layerwise.core.devices import synchronize
-from layerwise.core.engine import detach
+from layerwise.core.modes import evaluation_mode
 from layerwise.core.pieces import PredictsBySite, StartsFromData, has_trunk
 from layerwise.core.rule import Rule
+from layerwise.core.trees import detach
 from layerwise.errors import LayerwiseError
 
 

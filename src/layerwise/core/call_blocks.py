@@ -1,0 +1,74 @@
+"""The blocks of a model that is cut at its calls, and copies of their modules with weights of their own."""
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.core.blocks import Block
+from layerwise.core.drawing import draw
+from layerwise.errors import LayerwiseError
+
+if TYPE_CHECKING:
+    from layerwise.core.calls import CallPartition
+
+
+class CallBlock(Block):
+    """What a model's forward pass runs between two cuts.
+
+    It can be called only while its partition has a pass open; once and in order, unless they are run block by block.
+    """
+
+    def __init__(self, name: str, index: int, network: "CallPartition"):
+        super().__init__(name, network.model, self._pull, set())
+        self.index, self._network = index, network
+
+    def __call__(self, h: Any) -> Tensor:
+        """Run the model's own forward pass on to the next cut; `h` is the whole batch for the first block."""
+        if self.before is not None:
+            self.before()
+        return self.run(h)
+
+    def _pull(self, h: Any) -> Tensor:
+        return self._network.pull(self.index, h)
+
+    def compile(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Run the block's own module through what `wrap` makes of it; what lies between the cuts stays as it is."""
+        if self.index < len(self._network.cuts):
+            self._network.compile(self.index, wrap)
+
+    @property
+    def ran(self) -> bool:
+        """Whether the pass under way has called the block's module; a pass may leave one out."""
+        return not self._network.skipped(self.index)
+
+    def redrawn(self, device: torch.device) -> nn.Sequential:
+        """The block's module with weights of its own, called with the arguments that the pass under way gives to it.
+
+        Raises:
+            LayerwiseError: it cannot draw its weights, or is the first block, which holds no module alone.
+        """
+        network = self._network
+        made = copy.deepcopy(network.model.get_submodule(self.name)).to_empty(device=device)
+        unable = draw(made, network.model)
+        if unable is not None or self.index == 0:
+            why = "is the first one" if unable is None else f"holds a {unable.__name__} without reset_parameters()"
+            raise LayerwiseError(
+                f"rule {network.asked_by!r} copies the layers of block {self.name!r}, which {why}; choose a rule such "
+                "as local_ce."
+            )
+        return nn.Sequential(_Copy(made, network, self.index))
+
+
+class _Copy(nn.Module):
+    """A copy of a block's module, in any pass of the network that the block is part of."""
+
+    def __init__(self, module: nn.Module, network: "CallPartition", index: int):
+        super().__init__()
+        self.module, self.index, self._network = module, index, (network,)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """What the module returns to read, for the output `h` of the block before."""
+        return self._network[0].call(self.index, h, self.module)

@@ -1,0 +1,86 @@
+"""Whether losses, gradients and running statistics are finite, and what becomes of an update where they are not."""
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.core.execution import Execution
+from layerwise.core.failures import NonFinite
+from layerwise.core.groups import Group
+from layerwise.core.progress import Trace
+from layerwise.core.trees import all_finite
+
+
+class FiniteCheck:
+    """Stops at a number that is not finite, or leaves the update of that group out, as `nonfinite` says.
+
+    Args:
+        execution: says which, and on what device.
+    """
+
+    def __init__(self, execution: Execution):
+        self.execution = execution
+
+    @property
+    def skips(self) -> bool:
+        """Whether updates are left out."""
+        return self.execution.nonfinite == "skip"
+
+    def begin(self, group: Group) -> None:
+        """Remember the running statistics from before an update, which may be left out."""
+        if self.skips:
+            group.buffers = [(b, b.clone()) for unit in group.units for b in unit.buffers()]
+            group.broken = False
+
+    def put_back(self, group: Group) -> None:
+        """Give the running statistics their values from before the update."""
+        for buffer, before in group.buffers:
+            buffer.copy_(before)
+
+    def verdict(self, group: Group) -> Tensor:
+        """In place of a loss: 0, or NaN where a batch of the update under way was not finite."""
+        return torch.full((), torch.nan if group.broken else 0.0, device=self.execution.device)
+
+    def judge_resting(self, group: Group, out: Tensor) -> None:
+        """Judge a group that does not learn by its output: where that is not finite, its buffers are put back.
+
+        It has no update to skip, so it is not counted in `Trace.skipped`.
+        """
+        if self.skips:
+            if not (bool(torch.isfinite(out).all()) and bool(torch.isfinite(_running_norm(group)))):
+                group.broken = True
+            if group.broken:
+                self.put_back(group)
+
+    def note(self, group: Group, h: Tensor, loss: Tensor, step: int, trace: Trace) -> None:
+        """Look at the loss of a batch of an update that is not due yet: a later batch is not to be blamed for it."""
+        finite = torch.isfinite(loss)
+        if self.execution.device.type != "cpu" and not self.skips:
+            trace.finite[group.name] = finite
+        elif not bool(finite):
+            if not self.skips:
+                group.free()
+                raise NonFinite(group.name, step, input_is_finite=all_finite(h))
+            group.broken = True
+
+    def may_step(self, group: Group, h: Tensor | None, loss: Tensor, norm: Tensor, step: int, trace: Trace) -> bool:
+        """Whether signal and gradient are finite; an overflow of scaled gradients is the scaler's own affair."""
+        finite = torch.isfinite(loss if group.scaler.is_enabled() else loss + norm)
+        if self.skips:  # a finite batch may be too large for its variance
+            finite = finite & torch.isfinite(_running_norm(group)).to(finite.device)
+        if not self.skips and self.execution.device.type != "cpu":
+            # Reading the flag here would wait for the device: it is read with the metrics.
+            trace.finite[group.name] = finite
+            return True
+        if bool(finite):
+            return True
+        if self.skips:
+            trace.skipped.add(group.name)
+            self.put_back(group)
+            return False
+        group.free()
+        raise NonFinite(group.name, step, input_is_finite=h is None or all_finite(h))
+
+
+def _running_norm(group: Group) -> Tensor:
+    """Largest absolute running statistic of the group, which is finite if all of them are."""
+    return nn.utils.get_total_norm(group.running(), float("inf"))

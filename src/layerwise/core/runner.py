@@ -1,0 +1,117 @@
+"""Forward passes: groups of blocks are run, and the rule is asked for its signals; nothing is updated here."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise.core.contract import asking, check_run, check_signal
+from layerwise.core.execution import Execution
+from layerwise.core.failures import in_a_sentence
+from layerwise.core.groups import Group, Unit
+from layerwise.core.progress import Trace
+from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
+from layerwise.core.rule import BlockContext, Rule, Signal
+from layerwise.core.tasks import Task
+from layerwise.core.trees import detach
+
+
+class Runner:
+    """Runs groups of blocks forward for a rule.
+
+    Args:
+        rule: asked for a signal at every block.
+        task: what the labels mean.
+        execution: precision and seed.
+    """
+
+    def __init__(self, rule: Rule, task: Task, execution: Execution):
+        self.rule, self.task, self.execution = rule, task, execution
+
+    def forward(
+        self,
+        group: Group,
+        h: Tensor,
+        message: Any,
+        y: Tensor,
+        step: int | None,
+        trace: Trace,
+        part: int | None = None,
+        share: float = 1.0,
+        aside: bool = False,
+    ) -> tuple[list[tuple[Signal, Tensor]], Tensor, Any]:
+        """Run a group's blocks and ask the rule for its signals.
+
+        Args:
+            group: what runs.
+            h: input of the group's first block.
+            message: of the site before.
+            y: labels.
+            step: the training step, which decides the random draws; None in evaluation.
+            trace: where metrics go.
+            part: number of the part of the batch; None for a whole one.
+            share: of the batch's labels, which metrics weigh by.
+            aside: whether running statistics stay as they are.
+
+        Returns:
+            Signals with the output that each one belongs to; input and message of the next group.
+
+        Raises:
+            LayerwiseError: the rule's answer is no signal that the engine can act on.
+        """
+        signals: list[tuple[Signal, Tensor]] = []
+        passed_on = h, message
+        units = [*group.units, *(group.ahead if step is not None else [])]
+        view = range(units[0].site.index, units[-1].site.index + 1)
+        training, learns = step is not None, step is not None and group.learns
+        for unit in units:
+            own = unit.site.index <= group.units[-1].site.index
+            graph = torch.set_grad_enabled(torch.is_grad_enabled() and unit.site.index >= group.first)
+            # Running statistics move once, in the unit's own group.
+            buffers = nullcontext() if own and not aside else unit.on_copies()
+            with graph, buffers:
+                out = self.run(unit, h, message, step, part)
+                with self.autocast(), asking(self.rule, f"`signal` at block {unit.site.name!r}"):
+                    ctx = BlockContext(unit.site, out, h, message, y, self.task, unit.auxiliary, training, learns, view)
+                    signal = self.rule.signal(ctx)
+            check_signal(self.rule, ctx, signal)
+            h = out if signal.output is None else signal.output
+            message = signal.message
+            if signal.loss is not None:
+                signal.metrics.setdefault("loss", signal.loss)
+            if signal.loss is not None or signal.cotangent is not None:
+                signals.append((signal, out))
+            if own:
+                passed_on = h, message
+                if signal.metrics:
+                    trace.add(unit.site.name, detach(signal.metrics), signal.statistics, share)
+        return signals, *passed_on
+
+    def run_aside(self, unit: Unit, h: Tensor, message: Any, step: int | None) -> Tensor:
+        """Run a block one time more than its step does, for a rule that looks ahead.
+
+        Returns:
+            The block's output without gradient: in a training step, what the block gives in its own group, bit for
+            bit, since mode, draws and (before its update) weights are the same. Buffers and generators stay as they
+            are.
+        """
+        with torch.no_grad(), preserved_generators(self.execution.device), unit.on_copies():
+            return self.run(unit, h, message, step)
+
+    def run(self, unit: Unit, h: Tensor, message: Any, step: int | None, part: int | None = None) -> Tensor:
+        """Run one block under its own random draws of this step, and of this part of the batch."""
+        if step is not None:
+            place = (step, unit.site.index) if part is None else (step, unit.site.index, part)
+            seed = derive_seed(self.execution.seed, "draw", *place)
+            seed_generators(seed, self.execution.device)
+        with self.autocast(), in_a_sentence(f"block {unit.site.name!r}", "cannot run its input", h):
+            out = self.rule.run(unit.block, h, message)
+        check_run(self.rule, unit.site, out)
+        return out
+
+    def autocast(self) -> Any:
+        """The context of the chosen precision."""
+        if self.execution.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.execution.device.type, dtype=self.execution.autocast)
