@@ -83,7 +83,7 @@ def test_documents_are_in_one_split_each_and_come_in_another_order(tmp_path):
     assert sorted(documents[0] + documents[1] + documents[2]) == sorted(wanted)
     assert documents[0] != [part for part in wanted if part in documents[0]]  # shuffled
     assert documents[2] == [part for part in wanted if part in documents[2]]
-    assert [len(part) / len(whole) for part in parts] == pytest.approx([0.81, 0.09, 0.1], abs=0.03)
+    assert [len(part) / len(whole) for part in parts] == pytest.approx([0.81, 0.09, 0.1], abs=0.05)
     again = load(tmp_path / "a.txt", tokenizer="bytes", window=1, documents=True)
     assert stream(again.train) == stream(found.train)
 

@@ -21,7 +21,7 @@ from layerwise.data.sources import InMemorySource, Source, StreamedSource
 from layerwise.data.splitting import stratified_split
 from layerwise.data.tables import TableSource
 from layerwise.data.text import TextOptions
-from layerwise.data.tokenizer import Tokenizer, from_json
+from layerwise.data.tokenizer import Tokenizer
 from layerwise.data.tokens import TokenSource
 
 __all__ = [
@@ -40,7 +40,6 @@ __all__ = [
     "cutout",
     "describe",
     "flip",
-    "from_json",
     "load",
     "names",
     "noisy_labels",

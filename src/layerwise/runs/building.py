@@ -17,6 +17,7 @@ from layerwise.core.optim import Schedule
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.tasks import UNLABELLED, LanguageModel, MultiLabel, Regression, Segmentation, Task
 from layerwise.data.masks import IGNORED
+from layerwise.data.tokenizer import from_json
 from layerwise.errors import LayerwiseError, short, why
 from layerwise.files import kind_of, read_text, shown
 from layerwise.learner import Learner, checks
@@ -207,7 +208,7 @@ def read_tokenizer(folder: Path, options: TrainOptions) -> data.Tokenizer | None
     if options.task != "language_model":
         return None
     file = folder / TOKENIZER
-    return data.from_json(read_text(file, "put the tokenizer of the run back"), shown(file))
+    return from_json(read_text(file, "put the tokenizer of the run back"), shown(file))
 
 
 def check_tokenizer(folder: Path, tokenizer: data.Tokenizer, facts: DataSignature) -> None:
