@@ -44,6 +44,7 @@ from layerwise.runs.folders import (
     read_options,
     undo_replacement,
 )
+from layerwise.runs.generating import sample_of
 from layerwise.runs.interrupt import Interrupted, Signals
 from layerwise.runs.log import FILE, Log, by_epoch, open_log, summary_writer
 from layerwise.runs.options import TrainOptions, model_name, to_mapping
@@ -328,6 +329,9 @@ class Run:
             "machines": self.machines,
             "options": {k: v for k, v in to_mapping(self.options).items() if k not in OF_THE_FOLDER},
         }
+        if self._alone and self.dataset.tokenizer is not None:
+            window = self.dataset.test.batch(torch.zeros(1, dtype=torch.int64))[0][0]
+            result["sample"] = sample_of(self.learner, self.dataset.tokenizer, window)
         checkpoint.write_tensors(self.folder / "model.safetensors", self._weights())
         if self._alone and self.options.task == "classification":
             write_atomically(self.folder / "test_correct.npy", correct(self.learner, self.test_batches))
