@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from layerwise.core.pieces import ReadsOut
 from layerwise.core.ranges import PositiveInt
 from layerwise.core.rule import (
     ANY_TASK,
@@ -17,11 +18,11 @@ from layerwise.core.rule import (
     loss_of,
 )
 from layerwise.core.tasks import Task
-from layerwise.rules.readout import Pool, grouped, read_out, readout_width
+from layerwise.rules.readout import Pool, grouped, linear_outputs, read_out, readout_width
 
 
 @dataclass(frozen=True)
-class LocalCE(Rule):
+class LocalCE(ReadsOut, Rule):
     r"""Greedy local learning: each block minimises the cross-entropy of its own learned linear head.
 
     $$L_i = \mathrm{CE}(W_i \, \mathrm{pool}(h_i) + b_i, \; y), \qquad
@@ -64,6 +65,10 @@ class LocalCE(Rule):
         if not self._has_head(site):
             return None
         return nn.Linear(readout_width(h, self.pool, site, task), task.outputs, dtype=h.dtype)
+
+    def outputs_at(self, site: Site, h: Tensor, auxiliary: nn.Module, task: Task) -> Tensor:
+        """The outputs of the block's own head."""
+        return linear_outputs(auxiliary, self.pool, site, h, task)
 
     def signal(self, ctx: BlockContext) -> Signal:
         """The task's loss on the block's own head, or on the network's at the end."""
