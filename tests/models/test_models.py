@@ -22,7 +22,7 @@ SMALL = {
     "vit": {"width": 12},
 }
 ONE_BLOCK = ("noprop_ct", "noprop_fm")  # told the time, their depth is the steps of the sampler
-IMAGES = [name for name in models.names() if name not in ("gcn", "gat", "fcn")]  # these have tests of their own
+IMAGES = [name for name in models.names() if name not in ("gcn", "gat", "gpt", "fcn")]  # these have tests of their own
 SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32)]
 
 
@@ -262,7 +262,7 @@ WRONG = [
     (lambda: models.create("vggg", (1, 8, 8), 10), "did you mean 'vgg'?"),
     (
         lambda: models.create("x", (1, 8, 8), 10),
-        "legal names: fcn, gat, gcn, mlp, noprop, noprop_ct, noprop_fm, resnet, reversible, sid_cascade, vgg, vit",
+        "legal names: fcn, gat, gcn, gpt, mlp, noprop, noprop_ct, noprop_fm, resnet, reversible, sid_cascade, vgg, vit",
     ),
     (lambda: models.options("resnt"), "did you mean 'resnet'?"),
     (lambda: models.describe("resnt"), "did you mean 'resnet'?"),

@@ -33,12 +33,14 @@ def cut(
     asked = cuts == "auto" or any(letter in name for name in named for letter in "*?[")
     asked = asked or output is not None or read is not None or tied is not None
     asked = asked or not (example is None or isinstance(example, Tensor))
+    # The zoo's models whose blocks share a parameter cannot be cut into functions.
+    asked = asked or (cuts in (None, "block") and getattr(model, "tied", False) is True)
     if isinstance(model, Partition):
         if asked and (cuts is not None or output is not None or read is not None or tied is not None):
             raise LayerwiseError("the model is cut already; give cuts, output, read and tied where it is cut.")
         return partition(model, layout=layout)
     if asked:
-        names = "auto" if cuts is None else cuts
+        names = getattr(model, "block_names", "auto") if cuts in (None, "block") else cuts
         return cut_at_calls(model, names, output=output, read=read, tied=tied or "last", blocks=blocks, layout=layout)
     try:
         return partition(model, cuts, blocks=blocks, example=example, layout=layout)

@@ -2,9 +2,9 @@
 
 Every model is an `nn.Sequential` of blocks (`block1` .. `blockN`; `sid_cascade` names its parts)
 and `head`, for images (B, channels, height, width) to logits (B, classes), or to a map of them
-(`fcn`). Its attribute `block_names` lists the children after which it may be cut. Networks from
-elsewhere (`hf:`, `timm:`, `FILE.py:function`) are built by name too; they are cut at the calls of
-their own modules.
+(`fcn`), or for tokens (B, T) to logits of the next one (B, T, V) (`gpt`). Its attribute
+`block_names` lists the children after which it may be cut. Networks from elsewhere (`hf:`, `timm:`,
+`FILE.py:function`) are built by name too; they are cut at the calls of their own modules.
 
 Example:
     >>> from layerwise import models
@@ -23,6 +23,7 @@ from layerwise.models import outside
 from layerwise.models.base import BlockSequential, ModelOptions
 from layerwise.models.fcn import FCN
 from layerwise.models.gnn import GAT, GCN, GraphModelOptions
+from layerwise.models.gpt import GPT
 from layerwise.models.mlp import MLP
 from layerwise.models.noprop import NoProp, NoPropCT, NoPropFM
 from layerwise.models.outside import OutsideModel
@@ -36,6 +37,7 @@ __all__ = [
     "FCN",
     "GAT",
     "GCN",
+    "GPT",
     "MLP",
     "VGG",
     "BlockSequential",
@@ -60,6 +62,7 @@ _MODELS: dict[str, type[ModelOptions]] = {
     "fcn": FCN,
     "gat": GAT,
     "gcn": GCN,
+    "gpt": GPT,
     "mlp": MLP,
     "noprop": NoProp,
     "noprop_ct": NoPropCT,
@@ -77,7 +80,7 @@ def names() -> tuple[str, ...]:
 
     Example:
         >>> names()[:4]
-        ('fcn', 'gat', 'gcn', 'mlp')
+        ('fcn', 'gat', 'gcn', 'gpt')
     """
     return tuple(_MODELS)
 
@@ -119,7 +122,7 @@ def create(name: str, shape: tuple[int, int, int], classes: int, *, graph: Graph
 
     Args:
         name: as for `options`.
-        shape: channels, height and width of an image.
+        shape: channels, height and width of an image; of windows of T tokens (1, 1, T).
         classes: number of logits.
         graph: what the nodes of a graph network are linked by (`gcn`, `gat`).
         **options_: fields of `options(name)`; what is left out takes its default.

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from layerwise.errors import LayerwiseError, suggestion
 
@@ -29,6 +30,8 @@ class ModelOptions:
 
     least: ClassVar[Mapping[str, int]] = {}
     """Smallest whole numbers that differ from 1, by name of the option."""
+    tokens: ClassVar[bool] = False
+    """Whether the model takes tokens (B, T) and has logits of the next one at every position."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -70,6 +73,10 @@ class ModelOptions:
         """
         raise NotImplementedError
 
+    def batch(self, shape: tuple[int, int, int], classes: int, samples: int) -> tuple[Any, Tensor]:
+        """A random batch that the model takes, with labels; drawn from torch's generator."""
+        return torch.randn(samples, *shape), torch.randint(classes, (samples,))
+
 
 class BlockSequential(nn.Sequential):
     """An `nn.Sequential` of blocks and a head; `forward` is the plain composition of its children.
@@ -82,6 +89,8 @@ class BlockSequential(nn.Sequential):
 
     input_layout = "BCHW"
     """The layout of its images; a network on anything else than images has no use for it."""
+    tied = False
+    """Whether several blocks use one parameter, so that the network has to be cut at its calls."""
 
     @property
     def block_names(self) -> tuple[str, ...]:

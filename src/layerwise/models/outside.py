@@ -90,10 +90,6 @@ class OutsideModel(ModelOptions):
         """Build the network for samples of `shape` and `classes` outputs."""
         raise NotImplementedError
 
-    def batch(self, shape: tuple[int, int, int], classes: int, samples: int) -> tuple[Any, Tensor]:
-        """A random batch that the network takes, with labels; drawn from torch's generator."""
-        return torch.randn(samples, *shape), torch.randint(classes, (samples,))
-
     @property
     def positions(self) -> bool:
         """Whether the network predicts a next token at every position."""
