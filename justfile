@@ -31,9 +31,9 @@ test *words:
 frameworks:
     python -m pytest -m "slow or not slow" tests/frameworks tests/project/test_examples.py tests/cli/test_outside.py tests/core/test_calls.py tests/project/test_readme.py -p no:cacheprovider
 
-# What the fast suite leaves out: every rule on every family of models
-contract:
-    python -m pytest -m slow tests/rules/test_contract.py -p no:cacheprovider
+# What the fast suite leaves out: every rule on every family of models, what starts many processes, whole grids
+slow *words:
+    python -m pytest -m slow --durations=10 -p no:cacheprovider {{words}}
 
 # Break the library on purpose; the tests must notice. Words select mutants by name
 mutants *words:

@@ -39,17 +39,17 @@ import json
 import sys
 from pathlib import Path
 
-from layerwise.runs.environment import in_words
-from layerwise.report.summary import COLUMNS, table_rows
+from layerwise.runs.environment import machine_in_words
+from layerwise.report.summary import columns, table_rows
 
 out = Path(sys.argv[1])
 rules = json.loads((out / "summary.json").read_text())["rules"]
 memory, speed = (json.loads((out / f"{name}.json").read_text())["rows"] for name in ("memory", "speed"))
-lines = [in_words(json.loads((out / "environment.json").read_text())), ""]
+lines = [machine_in_words(json.loads((out / "environment.json").read_text())), ""]
 
 
-def write(columns, rows):
-    lines.extend(["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"])
+def write(names, rows):
+    lines.extend(["| " + " | ".join(names) + " |", "|---" * len(names) + "|"])
     lines.extend("| " + " | ".join(map(str, row)) + " |" for row in rows)
 
 
@@ -61,9 +61,9 @@ more.append(f"time per step of {speed[0]['model']}, {speed[0]['depth']} blocks, 
 compared = {label.partition(":")[0]: row for label, row in zip(rules, table_rows(rules))}
 rows = []
 for rule in dict.fromkeys([*compared, *(row["rule"] for row in memory)]):
-    first = compared.get(rule, (rule, *[""] * (len(COLUMNS) - 1)))
+    first = compared.get(rule, (rule, *[""] * (len(columns()) - 1)))
     rows.append([*first, *(f"{held[rule, d]:.1f}" if (rule, d) in held else "" for d in depths), ratios.get(rule, "")])
-write([*COLUMNS, *more], rows)
+write([*columns(), *more], rows)
 (out / "table.md").write_text("# One GPU, ten minutes\n\n" + "\n".join(lines) + "\n")
 print("\n".join(lines))
 PYTHON

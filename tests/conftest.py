@@ -3,8 +3,11 @@
 One seed before every test: a test that fails does so again.
 """
 
+import os
+
 import pytest
 import torch
+from filelock import FileLock
 from support.runs import COMPARE, start
 
 
@@ -23,11 +26,14 @@ def _one_seed():
 
 @pytest.fixture(scope="session")
 def comparison(tmp_path_factory):
-    """The folder of a small comparison with its report, made as a user makes it."""
-    folder = tmp_path_factory.mktemp("comparison") / "out"
-    process = start(*COMPARE, "--jobs", "2", "--out", folder)
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
-    (folder.parent / "stdout").write_text(out)
-    (folder.parent / "stderr").write_text(err)
-    return folder
+    """The folder of a small comparison with its report, made as a user makes it; once for all workers of pytest."""
+    base = tmp_path_factory.getbasetemp()
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "comparison"
+    with FileLock(f"{place}.lock"):
+        if not (place / "stderr").exists():
+            process = start(*COMPARE, "--jobs", "2", "--out", place / "out")
+            out, err = process.communicate(timeout=200)
+            assert process.returncode == 0, err
+            (place / "stdout").write_text(out)
+            (place / "stderr").write_text(err)
+    return place / "out"

@@ -240,6 +240,7 @@ def test_bench_memory_counts_exactly(capsys, tmp_path):
     assert many["gradients"] - few["gradients"] == 4 * 3 * 17 * 16  # backprop holds the gradient of every block
 
 
+@pytest.mark.slow
 def test_bench_memory_of_streamed_blocks_is_flat(capsys, tmp_path):
     """A block of width 512 has a weight of 1 MiB; two of them are on the device, with gradients of one."""
     file, block = tmp_path / "memory.json", 4 * 513 * 512

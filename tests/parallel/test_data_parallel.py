@@ -342,7 +342,7 @@ def test_unequal_shares_weigh_as_much_as_their_labels(tmp_path):
         learners = [Learner(copy.deepcopy(model), "local_ce", **given, **o) for o in (PLAIN_SGD, options)]
         for x, y in data:
             for learner in learners:
-                learner.step(x[part], y[part])
+                assert learner.step(x[part], y[part]).samples == len(y[part])
         torch.manual_seed(0)
         told = Learner(decoder(), "local_ce", cuts="layers.*", task=LanguageModel(), **PLAIN_SGD, **given)
         told.step({"tokens": tokens[row]}, labels[row])

@@ -427,6 +427,7 @@ def test_a_port_in_use_is_told(capsys, monkeypatch):
     assert f"port {port} of localhost is in use" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_torchrun_starts_it(tmp_path):
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "layerwise"]
     words += [*PIPELINE, *TINY, "--out", str(tmp_path / "out")]

@@ -94,6 +94,7 @@ def test_no_call_on_a_stopped_store_lasts_longer_than_its_limit():
         keeper.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [DATA, PIPELINE], ids=["data", "pipeline"])
 def test_rank_0_is_named_where_it_keeps_the_store_and_is_stopped(kind, tmp_path):
     words = [*kind, *LONG, *(["--stages", "2,2"] if kind is PIPELINE else [])]
@@ -415,6 +416,7 @@ def test_a_socket_listens_where_it_is_told():
 # Under torchrun.
 
 
+@pytest.mark.slow
 def test_under_torchrun_the_sentence_comes_last(tmp_path, monkeypatch):
     command = [
         sys.executable,

@@ -152,6 +152,7 @@ def test_the_evidence_is_small():
     assert sum((ROOT / file).stat().st_size for file in files if (ROOT / file).exists()) < 4_000_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "folder", sorted((ROOT / "benchmarks").glob("*/claim.toml")), ids=lambda file: file.parent.name
 )

@@ -50,10 +50,13 @@ def public(module):
 
 
 NAMES = [pair for module in PUBLIC for pair in public(module)]
+LONG = {DOCS / "compare.md", DOCS / "rules" / "sid_cascade.md"}  # their comparisons start processes
 RUNNABLE = [page for page in PAGES if {"python", "pycon", "console"} & {language for language, _, _ in blocks(page)}]
 
 
-@pytest.mark.parametrize("page", RUNNABLE, ids=title)
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, marks=pytest.mark.slow if p in LONG else (), id=title(p)) for p in RUNNABLE]
+)
 def test_every_block_of_a_page_does_what_it_says(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")

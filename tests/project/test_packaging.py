@@ -97,7 +97,7 @@ def test_just_and_ci_share_one_list_of_commands():
     used = set(re.findall(r"\bjust (\w+)", (ROOT / ".ci" / "run").read_text()))
     assert (
         used
-        == {"lint", "format", "types", "layers", "doctests", "test", "contract", "mutants", "docs", "campaigns"}
+        == {"lint", "format", "types", "layers", "doctests", "test", "slow", "mutants", "docs", "campaigns"}
         <= recipes
     )
     assert ".ci/run" in (ROOT / ".github" / "workflows" / "ci.yml").read_text()

@@ -212,6 +212,7 @@ def signalled(process, signum, folder, count):
     return process.returncode, err
 
 
+@pytest.mark.slow
 def test_stopped_from_outside_again_and_again(tmp_path):
     whole, folder = train(tmp_path / "whole", *LONG), tmp_path / "run"
     words = ["train", *SMALL, *LONG, "--out", folder]

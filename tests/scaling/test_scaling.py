@@ -136,6 +136,7 @@ def test_a_prediction_is_the_sum_of_its_blocks():
     assert grown([1.0, 2.0, 3.0, 4.0, 9.0], 6) == [1.0, *[3.0] * 5, 9.0]
 
 
+@pytest.mark.slow
 def test_all_ways_are_measured_and_simulated(tmp_path, capsys, monkeypatch):
     costs = []
     monkeypatch.setattr(scaling, "Costs", lambda **found: costs.append(Costs(**found)) or costs[-1])
@@ -176,6 +177,7 @@ def test_all_ways_are_measured_and_simulated(tmp_path, capsys, monkeypatch):
     assert "Throughput on several processes" in (folder / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_every_way_moves_weights_as_one_process_does_and_a_process_that_dies_is_told(tmp_path):
     options = ScalingOptions(
         model="mlp", depth=4, model_options={"width": 16}, shape=(1, 8, 8), batch_size=16, optimizer="sgd", timeout=30
@@ -230,6 +232,7 @@ def test_at_the_end_of_a_way_every_lane_has_given_its_last_word():
     assert not channel.found
 
 
+@pytest.mark.slow
 def test_nobody_outlives_the_command():
     process = start(*TINY, *split("--ranks 1,2 --rounds 100000 --ways rule pipeline"))
     try:

@@ -401,9 +401,7 @@ class Learner:
             self.steps += 1
             self._count(updates)
             self.skipped += self.stage.pass_on(h, message, bool(trace.skipped))
-        return Metrics(
-            step, len(y) * self.replicas.count, trace.metrics, tuple(trace.skipped), trace.finite, trace.statistics
-        )
+        return Metrics(step, len(y), trace.metrics, tuple(trace.skipped), trace.finite, trace.statistics)
 
     def flush(self) -> bool:
         """Do the update under way with the batches that it has; with `accumulate`, at the end of the training.

@@ -15,7 +15,7 @@ class Metrics:
 
     Attributes:
         step: number of the step, from 0.
-        samples: size of the batch, the shares of all replicas together.
+        samples: size of the batch in this process: of its share, where replicas share a batch.
         blocks: per block name (and `"head"`), the rule's scalars, such as `loss` and `accuracy`.
         statistics: per block name, sums out of which the task makes its metrics, for tasks that need them.
         skipped: names of the groups whose update was skipped (`nonfinite="skip"`).

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from layerwise.errors import LayerwiseError
@@ -168,3 +168,14 @@ class OnFile(TorchFunctionMode):
         place = tensor_at(self._mapped, self._used, tuple(tensor.shape), tensor.dtype)
         self._used += needed
         return place.copy_(tensor).requires_grad_(tensor.requires_grad)
+
+
+def into_memory(model: nn.Module) -> None:
+    """Copies what a model that was made inside `OnFile` holds into ordinary memory; the file is freed.
+
+    Args:
+        model: its tensors on the meta device stay there.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.is_meta:
+            tensor.data = tensor.data.clone()

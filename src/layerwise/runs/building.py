@@ -20,7 +20,7 @@ from layerwise.data.masks import IGNORED
 from layerwise.errors import LayerwiseError, short, why
 from layerwise.files import kind_of, shown
 from layerwise.learner import Learner, checks
-from layerwise.memory.mmap import OnFile
+from layerwise.memory.mmap import OnFile, into_memory
 from layerwise.memory.stores import nearest_folder
 from layerwise.models import GraphModelOptions, ModelOptions
 from layerwise.parallel.replicas import Replicas
@@ -262,7 +262,8 @@ def build_learner(
         LayerwiseError: options that the rule, the model or the optimizer refuses, or that do not go together.
     """
     folder = Path(options.offload_folder or nearest_folder(Path(options.out or "runs")))
-    with OnFile(folder) if options.offload == "disk" else contextlib.nullcontext():
+    a_part = stage is not None and options.offload == "none"  # the whole network may be larger than this rank's memory
+    with OnFile(folder) if a_part or options.offload == "disk" else contextlib.nullcontext():
         model = build_model(options.model, facts, options.seed, graph, outputs_of(options, facts))
     where: dict[str, Any] = {name: getattr(options, name) for name in ("cuts", "blocks", "output", "tied")}
     if isinstance(options.model, models.OutsideModel):
@@ -302,6 +303,8 @@ def build_learner(
         raise LayerwiseError(
             f"rule {options.rule.name!r} does not train the model {given!r}; choose the model {' or '.join(wanted)}."
         )
+    if a_part:
+        into_memory(learner.network.model)
     return learner
 
 
