@@ -161,9 +161,7 @@ def apart(name: str) -> float:
     for _ in range(3):
         learner.step(x, y)
         step(x, y)
-    mine, by_hand = (
-        torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (learner.network.model, other)
-    )
+    mine, by_hand = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (learner.network.model, other))
     found = float((mine - by_hand).abs().max() / mine.abs().max())
     if found > (0 if exact else 1e-9):
         raise SystemExit(f"{name}: the loop by hand computes something else; the weights are {found} apart")
@@ -193,8 +191,8 @@ def measure(name: str, rounds: int, warmup: int = 2) -> dict:
         "groups": len(learner.groups),
         "ratio": [statistics.median(ratios), ratios[rounds // 10], ratios[-1 - rounds // 10]],
     }
-    low, high = found["ratio"][1:]
-    print(f"{name}: {1000 * found['seconds']:.2f} ms by hand, {found['ratio'][0]:.3f} ({low:.3f} .. {high:.3f})", flush=True)
+    words = "{:.3f} ({:.3f} .. {:.3f})".format(*found["ratio"])
+    print(f"{name}: {1000 * found['seconds']:.2f} ms by hand, {words}", flush=True)
     return found
 
 

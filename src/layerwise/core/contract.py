@@ -46,7 +46,7 @@ def check_rule(rule: object) -> None:
             raise LayerwiseError(f"{rule.name}'s option {option.name} is {value!r}; {legal}.")
 
 
-class asking:  # noqa: N801
+class asking:
     """A context that turns what a rule's own code raises into a sentence that names the rule; the cause stays attached.
 
     A class, since every block enters one in every step, and a generator takes several times as long.

@@ -22,6 +22,7 @@ from layerwise.core.randomness import derive_seed
 from layerwise.core.reached import check_reached
 from layerwise.core.rule import Rule, Signal
 from layerwise.core.runner import NOTHING, Runner
+from layerwise.core.stepping import take_step
 from layerwise.core.tasks import Task
 from layerwise.core.trees import all_finite, detach
 from layerwise.errors import LayerwiseError
@@ -361,6 +362,7 @@ class Engine(Runner):
         may_step = self.finite.may_step(group, h, loss, norm, step, trace)
         if may_step and not isinstance(self.rule, StepsByParameter):
             if self.execution.clip is not None:
+                assert isinstance(norm, Tensor)
                 nn.utils.clip_grads_with_norm_(group.parameters, self.execution.clip, norm)
             for optimizer in learning:
                 self._step_optimizer(group, optimizer)
@@ -371,7 +373,10 @@ class Engine(Runner):
     def _step_optimizer(self, group: Group, optimizer: torch.optim.Optimizer) -> None:
         set_learning_rate(optimizer, self._factor())
         try:
-            group.scaler.step(optimizer)
+            if group.scaler.is_enabled():
+                group.scaler.step(optimizer)
+            else:
+                take_step(optimizer)
         except RuntimeError as reason:
             if "sparse" not in str(reason).lower():
                 raise

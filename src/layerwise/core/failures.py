@@ -21,7 +21,7 @@ class NonFinite(LayerwiseError):
         super().__init__(f"block {block!r} has a non-finite loss or gradient at step {step}: {cause}.")
 
 
-class in_a_sentence:  # noqa: N801
+class in_a_sentence:
     """A context that turns what a user's own modules raise into a sentence that names them; the cause stays attached.
 
     Args:
