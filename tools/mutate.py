@@ -220,7 +220,7 @@ MUTANTS = [
            [("loss = by_depth(self.likelihood_weight", "loss = -by_depth(self.likelihood_weight")],
            f"{RULES} likelihood or closed_form"),
     Mutant("an unlabelled sample counts as wrong", "core/tasks/classes.py",
-           [("return correct / counted", "return correct / y.numel()")],
+           [("lambda y: (self.aligned(y) != UNLABELLED).sum()", "lambda y: torch.tensor(y.numel())")],
            "test_graph_forward.py counts_in_no_loss"),
     Mutant("a cell's label is its rarest class", "core/tasks/pixels.py",
            [("most, chosen = votes.max(-1)", "most, chosen = votes.min(-1)")], "test_tasks.py most_frequent"),
