@@ -298,7 +298,7 @@ MUTANTS = [
     Mutant("a table is standardised in float32", "data/batches.py",
            [("(1, torch.float64)", "(1, torch.float32)")], "test_tables.py standardised"),
     Mutant("labels are looked at when the folder is there", "runs/training.py",
-           [("self.learner.check_labels(part.labels)", "pass")], "test_graph_forward.py wrong_use"),
+           [("self.learner.check_labels(part.checked_labels)", "pass")], "test_graph_forward.py wrong_use"),
     Mutant("a link leaves the last words of its lanes", "scaling/counting.py",
            [("for _ in self.from_previous.lanes[1:]:", "for _ in ():")], "test_scaling.py last_word"),
     Mutant("at calls: a stem moves again with the head", "core/regular.py",
