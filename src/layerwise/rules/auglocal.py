@@ -134,6 +134,7 @@ class AugLocal(ReadsOut, Rule):
     locality: ClassVar[Locality] = "local"
     boundary: ClassVar[str] = "detached activation"
     flat_memory: ClassVar[bool] = True
+    reads_logits: ClassVar[bool] = False
     runs_once: ClassVar[bool] = False
     tasks: ClassVar[tuple[str, ...]] = (
         *("classification", "soft_labels", "language_model", "regression", "multilabel", "loss"),

@@ -39,6 +39,7 @@ class Interlocking(ReadsOut, Rule):
     locality: ClassVar[Locality] = "interlocking"
     boundary: ClassVar[str] = "detached activation; gradients back over n - 1 boundaries"
     flat_memory: ClassVar[bool] = True
+    reads_logits: ClassVar[bool] = False
     tasks: ClassVar[tuple[str, ...]] = ANY_TASK
     source: ClassVar[str] = (
         "Gomez, Key et al., arXiv 2010.04116 (2020); linear auxiliary heads, blocks ahead run again: our reading"

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from layerwise.core.chunked import LinearOutputs
 from layerwise.core.pieces import ReadsOut
 from layerwise.core.ranges import PositiveInt
 from layerwise.core.rule import (
@@ -14,6 +15,7 @@ from layerwise.core.rule import (
     Rule,
     Signal,
     Site,
+    leaves_logits,
     loss_at_head,
     loss_of,
 )
@@ -45,6 +47,7 @@ class LocalCE(ReadsOut, Rule):
     locality: ClassVar[Locality] = "local"
     boundary: ClassVar[str] = "detached activation"
     flat_memory: ClassVar[bool] = True
+    reads_logits: ClassVar[bool] = False
     unlabelled: ClassVar[bool] = True
     tasks: ClassVar[tuple[str, ...]] = ANY_TASK
     source: ClassVar[str] = (
@@ -76,4 +79,7 @@ class LocalCE(ReadsOut, Rule):
             return loss_at_head(ctx)
         if ctx.auxiliary is None:
             return Signal()
-        return loss_of(ctx.task, *read_out(ctx, ctx.auxiliary, self.pool))
+        outputs, y = read_out(ctx, ctx.auxiliary, self.pool)
+        if isinstance(outputs, LinearOutputs) and not leaves_logits(self):
+            outputs = outputs.whole()
+        return loss_of(ctx.task, outputs, y)

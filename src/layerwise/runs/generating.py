@@ -138,8 +138,7 @@ def outputs_at(learner: Learner, x: Tensor, block: int) -> Tensor:
     blocks = len(network.blocks)
     if not 1 <= block <= blocks:
         raise LayerwiseError(f"there is no block {block}; the network has the blocks 1 to {blocks}.")
-    reads = isinstance(rule, (ReadsOut, PassesBeliefs)) and str(block - 1) in auxiliary
-    if not reads:
+    if not isinstance(rule, (ReadsOut, PassesBeliefs)) or str(block - 1) not in auxiliary:
         able = sorted(int(i) + 1 for i in auxiliary if int(i) < blocks) if isinstance(rule, ReadsOut) else []
         advice = f"its blocks with one are {', '.join(map(str, able))}" if able else "leave --block out"
         raise LayerwiseError(f"block {block} has no readout under the rule {rule.name!r}; {advice}.")
