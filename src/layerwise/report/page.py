@@ -15,6 +15,7 @@ from layerwise.files import MissingFile, kind_of, shown
 from layerwise.records import convert
 from layerwise.report import figures
 from layerwise.report.benches import put_bench, read_bench
+from layerwise.report.language import loss_per_block, texts
 from layerwise.report.reading import (
     ADVICE,
     CompareRecord,
@@ -94,7 +95,7 @@ def write_report(folder: Path) -> Path:
             f"a report needs {reason.name}, which is not installed; pip install 'layerwise[report]' and then run "
             f"layerwise report {shlex.quote(str(folder))}."
         ) from reason
-    page: dict[str, Any] = {"table": [], "notes": [], "failures": [], "sections": [], "origins": []}
+    page: dict[str, Any] = {"table": [], "notes": [], "failures": [], "texts": [], "sections": [], "origins": []}
     if kind_of(folder / "summary.json") is not None:
         put_comparison(folder, page)
     benches = [found for file in sorted(folder.glob("*.json")) if (found := read_bench(folder, file.name)) is not None]
@@ -245,8 +246,10 @@ def put_comparison(folder: Path, page: dict[str, Any]) -> None:
     page["sections"] += [
         _accuracy(runs, looks, record, origin, metric),
         _costs(rules, looks, origin, metric),
+        loss_per_block(runs.lines, metric, origin),
         _layers(runs, origin),
     ]
+    page["texts"] = texts(runs.results)
 
 
 def _budget(fixed: dict[str, Any]) -> str:
