@@ -92,7 +92,9 @@ class _Chunked(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         # Sums, in float32 or wider: a gradient that is divided by the number of predictions may vanish in fp16.
         gradients = [
-            torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) if t is not None and wanted and learns else None
+            torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32))
+            if t is not None and wanted and learns
+            else None
             for t, wanted in zip((features, weight, bias), ctx.needs_input_grad, strict=False)
         ]
         total, mass = features.new_zeros(2, dtype=torch.float32)
@@ -113,8 +115,8 @@ class _Chunked(torch.autograd.Function):
             sure = (1 - smoothing) * own  # of the target, on the label
             each = sure * (log_sum - z.gather(1, place)[:, 0])
             size = sure
+            every = z.new_ones(z.shape[1]) if weights is None else weights
             if smoothing:
-                every = z.new_ones(z.shape[1]) if weights is None else weights
                 each = each + spread * counts * (log_sum * every.sum() - z @ every)
                 size = sure + spread * counts * every.sum()
             total = total + each.sum()
@@ -124,7 +126,7 @@ class _Chunked(torch.autograd.Function):
             z.sub_(log_sum[:, None]).exp_().mul_(size[:, None])
             z.scatter_add_(1, place, -sure[:, None])
             if smoothing:
-                z.addcmul_(counts.float()[:, None], every[None], value=-spread)  # pyright: ignore[reportPossiblyUnbound]
+                z.addcmul_(counts.float()[:, None], every[None], value=-spread)
             z = z.to(low)
             if gradients[0] is not None:
                 gradients[0][part] = z @ weight
@@ -142,7 +144,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         if ctx.gradients is None:
             raise RuntimeError("a loss in chunks cannot be run backward a second time: its gradients are used up.")
         gradients, ctx.gradients = ctx.gradients, None

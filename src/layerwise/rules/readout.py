@@ -1,14 +1,20 @@
 """What the rules with a loss per block share: groups of blocks, a block's readout, and its labels."""
 
+from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise.core.blocks import Partition
 from layerwise.core.chunked import LinearOutputs
 from layerwise.core.functional import pool_features
+from layerwise.core.pieces import ReadsOutputMatrix
 from layerwise.core.posteriors import Categorical, Posterior
-from layerwise.core.rule import BlockContext, Site
+from layerwise.core.ranges import PositiveInt
+from layerwise.core.rule import BlockContext, Rule, Site
 from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
 
@@ -88,17 +94,129 @@ def labels_at(ctx: BlockContext, z: Tensor) -> Tensor:
     return ctx.task.at(ctx.y, places)
 
 
+ReadoutKind = Literal["private", "shared", "random", "low_rank"]
+MATRIX_SEED = 0x6D61_7472_6978
+_DRAWN: WeakKeyDictionary[Partition, dict[Any, Tensor]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class HasReadout(ReadsOutputMatrix, Rule):
+    """A rule whose blocks read the task's outputs off their features through a matrix, and whose matrix that is."""
+
+    readout: ReadoutKind = "private"
+    """Whose matrix reads a block's outputs: its own | the network's output layer's, looked at as it was at the start of
+    the step | one fixed random one for all blocks | its own, of a low rank."""
+    rank: PositiveInt = 64
+    """Rank of a `low_rank` matrix."""
+
+    def own_readout(self, width: int, site: Site, task: Task, dtype: torch.dtype, bias: bool = True) -> nn.Module:
+        """A readout of `width` features; `bias` is that of a private one."""
+        if self.readout == "private":
+            return nn.Linear(width, task.outputs, bias=bias, dtype=dtype)
+        return Readout(width, self.readout, site, task, self.rank).to(dtype)
+
+
+def output_matrix(site: Site) -> Tensor:
+    """The matrix of the network's output layer `(K, D)` as it is now, without history; no copy.
+
+    Raises:
+        LayerwiseError: the head ends with no linear layer.
+    """
+    layer = None if site.network is None else site.network.output_layer
+    if layer is None or site.network is None:
+        raise LayerwiseError(
+            'readout="shared" reads the matrix of the linear layer with which the head ends, and trains, and this '
+            'network has none; choose readout="private".'
+        )
+    if site.network.head.before is not None:
+        site.network.head.before()  # an offloaded head has to be fetched
+    return layer.weight.detach()
+
+
+def fixed_matrix(network: Partition | None, outputs: int, width: int) -> Tensor:
+    """The random matrix `(K, D)` of all blocks of a network, with entries $N(0, 1/D)$; the same in every process."""
+    made = {} if network is None else _DRAWN.setdefault(network, {})
+    if (outputs, width) not in made:
+        draw = torch.Generator().manual_seed(MATRIX_SEED)
+        made[outputs, width] = torch.randn(outputs, width, generator=draw) / width**0.5
+    return made[outputs, width]
+
+
+class Readout(nn.Module):
+    r"""Outputs $z = M\,\mathrm{norm}(A v)$ of features v, where the matrix M is not the block's own, or of low rank.
+
+    A is an adapter, learned and without bias, where v has another width than M; norm is RMSNorm with learned gains.
+    A private matrix is a plain `nn.Linear` and needs none of this.
+
+    Args:
+        width: number of features.
+        kind: `shared`, `random` or `low_rank`.
+        site: whose output is read.
+        task: knows the number of outputs K.
+        rank: of a low-rank matrix.
+        norm: whether features are normalised here.
+        learns: whether gains and adapter learn; the adapter is random and fixed otherwise.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        kind: ReadoutKind,
+        site: Site,
+        task: Task,
+        rank: int = 64,
+        norm: bool = True,
+        learns: bool = True,
+    ):
+        super().__init__()
+        layer = None if site.network is None else site.network.output_layer
+        inner = layer.in_features if layer is not None else width
+        if kind == "shared":
+            output_matrix(site)  # or a sentence
+        inner = rank if kind == "low_rank" else inner
+        # A low-rank matrix is an adapter and what comes after it, so its features are normalised first.
+        self.norm = nn.RMSNorm(width if kind == "low_rank" else inner, eps=1e-6) if norm else nn.Identity()
+        adapted = kind == "low_rank" or inner != width
+        self.adapter = nn.Linear(width, inner, bias=False) if adapted else nn.Identity()
+        if not learns:
+            self.requires_grad_(False)
+        self.up = nn.Linear(rank, task.outputs, bias=False) if kind == "low_rank" else None
+        fixed = fixed_matrix(site.network, task.outputs, inner) if kind == "random" else None
+        self.register_buffer("matrix", fixed, persistent=False)
+
+    matrix: Tensor | None
+
+    def outputs(self, features: Tensor, site: Site) -> LinearOutputs:
+        """The outputs `(..., K)` of features `(..., D)`, not computed yet."""
+        if self.up is not None:
+            return LinearOutputs(self.adapter(self.norm(features)), self.up.weight)
+        matrix = output_matrix(site) if self.matrix is None else self.matrix
+        return LinearOutputs(self.norm(self.adapter(features)), matrix)
+
+
+def outputs_of(readout: nn.Module, features: Tensor, site: Site) -> LinearOutputs:
+    """Outputs of a private readout or of another one, not computed yet."""
+    if isinstance(readout, Readout):
+        return readout.outputs(features, site)
+    assert isinstance(readout, nn.Linear)
+    return LinearOutputs(features, readout.weight, readout.bias)
+
+
 def read_out(
     ctx: BlockContext, readout: nn.Module, pool: Pool, h: Tensor | None = None
 ) -> tuple[Tensor | LinearOutputs, Tensor]:
     """Outputs of a block's own readout, as the task has them, and the labels at their resolution.
 
-    Those of a linear readout are not computed yet where the loss may make them in chunks.
+    Those of one label per token are not computed yet, as the loss may make them in chunks.
     """
     features = features_of(ctx, pool, h)
-    if ctx.task.positions == "token" and type(readout) is nn.Linear:
-        return LinearOutputs(features, readout.weight, readout.bias), ctx.y
-    z = readout(features)
+    if type(readout) is nn.Linear or isinstance(readout, Readout):
+        outputs = outputs_of(readout, features, ctx.site)
+        if ctx.task.positions == "token":
+            return outputs, ctx.y
+        z = outputs.whole()
+    else:
+        z = readout(features)
     return ctx.task.as_outputs(z), labels_at(ctx, z)
 
 
