@@ -223,7 +223,7 @@ MUTANTS = [
              "y.is_floating_point() else y.numel()\n        return correct")],
            "test_graph_forward.py counts_in_no_loss"),
     Mutant("a shared matrix learns from the blocks", "rules/readout.py",
-           [("return layer.weight.detach()", "return layer.weight")], "test_readouts.py start_of_the_step"),
+           [("return layer.weight.detach()", "return layer.weight")], "test_readouts.py one_graph"),
     Mutant("ignored positions count in the loss in chunks", "core/chunked.py",
            [("counts = labels != ignore", "counts = labels == labels")], "test_chunked.py torchs"),
     Mutant("a cell's label is its rarest class", "core/tasks/pixels.py",

@@ -87,6 +87,17 @@ def test_the_matrix_is_that_of_the_start_of_the_step():
             torch.testing.assert_close(now, p - 0.1 * g, atol=1e-6, rtol=1e-5)
 
 
+def test_where_all_blocks_are_one_graph_the_matrix_still_learns_from_the_head_alone():
+    learner, (x, y) = learner_of(rules.create("deep_supervision", readout="shared")), tokens()
+    model = copy.deepcopy(learner.network.model)
+    torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+    weight = model.head.linear.weight
+    learner.step(x, y)
+    torch.testing.assert_close(
+        learner.network.model.head.linear.weight, weight - 0.1 * weight.grad, atol=1e-6, rtol=1e-5
+    )
+
+
 def test_one_random_matrix_is_held_once():
     learner = learner_of(rules.create("local_ce", readout="random"))
     first, second = (readout_of(learner, block).matrix for block in (0, 1))

@@ -83,4 +83,4 @@ class LocalCE(HasReadout, Greedy):
         """A linear head from the pooled output to the task's outputs, for every group but the last."""
         if not self._has_head(site):
             return None
-        return self.own_readout(readout_width(h, self.pool, site, task), site, task, h.dtype)
+        return self.own_readout(readout_width(h, self.pool, site, task), site, task, h)

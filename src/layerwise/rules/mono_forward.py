@@ -51,7 +51,7 @@ class MonoForward(PredictsBySite, LocalCE):
             )
         if not self._has_head(site):
             return None
-        return self.own_readout(readout_width(h, self.pool, site, task), site, task, h.dtype, bias=False)
+        return self.own_readout(readout_width(h, self.pool, site, task), site, task, h, bias=False)
 
     def signal(self, ctx: BlockContext) -> Signal:
         """Cross-entropy of the block's goodness."""

@@ -29,7 +29,7 @@ class PredSimHeads(nn.Module):
         super().__init__()
         self.classifier = self.map = None
         if rule.loss != "sim":
-            self.classifier = rule.own_readout(pool_vectors(h, "grid", False).shape[-1], site, task, torch.float32)
+            self.classifier = rule.own_readout(pool_vectors(h, "grid", False).shape[-1], site, task, h)
             if isinstance(self.classifier, nn.Linear):
                 nn.init.zeros_(self.classifier.weight)
                 nn.init.zeros_(self.classifier.bias)

@@ -109,11 +109,11 @@ class HasReadout(ReadsOutputMatrix, Rule):
     rank: PositiveInt = 64
     """Rank of a `low_rank` matrix."""
 
-    def own_readout(self, width: int, site: Site, task: Task, dtype: torch.dtype, bias: bool = True) -> nn.Module:
-        """A readout of `width` features; `bias` is that of a private one."""
+    def own_readout(self, width: int, site: Site, task: Task, like: Tensor, bias: bool = True) -> nn.Module:
+        """A readout of `width` features such as `like`; `bias` is that of a private one."""
         if self.readout == "private":
-            return nn.Linear(width, task.outputs, bias=bias, dtype=dtype)
-        return Readout(width, self.readout, site, task, self.rank).to(dtype)
+            return nn.Linear(width, task.outputs, bias=bias, dtype=like.dtype)
+        return Readout(width, self.readout, site, task, like, self.rank)
 
 
 def output_matrix(site: Site) -> Tensor:
@@ -133,13 +133,14 @@ def output_matrix(site: Site) -> Tensor:
     return layer.weight.detach()
 
 
-def fixed_matrix(network: Partition | None, outputs: int, width: int) -> Tensor:
+def fixed_matrix(network: Partition | None, outputs: int, width: int, like: Tensor) -> Tensor:
     """The random matrix `(K, D)` of all blocks of a network, with entries $N(0, 1/D)$; the same in every process."""
     made = {} if network is None else _DRAWN.setdefault(network, {})
-    if (outputs, width) not in made:
+    key = (outputs, width, like.dtype, like.device)
+    if key not in made:
         draw = torch.Generator().manual_seed(MATRIX_SEED)
-        made[outputs, width] = torch.randn(outputs, width, generator=draw) / width**0.5
-    return made[outputs, width]
+        made[key] = (torch.randn(outputs, width, generator=draw) / width**0.5).to(like.device, like.dtype)
+    return made[key]
 
 
 class Readout(nn.Module):
@@ -153,6 +154,7 @@ class Readout(nn.Module):
         kind: `shared`, `random` or `low_rank`.
         site: whose output is read.
         task: knows the number of outputs K.
+        like: features of the type and on the device of those that will come.
         rank: of a low-rank matrix.
         norm: whether features are normalised here.
         learns: whether gains and adapter learn; the adapter is random and fixed otherwise.
@@ -164,6 +166,7 @@ class Readout(nn.Module):
         kind: ReadoutKind,
         site: Site,
         task: Task,
+        like: Tensor,
         rank: int = 64,
         norm: bool = True,
         learns: bool = True,
@@ -181,7 +184,8 @@ class Readout(nn.Module):
         if not learns:
             self.requires_grad_(False)
         self.up = nn.Linear(rank, task.outputs, bias=False) if kind == "low_rank" else None
-        fixed = fixed_matrix(site.network, task.outputs, inner) if kind == "random" else None
+        self.to(like.device, like.dtype)  # before the matrix, which is one for all blocks
+        fixed = fixed_matrix(site.network, task.outputs, inner, like) if kind == "random" else None
         self.register_buffer("matrix", fixed, persistent=False)
 
     matrix: Tensor | None

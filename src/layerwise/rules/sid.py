@@ -273,7 +273,7 @@ class SID(HasReadout, Distillation):
             return None
         width = self._vectors(h, site, task).shape[-1]
         if self.readout != "private":
-            readout = None if site.is_head else Readout(width, self.readout, site, task, self.rank).to(h.dtype)
+            readout = None if site.is_head else Readout(width, self.readout, site, task, h, self.rank)
             return BeliefReadout(readout, task, h.dtype)
         if site.is_head:
             return BeliefToLogits(task, h.dtype)

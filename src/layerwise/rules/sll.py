@@ -211,7 +211,7 @@ class SLL(ReadsOutputMatrix, Rule):
         dtype = torch.promote_types(h.dtype, torch.float32)
         readout = None
         if self.readout != "private":
-            readout = Readout(width, self.readout, site, task, norm=False, learns=False).to(dtype)
+            readout = Readout(width, self.readout, site, task, h.to(dtype), norm=False, learns=False)
         return Projection(width, dim, task.outputs, self, dtype, readout)
 
     def signal(self, ctx: BlockContext) -> Signal:
