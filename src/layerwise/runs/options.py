@@ -17,6 +17,7 @@ from layerwise.core.rule import Rule
 from layerwise.data.numbers import DataTask
 from layerwise.errors import LayerwiseError, short, suggestion, unknown, why
 from layerwise.files import MissingFile, read_text, shown
+from layerwise.memory.fitting import read_size
 from layerwise.memory.offload import Where
 from layerwise.models import ModelOptions
 from layerwise.records import LARGEST, DamagedRecord, convert
@@ -90,6 +91,9 @@ class TrainOptions:
     """Batches per update."""
     micro: int = 1
     """Parts in which every block runs its batch, one after the other, before it steps: less memory, the same update."""
+    peak: str | None = None
+    """Most memory of activations and gradients, such as 200MiB: the run takes the fewest parts (--micro) that stay
+    within it. In a comparison also auto: the lowest of the rules as they are."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the blocks (autocast)."""
     compile: bool = False
@@ -123,6 +127,8 @@ class TrainOptions:
         check_ranges(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in TRAINING})
         if self.threads is not None and self.threads > MOST_THREADS:
             raise LayerwiseError(f"threads is {self.threads}; the most is {MOST_THREADS}.")
+        if self.peak not in (None, "auto"):
+            read_size(self.peak)
         for name, own in (("loss", "regression"), ("label_smoothing", "classification")):
             if self.task != own and getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise LayerwiseError(f"{name} is about {own}, and the task is {self.task}; leave it out.")
