@@ -116,7 +116,7 @@ MUTANTS = [
     Mutant("the lending block's output is passed on", "core/runner.py",
            [("            if own:\n", "            if True:\n")], f"{RULES} overlap_of_one"),
     Mutant("the lending block's running statistics move", "core/runner.py",
-           [("buffers = nullcontext() if own and not aside else unit.on_copies()", "buffers = nullcontext()")],
+           [("buffers = NOTHING if own and not aside else unit.on_copies()", "buffers = NOTHING")],
            "test_extra_passes.py sees_every_batch_once and interlocking"),
     Mutant("an extra pass has other draws than the step", "core/runner.py",
            [("    return self.run(unit, h, message, step)\n", "    return self.run(unit, h, message, None)\n")],
