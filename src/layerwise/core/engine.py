@@ -182,6 +182,7 @@ class Engine(Runner):
             passed_on, loss = self._run_part(group, part, h, message, y, step, trace)
             whole.add(part, passed_on)
             losses.append(loss)
+            del passed_on  # it has been copied, and would wait beside the next part
         h_out, message_out = whole.tree
         for name in [unit.site.name for unit in group.units]:
             sums = trace.statistics.pop(name, None)  # of every block they would grow with depth
