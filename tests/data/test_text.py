@@ -190,6 +190,11 @@ def test_bits_per_byte_count_the_bytes_of_the_labels():
     found = task.metrics(torch.zeros(2, 3, 3), y)
     assert float(found["perplexity"]) == pytest.approx(3)
     assert float(found["bits_per_byte"]) == pytest.approx(4 * math.log2(3) / (1 + 2 + 4 + 4))
+    loss = task.loss(torch.zeros(2, 3, 3), y)
+    beside = task.statistics_beside(torch.zeros(2, 3, 3), y, loss)
+    assert {k: float(v) for k, v in task.measures(beside).items()} == pytest.approx(
+        {k: float(v) for k, v in found.items()}
+    )
     halves = [task.statistics(torch.zeros(1, 3, 3), part) for part in y.split(1)]  # of any batches: the sums add up
     joined = task.measures({name: halves[0][name] + halves[1][name] for name in halves[0]})
     assert {name: float(value) for name, value in joined.items()} == pytest.approx(
