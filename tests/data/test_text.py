@@ -102,6 +102,12 @@ def test_a_folder_brings_its_own_splits(tmp_path):
     assert (bytes(stream(found.train)) + bytes(stream(found.val))).decode() == prose(1, lines=50) + prose(2, lines=50)
 
 
+def test_a_folder_may_lie_in_the_folder_of_data(tmp_path):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "train.txt").write_text(prose())
+    assert load(None, name="text:own", root=tmp_path).contents == load(tmp_path / "own").contents
+
+
 def test_a_bpe_is_trained_on_the_training_split_alone(tmp_path):
     (tmp_path / "train.txt").write_text("ab ab ab\n" * 50)
     (tmp_path / "test.txt").write_text("xyzxyz\n" * 50)
