@@ -15,6 +15,7 @@ from layerwise.files import MissingFile, kind_of, shown
 from layerwise.records import convert
 from layerwise.report import figures
 from layerwise.report.benches import put_bench, read_bench
+from layerwise.report.frontier import frontier
 from layerwise.report.language import loss_per_block, texts
 from layerwise.report.reading import (
     ADVICE,
@@ -30,7 +31,7 @@ from layerwise.report.reading import (
     read_rows,
 )
 from layerwise.report.sections import Origin, Section
-from layerwise.report.summary import columns, resolution_in_words, spread, table_rows
+from layerwise.report.summary import columns, is_fitted, notes_of_fits, resolution_in_words, spread, table_rows
 from layerwise.runs.environment import machine_in_words
 from layerwise.runs.layout import grid_run_folder
 from layerwise.runs.writing import write_atomically
@@ -236,8 +237,8 @@ def put_comparison(folder: Path, page: dict[str, Any]) -> None:
     page["title"] = f"Learning rules on {fixed['data']}, {fixed['model']['name']}"
     seeds = f"{record['seeds']} seed{'s' if record['seeds'] > 1 else ''}"
     page["subtitle"] = f"{seeds}, {_budget(fixed)}; {machine_in_words(machine)}"
-    page["columns"], page["table"] = columns(metric), table_rows(rules, metric)
-    page["notes"] = notes(rules, fixed, metric)
+    page["columns"], page["table"] = columns(metric, is_fitted(rules)), table_rows(rules, metric)
+    page["notes"] = [*notes(rules, fixed, metric), *notes_of_fits(rules)]
     page["failures"] = [
         (f"{rule} seed {failed['seed']}", failed["reason"])
         for rule, found in rules.items()
@@ -245,6 +246,7 @@ def put_comparison(folder: Path, page: dict[str, Any]) -> None:
     ]
     page["sections"] += [
         _accuracy(runs, looks, record, origin, metric),
+        frontier(rules, looks, origin, metric),
         _costs(rules, looks, origin, metric),
         loss_per_block(runs.lines, metric, origin),
         _layers(runs, origin),
