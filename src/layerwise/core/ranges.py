@@ -98,6 +98,9 @@ class Training(TypedDict, total=False):
     save_every: PositiveInt | None
     log_every: PositiveInt
     timeout: Annotated[float, Range(above=0, most=10**7)]
+    eval_every: PositiveInt | None
+    vocabulary: PositiveInt
+    window: PositiveInt
 
 
 TRAINING: Mapping[str, Any] = get_type_hints(Training, include_extras=True)
