@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from layerwise.core.ranges import DataTask
 from layerwise.data.columns import find_columns, read_labels
 from layerwise.data.machine import need
 from layerwise.data.naming import split_of
-from layerwise.data.numbers import DataTask
 from layerwise.data.rows import Part, Rows, TableRows
 from layerwise.errors import LayerwiseError
 
