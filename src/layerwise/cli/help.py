@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from layerwise.parsing import parse, take_option
 from layerwise.runs.settings import RunSettings, build_options, load_recipe
 
-NAMES = ("recipe", "rule", "model")
+BRINGING = ("recipe", "rule", "model", "data")
 """Options whose values bring options or defaults of their own."""
 
 
@@ -42,11 +42,11 @@ def print_help(argv: Sequence[str], command: str, about: str, *parts: type, hidd
     Raises:
         SystemExit: the help was printed.
     """
-    if not {"-h", "--help"} & {*argv} or any(take_option([*argv], name) is not None for name in NAMES):
+    if not {"-h", "--help"} & {*argv} or any(take_option([*argv], name) is not None for name in BRINGING):
         return
     from tyro.conf import Fixed, Suppress
 
-    values = {name: value for name, value in load_recipe("digits").values.items() if name not in NAMES}
+    values = {name: value for name, value in load_recipe("digits").values.items() if name not in ("rule", "model")}
     settings = build_options(RunSettings, values, "recipe digits")
     kept = [(name, Annotated[Any, Suppress, Fixed], field(default=getattr(settings, name))) for name in hidden]
     cls = make_dataclass("Options", kept, bases=parts, frozen=True)

@@ -229,6 +229,9 @@ class Partition(nn.Module):
         self.__dict__.update(layout=declared_layouts(layout, [*cuts, "head"]), input_layout=None)
         self.training = model.training
 
+    output_layer: nn.Linear | None = None
+    """The linear layer that the head calls last and that gives the network's outputs, where there is one; known after a
+    learner's probe."""
     owns_by_use = False
     """Whether it is known only after a probe which block a parameter belongs to."""
     model: nn.Module

@@ -16,6 +16,7 @@ from layerwise.core.abstract import Abstract
 from layerwise.core.blocks import Partition
 from layerwise.core.rule import Rule, Site
 from layerwise.core.tasks import Task
+from layerwise.errors import LayerwiseError
 
 
 class JoinsGroups(Abstract):
@@ -166,6 +167,14 @@ class PredictsBySite:
             site = Site(index, len(network.blocks), block.name, layouts=network.layouts)
             h, message = self.answer(site, block(h), message, auxiliary.get(index))
         return h
+
+
+class ReadsOut:
+    """A rule whose blocks have readouts of their own: one can predict without the blocks after one of them."""
+
+    def outputs_at(self, site: Site, h: Tensor, auxiliary: nn.Module, task: Task) -> Tensor:
+        """What the readout of a site predicts, as the task has outputs, out of the output `h` of its block."""
+        raise LayerwiseError(f"{type(self).__name__} gives no outputs of its readouts; leave --block out.")
 
 
 class PassesBeliefs(Abstract):

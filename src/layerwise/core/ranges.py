@@ -72,8 +72,10 @@ PositiveFraction = Annotated[float, Range(above=0, most=1)]
 """A share that is never nothing."""
 
 
-DataTask = Literal["classification", "regression", "multilabel", "segmentation"]
-"""What the labels of a data set are: a class, numbers, zeros and ones, or a class per pixel."""
+DataTask = Literal["classification", "regression", "multilabel", "segmentation", "language_model"]
+"""What the labels of a data set are: a class, numbers, zeros and ones, a class per pixel, or the next token."""
+TokenizerKind = Literal["characters", "bytes", "bpe"]
+"""How text is taken apart."""
 Where = Literal["none", "host", "disk"]
 """Where blocks wait until they run: on the device itself, in host memory, or in a file."""
 
@@ -103,6 +105,9 @@ class Training(TypedDict, total=False):
     threads: PositiveInt | None
     save_every: PositiveInt | None
     log_every: PositiveInt
+    eval_every: PositiveInt | None
+    vocabulary: PositiveInt
+    window: PositiveInt
 
 
 TRAINING: Mapping[str, Any] = get_type_hints(Training, include_extras=True)

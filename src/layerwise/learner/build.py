@@ -15,6 +15,7 @@ from layerwise.core.contract import asking, groups_of
 from layerwise.core.engine import Engine
 from layerwise.core.groups import Group, Grouping, Unit
 from layerwise.core.optim import begin_schedule, decay_groups, sparse_gradients, without_decay
+from layerwise.core.output_layer import watching_linear_layers
 from layerwise.core.pieces import LearnsInPart, MovesActivations, StepsByParameter
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.rule import Site
@@ -66,12 +67,14 @@ class Built:
                 "the inputs are complex numbers, which no rule can read; give torch.view_as_real(x) or their absolute "
                 "values."
             )
-        with evaluating():
+        with evaluating(), watching_linear_layers(setup.network.model) as watched:
             outputs = setup.network.probe(x[:2] if isinstance(x, Tensor) else x)
         self.activations = NotMoved()
         if isinstance(setup.rule, MovesActivations):
             self.activations = ActivationOffload(setup.rule.activations_to(), setup.offload_folder, setup.device)
         self.task = setup.task.fitted(outputs[-1])
+        layer = watched.output_layer(setup.network, self.task.outputs)
+        setup.network.__dict__.update(output_layer=layer)  # no second place of the module in the model
         self.engine = Engine(setup.rule, self.task, setup.execution, self.resident)
         mine = setup.stage.choose(setup.rule, setup.network, ranges, x[:1] if isinstance(x, Tensor) else x)
         if not known:

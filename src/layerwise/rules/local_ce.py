@@ -5,6 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from layerwise.core.chunked import LinearOutputs
+from layerwise.core.pieces import ReadsOut
 from layerwise.core.ranges import PositiveInt
 from layerwise.core.rule import (
     ANY_TASK,
@@ -13,15 +15,16 @@ from layerwise.core.rule import (
     Rule,
     Signal,
     Site,
+    leaves_logits,
     loss_at_head,
     loss_of,
 )
 from layerwise.core.tasks import Task
-from layerwise.rules.readout import Pool, grouped, read_out, readout_width
+from layerwise.rules.readout import Pool, grouped, linear_outputs, read_out, readout_width
 
 
 @dataclass(frozen=True)
-class LocalCE(Rule):
+class LocalCE(ReadsOut, Rule):
     r"""Greedy local learning: each block minimises the cross-entropy of its own learned linear head.
 
     $$L_i = \mathrm{CE}(W_i \, \mathrm{pool}(h_i) + b_i, \; y), \qquad
@@ -44,6 +47,7 @@ class LocalCE(Rule):
     locality: ClassVar[Locality] = "local"
     boundary: ClassVar[str] = "detached activation"
     flat_memory: ClassVar[bool] = True
+    reads_logits: ClassVar[bool] = False
     unlabelled: ClassVar[bool] = True
     tasks: ClassVar[tuple[str, ...]] = ANY_TASK
     source: ClassVar[str] = (
@@ -65,10 +69,17 @@ class LocalCE(Rule):
             return None
         return nn.Linear(readout_width(h, self.pool, site, task), task.outputs, dtype=h.dtype)
 
+    def outputs_at(self, site: Site, h: Tensor, auxiliary: nn.Module, task: Task) -> Tensor:
+        """The outputs of the block's own head."""
+        return linear_outputs(auxiliary, self.pool, site, h, task)
+
     def signal(self, ctx: BlockContext) -> Signal:
         """The task's loss on the block's own head, or on the network's at the end."""
         if ctx.site.is_head:
             return loss_at_head(ctx)
         if ctx.auxiliary is None:
             return Signal()
-        return loss_of(ctx.task, *read_out(ctx, ctx.auxiliary, self.pool))
+        outputs, y = read_out(ctx, ctx.auxiliary, self.pool)
+        if isinstance(outputs, LinearOutputs) and not leaves_logits(self):
+            outputs = outputs.whole()
+        return loss_of(ctx.task, outputs, y)

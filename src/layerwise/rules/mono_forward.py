@@ -37,6 +37,7 @@ class MonoForward(PredictsBySite, LocalCE):
     """Whose goodness decides: the last block's, or the sum over all blocks."""
 
     name: ClassVar[str] = "mono_forward"
+    reads_logits: ClassVar[bool] = False
     source: ClassVar[str] = (
         "Gong, Li & Abdulla, arXiv 2501.09238 (2025); pooling, and the head as last projection: our reading"
     )

@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise.core.chunked import LinearOutputs
 from layerwise.core.functional import pool_features
 from layerwise.core.posteriors import Categorical, Posterior
 from layerwise.core.rule import BlockContext, Site
@@ -69,6 +70,11 @@ def features_of(ctx: BlockContext, pool: Pool, h: Tensor | None = None) -> Tenso
     return pool_vectors(ctx.h if h is None else h, pool, ctx.task.per_position(ctx.y), ctx.site)
 
 
+def linear_outputs(readout: nn.Module, pool: Pool, site: Site, h: Tensor, task: Task) -> Tensor:
+    """Outputs of a readout of pooled features, as the task has them, out of a block's output `h`."""
+    return task.as_outputs(readout(pool_vectors(h, pool, task.positions != "sample", site)))
+
+
 def labels_at(ctx: BlockContext, z: Tensor) -> Tensor:
     """The labels at the resolution of a readout's outputs `(B, ..., K)`.
 
@@ -87,9 +93,17 @@ def labels_at(ctx: BlockContext, z: Tensor) -> Tensor:
     return ctx.task.at(ctx.y, places)
 
 
-def read_out(ctx: BlockContext, readout: nn.Module, pool: Pool, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Outputs of a block's own readout, as the task has them, and the labels at their resolution."""
-    z = readout(features_of(ctx, pool, h))
+def read_out(
+    ctx: BlockContext, readout: nn.Module, pool: Pool, h: Tensor | None = None
+) -> tuple[Tensor | LinearOutputs, Tensor]:
+    """Outputs of a block's own readout, as the task has them, and the labels at their resolution.
+
+    Those of a linear readout are not computed yet where the loss may make them in chunks.
+    """
+    features = features_of(ctx, pool, h)
+    if ctx.task.positions == "token" and type(readout) is nn.Linear:
+        return LinearOutputs(features, readout.weight, readout.bias), ctx.y
+    z = readout(features)
     return ctx.task.as_outputs(z), labels_at(ctx, z)
 
 

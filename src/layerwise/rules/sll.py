@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.core import functional
+from layerwise.core.pieces import ReadsOut
 from layerwise.core.posteriors import divergence
 from layerwise.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ProperFraction
 from layerwise.core.rule import (
@@ -23,7 +24,7 @@ from layerwise.core.rule import (
 )
 from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
-from layerwise.rules.readout import Pool, features_of, grouped, labels_at, readout_width, resized
+from layerwise.rules.readout import Pool, features_of, grouped, labels_at, pool_vectors, readout_width, resized
 
 
 class Projection(nn.Module):
@@ -69,7 +70,7 @@ class Projection(nn.Module):
 
 
 @dataclass(frozen=True)
-class SLL(Rule):
+class SLL(ReadsOut, Rule):
     r"""Stochastic Layer-wise Learning: every block maximises its own ELBO-like objective.
 
     For block i with output $h_i = f_i(\mathrm{stopgrad}(h_{i-1}))$, pooled to a vector:
@@ -181,6 +182,12 @@ class SLL(Rule):
             )
         width = readout_width(h, self.pool, site, task)
         return Projection(width, dim, task.outputs, self, torch.promote_types(h.dtype, torch.float32))
+
+    def outputs_at(self, site: Site, h: Tensor, auxiliary: nn.Module, task: Task) -> Tensor:
+        """What the fixed projection says of the label."""
+        assert isinstance(auxiliary, Projection)
+        v = auxiliary(pool_vectors(h, self.pool, task.positions != "sample", site))
+        return task.as_outputs(auxiliary.class_logits(v))
 
     def signal(self, ctx: BlockContext) -> Signal:
         """Likelihood and alignment of the posterior that is read off at this site."""

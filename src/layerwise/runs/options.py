@@ -11,10 +11,18 @@ from layerwise import models, rules
 from layerwise.core import own_code
 from layerwise.core.ranges import TRAINING, check_ranges
 from layerwise.core.rule import Rule
+from layerwise.data.catalogue import is_text
 from layerwise.errors import LayerwiseError, short
 from layerwise.models import ModelOptions
 from layerwise.records import LARGEST
-from layerwise.runs.settings import RunSettings, build_options, load_recipe
+from layerwise.runs.settings import FLAGS, RunSettings, build_options, load_recipe
+
+OF_TASKS = {
+    "loss": ("regression",),
+    "label_smoothing": ("classification", "language_model"),
+    **dict.fromkeys(FLAGS, ("language_model",)),
+}
+"""Options to the tasks that they are about."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +39,21 @@ class TrainOptions(RunSettings):
         check_ranges(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in TRAINING})
         if self.threads is not None and self.threads > MOST_THREADS:
             raise LayerwiseError(f"threads is {self.threads}; the most is {MOST_THREADS}.")
-        for name, own in (("loss", "regression"), ("label_smoothing", "classification")):
-            if self.task != own and getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise LayerwiseError(f"{name} is about {own}, and the task is {self.task}; leave it out.")
+        if is_text(self.data) and self.task == "classification":
+            object.__setattr__(self, "task", "language_model")  # a text has no other
+        for name, own in OF_TASKS.items():
+            if self.task not in own and self._differs(name):
+                raise LayerwiseError(f"{name} is about {own[0]}, and the task is {self.task}; leave it out.")
+        if self._differs("vocabulary") and self.tokenizer != "bpe":
+            raise LayerwiseError(f"vocabulary is that of a bpe, and the tokenizer is {self.tokenizer}; leave it out.")
         if self.augment and self.task == "segmentation":
             raise LayerwiseError("augment changes images and not their masks; leave it out of a segmentation.")
         for part in (self, self.rule, self.model):
             for f in dataclasses.fields(part):
                 _check_number(f.name, getattr(part, f.name))
+
+    def _differs(self, name: str) -> bool:
+        return getattr(self, name) != type(self).__dataclass_fields__[name].default
 
 
 MOST_THREADS = 1024  # a system refuses to start many more, and the process dies of that
@@ -130,13 +145,22 @@ def from_mapping(values: Mapping[str, Any], where: str = "the options") -> Train
     return build_options(TrainOptions, {**given, **parts}, where)
 
 
+def default_recipe(data: str | None) -> str:
+    """The recipe that the command line starts from, for the data that are asked for.
+
+    >>> default_recipe("digits"), default_recipe("text:book.txt")
+    ('digits', 'shakespeare')
+    """
+    return "shakespeare" if data is not None and is_text(data) else "digits"
+
+
 def to_words(options: TrainOptions) -> list[str]:
     """The shortest `layerwise train` arguments that give these options; the inverse of the command line.
 
     >>> to_words(from_mapping({**load_recipe("digits").values, "epochs": 3, "rule": {"name": "sll", "overlap": 1}}))
     ['--rule', 'sll', '--rule.overlap', '1', '--epochs', '3']
     """
-    recipe = from_mapping(load_recipe("digits").values)  # what the command line starts from
+    recipe = from_mapping(load_recipe(default_recipe(options.data)).values)  # what the command line starts from
     words = ["--rule", rules.name_of(options.rule), *_differing(options.rule, recipe.rule, "rule.")]
     if type(options.model) is not type(recipe.model):
         words += ["--model", model_name(options.model)]
@@ -153,9 +177,10 @@ def _differing(own: Any, base: Any, prefix: str) -> list[str]:
         value = getattr(own, name)
         if value == getattr(base, name):
             continue
-        flag = name.replace("_", "-")
+        flag = FLAGS.get(name, name).replace("_", "-")
         if isinstance(value, bool):
-            words.append(f"--{prefix}{flag}" if value else f"--{prefix}no-{flag}")
+            front, _, last = flag.rpartition(".")
+            words.append(f"--{prefix}{flag}" if value else f"--{prefix}{front}{'.' * bool(front)}no-{last}")
         elif isinstance(value, dict):
             words += [f"--{prefix}{flag}", *(str(word) for item in value.items() for word in item)]
         elif isinstance(value, tuple):

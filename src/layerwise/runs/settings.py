@@ -6,12 +6,17 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from layerwise.core.ranges import DataTask, Where
+from tyro.conf import arg
+
+from layerwise.core.ranges import DataTask, TokenizerKind, Where
 from layerwise.errors import LayerwiseError, short, suggestion, unknown, why
 from layerwise.files import MissingFile, read_text, shown
 from layerwise.records import DamagedRecord, convert
+
+FLAGS = {name: f"data.{name}" for name in ("tokenizer", "vocabulary", "window", "documents")}
+"""Options to how they are written on the command line, where that is not their name: those of a text."""
 
 
 @dataclass(frozen=True)
@@ -19,12 +24,21 @@ class RunSettings:
     """What a run is beside its rule and its model."""
 
     task: DataTask = "classification"
-    """What the labels are: a class, numbers, several labels that hold or not, or a class per pixel."""
+    """What the labels are: a class, numbers, several labels that hold or not, a class per pixel, or the next token,
+    which is that of every text."""
     loss: Literal["mse", "l1", "huber", "gaussian"] = "mse"
     """Loss of --task regression; with gaussian the network predicts a variance, too."""
     data: str = "digits"
-    """digits | mnist | fashion_mnist | cifar10 | cifar100 | cora | diabetes | digit_scenes | hf:owner/name |
-    imagefolder:PATH | parquet:PATH | PATH.csv."""
+    """digits | mnist | fashion_mnist | cifar10 | cifar100 | cora | diabetes | digit_scenes | tinyshakespeare |
+    text:PATH | hf:owner/name | imagefolder:PATH | parquet:PATH | PATH.csv."""
+    tokenizer: Annotated[TokenizerKind, arg(name=FLAGS["tokenizer"])] = "characters"
+    """Of a text: characters | bytes | bpe (byte-level, trained on the training split)."""
+    vocabulary: Annotated[int, arg(name=FLAGS["vocabulary"])] = 4096
+    """Of a text: number of tokens of a bpe."""
+    window: Annotated[int, arg(name=FLAGS["window"])] = 128
+    """Of a text: tokens that a sample holds."""
+    documents: Annotated[bool, arg(name=FLAGS["documents"])] = False
+    """Of a text: empty lines part documents, whose order is drawn, and which splits do not cut."""
     targets: tuple[str, ...] = ()
     """Columns of labels of a table; the one called label (or class, target, y) if not given."""
     augment: tuple[str, ...] = ()
@@ -103,6 +117,8 @@ class RunSettings:
     """Steps between checkpoints; one per epoch if not given."""
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
+    eval_every: int | None = None
+    """Steps between measurements on the validation split; one per epoch if not given."""
     tensorboard: bool = False
     """Write the same scalars for TensorBoard."""
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from layerwise.core.abstract import Abstract
+from layerwise.core.chunked import LinearOutputs
 from layerwise.core.posteriors import Posterior
 from layerwise.errors import LayerwiseError
 
@@ -80,6 +81,14 @@ class Task(Abstract):
     @abstractmethod
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Mean over what counts, a scalar in float32."""
+
+    def chunk(self, predictions: int) -> int | None:
+        """How many of so many predictions have their outputs at a time, in the loss of a linear readout; None: all."""
+        return None
+
+    def loss_in_chunks(self, outputs: LinearOutputs, y: Tensor, chunk: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """`loss` and `statistics` of a linear readout, `chunk` predictions at a time."""
+        raise LayerwiseError(f"{self.kind} has no loss in chunks.")
 
     def statistics(self, outputs: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Sums over the batch, out of which `measures` makes the metrics of any number of batches; empty for none."""
