@@ -15,10 +15,11 @@ import torch
 from torch import Generator
 
 from layerwise.core.randomness import derive_seed
+from layerwise.core.ranges import TokenizerKind
 from layerwise.data.hub import load_splits
 from layerwise.data.machine import cache_folder, find_local
 from layerwise.data.naming import TEST_NAMES, few, split_of
-from layerwise.data.tokenizer import BPE, BYTES, Bytes, Characters, Tokenizer, TokenizerKind, from_json
+from layerwise.data.tokenizer import BPE, BYTES, Bytes, Characters, Tokenizer, from_json
 from layerwise.data.tokens import TokenSource, token_file
 from layerwise.errors import LayerwiseError
 from layerwise.files import check_regular, kind_of, list_files, open_regular, shown

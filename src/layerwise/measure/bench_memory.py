@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from layerwise import models, rules
+from layerwise.core.ranges import Where
 from layerwise.errors import LayerwiseError
 from layerwise.measure.bench_problem import (
     CLASSES,
@@ -23,7 +24,7 @@ from layerwise.measure.bench_problem import (
 )
 from layerwise.memory.malloc import keep_freed_memory
 from layerwise.memory.meter import resident_peak
-from layerwise.memory.offload import Where, window_of
+from layerwise.memory.offload import window_of
 from layerwise.memory.stores import DiskStore
 
 COLUMNS = ("parameters", "optimizer", "gradients", "activations", "peak")

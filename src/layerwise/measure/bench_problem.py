@@ -15,13 +15,12 @@ from torch import Tensor
 from layerwise import models, rules
 from layerwise.core.devices import pick_device
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
-from layerwise.core.ranges import check_ranges
+from layerwise.core.ranges import Where, check_ranges
 from layerwise.core.tasks import LanguageModel
 from layerwise.core.trees import mapped
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
 from layerwise.memory.mmap import OnFile
-from layerwise.memory.offload import Where
 from layerwise.parsing import parse
 from layerwise.report.page import write_report
 from layerwise.runs.environment import environment
