@@ -24,7 +24,7 @@ from layerwise.core.rule import (
 )
 from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
-from layerwise.rules.readout import Pool, Readout, features_of, grouped, labels_at, readout_width, resized
+from layerwise.rules.readout import Pool, Readout, features_of, grouped, labels_at, readout_width, resized, says_shared
 
 
 class Projection(nn.Module):
@@ -184,6 +184,7 @@ class SLL(ReadsOutputMatrix, Rule):
                 f'dim, targets and projection are about the random projection of a block, and readout="{self.readout}" '
                 'has another one; leave them out, or use readout="private".'
             )
+        says_shared(self)
         if self.overlap > 0:  # what the class declares holds without overlap
             object.__setattr__(self, "locality", "interlocking")
             object.__setattr__(self, "boundary", f"{self.boundary}; gradients back over {self.overlap} boundaries")
