@@ -44,8 +44,8 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     ignore: int = -100,
     chunk: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    r"""Mean cross-entropy, and the number of predictions that are right, chunk after chunk.
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Mean cross-entropy, the plain sum of $-\log p_i[y_i]$, and how many predictions are right, chunk after chunk.
 
     Loss and gradients are those of `torch.nn.functional.cross_entropy` on `outputs.whole().float()`. The gradient on a
     chunk's logits is known as soon as the chunk is, $s_i\,\mathrm{softmax}(z_i) - t_i$ with target $t_i$ of sum $s_i$;
@@ -61,12 +61,12 @@ def cross_entropy(
         chunk: predictions at a time; as many as have `LOGITS` logits if not given.
 
     Returns:
-        The loss, a scalar in float32, and an int64 scalar without history.
+        The loss, a scalar in float32; the sum, without weights and smoothing, and an int64 scalar, without history.
 
     >>> outputs = LinearOutputs(torch.ones(4, 2), torch.zeros(10, 2))
-    >>> loss, right = cross_entropy(outputs, torch.tensor([0, 0, 3, -100]), chunk=3)
-    >>> round(float(loss), 4), int(right)  # ln 10; among equal logits the first is the prediction
-    (2.3026, 2)
+    >>> loss, nats, right = cross_entropy(outputs, torch.tensor([0, 0, 3, -100]), chunk=3)
+    >>> round(float(loss), 4), round(float(nats), 4), int(right)  # ln 10; among equal logits the first is predicted
+    (2.3026, 6.9078, 2)
     """
     features, y = outputs.features.flatten(0, -2), y.flatten()
     chunk = chunk or max(1, LOGITS // outputs.weight.shape[0])
@@ -89,7 +89,7 @@ class _Chunked(torch.autograd.Function):
         ignore: int,
         chunk: int,
         learns: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         # Sums, in float32 or wider: a gradient that is divided by the number of predictions may vanish in fp16.
         gradients = [
             torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32))
@@ -97,9 +97,10 @@ class _Chunked(torch.autograd.Function):
             else None
             for t, wanted in zip((features, weight, bias), ctx.needs_input_grad, strict=False)
         ]
-        total, mass = features.new_zeros(2, dtype=torch.float32)
+        total, mass, nats = features.new_zeros(3, dtype=torch.float32)
         right = torch.zeros((), dtype=torch.int64, device=features.device)
         spread = smoothing / weight.shape[0]
+        every = features.new_ones(weight.shape[0], dtype=torch.float32) if weights is None else weights
         for start in range(0, len(features), chunk):
             part = slice(start, start + chunk)
             x, labels = features[part], y[part]
@@ -113,7 +114,9 @@ class _Chunked(torch.autograd.Function):
             mass = mass + own.sum()
             log_sum = z.logsumexp(-1)
             sure = (1 - smoothing) * own  # of the target, on the label
-            each = sure * (log_sum - z.gather(1, place)[:, 0])
+            surprise = log_sum - z.gather(1, place)[:, 0]
+            nats = nats + (surprise * counts).sum()
+            each = sure * surprise
             size = sure
             every = z.new_ones(z.shape[1]) if weights is None else weights
             if smoothing:
@@ -139,8 +142,8 @@ class _Chunked(torch.autograd.Function):
                 gradients[2] += z.sum(0)
         ctx.gradients, ctx.mass = gradients, mass
         ctx.kinds = [None if t is None else t.dtype for t in (features, weight, bias)]
-        ctx.mark_non_differentiable(right)
-        return total / mass, right
+        ctx.mark_non_differentiable(nats, right)
+        return total / mass, nats, right
 
     @staticmethod
     @once_differentiable

@@ -17,7 +17,7 @@ from layerwise.errors import LayerwiseError, is_out_of_memory, suggestion
 def check_rule(rule: object) -> None:
     """Raise LayerwiseError unless `rule` keeps the contract as far as it can be seen before the first step.
 
-    It is an instance of a `Rule` that declares its facts and overrides `signal`; it is a dataclass, so that its options
+    It is an instance of a `Rule` that declares its facts; it is a dataclass, so that its options
     are fields; and every option that lists its words is one of them. The learner asks this of every rule.
     """
     kind = rule if isinstance(rule, type) else type(rule)
@@ -34,8 +34,6 @@ def check_rule(rule: object) -> None:
     if kind.locality not in get_args(Locality):
         legal = suggestion(str(kind.locality), get_args(Locality))
         raise LayerwiseError(f"rule {rule.name!r} declares the locality {kind.locality!r}; {legal}.")
-    if kind.signal is Rule.signal:
-        raise LayerwiseError(f"rule {rule.name!r} has no signal; define signal(self, ctx) in {kind.__name__}.")
     own = [name for name, hint in inspect.get_annotations(kind).items() if "ClassVar" not in str(hint)]
     if own and "__dataclass_params__" not in kind.__dict__:
         raise LayerwiseError(

@@ -97,6 +97,9 @@ class Training(TypedDict, total=False):
     threads: PositiveInt | None
     save_every: PositiveInt | None
     log_every: PositiveInt
+    eval_every: PositiveInt | None
+    vocabulary: PositiveInt
+    window: PositiveInt
 
 
 TRAINING: Mapping[str, Any] = get_type_hints(Training, include_extras=True)

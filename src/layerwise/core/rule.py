@@ -4,6 +4,7 @@ The engine runs one *group* of blocks at a time (most rules: one block) and owns
 only answers questions. It sees tensors and modules; it knows no optimizer, device, process or data set.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -11,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from layerwise.core.abstract import Abstract
 from layerwise.core.blocks import Block, Partition
 from layerwise.core.chunked import LinearOutputs
 from layerwise.core.layout import from_standard, to_standard
@@ -173,7 +175,7 @@ class Signal:
 
 
 @dataclass(frozen=True)
-class Rule:
+class Rule(Abstract):
     """Base class of the learning rules: a frozen dataclass whose fields are the rule's options.
 
     A subclass declares the class attributes below and overrides the methods that it needs; `signal` is the
@@ -267,9 +269,9 @@ class Rule:
         """
         return block(h)
 
+    @abstractmethod
     def signal(self, ctx: BlockContext) -> Signal:
         """The teaching signal and the next message, when the block at `ctx.site` has run."""
-        raise NotImplementedError
 
     def predict(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Tensor:
         """Logits `(B, ..., K)` for `x`; the network's own output by default.
@@ -311,8 +313,8 @@ def loss_of(task: Task, outputs: Tensor | LinearOutputs, y: Tensor) -> Signal:
     if isinstance(outputs, LinearOutputs):
         chunk = task.chunk(outputs.features.shape[:-1].numel())
         if chunk is not None and not y.is_floating_point():
-            loss, metrics = task.loss_in_chunks(outputs, y, chunk)
-            return Signal(loss=loss, metrics=metrics)
+            loss, statistics = task.loss_in_chunks(outputs, y, chunk)
+            return Signal(loss=loss, metrics=task.measures(statistics), statistics=statistics)
         outputs = outputs.whole()
     metrics, statistics = metrics_of(task, outputs, y)
     return Signal(loss=task.loss(outputs, y), metrics=metrics, statistics=statistics)

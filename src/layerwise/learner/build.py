@@ -1,10 +1,8 @@
 """From a model, a rule and an example to groups of blocks with optimizers."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,61 +13,22 @@ from layerwise.core import trees
 from layerwise.core.blocks import Block, Partition
 from layerwise.core.contract import asking, groups_of
 from layerwise.core.engine import Engine
-from layerwise.core.execution import Execution
 from layerwise.core.groups import Group, Grouping, Unit
-from layerwise.core.late import LateWeights, NotLate
-from layerwise.core.optim import Factory, begin_schedule, decay_groups, sparse_gradients, without_decay
+from layerwise.core.optim import begin_schedule, decay_groups, sparse_gradients, without_decay
 from layerwise.core.output_layer import watching_linear_layers
 from layerwise.core.pieces import LearnsInPart, MovesActivations, ReadsOutputMatrix, StepsByParameter
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
-from layerwise.core.rule import Rule, Site
-from layerwise.core.tasks import Task
+from layerwise.core.rule import Site
 from layerwise.errors import LayerwiseError
 from layerwise.learner.arguments import check_micro
+from layerwise.learner.setup import ONE_PROCESS, Setup
 from layerwise.learner.watch import Watch
 from layerwise.memory.activations import ActivationOffload, NotMoved
 from layerwise.memory.offload import NotOffloaded, Offload
-from layerwise.parallel.alone import OneProcess, WholeNetwork
-from layerwise.parallel.replicas import Replicas
-from layerwise.parallel.stage import Stage
+from layerwise.parallel.alone import WholeNetwork
 
 WORTH_A_WARNING = 100_000
 """Numbers in readouts below which nobody is warned of them."""
-
-
-@dataclass
-class Setup:
-    """What a learner is made of, before the shapes are known."""
-
-    network: Partition
-    rule: Rule
-    factory: Factory
-    lr_multipliers: Mapping[str, float]
-    execution: Execution
-    stage: Stage | WholeNetwork
-    replicas: Replicas | OneProcess
-    make_offload: Callable[[Sequence[Sequence[Block]], int], Offload | NotOffloaded]
-    """From the blocks of every group here, and the number of the first block, to what moves them."""
-    offload_folder: Path
-    """For files of offloaded blocks or activations."""
-    late: LateWeights | NotLate
-    """Makes weights where the model was made without."""
-    seed: int
-    task: Task
-    """Without the number of outputs."""
-    compile: bool | str
-    facts: Mapping[str, Any]
-    """What must be the same on all replicas, by name."""
-
-    @property
-    def blocks(self) -> list[Block]:
-        """All blocks, the head last."""
-        return [*self.network.blocks, self.network.head]
-
-    @property
-    def device(self) -> torch.device:
-        """Where blocks run."""
-        return self.execution.device
 
 
 class Built:
@@ -278,13 +237,18 @@ class Built:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The network's parameters under the model's names, then the rule's under `auxiliary.`."""
-        yield from self.setup.network.named_parameters()
-        for name, parameter in self.auxiliary.named_parameters():
-            yield f"auxiliary.{name}", parameter
+        return named_parameters(self.setup.network, self.auxiliary)
 
     def _scaler(self) -> torch.amp.GradScaler:
         execution = self.setup.execution
         return torch.amp.GradScaler(execution.device.type, enabled=execution.autocast == torch.float16)
+
+
+def named_parameters(network: Partition, auxiliary: nn.ModuleDict) -> Iterator[tuple[str, nn.Parameter]]:
+    """The network's parameters under the model's names, then the rule's under `auxiliary.`."""
+    yield from network.named_parameters()
+    for name, parameter in auxiliary.named_parameters():
+        yield f"auxiliary.{name}", parameter
 
 
 class NotBuilt:
@@ -342,10 +306,6 @@ def check_by_parameter(setup: Setup) -> None:
                 f"rule {setup.rule.name!r} updates one parameter at a time, and {option} needs all gradients at once; "
                 "leave it out, or choose a rule such as backprop."
             )
-
-
-ONE_PROCESS = OneProcess()
-"""For learners that were given no replicas."""
 
 
 def compile_blocks(blocks: Sequence[Block], backend: bool | str) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import json
 import typing
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, make_dataclass
 from functools import cache
@@ -86,9 +87,9 @@ class OutsideModel(ModelOptions):
         whole = depth is None or (isinstance(depth, int) and not isinstance(depth, bool) and depth >= 1)
         require(whole, f"depth must be a whole number of at least 1, not {depth!r}.")
 
+    @abstractmethod
     def build(self, shape: tuple[int, int, int], classes: int) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Build the network for samples of `shape` and `classes` outputs."""
-        raise NotImplementedError
 
     @property
     def positions(self) -> bool:

@@ -112,14 +112,18 @@ class DGL(Greedy):
         per_pixel = task.positions == "pixel"
         return auxiliary_network(site.standard(h), task.outputs, self.network, self.pool, per_pixel)
 
+    def outputs_at(self, site: Site, h: Tensor, auxiliary: nn.Module, task: Task) -> Tensor:
+        """The outputs of the auxiliary network."""
+        standard = site.standard(h)
+        return super().outputs_at(site, h, auxiliary, task) if standard.dim() < 4 else auxiliary(standard)
+
     def signal(self, ctx: BlockContext) -> Signal:
         """Cross-entropy of the auxiliary network, or of the network's head at the end."""
         if ctx.task.per_position(ctx.y) and ctx.task.positions != "pixel":
             raise LayerwiseError("dgl's auxiliary networks read one label per sample, not one per position.")
         if ctx.site.is_head or ctx.auxiliary is None:
             return super().signal(ctx)
-        h = ctx.site.standard(ctx.h)
-        if h.dim() < 4:
+        if ctx.site.standard(ctx.h).dim() < 4:
             return super().signal(ctx)
-        outputs = ctx.auxiliary(h)
+        outputs = self.outputs_at(ctx.site, ctx.h, ctx.auxiliary, ctx.task)
         return loss_of(ctx.task, outputs, labels_at(ctx, ctx.task.outputs_last(outputs)))

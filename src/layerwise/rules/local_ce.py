@@ -6,6 +6,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from layerwise.core.chunked import LinearOutputs
+from layerwise.core.pieces import ReadsOut
 from layerwise.core.ranges import PositiveInt
 from layerwise.core.rule import (
     ANY_TASK,
@@ -19,11 +20,11 @@ from layerwise.core.rule import (
     loss_of,
 )
 from layerwise.core.tasks import Task
-from layerwise.rules.readout import HasReadout, Pool, grouped, read_out, readout_width
+from layerwise.rules.readout import HasReadout, Pool, grouped, linear_outputs, read_out, readout_width
 
 
 @dataclass(frozen=True)
-class Greedy(Rule):
+class Greedy(ReadsOut, Rule):
     """What rules share whose blocks minimise the loss of a readout of their own; the last learns through the head."""
 
     pool: Pool = "auto"
@@ -44,6 +45,10 @@ class Greedy(Rule):
 
     def _has_head(self, site: Site) -> bool:
         return (site.index + 1) % self.group == 0 and site.index < site.blocks - 1
+
+    def outputs_at(self, site: Site, h: Tensor, auxiliary: nn.Module, task: Task) -> Tensor:
+        """The outputs of the block's own head."""
+        return linear_outputs(auxiliary, self.pool, site, h, task)
 
     def signal(self, ctx: BlockContext) -> Signal:
         """The task's loss on the block's own head, or on the network's at the end."""

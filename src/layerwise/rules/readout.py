@@ -88,6 +88,13 @@ def features_of(ctx: BlockContext, pool: Pool, h: Tensor | None = None) -> Tenso
     return pool_vectors(ctx.h if h is None else h, pool, ctx.task.per_position(ctx.y), ctx.site)
 
 
+def linear_outputs(readout: nn.Module, pool: Pool, site: Site, h: Tensor, task: Task) -> Tensor:
+    """Outputs of a readout of pooled features, as the task has them, out of a block's output `h`."""
+    features = pool_vectors(h, pool, task.positions != "sample", site)
+    linear = type(readout) is nn.Linear or isinstance(readout, Readout)
+    return task.as_outputs(outputs_of(readout, features, site).whole() if linear else readout(features))
+
+
 def labels_at(ctx: BlockContext, z: Tensor) -> Tensor:
     """The labels at the resolution of a readout's outputs `(B, ..., K)`.
 

@@ -1,6 +1,7 @@
 """SID: Synergistic Information Distillation, on any network and on the cascade of its paper."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
@@ -88,9 +89,9 @@ class Distillation(PassesBeliefs, Rule):
     alpha: PositiveFraction | tuple[PositiveFraction, ...] = 0.5
     """Weight of the target; several numbers are a piecewise linear function of depth (as many as beliefs: a list)."""
 
+    @abstractmethod
     def place(self, site: Site) -> Site | None:
         """The site's belief, counted among the beliefs of the network; None where the rule reads none."""
-        raise NotImplementedError
 
     def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
         """No module; refuses what the objective cannot do."""

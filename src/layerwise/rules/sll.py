@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.core import functional
-from layerwise.core.pieces import ReadsOutputMatrix
+from layerwise.core.pieces import ReadsOut, ReadsOutputMatrix
 from layerwise.core.posteriors import divergence
 from layerwise.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ProperFraction
 from layerwise.core.rule import (
@@ -24,7 +24,17 @@ from layerwise.core.rule import (
 )
 from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
-from layerwise.rules.readout import Pool, Readout, features_of, grouped, labels_at, readout_width, resized, says_shared
+from layerwise.rules.readout import (
+    Pool,
+    Readout,
+    features_of,
+    grouped,
+    labels_at,
+    pool_vectors,
+    readout_width,
+    resized,
+    says_shared,
+)
 
 
 class Projection(nn.Module):
@@ -83,7 +93,7 @@ class Projection(nn.Module):
 
 
 @dataclass(frozen=True)
-class SLL(ReadsOutputMatrix, Rule):
+class SLL(ReadsOut, ReadsOutputMatrix, Rule):
     r"""Stochastic Layer-wise Learning: every block maximises its own ELBO-like objective.
 
     For block i with output $h_i = f_i(\mathrm{stopgrad}(h_{i-1}))$, pooled to a vector:
@@ -214,6 +224,12 @@ class SLL(ReadsOutputMatrix, Rule):
         if self.readout != "private":
             readout = Readout(width, self.readout, site, task, h.to(dtype), norm=False, learns=False)
         return Projection(width, dim, task.outputs, self, dtype, readout)
+
+    def outputs_at(self, site: Site, h: Tensor, auxiliary: nn.Module, task: Task) -> Tensor:
+        """What the fixed projection says of the label."""
+        assert isinstance(auxiliary, Projection)
+        v = auxiliary(pool_vectors(h, self.pool, task.positions != "sample", site), site)
+        return task.as_outputs(auxiliary.class_logits(v))
 
     def signal(self, ctx: BlockContext) -> Signal:
         """Likelihood and alignment of the posterior that is read off at this site."""

@@ -54,14 +54,14 @@ class SoloHead(nn.Module):
             self.steps += 1
         return self.copy.detach()
 
-    def outputs(self, ctx: BlockContext, matrix: Tensor | None) -> LinearOutputs:
-        """The outputs `(..., K)`, not computed yet."""
-        out = ctx.site.standard(ctx.h) if self.copies is None else self.copies.run(ctx.h)
-        features = self.norm(pool_vectors(out, self.pool, ctx.task.per_position(ctx.y)))
+    def outputs(self, h: Tensor, site: Site, per_position: bool, matrix: Tensor | None = None) -> LinearOutputs:
+        """Outputs `(..., K)` for the output `h` of a site, not computed yet; `matrix` is a copy of the shared one."""
+        out = site.standard(h) if self.copies is None else self.copies.run(h)
+        features = self.norm(pool_vectors(out, self.pool, per_position))
         if isinstance(self.readout, Readout):
-            found = self.readout.outputs(features, ctx.site, matrix)
+            found = self.readout.outputs(features, site, matrix)
         else:
-            found = outputs_of(self.readout, features, ctx.site)
+            found = outputs_of(self.readout, features, site)
         return found if self.scale is None else replace(found, features=self.scale * found.features)
 
 
@@ -135,6 +135,12 @@ class SOLO(LocalCE):
         plain = self.depth == 0 and self.readout == "private"
         return super().auxiliary(site, h, task) if plain else SoloHead(self, site, h, task)
 
+    def outputs_at(self, site: Site, h: Tensor, auxiliary: nn.Module, task: Task) -> Tensor:
+        """The outputs of the module's head."""
+        if not isinstance(auxiliary, SoloHead):
+            return super().outputs_at(site, h, auxiliary, task)
+        return task.as_outputs(auxiliary.outputs(h, site, task.positions != "sample").whole())
+
     def signal(self, ctx: BlockContext) -> Signal:
         """The task's loss after the module's head, or of the network's at the end."""
         if ctx.site.is_head:
@@ -142,6 +148,6 @@ class SOLO(LocalCE):
         if not isinstance(ctx.auxiliary, SoloHead):
             return replace(super().signal(ctx), message=ctx.message)
         matrix = ctx.auxiliary.matrix(ctx, self.refresh)
-        outputs = ctx.auxiliary.outputs(ctx, matrix)
+        outputs = ctx.auxiliary.outputs(ctx.h, ctx.site, ctx.task.per_position(ctx.y), matrix)
         left = outputs if ctx.task.positions == "token" else ctx.task.as_outputs(outputs.whole())
         return replace(loss_of(ctx.task, left, ctx.y), message=matrix)
