@@ -29,7 +29,7 @@ test *words:
 
 # What needs transformers, Lightning or timm: pip install -c constraints.txt -e '.[test,hf,lightning]' first
 frameworks:
-    python -m pytest -m "slow or not slow" tests/frameworks tests/project/test_examples.py tests/cli/test_outside.py tests/core/test_calls.py tests/project/test_readme.py -p no:cacheprovider
+    python -m pytest -m "slow or not slow" tests/frameworks tests/project/test_examples.py tests/cli/test_outside.py tests/core/test_calls_use.py tests/project/test_readme.py -p no:cacheprovider
 
 # What the fast suite leaves out: every rule on every family of models, what starts many processes, whole grids
 slow *words:

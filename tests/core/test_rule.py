@@ -1,5 +1,6 @@
 """The contract of a rule is checked: one sentence with the rule and the block for each breach."""
 
+import re
 import warnings
 from dataclasses import dataclass
 
@@ -115,7 +116,6 @@ class Nameless(Rule):
 @pytest.mark.parametrize(
     ("rule", "sentence"),
     [
-        (Mute(), "has no signal"),
         (Fine, "is the class Fine; give an instance"),
         (Undecorated(), r"'rate' is no option of it; write @dataclass\(frozen=True\)"),
         (Nameless(), "does not declare 'name'"),
@@ -126,6 +126,17 @@ class Nameless(Rule):
 def test_what_is_no_rule_is_refused(rule, sentence):
     with pytest.raises(LayerwiseError, match=sentence):
         Learner(dense(), rule)
+
+
+@dataclass(frozen=True)
+class Idle(TakesTurns, Fine):
+    """Says nothing of whose turn it is."""
+
+
+@pytest.mark.parametrize(("kind", "said"), [(Mute, "signal(self, ctx)"), (Idle, "learns_at(self, update, site)")])
+def test_a_rule_that_leaves_a_method_out_is_refused_by_name(kind, said):
+    with pytest.raises(LayerwiseError, match=rf"class {kind.__name__} has no \w+; define {re.escape(said)} in it\."):
+        kind()
 
 
 # Every answer of a rule, once.

@@ -80,6 +80,7 @@ def test_no_call_on_a_stopped_store_lasts_longer_than_its_limit():
             client.set("key", "text")
             assert client.get(["key"]) == ["text"]
         os.kill(keeper.pid, signal.SIGSTOP)
+        os.waitpid(keeper.pid, os.WUNTRACED)  # until all its threads have stopped
         for name, call in calls.items():
             begun = time.monotonic()
             with pytest.raises(NoAnswer):

@@ -30,6 +30,7 @@ def both(shards, model, rule, data, **options):
     return found, learned(Replicas(shards.ranks), model, rule, data, **options)
 
 
+@pytest.mark.slow
 def test_every_rule_has_the_bits_of_replicas(tmp_path):
     names = [name for name in rules.names() if "mlp" in kinds(name) and not by_parameter(name)]
     cases = [*((name, "mlp") for name in names), ("sid", "vit"), ("sll", "vgg")]
@@ -155,6 +156,7 @@ def stop_earlier(folder):
     (folder / "result.json").unlink()
 
 
+@pytest.mark.slow
 def test_a_run_with_shares_is_the_run_in_one_process_and_goes_on_anywhere(tmp_path, capsys):
     one, many, copy = tmp_path / "one", tmp_path / "many", tmp_path / "copy"
     # Of the last batch of validation, the second rank has no sample.

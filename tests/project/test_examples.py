@@ -30,7 +30,14 @@ def test_every_example_is_on_the_page():
 @pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:.*pin_memory.*", "ignore:The .grad attribute"
 )
-@pytest.mark.parametrize("name", [name for name in SHOWN if name != "data_parallel"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "compiled_blocks" else ())
+        for name in SHOWN
+        if name != "data_parallel"
+    ],
+)
 def test_an_example_prints_what_the_page_says(name, capsys):
     for package in NEEDS.get(name, []):
         pytest.importorskip(package, reason=f"{package} is not installed")

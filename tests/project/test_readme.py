@@ -55,7 +55,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", [MAIN, *TOUR], ids=lambda command: command.partition("#")[0])
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(MAIN, marks=pytest.mark.slow), *TOUR],  # which CI runs as a stage of its own, too
+    ids=lambda command: command.partition("#")[0],
+)
 def test_every_command_works_as_printed(command, folder, monkeypatch):
     """In order, in one folder; training is cut short, and what needs a download is only parsed."""
     monkeypatch.chdir(folder)

@@ -80,6 +80,7 @@ def test_the_page_stands_alone_and_says_how_it_was_made(folder, page):
         assert target in identifiers
 
 
+@pytest.mark.slow
 def test_drawing_it_again_gives_the_same_bytes(folder, tmp_path):
     before = contents(folder)
     assert main(["report", str(folder)]) == 0

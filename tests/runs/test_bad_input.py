@@ -271,7 +271,7 @@ def test_one_clear_sentence(prepared, tmp_path, monkeypatch, capsys, words, frag
     out, err = capsys.readouterr()
     assert code == 2
     assert out == ""
-    assert re.fullmatch(r"layerwise: [^\n]{10,600}\n", err), err
+    assert re.fullmatch(r"layerwise: [^\n]{10,700}\n", err), err
     for fragment in fragments.split("; "):
         assert fragment.replace("B/", f"{prepared}/") in err
     assert list(tmp_path.iterdir()) == []

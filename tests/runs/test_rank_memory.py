@@ -4,10 +4,14 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 BUILT = """
 import json, resource, sys
 import torch
 from layerwise.parallel.stage import Stage
+from layerwise.runs import building
+from layerwise.runs.options import from_mapping
 
 def built(folder, stage):
     options = from_mapping({"model": {"name": "mlp", "width": 2048, "depth": 16}, "out": folder})
@@ -23,6 +27,7 @@ print(json.dumps(built(sys.argv[1], Stage(1, 3, [7, 2, 7]))))
 """
 
 
+@pytest.mark.slow
 def test_a_rank_builds_a_network_that_is_larger_than_what_it_may_use(tmp_path):
     """Of 15 blocks with 16 MiB each it keeps two and may use 128 MiB; they have the values that they always have."""
     process = subprocess.run([sys.executable, "-c", RANK, tmp_path], capture_output=True, text=True, timeout=120)

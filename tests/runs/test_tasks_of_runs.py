@@ -86,7 +86,8 @@ def test_eval_gives_the_figures_of_the_run(runs, capsys):
         assert float(shown[f"head/{metric}"]) == pytest.approx(result(runs[task])[f"test_{metric}"], abs=1e-3)
 
 
-@pytest.mark.parametrize("report", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("report", [False, True])
 def test_a_comparison_is_in_the_metric_of_the_task(tmp_path, capsys, report):
     words = ["compare", "--task", "regression", "--data", "diabetes", "--rules", "local_ce", "backprop"]
     words += ["--seeds", "1", "--epochs", "1", "--model.width", "8", "--jobs", "1", "--out", str(tmp_path / "c")]

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from support.nets import CLASSES
+
 VOCABULARY, WIDTH = 23, 16
 
 
@@ -80,3 +82,34 @@ class Skips(nn.Module):
         for part in self.up:
             x = part(x + kept.pop()).relu() + first
         return self.head(x)
+
+
+class Twists(nn.Module):
+    """Layers called under contexts of the forward pass's own."""
+
+    def __init__(self, around=None, inside=None, output=None):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.head = nn.Linear(8, CLASSES)
+        self.around, self.inside, self.output = around, inside, output
+
+    def forward(self, x):
+        if self.around is None:
+            return self._run(x)
+        with self.around():
+            return self._run(x)
+
+    def _run(self, x):
+        for i, layer in enumerate(self.layers):
+            x = layer(x).relu()
+            if self.inside is not None:
+                self.inside(i)
+        return self.head(x)
+
+
+def vectors(seed=0):
+    return torch.randn(8, 8, generator=torch.Generator().manual_seed(seed)), torch.arange(8) % CLASSES
+
+
+def bfloat():
+    return torch.autocast("cpu", dtype=torch.bfloat16)

@@ -20,7 +20,7 @@ usage: layerwise COMMAND [OPTIONS]
   report DIR            draw the report of a comparison or a benchmark again
   eval RUN              measure a trained run on the test split, block by block
   beliefs RUN           measure what SID's theory predicts, module by module; early exit
-  predict RUN INPUT     predict the classes of images, or of the rows of a table, as CSV
+  predict RUN INPUT     predict the classes of images, or of the rows of a table, as CSV; --prompt continues a text
   export RUN FILE       write the trained weights as one safetensors file, for your own model class
   ls WHAT               list rules | models | data | recipes
   describe RULE         show a rule's equations, locality, boundary, source, restrictions and options

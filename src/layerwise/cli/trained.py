@@ -98,20 +98,38 @@ class PredictOptions:
     """Predict the labels of images with a trained run: an image file, a folder, or a .npy array (N, C, H, W).
 
     The output is CSV: input, class, probability; or a column per target or label, as the run's task has them. A class
-    per pixel goes into an array, --out FILE.npy.
+    per pixel goes into an array, --out FILE.npy. A run on text continues a --prompt in place of an INPUT.
     """
 
     out: str | None = None
-    """Write the CSV to this file instead of printing it."""
+    """Write the CSV, or the text, to this file instead of printing it."""
     device: str = "auto"
     """cpu | cuda | cuda:N | mps | xpu | auto."""
+    prompt: str | None = None
+    """Text that a run on text continues."""
+    tokens: int = 200
+    """Number of tokens that it writes."""
+    temperature: float = 1.0
+    """Divides the logits before a token is drawn; 0 takes the most likely one."""
+    top_k: int | None = None
+    """Draw among so many of the most likely tokens; all of them if not given."""
+    seed: int = 0
+    """Of the draws."""
+    block: int | None = None
+    """Predict with the readout of this block, from 1, without the blocks after it; with the whole network if not
+    given."""
 
 
 def predict_command(argv: list[str]) -> int:
     """`layerwise predict RUN INPUT`: print or write what is predicted for every input."""
     folder, rest = _run(argv, "predict", PredictOptions)
-    given, rest = _positional(rest, "predict", PredictOptions, "INPUT")
+    if any(word.partition("=")[0] == "--prompt" for word in rest):
+        return _continue(folder, parse(PredictOptions, rest, "predict"))
+    given, rest = _positional(rest, "predict", PredictOptions, "INPUT, or --prompt TEXT,")
     options = parse(PredictOptions, rest, "predict")
+    for name in ("tokens", "temperature", "top_k", "seed", "block"):
+        if getattr(options, name) != getattr(PredictOptions, name):
+            raise LayerwiseError(f"--{name.replace('_', '-')} is about text, so give --prompt too, or leave it out.")
     from layerwise.runs.folders import read_options
     from layerwise.runs.output import check_output, data_paths, write_output
     from layerwise.runs.predicting import predictions
@@ -127,6 +145,25 @@ def predict_command(argv: list[str]) -> int:
         write_output(Path(options.out), text, inputs)
     else:
         print(str(text), end="")
+    return 0
+
+
+def _continue(folder: Path, options: PredictOptions) -> int:
+    """Print or write the text that a run on text writes after a prompt."""
+    from layerwise.runs.folders import read_options
+    from layerwise.runs.generating import Sampling, written
+    from layerwise.runs.output import check_output, data_paths, write_output
+
+    inputs = data_paths(read_options(folder).data)
+    if options.out:
+        check_output(Path(options.out), inputs)  # before the work
+    sampling = Sampling(options.temperature, options.top_k, options.seed)
+    text, notes = written(folder, options.prompt or "", options.tokens, sampling, options.block, options.device)
+    _tell(notes)
+    if options.out:
+        write_output(Path(options.out), text + "\n", inputs)
+    else:
+        print(text)
     return 0
 
 
@@ -166,7 +203,7 @@ def _run(argv: Sequence[str], command: str, options: type) -> tuple[Path, list[s
 def _positional(argv: Sequence[str], command: str, options: type, name: str) -> tuple[str, list[str]]:
     """The leading argument, which every call of the command must give, and the words after it."""
     if any(word in ("-h", "--help") for word in argv):
-        given = {"predict": "RUN INPUT", "export": "RUN FILE"}.get(command, "RUN")
+        given = {"predict": "RUN INPUT|--prompt TEXT", "export": "RUN FILE"}.get(command, "RUN")
         print(f"usage: layerwise {command} {given} [OPTIONS]\n")
         parse(options, ["--help"], command)
     if not argv or argv[0].startswith("-"):

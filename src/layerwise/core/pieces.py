@@ -6,22 +6,26 @@ An ordinary rule needs `Rule` alone. A rule that needs more inherits the piece t
     class Boosted(TakesTurns, PredictsBySite, Rule): ...
 """
 
+from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from layerwise.core.abstract import Abstract
 from layerwise.core.blocks import Partition
 from layerwise.core.rule import Rule, Site
 from layerwise.core.tasks import Task
+from layerwise.errors import LayerwiseError
 
 
-class JoinsGroups:
+class JoinsGroups(Abstract):
     """A rule that joins groups in some updates, so that one backward pass goes through all their blocks.
 
     The optimizers of the joined groups step one after the other. Evaluation keeps to `Rule.groups`.
     """
 
+    @abstractmethod
     def groups_at(self, update: int, blocks: int) -> list[range]:
         """The groups of one update: those of `Rule.groups`, or neighbours of them joined.
 
@@ -29,12 +33,12 @@ class JoinsGroups:
             update: number of the update, from 0; with `accumulate` batches for each.
             blocks: number of blocks L.
         """
-        raise NotImplementedError
 
 
-class TakesTurns:
+class TakesTurns(Abstract):
     """A rule whose groups take turns: one that rests in an update runs without a graph and without its optimizer."""
 
+    @abstractmethod
     def learns_at(self, update: int, site: Site) -> bool:
         """Whether the group that begins at the site learns in one update.
 
@@ -42,10 +46,19 @@ class TakesTurns:
             update: number of the update, from 0; with `accumulate` batches for each.
             site: the first site of a group, as `Rule.groups` has them.
         """
-        raise NotImplementedError
 
 
-class LearnsInPart:
+class ReadsOutputMatrix:
+    """A rule whose readouts may look at the matrix of the network's output layer (`Partition.output_layer`)."""
+
+    readout: Any
+
+    def matrix_refresh(self) -> int | None:
+        """Updates between two looks at the matrix; None where the rule does not look at it."""
+        return 1 if self.readout == "shared" else None
+
+
+class LearnsInPart(Abstract):
     """A rule that trains some sites of its one group in each update: the others rest, and keep no optimizer state.
 
     Each site has an optimizer of its own. Sites before the first one that learns run without a graph, and the graph of
@@ -53,6 +66,7 @@ class LearnsInPart:
     optimizer's state is dropped: it begins anew with its next turn.
     """
 
+    @abstractmethod
     def sites_at(self, update: int, blocks: int) -> Collection[int]:
         """The sites that learn in one update, one at least; the head is site L.
 
@@ -60,7 +74,6 @@ class LearnsInPart:
             update: number of the update, from 0; with `accumulate` batches for each.
             blocks: number of blocks L.
         """
-        raise NotImplementedError
 
 
 class StepsByParameter:
@@ -72,7 +85,7 @@ class StepsByParameter:
     """
 
 
-class PerturbsWeights(StepsByParameter):
+class PerturbsWeights(StepsByParameter, Abstract):
     """A rule that estimates gradients by forward passes with perturbed weights: no graph and no backward pass.
 
     With loss L, a scale eps and K directions the engine gives every parameter the gradient
@@ -80,17 +93,17 @@ class PerturbsWeights(StepsByParameter):
     that it is never kept. Weights are perturbed in place and put back.
     """
 
+    @abstractmethod
     def perturbations(self) -> tuple[float, int]:
         """The scale eps, and the number of directions K."""
-        raise NotImplementedError
 
 
-class MovesActivations:
+class MovesActivations(Abstract):
     """A rule whose saved activations wait elsewhere between the forward and the backward pass."""
 
+    @abstractmethod
     def activations_to(self) -> Literal["host", "disk"]:
         """Where they wait: in host memory, or in a file in the learner's `offload_folder`."""
-        raise NotImplementedError
 
 
 class HasTrunk:
@@ -117,9 +130,10 @@ class HasTrunk:
         return gradient
 
 
-class StartsFromData:
+class StartsFromData(Abstract):
     """A rule that sets tensors of the network from training data before the first step."""
 
+    @abstractmethod
     def prepare(self, network: Partition, x: Tensor, y: Tensor) -> None:
         """Look at training data once.
 
@@ -128,7 +142,6 @@ class StartsFromData:
             x: samples `(N, ...)`: a few thousand in a run, the first batch in a loop of one's own.
             y: their labels.
         """
-        raise NotImplementedError
 
 
 class PredictsBySite:
@@ -161,17 +174,25 @@ class PredictsBySite:
         """Logits `(B, ..., K)` for `x`: a forward pass with `ask` and `answer`."""
         h, message = self.ask(x, auxiliary.get(0))
         for index, block in enumerate([*network.blocks, network.head]):
-            site = Site(index, len(network.blocks), block.name, layouts=network.layouts)
+            site = Site(index, len(network.blocks), block.name, layouts=network.layouts, network=network)
             h, message = self.answer(site, block(h), message, auxiliary.get(index))
         return h
 
 
-class PassesBeliefs:
+class ReadsOut:
+    """A rule whose blocks have readouts of their own: one can predict without the blocks after one of them."""
+
+    def outputs_at(self, site: Site, h: Tensor, auxiliary: nn.Module, task: Task) -> Tensor:
+        """What the readout of a site predicts, as the task has outputs, out of the output `h` of its block."""
+        raise LayerwiseError(f"{type(self).__name__} gives no outputs of its readouts; leave --block out.")
+
+
+class PassesBeliefs(Abstract):
     """A rule that passes beliefs about the label from site to site."""
 
+    @abstractmethod
     def beliefs(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Iterator[Tensor]:
         """Log-probabilities `(B, ..., K)`, the first message included, as they arise."""
-        raise NotImplementedError
 
 
 def has_trunk(rule: Rule) -> bool:

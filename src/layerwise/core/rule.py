@@ -4,6 +4,7 @@ The engine runs one *group* of blocks at a time (most rules: one block) and owns
 only answers questions. It sees tensors and modules; it knows no optimizer, device, process or data set.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -11,7 +12,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from layerwise.core.abstract import Abstract
 from layerwise.core.blocks import Block, Partition
+from layerwise.core.chunked import LinearOutputs
 from layerwise.core.layout import from_standard, to_standard
 from layerwise.core.ranges import check_fields
 from layerwise.core.tasks import KINDS, Task
@@ -147,6 +150,8 @@ class BlockContext:
     """Whether the site's group learns in this pass; False in evaluation, and where it rests (`TakesTurns`)."""
     view: range = range(0)
     """The sites that this pass runs as one graph: the group's own, then (in training) those that lend it theirs."""
+    outputs: LinearOutputs | None = None
+    """The network's outputs at a head whose last layer has not run, for `loss_at_head`; `h` is its input then."""
 
 
 @dataclass
@@ -170,7 +175,7 @@ class Signal:
 
 
 @dataclass(frozen=True)
-class Rule:
+class Rule(Abstract):
     """Base class of the learning rules: a frozen dataclass whose fields are the rule's options.
 
     A subclass declares the class attributes below and overrides the methods that it needs; `signal` is the
@@ -222,6 +227,11 @@ class Rule:
     Evaluation then takes one pass; otherwise prediction has a pass of its own.
     """
 
+    reads_logits: ClassVar[bool] = True
+    """Whether `signal` looks at the network's logits itself. Where it gives `loss_at_head` at the head and nothing else
+    of it, False lets the loss of a large vocabulary be made in chunks. Declared by the class that defines `signal`.
+    """
+
     def __post_init__(self) -> None:
         check_fields(self)
 
@@ -259,9 +269,9 @@ class Rule:
         """
         return block(h)
 
+    @abstractmethod
     def signal(self, ctx: BlockContext) -> Signal:
         """The teaching signal and the next message, when the block at `ctx.site` has run."""
-        raise NotImplementedError
 
     def predict(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Tensor:
         """Logits `(B, ..., K)` for `x`; the network's own output by default.
@@ -276,14 +286,36 @@ class Rule:
         return type(self).predict is Rule.predict
 
 
-def loss_of(task: Task, outputs: Tensor, y: Tensor) -> Signal:
+def leaves_logits(rule: Rule) -> bool:
+    """Whether the rule leaves the network's logits to the loss; a subclass with a `signal` of its own says so anew.
+
+    >>> class Silent(Rule):
+    ...     reads_logits = False
+    ...     def signal(self, ctx): return loss_at_head(ctx)
+    >>> class Louder(Silent):
+    ...     def signal(self, ctx): return Signal(cotangent=ctx.h)
+    >>> leaves_logits(Silent()), leaves_logits(Louder())
+    (True, False)
+    """
+    defining = next(kind for kind in type(rule).__mro__ if "signal" in vars(kind))
+    return vars(defining).get("reads_logits") is False
+
+
+def loss_of(task: Task, outputs: Tensor | LinearOutputs, y: Tensor) -> Signal:
     """A signal with the task's loss on a readout's outputs, and its metrics.
 
     Args:
         task: the task.
-        outputs: as the task has them, `(B, K)`, `(B, T, K)` or `(B, K, H, W)`.
+        outputs: as the task has them, `(B, K)`, `(B, T, K)` or `(B, K, H, W)`; of a linear readout uncomputed, so that
+            those of a large vocabulary are made in chunks.
         y: labels at their resolution.
     """
+    if isinstance(outputs, LinearOutputs):
+        chunk = task.chunk(outputs.features.shape[:-1].numel())
+        if chunk is not None and not y.is_floating_point():
+            loss, statistics = task.loss_in_chunks(outputs, y, chunk)
+            return Signal(loss=loss, metrics=task.measures(statistics), statistics=statistics)
+        outputs = outputs.whole()
     metrics, statistics = metrics_of(task, outputs, y)
     return Signal(loss=task.loss(outputs, y), metrics=metrics, statistics=statistics)
 
@@ -297,7 +329,7 @@ def metrics_of(task: Task, outputs: Tensor, y: Tensor) -> tuple[dict[str, Tensor
 
 def loss_at_head(ctx: BlockContext) -> Signal:
     """The signal of a head: the task's loss on the network's output."""
-    signal = loss_of(ctx.task, ctx.h, ctx.y)
+    signal = loss_of(ctx.task, ctx.h if ctx.outputs is None else ctx.outputs, ctx.y)
     assert signal.loss is not None
     # Named here, so that it stays the task's loss where a rule adds to the signal.
     return replace(signal, message=ctx.message, metrics={"loss": signal.loss, **signal.metrics})

@@ -1,6 +1,7 @@
 """Forward passes: groups of blocks are run, and the rule is asked for its signals; nothing is updated here."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,11 +11,15 @@ from layerwise.core.contract import asking, check_run, check_signal
 from layerwise.core.execution import Execution
 from layerwise.core.failures import in_a_sentence
 from layerwise.core.groups import Group, Unit
+from layerwise.core.output_layer import HeadWithoutOutputs, without_outputs
 from layerwise.core.progress import Trace
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
-from layerwise.core.rule import BlockContext, Rule, Signal
+from layerwise.core.rule import BlockContext, Rule, Signal, leaves_logits
 from layerwise.core.tasks import Task
 from layerwise.core.trees import detach
+
+NOTHING = nullcontext()
+"""In place of a context that is not needed."""
 
 
 class Runner:
@@ -67,13 +72,16 @@ class Runner:
         training, learns = step is not None, step is not None and group.learns
         for unit in units:
             own = unit.site.index <= group.units[-1].site.index
-            graph = torch.set_grad_enabled(torch.is_grad_enabled() and unit.site.index >= group.first)
+            graph = torch.no_grad() if unit.site.index < group.first else NOTHING
             # Running statistics move once, in the unit's own group.
-            buffers = nullcontext() if own and not aside else unit.on_copies()
+            buffers = NOTHING if own and not aside else unit.on_copies()
             with graph, buffers:
-                out = self.run(unit, h, message, step, part)
+                head = self._without_outputs(unit, y)
+                out = self.run(unit if head is None else replace(unit, block=head), h, message, step, part)
+                left = None if head is None else head.left(out)
                 with self.autocast(), asking(self.rule, f"`signal` at block {unit.site.name!r}"):
-                    ctx = BlockContext(unit.site, out, h, message, y, self.task, unit.auxiliary, training, learns, view)
+                    of_group = (unit.auxiliary, training, learns, view)
+                    ctx = BlockContext(unit.site, out, h, message, y, self.task, *of_group, left)
                     signal = self.rule.signal(ctx)
             check_signal(self.rule, ctx, signal)
             h = out if signal.output is None else signal.output
@@ -87,6 +95,13 @@ class Runner:
                 if signal.metrics:
                     trace.add(unit.site.name, detach(signal.metrics), signal.statistics, share)
         return signals, *passed_on
+
+    def _without_outputs(self, unit: Unit, y: Tensor) -> HeadWithoutOutputs | None:
+        """The head without its output layer, where the loss makes the outputs of a large vocabulary in chunks."""
+        large = unit.site.is_head and self.task.chunk(y.numel()) is not None and not y.is_floating_point()
+        if not large or unit.site.network is None or not leaves_logits(self.rule):
+            return None
+        return without_outputs(unit.block, unit.site.network.output_layer)
 
     def run_aside(self, unit: Unit, h: Tensor, message: Any, step: int | None) -> Tensor:
         """Run a block one time more than its step does, for a rule that looks ahead.
@@ -113,5 +128,5 @@ class Runner:
     def autocast(self) -> Any:
         """The context of the chosen precision."""
         if self.execution.autocast is None:
-            return nullcontext()
+            return NOTHING
         return torch.autocast(self.execution.device.type, dtype=self.execution.autocast)

@@ -1,4 +1,6 @@
-"""Labelled images, nodes of a graph, rows of a table: data sets by name, batches that depend on their number only.
+"""Labelled images, nodes of a graph, rows of a table, windows of text: data sets by name.
+
+What is in a batch depends on its number only.
 
 >>> data = load("digits")
 >>> data.shape, len(data.classes), len(data.train), len(data.val), len(data.test)
@@ -18,6 +20,9 @@ from layerwise.data.noise import noisy_labels
 from layerwise.data.sources import InMemorySource, Source, StreamedSource
 from layerwise.data.splitting import stratified_split
 from layerwise.data.tables import TableSource
+from layerwise.data.text import TextOptions
+from layerwise.data.tokenizer import Tokenizer
+from layerwise.data.tokens import TokenSource
 
 __all__ = [
     "AUGMENTATIONS",
@@ -28,6 +33,9 @@ __all__ = [
     "Source",
     "StreamedSource",
     "TableSource",
+    "TextOptions",
+    "TokenSource",
+    "Tokenizer",
     "crop",
     "cutout",
     "describe",

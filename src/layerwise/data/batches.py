@@ -66,7 +66,8 @@ class Batches:
             )
         check_augmentations(augment)
         if augment and not source.pictures:
-            what = "nodes of a graph" if source.whole else "rows of a table"
+            kinds = {torch.int64: "windows of a text", torch.float64: "rows of a table"}
+            what = "nodes of a graph" if source.whole else kinds[source.dtype]
             raise LayerwiseError(f"the {what} are no images to augment; leave --augment out")
         if source.whole:
             batch_size, shuffle = len(source), False
@@ -122,8 +123,8 @@ class Batches:
             start: index of the first batch to give, 0 to `len(self)`; default 0.
 
         Yields:
-            x: float32 (B, C, H, W), normalised; y: labels as the source has them, class numbers as int64; both on
-                `device`.
+            x: float32 (B, C, H, W), normalised, or tokens int64 (B, T); y: labels as the source has
+                them, class numbers as int64; both on `device`.
 
         Raises:
             LayerwiseError: `start` is outside 0 to `len(self)`.
@@ -147,6 +148,9 @@ class Batches:
                 generator = self._generator("augment", epoch, index)
                 for name in self.augment:
                     images = AUGMENTATIONS[name](images, generator, self.part)
+            if self.source.dtype == torch.int64:  # tokens
+                yield images, labels.to(self.device, non_blocking=True)
+                continue
             layout = torch.channels_last if self.channels_last else torch.contiguous_format
             x = images.to(self._type, copy=True, memory_format=layout).mul_(self._scale).add_(self._shift)
             yield x.to(torch.float32), _usable(labels).to(self.device, non_blocking=True)
@@ -156,5 +160,5 @@ class Batches:
 
 
 def _usable(labels: Tensor) -> Tensor:
-    """Class numbers as int64; pixels of masks are held as bytes."""
-    return labels.long() if labels.dtype == torch.uint8 else labels
+    """Class numbers as int64; pixels of masks are held as bytes, tokens as short numbers."""
+    return labels if labels.is_floating_point() else labels.long()

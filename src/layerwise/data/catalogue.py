@@ -19,22 +19,28 @@ DESCRIPTIONS = {
     "cora": "2,708 papers that cite each other, 1,433 words, 7 classes; labels of 140 papers, public split",
     "diabetes": "442 patients, 10 numbers each, and how far diabetes went a year later: --task regression",
     "digit_scenes": "5,000 scenes of 1 to 3 of the digits, 20x20 grey: --task multilabel (which ones) or segmentation",
-    "hf:owner/name": "any image-classification data set on the Hugging Face hub",
+    "tinyshakespeare": "1.1 million characters of Shakespeare, for gpt: LAYERWISE_DATA holds tinyshakespeare/input.txt",
+    "text:PATH": "a file of text, or a folder with train.txt, and with validation.txt and test.txt if wanted: for gpt",
+    "hf:owner/name": "any image-classification data set on the Hugging Face hub, or one of text: --task language_model",
     "imagefolder:PATH": "a folder with one folder of images per class, or with train/ and test/ of that form; "
     "with images/ and masks/ in place of classes for --task segmentation",
     "parquet:PATH": "one parquet file or a folder of them with train or test in the names: an image and a label column",
     "PATH.csv": "a table: a line of names, a column called label (or class, target, y) or those of --targets, "
     "all others numbers",
 }
+TEXTS = ("tinyshakespeare", "text")
+"""Names, and forms of names, of texts."""
 SERVES = {
     **dict.fromkeys(("digits", "cora", *HUB), ("classification",)),
     "diabetes": ("regression",),
     "digit_scenes": ("multilabel", "segmentation"),
     "imagefolder": ("classification", "segmentation"),
-    **dict.fromkeys(("hf", "parquet", "csv"), ("classification", "regression", "multilabel")),
+    **dict.fromkeys(("parquet", "csv"), ("classification", "regression", "multilabel")),
+    "hf": ("classification", "regression", "multilabel", "language_model"),
+    **dict.fromkeys(TEXTS, ("language_model",)),
 }
 """Names, and forms of names, to the tasks that their labels are for."""
-FORMS = ("hf", "imagefolder", "parquet")  # what a name may begin with, before a colon
+FORMS = ("hf", "imagefolder", "parquet", "text")  # what a name may begin with, before a colon
 
 
 def names() -> list[str]:
@@ -71,6 +77,15 @@ def is_table(name: str) -> bool:
     (True, False)
     """
     return name.lower().endswith(".csv") and name.partition(":")[0] not in FORMS
+
+
+def is_text(name: str) -> bool:
+    """Whether a name is that of a text, whose tokens are predicted one after the other.
+
+    >>> is_text("text:book.txt"), is_text("digits")
+    (True, False)
+    """
+    return name.partition(":")[0] in TEXTS
 
 
 def check_task(name: str, task: str) -> None:

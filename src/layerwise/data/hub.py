@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from layerwise.data.columns import find_columns, read_labels
 from layerwise.data.machine import need
@@ -16,19 +17,7 @@ def open_hub(
     repository: str, advice: str = "", task: DataTask = "classification", targets: Sequence[str] = ()
 ) -> dict[str, Rows]:
     """The splits of a data set on the Hugging Face hub, downloaded once and mapped from its cache."""
-    datasets = need("datasets")
-    with quiet():
-        unreachable = _unreachable(repository)
-        try:
-            with _offline() if unreachable else nullcontext():
-                found = datasets.load_dataset(repository)
-        except Exception as error:  # anything may come out of the network stack and of a foreign loader
-            reason = str(error).strip().partition("\n")[0].rstrip(".")
-            reason = reason.replace("OfflineModeIsEnabled", unreachable)
-            raise LayerwiseError(
-                f"cannot get {repository} from the Hugging Face hub ({type(error).__name__}: {reason}); "
-                f"check the name and the network{advice}"
-            ) from error
+    found, datasets = load_splits(repository, advice), need("datasets")
     caches = [Path(datasets.config.HF_DATASETS_CACHE), Path(need("huggingface_hub.constants").HF_HUB_CACHE)]
     splits = {}
     for split, rows in found.items():
@@ -43,6 +32,27 @@ def open_hub(
         (of if of is not None and of not in splits and known.count(of) == 1 else split): rows
         for (split, rows), of in zip(splits.items(), known, strict=True)
     }
+
+
+def load_splits(repository: str, advice: str = "") -> Any:
+    """The splits of a data set on the hub as `datasets` has them.
+
+    Raises:
+        LayerwiseError: there is none of this name, or it cannot be reached; `advice` ends the sentence.
+    """
+    datasets = need("datasets")
+    with quiet():
+        unreachable = _unreachable(repository)
+        try:
+            with _offline() if unreachable else nullcontext():
+                return datasets.load_dataset(repository)
+        except Exception as error:  # anything may come out of the network stack and of a foreign loader
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            reason = reason.replace("OfflineModeIsEnabled", unreachable)
+            raise LayerwiseError(
+                f"cannot get {repository} from the Hugging Face hub ({type(error).__name__}: {reason}); "
+                f"check the name and the network{advice}"
+            ) from error
 
 
 def _unreachable(repository: str) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from layerwise.core.graphs import Graph
+from layerwise.core.randomness import derive_seed
 from layerwise.data.catalogue import check_task, is_table, plain_name
 from layerwise.data.images import check_size, load_images
 from layerwise.data.labels import absent_classes
@@ -22,6 +23,8 @@ from layerwise.data.sources import InMemorySource, Source
 from layerwise.data.splitting import stratified_split
 from layerwise.data.statistics import mean_and_std
 from layerwise.data.tables import TableSource, read_table
+from layerwise.data.text import TextOptions, load_text
+from layerwise.data.tokenizer import Tokenizer
 from layerwise.errors import LayerwiseError
 from layerwise.files import shown
 
@@ -37,7 +40,7 @@ class Dataset:
         name: what it was loaded by.
         classes: names of the K classes, in the order of the labels 0 to K - 1; of the targets, where labels are
             numbers, or several that hold or not.
-        shape: (C, H, W) of an image; (columns, 1, 1) of a row of a table.
+        shape: (C, H, W) of an image; (columns, 1, 1) of a row of a table; (1, 1, T) of a window of text.
         mean, std: per channel, on the pixel scale [0, 1], of the training split only; std is 1 for a constant channel.
             Of a table, per column and on its own scale.
         train: what to learn from.
@@ -50,6 +53,8 @@ class Dataset:
         form: what images were turned into; None for anything else.
         target_mean, target_std: of numbers to be predicted, one per target, of the training split; empty for anything
             else.
+        tokenizer: of a text; its tokens are the classes. None for anything else.
+        contents: what distinguishes a text from another one.
     """
 
     name: str
@@ -66,6 +71,8 @@ class Dataset:
     form: ImageFormat | None = None
     target_mean: tuple[float, ...] = ()
     target_std: tuple[float, ...] = ()
+    tokenizer: Tokenizer | None = None
+    contents: tuple[str, ...] = ()
 
 
 def load(
@@ -82,8 +89,10 @@ def load(
     clean_validation: bool = False,
     task: DataTask = "classification",
     targets: Sequence[str] = (),
+    text: TextOptions | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Dataset:
-    """Load a data set: labelled images, the nodes of a graph, or the rows of a table.
+    """Load a data set: labelled images, the nodes of a graph, the rows of a table, or windows of text.
 
     Args:
         name: a name or form that `names()` lists; default "digits".
@@ -101,8 +110,11 @@ def load(
         label_noise_kind: "symmetric" or "pairs".
         clean_validation: keep the true labels of the validation split; default False.
         task: what the labels are: "classification", "regression" (float32 (N, D)), "multilabel" (float32 (N, K)) or
-            "segmentation" (uint8 (N, H, W)). Only classes are split by strata and have label noise.
+            "segmentation" (uint8 (N, H, W)), or "language_model" (the tokens of a text, (N, T)). Only classes are split
+            by strata and have label noise.
         targets: names of the columns of labels of a table; default the one with a usual name.
+        text: how a text becomes windows of tokens.
+        tokenizer: of a text; default the one that `text` asks for.
 
     Raises:
         LayerwiseError: an unknown name, an argument out of its range, data that cannot be found, reached or read, no
@@ -114,19 +126,22 @@ def load(
     >>> load("mnits")
     Traceback (most recent call last):
     layerwise.errors.LayerwiseError: unknown data set 'mnits'; did you mean 'mnist'? legal names: digits, mnist, \
-fashion_mnist, cifar10, cifar100, cora, diabetes, digit_scenes, hf:owner/name, imagefolder:PATH, parquet:PATH, PATH.csv.
+fashion_mnist, cifar10, cifar100, cora, diabetes, digit_scenes, tinyshakespeare, text:PATH, hf:owner/name, \
+imagefolder:PATH, parquet:PATH, PATH.csv.
     """
     name, size = plain_name(name), check_size(size)
     title = shown(name)  # for messages
     if not 0 <= val_fraction < 1:
         raise LayerwiseError(f"validation fraction {val_fraction} is not in [0, 1); use 0 for no validation split")
     check_task(name, task)
-    if targets and not (is_table(name) or name.partition(":")[0] in ("parquet", "hf")):
+    if targets and (task == "language_model" or not (is_table(name) or name.partition(":")[0] in ("parquet", "hf"))):
         raise LayerwiseError(f"{title} has no columns to choose from; leave --targets out")
     if label_noise and task != "classification":
         raise LayerwiseError("label noise puts wrong classes in the place of right ones; leave it out under this task")
     if name == "cora":
         return _cora(root, size, label_noise)
+    if task == "language_model":
+        return _text(name, text, val_fraction, train_samples, seed, root, size, tokenizer)
     columns: tuple[str, ...] = ()
     test = own_val = form = None
     if name == "digits":
@@ -201,6 +216,29 @@ fashion_mnist, cifar10, cifar100, cora, diabetes, digit_scenes, hf:owner/name, i
         notes.append(f"mean and std are estimated from {sampled} of {len(train)} training images")
     scale = target_statistics(train.labels) if task == "regression" else ((), ())
     return Dataset(name, classes, train.shape, mean, std, train, val, test, tuple(notes), None, columns, form, *scale)
+
+
+def _text(
+    name: str,
+    text: TextOptions | None,
+    val_fraction: float,
+    train_samples: int | None,
+    seed: int,
+    root: str | Path | None,
+    size: int | None,
+    tokenizer: Tokenizer | None,
+) -> Dataset:
+    if size is not None:
+        raise LayerwiseError("the windows of a text are no images; leave --image-size out")
+    found = load_text(name, text or TextOptions(), val_fraction, root, tokenizer)
+    train, known = found.train, found.tokenizer
+    if train_samples is not None:
+        if not 1 <= train_samples <= len(train):
+            raise LayerwiseError(f"train_samples is {train_samples}; give a number of windows from 1 to {len(train)}")
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(derive_seed(seed, "windows")))
+        train = train.subset(order[:train_samples].sort().values)
+    parts = (train, found.val, found.test, tuple(found.notes))
+    return Dataset(name, known.names, train.shape, (0.0,), (1.0,), *parts, tokenizer=known, contents=found.contents)
 
 
 def _strata(labels: Tensor, task: DataTask) -> Tensor:

@@ -9,8 +9,8 @@ from torch import Tensor
 from layerwise.data.naming import LABEL_NAMES, few, pick
 from layerwise.errors import LayerwiseError
 
-DataTask = Literal["classification", "regression", "multilabel", "segmentation"]
-"""What the labels of a data set are: a class, numbers, zeros and ones, or a class per pixel."""
+DataTask = Literal["classification", "regression", "multilabel", "segmentation", "language_model"]
+"""What the labels of a data set are: a class, numbers, zeros and ones, a class per pixel, or the next token."""
 
 
 def chosen_targets(targets: Sequence[str], columns: Sequence[str], task: DataTask, title: str) -> tuple[str, ...]:

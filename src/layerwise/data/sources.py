@@ -43,13 +43,13 @@ class Source(ABC):
     """Labelled samples, read by index: images, or what is laid out like them.
 
     Attributes:
-        labels: int64 (N,) of classes; float32 (N, D) of numbers, (N, K) of several labels; uint8 (N, H, W) of pixels,
-            255 where one counts in nothing.
+        labels: int64 (N,) of classes; whole numbers (N, T) of tokens; float32 (N, D) of numbers, (N, K) of several
+            labels; uint8 (N, H, W) of pixels, 255 where one counts in nothing.
         shape: (C, H, W) of every image.
         whole: whether the samples belong together, so that one batch holds them all, in order.
         pictures: whether the samples are pictures, which may be augmented.
-        dtype: uint8 for pixels, of which mean and std count 255 as 1 (they may be held as float32 of that scale, where
-            images have more than 8 bits), or float64 for other numbers.
+        dtype: int64 for tokens; uint8 for pixels, of which mean and std count 255 as 1 (they may be held as float32 of
+            that scale, where images have more than 8 bits), or float64 for other numbers.
     """
 
     labels: Tensor
@@ -77,6 +77,15 @@ class Source(ABC):
     @abstractmethod
     def to(self, device: torch.device) -> "Source":
         """The source with its pixels on `device`, if it holds any."""
+
+    def blank(self) -> Tensor:
+        """A sample of zeros as it comes in a batch, (1, C, H, W)."""
+        return torch.zeros(1, *self.shape)
+
+    @property
+    def checked_labels(self) -> Tensor:
+        """The labels whose values a run looks at before it begins: all of them."""
+        return self.labels
 
     def without_images(self) -> "Source":
         """The labels alone; the pixels, if it holds any, are not kept."""

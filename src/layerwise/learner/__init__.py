@@ -1,7 +1,8 @@
 """The front door: a model, a rule and optimizers.
 
-`build.py` makes groups and optimizers out of the first batch, `learner.py` steps and predicts, `state.py` saves and
-loads. `alone.py` has null objects for a learner without replicas, stages or offloading.
+`learner.py` has the door and steps. `arguments.py` checks what is given, `setup.py` makes of it what is known before
+the first batch, `build.py` makes groups and optimizers out of that batch. `prediction.py` predicts and evaluates,
+`state.py` saves and loads.
 """
 
 from layerwise.learner.learner import Learner

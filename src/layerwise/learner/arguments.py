@@ -9,10 +9,13 @@ from torch import Tensor
 from layerwise import rules
 from layerwise.core.groups import Unit
 from layerwise.core.pieces import has_trunk
+from layerwise.core.ranges import check_ranges
 from layerwise.core.rule import Rule
 from layerwise.core.tasks import KINDS, Classification, Task
 from layerwise.errors import LayerwiseError, suggestion
+from layerwise.memory.offload import check_offload
 from layerwise.parallel.alone import OneProcess
+from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
 
 
@@ -74,6 +77,28 @@ WORDS = {
 def _refuse(rule: Rule, what: str, kinds: Sequence[str]) -> NoReturn:
     able = [name for name in rules.names() if set(kinds) <= set(rules.get(name).tasks) and not rules.get(name).models]
     raise LayerwiseError(f"rule {rule.name!r} cannot {what}: {rule.only}; rules that can: {', '.join(able)}.")
+
+
+def check_arguments(given: Mapping[str, Any]) -> None:
+    """Raise LayerwiseError for arguments of `Learner`, by name, that are wrong whatever the model is."""
+    check_types(*(given[n] for n in ("lr_multipliers", "channels_last", "stage", "replicas", "cuts", "layout")))
+    check_ranges(**{n: given[n] for n in ("clip", "accumulate", "micro", "label_smoothing", "seed", "blocks")})
+    check_ranges(lr=given["lr"], weight_decay=given["weight_decay"], lr_multipliers=given["lr_multipliers"] or {})
+    check_options(given["precision"], given["nonfinite"])
+    check_offload(given["offload"], isinstance(given["replicas"], Replicas), given["compile"])
+    schedule = given["schedule"]
+    if schedule is not None and not callable(schedule):
+        raise LayerwiseError(
+            f"the schedule is of type {type(schedule).__name__}; give a function from the update number to a "
+            "factor, or hold a scheduler of torch by learner.optimizer."
+        )
+
+
+def check_multipliers(lr_multipliers: Mapping[str, float], names: Sequence[str]) -> None:
+    """Raise LayerwiseError where a factor of the learning rate belongs to no block."""
+    for name in lr_multipliers:
+        if name not in names:
+            raise LayerwiseError(f"lr_multipliers names no block {name!r}; {suggestion(name, names)}.")
 
 
 def check_types(lr_multipliers: Any, channels_last: Any, stage: Any, replicas: Any, cuts: Any, layout: Any) -> None:

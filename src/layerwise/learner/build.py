@@ -1,10 +1,8 @@
 """From a model, a rule and an example to groups of blocks with optimizers."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,57 +13,22 @@ from layerwise.core import trees
 from layerwise.core.blocks import Block, Partition
 from layerwise.core.contract import asking, groups_of
 from layerwise.core.engine import Engine
-from layerwise.core.execution import Execution
 from layerwise.core.groups import Group, Grouping, Unit
-from layerwise.core.late import LateWeights, NotLate
-from layerwise.core.optim import Factory, begin_schedule, decay_groups, sparse_gradients, without_decay
-from layerwise.core.pieces import LearnsInPart, MovesActivations, StepsByParameter
+from layerwise.core.optim import begin_schedule, decay_groups, sparse_gradients, without_decay
+from layerwise.core.output_layer import watching_linear_layers
+from layerwise.core.pieces import LearnsInPart, MovesActivations, ReadsOutputMatrix, StepsByParameter
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
-from layerwise.core.rule import Rule, Site
-from layerwise.core.tasks import Task
+from layerwise.core.rule import Site
 from layerwise.errors import LayerwiseError
 from layerwise.learner.arguments import check_micro
+from layerwise.learner.setup import ONE_PROCESS, Setup
 from layerwise.learner.watch import Watch
 from layerwise.memory.activations import ActivationOffload, NotMoved
 from layerwise.memory.offload import NotOffloaded, Offload
-from layerwise.parallel.alone import OneProcess, WholeNetwork
-from layerwise.parallel.replicas import Replicas
-from layerwise.parallel.stage import Stage
+from layerwise.parallel.alone import WholeNetwork
 
-
-@dataclass
-class Setup:
-    """What a learner is made of, before the shapes are known."""
-
-    network: Partition
-    rule: Rule
-    factory: Factory
-    lr_multipliers: Mapping[str, float]
-    execution: Execution
-    stage: Stage | WholeNetwork
-    replicas: Replicas | OneProcess
-    make_offload: Callable[[Sequence[Sequence[Block]], int], Offload | NotOffloaded]
-    """From the blocks of every group here, and the number of the first block, to what moves them."""
-    offload_folder: Path
-    """For files of offloaded blocks or activations."""
-    late: LateWeights | NotLate
-    """Makes weights where the model was made without."""
-    seed: int
-    task: Task
-    """Without the number of outputs."""
-    compile: bool | str
-    facts: Mapping[str, Any]
-    """What must be the same on all replicas, by name."""
-
-    @property
-    def blocks(self) -> list[Block]:
-        """All blocks, the head last."""
-        return [*self.network.blocks, self.network.head]
-
-    @property
-    def device(self) -> torch.device:
-        """Where blocks run."""
-        return self.execution.device
+WORTH_A_WARNING = 100_000
+"""Numbers in readouts below which nobody is warned of them."""
 
 
 class Built:
@@ -84,6 +47,7 @@ class Built:
     def __init__(self, setup: Setup, x: Any, evaluating: Callable[[], AbstractContextManager[None]]):
         check_alone(setup)
         check_by_parameter(setup)
+        check_output_matrix(setup)
         setup.network.check_modules()
         self.setup = setup
         self.auxiliary = nn.ModuleDict()
@@ -107,12 +71,14 @@ class Built:
                 "the inputs are complex numbers, which no rule can read; give torch.view_as_real(x) or their absolute "
                 "values."
             )
-        with evaluating():
+        with evaluating(), watching_linear_layers(setup.network.model) as watched:
             outputs = setup.network.probe(x[:2] if isinstance(x, Tensor) else x)
         self.activations = NotMoved()
         if isinstance(setup.rule, MovesActivations):
             self.activations = ActivationOffload(setup.rule.activations_to(), setup.offload_folder, setup.device)
         self.task = setup.task.fitted(outputs[-1])
+        layer = watched.output_layer(setup.network, self.task.outputs)
+        setup.network.__dict__.update(output_layer=layer)  # no second place of the module in the model
         self.engine = Engine(setup.rule, self.task, setup.execution, self.resident)
         mine = setup.stage.choose(setup.rule, setup.network, ranges, x[:1] if isinstance(x, Tensor) else x)
         if not known:
@@ -240,7 +206,21 @@ class Built:
         return Group(units, ahead, [p for group in groups for p in group["params"]], optimizers, self._scaler())
 
     def _warn_of_readouts(self, units: Sequence[Unit]) -> None:
-        """Warn where a block is frozen but for adapters, and the rule's own module is larger than these."""
+        """Warn where private readouts outweigh the blocks, or what a block trains where it is frozen but for adapters.
+
+        Small ones are passed over: what they cost is nothing to anybody.
+        """
+        rule, blocks = self.setup.rule, [unit for unit in units if not unit.site.is_head]
+        if isinstance(rule, ReadsOutputMatrix) and rule.readout == "private":
+            made = [t for u in blocks if u.auxiliary for t in (*u.auxiliary.parameters(), *u.auxiliary.buffers())]
+            readouts, own = sum(t.numel() for t in made), sum(p.numel() for u in blocks for p in u.block.parameters())
+            if readouts > max(own, WORTH_A_WARNING):
+                warnings.warn(
+                    f"the readouts of rule {rule.name!r} have {readouts:,} numbers and the blocks {own:,}; "
+                    f'readout="shared" reads the matrix of the network\'s output layer in their place.',
+                    stacklevel=2,
+                )
+                return
         larger = []
         for unit in units:
             own = list(unit.block.parameters())
@@ -257,13 +237,18 @@ class Built:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The network's parameters under the model's names, then the rule's under `auxiliary.`."""
-        yield from self.setup.network.named_parameters()
-        for name, parameter in self.auxiliary.named_parameters():
-            yield f"auxiliary.{name}", parameter
+        return named_parameters(self.setup.network, self.auxiliary)
 
     def _scaler(self) -> torch.amp.GradScaler:
         execution = self.setup.execution
         return torch.amp.GradScaler(execution.device.type, enabled=execution.autocast == torch.float16)
+
+
+def named_parameters(network: Partition, auxiliary: nn.ModuleDict) -> Iterator[tuple[str, nn.Parameter]]:
+    """The network's parameters under the model's names, then the rule's under `auxiliary.`."""
+    yield from network.named_parameters()
+    for name, parameter in auxiliary.named_parameters():
+        yield f"auxiliary.{name}", parameter
 
 
 class NotBuilt:
@@ -295,6 +280,16 @@ def check_alone(setup: Setup) -> None:
         )
 
 
+def check_output_matrix(setup: Setup) -> None:
+    """Raise LayerwiseError where readouts look at the output matrix, and it is not whole while other blocks run."""
+    rule = setup.rule
+    if isinstance(rule, ReadsOutputMatrix) and rule.matrix_refresh() is not None and setup.replicas.shares_parameters:
+        raise LayerwiseError(
+            f'rule {rule.name!r} with readout="shared" looks at the output matrix at every block, and with --parallel '
+            "sharded a rank has a share of it; choose --parallel data, or another readout."
+        )
+
+
 def check_by_parameter(setup: Setup) -> None:
     """Raise LayerwiseError where an option needs all gradients at once, and the rule has one at a time."""
     execution = setup.execution
@@ -311,10 +306,6 @@ def check_by_parameter(setup: Setup) -> None:
                 f"rule {setup.rule.name!r} updates one parameter at a time, and {option} needs all gradients at once; "
                 "leave it out, or choose a rule such as backprop."
             )
-
-
-ONE_PROCESS = OneProcess()
-"""For learners that were given no replicas."""
 
 
 def compile_blocks(blocks: Sequence[Block], backend: bool | str) -> None:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from layerwise.core.pieces import JoinsGroups, LearnsInPart, TakesTurns
 from layerwise.errors import LayerwiseError
+from layerwise.learner.batches import labelled
 from layerwise.learner.learner import Learner
-from layerwise.learner.network import labelled
 from layerwise.memory.fitting import Fit, fewest_parts, held_by, read_size, size_in_words
 from layerwise.memory.meter import MemoryUse
 

@@ -1,8 +1,7 @@
 """Learner: a model, a rule and an optimizer, in three lines of anybody's own training loop."""
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,41 +10,34 @@ from torch import Tensor, nn
 
 from layerwise import rules
 from layerwise.core import pieces
-from layerwise.core.blocks import Block, Partition
-from layerwise.core.calls import CallPartition
-from layerwise.core.contract import asking, check_begin, check_prediction, check_rule
-from layerwise.core.devices import check_precision, usable_device
+from layerwise.core.blocks import Block
+from layerwise.core.contract import asking, check_rule
 from layerwise.core.engine import Engine
-from layerwise.core.execution import Execution
-from layerwise.core.failures import in_a_sentence
 from layerwise.core.groups import Group
-from layerwise.core.optim import OptimizerChoice, Schedule, optimizer_factory
+from layerwise.core.optim import OptimizerChoice
 from layerwise.core.ownership import Tied
 from layerwise.core.progress import Trace
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
-from layerwise.core.ranges import check_ranges
 from layerwise.core.reading import Output, Read
-from layerwise.core.rule import BatchContext, Rule, metrics_of
+from layerwise.core.rule import Rule
 from layerwise.core.tasks import Task
-from layerwise.core.trees import detach, mapped, tensors
-from layerwise.errors import LayerwiseError, suggestion
+from layerwise.core.trees import mapped
+from layerwise.errors import LayerwiseError
+from layerwise.learner import pickled, prediction
 from layerwise.learner import state as states
-from layerwise.learner.arguments import (
-    check_can,
-    check_labels_of,
-    check_options,
-    check_types,
-    usable_task,
-)
-from layerwise.learner.build import ONE_PROCESS, Built, NotBuilt, Setup
+from layerwise.learner.arguments import check_arguments, check_labels_of
+from layerwise.learner.batches import check_input, labelled, ordinary, placed, with_labels
+from layerwise.learner.build import Built, NotBuilt, named_parameters
 from layerwise.learner.checks import check_parts
+from layerwise.learner.metering import meter_of
 from layerwise.learner.metrics import Metrics
-from layerwise.learner.network import check_reads, check_serves, cut, labelled
+from layerwise.learner.network import check_reads
 from layerwise.learner.optimizer import EveryOptimizer
-from layerwise.learner.weights import Weights, late_weights, save_blocks
-from layerwise.memory.meter import MemoryMeter, MemoryUse, optimizer_tensors
-from layerwise.memory.offload import NotOffloaded, Offload, Where, check_offload
-from layerwise.parallel.alone import OneProcess, WholeNetwork
+from layerwise.learner.setup import DONE_ONCE, make_setup
+from layerwise.learner.weights import Weights, save_blocks
+from layerwise.memory.meter import MemoryUse
+from layerwise.memory.offload import NotOffloaded, Offload, Where
+from layerwise.parallel.alone import OneProcess
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
 
@@ -165,76 +157,19 @@ class Learner:
         offload_folder: str | Path | None = None,
         weights: Weights = None,
     ):
-        self._arguments = {name: value for name, value in locals().items() if name not in ("self", "model", "rule")}
-        self._arguments |= {"example": None, "weights": None}  # a batch is not kept, and weights are made once
-        check_types(lr_multipliers, channels_last, stage, replicas, cuts, layout)
-        check_ranges(
-            clip=clip, accumulate=accumulate, micro=micro, label_smoothing=label_smoothing, seed=seed, blocks=blocks
-        )
-        check_ranges(lr=lr, weight_decay=weight_decay, lr_multipliers=lr_multipliers or {})
-        check_options(precision, nonfinite)
-        check_offload(offload, isinstance(replicas, Replicas), compile)
-        replicas = replicas or ONE_PROCESS
-        replicas.check(precision=precision, compile=compile, channels_last=channels_last)
+        given = {name: value for name, value in locals().items() if name not in ("self", "model", "rule")}
+        check_arguments(given)
         self.rule = rules.create(rule) if isinstance(rule, str) else rule
         check_rule(self.rule)
-        late = late_weights(model, weights, seed, device)
-        self.network: Partition = cut(model, cuts, blocks, output, read, tied, example, layout)
-        self._arguments |= {"cuts": None, "blocks": None, "output": None, "read": None, "tied": None}  # done
-        if isinstance(self.network, CallPartition):
-            check_serves(self.network, self.rule, micro)
-        names = [block.name for block in [*self.network.blocks, self.network.head]]
-        for name in lr_multipliers or {}:
-            if name not in names:
-                raise LayerwiseError(f"lr_multipliers names no block {name!r}; {suggestion(name, names)}.")
-        self.device = next(model.parameters()).device if device is None else usable_device(device)
-        check_precision(precision, self.device)
-        if device is not None and offload == "none":
-            self.network.to(self.device)
-        self.channels_last = channels_last
-        if channels_last:
-            self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        if schedule is not None and not callable(schedule):
-            raise LayerwiseError(
-                f"the schedule is of type {type(schedule).__name__}; give a function from the update number to a "
-                "factor, or hold a scheduler of torch by learner.optimizer."
-            )
-        task = usable_task(task, label_smoothing)
-        check_can(self.rule, task)
-        self.schedule = schedule or Schedule()
-        self._offload_to: tuple[Where, Path] = offload, Path(offload_folder or tempfile.gettempdir())
+        self._setup = make_setup(model, self.rule, given, self._moved_by)
+        self._arguments = given | dict.fromkeys(DONE_ONCE)
+        self._offload_to: tuple[Where, Path] = offload, self._setup.offload_folder
         self.offload: Offload | NotOffloaded = NotOffloaded()
-        self._setup = Setup(
-            self.network,
-            self.rule,
-            optimizer_factory(optimizer, lr=lr, weight_decay=weight_decay, options=optimizer_options),
-            dict(lr_multipliers or {}),
-            Execution(
-                device=self.device,
-                schedule=self.schedule,
-                autocast={"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision],
-                clip=clip,
-                accumulate=accumulate,
-                micro=micro,
-                nonfinite=nonfinite,
-                # The first replica draws what one process would; the others must not drop the same units as it does.
-                seed=derive_seed(seed, "replica", replicas.rank) if replicas.rank else seed,
-                replicas=replicas,
-            ),
-            stage or WholeNetwork(),
-            replicas,
-            self._moved_by,
-            self._offload_to[1],
-            late,
-            seed,
-            task,
-            compile,
-            self._facts(),
-        )
-        self.stage, self.replicas = self._setup.stage, replicas
-        self.steps = 0
-        self.skipped = 0
-        self.optimizer = EveryOptimizer(self._optimizers)
+        self.network, self.device, self.channels_last = self._setup.network, self._setup.device, channels_last
+        self.schedule = self._setup.execution.schedule
+        self.stage, self.replicas = self._setup.stage, self._setup.replicas
+        self.steps = self.skipped = 0
+        self.optimizer = EveryOptimizer(lambda: self._built.optimizers())
         self._prepared = not isinstance(self.rule, pieces.StartsFromData)
         self._built: Built | NotBuilt = NotBuilt()
         self._example: Any = None
@@ -243,13 +178,6 @@ class Learner:
             self.build(example)
 
     # Building.
-
-    def _facts(self) -> dict[str, Any]:
-        """What must be the same on all replicas."""
-        own = ("stage", "replicas", "device", "offload", "offload_folder", "compile", "example")
-        options = {name: value for name, value in self._arguments.items() if name not in own}
-        parts = {f"the rule's {name}": value for name, value in vars(self.rule).items()}
-        return {"the rule": self.rule.name, **options, "cuts": self.network.cuts, **parts}
 
     def build(self, x: Any) -> None:
         """Make the rule's auxiliary modules and the optimizers; done by the first `step` if not before.
@@ -260,19 +188,15 @@ class Learner:
         Raises:
             LayerwiseError: the network does not take such an input, or is not what was partitioned.
         """
-        self._check_input(x)
+        check_input(self.network, x)
         check_reads(self.rule, x)
         x = self._placed(labelled(x, None)[0])
         with torch.inference_mode(False):  # what is made here has to learn, wherever it is made
-            self._built = Built(self._setup, mapped(x, _ordinary), self.evaluating)
+            self._built = Built(self._setup, mapped(x, ordinary), self.evaluating)
             self._example = x[:1].clone() if isinstance(x, Tensor) else mapped(x, torch.clone)
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self.load_state_dict(pending)
-
-    def _build_at_first(self, x: Any) -> None:
-        if isinstance(self._built, NotBuilt):
-            self.build(x)
 
     def _moved_by(self, blocks: Sequence[Sequence[Block]], first: int) -> Offload | NotOffloaded:
         """What moves the blocks of these groups; the same again where an earlier attempt has failed at the input."""
@@ -281,9 +205,6 @@ class Learner:
             total, make = len(self._setup.blocks), self._setup.late.make_rest
             self.offload = Offload(kind, folder, self.device, self.rule, blocks, first, total, make)
         return self.offload
-
-    def _optimizers(self) -> Iterator[torch.optim.Optimizer]:
-        return self._built.optimizers()
 
     @property
     def built(self) -> Built:
@@ -392,11 +313,13 @@ class Learner:
                 self.prepare(x, y)
             built = self.built
             built.watch.check()
-            built.auxiliary.train(self.network.model.training)
+            training = self.network.model.training
+            if any(module.training != training for module in built.auxiliary.modules()):
+                built.auxiliary.train(training)
             step, trace, updates = self.steps, Trace(), self.updates
             seed_generators(derive_seed(self._setup.execution.seed, "begin", step), self.device)
             with self.network.passing(x):
-                h, message = self._begin(x, y, step)
+                h, message = prediction.begun(built, x, y, step, self.__call__)
                 h, message = built.engine.step(self.groups_at(updates), h, message, y, step, trace)
             self.steps += 1
             self._count(updates)
@@ -434,40 +357,10 @@ class Learner:
 
         The optimizers' state exists from the first update on, so measure a later step.
         """
-        auxiliary = self.auxiliary
-        tensors = [*self.network.parameters(), *self.network.buffers(), *auxiliary.parameters(), *auxiliary.buffers()]
-        parameters = [p for group in self.groups for p in group.parameters]
-        tensors += [p for p in self.replicas.full_of(parameters) if not any(p is t for t in parameters)]
-        optimizers = list(self._optimizers())
-        updates = self.updates
-        with MemoryMeter(
-            parameters=tensors,
-            optimizer_state=lambda: optimizer_tensors(optimizers),
-            device=self.device,
-        ) as meter:
+        groups = self.groups_at(self.updates)
+        with meter_of(self) as meter:
             metrics = self.step(x, y)
-        use = self.offload.counted(meter.peak)
-        return metrics, self.replicas.counted(use, self.groups_at(updates))
-
-    def _begin(self, x: Any, y: Tensor, step: int | None) -> tuple[Any, Any]:
-        """Input and message of the first group here: the rule's, or what the rank before has sent."""
-        if not self.stage.first:
-            return self.stage.receive()
-        units = {unit.site.index: unit for group in self.groups for unit in group.units}
-
-        def run(index: int, h: Tensor, message: Any = None) -> Tensor:
-            return self.engine.run_aside(units[index], h, message, step)
-
-        def forward(h: Tensor) -> Tensor:
-            for index in range(len(self.network.blocks) + 1):
-                h = run(index, h)
-            return h
-
-        ctx = BatchContext(x, y, self.task, self.network, self._modules_by_site(), run, forward, self.__call__)
-        with asking(self.rule, "`begin`"):
-            begun = self.rule.begin(ctx)
-        check_begin(self.rule, begun)
-        return detach(begun)
+        return metrics, self.replicas.counted(self.offload.counted(meter.peak), groups)
 
     # Evaluation and prediction.
 
@@ -478,34 +371,19 @@ class Learner:
             x: inputs as for `step`.
             y: labels as for `step`.
         """
-        trace = Trace()
         with self.evaluating():
             x, y = self._ready(x, y)
-            built = self.built
-            built.watch.check()
-            with self.network.passing(x):
-                h, message = self._begin(x, y, None)
-                for group in built.groups:
-                    with built.resident(group.units):
-                        _, h, message = built.engine.forward(group, h, message, y, None, trace)
-            self.stage.pass_on(h, message, skipped=False)
-            apart = not self.rule.predicts_plainly() and not self.rule.predicts_at_head
-            if apart and (logits := self._predicted_again(x)) is not None:
-                metrics, trace.statistics["head"] = metrics_of(self.task, logits, y)
-                head = {"loss": self.task.loss(logits, y), **metrics}
-                trace.metrics["head"] = trace.metrics.get("head", {}) | head
+            trace = prediction.evaluated(self.built, x, y, self.__call__)
         return Metrics(self.steps, len(y), trace.metrics, (), {}, trace.statistics)
 
     @torch.no_grad()
     def __call__(self, x: Any) -> Tensor:
         """Logits `(B, ..., K)` for inputs, as `step` takes them, in evaluation mode, without gradient."""
         with self.evaluating():
-            self._check_input(x)
-            self._build_at_first(x)
+            x = self._input(x)
             self.built.watch.check()
-            x, _ = labelled(x, None)
             with self.engine.autocast():
-                return self._predicted(self._placed(x))
+                return prediction.predicted(self.built, x)
 
     @torch.no_grad()
     def beliefs(self, x: Any, threshold: float | None = None) -> list[Tensor]:
@@ -522,118 +400,34 @@ class Learner:
         Raises:
             LayerwiseError: the rule passes on no beliefs.
         """
-        if not isinstance(self.rule, pieces.PassesBeliefs):
-            able = [name for name in rules.names() if issubclass(rules.get(name), pieces.PassesBeliefs)]
-            raise LayerwiseError(f"rule {self.rule.name!r} passes on no beliefs; those that do: {', '.join(able)}.")
-        found: list[Tensor] = []
+        prediction.check_passes_beliefs(self.rule)
         with self.evaluating():
-            self._check_input(x)
-            self._build_at_first(x)
-            passed = torch.zeros((), dtype=torch.bool, device=self.device)
-            x, _ = labelled(x, None)
-            who = in_a_sentence("the network", "cannot predict for an input", x)
-            with asking(self.rule, "`beliefs`"), who, self.engine.autocast(), self.network.passing():
-                for belief in self.rule.beliefs(self.network, self._modules_by_site(), self._placed(x)):
-                    found.append(belief)
-                    if threshold is not None:
-                        passed = passed | (belief.amax(-1).exp() >= threshold)
-                        if bool(passed.all()):
-                            break
-        return found
+            return prediction.beliefs(self._input(x), self.built, threshold)
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> AbstractContextManager[None]:
         """A context in which all modules are in evaluation mode, without gradient; every mode is put back after it."""
-        with preserved_generators(self.device):  # first, so that other threads see no mode but their own
-            modules = [self.network, *self.network.model.modules(), *self.auxiliary.modules()]
-            modes = [(module, module.training) for module in modules]
-            training = self.optimizer.training
-            self.network.eval()
-            self.auxiliary.eval()
-            self.optimizer.eval()
-            try:
-                with torch.no_grad(), self.offload.unchanging():
-                    # A rule that samples when it predicts (or makes negatives) gives the same answer each time.
-                    seed_generators(derive_seed(self._setup.execution.seed, "evaluation"), self.device)
-                    yield
-            finally:
-                if training:
-                    self.optimizer.train()
-                for module, mode in modes:
-                    module.training = mode
-                self.replicas.release()
-
-    def _predicted(self, x: Any) -> Tensor:
-        """What the rule predicts for inputs that are placed, where the whole network is here."""
-        who = in_a_sentence("the network", "cannot predict for an input", x)
-        if self.rule.predicts_plainly():
-            with who:
-                return self.network(x)
-        with asking(self.rule, "`predict`"), who, self.network.passing():
-            found = self.rule.predict(self.network, self._modules_by_site(), x)
-        check_prediction(self.rule, found, self.task, len(x) if isinstance(x, Tensor) else None)
-        return found
-
-    def _predicted_again(self, x: Any) -> Tensor | None:
-        """What the rule predicts, with the draws of `__call__`; None where a later rank knows."""
-        seed_generators(derive_seed(self._setup.execution.seed, "evaluation"), self.device)
-        if self.stage.first and self.stage.last:
-            return self._predicted(x)
-        first = self._modules_by_site().get(0)
-        h, message = pieces.ask(self.rule, x, first) if self.stage.first else self.stage.receive()
-        with self.network.passing(x):
-            for unit in (unit for group in self.groups for unit in group.units):
-                h, message = pieces.answer(self.rule, unit.site, unit.block(h), message, unit.auxiliary)
-        self.stage.pass_on(h, message, skipped=False)
-        return h if self.stage.last else None
-
-    def _modules_by_site(self) -> dict[int, nn.Module]:
-        return {int(index): module for index, module in self.auxiliary.items()}
+        return prediction.evaluating(self._setup, self.auxiliary, self.optimizer, self.offload)
 
     # Batches.
 
     def _placed(self, x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return mapped(x, self._placed)
-        x = x.to(self.device, non_blocking=True)
-        if x.is_inference() and not torch.is_inference_mode_enabled():
-            x = x.clone()  # what inference mode made cannot enter a graph
-        if self.channels_last and x.dim() == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
-        return x
+        return placed(x, self.device, self.channels_last)
+
+    def _input(self, x: Any) -> Any:
+        """Inputs alone, checked and placed; they build what is not built yet."""
+        check_input(self.network, x)
+        if isinstance(self._built, NotBuilt):
+            self.build(x)
+        return self._placed(labelled(x, None)[0])
 
     def _ready(self, x: Any, y: Tensor | None) -> tuple[Any, Tensor]:
-        self._check_input(x)
-        x, y = labelled(x, y)
-        if not isinstance(y, Tensor):
-            raise LayerwiseError(f"the labels are of type {type(y).__name__}; give a tensor{self._setup.task.wanted}.")
-        samples = len(x) if isinstance(x, Tensor) else max(1, y.dim() and len(y))
-        if y.dim() == 0 or samples == 0 or samples != len(y):
-            labels = "one number" if y.dim() == 0 else f"{len(y)}"
-            raise LayerwiseError(
-                f"the batch has {samples} inputs and {labels} labels; give one label per input, and at least one of "
-                "each."
-            )
-        self._build_at_first(x)
-        self.check_labels(y)
-        y = y.to(self.device, non_blocking=True)
-        return self._placed(x), y.clone() if y.is_inference() and not torch.is_inference_mode_enabled() else y
-
-    def _check_input(self, x: Any) -> None:
-        if isinstance(self.network, CallPartition) and isinstance(x, (tuple, Mapping)):
-            if not tensors(x):
-                raise LayerwiseError("the batch holds no tensor; give what the model's forward takes.")
-            return
-        if isinstance(x, (tuple, Mapping)):
-            raise LayerwiseError(
-                f"the inputs are of type {type(x).__name__}, and this model was cut into functions of one tensor; cut "
-                'it at its calls: cuts="auto", a pattern such as "layers.*", or cut_at_calls(model, [...]).'
-            )
-        if not isinstance(x, Tensor):
-            hint = {"ndarray": "torch.from_numpy(x)", "list": "torch.tensor(x)"}.get(type(x).__name__, "one tensor")
-            raise LayerwiseError(f"the inputs are of type {type(x).__name__}; give {hint}, of shape (B, ...).")
-        if x.dim() == 0:
-            raise LayerwiseError("the input is a single number; give a batch of shape (B, ...).")
+        """Inputs and labels, checked and placed; they build what is not built yet."""
+        check_input(self.network, x)
+        x, labels = with_labels(x, y, self._setup.task.wanted)
+        if isinstance(self._built, NotBuilt):
+            self.build(x)
+        self.check_labels(labels)
+        return self._placed(x), placed(labels, self.device)
 
     def check_labels(self, y: Tensor) -> None:
         """Raise LayerwiseError unless all labels `y` are of the task, or -100 for a rule that allows it.
@@ -646,9 +440,7 @@ class Learner:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The network's parameters under the model's names, then the rule's under `auxiliary.`."""
-        yield from self.network.named_parameters()
-        for name, parameter in self.auxiliary.named_parameters():
-            yield f"auxiliary.{name}", parameter
+        return named_parameters(self.network, self.auxiliary)
 
     def optimizer_states(self) -> dict[str, dict[str, Any]]:
         """Optimizer state per parameter name, whatever the grouping of the blocks."""
@@ -695,7 +487,7 @@ class Learner:
         Raises:
             LayerwiseError: nothing is built yet, or the folder cannot be written to.
         """
-        save_blocks(self.built, Path(folder))
+        save_blocks(self.network, self.built.offload, Path(folder), index=self.stage.first)
 
     def onload(self) -> None:
         """Bring all offloaded blocks to the device, for good: the model is an ordinary module again."""
@@ -704,43 +496,4 @@ class Learner:
         self._built.offload = self.offload
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self.offload.active or not isinstance(self.stage, WholeNetwork) or type(self.replicas) is not OneProcess:
-            raise LayerwiseError(
-                "a learner whose blocks are offloaded or on several ranks can be neither pickled nor copied; use "
-                "state_dict(), or call onload() first."
-            )
-        state = self._pending if isinstance(self._built, NotBuilt) else self.state_dict()
-        set_by_hand = [
-            {name: value for name, value in group.items() if name != "params"}
-            for optimizer in self._optimizers()
-            for group in optimizer.param_groups
-        ]
-        made_of = (self.network, self.rule, self._arguments, self._example)
-        return _restored, (*made_of, state, set_by_hand, self._prepared)
-
-
-def _restored(
-    network: Partition,
-    rule: Rule,
-    arguments: dict[str, Any],
-    example: Any,
-    state: Mapping[str, Any] | None,
-    set_by_hand: Sequence[Mapping[str, Any]],
-    prepared: bool,
-) -> Learner:
-    """A learner out of its pickle."""
-    learner = Learner(network, rule, **arguments)
-    if example is not None:
-        learner.build(example)
-    if state is not None:
-        learner.load_state_dict(state)
-    own = [group for optimizer in learner._optimizers() for group in optimizer.param_groups]
-    for group, found in zip(own, set_by_hand, strict=True):
-        group.update(found)
-    learner._prepared = prepared
-    return learner
-
-
-def _ordinary(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of one of inference mode, which autograd refuses."""
-    return tensor.clone() if tensor.is_inference() else tensor
+        return pickled.restored, pickled.parts_of(self)

@@ -85,11 +85,3 @@ def check_reads(rule: Rule, x: Any) -> None:
             f"rule {rule.name!r} looks at the input itself, which has to be one tensor, and this batch is a "
             f"{type(x).__name__}; choose a rule such as local_ce."
         )
-
-
-def labelled(x: Any, y: Tensor | None) -> tuple[Any, Any]:
-    """A batch and its labels: as given, or the entry `labels` of a mapping, which the model does not get then."""
-    if y is None and isinstance(x, Mapping) and "labels" in x:
-        x = dict(x)
-        y = x.pop("labels")
-    return x, y

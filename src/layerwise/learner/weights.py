@@ -13,7 +13,7 @@ from layerwise.core.drawing import draw_own
 from layerwise.core.late import Fill, LateWeights, NotLate, is_late
 from layerwise.errors import LayerwiseError
 from layerwise.files import check_regular, kind_of, read_text, shown
-from layerwise.learner.build import Built
+from layerwise.memory.offload import NotOffloaded, Offload
 from layerwise.memory.tensorfile import save_file
 
 Weights = str | Path | Callable[[str, nn.Module], None] | None
@@ -138,10 +138,19 @@ def _read(file: Path, name: str, into: Tensor) -> None:
         raise LayerwiseError(f"{name!r} cannot be read from {shown(file)} ({reason}); {ADVICE}.") from reason
 
 
-def save_blocks(built: Built, folder: Path) -> None:
-    """Write the weights of the blocks here, a file each, and (with the first block) the index; see `Learner`."""
-    setup = built.setup
-    network, blocks = setup.network, setup.blocks
+def save_blocks(network: Partition, offload: Offload | NotOffloaded, folder: Path, index: bool) -> None:
+    """Write the weights of the blocks here, a file each; see `Learner.save_weights`.
+
+    Args:
+        network: the blocks.
+        offload: where their tensors are.
+        folder: made if it is not there.
+        index: whether to write the index, too.
+
+    Raises:
+        LayerwiseError: the folder cannot be written to.
+    """
+    blocks = [*network.blocks, network.head]
     stored = network.model.state_dict(keep_vars=True)
     first_names = {id(t): name for name, t in reversed([*_every_name(network.model)])}
     owner = {name: i for i, block in enumerate(blocks) for name in block.names()}
@@ -156,9 +165,9 @@ def save_blocks(built: Built, folder: Path) -> None:
             here = {name: tensor for name, tensor in shard.items() if not tensor.is_meta}
             if here and len(here) == len(shard):
                 partial = folder / f"{file}.partial"
-                save_file(built.offload.to_full(here), partial)
+                save_file(offload.to_full(here), partial)
                 partial.replace(folder / file)
-        if setup.stage.first:
+        if index:
             total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
             names = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
             text = json.dumps({"metadata": {"total_size": total}, "weight_map": names}, indent=2)

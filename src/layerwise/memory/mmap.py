@@ -150,15 +150,21 @@ class OnFile(TorchFunctionMode):
         self._start = self._used = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.keys() <= {"device", "dtype", "requires_grad"}:
+            device = torch.device(kwargs.get("device") or torch.get_default_device())
+            size = func(*args, **{**kwargs, "device": "meta"})  # so that nothing is taken from the memory
+            if device.type == "cpu" and size.nbytes >= LARGE:
+                return self._place(size).requires_grad_(size.requires_grad)
+        out = func(*args, **kwargs)
         if isinstance(out, Tensor) and out.device.type == "cpu" and out.nbytes >= LARGE:
             if func in FACTORIES:
-                out = self._placed(out)
+                out = self._place(out).copy_(out).requires_grad_(out.requires_grad)
             release_pages()
         return out
 
-    def _placed(self, tensor: Tensor) -> Tensor:
-        """The same tensor on the file."""
+    def _place(self, tensor: Tensor) -> Tensor:
+        """Room for a tensor on the file."""
         needed = -(-tensor.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
         if self._mapped is None or self._used + needed > len(self._mapped):
             room = max(CHUNK, needed)
@@ -167,7 +173,7 @@ class OnFile(TorchFunctionMode):
         self._file.reserve(self._start + self._used, needed)
         place = tensor_at(self._mapped, self._used, tuple(tensor.shape), tensor.dtype)
         self._used += needed
-        return place.copy_(tensor).requires_grad_(tensor.requires_grad)
+        return place
 
 
 def into_memory(model: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """What the meters share: a mode that sees every operation, of compiled functions and of tensor subclasses too."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 
-class WatchingMode(TorchDispatchMode):
+class WatchingMode(TorchDispatchMode, ABC):
     """Sees each operation of the code inside, in forward, backward and optimizer.
 
     Functions from `torch.compile` run uncompiled inside and compiled again afterwards: torch compiles nothing under a
@@ -41,9 +42,9 @@ class WatchingMode(TorchDispatchMode):
             return NotImplemented  # the subclass says which operations this is, and they come back here
         return self.watch(func, args, kwargs)
 
+    @abstractmethod
     def watch(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run one operation on plain tensors, and see what there is to see."""
-        raise NotImplementedError
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:

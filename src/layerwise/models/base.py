@@ -1,5 +1,6 @@
 """What the models share: checked options, and a plain `nn.Sequential` that names its blocks."""
 
+from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -8,11 +9,12 @@ from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 import torch
 from torch import Tensor, nn
 
+from layerwise.core.abstract import Abstract
 from layerwise.errors import LayerwiseError, suggestion
 
 
 @dataclass(frozen=True)
-class ModelOptions:
+class ModelOptions(Abstract):
     """Base of every model's options; it checks them when they are made.
 
     A whole number must be at least 1 (or what `least` says), a `dropout` in [0, 1), and a word one
@@ -65,13 +67,13 @@ class ModelOptions:
             require(name in legal, f"unknown option {name!r} of {cls.__name__}; {suggestion(name, legal)}.")
         return cls(**given)
 
+    @abstractmethod
     def build(self, shape: tuple[int, int, int], classes: int) -> "BlockSequential":
         """Build the model for images of `shape` (channels, height, width) and `classes` logits.
 
         Raises:
             LayerwiseError: a size is less than 1, or the options do not fit the images.
         """
-        raise NotImplementedError
 
     def batch(self, shape: tuple[int, int, int], classes: int, samples: int) -> tuple[Any, Tensor]:
         """A random batch that the model takes, with labels; drawn from torch's generator."""

@@ -1,6 +1,7 @@
 """Networks on a graph, with the layers of PyTorch Geometric."""
 
 import importlib
+from abc import abstractmethod
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -86,8 +87,8 @@ class GraphModelOptions(ModelOptions):
         children["head"] = named(**parts)
         return GraphSequential(OrderedDict(children))
 
-    def _conv(self, layers: Any, inputs: int, outputs: int, last: bool) -> nn.Module:
-        raise NotImplementedError
+    @abstractmethod
+    def _conv(self, layers: Any, inputs: int, outputs: int, last: bool) -> nn.Module: ...
 
 
 def _geometric() -> Any:

@@ -195,8 +195,8 @@ class CausalAttention(nn.Module):
 
 
 @contextmanager
-def remembering(model: nn.Module) -> Iterator[None]:
-    """A context in which the model's attentions keep keys and values, and are given new tokens alone.
+def remembering(*models: nn.Module) -> Iterator[None]:
+    """A context in which the attentions of models keep keys and values, and are given new tokens alone.
 
     >>> model = GPT(depth=1, width=8, heads=2).build((1, 1, 4), 5)
     >>> tokens = torch.tensor([[1, 2, 3]])
@@ -205,7 +205,7 @@ def remembering(model: nn.Module) -> Iterator[None]:
     >>> torch.allclose(torch.cat([first, rest], 1), model(tokens), atol=1e-6)
     True
     """
-    units = [module for module in model.modules() if isinstance(module, CausalAttention)]
+    units = [module for model in models for module in model.modules() if isinstance(module, CausalAttention)]
     for unit in units:
         unit.past = Past()
     try:

@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import json
 import typing
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, make_dataclass
 from functools import cache
@@ -86,9 +87,9 @@ class OutsideModel(ModelOptions):
         whole = depth is None or (isinstance(depth, int) and not isinstance(depth, bool) and depth >= 1)
         require(whole, f"depth must be a whole number of at least 1, not {depth!r}.")
 
+    @abstractmethod
     def build(self, shape: tuple[int, int, int], classes: int) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Build the network for samples of `shape` and `classes` outputs."""
-        raise NotImplementedError
 
     @property
     def positions(self) -> bool:
@@ -264,6 +265,13 @@ class HFModel(OutsideModel):
         kind = self._kind(config)
         if kind != "causal":
             config.num_labels = classes
+        elif shape[:2] == (1, 1):  # windows of a text, whose tokenizer gives the vocabulary
+            require(
+                not self._weights() or config.vocab_size == classes,
+                f"{shown(self._path)} has weights for a vocabulary of {config.vocab_size} tokens, and the text has "
+                f"{classes}; give its configuration alone (config.json), so that new weights are drawn.",
+            )
+            config.vocab_size = classes
         if kind == "image" and not self._weights():
             config.num_channels = shape[0]
             if hasattr(config, "image_size"):

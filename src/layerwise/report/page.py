@@ -16,6 +16,7 @@ from layerwise.records import convert
 from layerwise.report import figures
 from layerwise.report.benches import put_bench, read_bench
 from layerwise.report.frontier import frontier
+from layerwise.report.language import loss_per_block, texts
 from layerwise.report.reading import (
     ADVICE,
     CompareRecord,
@@ -95,7 +96,7 @@ def write_report(folder: Path) -> Path:
             f"a report needs {reason.name}, which is not installed; pip install 'layerwise[report]' and then run "
             f"layerwise report {shlex.quote(str(folder))}."
         ) from reason
-    page: dict[str, Any] = {"table": [], "notes": [], "failures": [], "sections": [], "origins": []}
+    page: dict[str, Any] = {"table": [], "notes": [], "failures": [], "texts": [], "sections": [], "origins": []}
     if kind_of(folder / "summary.json") is not None:
         put_comparison(folder, page)
     benches = [found for file in sorted(folder.glob("*.json")) if (found := read_bench(folder, file.name)) is not None]
@@ -247,8 +248,10 @@ def put_comparison(folder: Path, page: dict[str, Any]) -> None:
         _accuracy(runs, looks, record, origin, metric),
         frontier(rules, looks, origin, metric),
         _costs(rules, looks, origin, metric),
+        loss_per_block(runs.lines, metric, origin),
         _layers(runs, origin),
     ]
+    page["texts"] = texts(runs.results)
 
 
 def _budget(fixed: dict[str, Any]) -> str:

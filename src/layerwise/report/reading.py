@@ -32,6 +32,13 @@ Positive = Annotated[float, msgspec.Meta(gt=0, le=1e300)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
+class Sample(TypedDict):
+    """A text that a run has written."""
+
+    prompt: Text
+    text: Text
+
+
 class Result(TypedDict):
     """The fields of `result.json` that a comparison uses."""
 
@@ -46,6 +53,9 @@ class Result(TypedDict):
     val_miou: NotRequired[Share | None]
     test_rmse: NotRequired[Finite]
     val_rmse: NotRequired[Finite | None]
+    test_bits_per_byte: NotRequired[Finite]
+    val_bits_per_byte: NotRequired[Finite | None]
+    sample: NotRequired[Sample]
     test_loss: float
     val_loss: float | None
     parameters: Count
@@ -165,6 +175,7 @@ class RuleSummary(TypedDict):
     test_f1: NotRequired[Spread | None]
     test_miou: NotRequired[Spread | None]
     test_rmse: NotRequired[Spread | None]
+    test_bits_per_byte: NotRequired[Spread | None]
     train_seconds: Spread | None
     peak_mib: Spread | None
     activations_gradients_mib: Spread | None

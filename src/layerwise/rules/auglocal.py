@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from layerwise.core.blocks import Unchanged
 from layerwise.core.layout import from_standard, to_standard
+from layerwise.core.pieces import ReadsOut
 from layerwise.core.ranges import Fraction, PositiveInt
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, loss_at_head, loss_of
 from layerwise.core.tasks import Task
@@ -98,7 +99,7 @@ class AuxiliaryNetwork(nn.Module):
 
 
 @dataclass(frozen=True)
-class AugLocal(Rule):
+class AugLocal(ReadsOut, Rule):
     r"""Augmented local learning: each block minimises the cross-entropy after copies of later blocks.
 
     $$L_l = \mathrm{CE}(a_l(h_l), y), \qquad h_l = f_l(\mathrm{stopgrad}(h_{l-1}))$$
@@ -133,6 +134,7 @@ class AugLocal(Rule):
     locality: ClassVar[Locality] = "local"
     boundary: ClassVar[str] = "detached activation"
     flat_memory: ClassVar[bool] = True
+    reads_logits: ClassVar[bool] = False
     runs_once: ClassVar[bool] = False
     tasks: ClassVar[tuple[str, ...]] = (
         *("classification", "soft_labels", "language_model", "regression", "multilabel", "loss"),
@@ -163,6 +165,11 @@ class AugLocal(Rule):
         if site.index >= site.blocks - self.depth:
             return None
         return AuxiliaryNetwork(site, self.chosen(site.index, site.blocks), h, task.outputs, self.pool)
+
+    def outputs_at(self, site: Site, h: Tensor, auxiliary: nn.Module, task: Task) -> Tensor:
+        """The logits after the copies."""
+        assert isinstance(auxiliary, AuxiliaryNetwork)
+        return auxiliary.logits(h, task.positions != "sample")
 
     def signal(self, ctx: BlockContext) -> Signal:
         """Cross-entropy after the copies, or of the network's head at the end."""

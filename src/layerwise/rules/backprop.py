@@ -21,6 +21,7 @@ class Backprop(Rule):
     locality: ClassVar[Locality] = "global"
     boundary: ClassVar[str] = "activations forward; gradients backward through every block"
     flat_memory: ClassVar[bool] = False
+    reads_logits: ClassVar[bool] = False
     unlabelled: ClassVar[bool] = True
     tasks: ClassVar[tuple[str, ...]] = ANY_TASK
     source: ClassVar[str] = "Rumelhart, Hinton & Williams, Nature 323 (1986)"

@@ -38,6 +38,7 @@ class LastLayer(Rule):
     locality: ClassVar[Locality] = "local"
     boundary: ClassVar[str] = "detached activation"
     flat_memory: ClassVar[bool] = True
+    reads_logits: ClassVar[bool] = False
     unlabelled: ClassVar[bool] = True
     tasks: ClassVar[tuple[str, ...]] = ANY_TASK
     source: ClassVar[str] = "the random-feature baseline"

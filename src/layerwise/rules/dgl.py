@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from layerwise.core.rule import ANY_TASK, BlockContext, Signal, Site, loss_of
 from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
-from layerwise.rules.local_ce import LocalCE
+from layerwise.rules.local_ce import Greedy
 from layerwise.rules.readout import Pool, convolution, labels_at, pool_vectors
 
 Kind = Literal["mlp_sr", "cnn", "mlp"]
@@ -74,7 +74,7 @@ def _per_pixel(h: Tensor, outputs: int, kind: Kind) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class DGL(LocalCE):
+class DGL(Greedy):
     r"""Decoupled greedy learning: each block minimises the cross-entropy of its own auxiliary network.
 
     $$L_i = \mathrm{CE}(a_i(h_i), \; y), \qquad h_i = f_i(\mathrm{stopgrad}(h_{i-1}))$$
@@ -112,14 +112,18 @@ class DGL(LocalCE):
         per_pixel = task.positions == "pixel"
         return auxiliary_network(site.standard(h), task.outputs, self.network, self.pool, per_pixel)
 
+    def outputs_at(self, site: Site, h: Tensor, auxiliary: nn.Module, task: Task) -> Tensor:
+        """The outputs of the auxiliary network."""
+        standard = site.standard(h)
+        return super().outputs_at(site, h, auxiliary, task) if standard.dim() < 4 else auxiliary(standard)
+
     def signal(self, ctx: BlockContext) -> Signal:
         """Cross-entropy of the auxiliary network, or of the network's head at the end."""
         if ctx.task.per_position(ctx.y) and ctx.task.positions != "pixel":
             raise LayerwiseError("dgl's auxiliary networks read one label per sample, not one per position.")
         if ctx.site.is_head or ctx.auxiliary is None:
             return super().signal(ctx)
-        h = ctx.site.standard(ctx.h)
-        if h.dim() < 4:
+        if ctx.site.standard(ctx.h).dim() < 4:
             return super().signal(ctx)
-        outputs = ctx.auxiliary(h)
+        outputs = self.outputs_at(ctx.site, ctx.h, ctx.auxiliary, ctx.task)
         return loss_of(ctx.task, outputs, labels_at(ctx, ctx.task.outputs_last(outputs)))

@@ -5,14 +5,15 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from layerwise.core.pieces import ReadsOut
 from layerwise.core.ranges import PositiveInt
 from layerwise.core.rule import ANY_TASK, BlockContext, Locality, Rule, Signal, Site, loss_at_head, loss_of
 from layerwise.core.tasks import Task
-from layerwise.rules.readout import Pool, grouped, read_out, readout_width
+from layerwise.rules.readout import Pool, grouped, linear_outputs, read_out, readout_width
 
 
 @dataclass(frozen=True)
-class Interlocking(Rule):
+class Interlocking(ReadsOut, Rule):
     r"""N-wise interlocking backpropagation: gradients reach back over N - 1 block boundaries.
 
     $$\theta_i \leftarrow \theta_i - \eta\, \frac{\partial L_{i+N-1}}{\partial \theta_i}, \qquad
@@ -38,6 +39,7 @@ class Interlocking(Rule):
     locality: ClassVar[Locality] = "interlocking"
     boundary: ClassVar[str] = "detached activation; gradients back over n - 1 boundaries"
     flat_memory: ClassVar[bool] = True
+    reads_logits: ClassVar[bool] = False
     tasks: ClassVar[tuple[str, ...]] = ANY_TASK
     source: ClassVar[str] = (
         "Gomez, Key et al., arXiv 2010.04116 (2020); linear auxiliary heads, blocks ahead run again: our reading"
@@ -53,6 +55,10 @@ class Interlocking(Rule):
         if not self.n - 1 <= site.index < site.blocks - 1:
             return None
         return nn.Linear(readout_width(h, self.pool, site, task), task.outputs, dtype=h.dtype)
+
+    def outputs_at(self, site: Site, h: Tensor, auxiliary: nn.Module, task: Task) -> Tensor:
+        """The outputs of the block's own head."""
+        return linear_outputs(auxiliary, self.pool, site, h, task)
 
     def signal(self, ctx: BlockContext) -> Signal:
         """The loss at the end of the view, which trains the first block; in a block's turn, the loss of its head."""

@@ -52,7 +52,7 @@ def facts_of_data(dataset: Dataset) -> dict[str, Any]:
     spaced.
     """
     facts = {f"the {name} of the data": value for name, value in vars(DataSignature.of(dataset)).items()}
-    for part in ("train", "val", "test"):
+    for part in () if dataset.contents else ("train", "val", "test"):  # a text may be larger than memory
         source: Source | None = getattr(dataset, part)
         if source is not None:
             facts[f"the labels of {part}"] = digest_of_tensors(source.labels)

@@ -8,11 +8,11 @@ import tyro
 
 from layerwise import models, rules
 from layerwise.parsing import parse, take_option
-from layerwise.runs.options import TrainOptions, from_mapping, load_recipe
+from layerwise.runs.options import TrainOptions, default_recipe, from_mapping, load_recipe
 
 
 def train_options(argv: list[str], command: str, base: type | None = None, hidden: Sequence[str] = ()) -> Any:
-    """Options of a run: a recipe (default: digits), then `--rule NAME`, `--model NAME`, then single fields.
+    """Options of a run: a recipe (digits, or shakespeare for a text), then `--rule NAME`, `--model NAME`, then fields.
 
     Args:
         argv: arguments; not changed.
@@ -24,7 +24,7 @@ def train_options(argv: list[str], command: str, base: type | None = None, hidde
         Options of the type `base`.
     """
     argv = list(argv)
-    recipe = load_recipe(take_option(argv, "recipe") or "digits")
+    recipe = load_recipe(take_option(argv, "recipe") or default_recipe(take_option(list(argv), "data")))
     defaults = from_mapping(recipe.values, f"recipe {recipe.name}")
     rule, model = take_option(argv, "rule"), take_option(argv, "model")
     if rule is not None and rule != rules.name_of(defaults.rule):

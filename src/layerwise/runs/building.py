@@ -15,10 +15,11 @@ from layerwise.core.devices import pick_device
 from layerwise.core.graphs import Graph
 from layerwise.core.optim import Schedule
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
-from layerwise.core.tasks import UNLABELLED, MultiLabel, Regression, Segmentation, Task
+from layerwise.core.tasks import UNLABELLED, LanguageModel, MultiLabel, Regression, Segmentation, Task
 from layerwise.data.masks import IGNORED
+from layerwise.data.tokenizer import from_json
 from layerwise.errors import LayerwiseError, short, why
-from layerwise.files import kind_of, shown
+from layerwise.files import kind_of, read_text, shown
 from layerwise.learner import Learner, checks
 from layerwise.memory.mmap import OnFile, into_memory
 from layerwise.memory.stores import nearest_folder
@@ -51,6 +52,10 @@ class DataSignature:
     """Mean of each target, where labels are numbers."""
     target_std: tuple[float, ...] = ()
     """Standard deviation of each."""
+    token_bytes: tuple[int, ...] = ()
+    """Bytes that each token stands for, where the samples are windows of a text."""
+    contents: tuple[str, ...] = ()
+    """What distinguishes a text from another one, its tokenizer first."""
 
     @property
     def image_mode(self) -> str:
@@ -80,6 +85,8 @@ class DataSignature:
             form,
             dataset.target_mean,
             dataset.target_std,
+            () if dataset.tokenizer is None else dataset.tokenizer.sizes,
+            dataset.contents,
         )
 
     @classmethod
@@ -103,6 +110,8 @@ class DataSignature:
             and len(found.target_mean) == len(found.target_std) in (0, len(found.classes))
             and all(math.isfinite(number) for number in (*found.target_mean, *found.target_std))
             and min(found.target_std, default=1) > 0
+            and len(found.token_bytes) in (0, len(found.classes))
+            and min(found.token_bytes, default=1) > 0
         )
         if not right:
             raise LayerwiseError(f"{name} is damaged ({short(state['data'])}); {advice}.")
@@ -134,6 +143,8 @@ def build_task(options: TrainOptions, facts: DataSignature) -> Task | None:
         return Regression(options.loss, mean=facts.target_mean, std=facts.target_std)
     if options.task == "segmentation":
         return Segmentation(ignore=IGNORED)
+    if options.task == "language_model":
+        return LanguageModel(shift=False, token_bytes=facts.token_bytes, label_smoothing=options.label_smoothing)
     return MultiLabel() if options.task == "multilabel" else None
 
 
@@ -168,8 +179,8 @@ def build_model(
             ) from reason
 
 
-def load_data(options: TrainOptions) -> data.Dataset:
-    """The data set of a run."""
+def load_data(options: TrainOptions, folder: Path | None = None) -> data.Dataset:
+    """The data set of a run, of a text with the tokenizer that lies in the folder of the run, if one is given."""
     return data.load(
         options.data,
         val_fraction=options.val_fraction,
@@ -180,7 +191,32 @@ def load_data(options: TrainOptions) -> data.Dataset:
         clean_validation=options.clean_validation,
         task=options.task,
         targets=options.targets,
+        text=data.TextOptions(*(getattr(options, name) for name in data.TextOptions._fields)),
+        tokenizer=None if folder is None else read_tokenizer(folder, options),
     )
+
+
+TOKENIZER = "tokenizer.json"
+
+
+def read_tokenizer(folder: Path, options: TrainOptions) -> data.Tokenizer | None:
+    """The tokenizer in the folder of a run on text; None where the data are no text.
+
+    Raises:
+        LayerwiseError: the file is gone or damaged.
+    """
+    if options.task != "language_model":
+        return None
+    file = folder / TOKENIZER
+    return from_json(read_text(file, "put the tokenizer of the run back"), shown(file))
+
+
+def check_tokenizer(folder: Path, tokenizer: data.Tokenizer, facts: DataSignature) -> None:
+    """Raise LayerwiseError where the tokenizer in the folder of a run is not the one that it was trained with."""
+    if facts.contents[:1] != (tokenizer.digest,):
+        raise LayerwiseError(
+            f"{shown(folder / TOKENIZER)} is not the tokenizer that the run was trained with; put that one back."
+        )
 
 
 def split_batches(
@@ -239,12 +275,23 @@ def split_in_order(run: "Trained", split: str, size: int, folder: Path) -> data.
     Raises:
         LayerwiseError: the data have changed since the run, or the run has no such split.
     """
-    dataset = load_data(run.options)
+    dataset = load_data(run.options, folder)
     run.facts.check(dataset)
     source = getattr(dataset, split)
     if source is None:
         raise LayerwiseError(f"the run in {folder} has no validation split (--val-fraction 0); use --split test.")
     return in_order(source, size, run.options, dataset, run.learner.device)
+
+
+def check_takes(options: TrainOptions) -> None:
+    """Raise LayerwiseError where a model of the zoo takes tokens and the data are no text, or the other way round."""
+    text = options.task == "language_model"
+    if not isinstance(options.model, models.OutsideModel) and options.model.tokens != text:
+        raise LayerwiseError(
+            f"the model {model_name(options.model)!r} takes {'tokens' if options.model.tokens else 'no tokens'}, and "
+            f"{options.data} {'is' if text else 'is no'} text; choose "
+            f"{'--model gpt' if text else 'another model, or --data text:FILE'}."
+        )
 
 
 def build_learner(
@@ -261,6 +308,7 @@ def build_learner(
     Raises:
         LayerwiseError: options that the rule, the model or the optimizer refuses, or that do not go together.
     """
+    check_takes(options)
     folder = Path(options.offload_folder or nearest_folder(Path(options.out or "runs")))
     a_part = stage is not None and options.offload == "none"  # the whole network may be larger than this rank's memory
     with OnFile(folder) if a_part or options.offload == "disk" else contextlib.nullcontext():
@@ -269,7 +317,9 @@ def build_learner(
     if isinstance(options.model, models.OutsideModel):
         model = models.outside.cut(model, **where)
         where = {} if isinstance(model, Partition) else where
-    example = torch.zeros(2, *facts.shape, device=device)
+    text = options.task == "language_model"
+    size = facts.shape[2:] if text else facts.shape
+    example = torch.zeros(2, *size, device=device, dtype=torch.int64 if text else None)
     updates = math.ceil(total / options.accumulate)
     learner = Learner(
         model,

@@ -148,7 +148,7 @@ def wanted_folder(options: TrainOptions) -> Path:
     return Path(options.out or f"{base}-{options.rule.name}-seed{options.seed}")
 
 
-BEGINNING = {"job", "job.partial", f"{OPTIONS}.partial"}
+BEGINNING = {"job", "job.partial", f"{OPTIONS}.partial", "tokenizer.json", "tokenizer.json.partial"}
 """What a run that was killed at its very beginning leaves behind: nothing that anyone needs."""
 
 

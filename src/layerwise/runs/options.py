@@ -8,19 +8,33 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from tyro.conf import arg
 
 from layerwise import models, rules
 from layerwise.core import own_code
 from layerwise.core.ranges import TRAINING, check_ranges
 from layerwise.core.rule import Rule
+from layerwise.data.catalogue import is_text
 from layerwise.data.numbers import DataTask
+from layerwise.data.text import TextOptions
+from layerwise.data.tokenizer import TokenizerKind
 from layerwise.errors import LayerwiseError, short, suggestion, unknown, why
 from layerwise.files import MissingFile, read_text, shown
 from layerwise.memory.fitting import read_size
 from layerwise.memory.offload import Where
 from layerwise.models import ModelOptions
 from layerwise.records import LARGEST, DamagedRecord, convert
+
+FLAGS = {name: f"data.{name}" for name in TextOptions._fields}
+"""Options to how they are written on the command line, where that is not their name."""
+OF_TASKS = {
+    "loss": ("regression",),
+    "label_smoothing": ("classification", "language_model"),
+    **dict.fromkeys(TextOptions._fields, ("language_model",)),
+}
+"""Options to the tasks that they are about."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +47,21 @@ class TrainOptions:
     rule: Rule = field(default_factory=lambda: rules.create("sll"))
     model: ModelOptions = field(default_factory=lambda: models.options("mlp")())
     task: DataTask = "classification"
-    """What the labels are: a class, numbers, several labels that hold or not, or a class per pixel."""
+    """What the labels are: a class, numbers, several labels that hold or not, a class per pixel, or the next token,
+    which is that of every text."""
     loss: Literal["mse", "l1", "huber", "gaussian"] = "mse"
     """Loss of --task regression; with gaussian the network predicts a variance, too."""
     data: str = "digits"
-    """digits | mnist | fashion_mnist | cifar10 | cifar100 | cora | diabetes | digit_scenes | hf:owner/name |
-    imagefolder:PATH | parquet:PATH | PATH.csv."""
+    """digits | mnist | fashion_mnist | cifar10 | cifar100 | cora | diabetes | digit_scenes | tinyshakespeare |
+    text:PATH | hf:owner/name | imagefolder:PATH | parquet:PATH | PATH.csv."""
+    tokenizer: Annotated[TokenizerKind, arg(name=FLAGS["tokenizer"])] = "characters"
+    """Of a text: characters | bytes | bpe (byte-level, trained on the training split)."""
+    vocabulary: Annotated[int, arg(name=FLAGS["vocabulary"])] = 4096
+    """Of a text: number of tokens of a bpe."""
+    window: Annotated[int, arg(name=FLAGS["window"])] = 128
+    """Of a text: tokens that a sample holds."""
+    documents: Annotated[bool, arg(name=FLAGS["documents"])] = False
+    """Of a text: empty lines part documents, whose order is drawn, and which splits do not cut."""
     targets: tuple[str, ...] = ()
     """Columns of labels of a table; the one called label (or class, target, y) if not given."""
     augment: tuple[str, ...] = ()
@@ -120,6 +143,8 @@ class TrainOptions:
     """Steps between checkpoints; one per epoch if not given."""
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
+    eval_every: int | None = None
+    """Steps between measurements on the validation split; one per epoch if not given."""
     tensorboard: bool = False
     """Write the same scalars for TensorBoard."""
 
@@ -127,16 +152,23 @@ class TrainOptions:
         check_ranges(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in TRAINING})
         if self.threads is not None and self.threads > MOST_THREADS:
             raise LayerwiseError(f"threads is {self.threads}; the most is {MOST_THREADS}.")
+        if is_text(self.data) and self.task == "classification":
+            object.__setattr__(self, "task", "language_model")  # a text has no other
+        for name, own in OF_TASKS.items():
+            if self.task not in own and self._differs(name):
+                raise LayerwiseError(f"{name} is about {own[0]}, and the task is {self.task}; leave it out.")
+        if self._differs("vocabulary") and self.tokenizer != "bpe":
+            raise LayerwiseError(f"vocabulary is that of a bpe, and the tokenizer is {self.tokenizer}; leave it out.")
         if self.peak not in (None, "auto"):
             read_size(self.peak)
-        for name, own in (("loss", "regression"), ("label_smoothing", "classification")):
-            if self.task != own and getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise LayerwiseError(f"{name} is about {own}, and the task is {self.task}; leave it out.")
         if self.augment and self.task == "segmentation":
             raise LayerwiseError("augment changes images and not their masks; leave it out of a segmentation.")
         for part in (self, self.rule, self.model):
             for f in dataclasses.fields(part):
                 _check_number(f.name, getattr(part, f.name))
+
+    def _differs(self, name: str) -> bool:
+        return getattr(self, name) != type(self).__dataclass_fields__[name].default
 
 
 MOST_THREADS = 1024  # a system refuses to start many more, and the process dies of that
@@ -298,13 +330,22 @@ def load_recipe(name: str) -> Recipe:
     return Recipe(name, about, values, expected)
 
 
+def default_recipe(data: str | None) -> str:
+    """The recipe that the command line starts from, for the data that are asked for.
+
+    >>> default_recipe("digits"), default_recipe("text:book.txt")
+    ('digits', 'shakespeare')
+    """
+    return "shakespeare" if data is not None and is_text(data) else "digits"
+
+
 def to_words(options: TrainOptions) -> list[str]:
     """The shortest `layerwise train` arguments that give these options; the inverse of the command line.
 
     >>> to_words(from_mapping({**load_recipe("digits").values, "epochs": 3, "rule": {"name": "sll", "overlap": 1}}))
     ['--rule', 'sll', '--rule.overlap', '1', '--epochs', '3']
     """
-    recipe = from_mapping(load_recipe("digits").values)  # what the command line starts from
+    recipe = from_mapping(load_recipe(default_recipe(options.data)).values)  # what the command line starts from
     words = ["--rule", rules.name_of(options.rule), *_differing(options.rule, recipe.rule, "rule.")]
     if type(options.model) is not type(recipe.model):
         words += ["--model", model_name(options.model)]
@@ -321,9 +362,10 @@ def _differing(own: Any, base: Any, prefix: str) -> list[str]:
         value = getattr(own, name)
         if value == getattr(base, name):
             continue
-        flag = name.replace("_", "-")
+        flag = FLAGS.get(name, name).replace("_", "-")
         if isinstance(value, bool):
-            words.append(f"--{prefix}{flag}" if value else f"--{prefix}no-{flag}")
+            front, _, last = flag.rpartition(".")
+            words.append(f"--{prefix}{flag}" if value else f"--{prefix}{front}{'.' * bool(front)}no-{last}")
         elif isinstance(value, dict):
             words += [f"--{prefix}{flag}", *(str(word) for item in value.items() for word in item)]
         elif isinstance(value, tuple):

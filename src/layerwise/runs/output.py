@@ -29,7 +29,7 @@ def data_paths(name: str) -> list[Path]:
     form, _, rest = name.partition(":")
     if is_table(name):
         return [Path(name)]
-    return [Path(rest)] if form in ("imagefolder", "parquet") and rest else []
+    return [Path(rest)] if form in ("imagefolder", "parquet", "text") and rest else []
 
 
 def check_output(path: Path, inputs: Sequence[Path] = ()) -> Path:

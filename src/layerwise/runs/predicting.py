@@ -43,6 +43,8 @@ def predictions(folder: Path, given: Path, device: str = "auto") -> tuple[str | 
         LayerwiseError: no run, no images, or images that the network cannot take, a table without its columns.
     """
     options, facts, learner, notes = load_run(folder, device)
+    if facts.token_bytes:
+        raise LayerwiseError(f"the run in {folder} is on text, and continues a text: give --prompt in place of INPUT.")
     if facts.graph:
         raise LayerwiseError(f"the run in {folder} knows the nodes of its own graph only; use layerwise eval.")
     names, source, left_out = _table(given, facts.columns) if facts.columns else _images(given, facts)

@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from layerwise.data import Batches
 from layerwise.parallel.shards import Shards
 from layerwise.runs.distributed import PartsRun
@@ -25,7 +23,7 @@ class ShardedRun(PartsRun, DataRun):
         found = super()._totals(batches)
         # The last batch may have no sample for this rank; the other ranks need its shards nevertheless.
         if 0 < len(batches.source) % batches.batch_size <= self.ranks.rank:
-            x = torch.zeros(1, *batches.source.shape, device=self.device)
+            x = batches.source.blank().to(self.device)
             y = next(iter(self.test_batches.without_images().epoch(0)))[1][:1]
             self.learner.evaluate(x, y)
         return found

@@ -25,9 +25,11 @@ from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
 from layerwise.runs import checkpoint
 from layerwise.runs.building import (
+    TOKENIZER,
     DataSignature,
     build_learner,
     check_run_state,
+    check_tokenizer,
     load_data,
     split_batches,
 )
@@ -43,6 +45,7 @@ from layerwise.runs.folders import (
     read_options,
     undo_replacement,
 )
+from layerwise.runs.generating import sample_of
 from layerwise.runs.interrupt import Interrupted, Signals
 from layerwise.runs.log import FILE, Log, by_epoch, open_log, summary_writer
 from layerwise.runs.options import TrainOptions, model_name, to_mapping
@@ -84,7 +87,7 @@ class Run:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         self.device = self._device()
-        self.dataset = load_data(options)
+        self.dataset = load_data(options, resume)
         self.train_batches, self.val_batches, self.test_batches = split_batches(options, self.dataset, self.device)
         self.total = options.steps or options.epochs * len(self.train_batches)
         self.facts = DataSignature.of(self.dataset)
@@ -97,7 +100,7 @@ class Run:
         # Labels that the rule cannot do with, and data that cannot be read, are reported before anything is written.
         for part in (self.dataset.train, self.dataset.val, self.dataset.test):
             if part is not None:
-                self.learner.check_labels(part.labels)
+                self.learner.check_labels(part.checked_labels)
         next(self._batches(0))
         if self.learner.prepares:
             self._prepare()
@@ -139,6 +142,9 @@ class Run:
             self._claim = Claim(resume)
         folder = resume or self._new_folder()
         try:
+            tokenizer = self.dataset.tokenizer
+            if resume is None and tokenizer is not None:  # first, so that a run that can be resumed has it
+                write_atomically(folder / TOKENIZER, tokenizer.to_json())
             if kind_of(folder / "config.json") is None:
                 write_atomically(folder / "config.json", json.dumps(to_mapping(self.options), indent=2) + "\n")
         except LayerwiseError:
@@ -178,7 +184,7 @@ class Run:
     def _train(self) -> dict[str, Any]:
         options = self.options
         per_epoch = len(self.train_batches)
-        save_every = options.save_every or per_epoch
+        save_every, eval_every = options.save_every or per_epoch, options.eval_every or per_epoch
         with self._progress(per_epoch) as progress, self._signals, self._logs() as log:
             started, saved = time.perf_counter(), self.seconds
             for x, y in self._batches(self.learner.steps):
@@ -188,11 +194,11 @@ class Run:
                     self.learner.flush()
                 self.samples += metrics.samples
                 self.seconds = saved + time.perf_counter() - started
-                if step % options.log_every == 0 or step % per_epoch == 0 or step == self.total:
+                if step % options.log_every == 0 or step % eval_every == 0 or step == self.total:
                     values = self._of_all_blocks(metrics.read())
                     log({"step": step, "split": "train", "lr": self._rate(step - 1), **values})
                     progress.show(step, values, self.samples / self.seconds)
-                if step % per_epoch == 0 or step == self.total:
+                if step % eval_every == 0 or step == self.total:
                     # Evaluation is not training time.
                     self.last_val = self._evaluate(self.val_batches)
                     if self.last_val:
@@ -328,6 +334,9 @@ class Run:
             "machines": self.machines,
             "options": {k: v for k, v in to_mapping(self.options).items() if k not in OF_THE_FOLDER},
         }
+        if self._alone and self.dataset.tokenizer is not None:
+            window = self.dataset.test.batch(torch.zeros(1, dtype=torch.int64))[0][0]
+            result["sample"] = sample_of(self.learner, self.dataset.tokenizer, window)
         checkpoint.write_tensors(self.folder / "model.safetensors", self._weights())
         if self._alone and self.options.task == "classification":
             write_atomically(self.folder / "test_correct.npy", correct(self.learner, self.test_batches))
@@ -365,7 +374,10 @@ class Run:
                     f"{self.total}; take an older one, or start the run again."
                 )
             check_options(self.options, state["options"], self.folder)
-            DataSignature.in_state(state).check(self.dataset)
+            facts = DataSignature.in_state(state)
+            if self.dataset.tokenizer is not None:
+                check_tokenizer(self.folder, self.dataset.tokenizer, facts)
+            facts.check(self.dataset)
             self.learner.load_state_dict(state["learner"])
             self.samples, self.seconds, self.last_val = state["samples"], state["seconds"], state["val"]
             self.memory = MemoryUse(**state["memory"]) if state.get("memory") else None

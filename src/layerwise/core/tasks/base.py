@@ -1,18 +1,21 @@
 """What every task answers: how wide the outputs are, the loss, the metrics, and what a block compares itself with."""
 
+from abc import abstractmethod
 from dataclasses import replace
 from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
+from layerwise.core.abstract import Abstract
+from layerwise.core.chunked import LinearOutputs
 from layerwise.core.posteriors import Posterior
 from layerwise.errors import LayerwiseError
 
 Positions = Literal["sample", "token", "pixel"]
 
 
-class Task:
+class Task(Abstract):
     """What the labels mean. A task of one's own is a frozen dataclass that inherits this and overrides `loss`.
 
     Outputs are those of the network's head, or of a block's readout: `(B, K)` per sample, `(B, T, K)` per token,
@@ -75,9 +78,17 @@ class Task:
         """Weight of a batch in an update that accumulates several: how many predictions count in its mean loss."""
         return float(len(y))
 
+    @abstractmethod
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Mean over what counts, a scalar in float32."""
-        raise NotImplementedError
+
+    def chunk(self, predictions: int) -> int | None:
+        """How many of so many predictions have their outputs at a time, in the loss of a linear readout; None: all."""
+        return None
+
+    def loss_in_chunks(self, outputs: LinearOutputs, y: Tensor, chunk: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """`loss` and `statistics` of a linear readout, `chunk` predictions at a time."""
+        raise LayerwiseError(f"{self.kind} has no loss in chunks.")
 
     def statistics(self, outputs: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Sums over the batch, out of which `measures` makes the metrics of any number of batches; empty for none."""

@@ -1,5 +1,6 @@
 """One class per prediction: per sample, or per position for a language model."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar, Self
@@ -8,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from layerwise.core.chunked import LOGITS, LinearOutputs, cross_entropy
 from layerwise.core.posteriors import Categorical
-from layerwise.core.ranges import NonNegativeFloat, check_fields, check_ranges
+from layerwise.core.ranges import NonNegativeFloat, PositiveInt, check_fields, check_ranges
 from layerwise.core.tasks.base import Task
 from layerwise.errors import LayerwiseError
 
 UNLABELLED = -100
 """Label of a prediction that counts in no loss and no accuracy (torch's own value)."""
+MOST_NATS = 80.0  # per token in a perplexity: more would be infinite in float32
 
 
 @dataclass(frozen=True)
@@ -151,9 +154,11 @@ class Classification(Task):
         >>> Classification(2).accuracy(torch.eye(2)[[0, 1, 1]], torch.tensor([0, 0, -100]))
         tensor(0.5000)
         """
-        if y.is_floating_point():
-            return self.correct(outputs, y) / (y.numel() // y.shape[-1])
-        return self.correct(outputs, y) / (self.aligned(y) != UNLABELLED).sum()
+        return self._share(self.correct(outputs, y), y)
+
+    def _share(self, correct: Tensor, y: Tensor) -> Tensor:
+        counted = y.numel() // y.shape[-1] if y.is_floating_point() else (self.aligned(y) != UNLABELLED).sum()
+        return correct / counted
 
     def metrics(self, outputs: Tensor, y: Tensor) -> dict[str, Tensor]:
         """The accuracy."""
@@ -207,10 +212,15 @@ def _on(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-def _check_shapes(logits: Tensor, y: Tensor) -> None:
+@lru_cache(maxsize=64)
+def _whole_on(values: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+def _check_shapes(logits: Tensor | LinearOutputs, y: Tensor) -> None:
     if logits.shape[:-1] == (y.shape[:-1] if y.is_floating_point() else y.shape):
         return
-    if logits.dim() - 1 == y.dim() > 1:
+    if len(logits.shape) - 1 == y.dim() > 1:
         raise LayerwiseError(
             f"the labels have shape {tuple(y.shape)} and the logits {tuple(logits.shape)}; give one class number per "
             f"prediction, shape {tuple(logits.shape[:-1])}, and cut where the positions are those of the labels (an "
@@ -230,7 +240,13 @@ class LanguageModel(Classification):
 
     $$L = \frac{1}{|\{t : y_{t+1} \ne \mathrm{ignore}\}|} \sum_{t} -\log p_t[y_{t+1}]$$
 
-    at the network's head and at every block's readout, in float32.
+    at the network's head and at every block's readout, in float32. Metrics are `accuracy`, `perplexity`, which is
+    e to the mean over tokens, and where the bytes of each token are known, `bits_per_byte`, which is comparable across
+    tokenizers:
+
+    $$\frac{\sum_t -\log p_t[y_{t+1}]}{\ln 2 \cdot \sum_t \mathrm{bytes}(y_{t+1})}$$
+
+    All are made of sums over the positions that count, so that they are exact over any number of batches.
 
     >>> task = LanguageModel().with_classes(10)
     >>> y = torch.tensor([[3, 7, -100]])  # one position counts: that of 3, whose next token is 7
@@ -244,9 +260,33 @@ class LanguageModel(Classification):
     """Whether the label of a position is the next token; otherwise labels are given position by position."""
     ignore: int = UNLABELLED
     """Label of a token that counts in no loss and no accuracy."""
+    token_bytes: tuple[int, ...] = ()
+    """Bytes of text that each token stands for; empty where they are not known."""
+    positions_at_once: PositiveInt | None = None
+    """Positions whose logits the loss of a linear readout makes at a time; as many as have 4 million if not given."""
 
     kind: ClassVar[str] = "language_model"
+    main: ClassVar[str] = "bits_per_byte"
+    larger_is_better: ClassVar[bool] = False
+    share: ClassVar[bool] = False
     positions = "token"
+
+    def chunk(self, predictions: int) -> int | None:
+        """`positions_at_once`, or as many as have `chunked.LOGITS` logits; None where that is all of them.
+
+        >>> LanguageModel(classes=2**15).chunk(100), LanguageModel(classes=2**15).chunk(1000)
+        (None, 128)
+        """
+        chunk = self.positions_at_once or max(1, LOGITS // self.classes)
+        return chunk if chunk < predictions else None
+
+    def loss_in_chunks(self, outputs: LinearOutputs, y: Tensor, chunk: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """`loss` and `statistics` of a linear readout, `chunk` positions at a time."""
+        _check_shapes(outputs, y)
+        aligned, classes = self.aligned(y), outputs.shape[-1]
+        weights = None if self.weights is None else self._weights(classes, aligned)
+        loss, nats, hits = cross_entropy(outputs, aligned, weights, self.label_smoothing, UNLABELLED, chunk)
+        return loss, self._sums(nats, hits, aligned)
 
     @property
     def missing(self) -> int:
@@ -261,6 +301,36 @@ class LanguageModel(Classification):
     def counted(self, y: Tensor, some_unlabelled: bool) -> float | Tensor:
         """Number of positions whose label counts."""
         return super().counted(y, True)
+
+    def statistics(self, outputs: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Sums over the positions that count: nats, hits, tokens and, where they are known, bytes."""
+        if y.is_floating_point():
+            return {}
+        _check_shapes(outputs, y)
+        z, y = outputs.flatten(0, -2), self.aligned(y).flatten()
+        nats = F.cross_entropy(z.float(), y, reduction="sum", ignore_index=UNLABELLED)
+        return self._sums(nats, (z.argmax(-1) == y).sum(), y)
+
+    def _sums(self, nats: Tensor, hits: Tensor, y: Tensor) -> dict[str, Tensor]:
+        counts = y != UNLABELLED
+        found = {"nats": nats, "hits": hits, "tokens": counts.sum()}
+        if self.token_bytes:
+            found["bytes"] = (_whole_on(self.token_bytes, y.device)[y.clamp_min(0)] * counts).sum()
+        return found
+
+    def measures(self, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Accuracy, perplexity and bits per byte."""
+        nats, tokens = statistics["nats"], statistics["tokens"]
+        found = {"accuracy": statistics["hits"] / tokens, "perplexity": (nats / tokens).clamp_max(MOST_NATS).exp()}
+        if "bytes" in statistics:
+            found["bits_per_byte"] = nats / (math.log(2) * statistics["bytes"])
+        return found
+
+    def metrics(self, outputs: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Accuracy, perplexity and bits per byte of a batch."""
+        outputs = outputs.detach()
+        statistics = self.statistics(outputs, y)
+        return self.measures(statistics) if statistics else super().metrics(outputs, y)
 
     def check(self, y: Tensor, unlabelled: bool = False) -> None:
         """Raise LayerwiseError unless `y` `(B, T)` holds tokens in `0 .. K-1`, or `ignore`, and some of them count."""

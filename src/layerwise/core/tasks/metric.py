@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-WORDS = {"rmse": "RMSE", "f1": "F1", "miou": "mIoU"}
+WORDS = {"rmse": "RMSE", "f1": "F1", "miou": "mIoU", "bits_per_byte": "bits per byte"}
 
 
 class Metric(NamedTuple):

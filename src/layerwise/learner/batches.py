@@ -1,0 +1,84 @@
+"""A batch of the user's: whether it can be one, its labels, and where it has to be."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise.core.blocks import Partition
+from layerwise.core.calls import CallPartition
+from layerwise.core.trees import mapped, tensors
+from layerwise.errors import LayerwiseError
+
+
+def check_input(network: Partition, x: Any) -> None:
+    """Raise LayerwiseError unless the network can be given such an input."""
+    if isinstance(network, CallPartition) and isinstance(x, (tuple, Mapping)):
+        if not tensors(x):
+            raise LayerwiseError("the batch holds no tensor; give what the model's forward takes.")
+        return
+    if isinstance(x, (tuple, Mapping)):
+        raise LayerwiseError(
+            f"the inputs are of type {type(x).__name__}, and this model was cut into functions of one tensor; cut "
+            'it at its calls: cuts="auto", a pattern such as "layers.*", or cut_at_calls(model, [...]).'
+        )
+    if not isinstance(x, Tensor):
+        hint = {"ndarray": "torch.from_numpy(x)", "list": "torch.tensor(x)"}.get(type(x).__name__, "one tensor")
+        raise LayerwiseError(f"the inputs are of type {type(x).__name__}; give {hint}, of shape (B, ...).")
+    if x.dim() == 0:
+        raise LayerwiseError("the input is a single number; give a batch of shape (B, ...).")
+
+
+def labelled(x: Any, y: Tensor | None) -> tuple[Any, Any]:
+    """A batch and its labels: as given, or the entry `labels` of a mapping, which the model does not get then."""
+    if y is None and isinstance(x, Mapping) and "labels" in x:
+        x = dict(x)
+        y = x.pop("labels")
+    return x, y
+
+
+def with_labels(x: Any, y: Tensor | None, wanted: str) -> tuple[Any, Tensor]:
+    """A batch and its labels, checked.
+
+    Args:
+        x: inputs, maybe with the labels among them.
+        y: labels; those in `x` if not given.
+        wanted: what the task says of them, for the error.
+
+    Raises:
+        LayerwiseError: the labels are no tensor, or not one per input.
+    """
+    x, y = labelled(x, y)
+    if not isinstance(y, Tensor):
+        raise LayerwiseError(f"the labels are of type {type(y).__name__}; give a tensor{wanted}.")
+    samples = len(x) if isinstance(x, Tensor) else max(1, y.dim() and len(y))
+    if y.dim() == 0 or samples == 0 or samples != len(y):
+        labels = "one number" if y.dim() == 0 else f"{len(y)}"
+        raise LayerwiseError(
+            f"the batch has {samples} inputs and {labels} labels; give one label per input, and at least one of each."
+        )
+    return x, y
+
+
+def placed(x: Any, device: torch.device, channels_last: bool = False) -> Any:
+    """A batch on the device, as tensors that can enter a graph.
+
+    Args:
+        x: a tensor, or containers of tensors.
+        device: where it has to be.
+        channels_last: whether images get that order.
+    """
+    if not isinstance(x, Tensor):
+        return mapped(x, lambda t: placed(t, device, channels_last))
+    x = x.to(device, non_blocking=True)
+    if x.is_inference() and not torch.is_inference_mode_enabled():
+        x = x.clone()  # what inference mode made cannot enter a graph
+    if channels_last and x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
+def ordinary(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one of inference mode, which autograd refuses."""
+    return tensor.clone() if tensor.is_inference() else tensor

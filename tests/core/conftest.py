@@ -1,0 +1,14 @@
+"""No test of the core may leave a suspended pass, or a mode of autograd, behind."""
+
+import greenlet
+import pytest
+import torch
+from support.coroutines import Noted, suspended
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(monkeypatch):
+    monkeypatch.setattr(greenlet, "greenlet", Noted)
+    yield
+    assert not suspended()
+    assert torch.is_grad_enabled()

@@ -1,0 +1,157 @@
+"""The loss in chunks is torch's own loss, and the logits of all positions are never there."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from layerwise import LanguageModel, Learner, models
+from layerwise.core.chunked import LinearOutputs, cross_entropy
+from layerwise.memory.meter import measure_memory
+
+V, D, T = 37, 8, 11
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def labels(*shape):
+    y = torch.randint(V, shape, generator=torch.Generator().manual_seed(5))
+    y[..., ::4] = -100
+    return y
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 100])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_loss_gradients_and_hits_are_torchs(chunk, smoothing, weighted, bias):
+    x, weight = drawn(4, T, D).requires_grad_(), drawn(V, D, seed=1).requires_grad_()
+    shift = drawn(V, seed=2).requires_grad_() if bias else None
+    weights = drawn(V, seed=3).abs() if weighted else None
+    y = labels(4, T)
+    leaves = [t for t in (x, weight, shift) if t is not None]
+    plain = F.linear(x, weight, shift).flatten(0, 1)
+    wanted = F.cross_entropy(plain, y.flatten(), weights, label_smoothing=smoothing)
+    loss, nats, right = cross_entropy(LinearOutputs(x, weight, shift), y, weights, smoothing, chunk=chunk)
+    torch.testing.assert_close(nats, F.cross_entropy(plain, y.flatten(), reduction="sum"), atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(loss, wanted, atol=1e-6, rtol=1e-6)
+    assert int(right) == int((plain.argmax(-1) == y.flatten()).sum())
+    found, asked = torch.autograd.grad(3 * loss, leaves), torch.autograd.grad(3 * wanted, leaves)
+    torch.testing.assert_close(found, asked, atol=1e-6, rtol=1e-6)
+
+
+def test_a_matrix_that_does_not_learn_has_no_gradient_and_a_second_backward_pass_is_refused():
+    x, weight = drawn(6, D).requires_grad_(), drawn(V, D)
+    loss, nats, right = cross_entropy(LinearOutputs(x, weight), labels(6), chunk=2)
+    assert not nats.requires_grad and not right.requires_grad
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second time"):
+        loss.backward()
+    with torch.no_grad():
+        assert not cross_entropy(LinearOutputs(x, weight), labels(6), chunk=2)[0].requires_grad
+
+
+def test_under_autocast_it_is_as_near_as_bf16():
+    x, weight = drawn(64, D).requires_grad_(), drawn(V, D, seed=1).requires_grad_()
+    y = labels(64)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = F.cross_entropy(F.linear(x, weight).float(), y)
+        loss, *_ = cross_entropy(LinearOutputs(x, weight), y, chunk=7)
+    torch.testing.assert_close(loss, wanted, atol=1e-6, rtol=1e-6)
+    found, asked = torch.autograd.grad(loss, (x, weight)), torch.autograd.grad(wanted, (x, weight))
+    torch.testing.assert_close(found, asked, atol=2e-3, rtol=2e-2)
+
+
+def test_the_peak_does_not_grow_with_positions_times_vocabulary():
+    def peak(positions, vocabulary):
+        x, weight = drawn(positions, D).requires_grad_(), drawn(vocabulary, D).requires_grad_()
+        y = torch.zeros(positions, dtype=torch.int64)
+
+        def step():
+            cross_entropy(LinearOutputs(x, weight), y, chunk=2**12 // vocabulary)[0].backward()
+
+        return measure_memory(step, parameters=[x, weight], inputs=[y]).activations
+
+    logits = 4 * 2**12  # bytes of a chunk
+    for positions, vocabulary in ((512, 512), (2048, 512), (2048, 2048)):
+        whole = 4 * positions * vocabulary
+        # Three of a chunk at most, the gradients, and what there is per position.
+        allowed = 3 * logits + 2 * 4 * (positions + vocabulary) * D + 64 * positions + 8 * vocabulary + 4096
+        assert peak(positions, vocabulary) < allowed
+        assert allowed < whole / 2 or positions == 512
+
+
+# --- Through the learner
+
+
+def decoder(**options):
+    torch.manual_seed(0)
+    return models.create("gpt", (1, 1, T), V, depth=3, **{"width": 12, "heads": 2, **options})
+
+
+def after_three_steps(rule, task, make=decoder, **options):
+    model = make()
+    learner = Learner(model, rule, task=task, optimizer="sgd", lr=0.5, **options)
+    for step in range(3):
+        x = torch.randint(V, (4, T), generator=torch.Generator().manual_seed(step))
+        metrics = learner.step(x, labels(4, T)).read()
+    return learner, metrics, learner.evaluate(x, labels(4, T)).read()
+
+
+@pytest.mark.parametrize("rule", ["backprop", "backprop_checkpoint", "local_ce", "mono_forward", "last_layer"])
+def test_a_learner_in_chunks_is_the_learner_without(rule):
+    options = {"shift": False, "label_smoothing": 0.1, "weights": tuple(0.5 + i % 3 for i in range(V))}
+    one, *wanted = after_three_steps(rule, LanguageModel(**options))
+    other, *found = after_three_steps(rule, LanguageModel(positions_at_once=3, **options))
+    torch.testing.assert_close(dict(one.named_parameters()), dict(other.named_parameters()), atol=2e-6, rtol=2e-5)
+    for plain, chunked in zip(wanted, found, strict=True):
+        assert chunked == pytest.approx(plain, abs=2e-6, rel=2e-6)
+
+
+class Capped(nn.Module):
+    """A model whose outputs are no longer those of its last linear layer."""
+
+    def __init__(self, cap):
+        super().__init__()
+        self.embedding = nn.Embedding(V, D)
+        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(2))
+        self.head, self.cap = nn.Linear(D, V), cap
+
+    def forward(self, x):
+        x = self.embedding(x)
+        for layer in self.layers:
+            x = x + layer(x).relu()
+        logits = self.head(x)
+        return {"logits": self.cap * (logits / self.cap).tanh() if self.cap else logits}
+
+
+@pytest.mark.parametrize("cap", [0.0, 2.0])
+@pytest.mark.parametrize("rule", ["backprop", "local_ce"])
+def test_what_a_model_does_to_its_logits_is_done(rule, cap):
+    def make():
+        torch.manual_seed(0)
+        return Capped(cap)
+
+    tasks = [LanguageModel(positions_at_once=n) for n in (None, 4)]
+    pair = [after_three_steps(rule, task, make, cuts="layers.*") for task in tasks]
+    (one, *wanted), (other, *found) = pair
+    torch.testing.assert_close(dict(one.named_parameters()), dict(other.named_parameters()), atol=2e-6, rtol=2e-5)
+    for plain, chunked in zip(wanted, found, strict=True):
+        assert chunked == pytest.approx(plain, abs=2e-6, rel=2e-6)
+
+
+@pytest.mark.parametrize("rule", ["backprop", "backprop_checkpoint", "local_ce"])
+def test_a_step_and_an_evaluation_never_hold_all_logits(rule):
+    """Forty times the logits of a chunk would be all of them."""
+    vocabulary, positions = 2000, 8 * 40
+    torch.manual_seed(0)
+    model = models.create("gpt", (1, 1, 40), vocabulary, depth=2, width=8, heads=2)
+    learner = Learner(model, rule, task=LanguageModel(shift=False, positions_at_once=8))
+    x = torch.randint(vocabulary, (8, 40))
+    learner.step(x, x)
+    _, use = learner.measured_step(x, x)
+    whole = 4 * positions * vocabulary
+    assert use.activations + use.gradients < whole / 2
+    assert measure_memory(lambda: learner.evaluate(x, x), inputs=learner.network.parameters()).peak < whole / 2
