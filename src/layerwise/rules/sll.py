@@ -79,6 +79,8 @@ class Projection(nn.Module):
         """Logits of the auxiliary posterior, in float32 or wider; `site` is where they are read."""
         features = functional.normalise(features.to(self.matrix.dtype), self.norm)
         features = F.dropout(features, self.dropout, self.training)
+        if not torch.is_autocast_enabled(features.device.type):
+            return F.linear(features, self.matrix)
         with torch.autocast(features.device.type, enabled=False):
             if self.readout is not None and site is not None:
                 outputs = self.readout.outputs(features, site)
