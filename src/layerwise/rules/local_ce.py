@@ -61,10 +61,6 @@ class Greedy(ReadsOut, Rule):
             outputs = outputs.whole()
         return loss_of(ctx.task, outputs, y)
 
-    def outputs_at(self, site: Site, h: Tensor, auxiliary: nn.Module, task: Task) -> Tensor:
-        """The outputs of the block's own head."""
-        return linear_outputs(auxiliary, self.pool, site, h, task)
-
 
 @dataclass(frozen=True)
 class LocalCE(HasReadout, Greedy):
