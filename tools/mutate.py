@@ -208,7 +208,7 @@ MUTANTS = [
            f"{ENGINE} accumulated and local_ce"),
     Mutant("biases decay", "core/optim.py", [(', "weight_decay": 0.0}', "}")], f"{ENGINE} matrices_decay"),
     Mutant("multiplier ignored", "core/optim.py",
-           [('group["lr"] = group["lr"] * group.pop("lr_multiplier", 1.0)', 'group.pop("lr_multiplier", 1.0)')],
+           [('multiplier = group.pop("lr_multiplier", 1.0)', 'multiplier = 1.0 + 0 * group.pop("lr_multiplier", 1.0)')],
            f"{ENGINE} multiplier"),
     Mutant("sign of log BC", "core/functional.py",
            [("return torch.logsumexp(0.5", "return -torch.logsumexp(0.5")], "test_functional.py bc"),
