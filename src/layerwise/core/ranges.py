@@ -97,10 +97,10 @@ class Training(TypedDict, total=False):
     threads: PositiveInt | None
     save_every: PositiveInt | None
     log_every: PositiveInt
-    timeout: Annotated[float, Range(above=0, most=10**7)]
     eval_every: PositiveInt | None
     vocabulary: PositiveInt
     window: PositiveInt
+    timeout: Annotated[float, Range(above=0, most=10**7)]
 
 
 TRAINING: Mapping[str, Any] = get_type_hints(Training, include_extras=True)
