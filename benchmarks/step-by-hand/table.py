@@ -19,8 +19,8 @@ def tables(lines):
         "batch of 32, *cascade* has so many modules on images of that size and a batch of 128. The two take steps in "
         "turn, in an order that changes from round to round, and each ratio is one within a round: the median, with "
         "the range that holds eight of ten rounds. The loop by hand checks nothing and reports nothing; the learner "
-        "checks every gradient for numbers that are not finite, and gives loss and accuracy of every block. Before they "
-        "are timed, the two hold the same weights after three steps: to the bit on the MLPs, to 1e-9 in float64 on the "
+        "checks every gradient for numbers that are not finite, and gives loss and accuracy of every block. Before "
+        "they are timed, the two hold the same weights after three steps: to the bit on the MLPs, to 1e-9 in float64 on the "
         "cascade, whose gradients on the features are added up in another order. The cascade by hand runs the "
         "extractor once and every module twice, as its authors do."
     )
