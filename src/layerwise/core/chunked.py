@@ -118,6 +118,7 @@ class _Chunked(torch.autograd.Function):
             nats = nats + (surprise * counts).sum()
             each = sure * surprise
             size = sure
+            every = z.new_ones(z.shape[1]) if weights is None else weights
             if smoothing:
                 each = each + spread * counts * (log_sum * every.sum() - z @ every)
                 size = sure + spread * counts * every.sum()

@@ -48,6 +48,16 @@ class TakesTurns(Abstract):
         """
 
 
+class ReadsOutputMatrix:
+    """A rule whose readouts may look at the matrix of the network's output layer (`Partition.output_layer`)."""
+
+    readout: Any
+
+    def matrix_refresh(self) -> int | None:
+        """Updates between two looks at the matrix; None where the rule does not look at it."""
+        return 1 if self.readout == "shared" else None
+
+
 class LearnsInPart(Abstract):
     """A rule that trains some sites of its one group in each update: the others rest, and keep no optimizer state.
 
@@ -164,7 +174,7 @@ class PredictsBySite:
         """Logits `(B, ..., K)` for `x`: a forward pass with `ask` and `answer`."""
         h, message = self.ask(x, auxiliary.get(0))
         for index, block in enumerate([*network.blocks, network.head]):
-            site = Site(index, len(network.blocks), block.name, layouts=network.layouts)
+            site = Site(index, len(network.blocks), block.name, layouts=network.layouts, network=network)
             h, message = self.answer(site, block(h), message, auxiliary.get(index))
         return h
 

@@ -16,7 +16,7 @@ from layerwise.core.engine import Engine
 from layerwise.core.groups import Group, Grouping, Unit
 from layerwise.core.optim import begin_schedule, decay_groups, sparse_gradients, without_decay
 from layerwise.core.output_layer import watching_linear_layers
-from layerwise.core.pieces import LearnsInPart, MovesActivations, StepsByParameter
+from layerwise.core.pieces import LearnsInPart, MovesActivations, ReadsOutputMatrix, StepsByParameter
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.rule import Site
 from layerwise.errors import LayerwiseError
@@ -26,6 +26,9 @@ from layerwise.learner.watch import Watch
 from layerwise.memory.activations import ActivationOffload, NotMoved
 from layerwise.memory.offload import NotOffloaded, Offload
 from layerwise.parallel.alone import WholeNetwork
+
+WORTH_A_WARNING = 100_000
+"""Numbers in readouts below which nobody is warned of them."""
 
 
 class Built:
@@ -44,6 +47,7 @@ class Built:
     def __init__(self, setup: Setup, x: Any, evaluating: Callable[[], AbstractContextManager[None]]):
         check_alone(setup)
         check_by_parameter(setup)
+        check_output_matrix(setup)
         setup.network.check_modules()
         self.setup = setup
         self.auxiliary = nn.ModuleDict()
@@ -202,7 +206,21 @@ class Built:
         return Group(units, ahead, [p for group in groups for p in group["params"]], optimizers, self._scaler())
 
     def _warn_of_readouts(self, units: Sequence[Unit]) -> None:
-        """Warn where a block is frozen but for adapters, and the rule's own module is larger than these."""
+        """Warn where private readouts outweigh the blocks, or what a block trains where it is frozen but for adapters.
+
+        Small ones are passed over: what they cost is nothing to anybody.
+        """
+        rule, blocks = self.setup.rule, [unit for unit in units if not unit.site.is_head]
+        if isinstance(rule, ReadsOutputMatrix) and rule.readout == "private":
+            made = [t for u in blocks if u.auxiliary for t in (*u.auxiliary.parameters(), *u.auxiliary.buffers())]
+            readouts, own = sum(t.numel() for t in made), sum(p.numel() for u in blocks for p in u.block.parameters())
+            if readouts > max(own, WORTH_A_WARNING):
+                warnings.warn(
+                    f"the readouts of rule {rule.name!r} have {readouts:,} numbers and the blocks {own:,}; "
+                    f'readout="shared" reads the matrix of the network\'s output layer in their place.',
+                    stacklevel=2,
+                )
+                return
         larger = []
         for unit in units:
             own = list(unit.block.parameters())
@@ -259,6 +277,16 @@ def check_alone(setup: Setup) -> None:
         raise LayerwiseError(
             f"torch.distributed runs in {dist.get_world_size()} processes, and this learner would train in each of "
             "them alone; give it replicas=..., or replicas=layerwise.learner.OneProcess() if that is meant."
+        )
+
+
+def check_output_matrix(setup: Setup) -> None:
+    """Raise LayerwiseError where readouts look at the output matrix, and it is not whole while other blocks run."""
+    rule = setup.rule
+    if isinstance(rule, ReadsOutputMatrix) and rule.matrix_refresh() is not None and setup.replicas.shares_parameters:
+        raise LayerwiseError(
+            f'rule {rule.name!r} with readout="shared" looks at the output matrix at every block, and with --parallel '
+            "sharded a rank has a share of it; choose --parallel data, or another readout."
         )
 
 

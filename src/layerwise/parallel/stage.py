@@ -12,7 +12,7 @@ from layerwise.core.blocks import Partition
 from layerwise.core.cost import balanced_ends, operations
 from layerwise.core.devices import synchronize
 from layerwise.core.modes import evaluation_mode
-from layerwise.core.pieces import PredictsBySite, StartsFromData, has_trunk
+from layerwise.core.pieces import PredictsBySite, ReadsOutputMatrix, StartsFromData, has_trunk
 from layerwise.core.rule import Rule
 from layerwise.core.trees import detach
 from layerwise.errors import LayerwiseError
@@ -173,6 +173,8 @@ def check_rule(rule: Rule, groups: Sequence[range]) -> None:
             why = f"its locality is {rule.locality!r}, not 'local' (across a boundary goes: {rule.boundary})"
         elif type(rule).begin is not Rule.begin and not rule.begins_with_batch:
             why = "what it begins with may look at the whole network"
+        elif isinstance(rule, ReadsOutputMatrix) and rule.matrix_refresh() is not None:
+            why = 'with readout="shared" its blocks look at the output matrix, which is on the last rank'
         elif isinstance(rule, StartsFromData):
             why = "it sets the network up from training data"
         elif not (rule.predicts_plainly() or isinstance(rule, PredictsBySite) or rule.predicts_at_head):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from layerwise.core.rule import ANY_TASK, BlockContext, Signal, Site, loss_of
 from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
-from layerwise.rules.local_ce import LocalCE
+from layerwise.rules.local_ce import Greedy
 from layerwise.rules.readout import Pool, convolution, labels_at, pool_vectors
 
 Kind = Literal["mlp_sr", "cnn", "mlp"]
@@ -74,7 +74,7 @@ def _per_pixel(h: Tensor, outputs: int, kind: Kind) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class DGL(LocalCE):
+class DGL(Greedy):
     r"""Decoupled greedy learning: each block minimises the cross-entropy of its own auxiliary network.
 
     $$L_i = \mathrm{CE}(a_i(h_i), \; y), \qquad h_i = f_i(\mathrm{stopgrad}(h_{i-1}))$$

@@ -20,11 +20,50 @@ from layerwise.core.rule import (
     loss_of,
 )
 from layerwise.core.tasks import Task
-from layerwise.rules.readout import Pool, grouped, linear_outputs, read_out, readout_width
+from layerwise.rules.readout import HasReadout, Pool, grouped, linear_outputs, read_out, readout_width
 
 
 @dataclass(frozen=True)
-class LocalCE(ReadsOut, Rule):
+class Greedy(ReadsOut, Rule):
+    """What rules share whose blocks minimise the loss of a readout of their own; the last learns through the head."""
+
+    pool: Pool = "auto"
+    """How a block's output becomes a vector: auto | mean | moments (and standard deviation) | cls | flatten | none."""
+    group: PositiveInt = 1
+    """Neighbouring blocks that share one loss, one graph and one backward pass."""
+
+    locality: ClassVar[Locality] = "local"
+    boundary: ClassVar[str] = "detached activation"
+    flat_memory: ClassVar[bool] = True
+    reads_logits: ClassVar[bool] = False
+    unlabelled: ClassVar[bool] = True
+    tasks: ClassVar[tuple[str, ...]] = ANY_TASK
+
+    def groups(self, blocks: int) -> list[range]:
+        """`group` blocks each; the head belongs to the last group."""
+        return grouped(blocks, self.group, join_head=True)
+
+    def _has_head(self, site: Site) -> bool:
+        return (site.index + 1) % self.group == 0 and site.index < site.blocks - 1
+
+    def signal(self, ctx: BlockContext) -> Signal:
+        """The task's loss on the block's own head, or on the network's at the end."""
+        if ctx.site.is_head:
+            return loss_at_head(ctx)
+        if ctx.auxiliary is None:
+            return Signal()
+        outputs, y = read_out(ctx, ctx.auxiliary, self.pool)
+        if isinstance(outputs, LinearOutputs) and not leaves_logits(self):
+            outputs = outputs.whole()
+        return loss_of(ctx.task, outputs, y)
+
+    def outputs_at(self, site: Site, h: Tensor, auxiliary: nn.Module, task: Task) -> Tensor:
+        """The outputs of the block's own head."""
+        return linear_outputs(auxiliary, self.pool, site, h, task)
+
+
+@dataclass(frozen=True)
+class LocalCE(HasReadout, Greedy):
     r"""Greedy local learning: each block minimises the cross-entropy of its own learned linear head.
 
     $$L_i = \mathrm{CE}(W_i \, \mathrm{pool}(h_i) + b_i, \; y), \qquad
@@ -38,48 +77,15 @@ class LocalCE(ReadsOut, Rule):
     [range(0, 2), range(2, 4), range(4, 6)]
     """
 
-    pool: Pool = "auto"
-    """How a block's output becomes a vector: auto | mean | moments (and standard deviation) | cls | flatten | none."""
-    group: PositiveInt = 1
-    """Neighbouring blocks that share one loss, one graph and one backward pass."""
-
     name: ClassVar[str] = "local_ce"
-    locality: ClassVar[Locality] = "local"
-    boundary: ClassVar[str] = "detached activation"
-    flat_memory: ClassVar[bool] = True
-    reads_logits: ClassVar[bool] = False
-    unlabelled: ClassVar[bool] = True
-    tasks: ClassVar[tuple[str, ...]] = ANY_TASK
     source: ClassVar[str] = (
         "Belilovsky, Eickenberg & Oyallon, arXiv 1812.11446 (2018), with the simplest head; last block "
         "joined with the head: our reading"
     )
     restrictions: ClassVar[str] = "Early layers turn greedy: each one has to classify on its own."
 
-    def groups(self, blocks: int) -> list[range]:
-        """`group` blocks each; the head belongs to the last group."""
-        return grouped(blocks, self.group, join_head=True)
-
-    def _has_head(self, site: Site) -> bool:
-        return (site.index + 1) % self.group == 0 and site.index < site.blocks - 1
-
     def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
         """A linear head from the pooled output to the task's outputs, for every group but the last."""
         if not self._has_head(site):
             return None
-        return nn.Linear(readout_width(h, self.pool, site, task), task.outputs, dtype=h.dtype)
-
-    def outputs_at(self, site: Site, h: Tensor, auxiliary: nn.Module, task: Task) -> Tensor:
-        """The outputs of the block's own head."""
-        return linear_outputs(auxiliary, self.pool, site, h, task)
-
-    def signal(self, ctx: BlockContext) -> Signal:
-        """The task's loss on the block's own head, or on the network's at the end."""
-        if ctx.site.is_head:
-            return loss_at_head(ctx)
-        if ctx.auxiliary is None:
-            return Signal()
-        outputs, y = read_out(ctx, ctx.auxiliary, self.pool)
-        if isinstance(outputs, LinearOutputs) and not leaves_logits(self):
-            outputs = outputs.whole()
-        return loss_of(ctx.task, outputs, y)
+        return self.own_readout(readout_width(h, self.pool, site, task), site, task, h)

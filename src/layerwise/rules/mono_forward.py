@@ -10,7 +10,7 @@ from layerwise.core.rule import BlockContext, Signal, Site
 from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
 from layerwise.rules.local_ce import LocalCE
-from layerwise.rules.readout import Pool, pool_vectors, readout_width
+from layerwise.rules.readout import Pool, outputs_of, pool_vectors, readout_width
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class MonoForward(PredictsBySite, LocalCE):
             )
         if not self._has_head(site):
             return None
-        return nn.Linear(readout_width(h, self.pool, site, task), task.outputs, bias=False, dtype=h.dtype)
+        return self.own_readout(readout_width(h, self.pool, site, task), site, task, h, bias=False)
 
     def signal(self, ctx: BlockContext) -> Signal:
         """Cross-entropy of the block's goodness."""
@@ -71,5 +71,5 @@ class MonoForward(PredictsBySite, LocalCE):
         if site.is_head:
             return total + h, None
         if auxiliary is not None:
-            total = total + auxiliary(pool_vectors(h, self.pool, False, site))
+            total = total + outputs_of(auxiliary, pool_vectors(h, self.pool, False, site), site).whole()
         return h, total

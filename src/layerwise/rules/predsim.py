@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from layerwise.core.functional import similarity
 from layerwise.core.ranges import Fraction, PositiveInt
-from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, loss_at_head, loss_of
+from layerwise.core.rule import BlockContext, Locality, Signal, Site, loss_at_head, loss_of
 from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
-from layerwise.rules.readout import convolution, grouped, pool_vectors
+from layerwise.rules.readout import HasReadout, convolution, grouped, outputs_of, pool_vectors
 
 
 class PredSimHeads(nn.Module):
@@ -20,18 +20,20 @@ class PredSimHeads(nn.Module):
 
     Args:
         h: a sample of the block's output, in the standard order.
-        classes: number of classes K.
-        loss: which of the two there are.
+        rule: says which of the two there are, and whose matrix classifies.
+        site: of the block.
+        task: knows the number of classes K.
     """
 
-    def __init__(self, h: Tensor, classes: int, loss: str):
+    def __init__(self, h: Tensor, rule: "PredSim", site: Site, task: Task):
         super().__init__()
         self.classifier = self.map = None
-        if loss != "sim":
-            self.classifier = nn.Linear(pool_vectors(h, "grid", False).shape[-1], classes)
-            nn.init.zeros_(self.classifier.weight)
-            nn.init.zeros_(self.classifier.bias)
-        if loss != "pred":
+        if rule.loss != "sim":
+            self.classifier = rule.own_readout(pool_vectors(h, "grid", False).shape[-1], site, task, h)
+            if isinstance(self.classifier, nn.Linear):
+                nn.init.zeros_(self.classifier.weight)
+                nn.init.zeros_(self.classifier.bias)
+        if rule.loss != "pred":
             image = h.dim() >= 4
             width = h.shape[1 if image else -1]
             self.map = (
@@ -48,7 +50,7 @@ class PredSimHeads(nn.Module):
 
 
 @dataclass(frozen=True)
-class PredSim(Rule):
+class PredSim(HasReadout):
     r"""PredSim: local cross-entropy, and similarity matching within the batch.
 
     $$L_i = (1 - \beta)\, \mathrm{CE}\big(W_i\, \mathrm{pool}(h_i), y\big)
@@ -93,7 +95,7 @@ class PredSim(Rule):
     def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
         """The classifier and the map of every group of blocks."""
         ends = (site.index + 1) % self.group == 0 or site.index == site.blocks - 1
-        return PredSimHeads(site.standard(h), task.outputs, self.loss) if ends and not site.is_head else None
+        return PredSimHeads(site.standard(h), self, site, task) if ends and not site.is_head else None
 
     def signal(self, ctx: BlockContext) -> Signal:
         """Cross-entropy of the local classifier and distance of the similarities from those of the labels."""
@@ -109,7 +111,7 @@ class PredSim(Rule):
         share = {"pred": 0.0, "sim": 1.0}.get(self.loss, self.beta)
         loss, metrics, statistics = torch.zeros((), device=ctx.h.device), {}, {}
         if heads.classifier is not None:
-            logits = heads.classifier(pool_vectors(h, "grid", False))
+            logits = outputs_of(heads.classifier, pool_vectors(h, "grid", False), ctx.site).whole()
             predicted = loss_of(ctx.task, logits, ctx.y)
             assert predicted.loss is not None
             metrics |= predicted.metrics

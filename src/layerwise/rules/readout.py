@@ -1,14 +1,20 @@
 """What the rules with a loss per block share: groups of blocks, a block's readout, and its labels."""
 
+from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise.core.blocks import Partition
 from layerwise.core.chunked import LinearOutputs
 from layerwise.core.functional import pool_features
+from layerwise.core.pieces import ReadsOutputMatrix
 from layerwise.core.posteriors import Categorical, Posterior
-from layerwise.core.rule import BlockContext, Site
+from layerwise.core.ranges import PositiveInt
+from layerwise.core.rule import BlockContext, Rule, Site
 from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
 
@@ -72,7 +78,8 @@ def features_of(ctx: BlockContext, pool: Pool, h: Tensor | None = None) -> Tenso
 
 def linear_outputs(readout: nn.Module, pool: Pool, site: Site, h: Tensor, task: Task) -> Tensor:
     """Outputs of a readout of pooled features, as the task has them, out of a block's output `h`."""
-    return task.as_outputs(readout(pool_vectors(h, pool, task.positions != "sample", site)))
+    features = pool_vectors(h, pool, task.positions != "sample", site)
+    return task.as_outputs(_whole(readout, features, site))
 
 
 def labels_at(ctx: BlockContext, z: Tensor) -> Tensor:
@@ -93,17 +100,137 @@ def labels_at(ctx: BlockContext, z: Tensor) -> Tensor:
     return ctx.task.at(ctx.y, places)
 
 
+ReadoutKind = Literal["private", "shared", "random", "low_rank"]
+MATRIX_SEED = 0x6D61_7472_6978
+_DRAWN: WeakKeyDictionary[Partition, dict[Any, Tensor]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class HasReadout(ReadsOutputMatrix, Rule):
+    """A rule whose blocks read the task's outputs off their features through a matrix, and whose matrix that is."""
+
+    readout: ReadoutKind = "private"
+    """Whose matrix reads a block's outputs: its own | the network's output layer's, looked at as it was at the start of
+    the step | one fixed random one for all blocks | its own, of a low rank."""
+    rank: PositiveInt = 64
+    """Rank of a `low_rank` matrix."""
+
+    def own_readout(self, width: int, site: Site, task: Task, like: Tensor, bias: bool = True) -> nn.Module:
+        """A readout of `width` features such as `like`; `bias` is that of a private one."""
+        if self.readout == "private":
+            return nn.Linear(width, task.outputs, bias=bias, dtype=like.dtype)
+        return Readout(width, self.readout, site, task, like, self.rank)
+
+
+def output_matrix(site: Site) -> Tensor:
+    """The matrix of the network's output layer `(K, D)` as it is now, without history; no copy.
+
+    Raises:
+        LayerwiseError: the head ends with no linear layer.
+    """
+    layer = None if site.network is None else site.network.output_layer
+    if layer is None or site.network is None:
+        raise LayerwiseError(
+            'readout="shared" reads the matrix of the linear layer with which the head ends, and trains, and this '
+            'network has none; choose readout="private".'
+        )
+    if site.network.head.before is not None:
+        site.network.head.before()  # an offloaded head has to be fetched
+    return layer.weight.detach()
+
+
+def fixed_matrix(network: Partition | None, outputs: int, width: int, like: Tensor) -> Tensor:
+    """The random matrix `(K, D)` of all blocks of a network, with entries $N(0, 1/D)$; the same in every process."""
+    made = {} if network is None else _DRAWN.setdefault(network, {})
+    key = (outputs, width, like.dtype, like.device)
+    if key not in made:
+        draw = torch.Generator().manual_seed(MATRIX_SEED)
+        made[key] = (torch.randn(outputs, width, generator=draw) / width**0.5).to(like.device, like.dtype)
+    return made[key]
+
+
+class Readout(nn.Module):
+    r"""Outputs $z = M\,\mathrm{norm}(A v)$ of features v, where the matrix M is not the block's own, or of low rank.
+
+    A is an adapter, learned and without bias, where v has another width than M; norm is RMSNorm with learned gains.
+    A private matrix is a plain `nn.Linear` and needs none of this.
+
+    Args:
+        width: number of features.
+        kind: `shared`, `random` or `low_rank`.
+        site: whose output is read.
+        task: knows the number of outputs K.
+        like: features of the type and on the device of those that will come.
+        rank: of a low-rank matrix.
+        norm: whether features are normalised here.
+        learns: whether gains and adapter learn; the adapter is random and fixed otherwise.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        kind: ReadoutKind,
+        site: Site,
+        task: Task,
+        like: Tensor,
+        rank: int = 64,
+        norm: bool = True,
+        learns: bool = True,
+    ):
+        super().__init__()
+        layer = None if site.network is None else site.network.output_layer
+        inner = layer.in_features if layer is not None else width
+        if kind == "shared":
+            output_matrix(site)  # or a sentence
+        inner = rank if kind == "low_rank" else inner
+        # A low-rank matrix is an adapter and what comes after it, so its features are normalised first.
+        self.norm = nn.RMSNorm(width if kind == "low_rank" else inner, eps=1e-6) if norm else nn.Identity()
+        adapted = kind == "low_rank" or inner != width
+        self.adapter = nn.Linear(width, inner, bias=False) if adapted else nn.Identity()
+        if not learns:
+            self.requires_grad_(False)
+        self.up = nn.Linear(rank, task.outputs, bias=False) if kind == "low_rank" else None
+        self.to(like.device, like.dtype)  # before the matrix, which is one for all blocks
+        fixed = fixed_matrix(site.network, task.outputs, inner, like) if kind == "random" else None
+        self.register_buffer("matrix", fixed, persistent=False)
+
+    matrix: Tensor | None
+
+    def outputs(self, features: Tensor, site: Site) -> LinearOutputs:
+        """The outputs `(..., K)` of features `(..., D)`, not computed yet."""
+        if self.up is not None:
+            return LinearOutputs(self.adapter(self.norm(features)), self.up.weight)
+        matrix = output_matrix(site) if self.matrix is None else self.matrix
+        return LinearOutputs(self.norm(self.adapter(features)), matrix)
+
+
+def outputs_of(readout: nn.Module, features: Tensor, site: Site) -> LinearOutputs:
+    """Outputs of a private readout or of another one, not computed yet."""
+    if isinstance(readout, Readout):
+        return readout.outputs(features, site)
+    assert isinstance(readout, nn.Linear)
+    return LinearOutputs(features, readout.weight, readout.bias)
+
+
+def _is_linear(readout: nn.Module) -> bool:
+    return type(readout) is nn.Linear or isinstance(readout, Readout)
+
+
+def _whole(readout: nn.Module, features: Tensor, site: Site) -> Tensor:
+    return outputs_of(readout, features, site).whole() if _is_linear(readout) else readout(features)
+
+
 def read_out(
     ctx: BlockContext, readout: nn.Module, pool: Pool, h: Tensor | None = None
 ) -> tuple[Tensor | LinearOutputs, Tensor]:
     """Outputs of a block's own readout, as the task has them, and the labels at their resolution.
 
-    Those of a linear readout are not computed yet where the loss may make them in chunks.
+    Those of one label per token are not computed yet, as the loss may make them in chunks.
     """
     features = features_of(ctx, pool, h)
-    if ctx.task.positions == "token" and type(readout) is nn.Linear:
-        return LinearOutputs(features, readout.weight, readout.bias), ctx.y
-    z = readout(features)
+    if ctx.task.positions == "token" and _is_linear(readout):
+        return outputs_of(readout, features, ctx.site), ctx.y
+    z = _whole(readout, features, ctx.site)
     return ctx.task.as_outputs(z), labels_at(ctx, z)
 
 

@@ -17,7 +17,7 @@ from layerwise.core.ranges import NonNegativeInt, PositiveFraction, PositiveInt
 from layerwise.core.rule import ANY_TASK, BlockContext, Locality, Rule, Signal, Site, by_depth, loss_of, metrics_of
 from layerwise.core.tasks import Classification, Task
 from layerwise.errors import LayerwiseError
-from layerwise.rules.readout import Pool, grouped, labels_at, pool_vectors, resized
+from layerwise.rules.readout import HasReadout, Pool, Readout, grouped, labels_at, pool_vectors, resized
 
 Direction = Literal["forward", "reverse"]
 OF_CLASSES = ("classification", "language_model", "segmentation")
@@ -171,8 +171,26 @@ class BeliefToLogits(nn.Module):
         return outputs + nn.functional.linear(believed(self.task, before).features.to(self.weight.dtype), self.weight)
 
 
+class BeliefReadout(nn.Module):
+    """Outputs of the next belief, read by a matrix that is not the block's own, with a learned share of the belief.
+
+    Args:
+        readout: from features to outputs; none at the head, whose features are the network's outputs.
+    """
+
+    def __init__(self, readout: Readout | None, task: Task, dtype: torch.dtype):
+        super().__init__()
+        self.task, self.readout = task, readout
+        self.share = nn.Parameter(torch.zeros((), dtype=dtype))
+
+    def forward(self, before: Tensor, features: Tensor, site: Site) -> Tensor:
+        """Outputs of the belief after one that is passed on as `before`."""
+        outputs = features if self.readout is None else self.readout.outputs(features, site).whole()
+        return outputs + self.share * before
+
+
 @dataclass(frozen=True)
-class SID(Distillation):
+class SID(HasReadout, Distillation):
     r"""Synergistic Information Distillation on any network: every block refines the belief of the block before.
 
     For block i with output $h_i = f_i(\mathrm{stopgrad}(h_{i-1}))$, pooled to a vector, and $p_0$ uniform:
@@ -186,6 +204,10 @@ class SID(Distillation):
     divergences have $p_i$ first. The last block has no belief head: it learns through the network's own head, whose
     logits get the belief before as well. $V$ starts at 0. Prediction is the whole stack of beliefs, not the plain
     network.
+
+    K x K weights of the belief before are too many for a vocabulary. With a `readout` other than `private` the logits
+    are $M u_i + s_i \log p_{i-1}$, and $W_{out} h_L + s_L \log p_{L-1}$ at the head: $u_i$ are the normalised
+    features, M is the matrix that the readout names, and the learned number $s_i$ starts at 0. This is ours.
 
     Other tasks are ours. The belief of `Regression` is a Gaussian per target: means, and log variances with
     `loss="gaussian"`; that of `MultiLabel` a Bernoulli distribution per label, that of `Segmentation` a categorical
@@ -224,6 +246,14 @@ class SID(Distillation):
         'Classes per position need pool="none", or the task LanguageModel. direction="reverse" needs label smoothing.'
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hidden and self.readout != "private":
+            raise LayerwiseError(
+                f'hidden is about the belief heads of readout="private", and readout="{self.readout}" has a matrix in '
+                "their place; leave it out."
+            )
+
     def groups(self, blocks: int) -> list[range]:
         """`group` blocks each; the head belongs to the last group."""
         return grouped(blocks, self.group, join_head=True)
@@ -242,9 +272,17 @@ class SID(Distillation):
         super().auxiliary(site, h, task)
         if self.place(site) is None:
             return None
+        width = self._vectors(h, site, task).shape[-1]
+        if self.readout != "private":
+            readout = None if site.is_head else Readout(width, self.readout, site, task, h, self.rank)
+            return BeliefReadout(readout, task, h.dtype)
         if site.is_head:
             return BeliefToLogits(task, h.dtype)
-        return BeliefHead(task.outputs, self._vectors(h, site, task).shape[-1], self.hidden, h.dtype, task)
+        return BeliefHead(task.outputs, width, self.hidden, h.dtype, task)
+
+    def _outputs(self, auxiliary: nn.Module, before: Tensor, features: Tensor, site: Site) -> Tensor:
+        where = (site,) if isinstance(auxiliary, BeliefReadout) else ()
+        return auxiliary(before, features, *where)
 
     def _vectors(self, h: Tensor, site: Site, task: Task) -> Tensor:
         if site.is_head:
@@ -260,7 +298,7 @@ class SID(Distillation):
         features = self._vectors(ctx.h, ctx.site, ctx.task)
         before = ctx.message if ctx.message is not None else first_belief(features, ctx.task)
         before = moved(ctx.task, before, features)
-        return self.distil(ctx, ctx.auxiliary(before, features), before)
+        return self.distil(ctx, self._outputs(ctx.auxiliary, before, features, ctx.site), before)
 
     def beliefs(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Iterator[Tensor]:
         """The belief before any block, then one per group: log-probabilities `(B, ..., K)`, outputs without classes."""
@@ -269,12 +307,13 @@ class SID(Distillation):
             x = block(x)
             if index not in auxiliary:
                 continue
-            site = Site(index, len(network.blocks), block.name, layouts=network.layouts)
+            site = Site(index, len(network.blocks), block.name, layouts=network.layouts, network=network)
             features = self._vectors(x, site, task)
             if belief is None:
                 belief = first_belief(features, task)
                 yield belief
-            belief = task.posterior(auxiliary[index](moved(task, belief, features), features)).passed
+            outputs = self._outputs(auxiliary[index], moved(task, belief, features), features, site)
+            belief = task.posterior(outputs).passed
             yield belief
 
     def predict(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.core import functional
-from layerwise.core.pieces import ReadsOut
+from layerwise.core.pieces import ReadsOut, ReadsOutputMatrix
 from layerwise.core.posteriors import divergence
 from layerwise.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ProperFraction
 from layerwise.core.rule import (
@@ -24,7 +24,16 @@ from layerwise.core.rule import (
 )
 from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
-from layerwise.rules.readout import Pool, features_of, grouped, labels_at, pool_vectors, readout_width, resized
+from layerwise.rules.readout import (
+    Pool,
+    Readout,
+    features_of,
+    grouped,
+    labels_at,
+    pool_vectors,
+    readout_width,
+    resized,
+)
 
 
 class Projection(nn.Module):
@@ -36,30 +45,43 @@ class Projection(nn.Module):
         classes: number of classes K, or of the task's outputs.
         dtype: of R; float32 unless activations are wider.
         options: the rule, for scale, normalisation, dropout, distribution of R, kind of target.
+        readout: in place of R, where the matrix is not the block's own.
 
     Shapes: `(..., D)` to `(..., d0)`; `class_logits` maps `(..., d0)` to `(..., K)`.
     """
 
-    def __init__(self, width: int, dim: int, classes: int, options: "SLL", dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        width: int,
+        dim: int,
+        classes: int,
+        options: "SLL",
+        dtype: torch.dtype = torch.float32,
+        readout: Readout | None = None,
+    ):
         super().__init__()
-        matrix = torch.randn(dim, width) / width**0.5
-        if options.projection == "orthonormal":
+        self.readout = readout
+        matrix = torch.randn(dim, width) / width**0.5 if readout is None else torch.ones(0)
+        if options.projection == "orthonormal" and readout is None:
             # The same mean square length of a row as the Gaussian matrix has: 1.
             wide = torch.linalg.qr(torch.randn(max(dim, width), min(dim, width)))[0]
             matrix = wide.T if dim <= width else wide * (dim / width) ** 0.5
         self.register_buffer("matrix", (matrix * options.scale).to(dtype))
         code = torch.randn(classes, dim) / dim**0.5 if options.targets == "codebook" else None
         self.register_buffer("code", None if code is None else code.to(dtype))
-        self.classes, self.norm, self.dropout = classes, options.norm, options.dropout
+        self.classes, self.norm, self.dropout, self.scale = classes, options.norm, options.dropout, options.scale
 
     matrix: Tensor
     code: Tensor | None
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Logits of the auxiliary posterior, in float32 or wider."""
+    def forward(self, features: Tensor, site: Site | None = None) -> Tensor:
+        """Logits of the auxiliary posterior, in float32 or wider; `site` is where they are read."""
         features = functional.normalise(features.to(self.matrix.dtype), self.norm)
         features = F.dropout(features, self.dropout, self.training)
         with torch.autocast(features.device.type, enabled=False):
+            if self.readout is not None and site is not None:
+                outputs = self.readout.outputs(features, site)
+                return self.scale * F.linear(outputs.features, outputs.weight.to(features.dtype))
             return F.linear(features, self.matrix)
 
     def class_logits(self, v: Tensor) -> Tensor:
@@ -70,7 +92,7 @@ class Projection(nn.Module):
 
 
 @dataclass(frozen=True)
-class SLL(ReadsOut, Rule):
+class SLL(ReadsOut, ReadsOutputMatrix, Rule):
     r"""Stochastic Layer-wise Learning: every block maximises its own ELBO-like objective.
 
     For block i with output $h_i = f_i(\mathrm{stopgrad}(h_{i-1}))$, pooled to a vector:
@@ -140,6 +162,10 @@ class SLL(ReadsOut, Rule):
     head: Literal["joint", "separate"] = "joint"
     """What trains the last block: the head's cross-entropy (joint), or its own objective (separate)."""
 
+    readout: Literal["private", "shared", "random"] = "private"
+    """The projection: a random one for each block | the matrix of the network's output layer, looked at as it was at
+    the start of the step | one random one for all blocks."""
+
     name: ClassVar[str] = "sll"
     locality: ClassVar[Locality] = "local"
     boundary: ClassVar[str] = "detached activation and projection (d0 numbers per sample)"
@@ -157,6 +183,16 @@ class SLL(ReadsOut, Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.readout not in ("private", "shared", "random"):
+            raise LayerwiseError(
+                f"{self.name} has no readout={self.readout!r}, as its projections are never trained; choose private, "
+                "shared or random."
+            )
+        if self.readout != "private" and (self.dim, self.targets, self.projection) != (None, "index", "gaussian"):
+            raise LayerwiseError(
+                f'dim, targets and projection are about the random projection of a block, and readout="{self.readout}" '
+                'has another one; leave them out, or use readout="private".'
+            )
         if self.overlap > 0:  # what the class declares holds without overlap
             object.__setattr__(self, "locality", "interlocking")
             object.__setattr__(self, "boundary", f"{self.boundary}; gradients back over {self.overlap} boundaries")
@@ -181,7 +217,11 @@ class SLL(ReadsOut, Rule):
                 f"projection has the task's {task.outputs} outputs."
             )
         width = readout_width(h, self.pool, site, task)
-        return Projection(width, dim, task.outputs, self, torch.promote_types(h.dtype, torch.float32))
+        dtype = torch.promote_types(h.dtype, torch.float32)
+        readout = None
+        if self.readout != "private":
+            readout = Readout(width, self.readout, site, task, h.to(dtype), norm=False, learns=False)
+        return Projection(width, dim, task.outputs, self, dtype, readout)
 
     def outputs_at(self, site: Site, h: Tensor, auxiliary: nn.Module, task: Task) -> Tensor:
         """What the fixed projection says of the label."""
@@ -199,7 +239,7 @@ class SLL(ReadsOut, Rule):
         if ctx.auxiliary is None:
             return Signal(message=ctx.message)
         assert isinstance(ctx.auxiliary, Projection)
-        v = ctx.auxiliary(features_of(ctx, self.pool))
+        v = ctx.auxiliary(features_of(ctx, self.pool), ctx.site)
         y, read = labels_at(ctx, v), ctx.auxiliary.class_logits(v)
         signal = loss_of(ctx.task, ctx.task.as_outputs(read), y)
         # With the index targets the softmax runs over all d0 coordinates; the label is one of the first K.

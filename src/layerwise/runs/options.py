@@ -13,6 +13,7 @@ from layerwise.core.ranges import TRAINING, check_ranges
 from layerwise.core.rule import Rule
 from layerwise.data.catalogue import is_text
 from layerwise.errors import LayerwiseError, short
+from layerwise.memory.fitting import read_size
 from layerwise.models import ModelOptions
 from layerwise.records import LARGEST
 from layerwise.runs.settings import FLAGS, RunSettings, build_options, load_recipe
@@ -46,6 +47,8 @@ class TrainOptions(RunSettings):
                 raise LayerwiseError(f"{name} is about {own[0]}, and the task is {self.task}; leave it out.")
         if self._differs("vocabulary") and self.tokenizer != "bpe":
             raise LayerwiseError(f"vocabulary is that of a bpe, and the tokenizer is {self.tokenizer}; leave it out.")
+        if self.peak not in (None, "auto"):
+            read_size(self.peak)
         if self.augment and self.task == "segmentation":
             raise LayerwiseError("augment changes images and not their masks; leave it out of a segmentation.")
         for part in (self, self.rule, self.model):

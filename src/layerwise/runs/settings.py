@@ -91,6 +91,9 @@ class RunSettings:
     """Batches per update."""
     micro: int = 1
     """Parts in which every block runs its batch, one after the other, before it steps: less memory, the same update."""
+    peak: str | None = None
+    """Most memory of activations and gradients, such as 200MiB: the run takes the fewest parts (--micro) that stay
+    within it. In a comparison also auto: the lowest of the rules as they are."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the blocks (autocast)."""
     compile: bool = False
