@@ -59,6 +59,7 @@ def memory_of(
     offload: Where = "none",
     offload_folder: str | None = None,
     micro: int = 1,
+    classes: int = CLASSES,
     **model_options: float,
 ) -> dict[str, Any]:
     """Measure the peak memory of a training step.
@@ -75,6 +76,7 @@ def memory_of(
         offload: where idle blocks wait: none, host or disk.
         offload_folder: folder for the file of disk (default: the folder for temporary files).
         micro: parts in which every block runs its batch.
+        classes: outputs of the network; of a language model its vocabulary.
         model_options: further options of the model.
 
     Returns:
@@ -87,7 +89,7 @@ def memory_of(
     """
     where = offload, offload_folder
     learner, x, y = prepared(
-        rule, model, depth, shape, batch_size, optimizer, precision, device, model_options, where, micro
+        rule, model, depth, shape, batch_size, optimizer, precision, device, model_options, where, micro, classes
     )
     learner.step(x, y)
     _, use = learner.measured_step(x, y)
@@ -143,7 +145,7 @@ def memory_command(argv: list[str]) -> int:
         made = options_of(model, depth, options.model_options)
         if not isinstance(made, models.OutsideModel):
             with torch.device("meta"):  # report mistakes before the first measurement
-                network = made.build(options.shape, CLASSES)
+                network = made.build(options.shape, options.classes)
             for rule in options.rule if options.offload != "none" else ():
                 window_of(rules.create(rule), len(network.block_names))
     if options.offload == "disk":
@@ -166,6 +168,7 @@ def memory_command(argv: list[str]) -> int:
                     "offload": options.offload,
                     "offload_folder": options.offload_folder,
                     "micro": options.micro,
+                    "classes": options.classes,
                     **options.model_options,
                 }
                 apart = options.offload != "none"
