@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,10 +45,9 @@ def adamw(*modules: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.01, fused=True)
 
 
-def blocks_of(model: nn.Module, trunk: int = 0) -> list[nn.Module]:
-    """The blocks as they learn: the first `trunk` are one; the head is the last."""
-    children = list(model.children())
-    return ([nn.Sequential(*children[:trunk])] if trunk else []) + children[trunk:]
+def blocks_of(model: nn.Module) -> list[Any]:
+    """The blocks; the head is the last."""
+    return list(model.children())
 
 
 def local_ce_by_hand(model: nn.Module, readouts: Sequence[nn.Module]) -> Step:
@@ -71,7 +71,7 @@ def local_ce_by_hand(model: nn.Module, readouts: Sequence[nn.Module]) -> Step:
 def sll_by_hand(model: nn.Module, projections: Sequence[nn.Module]) -> Step:
     """Every block has a fixed projection and is aligned with the block before; the last one learns through the head."""
     *first, last, head = blocks_of(model)
-    matrices = [p.matrix for p in projections]
+    matrices: list[Any] = [p.matrix for p in projections]
     optimizers = [*map(adamw, first), adamw(last, head)]
 
     def step(x: Tensor, y: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def cascade_in_two_passes(model: nn.Module, _: Sequence[nn.Module]) -> Step:
     modules = list(model.children())[2:]
     optimizers = [adamw(extractor), *map(adamw, modules)]
 
-    def logits(module: nn.Module, p: Tensor, z: Tensor) -> Tensor:
+    def logits(module: Any, p: Tensor, z: Tensor) -> Tensor:
         return module.out(F.relu(module.hidden(torch.cat([p, z], -1))))
 
     def step(x: Tensor, y: Tensor) -> Tensor:

@@ -67,13 +67,13 @@ def test_whoever_watches_a_step_is_told():
     assert seen == ["all", "own"]
     for handle in handles:
         handle.remove()
-    optimizer.step = lambda: seen.append("put over")
+    vars(optimizer)["step"] = lambda: seen.append("put over")
     take_step(optimizer)
     assert seen[2:] == ["put over"]
-    del optimizer.step
+    del vars(optimizer)["step"]
     with torch.profiler.profile() as profile:
         take_step(optimizer)
-    assert any("AdamW.step" in event.name for event in profile.events())
+    assert any("AdamW.step" in event.name for event in profile.events() or ())
 
 
 def test_a_learner_still_calls_the_hooks_of_its_optimizers():

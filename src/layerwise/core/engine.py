@@ -28,6 +28,11 @@ from layerwise.core.trees import all_finite, detach
 from layerwise.errors import LayerwiseError
 
 
+def _are_one(*factors: float | Tensor) -> bool:
+    """Whether factors are known to be 1; nothing waits for a device to find out."""
+    return all(isinstance(factor, float) and factor == 1 for factor in factors)
+
+
 def _sum(scalars: Sequence[Tensor]) -> Tensor:
     return scalars[0] if len(scalars) == 1 else torch.stack(list(scalars)).sum()
 
@@ -192,7 +197,8 @@ class Engine(Runner):
                 self._average(group)
         if trunk is not None and h.grad is not None:
             assert isinstance(self.rule, HasTrunk)
-            gradient = h.grad / (self._weight * scale)  # in the units of the loss
+            # In the units of the loss.
+            gradient = h.grad if _are_one(self._weight, scale) else h.grad / (self._weight * scale)
             site = group.units[0].site
             with asking(self.rule, f"`to_trunk` at block {site.name!r}"):
                 sent_back = self.rule.to_trunk(site, gradient, self.task)

@@ -121,7 +121,7 @@ class HasTrunk:
 
         Args:
             site: the group's first site.
-            gradient: of the group's loss on its input `(B, ...)`.
+            gradient: of the group's loss on its input `(B, ...)`; the method may write into it.
             task: the task.
 
         Returns:

@@ -39,16 +39,23 @@ class Refine(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(hidden, classes)
 
+    def parts(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Belief `(B, K)` and features `(B, D)` of a state: one split, whose gradients are put together in one copy."""
+        classes = self.out.out_features
+        belief, z = state.split((classes, self.hidden.in_features - classes), dim=-1)
+        return belief, z
+
     def logits(self, state: Tensor) -> Tensor:
         """Logits `(B, K)` of the new belief."""
-        classes = self.out.out_features
-        inputs = torch.cat([state[:, :classes].exp(), state[:, classes:]], dim=-1)
-        return self.out(self.dropout(F.relu(self.hidden(inputs))))
+        return self._logits(*self.parts(state))
+
+    def _logits(self, belief: Tensor, z: Tensor) -> Tensor:
+        return self.out(self.dropout(F.relu(self.hidden(torch.cat([belief.exp(), z], dim=-1)))))
 
     def forward(self, state: Tensor) -> Tensor:
         """The next state."""
-        logits = self.logits(state)
-        return torch.cat([logits.to(state.dtype).log_softmax(-1), state[:, logits.shape[-1] :]], dim=-1)
+        belief, z = self.parts(state)
+        return torch.cat([self._logits(belief, z).to(state.dtype).log_softmax(-1), z], dim=-1)
 
 
 class LastRefine(Refine):

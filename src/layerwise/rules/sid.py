@@ -120,8 +120,8 @@ class Distillation(PassesBeliefs, Rule):
         signal = Signal(loss=task.average(each, y), message=belief.passed, statistics=statistics)
         signal.metrics = {
             **metrics,
-            "label_kl": task.average(label, y),
-            "consistency": task.average(consistency, y),
+            "label_kl": task.average(label.detach(), y),
+            "consistency": task.average(consistency.detach(), y),
         }
         if ctx.site.is_head:
             signal.metrics["loss"] = task.loss(passed, y)
@@ -398,7 +398,7 @@ class SIDCascade(HasTrunk, Distillation):
             return None
         place = self.place(site)
         assert place is not None
-        sent_back = gradient / place.blocks if self.extractor == "mean" else gradient.clone()
+        sent_back = gradient / place.blocks if self.extractor == "mean" else gradient
         sent_back[:, : task.classes] = 0
         return sent_back
 

@@ -13,6 +13,7 @@ from layerwise.core.chunked import LOGITS, LinearOutputs, cross_entropy
 from layerwise.core.posteriors import Categorical
 from layerwise.core.ranges import NonNegativeFloat, PositiveInt, check_fields, check_ranges
 from layerwise.core.tasks.base import Task
+from layerwise.core.tasks.once import once
 from layerwise.errors import LayerwiseError
 
 UNLABELLED = -100
@@ -129,10 +130,15 @@ class Classification(Task):
         """Mean over the predictions that count, with the weights of the classes."""
         if y.is_floating_point():
             return each.mean()
+        weights, total = once(y, ("weights of", self), self._counting)
+        return (weights * each).sum() / total
+
+    def _counting(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The weight of every prediction in a mean, and their sum."""
         y = self.aligned(y)
         counts = y != UNLABELLED
         weights = counts if self.weights is None else self._weights(self.classes, y)[y.clamp_min(0)] * counts
-        return (weights * each).sum() / weights.sum()
+        return weights, weights.sum()
 
     def posterior(self, z: Tensor) -> Categorical:
         """The softmax of logits `(..., K)`."""
@@ -140,6 +146,9 @@ class Classification(Task):
 
     def distribution(self, y: Tensor) -> Tensor:
         """Target probabilities `(..., K)` of labels `y` `(...)`, with label smoothing; any where none counts."""
+        return once(y, ("distribution of", self), self._targets)
+
+    def _targets(self, y: Tensor) -> Tensor:
         hot = y.float() if y.is_floating_point() else F.one_hot(self.aligned(y).clamp_min(0), self.classes).float()
         return hot * (1 - self.label_smoothing) + self.label_smoothing / self.classes
 
@@ -157,8 +166,9 @@ class Classification(Task):
         return self._share(self.correct(outputs, y), y)
 
     def _share(self, correct: Tensor, y: Tensor) -> Tensor:
-        counted = y.numel() // y.shape[-1] if y.is_floating_point() else (self.aligned(y) != UNLABELLED).sum()
-        return correct / counted
+        if y.is_floating_point():
+            return correct / (y.numel() // y.shape[-1])
+        return correct / once(y, ("number of", self), lambda y: (self.aligned(y) != UNLABELLED).sum())
 
     def metrics(self, outputs: Tensor, y: Tensor) -> dict[str, Tensor]:
         """The accuracy."""
@@ -310,6 +320,13 @@ class LanguageModel(Classification):
         z, y = outputs.flatten(0, -2), self.aligned(y).flatten()
         nats = F.cross_entropy(z.float(), y, reduction="sum", ignore_index=UNLABELLED)
         return self._sums(nats, (z.argmax(-1) == y).sum(), y)
+
+    def statistics_beside(self, outputs: Tensor, y: Tensor, loss: Tensor) -> dict[str, Tensor]:
+        """The same sums; the nats are those of the loss, unless it is weighted or smoothed."""
+        if y.is_floating_point() or self.weights is not None or self.label_smoothing:
+            return self.statistics(outputs, y)
+        y = self.aligned(y)
+        return self._sums(loss * (y != UNLABELLED).sum(), (outputs.argmax(-1) == y).sum(), y)
 
     def _sums(self, nats: Tensor, hits: Tensor, y: Tensor) -> dict[str, Tensor]:
         counts = y != UNLABELLED
