@@ -22,16 +22,8 @@ class Counting(torch.utils.data.Dataset):
 
 
 def main(steps: int = 40) -> float:
-    config = transformers.LlamaConfig(
-        vocab_size=16,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        use_cache=False,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=16, use_cache=False, **sizes)
     with tempfile.TemporaryDirectory() as folder:
         args = transformers.TrainingArguments(
             folder,

@@ -10,16 +10,8 @@ import layerwise
 
 
 def main(steps: int = 80) -> float:
-    config = transformers.LlamaConfig(
-        vocab_size=16,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        use_cache=False,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=16, use_cache=False, **sizes)
     torch.manual_seed(0)
     backbone = transformers.LlamaForCausalLM(config)
     model = peft.get_peft_model(

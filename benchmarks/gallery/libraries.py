@@ -36,9 +36,12 @@ def gpt2(depth: int) -> Entry:
     return language(t.GPT2LMHeadModel(config))
 
 
+def _sizes(depth: int) -> dict[str, Any]:
+    return {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": depth}
+
+
 def _decoder(depth: int) -> dict[str, Any]:
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": depth}
-    return sizes | {"num_attention_heads": 2, "num_key_value_heads": 1, "use_cache": False}
+    return _sizes(depth) | {"vocab_size": VOCABULARY, "num_key_value_heads": 1, "use_cache": False}
 
 
 def llama(depth: int) -> Entry:
@@ -76,14 +79,7 @@ def bert(depth: int) -> Entry:
     """An encoder with token types, dropout, a pooler and a class per text."""
     import transformers as t
 
-    config = t.BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_hidden_layers=depth,
-        num_attention_heads=2,
-        intermediate_size=64,
-        num_labels=CLASSES,
-    )
+    config = t.BertConfig(vocab_size=VOCABULARY, num_labels=CLASSES, **_sizes(depth))
     return Entry(t.BertForSequenceClassification(config), text() | {"labels": labels()}, output=logits_of)
 
 
@@ -91,15 +87,7 @@ def hf_vit(depth: int) -> Entry:
     """A vision transformer."""
     import transformers as t
 
-    config = t.ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=depth,
-        num_attention_heads=2,
-        intermediate_size=64,
-        image_size=16,
-        patch_size=4,
-        num_labels=CLASSES,
-    )
+    config = t.ViTConfig(image_size=16, patch_size=4, num_labels=CLASSES, **_sizes(depth))
     return Entry(t.ViTForImageClassification(config), {"pixel_values": images(), "labels": labels()}, output=logits_of)
 
 
@@ -167,7 +155,7 @@ def clip(depth: int) -> Entry:
     """Two towers for images and texts; the class of an image is its text among those of the batch."""
     import transformers as t
 
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": depth // 2}
+    sizes = _sizes(depth // 2)
     config = t.CLIPConfig(
         text_config=sizes | {"vocab_size": VOCABULARY, "max_position_embeddings": 32, "eos_token_id": 2},
         vision_config=sizes | {"image_size": 16, "patch_size": 4},

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from layerwise.core.tracing import legal_cuts
     from layerwise.errors import LayerwiseError
     from layerwise.learner import Learner, Metrics
+    from layerwise.learner.fitting import fit_micro
     from layerwise.memory.malloc import keep_freed_memory
     from layerwise.memory.meter import MemoryUse, measure_memory
     from layerwise.rules import create as create_rule
@@ -60,6 +61,7 @@ __all__ = [
     "Task",
     "create_rule",
     "cut_at_calls",
+    "fit_micro",
     "keep_freed_memory",
     "legal_cuts",
     "measure_memory",
@@ -79,6 +81,7 @@ _HOMES = {
     "layerwise.core.tracing": ("legal_cuts",),
     "layerwise.errors": ("LayerwiseError",),
     "layerwise.learner": ("Learner", "Metrics"),
+    "layerwise.learner.fitting": ("fit_micro",),
     "layerwise.memory.malloc": ("keep_freed_memory",),
     "layerwise.memory.meter": ("MemoryUse", "measure_memory"),
 }

@@ -31,7 +31,7 @@ def suggestion(given: str, legal: Sequence[str]) -> str:
     >>> suggestion("sl", ["sll", "backprop"])
     "did you mean 'sll'? legal names: sll, backprop"
     """
-    near = difflib.get_close_matches(given, legal, n=1)
+    near = difflib.get_close_matches(str(given), legal, n=1)
     return (f"did you mean {near[0]!r}? " if near else "") + "legal names: " + ", ".join(legal)
 
 

@@ -13,7 +13,9 @@ from layerwise import LayerwiseError, Learner, create_rule, rule_names
 from layerwise.core.optim import Schedule
 from layerwise.core.ranges import PositiveFloat, Range, check_fields
 from layerwise.rules import get
+from layerwise.runs.launch import ParallelOptions
 from layerwise.runs.options import TrainOptions
+from layerwise.scaling.options import ScalingOptions, check_options
 
 NEVER = [math.nan, math.inf, -math.inf, -1, -0.5, True, "1", 10**400, [1.0]]
 """What no number of this library may be: nothing here is negative."""
@@ -143,3 +145,20 @@ def test_a_rule_of_ones_own_declares_ranges_in_the_same_way():
     with pytest.raises(LayerwiseError, match=r"odd is 10; it must be a whole number in \[1, 9\]\."):
         Own(odd=10)
     check_fields(Own(rate=2, odd=9))
+
+
+@pytest.mark.parametrize("seconds", [0, -1, math.nan, math.inf, 1e308, 10**400])
+def test_no_wait_is_without_an_end(seconds):
+    """Clocks of torch and of Python overflow beyond their range, and a wait of infinity has no end."""
+    for make in (
+        lambda: ParallelOptions(timeout=seconds),
+        lambda: check_options(ScalingOptions(timeout=seconds), blocks=4),
+    ):
+        with pytest.raises(LayerwiseError, match=r"timeout is .*; it must be a finite number in"):
+            make()
+
+
+@pytest.mark.parametrize("value", [5, 0.5, None, [1], "cutout"])
+def test_what_is_no_tuple_of_names_is_one_sentence(value):
+    with pytest.raises(LayerwiseError, match="augment"):
+        create_rule("ssl_local", augment=value)

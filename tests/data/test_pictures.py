@@ -71,6 +71,44 @@ def test_more_than_eight_bits_keep_every_level(case, tmp_path):
     np.testing.assert_allclose(pixels(content)[0] / 255, brightness, atol=0.5 / 255 + 1e-6)
 
 
+def tiff(rows, bits, white_is_zero=False, kind=1):
+    """A TIFF of these rows of bytes, with the tags that say what its numbers mean."""
+    content, side = b"".join(rows), len(rows)
+    tags = {256: side, 257: side, 258: bits, 259: 1, 262: 1 - white_is_zero, 277: 1, 278: side, 339: kind}
+    tags |= {279: len(content), 273: 8 + 2 + 12 * 10 + 4}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + content
+
+
+def packed(row):
+    """Numbers of 12 bits, two in three bytes."""
+    text = "".join(f"{value:012b}" for value in row)
+    return int(text, 2).to_bytes(len(text) // 8, "big")
+
+
+STORED_OTHERWISE = {
+    "16 bits, white is 0": (
+        tiff([(65535 - row * 1000).astype("<u2").tobytes() for row in RAMP], 16, True),
+        1000 / 65535,
+    ),
+    "floats, white is 0": (tiff([(1 - row / 63).astype("<f4").tobytes() for row in RAMP], 32, True, 3), 1 / 63),
+    "8 bits, white is 0": (tiff([(255 - row * 4).astype("u1").tobytes() for row in RAMP], 8, True), 4 / 255),
+    "12 bits": (tiff([packed(row * 65) for row in RAMP], 12), 65 / 4095),
+}
+
+
+@pytest.mark.parametrize("case", STORED_OTHERWISE)
+def test_what_a_tiff_says_of_black_and_white_is_heeded(case):
+    content, step = STORED_OTHERWISE[case]
+    np.testing.assert_allclose(pixels(content, "F")[0] / 255, RAMP * step, atol=1e-6)
+
+
+def test_signed_numbers_of_8_bits_are_refused(tmp_path):
+    content = tiff([(row - 9).astype("i1").tobytes() for row in RAMP], 8, kind=2)
+    with pytest.raises(LayerwiseError, match=r"a/0.tif holds signed numbers of 8 bits"):
+        data.load(folder(tmp_path / "d", {"a": content, "b": content}, "tif"))
+
+
 @pytest.mark.parametrize(
     ("array", "words"),
     [

@@ -95,6 +95,8 @@ WRONG = {
     "unlabelled": ("a,label\n1,x\n2,\n", "line 3 of .* has no label in column 'label'"),
     "regression": ("a,y\n1,0.5\n2,1.25\n", "has the label 0.5 in column 'y', which is no class"),
     "one class": ("a,y\n1,x\n2,x\n", "the one class 'x'"),
+    "semicolons": (b"a;b;label\n1;2;x\n3;4;y\n", "are separated by semicolons; write it with commas"),
+    "tabs": (b"a\tlabel\n1\tx\n3\ty\n", "are separated by tabs; write it with commas"),
     "binary": (b"\xff\xfe\x00a", "is not a readable CSV file"),
     "underlined": ("a,label\n1_1,x\n2,y\n", "line 2 of .* has '1_1' in column 'a', which is no finite number"),
     "full-width": ("a,label\n１,x\n2,y\n", "in column 'a', which is no finite number"),

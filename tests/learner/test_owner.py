@@ -161,3 +161,74 @@ def test_gradients_of_the_owner_are_no_part_of_an_update(rule):
     nn.functional.cross_entropy(stale.network.model(X), Y).backward()
     stale.step(X, Y)
     assert same_bits(clean, stale)
+
+
+def test_a_parameter_that_is_added_is_refused_wherever_it_is():
+    for path in ("", "3"):
+        learner = trained(dense(), "local_ce", [(X, Y)])
+        learner.network.model.get_submodule(path).register_parameter("extra", nn.Parameter(torch.zeros(2)))
+        with pytest.raises(LayerwiseError, match=f"module '{path}' has got the parameter 'extra'"):
+            learner.step(X, Y)
+
+
+class Doubled(nn.Sequential):
+    def forward(self, h):
+        return 2 * super().forward(h)
+
+
+class Body(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = dense()[:4]
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+@pytest.mark.parametrize("act", ["step", "evaluate", "__call__"])
+@pytest.mark.parametrize("change", ["the root's class", "a stage's class", "the class's forward"])
+def test_a_forward_that_would_not_run_is_refused_when_it_comes_later(act, change, monkeypatch):
+    """Blocks are run in place of the root and of the stage that holds a cut; neither's own forward is called."""
+    model, cuts = (dense(), ["1", "3"]) if change == "the root's class" else (Body(), ["body.1", "body.3"])
+    learner = Learner(model, "local_ce", cuts=cuts, example=X)
+    learner.step(X, Y)
+    if change == "the root's class":
+        model.__class__ = Doubled
+    elif change == "a stage's class":
+        model.body.__class__ = Doubled
+    else:
+        monkeypatch.setattr(Body, "forward", lambda self, x: 2 * self.head(self.body(x)))
+    with pytest.raises(LayerwiseError, match="another class, or its class another forward"):
+        getattr(learner, act)(*((X,) if act == "__call__" else (X, Y)))
+
+
+def test_a_rate_that_is_a_tensor_is_scheduled_by_torch_and_by_the_learner():
+    """Schedulers of torch fill such a rate in place; lr_k = 0.1 * 0.5**k either way, as for a number."""
+
+    def adamw(groups):
+        return torch.optim.AdamW(groups, lr=torch.tensor(0.1))
+
+    by_torch = Learner(dense(), "local_ce", optimizer=adamw, example=X)
+    of_its_own = Learner(dense(), "local_ce", optimizer=adamw, schedule=lambda k: 0.5**k, example=X)
+    number = Learner(dense(), "local_ce", lr=0.1, schedule=lambda k: 0.5**k, example=X)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(by_torch.optimizer, 0.5)
+    for k in range(3):
+        for learner in (by_torch, of_its_own, number):
+            learner.step(X, Y)
+            rates = {round(float(group["lr"]), 6) for group in learner.optimizer.param_groups}
+            assert rates == {round(0.1 * 0.5**k, 6)}
+        scheduler.step()
+    resumed = Learner(copy.deepcopy(by_torch.network.model), "local_ce", optimizer=adamw, example=X)
+    resumed.load_state_dict(copy.deepcopy(by_torch.state_dict()))
+    for learner in (by_torch, resumed):
+        learner.step(X, Y)
+    assert same_bits(by_torch, resumed)
+
+
+@pytest.mark.parametrize("rate", ["0.1", None, [0.1], torch.ones(2)])
+def test_a_rate_that_is_no_number_is_one_sentence(rate):
+    learner = trained(dense(), "local_ce", [(X, Y)])
+    learner.optimizer.param_groups[0]["lr"] = rate
+    with pytest.raises(LayerwiseError, match=r"a learning rate was set to .*; give a number"):
+        learner.step(X, Y)

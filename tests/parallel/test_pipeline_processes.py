@@ -164,7 +164,7 @@ def test_without_torchrun_it_says_how(capsys, monkeypatch, tmp_path):
     assert "add --parallel pipeline" in capsys.readouterr().err
     for words, sentence in (
         ("--stages 2,x", "such as 3,3"),
-        ("--timeout 0", "larger than 0"),
+        ("--timeout 0", "it must be a finite number in"),
         ("--replicas 0", "1 or more"),
         ("--parallel data --replicas 2", "goes with --parallel pipeline"),
     ):

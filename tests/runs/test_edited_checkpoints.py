@@ -330,3 +330,42 @@ def test_a_checkpoint_without_the_optimizers_state_is_refused():
     learner.step(torch.randn(6, 4), torch.arange(6) % 3)
     with pytest.raises(LayerwiseError, match="the optimizers' state is missing"):
         learner.load_state_dict({**learner.state_dict(), "optimizer": {}})
+
+
+NUMBERS = {
+    ("model", None): (math.nan, math.inf),
+    ("auxiliary", None): (math.nan, -math.inf),
+    ("gradients", None): (math.nan, math.inf),
+    ("optimizer", "exp_avg"): (math.nan, -math.inf),
+    ("optimizer", "exp_avg_sq"): (math.nan, -1.0),
+    ("optimizer", "step"): (1e30, 2.0**31, -1.0, 0.5, math.inf),
+}
+
+
+@pytest.mark.parametrize(("place", "part"), NUMBERS)
+def test_numbers_that_no_training_writes_are_refused(place, part):
+    """Of the right shape and type, and yet the next update would make NaN of the weights, or stand still."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3))
+    learner = Learner(model, "predsim", accumulate=2)
+    for _ in range(3):
+        learner.step(torch.randn(6, 4), torch.arange(6) % 3)
+    state = learner.state_dict()
+    learner.load_state_dict(copy.deepcopy(state))
+    for value in NUMBERS[place, part]:
+        edited = copy.deepcopy(state)
+        first = edited[place][min(edited[place])]
+        (first if part is None else first[part]).view(-1)[-1] = value
+        with pytest.raises(LayerwiseError, match=r"holds NaN|no optimizer counts"):
+            learner.load_state_dict(edited)
+
+
+def test_numbers_that_a_training_may_write_are_taken():
+    """Squares that are too large for their type, and what is no parameter that learns, such as a mask of -inf."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3))
+    model[0].mask = torch.nn.Parameter(torch.full((2,), -math.inf), requires_grad=False)
+    model[0].register_buffer("bias_of_mask", torch.full((2,), -math.inf))
+    learner = Learner(model, "local_ce")
+    learner.step(torch.randn(6, 4), torch.arange(6) % 3)
+    state = copy.deepcopy(learner.state_dict())
+    state["optimizer"]["0.weight"]["exp_avg_sq"][0, 0] = math.inf
+    learner.load_state_dict(state)

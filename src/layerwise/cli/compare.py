@@ -24,7 +24,7 @@ def compare_command(argv: list[str]) -> int:
     from layerwise.compare.grid import CompareOptions, Grid
     from layerwise.core.tasks import metric_of
     from layerwise.report.page import write_report
-    from layerwise.report.summary import resolution_in_words, summary_table
+    from layerwise.report.summary import notes_of_fits, resolution_in_words, summary_table
     from layerwise.runs.arguments import train_options
 
     options = train_options(argv, "compare", base=CompareOptions, hidden=("rule", "seed", "overwrite", "save_every"))
@@ -33,6 +33,8 @@ def compare_command(argv: list[str]) -> int:
     print(summary_table(summary["rules"], metric_of(options.task)))
     if (note := resolution_in_words(summary["rules"])) is not None:
         print(note)
+    for note in notes_of_fits(summary["rules"]):
+        print(f"note: {note}")
     print(f"files: {grid.folder}")
     if options.report:
         try:

@@ -10,15 +10,17 @@ from typing import Any, Literal
 import numpy as np
 
 from layerwise.compare.grid_runs import GridRun, train_all
+from layerwise.compare.peak import changed
 from layerwise.compare.pool import Pool, default_jobs
 from layerwise.compare.record import kept_plan, write_record, write_results
-from layerwise.compare.rules_asked import plain_fields, read_rules
+from layerwise.compare.rules_asked import plain_fields, read_rules, settled_by
 from layerwise.compare.tuning import choose, trial_options
 from layerwise.core.devices import pick_device
 from layerwise.core.tasks import metric_of
 from layerwise.errors import LayerwiseError
+from layerwise.memory.fitting import read_size
 from layerwise.report.reading import read_correct
-from layerwise.report.summary import BASELINE, result_row
+from layerwise.report.summary import BASELINE, result_row, unreached_row
 from layerwise.runs.folders import FREE, claimed
 from layerwise.runs.layout import grid_run_folder
 from layerwise.runs.options import TrainOptions, run_name, to_mapping
@@ -98,7 +100,12 @@ class Grid:
         self.accelerator = pick_device(options.device).type != "cpu"
         self.budget = budget_of(options)
         threads = options.threads or 1
-        self.rules = read_rules(options.rules, replace(options, threads=threads, out=None, save_every=NEVER))
+        common = replace(options, threads=threads, out=None, save_every=NEVER, peak=None)
+        self.rules = read_rules(options.rules, common)
+        self.baseline = read_rules((BASELINE,), replace(common, micro=1))[BASELINE]
+        """Plain backpropagation, beside which ways to a peak are timed."""
+        self.unreached: set[str] = set()
+        """Rules that cannot be brought under the peak; they are not trained."""
         words = () if options.rules == RIVALS else options.rules
         self.asked = {part for word in words for part in word.split(",")}
         """Rules that the user has named; others are left out where they do not train this model."""
@@ -123,13 +130,15 @@ class Grid:
         with claimed(self.folder, PATIENCE, "comparison") as held, _gone_if_empty(log), Pool(1, log, held) as pool:
             self.plan = kept_plan(self.folder, self._fixed())
             self._measure(pool)
+            self._bring_under(pool)
             write_record(self.folder, self.command, list(self.rules), self.options.seeds, self._fixed(), self.plan)
-            grid_runs = [run for label in self.rules for run in self._trials(label)]
-            runs = len(grid_runs) + self.options.seeds * len(self.rules)
-            work = sum(map(self._cost, grid_runs)) + self.options.seeds * sum(map(self._label_cost, self.rules))
+            trained = [label for label in self.rules if label not in self.unreached]
+            grid_runs = [run for label in trained for run in self._trials(label)]
+            runs = len(grid_runs) + self.options.seeds * len(trained)
+            work = sum(map(self._cost, grid_runs)) + self.options.seeds * sum(map(self._label_cost, trained))
             with GridProgress(work, runs, f"comparison of {len(self.rules)} rules · {self.folder}") as progress:
                 self._train(pool, grid_runs, progress)
-                self.chosen = {label: self._choose(label) for label in self.rules}
+                self.chosen = {label: self._choose(label) for label in trained}
                 finals = self.finals()
                 self._train(pool, [run for run in finals if run is not None], progress)
             if self.options.report and self.options.task == "classification":  # probes are of classes
@@ -198,6 +207,47 @@ class Grid:
             print(f"layerwise: note: {label} is left out: {reason}", file=sys.stderr)
             del self.rules[label]
 
+    def _bring_under(self, pool: Pool) -> None:
+        """Bring every rule under the peak, where there is one, and note how; what an earlier start found is kept."""
+        if self.options.peak is None:
+            return
+        found = {label: plan["fit"] for label, plan in self.plan.items() if "fit" in plan}
+        measured = {label: plan["held_bytes"] for label in self.rules if "held_bytes" in (plan := self.plan[label])}
+        if found:
+            peak = next(iter(found.values()))["peak"]
+        elif self.options.peak != "auto":
+            peak = read_size(self.options.peak)
+        elif measured:
+            peak = min(measured.values())
+        else:
+            raise LayerwiseError("peak is auto, and no rule could be measured; see why with layerwise train.")
+        baseline = to_mapping(self.baseline)
+
+        def done(task: dict[str, Any], answer: dict[str, Any]) -> None:
+            if "done" in answer:
+                self.plan[task["label"]] |= {"fit": answer["done"]}
+            else:  # it fails in its own run, too
+                print(f"layerwise: note: {task['label']} keeps its memory: {answer['reason']}", file=sys.stderr)
+
+        tasks = [
+            {
+                **{"do": "fit", "label": label, "options": to_mapping(self.rules[label])},
+                **{"baseline": baseline, "peak": peak, "settled": settled_by(label)},
+            }
+            for label in measured
+            if label not in found
+        ]
+        pool.run(tasks, done, jobs=1)
+        for label in measured:
+            fit = self.plan[label].get("fit")
+            if fit is None:
+                continue
+            if not fit["reached"]:
+                self.unreached.add(label)
+                continue
+            self.rules[label] = changed(self.rules[label], fit["changes"])
+            self.plan[label] |= {name: fit[name] for name in ("seconds_per_step", "flops_per_step")}
+
     def _label_cost(self, label: str) -> float:
         options, plan = self._budgeted(label), self.plan[label]
         if "seconds_per_step" not in plan:
@@ -252,6 +302,9 @@ class Grid:
         rows: list[dict[str, Any]] = []
         correct: dict[str, dict[int, np.ndarray]] = {}
         for label in self.rules:
+            if label in self.unreached:
+                rows.append(unreached_row(label, self.plan[label]["fit"], self.metric))
+                continue
             for seed in range(self.options.seeds):
                 options = self.chosen[label]
                 if options is None:
@@ -264,7 +317,8 @@ class Grid:
                 )
                 if run.result and (found := read_correct(run.folder)) is not None:
                     correct.setdefault(label, {})[seed] = found
-        return write_results(self.folder, self.command, self.budget, rows, correct, self.metric)
+        fits = {label: plan["fit"] for label, plan in self.plan.items() if label in self.rules and "fit" in plan}
+        return write_results(self.folder, self.command, self.budget, rows, correct, self.metric, fits)
 
 
 @contextlib.contextmanager

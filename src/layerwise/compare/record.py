@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -61,8 +62,9 @@ def write_results(
     rows: Sequence[dict[str, Any]],
     correct: Mapping[str, Mapping[int, np.ndarray]],
     metric: Metric = ACCURACY,
+    fits: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Write `results.csv` and `summary.json`; returns the summary."""
+    """Write `results.csv` and `summary.json`, with how rules came under a peak; returns the summary."""
     write_atomically(folder / "results.csv", as_csv(rows))
     summary = {
         "command": command,
@@ -70,5 +72,7 @@ def write_results(
         "metric": metric.name,
         "rules": summarise(rows, correct, metric),
     }
+    for label, fit in fits.items():
+        summary["rules"][label]["fit"] = fit
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary

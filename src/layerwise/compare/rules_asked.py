@@ -72,6 +72,15 @@ def read_rules(words: Sequence[str], common: TrainOptions) -> dict[str, TrainOpt
     return found
 
 
+def settled_by(label: str) -> list[str]:
+    """Names of the options that a word of `--rules` sets.
+
+    >>> settled_by("sll:overlap=1:weight-decay=0")
+    ['overlap', 'weight_decay']
+    """
+    return [setting.partition("=")[0].replace("-", "_") for setting in label.split(":")[1:] if "=" in setting]
+
+
 def _fields(cls: type) -> dict[str, Any]:
     """The fields of a dataclass with their types."""
     hints = typing.get_type_hints(cls)

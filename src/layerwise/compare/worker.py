@@ -15,11 +15,14 @@ from typing import Any
 
 import torch
 
+from layerwise.compare.peak import bring_under
 from layerwise.core.devices import pick_device
 from layerwise.core.failures import NonFinite
 from layerwise.errors import LayerwiseError, explained, is_out_of_memory
+from layerwise.learner.fitting import use_of
 from layerwise.measure.bench_speed import flops_of
 from layerwise.measure.diagnostics import diagnose
+from layerwise.memory.fitting import held_by
 from layerwise.memory.malloc import keep_freed_memory
 from layerwise.processes import lines_of_parent
 from layerwise.runs import building, training
@@ -35,7 +38,7 @@ def train_task(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_task(task: dict[str, Any], warmup: int = 2, timed: int = 3) -> dict[str, Any]:
-    """Measure what a step of the run costs: `flops_per_step`, `seconds_per_step`, `peak_bytes`; `steps_per_epoch`.
+    """Measure what a step costs: `flops_per_step`, `seconds_per_step`, `peak_bytes`, `held_bytes`; `steps_per_epoch`.
 
     Nothing is written.
     """
@@ -48,9 +51,7 @@ def measure_task(task: dict[str, Any], warmup: int = 2, timed: int = 3) -> dict[
     learner = building.build_learner(options, building.DataSignature.of(dataset), device, total=warmup + timed)
     x, y = next(iter(batches.epoch(0)))
     flops = flops_of(learner, x, y)
-    for _ in range(options.accumulate - 1):  # to the end of the first update, in which optimizers make their state
-        learner.step(x, y)
-    _, use = learner.measured_step(x, y)
+    use = use_of(learner, x, y)
     seconds = []
     for _ in range(warmup + timed):
         started = time.perf_counter()
@@ -60,8 +61,17 @@ def measure_task(task: dict[str, Any], warmup: int = 2, timed: int = 3) -> dict[
         "flops_per_step": flops,
         "seconds_per_step": statistics.median(seconds[warmup:]),
         "peak_bytes": use.peak,
+        "held_bytes": held_by(use),
         "steps_per_epoch": len(batches),
     }
+
+
+def fit_task(task: dict[str, Any]) -> dict[str, Any]:
+    """Bring the run under a peak of memory; nothing is written."""
+    options, baseline = (from_mapping(task[name]) for name in ("options", "baseline"))
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    return bring_under(options, baseline, task["peak"], task["settled"])
 
 
 def diagnose_task(task: dict[str, Any]) -> dict[str, Any]:
@@ -70,7 +80,7 @@ def diagnose_task(task: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-TASKS = {"train": train_task, "measure": measure_task, "diagnose": diagnose_task}
+TASKS = {"train": train_task, "measure": measure_task, "fit": fit_task, "diagnose": diagnose_task}
 
 
 def answer(task: dict[str, Any]) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class Block:
         self.users: dict[str, set[int]] = {}
         self._model = model
         self._names = names
-        self._opened: list[tuple[str, nn.Module]] = []
+        self._opened: list[Opened] = []
         """Modules that hold the block, and whose own call does not happen."""
         self._unchanged = Unchanged(name)
 
@@ -402,17 +402,25 @@ def _check_declared(name: str, declared: str, told: str | None) -> None:
         )
 
 
-def check_hooks(held: Sequence[tuple[str, nn.Module]]) -> None:
+Opened = tuple[str, nn.Module, Any]
+"""A module whose own call does not happen: its name, itself, and the `forward` of its class when it was cut."""
+
+
+def check_hooks(held: Sequence[Opened]) -> None:
     """Raise LayerwiseError where a module has hooks, or a function of its own, on a call that does not happen."""
-    for name, module in held:
+    for name, module, forward in held:
+        who = f"module {name!r}" if name else f"the model ({type(module).__name__})"
         if is_overridden(module):
-            who = f"module {name!r}" if name else f"the model ({type(module).__name__})"
             raise LayerwiseError(
                 f"{who} has a forward or a __call__ that is put over that of its class, which would not run, because "
                 f"it is run block by block; {INSTEAD}"
             )
+        if type(module).forward is not forward:
+            raise LayerwiseError(
+                f"{who} has another class, or its class another forward, than when it was cut, which would not run, "
+                "because it is run block by block; make a new Learner for the model."
+            )
         if module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
-            who = f"module {name!r}" if name else f"the model ({type(module).__name__})"
             raise LayerwiseError(
                 f"{who} has hooks, which would not run, because it is run block by block; register them on the modules "
                 "inside it."
@@ -430,7 +438,7 @@ def _cut(model: nn.Module, cuts: tuple[str, ...]) -> list[Block]:
         if cut not in known or cut == "":
             raise LayerwiseError(f"unknown cut {cut!r}; legal cuts are {listed(legal_cuts(model))}.")
     paths = {id(module): path for path, module in reversed([*known.items()])}
-    held = [(paths[id(module)], module) for module in opened(model, cuts)]
+    held = [(paths[id(module)], module, type(module).forward) for module in opened(model, cuts)]
     check_hooks(held)
     if is_sequential(model) and set(cuts) <= {name for name, _ in expanded(model, cuts)}:
         parts = cut_sequential(model, cuts)

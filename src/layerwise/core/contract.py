@@ -1,8 +1,7 @@
 """Whether a rule keeps its contract: one sentence, with rule and block, for each answer that cannot be acted on."""
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin
 
@@ -47,25 +46,32 @@ def check_rule(rule: object) -> None:
             raise LayerwiseError(f"{rule.name}'s option {option.name} is {value!r}; {legal}.")
 
 
-@contextmanager
-def asking(rule: Rule, what: str) -> Iterator[None]:
-    """Turn what a rule's own code raises into a sentence that names the rule; the cause stays attached.
+class asking:
+    """A context that turns what a rule's own code raises into a sentence that names the rule; the cause stays attached.
+
+    A class, since every block enters one in every step, and a generator takes several times as long.
 
     Args:
         rule: the rule.
         what: the method and its place, such as "`signal` at block '2'".
     """
-    try:
-        yield
-    except LayerwiseError:
-        raise
-    except Exception as reason:  # code of the user's, which may raise anything
-        if is_out_of_memory(reason):
-            raise
+
+    __slots__ = ("rule", "what")
+
+    def __init__(self, rule: Rule, what: str):
+        self.rule, self.what = rule, what
+
+    def __enter__(self) -> None:
+        """Nothing is to be prepared."""
+
+    def __exit__(self, kind: Any, reason: BaseException | None, traceback: Any) -> None:
+        # Code of the user's may raise anything.
+        if not isinstance(reason, Exception) or isinstance(reason, LayerwiseError) or is_out_of_memory(reason):
+            return
         said = (str(reason).strip() or "no message").splitlines()[0].rstrip(".")
         raise LayerwiseError(
-            f"rule {rule.name!r} fails in {what} ({type(reason).__name__}: {said}); mend the rule, or see whether it "
-            "can serve this network."
+            f"rule {self.rule.name!r} fails in {self.what} ({type(reason).__name__}: {said}); mend the rule, or see "
+            "whether it can serve this network."
         ) from reason
 
 

@@ -21,7 +21,8 @@ from layerwise.core.progress import Accumulation, Trace, WaitingTrunk
 from layerwise.core.randomness import derive_seed
 from layerwise.core.reached import check_reached
 from layerwise.core.rule import Rule, Signal
-from layerwise.core.runner import Runner
+from layerwise.core.runner import NOTHING, Runner
+from layerwise.core.stepping import take_step
 from layerwise.core.tasks import Task
 from layerwise.core.trees import all_finite, detach
 from layerwise.errors import LayerwiseError
@@ -176,6 +177,7 @@ class Engine(Runner):
             passed_on, loss = self._run_part(group, part, h, message, y, step, trace)
             whole.add(part, passed_on)
             losses.append(loss)
+            del passed_on  # it has been copied, and would wait beside the next part
         h_out, message_out = whole.tree
         for name in [unit.site.name for unit in group.units]:
             sums = trace.statistics.pop(name, None)  # of every block they would grow with depth
@@ -234,7 +236,7 @@ class Engine(Runner):
                 optimizer.state.clear()
         if self.accumulation.batches == 1 and first:
             self.finite.begin(group)
-        with torch.set_grad_enabled(group.learns), self._frozen(group):
+        with torch.set_grad_enabled(group.learns), self._frozen(group) if group.resting else NOTHING:
             return self.forward(group, h, message, y, step, trace, part, share)
 
     @contextmanager
@@ -316,7 +318,9 @@ class Engine(Runner):
         Gradients and loss are weighed by the share of the batch's labels.
         """
         losses = [signal.loss for signal, _ in signals if signal.loss is not None]
-        roots = [(loss, torch.ones_like(loss)) for loss in losses]
+        weighed = self.execution.accumulate > 1 or self.execution.replicas.count > 1 or share != 1
+        plain = not weighed and not group.scaler.is_enabled()  # then None is a loss's own gradient of 1
+        roots: list[tuple[Tensor, Any]] = [(loss, None if plain else torch.ones_like(loss)) for loss in losses]
         roots += [(out, s.cotangent) for s, out in signals if s.cotangent is not None]
         # A root without a history is a signal that reaches nothing that learns.
         roots = [(root, cotangent) for root, cotangent in roots if root.requires_grad]
@@ -324,7 +328,7 @@ class Engine(Runner):
         wanted = [p for p in own if p.requires_grad]
         if roots:
             cotangents = [cotangent for _, cotangent in roots]
-            if self.execution.accumulate > 1 or self.execution.replicas.count > 1 or share != 1:
+            if weighed:
                 cotangents = [cotangent * (self._weight * share) for cotangent in cotangents]
             # Gradients for this group's parameters alone: what extends its graph, or does not learn, gets none.
             inputs = [*wanted, *([h] if has_trunk(self.rule) and h.requires_grad else [])]
@@ -359,6 +363,7 @@ class Engine(Runner):
         may_step = self.finite.may_step(group, h, loss, norm, step, trace)
         if may_step and not isinstance(self.rule, StepsByParameter):
             if self.execution.clip is not None:
+                assert isinstance(norm, Tensor)
                 nn.utils.clip_grads_with_norm_(group.parameters, self.execution.clip, norm)
             for optimizer in learning:
                 self._step_optimizer(group, optimizer)
@@ -369,7 +374,10 @@ class Engine(Runner):
     def _step_optimizer(self, group: Group, optimizer: torch.optim.Optimizer) -> None:
         set_learning_rate(optimizer, self._factor())
         try:
-            group.scaler.step(optimizer)
+            if group.scaler.is_enabled():
+                group.scaler.step(optimizer)
+            else:
+                take_step(optimizer)
         except RuntimeError as reason:
             if "sparse" not in str(reason).lower():
                 raise

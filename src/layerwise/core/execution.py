@@ -30,13 +30,16 @@ class Alone:
         """Norm of the averaged gradients."""
         return nn.utils.get_total_norm(gradients_of(parameters))
 
-    def sum(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """Sum over all averaged gradients, which is finite where they all are and costs a fraction of the norm."""
+    def sum(self, parameters: Sequence[nn.Parameter]) -> Tensor | complex:
+        """Sum over all averaged gradients, which is finite where they all are and costs a fraction of the norm.
+
+        A plain number on the host, where further operations on scalars would take longer than small gradients do.
+        """
         grads = gradients_of(parameters)
-        if not grads:
-            return torch.zeros(())
-        wide = [g.sum(dtype=torch.promote_types(g.dtype, torch.float32)).to(grads[0].device) for g in grads]
-        return torch.stack(wide).sum()
+        sums = [g.sum(dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
+        if all(g.device.type == "cpu" for g in grads):
+            return sum(number.item() for number in sums)
+        return torch.stack([number.to(grads[0].device) for number in sums]).sum()
 
     def reduce(
         self, parameters: Sequence[nn.Parameter], running: Sequence[Tensor], loss: Tensor

@@ -1,7 +1,5 @@
 """What goes wrong while a user's own modules run, in a sentence that names the block."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,15 +21,30 @@ class NonFinite(LayerwiseError):
         super().__init__(f"block {block!r} has a non-finite loss or gradient at step {step}: {cause}.")
 
 
-@contextmanager
-def in_a_sentence(who: str, what: str, h: Any) -> Iterator[None]:
-    """Turn what a user's own modules raise into a sentence that names them; the cause stays attached."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, IndexError, TypeError) as reason:
+class in_a_sentence:
+    """A context that turns what a user's own modules raise into a sentence that names them; the cause stays attached.
+
+    Args:
+        who: what is run, such as "block '2'".
+        what: what it fails to do with its input.
+        h: the input.
+    """
+
+    __slots__ = ("h", "what", "who")
+
+    def __init__(self, who: str, what: str, h: Any):
+        self.who, self.what, self.h = who, what, h
+
+    def __enter__(self) -> None:
+        """Nothing is to be prepared."""
+
+    def __exit__(self, kind: Any, reason: BaseException | None, traceback: Any) -> None:
+        known = isinstance(reason, (RuntimeError, ValueError, IndexError, TypeError))
+        if not known or isinstance(reason, torch.OutOfMemoryError):
+            return
         said = (str(reason).strip() or type(reason).__name__).splitlines()[0].rstrip(".")
         hint = "call torch's checkpoint with use_reentrant=False" if "use_reentrant" in said else "look at its modules"
-        shapes = ", ".join(str(tuple(t.shape)) for t in tensors(h))
-        raise LayerwiseError(f"{who} {what} of shape {shapes} ({said}); {hint}, and at the batch.") from reason
+        shapes = ", ".join(str(tuple(t.shape)) for t in tensors(self.h))
+        raise LayerwiseError(
+            f"{self.who} {self.what} of shape {shapes} ({said}); {hint}, and at the batch."
+        ) from reason

@@ -1,5 +1,7 @@
 """Whether losses, gradients and running statistics are finite, and what becomes of an update where they are not."""
 
+import cmath
+
 import torch
 from torch import Tensor, nn
 
@@ -62,16 +64,18 @@ class FiniteCheck:
                 raise NonFinite(group.name, step, input_is_finite=all_finite(h))
             group.broken = True
 
-    def may_step(self, group: Group, h: Tensor | None, loss: Tensor, norm: Tensor, step: int, trace: Trace) -> bool:
+    def may_step(
+        self, group: Group, h: Tensor | None, loss: Tensor, norm: Tensor | complex, step: int, trace: Trace
+    ) -> bool:
         """Whether signal and gradient are finite; an overflow of scaled gradients is the scaler's own affair."""
-        finite = torch.isfinite(loss if group.scaler.is_enabled() else loss + norm)
-        if self.skips:  # a finite batch may be too large for its variance
-            finite = finite & torch.isfinite(_running_norm(group)).to(finite.device)
         if not self.skips and self.execution.device.type != "cpu":
             # Reading the flag here would wait for the device: it is read with the metrics.
-            trace.finite[group.name] = finite
+            trace.finite[group.name] = torch.isfinite(loss if group.scaler.is_enabled() else loss + norm)
             return True
-        if bool(finite):
+        numbers = [loss] if group.scaler.is_enabled() else [loss, norm]
+        if self.skips:  # a finite batch may be too large for its variance
+            numbers.append(_running_norm(group))
+        if all(cmath.isfinite(number.item() if isinstance(number, Tensor) else number) for number in numbers):
             return True
         if self.skips:
             trace.skipped.add(group.name)

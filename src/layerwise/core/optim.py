@@ -7,13 +7,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from layerwise.core.ranges import check_ranges
-from layerwise.errors import LayerwiseError, suggestion, unknown
+from layerwise.errors import LayerwiseError, short, suggestion, unknown
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer | Sequence[torch.optim.Optimizer]]
 """From parameter groups to an optimizer, or to several that share the parameters."""
@@ -379,8 +380,10 @@ def decay_groups(
 def begin_schedule(optimizer: torch.optim.Optimizer) -> None:
     """Apply the blocks' multipliers to a new optimizer, and note the rates from which its schedule begins."""
     for group in optimizer.param_groups:
-        group["lr"] = group["lr"] * group.pop("lr_multiplier", 1.0)
-        group["scheduled"] = (group["lr"], group["lr"])
+        multiplier = group.pop("lr_multiplier", 1.0)
+        if multiplier != 1 or isinstance(group["lr"], torch.Tensor):  # torch gives one tensor to all groups
+            group["lr"] = group["lr"] * multiplier
+        group["scheduled"] = (_rate(group), _rate(group))
 
 
 def own_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]] | None:
@@ -413,27 +416,44 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
         raise LayerwiseError(f"the schedule gives the factor {factor}; it is a finite number, 0 or larger.")
     for group in optimizer.param_groups:
         base, rate = group["scheduled"]
-        if not (math.isfinite(group["lr"]) and group["lr"] >= 0):
-            raise LayerwiseError(
-                f"a learning rate was set to {float(group['lr'])}; it is a finite number, 0 or larger."
-            )
-        if group["lr"] == rate:
-            group["lr"] = base * factor
+        now = _rate(group)
+        if not (math.isfinite(now) and now >= 0):
+            raise LayerwiseError(f"a learning rate was set to {now}; it is a finite number, 0 or larger.")
+        if now == rate:
+            now = base * factor
+            _set_rate(group, now)
         else:
-            base = group["lr"] / factor if factor else group["lr"]
+            base = now / factor if factor else now
             group["set_from_outside"] = True
-        group["scheduled"] = (base, group["lr"])
+        group["scheduled"] = (base, _rate(group))
 
 
 def base_rates(optimizer: torch.optim.Optimizer) -> list[float] | None:
     """The groups' base rates where one of them was set from outside, else None."""
     groups = optimizer.param_groups
-    if not any(group.get("set_from_outside") or group["lr"] != group["scheduled"][1] for group in groups):
+    if not any(group.get("set_from_outside") or _rate(group) != group["scheduled"][1] for group in groups):
         return None
-    return [float(group["lr"] if group["lr"] != group["scheduled"][1] else group["scheduled"][0]) for group in groups]
+    return [_rate(group) if _rate(group) != group["scheduled"][1] else group["scheduled"][0] for group in groups]
 
 
 def set_base_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
     """Continue from `base_rates()`."""
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"], group["scheduled"], group["set_from_outside"] = rate, (rate, rate), True
+        _set_rate(group, rate)
+        group["scheduled"], group["set_from_outside"] = (rate, _rate(group)), True
+
+
+def _rate(group: Mapping[str, Any]) -> float:
+    """The learning rate of a parameter group, which torch allows to be a tensor that schedulers fill."""
+    rate = group["lr"]
+    if not (isinstance(rate, Real) or (isinstance(rate, torch.Tensor) and rate.numel() == 1 and rate.isreal().all())):
+        raise LayerwiseError(f"a learning rate was set to {short(rate)}; give a number.")
+    return float(rate)
+
+
+def _set_rate(group: dict[str, Any], rate: float) -> None:
+    """Set the learning rate of a parameter group; a tensor stays the one that it is."""
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate

@@ -11,7 +11,7 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypedDict, Union, get_args, get_origin, get_type_hints
 
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, short
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ class Training(TypedDict, total=False):
     eval_every: PositiveInt | None
     vocabulary: PositiveInt
     window: PositiveInt
+    timeout: Annotated[float, Range(above=0, most=10**7)]
 
 
 TRAINING: Mapping[str, Any] = get_type_hints(Training, include_extras=True)
@@ -147,6 +148,8 @@ def check(name: str, value: Any, kind: Any) -> None:
         for key, item in value.items():
             check(f"{name}[{key}]", item, get_args(kind)[1])
     elif get_origin(kind) is tuple:
+        if not isinstance(value, (tuple, list)):
+            raise LayerwiseError(f"{name} is {short(value)}; give a tuple of values.")
         if not value and get_origin(get_args(kind)[0]) is Annotated:
             raise LayerwiseError(f"{name} is (); give one number or several.")
         for item in value:

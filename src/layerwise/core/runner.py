@@ -18,6 +18,9 @@ from layerwise.core.rule import BlockContext, Rule, Signal, leaves_logits
 from layerwise.core.tasks import Task
 from layerwise.core.trees import detach
 
+NOTHING = nullcontext()
+"""In place of a context that is not needed."""
+
 
 class Runner:
     """Runs groups of blocks forward for a rule.
@@ -69,9 +72,9 @@ class Runner:
         training, learns = step is not None, step is not None and group.learns
         for unit in units:
             own = unit.site.index <= group.units[-1].site.index
-            graph = torch.set_grad_enabled(torch.is_grad_enabled() and unit.site.index >= group.first)
+            graph = torch.no_grad() if unit.site.index < group.first else NOTHING
             # Running statistics move once, in the unit's own group.
-            buffers = nullcontext() if own and not aside else unit.on_copies()
+            buffers = NOTHING if own and not aside else unit.on_copies()
             with graph, buffers:
                 head = self._without_outputs(unit, y)
                 out = self.run(unit if head is None else replace(unit, block=head), h, message, step, part)
@@ -125,5 +128,5 @@ class Runner:
     def autocast(self) -> Any:
         """The context of the chosen precision."""
         if self.execution.autocast is None:
-            return nullcontext()
+            return NOTHING
         return torch.autocast(self.execution.device.type, dtype=self.execution.autocast)

@@ -20,6 +20,8 @@ GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 TURNED = (5, 6, 7, 8)  # values of the EXIF orientation that exchange width and height
+BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of a TIFF
+WHITE_IS_ZERO, SIGNED = 0, 2  # values of the last two
 GROUNDS = {255: "white", 0: "black", 128: "grey"}
 NEAR = 48  # levels: closer than this, a sign can hardly be seen on its ground
 
@@ -83,10 +85,10 @@ def decode(content: bytes, form: ImageFormat) -> tuple[bytes, frozenset[str]]:
     image = open_picture(content)
     done = {"frames"} if getattr(image, "is_animated", False) and image.format != "MPO" else set()
     image.load()
-    grey = image.mode in GREY_MODES
+    grey, scale = image.mode in GREY_MODES, _scale(image)
     image = upright(image)
     if image.mode in DEEP_MODES:
-        levels = _levels(image, form.ground)
+        levels = _levels(image, form.ground, *scale)
         image = pil.fromarray(levels if form.mode == "F" else np.rint(levels).astype(np.uint8))
     elif _has_transparency(image):
         image = image.convert("RGBA")
@@ -182,8 +184,29 @@ def _has_transparency(image: Any) -> bool:
     return image.mode in ALPHA_MODES or "transparency" in image.info
 
 
-def _levels(image: Any, ground: int) -> np.ndarray:
-    """Levels of a grey picture with more than 8 bits, float32 from 0 to 255."""
+def _scale(image: Any) -> tuple[int, bool]:
+    """The largest whole number of a grey picture with more than 8 bits, and whether it is black; tags of a TIFF say so.
+
+    PIL reads the numbers of such a TIFF as they are stored.
+    """
+    tags = getattr(image, "tag_v2", {})
+    bits, kind = (tags.get(tag) for tag in (BITS_PER_SAMPLE, SAMPLE_FORMAT))
+    if bits and kind and set(bits) == {8} and set(kind) == {SIGNED}:
+        raise Unfit("holds signed numbers of 8 bits; store it with 8 or 16 bits, black as 0")
+    deep = image.mode in DEEP_MODES
+    most = 2 ** bits[0] - 1 if deep and bits and 8 < bits[0] < 16 else 65_535
+    return most, deep and tags.get(PHOTOMETRIC) == WHITE_IS_ZERO
+
+
+def _levels(image: Any, ground: int, most: int, inverted: bool) -> np.ndarray:
+    """Levels of a grey picture with more than 8 bits, float32 from 0 to 255.
+
+    Args:
+        image: the picture.
+        ground: level that stands where it is transparent.
+        most: its largest whole number.
+        inverted: whether that is black.
+    """
     stored = np.asarray(image)
     low, high = stored.min(), stored.max()
     if image.mode == "F":
@@ -192,10 +215,12 @@ def _levels(image: Any, ground: int) -> np.ndarray:
                 f"holds floating-point numbers from {low:g} to {high:g}; scale them to 0 (black) to 1 (white), or "
                 "store whole numbers of 8 or 16 bits"
             )
-        return stored.astype(np.float32) * np.float32(255)
+        levels = stored.astype(np.float32) * np.float32(255)
+        return 255 - levels if inverted else levels
     if low < 0 or high > 65_535:
         raise Unfit(f"holds whole numbers from {low} to {high}; store it with 8 or 16 bits, black as 0")
-    levels = stored.astype(np.float32) / np.float32(257)
+    levels = stored.astype(np.float32) / np.float32(most / 255)
+    levels = 255 - levels if inverted else levels
     clear = image.info.get("transparency")
     if isinstance(clear, int):
         levels[stored == clear] = ground

@@ -131,6 +131,9 @@ def _read(path: Path) -> Lines:
     if len(found) < 2:
         raise LayerwiseError(f"{title} holds no rows; give a line of column names, then a line per sample.")
     names = [name.strip() for name in found[0][1]]
+    other = {";": "semicolons", "\t": "tabs", "|": "bars"}
+    if len(names) == 1 and (used := next((words for mark, words in other.items() if mark in names[0]), None)):
+        raise LayerwiseError(f"the columns of {title} are separated by {used}; write it with commas.")
     for line, row in found[1:]:
         if len(row) != len(names):
             raise LayerwiseError(

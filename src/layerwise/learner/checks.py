@@ -14,6 +14,8 @@ from layerwise.errors import LayerwiseError, short
 PARTS = ("model", "auxiliary", "optimizer", "gradients", "scaler", "rates", "accumulation")
 PRIMES = (2, 3, 5, 7, 11, 13)  # sides of a tensor that show which side of it a state's side is
 LARGEST = torch.finfo(torch.float32).max  # a scaler computes in float32
+COUNTED = {torch.float32: 2**24, torch.float64: 2**53}  # beyond these a counter of torch stands still
+SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "variance", "row_var", "col_var")
 SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
 
 
@@ -81,6 +83,12 @@ def check_state(state: Mapping[str, Any], expected: Expected) -> None:
         if name in expected.parameters:
             own = expected.parameters[name]
             _check_tensor(gradient, own.shape, own.dtype, f"the gradient of {name!r}")
+            if not expected.scalers:  # a scaled gradient may overflow, and its update is then left out
+                _check_finite(gradient, f"the gradient of {name!r}")
+    for name in (name for name, parameter in expected.parameters.items() if parameter.requires_grad):
+        part, own = ("auxiliary", name.removeprefix("auxiliary.")) if name.startswith("auxiliary.") else ("model", name)
+        if own in state[part]:
+            _check_finite(state[part][own], f"the parameter {name!r}")
     _check_optimizers(state, expected)
     _check_rates(state["rates"], expected)
     _check_settings(state.get("settings", {}), expected)
@@ -131,7 +139,7 @@ def _check_optimizers(state: Mapping[str, Any], expected: Expected) -> None:
                 wrong = sorted(map(str, spec.keys() ^ given.keys()))[0]
                 raise _unfit(f"the optimizer's state of {name!r} has {wrong!r} here or there only")
             for part, made in spec.items():
-                _check_made(given[part], made, own, f"the optimizer's {part!r} of {name!r}")
+                _check_made(given[part], made, own, part, name)
     accumulated = state["accumulation"]
     took_updates = accumulated["updates"] > state["skipped"] and not expected.scalers
     if learned and took_updates and expected.whole and not state["optimizer"]:
@@ -165,18 +173,28 @@ def state_made_by(optimizer: torch.optim.Optimizer, dimensions: int, dtype: torc
     return dict(probe.state[parameter])
 
 
-def _check_made(given: Any, made: Any, own: Tensor, what: str) -> None:
+def _check_finite(given: Tensor, what: str) -> None:
+    """Raise LayerwiseError where a tensor of numbers that training has written holds NaN or infinity."""
+    if (given.is_floating_point() or given.is_complex()) and not bool(given.isfinite().all()):
+        raise _unfit(f"{what} holds NaN or infinity")
+
+
+def _check_made(given: Any, made: Any, own: Tensor, part: str, name: str) -> None:
     """Raise LayerwiseError unless `given` is what `made` is for the small parameter."""
+    what = f"the optimizer's {part!r} of {name!r}"
     if not isinstance(made, Tensor):
         if type(given) is not type(made) or (isinstance(made, float) and not math.isfinite(given)):
             raise _unfit(f"{what} is {short(given)}")
         return
     sides = {prime: side for prime, side in zip(PRIMES, own.shape, strict=False)}
     _check_tensor(given, torch.Size(sides.get(side, side) for side in made.shape), made.dtype, what)
-    if not made.dim():
-        value = float(given)
-        if not math.isfinite(value) or ("'step'" in what and (value < 0 or value != int(value))):
-            raise _unfit(f"{what} is {value}")
+    if part in SQUARES:  # squares of finite gradients may be too large for their type
+        if given.is_floating_point() and not bool((given >= 0).all()):
+            raise _unfit(f"{what} holds NaN or a negative number, and it is made of squares")
+        return
+    _check_finite(given, what)
+    if part == "step" and not (0 <= float(given) <= COUNTED.get(made.dtype, math.inf) and not float(given) % 1):
+        raise _unfit(f"{what} is {float(given):g}, and no optimizer counts to that")
 
 
 def _check_tensor(given: Any, shape: torch.Size, dtype: torch.dtype, what: str) -> None:

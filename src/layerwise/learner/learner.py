@@ -313,7 +313,9 @@ class Learner:
                 self.prepare(x, y)
             built = self.built
             built.watch.check()
-            built.auxiliary.train(self.network.model.training)
+            training = self.network.model.training
+            if any(module.training != training for module in built.auxiliary.modules()):
+                built.auxiliary.train(training)
             step, trace, updates = self.steps, Trace(), self.updates
             seed_generators(derive_seed(self._setup.execution.seed, "begin", step), self.device)
             with self.network.passing(x):

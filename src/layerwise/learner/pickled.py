@@ -27,11 +27,12 @@ def parts_of(learner: "Learner") -> tuple[Any, ...]:
         )
     state = learner._pending if isinstance(learner._built, NotBuilt) else learner.state_dict()
     set_by_hand = [{name: v for name, v in group.items() if name != "params"} for group in _groups(learner)]
-    made_of = (learner.network, learner.rule, learner._arguments, learner._example)
+    made_of = (type(learner), learner.network, learner.rule, learner._arguments, learner._example)
     return *made_of, state, learner._prepared, set_by_hand
 
 
 def restored(
+    kind: type["Learner"],
     network: Partition,
     rule: Rule,
     arguments: dict[str, Any],
@@ -41,9 +42,7 @@ def restored(
     set_by_hand: Sequence[Mapping[str, Any]],
 ) -> "Learner":
     """A learner out of its parts."""
-    from layerwise.learner.learner import Learner
-
-    learner = Learner(network, rule, **arguments)
+    learner = kind(network, rule, **arguments)
     if example is not None:
         learner.build(example)
     if state is not None:

@@ -1,5 +1,6 @@
 """Notices what an owner does to a model while a learner trains it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from layerwise.errors import LayerwiseError
 class Watch:
     """The modules and parameters of a model as the learner was built for them.
 
-    A module or parameter that is put in later would not be trained, and a cast would leave optimizers and auxiliary
-    modules behind, so each is refused. Freezing, thawing, modes and rates are followed and need no watch.
+    A module or parameter that is put in or added later would not be trained, and a cast would leave optimizers and
+    auxiliary modules behind, so each is refused. Freezing, thawing, modes and rates are followed and need no watch.
 
     Args:
         model: what is watched.
@@ -23,9 +24,12 @@ class Watch:
         self._modules: list[tuple[dict[str, Any], str, nn.Module | None, str]] = []
         self._sizes: list[tuple[dict[str, Any], int, str]] = []
         self._parameters: list[tuple[dict[str, Any], str, Tensor, torch.dtype, torch.device, str]] = []
+        self._names: list[tuple[dict[str, Any], set[str], str]] = []
         for path, module in model.named_modules():
             prefix = path + "." if path else ""
             self._sizes.append((module._modules, len(module._modules), path))
+            if parameters:
+                self._names.append((module._parameters, _present(module._parameters), path))
             self._modules += [(module._modules, name, child, prefix + name) for name, child in module._modules.items()]
             if parameters:
                 self._parameters += [
@@ -60,3 +64,14 @@ class Watch:
                     f"module {path!r} has got or lost a part after the learner was built, so it would not be "
                     "trained as it is now; make a new Learner for the model."
                 )
+        for registry, names, path in self._names:
+            if added := _present(registry) - names:
+                raise LayerwiseError(
+                    f"module {path!r} has got the parameter {min(added)!r} after the learner was built, so it would "
+                    "not be trained; make a new Learner for the model."
+                )
+
+
+def _present(registry: Mapping[str, Tensor | None]) -> set[str]:
+    """Names of the parameters that a module has: one that it could have is None."""
+    return {name for name, parameter in registry.items() if parameter is not None}

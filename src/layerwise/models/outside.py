@@ -265,6 +265,13 @@ class HFModel(OutsideModel):
         kind = self._kind(config)
         if kind != "causal":
             config.num_labels = classes
+        elif shape[:2] == (1, 1):  # windows of a text, whose tokenizer gives the vocabulary
+            require(
+                not self._weights() or config.vocab_size == classes,
+                f"{shown(self._path)} has weights for a vocabulary of {config.vocab_size} tokens, and the text has "
+                f"{classes}; give its configuration alone (config.json), so that new weights are drawn.",
+            )
+            config.vocab_size = classes
         if kind == "image" and not self._weights():
             config.num_channels = shape[0]
             if hasattr(config, "image_size"):

@@ -1,19 +1,19 @@
 """Reversible vision transformer: the backward pass computes each block's input from its output."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from layerwise.errors import LayerwiseError
-from layerwise.models.base import BlockSequential, ModelOptions, assemble, check_sizes, named, require
-from layerwise.models.vit import Attention, Embedding, FeedForward, TokenPool, initialise
+from layerwise.models.base import named
+from layerwise.models.vit import PatchTransformer
 
 
 @dataclass(frozen=True)
-class Reversible(ModelOptions):
+class Reversible(PatchTransformer):
     r"""Reversible vision transformer: two streams of tokens, of which every block changes one and then the other.
 
     $$y_1 = x_1 + F(x_2), \qquad y_2 = x_2 + G(y_1)$$
@@ -35,61 +35,12 @@ class Reversible(ModelOptions):
         torch.Size([1, 65, 96])
     """
 
-    depth: int = 12
-    """Number of reversible blocks; each is a block."""
-    width: int = 192
-    """Size of a token in each stream; a multiple of `heads`."""
-    heads: int = 3
-    """Attention heads."""
-    patch: int = 4
-    """Side of a square patch in pixels; it must divide the image's height and width."""
-    mlp_ratio: float = 4.0
-    """Hidden units of the MLP, as a multiple of `width`."""
-    pool: Literal["cls", "mean"] = "cls"
-    """What the head reads: a class token, or the mean of the patch tokens."""
+    streams: ClassVar[int] = 2
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self.width % self.heads == 0,
-            f"width must be a multiple of heads ({self.heads}), not {self.width}.",
-        )
-        require(
-            isinstance(self.mlp_ratio, int | float) and self.mlp_ratio * self.width >= 1,
-            f"mlp_ratio must leave the MLP at least one hidden unit, not {self.mlp_ratio!r}.",
-        )
-
-    def build(self, shape: tuple[int, int, int], classes: int) -> BlockSequential:
-        """Build the model for images of `shape` (channels, height, width) and `classes` logits.
-
-        Raises:
-            LayerwiseError: a size is less than 1, or `patch` does not divide the image.
-        """
-        check_sizes(shape, classes)
-        channels, height, width = shape
-        require(
-            height % self.patch == 0 and width % self.patch == 0,
-            f"patch must divide the image ({height}x{width}), and {self.patch} does not; choose another patch.",
-        )
-        tokens = (height // self.patch) * (width // self.patch)
-        stem = named(
-            embedding=Embedding(channels, self.width, self.patch, tokens, self.pool == "cls", 0.0),
-            streams=TwoStreams(),
-        )
-        blocks: list[nn.Module] = [self._block() for _ in range(self.depth)]
-        blocks[0] = named(stem=stem, unit=blocks[0])
-        head = named(
-            norm=nn.LayerNorm(2 * self.width),
-            pool=TokenPool(self.pool),
-            linear=nn.Linear(2 * self.width, classes),
-        )
-        model = assemble(blocks, head)
-        model.apply(initialise)
-        return model
-
-    def _block(self) -> "ReversibleBlock":
-        hidden = int(self.mlp_ratio * self.width)
-        return ReversibleBlock(Attention(self.width, self.heads, 0.0), FeedForward(self.width, hidden, 0.0))
+    def _blocks(self, stem: nn.Module) -> list[nn.Module]:
+        blocks: list[nn.Module] = [ReversibleBlock(*self._units().values()) for _ in range(self.depth)]
+        blocks[0] = named(stem=named(embedding=stem, streams=TwoStreams()), unit=blocks[0])
+        return blocks
 
 
 class TwoStreams(nn.Module):

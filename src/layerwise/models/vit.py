@@ -1,7 +1,9 @@
 """Vision transformer."""
 
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,28 +20,11 @@ from layerwise.models.base import (
 
 
 @dataclass(frozen=True)
-class ViT(ModelOptions):
-    """Vision transformer: block i is a pre-norm encoder block of attention and MLP.
-
-    The first block begins with the stem: patch embedding, class token (with `pool="cls"` only) and
-    learned position embedding. Hidden activations are (B, tokens, width); a 32x32 image in patches
-    of 4 gives 65 tokens, the class token first. A block is a Sequential of `attn` and `mlp`, so the
-    network can also be cut between the two. The head is layer norm, pooling and a linear layer.
-    Dropout acts on the embedding and on what each unit adds, not on the attention weights. Linear
-    weights, class token and positions start as truncated normals of deviation 0.02 and linear
-    biases at zero, which is the usual choice for vision transformers (DeiT, timm). The patch
-    embedding keeps torch's draw.
-
-    Source: Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929.
-
-    Example:
-        >>> model = ViT(depth=2, width=48).build((3, 32, 32), 10)
-        >>> model.block1(torch.zeros(1, 3, 32, 32)).shape
-        torch.Size([1, 65, 48])
-    """
+class PatchTransformer(ModelOptions):
+    """Base of networks that read an image as tokens, one per square patch: embedding, blocks, and a head that pools."""
 
     depth: int = 12
-    """Number of encoder blocks; each is a block."""
+    """Number of blocks after the embedding, which belongs to the first one."""
     width: int = 192
     """Size of a token; a multiple of `heads`."""
     heads: int = 3
@@ -48,10 +33,11 @@ class ViT(ModelOptions):
     """Side of a square patch in pixels; it must divide the image's height and width."""
     mlp_ratio: float = 4.0
     """Hidden units of the MLP, as a multiple of `width`."""
-    dropout: float = 0.0
-    """Probability of zeroing an element of the embedding or of what a unit adds."""
     pool: Literal["cls", "mean"] = "cls"
     """What the head reads: a class token, or the mean of the patch tokens."""
+    streams: ClassVar[int] = 1
+    """Tokens of `width` per position."""
+    dropout = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,23 +64,52 @@ class ViT(ModelOptions):
         )
         tokens = (height // self.patch) * (width // self.patch)
         stem = Embedding(channels, self.width, self.patch, tokens, self.pool == "cls", self.dropout)
-        blocks = [self._block(stem=stem)] + [self._block() for _ in range(self.depth - 1)]
-        head = named(
-            norm=nn.LayerNorm(self.width),
-            pool=TokenPool(self.pool),
-            linear=nn.Linear(self.width, classes),
-        )
+        blocks = self._blocks(stem)
+        read = self.streams * self.width
+        head = named(norm=nn.LayerNorm(read), pool=TokenPool(self.pool), linear=nn.Linear(read, classes))
         model = assemble(blocks, head)
         model.apply(initialise)
         return model
 
-    def _block(self, **stem: nn.Module) -> nn.Sequential:
+    @abstractmethod
+    def _blocks(self, stem: nn.Module) -> Sequence[nn.Module]:
+        """The blocks, the first of which begins with the stem."""
+
+    def _units(self) -> dict[str, Any]:
+        """Attention and MLP of one block."""
         hidden = int(self.mlp_ratio * self.width)
-        return named(
-            **stem,
-            attn=Attention(self.width, self.heads, self.dropout),
-            mlp=FeedForward(self.width, hidden, self.dropout),
-        )
+        return {
+            "attn": Attention(self.width, self.heads, self.dropout),
+            "mlp": FeedForward(self.width, hidden, self.dropout),
+        }
+
+
+@dataclass(frozen=True)
+class ViT(PatchTransformer):
+    """Vision transformer: block i is a pre-norm encoder block of attention and MLP.
+
+    The first block begins with the stem: patch embedding, class token (with `pool="cls"` only) and
+    learned position embedding. Hidden activations are (B, tokens, width); a 32x32 image in patches
+    of 4 gives 65 tokens, the class token first. A block is a Sequential of `attn` and `mlp`, so the
+    network can also be cut between the two. The head is layer norm, pooling and a linear layer.
+    Dropout acts on the embedding and on what each unit adds, not on the attention weights. Linear
+    weights, class token and positions start as truncated normals of deviation 0.02 and linear
+    biases at zero, which is the usual choice for vision transformers (DeiT, timm). The patch
+    embedding keeps torch's draw.
+
+    Source: Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929.
+
+    Example:
+        >>> model = ViT(depth=2, width=48).build((3, 32, 32), 10)
+        >>> model.block1(torch.zeros(1, 3, 32, 32)).shape
+        torch.Size([1, 65, 48])
+    """
+
+    dropout: float = 0.0
+    """Probability of zeroing an element of the embedding or of what a unit adds."""
+
+    def _blocks(self, stem: nn.Module) -> list[nn.Sequential]:
+        return [named(stem=stem, **self._units())] + [named(**self._units()) for _ in range(self.depth - 1)]
 
 
 class Embedding(nn.Module):

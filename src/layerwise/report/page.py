@@ -15,6 +15,8 @@ from layerwise.files import MissingFile, kind_of, shown
 from layerwise.records import convert
 from layerwise.report import figures
 from layerwise.report.benches import put_bench, read_bench
+from layerwise.report.frontier import frontier
+from layerwise.report.language import loss_per_block, texts
 from layerwise.report.reading import (
     ADVICE,
     CompareRecord,
@@ -29,7 +31,7 @@ from layerwise.report.reading import (
     read_rows,
 )
 from layerwise.report.sections import Origin, Section
-from layerwise.report.summary import columns, resolution_in_words, spread, table_rows
+from layerwise.report.summary import columns, is_fitted, notes_of_fits, resolution_in_words, spread, table_rows
 from layerwise.runs.environment import machine_in_words
 from layerwise.runs.layout import grid_run_folder
 from layerwise.runs.writing import write_atomically
@@ -94,7 +96,7 @@ def write_report(folder: Path) -> Path:
             f"a report needs {reason.name}, which is not installed; pip install 'layerwise[report]' and then run "
             f"layerwise report {shlex.quote(str(folder))}."
         ) from reason
-    page: dict[str, Any] = {"table": [], "notes": [], "failures": [], "sections": [], "origins": []}
+    page: dict[str, Any] = {"table": [], "notes": [], "failures": [], "texts": [], "sections": [], "origins": []}
     if kind_of(folder / "summary.json") is not None:
         put_comparison(folder, page)
     benches = [found for file in sorted(folder.glob("*.json")) if (found := read_bench(folder, file.name)) is not None]
@@ -235,8 +237,8 @@ def put_comparison(folder: Path, page: dict[str, Any]) -> None:
     page["title"] = f"Learning rules on {fixed['data']}, {fixed['model']['name']}"
     seeds = f"{record['seeds']} seed{'s' if record['seeds'] > 1 else ''}"
     page["subtitle"] = f"{seeds}, {_budget(fixed)}; {machine_in_words(machine)}"
-    page["columns"], page["table"] = columns(metric), table_rows(rules, metric)
-    page["notes"] = notes(rules, fixed, metric)
+    page["columns"], page["table"] = columns(metric, is_fitted(rules)), table_rows(rules, metric)
+    page["notes"] = [*notes(rules, fixed, metric), *notes_of_fits(rules)]
     page["failures"] = [
         (f"{rule} seed {failed['seed']}", failed["reason"])
         for rule, found in rules.items()
@@ -244,9 +246,12 @@ def put_comparison(folder: Path, page: dict[str, Any]) -> None:
     ]
     page["sections"] += [
         _accuracy(runs, looks, record, origin, metric),
+        frontier(rules, looks, origin, metric),
         _costs(rules, looks, origin, metric),
+        loss_per_block(runs.lines, metric, origin),
         _layers(runs, origin),
     ]
+    page["texts"] = texts(runs.results)
 
 
 def _budget(fixed: dict[str, Any]) -> str:

@@ -32,6 +32,13 @@ Positive = Annotated[float, msgspec.Meta(gt=0, le=1e300)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
+class Sample(TypedDict):
+    """A text that a run has written."""
+
+    prompt: Text
+    text: Text
+
+
 class Result(TypedDict):
     """The fields of `result.json` that a comparison uses."""
 
@@ -46,6 +53,9 @@ class Result(TypedDict):
     val_miou: NotRequired[Share | None]
     test_rmse: NotRequired[Finite]
     val_rmse: NotRequired[Finite | None]
+    test_bits_per_byte: NotRequired[Finite]
+    val_bits_per_byte: NotRequired[Finite | None]
+    sample: NotRequired[Sample]
     test_loss: float
     val_loss: float | None
     parameters: Count
@@ -64,12 +74,40 @@ class Failure(TypedDict):
     reason: Text
 
 
+class Changes(TypedDict, total=False):
+    """What differs between a rule as it was asked for and within the peak."""
+
+    micro: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
+    blocks: Annotated[int, msgspec.Meta(ge=1, le=2**62)] | None
+    group: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
+    policy: Name
+
+
+class PeakFit(TypedDict):
+    """How a rule came under a peak of memory, or how far it came; bytes of activations + gradients."""
+
+    peak: Count
+    held_as_asked: Count
+    held: Count
+    reached: bool
+    changes: Changes
+    notes: list[Text]
+    why: Text
+    ratio: NotRequired[Positive | None]
+    ratio_as_asked: NotRequired[Positive | None]
+    seconds_per_step: NotRequired[Positive]
+    flops_per_step: NotRequired[Count]
+    joules_per_sample: NotRequired[Finite | None]
+
+
 class Plan(TypedDict, total=False):
     """What a step of a rule was measured to cost."""
 
     flops_per_step: Positive
     seconds_per_step: Positive
     peak_bytes: Count
+    held_bytes: Count
+    fit: PeakFit
     steps_per_epoch: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
 
 
@@ -137,11 +175,13 @@ class RuleSummary(TypedDict):
     test_f1: NotRequired[Spread | None]
     test_miou: NotRequired[Spread | None]
     test_rmse: NotRequired[Spread | None]
+    test_bits_per_byte: NotRequired[Spread | None]
     train_seconds: Spread | None
     peak_mib: Spread | None
     activations_gradients_mib: Spread | None
     flops: Spread | None
     difference_to_backprop: Difference | None
+    fit: NotRequired[PeakFit]
 
 
 class Summary(TypedDict):

@@ -31,6 +31,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from layerwise.core.tasks import ACCURACY, Metric
+from layerwise.memory.fitting import size_in_words
 
 BASELINE = "backprop"
 CONFIDENCE = 0.95
@@ -38,6 +39,8 @@ LEAST_SEEDS = 3
 """Number of seeds from which on there is an interval."""
 DRAWS = 10_000
 """Bootstrap samples of the test set."""
+UNREACHED = "unreached"
+"""Status of a rule that cannot be brought under the peak of the comparison."""
 TIMING = ("train_seconds", "samples_per_second")
 """Columns of results.csv that differ from one repetition to the next."""
 MEMORY = ("parameters", "optimizer", "gradients", "activations", "peak")
@@ -78,6 +81,34 @@ def result_row(
     row["flops"] = result["flops_per_step"] * result["steps"] if counted and result is not None else None
     row |= {f"{part}_mib": None if result is None else result["memory_mib"].get(part) for part in MEMORY}
     return row | {name: None if result is None else result[name] for name in TIMING}
+
+
+def unreached_row(label: str, fit: Mapping[str, Any], metric: Metric = ACCURACY) -> dict[str, Any]:
+    """A row of results.csv for a rule that was not trained, as it cannot be brought under the peak."""
+    row = result_row(label, 0, None, None, how_far(fit), metric)
+    return row | {"status": UNREACHED}
+
+
+def how_far(fit: Mapping[str, Any]) -> str:
+    """How far a rule came towards a peak, in words.
+
+    >>> how_far({"peak": 2**20, "held": 3 * 2**19, "changes": {"micro": 4}, "why": ""})
+    'does not reach 1 MiB: 1.5 MiB at least, by micro 4'
+    """
+    words = f"does not reach {size_in_words(fit['peak'])}: {size_in_words(fit['held'])} at least"
+    words += f", by {how_in_words(fit)}" if fit["changes"] else ""
+    return words + (f" ({fit['why'].rstrip('.')})" if fit["why"] else "")
+
+
+def how_in_words(fit: Mapping[str, Any]) -> str:
+    """What brought a rule under a peak, in words.
+
+    >>> how_in_words({"changes": {"micro": 4, "policy": "matmul"}}), how_in_words({"changes": {}})
+    ('micro 4, policy matmul', 'as it is')
+    """
+    return (
+        ", ".join(f"{name} {'all' if value is None else value}" for name, value in fit["changes"].items()) or "as it is"
+    )
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
@@ -188,7 +219,7 @@ def summarise(
         summary: dict[str, Any] = {
             "n": len(done),
             "test_samples": next((len(samples) for samples in correct.get(label, {}).values()), None),
-            "failed": [{"seed": row["seed"], "reason": row["reason"]} for row in own if row["status"] != "ok"],
+            "failed": [{"seed": row["seed"], "reason": row["reason"]} for row in own if row["status"] == "failed"],
             "lr": own[0]["lr"],
             "weight_decay": own[0]["weight_decay"],
         }
@@ -261,23 +292,27 @@ def resolution_in_words(summary: Mapping[str, Mapping[str, Any]]) -> str | None:
     )
 
 
-def columns(metric: Metric = ACCURACY) -> tuple[str, ...]:
-    """Names of the columns of the table.
+def columns(metric: Metric = ACCURACY, fitted: bool = False) -> tuple[str, ...]:
+    """Names of the columns of the table; `fitted` says whether rules were brought under a peak.
 
     >>> columns()[2:4]
     ('test accuracy, %', 'difference to backprop')
     """
     difference = "difference to backprop" + ("" if metric.larger else " (less is better)")
-    return ("rule", "n", f"test {metric.title}", difference, "act. + grad., MiB", "peak, MiB", "seconds")
+    found = ("rule", "n", f"test {metric.title}", difference, "act. + grad., MiB", "peak, MiB", "seconds")
+    return (*found, "within the peak by", "time per sample / backprop") if fitted else found
 
 
 def table_rows(summary: dict[str, dict[str, Any]], metric: Metric = ACCURACY) -> list[tuple[str, ...]]:
     """The table for a person, in the order of `columns`; a rule without a finished run gives its reason."""
     rows = []
+    fitted = is_fitted(summary)
     for label, found in summary.items():
         if not found["n"]:
             reason = f"failed: {found['failed'][0]['reason']}" if found["failed"] else "not run"
-            rows.append((label, "0", reason, "", "", "", ""))
+            if "fit" in found and not found["fit"]["reached"]:
+                reason = how_far(found["fit"])
+            rows.append((label, "0", reason, *[""] * (len(columns(metric, fitted)) - 3)))
             continue
         rows.append(
             (
@@ -288,13 +323,40 @@ def table_rows(summary: dict[str, dict[str, Any]], metric: Metric = ACCURACY) ->
                 exact(found["activations_gradients_mib"], 2),
                 exact(found["peak_mib"], 2),
                 plus_minus(found["train_seconds"], 1),
+                *(_fit_cells(found.get("fit")) if fitted else ()),
             )
         )
     return rows
 
 
+def is_fitted(summary: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether rules were brought under a peak."""
+    return any("fit" in found for found in summary.values())
+
+
+def notes_of_fits(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What was warned of where rules were brought under a peak: where parts of a batch change the result.
+
+    >>> fit = {"notes": ["batch norm sees parts"]}
+    >>> notes_of_fits({"sll": {"fit": fit}, "backprop": {"fit": fit}})
+    ['sll, backprop: batch norm sees parts']
+    """
+    told: dict[str, list[str]] = {}
+    for label, found in summary.items():
+        for note in found["fit"]["notes"] if "fit" in found else ():
+            told.setdefault(note, []).append(label)
+    return [f"{', '.join(labels)}: {note}" for note, labels in told.items()]
+
+
+def _fit_cells(fit: Mapping[str, Any] | None) -> tuple[str, str]:
+    """How a rule came under the peak, and its time as a multiple of plain backpropagation's."""
+    if fit is None:
+        return "-", "-"
+    return how_in_words(fit), "-" if fit.get("ratio") is None else f"{fit['ratio']:.2f}"
+
+
 def summary_table(summary: dict[str, dict[str, Any]], metric: Metric = ACCURACY) -> str:
     """The table in aligned columns."""
-    rows = [columns(metric), *table_rows(summary, metric)]
+    rows = [columns(metric, is_fitted(summary)), *table_rows(summary, metric)]
     widths = [max(len(row[i]) for row in rows if row[3] or i < 2) for i in range(len(rows[0]))]
     return "\n".join("  ".join(f"{word:<{w}}" for word, w in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -91,8 +91,7 @@ def features_of(ctx: BlockContext, pool: Pool, h: Tensor | None = None) -> Tenso
 def linear_outputs(readout: nn.Module, pool: Pool, site: Site, h: Tensor, task: Task) -> Tensor:
     """Outputs of a readout of pooled features, as the task has them, out of a block's output `h`."""
     features = pool_vectors(h, pool, task.positions != "sample", site)
-    linear = type(readout) is nn.Linear or isinstance(readout, Readout)
-    return task.as_outputs(outputs_of(readout, features, site).whole() if linear else readout(features))
+    return task.as_outputs(_whole(readout, features, site))
 
 
 def labels_at(ctx: BlockContext, z: Tensor) -> Tensor:
@@ -238,6 +237,14 @@ def outputs_of(readout: nn.Module, features: Tensor, site: Site) -> LinearOutput
     return LinearOutputs(features, readout.weight, readout.bias)
 
 
+def _is_linear(readout: nn.Module) -> bool:
+    return type(readout) is nn.Linear or isinstance(readout, Readout)
+
+
+def _whole(readout: nn.Module, features: Tensor, site: Site) -> Tensor:
+    return outputs_of(readout, features, site).whole() if _is_linear(readout) else readout(features)
+
+
 def read_out(
     ctx: BlockContext, readout: nn.Module, pool: Pool, h: Tensor | None = None
 ) -> tuple[Tensor | LinearOutputs, Tensor]:
@@ -246,13 +253,9 @@ def read_out(
     Those of one label per token are not computed yet, as the loss may make them in chunks.
     """
     features = features_of(ctx, pool, h)
-    if type(readout) is nn.Linear or isinstance(readout, Readout):
-        outputs = outputs_of(readout, features, ctx.site)
-        if ctx.task.positions == "token":
-            return outputs, ctx.y
-        z = outputs.whole()
-    else:
-        z = readout(features)
+    if ctx.task.positions == "token" and _is_linear(readout):
+        return outputs_of(readout, features, ctx.site), ctx.y
+    z = _whole(readout, features, ctx.site)
     return ctx.task.as_outputs(z), labels_at(ctx, z)
 
 

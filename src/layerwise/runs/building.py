@@ -283,6 +283,17 @@ def split_in_order(run: "Trained", split: str, size: int, folder: Path) -> data.
     return in_order(source, size, run.options, dataset, run.learner.device)
 
 
+def check_takes(options: TrainOptions) -> None:
+    """Raise LayerwiseError where a model of the zoo takes tokens and the data are no text, or the other way round."""
+    text = options.task == "language_model"
+    if not isinstance(options.model, models.OutsideModel) and options.model.tokens != text:
+        raise LayerwiseError(
+            f"the model {model_name(options.model)!r} takes {'tokens' if options.model.tokens else 'no tokens'}, and "
+            f"{options.data} {'is' if text else 'is no'} text; choose "
+            f"{'--model gpt' if text else 'another model, or --data text:FILE'}."
+        )
+
+
 def build_learner(
     options: TrainOptions,
     facts: DataSignature,
@@ -297,6 +308,7 @@ def build_learner(
     Raises:
         LayerwiseError: options that the rule, the model or the optimizer refuses, or that do not go together.
     """
+    check_takes(options)
     folder = Path(options.offload_folder or nearest_folder(Path(options.out or "runs")))
     a_part = stage is not None and options.offload == "none"  # the whole network may be larger than this rank's memory
     with OnFile(folder) if a_part or options.offload == "disk" else contextlib.nullcontext():
@@ -305,13 +317,7 @@ def build_learner(
     if isinstance(options.model, models.OutsideModel):
         model = models.outside.cut(model, **where)
         where = {} if isinstance(model, Partition) else where
-    text, own = options.task == "language_model", isinstance(options.model, models.OutsideModel)
-    if not own and options.model.tokens != text:
-        raise LayerwiseError(
-            f"the model {model_name(options.model)!r} takes {'tokens' if options.model.tokens else 'no tokens'}, and "
-            f"{options.data} {'is' if text else 'is no'} text; choose "
-            f"{'--model gpt' if text else 'another model, or --data text:FILE'}."
-        )
+    text = options.task == "language_model"
     size = facts.shape[2:] if text else facts.shape
     example = torch.zeros(2, *size, device=device, dtype=torch.int64 if text else None)
     updates = math.ceil(total / options.accumulate)

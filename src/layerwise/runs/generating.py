@@ -145,6 +145,7 @@ def outputs_at(learner: Learner, x: Tensor, block: int) -> Tensor:
     with learner.evaluating(), learner.built.engine.autocast(), network.passing(x):
         if isinstance(rule, PassesBeliefs):
             return _belief(rule, network, {int(i): module for i, module in auxiliary.items()}, x, block)
+        assert isinstance(rule, ReadsOut)
         site = next(unit.site for group in learner.groups for unit in group.units if unit.site.index == block - 1)
         h = x
         for own in network.blocks[:block]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from layerwise.core.ranges import check_ranges
 from layerwise.errors import LayerwiseError
 
 
@@ -21,8 +22,7 @@ class ParallelOptions:
     """Seconds after which a rank that does not answer counts as lost."""
 
     def __post_init__(self) -> None:
-        if not self.timeout > 0:
-            raise LayerwiseError(f"timeout is {self.timeout}; it is a number of seconds larger than 0.")
+        check_ranges(timeout=self.timeout)
         if self.replicas < 1 or (self.replicas > 1 and self.parallel != "pipeline"):
             raise LayerwiseError(
                 f"replicas is {self.replicas} with --parallel {self.parallel}; it is a number of pipelines, 1 or more, "

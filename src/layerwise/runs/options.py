@@ -22,6 +22,7 @@ from layerwise.data.text import TextOptions
 from layerwise.data.tokenizer import TokenizerKind
 from layerwise.errors import LayerwiseError, short, suggestion, unknown, why
 from layerwise.files import MissingFile, read_text, shown
+from layerwise.memory.fitting import read_size
 from layerwise.memory.offload import Where
 from layerwise.models import ModelOptions
 from layerwise.records import LARGEST, DamagedRecord, convert
@@ -113,6 +114,9 @@ class TrainOptions:
     """Batches per update."""
     micro: int = 1
     """Parts in which every block runs its batch, one after the other, before it steps: less memory, the same update."""
+    peak: str | None = None
+    """Most memory of activations and gradients, such as 200MiB: the run takes the fewest parts (--micro) that stay
+    within it. In a comparison also auto: the lowest of the rules as they are."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the blocks (autocast)."""
     compile: bool = False
@@ -155,6 +159,8 @@ class TrainOptions:
                 raise LayerwiseError(f"{name} is about {own[0]}, and the task is {self.task}; leave it out.")
         if self._differs("vocabulary") and self.tokenizer != "bpe":
             raise LayerwiseError(f"vocabulary is that of a bpe, and the tokenizer is {self.tokenizer}; leave it out.")
+        if self.peak not in (None, "auto"):
+            read_size(self.peak)
         if self.augment and self.task == "segmentation":
             raise LayerwiseError("augment changes images and not their masks; leave it out of a segmentation.")
         for part in (self, self.rule, self.model):

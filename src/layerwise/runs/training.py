@@ -35,6 +35,7 @@ from layerwise.runs.building import (
 )
 from layerwise.runs.environment import device_name, machine
 from layerwise.runs.evaluation import correct, evaluate
+from layerwise.runs.fitting import check_alone_for_peak, note_of_peak, within_peak
 from layerwise.runs.folders import (
     Claim,
     check_not_lost,
@@ -91,6 +92,10 @@ class Run:
         self.total = options.steps or options.epochs * len(self.train_batches)
         self.facts = DataSignature.of(self.dataset)
         self._agree(resume)
+        if options.peak is not None and resume is None:  # a run that is continued has found its parts
+            check_alone_for_peak(self._alone)
+            options = within_peak(options, self.facts, self.device, self.train_batches, self.dataset.graph)
+            self.options = options
         self.learner = build_learner(options, self.facts, self.device, self.total, stage, self.dataset.graph, replicas)
         # Labels that the rule cannot do with, and data that cannot be read, are reported before anything is written.
         for part in (self.dataset.train, self.dataset.val, self.dataset.test):
@@ -105,7 +110,7 @@ class Run:
         self._measured: set[str] = set()
         self.flops: int | None = None
         self.last_val: dict[str, float] = {}
-        self.notes = list(self.dataset.notes)
+        self.notes = [*self.dataset.notes, *note_of_peak(options)]
         if rest := self.total % options.accumulate:
             self.notes.append(
                 f"the last update is of {rest} batches, as {self.total} steps do not divide by --accumulate "

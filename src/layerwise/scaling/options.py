@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from layerwise.core.ranges import NonNegativeFloat, PositiveFloat, check, check_ranges
 from layerwise.errors import LayerwiseError, unknown
 from layerwise.measure.bench_problem import Problem
 from layerwise.parallel.replicas import check_shares
@@ -71,12 +72,9 @@ def check_options(options: ScalingOptions, blocks: int) -> None:
     for name, least in {"rounds": 1, "steps": 1, "warmup": 1, "micro_batches": 1}.items():
         if getattr(options, name) < least:
             raise LayerwiseError(f"{name.replace('_', '-')} is {getattr(options, name)}; use at least {least}.")
-    if not options.timeout > 0:
-        raise LayerwiseError(f"timeout is {options.timeout}; it is a number of seconds larger than 0.")
-    if not options.latency >= 0 or not options.bandwidth > 0:
-        raise LayerwiseError(
-            f"latency is {options.latency} ms and bandwidth {options.bandwidth} Gbit/s; use 0 or more, and more than 0."
-        )
+    check_ranges(timeout=options.timeout)
+    check("latency", options.latency, NonNegativeFloat)
+    check("bandwidth", options.bandwidth, PositiveFloat)
     for way in options.ways:
         if way not in WAYS:
             raise unknown("way", way, WAYS)
