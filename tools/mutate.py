@@ -220,7 +220,7 @@ MUTANTS = [
            [("loss = by_depth(self.likelihood_weight", "loss = -by_depth(self.likelihood_weight")],
            f"{RULES} likelihood or closed_form"),
     Mutant("an unlabelled sample counts as wrong", "core/tasks/classes.py",
-           [("return correct / counted", "return correct / y.numel()")],
+           [("lambda y: (self.aligned(y) != UNLABELLED).sum()", "lambda y: torch.tensor(y.numel())")],
            "test_graph_forward.py counts_in_no_loss"),
     Mutant("a shared matrix learns from the blocks", "rules/readout.py",
            [("return layer.weight.detach()", "return layer.weight")], "test_readouts.py one_graph"),

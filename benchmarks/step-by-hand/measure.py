@@ -56,14 +56,13 @@ def local_ce_by_hand(model: nn.Module, readouts: Sequence[nn.Module]) -> Step:
     parts = [*zip(first, readouts, strict=True), (last, head)]
     optimizers = [adamw(*part) for part in parts]
 
-    def step(x: Tensor, y: Tensor) -> Tensor:
+    def step(x: Tensor, y: Tensor) -> None:
         for (block, readout), optimizer in zip(parts, optimizers, strict=True):
             x = block(x.detach())
             loss = F.cross_entropy(readout(x), y)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        return loss
 
     return step
 
@@ -74,7 +73,7 @@ def sll_by_hand(model: nn.Module, projections: Sequence[nn.Module]) -> Step:
     matrices: list[Any] = [p.matrix for p in projections]
     optimizers = [*map(adamw, first), adamw(last, head)]
 
-    def step(x: Tensor, y: Tensor) -> Tensor:
+    def step(x: Tensor, y: Tensor) -> None:
         before = None
         for i, (block, optimizer) in enumerate(zip([*first, last], optimizers, strict=True)):
             x = block(x.detach())
@@ -87,7 +86,6 @@ def sll_by_hand(model: nn.Module, projections: Sequence[nn.Module]) -> Step:
             optimizer.step()
             optimizer.zero_grad()
             before = v.detach()
-        return loss
 
     return step
 
