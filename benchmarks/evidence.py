@@ -435,8 +435,8 @@ def title_of(rows: Iterable[Row]) -> str:
 
 
 def claims(here: Path = HERE) -> list[Claim]:
-    """All folders, in the order in which they are listed."""
-    found = [Claim(file.parent) for file in sorted(here.glob("*/claim.toml"))]
+    """All folders with results, in the order in which they are listed."""
+    found = [claim for file in sorted(here.glob("*/claim.toml")) if (claim := Claim(file.parent)).lines]
     return sorted(found, key=lambda claim: (claim.toml.get("place", 99), claim.name))
 
 

@@ -28,7 +28,7 @@ def figures(lines):
 
 def small(lines):
     """Per network the memory and the time of the ways, side by side."""
-    ways = [way for way in rows_of(lines, "vit")]
+    ways = list(dict.fromkeys(way for name in ("mlp", "vit") for way in rows_of(lines, name)))
     body = []
     for way in ways:
         cells = [rows_of(lines, name).get(way) for name in NETWORKS]

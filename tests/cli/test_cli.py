@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from support.runs import SMALL, contents, lines, result, split, start, train
 from layerwise import __version__, data, models, rules
 from layerwise.cli.main import COMMANDS, main
 from layerwise.runs import building
-from layerwise.runs.options import recipe_names
+from layerwise.runs.settings import recipe_names
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,23 @@ def test_each_help_is_printed(capsys, command):
     out = printed(capsys, *split(command), "--help")
     assert f"usage: layerwise {command}" in out
     assert "--device" in out or command in ("report", "bench scaling", "validate")
+
+
+@pytest.mark.parametrize(("command", "named"), [("train", "--rule sll"), ("compare", "--model mlp")])
+def test_the_help_without_names_has_every_option_and_default_but_those_of_rule_and_model(
+    capsys, monkeypatch, command, named
+):
+    monkeypatch.setenv("COLUMNS", "400")  # so that no description is broken into lines
+
+    def listed(words):
+        out = printed(capsys, command, *split(words), "--help")
+        return dict(re.findall(r"^\W*--([a-z][\w.-]+)(?:.|\n)*?\(default: (.*?)\)\W*$", out, re.MULTILINE))
+
+    short, whole = listed(""), listed(named)
+    names = {"recipe", "model", "rule"} if command == "train" else {"recipe", "model"}
+    assert short.keys() - whole.keys() == names
+    assert {name for name in whole if not name.startswith(("rule.", "model."))} == short.keys() - names
+    assert all(short[name] == whole[name] for name in short.keys() - names)
 
 
 @pytest.mark.parametrize("rule", rules.names())

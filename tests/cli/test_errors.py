@@ -14,11 +14,14 @@ from support.runs import split, start
 from layerwise import LayerwiseError, data, models, rules
 from layerwise.cli import catalogue, early
 from layerwise.cli import main as cli
-from layerwise.runs.options import load_recipe, recipe_names
+from layerwise.runs.settings import load_recipe, recipe_names
 
 ANSWERED = [
     *("", "--help", "--version", "--debug --version", "ls rules", "ls models", "ls data", "ls recipes"),
     *(
+        "train --help",
+        "compare --help",
+        "bench --help",
         "train --resume nowhere --help",
         "eval --help",
         "beliefs --help",

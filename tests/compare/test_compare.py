@@ -28,7 +28,8 @@ from layerwise.compare import grid as compare
 from layerwise.compare import pool, rules_asked, tuning, worker
 from layerwise.compare.grid_runs import GridRun
 from layerwise.runs import arguments, building, progress
-from layerwise.runs.options import TrainOptions, from_mapping, load_recipe, to_mapping, to_words
+from layerwise.runs.options import TrainOptions, from_mapping, to_mapping, to_words
+from layerwise.runs.settings import load_recipe
 
 LABELS = ["sll", "sll:overlap=1", "backprop"]
 

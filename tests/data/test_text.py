@@ -102,6 +102,12 @@ def test_a_folder_brings_its_own_splits(tmp_path):
     assert (bytes(stream(found.train)) + bytes(stream(found.val))).decode() == prose(1, lines=50) + prose(2, lines=50)
 
 
+def test_a_folder_may_lie_in_the_folder_of_data(tmp_path):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "train.txt").write_text(prose())
+    assert load(None, name="text:own", root=tmp_path).contents == load(tmp_path / "own").contents
+
+
 def test_a_bpe_is_trained_on_the_training_split_alone(tmp_path):
     (tmp_path / "train.txt").write_text("ab ab ab\n" * 50)
     (tmp_path / "test.txt").write_text("xyzxyz\n" * 50)
@@ -190,6 +196,11 @@ def test_bits_per_byte_count_the_bytes_of_the_labels():
     found = task.metrics(torch.zeros(2, 3, 3), y)
     assert float(found["perplexity"]) == pytest.approx(3)
     assert float(found["bits_per_byte"]) == pytest.approx(4 * math.log2(3) / (1 + 2 + 4 + 4))
+    loss = task.loss(torch.zeros(2, 3, 3), y)
+    beside = task.statistics_beside(torch.zeros(2, 3, 3), y, loss)
+    assert {k: float(v) for k, v in task.measures(beside).items()} == pytest.approx(
+        {k: float(v) for k, v in found.items()}
+    )
     halves = [task.statistics(torch.zeros(1, 3, 3), part) for part in y.split(1)]  # of any batches: the sums add up
     joined = task.measures({name: halves[0][name] + halves[1][name] for name in halves[0]})
     assert {name: float(value) for name, value in joined.items()} == pytest.approx(

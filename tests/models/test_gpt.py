@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from layerwise import LanguageModel, LayerwiseError, Learner, models
+from layerwise.measure.bench_memory import memory_of
 from layerwise.models.gpt import remembering
 
 
@@ -131,6 +132,14 @@ def test_it_learns_a_cycle_under_the_rules(rule, tied):
     for _ in range(30):
         metrics = learner.step(windows[:, :-1], windows[:, 1:])
     assert metrics.read()["head/loss"] < 0.3 * math.log(5)
+
+
+def test_activations_and_gradients_do_not_grow_with_depth():
+    sizes = {"shape": (1, 1, 16), "batch_size": 4, "classes": 60, "width": 16, "heads": 2}
+    for rule, least, most in (("local_ce", 1.0, 1.02), ("sll", 1.0, 1.02), ("backprop", 1.5, 4.0)):
+        few, many = (memory_of(rule, "gpt", depth, **sizes) for depth in (4, 16))
+        ratio = (many["activations"] + many["gradients"]) / (few["activations"] + few["gradients"])
+        assert least <= ratio <= most, rule
 
 
 WRONG = [

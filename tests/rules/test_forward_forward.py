@@ -333,3 +333,11 @@ def test_an_illegal_value_is_refused_before_training(rule, option):
     (value,) = option.values()
     with pytest.raises(LayerwiseError, match=str(value)):
         Learner(net("mlp"), create_rule(rule, **option), example=X)
+
+
+@pytest.mark.parametrize("rule", ["forward_forward", "layer_collaboration"])
+def test_tokens_have_no_room_for_a_label(rule):
+    """Token 0.3 is none: a label is written into real numbers only, and the sentence says so and not what failed."""
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(LayerwiseError, match=r"inputs of real numbers, not of torch.int64"):
+        Learner(model, rule).step(torch.randint(9, (6, 4)), torch.arange(6) % 3)

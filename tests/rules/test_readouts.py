@@ -171,3 +171,53 @@ def test_a_warning_names_the_sizes_where_readouts_outweigh_the_blocks():
     assert len(seen) == 1
     for rule in (rules.create("local_ce", readout="shared"), "backprop"):
         Learner(decoder(vocabulary=9000), rule, task=TASK, example=x)
+
+
+@pytest.mark.parametrize("rule", ["sll", "svp", "sid", "local_ce"])
+@pytest.mark.parametrize("kind", ["private", "shared"])
+def test_positions_without_a_label_are_as_if_they_were_not_there(rule, kind):
+    """In a network that looks at every position alone."""
+
+    def after(x, y):
+        torch.manual_seed(0)
+        layers = [
+            nn.Embedding(V, WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+            nn.Tanh(),
+            nn.Linear(WIDTH, WIDTH),
+            nn.Linear(WIDTH, V),
+        ]
+        model = nn.Sequential(*layers)
+        learner = Learner(model, rules.create(rule, readout=kind), cuts=["0", "2", "3"], task=TASK, **PLAIN_SGD)
+        found = [learner.step(x, y).read() for _ in range(2)]
+        return learner, found
+
+    x, y = torch.randint(V, (4, T)), torch.randint(V, (4, T))
+    ignored = y.clone()
+    ignored[:, 3:] = -100
+    (one, found), (other, wanted) = after(x, ignored), after(x[:, :3], y[:, :3])
+    for step in (0, 1):
+        assert found[step] == pytest.approx(wanted[step], rel=1e-4, abs=1e-6)
+    torch.testing.assert_close(dict(one.named_parameters()), dict(other.named_parameters()), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", [("local_ce", {"readout": "shared"}), ("solo", {"depth": 1})])
+def test_memory_is_flat_in_depth_and_below_the_rivals_with_a_large_vocabulary(rule):
+    vocabulary, length = 32_000, 64
+
+    def held(name, depth, **options):
+        torch.manual_seed(0)
+        model = models.create("gpt", (1, 1, length), vocabulary, depth=depth, width=24, heads=4)
+        task = LanguageModel(shift=False, positions_at_once=4)
+        learner = Learner(model, rules.create(name, **options), task=task, **PLAIN_SGD)
+        x = torch.randint(vocabulary, (8, length))
+        learner.step(x, x)
+        _, use = learner.measured_step(x, x)
+        return use.activations + use.gradients
+
+    name, options = rule
+    few, some, many = (held(name, depth, **options) for depth in (4, 16, 64))
+    assert max(few, some, many) <= 1.02 * min(few, some, many)
+    for rival in ("backprop", "backprop_checkpoint"):  # with the same loss in chunks
+        assert few < held(rival, 8)

@@ -183,7 +183,7 @@ train --data parquet:B/columns.parquet       | no image column; a, b
 train --data parquet:B/whole.parquet         | row 0 of B/whole.parquet is not a readable image
 train --data hf:                             | unknown data set 'hf:'
 train --out B/text.parquet/run --steps 1     | cannot write to B/text.parquet/run; --out
-train --out B/full --steps 1                 | B/full is not empty; --out; --overwrite
+train --out B/full --steps 1                 | B/full is not empty, and is no run; --out
 train --out B/full --steps 1 --overwrite     | B/full is not the folder of a run
 train --resume                               | --resume needs a value
 train --resume B/absent                      | B/absent holds no run
@@ -252,7 +252,7 @@ bench scaling --depth 3                      | zbv on 4 ranks needs 8 parts
 bench scaling --ways rule data --batch-size 6 | 4 replicas cannot share a batch of 6; --batch-size 4 or 8
 bench scaling --rounds 0                     | rounds is 0
 bench scaling --simulate 1                   | simulate is 1
-bench scaling --bandwidth 0                  | bandwidth 0.0
+bench scaling --bandwidth 0                  | bandwidth is 0.0 Gbit/s
 validate --rule slll                         | unknown rule 'slll'; did you mean 'sll'?
 validate --model mpl                         | 'mpl'; --model; mlp
 validate B/absent                            | B/absent holds no run

@@ -14,7 +14,8 @@ from support.runs import SMALL, lines, result, split, state, train, weights
 from layerwise import LayerwiseError, Learner, data, models, rules
 from layerwise.cli.main import main
 from layerwise.runs import building, environment, training
-from layerwise.runs.options import TrainOptions, from_mapping, load_recipe, recipe_names, to_mapping
+from layerwise.runs.options import TrainOptions, from_mapping, to_mapping
+from layerwise.runs.settings import load_recipe, recipe_names
 
 SHORT = split("--epochs 2 --batch-size 256 --log-every 2")  # 5 steps an epoch: 1294 // 256
 FIELDS = {

@@ -6,8 +6,19 @@ import sys
 from pathlib import Path
 
 from layerwise.cli.early import check_names, check_options, values
+from layerwise.cli.help import ModelByName, print_help
+from layerwise.compare.settings import ComparisonSettings
 from layerwise.errors import LayerwiseError
 from layerwise.files import kind_of, shown
+from layerwise.runs.settings import RunSettings
+
+HIDDEN = ("seed", "overwrite", "save_every")
+"""Options of a run that a comparison sets itself."""
+ABOUT = """Compare learning rules: the same data order, initial weights and budget for each, over several seeds.
+
+Repeat the command to continue after a crash: finished runs stay, and a half-written run is run again.
+`layerwise compare --model vgg --help` lists the options of this model, too; `layerwise describe RULE` those of a rule.
+"""
 
 
 def compare_command(argv: list[str]) -> int:
@@ -21,13 +32,14 @@ def compare_command(argv: list[str]) -> int:
     check_options(argv, "recipe", "model", "data")
     labels = [part for word in values(argv, "rules") for part in word.split(",")]
     check_names("rule", (name for label in labels if (name := label.partition(":")[0]) not in ("", "all")))
+    print_help(argv, "compare", ABOUT, ComparisonSettings, RunSettings, ModelByName, hidden=HIDDEN)
     from layerwise.compare.grid import CompareOptions, Grid
     from layerwise.core.tasks import metric_of
     from layerwise.report.page import write_report
     from layerwise.report.summary import notes_of_fits, resolution_in_words, summary_table
     from layerwise.runs.arguments import train_options
 
-    options = train_options(argv, "compare", base=CompareOptions, hidden=("rule", "seed", "overwrite", "save_every"))
+    options = train_options(argv, "compare", base=CompareOptions, hidden=("rule", *HIDDEN))
     grid = Grid(options, shlex.join(["layerwise", "compare", *argv]))
     summary = grid.run()
     print(summary_table(summary["rules"], metric_of(options.task)))

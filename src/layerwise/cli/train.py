@@ -7,10 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.cli.early import check_options
+from layerwise.cli.help import RuleByName, print_help
 from layerwise.errors import LayerwiseError, say
 from layerwise.parsing import parse, take_option
 from layerwise.runs.launch import ParallelOptions
 from layerwise.runs.layout import check_run
+from layerwise.runs.settings import RunSettings
+
+ABOUT = """Train a network with a learning rule.
+
+`layerwise train --rule sll --model vgg --help` lists the options of this rule and this model, too.
+"""
 
 
 def train_command(argv: list[str]) -> int:
@@ -30,6 +37,8 @@ def train_command(argv: list[str]) -> int:
         check_run(folder)
     elif take_option(list(argv), "parallel") in (None, "none"):  # of several ranks, one says it for all of them
         check_options(argv, "recipe", "rule", "model", "data")
+    if folder is None:
+        print_help(argv, "train", ABOUT, ParallelOptions, RunSettings, RuleByName)
     from layerwise.runs import distributed, pipelined, replicated
     from layerwise.runs.arguments import train_options
     from layerwise.runs.folders import read_options

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from layerwise.compare.peak import changed
 from layerwise.compare.pool import Pool, default_jobs
 from layerwise.compare.record import kept_plan, write_record, write_results
 from layerwise.compare.rules_asked import plain_fields, read_rules, settled_by
+from layerwise.compare.settings import RIVALS, ComparisonSettings
 from layerwise.compare.tuning import choose, trial_options
 from layerwise.core.devices import pick_device
 from layerwise.core.tasks import metric_of
@@ -26,7 +27,6 @@ from layerwise.runs.layout import grid_run_folder
 from layerwise.runs.options import TrainOptions, run_name, to_mapping
 from layerwise.runs.progress import GridProgress
 
-RIVALS = ("sll", "sid", "local_ce", "backprop", "backprop_checkpoint")
 PATIENCE = 10  # seconds: workers of a comparison that was killed live on for a moment, and hold its folder
 NEVER = 10**9  # no checkpoint before the last step: a run that was cut short begins again
 TUNE_SEED = 10_000
@@ -34,29 +34,11 @@ TUNE_SEED = 10_000
 
 
 @dataclass(frozen=True)
-class CompareOptions(TrainOptions):
+class CompareOptions(ComparisonSettings, TrainOptions):
     """Compare learning rules: the same data order, initial weights and budget for each, over several seeds.
 
     Repeat the command to continue after a crash: finished runs stay, and a half-written run is run again.
     """
-
-    rules: tuple[str, ...] = RIVALS
-    """Rules, with options after colons: sll sll:overlap=1:lr=2e-3 backprop; several numbers as weight=0/1; an
-    option of the model as backprop:model.depth=2; or all."""
-    seeds: int = 3
-    """Number of seeds: 0, 1, ..."""
-    budget: Literal["epochs", "steps", "seconds", "flops"] | None = None
-    """The budget of every run; its amount is --epochs, --steps, --seconds or --flops."""
-    seconds: float | None = None
-    """Seconds of training per run, converted to steps by a measurement before the first run."""
-    flops: float | None = None
-    """Floating-point operations of training per run, converted to steps in the same way."""
-    tune: int = 0
-    """Trials of learning rate and weight decay per rule, chosen on the validation split; 0 for none."""
-    jobs: int | None = None
-    """Number of runs at the same time (default: as many as cores and memory allow)."""
-    report: bool = True
-    """Diagnose the finished runs (of classes) and write report.html."""
 
 
 def budget_of(options: CompareOptions) -> str:

@@ -1,4 +1,4 @@
-"""Ranges of numeric options: each is declared once, checked in one place, and refused with one sentence.
+"""What options may be: each range of numbers is declared once, checked in one place, and refused with one sentence.
 
 A field says its range in its type (`weight: NonNegativeFloat = 0.1`), and `check_fields` reads it there. What the
 command line and `Learner` both take is in the table `TRAINING`, which `check_ranges` reads.
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from types import NoneType, UnionType
-from typing import Annotated, Any, TypedDict, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints
 
 from layerwise.errors import LayerwiseError, short
 
@@ -70,6 +70,14 @@ ProperFraction = Annotated[float, Range(least=0, below=1)]
 """A share that is never the whole."""
 PositiveFraction = Annotated[float, Range(above=0, most=1)]
 """A share that is never nothing."""
+
+
+DataTask = Literal["classification", "regression", "multilabel", "segmentation", "language_model"]
+"""What the labels of a data set are: a class, numbers, zeros and ones, a class per pixel, or the next token."""
+TokenizerKind = Literal["characters", "bytes", "bpe"]
+"""How text is taken apart."""
+Where = Literal["none", "host", "disk"]
+"""Where blocks wait until they run: on the device itself, in host memory, or in a file."""
 
 
 class Training(TypedDict, total=False):

@@ -316,14 +316,24 @@ def loss_of(task: Task, outputs: Tensor | LinearOutputs, y: Tensor) -> Signal:
             loss, statistics = task.loss_in_chunks(outputs, y, chunk)
             return Signal(loss=loss, metrics=task.measures(statistics), statistics=statistics)
         outputs = outputs.whole()
-    metrics, statistics = metrics_of(task, outputs, y)
-    return Signal(loss=task.loss(outputs, y), metrics=metrics, statistics=statistics)
+    loss = task.loss(outputs, y)
+    metrics, statistics = metrics_of(task, outputs, y, loss.detach())
+    return Signal(loss=loss, metrics=metrics, statistics=statistics)
 
 
-def metrics_of(task: Task, outputs: Tensor, y: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The task's metrics of outputs, and the sums that they are made of, where they are: as `loss_of` has them."""
+def metrics_of(
+    task: Task, outputs: Tensor, y: Tensor, loss: Tensor | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The task's metrics of outputs, and the sums that they are made of, where they are: as `loss_of` has them.
+
+    Args:
+        task: the task.
+        outputs: as the task has them.
+        y: labels at their resolution.
+        loss: the task's loss on them, where it is known.
+    """
     outputs = outputs.detach()
-    statistics = task.statistics(outputs, y)
+    statistics = task.statistics(outputs, y) if loss is None else task.statistics_beside(outputs, y, loss)
     return task.measures(statistics) if statistics else task.metrics(outputs, y), statistics
 
 

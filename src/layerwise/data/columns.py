@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple
 
+from layerwise.core.ranges import DataTask
 from layerwise.data.machine import need
 from layerwise.data.naming import IMAGE_NAMES, LABEL_NAMES, check_words, few, is_missing, pick
-from layerwise.data.numbers import DataTask, chosen_targets
+from layerwise.data.numbers import chosen_targets
 from layerwise.errors import LayerwiseError
 
 TEXT_TYPES = ("string", "large_string", "string_view")  # arrow's names for words

@@ -5,10 +5,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from layerwise.core.ranges import DataTask
 from layerwise.data.columns import find_columns, read_labels
 from layerwise.data.machine import need
 from layerwise.data.naming import split_of
-from layerwise.data.numbers import DataTask
 from layerwise.data.rows import Part, Rows, TableRows
 from layerwise.errors import LayerwiseError
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from layerwise.core.ranges import DataTask
 from layerwise.data.catalogue import HUB, names
 from layerwise.data.folders import open_imagefolder
 from layerwise.data.hub import open_hub
@@ -16,7 +17,7 @@ from layerwise.data.labels import class_names, labels_of_split
 from layerwise.data.machine import find_local
 from layerwise.data.masks import classes_of, decoded_masks, open_masks
 from layerwise.data.naming import TEST_NAMES, few
-from layerwise.data.numbers import DataTask, checked_numbers
+from layerwise.data.numbers import checked_numbers
 from layerwise.data.parquet import open_parquet
 from layerwise.data.pictures import GROUNDS, MAX_PIXELS, ImageFormat
 from layerwise.data.rows import Rows

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from layerwise.core.graphs import Graph
 from layerwise.core.randomness import derive_seed
+from layerwise.core.ranges import DataTask
 from layerwise.data.catalogue import check_task, is_table, plain_name
 from layerwise.data.images import check_size, load_images
 from layerwise.data.labels import absent_classes
 from layerwise.data.machine import need
 from layerwise.data.nodes import CORA_CLASSES, cora
 from layerwise.data.noise import NoiseKind, noisy_labels
-from layerwise.data.numbers import DataTask, target_statistics
+from layerwise.data.numbers import target_statistics
 from layerwise.data.pictures import ImageFormat
 from layerwise.data.scenes import digit_scenes
 from layerwise.data.sources import InMemorySource, Source

@@ -1,16 +1,13 @@
 """Numbers as labels: which columns hold them, and whether they are what the task needs."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from layerwise.core.ranges import DataTask
 from layerwise.data.naming import LABEL_NAMES, few, pick
 from layerwise.errors import LayerwiseError
-
-DataTask = Literal["classification", "regression", "multilabel", "segmentation", "language_model"]
-"""What the labels of a data set are: a class, numbers, zeros and ones, a class per pixel, or the next token."""
 
 
 def chosen_targets(targets: Sequence[str], columns: Sequence[str], task: DataTask, title: str) -> tuple[str, ...]:

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from layerwise.core.ranges import DataTask
 from layerwise.data.columns import Columns, find_columns, read_labels
 from layerwise.data.hub import quiet
 from layerwise.data.machine import cache_folder, need
 from layerwise.data.naming import few, split_of
-from layerwise.data.numbers import DataTask
 from layerwise.data.rows import Part, Rows, TableRows
 from layerwise.errors import LayerwiseError
 from layerwise.files import check_regular, kind_of, list_files, shown

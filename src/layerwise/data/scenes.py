@@ -4,8 +4,8 @@ import torch
 from torch import Generator, Tensor
 
 from layerwise.core.randomness import derive_seed
+from layerwise.core.ranges import DataTask
 from layerwise.data.machine import need
-from layerwise.data.numbers import DataTask
 from layerwise.data.sources import InMemorySource
 from layerwise.data.splitting import stratified_split
 

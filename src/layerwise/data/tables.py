@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from layerwise.core.ranges import DataTask
 from layerwise.data.naming import check_words, few, is_missing
-from layerwise.data.numbers import DataTask, checked_numbers, chosen_targets
+from layerwise.data.numbers import checked_numbers, chosen_targets
 from layerwise.data.sources import InMemorySource
 from layerwise.errors import LayerwiseError
 from layerwise.files import open_regular, shown

@@ -15,10 +15,11 @@ import torch
 from torch import Generator
 
 from layerwise.core.randomness import derive_seed
+from layerwise.core.ranges import TokenizerKind
 from layerwise.data.hub import load_splits
 from layerwise.data.machine import cache_folder, find_local
 from layerwise.data.naming import TEST_NAMES, few, split_of
-from layerwise.data.tokenizer import BPE, BYTES, Bytes, Characters, Tokenizer, TokenizerKind, from_json
+from layerwise.data.tokenizer import BPE, BYTES, Bytes, Characters, Tokenizer, from_json
 from layerwise.data.tokens import TokenSource, token_file
 from layerwise.errors import LayerwiseError
 from layerwise.files import check_regular, kind_of, list_files, open_regular, shown
@@ -74,7 +75,8 @@ def load_text(
     """The splits of a text as windows of tokens.
 
     Args:
-        name: `text:PATH`, `hf:owner/name` of a data set with a column of text, or `tinyshakespeare`.
+        name: `text:PATH`, a path or the name of a folder under `root`; `hf:owner/name` of a data set with a column of
+            text; or `tinyshakespeare`.
         options: how it becomes windows.
         val_fraction: part of the training text that becomes the validation split, where it has none of its own.
         root: folder of local data sets.
@@ -242,8 +244,11 @@ def _files(name: str, root: str | Path | None, documents: bool) -> dict[str, Any
         files = list_files(folder, SUFFIXES)
         found = {"train": files}
     else:
-        path = Path(name.partition(":")[2])
-        kind = kind_of(path, ADVICE) if str(path) != "." else None
+        given = name.partition(":")[2]
+        path = Path(given)
+        kind = kind_of(path, ADVICE) if given else None
+        if kind is None and given and not path.is_absolute() and (local := find_local(given, root)) is not None:
+            path, kind = local, "folder"
         if kind is None:
             raise LayerwiseError(f"there is no file or folder {shown(path)}; {ADVICE}.")
         found = {"train": [path]} if kind != "folder" else _by_split(path)

@@ -5,14 +5,14 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 
 from layerwise import extras
+from layerwise.core.ranges import TokenizerKind
 from layerwise.errors import LayerwiseError, short, why
 
-TokenizerKind = Literal["characters", "bytes", "bpe"]
 BYTES = 256
 BATCH = 512  # pieces of text that the BPE encodes at once
 

@@ -18,6 +18,7 @@ from layerwise.core.optim import OptimizerChoice
 from layerwise.core.ownership import Tied
 from layerwise.core.progress import Trace
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
+from layerwise.core.ranges import Where
 from layerwise.core.reading import Output, Read
 from layerwise.core.rule import Rule
 from layerwise.core.tasks import Task
@@ -36,7 +37,7 @@ from layerwise.learner.optimizer import EveryOptimizer
 from layerwise.learner.setup import DONE_ONCE, make_setup
 from layerwise.learner.weights import Weights, save_blocks
 from layerwise.memory.meter import MemoryUse
-from layerwise.memory.offload import NotOffloaded, Offload, Where
+from layerwise.memory.offload import NotOffloaded, Offload
 from layerwise.parallel.alone import OneProcess
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from layerwise import models, rules
+from layerwise.core.ranges import Where
 from layerwise.errors import LayerwiseError
 from layerwise.measure.bench_problem import (
     CLASSES,
@@ -23,7 +24,7 @@ from layerwise.measure.bench_problem import (
 )
 from layerwise.memory.malloc import keep_freed_memory
 from layerwise.memory.meter import resident_peak
-from layerwise.memory.offload import Where, window_of
+from layerwise.memory.offload import window_of
 from layerwise.memory.stores import DiskStore
 
 COLUMNS = ("parameters", "optimizer", "gradients", "activations", "peak")
@@ -58,6 +59,7 @@ def memory_of(
     offload: Where = "none",
     offload_folder: str | None = None,
     micro: int = 1,
+    classes: int = CLASSES,
     **model_options: float,
 ) -> dict[str, Any]:
     """Measure the peak memory of a training step.
@@ -74,6 +76,7 @@ def memory_of(
         offload: where idle blocks wait: none, host or disk.
         offload_folder: folder for the file of disk (default: the folder for temporary files).
         micro: parts in which every block runs its batch.
+        classes: outputs of the network; of a language model its vocabulary.
         model_options: further options of the model.
 
     Returns:
@@ -86,7 +89,7 @@ def memory_of(
     """
     where = offload, offload_folder
     learner, x, y = prepared(
-        rule, model, depth, shape, batch_size, optimizer, precision, device, model_options, where, micro
+        rule, model, depth, shape, batch_size, optimizer, precision, device, model_options, where, micro, classes
     )
     learner.step(x, y)
     _, use = learner.measured_step(x, y)
@@ -142,7 +145,7 @@ def memory_command(argv: list[str]) -> int:
         made = options_of(model, depth, options.model_options)
         if not isinstance(made, models.OutsideModel):
             with torch.device("meta"):  # report mistakes before the first measurement
-                network = made.build(options.shape, CLASSES)
+                network = made.build(options.shape, options.classes)
             for rule in options.rule if options.offload != "none" else ():
                 window_of(rules.create(rule), len(network.block_names))
     if options.offload == "disk":
@@ -165,6 +168,7 @@ def memory_command(argv: list[str]) -> int:
                     "offload": options.offload,
                     "offload_folder": options.offload_folder,
                     "micro": options.micro,
+                    "classes": options.classes,
                     **options.model_options,
                 }
                 apart = options.offload != "none"

@@ -15,13 +15,12 @@ from torch import Tensor
 from layerwise import models, rules
 from layerwise.core.devices import pick_device
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
-from layerwise.core.ranges import check_ranges
+from layerwise.core.ranges import Where, check_ranges
 from layerwise.core.tasks import LanguageModel
 from layerwise.core.trees import mapped
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
 from layerwise.memory.mmap import OnFile
-from layerwise.memory.offload import Where
 from layerwise.parsing import parse
 from layerwise.report.page import write_report
 from layerwise.runs.environment import environment
@@ -40,7 +39,7 @@ class Problem:
     model_options: dict[str, float] = field(default_factory=dict)
     """Numbers for the model: --model-options width 256."""
     shape: tuple[int, int, int] = (3, 32, 32)
-    """Channels, height and width of the random images."""
+    """Channels, height and width of the random images; 1 1 T for windows of T tokens."""
     batch_size: int = 64
     """Samples per batch."""
     optimizer: str = "adamw"
@@ -63,6 +62,8 @@ class DeviceProblem(Problem):
     """cpu | cuda | cuda:N | mps | xpu | auto."""
     micro: int = 1
     """Parts in which every block runs its batch."""
+    classes: int = CLASSES
+    """Outputs of the network; of a language model its vocabulary."""
 
     def __post_init__(self) -> None:
         check_ranges(micro=self.micro)
@@ -80,31 +81,37 @@ def prepared(
     model_options: dict[str, float],
     offload_to: tuple[Where, str | None] = ("none", None),
     micro: int = 1,
+    classes: int = CLASSES,
 ) -> tuple[Learner, Any, Tensor]:
     """A learner on the device, with a batch `(B, C, H, W)`, or what else the model takes, and its labels."""
     where = pick_device(device)
     offload, folder = offload_to[0], Path(offload_to[1] or tempfile.gettempdir())
     with OnFile(folder) if offload == "disk" else contextlib.nullcontext():  # as in a run: never all of it in memory
-        network = network_of(model, depth, shape, model_options)
-    x, y = batch_of(shape, batch_size)
+        network = network_of(model, depth, shape, model_options, classes)
+    x, y = batch_of(shape, batch_size, classes)
     how: dict[str, Any] = {"micro": micro, "device": where, "offload": offload, "offload_folder": folder}
     made = options_of(model, depth, model_options)
     if isinstance(made, models.OutsideModel):
         network = models.outside.cut(network, "block", None, None, None)
+        how |= {"task": LanguageModel()} if made.positions else {}
+    elif made.tokens:
+        how |= {"task": LanguageModel(shift=False)}
+    if isinstance(made, models.OutsideModel) or made.tokens:
         with preserved_generators(CPU):
             seed_generators(derive_seed(0, "bench batch"), CPU)
-            x, y = made.batch(shape, CLASSES, batch_size)
-        how |= {"task": LanguageModel()} if made.positions else {}
+            x, y = made.batch(shape, classes, batch_size)
     x, y = mapped(x, lambda tensor: tensor.to(where)), y.to(where)
     return Learner(network, rule, optimizer=optimizer, precision=precision, lr=LEARNING_RATE, example=x, **how), x, y
 
 
-def network_of(model: str, depth: int | None, shape: Sequence[int], model_options: dict[str, float]) -> Any:
+def network_of(
+    model: str, depth: int | None, shape: Sequence[int], model_options: dict[str, float], classes: int = CLASSES
+) -> Any:
     """Build the network that is measured: the same weights in every process."""
     with preserved_generators(CPU):
         seed_generators(derive_seed(0, "bench"), CPU)
         channels, height, width = shape
-        return options_of(model, depth, model_options).build((channels, height, width), CLASSES)
+        return options_of(model, depth, model_options).build((channels, height, width), classes)
 
 
 def options_of(model: str, depth: int | None, model_options: dict[str, float]) -> models.ModelOptions:
@@ -115,11 +122,11 @@ def options_of(model: str, depth: int | None, model_options: dict[str, float]) -
     return kind.from_numbers(model_options, depth)
 
 
-def batch_of(shape: Sequence[int], batch_size: int) -> tuple[Tensor, Tensor]:
+def batch_of(shape: Sequence[int], batch_size: int, classes: int = CLASSES) -> tuple[Tensor, Tensor]:
     """Random images `(B, C, H, W)` and labels `(B,)`: the same in every process."""
     with preserved_generators(CPU):
         seed_generators(derive_seed(0, "bench batch"), CPU)
-        return torch.randn(batch_size, *shape), torch.randint(CLASSES, (batch_size,))
+        return torch.randn(batch_size, *shape), torch.randint(classes, (batch_size,))
 
 
 def parse_problem(cls: type, argv: Sequence[str], command: str) -> Any:
@@ -144,8 +151,8 @@ def parse_problem(cls: type, argv: Sequence[str], command: str) -> Any:
             raise LayerwiseError(
                 f"cannot write to {options.out} ({reason.strerror}); choose another --out."
             ) from reason
-    if min(options.shape) < 1 or options.batch_size < 1:
-        raise LayerwiseError("shape and batch size must be 1 or more.")
+    if min(options.shape) < 1 or options.batch_size < 1 or getattr(options, "classes", 1) < 1:
+        raise LayerwiseError("shape, batch size and classes must be 1 or more.")
     names = getattr(options, "rules", None) or getattr(options, "rule", ())
     if not names:
         raise LayerwiseError(f"{command} measures no rule; name at least one, see layerwise ls rules.")

@@ -137,6 +137,7 @@ def speed_command(argv: list[str]) -> int:
             options.device,
             options.model_options,
             micro=options.micro,
+            classes=options.classes,
         )
         for rule in options.rules
     }

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -17,13 +17,12 @@ from torch.utils._pytree import tree_map_only
 from layerwise.core.blocks import Block
 from layerwise.core.groups import Group, Unit
 from layerwise.core.pieces import JoinsGroups, has_trunk
+from layerwise.core.ranges import Where
 from layerwise.core.rule import Rule
 from layerwise.errors import LayerwiseError
 from layerwise.memory.meter import MemoryUse, optimizer_tensors, tensor_bytes
 from layerwise.memory.mmap import release_pages
 from layerwise.memory.stores import DiskStore, HostStore, Store
-
-Where = Literal["none", "host", "disk"]
 
 ALIGNMENT = 64  # bytes, as torch's own allocator aligns; some kernels give other bits elsewhere
 

@@ -169,12 +169,12 @@ def check_rule(rule: Rule, groups: Sequence[range]) -> None:
             why = "its signals pass through blocks of later groups"
             break
     else:
-        if rule.locality != "local" or has_trunk(rule):
+        if isinstance(rule, ReadsOutputMatrix) and rule.matrix_refresh() is not None:
+            why = 'with readout="shared" its blocks look at the output matrix, which is on the last rank'
+        elif rule.locality != "local" or has_trunk(rule):
             why = f"its locality is {rule.locality!r}, not 'local' (across a boundary goes: {rule.boundary})"
         elif type(rule).begin is not Rule.begin and not rule.begins_with_batch:
             why = "what it begins with may look at the whole network"
-        elif isinstance(rule, ReadsOutputMatrix) and rule.matrix_refresh() is not None:
-            why = 'with readout="shared" its blocks look at the output matrix, which is on the last rank'
         elif isinstance(rule, StartsFromData):
             why = "it sets the network up from training data"
         elif not (rule.predicts_plainly() or isinstance(rule, PredictsBySite) or rule.predicts_at_head):

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict, TypeVar, get
 import msgspec
 import numpy as np
 
+from layerwise.core.ranges import DataTask
 from layerwise.core.tasks import Metric, metric_of
-from layerwise.data.numbers import DataTask
 from layerwise.files import MissingFile, read_bytes, read_text, shown
 from layerwise.records import LIMIT, Count, convert, damaged, read_json, read_lines
 from layerwise.runs.log import LogLine

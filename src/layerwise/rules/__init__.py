@@ -29,6 +29,7 @@ from layerwise.rules.infopro import InfoPro
 from layerwise.rules.interlocking import Interlocking
 from layerwise.rules.layer_collaboration import LayerCollaboration
 from layerwise.rules.local_ce import LocalCE
+from layerwise.rules.lopt import FreezeLower, LoPT
 from layerwise.rules.mono_forward import MonoForward
 from layerwise.rules.noprop import NoPropCT, NoPropDT, NoPropFM
 from layerwise.rules.periodic_guidance import PeriodicGuidance
@@ -36,6 +37,7 @@ from layerwise.rules.predsim import PredSim
 from layerwise.rules.scalable_ff import ScalableFF
 from layerwise.rules.sid import SID, SIDCascade
 from layerwise.rules.sll import SLL
+from layerwise.rules.solo import SOLO
 from layerwise.rules.ssl_local import SSLLocal
 from layerwise.rules.svp import SVP
 from layerwise.rules.zeroth_order import ZerothOrder
@@ -48,6 +50,7 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     LocalCE,
     MonoForward,
     PredSim,
+    SOLO,
     DGL,
     AugLocal,
     InfoPro,
@@ -64,6 +67,7 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     NoPropFM,
     Boosted,
     SSLLocal,
+    LoPT,
     Backprop,
     BackpropCheckpoint,
     BackpropFused,
@@ -72,6 +76,7 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     ZerothOrder,
     DeepSupervision,
     LastLayer,
+    FreezeLower,
 )
 
 FORMS = {"FILE.py:Class": "a rule of your own: a class in a file"}
@@ -155,6 +160,7 @@ __all__ = [
     "DGL",
     "SID",
     "SLL",
+    "SOLO",
     "SVP",
     "AugLocal",
     "Backprop",
@@ -168,12 +174,14 @@ __all__ = [
     "CounterCurrent",
     "DeepSupervision",
     "ForwardForward",
+    "FreezeLower",
     "GradientReconciliation",
     "GraphForward",
     "InfoPro",
     "Interlocking",
     "LastLayer",
     "LayerCollaboration",
+    "LoPT",
     "LocalCE",
     "MonoForward",
     "NoPropCT",

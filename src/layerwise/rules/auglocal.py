@@ -58,21 +58,18 @@ class Adapter(nn.Module):
         return h if want is None else from_standard(h, want)
 
 
-class AuxiliaryNetwork(nn.Module):
-    """Copies of later blocks with weights of their own, and a linear classifier on their pooled output.
+class Copies(nn.Module):
+    """Copies of later blocks with weights of their own, one after the other on a site's output.
 
     Args:
         site: whose output is read.
         indices: of the blocks to copy, in order.
         h: a sample of the output.
-        classes: number of classes K.
-        pool: how the last copy's output becomes a vector.
     """
 
-    def __init__(self, site: Site, indices: list[int], h: Tensor, classes: int, pool: Pool):
+    def __init__(self, site: Site, indices: list[int], h: Tensor):
         super().__init__()
         assert site.network is not None
-        self.pool: Pool = pool
         layers, at = [], site.index
         for index in indices:
             shape, wanted = site.standard_shape(at), site.standard_shape(index - 1)
@@ -84,7 +81,31 @@ class AuxiliaryNetwork(nn.Module):
         self.layers = nn.Sequential(*layers)
         self._unchanged = Unchanged(site.name)  # a copy may begin with an in-place operation
         self.last = site.layout(at)
-        shape = site.standard_shape(at)
+        self.shape = site.standard_shape(at)
+        """Of one sample of what comes out."""
+        self.to(h.dtype)
+
+    def run(self, h: Tensor) -> Tensor:
+        """Output of the last copy, in the standard order."""
+        out = self._unchanged(self.layers, h, self.training)
+        return out if self.last is None else to_standard(out, self.last)
+
+
+class AuxiliaryNetwork(Copies):
+    """Copies of later blocks, and a linear classifier on their pooled output.
+
+    Args:
+        site: whose output is read.
+        indices: of the blocks to copy, in order.
+        h: a sample of the output.
+        classes: number of classes K.
+        pool: how the last copy's output becomes a vector.
+    """
+
+    def __init__(self, site: Site, indices: list[int], h: Tensor, classes: int, pool: Pool):
+        super().__init__(site, indices, h)
+        self.pool: Pool = pool
+        shape = self.shape
         width = pool_vectors(h.new_empty(1, *shape), pool, per_position=False).shape[-1]
         self.classifier = nn.Linear(width, classes)
         # As in the paper's code, which is about maps.
@@ -93,9 +114,7 @@ class AuxiliaryNetwork(nn.Module):
 
     def logits(self, h: Tensor, per_position: bool) -> Tensor:
         """Logits `(B, ..., K)`."""
-        out = self._unchanged(self.layers, h, self.training)
-        out = out if self.last is None else to_standard(out, self.last)
-        return self.classifier(self.norm(pool_vectors(out, self.pool, per_position)))
+        return self.classifier(self.norm(pool_vectors(self.run(h), self.pool, per_position)))
 
 
 @dataclass(frozen=True)

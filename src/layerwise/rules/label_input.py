@@ -23,6 +23,11 @@ def overlay(x: Tensor, p: Tensor) -> Tensor:
     >>> overlay(torch.tensor([[0.0, 5.0, 10.0, 7.0]]), torch.tensor([[0.0, 1.0]]))
     tensor([[ 0., 10., 10.,  7.]])
     """
+    if not x.is_floating_point():
+        raise LayerwiseError(
+            f"a label is written into inputs of real numbers, not of {x.dtype}; cast numbers with x.float(), and for "
+            "tokens choose a rule such as local_ce."
+        )
     flat = x.flatten(1)
     if p.shape[1] > flat.shape[1]:
         raise LayerwiseError(

@@ -46,6 +46,10 @@ class Greedy(ReadsOut, Rule):
     def _has_head(self, site: Site) -> bool:
         return (site.index + 1) % self.group == 0 and site.index < site.blocks - 1
 
+    def outputs_at(self, site: Site, h: Tensor, auxiliary: nn.Module, task: Task) -> Tensor:
+        """The outputs of the block's own head."""
+        return linear_outputs(auxiliary, self.pool, site, h, task)
+
     def signal(self, ctx: BlockContext) -> Signal:
         """The task's loss on the block's own head, or on the network's at the end."""
         if ctx.site.is_head:
@@ -56,10 +60,6 @@ class Greedy(ReadsOut, Rule):
         if isinstance(outputs, LinearOutputs) and not leaves_logits(self):
             outputs = outputs.whole()
         return loss_of(ctx.task, outputs, y)
-
-    def outputs_at(self, site: Site, h: Tensor, auxiliary: nn.Module, task: Task) -> Tensor:
-        """The outputs of the block's own head."""
-        return linear_outputs(auxiliary, self.pool, site, h, task)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What the rules with a loss per block share: groups of blocks, a block's readout, and its labels."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -35,6 +36,17 @@ def grouped(blocks: int, size: int, join_head: bool, overlap: int = 0) -> list[r
     if join_head:
         return [range(start, blocks + 1 if stop == blocks else stop) for start, stop in stops]
     return [range(start, stop) for start, stop in stops] + [range(blocks, blocks + 1)]
+
+
+def in_modules(blocks: int, modules: int) -> list[range]:
+    """Ranges of neighbouring blocks, as many as there are modules, the first ones longer; the head joins the last.
+
+    >>> in_modules(blocks=5, modules=2), in_modules(blocks=1, modules=2)
+    ([range(0, 3), range(3, 6)], [range(0, 2)])
+    """
+    modules = min(modules, blocks)
+    ends = [-(-blocks * i // modules) for i in range(modules + 1)]
+    return [range(a, b + (b == blocks)) for a, b in pairwise(ends)]
 
 
 def convolution(h: Tensor) -> type[nn.Conv2d] | type[nn.Conv3d]:
@@ -115,11 +127,23 @@ class HasReadout(ReadsOutputMatrix, Rule):
     rank: PositiveInt = 64
     """Rank of a `low_rank` matrix."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        says_shared(self)
+
     def own_readout(self, width: int, site: Site, task: Task, like: Tensor, bias: bool = True) -> nn.Module:
         """A readout of `width` features such as `like`; `bias` is that of a private one."""
         if self.readout == "private":
             return nn.Linear(width, task.outputs, bias=bias, dtype=like.dtype)
         return Readout(width, self.readout, site, task, like, self.rank)
+
+
+def says_shared(rule: ReadsOutputMatrix) -> None:
+    """Declare of a rule that is local otherwise that every block looks at the network's output matrix."""
+    assert isinstance(rule, Rule)
+    if rule.readout == "shared" and rule.locality == "local":  # what the class declares holds for the other readouts
+        object.__setattr__(rule, "locality", "broadcast")
+        object.__setattr__(rule, "boundary", f"{rule.boundary}; the output matrix, read by every block")
 
 
 def output_matrix(site: Site) -> Tensor:
@@ -196,11 +220,12 @@ class Readout(nn.Module):
 
     matrix: Tensor | None
 
-    def outputs(self, features: Tensor, site: Site) -> LinearOutputs:
-        """The outputs `(..., K)` of features `(..., D)`, not computed yet."""
+    def outputs(self, features: Tensor, site: Site, matrix: Tensor | None = None) -> LinearOutputs:
+        """The outputs `(..., K)` of features `(..., D)`, not computed yet; `matrix` is a copy of the shared one."""
         if self.up is not None:
             return LinearOutputs(self.adapter(self.norm(features)), self.up.weight)
-        matrix = output_matrix(site) if self.matrix is None else self.matrix
+        if matrix is None:
+            matrix = output_matrix(site) if self.matrix is None else self.matrix
         return LinearOutputs(self.norm(self.adapter(features)), matrix)
 
 

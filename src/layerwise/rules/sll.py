@@ -33,6 +33,7 @@ from layerwise.rules.readout import (
     pool_vectors,
     readout_width,
     resized,
+    says_shared,
 )
 
 
@@ -193,6 +194,7 @@ class SLL(ReadsOut, ReadsOutputMatrix, Rule):
                 f'dim, targets and projection are about the random projection of a block, and readout="{self.readout}" '
                 'has another one; leave them out, or use readout="private".'
             )
+        says_shared(self)
         if self.overlap > 0:  # what the class declares holds without overlap
             object.__setattr__(self, "locality", "interlocking")
             object.__setattr__(self, "boundary", f"{self.boundary}; gradients back over {self.overlap} boundaries")
@@ -226,7 +228,7 @@ class SLL(ReadsOut, ReadsOutputMatrix, Rule):
     def outputs_at(self, site: Site, h: Tensor, auxiliary: nn.Module, task: Task) -> Tensor:
         """What the fixed projection says of the label."""
         assert isinstance(auxiliary, Projection)
-        v = auxiliary(pool_vectors(h, self.pool, task.positions != "sample", site))
+        v = auxiliary(pool_vectors(h, self.pool, task.positions != "sample", site), site)
         return task.as_outputs(auxiliary.class_logits(v))
 
     def signal(self, ctx: BlockContext) -> Signal:

@@ -8,7 +8,8 @@ import tyro
 
 from layerwise import models, rules
 from layerwise.parsing import parse, take_option
-from layerwise.runs.options import TrainOptions, default_recipe, from_mapping, load_recipe
+from layerwise.runs.options import TrainOptions, default_recipe, from_mapping
+from layerwise.runs.settings import load_recipe
 
 
 def train_options(argv: list[str], command: str, base: type | None = None, hidden: Sequence[str] = ()) -> Any:

@@ -187,6 +187,8 @@ def _new_folder(folder: Path, options: TrainOptions) -> Claim | None:
             claim.release()
             return None
         if not options.overwrite:
+            if kind_of(folder / OPTIONS) != "file":
+                raise LayerwiseError(f"{shown(folder)} is not empty, and is no run; choose another --out.")
             raise LayerwiseError(
                 f"{shown(folder)} is not empty; choose another --out, continue it with --resume {shown(folder)}, or "
                 "replace it with --overwrite."

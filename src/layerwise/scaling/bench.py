@@ -130,6 +130,10 @@ def scaling_command(argv: list[str]) -> int:
             f"bench scaling divides the models of the zoo ({', '.join(models.names())}), not {options.model!r}; choose "
             "one of them."
         )
+    if models.options(options.model).tokens:
+        raise LayerwiseError(
+            f"bench scaling runs on random images, and {options.model} takes tokens; choose another model, such as vit."
+        )
     network = network_of(options.model, options.depth, options.shape, options.model_options)
     blocks = len(list(network.children())) - 1
     check_options(options, blocks)

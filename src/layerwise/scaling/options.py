@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from layerwise.core.ranges import NonNegativeFloat, PositiveFloat, check, check_ranges
+from layerwise.core.ranges import NonNegativeFloat, check, check_ranges
 from layerwise.errors import LayerwiseError, unknown
 from layerwise.measure.bench_problem import Problem
 from layerwise.parallel.replicas import check_shares
@@ -74,7 +74,8 @@ def check_options(options: ScalingOptions, blocks: int) -> None:
             raise LayerwiseError(f"{name.replace('_', '-')} is {getattr(options, name)}; use at least {least}.")
     check_ranges(timeout=options.timeout)
     check("latency", options.latency, NonNegativeFloat)
-    check("bandwidth", options.bandwidth, PositiveFloat)
+    if not options.bandwidth > 0:  # infinity is a link that costs nothing
+        raise LayerwiseError(f"bandwidth is {options.bandwidth} Gbit/s; use more than 0.")
     for way in options.ways:
         if way not in WAYS:
             raise unknown("way", way, WAYS)

@@ -94,6 +94,10 @@ class Task(Abstract):
         """Sums over the batch, out of which `measures` makes the metrics of any number of batches; empty for none."""
         return {}
 
+    def statistics_beside(self, outputs: Tensor, y: Tensor, loss: Tensor) -> dict[str, Tensor]:
+        """The same, where the mean loss of the batch is known and may spare a pass over its outputs."""
+        return self.statistics(outputs, y)
+
     def measures(self, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
         """Metrics out of sums: scalars on the device."""
         return {}

@@ -321,6 +321,13 @@ class LanguageModel(Classification):
         nats = F.cross_entropy(z.float(), y, reduction="sum", ignore_index=UNLABELLED)
         return self._sums(nats, (z.argmax(-1) == y).sum(), y)
 
+    def statistics_beside(self, outputs: Tensor, y: Tensor, loss: Tensor) -> dict[str, Tensor]:
+        """The same sums; the nats are those of the loss, unless it is weighted or smoothed."""
+        if y.is_floating_point() or self.weights is not None or self.label_smoothing:
+            return self.statistics(outputs, y)
+        y = self.aligned(y)
+        return self._sums(loss * (y != UNLABELLED).sum(), (outputs.argmax(-1) == y).sum(), y)
+
     def _sums(self, nats: Tensor, hits: Tensor, y: Tensor) -> dict[str, Tensor]:
         counts = y != UNLABELLED
         found = {"nats": nats, "hits": hits, "tokens": counts.sum()}

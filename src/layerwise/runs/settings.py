@@ -1,0 +1,206 @@
+"""The settings of a run but for its rule and its model, and the recipes that give them: torch is not imported here."""
+
+import dataclasses
+import tomllib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Annotated, Any, Literal
+
+from tyro.conf import arg
+
+from layerwise.core.ranges import DataTask, TokenizerKind, Where
+from layerwise.errors import LayerwiseError, short, suggestion, unknown, why
+from layerwise.files import MissingFile, read_text, shown
+from layerwise.records import DamagedRecord, convert
+
+FLAGS = {name: f"data.{name}" for name in ("tokenizer", "vocabulary", "window", "documents")}
+"""Options to how they are written on the command line, where that is not their name: those of a text."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run is beside its rule and its model."""
+
+    task: DataTask = "classification"
+    """What the labels are: a class, numbers, several labels that hold or not, a class per pixel, or the next token,
+    which is that of every text."""
+    loss: Literal["mse", "l1", "huber", "gaussian"] = "mse"
+    """Loss of --task regression; with gaussian the network predicts a variance, too."""
+    data: str = "digits"
+    """digits | mnist | fashion_mnist | cifar10 | cifar100 | cora | diabetes | digit_scenes | tinyshakespeare |
+    text:PATH | hf:owner/name | imagefolder:PATH | parquet:PATH | PATH.csv."""
+    tokenizer: Annotated[TokenizerKind, arg(name=FLAGS["tokenizer"])] = "characters"
+    """Of a text: characters | bytes | bpe (byte-level, trained on the training split)."""
+    vocabulary: Annotated[int, arg(name=FLAGS["vocabulary"])] = 4096
+    """Of a text: number of tokens of a bpe."""
+    window: Annotated[int, arg(name=FLAGS["window"])] = 128
+    """Of a text: tokens that a sample holds."""
+    documents: Annotated[bool, arg(name=FLAGS["documents"])] = False
+    """Of a text: empty lines part documents, whose order is drawn, and which splits do not cut."""
+    targets: tuple[str, ...] = ()
+    """Columns of labels of a table; the one called label (or class, target, y) if not given."""
+    augment: tuple[str, ...] = ()
+    """Random changes of training images: flip, crop, cutout."""
+    image_size: int | None = None
+    """Side in pixels to which images are resized; their own size if not given."""
+    val_fraction: float = 0.1
+    """Share of the training set that is held out for validation; 0 trains on everything."""
+    train_samples: int | None = None
+    """Train on so many samples only, the same ones whatever the seed; all of them if not given."""
+    label_noise: float = 0.0
+    """Share of wrong labels in the training and validation split, the same ones whatever the seed."""
+    label_noise_kind: Literal["symmetric", "pairs"] = "symmetric"
+    """Any other class, or pairs of classes that look alike (cifar10 only)."""
+    clean_validation: bool = False
+    """Keep the true labels of the validation split."""
+    cuts: str = "block"
+    """Where to cut the model: block | layer | auto | names of modules or patterns (layers.*), separated by commas."""
+    output: str | None = None
+    """Name of the entry of the model's output that holds the logits; logits, or the tensor itself, if not given."""
+    tied: Literal["last", "first", "frozen"] | None = None
+    """Who trains a parameter that several blocks use, where the model is cut at its calls; the last if not given."""
+    blocks: int | None = None
+    """Join the blocks to this many, balanced by their floating-point operations."""
+    epochs: int = 10
+    """Passes over the training set."""
+    steps: int | None = None
+    """Number of batches in all; overrides the epochs."""
+    batch_size: int = 128
+    """Samples per batch."""
+    optimizer: str = "adamw"
+    """adamw | adam | sgd (Nesterov momentum 0.9) | rmsprop | any class of torch.optim."""
+    optimizer_options: dict[str, float] = field(default_factory=dict)
+    """Further numbers for the optimizer: --optimizer-options momentum 0.95."""
+    lr: float = 1e-3
+    """Learning rate (the peak, under a schedule)."""
+    lr_multipliers: dict[str, float] = field(default_factory=dict)
+    """Factor of the learning rate per block: --lr-multipliers block1 0.5 head 2."""
+    weight_decay: float = 0.01
+    """Weight decay of weights; norms and biases have none."""
+    schedule: Literal["constant", "cosine", "onecycle"] = "onecycle"
+    """Curve of the learning rate."""
+    warmup: float = 0.3
+    """Share of the run that is spent warming up."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread evenly over the classes."""
+    clip: float | None = None
+    """Largest norm of one group's gradient."""
+    accumulate: int = 1
+    """Batches per update."""
+    micro: int = 1
+    """Parts in which every block runs its batch, one after the other, before it steps: less memory, the same update."""
+    peak: str | None = None
+    """Most memory of activations and gradients, such as 200MiB: the run takes the fewest parts (--micro) that stay
+    within it. In a comparison also auto: the lowest of the rules as they are."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the blocks (autocast)."""
+    compile: bool = False
+    """Run every block through torch.compile."""
+    channels_last: bool = False
+    """Keep images and convolutions in channels-last order."""
+    nonfinite: Literal["raise", "skip"] = "raise"
+    """Stop at a non-finite loss or gradient, or leave such updates out and count them."""
+    seed: int = 0
+    """Seed of the initial weights, the order of the data and every random draw."""
+    device: str = "auto"
+    """cpu | cuda | cuda:N | mps | xpu | auto (the accelerator where there is one)."""
+    threads: int | None = None
+    """Threads of the CPU; the same number gives the same bits."""
+    offload: Where = "none"
+    """Keep blocks in host memory or on disk, and on the device only those that are about to run."""
+    offload_folder: str | None = None
+    """Folder for the file of --offload disk; that of the run if not given."""
+    out: str | None = None
+    """Folder of the run; runs/<data>-<model>-<rule>-seed<seed> if not given."""
+    overwrite: bool = False
+    """Replace what is in the folder of the run."""
+    save_every: int | None = None
+    """Steps between checkpoints; one per epoch if not given."""
+    log_every: int = 50
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int | None = None
+    """Steps between measurements on the validation split; one per epoch if not given."""
+    tensorboard: bool = False
+    """Write the same scalars for TensorBoard."""
+
+
+def build_options(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    """An instance of a dataclass of options, out of plain values.
+
+    Args:
+        cls: the dataclass.
+        values: by field; what is left out takes its default, and what is no plain value stays as it is.
+        where: what the values come from, for the error sentence.
+
+    Raises:
+        LayerwiseError: an unknown field, or a value of the wrong kind.
+    """
+    hints = typing.get_type_hints(cls)
+    legal = [f.name for f in dataclasses.fields(cls)]
+    arguments = {}
+    for name, value in values.items():
+        if name not in legal:
+            raise LayerwiseError(f"{where}: unknown field {name!r}; {suggestion(name, legal)}.")
+        if dataclasses.is_dataclass(value):
+            arguments[name] = value
+            continue
+        try:
+            arguments[name] = convert(value, hints[name], name, "correct it")
+        except DamagedRecord:
+            raise LayerwiseError(f"{where}: {name} = {short(value)} is not {_described(hints[name])}.") from None
+    return cls(**arguments)
+
+
+def _described(hint: Any) -> str:
+    """A type, for a sentence."""
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named run with its expected figures, read from a small TOML file."""
+
+    name: str
+    about: str
+    """One line."""
+    values: Mapping[str, Any]
+    """Fields of `TrainOptions`, as `from_mapping` takes them."""
+    expected: Mapping[str, Any]
+    """Measured figures: mean and standard deviation over seeds, with the command that gave them."""
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package.
+
+    >>> "digits" in recipe_names()
+    True
+    """
+    found = [file.name for file in files("layerwise.runs.recipes").iterdir()]
+    return sorted(name.removesuffix(".toml") for name in found if name.endswith(".toml"))
+
+
+def load_recipe(name: str) -> Recipe:
+    """Read a recipe by name, or from a path that ends in `.toml`.
+
+    Raises:
+        LayerwiseError: no such recipe, or a file that is not TOML.
+    """
+    if name.endswith(".toml"):
+        try:
+            text = read_text(name, "give the path of a TOML file")
+        except MissingFile as reason:
+            raise LayerwiseError(f"there is no recipe file {shown(name)}; give the path of a TOML file.") from reason
+    elif name in recipe_names():
+        text = files("layerwise.runs.recipes").joinpath(f"{name}.toml").read_text(encoding="utf-8")
+    else:
+        raise unknown("recipe", name, recipe_names())
+    try:
+        values = tomllib.loads(text)
+    except (ValueError, RecursionError) as reason:
+        raise LayerwiseError(f"the recipe {shown(name)} cannot be read ({why(reason)}); correct the file.") from reason
+    about, expected = values.pop("about", ""), values.pop("expected", {})
+    convert(about, str, f"'about' of {shown(name)}", "correct it")
+    convert(expected, dict[str, Any], f"'expected' of {shown(name)}", "correct it")
+    return Recipe(name, about, values, expected)
