@@ -10,7 +10,6 @@ After the last round all three must hold the same weights.
 
 import argparse
 import copy
-import shlex
 import statistics
 import sys
 import time
@@ -27,6 +26,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 import evidence  # noqa: E402
+import recording  # noqa: E402
 
 DEPTH, BATCH, TOKENS, FEATURES, CLASSES = 12, 32, 32, 16, 10
 Step = Callable[[Tensor, Tensor], object]
@@ -128,7 +128,7 @@ def main() -> None:
     torch.set_num_threads(1)
     keep_freed_memory()  # whose pages the system else clears again and again, in a number that is chance
     rows = [measure(int(width), options.rounds) for width in options.widths.split(",")]
-    command = shlex.join(["python", "benchmarks/calls-cost/measure.py", *sys.argv[1:]])
+    command = recording.command_of(__file__)
     options.out.mkdir(parents=True, exist_ok=True)
     evidence.keep(options.out, "cost", rows, command)
 

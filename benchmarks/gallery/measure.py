@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import copy
 import importlib.metadata
-import shlex
 import statistics
 import sys
 import time
@@ -31,6 +30,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import evidence  # noqa: E402
+import recording  # noqa: E402
 from entry import Entry, torchvision_here  # noqa: E402
 from networks import ENTRIES, Network  # noqa: E402
 
@@ -231,7 +231,7 @@ def main() -> None:
             print(f"{name:<22}{rule:<14}{shown}", flush=True)
         found = {"rows": rows, "library": about.library, "version": version, "title": about.title}
         found |= {"depths": about.depths, "equal": about.equal, "seconds": time.monotonic() - begun}
-        command = shlex.join(["python", "benchmarks/gallery/measure.py", "--only", name])
+        command = recording.command_of(__file__, ["--only", name])
         evidence.keep(options.out, name, found, command, [about.library])
 
 

@@ -14,7 +14,6 @@ import json
 import os
 import re
 import resource
-import shlex
 import shutil
 import socket
 import subprocess
@@ -178,10 +177,9 @@ def main() -> None:
         print(json.dumps(train(options)))
         return
     import evidence
+    import recording
 
-    place = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    place.add_argument("--folder")  # of this machine alone, so the recorded command leaves it out
-    command = shlex.join(["python", "benchmarks/larger-than-memory/measure.py", *place.parse_known_args()[1]])
+    command = recording.command_of(__file__)
     for ranks in map(int, options.processes.split(",")):
         for rule in options.rules.split(","):
             rows = measure(options, rule, ranks)

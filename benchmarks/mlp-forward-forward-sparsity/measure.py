@@ -10,7 +10,6 @@ Tosato et al. (arXiv 2305.18353) do. The figures go to `results.jsonl`.
 """
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 
@@ -24,6 +23,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 import evidence  # noqa: E402
+import recording  # noqa: E402
 
 RULES = {"forward_forward": {"lr": 1e-3}, "backprop": {"lr": 1e-3}}
 SAMPLES = 2000
@@ -39,7 +39,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     dataset = data.load(options.data)
-    command = shlex.join(["python", "benchmarks/mlp-forward-forward-sparsity/measure.py", *sys.argv[1:]])
+    command = recording.command_of(__file__)
     for name in ("forward_forward", "backprop", "untrained"):
         for seed in range(options.seeds):
             found = measured(name, dataset, options.width, options.epochs, seed)

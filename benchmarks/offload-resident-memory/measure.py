@@ -10,7 +10,6 @@ in turn. The figures go to `results.jsonl` beside this file.
 import argparse
 import json
 import re
-import shlex
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 import evidence  # noqa: E402
+import recording  # noqa: E402
 
 WIDTH, BATCH, STEPS = 2048, 512, 3
 RUN = f"--model mlp --model.width {WIDTH} --batch-size {BATCH} --steps {STEPS} --val-fraction 0 --threads 1"
@@ -87,7 +87,7 @@ def main() -> None:
     timed = time(options.time_depth, options.rounds, options.folder)
     depths = [int(depth) for depth in options.depths.split(",")]
     rows = [memory(depth, offload, options.folder) for depth in depths for offload in ("disk", "none")]
-    command = shlex.join(["python", "benchmarks/offload-resident-memory/measure.py", *sys.argv[1:]])
+    command = recording.command_of(__file__)
     options.out.mkdir(parents=True, exist_ok=True)
     evidence.keep(options.out, "memory", rows, command)
     evidence.keep(options.out, "time", timed, command)

@@ -14,7 +14,6 @@ the first, the library from the first to the last, so that the last bits differ.
 
 import argparse
 import copy
-import shlex
 import statistics
 import sys
 import time
@@ -32,6 +31,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 import evidence  # noqa: E402
+import recording  # noqa: E402
 
 CLASSES = 10
 Step = Callable[[Tensor, Tensor], object]
@@ -204,7 +204,7 @@ def main() -> None:
     torch.set_num_threads(1)
     keep_freed_memory()  # whose pages the system else clears again and again, in a number that is chance
     rows = [measure(name, options.rounds) for name in CASES if name.startswith(options.only)]
-    command = shlex.join(["python", "benchmarks/step-by-hand/measure.py", *sys.argv[1:]])
+    command = recording.command_of(__file__)
     options.out.mkdir(parents=True, exist_ok=True)
     evidence.keep(options.out, "steps", rows, command)
 

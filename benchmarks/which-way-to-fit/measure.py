@@ -10,7 +10,6 @@ there are rounds here. The figures go to `results.jsonl` beside this file.
 """
 
 import argparse
-import shlex
 import statistics
 import sys
 import time
@@ -28,6 +27,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 import evidence  # noqa: E402
+import recording  # noqa: E402
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "mlp": {"model": "mlp", "depth": 24, "shape": (1, 28, 28), "batch": 512, "options": {"width": 512}},
@@ -113,7 +113,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "running statistics", UserWarning)  # said in the table
-    command = shlex.join(["python", "benchmarks/which-way-to-fit/measure.py", *sys.argv[1:]])
+    command = recording.command_of(__file__)
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.networks:
         evidence.keep(options.out, name, measure(name, options.rounds, options.folder), command)
