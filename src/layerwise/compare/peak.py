@@ -24,7 +24,7 @@ from layerwise.runs.options import TrainOptions
 
 OF_RULE = ("policy", "group")
 """Fields of a rule that may differ between a row as asked and within the peak, beside `micro` and `blocks`."""
-LEAST_JOULES = 1.0
+ENERGY_SECONDS = 1.0
 """Seconds over which energy is read: its counters move in steps of a millisecond."""
 
 
@@ -205,7 +205,7 @@ def _timed(
 def joules_per_sample(learner: Learner, x: Any, y: Any) -> float | None:
     """Energy of the processors per sample of a step, of all that runs on them."""
     meter, started, steps = EnergyMeter(), time.perf_counter(), 0
-    while time.perf_counter() - started < LEAST_JOULES:
+    while time.perf_counter() - started < ENERGY_SECONDS:
         learner.step(x, y)
         synchronize(learner.device)
         steps += 1
