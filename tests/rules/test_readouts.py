@@ -206,7 +206,7 @@ def test_positions_without_a_label_are_as_if_they_were_not_there(rule, kind):
 def test_memory_is_flat_in_depth_and_below_the_rivals_with_a_large_vocabulary(rule):
     vocabulary, length = 32_000, 64
 
-    def held(name, depth, **options):
+    def held(name, depth, /, **options):
         torch.manual_seed(0)
         model = models.create("gpt", (1, 1, length), vocabulary, depth=depth, width=24, heads=4)
         task = LanguageModel(shift=False, positions_at_once=4)
