@@ -2,12 +2,14 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from support.nets import CLASSES, KINDS, batches, net, problem, same_bits, tensors, trained
 from torch import nn
 
 from layerwise import LayerwiseError, Learner, Rule, Signal
+from layerwise.core.tasks import UNLABELLED
 
 DATA = batches(5)
 X, Y = DATA[0]
@@ -367,3 +369,20 @@ def test_optimizers_of_torch_train():
         for _ in range(15):
             learner.step(x, y)
         assert learner.evaluate(x, y).loss < first, name
+
+
+@pytest.mark.parametrize("rule", ["sll", "sid", "local_ce", "backprop"])
+def test_the_next_labels_may_be_written_into_the_same_memory(rule):
+    """As a loader with a buffer of its own does; torch counts no change where NumPy has written."""
+    buffer = np.zeros(len(X), dtype=np.int64)
+    shared = torch.from_numpy(buffer)
+
+    def told(labels):
+        learner = Learner(net("mlp"), rule)
+        buffer[:] = UNLABELLED
+        buffer[:4] = 0
+        learner.step(X, labels())
+        buffer[:] = np.arange(len(X)) % CLASSES
+        return learner.step(X, labels()).read()
+
+    assert told(lambda: shared) == told(shared.clone)

@@ -21,7 +21,7 @@ from layerwise.core.randomness import derive_seed, preserved_generators, seed_ge
 from layerwise.core.ranges import Where
 from layerwise.core.reading import Output, Read
 from layerwise.core.rule import Rule
-from layerwise.core.tasks import Task
+from layerwise.core.tasks import Task, of_one_batch
 from layerwise.core.trees import mapped
 from layerwise.errors import LayerwiseError
 from layerwise.learner import pickled, prediction
@@ -428,7 +428,7 @@ class Learner:
         if isinstance(self._built, NotBuilt):
             self.build(x)
         self.check_labels(labels)
-        return self._placed(x), placed(labels, self.device)
+        return self._placed(x), of_one_batch(placed(labels, self.device))
 
     def check_labels(self, y: Tensor) -> None:
         """Raise LayerwiseError unless all labels `y` are of the task, or -100 for a rule that allows it.

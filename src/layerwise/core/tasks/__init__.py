@@ -9,6 +9,7 @@ from layerwise.core.tasks.function import Loss
 from layerwise.core.tasks.labels import MultiLabel
 from layerwise.core.tasks.metric import ACCURACY, Metric
 from layerwise.core.tasks.numbers import Regression
+from layerwise.core.tasks.once import of_one_batch
 from layerwise.core.tasks.pixels import Segmentation
 
 KINDS: dict[str, type[Task]] = {
@@ -41,4 +42,5 @@ __all__ = [
     "Segmentation",
     "Task",
     "metric_of",
+    "of_one_batch",
 ]
