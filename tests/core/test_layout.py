@@ -148,7 +148,10 @@ def test_what_no_layer_tells_is_refused_by_rules_that_have_to_know_and_may_be_de
     learner = Learner(model, "local_ce", cuts=["0", "1"], example=SERIES, layout="NLC")
     assert learner.auxiliary["0"].in_features == 6
     Learner(make(), "backprop", **named)  # nothing has to know
-    for wrong, words in (({"9": "BCL"}, "no block '9'"), ("CBL", "not understood"), ({"0": "BCHW"}, "4 letters")):
+    for wrong, words in (
+        *(({"9": "BCL"}, "no block '9'"), ("CBL", "not understood"), ({"0": "BCHW"}, "4 letters")),
+        ("BCHW", "has 4 letters, and the outputs of the blocks have 2, 3 dimensions"),
+    ):
         with pytest.raises(LayerwiseError, match=words):
             Learner(make(), "backprop", layout=wrong, **named)
 

@@ -352,6 +352,7 @@ class Partition(nn.Module):
             if "input" in whole:
                 _check_declared("input", whole["input"], told.of(x, len(x)))
             self.__dict__["input_layout"] = layouts.of(x, len(x))
+        check_fits(declared, outputs)
         return outputs
 
     def describe(self) -> str:
@@ -388,6 +389,16 @@ def declared_layouts(layout: Mapping[str, str] | str | None, names: Sequence[str
         if name not in (*names, "input"):
             raise LayerwiseError(f"layout names no block {name!r}; {suggestion(name, ['input', *names])}.")
     return {name: check_layout(value) for name, value in layout.items()}
+
+
+def check_fits(declared: Mapping[str, str] | str | None, outputs: Sequence[Tensor]) -> None:
+    """Raise LayerwiseError where one layout is declared for all blocks, and no output has as many dimensions."""
+    if isinstance(declared, str) and all(out.dim() != len(declared) for out in outputs):
+        found = ", ".join(map(str, sorted({out.dim() for out in outputs})))
+        raise LayerwiseError(
+            f"layout {declared!r} has {len(declared)} letters, and the outputs of the blocks have {found} dimensions; "
+            "give one letter for each, or leave it out."
+        )
 
 
 def _check_declared(name: str, declared: str, told: str | None) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.core.blocks import Partition, declared_layouts
+from layerwise.core.blocks import Partition, check_fits, declared_layouts
 from layerwise.core.call_blocks import CallBlock
 from layerwise.core.coroutine import Pass, called_instead, devices_of, without_severing
 from layerwise.core.crossing import Crossing, Uses
@@ -275,6 +275,7 @@ class CallPartition(Partition):
                 uses.hand_over(out, h)
                 outputs.append(h)
             self.__dict__["input_layout"] = layouts.of(x, len(x)) if isinstance(x, Tensor) else None
+        check_fits(self.layout, outputs)
         self._own(uses.used)
         self.__dict__.update(crossings=uses.crossings, _forms=forms, _used=uses.used)
         if self.again or all(block.before is None for block in self.blocks):

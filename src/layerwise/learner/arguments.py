@@ -81,7 +81,9 @@ def _refuse(rule: Rule, what: str, kinds: Sequence[str]) -> NoReturn:
 
 def check_arguments(given: Mapping[str, Any]) -> None:
     """Raise LayerwiseError for arguments of `Learner`, by name, that are wrong whatever the model is."""
-    check_types(*(given[n] for n in ("lr_multipliers", "channels_last", "stage", "replicas", "cuts", "layout")))
+    check_types(
+        *(given[n] for n in ("lr_multipliers", "channels_last", "stage", "replicas", "cuts", "layout", "compile"))
+    )
     check_ranges(**{n: given[n] for n in ("clip", "accumulate", "micro", "label_smoothing", "seed", "blocks")})
     check_ranges(lr=given["lr"], weight_decay=given["weight_decay"], lr_multipliers=given["lr_multipliers"] or {})
     check_options(given["precision"], given["nonfinite"])
@@ -101,7 +103,9 @@ def check_multipliers(lr_multipliers: Mapping[str, float], names: Sequence[str])
             raise LayerwiseError(f"lr_multipliers names no block {name!r}; {suggestion(name, names)}.")
 
 
-def check_types(lr_multipliers: Any, channels_last: Any, stage: Any, replicas: Any, cuts: Any, layout: Any) -> None:
+def check_types(
+    lr_multipliers: Any, channels_last: Any, stage: Any, replicas: Any, cuts: Any, layout: Any, compile: Any
+) -> None:
     """Raise LayerwiseError for an argument of another type."""
     for name, value, kinds, wanted in (
         ("lr_multipliers", lr_multipliers, (Mapping, type(None)), "a mapping from block names to factors"),
@@ -110,6 +114,7 @@ def check_types(lr_multipliers: Any, channels_last: Any, stage: Any, replicas: A
         ("replicas", replicas, (OneProcess, type(None)), "Replicas, Shards or OneProcess()"),
         ("cuts", cuts, (str, Sequence, type(None)), "a name, a pattern, or a list of names"),
         ("layout", layout, (str, Mapping, type(None)), "a layout such as 'BCL', or a mapping from block names"),
+        ("compile", compile, (bool, str), "True, False, or the name of a backend"),
     ):
         if not isinstance(value, kinds):
             raise LayerwiseError(f"{name} is of type {type(value).__name__}; give {wanted}.")
