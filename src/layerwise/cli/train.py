@@ -9,7 +9,7 @@ from typing import Any
 from layerwise.cli.early import check_options
 from layerwise.cli.help import RuleByName, print_help
 from layerwise.errors import LayerwiseError, say
-from layerwise.parsing import parse, take_option
+from layerwise.parsing import environment_number, parse, take_option
 from layerwise.runs.launch import ParallelOptions
 from layerwise.runs.layout import check_run
 from layerwise.runs.settings import RunSettings
@@ -59,7 +59,7 @@ def train_command(argv: list[str]) -> int:
         return distributed.train_rank(
             kind, launch, options, command, folder, lambda *found: print(result_table(*found))
         )
-    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if "TORCHELASTIC_RUN_ID" in os.environ and environment_number("WORLD_SIZE", 1) > 1:
         raise LayerwiseError(
             "torchrun has started several processes of the same run; add --parallel pipeline, data or sharded."
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 from layerwise import rules
 from layerwise.errors import LayerwiseError, suggestion
+from layerwise.parsing import read_number, read_whole
 from layerwise.runs.options import TrainOptions, from_mapping, model_name, to_mapping
 
 PER_RULE = (
@@ -102,7 +103,7 @@ def _value(text: str, hint: Any) -> Any:
     if text in ("true", "false"):
         return text == "true"
     if hint is not str:
-        for kind in (int, float):
+        for read in (read_whole, read_number):
             with contextlib.suppress(ValueError):
-                return kind(text)
+                return read(text)
     return text

@@ -26,6 +26,7 @@ from layerwise.memory.malloc import keep_freed_memory
 from layerwise.memory.meter import resident_peak
 from layerwise.memory.offload import window_of
 from layerwise.memory.stores import DiskStore
+from layerwise.parsing import read_whole
 
 COLUMNS = ("parameters", "optimizer", "gradients", "activations", "peak")
 
@@ -137,7 +138,7 @@ def memory_command(argv: list[str]) -> int:
     """`layerwise bench memory`: print a row per model, rule and depth."""
     options = parse_problem(MemoryOptions, argv, "bench memory")
     try:
-        depths = [int(depth) for depth in options.depths.split(",")]
+        depths = [read_whole(depth) for depth in options.depths.split(",")]
     except ValueError as reason:
         raise LayerwiseError(f"--depths {options.depths!r} is not a list such as 4,16,64.") from reason
     by_model = {model: depths_of(model, depths) for model in options.model}
