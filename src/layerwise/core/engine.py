@@ -13,7 +13,7 @@ from layerwise.core.execution import Execution
 from layerwise.core.failures import NonFinite, in_a_sentence
 from layerwise.core.finite import FiniteCheck
 from layerwise.core.groups import Group, Unit, parameters_of
-from layerwise.core.optim import set_learning_rate
+from layerwise.core.param_groups import set_learning_rate
 from layerwise.core.parts import Part, Whole, parts_of, share_of
 from layerwise.core.perturbation import Estimate
 from layerwise.core.pieces import HasTrunk, PerturbsWeights, StepsByParameter, has_trunk
@@ -384,6 +384,11 @@ class Engine(Runner):
                 group.scaler.step(optimizer)
             else:
                 take_step(optimizer)
+        except KeyError as reason:
+            raise LayerwiseError(
+                f"{type(optimizer).__name__} finds no {reason} in its state; an option that needs it (amsgrad, "
+                "centered) is set when the optimizer is made, not in its parameter groups later."
+            ) from reason
         except RuntimeError as reason:
             if "sparse" not in str(reason).lower():
                 raise

@@ -14,8 +14,9 @@ from layerwise.core.blocks import Block, Partition
 from layerwise.core.contract import asking, groups_of
 from layerwise.core.engine import Engine
 from layerwise.core.groups import Group, Grouping, Unit
-from layerwise.core.optim import begin_schedule, decay_groups, sparse_gradients, without_decay
+from layerwise.core.optim import decay_groups, sparse_gradients, without_decay
 from layerwise.core.output_layer import watching_linear_layers
+from layerwise.core.param_groups import begin_schedule
 from layerwise.core.pieces import LearnsInPart, MovesActivations, ReadsOutputMatrix, StepsByParameter
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.rule import Site
