@@ -451,7 +451,7 @@ class Learner:
         """Everything that decides how training continues.
 
         Returns:
-            `model`: the model's own `state_dict`; `auxiliary`: the rule's modules; `optimizer`: state per parameter name;
+            `model`: the model's own `state_dict`; `auxiliary`: the rule's modules; `optimizer`: state per parameter;
             `stateless`: parameters that have none; `gradients`: what has accumulated since the last update;
             `accumulation`: how much; `scaler`: one state per group; `rates`, `settings`: what was set in parameter
             groups; `rule`, `steps`, `skipped`. Tensors are not copied. A stage's own part, where there is one.
