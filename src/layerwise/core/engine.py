@@ -16,7 +16,7 @@ from layerwise.core.groups import Group, Unit, parameters_of
 from layerwise.core.optim import set_learning_rate
 from layerwise.core.parts import Part, Whole, parts_of, share_of
 from layerwise.core.perturbation import Estimate
-from layerwise.core.pieces import HasTrunk, PerturbsWeights, StepsByParameter, has_trunk
+from layerwise.core.pieces import FollowsNextBlock, HasTrunk, PerturbsWeights, StepsByParameter, has_trunk
 from layerwise.core.progress import Accumulation, Trace, WaitingTrunk
 from layerwise.core.randomness import derive_seed
 from layerwise.core.reached import check_reached
@@ -96,6 +96,8 @@ class Engine(Runner):
             for group in waiting:
                 with self.resident([*group.units, *group.ahead]):
                     h, message = self.update(group, h, message, y, step, trace, trunk)
+                    if self._due:
+                        self._follow(group)
             if trunk is not None:
                 sent_back = (Signal(cotangent=trunk.gradient), trunk.out)
                 with self.resident(trunk.group.units):
@@ -105,6 +107,16 @@ class Engine(Runner):
             if self._due:
                 self.accumulation.next()
         return h, message
+
+    @torch.no_grad()
+    def _follow(self, group: Group) -> None:
+        """Modules of the group that follow the next block look at it: its own update comes after this group's."""
+        if not isinstance(self.rule, FollowsNextBlock):
+            return
+        for unit in group.units:
+            if unit.auxiliary is not None and self.rule.follows(unit.site):
+                with asking(self.rule, f"`follow` at block {unit.site.name!r}"):
+                    self.rule.follow(unit.site, unit.auxiliary)
 
     def take(self, y: Tensor) -> None:
         """Take a batch with these labels into the update under way; `step` does so for every batch."""
@@ -142,6 +154,7 @@ class Engine(Runner):
             for group in groups:
                 with self.resident(group.units):
                     self._flush(group, step, trace)
+                    self._follow(group)
             self._step_reduced()
             self.accumulation.next()
         return True

@@ -58,6 +58,27 @@ class ReadsOutputMatrix:
         return 1 if self.readout == "shared" else None
 
 
+class FollowsNextBlock(Abstract):
+    """A rule whose module at a site follows the block after it, such as an average of what that block has learned.
+
+    The engine asks for it once per update, when the site's group has had its turn and the next one has not: the next
+    block's tensors are those that the update before has left.
+    """
+
+    @abstractmethod
+    def follows(self, site: Site) -> bool:
+        """Whether the module at a site follows the next block, under the rule's options."""
+
+    @abstractmethod
+    def follow(self, site: Site, auxiliary: nn.Module) -> None:
+        """Let the module at a site follow the next block; without gradient.
+
+        Args:
+            site: the place; `Site.network` holds the next block.
+            auxiliary: the rule's module there.
+        """
+
+
 class LearnsInPart(Abstract):
     """A rule that trains some sites of its one group in each update: the others rest, and keep no optimizer state.
 

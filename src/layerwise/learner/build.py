@@ -16,7 +16,7 @@ from layerwise.core.engine import Engine
 from layerwise.core.groups import Group, Grouping, Unit
 from layerwise.core.optim import begin_schedule, decay_groups, sparse_gradients, without_decay
 from layerwise.core.output_layer import watching_linear_layers
-from layerwise.core.pieces import LearnsInPart, MovesActivations, ReadsOutputMatrix, StepsByParameter
+from layerwise.core.pieces import FollowsNextBlock, LearnsInPart, MovesActivations, ReadsOutputMatrix, StepsByParameter
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.rule import Site
 from layerwise.errors import LayerwiseError
@@ -26,6 +26,7 @@ from layerwise.learner.watch import Watch
 from layerwise.memory.activations import ActivationOffload, NotMoved
 from layerwise.memory.offload import NotOffloaded, Offload
 from layerwise.parallel.alone import WholeNetwork
+from layerwise.rules.ahead import head_of
 
 WORTH_A_WARNING = 100_000
 """Numbers in readouts below which nobody is warned of them."""
@@ -47,7 +48,7 @@ class Built:
     def __init__(self, setup: Setup, x: Any, evaluating: Callable[[], AbstractContextManager[None]]):
         check_alone(setup)
         check_by_parameter(setup)
-        check_output_matrix(setup)
+        check_looks(setup)
         setup.network.check_modules()
         self.setup = setup
         self.auxiliary = nn.ModuleDict()
@@ -212,7 +213,8 @@ class Built:
         """
         rule, blocks = self.setup.rule, [unit for unit in units if not unit.site.is_head]
         if isinstance(rule, ReadsOutputMatrix) and rule.readout == "private":
-            made = [t for u in blocks if u.auxiliary for t in (*u.auxiliary.parameters(), *u.auxiliary.buffers())]
+            heads = [head_of(u.auxiliary) for u in blocks if u.auxiliary]
+            made = [t for head in heads for t in (*head.parameters(), *head.buffers())]
             readouts, own = sum(t.numel() for t in made), sum(p.numel() for u in blocks for p in u.block.parameters())
             if readouts > max(own, WORTH_A_WARNING):
                 warnings.warn(
@@ -280,13 +282,20 @@ def check_alone(setup: Setup) -> None:
         )
 
 
-def check_output_matrix(setup: Setup) -> None:
-    """Raise LayerwiseError where readouts look at the output matrix, and it is not whole while other blocks run."""
+def check_looks(setup: Setup) -> None:
+    """Raise LayerwiseError where readouts look at another block's parameters, which are not whole at that time."""
     rule = setup.rule
     if isinstance(rule, ReadsOutputMatrix) and rule.matrix_refresh() is not None and setup.replicas.shares_parameters:
         raise LayerwiseError(
             f'rule {rule.name!r} with readout="shared" looks at the output matrix at every block, and with --parallel '
             "sharded a rank has a share of it; choose --parallel data, or another readout."
+        )
+    blocks = len(setup.blocks) - 1
+    follows = isinstance(rule, FollowsNextBlock) and any(rule.follows(Site(i, blocks, "")) for i in range(blocks))
+    if follows and setup.replicas.shares_parameters:
+        raise LayerwiseError(
+            f"the heads of rule {rule.name!r} follow the next block, and with --parallel sharded a rank has a share of "
+            "it; choose --parallel data, or ahead='learned'."
         )
 
 

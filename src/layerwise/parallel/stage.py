@@ -12,8 +12,8 @@ from layerwise.core.blocks import Partition
 from layerwise.core.cost import balanced_ends, operations
 from layerwise.core.devices import synchronize
 from layerwise.core.modes import evaluation_mode
-from layerwise.core.pieces import PredictsBySite, ReadsOutputMatrix, StartsFromData, has_trunk
-from layerwise.core.rule import Rule
+from layerwise.core.pieces import FollowsNextBlock, PredictsBySite, ReadsOutputMatrix, StartsFromData, has_trunk
+from layerwise.core.rule import Rule, Site
 from layerwise.core.trees import detach
 from layerwise.errors import LayerwiseError
 
@@ -164,6 +164,7 @@ def seconds(network: Partition, example: Tensor, repeats: int = 3) -> list[float
 
 def check_rule(rule: Rule, groups: Sequence[range]) -> None:
     """Raise LayerwiseError where a rule needs more than what travels forward from block to block, once."""
+    blocks = groups[-1].stop - 1
     for i, group in enumerate(groups[1:], 1):
         if groups[i - 1].stop > group.start:
             why = "its signals pass through blocks of later groups"
@@ -175,6 +176,8 @@ def check_rule(rule: Rule, groups: Sequence[range]) -> None:
             why = f"its locality is {rule.locality!r}, not 'local' (across a boundary goes: {rule.boundary})"
         elif type(rule).begin is not Rule.begin and not rule.begins_with_batch:
             why = "what it begins with may look at the whole network"
+        elif isinstance(rule, FollowsNextBlock) and any(rule.follows(Site(g.stop - 1, blocks, "")) for g in groups):
+            why = "its heads follow the next block, which may be on another rank"
         elif isinstance(rule, StartsFromData):
             why = "it sets the network up from training data"
         elif not (rule.predicts_plainly() or isinstance(rule, PredictsBySite) or rule.predicts_at_head):
