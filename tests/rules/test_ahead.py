@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 from support.nets import batches, gone_on, net, problem, same_bits, trained
 from support.own import decoder, text
+from support.ranks import same_state
+from support.stages import stages, through
 from torch import nn
 
 from layerwise import LanguageModel, LayerwiseError, Learner, Partition, rules
 from layerwise.core.first_layer import first_layer
+from layerwise.learner.state import joined
 
 RULES = ("local_ce", "dgl", "infopro", "auglocal", "predsim")
 DATA = batches(3)
@@ -133,6 +136,13 @@ def test_only_the_first_layer_of_a_longer_block_is_copied():
     first = first_layer(parts.blocks[1])
     assert [type(m).__name__ for m in first.modules] == ["Conv2d", "BatchNorm2d", "ReLU", "Twice"]
     assert (first.whole, first.parameter_names()) == (False, ["2.weight", "2.bias", "3.weight", "3.bias"])
+    for chain, size in (
+        (nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.Sequential(nn.Linear(2, 2), nn.ReLU())), 2),
+        (nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), 3),  # of several kinds: a layer itself
+    ):
+        model = nn.Sequential(nn.Linear(2, 2), chain, nn.Linear(2, 4))
+        (found,) = first_layer(Partition(model, ["0", "1"]).blocks[1]).modules
+        assert len(list(found.children())) == size
     learner = trained(parts.model, looking("dgl", "both"), DATA, cuts=["1", "7"])
     assert learner.auxiliary["0"].sample(torch.zeros(2, 4, 8, 8)).shape == (2, 6, 3, 3)
     assert learner.auxiliary["0"].average[1].num_batches_tracked == len(DATA)  # not by the pass that asks for the shape
@@ -153,7 +163,7 @@ def test_a_model_that_is_cut_at_its_calls_looks_ahead_where_it_is_regular():
     learner = Learner(decoder(), looking("local_ce", "both"), cuts="layers.*", task=task, lr=0.01)
     losses = [learner.step(batch).read() for _ in range(30)]
     assert losses[-1]["layers.0/loss"] < losses[0]["layers.0/loss"]
-    names = learner.auxiliary["0"].names
+    names = learner.rule.followed(learner.groups[0].units[0].site)
     assert names and all(name.startswith("layers.1.") for name in names)
 
 
@@ -171,3 +181,31 @@ def test_what_cannot_be_copied_or_followed_is_refused_in_a_sentence():
 
     with pytest.raises(LayerwiseError, match="traced out of Traced, so its first layer cannot be copied"):
         Learner(Traced(), looking("local_ce", "learned"), cuts=["a", "b"]).step(torch.randn(4, 8), torch.arange(4))
+
+
+@pytest.mark.parametrize(
+    ("ahead", "kind", "ranks", "options"),
+    [
+        ("learned", "mlp", 2, {}),
+        ("both", "resnet", 4, {}),
+        ("momentum", "vit", 2, {"accumulate": 2}),
+        ("both", "mlp", 2, {"offload": "host"}),
+    ],
+)
+def test_stages_have_the_bits_of_one_process(ahead, kind, ranks, options):
+    model, rule = net(kind, 4), looking("local_ce", ahead, ahead_momentum=0.7)
+    one = trained(model, rule, DATA, **{**options, "offload": "none"})
+    learners = stages(model, rule, ranks, X, **options)
+    for x, y in DATA:
+        through(learners, "step", x, y)
+    held = [{n for n, p in learner.named_parameters() if not p.is_meta} for learner in learners]
+    assert sum(map(len, held)) == len(set.union(*held)) == len(dict(one.named_parameters()))
+    states = [copy.deepcopy(learner.state_dict()) for learner in learners]
+    assert same_state(joined(states), one.state_dict())
+    # What crosses: one layer for each boundary between ranks.
+    layers = [learner.network.blocks[learner.groups[0].units[0].site.index] for learner in learners[1:]]
+    size = sum(p.numel() * 4 for block in layers for p in block.parameters())
+    assert learners[0].stage.sent_back == (0 if ahead == "learned" else size)
+    for learner in (one, *learners):
+        learner.flush()
+    assert same_state(joined([copy.deepcopy(learner.state_dict()) for learner in learners]), one.state_dict())

@@ -12,6 +12,7 @@ from layerwise.core.contract import asking, check_sent_back
 from layerwise.core.execution import Execution
 from layerwise.core.failures import NonFinite, in_a_sentence
 from layerwise.core.finite import FiniteCheck
+from layerwise.core.following import NextBlock
 from layerwise.core.groups import Group, Unit, parameters_of
 from layerwise.core.optim import set_learning_rate
 from layerwise.core.parts import Part, Whole, parts_of, share_of
@@ -43,6 +44,7 @@ class Engine(Runner):
     Attributes:
         resident: the context in which units run; offloaded ones are on the device inside.
         accumulation: the update under way.
+        next_block: where modules that follow the next block get its tensors.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Engine(Runner):
         self.resident = resident
         self.finite = FiniteCheck(execution)
         self.accumulation = Accumulation()
+        self.next_block = NextBlock()
         self._weight: float | Tensor = 1.0
         """Of the batch under way, or of this process's share of it."""
         self._stepped: set[int] = set()
@@ -111,12 +114,16 @@ class Engine(Runner):
     @torch.no_grad()
     def _follow(self, group: Group) -> None:
         """Modules of the group that follow the next block look at it: its own update comes after this group's."""
-        if not isinstance(self.rule, FollowsNextBlock):
-            return
         for unit in group.units:
-            if unit.auxiliary is not None and self.rule.follows(unit.site):
+            if unit.followed and unit.auxiliary is not None and isinstance(self.rule, FollowsNextBlock):
+                tensors = self.next_block.tensors(unit.site, unit.followed)
                 with asking(self.rule, f"`follow` at block {unit.site.name!r}"):
-                    self.rule.follow(unit.site, unit.auxiliary)
+                    self.rule.follow(unit.auxiliary, tensors)
+
+    def tell(self) -> None:
+        """Before a batch that completes an update: send what modules of other ranks follow of the blocks here."""
+        if self.accumulation.batches + 1 == self.execution.accumulate:
+            self.next_block.tell()
 
     def take(self, y: Tensor) -> None:
         """Take a batch with these labels into the update under way; `step` does so for every batch."""
@@ -150,6 +157,7 @@ class Engine(Runner):
         """
         if self.accumulation.batches == 0:
             return False
+        self.next_block.tell()
         with self._whole_or_given_up(groups):
             for group in groups:
                 with self.resident(group.units):

@@ -19,7 +19,8 @@ class FirstLayer:
     """What a block runs first.
 
     Of a chain of modules that is the first module with weights other than a norm's, with what is before it, and what
-    follows it up to the next such module: norm, activation, pooling. A block of any other kind is one layer.
+    follows it up to the next such module: norm, activation, pooling. A residual unit is one module, and so is an
+    `nn.Sequential` of modules of several kinds. A block that is no chain is one layer.
     """
 
     block: Block
@@ -85,11 +86,15 @@ def first_layer(block: Block) -> FirstLayer:
 
 
 def opened_chain(modules: list[nn.Module]) -> list[nn.Module]:
-    """The modules with nested `nn.Sequential` containers opened."""
+    """The modules, with each `nn.Sequential` of modules of one kind opened, such as a stage of residual units.
+
+    One of several kinds is a layer itself: a convolution with norm and activation, attention and a perceptron.
+    """
     found: list[nn.Module] = []
     for module in modules:
         plain = is_sequential(module) and not module._forward_hooks and not module._forward_pre_hooks
-        found += opened_chain(list(module.children())) if plain else [module]
+        alike = plain and len({type(child) for child in module.children()}) == 1
+        found += opened_chain(list(module.children())) if alike else [module]
     return found
 
 

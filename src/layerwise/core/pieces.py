@@ -66,16 +66,24 @@ class FollowsNextBlock(Abstract):
     """
 
     @abstractmethod
-    def follows(self, site: Site) -> bool:
-        """Whether the module at a site follows the next block, under the rule's options."""
+    def begins_as_next(self, site: Site) -> bool:
+        """Whether the module at a site is made from the next block's weights, under the rule's options."""
 
     @abstractmethod
-    def follow(self, site: Site, auxiliary: nn.Module) -> None:
-        """Let the module at a site follow the next block; without gradient.
+    def followed(self, site: Site) -> list[str]:
+        """Names in the model of those tensors of the next block that the module at a site follows, if it does.
 
         Args:
             site: the place; `Site.network` holds the next block.
-            auxiliary: the rule's module there.
+        """
+
+    @abstractmethod
+    def follow(self, auxiliary: nn.Module, tensors: list[Tensor]) -> None:
+        """Let a module follow the next block; without gradient.
+
+        Args:
+            auxiliary: the rule's module at a site.
+            tensors: those that `followed` names.
         """
 
 

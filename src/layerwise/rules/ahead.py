@@ -58,25 +58,27 @@ class LooksAhead(FollowsNextBlock, Rule):
         """The head of a site, after copies of the next block's first layer where the rule looks ahead."""
         if not self.has_head(site):
             return None
-        if self.ahead == "none" or site.index + 1 >= site.blocks:
+        if not self.begins_as_next(site):
             return self.head(site, h, task)
         looking = LookingAhead(self.ahead, site, h)
         looking.head = self.head(looking.site_of(site), looking.sample(h), task)
         return looking
 
-    def follows(self, site: Site) -> bool:
-        """Whether there is a moving average at the site."""
-        return self.ahead in ("momentum", "both") and self.has_head(site) and site.index + 1 < site.blocks
+    def begins_as_next(self, site: Site) -> bool:
+        """Whether the head of a site holds copies."""
+        return self.ahead != "none" and self.has_head(site) and site.index + 1 < site.blocks
 
-    def follow(self, site: Site, auxiliary: nn.Module) -> None:
+    def followed(self, site: Site) -> list[str]:
+        """The parameters of the next block's first layer, where there is a moving average."""
+        if self.ahead not in ("momentum", "both") or not self.begins_as_next(site):
+            return []
+        assert site.network is not None
+        return first_layer(site.network.blocks[site.index + 1]).parameter_names()
+
+    def follow(self, auxiliary: nn.Module, tensors: list[Tensor]) -> None:
         """Move the average towards the next block's first layer."""
         assert isinstance(auxiliary, LookingAhead)
-        assert site.network is not None
-        block = site.network.blocks[site.index + 1]
-        if block.before is not None:
-            block.before()  # an offloaded block has to be fetched
-        places = [block.place(name) for name in auxiliary.names]
-        auxiliary.follow([registry[name] for registry, name in places], self.ahead_momentum)
+        auxiliary.follow(tensors, self.ahead_momentum)
 
     def ahead_of(self, site: Site, h: Tensor, auxiliary: nn.Module) -> tuple[Site, Tensor, nn.Module]:
         """What a head reads, and the head: of the site itself, or behind the copies of the next block's layer."""
@@ -104,9 +106,6 @@ class LookingAhead(nn.Module):
         kind: which copies there are.
         site: whose output comes in.
         h: a sample of it.
-
-    Attributes:
-        names: of the layer's parameters in the model, in the order of the average's.
     """
 
     head: nn.Module
@@ -118,7 +117,6 @@ class LookingAhead(nn.Module):
         self.learned = layer.copied(h.device) if kind != "momentum" else None
         self.average = layer.copied(h.device).requires_grad_(False) if kind != "learned" else None
         self.scale = nn.Parameter(torch.ones((), device=h.device)) if kind == "both" else None
-        self.names = layer.parameter_names()
         self._unchanged = Unchanged(site.name)  # a copy may begin with an in-place operation
         if layer.whole:
             shape, self._layout = site.shapes[site.index + 1], site.layouts[site.index + 1]
