@@ -215,6 +215,9 @@ class Engine(Runner):
             The loss, as the part's share of the batch's.
         """
         part, share = labelled.part, labelled.share
+        network = group.units[0].site.network
+        if network is not None:
+            network.turn_to(part)
         h, message = part.of(h), part.of(message)
         signals, out, message = self._with_graph(group, h, message, labelled.y, step, trace, part.index, share)
         whole.add(part, detach((out, message)))

@@ -109,6 +109,7 @@ class Built:
                 setup.rule,
                 [unit for group in groups for unit in group.units],
                 {"the input": setup.network.input_layout, **known},
+                setup.network.keeps if len(groups) > 1 else (),
             )
         self.grouping = Grouping(setup.rule, groups, names, self._scaler)
         if setup.compile:
