@@ -15,14 +15,14 @@ from layerwise.core.finite import FiniteCheck
 from layerwise.core.following import NextBlock
 from layerwise.core.groups import Group, Unit, parameters_of
 from layerwise.core.param_groups import set_learning_rate
-from layerwise.core.parts import Part, Whole, parts_of, share_of
+from layerwise.core.parts import Labelled, Whole, labelled_parts
 from layerwise.core.perturbation import Estimate
 from layerwise.core.pieces import FollowsNextBlock, HasTrunk, PerturbsWeights, StepsByParameter, has_trunk
 from layerwise.core.progress import Accumulation, Trace, WaitingTrunk
 from layerwise.core.randomness import derive_seed
 from layerwise.core.reached import check_reached
 from layerwise.core.rule import Rule, Signal
-from layerwise.core.runner import NOTHING, Runner
+from layerwise.core.runner import NOTHING, Runner, Signals
 from layerwise.core.stepping import take_step
 from layerwise.core.tasks import Task
 from layerwise.core.trees import all_finite, detach
@@ -61,6 +61,8 @@ class Engine(Runner):
         self.next_block = NextBlock()
         self._weight: float | Tensor = 1.0
         """Of the batch under way, or of this process's share of it."""
+        self._parts: list[Labelled] = []
+        """Of the batch under way."""
         self._stepped: set[int] = set()
         """Parameters that have stepped in the backward pass under way."""
         self._reduced: Callable[[], Any] | None = None
@@ -130,6 +132,7 @@ class Engine(Runner):
         replicas, counted = self.execution.replicas, self.task.counted(y, self.rule.unlabelled)
         # Of a share, where replicas share the batch; it weighs as much in their mean as it has of the batch's labels.
         self._weight = self.accumulation.add(counted * replicas.count, replicas.total(counted))
+        self._parts = labelled_parts(y, self.execution.micro, self.task, self.rule.unlabelled)
 
     @property
     def _due(self) -> bool:
@@ -198,12 +201,8 @@ class Engine(Runner):
             return self._perturbed(group, h, message, y, step, trace, *self.rule.perturbations())
         if trunk is not None and group.learns:
             h = h.detach().requires_grad_()
-        whole, losses = Whole(group.name), []
-        for part in parts_of(len(y), self.execution.micro):
-            passed_on, loss = self._run_part(group, part, h, message, y, step, trace)
-            whole.add(part, passed_on)
-            losses.append(loss)
-            del passed_on  # it has been copied, and would wait beside the next part
+        whole = Whole(group.name)
+        losses = [self._run_part(group, labelled, h, message, step, trace, whole) for labelled in self._parts]
         h_out, message_out = whole.tree
         for name in [unit.site.name for unit in group.units]:
             sums = trace.statistics.pop(name, None)  # of every block they would grow with depth
@@ -229,20 +228,23 @@ class Engine(Runner):
         return h_out, message_out
 
     def _run_part(
-        self, group: Group, part: Part, h: Tensor, message: Any, y: Tensor, step: int, trace: Trace
-    ) -> tuple[tuple[Tensor, Any], Tensor]:
-        """Forward, signal and backward of a part of the batch.
+        self, group: Group, labelled: Labelled, h: Tensor, message: Any, step: int, trace: Trace, whole: Whole
+    ) -> Tensor:
+        """Forward, signal and backward of a part of the batch; `whole` gets its output and message.
 
         Returns:
-            Output and message, detached; the loss, as the part's share of the batch's.
+            The loss, as the part's share of the batch's.
         """
-        h, message, own = part.of(h), part.of(message), part.of(y)
-        share = 1.0 if part.index is None else share_of(self.task, own, y, self.rule.unlabelled)
-        signals, out, message = self._with_graph(group, h, message, own, step, trace, part.index, share)
-        loss = (
-            self._add(group, h, signals, step, share) if group.learns and share else torch.zeros((), device=out.device)
-        )
-        return detach((out, message)), loss
+        part, share = labelled.part, labelled.share
+        network = group.units[0].site.network
+        if network is not None:
+            network.turn_to(part)
+        h, message = part.of(h), part.of(message)
+        signals, out, message = self._with_graph(group, h, message, labelled.y, step, trace, part.index, share)
+        whole.add(part, detach((out, message)))
+        device = out.device
+        del out, message  # of a part they have been copied, and would wait beside its backward pass
+        return self._add(group, h, signals, step, share) if group.learns and share else torch.zeros((), device=device)
 
     def _with_graph(
         self,
@@ -254,7 +256,7 @@ class Engine(Runner):
         trace: Trace,
         part: int | None = None,
         share: float = 1.0,
-    ) -> tuple[list[tuple[Signal, Tensor]], Tensor, Any]:
+    ) -> tuple[Signals, Tensor, Any]:
         """The forward pass of an update: with a graph where something learns."""
         first = self.accumulation.batches <= 1 and not part
         if first:  # what the owner has computed is no part of the update
@@ -279,9 +281,7 @@ class Engine(Runner):
             for parameter in frozen:
                 parameter.requires_grad_(True)
 
-    def _add(
-        self, group: Group, h: Tensor, signals: list[tuple[Signal, Tensor]], step: int, share: float = 1.0
-    ) -> Tensor:
+    def _add(self, group: Group, h: Tensor, signals: Signals, step: int, share: float = 1.0) -> Tensor:
         """Add the gradients of signals to those that the group has; returns the loss, as its share of the batch's.
 
         With replicas the group before steps now at the latest, so that never more than one group's gradients are alive.
@@ -339,7 +339,7 @@ class Engine(Runner):
 
         self._finish(finish)
 
-    def _backward(self, group: Group, h: Tensor, signals: list[tuple[Signal, Tensor]], share: float) -> Tensor:
+    def _backward(self, group: Group, h: Tensor, signals: Signals, share: float) -> Tensor:
         """Backward inside the group only, down to its input for a trunk; returns the summed loss, without history.
 
         Gradients and loss are weighed by the share of the batch's labels.
@@ -348,7 +348,7 @@ class Engine(Runner):
         weighed = self.execution.accumulate > 1 or self.execution.replicas.count > 1 or share != 1
         plain = not weighed and not group.scaler.is_enabled()  # then None is a loss's own gradient of 1
         roots: list[tuple[Tensor, Any]] = [(loss, None if plain else torch.ones_like(loss)) for loss in losses]
-        roots += [(out, s.cotangent) for s, out in signals if s.cotangent is not None]
+        roots += [(out, s.cotangent) for s, out in signals if out is not None]
         # A root without a history is a signal that reaches nothing that learns.
         roots = [(root, cotangent) for root, cotangent in roots if root.requires_grad]
         own = self.execution.replicas.full_of(group.parameters)
@@ -356,7 +356,8 @@ class Engine(Runner):
         if roots:
             cotangents = [cotangent for _, cotangent in roots]
             if weighed:
-                cotangents = [cotangent * (self._weight * share) for cotangent in cotangents]
+                factor = self._weight if share == 1 else self._weight * share
+                cotangents = [cotangent * factor for cotangent in cotangents]
             # Gradients for this group's parameters alone: what extends its graph, or does not learn, gets none.
             inputs = [*wanted, *([h] if has_trunk(self.rule) and h.requires_grad else [])]
             with in_a_sentence(f"block {group.name!r}", "cannot be run backward", h):

@@ -122,6 +122,7 @@ class Built:
                 setup.rule,
                 [unit for group in groups for unit in group.units],
                 {"the input": setup.network.input_layout, **known},
+                setup.network.keeps if len(groups) > 1 else (),
             )
         self.grouping = Grouping(setup.rule, groups, names, self._scaler)
         self.engine.next_block = setup.stage.next_block(setup.rule, setup.network, self._sites())
