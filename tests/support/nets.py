@@ -1,6 +1,10 @@
-"""Small nets, a small problem, and what "the same bits" means; shared by the tests."""
+"""Small nets, a small problem, and what "the same bits" means; shared by the tests.
+
+They lie on the CPU, or where the environment variable LAYERWISE_TEST_DEVICE says.
+"""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from layerwise.core import pieces
 from layerwise.core.graphs import Graph
 
 SHAPE, CLASSES = (1, 8, 8), 4
+DEVICE = torch.device(os.environ.get("LAYERWISE_TEST_DEVICE", "cpu"))
 KINDS = ("mlp", "vgg", "vit")
 QUICK = {"boosted": {"updates": 1}, "block_rota": {"period": 1, "order": "up"}, "zeroth_order": {"directions": 16}}
 SIZES = {
@@ -33,7 +38,7 @@ def net(kind="mlp", depth=3, **options):
         pytest.importorskip("torch_geometric", reason="the graph extra (PyTorch Geometric) is not installed")
         options["graph"] = graph()
     torch.manual_seed(7)
-    return models.create(kind, SHAPE, CLASSES, depth=depth, **{**SIZES[kind], **options})
+    return models.create(kind, SHAPE, CLASSES, depth=depth, **{**SIZES[kind], **options}).to(DEVICE)
 
 
 def graph(nodes=64, known=32):
@@ -62,7 +67,7 @@ def made(rule):
 def cascade(depth=4, **options):
     """SID's model in double precision."""
     torch.manual_seed(3)
-    return models.create("sid_cascade", SHAPE, CLASSES, depth=depth, **{"width": 16, **options}).double()
+    return models.create("sid_cascade", SHAPE, CLASSES, depth=depth, **{"width": 16, **options}).double().to(DEVICE)
 
 
 def wide(x):
@@ -74,7 +79,7 @@ def problem(samples=64, seed=0, shape=SHAPE, classes=CLASSES):
     draw = torch.Generator().manual_seed(seed)
     templates = torch.randn(classes, *shape, generator=torch.Generator().manual_seed(99))
     y = torch.arange(samples) % classes
-    return templates[y] + 0.3 * torch.randn(samples, *shape, generator=draw), y
+    return (templates[y] + 0.3 * torch.randn(samples, *shape, generator=draw)).to(DEVICE), y.to(DEVICE)
 
 
 def batches(count, size=16):
@@ -126,17 +131,20 @@ def linear_blocks(inputs=6, width=5, depth=3):
     torch.manual_seed(0)
     sizes = [inputs] + [width] * (depth - 1)
     layers = [nn.Linear(size, width, bias=False) for size in sizes]
-    return nn.Sequential(*layers, nn.Linear(width, CLASSES)).double()
+    return nn.Sequential(*layers, nn.Linear(width, CLASSES)).double().to(DEVICE)
 
 
 def vectors(samples=16, inputs=6):
     draw = torch.Generator().manual_seed(3)
-    return torch.randn(samples, inputs, generator=draw, dtype=torch.float64), torch.arange(samples) % CLASSES
+    x = torch.randn(samples, inputs, generator=draw, dtype=torch.float64)
+    return x.to(DEVICE), torch.arange(samples, device=DEVICE) % CLASSES
 
 
 def dense():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, CLASSES))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, CLASSES)
+    ).to(DEVICE)
 
 
 def snapshot(learner):
