@@ -12,7 +12,7 @@ import torch
 
 from layerwise import models, rules
 from layerwise.core.ranges import Where
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, say
 from layerwise.measure.bench_problem import (
     CLASSES,
     CPU,
@@ -178,7 +178,7 @@ def memory_command(argv: list[str]) -> int:
                 except LayerwiseError as reason:
                     if options.rule != MemoryOptions.rule or not issubclass(models.options(model), models.OutsideModel):
                         raise
-                    print(f"layerwise: note: {rule} is left out: {reason}", file=sys.stderr)
+                    say(f"note: {rule} is left out: {reason}")
                     break
                 rows.append(row)
                 figures = "".join(f"{'-' if row[n] is None else f'{row[n] / 2**20:.3f}':>14}" for n in columns)
