@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -59,8 +60,14 @@ class CannotPrint(Exception):
     """Writing to standard output has failed."""
 
 
+UNSAFE = re.compile(r"\x1b(?!\[[0-9;]*m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""What a terminal would act on; colours, ends of lines and tabs are let through."""
+
+
 class Output:
     """Standard output whose failures can be distinguished from those of files.
+
+    A terminal gets escapes in place of control characters: names and texts may come from a stranger.
 
     Args:
         stream: what to write to.
@@ -68,9 +75,12 @@ class Output:
 
     def __init__(self, stream: Any):
         self._stream = stream
+        self._terminal = stream.isatty()
 
     def write(self, text: str) -> int:
         """Write text, as the stream does."""
+        if self._terminal:
+            text = UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text)
         try:
             return self._stream.write(text)
         except OSError as reason:
