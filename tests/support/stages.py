@@ -12,8 +12,8 @@ from layerwise.parallel.stage import Stage
 class Pipe:
     """A link inside one process."""
 
-    def __init__(self, before, after):
-        self.before, self.after = before, after
+    def __init__(self, before, after, matrices, rank):
+        self.before, self.after, self.matrices, self.rank = before, after, matrices, rank
 
     def receive(self):
         return self.before.popleft()
@@ -21,14 +21,22 @@ class Pipe:
     def send(self, tree):
         self.after.append(tree)
 
+    def receive_matrix(self):
+        return self.matrices[self.rank].popleft()
+
+    def send_matrix(self, matrix):
+        for waiting in self.matrices:
+            waiting.append(matrix.clone())
+
 
 def stages(model, rule, ranks, example, counts=None, **options):
     """Learners of all stages; `model` is copied, or called where it makes one."""
     ways = [deque() for _ in range(ranks + 1)]
+    matrices = [deque() for _ in range(ranks - 1)]
     learners = []
     for rank in range(ranks):
         stage = Stage(rank, ranks, counts)
-        stage.link = Pipe(ways[rank], ways[rank + 1])
+        stage.link = Pipe(ways[rank], ways[rank + 1], matrices, rank)
         own = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
         learners.append(Learner(own, rule, stage=stage, example=example, **options))
     return learners

@@ -21,6 +21,7 @@ from layerwise.core.randomness import derive_seed, preserved_generators, seed_ge
 from layerwise.core.rule import Site
 from layerwise.errors import LayerwiseError
 from layerwise.learner.arguments import check_micro
+from layerwise.learner.output_copy import output_copy
 from layerwise.learner.setup import ONE_PROCESS, Setup
 from layerwise.learner.watch import Watch
 from layerwise.memory.activations import ActivationOffload, NotMoved
@@ -47,7 +48,6 @@ class Built:
     def __init__(self, setup: Setup, x: Any, evaluating: Callable[[], AbstractContextManager[None]]):
         check_alone(setup)
         check_by_parameter(setup)
-        check_output_matrix(setup)
         setup.network.check_modules()
         self.setup = setup
         self.auxiliary = nn.ModuleDict()
@@ -79,6 +79,7 @@ class Built:
         self.task = setup.task.fitted(outputs[-1])
         layer = watched.output_layer(setup.network, self.task.outputs)
         setup.network.__dict__.update(output_layer=layer)  # no second place of the module in the model
+        self.matrix = output_copy(setup, layer)  # before the layer's weights may go to another rank
         self.engine = Engine(setup.rule, self.task, setup.execution, self.resident)
         mine = setup.stage.choose(setup.rule, setup.network, ranges, x[:1] if isinstance(x, Tensor) else x)
         if not known:
@@ -143,6 +144,12 @@ class Built:
     def optimizers(self) -> Iterator[torch.optim.Optimizer]:
         """The optimizers of all groups here."""
         return (optimizer for group in self.groups for optimizer in group.optimizers)
+
+    def pass_on(self, h: Any, message: Any, skipped: bool, steps: int) -> bool:
+        """Hand over what a step has given, the last of `steps`; returns whether any update of it was skipped."""
+        skipped = self.setup.stage.pass_on(h, message, skipped)
+        self.matrix.end(steps)
+        return skipped
 
     @contextmanager
     def resident(self, units: Sequence[Unit]) -> Iterator[None]:
@@ -277,16 +284,6 @@ def check_alone(setup: Setup) -> None:
         raise LayerwiseError(
             f"torch.distributed runs in {dist.get_world_size()} processes, and this learner would train in each of "
             "them alone; give it replicas=..., or replicas=layerwise.learner.OneProcess() if that is meant."
-        )
-
-
-def check_output_matrix(setup: Setup) -> None:
-    """Raise LayerwiseError where readouts look at the output matrix, and it is not whole while other blocks run."""
-    rule = setup.rule
-    if isinstance(rule, ReadsOutputMatrix) and rule.matrix_refresh() is not None and setup.replicas.shares_parameters:
-        raise LayerwiseError(
-            f'rule {rule.name!r} with readout="shared" looks at the output matrix at every block, and with --parallel '
-            "sharded a rank has a share of it; choose --parallel data, or another readout."
         )
 
 
