@@ -48,11 +48,11 @@ WAYS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "block_rota": ("block_rota", {"period": 1}, {}),
     "zeroth_order": ("zeroth_order", {}, {}),
     "local_ce": ("local_ce", {}, {}),
-    "local_ce + accumulate 4": ("local_ce", {}, {"micro": 4}),
+    "local_ce, blocks in 4 parts": ("local_ce", {}, {"micro": 4}),
     "sll": ("sll", {}, {}),
-    "sll + accumulate 2": ("sll", {}, {"micro": 2}),
-    "sll + accumulate 4": ("sll", {}, {"micro": 4}),
-    "sll + accumulate 8": ("sll", {}, {"micro": 8}),
+    "sll, blocks in 2 parts": ("sll", {}, {"micro": 2}),
+    "sll, blocks in 4 parts": ("sll", {}, {"micro": 4}),
+    "sll, blocks in 8 parts": ("sll", {}, {"micro": 8}),
 }
 
 

@@ -21,7 +21,7 @@ def figures(lines):
     found = {}
     for name in NETWORKS:
         for way, row in rows_of(lines, name).items():
-            key = f"{name}_{way}".replace(" ", "_").replace("+_", "")
+            key = f"{name}_{way}".replace(" ", "_").replace("+_", "").replace(",", "")
             found |= {f"{key}_mib": f"{held(row):.1f}", f"{key}_time": f"{row['ratio']:.2f}"}
     return found
 
@@ -41,9 +41,10 @@ def tables(lines):
         "Activations + gradients in MiB at the time per sample as a multiple of plain backpropagation's. Memory is "
         "exact, of one step. Time is the median of interleaved steps, one thread, AdamW, random data, in seconds of "
         "the processor (the machine had other work; waiting for a disk does not count); of `block_rota` it is the mean "
-        "over as many turns, drawn at random, and its memory the largest of a round. `accumulate n` runs the batch in "
-        "n parts: for backpropagation that is gradient accumulation, for `sll` each block runs its own parts. With "
-        "batch norm (the conv net) parts have statistics of their own."
+        "over as many turns, drawn at random, and its memory the largest of a round. `accumulate n` is gradient "
+        "accumulation: the whole network runs n parts of the batch, one after the other. `blocks in n parts`: each "
+        "block of a local rule runs the batch in n parts and steps, before the next block does. With batch norm (the "
+        "conv net) parts have statistics of their own."
     )
     text += ["", *small(lines)]
     for name, words in NETWORKS.items():

@@ -368,6 +368,7 @@ def test_the_main_job_prints_a_table(capsys, tmp_path, monkeypatch):
     out = printed(capsys, "train", *SMALL, "--steps", "3")
     folder = tmp_path / "runs" / "digits-mlp-sll-seed0"
     names = [line.split("  ")[0] for line in out.splitlines()]
-    assert names[:7] == ["rule", "test accuracy", "val accuracy", "by block", "training time", "peak memory", "files"]
+    before = ["rule", "test accuracy", "val accuracy", "by block", "updates"]
+    assert names[:8] == [*before, "training time", "peak memory", "files"]
     assert f"{100 * result(folder)['test_accuracy']:.2f} %" in out
     assert lines(folder, "test")

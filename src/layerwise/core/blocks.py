@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from layerwise.core.drawing import draw
 from layerwise.core.layout import Layouts, check_layout
 from layerwise.core.tracing import TracedPart, both_modes, cut_graph, legal_cuts
 from layerwise.errors import LayerwiseError, suggestion
+
+if TYPE_CHECKING:
+    from layerwise.core.parts import Part
 
 
 class Unchanged:
@@ -236,6 +239,8 @@ class Partition(nn.Module):
     """What blocks read in place of that layer's matrix, where it is elsewhere, or is to be an older one."""
     owns_by_use = False
     """Whether it is known only after a probe which block a parameter belongs to."""
+    keeps: Sequence[str] = ()
+    """Places in its modules where a pass that waits keeps tensors."""
     model: nn.Module
     cuts: tuple[str, ...]
     blocks: list[Block]
@@ -263,6 +268,9 @@ class Partition(nn.Module):
             batch: what the model is given; needed where its first blocks are elsewhere.
         """
         return nullcontext()
+
+    def turn_to(self, part: "Part") -> None:
+        """Let the blocks run a part of the batch: as they run any other, for a model that is cut into functions."""
 
     def arrange(self, x: Any) -> None:
         """Put the blocks in the order in which the model calls them for a batch, where only a run can show it."""

@@ -17,8 +17,10 @@ from layerwise.core.call_blocks import CallBlock
 from layerwise.core.coroutine import Pass, called_instead, devices_of, without_severing
 from layerwise.core.crossing import Crossing, Uses
 from layerwise.core.cut_names import check_cuts
+from layerwise.core.keeping import exchanged, tensors_kept
 from layerwise.core.layout import Layouts
 from layerwise.core.ownership import Tied, owner_of, ownership
+from layerwise.core.parts import Part
 from layerwise.core.reading import Output, Read, arguments, logits_in, places, readers
 from layerwise.core.regular import BlockByBlock
 from layerwise.core.remote import Elsewhere, form_of, needed, shown_as_nan, without_memory
@@ -34,6 +36,7 @@ class CallPartition(Partition):
         crossings: what else than the teaching tensors crosses cuts; known after a probe.
         irregular: why the blocks cannot be run one by one, out of the forward pass; empty where they can, None before
             a probe.
+        keeps: places in its modules where the forward pass leaves tensors; known after a probe.
         asked_by: name of the rule that is served, for messages.
         again: what asks for blocks that are run one by one, such as "rule 'interlocking' runs ..."; empty for nothing.
         first: number of the first block that is here; those before it are on other ranks.
@@ -65,6 +68,7 @@ class CallPartition(Partition):
             shared={},
             crossings=[],
             irregular=None,
+            keeps=[],
             asked_by="",
             again="",
             first=0,
@@ -76,6 +80,9 @@ class CallPartition(Partition):
             _received=None,
             _compiled=[],
             _pass=None,
+            _passes={},
+            _make=None,
+            _part=None,
             _unordered=False,
             _severs=None,
             _devices=devices_of(self.model.parameters()),
@@ -90,6 +97,7 @@ class CallPartition(Partition):
     shared: dict[str, set[int]]
     crossings: list[Crossing]
     irregular: str | None
+    keeps: Sequence[str]
     asked_by: str
     again: str
     first: int
@@ -106,6 +114,13 @@ class CallPartition(Partition):
     _compiled: list[tuple[nn.Module, Callable[..., Any]]]
     """Modules of cuts, and what is called in place of their forward."""
     _pass: Pass | BlockByBlock | None
+    """The one that runs now."""
+    _passes: dict[int | None, Pass | BlockByBlock]
+    """All that are open, by the number of the part of the batch that they run."""
+    _make: Callable[[], Pass | BlockByBlock] | None
+    """Opens one more."""
+    _part: Part | None
+    """Of the batch, that runs now."""
     _unordered: bool
     """Whether the order of the calls is still to be found out."""
     _devices: tuple[str, ...]
@@ -134,29 +149,44 @@ class CallPartition(Partition):
             batch: what the model is given; needed where its first blocks are elsewhere.
             sever: whether blocks are kept from the graphs of earlier ones, where that is needed.
         """
-        opened = self._opened(sever and self._severs is not False)
         self.__dict__["_batch"] = batch
         if self.first and not self._elsewhere:
             self.__dict__["_elsewhere"] = without_memory(self.model)
-        try:
-            with self._holding(opened), shown_as_nan(self._elsewhere, self._device()):
-                yield
-        finally:
-            if self._severs is None and opened.severed is not None and opened.severed.mark:
-                # The probe has run in evaluation mode; in training something else may cross.
-                self.__dict__["_severs"] = opened.severed.found or any(c.kept for c in self.crossings)
+        with ExitStack() as kept, shown_as_nan(self._elsewhere, self._device()):
+            kept.enter_context(self._holding(lambda: self._opened(sever and self._severs is not False)))
+            kept.callback(self._look_for_severed)
+            yield
+
+    def _look_for_severed(self) -> None:
+        """The probe has run in evaluation mode; in training something else may cross."""
+        severed = [one.severed for one in self._passes.values() if one.severed is not None and one.severed.mark]
+        if self._severs is None and severed:
+            self.__dict__["_severs"] = any(s.found for s in severed) or any(c.kept for c in self.crossings)
+
+    def turn_to(self, part: Part) -> None:
+        """Let the blocks run a part of the batch: it has a forward pass of its own, which waits while others run."""
+        if part.index not in self._passes:
+            assert self._make is not None
+            self._passes[part.index] = self._make()
+        self.__dict__.update(_pass=self._passes[part.index], _part=part)
 
     @contextmanager
-    def _holding(self, opened: Pass | BlockByBlock) -> Iterator[None]:
-        outer = self._pass  # of a step in which a rule asks what the network predicts
-        self.__dict__["_pass"] = opened
+    def _holding(self, make: Callable[[], Pass | BlockByBlock]) -> Iterator[Pass | BlockByBlock]:
+        outer = {name: self.__dict__[name] for name in ("_pass", "_passes", "_make", "_part")}
+        opened = make()
+        # The outer one is of a step in which a rule asks what the network predicts.
+        self.__dict__.update(_pass=opened, _passes={None: opened}, _make=make, _part=None)
         try:
-            with ExitStack() as compiled:
-                for module, forward in self._compiled if outer is None else ():
-                    compiled.enter_context(called_instead(module, forward))
-                yield
+            with ExitStack() as ended:
+                for module, forward in self._compiled if outer["_pass"] is None else ():
+                    ended.enter_context(called_instead(module, forward))
+                ended.callback(self._close_all)
+                yield opened
         finally:
-            self.__dict__["_pass"] = outer
+            self.__dict__.update(outer)
+
+    def _close_all(self) -> None:
+        for opened in self._passes.values():
             opened.close()
 
     def compile(self, index: int, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -201,7 +231,7 @@ class CallPartition(Partition):
             )
         if index == self.first > 0:
             self.__dict__["_received"] = Elsewhere(self._forms, index - 1, h)
-            h = self._batch
+            h = self._batch if self._part is None else self._part.of(self._batch)
         return self._pass.pull(index, h)
 
     def call(self, index: int, h: Tensor, module: nn.Module) -> Tensor:
@@ -231,11 +261,11 @@ class CallPartition(Partition):
         declared = self.layout if isinstance(self.layout, Mapping) else {}
         common = self.layout if isinstance(self.layout, str) else None
         samples = next((len(t) for _, t in batch if t.dim()), 0)
-        outputs, h = [], x
-        opened = self._opened(sever=False, one_by_one=False)
-        assert isinstance(opened, Pass)
+        outputs, h, kept = [], x, tensors_kept(self.model)
         forms: list[tuple[Any, Tensor]] = []
-        with self._holding(opened), torch.enable_grad(), layouts, ExitStack() as hooks:
+        with ExitStack() as hooks, torch.enable_grad(), layouts:
+            opened = hooks.enter_context(self._holding(lambda: self._opened(sever=False, one_by_one=False)))
+            assert isinstance(opened, Pass)
             for _, module, _ in self._stops:
                 hooks.callback(module.register_forward_pre_hook(uses.enter).remove)
             for _, t in batch:
@@ -278,6 +308,7 @@ class CallPartition(Partition):
         check_fits(self.layout, outputs)
         self._own(uses.used)
         self.__dict__.update(crossings=uses.crossings, _forms=forms, _used=uses.used)
+        self.__dict__["keeps"] = exchanged(kept, self.model)
         if self.again or all(block.before is None for block in self.blocks):
             self.__dict__["irregular"] = self._why_irregular(x, outputs)
         if self.again and self.irregular:
@@ -321,8 +352,8 @@ class CallPartition(Partition):
         """Prepare to run a range of the blocks only; see `Partition.keep_only`."""
         if self.again:
             raise LayerwiseError(
-                f"{self.again}, and others of them are on other ranks; train it in one process, or choose a rule such "
-                "as local_ce."
+                f"{self.again}, and others of them are on other ranks; train it in one process, or choose a rule and "
+                "options under which each block runs once, such as plain local_ce."
             )
         owned = {name for block in [*self.blocks, self.head] for name in block.names()}
         learned = {name for name, p in self.model.named_parameters() if p.requires_grad and name in owned}
@@ -337,7 +368,7 @@ class CallPartition(Partition):
             return f"a gradient crosses with {crossing}"
         h = x
         try:
-            with self._holding(self._opened(sever=False, one_by_one=True)), torch.enable_grad():
+            with self._holding(lambda: self._opened(sever=False, one_by_one=True)), torch.enable_grad():
                 for block, out in zip([*self.blocks, self.head, self.head], [*outputs, outputs[-1]], strict=True):
                     h = block(outputs[-2] if block is self.head else h).detach()
                     if not torch.equal(h, out):

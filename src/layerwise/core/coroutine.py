@@ -2,7 +2,7 @@
 
 import contextvars
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,8 +168,6 @@ class Pass:
         self._next = 0
         """The block that is to be pulled next."""
         self.skipped: set[int] = set()
-        self._fused: bool | None = None
-        """Whether torch's fused encoder layers were allowed before the pass; they are not inside."""
 
     def pull(self, index: int, h: Any) -> Any:
         """Run the pass to the next cut.
@@ -212,8 +210,6 @@ class Pass:
             self.skipped.add(index)
             return h.detach()
         self._arrived, self.whole = None, arrived.whole
-        if arrived.index == len(self.cuts):
-            self.close()
         return arrived.out
 
     def begin(self, batch: Any) -> Arrival:
@@ -232,10 +228,7 @@ class Pass:
         while self._undo:
             self._undo.pop()()
         coroutine, self._coroutine, self._arrived = self._coroutine, None, None
-        self.skipped, self._next = set(), 0
-        if self._fused is not None:
-            torch.backends.mha.set_fastpath_enabled(self._fused)
-            self._fused = None
+        self.skipped, self._next, self.whole = set(), 0, None
         if coroutine is not None and coroutine and not coroutine.dead:
             coroutine.parent = greenlet.getcurrent()
             self._base = Modes.now(self.devices)
@@ -250,12 +243,9 @@ class Pass:
     def _begin(self) -> None:
         for i, (_, module, read) in enumerate(self.cuts):
             if i in self.away:
-                self._undo.append(self._put_in(i, module))
+                self._undo.append(StandIns.put_in(self, i, module))
             else:
                 self._undo.append(module.register_forward_hook(self._hook(i, read)).remove)
-        # In evaluation it passes nested tensors from layer to layer, which no rule can read.
-        self._fused = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
         if self.severed is not None:
             self.severed.mark = 0
         self._coroutine = greenlet.greenlet(self._forward)
@@ -273,6 +263,9 @@ class Pass:
         assert coroutine is not None
         coroutine.parent = greenlet.getcurrent()
         self._base = Modes.now(self.devices)
+        # In evaluation torch's fused encoder passes nested tensors from layer to layer, which no rule can read.
+        fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
         try:
             arrived = coroutine.switch(value)
             self._base.set()  # at the end of the pass, whatever its contexts have put back
@@ -281,6 +274,8 @@ class Pass:
             self._coroutine = None
             self.close()
             raise
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
 
     def pause(self, index: int, out: Any, whole: Any = None) -> Any:
         """Stop here, inside of the pass; returns what `resume` is given."""
@@ -300,13 +295,13 @@ class Pass:
         return h
 
     @property
-    def _runs(self) -> bool:
+    def runs(self) -> bool:
         """Whether what runs now is the pass; a block may be run again, by a checkpoint for one."""
         return self._coroutine is not None and greenlet.getcurrent() is self._coroutine
 
     def _hook(self, index: int, read: Callable[[Any], Tensor]) -> Callable[[nn.Module, Any, Any], Any]:
         def stop(module: nn.Module, args: Any, out: Any) -> Any:
-            if not self._runs:
+            if not self.runs:
                 return None
             teaching = read(out)
             h = self.pause(index, teaching, out)
@@ -317,17 +312,45 @@ class Pass:
 
         return stop
 
-    def _put_in(self, index: int, module: nn.Module) -> Callable[[], None]:
-        """Let the module's call be stood in for; returns what undoes it."""
-        assert self.stand_in is not None
-        stand_in, forward = self.stand_in, module.forward
 
-        def called(*args: Any, **kwargs: Any) -> Any:
-            return stand_in(index, args, kwargs) if self._runs else forward(*args, **kwargs)
+class StandIns:
+    """Called in place of a module's forward while passes stand in for its calls, each pass for its own.
 
-        instead = ExitStack()
-        instead.enter_context(called_instead(module, called))
-        return instead.close
+    Args:
+        module: the module.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.own = vars(module)
+        self.before = self.own.get("forward")
+        self.forward = module.forward
+        self.passes: dict[Pass, int] = {}
+        self.own["forward"] = self
+
+    @classmethod
+    def put_in(cls, one: Pass, index: int, module: nn.Module) -> Callable[[], None]:
+        """Let a pass stand in for the module of cut `index`; returns what undoes it, in any order of the passes."""
+        there = vars(module).get("forward")
+        found = there if isinstance(there, StandIns) else cls(module)
+        found.passes[one] = index
+        return lambda: found._take_out(one)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the pass that runs has in place of the call; the module's own forward outside of passes."""
+        for one, index in self.passes.items():
+            if one.runs:
+                assert one.stand_in is not None
+                return one.stand_in(index, args, kwargs)
+        return self.forward(*args, **kwargs)
+
+    def _take_out(self, one: Pass) -> None:
+        del self.passes[one]
+        if self.passes:
+            return
+        if self.before is None:
+            del self.own["forward"]
+        else:
+            self.own["forward"] = self.before
 
 
 @contextmanager

@@ -12,16 +12,17 @@ from layerwise.core.contract import asking, check_sent_back
 from layerwise.core.execution import Execution
 from layerwise.core.failures import NonFinite, in_a_sentence
 from layerwise.core.finite import FiniteCheck
+from layerwise.core.following import NextBlock
 from layerwise.core.groups import Group, Unit, parameters_of
-from layerwise.core.optim import set_learning_rate
-from layerwise.core.parts import Part, Whole, parts_of, share_of
+from layerwise.core.param_groups import set_learning_rate
+from layerwise.core.parts import Labelled, Whole, labelled_parts
 from layerwise.core.perturbation import Estimate
-from layerwise.core.pieces import HasTrunk, PerturbsWeights, StepsByParameter, has_trunk
+from layerwise.core.pieces import FollowsNextBlock, HasTrunk, PerturbsWeights, StepsByParameter, has_trunk
 from layerwise.core.progress import Accumulation, Trace, WaitingTrunk
 from layerwise.core.randomness import derive_seed
 from layerwise.core.reached import check_reached
 from layerwise.core.rule import Rule, Signal
-from layerwise.core.runner import NOTHING, Runner
+from layerwise.core.runner import NOTHING, Runner, Signals
 from layerwise.core.stepping import take_step
 from layerwise.core.tasks import Task
 from layerwise.core.trees import all_finite, detach
@@ -43,6 +44,7 @@ class Engine(Runner):
     Attributes:
         resident: the context in which units run; offloaded ones are on the device inside.
         accumulation: the update under way.
+        next_block: where modules that follow the next block get its tensors.
     """
 
     def __init__(
@@ -56,8 +58,11 @@ class Engine(Runner):
         self.resident = resident
         self.finite = FiniteCheck(execution)
         self.accumulation = Accumulation()
+        self.next_block = NextBlock()
         self._weight: float | Tensor = 1.0
         """Of the batch under way, or of this process's share of it."""
+        self._parts: list[Labelled] = []
+        """Of the batch under way."""
         self._stepped: set[int] = set()
         """Parameters that have stepped in the backward pass under way."""
         self._reduced: Callable[[], Any] | None = None
@@ -96,6 +101,8 @@ class Engine(Runner):
             for group in waiting:
                 with self.resident([*group.units, *group.ahead]):
                     h, message = self.update(group, h, message, y, step, trace, trunk)
+                    if self._due:
+                        self._follow(group)
             if trunk is not None:
                 sent_back = (Signal(cotangent=trunk.gradient), trunk.out)
                 with self.resident(trunk.group.units):
@@ -106,11 +113,26 @@ class Engine(Runner):
                 self.accumulation.next()
         return h, message
 
+    @torch.no_grad()
+    def _follow(self, group: Group) -> None:
+        """Modules of the group that follow the next block look at it: its own update comes after this group's."""
+        for unit in group.units:
+            if unit.followed and unit.auxiliary is not None and isinstance(self.rule, FollowsNextBlock):
+                tensors = self.next_block.tensors(unit.site, unit.followed)
+                with asking(self.rule, f"`follow` at block {unit.site.name!r}"):
+                    self.rule.follow(unit.auxiliary, tensors)
+
+    def tell(self) -> None:
+        """Before a batch that completes an update: send what modules of other ranks follow of the blocks here."""
+        if self.accumulation.batches + 1 == self.execution.accumulate:
+            self.next_block.tell()
+
     def take(self, y: Tensor) -> None:
         """Take a batch with these labels into the update under way; `step` does so for every batch."""
         replicas, counted = self.execution.replicas, self.task.counted(y, self.rule.unlabelled)
         # Of a share, where replicas share the batch; it weighs as much in their mean as it has of the batch's labels.
         self._weight = self.accumulation.add(counted * replicas.count, replicas.total(counted))
+        self._parts = labelled_parts(y, self.execution.micro, self.task, self.rule.unlabelled)
 
     @property
     def _due(self) -> bool:
@@ -138,10 +160,12 @@ class Engine(Runner):
         """
         if self.accumulation.batches == 0:
             return False
+        self.next_block.tell()
         with self._whole_or_given_up(groups):
             for group in groups:
                 with self.resident(group.units):
                     self._flush(group, step, trace)
+                    self._follow(group)
             self._step_reduced()
             self.accumulation.next()
         return True
@@ -177,12 +201,8 @@ class Engine(Runner):
             return self._perturbed(group, h, message, y, step, trace, *self.rule.perturbations())
         if trunk is not None and group.learns:
             h = h.detach().requires_grad_()
-        whole, losses = Whole(group.name), []
-        for part in parts_of(len(y), self.execution.micro):
-            passed_on, loss = self._run_part(group, part, h, message, y, step, trace)
-            whole.add(part, passed_on)
-            losses.append(loss)
-            del passed_on  # it has been copied, and would wait beside the next part
+        whole = Whole(group.name)
+        losses = [self._run_part(group, labelled, h, message, step, trace, whole) for labelled in self._parts]
         h_out, message_out = whole.tree
         for name in [unit.site.name for unit in group.units]:
             sums = trace.statistics.pop(name, None)  # of every block they would grow with depth
@@ -208,20 +228,23 @@ class Engine(Runner):
         return h_out, message_out
 
     def _run_part(
-        self, group: Group, part: Part, h: Tensor, message: Any, y: Tensor, step: int, trace: Trace
-    ) -> tuple[tuple[Tensor, Any], Tensor]:
-        """Forward, signal and backward of a part of the batch.
+        self, group: Group, labelled: Labelled, h: Tensor, message: Any, step: int, trace: Trace, whole: Whole
+    ) -> Tensor:
+        """Forward, signal and backward of a part of the batch; `whole` gets its output and message.
 
         Returns:
-            Output and message, detached; the loss, as the part's share of the batch's.
+            The loss, as the part's share of the batch's.
         """
-        h, message, own = part.of(h), part.of(message), part.of(y)
-        share = 1.0 if part.index is None else share_of(self.task, own, y, self.rule.unlabelled)
-        signals, out, message = self._with_graph(group, h, message, own, step, trace, part.index, share)
-        loss = (
-            self._add(group, h, signals, step, share) if group.learns and share else torch.zeros((), device=out.device)
-        )
-        return detach((out, message)), loss
+        part, share = labelled.part, labelled.share
+        network = group.units[0].site.network
+        if network is not None:
+            network.turn_to(part)
+        h, message = part.of(h), part.of(message)
+        signals, out, message = self._with_graph(group, h, message, labelled.y, step, trace, part.index, share)
+        whole.add(part, detach((out, message)))
+        device = out.device
+        del out, message  # of a part they have been copied, and would wait beside its backward pass
+        return self._add(group, h, signals, step, share) if group.learns and share else torch.zeros((), device=device)
 
     def _with_graph(
         self,
@@ -233,7 +256,7 @@ class Engine(Runner):
         trace: Trace,
         part: int | None = None,
         share: float = 1.0,
-    ) -> tuple[list[tuple[Signal, Tensor]], Tensor, Any]:
+    ) -> tuple[Signals, Tensor, Any]:
         """The forward pass of an update: with a graph where something learns."""
         first = self.accumulation.batches <= 1 and not part
         if first:  # what the owner has computed is no part of the update
@@ -258,9 +281,7 @@ class Engine(Runner):
             for parameter in frozen:
                 parameter.requires_grad_(True)
 
-    def _add(
-        self, group: Group, h: Tensor, signals: list[tuple[Signal, Tensor]], step: int, share: float = 1.0
-    ) -> Tensor:
+    def _add(self, group: Group, h: Tensor, signals: Signals, step: int, share: float = 1.0) -> Tensor:
         """Add the gradients of signals to those that the group has; returns the loss, as its share of the batch's.
 
         With replicas the group before steps now at the latest, so that never more than one group's gradients are alive.
@@ -318,7 +339,7 @@ class Engine(Runner):
 
         self._finish(finish)
 
-    def _backward(self, group: Group, h: Tensor, signals: list[tuple[Signal, Tensor]], share: float) -> Tensor:
+    def _backward(self, group: Group, h: Tensor, signals: Signals, share: float) -> Tensor:
         """Backward inside the group only, down to its input for a trunk; returns the summed loss, without history.
 
         Gradients and loss are weighed by the share of the batch's labels.
@@ -327,7 +348,7 @@ class Engine(Runner):
         weighed = self.execution.accumulate > 1 or self.execution.replicas.count > 1 or share != 1
         plain = not weighed and not group.scaler.is_enabled()  # then None is a loss's own gradient of 1
         roots: list[tuple[Tensor, Any]] = [(loss, None if plain else torch.ones_like(loss)) for loss in losses]
-        roots += [(out, s.cotangent) for s, out in signals if s.cotangent is not None]
+        roots += [(out, s.cotangent) for s, out in signals if out is not None]
         # A root without a history is a signal that reaches nothing that learns.
         roots = [(root, cotangent) for root, cotangent in roots if root.requires_grad]
         own = self.execution.replicas.full_of(group.parameters)
@@ -335,7 +356,8 @@ class Engine(Runner):
         if roots:
             cotangents = [cotangent for _, cotangent in roots]
             if weighed:
-                cotangents = [cotangent * (self._weight * share) for cotangent in cotangents]
+                factor = self._weight if share == 1 else self._weight * share
+                cotangents = [cotangent * factor for cotangent in cotangents]
             # Gradients for this group's parameters alone: what extends its graph, or does not learn, gets none.
             inputs = [*wanted, *([h] if has_trunk(self.rule) and h.requires_grad else [])]
             with in_a_sentence(f"block {group.name!r}", "cannot be run backward", h):
@@ -384,6 +406,11 @@ class Engine(Runner):
                 group.scaler.step(optimizer)
             else:
                 take_step(optimizer)
+        except KeyError as reason:
+            raise LayerwiseError(
+                f"{type(optimizer).__name__} finds no {reason} in its state; an option that needs it (amsgrad, "
+                "centered) is set when the optimizer is made, not in its parameter groups later."
+            ) from reason
         except RuntimeError as reason:
             if "sparse" not in str(reason).lower():
                 raise

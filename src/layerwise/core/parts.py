@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerwise.core.tasks import Task
+from layerwise.core.tasks import Task, of_one_batch
 from layerwise.core.trees import mapped
 from layerwise.errors import LayerwiseError
 
@@ -34,16 +34,42 @@ class Part:
         return mapped(tree, lambda t: t[self.samples] if t.dim() and len(t) == self.batch else t)
 
 
-def share_of(task: Task, part: Tensor, y: Tensor, some: bool) -> float:
-    """How many of a batch's labels that count are in one part.
+@dataclass(frozen=True)
+class Labelled:
+    """A part with its labels, which are the same for every group."""
+
+    part: Part
+    y: Tensor
+    share: float
+    """Of the batch's labels that count, how many are here."""
+
+
+def labelled_parts(y: Tensor, count: int, task: Task, some: bool) -> list[Labelled]:
+    """The parts of a batch with these labels.
+
+    Whether a part has labels that count decides whether there is anything to learn from it. On an accelerator that is
+    looked at once per batch, and only where some may not count.
 
     Args:
-        task: counts them.
-        part: labels of the part.
         y: labels of the batch.
+        count: of parts.
+        task: counts the labels.
         some: whether some samples may have none.
+
+    >>> from layerwise.core.tasks import Classification
+    >>> y = torch.tensor([0, 1, 1, -100])
+    >>> [(p.y.tolist(), round(p.share, 2)) for p in labelled_parts(y, 2, Classification(2), some=True)]
+    [([0, 1], 0.67), ([1, -100], 0.33)]
     """
-    return float(task.counted(part, some) / task.counted(y, some))
+    parts = [*parts_of(len(y), count)]
+    if len(parts) == 1:
+        return [Labelled(parts[0], y, 1.0)]
+    labels = [of_one_batch(part.of(y)) for part in parts]
+    counts: Any = [task.counted(own, some) for own in labels]
+    if isinstance(counts[0], Tensor):
+        counts = torch.stack(counts).tolist()
+    total = sum(counts)
+    return [Labelled(part, own, n / total) for part, own, n in zip(parts, labels, counts, strict=True)]
 
 
 def parts_of(batch: int, count: int) -> Iterator[Part]:

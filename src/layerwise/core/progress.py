@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from layerwise.core.groups import Group
@@ -87,7 +88,10 @@ class Trace:
 
 
 def _sum(before: dict[str, Tensor], new: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
-    return {name: before.get(name, 0) + value * factor for name, value in new.items()}
+    return {
+        name: torch.add(before[name], value, alpha=factor) if name in before else value * factor
+        for name, value in new.items()
+    }
 
 
 @dataclass
@@ -97,7 +101,7 @@ class WaitingTrunk:
     group: Group
     h: Tensor
     """Its input."""
-    signals: list[tuple[Signal, Tensor]]
+    signals: list[tuple[Signal, Tensor | None]]
     out: Tensor
     """Its output, with the graph."""
     gradient: Tensor

@@ -20,6 +20,8 @@ from layerwise.core.trees import detach
 
 NOTHING = nullcontext()
 """In place of a context that is not needed."""
+Signals = list[tuple[Signal, Tensor | None]]
+"""Each with the output that its cotangent belongs to; without a cotangent None, as nothing needs the output then."""
 
 
 class Runner:
@@ -45,7 +47,7 @@ class Runner:
         part: int | None = None,
         share: float = 1.0,
         aside: bool = False,
-    ) -> tuple[list[tuple[Signal, Tensor]], Tensor, Any]:
+    ) -> tuple[Signals, Tensor, Any]:
         """Run a group's blocks and ask the rule for its signals.
 
         Args:
@@ -60,12 +62,12 @@ class Runner:
             aside: whether running statistics stay as they are.
 
         Returns:
-            Signals with the output that each one belongs to; input and message of the next group.
+            Signals; input and message of the next group.
 
         Raises:
             LayerwiseError: the rule's answer is no signal that the engine can act on.
         """
-        signals: list[tuple[Signal, Tensor]] = []
+        signals: Signals = []
         passed_on = h, message
         units = [*group.units, *(group.ahead if step is not None else [])]
         view = range(units[0].site.index, units[-1].site.index + 1)
@@ -89,7 +91,7 @@ class Runner:
             if signal.loss is not None:
                 signal.metrics.setdefault("loss", signal.loss)
             if signal.loss is not None or signal.cotangent is not None:
-                signals.append((signal, out))
+                signals.append((signal, None if signal.cotangent is None else out))
             if own:
                 passed_on = h, message
                 if signal.metrics:

@@ -124,13 +124,16 @@ def check_types(
         raise LayerwiseError("cuts are names of modules; give words.")
 
 
-def check_micro(rule: Rule, units: Sequence[Unit], layouts: Mapping[str, str | None]) -> None:
+def check_micro(
+    rule: Rule, units: Sequence[Unit], layouts: Mapping[str, str | None], keeps: Sequence[str] = ()
+) -> None:
     """Raise LayerwiseError where a batch cannot be run in parts; warn where parts change what is learned.
 
     Args:
         rule: the rule.
         units: what runs here.
         layouts: of the input and of the blocks' outputs, by name.
+        keeps: where the model leaves tensors that belong to one pass, while the passes of several parts are under way.
     """
     if why := rule.whole_batch or ("trains a trunk that waits for the whole batch" if has_trunk(rule) else ""):
         raise LayerwiseError(f"rule {rule.name!r} {why}, so that it cannot be run in parts; leave micro out.")
@@ -140,6 +143,11 @@ def check_micro(rule: Rule, units: Sequence[Unit], layouts: Mapping[str, str | N
                 f"{name} has the layout {layout!r}, and a batch can be run in parts only along its first dimension; "
                 "leave micro out, or put the batch first."
             )
+    if keeps:
+        raise LayerwiseError(
+            f"the forward pass leaves tensors in {', '.join(keeps)}, where the passes of several parts of a batch "
+            "would overwrite each other's; leave micro out, or hand them on as arguments."
+        )
     if names := [unit.site.name for unit in units if unit.running()]:
         warnings.warn(
             f"running statistics (batch norm) in {', '.join(names)} are taken from each of the parts of a batch, so "

@@ -53,8 +53,8 @@ def cut(
         ) from reason
 
 
-def check_serves(network: CallPartition, rule: Rule, micro: int) -> None:
-    """Raise LayerwiseError where the rule trains other models, or a batch is to come in parts.
+def check_serves(network: CallPartition, rule: Rule) -> None:
+    """Raise LayerwiseError where the rule trains other models.
 
     Where the rule needs blocks that are run one by one, that is noted: whether they can be is seen when the network has
     run.
@@ -62,11 +62,6 @@ def check_serves(network: CallPartition, rule: Rule, micro: int) -> None:
     if rule.models:
         raise LayerwiseError(
             f"rule {rule.name!r} trains the models {', '.join(rule.models)} alone; choose a rule such as local_ce."
-        )
-    if micro > 1:
-        raise LayerwiseError(
-            "micro needs blocks that can be run on their own, and the blocks of a model that is cut at its calls run "
-            "once per step, inside one forward pass; leave it out, or give a model that partition() can trace."
         )
     again = ""
     if any(view.stop > later.start for view, later in pairwise(groups_of(rule, [*network.cuts, "head"]))):

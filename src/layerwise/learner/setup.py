@@ -90,7 +90,7 @@ def make_setup(
     cutting = {name: given[name] for name in ("cuts", "blocks", "output", "read", "tied", "example", "layout")}
     network = cut(model, **cutting)
     if isinstance(network, CallPartition):
-        check_serves(network, rule, given["micro"])
+        check_serves(network, rule)
     check_multipliers(given["lr_multipliers"] or {}, [block.name for block in [*network.blocks, network.head]])
     device = next(model.parameters()).device if given["device"] is None else usable_device(given["device"])
     check_precision(given["precision"], device)

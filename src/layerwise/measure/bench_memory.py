@@ -26,9 +26,12 @@ from layerwise.memory.malloc import keep_freed_memory
 from layerwise.memory.meter import resident_peak
 from layerwise.memory.offload import window_of
 from layerwise.memory.stores import DiskStore
+from layerwise.parsing import read_whole
 from layerwise.rules.words import rule_of
 
 COLUMNS = ("parameters", "optimizer", "gradients", "activations", "peak")
+HELD = "act. + grad."
+"""The column that stays the same under a local rule."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def memory_command(argv: list[str]) -> int:
     """`layerwise bench memory`: print a row per model, rule and depth."""
     options = parse_problem(MemoryOptions, argv, "bench memory")
     try:
-        depths = [int(depth) for depth in options.depths.split(",")]
+        depths = [read_whole(depth) for depth in options.depths.split(",")]
     except ValueError as reason:
         raise LayerwiseError(f"--depths {options.depths!r} is not a list such as 4,16,64.") from reason
     by_model = {model: depths_of(model, depths) for model in options.model}
@@ -153,7 +156,7 @@ def memory_command(argv: list[str]) -> int:
         DiskStore(Path(options.offload_folder or tempfile.gettempdir()), CPU)  # refuses a folder that it cannot use
     rows, width = [], max(8, *(len(model) + 1 for model in options.model))
     wide = max(20, *(len(rule) + 2 for rule in options.rule))
-    columns = COLUMNS if options.offload == "none" else (*COLUMNS, "resident")
+    columns = (*COLUMNS, HELD) if options.offload == "none" else (*COLUMNS, HELD, "resident")
     print(f"{'rule':<{wide}}{'model':<{width}}{'depth':>6}" + "".join(f"{name:>14}" for name in columns) + "   (MiB)")
     for model in options.model:
         for rule in options.rule:
@@ -182,6 +185,7 @@ def memory_command(argv: list[str]) -> int:
                     print(f"layerwise: note: {rule} is left out: {reason}", file=sys.stderr)
                     break
                 rows.append(row)
-                figures = "".join(f"{'-' if row[n] is None else f'{row[n] / 2**20:.3f}':>14}" for n in columns)
+                sizes = row | {HELD: row["gradients"] + row["activations"]}
+                figures = "".join(f"{'-' if sizes[n] is None else f'{sizes[n] / 2**20:.3f}':>14}" for n in columns)
                 print(f"{rule:<{wide}}{model:<{width}}{row['depth']:>6}{figures}", flush=True)
     return write_figures(options, rows, "memory", argv)

@@ -248,7 +248,7 @@ class SLL(ReadsOut, ReadsOutputMatrix, Rule):
         wider = self.targets == "index" and read is not v
         likelihood = ctx.task.loss(ctx.task.as_outputs(v), y) if wider else signal.loss
         assert likelihood is not None
-        signal.loss = by_depth(self.likelihood_weight, ctx.site) * likelihood
+        signal.loss = _times(by_depth(self.likelihood_weight, ctx.site), likelihood)
         signal.message = (*(ctx.message or ()), v)[-2:]
         self._align(signal, ctx, v, y)
         return signal
@@ -266,5 +266,10 @@ class SLL(ReadsOut, ReadsOutputMatrix, Rule):
             return
         p = resized(task.posterior(before), task, tuple(v.shape[1:-1]))
         distance = task.average(divergence(self.surrogate, p, task.posterior(v)), y)
-        signal.loss = signal.loss + by_depth(self.weight, ctx.site) * distance
+        signal.loss = signal.loss + _times(by_depth(self.weight, ctx.site), distance)
         signal.metrics["divergence"] = distance
+
+
+def _times(factor: float, loss: Tensor) -> Tensor:
+    """The product; a factor of 1 leaves nothing in the graph."""
+    return loss if factor == 1 else factor * loss

@@ -8,6 +8,7 @@ from typing import Any
 from layerwise import rules
 from layerwise.core.rule import Rule
 from layerwise.errors import LayerwiseError, suggestion
+from layerwise.parsing import read_number, read_whole
 
 
 def split_word(word: str) -> tuple[str, list[tuple[str, str]]]:
@@ -68,7 +69,7 @@ def value_of(text: str, hint: Any) -> Any:
         return None
     if text in ("true", "false"):
         return text == "true"
-    for kind in (int, float):
+    for read in (read_whole, read_number):
         with contextlib.suppress(ValueError):
-            return kind(text)
+            return read(text)
     return text

@@ -18,7 +18,15 @@ from layerwise.memory.meter import MemoryUse
 from layerwise.parallel.ranks import Ranks, Refused
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
-from layerwise.parallel.transport import DONE, FORWARD, MatrixChannel, PrefetchingChannel, ReceiveChannel, SendChannel
+from layerwise.parallel.transport import (
+    DONE,
+    FORWARD,
+    BackLink,
+    MatrixChannel,
+    PrefetchingChannel,
+    ReceiveChannel,
+    SendChannel,
+)
 from layerwise.runs.distributed import PartsRun, check_can_share
 from layerwise.runs.evaluation import mean_of, totals
 from layerwise.runs.launch import ParallelOptions
@@ -107,6 +115,8 @@ class PipelineRun(PartsRun):
         )
         self.matrix = MatrixChannel(self.ranks, self.stage, rank - self.stage.rank)
         self.stage.link = self
+        self.back = BackLink(self.ranks)
+        self.receive_back, self.send_back = self.back.receive_back, self.back.send_back
 
     # The stage's link.
 
@@ -216,6 +226,11 @@ class PipelineRun(PartsRun):
             )
             if self.stage.shares_matrix:
                 self.notes.append(self._of_the_matrix())
+            if self.stage.sent_back:
+                self.notes.append(
+                    f"per update {self.stage.sent_back:,} bytes of next blocks' parameters go back to the heads that "
+                    "follow them"
+                )
             return super()._finish(log)
         self._evaluate(self.test_batches)
         return {}
@@ -237,6 +252,7 @@ class PipelineRun(PartsRun):
         """The end, on all ranks together: none leaves before the last rank has written everything."""
         others = range(self.ranks.rank - self.stage.rank, self.ranks.rank)
         self.matrix.end()
+        self.back.end_back()
         if self.to_next is not None:
             self.to_next.end()
             ReceiveChannel(self.ranks, (self.row + 1) * self.length - 1, DONE, torch.device("cpu")).receive()
