@@ -10,7 +10,9 @@ from layerwise.core.cut_names import matching
 from layerwise.errors import LayerwiseError, unknown
 from layerwise.replacements import norms
 from layerwise.replacements.activations import ApproxGELU, ApproxSiLU, MaskReLU
+from layerwise.replacements.binary import BinaryConv2d, BinaryLinear
 from layerwise.replacements.readers import readers_of
+from layerwise.replacements.sparse import BiMaskLinear
 from layerwise.replacements.velora import VeLoRALinear
 
 Make = Callable[[Any], nn.Module]
@@ -32,12 +34,20 @@ class Replacement:
     """Whether the module's parameters are merged into what reads it, for which a batch has to be shown."""
 
 
+def _binary(layer: nn.Linear | nn.Conv2d) -> nn.Module:
+    return BinaryLinear.of(layer) if isinstance(layer, nn.Linear) else BinaryConv2d.of(layer)
+
+
 REPLACEMENTS: dict[str, Replacement] = {
     "approx_gelu": Replacement((nn.GELU,), lambda m: ApproxGELU(), lambda m: m.approximate == "none"),
     "approx_silu": Replacement((nn.SiLU,), lambda m: ApproxSiLU()),
     "mask_relu": Replacement((nn.ReLU,), lambda m: MaskReLU()),
     "ms_norm": Replacement(
         (nn.LayerNorm, nn.RMSNorm), norms.replacement, lambda m: len(m.normalized_shape) == 1, merges=True
+    ),
+    "binary": Replacement((nn.Linear, nn.Conv2d), _binary, hidden=True),
+    "bi_mask": Replacement(
+        (nn.Linear,), BiMaskLinear.of, lambda m: m.in_features % 4 == 0 and m.out_features % 4 == 0, hidden=True
     ),
     "velora": Replacement((nn.Linear,), VeLoRALinear.of, lambda m: m.in_features % 32 == 0, hidden=True),
 }

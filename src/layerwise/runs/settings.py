@@ -57,7 +57,7 @@ class RunSettings:
     """Keep the true labels of the validation split."""
     replace: tuple[str, ...] = ()
     """Modules that take the place of the network's own: approx_gelu | approx_silu | mask_relu | ms_norm |
-    velora."""
+    binary | bi_mask | velora."""
     cuts: str = "block"
     """Where to cut the model: block | layer | auto | names of modules or patterns (layers.*), separated by commas."""
     output: str | None = None
