@@ -32,9 +32,10 @@ def packed(x: Tensor, thresholds: Sequence[float]) -> Tensor:
     flat = x.reshape(-1)
     found = torch.zeros(-(-flat.numel() // per_byte), dtype=torch.uint8, device=x.device)
     for place, piece in enumerate(flat.split(len(found))):
-        code = (piece > thresholds[0]).to(torch.uint8)
+        # Seen as bytes, as booleans they would be converted.
+        code = (piece > thresholds[0]).view(torch.uint8)
         for threshold in thresholds[1:]:
-            code += piece > threshold
+            code += (piece > threshold).view(torch.uint8)
         found[: len(piece)] |= code << (bits * place)
     return found
 
@@ -44,14 +45,11 @@ def stepped(gradient: Tensor, codes: Tensor, values: Sequence[float]) -> Tensor:
     bits = _layout(len(values) - 1)[1]
     flat = gradient.reshape(-1)
     out = torch.empty_like(flat)
+    # Made where it is used: a tensor from the host would wait for the device.
+    table = torch.cat([flat.new_full((1,), value) for value in values])
     for place, (piece, into) in enumerate(zip(flat.split(len(codes)), out.split(len(codes)), strict=True)):
         code = (codes[: len(piece)] >> (bits * place)) & (len(values) - 1)
-        if bits == 1:
-            torch.mul(piece, code, out=into)
-        else:
-            high, low = code >= 2, (code & 1).bool()
-            upper = torch.where(low, values[3], values[2])
-            torch.mul(piece, torch.where(high, upper, torch.where(low, values[1], values[0])), out=into)
+        torch.mul(piece, table.index_select(0, code.int()), out=into)
     return out.view(gradient.shape)
 
 
