@@ -1,22 +1,55 @@
 #!/usr/bin/env bash
-# A suite that fits ten minutes on one GPU, without a network; prints one table.
+# Suites for one GPU, without a network, each under ten minutes, in the order of what is worth most.
 #
-#   LAYERWISE_DATA=DIR bash benchmarks/gpu.sh [--device cuda] [--out benchmarks/gpu]
+#   LAYERWISE_DATA=DIR bash benchmarks/gpu.sh [--stage tests|table|language|resnet] [--device cuda] [--out benchmarks/gpu]
 #
-# DIR holds CIFAR-10 as the library reads it. Every run trains for the same number of seconds, so the length of the
-# suite does not depend on the GPU. `--device cpu` is a tiny form on the embedded digits that shows that the suite
+# tests     the bits, the mathematics and flat memory of every rule on CUDA, offloading, no waiting: tests/cuda, and the
+#           tests of rules, learners and memory on nets that lie on the GPU
+# table     CIFAR-10 accuracy, memory and time of a ViT by depth, in one table (the default)
+# language  the grid `characters` of language-models; repeat the command to continue it
+# resnet    ResNet-32 in 2, 4, 8 and 15 groups: dgl, heads that look ahead, windows with losses of their own, backprop
+#
+# DIR holds CIFAR-10 and tinyshakespeare as the library reads them; `python benchmarks/parts.py` cuts them into files of
+# at most 40 MiB, to be carried one by one. Every run of the table trains for the same number of seconds, so its length
+# does not depend on the GPU. `--device cpu` is a tiny form of the table on the embedded digits that shows that it
 # works, not how fast anything is.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-device=cuda out=$here/gpu
+device=cuda out=$here/gpu stage=table
 while [ $# -gt 0 ]; do
     case $1 in
     --device) device=$2 ;;
     --out) out=$2 ;;
-    *) echo "gpu.sh: unknown option $1; it takes --device and --out." >&2 && exit 2 ;;
+    --stage) stage=$2 ;;
+    *) echo "gpu.sh: unknown option $1; it takes --stage, --device and --out." >&2 && exit 2 ;;
     esac
     shift 2
 done
+case $stage in
+table) ;;
+tests)
+    cd "$here/.."
+    export LAYERWISE_TEST_DEVICE=$device CUBLAS_WORKSPACE_CONFIG=:4096:8 OMP_NUM_THREADS=1
+    python -m pytest -q --tb=short tests/cuda
+    exec python -m pytest -q --tb=short tests/rules tests/learner tests/memory tests/core/test_engine.py
+    ;;
+language) exec python "$here/run.py" "$here/language-models" --grid characters --device "$device" --jobs 12 ;;
+resnet)
+    rules=()
+    for rate in 0.1 0.3 0.9; do
+        rules+=("backprop:lr=$rate")
+        for group in 8 4 2 1; do
+            for further in "" :ahead=momentum :ahead=both ":overlap=$group:own=true"; do
+                rules+=("dgl:group=$group$further:lr=$rate")
+            done
+        done
+    done
+    exec layerwise compare --rules "${rules[@]}" --data cifar10 --model resnet --model.depth 15 --model.width 16 \
+        --batch-size 512 --optimizer sgd --weight-decay 5e-4 --precision bf16 --channels-last --augment flip crop \
+        --epochs 10 --seeds 1 --jobs 12 --threads 1 --no-report --device "$device" --out "$out/resnet"
+    ;;
+*) echo "gpu.sh: unknown stage $stage; it has tests, table, language and resnet." >&2 && exit 2 ;;
+esac
 
 if [ "$device" = cpu ]; then
     grid=(--rules sll backprop --seeds 1 --steps 4 --model.width 16 --batch-size 256 --jobs 1)

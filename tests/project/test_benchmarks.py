@@ -1,5 +1,6 @@
 """The scripts of `benchmarks/`: they parse, and (slowly) they run."""
 
+import hashlib
 import importlib
 import json
 import os
@@ -35,6 +36,23 @@ def test_the_suite_for_a_gpu_runs_in_its_tiny_form(tmp_path):
     assert [row.split()[1] for row in rows[2:]] == ["sll", "backprop"]
     assert {row.count("|") for row in rows} == {rows[0].count("|")}
     assert (tmp_path / "gpu" / "report.html").is_file()
+
+
+def test_the_suite_for_a_gpu_refuses_what_it_has_not():
+    for words, sentence in ((["--stage", "all"], "unknown stage all"), (["--fast", "1"], "unknown option --fast")):
+        done = subprocess.run(["bash", ROOT / "benchmarks" / "gpu.sh", *words], capture_output=True, text=True)
+        assert done.returncode == 2 and sentence in done.stderr
+
+
+def test_parts_of_a_data_set_are_read_as_the_whole(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    whole = {"text": [hashlib.sha256(str(i).encode()).hexdigest() * 4000 for i in range(30)]}  # 7 MiB
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    pq.write_table(pa.table(whole), tmp_path / "a" / "b" / "train-00000-of-00001.parquet", compression="none")
+    run(sys.executable, ROOT / "benchmarks" / "parts.py", tmp_path / "a", tmp_path / "out", "--mib", "2")
+    parts = sorted((tmp_path / "out" / "b").iterdir())
+    assert len(parts) > 1 and all(part.name.startswith("train-") for part in parts)
+    assert [text for part in parts for text in pq.read_table(part)["text"].to_pylist()] == whole["text"]
 
 
 CLAIM = """
