@@ -255,7 +255,7 @@ class Grid:
 
         pool.run(tasks, done, jobs=1)
         for reason in dict.fromkeys(missing[:1]):
-            print(f"layerwise: note: {reason}", file=sys.stderr)
+            say(f"note: {reason}")
 
     def _label_cost(self, label: str) -> float:
         options, plan = self._budgeted(label), self.plan[label]
