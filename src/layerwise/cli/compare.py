@@ -30,7 +30,8 @@ def compare_command(argv: list[str]) -> int:
             )
     check_options(argv, "recipe", "model", "data")
     labels = [part for word in values(argv, "rules") for part in word.split(",")]
-    check_names("rule", (name for label in labels if (name := label.partition(":")[0]) not in ("", "all")))
+    asked = [name for label in labels if (name := label.partition(":")[0]) not in ("", "all")]
+    check_names("rule", (name if name.endswith(".py") else name.partition("+")[0] for name in asked))
     print_help(argv, "compare", ABOUT, ComparisonSettings, RunSettings, ModelByName, hidden=HIDDEN)
     from layerwise.compare.grid import CompareOptions, Grid
     from layerwise.core.tasks import metric_of

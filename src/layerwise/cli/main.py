@@ -23,9 +23,11 @@ usage: layerwise COMMAND [OPTIONS]
   beliefs RUN           measure what SID's theory predicts, module by module; early exit
   predict RUN INPUT     predict the classes of images, or of the rows of a table, as CSV; --prompt continues a text
   export RUN FILE       write the trained weights as one safetensors file, for your own model class
-  ls WHAT               list rules | models | data | recipes
+  ls WHAT               list rules | models | data | recipes; --json for programs
   describe RULE         show a rule's equations, locality, boundary, source, restrictions and options
   bench KIND            measure memory (exact bytes by depth) | speed (rules interleaved) | scaling (processes)
+  new-rule NAME         write a rule of your own with its tests, ready to be changed
+  doctor                show versions, devices, memory, data and parts, and what stands in the way of training
   validate              check a rule's invariants on this machine, or the files of a run
 
 `layerwise COMMAND --help` lists the options of a command. `--debug`, anywhere on the line, shows the traceback of
@@ -42,6 +44,8 @@ COMMANDS = {
     "export": "layerwise.cli.trained:export_command",
     "ls": "layerwise.cli.listing:ls_command",
     "describe": "layerwise.cli.listing:describe_command",
+    "new-rule": "layerwise.cli.new_rule:new_rule_command",
+    "doctor": "layerwise.cli.doctor:doctor_command",
     "bench": "layerwise.cli.bench:bench_command",
     "validate": "layerwise.cli.validate:validate_command",
 }
