@@ -2,6 +2,7 @@
 
 from layerwise.cli.early import check_names, check_options, values
 from layerwise.errors import LayerwiseError, suggestion
+from layerwise.parsing import parse
 
 KINDS = ("memory", "speed", "scaling")
 
@@ -17,6 +18,12 @@ def bench_command(argv: list[str]) -> int:
         near = f"{argv[0]!r} is no benchmark; {suggestion(argv[0], KINDS)}" if argv else f"one of {', '.join(KINDS)}"
         raise LayerwiseError(f"say what to measure: {near}; layerwise bench KIND --help lists the options.")
     kind, *rest = argv
+    if {"-h", "--help"} & {*rest}:
+        from layerwise.measure.bench_options import MemoryOptions, SpeedOptions
+        from layerwise.scaling.options import ScalingOptions
+
+        options = {"memory": MemoryOptions, "speed": SpeedOptions, "scaling": ScalingOptions}[kind]
+        parse(options, rest, f"bench {kind}")
     if kind == "memory":
         check_names("rule", (word.partition(":")[0] for word in values(rest, "rule")))
         check_names("model", values(rest, "model"))

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,10 +13,9 @@ import torch
 from layerwise import models
 from layerwise.core.ranges import Where
 from layerwise.errors import LayerwiseError, say
+from layerwise.measure.bench_options import CLASSES, MemoryOptions
 from layerwise.measure.bench_problem import (
-    CLASSES,
     CPU,
-    DeviceProblem,
     options_of,
     parse_problem,
     prepared,
@@ -32,22 +31,6 @@ from layerwise.rules.words import rule_of
 COLUMNS = ("parameters", "optimizer", "gradients", "activations", "peak")
 HELD = "act. + grad."
 """The column that stays the same under a local rule."""
-
-
-@dataclass(frozen=True)
-class MemoryOptions(DeviceProblem):
-    """Measure the exact peak bytes of one training step, by depth."""
-
-    rule: tuple[str, ...] = ("sll", "local_ce", "backprop", "backprop_checkpoint", "backprop_offload")
-    """Rules to measure, with options after colons: solo:group=3:readout=random."""
-    model: tuple[str, ...] = ("mlp",)
-    """Models to measure."""
-    depths: str = "4,16,64,256"
-    """Numbers of blocks, separated by commas."""
-    offload: Where = "none"
-    """none | host | disk: where idle blocks wait; each row then has a process of its own, and its resident peak."""
-    offload_folder: str | None = None
-    """Folder for the file of --offload disk (default: the folder for temporary files)."""
 
 
 def memory_of(

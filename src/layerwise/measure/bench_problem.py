@@ -1,11 +1,11 @@
-"""What every benchmark shares: its problem (model, random batch, optimizer), its options, and its files."""
+"""What every benchmark shares: its problem (model, random batch, optimizer) and its files."""
 
 import contextlib
 import json
 import shlex
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +15,12 @@ from torch import Tensor
 from layerwise import models
 from layerwise.core.devices import pick_device
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
-from layerwise.core.ranges import Where, check_ranges
+from layerwise.core.ranges import Where
 from layerwise.core.tasks import LanguageModel
 from layerwise.core.trees import mapped
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
+from layerwise.measure.bench_options import CLASSES
 from layerwise.memory.mmap import OnFile
 from layerwise.parsing import parse
 from layerwise.report.page import write_report
@@ -28,46 +29,8 @@ from layerwise.runs.environment import environment
 from layerwise.runs.output import check_output, write_output
 from layerwise.runs.writing import write_atomically
 
-CLASSES = 10
 CPU = torch.device("cpu")
 LEARNING_RATE = 1e-4
-
-
-@dataclass(frozen=True)
-class Problem:
-    """The model, batch and optimizer that every benchmark trains, and where the results go."""
-
-    model_options: dict[str, float] = field(default_factory=dict)
-    """Numbers for the model: --model-options width 256."""
-    shape: tuple[int, int, int] = (3, 32, 32)
-    """Channels, height and width of the random images; 1 1 T for windows of T tokens."""
-    batch_size: int = 64
-    """Samples per batch."""
-    optimizer: str = "adamw"
-    """Optimizer of every rule."""
-    threads: int | None = None
-    """Threads of the CPU, of each process."""
-    json: str | None = None
-    """Also write the results to this file."""
-    out: str | None = None
-    """Write results, command, machine and report.html to this folder; the report of a comparison gains a section."""
-
-
-@dataclass(frozen=True)
-class DeviceProblem(Problem):
-    """A problem on one device."""
-
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of the blocks (autocast)."""
-    device: str = "auto"
-    """cpu | cuda | cuda:N | mps | xpu | auto."""
-    micro: int = 1
-    """Parts in which every block runs its batch."""
-    classes: int = CLASSES
-    """Outputs of the network; of a language model its vocabulary."""
-
-    def __post_init__(self) -> None:
-        check_ranges(micro=self.micro)
 
 
 def prepared(

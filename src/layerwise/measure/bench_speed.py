@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,27 +12,11 @@ from layerwise.core.devices import synchronize
 from layerwise.core.engine import Engine
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
-from layerwise.measure.bench_problem import DeviceProblem, parse_problem, prepared, write_figures
+from layerwise.measure.bench_options import SpeedOptions
+from layerwise.measure.bench_problem import parse_problem, prepared, write_figures
 from layerwise.memory.flops import FlopMeter
 
 PARTS = ("forward", "backward", "optimizer", "other")
-
-
-@dataclass(frozen=True)
-class SpeedOptions(DeviceProblem):
-    """Measure the time per training step. Rules are interleaved: every round runs each rule once."""
-
-    rules: tuple[str, ...] = ("sll", "backprop", "backprop_checkpoint")
-    """Rules to time, with options after colons: solo:group=3. Ratios are to backprop if it is among them, otherwise to
-    the first rule."""
-    model: str = "vit"
-    """mlp | vgg | resnet | vit."""
-    depth: int | None = None
-    """Number of blocks (default: that of the model)."""
-    rounds: int = 10
-    """Rounds that are measured."""
-    warmup: int = 2
-    """Rounds before the measured ones."""
 
 
 class TimedEngine(Engine):

@@ -62,6 +62,7 @@ def render(name: str, title: str, alt: str, draw: Callable[[Any], None], height:
         draw(canvas.add_subplot())
         text, png = io.StringIO(), io.BytesIO()
         canvas.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        canvas.set_layout_engine("none")  # the same places, not found twice: that takes a third of the time
         canvas.savefig(png, format="png", dpi=200, facecolor="white", metadata={"Software": None})
     return Figure(name, title, alt, _inline(text.getvalue(), name), png.getvalue())
 

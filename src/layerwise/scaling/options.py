@@ -5,13 +5,24 @@ from dataclasses import dataclass
 
 from layerwise.core.ranges import NonNegativeFloat, check, check_ranges
 from layerwise.errors import LayerwiseError, unknown
-from layerwise.measure.bench_problem import Problem
-from layerwise.parallel.replicas import check_shares
+from layerwise.measure.bench_options import Problem
 from layerwise.parsing import read_whole
-from layerwise.scaling.simulate import PARTS, Interconnect
+
+PARTS = {"gpipe": 1, "1f1b": 1, "zb1p": 1, "zbv": 2}
+"""Schedules of backpropagation, and how many parts of the network each rank holds."""
 
 WAYS = ("rule", "backprop", "apart", "pipeline", "data", "ddp", *PARTS)
 ALONE = ("rule", "backprop")
+
+
+@dataclass(frozen=True)
+class Interconnect:
+    """The way between any two neighbouring ranks: messages in one direction follow one another."""
+
+    latency: float = 0.0
+    """Seconds until the first byte arrives."""
+    bandwidth: float = math.inf
+    """Bytes per second."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +107,8 @@ def check_options(options: ScalingOptions, blocks: int) -> None:
                 f"{way} on {most} ranks needs {needed} parts, and the network has {blocks} blocks and a head; choose a "
                 "larger --depth, fewer --ranks, or other --ways."
             )
+    from layerwise.parallel.replicas import check_shares  # here, as the help of the command waits for no torch
+
     for ranks in options.counts() if {"data", "ddp"} & {*options.ways} else ():
         check_shares(options.batch_size, ranks)
     if options.simulate is not None:

@@ -14,23 +14,12 @@ from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble
 
 from layerwise.core.cost import balanced_ends
 from layerwise.parallel.transport import DEPTH
+from layerwise.scaling.options import PARTS, Interconnect
 
-PARTS = {"gpipe": 1, "1f1b": 1, "zb1p": 1, "zbv": 2}
-"""Schedules of backpropagation, and how many parts of the network each rank holds."""
 WAITS = {"gpipe": "phases", "1f1b": "turns", "zb1p": "steps", "zbv": "steps"}
 """When their ranks wait for what they send, see `scheduled`."""
 Action = tuple[str, int, int]
 """What is done, to which part of the network, with which micro-batch: F forward, B backward, I and W its halves."""
-
-
-@dataclass(frozen=True)
-class Interconnect:
-    """The way between any two neighbouring ranks: messages in one direction follow one another."""
-
-    latency: float = 0.0
-    """Seconds until the first byte arrives."""
-    bandwidth: float = math.inf
-    """Bytes per second."""
 
 
 @dataclass(frozen=True)
