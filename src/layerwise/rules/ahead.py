@@ -18,7 +18,7 @@ from layerwise.errors import LayerwiseError
 Ahead = Literal["none", "learned", "momentum", "both"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LooksAhead(FollowsNextBlock, Rule):
     r"""A rule whose heads may read a block through the first layer of the block after it.
 

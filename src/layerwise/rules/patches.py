@@ -11,7 +11,7 @@ from layerwise.core.rule import BlockContext, Rule, Signal, Site, loss_of, metri
 from layerwise.errors import LayerwiseError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReadsPatches(Rule):
     r"""A rule whose heads may read a map patch by patch.
 
