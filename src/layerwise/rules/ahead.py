@@ -18,7 +18,7 @@ from layerwise.errors import LayerwiseError
 Ahead = Literal["none", "learned", "momentum", "both"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LooksAhead(FollowsNextBlock, Rule):
     r"""A rule whose heads may read a block through the first layer of the block after it.
 
@@ -150,9 +150,8 @@ class LookingAhead(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """What the copies make of a block's output."""
-        # Each copy has a view of its own, so that gradients add up in one order whether the first pass clones or not.
         copies = [copy for copy in (self.learned, self.average) if copy is not None]
-        read = [self._unchanged(copy, h.view_as(h), self.training) for copy in copies]
+        read = [self._unchanged(copy, h, self.training) for copy in copies]
         return read[0] if self.scale is None else self.scale * read[0] + (2 - self.scale) * read[1]
 
     def follow(self, parameters: list[Tensor], momentum: float) -> None:

@@ -6,11 +6,12 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from layerwise.core.rule import ANY_TASK, BlockContext, Signal, Site, loss_of
+from layerwise.core.rule import ANY_TASK, BlockContext, Signal, Site
 from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
 from layerwise.rules.ahead import LooksAhead
 from layerwise.rules.local_ce import Greedy
+from layerwise.rules.patches import ReadsPatches
 from layerwise.rules.readout import Pool, convolution, labels_at, pool_vectors
 from layerwise.rules.windows import Windows, head_at
 
@@ -76,7 +77,7 @@ def _per_pixel(h: Tensor, outputs: int, kind: Kind) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class DGL(Windows, LooksAhead, Greedy):
+class DGL(Windows, LooksAhead, ReadsPatches, Greedy):
     r"""Decoupled greedy learning: each block minimises the cross-entropy of its own auxiliary network.
 
     $$L_i = \mathrm{CE}(a_i(h_i), \; y), \qquad h_i = f_i(\mathrm{stopgrad}(h_{i-1}))$$
@@ -114,12 +115,12 @@ class DGL(Windows, LooksAhead, Greedy):
         def made(site: Site, h: Tensor) -> nn.Module:
             return auxiliary_network(site.standard(h), task.outputs, self.network, self.pool, per_pixel)
 
-        return self.heads(site, h, made)
+        return self.heads(site, self.patched(site, h), made)
 
     def outputs_at(self, site: Site, h: Tensor, auxiliary: nn.Module, task: Task) -> Tensor:
         """The outputs of the auxiliary network."""
         site, h, auxiliary = self.ahead_of(site, h, auxiliary)
-        return self._outputs(site, h, head_at(auxiliary), task)
+        return self.averaged(self._outputs(site, self.patched(site, h), head_at(auxiliary), task), len(h))
 
     def _outputs(self, site: Site, h: Tensor, auxiliary: nn.Module, task: Task) -> Tensor:
         standard = site.standard(h)
@@ -134,7 +135,8 @@ class DGL(Windows, LooksAhead, Greedy):
     def _read(self, ctx: BlockContext) -> Signal:
         if ctx.site.is_head or ctx.auxiliary is None:
             return super().signal(ctx)
-        if ctx.site.standard(ctx.h).dim() < 4:
+        if self.patches == 1 and ctx.site.standard(ctx.h).dim() < 4:
             return super().signal(ctx)
-        outputs = self._outputs(ctx.site, ctx.h, ctx.auxiliary, ctx.task)
-        return loss_of(ctx.task, outputs, labels_at(ctx, ctx.task.outputs_last(outputs)))
+        cut = self.in_patches(ctx)
+        outputs = self._outputs(cut.site, cut.h, ctx.auxiliary, ctx.task)
+        return self.told(ctx, outputs, labels_at(cut, ctx.task.outputs_last(outputs)))

@@ -21,6 +21,7 @@ from layerwise.core.rule import (
 )
 from layerwise.core.tasks import Task
 from layerwise.rules.ahead import LooksAhead
+from layerwise.rules.patches import ReadsPatches
 from layerwise.rules.readout import HasReadout, Pool, grouped, linear_outputs, read_out, readout_width
 from layerwise.rules.windows import Windows, head_at
 
@@ -78,7 +79,7 @@ class GreedyLinear(HasReadout, Greedy):
 
 
 @dataclass(frozen=True)
-class LocalCE(Windows, LooksAhead, GreedyLinear):
+class LocalCE(Windows, LooksAhead, ReadsPatches, GreedyLinear):
     r"""Greedy local learning: each block minimises the cross-entropy of its own learned linear head.
 
     $$L_i = \mathrm{CE}(W_i \, \mathrm{pool}(h_i) + b_i, \; y), \qquad
@@ -103,13 +104,18 @@ class LocalCE(Windows, LooksAhead, GreedyLinear):
 
     def head(self, site: Site, h: Tensor, task: Task) -> nn.Module:
         """A linear head from the pooled output to the task's outputs, or two of them."""
-        return self.heads(site, h, lambda site, h: self.linear_head(site, h, task))
+        return self.heads(site, self.patched(site, h), lambda site, h: self.linear_head(site, h, task))
 
     def outputs_at(self, site: Site, h: Tensor, auxiliary: nn.Module, task: Task) -> Tensor:
         """The outputs of the block's own head."""
         site, h, auxiliary = self.ahead_of(site, h, auxiliary)
-        return super().outputs_at(site, h, head_at(auxiliary), task)
+        return self.averaged(super().outputs_at(site, self.patched(site, h), head_at(auxiliary), task), len(h))
 
     def signal(self, ctx: BlockContext) -> Signal:
         """The task's loss on the block's own head, or on the network's at the end."""
-        return self.read_heads(self.looking(ctx), super().signal)
+        return self.read_heads(self.looking(ctx), self._read)
+
+    def _read(self, ctx: BlockContext) -> Signal:
+        if self.patches == 1 or ctx.site.is_head or ctx.auxiliary is None:
+            return super().signal(ctx)
+        return self.told(ctx, *read_out(self.in_patches(ctx), ctx.auxiliary, self.pool))

@@ -20,10 +20,10 @@ from layerwise.core.rule import (
     Site,
     by_depth,
     loss_at_head,
-    loss_of,
 )
 from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
+from layerwise.rules.patches import ReadsPatches
 from layerwise.rules.readout import (
     Pool,
     Readout,
@@ -94,7 +94,7 @@ class Projection(nn.Module):
 
 
 @dataclass(frozen=True)
-class SLL(ReadsOut, ReadsOutputMatrix, Rule):
+class SLL(ReadsPatches, ReadsOut, ReadsOutputMatrix, Rule):
     r"""Stochastic Layer-wise Learning: every block maximises its own ELBO-like objective.
 
     For block i with output $h_i = f_i(\mathrm{stopgrad}(h_{i-1}))$, pooled to a vector:
@@ -222,7 +222,7 @@ class SLL(ReadsOut, ReadsOutputMatrix, Rule):
                 f'dim and targets="codebook" are about classes, and {task.kind} has none; leave both out, so that the '
                 f"projection has the task's {task.outputs} outputs."
             )
-        width = readout_width(h, self.pool, site, task)
+        width = readout_width(self.patched(site, h), self.pool, site, task)
         dtype = torch.promote_types(h.dtype, torch.float32)
         readout = None
         if self.readout != "private":
@@ -232,8 +232,8 @@ class SLL(ReadsOut, ReadsOutputMatrix, Rule):
     def outputs_at(self, site: Site, h: Tensor, auxiliary: nn.Module, task: Task) -> Tensor:
         """What the fixed projection says of the label."""
         assert isinstance(auxiliary, Projection)
-        v = auxiliary(pool_vectors(h, self.pool, task.positions != "sample", site), site)
-        return task.as_outputs(auxiliary.class_logits(v))
+        v = auxiliary(pool_vectors(self.patched(site, h), self.pool, task.positions != "sample", site), site)
+        return task.as_outputs(auxiliary.class_logits(self.averaged(v, len(h))))
 
     def signal(self, ctx: BlockContext) -> Signal:
         """Likelihood and alignment of the posterior that is read off at this site."""
@@ -245,16 +245,18 @@ class SLL(ReadsOut, ReadsOutputMatrix, Rule):
         if ctx.auxiliary is None:
             return Signal(message=ctx.message)
         assert isinstance(ctx.auxiliary, Projection)
-        v = ctx.auxiliary(features_of(ctx, self.pool), ctx.site)
-        y, read = labels_at(ctx, v), ctx.auxiliary.class_logits(v)
-        signal = loss_of(ctx.task, ctx.task.as_outputs(read), y)
+        cut = self.in_patches(ctx)
+        v = ctx.auxiliary(features_of(cut, self.pool), ctx.site)
+        y, read = labels_at(cut, v), ctx.auxiliary.class_logits(v)
+        signal = self.told(ctx, ctx.task.as_outputs(read), y)
         # With the index targets the softmax runs over all d0 coordinates; the label is one of the first K.
         wider = self.targets == "index" and read is not v
         likelihood = ctx.task.loss(ctx.task.as_outputs(v), y) if wider else signal.loss
         assert likelihood is not None
         signal.loss = _times(by_depth(self.likelihood_weight, ctx.site), likelihood)
+        v = self.averaged(v, len(ctx.h))
         signal.message = (*(ctx.message or ()), v)[-2:]
-        self._align(signal, ctx, v, y)
+        self._align(signal, ctx, v, y if self.patches == 1 else ctx.y)
         return signal
 
     def _align(self, signal: Signal, ctx: BlockContext, v: Tensor, y: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Windows: a block also learns from the losses of heads some blocks ahead."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -24,9 +24,9 @@ class Windows(Rule):
 
     group: PositiveInt = 1
     """Neighbouring blocks that share one loss, one graph and one backward pass."""
-    overlap: NonNegativeInt = 0
+    overlap: NonNegativeInt = field(default=0, kw_only=True)
     """Later blocks between a group and the head at the end of its window; gradients cross so many boundaries."""
-    own: bool = False
+    own: bool = field(default=False, kw_only=True)
     """Whether each group has a head at its own output, too, beside those of the windows."""
 
     def __post_init__(self) -> None:
