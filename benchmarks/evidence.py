@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 EDGE = "**edge**"
 MARK = "†"
 MARKED = "† marks a learning rate at the end of its grid, where a wider grid may give more."
-BESIDE = ("lr=", "seed=", "threads=", "data=")
+BESIDE = ("lr=", "seed=", "threads=", "device=", "data=")
 """Options of a run that are not its row's; a folder of data may have been renamed."""
 LEGEND = (
     "Test accuracy is that of the last weights: mean ± standard deviation over n seeds. *By block* is the accuracy of "

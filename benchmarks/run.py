@@ -2,6 +2,7 @@
 
     python benchmarks/run.py benchmarks/mlp-local-losses-vs-backprop --jobs 2
     python benchmarks/run.py benchmarks/mlp-local-losses-vs-backprop --check mnist/sll
+    python benchmarks/run.py benchmarks/language-models --grid characters --device cuda --jobs 8
     python benchmarks/run.py benchmarks/* --table
 
 A folder with grids in its `claim.toml` is trained here: every rule over the same learning rates on the validation
@@ -30,6 +31,7 @@ from layerwise.compare import grid_runs
 from layerwise.compare.grid_runs import GridRun
 from layerwise.compare.pool import Pool
 from layerwise.runs import arguments as command_line
+from layerwise.runs.building import load_data
 
 Wanted = tuple[Grid, str, float, int, str]
 """Grid, row, learning rate, seed, `tuning` or `final`."""
@@ -40,6 +42,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
+    parser.add_argument(
+        "--device", default="auto", help="where the runs of a grid train: cpu, cuda, ... (default: auto)"
+    )
+    parser.add_argument("--grid", nargs="+", metavar="GRID", help="only these grids of the folder")
     parser.add_argument("--table", action="store_true", help="only write the README of what is there")
     parser.add_argument("--check", nargs="+", metavar="GRID/ROW", help="train these rows again and compare")
     arguments, further = parser.parse_known_args()
@@ -50,10 +56,13 @@ def main() -> int:
         if further and claim.grids:
             parser.error(f"unknown options: {' '.join(further)}")
         if arguments.check:
-            return check(claim, arguments.check, arguments.jobs)
+            return check(claim, arguments.check, arguments.jobs, arguments.device)
         if not arguments.table:
             if claim.grids:
-                grow(claim, arguments.jobs)
+                unknown = [name for name in arguments.grid or [] if name not in claim.grids]
+                if unknown:
+                    parser.error(f"{claim.name} has the grids {', '.join(claim.grids)}, not {', '.join(unknown)}")
+                grow(claim, arguments.jobs, arguments.device, arguments.grid or list(claim.grids))
             else:
                 path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
                 subprocess.run(["bash", claim.folder / "run.sh", *further], env=os.environ | {"PATH": path}, check=True)
@@ -63,8 +72,8 @@ def main() -> int:
     return 0
 
 
-def grow(claim: Claim, jobs: int) -> None:
-    """Run what is missing: first the tuning, then the final runs at the rates that it chose."""
+def grow(claim: Claim, jobs: int, device: str, names: list[str]) -> None:
+    """Run what is missing of these grids: first the tuning, then the final runs at the rates that it chose."""
     prepare(claim)
     lines = list(claim.lines)
 
@@ -80,9 +89,11 @@ def grow(claim: Claim, jobs: int) -> None:
         there = {(line["grid"], line["row"], line["lr"], line["seed"], line["kind"]) for line in lines}
         return [one for one in wanted if (one[0].name, *one[1:]) not in there]
 
-    train(missing(one for grid in claim.grids.values() for one in tuning(grid)), jobs, ended)
-    grids = Claim(claim.folder).grids.values()
-    train(missing(one for grid in grids for one in finals(grid, grid.options["rules"])), jobs, ended)
+    train(missing(one for name in names for one in tuning(claim.grids[name])), jobs, ended, device)
+    grids = Claim(claim.folder).grids
+    train(
+        missing(one for name in names for one in finals(grids[name], grids[name].options["rules"])), jobs, ended, device
+    )
 
 
 def prepare(claim: Claim) -> None:
@@ -106,7 +117,7 @@ def finals(grid: Grid, names: Iterable[str]) -> list[Wanted]:
     return [(grid, name, lr, seed, "final") for seed in grid.options["seeds"] for name, lr in rates.items()]
 
 
-def train(wanted: list[Wanted], jobs: int, ended: Callable[[Wanted, dict], None]) -> None:
+def train(wanted: list[Wanted], jobs: int, ended: Callable[[Wanted, dict], None], device: str) -> None:
     """Train in the worker processes of `layerwise compare`."""
     runs: dict[str, tuple[Wanted, str, GridRun]] = {}
     with tempfile.TemporaryDirectory() as scratch, Pool(jobs, Path(scratch) / "workers.log") as pool:
@@ -115,7 +126,7 @@ def train(wanted: list[Wanted], jobs: int, ended: Callable[[Wanted, dict], None]
             name = f"{grid.name}-{row}-{kind}-lr{lr:g}-seed{seed}"
             words = [*grid.options["common"], *grid.options["rules"][row]]
             words += [*grid.options["tune" if kind == "tuning" else "final"], "--lr", f"{lr:g}", "--seed", str(seed)]
-            words += ["--threads", "1"]
+            words += ["--threads", "1", *([] if device == "auto" else ["--device", device])]
             options = command_line.train_options([*words, "--out", str(Path(scratch) / name)], "train")
             runs[name] = one, " ".join(["layerwise", "train", *words]), GridRun(row, name, options)
 
@@ -132,10 +143,13 @@ def train(wanted: list[Wanted], jobs: int, ended: Callable[[Wanted, dict], None]
             before = "" if val is None else f"val {metric.written(val)}, "
             print(f"{cell.name}: {before}test {metric.written(own)} in {result['train_seconds']:.0f} s", flush=True)
 
+        if jobs > 1:  # what is decoded or encoded is kept in the cache, so that the workers need not all do it
+            for options in {cell.options.data: cell.options for _, _, cell in runs.values()}.values():
+                load_data(options)
         grid_runs.train_all([cell for _, _, cell in runs.values()], pool, jobs, ended=end)
 
 
-def check(claim: Claim, names: list[str], jobs: int) -> int:
+def check(claim: Claim, names: list[str], jobs: int, device: str) -> int:
     """Train the final runs of these rows again; 1 where a figure of theirs differs from what is stored."""
     prepare(claim)
     wanted: list[Wanted] = []
@@ -158,7 +172,7 @@ def check(claim: Claim, names: list[str], jobs: int) -> int:
         shown = "equal" if same else f"{before} is stored, {evidence.machine_of(old)}"
         print(f"{grid.name}/{name} seed {seed}: {now}, {shown}", flush=True)
 
-    train(wanted, jobs, ended)
+    train(wanted, jobs, ended, device)
     return 1 if differ else 0
 
 

@@ -207,7 +207,7 @@ MUTANTS = [
            [("torch._foreach_div_(gradients, self.accumulation.weight)", "pass")],
            f"{ENGINE} accumulated and local_ce"),
     Mutant("biases decay", "core/optim.py", [(', "weight_decay": 0.0}', "}")], f"{ENGINE} matrices_decay"),
-    Mutant("multiplier ignored", "core/optim.py",
+    Mutant("multiplier ignored", "core/param_groups.py",
            [('multiplier = group.pop("lr_multiplier", 1.0)', 'multiplier = 0 * group.pop("lr_multiplier", 1.0) + 1')],
            f"{ENGINE} multiplier"),
     Mutant("sign of log BC", "core/functional.py",

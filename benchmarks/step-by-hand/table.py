@@ -8,7 +8,7 @@ def figures(lines):
     ends = {}
     for kind in ("mlp", "tiny", "cascade"):
         ratios = [row["ratio"][0] for row in line["rows"] if row["case"].startswith(kind)]
-        ends |= {f"{kind}_low": f"{min(ratios):.2f}", f"{kind}_high": f"{max(ratios):.2f}"}
+        ends[kind] = " to ".join(dict.fromkeys(f"{ratio:.2f}" for ratio in (min(ratios), max(ratios))))
     return ends
 
 

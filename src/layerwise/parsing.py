@@ -7,19 +7,70 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, short
+
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(?i:inf|infinity|nan)")
+WHOLE = re.compile(r"[+-]?[0-9]+")
+
+
+def read_whole(word: str) -> int:
+    """A whole number out of a word of ASCII digits; Python's `int` also takes `1_0` and the digits of other scripts.
+
+    Raises:
+        ValueError: the word is no such number.
+
+    >>> read_whole("-12")
+    -12
+    >>> read_whole("1_0")
+    Traceback (most recent call last):
+    ValueError: invalid literal for int() with base 10: '1_0'
+    """
+    if not WHOLE.fullmatch(word.strip(" ")):
+        raise ValueError(f"invalid literal for int() with base 10: {word!r}")
+    return int(word)
+
+
+def read_number(word: str) -> float:
+    """A number out of a word, as `read_whole`; `inf` and `nan` are read, and refused where they are in no range.
+
+    Raises:
+        ValueError: the word is no number.
+
+    >>> read_number("1e-3"), read_number(".5")
+    (0.001, 0.5)
+    """
+    if not NUMBER.fullmatch(word.strip(" ")):
+        raise ValueError(f"could not convert string to float: {word!r}")
+    return float(word)
+
+
+def environment_number(name: str, default: int = 0) -> int:
+    """A whole number, 0 or larger, in a variable of the environment that launchers such as torchrun set.
+
+    Raises:
+        LayerwiseError: it holds something else.
+    """
+    text = os.environ.get(name, str(default))
+    with contextlib.suppress(ValueError):
+        if (number := read_whole(text)) >= 0:
+            return number
+    raise LayerwiseError(f"{name} is {short(text)}; give a whole number, or start the processes with torchrun.")
 
 
 def parse(cls: type, argv: Sequence[str], command: str, default: Any = None) -> Any:
     """Parse options into a dataclass with tyro; what tyro refuses becomes one LayerwiseError."""
     import tyro
+    from tyro.constructors import ConstructorRegistry
+
+    numbers = ConstructorRegistry()
+    numbers.primitive_rule(_number_rule)
 
     printed = io.StringIO()
     width = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "1000"  # so that tyro does not break its message into lines
     try:
         wants_help = any(word in ("-h", "--help") for word in argv)
-        with contextlib.redirect_stderr(printed) if not wants_help else contextlib.nullcontext():
+        with contextlib.redirect_stderr(printed) if not wants_help else contextlib.nullcontext(), numbers:
             if wants_help:
                 _restore("COLUMNS", width)
             kwargs = {} if default is None else {"default": default}
@@ -30,6 +81,22 @@ def parse(cls: type, argv: Sequence[str], command: str, default: Any = None) -> 
         raise LayerwiseError(_one_sentence(printed.getvalue(), command)) from None
     finally:
         _restore("COLUMNS", width)
+
+
+def _number_rule(info: Any) -> Any:
+    """How tyro reads an option that is a number; None for others, whose words stay what they are."""
+    from tyro.constructors import PrimitiveConstructorSpec
+
+    if info.type not in (int, float):
+        return None
+    kind, read = (int, read_whole) if info.type is int else ((int, float), read_number)
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=info.type.__name__.upper(),
+        instance_from_str=lambda words: read(words[0]),
+        is_instance=lambda value: isinstance(value, kind),
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 def _restore(name: str, value: str | None) -> None:
@@ -57,6 +124,11 @@ PLAIN = (
     (r"^Error parsing (--\S+): invalid literal for int\(\) .*: (.*)", r"\1 is \2, which is not a whole number"),
     (r"^Error parsing (--\S+): could not convert string to float: (.*)", r"\1 is \2, which is not a number"),
     (r"^Error parsing (--\S+): Failed to parse key-value pairs!", r"\1 takes pairs of a name and a number"),
+    (r"^Error parsing (--\S+): no type matching (.*) could be instantiated from \[(.*)\]", r"\1 is \3; it takes \2"),
+    (
+        r"^Error parsing (--\S+): Could not parse arguments \[(.*)\] into tuple type (?:typing\.)?(.*)",
+        r"\1 is \2; it takes \3",
+    ),
     (r"^Missing value for argument '(.*)'\. Expected 1 values", r"\1 needs a value"),
     (r"^invalid choice (.*) for argument '(.*)'\. Expected one of \((.*)\)", r"\2 is \1; choose one of \3"),
     (r"^Unrecognized options: ", "unknown options: "),

@@ -258,6 +258,25 @@ def test_bench_memory_counts_exactly(capsys, tmp_path):
     assert many["gradients"] - few["gradients"] == 4 * 3 * 17 * 16  # backprop holds the gradient of every block
 
 
+def test_a_benchmark_takes_rules_with_options(capsys, tmp_path):
+    """A private readout of K = 10 and width 16 is 17 x 10 weights after each block but the last."""
+    file = tmp_path / "memory.json"
+    words = ("local_ce:group=1", "local_ce:group=3", "local_ce:readout=low_rank:rank=2")
+    out = printed(capsys, "bench", "memory", *BENCH, "--depths", "3", "--rule", *words, "--json", file)
+    rows = {row["rule"]: row for row in json.loads(file.read_text())}
+    assert list(rows) == list(words) and all(word in out for word in words)
+    weights = 65 * 16 + 2 * 17 * 16 + 17 * 10
+    heads = {words[0]: 2 * 17 * 10, words[1]: 0, words[2]: 2 * (16 + 2 * (16 + 10))}
+    assert {word: row["parameters"] for word, row in rows.items()} == {w: 4 * (weights + n) for w, n in heads.items()}
+    for words, sentence in (
+        (("local_ce:grup=2",), "local_ce:grup=2: no option 'grup'; did you mean 'group'"),
+        (("local_ce:group",), "write group=VALUE after the colon"),
+        (("local_ce:group=0",), "group"),
+    ):
+        assert main(["bench", "memory", "--rule", *words]) == 2
+        assert sentence in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_bench_memory_of_streamed_blocks_is_flat(capsys, tmp_path):
     """A block of width 512 has a weight of 1 MiB; two of them are on the device, with gradients of one."""
@@ -349,6 +368,7 @@ def test_the_main_job_prints_a_table(capsys, tmp_path, monkeypatch):
     out = printed(capsys, "train", *SMALL, "--steps", "3")
     folder = tmp_path / "runs" / "digits-mlp-sll-seed0"
     names = [line.split("  ")[0] for line in out.splitlines()]
-    assert names[:7] == ["rule", "test accuracy", "val accuracy", "by block", "training time", "peak memory", "files"]
+    before = ["rule", "test accuracy", "val accuracy", "by block", "updates"]
+    assert names[:8] == [*before, "training time", "peak memory", "files"]
     assert f"{100 * result(folder)['test_accuracy']:.2f} %" in out
     assert lines(folder, "test")

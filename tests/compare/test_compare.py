@@ -180,7 +180,11 @@ def test_results_are_those_of_the_runs(comparison):
         assert float(row["flops"]) == found["flops_per_step"] * found["steps"]
         correct = np.load(cell(comparison, row["rule"], row["seed"]) / "test_correct.npy")
         assert correct.mean() == pytest.approx(found["test_accuracy"], abs=1e-6)  # sums of the batches are in float32
-    assert (comparison.parent / "stdout").read_text().count("\n") == len(LABELS) + 4
+    table, deeper, sentences = (comparison.parent / "stdout").read_text().split("\n\n")
+    assert [line.split()[0] for line in table.splitlines()[1:-1]] == LABELS
+    assert [line.split()[0] for line in deeper.splitlines()[1:]] == LABELS
+    assert "At 64 blocks" in sentences and "No learning rate was tuned" in sentences
+    assert [line.partition(":")[0] for line in sentences.splitlines()[-2:]] == ["files", "report"]
 
 
 def test_the_summary_is_the_statistics_of_the_rows(comparison):

@@ -7,6 +7,7 @@ import torch
 from support.pixels import noise, numbered
 
 from layerwise.data import Batches, InMemorySource, crop, cutout, flip
+from layerwise.data.batches import moved
 from layerwise.errors import LayerwiseError
 
 
@@ -80,6 +81,25 @@ def test_channels_last_changes_the_layout_only():
     z, _ = next(plain(source, 6, channels_last=True, **options).epoch(0))
     assert x.is_contiguous() and z.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(x, z)
+
+
+def test_only_a_gpu_gets_its_batches_from_page_locked_memory():
+    class Watched:  # there is no GPU here
+        device, locked = torch.device("cpu"), False
+
+        def pin_memory(self):
+            other = Watched()
+            other.locked = True
+            return other
+
+        def to(self, device, non_blocking):
+            return device.type, self.locked, non_blocking
+
+    assert moved(Watched(), torch.device("cuda", 0)) == ("cuda", True, True)
+    assert moved(Watched(), torch.device("cpu")) == ("cpu", False, True)
+    there = Watched()
+    there.device = torch.device("cuda", 0)  # images that are held there
+    assert moved(there, torch.device("cuda", 0)) == ("cuda", False, True)
 
 
 def test_wrong_batches_are_refused():

@@ -41,7 +41,26 @@ def fromarray(array):
     return PIL.fromarray(array)
 
 
+def png(width, height, bits, kind, rows=b""):
+    """A PNG of these filtered rows; it may claim any size, and hold nothing."""
+
+    def chunk(name, body):
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def grey_alpha_16(level, opacity):
+    """A PNG of grey and opacity of 16 bits, whose rows hold differences to the pixel on the left (filter 1)."""
+    stored = np.stack(np.broadcast_arrays(level, opacity), -1).astype(">u2")
+    found = stored.view(np.uint8).reshape(*stored.shape[:2], 4)
+    differences = np.diff(found, axis=1, prepend=np.uint8(0))
+    return png(stored.shape[1], stored.shape[0], 16, 4, b"".join(b"\1" + row.tobytes() for row in differences))
+
+
 DEEP = {
+    "16 bits with opacity": (grey_alpha_16(RAMP * 1000, 65535), RAMP * 1000 / 65535),
     "16 bits of a PNG": (encoded(fromarray((RAMP * 1000).astype(np.uint16))), RAMP * 1000 / 65535),
     "12 bits in 16": (encoded(fromarray((RAMP * 65).astype(np.uint16))), RAMP * 65 / 65535),
     "16 bits of a TIFF": (encoded(fromarray((RAMP * 1000).astype(np.uint16)), "TIFF"), RAMP * 1000 / 65535),
@@ -166,6 +185,18 @@ def test_turned_16_bit_pictures_are_read_upright_too():
     np.testing.assert_allclose(pixels(content, "F")[0] / 255, RAMP * 1000 / 65535, atol=1e-6)
 
 
+def test_grey_with_16_bits_of_opacity_is_laid_on_the_ground_level_by_level(tmp_path):
+    """It is grey (PIL gives RGBA), and its levels are mixed before anything is rounded."""
+    opacity = RAMP[::-1] * 1000
+    content = grey_alpha_16(RAMP * 1000, opacity)
+    found = data.load(folder(tmp_path / "d", {"a": content, "b": content}), val_fraction=0)
+    assert found.shape == (1, SIDE, SIDE) and any("transparent in places" in note for note in found.notes)
+    share = opacity / 65535
+    expected = share * RAMP * 1000 / 65535 * 255 + (1 - share) * found.form.ground
+    np.testing.assert_allclose(found.train.images[0, 0], expected, rtol=1e-5)
+    assert read_header(content).size == (SIDE, SIDE)
+
+
 def sign(colour, where, mode="RGBA"):
     """A sign of one colour on transparent ground, whose colour is that of the sign."""
     image = np.zeros((SIDE, SIDE, 4), np.uint8)
@@ -236,22 +267,12 @@ def test_other_kinds_of_pictures_keep_their_pixels():
         assert set(content) == {10} and "frames" in done
 
 
-def bomb(width, height):
-    """A PNG that claims a size and holds nothing."""
-
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
 @pytest.mark.parametrize(
     "content",
     [
-        bomb(2**31 - 1, 2**31 - 1),
-        bomb(20_000, 20_000),
-        bomb(10_000, 10_000),
+        png(2**31 - 1, 2**31 - 1, 8, 2),
+        png(20_000, 20_000, 8, 2),
+        png(10_000, 10_000, 8, 2),
         b"",
         b"\0\5\26\7\0\2\0\0Mac OS X",
         b"P5 99999999 99999999 255\n",

@@ -1,6 +1,7 @@
 """Optimizers of any kind: by dotted path, several in one group, options by parameter name, modes and own numbers."""
 
 import copy
+import math
 import re
 
 import pytest
@@ -142,6 +143,167 @@ def test_frozen_and_thawed_parameters_of_one_of_several_optimizers():
 def test_what_cannot_serve_is_refused(optimizer, sentence):
     with pytest.raises(LayerwiseError, match=re.escape(sentence)):
         Learner(dense(), "local_ce", optimizer=optimizer).step(X, Y)
+
+
+class Growing(torch.optim.SGD):
+    """Like Prodigy: infinity is the usual value of an option, and a setting comes with the first step."""
+
+    def __init__(self, params, lr=0.1, growth=math.inf, momentum=0.9):
+        super().__init__(params, lr=lr, momentum=momentum)
+        for group in self.param_groups:
+            group["growth"] = growth
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["steps"] = group.get("steps", 0) + 1
+        return super().step(closure)
+
+
+NONSENSE = {
+    "sgd": [
+        *(("momentum", bad) for bad in (math.nan, -0.5, "0.9", None, True)),
+        *(("weight_decay", bad) for bad in (math.inf, -1.0, [0.1], torch.tensor([0.1, 0.2]))),
+        *(("dampening", math.nan), ("nesterov", "yes"), ("lr", math.nan), ("lr", None), ("lr", -1.0)),
+    ],
+    "adamw": [("betas", bad) for bad in ((0.9, math.nan), (0.9, 1.5), (0.9,), 0.9, ("a", "b"), None)]
+    + [("eps", -1e-8), ("eps", math.nan), ("maximize", 3), ("weight_decay", torch.tensor(math.nan))],
+    "Adafactor": [("eps", (None, math.nan)), ("d", 0.5), ("d", "1")],
+    Growing: [("momentum", -1.0), ("growth", math.nan), ("steps", math.inf)],
+}
+
+
+def own(optimizer):
+    return Learner(dense(), "local_ce", optimizer=optimizer, example=X)
+
+
+@pytest.mark.parametrize("optimizer", NONSENSE)
+def test_settings_that_an_optimizer_cannot_use_are_refused_wherever_they_come_from(optimizer):
+    """Set between steps, in a checkpoint, in the optimizer's own state, or from the start: torch would take them."""
+    learner = own(optimizer)
+    learner.step(X, Y)
+    state, packed = copy.deepcopy(learner.state_dict()), copy.deepcopy(learner.optimizer.state_dict())
+    name = learner.groups[0].name
+    for setting, bad in NONSENSE[optimizer]:
+        weights = copy.deepcopy(learner.network.model.state_dict())
+        group = learner.optimizer.param_groups[0]
+        good, group[setting] = group[setting], bad
+        with pytest.raises(LayerwiseError):
+            learner.step(X, Y)
+        group[setting] = good
+        assert all(torch.equal(v, weights[n]) for n, v in learner.network.model.state_dict().items()), setting
+        edited = copy.deepcopy(packed)
+        edited["param_groups"][0][setting] = bad
+        with pytest.raises(LayerwiseError):
+            learner.optimizer.load_state_dict(edited)
+        if setting != "lr":
+            edited = copy.deepcopy(state)
+            edited["settings"][name] = [
+                [{setting: bad}, *({} for _ in learner.groups[0].optimizers[0].param_groups[1:])]
+            ]
+            with pytest.raises(LayerwiseError, match="does not fit"):
+                learner.load_state_dict(edited)
+        elif bad is not None:
+            with pytest.raises(LayerwiseError):
+                own(lambda groups, bad=bad: torch.optim.SGD([{**g, "lr": bad} for g in groups])).step(X, Y)
+    learner.step(X, Y)
+
+
+@pytest.mark.parametrize("momentum", [math.nan, math.inf])
+def test_an_optimizer_is_not_made_with_them_either(momentum):
+    """torch compares with 0 alone, which NaN passes."""
+    made = [
+        {"optimizer": "sgd", "optimizer_options": {"momentum": momentum}},
+        {"optimizer": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=momentum)},
+        {"optimizer": {"*": {"optimizer": "rmsprop", "momentum": momentum}}},
+    ]
+    for options in made:
+        with pytest.raises(LayerwiseError, match="momentum"):
+            Learner(dense(), "local_ce", example=X, **options)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", Growing])
+def test_settings_that_are_set_between_steps_continue_from_every_state(optimizer):
+    setting, value = ("betas", (0.5, 0.6)) if optimizer == "adamw" else ("momentum", 0.0)
+    learner = own(optimizer)
+    learner.step(X, Y)
+    for group in learner.optimizer.param_groups:
+        group[setting], group["nesterov"] = value, False
+    learner.step(X, Y)
+    other = own(optimizer)
+    other.load_state_dict(copy.deepcopy(learner.state_dict()))
+    third = Learner(copy.deepcopy(learner.network.model), "local_ce", optimizer=optimizer, example=X)
+    third.auxiliary.load_state_dict(learner.auxiliary.state_dict())
+    third.optimizer.load_state_dict(copy.deepcopy(learner.optimizer.state_dict()))
+    for one in (learner, other, third):
+        one.step(X, Y)
+        assert {group[setting] for group in one.optimizer.param_groups} == {value}
+    assert same(learner.network.model, other.network.model) and same(learner.network.model, third.network.model)
+    plain = own(optimizer)
+    plain.step(X, Y)
+    learner.load_state_dict(plain.state_dict())  # the state decides: what was set since is not part of it
+    assert {group[setting] for group in learner.optimizer.param_groups} != {value}
+
+
+@pytest.mark.parametrize(("optimizer", "switch"), [("adam", "amsgrad"), ("rmsprop", "centered")])
+def test_a_switch_that_comes_too_late_is_one_sentence(optimizer, switch):
+    learner = own(optimizer)
+    learner.step(X, Y)
+    learner.optimizer.param_groups[0][switch] = True
+    with pytest.raises(LayerwiseError, match="is set when the optimizer is made"):
+        learner.step(X, Y)
+
+
+def test_no_parameter_loses_its_state_unseen():
+    """A frozen parameter has none, and says so; any other one that is missing was taken out."""
+    model = dense()
+    frozen = next(name for name, p in model.named_parameters() if p.dim() == 1)
+    model.get_parameter(frozen).requires_grad_(False)
+    learner = Learner(model, "local_ce", optimizer="adam", example=X)
+    learner.step(X, Y)
+    state, packed = copy.deepcopy(learner.state_dict()), copy.deepcopy(learner.optimizer.state_dict())
+    assert state["stateless"] == [frozen]
+    learner.load_state_dict(state)
+    learner.optimizer.load_state_dict(packed)
+    for name in state["optimizer"]:
+        kept = {other: found for other, found in state["optimizer"].items() if other != name}
+        with pytest.raises(LayerwiseError, match=f"the optimizer's state of '{name}' is missing"):
+            learner.load_state_dict({**state, "optimizer": kept})
+    with pytest.raises(LayerwiseError, match="the state of parameter"):
+        learner.optimizer.load_state_dict({**packed, "state": dict(list(packed["state"].items())[1:-1])})
+    older = {name: part for name, part in state.items() if name != "stateless"}
+    learner.load_state_dict(older)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda packed: 3,
+        lambda packed: {},
+        lambda packed: {**packed, "state": []},
+        lambda packed: {**packed, "param_groups": [{}]},
+        lambda packed: {**packed, "param_groups": packed["param_groups"][1:]},
+        lambda packed: {
+            **packed,
+            "param_groups": [{**g, "params": [0] * len(g["params"])} for g in packed["param_groups"]],
+        },
+        lambda packed: {**packed, "param_groups": [{**g, "scheduled": (math.nan, 1)} for g in packed["param_groups"]]},
+        lambda packed: {**packed, "state": {n: {**s, "exp_avg": torch.zeros(0)} for n, s in packed["state"].items()}},
+        lambda packed: {**packed, "state": {n: {**s, "step": torch.tensor(-1.0)} for n, s in packed["state"].items()}},
+        lambda packed: {**packed, "state": dict.fromkeys(packed["state"], 7)},
+    ],
+)
+def test_a_damaged_state_of_all_optimizers_is_refused(edit):
+    """torch looks at none of it; a state of another shape ends its fused kernel in a SIGSEGV."""
+    learner = own("adamw")
+    learner.step(X, Y)
+    before = copy.deepcopy(learner.state_dict())
+    with pytest.raises(LayerwiseError):
+        learner.optimizer.load_state_dict(edit(copy.deepcopy(learner.optimizer.state_dict())))
+    other = own("adamw")
+    other.load_state_dict(before)
+    other.step(X, Y)
+    learner.step(X, Y)
+    assert same(learner.network.model, other.network.model)
 
 
 def test_blocks_with_other_multipliers_stay_in_groups_of_their_own():

@@ -42,7 +42,7 @@ from layerwise.runs.training import Run
     [
         (2, "--rule sll --rule.dropout 0.1 --model mlp --model.dropout 0.1"),
         (4, "--rule sid --model vit --model.heads 2 --model.dropout 0.1 --log-every 2"),
-        (4, "--rule local_ce --model vgg --clip 1 --val-fraction 0"),
+        (4, "--rule local_ce --rule.ahead both --model vgg --clip 1 --val-fraction 0"),
     ],
     ids=lambda value: value if isinstance(value, int) else "",
 )

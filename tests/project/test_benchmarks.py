@@ -86,6 +86,13 @@ def test_a_grid_keeps_what_is_finished(tmp_path):
     )
     done = subprocess.run([sys.executable, script, tmp_path, "--check", "tiny/sll"], capture_output=True, text=True)
     assert done.returncode == 1 and "is stored" in done.stdout
+    (tmp_path / "results.jsonl").unlink()
+    run(sys.executable, script, tmp_path, "--grid", "tiny", "--device", "cpu")
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert lines and all(line["command"].endswith("--threads 1 --device cpu") for line in lines)
+    assert "had further options" not in (tmp_path / "README.md").read_text()
+    done = subprocess.run([sys.executable, script, tmp_path, "--grid", "big"], capture_output=True, text=True)
+    assert done.returncode == 2 and "has the grids tiny, not big" in done.stderr
 
 
 @pytest.fixture

@@ -3,20 +3,25 @@
 import re
 import runpy
 import shlex
+import tomllib
 
 import numpy as np
 import pytest
 import torch
 from support.pages import ROOT, blocks, layerwise, run_page
 
+from layerwise import rules
 from layerwise.compare import grid as compare
+from layerwise.compare.depth import USUAL, held_at
+from layerwise.report.summary import columns
 from layerwise.runs import arguments
 
 README = ROOT / "README.md"
 COMMANDS = [line for language, text, _ in blocks(README) if language == "sh" for line in text.splitlines()]
-SET_UP = [line for line in COMMANDS if "venv" in line]
+SET_UP = [line for line in COMMANDS if line.startswith("python -m venv")]
+ACTIVATION = ". .venv/bin/activate"
 MAIN = ".venv/bin/layerwise compare --epochs 10 --out runs/first"
-TOUR = [line for line in COMMANDS if line not in SET_UP]
+TOUR = [line for line in COMMANDS if line not in (*SET_UP, ACTIVATION)]
 
 
 def test_the_python_block_runs(tmp_path, monkeypatch):
@@ -34,6 +39,39 @@ def test_there_are_two_set_up_commands_of_one_line_each():
     assert test[1] == install + "'.[test]'"
     assert run[2:] == [MAIN]
     assert test[2:] == [".venv/bin/pytest"]
+
+
+def test_commands_after_the_set_up_are_typed_in_the_activated_environment():
+    assert COMMANDS[COMMANDS.index(SET_UP[0]) + 1] == ACTIVATION
+
+
+def test_other_ways_to_install_name_parts_that_are_there():
+    ways = next(text for language, text, _ in blocks(README) if language == "bash")
+    parts = {part for found in re.findall(r"\.\[([\w,]+)\]", ways) for part in found.split(",")}
+    legal = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    told = re.findall(r"`(\w+)`", README.read_text().partition("Parts are ")[2].partition("\n\n")[0])
+    assert parts <= set(legal)
+    assert {*told} | {"test", "docs"} == set(legal)
+
+
+def test_the_number_of_rules_is_that_of_the_table():
+    assert f" {len(rules.names())} rules, local and global" in README.read_text().replace("\n", " ")
+
+
+def test_the_shown_end_of_the_main_job_is_what_it_prints():
+    """Names and memory to the digit; times and accuracies are those of one machine."""
+    shown = next(text for language, text, _ in blocks(README) if language == "text").splitlines()
+    options = compare.Grid(arguments.train_options(shlex.split(MAIN)[2:], "compare", compare.CompareOptions)).rules
+    named = re.split(r"  +", shown[0])
+    assert tuple(named) == columns()
+    assert [line.split()[0] for line in shown[1 : 1 + len(options)]] == [*options]
+    at = next(i for i, line in enumerate(shown) if line.startswith("act. + grad."))
+    depths = tuple(int(words.split()[0]) for words in re.split(r"  +", shown[at])[1:])
+    assert depths == USUAL
+    for line in shown[at + 1 : at + 1 + len(options)]:
+        label, *mib = line.split()
+        held = held_at(options[label], depths[:2])
+        assert [f"{held[str(depth)] / 2**20:.2f}" for depth in depths[:2]] == mib[:2], label
 
 
 def test_the_constraints_are_exact_and_cover_every_direct_dependency():
@@ -108,4 +146,5 @@ def test_the_picture_is_drawn_from_the_measured_files(tmp_path):
     text = (tmp_path / "memory.svg").read_text()
     assert "prefers-color-scheme:dark" in text
     assert "<title>" in text
-    assert ">sll<" in text
+    assert ">sll, local_ce<" in text
+    assert ">backprop with checkpoints<" in text

@@ -20,7 +20,7 @@ pytest.importorskip("jinja2", reason="the report extra is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 FIGURES = [
-    *("accuracy_epochs", "accuracy_seconds", "accuracy_memory", "accuracy_flops", "accuracy_time"),
+    *("accuracy_epochs", "accuracy_seconds", "memory_depth", "accuracy_memory", "accuracy_flops", "accuracy_time"),
     *("layers_accuracy", "layers_probe_accuracy", "layers_bhattacharyya", "layers_cka", "layers_cka_to_backprop"),
     *("layers_gradient_cosine", "layers_hoyer", "layers_dead", "layers_divergence"),
 ]

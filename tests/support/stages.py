@@ -21,14 +21,21 @@ class Pipe:
     def send(self, tree):
         self.after.append(tree)
 
+    def send_back(self, tensors):
+        """Nothing travels: the rank before looks at what this one has when it would have come."""
+
+    def receive_back(self):
+        return self.later().engine.next_block.told()
+
 
 def stages(model, rule, ranks, example, counts=None, **options):
     """Learners of all stages; `model` is copied, or called where it makes one."""
     ways = [deque() for _ in range(ranks + 1)]
-    learners = []
+    learners: list[Learner] = []
     for rank in range(ranks):
         stage = Stage(rank, ranks, counts)
         stage.link = Pipe(ways[rank], ways[rank + 1])
+        stage.link.later = lambda rank=rank: learners[rank + 1]
         own = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
         learners.append(Learner(own, rule, stage=stage, example=example, **options))
     return learners

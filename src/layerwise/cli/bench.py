@@ -18,14 +18,14 @@ def bench_command(argv: list[str]) -> int:
         raise LayerwiseError(f"say what to measure: {near}; layerwise bench KIND --help lists the options.")
     kind, *rest = argv
     if kind == "memory":
-        check_names("rule", values(rest, "rule"))
+        check_names("rule", (word.partition(":")[0] for word in values(rest, "rule")))
         check_names("model", values(rest, "model"))
         from layerwise.measure.bench_memory import memory_command
 
         return memory_command(rest)
     check_options(rest, "model")
     if kind == "speed":
-        check_names("rule", values(rest, "rules"))
+        check_names("rule", (word.partition(":")[0] for word in values(rest, "rules")))
         from layerwise.measure.bench_speed import speed_command
 
         return speed_command(rest)

@@ -38,6 +38,7 @@ def compare_command(argv: list[str]) -> int:
     from layerwise.core.tasks import metric_of
     from layerwise.report.page import write_report
     from layerwise.report.summary import notes_of_fits, resolution_in_words, summary_table
+    from layerwise.report.verdict import depth_table, verdict
     from layerwise.runs.arguments import train_options
 
     options = train_options(argv, "compare", base=CompareOptions, hidden=("rule", *HIDDEN))
@@ -48,6 +49,10 @@ def compare_command(argv: list[str]) -> int:
         print(note)
     for note in notes_of_fits(summary["rules"]):
         print(f"note: {note}")
+    if table := depth_table(summary["rules"]):
+        print(f"\n{table}\n")
+    for sentence in verdict(summary["rules"], metric_of(options.task), options.tune, summary["chance"]):
+        print(sentence)
     print(f"files: {grid.folder}")
     if options.report:
         try:

@@ -4,6 +4,7 @@ import inspect
 from dataclasses import fields
 
 from layerwise import rules
+from layerwise.rules.ahead import LooksAhead
 
 
 def describe_rule(name: str) -> str:
@@ -27,6 +28,12 @@ def describe_rule(name: str) -> str:
         "source": rule.source,
         "restrictions": rule.restrictions or "none known",
     }
+    if issubclass(rule, LooksAhead):
+        facts["ahead"] = (
+            "learned or momentum adds a copy of the next block's first layer to every head, and its forward and "
+            "backward pass; both adds two. A moving average has no gradient and no optimizer state; it gets the "
+            "layer's parameters once per update, over a boundary between ranks too"
+        )
     width = max(map(len, facts)) + 2
     lines = [name, "", text, "", *(f"{key:<{width}}{value}" for key, value in facts.items())]
     options = [f"  --rule.{f.name.replace('_', '-')} (default: {f.default})" for f in fields(rule)]

@@ -9,7 +9,7 @@ from typing import Any
 from layerwise.cli.early import check_options
 from layerwise.cli.help import RuleByName, print_help
 from layerwise.errors import LayerwiseError, say
-from layerwise.parsing import parse, take_option
+from layerwise.parsing import environment_number, parse, take_option
 from layerwise.runs.launch import ParallelOptions
 from layerwise.runs.layout import check_run
 from layerwise.runs.settings import RunSettings
@@ -59,7 +59,7 @@ def train_command(argv: list[str]) -> int:
         return distributed.train_rank(
             kind, launch, options, command, folder, lambda *found: print(result_table(*found))
         )
-    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if "TORCHELASTIC_RUN_ID" in os.environ and environment_number("WORLD_SIZE", 1) > 1:
         raise LayerwiseError(
             "torchrun has started several processes of the same run; add --parallel pipeline, data or sharded."
         )
@@ -76,6 +76,7 @@ def train_command(argv: list[str]) -> int:
 def result_table(result: dict[str, Any], folder: Any) -> str:
     """The results of a run as a table of two columns, for a person to read."""
     from layerwise.core.tasks import metric_of
+    from layerwise.report.verdict import FEW
 
     memory, metric = result["memory_mib"], metric_of(result["task"])
     val = result[f"val_{metric.name}"]
@@ -85,12 +86,17 @@ def result_table(result: dict[str, Any], folder: Any) -> str:
         f"test {metric.words}": metric.written(result[f"test_{metric.name}"]),
         f"val {metric.words}": "none" if val is None else metric.written(val),
         "by block": " ".join(f"{name} {metric.factor * value:.1f}" for name, value in result["blocks"].items()),
+        "updates": f"{result['steps']:,}",
         "training time": f"{result['train_seconds']:.1f} s, {result['samples_per_second']:,.0f} samples/s",
         "peak memory": f"{memory['peak']:.1f} MiB ({held})",
         "files": str(folder),
     }
     if result["skipped_steps"]:
         rows["skipped steps"] = str(result["skipped_steps"])
+    if result.get("chance") is not None:
+        rows["updates"] += f"; always answering the most frequent class gives {100 * result['chance']:.1f} %"
+    if result["steps"] < FEW:
+        rows["updates"] += f"; under {FEW} updates results say little about longer training"
     rows |= {f"note {i}": note for i, note in enumerate(result["notes"], 1)}
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())

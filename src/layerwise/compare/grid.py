@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from layerwise.compare.depth import depths_asked, depths_of
 from layerwise.compare.grid_runs import GridRun, train_all
 from layerwise.compare.peak import changed
 from layerwise.compare.pool import Pool, default_jobs
@@ -78,6 +79,7 @@ class Grid:
                 raise LayerwiseError(f"{name} is {value}; it must be {least} or more.")
         if options.tune and options.val_fraction == 0:
             raise LayerwiseError("--tune chooses on the validation split, and --val-fraction is 0; give it a share.")
+        self.depths = depths_asked(options.depths)
         self.metric = metric_of(options.task)
         self.accelerator = pick_device(options.device).type != "cpu"
         self.budget = budget_of(options)
@@ -123,6 +125,8 @@ class Grid:
                 self.chosen = {label: self._choose(label) for label in trained}
                 finals = self.finals()
                 self._train(pool, [run for run in finals if run is not None], progress)
+            self._measure_deeper(pool)
+            write_record(self.folder, self.command, list(self.rules), self.options.seeds, self._fixed(), self.plan)
             if self.options.report and self.options.task == "classification":  # probes are of classes
                 self._diagnose(pool, [run for run in finals if run is not None])
         return self._write()
@@ -230,6 +234,30 @@ class Grid:
             self.rules[label] = changed(self.rules[label], fit["changes"])
             self.plan[label] |= {name: fit[name] for name in ("seconds_per_step", "flops_per_step")}
 
+    def _measure_deeper(self, pool: Pool) -> None:
+        """Measure what a step of every trained rule holds at other numbers of blocks; what is known already stays."""
+        tasks, missing = [], []
+        for label, options in self.chosen.items():
+            known = self.plan[label].get("held_at", {})
+            if options is None or (known and self.depths is None):
+                continue
+            steps = self.options.seeds * self._steps(self._grid_run(label, "", 0, "runs", options))
+            depths, why = depths_of(label, options, self.depths, self.plan[label], steps)
+            missing += [why] if why else []
+            depths = tuple(depth for depth in depths if str(depth) not in known)
+            if depths:
+                tasks.append({"do": "depths", "label": label, "options": to_mapping(options), "depths": depths})
+
+        def done(task: dict[str, Any], answer: dict[str, Any]) -> None:
+            if "done" in answer:
+                self.plan[task["label"]]["held_at"] = self.plan[task["label"]].get("held_at", {}) | answer["done"]
+            else:
+                missing.append(f"the memory of {task['label']} at other depths: {answer['reason']}")
+
+        pool.run(tasks, done, jobs=1)
+        for reason in dict.fromkeys(missing[:1]):
+            print(f"layerwise: note: {reason}", file=sys.stderr)
+
     def _label_cost(self, label: str) -> float:
         options, plan = self._budgeted(label), self.plan[label]
         if "seconds_per_step" not in plan:
@@ -282,6 +310,7 @@ class Grid:
     def _write(self) -> dict[str, Any]:
         """Write results.csv and summary.json of all runs that are settled."""
         rows: list[dict[str, Any]] = []
+        chance: float | None = None
         correct: dict[str, dict[int, np.ndarray]] = {}
         for label in self.rules:
             if label in self.unreached:
@@ -297,10 +326,14 @@ class Grid:
                 rows.append(
                     result_row(label, seed, options, run.result, (run.failure or {}).get("reason", ""), self.metric)
                 )
+                chance = (run.result or {}).get("chance", chance)
                 if run.result and (found := read_correct(run.folder)) is not None:
                     correct.setdefault(label, {})[seed] = found
         fits = {label: plan["fit"] for label, plan in self.plan.items() if label in self.rules and "fit" in plan}
-        return write_results(self.folder, self.command, self.budget, rows, correct, self.metric, fits)
+        deeper = {
+            label: plan["held_at"] for label, plan in self.plan.items() if label in self.rules and plan.get("held_at")
+        }
+        return write_results(self.folder, self.command, self.budget, rows, correct, self.metric, fits, deeper, chance)
 
 
 @contextlib.contextmanager

@@ -63,16 +63,23 @@ def write_results(
     correct: Mapping[str, Mapping[int, np.ndarray]],
     metric: Metric = ACCURACY,
     fits: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    deeper: Mapping[str, Mapping[str, int]] = MappingProxyType({}),
+    chance: float | None = None,
 ) -> dict[str, Any]:
-    """Write `results.csv` and `summary.json`, with how rules came under a peak; returns the summary."""
+    """Write `results.csv` and `summary.json`, with how rules came under a peak, what they hold at other
+    depths, and the accuracy of chance.
+    """
     write_atomically(folder / "results.csv", as_csv(rows))
     summary = {
         "command": command,
         "budget": budget,
         "metric": metric.name,
+        "chance": chance,
         "rules": summarise(rows, correct, metric),
     }
     for label, fit in fits.items():
         summary["rules"][label]["fit"] = fit
+    for label, held in deeper.items():
+        summary["rules"][label]["held_at"] = held
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary

@@ -1,13 +1,12 @@
 """The words of `layerwise compare --rules`: rules with their options."""
 
-import contextlib
 import dataclasses
-import typing
 from collections.abc import Sequence
 from typing import Any
 
 from layerwise import rules
 from layerwise.errors import LayerwiseError, suggestion
+from layerwise.rules.words import fields_of, split_word, value_of
 from layerwise.runs.options import TrainOptions, from_mapping, model_name, to_mapping
 
 PER_RULE = (
@@ -50,24 +49,20 @@ def read_rules(words: Sequence[str], common: TrainOptions) -> dict[str, TrainOpt
     every = [n for n, kind in kinds.items() if (not kind.models or model in kind.models) and common.task in kind.tasks]
     labels = [part for word in words for part in word.split(",") if part]
     for label in (name for part in labels for name in (every if part == "all" else [part])):
-        name, *settings = label.split(":")
-        if name.endswith(".py") and settings:  # FILE.py:Class
-            name = f"{name}:{settings.pop(0)}"
-        name, *added = name.split("+") if not name.endswith(".py") else [name]
+        name, settings = split_word(label)
+        file, colon, own = name.rpartition(":")  # FILE.py:Class
+        own, *added = own.split("+")
+        name = file + colon + own
         values = plain_fields(common) | {"rule": {"name": name}, "replace": (*common.replace, *added)}
-        legal = {field: (values["rule"], field, hint) for field, hint in _fields(rules.get(name)).items()}
-        legal |= {field: (values, field, hint) for field, hint in _fields(TrainOptions).items() if field in PER_RULE}
-        for field, hint in _fields(type(common.model)).items():
+        legal = {field: (values["rule"], field, hint) for field, hint in fields_of(rules.get(name)).items()}
+        legal |= {field: (values, field, hint) for field, hint in fields_of(TrainOptions).items() if field in PER_RULE}
+        for field, hint in fields_of(type(common.model)).items():
             legal[f"model.{field}"] = values["model"], field, hint
-        for setting in settings:
-            option, equals, text = setting.partition("=")
-            if not equals:
-                raise LayerwiseError(f"--rules {label}: write {option}=VALUE after the colon.")
-            option = option.replace("-", "_")
+        for option, text in settings:
             if option not in legal:
                 raise LayerwiseError(f"--rules {label}: no option {option!r}; {suggestion(option, list(legal))}.")
             place, field, hint = legal[option]
-            place[field] = _value(text, hint)
+            place[field] = value_of(text, hint)
         if label in found:
             raise LayerwiseError(f"--rules names {label} twice; leave one out, or give them different options.")
         found[label] = from_mapping(values, f"--rules {label}")
@@ -85,28 +80,7 @@ def settled_by(label: str) -> list[str]:
     return [setting.partition("=")[0].replace("-", "_") for setting in label.split(":")[1:] if "=" in setting]
 
 
-def _fields(cls: type) -> dict[str, Any]:
-    """The fields of a dataclass with their types."""
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
 def plain_fields(options: TrainOptions) -> dict[str, Any]:
     """The fields of a run as plain values, without those that a comparison adds."""
     values = to_mapping(options)
     return {f.name: values[f.name] for f in dataclasses.fields(TrainOptions)}
-
-
-def _value(text: str, hint: Any) -> Any:
-    """Read a value from a word: a number where the option takes one."""
-    if "/" in text:
-        return tuple(_value(part, hint) for part in text.split("/"))
-    if text in ("none", "None"):
-        return None
-    if text in ("true", "false"):
-        return text == "true"
-    if hint is not str:
-        for kind in (int, float):
-            with contextlib.suppress(ValueError):
-                return kind(text)
-    return text

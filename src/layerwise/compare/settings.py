@@ -23,6 +23,9 @@ class ComparisonSettings:
     """Floating-point operations of training per run, converted to steps in the same way."""
     tune: int = 0
     """Trials of learning rate and weight decay per rule, chosen on the validation split; 0 for none."""
+    depths: str = "auto"
+    """Numbers of blocks, such as 4,16,64, at which the memory of a step is measured too; none for no such figures;
+    auto for 4,16,64 where that takes little time beside the runs."""
     jobs: int | None = None
     """Number of runs at the same time (default: as many as cores and memory allow)."""
     report: bool = True

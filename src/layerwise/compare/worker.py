@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from layerwise.compare.depth import held_at
 from layerwise.compare.peak import bring_under
 from layerwise.core.devices import pick_device
 from layerwise.core.failures import NonFinite
@@ -74,13 +75,27 @@ def fit_task(task: dict[str, Any]) -> dict[str, Any]:
     return bring_under(options, baseline, task["peak"], task["settled"])
 
 
+def depth_task(task: dict[str, Any]) -> dict[str, Any]:
+    """Measure what a step holds at other numbers of blocks; nothing is written."""
+    options: TrainOptions = from_mapping(task["options"])
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    return held_at(options, tuple(task["depths"]))
+
+
 def diagnose_task(task: dict[str, Any]) -> dict[str, Any]:
     """Diagnose a finished run, with its backprop twin where there is one; writes `diagnostics.json` there."""
     diagnose(Path(task["folder"]), Path(task["twin"]) if task["twin"] else None, task["device"])
     return {}
 
 
-TASKS = {"train": train_task, "measure": measure_task, "fit": fit_task, "diagnose": diagnose_task}
+TASKS = {
+    "train": train_task,
+    "measure": measure_task,
+    "fit": fit_task,
+    "depths": depth_task,
+    "diagnose": diagnose_task,
+}
 
 
 def answer(task: dict[str, Any]) -> dict[str, Any]:

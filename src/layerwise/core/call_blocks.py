@@ -59,7 +59,11 @@ class CallBlock(Block):
                 f"rule {network.asked_by!r} copies the layers of block {self.name!r}, which {why}; choose a rule such "
                 "as local_ce."
             )
-        return nn.Sequential(_Copy(made, network, self.index))
+        return self.called(made)
+
+    def called(self, module: nn.Module) -> nn.Sequential:
+        """A copy of the block's module, made to be called with the arguments that the pass under way gives to it."""
+        return nn.Sequential(_Copy(module, self._network, self.index))
 
 
 class _Copy(nn.Module):

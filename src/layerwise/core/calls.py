@@ -352,8 +352,8 @@ class CallPartition(Partition):
         """Prepare to run a range of the blocks only; see `Partition.keep_only`."""
         if self.again:
             raise LayerwiseError(
-                f"{self.again}, and others of them are on other ranks; train it in one process, or choose a rule such "
-                "as local_ce."
+                f"{self.again}, and others of them are on other ranks; train it in one process, or choose a rule and "
+                "options under which each block runs once, such as plain local_ce."
             )
         owned = {name for block in [*self.blocks, self.head] for name in block.names()}
         learned = {name for name, p in self.model.named_parameters() if p.requires_grad and name in owned}

@@ -12,11 +12,12 @@ from layerwise.core.contract import asking, check_sent_back
 from layerwise.core.execution import Execution
 from layerwise.core.failures import NonFinite, in_a_sentence
 from layerwise.core.finite import FiniteCheck
+from layerwise.core.following import NextBlock
 from layerwise.core.groups import Group, Unit, parameters_of
-from layerwise.core.optim import set_learning_rate
+from layerwise.core.param_groups import set_learning_rate
 from layerwise.core.parts import Labelled, Whole, labelled_parts
 from layerwise.core.perturbation import Estimate
-from layerwise.core.pieces import HasTrunk, PerturbsWeights, StepsByParameter, has_trunk
+from layerwise.core.pieces import FollowsNextBlock, HasTrunk, PerturbsWeights, StepsByParameter, has_trunk
 from layerwise.core.progress import Accumulation, Trace, WaitingTrunk
 from layerwise.core.randomness import derive_seed
 from layerwise.core.reached import check_reached
@@ -43,6 +44,7 @@ class Engine(Runner):
     Attributes:
         resident: the context in which units run; offloaded ones are on the device inside.
         accumulation: the update under way.
+        next_block: where modules that follow the next block get its tensors.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Engine(Runner):
         self.resident = resident
         self.finite = FiniteCheck(execution)
         self.accumulation = Accumulation()
+        self.next_block = NextBlock()
         self._weight: float | Tensor = 1.0
         """Of the batch under way, or of this process's share of it."""
         self._parts: list[Labelled] = []
@@ -98,6 +101,8 @@ class Engine(Runner):
             for group in waiting:
                 with self.resident([*group.units, *group.ahead]):
                     h, message = self.update(group, h, message, y, step, trace, trunk)
+                    if self._due:
+                        self._follow(group)
             if trunk is not None:
                 sent_back = (Signal(cotangent=trunk.gradient), trunk.out)
                 with self.resident(trunk.group.units):
@@ -107,6 +112,20 @@ class Engine(Runner):
             if self._due:
                 self.accumulation.next()
         return h, message
+
+    @torch.no_grad()
+    def _follow(self, group: Group) -> None:
+        """Modules of the group that follow the next block look at it: its own update comes after this group's."""
+        for unit in group.units:
+            if unit.followed and unit.auxiliary is not None and isinstance(self.rule, FollowsNextBlock):
+                tensors = self.next_block.tensors(unit.site, unit.followed)
+                with asking(self.rule, f"`follow` at block {unit.site.name!r}"):
+                    self.rule.follow(unit.auxiliary, tensors)
+
+    def tell(self) -> None:
+        """Before a batch that completes an update: send what modules of other ranks follow of the blocks here."""
+        if self.accumulation.batches + 1 == self.execution.accumulate:
+            self.next_block.tell()
 
     def take(self, y: Tensor) -> None:
         """Take a batch with these labels into the update under way; `step` does so for every batch."""
@@ -141,10 +160,12 @@ class Engine(Runner):
         """
         if self.accumulation.batches == 0:
             return False
+        self.next_block.tell()
         with self._whole_or_given_up(groups):
             for group in groups:
                 with self.resident(group.units):
                     self._flush(group, step, trace)
+                    self._follow(group)
             self._step_reduced()
             self.accumulation.next()
         return True
@@ -385,6 +406,11 @@ class Engine(Runner):
                 group.scaler.step(optimizer)
             else:
                 take_step(optimizer)
+        except KeyError as reason:
+            raise LayerwiseError(
+                f"{type(optimizer).__name__} finds no {reason} in its state; an option that needs it (amsgrad, "
+                "centered) is set when the optimizer is made, not in its parameter groups later."
+            ) from reason
         except RuntimeError as reason:
             if "sparse" not in str(reason).lower():
                 raise

@@ -27,6 +27,8 @@ class Unit:
     auxiliary: nn.Module | None
     optimizer: torch.optim.Optimizer | None = None
     """Its own, where sites of one group learn in turn (`LearnsInPart`)."""
+    followed: list[str] = field(default_factory=list)
+    """Names of the tensors of the next block that the module follows (`FollowsNextBlock`)."""
 
     def parameters(self) -> list[nn.Parameter]:
         """Parameters of the block and of the rule's auxiliary module."""

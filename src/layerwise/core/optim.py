@@ -7,14 +7,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from layerwise.core.ranges import check_ranges
-from layerwise.errors import LayerwiseError, short, suggestion, unknown
+from layerwise.errors import LayerwiseError, suggestion, unknown
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer | Sequence[torch.optim.Optimizer]]
 """From parameter groups to an optimizer, or to several that share the parameters."""
@@ -375,85 +374,3 @@ def decay_groups(
     for group in groups if names is not None else ():
         group["names"] = [names.get(id(p), "") for p in group["params"]]  # pyright: ignore[reportOptionalMemberAccess]
     return groups
-
-
-def begin_schedule(optimizer: torch.optim.Optimizer) -> None:
-    """Apply the blocks' multipliers to a new optimizer, and note the rates from which its schedule begins."""
-    for group in optimizer.param_groups:
-        multiplier = group.pop("lr_multiplier", 1.0)
-        if multiplier != 1 or isinstance(group["lr"], torch.Tensor):  # torch gives one tensor to all groups
-            group["lr"] = group["lr"] * multiplier
-        group["scheduled"] = (_rate(group), _rate(group))
-
-
-def own_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]] | None:
-    """Numbers that an optimizer of another package keeps in its groups, such as a count of its steps.
-
-    The optimizers of torch keep everything that changes in the state of their parameters; None for them.
-    """
-    if type(optimizer).__module__.startswith("torch."):
-        return None
-    found = []
-    for group in optimizer.param_groups:
-        kept = {name: value for name, value in group.items() if name not in ("params", "lr", "scheduled")}
-        found.append({name: value for name, value in kept.items() if isinstance(value, (bool, int, float))})
-    return found
-
-
-def set_own_settings(optimizer: torch.optim.Optimizer, settings: Sequence[Mapping[str, Any]]) -> None:
-    """Continue from `own_settings()`."""
-    for group, found in zip(optimizer.param_groups, settings, strict=True):
-        group.update(found)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set every group's rate to its base rate times the schedule's factor.
-
-    A rate that was set from outside since the last update (by hand, or by a scheduler of `torch.optim.lr_scheduler`)
-    is the rate of this update, and the schedule continues from it.
-    """
-    if not (math.isfinite(factor) and factor >= 0):
-        raise LayerwiseError(f"the schedule gives the factor {factor}; it is a finite number, 0 or larger.")
-    for group in optimizer.param_groups:
-        base, rate = group["scheduled"]
-        now = _rate(group)
-        if not (math.isfinite(now) and now >= 0):
-            raise LayerwiseError(f"a learning rate was set to {now}; it is a finite number, 0 or larger.")
-        if now == rate:
-            now = base * factor
-            _set_rate(group, now)
-        else:
-            base = now / factor if factor else now
-            group["set_from_outside"] = True
-        group["scheduled"] = (base, _rate(group))
-
-
-def base_rates(optimizer: torch.optim.Optimizer) -> list[float] | None:
-    """The groups' base rates where one of them was set from outside, else None."""
-    groups = optimizer.param_groups
-    if not any(group.get("set_from_outside") or _rate(group) != group["scheduled"][1] for group in groups):
-        return None
-    return [_rate(group) if _rate(group) != group["scheduled"][1] else group["scheduled"][0] for group in groups]
-
-
-def set_base_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
-    """Continue from `base_rates()`."""
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        _set_rate(group, rate)
-        group["scheduled"], group["set_from_outside"] = (rate, _rate(group)), True
-
-
-def _rate(group: Mapping[str, Any]) -> float:
-    """The learning rate of a parameter group, which torch allows to be a tensor that schedulers fill."""
-    rate = group["lr"]
-    if not (isinstance(rate, Real) or (isinstance(rate, torch.Tensor) and rate.numel() == 1 and rate.isreal().all())):
-        raise LayerwiseError(f"a learning rate was set to {short(rate)}; give a number.")
-    return float(rate)
-
-
-def _set_rate(group: dict[str, Any], rate: float) -> None:
-    """Set the learning rate of a parameter group; a tensor stays the one that it is."""
-    if isinstance(group["lr"], torch.Tensor):
-        group["lr"].fill_(rate)
-    else:
-        group["lr"] = rate

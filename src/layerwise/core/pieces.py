@@ -58,6 +58,35 @@ class ReadsOutputMatrix:
         return 1 if self.readout == "shared" else None
 
 
+class FollowsNextBlock(Abstract):
+    """A rule whose module at a site follows the block after it, such as an average of what that block has learned.
+
+    The engine asks for it once per update, when the site's group has had its turn and the next one has not: the next
+    block's tensors are those that the update before has left.
+    """
+
+    @abstractmethod
+    def begins_as_next(self, site: Site) -> bool:
+        """Whether the module at a site is made from the next block's weights, under the rule's options."""
+
+    @abstractmethod
+    def followed(self, site: Site) -> list[str]:
+        """Names in the model of those tensors of the next block that the module at a site follows, if it does.
+
+        Args:
+            site: the place; `Site.network` holds the next block.
+        """
+
+    @abstractmethod
+    def follow(self, auxiliary: nn.Module, tensors: list[Tensor]) -> None:
+        """Let a module follow the next block; without gradient.
+
+        Args:
+            auxiliary: the rule's module at a site.
+            tensors: those that `followed` names.
+        """
+
+
 class LearnsInPart(Abstract):
     """A rule that trains some sites of its one group in each update: the others rest, and keep no optimizer state.
 

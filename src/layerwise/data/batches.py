@@ -139,24 +139,31 @@ class Batches:
         wanted = [batch for batch in wanted if len(batch)]
         if self.labels_only:
             for indices in wanted:
-                labels = _usable(self.source.labels[indices]).to(self.device, non_blocking=True)
+                labels = moved(_usable(self.source.labels[indices]), self.device)
                 yield torch.empty(len(labels), 0, device=self.device), labels
             return
         for index, (images, labels) in enumerate(self.source.batches(wanted), start):
-            images = images.to(self.device, non_blocking=True)
+            images = moved(images, self.device)
             if self.augment:
                 generator = self._generator("augment", epoch, index)
                 for name in self.augment:
                     images = AUGMENTATIONS[name](images, generator, self.part)
             if self.source.dtype == torch.int64:  # tokens
-                yield images, labels.to(self.device, non_blocking=True)
+                yield images, moved(labels, self.device)
                 continue
             layout = torch.channels_last if self.channels_last else torch.contiguous_format
             x = images.to(self._type, copy=True, memory_format=layout).mul_(self._scale).add_(self._shift)
-            yield x.to(torch.float32), _usable(labels).to(self.device, non_blocking=True)
+            yield x.to(torch.float32), moved(_usable(labels), self.device)
 
     def _generator(self, *use: int | str) -> Generator:
         return Generator().manual_seed(derive_seed(self.seed, *use))
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; nothing waits for a GPU, which copies from page-locked memory on its own."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _usable(labels: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import functools
 import io
 import warnings
+import zlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -20,6 +21,8 @@ GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 TURNED = (5, 6, 7, 8)  # values of the EXIF orientation that exchange width and height
+PNG = b"\x89PNG\r\n\x1a\n"
+GREY_ALPHA_16, RGBA_8 = bytes((16, 4)), bytes((8, 6))  # bits and kind of pixel in the header of a PNG
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of a TIFF
 WHITE_IS_ZERO, SIGNED = 0, 2  # values of the last two
 GROUNDS = {255: "white", 0: "black", 128: "grey"}
@@ -64,7 +67,7 @@ def read_header(content: bytes) -> Header:
     image = open_picture(content)
     turned = _orientation(image) in TURNED and image.format != "TIFF"  # PIL turns a TIFF's own size
     size = image.size[::-1] if turned else image.size
-    return Header(image.mode, size, _has_transparency(image))
+    return Header("I;16" if _is_deep_with_alpha(content) else image.mode, size, _has_transparency(image))
 
 
 def decode(content: bytes, form: ImageFormat) -> tuple[bytes, frozenset[str]]:
@@ -82,13 +85,18 @@ def decode(content: bytes, form: ImageFormat) -> tuple[bytes, frozenset[str]]:
         Exception: whatever PIL raises about a broken file.
     """
     pil, ops = need("PIL.Image"), need("PIL.ImageOps")
-    image = open_picture(content)
+    deep_with_alpha = _is_deep_with_alpha(content)
+    image = open_picture(_as_rgba(content) if deep_with_alpha else content)
     done = {"frames"} if getattr(image, "is_animated", False) and image.format != "MPO" else set()
     image.load()
-    grey, scale = image.mode in GREY_MODES, _scale(image)
+    grey, scale = deep_with_alpha or image.mode in GREY_MODES, _scale(image)
     image = upright(image)
-    if image.mode in DEEP_MODES:
-        levels = _levels(image, form.ground, *scale)
+    if deep_with_alpha or image.mode in DEEP_MODES:
+        if deep_with_alpha:
+            levels, clear = _laid(np.asarray(image), form.ground)
+            done |= {"laid"} if clear else set()
+        else:
+            levels = _levels(image, form.ground, *scale)
         image = pil.fromarray(levels if form.mode == "F" else np.rint(levels).astype(np.uint8))
     elif _has_transparency(image):
         image = image.convert("RGBA")
@@ -182,6 +190,27 @@ def _orientation(image: Any) -> int:
 
 def _has_transparency(image: Any) -> bool:
     return image.mode in ALPHA_MODES or "transparency" in image.info
+
+
+def _is_deep_with_alpha(content: bytes) -> bool:
+    """Whether a picture is a PNG of grey levels and opacities of 16 bits each."""
+    return content.startswith(PNG) and content[24:26] == GREY_ALPHA_16
+
+
+def _as_rgba(content: bytes) -> bytes:
+    """A PNG of grey and opacity of 16 bits, as one whose red, green, blue and alpha are these four bytes.
+
+    PIL would give colours of 8 bits. A pixel takes four bytes either way, so that nothing but the header differs.
+    """
+    header = content[12:24] + RGBA_8 + content[26:29]
+    return content[:12] + header + zlib.crc32(header).to_bytes(4, "big") + content[33:]
+
+
+def _laid(pixels: np.ndarray, ground: int) -> tuple[np.ndarray, bool]:
+    """Levels, float32 from 0 to 255, of pixels (H, W, 4) of `_as_rgba` on a ground, and whether any is transparent."""
+    stored = np.ascontiguousarray(pixels).view(">u2").astype(np.float32) / np.float32(65_535)
+    level, opacity = stored[..., 0] * np.float32(255), stored[..., 1]
+    return level * opacity + ground * (1 - opacity), bool((opacity < 1).any())
 
 
 def _scale(image: Any) -> tuple[int, bool]:

@@ -14,9 +14,16 @@ from layerwise.core.blocks import Block, Partition
 from layerwise.core.contract import asking, groups_of
 from layerwise.core.engine import Engine
 from layerwise.core.groups import Group, Grouping, Unit
-from layerwise.core.optim import begin_schedule, decay_groups, sparse_gradients, without_decay
+from layerwise.core.optim import decay_groups, sparse_gradients, without_decay
 from layerwise.core.output_layer import watching_linear_layers
-from layerwise.core.pieces import LearnsInPart, MovesActivations, ReadsOutputMatrix, StepsByParameter
+from layerwise.core.param_groups import begin_schedule
+from layerwise.core.pieces import (
+    FollowsNextBlock,
+    LearnsInPart,
+    MovesActivations,
+    ReadsOutputMatrix,
+    StepsByParameter,
+)
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.rule import Site
 from layerwise.errors import LayerwiseError
@@ -26,6 +33,8 @@ from layerwise.learner.watch import Watch
 from layerwise.memory.activations import ActivationOffload, NotMoved
 from layerwise.memory.offload import NotOffloaded, Offload
 from layerwise.parallel.alone import WholeNetwork
+from layerwise.parallel.following import followed
+from layerwise.rules.ahead import head_of
 
 WORTH_A_WARNING = 100_000
 """Numbers in readouts below which nobody is warned of them."""
@@ -47,7 +56,7 @@ class Built:
     def __init__(self, setup: Setup, x: Any, evaluating: Callable[[], AbstractContextManager[None]]):
         check_alone(setup)
         check_by_parameter(setup)
-        check_output_matrix(setup)
+        check_looks(setup)
         setup.network.check_modules()
         self.setup = setup
         self.auxiliary = nn.ModuleDict()
@@ -83,6 +92,7 @@ class Built:
         mine = setup.stage.choose(setup.rule, setup.network, ranges, x[:1] if isinstance(x, Tensor) else x)
         if not known:
             self._settle([parts[i] for i in mine], ranges[mine.start].start)
+        setup.late.make(setup.stage.borrowed)
         tensors = [*setup.network.parameters(), *setup.network.buffers()]
         setup.replicas.copy_from_first((tensor for tensor in tensors if not tensor.is_meta), setup.facts)
         sizes = tuple(tuple(out.shape[1:]) for out in outputs)
@@ -98,10 +108,13 @@ class Built:
             with self.resident(own):
                 for unit in own:
                     unit.auxiliary = self._auxiliary(unit.site, outputs[unit.site.index])
+                    if unit.auxiliary is not None and isinstance(setup.rule, FollowsNextBlock):
+                        unit.followed = setup.rule.followed(unit.site)
                 setup.replicas.adopt(setup.network.model, own)
                 group = self._group(own, ahead=units[ends[i] : ranges[i].stop])
                 groups.append(group)
                 self.offload.add(group)
+        setup.stage.give_back(setup.network.model)
         setup.factory.check_names([name for name, _ in self.named_parameters()])
         if setup.execution.micro > 1:
             known = dict(zip(names, setup.network.layouts, strict=True))
@@ -112,10 +125,16 @@ class Built:
                 setup.network.keeps if len(groups) > 1 else (),
             )
         self.grouping = Grouping(setup.rule, groups, names, self._scaler)
+        self.engine.next_block = setup.stage.next_block(setup.rule, setup.network, self._sites())
         if setup.compile:
             compile_blocks(blocks, setup.compile)
         self._warn_of_readouts(units)
         self.watch = Watch(setup.network.model, parameters=not setup.replicas.shares_parameters)
+
+    def _sites(self) -> range:
+        """The sites that are here."""
+        units = [unit for group in self.groups for unit in group.units]
+        return range(units[0].site.index, units[-1].site.index + 1)
 
     def _settle(self, parts: Sequence[Sequence[Block]], first: int) -> None:
         """Make the blocks of these groups, and put them where they are kept; `first` is the first one's number."""
@@ -213,7 +232,8 @@ class Built:
         """
         rule, blocks = self.setup.rule, [unit for unit in units if not unit.site.is_head]
         if isinstance(rule, ReadsOutputMatrix) and rule.readout == "private":
-            made = [t for u in blocks if u.auxiliary for t in (*u.auxiliary.parameters(), *u.auxiliary.buffers())]
+            heads = [head_of(u.auxiliary) for u in blocks if u.auxiliary]
+            made = [t for head in heads for t in (*head.parameters(), *head.buffers())]
             readouts, own = sum(t.numel() for t in made), sum(p.numel() for u in blocks for p in u.block.parameters())
             if readouts > max(own, WORTH_A_WARNING):
                 warnings.warn(
@@ -281,13 +301,19 @@ def check_alone(setup: Setup) -> None:
         )
 
 
-def check_output_matrix(setup: Setup) -> None:
-    """Raise LayerwiseError where readouts look at the output matrix, and it is not whole while other blocks run."""
+def check_looks(setup: Setup) -> None:
+    """Raise LayerwiseError where readouts look at another block's parameters, which are not whole at that time."""
     rule = setup.rule
     if isinstance(rule, ReadsOutputMatrix) and rule.matrix_refresh() is not None and setup.replicas.shares_parameters:
         raise LayerwiseError(
             f'rule {rule.name!r} with readout="shared" looks at the output matrix at every block, and with --parallel '
             "sharded a rank has a share of it; choose --parallel data, or another readout."
+        )
+    follows = any(followed(rule, setup.network, index) for index in range(len(setup.network.blocks)))
+    if follows and setup.replicas.shares_parameters:
+        raise LayerwiseError(
+            f"the heads of rule {rule.name!r} follow the next block, and with --parallel sharded a rank has a share of "
+            "it; choose --parallel data, or ahead='learned'."
         )
 
 

@@ -2,13 +2,14 @@
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from layerwise.core.param_groups import OWN, check_group, with_settings
 from layerwise.errors import LayerwiseError, short
 
 PARTS = ("model", "auxiliary", "optimizer", "gradients", "scaler", "rates", "accumulation")
@@ -20,6 +21,18 @@ SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growt
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a parameter is updated."""
+
+    group: str
+    """Name of the group."""
+    optimizer: int
+    """Which of the group's optimizers."""
+    parameters: int
+    """Which of its parameter groups."""
+
+
+@dataclass(frozen=True)
 class Expected:
     """What a state has to fit.
 
@@ -28,8 +41,8 @@ class Expected:
         model: the model's own `state_dict`.
         auxiliary: that of the rule's modules.
         parameters: of both, by name, in full shape.
-        optimizers: by the names of the parameters that they update.
-        rates: by group, the number of parameter groups of each of its optimizers.
+        places: of the parameters that are updated, by name.
+        optimizers: by group.
         scalers: names of the groups that scale their gradients (fp16).
         accumulate: batches per update.
         whole: whether all blocks are here; one of several ranks does not know the others' auxiliary modules.
@@ -39,8 +52,8 @@ class Expected:
     model: Mapping[str, Tensor]
     auxiliary: Mapping[str, Tensor]
     parameters: Mapping[str, Tensor]
-    optimizers: Mapping[str, torch.optim.Optimizer]
-    rates: Mapping[str, list[int]]
+    places: Mapping[str, Place]
+    optimizers: Mapping[str, Sequence[torch.optim.Optimizer]]
     scalers: tuple[str, ...]
     accumulate: int
     whole: bool
@@ -59,8 +72,11 @@ def check_parts(state: Any) -> None:
     for name in ("steps", "skipped"):
         if not _is_count(state[name]):
             raise _unfit(f"{name} = {short(state[name])} is not a whole number from 0 up")
-    if not isinstance(state.get("settings", {}), Mapping):  # missing in the checkpoints of older versions
-        raise _unfit("'settings' is no mapping")
+    stateless = state.get("stateless", [])  # missing in the checkpoints of older versions, which may have no settings
+    if not isinstance(state.get("settings", None if "stateless" in state else {}), Mapping):
+        raise _unfit("'settings' is missing or no mapping")
+    if not isinstance(stateless, (list, tuple)) or not all(isinstance(name, str) for name in stateless):
+        raise _unfit(f"'stateless' is {short(stateless)}")
     _check_accumulation(state["accumulation"], state["steps"])
     if state["skipped"] > state["steps"]:
         raise _unfit(f"{state['skipped']} of {state['steps']} steps are skipped ones")
@@ -89,9 +105,9 @@ def check_state(state: Mapping[str, Any], expected: Expected) -> None:
         part, own = ("auxiliary", name.removeprefix("auxiliary.")) if name.startswith("auxiliary.") else ("model", name)
         if own in state[part]:
             _check_finite(state[part][own], f"the parameter {name!r}")
-    _check_optimizers(state, expected)
     _check_rates(state["rates"], expected)
     _check_settings(state.get("settings", {}), expected)
+    _check_optimizers(state, expected)
     for name in expected.scalers:
         _check_scaler(name, state["scaler"].get(name))
 
@@ -120,26 +136,23 @@ def check_same_tensors(own: Mapping[str, Tensor], given: Mapping[str, Any], what
 
 
 def _check_optimizers(state: Mapping[str, Any], expected: Expected) -> None:
-    """The optimizers' state: what each parameter has is what its optimizer would make."""
-    specs: dict[Any, dict[str, Any] | None] = {}
-    learned = False
-    for name, optimizer in expected.optimizers.items():
-        own = expected.parameters[name]
-        key = id(optimizer), own.dim(), own.dtype
+    """The optimizers' state: what each parameter has is what its optimizer would make, and none has lost it."""
+    specs: dict[Any, Made | None] = {}
+    learned, settings, stateless = False, state.get("settings", {}), state.get("stateless")
+    for name, place in expected.places.items():
+        own, optimizer = expected.parameters[name], expected.optimizers[place.group][place.optimizer]
+        key = place, own.dim(), own.dtype
         if key not in specs:
-            specs[key] = state_made_by(optimizer, own.dim(), own.dtype)
-        spec, given = specs[key], state["optimizer"].get(name)
-        learned |= bool(spec)
-        if given is None:
-            continue
-        if not isinstance(given, Mapping):
-            raise _unfit(f"the optimizer's state of {name!r} is no mapping")
-        if spec is not None:
-            if spec.keys() != given.keys():
-                wrong = sorted(map(str, spec.keys() ^ given.keys()))[0]
-                raise _unfit(f"the optimizer's state of {name!r} has {wrong!r} here or there only")
-            for part, made in spec.items():
-                _check_made(given[part], made, own, part, name)
+            found = settings.get(place.group)
+            group = with_settings(optimizer, place.parameters, found[place.optimizer] if found else None)
+            specs[key] = made_by(optimizer, place.parameters, group, own.dim(), own.dtype)
+        given = state["optimizer"].get(name)
+        spec = specs[key]
+        learned |= spec is not None and bool(spec.always)
+        if given is not None:
+            check_made_state(given, spec, own, name)
+        elif stateless is not None and name not in stateless:  # older versions do not say which had none
+            raise _unfit(f"the optimizer's state of {name!r} is missing")
     accumulated = state["accumulation"]
     took_updates = accumulated["updates"] > state["skipped"] and not expected.scalers
     if learned and took_updates and expected.whole and not state["optimizer"]:
@@ -150,10 +163,65 @@ def _check_optimizers(state: Mapping[str, Any], expected: Expected) -> None:
         raise _unfit("the accumulated gradients are missing")
 
 
-def state_made_by(optimizer: torch.optim.Optimizer, dimensions: int, dtype: torch.dtype) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class Made:
+    """The state that an optimizer makes for a parameter."""
+
+    parts: Mapping[str, Any]
+    """Values by name, with the settings of the start or those of now."""
+    always: frozenset[str]
+    """Names that it has with both."""
+
+
+def check_made_state(given: Any, spec: Made | None, own: Tensor, name: str) -> None:
+    """Raise LayerwiseError unless `given` may be an optimizer's state of a parameter `own`.
+
+    Args:
+        given: the state.
+        spec: of `made_by`.
+        own: the parameter.
+        name: of it, for the sentence.
+    """
+    if not isinstance(given, Mapping):
+        raise _unfit(f"the optimizer's state of {name!r} is no mapping")
+    if spec is None:
+        return
+    for part in sorted(map(str, (spec.always - given.keys()) | (given.keys() - spec.parts.keys()))):
+        raise _unfit(f"the optimizer's state of {name!r} has {part!r} here or there only")
+    for part, value in given.items():
+        _check_made(value, spec.parts[part], own, part, name)
+
+
+def made_by(
+    optimizer: torch.optim.Optimizer, place: int, settings: Mapping[str, Any], dimensions: int, dtype: torch.dtype
+) -> Made | None:
+    """What an optimizer makes for a parameter with so many dimensions; None where this is unknown.
+
+    Args:
+        optimizer: the optimizer.
+        place: number of its parameter group.
+        settings: of this group now; those that it began with may have left their own, such as a momentum.
+        dimensions: of the parameter.
+        dtype: of the parameter.
+    """
+    now = state_made_by(optimizer, settings, dimensions, dtype)
+    begun = with_settings(optimizer, place, None)
+    first = (
+        now
+        if all(settings.get(n) is v for n, v in begun.items())
+        else state_made_by(optimizer, begun, dimensions, dtype)
+    )
+    if now is None or first is None:
+        return None
+    return Made({**first, **now}, frozenset(first.keys() & now.keys()))
+
+
+def state_made_by(
+    optimizer: torch.optim.Optimizer, settings: Mapping[str, Any], dimensions: int, dtype: torch.dtype
+) -> dict[str, Any] | None:
     """The state that an optimizer of torch makes for a parameter whose sides are the first primes.
 
-    A second one of the same class takes a step on such a parameter.
+    A second one of the same class, with the settings of a parameter group, takes a step on such a parameter.
 
     Returns:
         Names and values; None where this is unknown, as for a class of the user's.
@@ -162,7 +230,8 @@ def state_made_by(optimizer: torch.optim.Optimizer, dimensions: int, dtype: torc
     if not cls.__module__.startswith("torch.optim") or dimensions > len(PRIMES):
         return None
     legal = inspect.signature(cls).parameters
-    options = {name: value for name, value in optimizer.defaults.items() if name in legal}
+    given = {**optimizer.defaults, **settings, "lr": optimizer.defaults.get("lr")}  # the rate may lie on a device
+    options = {name: given[name] for name in optimizer.defaults if name in legal}
     try:
         parameter = nn.Parameter(torch.zeros(PRIMES[:dimensions], dtype=dtype))
         probe = cls([parameter], **options)  # pyright: ignore[reportArgumentType]
@@ -220,8 +289,8 @@ def _check_accumulation(given: Mapping[str, Any], steps: int) -> None:
 
 def _check_rates(given: Mapping[str, Any], expected: Expected) -> None:
     """Learning rates that were set from outside: one for every parameter group of a group's optimizers, or None."""
-    for name, counts in expected.rates.items():
-        rates = given.get(name)
+    for name, optimizers in expected.optimizers.items():
+        rates, counts = given.get(name), [len(optimizer.param_groups) for optimizer in optimizers]
         if rates is None:
             continue
         right = isinstance(rates, (list, tuple)) and len(rates) == len(counts)
@@ -234,17 +303,22 @@ def _check_rates(given: Mapping[str, Any], expected: Expected) -> None:
 
 
 def _check_settings(given: Mapping[str, Any], expected: Expected) -> None:
-    """Numbers that optimizers of other packages keep in their groups: by name, for every group, or None."""
-    for name, counts in expected.rates.items():
-        found = given.get(name, [])
-        right = isinstance(found, (list, tuple)) and len(found) in (0, len(counts))
-        for settings, count in zip(found, counts, strict=False) if right else ():
-            if settings is not None:
-                right &= isinstance(settings, (list, tuple)) and len(settings) == count
-                right &= right and all(isinstance(group, Mapping) for group in settings)
-                values = [(key, value) for group in settings for key, value in group.items()] if right else []
-                right &= all(isinstance(key, str) and key != "params" for key, _ in values)
-                right &= all(isinstance(value, (bool, int, float)) and math.isfinite(value) for _, value in values)
+    """Settings of parameter groups that are not those of the beginning: by name, for every group, or None."""
+    for name, optimizers in expected.optimizers.items():
+        found = given.get(name)
+        if found is None:
+            continue
+        right = isinstance(found, (list, tuple)) and len(found) == len(optimizers)
+        for optimizer, settings in zip(optimizers, found, strict=False) if right else ():
+            if settings is None:
+                continue
+            right &= isinstance(settings, (list, tuple)) and len(settings) == len(optimizer.param_groups)
+            right &= right and all(isinstance(group, Mapping) and not group.keys() & set(OWN) for group in settings)
+            for place in range(len(optimizer.param_groups)) if right else ():
+                try:
+                    check_group(optimizer, place, with_settings(optimizer, place, settings))
+                except LayerwiseError as reason:
+                    raise _unfit(str(reason).removesuffix(".")) from reason
         if not right:
             raise _unfit(f"'settings' has {short(found)} for {name!r}")
 

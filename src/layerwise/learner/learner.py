@@ -451,11 +451,11 @@ class Learner:
         """Everything that decides how training continues.
 
         Returns:
-            `model`: the model's own `state_dict`; `auxiliary`: the rule's modules; `optimizer`: state per
-            parameter name; `gradients`: what has accumulated since the last update; `accumulation`: how much; `scaler`:
-            one state per group; `rates`: base rates that were set from outside; `rule`, `steps`, `skipped`. Tensors are
-            not copied. A stage's own part, where there is one. Offloaded tensors are views of what the host or the file
-            holds, right until the next step.
+            `model`: the model's own `state_dict`; `auxiliary`: the rule's modules; `optimizer`: state per parameter;
+            `stateless`: parameters that have none; `gradients`: what has accumulated since the last update;
+            `accumulation`: how much; `scaler`: one state per group; `rates`, `settings`: what was set in parameter
+            groups; `rule`, `steps`, `skipped`. Tensors are not copied. A stage's own part, where there is one.
+            Offloaded tensors are views of what the host or the file holds, right until the next step.
 
         Raises:
             LayerwiseError: nothing is built yet.

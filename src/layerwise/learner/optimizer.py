@@ -1,12 +1,15 @@
 """All optimizers of a learner as one, for code that wants to hold an optimizer."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 import torch
 
+from layerwise.core.param_groups import check_group, check_schedule
 from layerwise.errors import LayerwiseError
+from layerwise.learner.checks import check_made_state, made_by
 
 
 class EveryOptimizer(torch.optim.Optimizer):
@@ -73,21 +76,49 @@ class EveryOptimizer(torch.optim.Optimizer):
         if hasattr(self, "_ready"):  # the base class calls this when it is made
             raise LayerwiseError("a learner's optimizers hold all parameters that learn; none can be added.")
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state as torch has it; that of a parameter without one is empty, so that none can be lost."""
+        packed = super().state_dict()
+        for number in (number for group in packed["param_groups"] for number in group["params"]):
+            packed["state"].setdefault(number, {})
+        return packed
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from `state_dict()` of a learner whose blocks are grouped in the same way.
 
         Raises:
-            LayerwiseError: the state has other groups of parameters.
+            LayerwiseError: the state has other groups of parameters, or is damaged; nothing is changed then.
         """
-        saved, state = list(state_dict["param_groups"]), state_dict["state"]
+        parts, optimizers = [], list(self._own())
+        saved, state = _read(state_dict)
         if [len(g["params"]) for g in saved] != [len(g["params"]) for g in self.param_groups]:
-            raise LayerwiseError("the optimizer's state has other groups of parameters; use the same rule and model.")
-        for optimizer in self._own():
+            raise _unfit("it has other groups of parameters")
+        for optimizer in optimizers:
             mine, saved = saved[: len(optimizer.param_groups)], saved[len(optimizer.param_groups) :]
-            place = {old: new for new, old in enumerate(i for group in mine for i in group["params"])}
-            groups = [group | {"params": [place[i] for i in group["params"]]} for group in mine]
-            own = {place[i]: copy.deepcopy(found) for i, found in state.items() if i in place}
-            optimizer.load_state_dict({"state": own, "param_groups": groups})
+            groups = [{**now, **given} for now, given in zip(optimizer.param_groups, mine, strict=True)]
+            own: dict[int, Any] = {}
+            for place, group in enumerate(groups):
+                check_group(optimizer, place, group)
+                check_schedule(group)
+                specs = {}
+                parameters = optimizer.param_groups[place]["params"]
+                for parameter, number in zip(parameters, mine[place]["params"], strict=True):
+                    given = state.get(number)
+                    if given is None and parameter.requires_grad:
+                        raise _unfit(f"the state of parameter {number} is missing")
+                    if given or not isinstance(given, (Mapping, NoneType)):
+                        key = parameter.dim(), parameter.dtype
+                        if key not in specs:
+                            specs[key] = made_by(optimizer, place, group, *key)
+                        check_made_state(given, specs[key], parameter, f"parameter {number}")
+                    own[number] = given or {}
+            numbers = {old: new for new, old in enumerate(own)}
+            if len(numbers) != sum(len(group["params"]) for group in mine):
+                raise _unfit("a parameter is there twice")
+            groups = [{**group, "params": [numbers[i] for i in group["params"]]} for group in groups]
+            parts.append((optimizer, {"state": {numbers[i]: s for i, s in own.items() if s}, "param_groups": groups}))
+        for optimizer, part in parts:
+            optimizer.load_state_dict(copy.deepcopy(part))
 
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Count an update; the learner has made it."""
@@ -114,3 +145,24 @@ class EveryOptimizer(torch.optim.Optimizer):
         for optimizer in self._own():
             if callable(mode := getattr(optimizer, "eval", None)):
                 mode()
+
+
+def _read(state_dict: Any) -> tuple[list[Mapping[str, Any]], Mapping[Any, Any]]:
+    """The groups and the states of a state dictionary."""
+    if not isinstance(state_dict, Mapping):
+        raise _unfit(f"it is {type(state_dict).__name__}, not a mapping")
+    groups, states = state_dict.get("param_groups"), state_dict.get("state")
+    if not isinstance(states, Mapping) or not isinstance(groups, Sequence):
+        raise _unfit("'state' or 'param_groups' is missing")
+    for group in groups:
+        numbers = group.get("params") if isinstance(group, Mapping) else None
+        if not isinstance(numbers, Sequence) or not all(isinstance(number, int) for number in numbers):
+            raise _unfit("a group has no numbers of parameters")
+    return list(groups), states
+
+
+def _unfit(reason: str) -> LayerwiseError:
+    return LayerwiseError(
+        f"the optimizers' state does not fit this learner: {reason}; use the rule and the model that it was made with, "
+        "or take an older one."
+    )

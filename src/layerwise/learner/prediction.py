@@ -49,6 +49,8 @@ def evaluating(
 
 def begun(built: Built, x: Any, y: Tensor, step: int | None, predict: Callable[[Any], Tensor]) -> tuple[Any, Any]:
     """Input and message of the first group here: the rule's, or what the rank before has sent."""
+    if step is not None:
+        built.engine.tell()
     if not built.setup.stage.first:
         return built.setup.stage.receive()
     network, rule = built.setup.network, built.setup.rule

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from layerwise.core.groups import Group, parameters_of
-from layerwise.core.optim import base_rates, own_settings, set_base_rates, set_own_settings
+from layerwise.core.param_groups import base_rates, own_settings, set_base_rates, set_own_settings
 from layerwise.learner.build import Built
-from layerwise.learner.checks import Expected, check_state
+from layerwise.learner.checks import Expected, Place, check_state
 
 
 def without_meta(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -22,6 +22,7 @@ def joined(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     whole = dict(states[-1])
     for part in ("model", "auxiliary", "optimizer", "gradients", "scaler", "rates", "settings"):
         whole[part] = {name: value for state in states for name, value in state.get(part, {}).items()}
+    whole["stateless"] = [name for state in states for name in state["stateless"]]
     return whole
 
 
@@ -30,12 +31,14 @@ def state_of(built: Built, skipped: int, steps: int) -> dict[str, Any]:
     setup, replicas = built.setup, built.setup.replicas
     offloaded = built.offload.active
     own = [(name, replicas.shard_of(parameter)) for name, parameter in built.named_parameters()]
+    moments, updated = optimizer_states(built), set(parameters_of(list(built.optimizers())))
     settings = {group.name: [own_settings(optimizer) for optimizer in group.optimizers] for group in built.groups}
     rates = {group.name: [base_rates(optimizer) for optimizer in group.optimizers] for group in built.groups}
     state = {
         "model": without_meta(setup.network.state_dict(keep_vars=offloaded)),
         "auxiliary": built.auxiliary.state_dict(keep_vars=offloaded),
-        "optimizer": optimizer_states(built),
+        "optimizer": moments,
+        "stateless": [name for name, p in own if p in updated and name not in moments],
         "gradients": {n: to_full(built, p, p.grad) for n, p in own if p.grad is not None},
         "scaler": built.grouping.scalers(),
         "rates": {name: found for name, found in rates.items() if any(found)},
@@ -62,9 +65,10 @@ def load_state(built: Built, state: Mapping[str, Any]) -> None:
         for optimizer, rates in zip(group.optimizers, state.get("rates", {}).get(group.name, []), strict=False):
             if rates is not None:
                 set_base_rates(optimizer, rates)
-        for optimizer, found in zip(group.optimizers, state.get("settings", {}).get(group.name, []), strict=False):
-            if found is not None:
-                set_own_settings(optimizer, found)
+        if "settings" in state:  # missing in the checkpoints of older versions
+            found = state["settings"].get(group.name) or [None] * len(group.optimizers)
+            for optimizer, settings in zip(group.optimizers, found, strict=True):
+                set_own_settings(optimizer, settings)
     built.grouping.load_scalers(state["scaler"])
     built.engine.accumulation.load(state["accumulation"])
 
@@ -72,7 +76,13 @@ def load_state(built: Built, state: Mapping[str, Any]) -> None:
 def expected_of(built: Built) -> Expected:
     """What a state has to fit."""
     setup, parameters = built.setup, dict(built.named_parameters())
-    updated = {p: optimizer for optimizer in built.optimizers() for p in parameters_of([optimizer])}
+    updated = {
+        p: Place(group.name, number, place)
+        for group in built.groups
+        for number, optimizer in enumerate(group.optimizers)
+        for place, own in enumerate(optimizer.param_groups)
+        for p in own["params"]
+    }
     kept = {name: setup.replicas.shard_of(parameter) for name, parameter in parameters.items()}
     return Expected(
         setup.rule.name,
@@ -80,7 +90,7 @@ def expected_of(built: Built) -> Expected:
         built.auxiliary.state_dict(),
         parameters,
         {name: updated[p] for name, p in kept.items() if p in updated},
-        {group.name: [len(o.param_groups) for o in group.optimizers] for group in built.groups},
+        {group.name: group.optimizers for group in built.groups},
         tuple(group.name for group in built.groups if group.scaler.is_enabled()),
         setup.execution.accumulate,
         whole=setup.stage.first and setup.stage.last,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from layerwise import models, rules
+from layerwise import models
 from layerwise.core.ranges import Where
 from layerwise.errors import LayerwiseError
 from layerwise.measure.bench_problem import (
@@ -26,8 +26,12 @@ from layerwise.memory.malloc import keep_freed_memory
 from layerwise.memory.meter import resident_peak
 from layerwise.memory.offload import window_of
 from layerwise.memory.stores import DiskStore
+from layerwise.parsing import read_whole
+from layerwise.rules.words import rule_of
 
 COLUMNS = ("parameters", "optimizer", "gradients", "activations", "peak")
+HELD = "act. + grad."
+"""The column that stays the same under a local rule."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class MemoryOptions(DeviceProblem):
     """Measure the exact peak bytes of one training step, by depth."""
 
     rule: tuple[str, ...] = ("sll", "local_ce", "backprop", "backprop_checkpoint", "backprop_offload")
-    """Rules to measure."""
+    """Rules to measure, with options after colons: solo:group=3:readout=random."""
     model: tuple[str, ...] = ("mlp",)
     """Models to measure."""
     depths: str = "4,16,64,256"
@@ -65,7 +69,7 @@ def memory_of(
     """Measure the peak memory of a training step.
 
     Args:
-        rule: name of a rule.
+        rule: name of a rule, with options after colons.
         model: name of a model.
         depth: number of blocks; as the model is if None.
         shape: channels, height, width.
@@ -137,7 +141,7 @@ def memory_command(argv: list[str]) -> int:
     """`layerwise bench memory`: print a row per model, rule and depth."""
     options = parse_problem(MemoryOptions, argv, "bench memory")
     try:
-        depths = [int(depth) for depth in options.depths.split(",")]
+        depths = [read_whole(depth) for depth in options.depths.split(",")]
     except ValueError as reason:
         raise LayerwiseError(f"--depths {options.depths!r} is not a list such as 4,16,64.") from reason
     by_model = {model: depths_of(model, depths) for model in options.model}
@@ -147,12 +151,13 @@ def memory_command(argv: list[str]) -> int:
             with torch.device("meta"):  # report mistakes before the first measurement
                 network = made.build(options.shape, options.classes)
             for rule in options.rule if options.offload != "none" else ():
-                window_of(rules.create(rule), len(network.block_names))
+                window_of(rule_of(rule), len(network.block_names))
     if options.offload == "disk":
         DiskStore(Path(options.offload_folder or tempfile.gettempdir()), CPU)  # refuses a folder that it cannot use
     rows, width = [], max(8, *(len(model) + 1 for model in options.model))
-    columns = COLUMNS if options.offload == "none" else (*COLUMNS, "resident")
-    print(f"{'rule':<20}{'model':<{width}}{'depth':>6}" + "".join(f"{name:>14}" for name in columns) + "   (MiB)")
+    wide = max(20, *(len(rule) + 2 for rule in options.rule))
+    columns = (*COLUMNS, HELD) if options.offload == "none" else (*COLUMNS, HELD, "resident")
+    print(f"{'rule':<{wide}}{'model':<{width}}{'depth':>6}" + "".join(f"{name:>14}" for name in columns) + "   (MiB)")
     for model in options.model:
         for rule in options.rule:
             for depth in by_model[model]:
@@ -180,6 +185,7 @@ def memory_command(argv: list[str]) -> int:
                     print(f"layerwise: note: {rule} is left out: {reason}", file=sys.stderr)
                     break
                 rows.append(row)
-                figures = "".join(f"{'-' if row[n] is None else f'{row[n] / 2**20:.3f}':>14}" for n in columns)
-                print(f"{rule:<20}{model:<{width}}{row['depth']:>6}{figures}", flush=True)
+                sizes = row | {HELD: row["gradients"] + row["activations"]}
+                figures = "".join(f"{'-' if sizes[n] is None else f'{sizes[n] / 2**20:.3f}':>14}" for n in columns)
+                print(f"{rule:<{wide}}{model:<{width}}{row['depth']:>6}{figures}", flush=True)
     return write_figures(options, rows, "memory", argv)

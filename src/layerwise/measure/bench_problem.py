@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from layerwise import models, rules
+from layerwise import models
 from layerwise.core.devices import pick_device
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.ranges import Where, check_ranges
@@ -23,6 +23,7 @@ from layerwise.learner import Learner
 from layerwise.memory.mmap import OnFile
 from layerwise.parsing import parse
 from layerwise.report.page import write_report
+from layerwise.rules.words import rule_of
 from layerwise.runs.environment import environment
 from layerwise.runs.output import check_output, write_output
 from layerwise.runs.writing import write_atomically
@@ -101,7 +102,11 @@ def prepared(
             seed_generators(derive_seed(0, "bench batch"), CPU)
             x, y = made.batch(shape, classes, batch_size)
     x, y = mapped(x, lambda tensor: tensor.to(where)), y.to(where)
-    return Learner(network, rule, optimizer=optimizer, precision=precision, lr=LEARNING_RATE, example=x, **how), x, y
+    return (
+        Learner(network, rule_of(rule), optimizer=optimizer, precision=precision, lr=LEARNING_RATE, example=x, **how),
+        x,
+        y,
+    )
 
 
 def network_of(
@@ -156,8 +161,8 @@ def parse_problem(cls: type, argv: Sequence[str], command: str) -> Any:
     names = getattr(options, "rules", None) or getattr(options, "rule", ())
     if not names:
         raise LayerwiseError(f"{command} measures no rule; name at least one, see layerwise ls rules.")
-    for name in [names] if isinstance(names, str) else names:
-        rules.get(name)
+    for word in [names] if isinstance(names, str) else names:
+        rule_of(word)
     return options
 
 

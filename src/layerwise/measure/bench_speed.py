@@ -24,7 +24,8 @@ class SpeedOptions(DeviceProblem):
     """Measure the time per training step. Rules are interleaved: every round runs each rule once."""
 
     rules: tuple[str, ...] = ("sll", "backprop", "backprop_checkpoint")
-    """Rules to time. Ratios are to backprop if it is among them, otherwise to the first rule."""
+    """Rules to time, with options after colons: solo:group=3. Ratios are to backprop if it is among them, otherwise to
+    the first rule."""
     model: str = "vit"
     """mlp | vgg | resnet | vit."""
     depth: int | None = None
@@ -142,9 +143,10 @@ def speed_command(argv: list[str]) -> int:
         for rule in options.rules
     }
     seconds = speed_of(learners, options.rounds, options.warmup)
+    wide = max(22, *(len(rule) + 2 for rule in seconds))
     base = "backprop" if "backprop" in seconds else options.rules[0]
     print(
-        f"{'rule':<22}{'ms/step':>10}{'samples/s':>12}{'ratio to ' + base:>24}{'10 % .. 90 %':>20}{'GFLOP':>10}"
+        f"{'rule':<{wide}}{'ms/step':>10}{'samples/s':>12}{'ratio to ' + base:>24}{'10 % .. 90 %':>20}{'GFLOP':>10}"
         "   forward / backward / optimizer / other, %"
     )
     rows = []
@@ -171,7 +173,7 @@ def speed_command(argv: list[str]) -> int:
         }
         rows.append(row)
         print(
-            f"{rule:<22}{1000 * median:>10.2f}{row['samples_per_second']:>12.0f}{row['ratio']:>24.3f}"
+            f"{rule:<{wide}}{1000 * median:>10.2f}{row['samples_per_second']:>12.0f}{row['ratio']:>24.3f}"
             f"{f'{low:.3f} .. {high:.3f}':>20}{row['flops'] / 1e9:>10.2f}   "
             + " / ".join(f"{100 * row['shares'][part]:.0f}" for part in PARTS)
         )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from layerwise.core.blocks import Partition
 from layerwise.core.execution import Alone
+from layerwise.core.following import NextBlock
 from layerwise.core.groups import Group, Unit
 from layerwise.core.rule import Rule
 from layerwise.memory.meter import MemoryUse
@@ -63,10 +64,19 @@ class WholeNetwork:
     """In place of a `Stage`: all groups are here, from the images to the head."""
 
     first = last = True
+    borrowed: tuple[str, ...] = ()
+    """Names of tensors of other ranks that are needed until the modules of the rule are made: none."""
 
     def choose(self, rule: Rule, network: Partition, groups: Sequence[range], example: Any) -> range:
         """The groups of this process: all."""
         return range(len(groups))
+
+    def give_back(self, model: nn.Module) -> None:
+        """Let go of what was borrowed: nothing."""
+
+    def next_block(self, rule: Rule, network: Partition, sites: range) -> NextBlock:
+        """Where modules that follow the next block get its tensors: here."""
+        return NextBlock()
 
     def own(self, tensors: Mapping[str, Tensor], auxiliary: nn.ModuleDict) -> Mapping[str, Tensor]:
         """Of the tensors of all auxiliary modules, those of the modules here: all."""

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from layerwise.errors import LayerwiseError
+from layerwise.parsing import environment_number
 
 Result = TypeVar("Result")
 
@@ -147,7 +148,7 @@ class Job:
                     "--parallel needs several processes; start it with torchrun --nproc-per-node N -m layerwise train "
                     "--parallel ..."
                 )
-        rank, count, port = (_number(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+        rank, count, port = (environment_number(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
         if not 0 <= rank < count:
             raise LayerwiseError(
                 f"RANK is {rank} and WORLD_SIZE is {count}; number the processes from 0 to WORLD_SIZE - 1."
@@ -160,7 +161,7 @@ class Job:
             os.environ["MASTER_ADDR"],
             port,
             os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-            _number("TORCHELASTIC_RESTART_COUNT"),
+            environment_number("TORCHELASTIC_RESTART_COUNT"),
         )
 
     @property
@@ -181,13 +182,6 @@ class Job:
         with contextlib.suppress(OSError, ValueError):
             return ipaddress.ip_address(socket.gethostbyname(self.address)).is_loopback
         return False
-
-
-def _number(name: str) -> int:
-    text = os.environ.get(name, "0")
-    if not text.isdecimal():
-        raise LayerwiseError(f"{name} is {text!r}; give a whole number, or start the processes with torchrun.")
-    return int(text)
 
 
 def listen(address: str, port: int) -> socket.socket:
@@ -270,4 +264,4 @@ def stay_local(job: Job) -> None:
 
 def local_ranks() -> int:
     """Ranks on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    return environment_number("LOCAL_WORLD_SIZE", environment_number("WORLD_SIZE", 1))

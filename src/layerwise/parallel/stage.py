@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from layerwise.core.blocks import Partition
 from layerwise.core.cost import balanced_ends, operations
 from layerwise.core.devices import synchronize
+from layerwise.core.following import NextBlock
 from layerwise.core.modes import evaluation_mode
-from layerwise.core.pieces import PredictsBySite, ReadsOutputMatrix, StartsFromData, has_trunk
-from layerwise.core.rule import Rule
+from layerwise.core.pieces import FollowsNextBlock, PredictsBySite, ReadsOutputMatrix, StartsFromData, has_trunk
+from layerwise.core.rule import Rule, Site
 from layerwise.core.trees import detach
 from layerwise.errors import LayerwiseError
+from layerwise.parallel.following import NextBlockOnRank, bytes_followed
 
 
 class StageLink(Protocol):
@@ -27,6 +29,14 @@ class StageLink(Protocol):
 
     def send(self, tree: Any) -> None:
         """Hand a tree of tensors to the next rank; returns before it has arrived."""
+        ...
+
+    def receive_back(self) -> Any:
+        """The next list of tensors from the next rank, where modules follow the next block."""
+        ...
+
+    def send_back(self, tensors: list[Tensor]) -> None:
+        """Hand a list of tensors to the rank before."""
         ...
 
 
@@ -45,6 +55,8 @@ class Stage:
     Attributes:
         link: set before the first batch.
         blocks: per rank, names of the first and the last block; known when the learner is built.
+        borrowed: names of tensors of the next rank's first block that are kept until the rule's modules are made.
+        sent_back: bytes that all ranks together send back per update, where modules follow the next block.
         stop: number of the signal by which the first rank stops the run after this batch; 0 to continue.
     """
 
@@ -59,6 +71,8 @@ class Stage:
         self.rank, self.ranks, self.counts = rank, ranks, counts
         self.agree, self.samples = agree, samples
         self.blocks: list[str] = []
+        self.borrowed: tuple[str, ...] = ()
+        self.sent_back = 0
         self.stop = 0
         self._skipped = False
 
@@ -114,10 +128,26 @@ class Stage:
         for i, (start, end) in enumerate(itertools.pairwise([0, *ends])):
             part = blocks[bounds[start] : bounds[end]]
             self.blocks.append(part[0].name if len(part) == 1 else f"{part[0].name}..{part[-1].name}")
+            if i > 0:
+                self.sent_back += bytes_followed(rule, network, bounds[start] - 1)
+            if i == self.rank + 1 and _begins_as_next(rule, network, bounds[start] - 1):
+                self.borrowed = tuple(name for name in part[0].names() if name not in kept)
+                kept = kept | set(self.borrowed)
             if i != self.rank:
                 held = [item for block in part for item in (*block.named_parameters(), *block.named_buffers())]
                 to_meta(network.model, [tensor for name, tensor in held if name not in kept])
         return range(starts[self.rank], ends[self.rank])
+
+    def give_back(self, model: nn.Module) -> None:
+        """Let go of the tensors of the next rank."""
+        if self.borrowed:
+            known = dict([*model.named_parameters(), *model.named_buffers()])
+            to_meta(model, [known[name] for name in self.borrowed])
+        self.borrowed = ()
+
+    def next_block(self, rule: Rule, network: Partition, sites: range) -> NextBlock:
+        """Where modules that follow the next block get its tensors: here, or from the next rank."""
+        return NextBlockOnRank(self, rule, network, sites)
 
     def own(self, tensors: Mapping[str, Tensor], auxiliary: nn.ModuleDict) -> dict[str, Tensor]:
         """The tensors that belong to the auxiliary modules of this stage, out of those of all."""
@@ -185,6 +215,12 @@ def check_rule(rule: Rule, groups: Sequence[range]) -> None:
         f"rule {rule.name!r} cannot be trained by a pipeline, because {why}; train it in one process, or choose a rule "
         "such as 'sll', 'sid' or 'local_ce'."
     )
+
+
+def _begins_as_next(rule: Rule, network: Partition, index: int) -> bool:
+    """Whether the module at a site is made from the next block's weights."""
+    site = Site(index, len(network.blocks), network.blocks[index].name, network=network)
+    return isinstance(rule, FollowsNextBlock) and rule.begins_as_next(site)
 
 
 def to_meta(model: nn.Module, tensors: Sequence[Tensor]) -> None:

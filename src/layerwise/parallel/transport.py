@@ -16,7 +16,7 @@ from layerwise.parallel.ranks import LANES, Ranks
 from layerwise.parallel.serialization import TensorSpec, decode, encode
 
 DEPTH = LANES  # batches on the way from one rank to the next; as many more wait at the sender
-FORWARD, DONE = 0, 1  # tags: batches and figures to the next rank, the last one's answer at the end
+FORWARD, DONE, BACK = 0, 1, 2  # tags: batches and figures to the next rank, the last one's answer, what goes back
 TAGS = 8  # from the tag of one lane to that of the next
 
 
@@ -198,7 +198,37 @@ class PrefetchingChannel:
             self.receive()
 
 
-class PipelineLink:
+class BackLink:
+    """Lists of tensors against the direction of the batches, through the host; made by the first of them.
+
+    Args:
+        ranks: the processes of the job.
+    """
+
+    def __init__(self, ranks: Ranks):
+        self.ranks, self._sends, self._receives = ranks, None, None
+
+    _sends: SendChannel | None
+    _receives: ReceiveChannel | None
+
+    def send_back(self, tensors: list[Tensor]) -> None:
+        """Hand a list of tensors to the rank before."""
+        self._sends = self._sends or SendChannel(self.ranks, self.ranks.rank - 1, BACK, torch.device("cpu"))
+        self._sends.send(tensors)
+
+    def receive_back(self) -> list[Tensor]:
+        """The next list of tensors from the next rank, on this rank's device."""
+        peer = self.ranks.rank + 1
+        self._receives = self._receives or ReceiveChannel(self.ranks, peer, BACK, torch.device("cpu"))
+        return [tensor.to(self.ranks.device) for tensor in self._receives.receive()]
+
+    def end_back(self) -> None:
+        """Wait until all that was sent has arrived."""
+        if self._sends is not None:
+            self._sends.drain()
+
+
+class PipelineLink(BackLink):
     """The link of a `Stage` that is one rank of a pipeline: the rank before sends to it, and it sends to the next one.
 
     For a training loop of one's own, in which all ranks call `Learner.step` equally often:
@@ -217,7 +247,7 @@ class PipelineLink:
     """
 
     def __init__(self, ranks: Ranks, stage: Any, blocks: Sequence[str] = ()):
-        self.ranks = ranks
+        super().__init__(ranks)
         ranks.blocks = list(blocks)
         rank, about = ranks.rank, (FORWARD, ranks.transfer_device, ranks.lanes)
         self.to_next = None if stage.last else SendChannel(ranks, rank + 1, *about)
@@ -239,6 +269,7 @@ class PipelineLink:
 
     def end(self) -> None:
         """Wait until all that was sent has arrived; nothing can be sent any more."""
+        self.end_back()
         if self.to_next is not None:
             self.to_next.end()
         if self.from_previous is not None:

@@ -32,6 +32,7 @@ from layerwise.report.reading import (
 )
 from layerwise.report.sections import Origin, Section
 from layerwise.report.summary import columns, is_fitted, notes_of_fits, resolution_in_words, spread, table_rows
+from layerwise.report.verdict import verdict
 from layerwise.runs.environment import machine_in_words
 from layerwise.runs.layout import grid_run_folder
 from layerwise.runs.writing import write_atomically
@@ -96,7 +97,15 @@ def write_report(folder: Path) -> Path:
             f"a report needs {reason.name}, which is not installed; pip install 'layerwise[report]' and then run "
             f"layerwise report {shlex.quote(str(folder))}."
         ) from reason
-    page: dict[str, Any] = {"table": [], "notes": [], "failures": [], "texts": [], "sections": [], "origins": []}
+    page: dict[str, Any] = {
+        "table": [],
+        "verdict": [],
+        "notes": [],
+        "failures": [],
+        "texts": [],
+        "sections": [],
+        "origins": [],
+    }
     if kind_of(folder / "summary.json") is not None:
         put_comparison(folder, page)
     benches = [found for file in sorted(folder.glob("*.json")) if (found := read_bench(folder, file.name)) is not None]
@@ -238,6 +247,7 @@ def put_comparison(folder: Path, page: dict[str, Any]) -> None:
     seeds = f"{record['seeds']} seed{'s' if record['seeds'] > 1 else ''}"
     page["subtitle"] = f"{seeds}, {_budget(fixed)}; {machine_in_words(machine)}"
     page["columns"], page["table"] = columns(metric, is_fitted(rules)), table_rows(rules, metric)
+    page["verdict"] = verdict(rules, metric, fixed["tune"], summary.get("chance"))
     page["notes"] = [*notes(rules, fixed, metric), *notes_of_fits(rules)]
     page["failures"] = [
         (f"{rule} seed {failed['seed']}", failed["reason"])
@@ -247,6 +257,7 @@ def put_comparison(folder: Path, page: dict[str, Any]) -> None:
     page["sections"] += [
         _accuracy(runs, looks, record, origin, metric),
         frontier(rules, looks, origin, metric),
+        _memory_at_depth(rules, looks, origin),
         _costs(rules, looks, origin, metric),
         loss_per_block(runs.lines, metric, origin),
         _layers(runs, origin),
@@ -342,6 +353,31 @@ def _costs(rules: dict[str, Any], looks: Any, origin: Origin, metric: Metric = A
                 f"Test {metric.words} (mean, standard deviation) against {words}.",
                 origin,
             )
+    return section
+
+
+def _memory_at_depth(rules: dict[str, Any], looks: Any, origin: Origin) -> Section:
+    section = Section(
+        "Memory against depth", "Activations + gradients of one step; parameters and optimizer state grow."
+    )
+    mib = {
+        rule: [(float(depth), size / 2**20, None) for depth, size in sorted(held.items(), key=lambda row: int(row[0]))]
+        for rule, own in rules.items()
+        if (held := own.get("held_at")) and min(held.values()) > 0
+    }
+    if mib:
+        values = "; ".join(
+            f"{rule}: " + ", ".join(f"{x:g} blocks {y:.3g}" for x, y, _ in row) for rule, row in mib.items()
+        )
+        section.draw(
+            "memory_depth",
+            "Activations + gradients against depth",
+            f"MiB of activations and gradients against the number of blocks. {values}.",
+            lambda axes: figures.curves(axes, mib, "number of blocks", "MiB", looks, log=True),
+            figures.height(len(mib)),
+            f"MiB, exact, of one step of the same model with other numbers of blocks. {values}.",
+            origin,
+        )
     return section
 
 

@@ -56,6 +56,7 @@ class Result(TypedDict):
     test_bits_per_byte: NotRequired[Finite]
     val_bits_per_byte: NotRequired[Finite | None]
     sample: NotRequired[Sample]
+    chance: NotRequired[Share | None]
     test_loss: float
     val_loss: float | None
     parameters: Count
@@ -108,6 +109,7 @@ class Plan(TypedDict, total=False):
     peak_bytes: Count
     held_bytes: Count
     fit: PeakFit
+    held_at: dict[Name, Count]
     steps_per_epoch: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
 
 
@@ -176,18 +178,21 @@ class RuleSummary(TypedDict):
     test_miou: NotRequired[Spread | None]
     test_rmse: NotRequired[Spread | None]
     test_bits_per_byte: NotRequired[Spread | None]
+    steps: NotRequired[Spread | None]
     train_seconds: Spread | None
     peak_mib: Spread | None
     activations_gradients_mib: Spread | None
     flops: Spread | None
     difference_to_backprop: Difference | None
     fit: NotRequired[PeakFit]
+    held_at: NotRequired[dict[Name, Count]]
 
 
 class Summary(TypedDict):
     """The fields of `summary.json`."""
 
     metric: NotRequired[Name]
+    chance: NotRequired[Share | None]
     rules: dict[Name, RuleSummary]
 
 

@@ -45,6 +45,7 @@ TIMING = ("train_seconds", "samples_per_second")
 """Columns of results.csv that differ from one repetition to the next."""
 MEMORY = ("parameters", "optimizer", "gradients", "activations", "peak")
 QUANTITIES = {  # of summary.json: from a row
+    "steps": lambda row: row["steps"],
     "test_loss": lambda row: row["test_loss"],
     "train_seconds": lambda row: row["train_seconds"],
     "peak_mib": lambda row: row["peak_mib"],

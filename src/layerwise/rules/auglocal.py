@@ -13,6 +13,7 @@ from layerwise.core.ranges import Fraction, PositiveInt
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, loss_at_head, loss_of
 from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
+from layerwise.rules.ahead import LooksAhead
 from layerwise.rules.readout import Pool, pool_vectors
 
 
@@ -118,7 +119,7 @@ class AuxiliaryNetwork(Copies):
 
 
 @dataclass(frozen=True)
-class AugLocal(ReadsOut, Rule):
+class AugLocal(LooksAhead, ReadsOut, Rule):
     r"""Augmented local learning: each block minimises the cross-entropy after copies of later blocks.
 
     $$L_l = \mathrm{CE}(a_l(h_l), y), \qquad h_l = f_l(\mathrm{stopgrad}(h_{l-1}))$$
@@ -179,14 +180,19 @@ class AugLocal(ReadsOut, Rule):
         count = max(1, round(self.depth * (1 - along) + along))
         return [round(index + (blocks - 1 - index) / count * i) for i in range(1, count + 1)]
 
-    def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
-        """Copies of later blocks, for every block that learns alone."""
-        if site.index >= site.blocks - self.depth:
-            return None
-        return AuxiliaryNetwork(site, self.chosen(site.index, site.blocks), h, task.outputs, self.pool)
+    def has_head(self, site: Site) -> bool:
+        """At every block that learns alone."""
+        return site.index < site.blocks - self.depth
+
+    def head(self, site: Site, h: Tensor, task: Task) -> nn.Module:
+        """Copies of later blocks, and a classifier; where the rule looks ahead the next block is copied already."""
+        first = site.index + (1 if self.ahead == "none" else 2)
+        chosen = [index for index in self.chosen(site.index, site.blocks) if index >= first]
+        return AuxiliaryNetwork(site, chosen, h, task.outputs, self.pool)
 
     def outputs_at(self, site: Site, h: Tensor, auxiliary: nn.Module, task: Task) -> Tensor:
         """The logits after the copies."""
+        _, h, auxiliary = self.ahead_of(site, h, auxiliary)
         assert isinstance(auxiliary, AuxiliaryNetwork)
         return auxiliary.logits(h, task.positions != "sample")
 
@@ -196,5 +202,6 @@ class AugLocal(ReadsOut, Rule):
             return loss_at_head(ctx)
         if ctx.auxiliary is None:
             return Signal()
+        ctx = self.looking(ctx)
         assert isinstance(ctx.auxiliary, AuxiliaryNetwork)
         return loss_of(ctx.task, ctx.auxiliary.logits(ctx.h, ctx.task.per_position(ctx.y)), ctx.y)

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from layerwise.core.rule import ANY_TASK, BlockContext, Locality, Rule, Signal, Site, loss_at_head
-from layerwise.rules.local_ce import LocalCE
+from layerwise.rules.local_ce import GreedyLinear
 
 
 @dataclass(frozen=True)
-class DeepSupervision(LocalCE):
+class DeepSupervision(GreedyLinear):
     r"""The losses of `local_ce`, summed, with no detach: one backward pass through the whole network.
 
     $\min_\theta \sum_i \mathrm{CE}(W_i\,\mathrm{pool}(h_i) + b_i, y)$ with gradients through all blocks. The

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from layerwise.core.rule import ANY_TASK, BlockContext, Signal, Site, loss_of
 from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
+from layerwise.rules.ahead import LooksAhead
 from layerwise.rules.local_ce import Greedy
 from layerwise.rules.readout import Pool, convolution, labels_at, pool_vectors
 
@@ -74,7 +75,7 @@ def _per_pixel(h: Tensor, outputs: int, kind: Kind) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class DGL(Greedy):
+class DGL(LooksAhead, Greedy):
     r"""Decoupled greedy learning: each block minimises the cross-entropy of its own auxiliary network.
 
     $$L_i = \mathrm{CE}(a_i(h_i), \; y), \qquad h_i = f_i(\mathrm{stopgrad}(h_{i-1}))$$
@@ -105,15 +106,20 @@ class DGL(Greedy):
         "One label per sample, batches of two or more (batch norm). Synchronous: no buffers between the blocks."
     )
 
-    def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
-        """The auxiliary network of every group but the last."""
-        if not self._has_head(site):
-            return None
+    def has_head(self, site: Site) -> bool:
+        """At the end of every group but the last."""
+        return self._has_head(site)
+
+    def head(self, site: Site, h: Tensor, task: Task) -> nn.Module:
+        """The auxiliary network."""
         per_pixel = task.positions == "pixel"
         return auxiliary_network(site.standard(h), task.outputs, self.network, self.pool, per_pixel)
 
     def outputs_at(self, site: Site, h: Tensor, auxiliary: nn.Module, task: Task) -> Tensor:
         """The outputs of the auxiliary network."""
+        return self._outputs(*self.ahead_of(site, h, auxiliary), task)
+
+    def _outputs(self, site: Site, h: Tensor, auxiliary: nn.Module, task: Task) -> Tensor:
         standard = site.standard(h)
         return super().outputs_at(site, h, auxiliary, task) if standard.dim() < 4 else auxiliary(standard)
 
@@ -121,9 +127,10 @@ class DGL(Greedy):
         """Cross-entropy of the auxiliary network, or of the network's head at the end."""
         if ctx.task.per_position(ctx.y) and ctx.task.positions != "pixel":
             raise LayerwiseError("dgl's auxiliary networks read one label per sample, not one per position.")
+        ctx = self.looking(ctx)
         if ctx.site.is_head or ctx.auxiliary is None:
             return super().signal(ctx)
         if ctx.site.standard(ctx.h).dim() < 4:
             return super().signal(ctx)
-        outputs = self.outputs_at(ctx.site, ctx.h, ctx.auxiliary, ctx.task)
+        outputs = self._outputs(ctx.site, ctx.h, ctx.auxiliary, ctx.task)
         return loss_of(ctx.task, outputs, labels_at(ctx, ctx.task.outputs_last(outputs)))

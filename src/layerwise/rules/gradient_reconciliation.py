@@ -11,11 +11,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from layerwise.core.blocks import Block
 from layerwise.core.ranges import NonNegativeFloat
 from layerwise.core.rule import BlockContext, Signal
-from layerwise.rules.local_ce import LocalCE
+from layerwise.rules.local_ce import GreedyLinear
 
 
 @dataclass(frozen=True)
-class GradientReconciliation(LocalCE):
+class GradientReconciliation(GreedyLinear):
     r"""Successive Gradient Reconciliation: local losses whose gradients agree at the boundary between two blocks.
 
     With the local cross-entropy $\ell_k$ of block k (as in `local_ce`) and its input $x_{k-1}$:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from layerwise.core.functional import supervised_contrastive
 from layerwise.core.layout import to_standard
 from layerwise.core.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
-from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, by_depth, loss_at_head, loss_of
+from layerwise.core.rule import BlockContext, Locality, Signal, Site, by_depth, loss_at_head, loss_of
 from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
+from layerwise.rules.ahead import LooksAhead
 from layerwise.rules.label_input import known_layout
 from layerwise.rules.readout import convolution, grouped, pool_vectors
 
@@ -106,7 +107,7 @@ def brightness(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class InfoPro(Rule):
+class InfoPro(LooksAhead):
     r"""InfoPro: local losses that keep information about the input, and drop what does not serve the task.
 
     $$L_k = \lambda_k\, R(d_k(h_k), x) + \mu_k\, T(a_k(h_k), y), \qquad h_k = f_k(\mathrm{stopgrad}(h_{k-1}))$$
@@ -165,15 +166,21 @@ class InfoPro(Rule):
         place = Site(number, last, site.name)
         return by_depth(self.reconstruction, place), by_depth(self.classification, place)
 
+    def has_head(self, site: Site) -> bool:
+        """At the end of every group but the last, where a loss has a weight."""
+        return any(self.weights(site))
+
     def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
         """Decoder and auxiliary network of every group but the last, as far as they have a weight."""
         if self.task == "contrast" and task.kind != "classification":
             raise LayerwiseError(
                 f'infopro with task="contrast" compares samples of one class, and {task.kind} has none; use task="ce".'
             )
+        return super().auxiliary(site, h, task)
+
+    def head(self, site: Site, h: Tensor, task: Task) -> nn.Module:
+        """Decoder and auxiliary network, as far as they have a weight."""
         keep, tell = self.weights(site)
-        if not keep and not tell:
-            return None
         h = site.standard(h)
         wanted = tuple(self._input(h.new_empty(1, *site.inputs), h, site).shape[1:])
         decoder = Decoder(tuple(h.shape[1:]), wanted) if keep else None
@@ -196,6 +203,7 @@ class InfoPro(Rule):
         x = ctx.h_in if ctx.site.index == 0 else ctx.message
         if ctx.auxiliary is None:
             return Signal(message=x)
+        ctx = self.looking(ctx)
         assert isinstance(ctx.auxiliary, InfoProHeads)
         keep, tell = self.weights(ctx.site)
         h = ctx.site.standard(ctx.h)

@@ -20,6 +20,7 @@ from layerwise.core.rule import (
     loss_of,
 )
 from layerwise.core.tasks import Task
+from layerwise.rules.ahead import LooksAhead
 from layerwise.rules.readout import HasReadout, Pool, grouped, linear_outputs, read_out, readout_width
 
 
@@ -63,7 +64,20 @@ class Greedy(ReadsOut, Rule):
 
 
 @dataclass(frozen=True)
-class LocalCE(HasReadout, Greedy):
+class GreedyLinear(HasReadout, Greedy):
+    """What rules share whose blocks minimise the loss of a linear head of their own."""
+
+    def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
+        """A linear head from the pooled output to the task's outputs, for every group but the last."""
+        return self.linear_head(site, h, task) if self._has_head(site) else None
+
+    def linear_head(self, site: Site, h: Tensor, task: Task) -> nn.Module:
+        """A linear head from the pooled output `h` of a site to the task's outputs."""
+        return self.own_readout(readout_width(h, self.pool, site, task), site, task, h)
+
+
+@dataclass(frozen=True)
+class LocalCE(LooksAhead, GreedyLinear):
     r"""Greedy local learning: each block minimises the cross-entropy of its own learned linear head.
 
     $$L_i = \mathrm{CE}(W_i \, \mathrm{pool}(h_i) + b_i, \; y), \qquad
@@ -84,8 +98,20 @@ class LocalCE(HasReadout, Greedy):
     )
     restrictions: ClassVar[str] = "Early layers turn greedy: each one has to classify on its own."
 
-    def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
-        """A linear head from the pooled output to the task's outputs, for every group but the last."""
-        if not self._has_head(site):
-            return None
-        return self.own_readout(readout_width(h, self.pool, site, task), site, task, h)
+    reads_logits: ClassVar[bool] = False
+
+    def has_head(self, site: Site) -> bool:
+        """At the end of every group but the last."""
+        return self._has_head(site)
+
+    def head(self, site: Site, h: Tensor, task: Task) -> nn.Module:
+        """A linear head from the pooled output to the task's outputs."""
+        return self.linear_head(site, h, task)
+
+    def outputs_at(self, site: Site, h: Tensor, auxiliary: nn.Module, task: Task) -> Tensor:
+        """The outputs of the block's own head."""
+        return super().outputs_at(*self.ahead_of(site, h, auxiliary), task)
+
+    def signal(self, ctx: BlockContext) -> Signal:
+        """The task's loss on the block's own head, or on the network's at the end."""
+        return super().signal(self.looking(ctx))

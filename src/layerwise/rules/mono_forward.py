@@ -9,12 +9,12 @@ from layerwise.core.pieces import PredictsBySite
 from layerwise.core.rule import BlockContext, Signal, Site
 from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
-from layerwise.rules.local_ce import LocalCE
+from layerwise.rules.local_ce import GreedyLinear
 from layerwise.rules.readout import Pool, outputs_of, pool_vectors, readout_width
 
 
 @dataclass(frozen=True)
-class MonoForward(PredictsBySite, LocalCE):
+class MonoForward(PredictsBySite, GreedyLinear):
     r"""Mono-Forward: the goodness of a class is a learned projection of the block's activity.
 
     $$a_i = f_i(\mathrm{stopgrad}(a_{i-1})), \qquad G_i = M_i \, \mathrm{pool}(a_i), \qquad

@@ -12,6 +12,7 @@ from layerwise.core.ranges import Fraction, PositiveInt
 from layerwise.core.rule import BlockContext, Locality, Signal, Site, loss_at_head, loss_of
 from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
+from layerwise.rules.ahead import LooksAhead
 from layerwise.rules.readout import HasReadout, convolution, grouped, outputs_of, pool_vectors
 
 
@@ -50,7 +51,7 @@ class PredSimHeads(nn.Module):
 
 
 @dataclass(frozen=True)
-class PredSim(HasReadout):
+class PredSim(LooksAhead, HasReadout):
     r"""PredSim: local cross-entropy, and similarity matching within the batch.
 
     $$L_i = (1 - \beta)\, \mathrm{CE}\big(W_i\, \mathrm{pool}(h_i), y\big)
@@ -92,10 +93,14 @@ class PredSim(HasReadout):
         """`group` blocks each; the head on its own."""
         return grouped(blocks, self.group, join_head=False)
 
-    def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
-        """The classifier and the map of every group of blocks."""
+    def has_head(self, site: Site) -> bool:
+        """At the end of every group of blocks."""
         ends = (site.index + 1) % self.group == 0 or site.index == site.blocks - 1
-        return PredSimHeads(site.standard(h), self, site, task) if ends and not site.is_head else None
+        return ends and not site.is_head
+
+    def head(self, site: Site, h: Tensor, task: Task) -> nn.Module:
+        """The classifier and the map."""
+        return PredSimHeads(site.standard(h), self, site, task)
 
     def signal(self, ctx: BlockContext) -> Signal:
         """Cross-entropy of the local classifier and distance of the similarities from those of the labels."""
@@ -103,6 +108,7 @@ class PredSim(HasReadout):
             raise LayerwiseError("predsim compares samples, which have one label each, not one per position.")
         if ctx.site.is_head:
             return loss_at_head(ctx)
+        ctx = self.looking(ctx)
         heads = ctx.auxiliary
         if heads is None:
             return Signal()

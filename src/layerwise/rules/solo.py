@@ -11,7 +11,7 @@ from layerwise.core.ranges import NonNegativeInt, PositiveInt
 from layerwise.core.rule import BlockContext, Locality, Signal, Site, loss_at_head, loss_of
 from layerwise.core.tasks import Task
 from layerwise.rules.auglocal import Copies
-from layerwise.rules.local_ce import LocalCE
+from layerwise.rules.local_ce import GreedyLinear
 from layerwise.rules.readout import Pool, Readout, ReadoutKind, output_matrix, outputs_of, pool_vectors
 
 
@@ -66,7 +66,7 @@ class SoloHead(nn.Module):
 
 
 @dataclass(frozen=True)
-class SOLO(LocalCE):
+class SOLO(GreedyLinear):
     r"""SOLO: every module is read through a few blocks of the network's own kind and the network's output matrix.
 
     For module k of K, with the output matrix W as the step before has left it:

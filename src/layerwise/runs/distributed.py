@@ -19,6 +19,7 @@ from layerwise.models import GraphModelOptions
 from layerwise.parallel.ranks import Ranks, Refused, guarded
 from layerwise.parallel.rendezvous import NoAnswer
 from layerwise.parallel.replicas import check_shares
+from layerwise.parsing import environment_number
 from layerwise.runs import checkpoint, distributed_checkpoint
 from layerwise.runs.agreement import facts_of_checkpoint, facts_of_data, facts_of_options
 from layerwise.runs.folders import folder_of_restarted, mark
@@ -129,7 +130,7 @@ def pick_own_device(name: str) -> torch.device:
     device = pick_device(name)
     if device.type == "cuda":
         if ":" not in name:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+            device = torch.device("cuda", environment_number("LOCAL_RANK") % torch.cuda.device_count())
         torch.cuda.set_device(device)
     return device
 

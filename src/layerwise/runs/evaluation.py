@@ -63,6 +63,13 @@ def mean_of(parts: Sequence[tuple[dict[str, float], int]], task: Task | None = N
     return found
 
 
+def chance(batches: data.Batches) -> float:
+    """Accuracy of always answering the most frequent class, over the labelled samples."""
+    labels = torch.cat([y.flatten().cpu() for _, y in batches.without_images().epoch(0)])
+    counts = labels[labels != UNLABELLED].bincount()
+    return float(counts.max() / counts.sum())
+
+
 def correct(learner: Learner, batches: data.Batches) -> bytes:
     """Which labelled samples are classified correctly, as a `.npy` file of bool `(N,)`."""
     found = [(learner(x).argmax(-1) == y)[y != UNLABELLED].flatten().cpu() for x, y in batches.epoch(0)]

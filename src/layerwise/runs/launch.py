@@ -5,6 +5,7 @@ from typing import Literal
 
 from layerwise.core.ranges import check_ranges
 from layerwise.errors import LayerwiseError
+from layerwise.parsing import read_whole
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class ParallelOptions:
         if self.stages is None:
             return None
         try:
-            return [int(word) for word in self.stages.split(",")]
+            return [read_whole(word) for word in self.stages.split(",")]
         except ValueError:
             raise LayerwiseError(
                 f"stages is {self.stages!r}; give one number of groups per rank, such as 3,3."

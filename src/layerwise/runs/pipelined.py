@@ -17,7 +17,7 @@ from layerwise.memory.meter import MemoryUse
 from layerwise.parallel.ranks import Ranks, Refused
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
-from layerwise.parallel.transport import DONE, FORWARD, PrefetchingChannel, ReceiveChannel, SendChannel
+from layerwise.parallel.transport import DONE, FORWARD, BackLink, PrefetchingChannel, ReceiveChannel, SendChannel
 from layerwise.runs.distributed import PartsRun, check_can_share
 from layerwise.runs.evaluation import mean_of, totals
 from layerwise.runs.launch import ParallelOptions
@@ -105,6 +105,8 @@ class PipelineRun(PartsRun):
             None if self.stage.first else PrefetchingChannel(self.ranks, rank - 1, FORWARD, device, lanes)
         )
         self.stage.link = self
+        self.back = BackLink(self.ranks)
+        self.receive_back, self.send_back = self.back.receive_back, self.back.send_back
 
     # The stage's link.
 
@@ -204,6 +206,11 @@ class PipelineRun(PartsRun):
                 f"trained by {pipelines} of {self.length} ranks ({', '.join(self.stage.blocks)}); memory is that "
                 "of the rank with the largest peak"
             )
+            if self.stage.sent_back:
+                self.notes.append(
+                    f"per update {self.stage.sent_back:,} bytes of next blocks' parameters go back to the heads that "
+                    "follow them"
+                )
             return super()._finish(log)
         self._evaluate(self.test_batches)
         return {}
@@ -211,6 +218,7 @@ class PipelineRun(PartsRun):
     def close(self) -> None:
         """The end, on all ranks together: none leaves before the last rank has written everything."""
         others = range(self.ranks.rank - self.stage.rank, self.ranks.rank)
+        self.back.end_back()
         if self.to_next is not None:
             self.to_next.end()
             ReceiveChannel(self.ranks, (self.row + 1) * self.length - 1, DONE, torch.device("cpu")).receive()

@@ -34,7 +34,7 @@ from layerwise.runs.building import (
     split_batches,
 )
 from layerwise.runs.environment import device_name, machine
-from layerwise.runs.evaluation import correct, evaluate
+from layerwise.runs.evaluation import chance, correct, evaluate
 from layerwise.runs.fitting import check_alone_for_peak, note_of_peak, within_peak
 from layerwise.runs.folders import (
     Claim,
@@ -339,6 +339,7 @@ class Run:
             result["sample"] = sample_of(self.learner, self.dataset.tokenizer, window)
         checkpoint.write_tensors(self.folder / "model.safetensors", self._weights())
         if self._alone and self.options.task == "classification":
+            result["chance"] = chance(self.test_batches)
             write_atomically(self.folder / "test_correct.npy", correct(self.learner, self.test_batches))
         write_atomically(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
         return result

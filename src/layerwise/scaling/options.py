@@ -7,6 +7,7 @@ from layerwise.core.ranges import NonNegativeFloat, check, check_ranges
 from layerwise.errors import LayerwiseError, unknown
 from layerwise.measure.bench_problem import Problem
 from layerwise.parallel.replicas import check_shares
+from layerwise.parsing import read_whole
 from layerwise.scaling.simulate import PARTS, Interconnect
 
 WAYS = ("rule", "backprop", "apart", "pipeline", "data", "ddp", *PARTS)
@@ -55,7 +56,7 @@ class ScalingOptions(Problem):
     def counts(self) -> list[int]:
         """Numbers of processes, from the smallest."""
         try:
-            found = sorted({int(word) for word in self.ranks.split(",")})
+            found = sorted({read_whole(word) for word in self.ranks.split(",")})
         except ValueError:
             raise LayerwiseError(f"--ranks {self.ranks!r} is not a list such as 1,2,4.") from None
         if found[0] < 1:

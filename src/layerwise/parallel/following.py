@@ -1,0 +1,64 @@
+"""What modules follow of the next block (`FollowsNextBlock`) where that is on another rank."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from layerwise.core.blocks import Partition
+from layerwise.core.following import NextBlock
+from layerwise.core.pieces import FollowsNextBlock
+from layerwise.core.rule import Rule, Site
+
+if TYPE_CHECKING:
+    from layerwise.parallel.stage import Stage
+
+
+class NextBlockOnRank(NextBlock):
+    """Tensors of the next block, which the next rank sends back once per update, as it is about to begin with it.
+
+    So the last group of a rank has the tensors that the update before has left, as in one process. They travel through
+    the host: a message against the direction of the batches must not wait in a device's queue behind these.
+
+    Args:
+        stage: of this rank.
+        rule: whose modules follow.
+        network: all blocks.
+        own: the sites of this rank.
+    """
+
+    def __init__(self, stage: "Stage", rule: Rule, network: Partition, own: range):
+        self.stage, self.last = stage, own.stop - 1
+        self.names = followed(rule, network, own.start - 1)
+        self.first = network.blocks[own.start] if self.names else None
+
+    def tensors(self, site: Site, names: list[str]) -> list[Tensor]:
+        """The next block's tensors: those of this rank, or what the next rank has sent."""
+        if site.index < self.last:
+            return super().tensors(site, names)
+        return self.stage.link.receive_back()
+
+    @torch.no_grad()
+    def tell(self) -> None:
+        """Send the rank before what its last module follows."""
+        if self.first is not None:
+            self.stage.link.send_back(self.told())
+
+    def told(self) -> list[Tensor]:
+        """What the rank before follows of the first block here."""
+        assert self.first is not None
+        return self.read(self.first, self.names)
+
+
+def followed(rule: Rule, network: Partition, index: int) -> list[str]:
+    """Names of the tensors that the module at a site follows of the next block; none where there is no such site."""
+    if not isinstance(rule, FollowsNextBlock) or not 0 <= index < len(network.blocks):
+        return []
+    return rule.followed(Site(index, len(network.blocks), network.blocks[index].name, network=network))
+
+
+def bytes_followed(rule: Rule, network: Partition, index: int) -> int:
+    """How many bytes the module at a site follows of the next block."""
+    names = followed(rule, network, index)
+    places = [network.blocks[index + 1].place(name) for name in names]
+    return sum(registry[name].numel() * registry[name].element_size() for registry, name in places)
