@@ -32,8 +32,8 @@ import evidence  # noqa: E402
 import recording  # noqa: E402
 
 NETWORKS: dict[str, dict[str, Any]] = {
-    "vit": {"model": "vit", "depth": 12, "shape": (3, 32, 32), "batch": 32, "options": {"width": 96}},
-    "mlp": {"model": "mlp", "depth": 24, "shape": (1, 28, 28), "batch": 512, "options": {"width": 512}},
+    "vit": {"model": "vit", "depth": 6, "shape": (3, 32, 32), "batch": 32, "options": {"width": 96}},
+    "mlp": {"model": "mlp", "depth": 12, "shape": (1, 28, 28), "batch": 512, "options": {"width": 512}},
 }
 REPLACED: dict[str, dict[str, Any]] = {
     "vit": {
@@ -43,11 +43,10 @@ REPLACED: dict[str, dict[str, Any]] = {
         "approx_gelu + ms_norm": ("approx_gelu", "ms_norm"),
         "velora": ("velora",),
         "approx_gelu + ms_norm + velora": ("approx_gelu", "ms_norm", "velora"),
-        "bi_mask": ("bi_mask",),
     },
-    "mlp": {"as it is": (), "mask_relu": ("mask_relu",), "bi_mask": ("bi_mask",)},
+    "mlp": {"as it is": (), "mask_relu": ("mask_relu",)},
 }
-RULES = ("backprop", "sll", "local_ce")
+RULES = ("backprop", "sll")
 
 
 def gradients(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:

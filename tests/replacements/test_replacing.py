@@ -11,7 +11,10 @@ from support.own import decoder, text
 from torch import nn
 
 from layerwise import LanguageModel, LayerwiseError, Learner, models, replace, replacements
+from layerwise.compare.peak import Problem
+from layerwise.compare.rules_asked import read_rules
 from layerwise.replacements import ApproxGELU, ApproxSiLU, MaskReLU, MSLayerNorm, MSRMSNorm, VeLoRALinear
+from layerwise.runs.options import TrainOptions
 
 CONSTANTS = {  # of the paper's code: thresholds c and jumps a
     ApproxGELU: (
@@ -263,3 +266,20 @@ def test_traced_models_and_ones_cut_at_their_calls_take_them():
     learner = Learner(own, "local_ce", cuts="layers.*", task=LanguageModel(), micro=2)
     learner.step(given)
     assert replacements.names()[0] == "approx_gelu"
+
+
+@pytest.mark.filterwarnings("ignore:running statistics")
+def test_a_row_of_a_comparison_names_what_is_replaced():
+    common = TrainOptions(model=models.ViT(depth=2, width=48, patch=4), steps=2, device="cpu")
+    found = read_rules(["sll+approx_gelu+ms_norm:lr=0.01,sll"], common)
+    options = found["sll+approx_gelu+ms_norm:lr=0.01"]
+    assert (options.rule, options.lr) == (found["sll"].rule, 0.01)
+    problem = Problem.of(options)
+    model = problem.learner(options).network.model
+    assert sum(isinstance(m, ApproxGELU) for m in model.modules()) == 2
+    assert sum(isinstance(m, MSLayerNorm) for m in model.modules()) == 4
+    plain = problem.learner(found["sll"]).network.model
+    assert not any(isinstance(m, (ApproxGELU, MSLayerNorm)) for m in plain.modules())
+    for word in ("sll+approx_gelo", "sll+"):
+        with pytest.raises(LayerwiseError, match="unknown replacement"):
+            read_rules([word], common)
