@@ -100,6 +100,25 @@ def test_options_by_parameter_name():
     assert head
 
 
+def test_readouts_have_a_rate_of_their_own():
+    """Plain gradient descent: what a step moves a readout by is so many times larger, and of a block the same."""
+    options = {"optimizer": "SGD", "optimizer_options": {"momentum": 0.0}, "weight_decay": 0.0, "lr": 0.1, "example": X}
+
+    def moved(**factors):
+        learner = Learner(dense(), "local_ce", lr_multipliers=factors, **options)
+        before = {name: p.detach().clone() for name, p in learner.named_parameters()}
+        learner.step(X, Y)
+        return {name: p.detach() - before[name] for name, p in learner.named_parameters()}
+
+    first = next(name for name in moved() if not name.startswith("auxiliary"))
+    block = Learner(dense(), "local_ce", **options).network.blocks[0].name
+    plain, own = moved(), moved(readouts=10.0, **{block: 0.5})
+    for name in plain:
+        readout, of_block = name.startswith("auxiliary"), name in (first, first.replace("weight", "bias"))
+        factor = (10.0 if readout else 1.0) * (0.5 if of_block or name.startswith("auxiliary.0.") else 1.0)
+        torch.testing.assert_close(own[name], factor * plain[name])
+
+
 def test_a_mode_that_the_owner_sets_stays():
     learner = Learner(dense(), "local_ce", optimizer=Counting, example=X)
     modes = lambda: {group["train_mode"] for group in learner.optimizer.param_groups}  # noqa: E731

@@ -96,11 +96,15 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         )
 
 
+READOUTS = "readouts"
+"""The key of `lr_multipliers` that stands for the modules that a rule adds to the blocks."""
+
+
 def check_multipliers(lr_multipliers: Mapping[str, float], names: Sequence[str]) -> None:
     """Raise LayerwiseError where a factor of the learning rate belongs to no block."""
     for name in lr_multipliers:
-        if name not in names:
-            raise LayerwiseError(f"lr_multipliers names no block {name!r}; {suggestion(name, names)}.")
+        if name not in (*names, READOUTS):
+            raise LayerwiseError(f"lr_multipliers names no block {name!r}; {suggestion(name, [*names, READOUTS])}.")
 
 
 def check_types(

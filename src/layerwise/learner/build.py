@@ -27,7 +27,7 @@ from layerwise.core.pieces import (
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.rule import Site
 from layerwise.errors import LayerwiseError
-from layerwise.learner.arguments import check_micro
+from layerwise.learner.arguments import READOUTS, check_micro
 from layerwise.learner.output_copy import output_copy
 from layerwise.learner.setup import ONE_PROCESS, Setup
 from layerwise.learner.watch import Watch
@@ -200,10 +200,13 @@ class Built:
         names = {id(shard_of(parameter)): name for name, parameter in self.named_parameters()}
         exempt = without_decay(setup.network.model) | without_decay(self.auxiliary)
         exempt |= {id(shard_of(p)) for unit in learning for p in unit.parameters() if id(p) in exempt}
-        multipliers = [setup.lr_multipliers.get(unit.site.name, 1.0) for unit in learning]
         of_units = [
-            decay_groups(map(shard_of, unit.parameters()), multiplier, exempt, names)
-            for unit, multiplier in zip(learning, multipliers, strict=True)
+            [
+                group
+                for parameters, multiplier in self._with_multipliers(unit)
+                for group in decay_groups(map(shard_of, parameters), multiplier, exempt, names)
+            ]
+            for unit in learning
         ]
         groups = [group for own in of_units for group in own]
         sparse = sparse_gradients(setup.network.model)
@@ -232,6 +235,17 @@ class Built:
             for unit, optimizer in zip(with_parameters, optimizers, strict=True):
                 unit.optimizer = optimizer
         return Group(units, ahead, [p for group in groups for p in group["params"]], optimizers, self._scaler())
+
+    def _with_multipliers(self, unit: Unit) -> list[tuple[list[nn.Parameter], float]]:
+        """The parameters of a unit with the factors of their rates: one, unless readouts have their own."""
+        factors = self.setup.lr_multipliers
+        of_block = factors.get(unit.site.name, 1.0)
+        if READOUTS not in factors or unit.auxiliary is None:
+            return [(unit.parameters(), of_block)]
+        return [
+            (unit.block.parameters(), of_block),
+            (list(unit.auxiliary.parameters()), of_block * factors[READOUTS]),
+        ]
 
     def _warn_of_readouts(self, units: Sequence[Unit]) -> None:
         """Warn where private readouts outweigh the blocks, or what a block trains where it is frozen but for adapters.

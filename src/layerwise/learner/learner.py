@@ -65,7 +65,7 @@ class Learner:
         lr: learning rate.
         weight_decay: of weights; norms and biases have none.
         optimizer_options: further arguments of the optimizer's class.
-        lr_multipliers: factor of the learning rate per block name.
+        lr_multipliers: factor of the learning rate per block name; `readouts` is one of what a rule adds to all blocks.
         schedule: multiplier of the learning rate as a function of the update number.
         clip: largest norm of one group's gradient.
         accumulate: batches per update. Gradients then live from one batch to the next, so that their memory

@@ -79,7 +79,7 @@ class RunSettings:
     lr: float = 1e-3
     """Learning rate (the peak, under a schedule)."""
     lr_multipliers: dict[str, float] = field(default_factory=dict)
-    """Factor of the learning rate per block: --lr-multipliers block1 0.5 head 2."""
+    """Factor of the learning rate per block, and of the readouts of all: --lr-multipliers block1 0.5 readouts 10."""
     weight_decay: float = 0.01
     """Weight decay of weights; norms and biases have none."""
     schedule: Literal["constant", "cosine", "onecycle"] = "onecycle"
