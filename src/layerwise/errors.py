@@ -106,8 +106,8 @@ def say(sentence: str) -> None:
 def on_one_line(text: str) -> str:
     """A text with an escape in place of what a terminal would act on: names of files may hold anything.
 
-    >>> on_one_line("a" + chr(10) + "b" + chr(27) + "[2J")
-    'a\\nb\\x1b[2J'
+    >>> print(on_one_line("a" + chr(10) + "b" + chr(27) + "[2J"))
+    a\\nb\\x1b[2J
     """
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 

@@ -5,16 +5,17 @@ import json
 import os
 import shutil
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from support.runs import SMALL, contents, lines, result, split, train, weights
 
-from layerwise import LayerwiseError
+from layerwise import LayerwiseError, rules
 from layerwise.cli.main import main
 from layerwise.runs import checkpoint, folders, writing
-from layerwise.runs.folders import Claim, read_options
-from layerwise.runs.options import TrainOptions
+from layerwise.runs.folders import Claim, check_options, read_options
+from layerwise.runs.options import TrainOptions, to_mapping
 
 WORDS = split("--steps 4 --save-every 2")
 
@@ -279,3 +280,14 @@ def test_the_last_batches_make_an_update_of_their_own(tmp_path):
     assert config["accumulate"] == 4
     assert main(["train", "--resume", str(left)]) == 0
     assert all(torch.equal(a, b) for a, b in zip(weights(left).values(), first.values(), strict=True))
+
+
+def test_an_option_of_a_rule_that_is_newer_than_the_checkpoint_had_its_default():
+    """As one of the run itself; another value of it, or of an older option, is another run."""
+    options = TrainOptions(rule=rules.create("sll"))
+    trained = json.loads(json.dumps(to_mapping(options)))
+    del trained["rule"]["weight"], trained["model"]["width"], trained["clip"]
+    check_options(options, trained, Path("run"))
+    for changed in (rules.create("sll", weight=0.5), rules.create("sll", overlap=1)):
+        with pytest.raises(LayerwiseError, match="is of another run"):
+            check_options(TrainOptions(rule=changed), trained, Path("run"))

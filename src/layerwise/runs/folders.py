@@ -10,6 +10,7 @@ import socket
 import time
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,11 @@ def check_options(options: TrainOptions, trained: dict[str, Any], folder: Path) 
     now = json.loads(json.dumps(to_mapping(options)))
     # Options that are newer than the checkpoint had the value that is their default now.
     trained = json.loads(json.dumps(to_mapping(TrainOptions()))) | trained
+    for part in ("rule", "model"):
+        own = trained.get(part)
+        if isinstance(own, dict) and own.get("name") == now[part]["name"] and now[part].keys() - own.keys():
+            usual = to_mapping(replace(options, **{part: type(getattr(options, part))()}))[part]
+            trained[part] = json.loads(json.dumps(usual)) | own
     for name in now.keys() - set(FREE):
         if now[name] != trained.get(name):
             raise LayerwiseError(
