@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from layerwise import LayerwiseError
-from layerwise.compare.rules_asked import _value
 from layerwise.parsing import environment_number, parse, read_number, read_whole
+from layerwise.rules.words import value_of
 from layerwise.runs.launch import ParallelOptions
 from layerwise.scaling.options import ScalingOptions
 
@@ -53,7 +53,7 @@ def test_lists_and_the_environment_have_the_same_numbers(word, monkeypatch):
         ParallelOptions(parallel="pipeline", stages=f"1,{word}")
     with pytest.raises(LayerwiseError, match="--ranks"):
         ScalingOptions(ranks=f"1,{word}").counts()
-    assert _value(word, float) == word  # and is refused by the rule's own check
+    assert value_of(word, float) == word  # and is refused by the rule's own check
     monkeypatch.setenv("WORLD_SIZE", word)
     with pytest.raises(LayerwiseError, match="WORLD_SIZE is"):
         environment_number("WORLD_SIZE")

@@ -33,9 +33,8 @@ def both(shards, model, rule, data, **options):
 @pytest.mark.slow
 def test_every_rule_has_the_bits_of_replicas(tmp_path):
     names = [name for name in rules.names() if "mlp" in kinds(name) and not by_parameter(name)]
-    # As it is, `solo` reads the output matrix, of which a rank has a share, and learns a single number, which has none.
-    asked = [rules.create(name, readout="private", scale="1") if name == "solo" else name for name in names]
-    cases = [*((rule, "mlp") for rule in asked), ("sid", "vit"), ("sll", "vgg")]
+    shared = [rules.create("local_ce", readout="shared"), rules.create("sid", readout="shared")]
+    cases = [*((rule, "mlp") for rule in [*names, *shared]), ("sid", "vit"), ("sll", "vgg")]
     data = batches(2, size=24)
 
     def work(shards):

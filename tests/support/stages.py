@@ -12,14 +12,21 @@ from layerwise.parallel.stage import Stage
 class Pipe:
     """A link inside one process."""
 
-    def __init__(self, before, after):
-        self.before, self.after = before, after
+    def __init__(self, before, after, matrices, rank):
+        self.before, self.after, self.matrices, self.rank = before, after, matrices, rank
 
     def receive(self):
         return self.before.popleft()
 
     def send(self, tree):
         self.after.append(tree)
+
+    def receive_matrix(self):
+        return self.matrices[self.rank].popleft()
+
+    def send_matrix(self, matrix):
+        for waiting in self.matrices:
+            waiting.append(matrix.clone())
 
     def send_back(self, tensors):
         """Nothing travels: the rank before looks at what this one has when it would have come."""
@@ -31,10 +38,11 @@ class Pipe:
 def stages(model, rule, ranks, example, counts=None, **options):
     """Learners of all stages; `model` is copied, or called where it makes one."""
     ways = [deque() for _ in range(ranks + 1)]
+    matrices = [deque() for _ in range(ranks - 1)]
     learners: list[Learner] = []
     for rank in range(ranks):
         stage = Stage(rank, ranks, counts)
-        stage.link = Pipe(ways[rank], ways[rank + 1])
+        stage.link = Pipe(ways[rank], ways[rank + 1], matrices, rank)
         stage.link.later = lambda rank=rank: learners[rank + 1]
         own = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
         learners.append(Learner(own, rule, stage=stage, example=example, **options))

@@ -50,9 +50,9 @@ def read_rules(words: Sequence[str], common: TrainOptions) -> dict[str, TrainOpt
     labels = [part for word in words for part in word.split(",") if part]
     for label in (name for part in labels for name in (every if part == "all" else [part])):
         name, settings = split_word(label)
-        file, colon, own = name.rpartition(":")  # FILE.py:Class
-        own, *added = own.split("+")
-        name = file + colon + own
+        place, mark, name = name.rpartition(".py:")  # a path may hold a +
+        name, *added = name.split("+")
+        name = f"{place}{mark}{name}"
         values = plain_fields(common) | {"rule": {"name": name}, "replace": (*common.replace, *added)}
         legal = {field: (values["rule"], field, hint) for field, hint in fields_of(rules.get(name)).items()}
         legal |= {field: (values, field, hint) for field, hint in fields_of(TrainOptions).items() if field in PER_RULE}

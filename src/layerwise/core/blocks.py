@@ -235,6 +235,8 @@ class Partition(nn.Module):
     output_layer: nn.Linear | None = None
     """The linear layer that the head calls last and that gives the network's outputs, where there is one; known after a
     learner's probe."""
+    output_copy: Tensor | None = None
+    """What blocks read in place of that layer's matrix, where it is elsewhere, or is to be an older one."""
     owns_by_use = False
     """Whether it is known only after a probe which block a parameter belongs to."""
     keeps: Sequence[str] = ()

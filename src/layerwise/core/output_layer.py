@@ -50,6 +50,14 @@ def watching_linear_layers(model: nn.Module) -> Iterator[Watched]:
             handle.remove()
 
 
+def output_weight(network: Partition) -> Tensor:
+    """The matrix of the network's output layer `(K, D)` as it is now, without history; no copy."""
+    assert network.output_layer is not None
+    if network.head.before is not None:
+        network.head.before()  # an offloaded head has to be fetched, a sharded one gathered
+    return network.output_layer.weight.detach()
+
+
 class Uncomputed(Tensor):
     """Outputs that are computed only where somebody needs them: any operation of torch on them does so.
 

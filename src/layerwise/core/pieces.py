@@ -54,7 +54,7 @@ class ReadsOutputMatrix:
     readout: Any
 
     def matrix_refresh(self) -> int | None:
-        """Updates between two looks at the matrix; None where the rule does not look at it."""
+        """Steps between two looks at the matrix; None where the rule does not look at it."""
         return 1 if self.readout == "shared" else None
 
 

@@ -28,6 +28,7 @@ from layerwise.core.randomness import derive_seed, preserved_generators, seed_ge
 from layerwise.core.rule import Site
 from layerwise.errors import LayerwiseError
 from layerwise.learner.arguments import check_micro
+from layerwise.learner.output_copy import output_copy
 from layerwise.learner.setup import ONE_PROCESS, Setup
 from layerwise.learner.watch import Watch
 from layerwise.memory.activations import ActivationOffload, NotMoved
@@ -88,6 +89,7 @@ class Built:
         self.task = setup.task.fitted(outputs[-1])
         layer = watched.output_layer(setup.network, self.task.outputs)
         setup.network.__dict__.update(output_layer=layer)  # no second place of the module in the model
+        self.matrix = output_copy(setup, layer)  # before the layer's weights may go to another rank
         self.engine = Engine(setup.rule, self.task, setup.execution, self.resident)
         mine = setup.stage.choose(setup.rule, setup.network, ranges, x[:1] if isinstance(x, Tensor) else x)
         if not known:
@@ -163,6 +165,12 @@ class Built:
     def optimizers(self) -> Iterator[torch.optim.Optimizer]:
         """The optimizers of all groups here."""
         return (optimizer for group in self.groups for optimizer in group.optimizers)
+
+    def pass_on(self, h: Any, message: Any, skipped: bool, steps: int) -> bool:
+        """Hand over what a step has given, the last of `steps`; returns whether any update of it was skipped."""
+        skipped = self.setup.stage.pass_on(h, message, skipped)
+        self.matrix.end(steps)
+        return skipped
 
     @contextmanager
     def resident(self, units: Sequence[Unit]) -> Iterator[None]:
@@ -302,13 +310,8 @@ def check_alone(setup: Setup) -> None:
 
 
 def check_looks(setup: Setup) -> None:
-    """Raise LayerwiseError where readouts look at another block's parameters, which are not whole at that time."""
+    """Raise LayerwiseError where heads look at another block's parameters, which are not whole at that time."""
     rule = setup.rule
-    if isinstance(rule, ReadsOutputMatrix) and rule.matrix_refresh() is not None and setup.replicas.shares_parameters:
-        raise LayerwiseError(
-            f'rule {rule.name!r} with readout="shared" looks at the output matrix at every block, and with --parallel '
-            "sharded a rank has a share of it; choose --parallel data, or another readout."
-        )
     follows = any(followed(rule, setup.network, index) for index in range(len(setup.network.blocks)))
     if follows and setup.replicas.shares_parameters:
         raise LayerwiseError(

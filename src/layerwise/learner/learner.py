@@ -324,7 +324,7 @@ class Learner:
                 h, message = built.engine.step(self.groups_at(updates), h, message, y, step, trace)
             self.steps += 1
             self._count(updates)
-            self.skipped += self.stage.pass_on(h, message, bool(trace.skipped))
+            self.skipped += built.pass_on(h, message, bool(trace.skipped), self.steps)
         return Metrics(step, len(y), trace.metrics, tuple(trace.skipped), trace.finite, trace.statistics)
 
     def flush(self) -> bool:

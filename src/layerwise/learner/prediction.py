@@ -49,6 +49,7 @@ def evaluating(
 
 def begun(built: Built, x: Any, y: Tensor, step: int | None, predict: Callable[[Any], Tensor]) -> tuple[Any, Any]:
     """Input and message of the first group here: the rule's, or what the rank before has sent."""
+    built.matrix.begin(step)
     if step is not None:
         built.engine.tell()
     if not built.setup.stage.first:

@@ -47,7 +47,7 @@ def state_of(built: Built, skipped: int, steps: int) -> dict[str, Any]:
         "rule": setup.rule.name,
         "steps": steps,
         "skipped": skipped,
-    }
+    } | built.matrix.state()
     return built.offload.to_full(state)
 
 
@@ -71,6 +71,7 @@ def load_state(built: Built, state: Mapping[str, Any]) -> None:
                 set_own_settings(optimizer, settings)
     built.grouping.load_scalers(state["scaler"])
     built.engine.accumulation.load(state["accumulation"])
+    built.matrix.load(state)
 
 
 def expected_of(built: Built) -> Expected:

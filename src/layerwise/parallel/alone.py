@@ -86,6 +86,14 @@ class WholeNetwork:
         """Never asked: there is no rank before this one."""
         raise AssertionError("a network that is whole receives nothing")
 
+    def receive_matrix(self) -> Tensor:
+        """Never asked: the output layer is here."""
+        raise AssertionError("a network that is whole receives nothing")
+
+    def send_matrix(self, matrix: Tensor) -> None:
+        """Never asked: nobody else reads it."""
+        raise AssertionError("a network that is whole sends nothing")
+
     def pass_on(self, h: Any, message: Any, skipped: bool) -> bool:
         """Whether any update of this batch was skipped; there is no rank after this one."""
         return skipped

@@ -31,6 +31,14 @@ class StageLink(Protocol):
         """Hand a tree of tensors to the next rank; returns before it has arrived."""
         ...
 
+    def receive_matrix(self) -> Tensor:
+        """The next output matrix from the last rank."""
+        ...
+
+    def send_matrix(self, matrix: Tensor) -> None:
+        """Hand the output matrix to all other ranks; returns before it has arrived."""
+        ...
+
     def receive_back(self) -> Any:
         """The next list of tensors from the next rank, where modules follow the next block."""
         ...
@@ -55,6 +63,7 @@ class Stage:
     Attributes:
         link: set before the first batch.
         blocks: per rank, names of the first and the last block; known when the learner is built.
+        shares_matrix: whether the blocks read the output matrix, which the last rank sends to the others.
         borrowed: names of tensors of the next rank's first block that are kept until the rule's modules are made.
         sent_back: bytes that all ranks together send back per update, where modules follow the next block.
         stop: number of the signal by which the first rank stops the run after this batch; 0 to continue.
@@ -71,6 +80,7 @@ class Stage:
         self.rank, self.ranks, self.counts = rank, ranks, counts
         self.agree, self.samples = agree, samples
         self.blocks: list[str] = []
+        self.shares_matrix = False
         self.borrowed: tuple[str, ...] = ()
         self.sent_back = 0
         self.stop = 0
@@ -101,6 +111,7 @@ class Stage:
             LayerwiseError: the rule needs more than what travels forward, or there are fewer groups than ranks.
         """
         check_rule(rule, groups)
+        self.shares_matrix = self.ranks > 1 and shares_matrix(rule)
         if len(groups) < self.ranks:
             raise LayerwiseError(
                 f"{self.ranks} ranks cannot share {len(groups)} groups of blocks, as each needs one; start at most "
@@ -158,6 +169,14 @@ class Stage:
         self.stop, self._skipped, h, message = detach(self.link.receive())
         return h, message
 
+    def receive_matrix(self) -> Tensor:
+        """The next output matrix from the last rank."""
+        return self.link.receive_matrix()
+
+    def send_matrix(self, matrix: Tensor) -> None:
+        """Hand the output matrix to all other ranks."""
+        self.link.send_matrix(matrix)
+
     def pass_on(self, h: Tensor, message: Any, skipped: bool) -> bool:
         """Hand output and message of the last group here to the next rank.
 
@@ -192,16 +211,20 @@ def seconds(network: Partition, example: Tensor, repeats: int = 3) -> list[float
     return found
 
 
+def shares_matrix(rule: Rule) -> bool:
+    """Whether the blocks of a rule read the network's output matrix, which travels then."""
+    return isinstance(rule, ReadsOutputMatrix) and rule.matrix_refresh() is not None
+
+
 def check_rule(rule: Rule, groups: Sequence[range]) -> None:
-    """Raise LayerwiseError where a rule needs more than what travels forward from block to block, once."""
+    """Raise LayerwiseError where a rule needs more than the output matrix and what travels forward, once."""
     for i, group in enumerate(groups[1:], 1):
         if groups[i - 1].stop > group.start:
             why = "its signals pass through blocks of later groups"
             break
     else:
-        if isinstance(rule, ReadsOutputMatrix) and rule.matrix_refresh() is not None:
-            why = 'with readout="shared" its blocks look at the output matrix, which is on the last rank'
-        elif rule.locality != "local" or has_trunk(rule):
+        local = ("local", "broadcast") if shares_matrix(rule) else ("local",)  # the matrix is all that it broadcasts
+        if rule.locality not in local or has_trunk(rule):
             why = f"its locality is {rule.locality!r}, not 'local' (across a boundary goes: {rule.boundary})"
         elif type(rule).begin is not Rule.begin and not rule.begins_with_batch:
             why = "what it begins with may look at the whole network"

@@ -16,7 +16,9 @@ from layerwise.parallel.ranks import LANES, Ranks
 from layerwise.parallel.serialization import TensorSpec, decode, encode
 
 DEPTH = LANES  # batches on the way from one rank to the next; as many more wait at the sender
-FORWARD, DONE, BACK = 0, 1, 2  # tags: batches and figures to the next rank, the last one's answer, what goes back
+# Tags: batches and figures to the next rank, the last one's answer at the end, its output matrix, and
+# what goes back one rank where heads follow the next block.
+FORWARD, DONE, MATRIX, BACK = 0, 1, 2, 3
 TAGS = 8  # from the tag of one lane to that of the next
 
 
@@ -52,16 +54,19 @@ class SendChannel:
 
     Trees take the lanes in turn. gloo sends nothing before the receiver has asked for it, so each lane carries one
     message at a time. Several lanes keep a connection with a long delay busy.
+
+    Args:
+        slots: trees that may be under way at once.
     """
 
-    def __init__(self, ranks: Ranks, peer: int, tag: int, device: torch.device, lanes: int = 1):
+    def __init__(self, ranks: Ranks, peer: int, tag: int, device: torch.device, lanes: int = 1, slots: int = DEPTH):
         self.ranks, self.peer, self.tag, self.device = ranks, peer, tag, device
-        self.slots = [TreeBuffers() for _ in range(DEPTH)]
+        self.slots = [TreeBuffers() for _ in range(slots)]
         self.count, self.layouts = 0, [b""] * lanes
 
     def send(self, tree: Any) -> None:
-        """Copy a tree and start sending it; waits only while `DEPTH` earlier ones are still under way."""
-        slot, lane = self.slots[self.count % DEPTH], self.count % len(self.layouts)
+        """Copy a tree and start sending it; waits only while as many as there are slots are still under way."""
+        slot, lane = self.slots[self.count % len(self.slots)], self.count % len(self.layouts)
         self.count += 1
         self._wait(slot)
         layout = encode(tree)
@@ -198,6 +203,43 @@ class PrefetchingChannel:
             self.receive()
 
 
+class MatrixChannel:
+    """The way of the output matrix from the last rank of a pipeline to its other ranks.
+
+    It goes through the host also where batches go from device to device: NCCL has no tags, and would keep the matrix
+    waiting for the next batch.
+
+    Args:
+        ranks: the processes of the job.
+        stage: of this rank; nothing travels where its `shares_matrix` says so.
+        first: number of the pipeline's first rank.
+    """
+
+    def __init__(self, ranks: Ranks, stage: Any, first: int = 0):
+        last, host = first + stage.ranks - 1, torch.device("cpu")
+        others = range(first, last) if stage.shares_matrix else ()
+        # The buffers are as large as the matrix, and nobody is more than one ahead.
+        self.to_others = [SendChannel(ranks, rank, MATRIX, host, slots=1) for rank in others if stage.last]
+        self.from_last = ReceiveChannel(ranks, last, MATRIX, host) if others and not stage.last else None
+
+    def send(self, matrix: Tensor) -> None:
+        """Hand it to all other ranks."""
+        for channel in self.to_others:
+            channel.send(matrix)
+
+    def receive(self) -> Tensor:
+        """The next one, on the host; it is overwritten once the one after it is asked for."""
+        assert self.from_last is not None
+        return self.from_last.receive()
+
+    def end(self) -> None:
+        """Wait until all that was sent has arrived; what nobody needed any more is dropped."""
+        for channel in self.to_others:
+            channel.end()
+        while self.from_last is not None and self.from_last.receive() is not None:
+            pass
+
+
 class BackLink:
     """Lists of tensors against the direction of the batches, through the host; made by the first of them.
 
@@ -252,6 +294,8 @@ class PipelineLink(BackLink):
         rank, about = ranks.rank, (FORWARD, ranks.transfer_device, ranks.lanes)
         self.to_next = None if stage.last else SendChannel(ranks, rank + 1, *about)
         self.from_previous = None if stage.first else PrefetchingChannel(ranks, rank - 1, *about)
+        self.matrix = MatrixChannel(ranks, stage)
+        self.receive_matrix, self.send_matrix = self.matrix.receive, self.matrix.send
         stage.link = self
 
     def receive(self) -> Any:
@@ -269,6 +313,7 @@ class PipelineLink(BackLink):
 
     def end(self) -> None:
         """Wait until all that was sent has arrived; nothing can be sent any more."""
+        self.matrix.end()
         self.end_back()
         if self.to_next is not None:
             self.to_next.end()

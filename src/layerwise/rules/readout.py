@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from layerwise.core.blocks import Partition
 from layerwise.core.chunked import LinearOutputs
 from layerwise.core.functional import pool_features
+from layerwise.core.output_layer import output_weight
 from layerwise.core.pieces import ReadsOutputMatrix
 from layerwise.core.posteriors import Categorical, Posterior
 from layerwise.core.ranges import PositiveInt
@@ -147,7 +148,7 @@ def says_shared(rule: ReadsOutputMatrix) -> None:
 
 
 def output_matrix(site: Site) -> Tensor:
-    """The matrix of the network's output layer `(K, D)` as it is now, without history; no copy.
+    """The matrix of the network's output layer `(K, D)`, as blocks read it in this step, without history.
 
     Raises:
         LayerwiseError: the head ends with no linear layer.
@@ -158,9 +159,7 @@ def output_matrix(site: Site) -> Tensor:
             'readout="shared" reads the matrix of the linear layer with which the head ends, and trains, and this '
             'network has none; choose readout="private".'
         )
-    if site.network.head.before is not None:
-        site.network.head.before()  # an offloaded head has to be fetched
-    return layer.weight.detach()
+    return output_weight(site.network) if site.network.output_copy is None else site.network.output_copy
 
 
 def fixed_matrix(network: Partition | None, outputs: int, width: int, like: Tensor) -> Tensor:
@@ -220,12 +219,11 @@ class Readout(nn.Module):
 
     matrix: Tensor | None
 
-    def outputs(self, features: Tensor, site: Site, matrix: Tensor | None = None) -> LinearOutputs:
-        """The outputs `(..., K)` of features `(..., D)`, not computed yet; `matrix` is a copy of the shared one."""
+    def outputs(self, features: Tensor, site: Site) -> LinearOutputs:
+        """The outputs `(..., K)` of features `(..., D)`, not computed yet."""
         if self.up is not None:
             return LinearOutputs(self.adapter(self.norm(features)), self.up.weight)
-        if matrix is None:
-            matrix = output_matrix(site) if self.matrix is None else self.matrix
+        matrix = output_matrix(site) if self.matrix is None else self.matrix
         return LinearOutputs(self.norm(self.adapter(features)), matrix)
 
 

@@ -181,7 +181,7 @@ class BeliefReadout(nn.Module):
     def __init__(self, readout: Readout | None, task: Task, dtype: torch.dtype):
         super().__init__()
         self.task, self.readout = task, readout
-        self.share = nn.Parameter(torch.zeros((), dtype=dtype))
+        self.share = nn.Parameter(torch.zeros(1, dtype=dtype))
 
     def forward(self, before: Tensor, features: Tensor, site: Site) -> Tensor:
         """Outputs of the belief after one that is passed on as `before`."""

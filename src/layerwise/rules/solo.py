@@ -12,7 +12,7 @@ from layerwise.core.rule import BlockContext, Locality, Signal, Site, loss_at_he
 from layerwise.core.tasks import Task
 from layerwise.rules.auglocal import Copies
 from layerwise.rules.local_ce import GreedyLinear
-from layerwise.rules.readout import Pool, Readout, ReadoutKind, output_matrix, outputs_of, pool_vectors
+from layerwise.rules.readout import Pool, Readout, ReadoutKind, outputs_of, pool_vectors
 
 
 class SoloHead(nn.Module):
@@ -35,33 +35,14 @@ class SoloHead(nn.Module):
         self.readout = rule.own_readout(width, site, task, h, bias=False)
         # The other readouts have a norm of their own.
         self.norm = nn.Identity() if isinstance(self.readout, Readout) else nn.RMSNorm(width, eps=1e-6)
-        self.scale = nn.Parameter(torch.ones(())) if rule.scale == "learned" else None
+        self.scale = nn.Parameter(torch.ones(1)) if rule.scale == "learned" else None
         self.to(h.device, h.dtype)
-        renews = rule.readout == "shared" and rule.refresh > 1 and site.index == rule.group - 1
-        self.register_buffer("copy", output_matrix(site).clone() if renews else None)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64) if renews else None)
 
-    copy: Tensor | None
-    steps: Tensor | None
-
-    def matrix(self, ctx: BlockContext, refresh: int) -> Tensor | None:
-        """The copy of the output matrix that all blocks read in this step: the first head's, sent along."""
-        if self.copy is None or self.steps is None:
-            return ctx.message
-        if ctx.training and ctx.learns:
-            if int(self.steps) % refresh == 0:
-                self.copy.copy_(output_matrix(ctx.site))
-            self.steps += 1
-        return self.copy.detach()
-
-    def outputs(self, h: Tensor, site: Site, per_position: bool, matrix: Tensor | None = None) -> LinearOutputs:
-        """Outputs `(..., K)` for the output `h` of a site, not computed yet; `matrix` is a copy of the shared one."""
+    def outputs(self, h: Tensor, site: Site, per_position: bool) -> LinearOutputs:
+        """Outputs `(..., K)` for the output `h` of a site, not computed yet."""
         out = site.standard(h) if self.copies is None else self.copies.run(h)
         features = self.norm(pool_vectors(out, self.pool, per_position))
-        if isinstance(self.readout, Readout):
-            found = self.readout.outputs(features, site, matrix)
-        else:
-            found = outputs_of(self.readout, features, site)
+        found = outputs_of(self.readout, features, site)
         return found if self.scale is None else replace(found, features=self.scale * found.features)
 
 
@@ -95,7 +76,8 @@ class SOLO(GreedyLinear):
     """Whose matrix reads the head: the network's output layer's | its own (private) | one fixed random one for all
     modules | its own, of a low rank."""
     refresh: PositiveInt = 1
-    """Steps between two looks at the output matrix; with more than 1 a copy of it is kept."""
+    """Steps between two looks at the output matrix; with more than 1 a copy of it is kept. In a pipeline the matrix
+    travels so often."""
     scale: Literal["learned", "1"] = "learned"
     """The number that multiplies the logits: learned, from 1 on, or 1."""
 
@@ -125,8 +107,10 @@ class SOLO(GreedyLinear):
             object.__setattr__(self, "boundary", "detached activation")
         if self.depth == 0:
             object.__setattr__(self, "runs_once", True)
-        if self.refresh > 1:
-            object.__setattr__(self, "whole_batch", "counts the steps between two copies of the output matrix")
+
+    def matrix_refresh(self) -> int | None:
+        """`refresh`, where the heads read the network's matrix."""
+        return self.refresh if self.readout == "shared" else None
 
     def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
         """The head of every module but the last."""
@@ -146,8 +130,7 @@ class SOLO(GreedyLinear):
         if ctx.site.is_head:
             return loss_at_head(ctx)
         if not isinstance(ctx.auxiliary, SoloHead):
-            return replace(super().signal(ctx), message=ctx.message)
-        matrix = ctx.auxiliary.matrix(ctx, self.refresh)
-        outputs = ctx.auxiliary.outputs(ctx.h, ctx.site, ctx.task.per_position(ctx.y), matrix)
+            return super().signal(ctx)
+        outputs = ctx.auxiliary.outputs(ctx.h, ctx.site, ctx.task.per_position(ctx.y))
         left = outputs if ctx.task.positions == "token" else ctx.task.as_outputs(outputs.whole())
-        return replace(loss_of(ctx.task, left, ctx.y), message=matrix)
+        return loss_of(ctx.task, left, ctx.y)

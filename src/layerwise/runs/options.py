@@ -134,7 +134,9 @@ def from_mapping(values: Mapping[str, Any], where: str = "the options") -> Train
     0.5
     """
     if not isinstance(values, Mapping):
-        raise LayerwiseError(f"{where}: there is no table of options but {short(values)}.")
+        raise LayerwiseError(
+            f"{where}: there is no table of options but {short(values)}; start the run again, or mend it."
+        )
     given = dict(values)
     parts: dict[str, Any] = {}
     for part, find, default in (("rule", rules.get, "sll"), ("model", models.options, "mlp")):

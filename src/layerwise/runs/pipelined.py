@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_map_only
 
+from layerwise.core.pieces import ReadsOutputMatrix
 from layerwise.data import Batches
 from layerwise.errors import LayerwiseError
 from layerwise.learner.state import joined
@@ -17,7 +18,15 @@ from layerwise.memory.meter import MemoryUse
 from layerwise.parallel.ranks import Ranks, Refused
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
-from layerwise.parallel.transport import DONE, FORWARD, BackLink, PrefetchingChannel, ReceiveChannel, SendChannel
+from layerwise.parallel.transport import (
+    DONE,
+    FORWARD,
+    BackLink,
+    MatrixChannel,
+    PrefetchingChannel,
+    ReceiveChannel,
+    SendChannel,
+)
 from layerwise.runs.distributed import PartsRun, check_can_share
 from layerwise.runs.evaluation import mean_of, totals
 from layerwise.runs.launch import ParallelOptions
@@ -104,6 +113,7 @@ class PipelineRun(PartsRun):
         self.from_previous = (
             None if self.stage.first else PrefetchingChannel(self.ranks, rank - 1, FORWARD, device, lanes)
         )
+        self.matrix = MatrixChannel(self.ranks, self.stage, rank - self.stage.rank)
         self.stage.link = self
         self.back = BackLink(self.ranks)
         self.receive_back, self.send_back = self.back.receive_back, self.back.send_back
@@ -122,6 +132,14 @@ class PipelineRun(PartsRun):
         """Hand a tree to the next rank."""
         assert self.to_next is not None
         self.to_next.send(tree)
+
+    def receive_matrix(self) -> torch.Tensor:
+        """The next output matrix from the last rank of this pipeline."""
+        return self.matrix.receive()
+
+    def send_matrix(self, matrix: torch.Tensor) -> None:
+        """Hand the output matrix to the other ranks of this pipeline."""
+        self.matrix.send(matrix)
 
     # What a run in one process does otherwise.
 
@@ -206,6 +224,8 @@ class PipelineRun(PartsRun):
                 f"trained by {pipelines} of {self.length} ranks ({', '.join(self.stage.blocks)}); memory is that "
                 "of the rank with the largest peak"
             )
+            if self.stage.shares_matrix:
+                self.notes.append(self._of_the_matrix())
             if self.stage.sent_back:
                 self.notes.append(
                     f"per update {self.stage.sent_back:,} bytes of next blocks' parameters go back to the heads that "
@@ -215,9 +235,23 @@ class PipelineRun(PartsRun):
         self._evaluate(self.test_batches)
         return {}
 
+    def _of_the_matrix(self) -> str:
+        """What the output matrix costs on the wire."""
+        layer, rule = self.learner.network.output_layer, self.options.rule
+        assert layer is not None
+        assert isinstance(rule, ReadsOutputMatrix)
+        every, others = rule.matrix_refresh() or 1, self.length - 1
+        shape = " x ".join(map(str, layer.weight.shape))
+        when = "after every step" if every == 1 else f"every {every} steps"
+        return (
+            f"the output matrix ({shape}) travels from the last rank to {others} other{'s' * (others > 1)} {when}: "
+            f"{layer.weight.nbytes * others / every:,.0f} bytes per step"
+        )
+
     def close(self) -> None:
         """The end, on all ranks together: none leaves before the last rank has written everything."""
         others = range(self.ranks.rank - self.stage.rank, self.ranks.rank)
+        self.matrix.end()
         self.back.end_back()
         if self.to_next is not None:
             self.to_next.end()
