@@ -16,6 +16,7 @@ from layerwise.core.graphs import Graph
 from layerwise.core.optim import Schedule
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.tasks import UNLABELLED, LanguageModel, MultiLabel, Regression, Segmentation, Task
+from layerwise.data.catalogue import is_table
 from layerwise.data.masks import IGNORED
 from layerwise.data.tokenizer import from_json
 from layerwise.errors import LayerwiseError, short, why
@@ -193,7 +194,16 @@ def load_data(options: TrainOptions, folder: Path | None = None) -> data.Dataset
         targets=options.targets,
         text=data.TextOptions(*(getattr(options, name) for name in data.TextOptions._fields)),
         tokenizer=None if folder is None else read_tokenizer(folder, options),
+        words=words_of(options),
     )
+
+
+def words_of(options: TrainOptions) -> data.Words | None:
+    """How a table's column of text becomes tokens, for a network of transformers with a tokenizer of its own."""
+    if options.task != "classification" or not is_table(options.data):
+        return None
+    found = options.model.tokenizer() if isinstance(options.model, models.OutsideModel) else None
+    return None if found is None else data.Words(found[0], found[1], options.window)
 
 
 TOKENIZER = "tokenizer.json"
@@ -317,7 +327,7 @@ def build_learner(
     if isinstance(options.model, models.OutsideModel):
         model = models.outside.cut(model, **where)
         where = {} if isinstance(model, Partition) else where
-    text = options.task == "language_model"
+    text = bool(facts.contents)
     size = facts.shape[2:] if text else facts.shape
     example = torch.zeros(2, *size, device=device, dtype=torch.int64 if text else None)
     updates = math.ceil(total / options.accumulate)

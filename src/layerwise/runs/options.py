@@ -22,6 +22,7 @@ OF_TASKS = {
     "loss": ("regression",),
     "label_smoothing": ("classification", "language_model"),
     **dict.fromkeys(FLAGS, ("language_model",)),
+    "window": ("language_model", "classification"),  # of sentences, for a pretrained model
 }
 """Options to the tasks that they are about."""
 
