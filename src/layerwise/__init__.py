@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from layerwise.learner.fitting import fit_micro
     from layerwise.memory.malloc import keep_freed_memory
     from layerwise.memory.meter import MemoryUse, measure_memory
+    from layerwise.replacements import replace
     from layerwise.rules import create as create_rule
     from layerwise.rules import names as rule_names
 
@@ -66,6 +67,7 @@ __all__ = [
     "legal_cuts",
     "measure_memory",
     "partition",
+    "replace",
     "rule_names",
 ]
 
@@ -84,6 +86,7 @@ _HOMES = {
     "layerwise.learner.fitting": ("fit_micro",),
     "layerwise.memory.malloc": ("keep_freed_memory",),
     "layerwise.memory.meter": ("MemoryUse", "measure_memory"),
+    "layerwise.replacements": ("replace",),
 }
 _PLACES = {name: (module, name) for module, names in _HOMES.items() for name in names} | {
     "create_rule": ("layerwise.rules", "create"),
@@ -91,7 +94,7 @@ _PLACES = {name: (module, name) for module, names in _HOMES.items() for name in 
 }
 _PACKAGES = (
     *("core", "data", "errors", "hf", "learner", "lightning", "measure", "memory", "models", "parallel", "report"),
-    *("rules", "runs", "sklearn"),
+    *("replacements", "rules", "runs", "sklearn"),
 )
 
 

@@ -87,7 +87,7 @@ def report_error(error: BaseException, silent: bool = False) -> int:
     Returns:
         The exit code of a failure, 2.
     """
-    sentence = explained(error)
+    sentence = on_one_line(explained(error))
     if traceback_wanted.get():
         with contextlib.suppress(OSError):
             traceback.print_exception(error)
@@ -100,7 +100,16 @@ def report_error(error: BaseException, silent: bool = False) -> int:
 def say(sentence: str) -> None:
     """Print a sentence to standard error."""
     with contextlib.suppress(OSError):  # nobody is left to read it
-        print(f"layerwise: {sentence}", file=sys.stderr, flush=True)
+        print(f"layerwise: {on_one_line(sentence)}", file=sys.stderr, flush=True)
+
+
+def on_one_line(text: str) -> str:
+    """A text with an escape in place of what a terminal would act on: names of files may hold anything.
+
+    >>> on_one_line("a" + chr(10) + "b" + chr(27) + "[2J")
+    'a\\nb\\x1b[2J'
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def explained(error: BaseException) -> str:

@@ -115,9 +115,37 @@ def _one_sentence(box: str, command: str) -> str:
     for pattern, words in PLAIN:
         message = re.sub(pattern, words, message)
     hint = ""
-    if "Perhaps you meant:" in lines:
+    for word in re.findall(r"--[\w-]+", message) if message.startswith("unknown options") else ():
+        if word in ELSEWHERE:
+            hint = f", here it is {ELSEWHERE[word]}"
+    if not hint and "Perhaps you meant:" in lines:
         hint = f", did you mean {lines[lines.index('Perhaps you meant:') + 1].split()[0]}"
     return f"{message.rstrip('.')}{hint}; see layerwise {command} --help."
+
+
+ELSEWHERE = {
+    **dict.fromkeys(("--learning-rate", "--learning_rate", "--base-lr", "--eta"), "--lr"),
+    **dict.fromkeys(("--bs", "--batch", "--batch_size", "--train-batch-size"), "--batch-size"),
+    **dict.fromkeys(("--wd", "--weight_decay"), "--weight-decay"),
+    **dict.fromkeys(("--num-epochs", "--n-epochs", "--max-epochs", "--num-train-epochs"), "--epochs"),
+    **dict.fromkeys(("--max-steps", "--iterations", "--iters", "--num-steps"), "--steps"),
+    **dict.fromkeys(("--dataset", "--data-path", "--data-dir", "--dataset-name"), "--data"),
+    **dict.fromkeys(("--output-dir", "--output_dir", "--outdir", "--log-dir", "--save-dir"), "--out"),
+    **dict.fromkeys(("--gpu", "--cuda", "--gpus", "--use-cuda"), "--device cuda"),
+    **dict.fromkeys(("--fp16", "--half"), "--precision fp16"),
+    **dict.fromkeys(("--bf16", "--amp", "--mixed-precision"), "--precision bf16"),
+    **dict.fromkeys(("--method", "--algorithm", "--algo"), "--rule"),
+    **dict.fromkeys(("--arch", "--network", "--model-name"), "--model"),
+    **dict.fromkeys(("--depth", "--layers", "--n-layers", "--num-layers"), "--model.depth"),
+    **dict.fromkeys(("--width", "--hidden-size", "--hidden"), "--model.width"),
+    **dict.fromkeys(("--grad-clip", "--max-grad-norm", "--clip-norm", "--gradient-clip-val"), "--clip"),
+    **dict.fromkeys(("--gradient-accumulation-steps", "--grad-accum", "--accumulate-grad-batches"), "--accumulate"),
+    **dict.fromkeys(("--optim", "--opt"), "--optimizer"),
+    **dict.fromkeys(("--lr-scheduler", "--scheduler", "--lr-schedule"), "--schedule"),
+    "--random-seed": "--seed",
+    "--workers": "--jobs",
+}
+"""What other programs call an option, and its name here."""
 
 
 PLAIN = (

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.runs import SMALL, contents, lines, result, split, start, train
 
 from layerwise import __version__, data, models, rules
 from layerwise.cli.main import COMMANDS, main
-from layerwise.runs import building
+from layerwise.runs import building, checkpoint
 from layerwise.runs.settings import recipe_names
 
 
@@ -219,7 +221,7 @@ def test_validate_notices_a_leak(capsys, monkeypatch):
 
 def test_validate_reads_a_run(run, capsys):
     out = printed(capsys, "validate", run)
-    assert [line[:4].strip() for line in out.splitlines()] == ["ok"] * 4
+    assert [line[:4].strip() for line in out.splitlines()] == ["ok"] * 8
     assert "step-000000010 matches its digest" in out
 
 
@@ -234,6 +236,39 @@ def test_validate_finds_a_damaged_file(run, capsys):
     out = capsys.readouterr().out
     assert [line[:4] for line in out.splitlines()].count("FAIL") == 1
     assert "step-000000005 is damaged" in out
+
+
+OTHERS = {
+    "metrics.jsonl": [b"\xff", b'{"step": "x"}\n', None],
+    "result.json": [b"[]", b'{"steps": 1', b"{}"],
+    "model.safetensors": [b"", None, "other weights"],
+    "test_correct.npy": [b"", b"\x93NUMPY", "other outcomes"],
+    "checkpoints": ["other options", "no state of a run"],
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_validate_looks_at_every_file_and_whether_it_is_of_this_run(run, tmp_path, capsys, name):
+    for damage in OTHERS[name]:
+        copy = shutil.copytree(run, tmp_path / f"{len(list(tmp_path.iterdir()))}")
+        file = copy / name
+        if damage == "other weights":
+            save_file({n: t + 1 for n, t in load_file(file).items()}, file)
+        elif damage == "other outcomes":
+            np.save(file, ~np.load(file))
+        elif name == "checkpoints":
+            state = checkpoint.load_latest(file)[0]
+            shutil.rmtree(file)
+            options = {**state["options"], "seed": 77}
+            checkpoint.save(file, 10, {**state, "options": options} if damage == "other options" else {"learner": {}})
+        elif damage is None:
+            file.unlink()
+            file.mkdir()
+        else:
+            file.write_bytes(damage)
+        assert main(["validate", str(copy)]) == 2
+        failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
+        assert failed and all(name.rstrip("s") in line for line in failed), (damage, failed)
 
 
 # Bench

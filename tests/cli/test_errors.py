@@ -1,6 +1,7 @@
 """Every failure of the command line is one sentence, and the answers that need no torch do not import it."""
 
 import errno
+import io
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from support.runs import split, start
 from layerwise import LayerwiseError, data, models, rules
 from layerwise.cli import catalogue, early
 from layerwise.cli import main as cli
+from layerwise.errors import say
 from layerwise.runs.settings import load_recipe, recipe_names
 
 ANSWERED = [
@@ -209,6 +211,32 @@ def test_stopped_is_a_word_and_the_signals_code(error, code, monkeypatch, capsys
     failing(monkeypatch, error)
     assert cli.main(["fail"]) == code
     assert capsys.readouterr().err == "layerwise: stopped.\n"
+
+
+HOSTILE = "a\nb\x1b[2J\x07\u202ec"
+
+
+def test_what_is_said_is_one_printable_line(capsys, monkeypatch):
+    """A name may move the cursor of a terminal, or look like a second sentence."""
+    monkeypatch.setattr(cli, "_run", lambda words: (_ for _ in ()).throw(FileNotFoundError(2, "none", HOSTILE)))
+    assert cli.main([]) == 2
+    monkeypatch.undo()
+    assert cli.main(["train", f"--{HOSTILE}", "3"]) == 2
+    say(f"note: {HOSTILE}")
+    lines = capsys.readouterr().err.split("\n")
+    assert len(lines) == 4 and all(line.isprintable() for line in lines)
+    assert r"a\nb\x1b[2J\x07\u202ec" in lines[0]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_gets_no_control_characters_from_names_and_texts(terminal):
+    """A file or a pipe gets the text as it is; the colours of the help stay."""
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    text = f"\x1b[1mhelp\x1b[0m\t{HOSTILE}\x9b2J\x1b]0;title\n"
+    cli.Output(stream).write(text)
+    shown = r"\x1b[2J\x07\u202ec\x9b2J\x1b]0;title" + "\n"
+    assert stream.getvalue() == (f"\x1b[1mhelp\x1b[0m\ta\nb{shown}" if terminal else text)
 
 
 def test_debug_is_taken_off_anywhere_on_the_line(capsys):

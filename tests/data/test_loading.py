@@ -141,6 +141,20 @@ def test_hub(tmp_path, monkeypatch, capfd):
     refused("cannot get no/such .*check the name and the network$", "hf:no/such")
 
 
+@pytest.mark.parametrize("name", ["../things", "/etc", "a/b/c", "a\nb", "./a", "a/", "~/a", "a b", "-x"])
+def test_the_hub_is_asked_for_names_alone(name, monkeypatch):
+    """`datasets` would read a folder of that path."""
+    monkeypatch.setattr(pytest.importorskip("datasets"), "load_dataset", pytest.fail)
+    refused("is no name of a data set on the Hugging Face hub", f"hf:{name}")
+
+
+def test_a_folder_here_is_not_taken_for_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(pytest.importorskip("datasets"), "load_dataset", pytest.fail)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    refused("is a folder here, too", "hf:owner/name")
+
+
 def test_import_is_light():
     import subprocess
 

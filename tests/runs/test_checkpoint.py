@@ -206,7 +206,7 @@ def test_a_damaged_one_is_passed_over_and_named(tmp_path):
     cut(tmp_path / "step-000000002" / "state.safetensors")
     state, notes = checkpoint.load_latest(tmp_path)
     assert state == {"steps": 1}
-    assert ["step-000000002 is damaged" in note for note in notes] == [True]
+    assert ["step-000000002 is damaged" in note and "step-000000001 is read" in note for note in notes] == [True]
 
 
 def test_all_damaged_is_an_error(tmp_path):

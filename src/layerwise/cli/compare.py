@@ -2,13 +2,12 @@
 
 import re
 import shlex
-import sys
 from pathlib import Path
 
 from layerwise.cli.early import check_names, check_options, values
 from layerwise.cli.help import ModelByName, print_help
 from layerwise.compare.settings import ComparisonSettings
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, say
 from layerwise.files import kind_of, shown
 from layerwise.runs.settings import RunSettings
 
@@ -31,7 +30,8 @@ def compare_command(argv: list[str]) -> int:
             )
     check_options(argv, "recipe", "model", "data")
     labels = [part for word in values(argv, "rules") for part in word.split(",")]
-    check_names("rule", (name for label in labels if (name := label.partition(":")[0]) not in ("", "all")))
+    asked = [name for label in labels if (name := label.partition(":")[0]) not in ("", "all")]
+    check_names("rule", (name if name.endswith(".py") else name.partition("+")[0] for name in asked))
     print_help(argv, "compare", ABOUT, ComparisonSettings, RunSettings, ModelByName, hidden=HIDDEN)
     from layerwise.compare.grid import CompareOptions, Grid
     from layerwise.core.tasks import metric_of
@@ -57,7 +57,7 @@ def compare_command(argv: list[str]) -> int:
         try:
             print(f"report: {write_report(grid.folder)}")
         except LayerwiseError as reason:  # runs and tables are complete without it
-            print(f"layerwise: note: {reason}", file=sys.stderr)
+            say(f"note: {reason}")
     return int(any(found["failed"] for found in summary["rules"].values()))
 
 

@@ -1,5 +1,7 @@
 """`layerwise ls` and `layerwise describe`: what there is. Lists, and answers to misspelt names, need no torch."""
 
+import json
+
 from layerwise.cli import catalogue
 from layerwise.cli.early import check_names
 from layerwise.errors import LayerwiseError, suggestion
@@ -13,14 +15,18 @@ LISTS = {
 
 
 def ls_command(argv: list[str]) -> int:
-    """`layerwise ls rules|models|data|recipes`: print one line per name."""
+    """`layerwise ls rules|models|data|recipes`: print one line per name, or an object."""
     if argv and argv[0] in ("-h", "--help"):
-        print(f"usage: layerwise ls {'|'.join(LISTS)}")
+        print(f"usage: layerwise ls {'|'.join(LISTS)} [--json]")
         return 0
+    as_json, argv = "--json" in argv, [word for word in argv if word != "--json"]
     if len(argv) != 1 or argv[0] not in LISTS:
         near = f"{argv[0]!r} is no list; {suggestion(argv[0], list(LISTS))}" if len(argv) == 1 else "one of the lists"
         raise LayerwiseError(f"say what to list: {near}; layerwise ls {'|'.join(LISTS)}.")
     rows = LISTS[argv[0]]()
+    if as_json:
+        print(json.dumps({name: " ".join(about.split()) for name, about in rows.items()}, indent=2))
+        return 0
     width = max(map(len, rows))
     print("\n".join(f"{name:<{width}}  {about}" for name, about in rows.items()))
     return 0

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,9 +23,11 @@ usage: layerwise COMMAND [OPTIONS]
   beliefs RUN           measure what SID's theory predicts, module by module; early exit
   predict RUN INPUT     predict the classes of images, or of the rows of a table, as CSV; --prompt continues a text
   export RUN FILE       write the trained weights as one safetensors file, for your own model class
-  ls WHAT               list rules | models | data | recipes
+  ls WHAT               list rules | models | data | recipes; --json for programs
   describe RULE         show a rule's equations, locality, boundary, source, restrictions and options
   bench KIND            measure memory (exact bytes by depth) | speed (rules interleaved) | scaling (processes)
+  new-rule NAME         write a rule of your own with its tests, ready to be changed
+  doctor                show versions, devices, memory, data and parts, and what stands in the way of training
   validate              check a rule's invariants on this machine, or the files of a run
 
 `layerwise COMMAND --help` lists the options of a command. `--debug`, anywhere on the line, shows the traceback of
@@ -41,6 +44,8 @@ COMMANDS = {
     "export": "layerwise.cli.trained:export_command",
     "ls": "layerwise.cli.listing:ls_command",
     "describe": "layerwise.cli.listing:describe_command",
+    "new-rule": "layerwise.cli.new_rule:new_rule_command",
+    "doctor": "layerwise.cli.doctor:doctor_command",
     "bench": "layerwise.cli.bench:bench_command",
     "validate": "layerwise.cli.validate:validate_command",
 }
@@ -55,8 +60,14 @@ class CannotPrint(Exception):
     """Writing to standard output has failed."""
 
 
+UNSAFE = re.compile(r"\x1b(?!\[[0-9;]*m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""What a terminal would act on; colours, ends of lines and tabs are let through."""
+
+
 class Output:
     """Standard output whose failures can be distinguished from those of files.
+
+    A terminal gets escapes in place of control characters: names and texts may come from a stranger.
 
     Args:
         stream: what to write to.
@@ -64,9 +75,12 @@ class Output:
 
     def __init__(self, stream: Any):
         self._stream = stream
+        self._terminal = stream.isatty()
 
     def write(self, text: str) -> int:
         """Write text, as the stream does."""
+        if self._terminal:
+            text = UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text)
         try:
             return self._stream.write(text)
         except OSError as reason:

@@ -4,13 +4,12 @@ What imports torch is imported in the commands, so that help and refusals come a
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, say
 from layerwise.parsing import parse
 from layerwise.runs.layout import check_run
 
@@ -190,7 +189,7 @@ def export_command(argv: list[str]) -> int:
 
 def _tell(notes: Sequence[str]) -> None:
     for note in notes:
-        print(f"layerwise: note: {note}", file=sys.stderr)
+        say(f"note: {note}")
 
 
 def _run(argv: Sequence[str], command: str, options: type) -> tuple[Path, list[str]]:

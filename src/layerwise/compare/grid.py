@@ -1,7 +1,6 @@
 """`layerwise compare`: a grid of runs, rules by seeds, that differ in the rule and in nothing else."""
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from layerwise.compare.settings import RIVALS, ComparisonSettings
 from layerwise.compare.tuning import choose, trial_options
 from layerwise.core.devices import pick_device
 from layerwise.core.tasks import metric_of
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, say
 from layerwise.memory.fitting import read_size
 from layerwise.report.reading import read_correct
 from layerwise.report.summary import BASELINE, result_row, unreached_row
@@ -190,7 +189,7 @@ class Grid:
         for label, reason in refused.items():
             if label in self.asked or len(refused) == len(self.rules):
                 raise LayerwiseError(reason)
-            print(f"layerwise: note: {label} is left out: {reason}", file=sys.stderr)
+            say(f"note: {label} is left out: {reason}")
             del self.rules[label]
 
     def _bring_under(self, pool: Pool) -> None:
@@ -213,7 +212,7 @@ class Grid:
             if "done" in answer:
                 self.plan[task["label"]] |= {"fit": answer["done"]}
             else:  # it fails in its own run, too
-                print(f"layerwise: note: {task['label']} keeps its memory: {answer['reason']}", file=sys.stderr)
+                say(f"note: {task['label']} keeps its memory: {answer['reason']}")
 
         tasks = [
             {
@@ -256,7 +255,7 @@ class Grid:
 
         pool.run(tasks, done, jobs=1)
         for reason in dict.fromkeys(missing[:1]):
-            print(f"layerwise: note: {reason}", file=sys.stderr)
+            say(f"note: {reason}")
 
     def _label_cost(self, label: str) -> float:
         options, plan = self._budgeted(label), self.plan[label]
@@ -305,7 +304,7 @@ class Grid:
         failed: list[str] = []
         pool.run(tasks, lambda task, answer: failed.extend([answer["reason"]] if "kind" in answer else []))
         for reason in failed:
-            print(f"layerwise: note: a run could not be diagnosed: {reason}", file=sys.stderr)
+            say(f"note: a run could not be diagnosed: {reason}")
 
     def _write(self) -> dict[str, Any]:
         """Write results.csv and summary.json of all runs that are settled."""

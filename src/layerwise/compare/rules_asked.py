@@ -30,8 +30,9 @@ def read_rules(words: Sequence[str], common: TrainOptions) -> dict[str, TrainOpt
     Args:
         words: `name` or `name:option=value:...`, several in one word with commas between. An option is a field of the
             rule, one of `PER_RULE`, or `model.` and a field of the model; a value is a number, a word, `none`,
-            `true`, `false`, or numbers with `/` between. `all` stands for every rule that trains the model on the
-            task, with its default options.
+            `true`, `false`, or numbers with `/` between. `name+replacement` trains the network with other modules, see
+            `layerwise.replace`. `all` stands for every rule that trains the model on the task, with its default
+            options.
         common: the options that all runs share.
 
     Raises:
@@ -39,6 +40,8 @@ def read_rules(words: Sequence[str], common: TrainOptions) -> dict[str, TrainOpt
 
     >>> read_rules(["sll:overlap=1:lr=0.01,backprop"], TrainOptions())["sll:overlap=1:lr=0.01"].rule.overlap
     1
+    >>> read_rules(["sll+approx_gelu"], TrainOptions())["sll+approx_gelu"].replace
+    ('approx_gelu',)
     """
     found: dict[str, TrainOptions] = {}
     kinds = {name: rules.get(name) for name in rules.names()}
@@ -47,7 +50,10 @@ def read_rules(words: Sequence[str], common: TrainOptions) -> dict[str, TrainOpt
     labels = [part for word in words for part in word.split(",") if part]
     for label in (name for part in labels for name in (every if part == "all" else [part])):
         name, settings = split_word(label)
-        values = plain_fields(common) | {"rule": {"name": name}}
+        place, mark, name = name.rpartition(".py:")  # a path may hold a +
+        name, *added = name.split("+")
+        name = f"{place}{mark}{name}"
+        values = plain_fields(common) | {"rule": {"name": name}, "replace": (*common.replace, *added)}
         legal = {field: (values["rule"], field, hint) for field, hint in fields_of(rules.get(name)).items()}
         legal |= {field: (values, field, hint) for field, hint in fields_of(TrainOptions).items() if field in PER_RULE}
         for field, hint in fields_of(type(common.model)).items():

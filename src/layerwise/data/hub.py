@@ -1,5 +1,6 @@
 """Data sets on the Hugging Face hub, downloaded once and mapped from the cache of `datasets`."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -10,7 +11,11 @@ from layerwise.data.columns import find_columns, read_labels
 from layerwise.data.machine import need
 from layerwise.data.naming import split_of
 from layerwise.data.rows import Part, Rows, TableRows
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, short
+from layerwise.files import kind_of
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)?")
+"""What a data set on the hub may be called; `datasets` would take a path, too."""
 
 
 def open_hub(
@@ -41,6 +46,16 @@ def load_splits(repository: str, advice: str = "") -> Any:
         LayerwiseError: there is none of this name, or it cannot be reached; `advice` ends the sentence.
     """
     datasets = need("datasets")
+    if not NAME.fullmatch(repository):
+        raise LayerwiseError(
+            f"{short(repository)} is no name of a data set on the Hugging Face hub; give hf:owner/name, and "
+            "imagefolder:, parquet: or text: for files of your own."
+        )
+    if kind_of(repository) == "folder":  # `datasets` would read it and not say so
+        raise LayerwiseError(
+            f"hf:{repository} is a folder here, too; start the command elsewhere, or give imagefolder:{repository}, "
+            f"parquet:{repository} or text:{repository} for the folder."
+        )
     with quiet():
         unreachable = _unreachable(repository)
         try:

@@ -12,7 +12,7 @@ import torch
 
 from layerwise import models
 from layerwise.core.ranges import Where
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, say
 from layerwise.measure.bench_problem import (
     CLASSES,
     CPU,
@@ -182,7 +182,7 @@ def memory_command(argv: list[str]) -> int:
                 except LayerwiseError as reason:
                     if options.rule != MemoryOptions.rule or not issubclass(models.options(model), models.OutsideModel):
                         raise
-                    print(f"layerwise: note: {rule} is left out: {reason}", file=sys.stderr)
+                    say(f"note: {rule} is left out: {reason}")
                     break
                 rows.append(row)
                 sizes = row | {HELD: row["gradients"] + row["activations"]}

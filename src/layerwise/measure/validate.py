@@ -1,20 +1,30 @@
 """Checks of a rule's declared properties on this machine, and of the files of a run."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from layerwise import models, rules
 from layerwise.core.blocks import Block
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, short, why
+from layerwise.files import check_regular, kind_of, shown
 from layerwise.learner import Learner
 from layerwise.measure.bench_memory import memory_of
+from layerwise.report.reading import read_correct, read_metrics, read_result
 from layerwise.runs import checkpoint
-from layerwise.runs.folders import read_options
+from layerwise.runs.building import check_run_state
+from layerwise.runs.folders import check_options, read_options
 from layerwise.runs.layout import check_run
+from layerwise.runs.log import FILE
+from layerwise.runs.options import TrainOptions
+
+ADVICE = "resume the run, which writes it again"
 
 
 def rule_findings(rule: str, model: str) -> list[tuple[bool, str]]:
@@ -128,26 +138,77 @@ def _one_block_is_backprop(make: Callable[[], nn.Module], x: torch.Tensor, y: to
 
 
 def run_findings(folder: Path) -> list[tuple[bool, str]]:
-    """Check that the files of the run in `folder` are complete.
+    """Check that the files of the run in `folder` are whole, and of this run.
 
     Raises:
         LayerwiseError: there is no run in the folder.
     """
     check_run(folder)
-    findings = []
-    try:
-        read_options(folder)
-        findings.append((True, "config.json names known options"))
-    except LayerwiseError as reason:
-        findings.append((False, str(reason)))
-    for path in checkpoint.complete(folder / "checkpoints"):
+    findings: list[tuple[bool, str]] = []
+
+    def check(words: str, work: Callable[[], Any]) -> Any:
         try:
-            checkpoint.load(path)
-            findings.append((True, f"{path.name} matches its digest"))
-        except LayerwiseError as damage:
-            findings.append((False, str(damage)))
-    done = (folder / "result.json").is_file()
-    findings.append(
-        (True, "the run is finished" if done else f"the run is not finished; --resume {folder} continues it")
-    )
+            found = work()
+        except LayerwiseError as reason:
+            findings.append((False, str(reason)))
+            return None
+        findings.append((True, words))
+        return found
+
+    options = check("config.json names known options", lambda: read_options(folder))
+    newest = None
+    for path in check("checkpoints/ can be listed", lambda: checkpoint.complete(folder / "checkpoints")) or []:
+        newest = check(
+            f"{path.name} matches its digest and config.json", lambda path=path: _of_run(path, options, folder)
+        )
+    check("metrics.jsonl can be read", lambda: read_metrics(folder, FILE))
+    if kind_of(folder / "result.json") is None:
+        findings.append((True, f"the run is not finished; --resume {shown(folder)} continues it"))
+        return findings
+    result = check("result.json can be read: the run is finished", lambda: read_result(folder, "result.json"))
+    if result is not None:
+        check("test_correct.npy has the accuracy of result.json", lambda: _check_correct(folder, result))
+    if newest is not None and options is not None:
+        check(
+            "model.safetensors has the weights of the newest checkpoint",
+            lambda: _check_weights(folder, newest, options),
+        )
     return findings
+
+
+def _of_run(path: Path, options: TrainOptions | None, folder: Path) -> dict[str, Any]:
+    """A checkpoint, checked against its digest and the options of the run."""
+    state = checkpoint.load(path)
+    check_run_state(state, folder)
+    if options is not None:
+        check_options(options, state["options"], folder)
+    return state
+
+
+def _check_correct(folder: Path, result: dict[str, Any]) -> None:
+    correct = read_correct(folder)
+    if correct is not None and abs(correct.mean() - result.get("test_accuracy", math.nan)) > 1e-6:
+        raise LayerwiseError(
+            f"{shown(folder / 'test_correct.npy')} has the accuracy {correct.mean():.4f} and result.json "
+            f"{result.get('test_accuracy')}: one of them is of another run; resume the run, which writes both again."
+        )
+
+
+def _check_weights(folder: Path, state: dict[str, Any], options: TrainOptions) -> None:
+    file, model = folder / "model.safetensors", state["learner"]["model"]
+    check_regular(file, ADVICE)
+    try:
+        found = load_file(file)
+    except (SafetensorError, OSError, ValueError) as reason:
+        raise LayerwiseError(f"{shown(file)} cannot be read ({why(reason)}); {ADVICE}.") from reason
+    kept_by_optimizer = "." in options.optimizer  # some of other packages keep the weights to predict with themselves
+    for name, tensor in found.items():
+        if not (kept_by_optimizer or (name in model and _same_bits(tensor, model[name]))):
+            raise LayerwiseError(
+                f"{shown(file)} has other weights than the newest checkpoint ({short(name)}); {ADVICE}."
+            )
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    same = a.shape == b.shape and a.dtype == b.dtype
+    return same and torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))

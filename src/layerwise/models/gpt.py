@@ -237,12 +237,13 @@ class GELU(nn.Module):
         super().__init__()
         self.norm = nn.RMSNorm(width, eps=EPS)
         self.expand = nn.Linear(width, 4 * width, bias=False)
+        self.activation = nn.GELU()
         self.project = nn.Linear(4 * width, width, bias=False)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the unit on (B, T, width)."""
-        return x + self.dropout(self.project(F.gelu(self.expand(self.norm(x)))))
+        return x + self.dropout(self.project(self.activation(self.expand(self.norm(x)))))
 
 
 class SwiGLU(nn.Module):
@@ -256,6 +257,7 @@ class SwiGLU(nn.Module):
         hidden = 16 * math.ceil(width / 6)
         self.norm = nn.RMSNorm(width, eps=EPS)
         self.gate = nn.Linear(width, hidden, bias=False)
+        self.activation = nn.SiLU()
         self.expand = nn.Linear(width, hidden, bias=False)
         self.project = nn.Linear(hidden, width, bias=False)
         self.dropout = nn.Dropout(dropout)
@@ -263,7 +265,7 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Run the unit on (B, T, width)."""
         h = self.norm(x)
-        return x + self.dropout(self.project(F.silu(self.gate(h)) * self.expand(h)))
+        return x + self.dropout(self.project(self.activation(self.gate(h)) * self.expand(h)))
 
 
 def _initialise(module: nn.Module) -> None:

@@ -160,6 +160,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.expand = nn.Linear(width, hidden)
+        self.activation = nn.GELU()
         self.project = nn.Linear(hidden, width)
         self.dropout = nn.Dropout(dropout)
 
@@ -169,7 +170,7 @@ class FeedForward(nn.Module):
 
     def branch(self, x: Tensor) -> Tensor:
         """What the unit adds to `x`."""
-        return self.dropout(self.project(F.gelu(self.expand(self.norm(x)))))
+        return self.dropout(self.project(self.activation(self.expand(self.norm(x)))))
 
 
 class TokenPool(nn.Module):

@@ -369,7 +369,7 @@ def read_rows(folder: Path, name: str) -> list[dict[str, str]]:
         for column in ("rule", "seed", "status"):
             if not isinstance(row.get(column), str):
                 raise damaged(shown(folder / name), f"a row has no {column}", ADVICE)
-        if not re.fullmatch(r"\d{1,9}", row["seed"]):
+        if not re.fullmatch("[0-9]{1,9}", row["seed"]):
             reason = f"a seed is {row['seed'][:40]!r}, which is not a whole number"
             raise damaged(shown(folder / name), reason, ADVICE)
     return rows

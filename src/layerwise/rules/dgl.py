@@ -12,6 +12,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.rules.ahead import LooksAhead
 from layerwise.rules.local_ce import Greedy
 from layerwise.rules.readout import Pool, convolution, labels_at, pool_vectors
+from layerwise.rules.windows import Windows, head_at
 
 Kind = Literal["mlp_sr", "cnn", "mlp"]
 
@@ -75,7 +76,7 @@ def _per_pixel(h: Tensor, outputs: int, kind: Kind) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class DGL(LooksAhead, Greedy):
+class DGL(Windows, LooksAhead, Greedy):
     r"""Decoupled greedy learning: each block minimises the cross-entropy of its own auxiliary network.
 
     $$L_i = \mathrm{CE}(a_i(h_i), \; y), \qquad h_i = f_i(\mathrm{stopgrad}(h_{i-1}))$$
@@ -106,18 +107,19 @@ class DGL(LooksAhead, Greedy):
         "One label per sample, batches of two or more (batch norm). Synchronous: no buffers between the blocks."
     )
 
-    def has_head(self, site: Site) -> bool:
-        """At the end of every group but the last."""
-        return self._has_head(site)
-
     def head(self, site: Site, h: Tensor, task: Task) -> nn.Module:
-        """The auxiliary network."""
+        """The auxiliary network, or two of them."""
         per_pixel = task.positions == "pixel"
-        return auxiliary_network(site.standard(h), task.outputs, self.network, self.pool, per_pixel)
+
+        def made(site: Site, h: Tensor) -> nn.Module:
+            return auxiliary_network(site.standard(h), task.outputs, self.network, self.pool, per_pixel)
+
+        return self.heads(site, h, made)
 
     def outputs_at(self, site: Site, h: Tensor, auxiliary: nn.Module, task: Task) -> Tensor:
         """The outputs of the auxiliary network."""
-        return self._outputs(*self.ahead_of(site, h, auxiliary), task)
+        site, h, auxiliary = self.ahead_of(site, h, auxiliary)
+        return self._outputs(site, h, head_at(auxiliary), task)
 
     def _outputs(self, site: Site, h: Tensor, auxiliary: nn.Module, task: Task) -> Tensor:
         standard = site.standard(h)
@@ -127,7 +129,9 @@ class DGL(LooksAhead, Greedy):
         """Cross-entropy of the auxiliary network, or of the network's head at the end."""
         if ctx.task.per_position(ctx.y) and ctx.task.positions != "pixel":
             raise LayerwiseError("dgl's auxiliary networks read one label per sample, not one per position.")
-        ctx = self.looking(ctx)
+        return self.read_heads(self.looking(ctx), self._read)
+
+    def _read(self, ctx: BlockContext) -> Signal:
         if ctx.site.is_head or ctx.auxiliary is None:
             return super().signal(ctx)
         if ctx.site.standard(ctx.h).dim() < 4:

@@ -22,6 +22,7 @@ from layerwise.core.rule import (
 from layerwise.core.tasks import Task
 from layerwise.rules.ahead import LooksAhead
 from layerwise.rules.readout import HasReadout, Pool, grouped, linear_outputs, read_out, readout_width
+from layerwise.rules.windows import Windows, head_at
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class GreedyLinear(HasReadout, Greedy):
 
 
 @dataclass(frozen=True)
-class LocalCE(LooksAhead, GreedyLinear):
+class LocalCE(Windows, LooksAhead, GreedyLinear):
     r"""Greedy local learning: each block minimises the cross-entropy of its own learned linear head.
 
     $$L_i = \mathrm{CE}(W_i \, \mathrm{pool}(h_i) + b_i, \; y), \qquad
@@ -100,18 +101,15 @@ class LocalCE(LooksAhead, GreedyLinear):
 
     reads_logits: ClassVar[bool] = False
 
-    def has_head(self, site: Site) -> bool:
-        """At the end of every group but the last."""
-        return self._has_head(site)
-
     def head(self, site: Site, h: Tensor, task: Task) -> nn.Module:
-        """A linear head from the pooled output to the task's outputs."""
-        return self.linear_head(site, h, task)
+        """A linear head from the pooled output to the task's outputs, or two of them."""
+        return self.heads(site, h, lambda site, h: self.linear_head(site, h, task))
 
     def outputs_at(self, site: Site, h: Tensor, auxiliary: nn.Module, task: Task) -> Tensor:
         """The outputs of the block's own head."""
-        return super().outputs_at(*self.ahead_of(site, h, auxiliary), task)
+        site, h, auxiliary = self.ahead_of(site, h, auxiliary)
+        return super().outputs_at(site, h, head_at(auxiliary), task)
 
     def signal(self, ctx: BlockContext) -> Signal:
         """The task's loss on the block's own head, or on the network's at the end."""
-        return super().signal(self.looking(ctx))
+        return self.read_heads(self.looking(ctx), super().signal)

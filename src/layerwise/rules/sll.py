@@ -35,6 +35,7 @@ from layerwise.rules.readout import (
     resized,
     says_shared,
 )
+from layerwise.rules.windows import says_interlocking
 
 
 class Projection(nn.Module):
@@ -160,6 +161,8 @@ class SLL(ReadsOut, ReadsOutputMatrix, Rule):
     """Neighbouring blocks that share one objective, one graph and one backward pass."""
     overlap: NonNegativeInt = 0
     """Later blocks between a group and its readout; with 1, gradients cross one boundary (interlocking)."""
+    own: bool = False
+    """With an overlap: whether the first groups, at whose output no window ends, are read there as well."""
     head: Literal["joint", "separate"] = "joint"
     """What trains the last block: the head's cross-entropy (joint), or its own objective (separate)."""
 
@@ -195,9 +198,7 @@ class SLL(ReadsOut, ReadsOutputMatrix, Rule):
                 'has another one; leave them out, or use readout="private".'
             )
         says_shared(self)
-        if self.overlap > 0:  # what the class declares holds without overlap
-            object.__setattr__(self, "locality", "interlocking")
-            object.__setattr__(self, "boundary", f"{self.boundary}; gradients back over {self.overlap} boundaries")
+        says_interlocking(self, self.overlap, self.own)
 
     def groups(self, blocks: int) -> list[range]:
         """`group` blocks each, with a view of `overlap` more; the head joins the last block or stands alone."""
@@ -205,7 +206,10 @@ class SLL(ReadsOut, ReadsOutputMatrix, Rule):
 
     def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
         """A fixed projection where a group's view ends; the head is its own readout."""
-        if site.is_head or not any(view.stop == site.index + 1 for view in self.groups(site.blocks)):
+        views = self.groups(site.blocks)
+        window_ends = any(view.stop == site.index + 1 for view in views)
+        group_ends = any(view.start == site.index + 1 < site.blocks for view in views)
+        if site.is_head or not (window_ends or (self.own and group_ends)):
             return None
         dim = task.outputs if self.dim is None else self.dim
         if self.targets == "index" and dim < task.outputs:

@@ -28,6 +28,7 @@ from layerwise.models import GraphModelOptions, ModelOptions
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
 from layerwise.records import Amount, Count, convert
+from layerwise.replacements import replace
 from layerwise.runs import checkpoint
 from layerwise.runs.folders import check_options, read_options
 from layerwise.runs.options import TrainOptions, model_name
@@ -293,6 +294,21 @@ def split_in_order(run: "Trained", split: str, size: int, folder: Path) -> data.
     return in_order(source, size, run.options, dataset, run.learner.device)
 
 
+def _example(facts: DataSignature) -> torch.Tensor:
+    """A batch of the shape of the data."""
+    if facts.contents:  # windows of tokens
+        return torch.zeros(2, *facts.shape[2:], dtype=torch.int64)
+    return torch.zeros(2, *facts.shape)
+
+
+def _replaced(model: torch.nn.Module, options: TrainOptions, facts: DataSignature) -> torch.nn.Module:
+    """The model with the modules that `--replace` puts into it."""
+    if not options.replace:
+        return model
+    with preserved_generators(torch.device("cpu")):
+        return replace(model, options.replace, example=_example(facts))
+
+
 def check_takes(options: TrainOptions) -> None:
     """Raise LayerwiseError where a model of the zoo takes tokens and the data are no text, or the other way round."""
     text = options.task == "language_model"
@@ -323,13 +339,12 @@ def build_learner(
     a_part = stage is not None and options.offload == "none"  # the whole network may be larger than this rank's memory
     with OnFile(folder) if a_part or options.offload == "disk" else contextlib.nullcontext():
         model = build_model(options.model, facts, options.seed, graph, outputs_of(options, facts))
+        model = _replaced(model, options, facts)
     where: dict[str, Any] = {name: getattr(options, name) for name in ("cuts", "blocks", "output", "tied")}
     if isinstance(options.model, models.OutsideModel):
         model = models.outside.cut(model, **where)
         where = {} if isinstance(model, Partition) else where
-    text = bool(facts.contents)
-    size = facts.shape[2:] if text else facts.shape
-    example = torch.zeros(2, *size, device=device, dtype=torch.int64 if text else None)
+    example = _example(facts).to(device)
     updates = math.ceil(total / options.accumulate)
     learner = Learner(
         model,

@@ -228,7 +228,7 @@ def complete(folder: Path) -> list[Path]:
         raise LayerwiseError(
             f"the checkpoints in {shown(folder)} cannot be read ({why(reason)}); put the folder right, then resume."
         ) from reason
-    return [folder / name for name in sorted(names) if re.fullmatch(r"step-\d{9,}", name)]
+    return [folder / name for name in sorted(names) if re.fullmatch(r"step-[0-9]{9,}", name)]
 
 
 def latest(folder: Path) -> Path | None:
@@ -237,7 +237,7 @@ def latest(folder: Path) -> Path | None:
 
 
 def load_latest(folder: Path, mapped: bool = False) -> tuple[dict[str, Any] | None, list[str]]:
-    """The newest checkpoint that can be read, as by `load`, and a sentence for each damaged one passed over.
+    """The newest checkpoint that can be read, as by `load`, and for each damaged one what is read in its place.
 
     Returns:
         `(None, [])` where there is no checkpoint yet.
@@ -248,11 +248,14 @@ def load_latest(folder: Path, mapped: bool = False) -> tuple[dict[str, Any] | No
     passed_over = []
     for path in reversed(complete(folder)):
         try:
-            return load(path, mapped), passed_over
+            found = load(path, mapped)
+            return found, [f"{damage.removesuffix('.')}; {path.name} is read in its place" for damage in passed_over]
         except CorruptCheckpoint as damage:
             passed_over.append(str(damage))
     if passed_over:
-        raise CorruptCheckpoint(f"every checkpoint in {folder} is damaged ({passed_over[0]}); start the run again.")
+        raise CorruptCheckpoint(
+            f"every checkpoint in {shown(folder)} is damaged ({passed_over[0]}); start the run again."
+        )
     return None, []
 
 

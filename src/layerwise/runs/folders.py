@@ -7,14 +7,13 @@ import json
 import os
 import shutil
 import socket
-import sys
 import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from layerwise.errors import LayerwiseError, short, why
+from layerwise.errors import LayerwiseError, say, short, why
 from layerwise.files import MissingFile, kind_of, read_text, shown
 from layerwise.records import read_json
 from layerwise.runs.layout import OPTIONS, check_run
@@ -118,7 +117,7 @@ def read_options(folder: Path) -> TrainOptions:
     file = folder / OPTIONS
     values = read_json(file, Any, "start the run again")
     for name in own_code_of(values):  # said before it is run: the folder may be somebody else's
-        print(f"layerwise: note: runs {shown(name)}, which the run in {shown(folder)} names", file=sys.stderr)
+        say(f"note: runs {shown(name)}, which the run in {shown(folder)} names")
     return from_mapping(values, shown(file))
 
 

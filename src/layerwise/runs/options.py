@@ -16,6 +16,7 @@ from layerwise.errors import LayerwiseError, short
 from layerwise.memory.fitting import read_size
 from layerwise.models import ModelOptions
 from layerwise.records import LARGEST
+from layerwise.replacements import check_name
 from layerwise.runs.settings import FLAGS, RunSettings, build_options, load_recipe
 
 OF_TASKS = {
@@ -50,6 +51,8 @@ class TrainOptions(RunSettings):
             raise LayerwiseError(f"vocabulary is that of a bpe, and the tokenizer is {self.tokenizer}; leave it out.")
         if self.peak not in (None, "auto"):
             read_size(self.peak)
+        for name in self.replace:
+            check_name(name)
         if self.augment and self.task == "segmentation":
             raise LayerwiseError("augment changes images and not their masks; leave it out of a segmentation.")
         for part in (self, self.rule, self.model):
@@ -132,7 +135,9 @@ def from_mapping(values: Mapping[str, Any], where: str = "the options") -> Train
     0.5
     """
     if not isinstance(values, Mapping):
-        raise LayerwiseError(f"{where}: there is no table of options but {short(values)}.")
+        raise LayerwiseError(
+            f"{where}: there is no table of options but {short(values)}; start the run again, or mend it."
+        )
     given = dict(values)
     parts: dict[str, Any] = {}
     for part, find, default in (("rule", rules.get, "sll"), ("model", models.options, "mlp")):

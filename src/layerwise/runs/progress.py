@@ -11,6 +11,7 @@ from rich.progress import Progress as Bar
 from rich.table import Column
 
 from layerwise.core.tasks import ACCURACY, Metric
+from layerwise.errors import on_one_line
 from layerwise.memory.meter import MemoryUse
 
 
@@ -28,7 +29,7 @@ class Progress:
     def __init__(self, total: int, per_epoch: int, title: str, quiet: bool = False, metric: Metric = ACCURACY):
         self.total, self.per_epoch, self.metric = total, per_epoch, metric
         self.console = Console(stderr=True, highlight=False, quiet=quiet)
-        self.console.print(title, markup=False, soft_wrap=True)
+        self.console.print(on_one_line(title), markup=False, soft_wrap=True)
         self.bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(bar_width=10),  # so that all of it fits into 80 columns
@@ -60,7 +61,7 @@ class Progress:
         line = self._line(step, val, speed, memory)
         if not self.console.is_terminal:
             line += f" · {self._left(step)} left"
-        self.console.print(line, markup=False, soft_wrap=True)
+        self.console.print(on_one_line(line), markup=False, soft_wrap=True)
         self.bar.update(self.task, completed=step)
 
     def _line(self, step: int, val: dict[str, float], speed: float, memory: MemoryUse | None) -> str:
@@ -106,7 +107,7 @@ class GridProgress:
         self.runs, self.over = runs, 0
         self.running: dict[str, tuple[float, Callable[[], float]]] = {}
         self.console = Console(stderr=True, highlight=False)
-        self.console.print(title, markup=False, soft_wrap=True)
+        self.console.print(on_one_line(title), markup=False, soft_wrap=True)
         self.bar = Bar(
             TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             BarColumn(bar_width=20),
@@ -149,7 +150,7 @@ class GridProgress:
         self.over += 1
         if not self.console.is_terminal:
             line += f" · {self.over} of {self.runs} · {self.left()} left"
-        self.console.print(line, markup=False, soft_wrap=True)
+        self.console.print(on_one_line(line), markup=False, soft_wrap=True)
 
     def left(self) -> str:
         """Time left, estimated from the work done so far."""

@@ -55,6 +55,9 @@ class RunSettings:
     """Any other class, or pairs of classes that look alike (cifar10 only)."""
     clean_validation: bool = False
     """Keep the true labels of the validation split."""
+    replace: tuple[str, ...] = ()
+    """Modules that take the place of the network's own: approx_gelu | approx_silu | mask_relu | ms_norm |
+    binary | bi_mask | velora."""
     cuts: str = "block"
     """Where to cut the model: block | layer | auto | names of modules or patterns (layers.*), separated by commas."""
     output: str | None = None

@@ -3,7 +3,6 @@
 import contextlib
 import math
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ import torch
 from layerwise import models
 from layerwise.core.cost import operations
 from layerwise.core.cutting import partition
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, say
 from layerwise.measure.bench_problem import batch_of, network_of, parse_problem, write_figures
 from layerwise.processes import cores
 from layerwise.scaling.jobs import RankProcesses
@@ -139,7 +138,7 @@ def scaling_command(argv: list[str]) -> int:
     check_options(options, blocks)
     x, _ = batch_of(options.shape, options.batch_size)
     flops = operations(partition(network), x[:1])
-    series, medians = measured(options, lambda line: print(f"layerwise: {line}", file=sys.stderr, flush=True))
+    series, medians = measured(options, say)
     rows = list(rows_of(options, series, blocks))
     costs = Costs(**medians, micro_batches=options.micro_batches)
     sizes = [row["bytes_per_step"][0] for row in rows if row["way"] == "pipeline" and row["ranks"] > 1]

@@ -1,0 +1,112 @@
+"""`layerwise doctor`: what this installation and this machine have, and what stands in the way of training."""
+
+import json
+import os
+import re
+import shutil
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+from layerwise.errors import LayerwiseError
+
+USAGE = """\
+usage: layerwise doctor [--json]
+
+Print versions, devices, threads, memory, data folder and optional parts, and what stands in the way of training.
+"""
+LEAST_TORCH = (2, 6)
+
+
+def doctor_command(argv: list[str]) -> int:
+    """`layerwise doctor`: print what there is; exit code 1 where something stands in the way."""
+    if any(word in ("-h", "--help") for word in argv):
+        print(USAGE, end="")
+        return 0
+    if argv not in ([], ["--json"]):
+        raise LayerwiseError(f"doctor takes no {argv[0]!r}; it has the option --json alone.")
+    facts = examine()
+    if argv:
+        print(json.dumps(facts, indent=2))
+    else:
+        rows = {name: value for name, value in facts.items() if name not in ("parts", "problems")}
+        width = max(map(len, rows))
+        for name, value in rows.items():
+            print(f"{name:<{width}}  {', '.join(value) if isinstance(value, list) else value}")
+        for name, found in facts["parts"].items():
+            print(f"{'part ' + name:<{width}}  {found}")
+        for problem in facts["problems"] or ["nothing stands in the way of training."]:
+            print(problem)
+    return int(bool(facts["problems"]))
+
+
+def examine() -> dict[str, Any]:
+    """Facts by name, texts or lists of them; `parts` by name, and `problems` as sentences."""
+    import torch
+
+    from layerwise.compare.pool import free_memory
+    from layerwise.core.devices import device_names
+    from layerwise.runs.environment import machine
+
+    found, problems = machine(), []
+    names, free = device_names(), free_memory()
+    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU" if not names else names[0]
+    if torch.version.cuda and not names:
+        problems.append("torch is built for CUDA and finds no GPU: see whether nvidia-smi lists one, and its driver.")
+    if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < LEAST_TORCH:
+        problems.append(f"torch {torch.__version__} is too old: pip install 'torch>=2.6'.")
+    if threads > cores:
+        problems.append(f"torch uses {threads} threads on {cores} cores: set OMP_NUM_THREADS={cores}.")
+    folder = os.environ.get("LAYERWISE_DATA")
+    if folder and not Path(folder).is_dir():
+        problems.append(f"LAYERWISE_DATA names {folder}, which is no folder: point it to a folder of data sets.")
+    if not os.access(".", os.W_OK):
+        problems.append("this folder cannot be written to: give --out, or change to another one.")
+    return {
+        "layerwise": found["layerwise"] + (f", commit {found['commit'][:12]}" if found["commit"] else ""),
+        "python": found["python"],
+        "system": found["system"],
+        "torch": f"{found['torch']}, built for {built}",
+        "processor": f"{found['cpu']}, {cores} cores, {found['instructions']}",
+        "threads": str(threads),
+        "devices": names or ["the CPU alone"],
+        "memory": "not told by this system" if free is None else f"{free / 2**30:.1f} GiB free",
+        "disk": f"{shutil.disk_usage('.').free / 2**30:.0f} GiB free here",
+        "data folder": data_in(folder),
+        "parts": parts(),
+        "problems": problems,
+    }
+
+
+def data_in(folder: str | None) -> str:
+    """What the folder of data sets holds, in words."""
+    if not folder:
+        return "not set (LAYERWISE_DATA); data sets by name come from the Hugging Face hub"
+    if not Path(folder).is_dir():
+        return f"{folder} (no folder)"
+    held = sorted(place.name for place in Path(folder).iterdir() if place.is_dir())
+    return f"{folder}: {', '.join(held) or 'empty'}"
+
+
+def parts() -> dict[str, str]:
+    """Optional parts of this package: `installed`, or what is missing and the command that installs it."""
+    found: dict[str, list[str]] = {}
+    try:
+        lines = requires("layerwise") or []
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return {}
+    for line in lines:
+        package, _, marker = line.partition(";")
+        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", marker)
+        name = re.match(r"[\w.-]+", package)
+        if extra and name and name[0] != "layerwise" and extra[1] not in ("test", "docs", "all"):
+            missing = found.setdefault(extra[1], [])
+            try:
+                version(name[0])
+            except PackageNotFoundError:
+                missing.append(name[0])
+    return {
+        extra: f"without {', '.join(missing)}: pip install 'layerwise[{extra}]'" if missing else "installed"
+        for extra, missing in found.items()
+    }

@@ -1,0 +1,86 @@
+"""BinaryConnect: layers whose weights are +1 or -1 wherever they are used, and real numbers where they learn."""
+
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _Sign(torch.autograd.Function):
+    """The sign, 1 at zero; the gradient goes to the real weight as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return torch.where(weight < 0, -1.0, 1.0).to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients[0]
+
+
+def binary(weight: Tensor, training: bool) -> Tensor:
+    """The binary weight of a real one, which is clipped to [-1, 1] before it is used in training.
+
+    The paper clips after every step; before the next use comes to the same, whatever takes the step.
+
+    >>> weight = nn.Parameter(torch.tensor([-3.0, 0.0, 0.5]))
+    >>> binary(weight, training=True).tolist(), weight.tolist()
+    ([-1.0, 1.0, 1.0], [-1.0, 0.0, 0.5])
+    """
+    if training and not weight.is_inference():
+        with torch.no_grad():
+            weight.clamp_(-1, 1)
+    return _Sign.apply(weight)  # pyright: ignore[reportReturnType]
+
+
+class BinaryLinear(nn.Linear):
+    r"""A linear layer with the weight $w_b = \mathrm{sign}(w)$ in the forward and the backward pass.
+
+    The gradient with respect to $w_b$ is that of w, which is kept within [-1, 1]. The bias stays real. The
+    deterministic form of the paper; there weights start as Glorot's and a norm follows every layer, without which sums
+    of ones are large.
+
+    Source: Courbariaux et al. 2015, "BinaryConnect".
+
+    >>> layer = BinaryLinear.of(nn.Linear(4, 2))
+    >>> sorted(set((layer(torch.eye(4)) - layer.bias).flatten().round().tolist()))[-1]
+    1.0
+    """
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> Self:
+        """The same layer with the same parameters."""
+        made = cls(linear.in_features, linear.out_features, linear.bias is not None, "meta")
+        made.weight, made.bias = linear.weight, linear.bias
+        return made.train(linear.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map `(..., in_features)` to `(..., out_features)`."""
+        return F.linear(input, binary(self.weight, self.training), self.bias)
+
+
+class BinaryConv2d(nn.Conv2d):
+    """A convolution with binary weights; see `BinaryLinear`."""
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d) -> Self:
+        """The same layer with the same parameters."""
+        made = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # pyright: ignore[reportArgumentType]
+            conv.stride,  # pyright: ignore[reportArgumentType]
+            conv.padding,  # pyright: ignore[reportArgumentType]
+            conv.dilation,  # pyright: ignore[reportArgumentType]
+            conv.groups,
+            conv.bias is not None,
+            conv.padding_mode,  # pyright: ignore[reportArgumentType]
+            "meta",
+        )
+        made.weight, made.bias = conv.weight, conv.bias
+        return made.train(conv.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map `(B, C, H, W)`."""
+        return self._conv_forward(input, binary(self.weight, self.training), self.bias)

@@ -1,0 +1,177 @@
+"""Puts other modules into a model: ones that keep less for their backward pass, or compute with fewer bits."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from layerwise.core.cut_names import matching
+from layerwise.errors import LayerwiseError, unknown
+from layerwise.replacements import norms
+from layerwise.replacements.activations import ApproxGELU, ApproxSiLU, MaskReLU
+from layerwise.replacements.binary import BinaryConv2d, BinaryLinear
+from layerwise.replacements.readers import readers_of
+from layerwise.replacements.sparse import BiMaskLinear
+from layerwise.replacements.velora import VeLoRALinear
+
+Make = Callable[[Any], nn.Module]
+"""From a module to the one that takes its place."""
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A named kind of module with what it takes the place of."""
+
+    kinds: tuple[type[nn.Module], ...]
+    """Modules of these types, not of ones derived from them."""
+    make: Make
+    takes: Callable[[Any], bool] = lambda module: True
+    """Whether one module can be replaced."""
+    hidden: bool = False
+    """Whether the last module of these kinds, which gives the network's outputs, stays as it is."""
+    merges: bool = False
+    """Whether the module's parameters are merged into what reads it, for which a batch has to be shown."""
+
+
+def _binary(layer: nn.Linear | nn.Conv2d) -> nn.Module:
+    return BinaryLinear.of(layer) if isinstance(layer, nn.Linear) else BinaryConv2d.of(layer)
+
+
+REPLACEMENTS: dict[str, Replacement] = {
+    "approx_gelu": Replacement((nn.GELU,), lambda m: ApproxGELU(), lambda m: m.approximate == "none"),
+    "approx_silu": Replacement((nn.SiLU,), lambda m: ApproxSiLU()),
+    "mask_relu": Replacement((nn.ReLU,), lambda m: MaskReLU()),
+    "ms_norm": Replacement(
+        (nn.LayerNorm, nn.RMSNorm), norms.replacement, lambda m: len(m.normalized_shape) == 1, merges=True
+    ),
+    "binary": Replacement((nn.Linear, nn.Conv2d), _binary, hidden=True),
+    "bi_mask": Replacement(
+        (nn.Linear,), BiMaskLinear.of, lambda m: m.in_features % 4 == 0 and m.out_features % 4 == 0, hidden=True
+    ),
+    "velora": Replacement((nn.Linear,), VeLoRALinear.of, lambda m: m.in_features % 32 == 0, hidden=True),
+}
+
+
+def names() -> tuple[str, ...]:
+    """Names of the replacements.
+
+    >>> names()[:2]
+    ('approx_gelu', 'approx_silu')
+    """
+    return tuple(REPLACEMENTS)
+
+
+def check_name(name: str) -> None:
+    """Raise LayerwiseError where no replacement has this name."""
+    if name not in REPLACEMENTS:
+        raise unknown("replacement", name, names())
+
+
+def replace(
+    model: nn.Module, what: str | Sequence[str] | Mapping[str | type[nn.Module], str | Make], example: Any = None
+) -> nn.Module:
+    """Put other modules into a model, in place; parameters stay what they are and keep their names.
+
+    The model is then trained as any other, under every rule. A module that is used in several places stays one module.
+
+    Args:
+        model: a model whose layers are modules: functions such as `F.gelu` cannot be replaced.
+        what: names out of `layerwise.replacements.names()`, each for all modules that it can replace; or a mapping from
+            a type of module, or a name or pattern such as `"layers.*.act"`, to such a name, or to a function from a
+            module to the one that takes its place.
+        example: a batch that the model takes; needed for `"ms_norm"`, which merges the scale and shift of a norm into
+            the linear layers that read it.
+
+    Returns:
+        The model; the module that takes its place, where it is one itself.
+
+    Raises:
+        LayerwiseError: an unknown name, a pattern that matches nothing, or nothing that could be replaced.
+
+    >>> model = nn.Sequential(nn.Linear(4, 64), nn.GELU(), nn.Linear(64, 3))
+    >>> replace(model, "approx_gelu")
+    Sequential(
+      (0): Linear(in_features=4, out_features=64, bias=True)
+      (1): ApproxGELU()
+      (2): Linear(in_features=64, out_features=3, bias=True)
+    )
+    >>> from functools import partial
+    >>> replace(model, {"2": partial(VeLoRALinear.of, groups=16, scale=0.1)})[2]
+    VeLoRALinear(in_features=64, out_features=3, bias=True, groups=16, scale=0.1)
+    """
+    if isinstance(what, Mapping):
+        asked = [(key, value) for key, value in what.items()]
+    else:
+        asked = [(None, name) for name in ([what] if isinstance(what, str) else what)]
+    for key, value in asked:
+        known = {name: m for name, m in model.named_modules(remove_duplicate=False)}
+        chosen = _chosen(model, known, key)
+        found = _made(model, chosen, value, example, key is None)
+        if not found:
+            raise LayerwiseError(_nothing(model, key, value))
+        for name, module in known.items():
+            if module not in found:
+                continue
+            if not name:
+                return found[module]
+            path, _, last = name.rpartition(".")
+            known[path]._modules[last] = found[module]
+    return model
+
+
+def _chosen(
+    model: nn.Module, known: Mapping[str, nn.Module], key: str | type[nn.Module] | None
+) -> dict[str, nn.Module]:
+    if key is None:
+        return dict(known)
+    if isinstance(key, str):
+        return {name: known[name] for name in matching(model, [key])}
+    if not (isinstance(key, type) and issubclass(key, nn.Module)):
+        raise LayerwiseError(f"replace cannot choose modules by {key!r}; give a type of module, a name or a pattern.")
+    return {name: module for name, module in known.items() if type(module) is key}
+
+
+def _made(
+    model: nn.Module, chosen: Mapping[str, nn.Module], value: str | Make, example: Any, by_itself: bool
+) -> dict[nn.Module, nn.Module]:
+    """The modules that are replaced, with what takes their places."""
+    if callable(value):
+        return {module: value(module) for module in dict.fromkeys(chosen.values())}
+    check_name(value)
+    kind = REPLACEMENTS[value]
+    able = [m for m in dict.fromkeys(chosen.values()) if type(m) in kind.kinds and kind.takes(m)]
+    if kind.hidden and by_itself:
+        last = [m for m in model.modules() if type(m) in kind.kinds][-1:]
+        able = [m for m in able if m not in last]
+    if kind.merges:
+        able = _merged(model, able, value, example)
+    found: dict[nn.Module, nn.Module] = {}
+    for module in able:
+        found[module] = kind.make(module).train(module.training)
+    return found
+
+
+def _merged(model: nn.Module, able: list[Any], name: str, example: Any) -> list[Any]:
+    """Merge what can be, and say which modules are without effect of their parameters then."""
+    bare = [m for m in able if m.weight is None]
+    if example is None and len(bare) < len(able):
+        raise LayerwiseError(f"{name} has to see what reads each norm; give replace(..., example=a batch).")
+    readers = readers_of(model, example) if len(bare) < len(able) else {}
+    taken: set[nn.Module] = set()
+    for norm in able:
+        if norm not in bare and norm in readers:
+            norms.merge(norm, readers[norm])
+            taken.add(norm)
+    return [norm for norm in able if norm in bare or norm in taken]
+
+
+def _nothing(model: nn.Module, key: Any, value: Any) -> str:
+    where = "" if key is None else f" by {key if isinstance(key, str) else key.__name__!r}"
+    if not isinstance(value, str):
+        return f"{type(model).__name__} holds no module that is chosen{where}; see print(model)."
+    kinds = " or ".join(kind.__name__ for kind in REPLACEMENTS[value].kinds)
+    return (
+        f"{value} finds no module of {type(model).__name__} that it can replace{where}; it takes {kinds} modules, and "
+        "cannot see functions of torch that a forward pass calls by itself."
+    )

@@ -1,0 +1,73 @@
+"""`layerwise new-rule`: what it writes trains, passes its own tests, and is found by name."""
+
+import runpy
+import sys
+
+import pytest
+
+from layerwise.cli.main import main
+
+
+@pytest.fixture
+def written(tmp_path, capsys):
+    assert main(["new-rule", "my_rule", str(tmp_path)]) == 0
+    assert f"--rule {tmp_path / 'my_rule.py'}:MyRule" in capsys.readouterr().out
+    return tmp_path
+
+
+def outcomes(folder, monkeypatch):
+    """Which of the written tests pass."""
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "my_rule", raising=False)
+    found = {}
+    for name, test in runpy.run_path(str(folder / "test_my_rule.py")).items():
+        if name.startswith("test_"):
+            try:
+                test()
+                found[name] = True
+            except AssertionError:
+                found[name] = False
+    return found
+
+
+def test_its_own_tests_pass_and_fail_where_the_rule_is_broken(written, monkeypatch):
+    whole = outcomes(written, monkeypatch)
+    assert len(whole) == 3 and all(whole.values())
+    rule = written / "my_rule.py"
+    rule.write_text(rule.read_text().replace("self.weight * F.cross_entropy", "0.0 * F.cross_entropy"))
+    assert outcomes(written, monkeypatch) != whole
+
+
+def test_it_is_trained_by_name(written, capsys):
+    words = f"train --rule {written / 'my_rule.py'}:MyRule --rule.weight 2 --steps 2 --out {written / 'run'}"
+    assert main(words.split()) == 0, capsys.readouterr().err
+    assert "my_rule" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "takes a name"),
+        (["a", "b", "c"], "takes a name"),
+        (["--out", "x"], "takes a name"),
+        (["My-Rule"], "is no name for a rule"),
+        (["../x"], "is no name for a rule"),
+        (["class"], "is no name for a rule"),
+        (["sll"], "there is a rule 'sll' already"),
+        (["fine", "no/such"], "there is no folder"),
+    ],
+)
+def test_wrong_use_is_one_sentence_and_leaves_nothing(words, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["new-rule", *words]) == 2
+    err = capsys.readouterr().err
+    assert sentence in err and err.count("\n") == 1
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("name", ["my_rule.py", "test_my_rule.py"])
+def test_nothing_is_overwritten(name, tmp_path, capsys):
+    (tmp_path / name).write_text("mine")
+    assert main(["new-rule", "my_rule", str(tmp_path)]) == 2
+    assert "nothing is overwritten" in capsys.readouterr().err
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(name, "mine")]
