@@ -17,6 +17,7 @@ from layerwise.data.catalogue import describe, names
 from layerwise.data.loading import Dataset, load
 from layerwise.data.nodes import NodeSource
 from layerwise.data.noise import noisy_labels
+from layerwise.data.sentences import Words
 from layerwise.data.sources import InMemorySource, Source, StreamedSource
 from layerwise.data.splitting import stratified_split
 from layerwise.data.tables import TableSource
@@ -36,6 +37,7 @@ __all__ = [
     "TextOptions",
     "TokenSource",
     "Tokenizer",
+    "Words",
     "crop",
     "cutout",
     "describe",

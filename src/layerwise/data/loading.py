@@ -20,6 +20,7 @@ from layerwise.data.noise import NoiseKind, noisy_labels
 from layerwise.data.numbers import target_statistics
 from layerwise.data.pictures import ImageFormat
 from layerwise.data.scenes import digit_scenes
+from layerwise.data.sentences import Words, load_sentences
 from layerwise.data.sources import InMemorySource, Source
 from layerwise.data.splitting import stratified_split
 from layerwise.data.statistics import mean_and_std
@@ -92,8 +93,9 @@ def load(
     targets: Sequence[str] = (),
     text: TextOptions | None = None,
     tokenizer: Tokenizer | None = None,
+    words: Words | None = None,
 ) -> Dataset:
-    """Load a data set: labelled images, the nodes of a graph, the rows of a table, or windows of text.
+    """Load a data set: labelled images, the nodes of a graph, the rows of a table, sentences, or windows of text.
 
     Args:
         name: a name or form that `names()` lists; default "digits".
@@ -116,6 +118,7 @@ def load(
         targets: names of the columns of labels of a table; default the one with a usual name.
         text: how a text becomes windows of tokens.
         tokenizer: of a text; default the one that `text` asks for.
+        words: how a column of text becomes tokens; a CSV file is one of numbers if not given.
 
     Raises:
         LayerwiseError: an unknown name, an argument out of its range, data that cannot be found, reached or read, no
@@ -144,6 +147,7 @@ imagefolder:PATH, parquet:PATH, PATH.csv.
     if task == "language_model":
         return _text(name, text, val_fraction, train_samples, seed, root, size, tokenizer)
     columns: tuple[str, ...] = ()
+    contents: tuple[str, ...] = ()
     test = own_val = form = None
     if name == "digits":
         classes, train, notes = _digits()
@@ -159,8 +163,13 @@ imagefolder:PATH, parquet:PATH, PATH.csv.
     elif is_table(name):
         if size is not None:
             raise LayerwiseError("the rows of a table are no images; leave --image-size out")
-        train, classes, columns, found = read_table(Path(name), task, targets)
-        notes = list(found)
+        if words is None:
+            train, classes, columns, found = read_table(Path(name), task, targets)
+            notes = list(found)
+        else:
+            sentences = load_sentences(Path(name), words, targets[0] if targets else None, val_fraction)
+            splits, classes, contents, notes = sentences
+            train, own_val, test = splits["train"], splits.get("val"), splits.get("test")
     else:
         classes, (train, own_val, test), form, notes = load_images(name, root, size, in_memory_limit, task, targets)
     if test is None:
@@ -212,11 +221,12 @@ imagefolder:PATH, parquet:PATH, PATH.csv.
     if len(kept) < len(train):
         train = train.subset(kept)
     train = train.relabelled(noisy[kept])
-    mean, std, sampled = mean_and_std(train)
+    mean, std, sampled = mean_and_std(train) if words is None else ((0.0,), (1.0,), len(train))
     if sampled < len(train):
         notes.append(f"mean and std are estimated from {sampled} of {len(train)} training images")
-    scale = target_statistics(train.labels) if task == "regression" else ((), ())
-    return Dataset(name, classes, train.shape, mean, std, train, val, test, tuple(notes), None, columns, form, *scale)
+    means, stds = target_statistics(train.labels) if task == "regression" else ((), ())
+    parts = (train, val, test, tuple(notes), None, columns, form, means, stds)
+    return Dataset(name, classes, train.shape, mean, std, *parts, contents=contents)
 
 
 def _text(

@@ -78,7 +78,7 @@ def read_table(path: Path, task: DataTask = "classification", targets: Sequence[
         LayerwiseError: a file that `read_columns` refuses; no column of labels, or no other one; another column without
             a name; a label that is absent or a fraction; fewer than two classes.
     """
-    lines = _read(path)
+    lines = read_lines(path)
     wanted = chosen_targets(targets, lines.names, task, lines.title)
     unnamed = {place: name for place, name in enumerate(lines.names) if UNNAMED.fullmatch(name)}
     columns = [(place, name) for place, name in enumerate(lines.names) if name not in wanted and place not in unnamed]
@@ -109,7 +109,7 @@ def read_columns(path: Path, columns: Sequence[str]) -> Tensor:
         LayerwiseError: no such file or column, a cell that is no finite number, a row with too many or too few cells, a
             name that two columns have, different long whole numbers that floating point cannot distinguish.
     """
-    lines = _read(path)
+    lines = read_lines(path)
     places = {name: place for place, name in enumerate(lines.names)}
     absent = next((name for name in columns if name not in places), None)
     if absent is not None:
@@ -118,7 +118,12 @@ def read_columns(path: Path, columns: Sequence[str]) -> Tensor:
     return _numbers(lines, [places[name] for name in columns])
 
 
-def _read(path: Path) -> Lines:
+def read_lines(path: Path) -> Lines:
+    """A CSV file as it stands.
+
+    Raises:
+        LayerwiseError: no such file, or rows that do not have the columns of the first line.
+    """
     title = shown(path)
     try:
         with open_regular(path, ADVICE) as raw:
@@ -141,6 +146,11 @@ def _read(path: Path) -> Lines:
                 f"line {line} of {title} has {len(row)} cells, and the first line {len(names)} names; correct it."
             )
     return Lines(title, names, [row for _, row in found[1:]], [line for line, _ in found[1:]])
+
+
+def read_classes(lines: Lines, target: str | None = None) -> tuple[tuple[str, ...], Tensor]:
+    """Names of the classes of a table in order, and the labels int64 (N,), as `read_table` has them."""
+    return _classes(lines, chosen_targets((target,) if target else (), lines.names, "classification", lines.title)[0])
 
 
 def _check_memory(title: str, size: int) -> None:

@@ -96,6 +96,10 @@ class OutsideModel(ModelOptions):
         """Whether the network predicts a next token at every position."""
         return False
 
+    def tokenizer(self) -> tuple[Path, int] | None:
+        """The file of the tokenizer that the network was trained with, and the token that fills up a sequence."""
+        return None
+
     @classmethod
     def from_numbers(cls, numbers: Mapping[str, float], depth: int | None = None) -> Self:
         """Options out of numbers; those that are no option go to the constructor or configuration."""
@@ -253,6 +257,9 @@ class HFModel(OutsideModel):
     if auto."""
     length: int = 64
     """Tokens per sequence of a random batch, in bench."""
+    lora: int | None = None
+    """Rank of LoRA's adapters (peft) in all linear layers of the blocks: of the network itself only the classifier
+    learns then. None if not given."""
 
     @property
     def positions(self) -> bool:
@@ -278,19 +285,30 @@ class HFModel(OutsideModel):
                 config.image_size = shape[1] if shape[1] == shape[2] else (shape[1], shape[2])
         if kind == "sequence" and getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = 0  # some pool the last token that is no padding
+        if kind == "sequence" and shape[:2] == (1, 1):
+            most = getattr(config, "max_position_embeddings", None) or shape[2]
+            require(
+                shape[2] <= most,
+                f"a window of {shape[2]} tokens is longer than the {most} positions of {shown(self._path)}; give a "
+                "smaller --data.window.",
+            )
         if hasattr(config, "use_cache"):
             config.use_cache = False  # what it keeps of every layer grows with depth
         auto = getattr(transformers, AUTO[kind])
         try:
             if self._weights():
-                return auto.from_pretrained(
+                made = auto.from_pretrained(
                     self._path,
                     config=config,
                     use_safetensors=True,
                     local_files_only=True,
                     ignore_mismatched_sizes=True,  # a classifier of another number of classes is made anew
                 ).float()
-            return auto.from_config(config)
+            else:
+                made = auto.from_config(config)
+            if kind == "sequence" and shape[:2] == (1, 1):
+                made.register_forward_pre_hook(WithoutPadding(config.pad_token_id), with_kwargs=True)
+            return with_adapters(made, self.lora) if self.lora else made
         except Exception as reason:  # of many kinds, about sizes that do not go together
             said = " ".join(str(reason).split())[:200].rstrip(".")
             raise LayerwiseError(
@@ -303,6 +321,12 @@ class HFModel(OutsideModel):
             return super().batch(shape, classes, samples)
         tokens = torch.randint(config.vocab_size, (samples, self.length))
         return {"input_ids": tokens}, tokens if kind == "causal" else torch.randint(classes, (samples,))
+
+    def tokenizer(self) -> tuple[Path, int] | None:
+        config, file = self._config(), Path(self._path) / "tokenizer.json"
+        if self._kind(config) != "sequence" or kind_of(file) != "file":
+            return None
+        return file, getattr(config, "pad_token_id", None) or 0
 
     @property
     def _path(self) -> str:
@@ -336,9 +360,38 @@ class HFModel(OutsideModel):
                 return kind
         if config.model_type in auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
             return "image"
-        if config.model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "MaskedLM" not in named:
+        decodes = getattr(config, "is_decoder", False)
+        masked = config.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes
+        if config.model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not masked:
             return "causal"
         return "sequence"
+
+
+class WithoutPadding:
+    """Hides the tokens that fill up a window from attention: a hook of a model that is given tokens alone."""
+
+    def __init__(self, padding: int):
+        self.padding = padding
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's arguments, with a mask."""
+        if len(args) != 1 or kwargs.get("attention_mask") is not None:
+            return None
+        seen = args[0] != self.padding
+        seen[:, 0] = True  # a window of padding alone has something to look at
+        return args, kwargs | {"attention_mask": seen.long()}
+
+
+def with_adapters(model: nn.Module, rank: int) -> nn.Module:
+    """The model with LoRA's adapters in its linear layers; beside them, what is no part of its trunk learns."""
+    peft = need("peft", "hf")
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="SEQ_CLS")
+    made = peft.inject_adapter_in_model(config, model)
+    trunk = getattr(model, "base_model_prefix", "")
+    for name, parameter in made.named_parameters():
+        if not name.startswith(f"{trunk}."):
+            parameter.requires_grad_(True)
+    return made
 
 
 AUTO = {

@@ -16,6 +16,7 @@ from layerwise.core.graphs import Graph
 from layerwise.core.optim import Schedule
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.tasks import UNLABELLED, LanguageModel, MultiLabel, Regression, Segmentation, Task
+from layerwise.data.catalogue import is_table
 from layerwise.data.masks import IGNORED
 from layerwise.data.tokenizer import from_json
 from layerwise.errors import LayerwiseError, short, why
@@ -194,7 +195,16 @@ def load_data(options: TrainOptions, folder: Path | None = None) -> data.Dataset
         targets=options.targets,
         text=data.TextOptions(*(getattr(options, name) for name in data.TextOptions._fields)),
         tokenizer=None if folder is None else read_tokenizer(folder, options),
+        words=words_of(options),
     )
+
+
+def words_of(options: TrainOptions) -> data.Words | None:
+    """How a table's column of text becomes tokens, for a network of transformers with a tokenizer of its own."""
+    if options.task != "classification" or not is_table(options.data):
+        return None
+    found = options.model.tokenizer() if isinstance(options.model, models.OutsideModel) else None
+    return None if found is None else data.Words(found[0], found[1], options.window)
 
 
 TOKENIZER = "tokenizer.json"
@@ -284,9 +294,9 @@ def split_in_order(run: "Trained", split: str, size: int, folder: Path) -> data.
     return in_order(source, size, run.options, dataset, run.learner.device)
 
 
-def _example(options: TrainOptions, facts: DataSignature) -> torch.Tensor:
+def _example(facts: DataSignature) -> torch.Tensor:
     """A batch of the shape of the data."""
-    if options.task == "language_model":
+    if facts.contents:  # windows of tokens
         return torch.zeros(2, *facts.shape[2:], dtype=torch.int64)
     return torch.zeros(2, *facts.shape)
 
@@ -296,7 +306,7 @@ def _replaced(model: torch.nn.Module, options: TrainOptions, facts: DataSignatur
     if not options.replace:
         return model
     with preserved_generators(torch.device("cpu")):
-        return replace(model, options.replace, example=_example(options, facts))
+        return replace(model, options.replace, example=_example(facts))
 
 
 def check_takes(options: TrainOptions) -> None:
@@ -334,7 +344,7 @@ def build_learner(
     if isinstance(options.model, models.OutsideModel):
         model = models.outside.cut(model, **where)
         where = {} if isinstance(model, Partition) else where
-    example = _example(options, facts).to(device)
+    example = _example(facts).to(device)
     updates = math.ceil(total / options.accumulate)
     learner = Learner(
         model,

@@ -11,7 +11,7 @@ from layerwise import models, rules
 from layerwise.core import own_code
 from layerwise.core.ranges import TRAINING, check_ranges
 from layerwise.core.rule import Rule
-from layerwise.data.catalogue import is_text
+from layerwise.data.catalogue import is_table, is_text
 from layerwise.errors import LayerwiseError, short
 from layerwise.memory.fitting import read_size
 from layerwise.models import ModelOptions
@@ -44,7 +44,8 @@ class TrainOptions(RunSettings):
         if is_text(self.data) and self.task == "classification":
             object.__setattr__(self, "task", "language_model")  # a text has no other
         for name, own in OF_TASKS.items():
-            if self.task not in own and self._differs(name):
+            sentences = name == "window" and is_table(self.data)  # which a pretrained model reads
+            if self.task not in own and self._differs(name) and not sentences:
                 raise LayerwiseError(f"{name} is about {own[0]}, and the task is {self.task}; leave it out.")
         if self._differs("vocabulary") and self.tokenizer != "bpe":
             raise LayerwiseError(f"vocabulary is that of a bpe, and the tokenizer is {self.tokenizer}; leave it out.")

@@ -36,7 +36,7 @@ class RunSettings:
     vocabulary: Annotated[int, arg(name=FLAGS["vocabulary"])] = 4096
     """Of a text: number of tokens of a bpe."""
     window: Annotated[int, arg(name=FLAGS["window"])] = 128
-    """Of a text: tokens that a sample holds."""
+    """Of a text, or of a table's column of text: tokens that a sample holds."""
     documents: Annotated[bool, arg(name=FLAGS["documents"])] = False
     """Of a text: empty lines part documents, whose order is drawn, and which splits do not cut."""
     targets: tuple[str, ...] = ()
