@@ -151,7 +151,8 @@ class LookingAhead(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """What the copies make of a block's output."""
         copies = [copy for copy in (self.learned, self.average) if copy is not None]
-        read = [self._unchanged(copy, h, self.training) for copy in copies]
+        # A node for each reader: a first run copies its input and later ones do not, and sums keep one order so.
+        read = [self._unchanged(copy, h.view_as(h), self.training) for copy in copies]
         return read[0] if self.scale is None else self.scale * read[0] + (2 - self.scale) * read[1]
 
     def follow(self, parameters: list[Tensor], momentum: float) -> None:

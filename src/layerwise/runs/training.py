@@ -334,12 +334,13 @@ class Run:
             "machines": self.machines,
             "options": {k: v for k, v in to_mapping(self.options).items() if k not in OF_THE_FOLDER},
         }
+        if self.options.task == "classification":
+            result["chance"] = chance(self.test_batches)
         if self._alone and self.dataset.tokenizer is not None:
             window = self.dataset.test.batch(torch.zeros(1, dtype=torch.int64))[0][0]
             result["sample"] = sample_of(self.learner, self.dataset.tokenizer, window)
         checkpoint.write_tensors(self.folder / "model.safetensors", self._weights())
         if self._alone and self.options.task == "classification":
-            result["chance"] = chance(self.test_batches)
             write_atomically(self.folder / "test_correct.npy", correct(self.learner, self.test_batches))
         write_atomically(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
         return result
