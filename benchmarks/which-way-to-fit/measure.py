@@ -7,7 +7,8 @@ all ways of a network in turn: seconds of the processor, of the system's part to
 does not count waiting for a disk that is slower than the system's file cache). A way whose steps differ
 (`block_rota`) has the largest memory of a round of turns, and the mean time of as many turns as
 there are rounds here. Freed memory stays with the process, as on the command line: otherwise plain backpropagation
-would be slowed down by the pages that it gets anew in every step, and the other ways would look better. The figures go to `results.jsonl` beside this file.
+would be slowed down by the pages that it gets anew in every step, and the other ways would look better. The figures go
+to `results.jsonl` beside this file.
 """
 
 import argparse
