@@ -1,11 +1,13 @@
 """Devices that this machine does not have, pretended."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
-from layerwise import LayerwiseError
+from layerwise import LayerwiseError, Learner, models
 from layerwise.core import devices
 from layerwise.core.randomness import preserved_generators, seed_generators
 
@@ -64,3 +66,29 @@ def test_memory_is_counted_by_the_meter_where_the_allocator_tells_no_peak():
     assert devices.allocator(torch.device("cpu")) is devices.allocator(torch.device("mps")) is None
     assert devices.allocator(torch.device("cuda")) is torch.cuda
     assert devices.allocator(torch.device("xpu")) is torch.xpu
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "stride", "device", "refused"),
+    [
+        (4, 1, 2, "cpu", True),
+        (7, 1, (1, 2), "cpu", True),
+        (8, 1, 2, "cpu", False),
+        (4, 1, 1, "cpu", False),
+        (4, 3, 2, "cpu", False),
+        (4, 1, 2, "cuda", False),
+    ],
+)
+def test_a_convolution_that_would_write_outside_its_memory_is_refused(channels, kernel, stride, device, refused):
+    model = nn.Sequential(nn.Conv2d(channels, 8, kernel, stride), nn.Flatten(), nn.LazyLinear(3))
+    with pytest.raises(LayerwiseError, match="writes outside its memory") if refused else nullcontext():
+        devices.check_channels_last(model, torch.device(device))
+
+
+def test_a_learner_refuses_it_only_in_that_order():
+    def make(**options):
+        return Learner(models.create("resnet", (3, 8, 8), 4, depth=4, width=4), "backprop", **options)
+
+    make()
+    with pytest.raises(LayerwiseError, match="channels-last order on the CPU"):
+        make(channels_last=True)

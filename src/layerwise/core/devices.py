@@ -9,9 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from layerwise.errors import LayerwiseError
 
+LEAST_CHANNELS = 8
+"""Of a strided 1x1 convolution in channels-last order on the CPU."""
 SCALED = ("cpu", "cuda", "xpu")
 """Kinds of device for which torch has the operations of a gradient scaler (fp16)."""
 
@@ -97,6 +100,28 @@ def check_precision(precision: str, device: torch.device) -> None:
         )
     if precision != "fp32" and not torch.amp.is_autocast_available(device.type):
         raise LayerwiseError(f"torch has no autocast for {device.type}; choose precision fp32.")
+
+
+def check_channels_last(model: nn.Module, device: torch.device) -> None:
+    """Raise LayerwiseError for a convolution whose backward pass writes outside its memory in this order.
+
+    torch 2.13 does so on the CPU where a kernel of one pixel skips pixels and there are fewer than eight channels: the
+    process aborts, or goes on with a damaged heap.
+
+    >>> check_channels_last(nn.Conv2d(4, 8, 1, stride=2), torch.device("cpu"))
+    Traceback (most recent call last):
+    layerwise.errors.LayerwiseError: channels-last order on the CPU: torch's backward pass of a 1x1 convolution with a \
+stride and 4 channels writes outside its memory; leave channels_last out, or make it 8 channels or more.
+    """
+    for module in model.modules() if device.type == "cpu" else ():
+        if not isinstance(module, nn.Conv2d) or module.in_channels >= LEAST_CHANNELS:
+            continue
+        if module.kernel_size == (1, 1) and max(module.stride) > 1:
+            raise LayerwiseError(
+                "channels-last order on the CPU: torch's backward pass of a 1x1 convolution with a stride and "
+                f"{module.in_channels} channels writes outside its memory; leave channels_last out, or make it "
+                f"{LEAST_CHANNELS} channels or more."
+            )
 
 
 def allocator(device: torch.device) -> Any:

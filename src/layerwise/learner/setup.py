@@ -11,7 +11,7 @@ from torch import nn
 
 from layerwise.core.blocks import Block, Partition
 from layerwise.core.calls import CallPartition
-from layerwise.core.devices import check_precision, usable_device
+from layerwise.core.devices import check_channels_last, check_precision, usable_device
 from layerwise.core.execution import Execution
 from layerwise.core.late import LateWeights, NotLate
 from layerwise.core.optim import Factory, Schedule, optimizer_factory
@@ -97,6 +97,7 @@ def make_setup(
     if given["device"] is not None and given["offload"] == "none":
         network.to(device)
     if given["channels_last"]:
+        check_channels_last(model, device)
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     task = usable_task(given["task"], given["label_smoothing"])
     check_can(rule, task)
