@@ -400,3 +400,25 @@ def test_a_module_replaced_after_the_cut_is_noticed():
     with pytest.raises(LayerwiseError, match="module '2' was replaced"):
         Learner(parts).step(torch.randn(4, 4), torch.tensor([0, 1, 0, 1]))
     assert Learner(partition(model)).step(torch.randn(4, 4), torch.tensor([0, 1, 0, 1])).read()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.to(memory_format=torch.channels_last),
+        lambda model: setattr(model[-1].weight, "data", model[-1].weight.data.t().contiguous().t()),
+        lambda model: setattr(model[-1].weight, "data", torch.zeros(200, 8)),
+        lambda model: setattr(model[-1].weight, "data", torch.zeros(1, 8).expand(4, 8)),
+    ],
+)
+def test_a_parameter_that_is_laid_out_anew_is_refused(change):
+    """torch's fused optimizers would write outside their memory, or pair the moments of other weights."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    )
+    learner = Learner(model, "backprop")
+    x, y = torch.randn(4, 3, 8, 8), torch.arange(4)
+    learner.step(x, y)
+    change(model)
+    with pytest.raises(LayerwiseError, match="which its optimizer does not know"):
+        learner.step(x, y)

@@ -7,8 +7,9 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from support.nets import batches, dense, problem
+from support.nets import batches, dense, net, problem, same_bits, trained
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from layerwise import LayerwiseError, Learner
 
@@ -341,3 +342,31 @@ def test_a_readout_larger_than_the_adapters_of_a_frozen_block_is_warned_of():
         Learner(adapted(True), "local_ce", example=X)
     Learner(adapted(True), "sll", example=X)  # its projections are fixed
     Learner(adapted(False), "local_ce", example=X)  # nothing is frozen: warnings are errors here
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("rule", ["backprop", "local_ce"])
+def test_a_state_goes_on_in_channels_last_order_whatever_order_it_was_kept_in(rule, accumulate):
+    """As in a checkpoint, whose tensors are contiguous; fused optimizers pair elements by their place in memory."""
+    model, data = net("vgg", 3), batches(5)
+    options = {"channels_last": True, "lr": 0.01, "accumulate": accumulate}
+    whole, state = trained(model, rule, data, **options), trained(model, rule, data[:3], **options).state_dict()
+    state = tree_map(lambda t: t.contiguous().clone() if isinstance(t, torch.Tensor) else t, state)
+    learner = Learner(copy.deepcopy(model), rule, **options)
+    learner.load_state_dict(state)
+    for x, y in data[3:]:
+        learner.step(x, y)
+    assert same_bits(whole, learner)
+
+
+def test_the_optimizers_own_way_keeps_the_order_too():
+    model, data = net("vgg", 3), batches(4)
+    options = {"channels_last": True, "lr": 0.01}
+    whole, first = trained(model, "backprop", data, **options), trained(model, "backprop", data[:2], **options)
+    packed = tree_map(
+        lambda t: t.contiguous().clone() if isinstance(t, torch.Tensor) else t, first.optimizer.state_dict()
+    )
+    first.optimizer.load_state_dict(packed)
+    for x, y in data[2:]:
+        first.step(x, y)
+    assert same_bits(whole, first)

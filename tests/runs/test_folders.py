@@ -64,6 +64,37 @@ def test_overwrite_does_not_replace_the_current_folder(run, monkeypatch, capsys,
     assert contents(run) == before
 
 
+def test_overwrite_keeps_what_the_new_run_needs(run, capsys):
+    """Its own data lie in the folder that is to be deleted."""
+    table = run / "rows.csv"
+    table.write_text("a,label\n" + "".join(f"{i % 7},{i % 2}\n" for i in range(800)))
+    before = contents(run)
+    assert begin(run, "--overwrite", "--data", str(table)) == 2
+    assert "which the run needs, lies in" in capsys.readouterr().err
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_overwrite_deletes_nothing_beside_the_run(run, capsys, what):
+    aside = run.with_name(f".{run.name}.replaced")
+    mine = aside / "mine.txt" if what == "folder" else aside
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("precious")
+    before = contents(run)
+    assert begin(run, "--overwrite") == 2
+    assert "is no run and is not deleted; move it away" in capsys.readouterr().err
+    assert mine.read_text() == "precious"
+    assert contents(run) == before
+
+
+def test_what_a_killed_deletion_has_left_is_deleted(run):
+    aside = run.with_name(f".{run.name}.replaced")
+    (aside / "checkpoints").mkdir(parents=True)
+    (aside / "metrics.jsonl").write_text("")
+    assert begin(run, "--overwrite") == 0
+    assert not aside.exists()
+
+
 def test_overwrite_follows_a_link(run, tmp_path):
     (tmp_path / "link").symlink_to(run)
     assert begin(tmp_path / "link", "--overwrite", "--seed", "7") == 0

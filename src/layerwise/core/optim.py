@@ -374,3 +374,25 @@ def decay_groups(
     for group in groups if names is not None else ():
         group["names"] = [names.get(id(p), "") for p in group["params"]]  # pyright: ignore[reportOptionalMemberAccess]
     return groups
+
+
+def laid_out_as(own: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """A tensor in the memory order of a parameter of the same shape; others as they are.
+
+    torch's fused optimizers pair the elements of parameter, gradient and state by their place in memory.
+
+    >>> laid_out_as(torch.zeros(2, 3).t(), torch.arange(6.0).view(3, 2)).stride()
+    (1, 3)
+    """
+    plain = given.layout == own.layout == torch.strided and type(given) is torch.Tensor
+    if not plain or given.shape != own.shape or given.stride() == own.stride():
+        return given
+    return torch.empty_like(own, dtype=given.dtype, device=given.device, requires_grad=False).copy_(given)
+
+
+def lay_out_state(optimizer: torch.optim.Optimizer) -> None:
+    """Bring the state of every parameter, such as a checkpoint gave it, into the parameter's memory order."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                state[name] = laid_out_as(parameter, value)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from layerwise.core.optim import lay_out_state
 from layerwise.core.param_groups import check_group, check_schedule
 from layerwise.errors import LayerwiseError
 from layerwise.learner.checks import check_made_state, made_by
@@ -119,6 +120,7 @@ class EveryOptimizer(torch.optim.Optimizer):
             parts.append((optimizer, {"state": {numbers[i]: s for i, s in own.items() if s}, "param_groups": groups}))
         for optimizer, part in parts:
             optimizer.load_state_dict(copy.deepcopy(part))
+            lay_out_state(optimizer)
 
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Count an update; the learner has made it."""

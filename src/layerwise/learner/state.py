@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from layerwise.core.groups import Group, parameters_of
+from layerwise.core.optim import laid_out_as, lay_out_state
 from layerwise.core.param_groups import base_rates, own_settings, set_base_rates, set_own_settings
 from layerwise.learner.build import Built
 from layerwise.learner.checks import Expected, Place, check_state
@@ -128,11 +129,12 @@ def _load(built: Built, groups: Sequence[Group], state: Mapping[str, Any], auxil
                 if s is not None
             }
             optimizer.load_state_dict(copy.deepcopy(packed))  # torch would keep the given tensors
+            lay_out_state(optimizer)
     for parameter, name in names.items():
         gradient = state["gradients"].get(name)
         if gradient is not None:
             own = to_shard(built, parameter, gradient)
-            gradient = own.to(parameter.device, parameter.dtype, copy=True)
+            gradient = laid_out_as(parameter, own.to(parameter.device, parameter.dtype, copy=True))
         parameter.grad = gradient
 
 

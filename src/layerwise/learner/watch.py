@@ -24,6 +24,7 @@ class Watch:
         self._modules: list[tuple[dict[str, Any], str, nn.Module | None, str]] = []
         self._sizes: list[tuple[dict[str, Any], int, str]] = []
         self._parameters: list[tuple[dict[str, Any], str, Tensor, torch.dtype, torch.device, str]] = []
+        self._layouts: list[tuple[Tensor, torch.Size, tuple[int, ...], str]] = []
         self._names: list[tuple[dict[str, Any], set[str], str]] = []
         for path, module in model.named_modules():
             prefix = path + "." if path else ""
@@ -37,9 +38,14 @@ class Watch:
                     for name, p in module._parameters.items()
                     if p is not None
                 ]
+                self._layouts += [
+                    (p, p.shape, p.stride(), prefix + name)
+                    for name, p in module._parameters.items()
+                    if p is not None and p.layout == torch.strided and not p.is_meta
+                ]
 
     def check(self) -> None:
-        """Raise LayerwiseError where a module or parameter was replaced, or a parameter cast or moved."""
+        """Raise LayerwiseError where a module or parameter was replaced, or a parameter cast, moved or reordered."""
         for registry, name, child, path in self._modules:
             if registry.get(name) is not child:
                 raise LayerwiseError(
@@ -57,6 +63,15 @@ class Watch:
                 raise LayerwiseError(
                     f"parameter {path!r} was {then} when the learner was built and is {now} now; cast or move the "
                     "model before you make the Learner."
+                )
+        for parameter, shape, stride, path in self._layouts:
+            now = parameter.stride()
+            idle = not (any(now) and any(stride))  # one number in place of all: an offloaded block waits elsewhere
+            if parameter.shape != shape or (now != stride and not idle):
+                raise LayerwiseError(
+                    f"parameter {path!r} had the shape {tuple(shape)} and the strides {stride} when the learner was "
+                    f"built, and has {tuple(parameter.shape)} and {parameter.stride()} now, which its optimizer does "
+                    "not know; make a new Learner for the model, with channels_last where that is the order."
                 )
         for registry, size, path in self._sizes:
             if len(registry) != size:

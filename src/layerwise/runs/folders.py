@@ -9,7 +9,7 @@ import shutil
 import socket
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -157,6 +157,12 @@ BEGINNING = {"job", "job.partial", f"{OPTIONS}.partial", "tokenizer.json", "toke
 """What a run that was killed at its very beginning leaves behind: nothing that anyone needs."""
 
 
+LEFT = {"metrics.jsonl", "checkpoints", "model.safetensors", "test_correct.npy", "result.json", "log.txt"} | {
+    *("diagnostics.json", "beliefs.json", "failed.json", "tensorboard")
+}
+"""What a run leaves behind beside its options."""
+
+
 def new_folder(options: TrainOptions) -> Claim:
     """The folder of a new run, claimed and empty. What `--overwrite` replaces is renamed; `drop_replaced` deletes it.
 
@@ -198,7 +204,7 @@ def _new_folder(folder: Path, options: TrainOptions) -> Claim | None:
                 f"{shown(folder)} is not empty; choose another --out, continue it with --resume {shown(folder)}, or "
                 "replace it with --overwrite."
             )
-        return _replaced(folder, claim)
+        return _replaced(folder, claim, options)
     except BaseException:
         claim.release()
         raise
@@ -208,7 +214,7 @@ def _is_vacant(folder: Path) -> bool:
     return {path.name for path in folder.iterdir()} <= BEGINNING
 
 
-def _replaced(folder: Path, old: Claim) -> Claim:
+def _replaced(folder: Path, old: Claim, options: TrainOptions) -> Claim:
     """A new folder in place of that of an old run, which is kept under another name until the new one has begun."""
     if kind_of(folder / OPTIONS) != "file":
         raise LayerwiseError(f"{shown(folder)} is not the folder of a run, so --overwrite does not delete it.")
@@ -217,9 +223,18 @@ def _replaced(folder: Path, old: Claim) -> Claim:
         raise LayerwiseError(
             f"the current folder lies in {shown(folder)}, which --overwrite is to replace; go to another folder first."
         )
+    if (needed := _named_inside(to_mapping(options) | {"out": None}, real)) is not None:
+        raise LayerwiseError(
+            f"{shown(needed)}, which the run needs, lies in {shown(folder)}, which --overwrite is to replace; move it, "
+            "or choose another --out."
+        )
     aside = set_aside(folder)
-    if aside.exists():  # an earlier replacement was killed before it could delete it
-        shutil.rmtree(aside)
+    if kind_of(aside) is not None:
+        if kind_of(aside) != "folder" or not _was_run(aside):
+            raise LayerwiseError(
+                f"{shown(aside)}, where --overwrite puts the old run aside, is no run and is not deleted; move it away."
+            )
+        shutil.rmtree(aside)  # an earlier replacement was killed before it could delete it
     real.rename(aside)
     try:
         new = Claim(real)
@@ -229,6 +244,25 @@ def _replaced(folder: Path, old: Claim) -> Claim:
     old.release()
     new.folder = folder
     return new
+
+
+def _was_run(folder: Path) -> bool:
+    """Whether a folder is a run, or what is left of one whose deletion was cut short."""
+    return kind_of(folder / OPTIONS) == "file" or {path.name for path in folder.iterdir()} <= {*BEGINNING, *LEFT}
+
+
+def _named_inside(options: Any, real: Path) -> str | None:
+    """A path that options name, alone or in a form such as `text:PATH` or `FILE.py:NAME`, and that lies in a folder."""
+    if isinstance(options, Mapping):
+        options = list(options.values())
+    if isinstance(options, (list, tuple)):
+        return next((found for value in options if (found := _named_inside(value, real)) is not None), None)
+    if isinstance(options, str) and options:
+        for word in (options, options.partition(":")[2], options.rpartition(":")[0]):
+            with contextlib.suppress(OSError, ValueError):  # no path at all
+                if word and Path(word).exists() and Path(word).resolve().is_relative_to(real):
+                    return word
+    return None
 
 
 def set_aside(folder: Path) -> Path:
