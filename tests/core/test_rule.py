@@ -201,6 +201,8 @@ ANSWERS = [
     ("begin", (None, None), r"rule 'answers' begins with an input that is None; return two things"),
     ("run", None, r"rule 'answers' runs block '2' to None; return the block's output from `run`"),
     ("signal", Signal(), "rule 'answers' gives block '4' neither a loss nor a cotangent, so it would not learn"),
+    ("signal", Signal(metrics={"m": torch.zeros((), device="meta")}), "the metric 'm', which is"),
+    ("signal", Signal(metrics={"m": torch.zeros((), dtype=torch.complex64)}), "the metric 'm', which is"),
     ("to_trunk", torch.zeros(1), r"rule 'answers' sends a tensor of shape \(1,\) back from block '4'; return from"),
     ("predict", None, r"rule 'answers' predicts None; return from `predict` logits of shape \(64, ..., 4\)"),
     ("predict", torch.zeros(64, 9), r"rule 'answers' predicts a tensor of shape \(64, 9\)"),
@@ -231,3 +233,10 @@ def test_a_rule_that_fails_is_named_with_the_method(method):
     with pytest.raises(LayerwiseError, match=rf"rule 'answers' fails in `{method}`.*\(KeyError: 'it'\)") as caught:
         used(Answers(method, KeyError("it")))
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+@pytest.mark.parametrize(("fact", "value"), [("name", 3), ("boundary", None), ("flat_memory", "yes"), ("source", 1)])
+def test_a_declared_fact_has_its_type(fact, value):
+    kind = type("Other", (Answers,), {fact: value})
+    with pytest.raises(LayerwiseError, match=f"declares {fact} = .*; it is of type"):
+        Learner(dense(), kind())

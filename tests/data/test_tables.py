@@ -249,3 +249,35 @@ def test_a_table_that_was_saved_twice_has_two_columns_of_row_numbers(tmp_path):
     found = data.load(write(tmp_path / "t.csv", body, ("Unnamed: 0.1", "Unnamed: 0", "a", "label")), val_fraction=0)
     assert found.columns == ("a",)
     assert sum("numbers the rows" in note for note in found.notes) == 2
+
+
+def test_targets_that_single_precision_would_merge_are_refused(tmp_path):
+    """Sixty of them lie within half of a step of float32 at 1.7e9, which is 128."""
+    large = write(tmp_path / "large.csv", [(i % 7, i % 5, 1_700_000_000 + i) for i in range(60)])
+    with pytest.raises(LayerwiseError, match="column 'label' are so large beside their differences"):
+        data.load(large, task="regression")
+    small = write(tmp_path / "small.csv", [(i % 7, i % 5, i / 3) for i in range(60)])
+    assert data.load(small, task="regression").train.labels.unique().numel() > 30
+    same = write(tmp_path / "same.csv", [(i % 7, i % 5, 1_700_000_001) for i in range(60)])
+    data.load(same, task="regression")  # nothing to merge
+
+
+def test_long_whole_numbers_with_a_point_are_told_apart_too(tmp_path):
+    rows = [(f"{10**16 + i % 2}.0", i, "ab"[i % 2]) for i in range(40)]
+    with pytest.raises(LayerwiseError, match="are the same as floating-point numbers"):
+        data.load(write(tmp_path / "long.csv", rows))
+
+
+def test_a_network_that_answers_nan_has_no_accuracy_and_no_predictions(tmp_path, capsys):
+    table = write(tmp_path / "rows.csv", [(i % 7, i % 5, "ab"[i % 2]) for i in range(120)])
+    words = f"train --data {table} --model.width 8 --batch-size 32 --steps 1 --threads 1"
+    broken = split(f"{words} --lr 1e30 --optimizer sgd --schedule constant --out {tmp_path / 'broken'}")
+    assert main(broken) == 2
+    assert "after 1 steps the network answers with NaN" in capsys.readouterr().err
+    assert not (tmp_path / "broken" / "result.json").exists()
+    assert main(split(f"{words} --out {tmp_path / 'run'}")) == 0
+    far = write(tmp_path / "far.csv", [(1, 2), ("1e39", 2)], NAMES[:2])
+    capsys.readouterr()
+    assert main(["predict", str(tmp_path / "run"), far]) == 2
+    out, err = capsys.readouterr()
+    assert "what the network answers to the input 1 is no finite number" in err and not out

@@ -87,6 +87,7 @@ def test_a_schedule_that_gives_no_rate_is_refused(schedule):
         ({"stage": 3}, "stage is of type int"),
         ({"layout": 3}, "layout is of type int"),
         ({"compile": 5}, "compile is of type int; give True, False, or the name of a backend"),
+        ({"compile": "inductr"}, "unknown backend of torch.compile 'inductr'; did you mean 'inductor'"),
         ({"cuts": 3}, "cuts is of type int"),
         ({"channels_last": "yes"}, "channels_last is of type str"),
     ],

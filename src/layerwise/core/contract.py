@@ -10,7 +10,7 @@ from torch import Tensor
 from layerwise.core.pieces import JoinsGroups, LearnsInPart, TakesTurns
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site
 from layerwise.core.tasks import Task
-from layerwise.errors import LayerwiseError, is_out_of_memory, suggestion
+from layerwise.errors import LayerwiseError, is_out_of_memory, short, suggestion
 
 
 def check_rule(rule: object) -> None:
@@ -30,6 +30,11 @@ def check_rule(rule: object) -> None:
     for fact in ("name", "locality", "boundary", "flat_memory", "source"):
         if not hasattr(kind, fact):
             raise LayerwiseError(f"rule {kind.__name__} does not declare {fact!r}; set the class attribute, see Rule.")
+    for fact, wanted in {"name": str, "boundary": str, "flat_memory": bool, "source": str}.items():
+        if not isinstance(getattr(kind, fact), wanted):
+            raise LayerwiseError(
+                f"rule {kind.__name__} declares {fact} = {short(getattr(kind, fact))}; it is of type {wanted.__name__}."
+            )
     if kind.locality not in get_args(Locality):
         legal = suggestion(str(kind.locality), get_args(Locality))
         raise LayerwiseError(f"rule {rule.name!r} declares the locality {kind.locality!r}; {legal}.")
@@ -196,7 +201,8 @@ def check_signal(rule: Rule, ctx: BlockContext, signal: object) -> None:
             f"{where} metrics that are {_in_words(signal.metrics)}; give a dict from names to scalars."
         )
     for name, value in signal.metrics.items():
-        if not (isinstance(value, Tensor) and value.dim() == 0):
+        real = isinstance(value, Tensor) and value.dim() == 0 and not (value.is_complex() or value.is_meta)
+        if not real:
             raise LayerwiseError(f"{where} the metric {name!r}, which is {_in_words(value)}; give a scalar tensor.")
 
 

@@ -21,6 +21,17 @@ class NonFinite(LayerwiseError):
         super().__init__(f"block {block!r} has a non-finite loss or gradient at step {step}: {cause}.")
 
 
+class NonFiniteAnswer(NonFinite):
+    """What the network answers in an evaluation is NaN: an update has broken it, or its input is out of all range."""
+
+    def __init__(self, steps: int):
+        LayerwiseError.__init__(
+            self,
+            f"after {steps} steps the network answers with NaN; lower the learning rate, clip gradients (clip=1.0), or "
+            "look for values out of all range in the data.",
+        )
+
+
 class in_a_sentence:
     """A context that turns what a user's own modules raise into a sentence that names them; the cause stays attached.
 

@@ -75,7 +75,7 @@ def load_images(
             return labels_of_split(rows, split, classes, train.names, title)
         if task == "segmentation":  # known when the form is
             return torch.zeros(len(rows), dtype=torch.int64)
-        return checked_numbers(torch.tensor(rows.values), task, classes)
+        return checked_numbers(torch.tensor(rows.values, dtype=torch.float64), task, classes)
 
     splits = {"train": (train, labels_in(train, "train"))}
     # Where there is a test split, "eval" is one for validation, and the last to be taken.

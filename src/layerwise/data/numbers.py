@@ -9,6 +9,9 @@ from layerwise.core.ranges import DataTask
 from layerwise.data.naming import LABEL_NAMES, few, pick
 from layerwise.errors import LayerwiseError
 
+MOST_LOST = 1e-3
+"""Of a target's standard deviation, what rounding to float32 may change in it."""
+
 
 def chosen_targets(targets: Sequence[str], columns: Sequence[str], task: DataTask, title: str) -> tuple[str, ...]:
     """Names of the columns that hold labels: those that were named, or the one with a usual name.
@@ -37,8 +40,10 @@ def checked_numbers(values: Tensor, task: DataTask, columns: Sequence[str]) -> T
     """Labels as float32 (N, D).
 
     Raises:
-        LayerwiseError: numbers that are not finite, or other ones than 0 and 1 where labels hold or not.
+        LayerwiseError: numbers that are not finite, or other ones than 0 and 1 where labels hold or not; or numbers so
+            much larger than they differ that float32 would merge them.
     """
+    given = torch.as_tensor(values).double()
     found = torch.as_tensor(values).to(torch.float32)
     bad = ~torch.isfinite(found)
     wanted = "finite number"
@@ -49,6 +54,13 @@ def checked_numbers(values: Tensor, task: DataTask, columns: Sequence[str]) -> T
         raise LayerwiseError(
             f"row {row} has {float(found[row, column]):g} in the column {columns[column]!r}, which is no {wanted}; "
             "correct it or take it out."
+        )
+    spread = given.std(0, correction=0)
+    lost = (spread > 0) & ((found.double() - given).abs().amax(0) > MOST_LOST * spread)
+    if bool(lost.any()):
+        raise LayerwiseError(
+            f"the numbers in the column {columns[int(lost.nonzero()[0])]!r} are so large beside their differences that "
+            "float32 would merge them; subtract a constant from them."
         )
     return found
 

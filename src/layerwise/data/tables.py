@@ -221,10 +221,11 @@ def _refuse(lines: Lines, index: int, places: Sequence[int]) -> None:
 
 def _check_distinct(lines: Lines, place: int) -> None:
     """Refuse a column in which different long whole numbers are one and the same float64."""
-    first: dict[float, int] = {}
+    first: dict[float, Decimal] = {}
     for row in lines.rows:
         cell = row[place].strip()
-        if WHOLE.fullmatch(cell) and len(cell) <= 400 and abs(whole := int(cell)) >= EXACT:
+        whole = Decimal(cell) if len(cell) <= 400 else Decimal("0.5")
+        if abs(whole) >= EXACT and whole == whole.to_integral_value():
             other = first.setdefault(float(whole), whole)
             if other != whole:
                 raise LayerwiseError(

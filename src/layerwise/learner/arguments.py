@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from layerwise import rules
@@ -12,7 +13,7 @@ from layerwise.core.pieces import has_trunk
 from layerwise.core.ranges import check_ranges
 from layerwise.core.rule import Rule
 from layerwise.core.tasks import KINDS, Classification, Task
-from layerwise.errors import LayerwiseError, suggestion
+from layerwise.errors import LayerwiseError, suggestion, unknown
 from layerwise.memory.offload import check_offload
 from layerwise.parallel.alone import OneProcess
 from layerwise.parallel.replicas import Replicas
@@ -122,6 +123,8 @@ def check_types(
     ):
         if not isinstance(value, kinds):
             raise LayerwiseError(f"{name} is of type {type(value).__name__}; give {wanted}.")
+    if isinstance(compile, str) and compile not in (known := torch.compiler.list_backends(exclude_tags=())):
+        raise unknown("backend of torch.compile", compile, sorted(known))
     if isinstance(layout, Mapping) and not all(isinstance(part, str) for item in layout.items() for part in item):
         raise LayerwiseError("layout maps block names to layouts such as 'BCL'; give words for both.")
     if isinstance(cuts, Sequence) and not all(isinstance(cut, str) for cut in cuts):

@@ -1,6 +1,7 @@
 """Figures of a learner over the batches of a split."""
 
 import io
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from layerwise import data
+from layerwise.core.failures import NonFiniteAnswer
 from layerwise.core.tasks import UNLABELLED, Task
 from layerwise.learner import Learner
 
@@ -17,8 +19,14 @@ def evaluate(learner: Learner, batches: data.Batches) -> dict[str, float]:
 
     Returns:
         `"<block>/<scalar>"` to value; `head/loss` and the task's main metric at the head always.
+
+    Raises:
+        NonFiniteAnswer: the head's loss is NaN, so that its metrics mean nothing.
     """
-    return mean_of([totals(learner, batches)], learner.task)
+    found = mean_of([totals(learner, batches)], learner.task)
+    if math.isnan(found.get("head/loss", 0.0)):
+        raise NonFiniteAnswer(learner.steps)
+    return found
 
 
 def totals(learner: Learner, batches: data.Batches) -> tuple[dict[str, float], int]:

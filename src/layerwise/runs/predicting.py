@@ -56,8 +56,16 @@ def predictions(folder: Path, given: Path, device: str = "auto") -> tuple[str | 
     rows.writerow(["input", *_columns(learner.task, facts)])
     remaining = iter(names)
     for x, _ in batches.epoch(0):
-        for row in _cells(learner.task, learner(x).float(), facts):
-            rows.writerow([next(remaining), *row])
+        outputs = learner(x).float()
+        answered = outputs.flatten(1).isfinite().all(1)
+        for row, right in zip(_cells(learner.task, outputs, facts), answered.tolist(), strict=True):
+            name = next(remaining)
+            if not right:
+                raise LayerwiseError(
+                    f"what the network answers to the input {name} is no finite number; see whether its values are out "
+                    "of all range, and what layerwise eval says of the run."
+                )
+            rows.writerow([name, *row])
     return text.getvalue(), notes + left_out
 
 
@@ -78,7 +86,7 @@ def _cells(task: Task, outputs: torch.Tensor, facts: DataSignature) -> Iterator[
         if task.criterion == "gaussian":
             deviation = (0.5 * task.posterior(outputs).log_variance).exp() * outputs.new_tensor(task.std)
             found = torch.cat([found, deviation], -1)
-        yield from ([f"{value:.6g}" for value in row] for row in found.tolist())
+        yield from ([f"{value:.7g}" for value in row] for row in found.tolist())
         return
     if isinstance(task, MultiLabel):
         for row in outputs.sigmoid().cpu():
