@@ -273,7 +273,7 @@ def test_a_network_that_answers_nan_has_no_accuracy_and_no_predictions(tmp_path,
     words = f"train --data {table} --model.width 8 --batch-size 32 --steps 1 --threads 1"
     broken = split(f"{words} --lr 1e30 --optimizer sgd --schedule constant --out {tmp_path / 'broken'}")
     assert main(broken) == 2
-    assert "after 1 steps the network answers with NaN" in capsys.readouterr().err
+    assert "the network answers with NaN" in capsys.readouterr().err
     assert not (tmp_path / "broken" / "result.json").exists()
     assert main(split(f"{words} --out {tmp_path / 'run'}")) == 0
     far = write(tmp_path / "far.csv", [(1, 2), ("1e39", 2)], NAMES[:2])

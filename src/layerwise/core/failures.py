@@ -24,11 +24,11 @@ class NonFinite(LayerwiseError):
 class NonFiniteAnswer(NonFinite):
     """What the network answers in an evaluation is NaN: an update has broken it, or its input is out of all range."""
 
-    def __init__(self, steps: int):
+    def __init__(self) -> None:
         LayerwiseError.__init__(
             self,
-            f"after {steps} steps the network answers with NaN; lower the learning rate, clip gradients (clip=1.0), or "
-            "look for values out of all range in the data.",
+            "the network answers with NaN; lower the learning rate, clip gradients (clip=1.0), or look for values out "
+            "of all range in the data.",
         )
 
 

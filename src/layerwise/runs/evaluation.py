@@ -23,10 +23,7 @@ def evaluate(learner: Learner, batches: data.Batches) -> dict[str, float]:
     Raises:
         NonFiniteAnswer: the head's loss is NaN, so that its metrics mean nothing.
     """
-    found = mean_of([totals(learner, batches)], learner.task)
-    if math.isnan(found.get("head/loss", 0.0)):
-        raise NonFiniteAnswer(learner.steps)
-    return found
+    return mean_of([totals(learner, batches)], learner.task)
 
 
 def totals(learner: Learner, batches: data.Batches) -> tuple[dict[str, float], int]:
@@ -52,10 +49,16 @@ def totals(learner: Learner, batches: data.Batches) -> tuple[dict[str, float], i
 
 
 def mean_of(parts: Sequence[tuple[dict[str, float], int]], task: Task | None = None) -> dict[str, float]:
-    """Means over all samples, and the task's metrics, out of the totals of parts of a data set."""
+    """Means over all samples, and the task's metrics, out of the totals of parts of a data set.
+
+    Raises:
+        NonFiniteAnswer: the head's loss is NaN, so that its metrics mean nothing.
+    """
     count = sum(samples for _, samples in parts)
     names = {name: None for sums, _ in parts for name in sums}  # in their order
     found = {name: sum(sums.get(name, 0.0) for sums, _ in parts) / (1 if "#" in name else count) for name in names}
+    if math.isnan(found.get("head/loss", 0.0)):
+        raise NonFiniteAnswer
     summed: dict[str, dict[str, list[float]]] = {}
     for name in [name for name in found if "#" in name]:
         block, statistic, place = name.split("#")
