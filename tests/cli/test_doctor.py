@@ -69,7 +69,7 @@ def test_wrong_use_is_one_sentence(capsys):
 def test_lists_are_there_for_programs(what, capsys):
     assert main(["ls", what]) == 0
     plain = capsys.readouterr().out
-    assert main(["ls", "--json", what]) == 0
+    assert main(["ls", what, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [*found] == [line.split("  ")[0].strip() for line in plain.splitlines()]
 

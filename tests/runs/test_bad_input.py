@@ -232,15 +232,15 @@ bench memory --depths 0                      | depth; 0
 bench memory --depths 4,,8                   | --depths '4,,8'
 bench memory --rule slll                     | unknown rule 'slll'; did you mean 'sll'?
 bench memory --model mpl                     | unknown model 'mpl'; did you mean 'mlp'?
-bench memory --model-options wdth 3          | 'wdth'; did you mean 'width'?
+bench memory --model.wdth 3          | 'wdth'; did you mean 'width'?
 bench memory --batch-size 0                  | batch size
 bench memory --offload disk                   | 'backprop' cannot be offloaded
 bench memory --offload disk --rule sll --offload-folder no/such | cannot offload blocks to no/such
 bench memory --json B/full/a/b               | cannot write; B/full/a/b
 bench speed --rounds 0                       | rounds is 0
-bench speed --rules backprop slll            | unknown rule 'slll'; did you mean 'sll'?
+bench speed --rule backprop slll            | unknown rule 'slll'; did you mean 'sll'?
 bench speed --model mpl                      | unknown model 'mpl'; did you mean 'mlp'?
-bench speed --model-options width 2.5        | width; 2.5
+bench speed --model.width 2.5        | width; 2.5
 bench speed --optimizer adamm --model mlp    | unknown optimizer 'adamm'
 bench speed --threads 0                      | threads is 0
 bench scaling --ranks 1,x                    | --ranks '1,x'

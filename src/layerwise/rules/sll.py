@@ -156,7 +156,8 @@ class SLL(ReadsPatches, ReadsOut, ReadsOutputMatrix, Rule):
     dropout: ProperFraction = 0.0
     """Probability p of the multiplicative dropout on the projection's input."""
     pool: Pool = "auto"
-    """How a block's output becomes a vector: auto | mean | moments (and standard deviation) | cls | flatten | none."""
+    """How a block's output becomes a vector: auto | mean | moments (and standard deviation) | grid | cls | flatten
+    | none."""
     group: PositiveInt = 1
     """Neighbouring blocks that share one objective, one graph and one backward pass."""
     overlap: NonNegativeInt = 0
