@@ -27,6 +27,11 @@ def indented(name: str, text: str, margin: int, width: int) -> str:
     return f"\n{'':<{margin}}".join([f"{name:<{margin}}{lines[0]}".rstrip(), *lines[1:]])
 
 
+def wrapped(sentence: str, width: int) -> str:
+    """A sentence in lines that are no wider than the terminal."""
+    return sentence if len(sentence) <= width else "\n".join(textwrap.wrap(sentence, width, break_on_hyphens=False))
+
+
 def table(rows: Sequence[Sequence[str]], width: int = 10**6, gap: str = "  ", right: int | None = None) -> str:
     """Rows, the first with the names of the columns, in aligned columns; a block for each row where those do not fit.
 

@@ -8,7 +8,7 @@ from layerwise.cli.early import check_names, check_options, values
 from layerwise.errors import LayerwiseError, note
 from layerwise.files import kind_of, shown
 from layerwise.parsing import take_option
-from layerwise.terminal import terminal_width
+from layerwise.terminal import terminal_width, wrapped
 
 
 def compare_command(argv: list[str]) -> int:
@@ -41,11 +41,12 @@ def compare_command(argv: list[str]) -> int:
     summary = grid.run()
     found, width = summary["rules"], terminal_width()
     lines = [summary_table(found, metric, width)]
-    lines += filter(None, [resolution_in_words(found)])
-    lines += [f"note: {sentence}" for sentence in notes_of_fits(found)]
+    remarks = [resolution_in_words(found), *(f"note: {sentence}" for sentence in notes_of_fits(found))]
+    lines += [wrapped(remark, width) for remark in remarks if remark is not None]
     if held := depth_table(found, width):
         lines += ["", held, ""]
-    lines += [*verdict(found, metric, options.tune, summary["chance"]), f"files: {grid.folder}"]
+    lines += [wrapped(said, width) for said in verdict(found, metric, options.tune, summary["chance"])]
+    lines.append(f"files: {grid.folder}")
     if not as_json:
         print("\n".join(lines))
     if options.report:

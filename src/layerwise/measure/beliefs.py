@@ -332,7 +332,7 @@ def draw(modules: Sequence[dict[str, float]], file: Path) -> None:
 
 def print_beliefs(found: dict[str, Any]) -> None:
     """Print what `beliefs_of_run` has measured, as tables."""
-    rows = [("module", *COLUMNS)]
+    rows: list[tuple[str, ...]] = [("module", *COLUMNS)]
     for i, row in enumerate(found["modules"]):
         rows.append((str(i), *(f"{row[name]:.4f}" if name in row else "" for name in COLUMNS)))
     print(table(rows, terminal_width(), right=0))

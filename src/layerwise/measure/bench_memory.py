@@ -147,8 +147,8 @@ def memory_command(argv: list[str]) -> int:
     with progress:
         _measure(options, by_model, columns, rows, lines, progress)
     if options.json != "-":
-        head = ("rule", "model", "depth", *(f"{name}, MiB" for name in columns))
-        print(table([head, *lines], terminal_width(), right=2))
+        print(table([("rule", "model", "depth", *columns), *lines], terminal_width(), right=2))
+        print("sizes in MiB")
     return write_figures(options, rows, "memory", argv)
 
 

@@ -135,7 +135,7 @@ def speed_command(argv: list[str]) -> int:
         seconds = speed_of(learners, options.rounds, options.warmup, told=progress.reached)
     base = "backprop" if "backprop" in seconds else options.rule[0]
     names = ("rule", "ms/step", "samples/s", f"ratio to {base}", "10 % .. 90 %", "GFLOP", f"{' / '.join(PARTS)}, %")
-    lines = [names]
+    lines: list[tuple[str, ...]] = [names]
     rows = []
     for rule, times in seconds.items():
         ratios = sorted(a / b for a, b in zip(times, seconds[base], strict=True))
