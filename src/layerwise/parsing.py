@@ -142,6 +142,7 @@ ELSEWHERE = {
     **dict.fromkeys(("--gradient-accumulation-steps", "--grad-accum", "--accumulate-grad-batches"), "--accumulate"),
     **dict.fromkeys(("--optim", "--opt"), "--optimizer"),
     **dict.fromkeys(("--lr-scheduler", "--scheduler", "--lr-schedule"), "--schedule"),
+    **dict.fromkeys(("--targets", "--target", "--label-column", "--label"), "--data.label-column"),
     "--random-seed": "--seed",
     "--workers": "--jobs",
 }

@@ -11,7 +11,7 @@ from layerwise import __version__
 from layerwise.cli import doctor
 from layerwise.cli.main import main
 from layerwise.parsing import ELSEWHERE
-from layerwise.runs.settings import RunSettings
+from layerwise.runs.settings import FLAGS, RunSettings
 
 
 def facts(capsys, code=0):
@@ -89,7 +89,7 @@ def test_names_of_other_programs_are_answered_with_ours(words, name, capsys):
 
 
 def test_names_of_other_programs_are_no_options_of_ours():
-    own = {f"--{name.replace('_', '-')}" for name in RunSettings.__dataclass_fields__}
+    own = {f"--{FLAGS.get(name, name).replace('_', '-')}" for name in RunSettings.__dataclass_fields__}
     assert not own & {*ELSEWHERE}
     assert {word.split()[0] for word in ELSEWHERE.values()} <= own | {
         *("--rule", "--model", "--model.depth", "--model.width", "--jobs")

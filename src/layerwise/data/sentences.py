@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from layerwise import extras
+from layerwise.data.lines import ADVICE, Lines, read_lines
 from layerwise.data.naming import TEST_NAMES, few, split_of
-from layerwise.data.tables import ADVICE, Lines, read_classes, read_lines
+from layerwise.data.tables import read_classes
 from layerwise.data.tokens import TokenSource
 from layerwise.errors import LayerwiseError, why
 from layerwise.files import kind_of, read_text, shown
@@ -85,6 +86,7 @@ def load_sentences(path: Path, words: Words, target: str | None, val_fraction: f
     for split, file in files.items():
         lines = read_lines(file)
         column = _column(lines)
+        notes += lines.notes
         own, labels = read_classes(lines, target)
         if split == "train":
             classes = own
@@ -118,6 +120,7 @@ def read_sentences(path: Path, words: Words, contents: Sequence[str]) -> Sentenc
             f"{shown(words.file)} is not the tokenizer that the run was trained with; put that one back."
         )
     lines = read_lines(path)
+    lines.check()
     tokens = _encoded(tokenizer, lines, _column(lines), words)
     return SentenceSource(tokens, torch.zeros(len(tokens), dtype=torch.int64))
 

@@ -11,6 +11,7 @@ import torch
 
 from layerwise.core.tasks import MultiLabel, Regression, Task
 from layerwise.data import InMemorySource, Source, StreamedSource, TableSource
+from layerwise.data.encoding import Encoding
 from layerwise.data.folders import SUFFIXES
 from layerwise.data.machine import need
 from layerwise.data.pictures import ImageFormat
@@ -52,7 +53,7 @@ def predictions(folder: Path, given: Path, device: str = "auto") -> tuple[str | 
         source: Source = read_sentences(given, words, facts.contents)
         names, left_out = [str(row) for row in range(len(source))], []
     else:
-        names, source, left_out = _table(given, facts.columns) if facts.columns else _images(given, facts)
+        names, source, left_out = _table(given, facts) if facts.columns else _images(given, facts)
     batches = in_order(source, BATCH, options, facts, learner.device)
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
@@ -109,9 +110,9 @@ def _array(parts: list[torch.Tensor]) -> bytes:
     return file.getvalue()
 
 
-def _table(given: Path, columns: tuple[str, ...]) -> tuple[list[str], Source, list[str]]:
+def _table(given: Path, facts: DataSignature) -> tuple[list[str], Source, list[str]]:
     """Numbers of the rows, from 0, and their values."""
-    values = read_columns(given, columns)
+    values = read_columns(given, facts.columns, Encoding.of(facts.encoding) if facts.encoding else None)
     return [str(row) for row in range(len(values))], TableSource(values, _unknown(len(values))), []
 
 

@@ -16,12 +16,17 @@ from layerwise.files import MissingFile, read_text, shown
 from layerwise.records import DamagedRecord, convert
 
 FLAGS = {
+    "targets": "data.label-column",
+    "categories": "data.categories",
+    "gaps": "data.gaps",
     "tokenizer": "data.tokenizer",
     "vocabulary": "data.vocabulary",
     "window": "data.window",
     "documents": "data.documents",
 }
-"""Options to how they are written on the command line, where that is not their name: those of a text."""
+"""Options to how they are written on the command line, where that is not their name: those of a text or a table."""
+OF_TEXTS = ("tokenizer", "vocabulary", "window", "documents")
+"""Those of a text."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,14 @@ class DataSettings:
     which is that of every text."""
     loss: Literal["mse", "l1", "huber", "gaussian"] = "mse"
     """Loss of --task regression; with gaussian the network predicts a variance, too."""
-    targets: tuple[str, ...] = ()
-    """Columns of labels of a table; the one called label (or class, target, y) if not given."""
+    targets: Annotated[tuple[str, ...], arg(name=FLAGS["targets"])] = ()
+    """Of a table: the column of labels, or several; the one called label (or class, target, y) if not given."""
+    categories: Annotated[Literal["refuse", "onehot"], arg(name=FLAGS["categories"])] = "refuse"
+    """Of a table: columns of words are refused, or become a column of zeros and ones for each word of the training
+    rows."""
+    gaps: Annotated[Literal["refuse", "mean", "median", "most_frequent"], arg(name=FLAGS["gaps"])] = "refuse"
+    """Of a table: empty cells are refused, or get the mean, median or most frequent number of the training rows (words:
+    the most frequent)."""
     tokenizer: Annotated[TokenizerKind, arg(name=FLAGS["tokenizer"])] = "characters"
     """Of a text: characters | bytes | bpe (byte-level, trained on the training split)."""
     vocabulary: Annotated[int, arg(name=FLAGS["vocabulary"])] = 4096
