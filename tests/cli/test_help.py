@@ -20,7 +20,7 @@ from layerwise.cli.help import groups_of, help_of
 from layerwise.cli.main import main
 from layerwise.cli.options import options_of
 from layerwise.runs.options import TrainOptions, from_mapping
-from layerwise.runs.settings import load_recipe
+from layerwise.runs.settings import FLAGS, load_recipe
 
 ALL = {**COMMANDS, **BENCHES}
 
@@ -50,8 +50,8 @@ def test_the_help_has_every_option_that_is_parsed_once(name):
     for where in command.groups.values():
         module, _, cls = where.partition(":")
         for field in dataclasses.fields(getattr(importlib.import_module(module), cls)):
-            own = f"--{field.name.replace('_', '-')}"
-            assert any(flag.rpartition(".")[2] in own for flag in flags) or field.name in command.hidden, field.name
+            own = {"rules": "rule", **FLAGS}.get(field.name, field.name)
+            assert f"--{own.replace('_', '-')}" in flags or field.name in command.hidden, field.name
 
 
 def test_the_names_that_bring_options_are_entries_of_the_help():
@@ -62,12 +62,15 @@ def test_the_names_that_bring_options_are_entries_of_the_help():
 
 
 @pytest.mark.parametrize(("words", "recipe"), [("", "digits"), ("--recipe shakespeare", "shakespeare")])
-def test_defaults_are_those_of_the_recipe(words, recipe):
+def test_defaults_are_those_of_the_recipe(words, recipe, tmp_path):
+    mine = str(tmp_path / "mine.toml")
+    (tmp_path / "mine.toml").write_text('targets = ["kind"]\n')
     options, found = from_mapping(load_recipe(recipe).values), listed("train", *split(words))
     assert found["--lr"].default == str(options.lr)
     assert found["--epochs"].default == str(options.epochs)
     assert found["--data"].default == options.data
     assert found["--rule"].default == rules.name_of(options.rule)
+    assert listed("train", "--recipe", mine)["--data.label-column"].default == "kind"
     assert found["--model.depth"].default == str(options.model.depth)
 
 
@@ -175,8 +178,7 @@ def test_another_shell_is_one_sentence(capsys):
 def test_all_settings_of_a_run_have_a_group():
     """A field that is added to the settings of a run shows up in the help by itself."""
     own = {field.name for field in dataclasses.fields(TrainOptions)} - {"rule", "model"}
-    shown = {flag.removeprefix("--").rpartition(".")[2].replace("-", "_") for flag in listed("train")}
-    assert own <= shown
+    assert {f"--{FLAGS.get(name, name).replace('_', '-')}" for name in own} <= listed("train").keys()
     assert "of several" not in help_of("export")
 
 
