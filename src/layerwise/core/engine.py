@@ -19,6 +19,7 @@ from layerwise.core.parts import Labelled, Whole, labelled_parts
 from layerwise.core.perturbation import Estimate
 from layerwise.core.pieces import FollowsNextBlock, HasTrunk, PerturbsWeights, StepsByParameter, has_trunk
 from layerwise.core.progress import Accumulation, Trace, WaitingTrunk
+from layerwise.core.pullback import without_gradient
 from layerwise.core.randomness import derive_seed
 from layerwise.core.reached import check_reached
 from layerwise.core.rule import Rule, Signal
@@ -268,18 +269,9 @@ class Engine(Runner):
         with torch.set_grad_enabled(group.learns), self._frozen(group) if group.resting else NOTHING:
             return self.forward(group, h, message, y, step, trace, part, share)
 
-    @contextmanager
-    def _frozen(self, group: Group) -> Iterator[None]:
+    def _frozen(self, group: Group) -> AbstractContextManager[None]:
         """A context in which parameters at rest want no gradient, so that the graph keeps nothing for them."""
-        resting = self.execution.replicas.full_of(parameters_of(group.resting))
-        frozen = [p for p in resting if p.requires_grad]
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
+        return without_gradient(self.execution.replicas.full_of(parameters_of(group.resting)))
 
     def _add(self, group: Group, h: Tensor, signals: Signals, step: int, share: float = 1.0) -> Tensor:
         """Add the gradients of signals to those that the group has; returns the loss, as its share of the batch's.

@@ -16,6 +16,7 @@ from layerwise.core.abstract import Abstract
 from layerwise.core.blocks import Block, Partition
 from layerwise.core.chunked import LinearOutputs
 from layerwise.core.layout import from_standard, to_standard
+from layerwise.core.pullback import Pullback
 from layerwise.core.ranges import check_fields
 from layerwise.core.tasks import KINDS, Task
 from layerwise.errors import LayerwiseError
@@ -128,6 +129,15 @@ class BatchContext:
     """
     predict: Callable[[Tensor], Tensor]
     """What the rule predicts, `(B, ..., K)` for `(B, ...)`, in evaluation mode and without gradient."""
+    linearize: Callable[[int, Tensor, Any], tuple[Tensor, Pullback]]
+    """Runs the block at a site as `run` does: `linearize(index, h, message)` is its output, and the map from a cotangent
+    on it to the cotangent on `h`.
+
+    The graph is of this block alone and lives as long as the map. Cotangents cross a boundary where the rule carries
+    them over it.
+    """
+    training: bool = True
+    """Whether an update follows; False in evaluation."""
 
 
 @dataclass(frozen=True)

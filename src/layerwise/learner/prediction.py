@@ -12,6 +12,7 @@ from layerwise.core import pieces
 from layerwise.core.contract import asking, check_begin, check_prediction
 from layerwise.core.failures import in_a_sentence
 from layerwise.core.progress import Trace
+from layerwise.core.pullback import Pullback
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.rule import BatchContext, Rule, metrics_of
 from layerwise.core.trees import detach
@@ -65,7 +66,12 @@ def begun(built: Built, x: Any, y: Tensor, step: int | None, predict: Callable[[
             h = run(index, h)
         return h
 
-    ctx = BatchContext(x, y, built.task, network, modules_by_site(built), run, forward, predict)
+    def linearize(index: int, h: Tensor, message: Any = None) -> tuple[Tensor, Pullback]:
+        return built.engine.linearize_aside(units[index], h, message, step)
+
+    training = step is not None
+    modules = modules_by_site(built)
+    ctx = BatchContext(x, y, built.task, network, modules, run, forward, predict, linearize, training)
     with asking(rule, "`begin`"):
         begun = rule.begin(ctx)
     check_begin(rule, begun)
