@@ -130,8 +130,8 @@ class BatchContext:
     predict: Callable[[Tensor], Tensor]
     """What the rule predicts, `(B, ..., K)` for `(B, ...)`, in evaluation mode and without gradient."""
     linearize: Callable[[int, Tensor, Any], tuple[Tensor, Pullback]]
-    """Runs the block at a site as `run` does: `linearize(index, h, message)` is its output, and the map from a cotangent
-    on it to the cotangent on `h`.
+    """Runs the block at a site as `run` does: `linearize(index, h, message)` is its output, and the map from cotangents
+    on it to those on `h`.
 
     The graph is of this block alone and lives as long as the map. Cotangents cross a boundary where the rule carries
     them over it.

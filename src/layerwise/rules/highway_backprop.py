@@ -23,8 +23,8 @@ class HighwayBackprop(Rule):
     where $w_i'$ is the new $w_{i+1}$: a cumulative sum of the $v_i$ along the skips. The start is $v = 0$. Block i then
     learns from the cotangent $w_i$ on its output, and the head from the loss.
 
-    $K_i = (1 - \gamma)\, \mathrm{diag}(h_i \neq 0)$ where a block keeps the shape, and $K_i = J_i$ where it does not. The
-    mask is that of a ReLU after the sum; it is one elsewhere. With k = 0 every block gets the head's gradient: a
+    $K_i = (1 - \gamma)\, \mathrm{diag}(h_i \neq 0)$ where a block keeps the shape, and $K_i = J_i$ where it does not.
+    The mask is that of a ReLU after the sum; it is one elsewhere. With k = 0 every block gets the head's gradient: a
     broadcast. After k steps the first k + 1 blocks from the top have their exact gradient, whatever $K_i$ is, so that
     with k = L - 1 and more the rule is backprop.
 

@@ -1,4 +1,4 @@
-"""Predictive coding: states settle between what is predicted from below and what explains the label, then blocks learn."""
+"""Predictive coding: states settle between what predicts them and what they explain, then blocks learn."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from layerwise.core.blocks import Block
+from layerwise.core.phases import run_by_phase
 from layerwise.core.ranges import PositiveFloat, PositiveInt
 from layerwise.core.rule import ANY_TASK, BatchContext, BlockContext, Locality, Rule, Signal, loss_at_head
 from layerwise.errors import LayerwiseError
@@ -16,7 +17,7 @@ from layerwise.rules.settling import (
     loss_of_phases,
     outputs_of_blocks,
     phases_message,
-    run_by_phase,
+    phases_of,
     signs,
     through_head,
 )
@@ -72,7 +73,6 @@ class PredictiveCoding(Rule):
     runs_once: ClassVar[bool] = False
     whole_batch: ClassVar[str] = WHOLE_BATCH
     tasks: ClassVar[tuple[str, ...]] = ANY_TASK
-    unlabelled: ClassVar[bool] = True
     source: ClassVar[str] = (
         "Whittington & Bogacz, Neural Comput. 29 (2017); fixed predictions: Millidge et al., arXiv 2006.04182 (2020); "
         "centred: Pinchetti et al., arXiv 2407.01163 (2024); any block, any loss, division by beta: our reading"
@@ -130,7 +130,7 @@ class PredictiveCoding(Rule):
 
     def run(self, block: Block, h: Tensor, message: Any) -> Tensor:
         """Run a block on every phase by itself."""
-        return block(h) if message is None or "errors" in message else run_by_phase(block, h, message)
+        return run_by_phase(block, h, 1 if message is None or "errors" in message else phases_of(message, len(h)))
 
     def signal(self, ctx: BlockContext) -> Signal:
         """The error of the block's prediction at its settled input; passes on the settled state."""

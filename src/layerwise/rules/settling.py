@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerwise.core.blocks import Block
-from layerwise.core.randomness import preserved_generators
 from layerwise.core.rule import BatchContext, BlockContext, Signal, metrics_of
 from layerwise.core.tasks import Task
 
@@ -49,21 +47,16 @@ def phases_message(phases: Sequence[Sequence[Tensor]], outputs: Tensor) -> dict[
 
 def in_phases(message: Any, x: Tensor) -> Tensor:
     """The batch, as often as there are phases in the message."""
-    return torch.cat([x] * (len(message["states"][0]) // len(x)))
+    return torch.cat([x] * phases_of(message, len(message["states"][0])))
 
 
-def run_by_phase(block: Block, h: Tensor, message: Any) -> Tensor:
-    """Run a block on each phase of the batch by itself, with the same draws and batch statistics of its own."""
-    if message is None or len(h) == len(message["outputs"]):
-        return block(h)
-    first, second = h.chunk(2)
-    with preserved_generators(h.device):
-        out = block(first)
-    return torch.cat([out, block(second)])
+def phases_of(message: Any, rows: int) -> int:
+    """How many phases there are among the rows of a block's input; 1 where there is no message."""
+    return 1 if message is None else rows // len(message["outputs"])
 
 
 def signs(ctx: BlockContext) -> Tensor:
-    r"""The weight of every sample in $(F_+ - F_-) / (B \cdot \text{phases})$, to be multiplied with `(2B, ...)`, or 1/B."""
+    """The weight of every row in the mean over one phase, or in half the difference of two: a factor of the rows."""
     samples, rows = len(ctx.message["outputs"]), len(ctx.h)
     sign = torch.ones(rows, dtype=ctx.h.dtype, device=ctx.h.device)
     sign[samples:] = -1
@@ -75,7 +68,7 @@ def loss_of_phases(ctx: BlockContext) -> Signal:
     before anything was nudged.
     """
     before = ctx.message["outputs"]
-    parts = [ctx.task.loss(part, ctx.y) for part in ctx.h.chunk(len(ctx.h) // len(before))]
+    parts = [ctx.task.loss(part, ctx.y) for part in ctx.h.chunk(phases_of(ctx.message, len(ctx.h)))]
     plain = ctx.task.loss(before, ctx.y)
     metrics, statistics = metrics_of(ctx.task, before, ctx.y, plain)
     metrics = {"loss": plain, **metrics}

@@ -12,15 +12,15 @@ from layerwise.core.blocks import Block
 from layerwise.core.layout import to_standard
 from layerwise.core.ranges import NonNegativeInt, PositiveInt
 from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Signal, Site, loss_at_head
-from layerwise.core.tasks import Task
+from layerwise.core.tasks import Classification, Task
 
 
 class Synthesizer(nn.Module):
     """Predicts the gradient of a sample's loss on the activation at a boundary, in the standard order.
 
     Linear layers on vectors and tokens, 3x3 convolutions on maps; the label adds a learned vector before the first
-    ReLU. The last layer starts at zero, so that what is predicted does too. The layers work in units of the running root
-    mean square of the gradients seen, which are far smaller than activations.
+    ReLU. The last layer starts at zero, so that what is predicted does too. The layers work in units of the running
+    root mean square of the gradients seen, which are far smaller than activations.
 
     Args:
         shape: of one sample's activation, `(C,)`, `(L, C)`, `(C, H, W)` or `(C, D, H, W)`.
@@ -142,6 +142,7 @@ class SyntheticGradient(Rule):
         signal = loss_at_head(ctx) if ctx.site.is_head else Signal(message=ctx.message)
         if not ctx.training:
             return signal
+        assert isinstance(ctx.task, Classification)
         y = ctx.y if ctx.y.is_floating_point() else ctx.task.aligned(ctx.y)
         if not ctx.site.is_head:
             with torch.no_grad():
