@@ -222,7 +222,7 @@ def test_working_memory_is_flat_in_depth_for_the_rules_that_say_so(rule, kind):
 def test_it_learns_a_separable_problem(rule, kind):
     model = net(kind)
     slowly = (rule, kind) == ("synthetic_gradient", "vit")  # its modules have to learn first
-    steps, lr = (200, 0.001) if slowly else (40, 0.01)
+    steps, lr = (200, 0.002) if slowly else (40, 0.01)
     learner = Learner(model, made(rule), lr=lr)
     x, y = problem(64)
     losses = [learner.step(x, y).read()["head/loss"] for _ in range(steps)]
