@@ -13,6 +13,7 @@ from layerwise.core.execution import Execution
 from layerwise.core.failures import NonFinite, in_a_sentence
 from layerwise.core.finite import FiniteCheck
 from layerwise.core.following import NextBlock
+from layerwise.core.given import add_given
 from layerwise.core.groups import Group, Unit, parameters_of
 from layerwise.core.param_groups import set_learning_rate
 from layerwise.core.parts import Labelled, Whole, labelled_parts
@@ -258,7 +259,7 @@ class Engine(Runner):
         part: int | None = None,
         share: float = 1.0,
     ) -> tuple[Signals, Tensor, Any]:
-        """The forward pass of an update: with a graph where something learns."""
+        """The forward pass of an update: with a graph where something learns, unless the rule needs none."""
         first = self.accumulation.batches <= 1 and not part
         if first:  # what the owner has computed is no part of the update
             group.free()
@@ -266,7 +267,8 @@ class Engine(Runner):
                 optimizer.state.clear()
         if self.accumulation.batches == 1 and first:
             self.finite.begin(group)
-        with torch.set_grad_enabled(group.learns), self._frozen(group) if group.resting else NOTHING:
+        learns = group.learns and self.rule.builds_graph
+        with torch.set_grad_enabled(learns), self._frozen(group) if group.resting else NOTHING:
             return self.forward(group, h, message, y, step, trace, part, share)
 
     def _frozen(self, group: Group) -> AbstractContextManager[None]:
@@ -355,9 +357,12 @@ class Engine(Runner):
             with in_a_sentence(f"block {group.name!r}", "cannot be run backward", h):
                 ends = [root for root, _ in roots]
                 torch.autograd.backward(ends, list(group.scaler.scale(cotangents)), inputs=inputs)
+        given = [pair for signal, _ in signals for pair in signal.gradients.items()]
+        if given:
+            add_given(self.rule, group, given, own, self._weight * share)
         if not group.checked and all(unit.block.ran for unit in group.units):
             group.checked = True
-            taught = any(s.loss is not None or s.cotangent is not None for s, _ in signals)
+            taught = any(s.loss is not None or s.cotangent is not None or s.gradients for s, _ in signals)
             reached = self._stepped | {id(p) for p in wanted if p.grad is not None}
             check_reached(self.rule, group, own, reached, taught)
         loss = _sum([loss.detach().float() for loss in losses] or [torch.zeros(())])

@@ -357,6 +357,7 @@ def compile_blocks(blocks: Sequence[Block], backend: bool | str) -> None:
     for block in blocks:
         name, kind = block.name, backend if isinstance(backend, str) else "inductor"
         block.compile(lambda run, name=name, kind=kind: torch.compile(_with_own_code(run, name), backend=kind))
+        block.compiled = True
 
 
 def _with_own_code(run: Callable[..., Any], name: str) -> Callable[..., Any]:
