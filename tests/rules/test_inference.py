@@ -14,7 +14,7 @@ from layerwise.parallel.stage import check_rule
 from layerwise.rules.synthetic_gradient import Synthesizer, SyntheticGradient
 
 X, Y = batches(1)[0]
-SETTLING = ("predictive_coding", "highway_backprop")
+SETTLING = ("predictive_coding", "highway_backprop", "equilibrium_propagation")
 
 
 def double(kind="mlp", **options):
@@ -177,9 +177,94 @@ def spied(learner):
     return seen
 
 
+def test_incremental_coding_is_a_step_of_inference_and_an_update_in_turn():
+    """The loop by hand, for one linear block: h follows -dF/dh, then both weights follow dF/dW, twice per batch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Linear(5, CLASSES, bias=False)).double()
+    x, y, lr, rate = torch.randn(16, 6, dtype=torch.float64), Y, 0.3, 0.2
+    a, b = (layer.weight.detach().clone() for layer in model)
+    h = x @ a.T
+
+    def error(h):
+        return (h @ b.T).softmax(1) - nn.functional.one_hot(y, CLASSES)
+
+    for _ in range(2):
+        h = h - rate * (h - x @ a.T + error(h) @ b)
+        a, b = a + lr * (h - x @ a.T).T @ x / 16, b - lr * error(h).T @ h / 16
+    rule = create_rule("predictive_coding", variant="incremental", steps=2, rate=rate)
+    how = {"optimizer": torch.optim.SGD, "lr": lr, "weight_decay": 0.0}
+    learner = Learner(model, rule, **how, schedule=lambda update: float(update == 0))
+    learner.step(x, y)
+    assert torch.allclose(model[0].weight, a) and torch.allclose(model[1].weight, b)
+    assert (learner.updates, learner.steps) == (1, 1)
+    with pytest.raises(LayerwiseError, match="leave accumulate out"):
+        Learner(model, rule, accumulate=2).step(x, y)
+
+
 def test_fixed_predictions_are_not_centred():
     with pytest.raises(LayerwiseError, match="linear in beta"):
         create_rule("predictive_coding", variant="fixed_prediction", centred=True)
+
+
+# --- Equilibrium propagation
+
+
+def at_rest(model, x, steps=40, rate=0.7):
+    """The states of rest, as a function of the weights that can be differentiated: all steps in one graph."""
+    *blocks, _ = model
+    states = [torch.zeros_like(h, requires_grad=True) for h in accumulate_outputs(blocks, x)]
+    for _ in range(steps):
+        inputs = [x, *states]
+        phi = sum((s * block(h)).sum() for s, block, h in zip(states, blocks, inputs, strict=False))
+        slopes = torch.autograd.grad(phi, states, create_graph=True)
+        states = [s + rate * (slope.clamp(0, 1) - s) for s, slope in zip(states, slopes, strict=True)]
+    return states
+
+
+def accumulate_outputs(blocks, x):
+    outputs = []
+    for block in blocks:
+        x = block(x)
+        outputs.append(x.detach())
+    return outputs
+
+
+def test_the_update_of_equilibrium_propagation_tends_to_the_gradient_of_the_state_at_rest():
+    """With an error of first order in beta one-sided, and of second order centred."""
+    model = double(depth=2, width=6, activation="tanh")
+    x = X.double()
+    nn.functional.cross_entropy(model[-1](at_rest(model, x)[-1]), Y).backward()
+    exact = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+
+    def error(beta, nudging):
+        options = {"beta": beta, "nudging": nudging, "free": 40, "nudged": 40}
+        return distance(gradients(model, create_rule("equilibrium_propagation", **options)), exact)
+
+    assert 1.7 < error(0.1, "one_sided") / error(0.05, "one_sided") < 2.3
+    assert 3.4 < error(0.1, "centred") / error(0.05, "centred") < 4.6
+    assert error(1e-3, "centred") < 1e-4
+
+
+def test_equilibrium_propagation_predicts_from_the_state_at_rest():
+    model = double(depth=2, width=6)
+    learner = Learner(copy.deepcopy(model), create_rule("equilibrium_propagation", free=40))
+    with torch.inference_mode():
+        found = learner(X.double())
+    assert torch.allclose(found, model[-1](at_rest(model, X.double())[-1]))
+    assert learner.evaluate(X.double(), Y).read()["head/accuracy"] == (found.argmax(-1) == Y).double().mean()
+
+
+def test_equilibrium_propagation_trains_convolutions_and_refuses_batch_norm():
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Conv2d(i, 4, 3, stride=2, padding=1), nn.ReLU()) for i in (1, 4)]
+    rule = create_rule("equilibrium_propagation", free=5, nudged=3)
+    learner = Learner(nn.Sequential(*layers, nn.Sequential(nn.Flatten(), nn.Linear(16, CLASSES))), rule, lr=0.01)
+    x, y = problem(32)
+    losses = [learner.step(x, y).read()["head/loss"] for _ in range(20)]
+    assert losses[-1] < 0.95 * losses[0]
+    with pytest.raises(LayerwiseError, match="batch norm, which couples them"):
+        Learner(net("vgg"), rule, example=X)
 
 
 # --- All of them
@@ -209,7 +294,12 @@ def test_what_is_reported_at_the_head_is_the_forward_pass():
     """Not the settled states, which have seen the label."""
     model = net()
     expected = trained(model, "backprop", []).evaluate(X, Y).read()
-    for options in ({}, {"centred": True}, {"variant": "fixed_prediction"}):
+    for options in (
+        {},
+        {"centred": True},
+        {"variant": "fixed_prediction"},
+        {"variant": "incremental", "centred": True},
+    ):
         found = Learner(copy.deepcopy(model), create_rule("predictive_coding", **options)).step(X, Y).read()
         assert found["head/loss"] == pytest.approx(expected["head/loss"], rel=1e-5)
         assert found["head/accuracy"] == pytest.approx(expected["head/accuracy"])

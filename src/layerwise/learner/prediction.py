@@ -55,7 +55,16 @@ def begun(built: Built, x: Any, y: Tensor, step: int | None, predict: Callable[[
         built.engine.tell()
     if not built.setup.stage.first:
         return built.setup.stage.receive()
-    network, rule = built.setup.network, built.setup.rule
+    rule = built.setup.rule
+    with asking(rule, "`begin`"):
+        found = rule.begin(batch_context(built, x, y, step, predict))
+    check_begin(rule, found)
+    return detach(found)
+
+
+def batch_context(built: Built, x: Any, y: Tensor, step: int | None, predict: Callable[[Any], Tensor]) -> BatchContext:
+    """What a rule may look at before the first block runs."""
+    network = built.setup.network
     units = {unit.site.index: unit for group in built.groups for unit in group.units}
 
     def run(index: int, h: Tensor, message: Any = None) -> Tensor:
@@ -69,13 +78,8 @@ def begun(built: Built, x: Any, y: Tensor, step: int | None, predict: Callable[[
     def linearize(index: int, h: Tensor, message: Any = None) -> tuple[Tensor, Pullback]:
         return built.engine.linearize_aside(units[index], h, message, step)
 
-    training = step is not None
     modules = modules_by_site(built)
-    ctx = BatchContext(x, y, built.task, network, modules, run, forward, predict, linearize, training)
-    with asking(rule, "`begin`"):
-        begun = rule.begin(ctx)
-    check_begin(rule, begun)
-    return detach(begun)
+    return BatchContext(x, y, built.task, network, modules, run, forward, predict, linearize, step is not None)
 
 
 def evaluated(built: Built, x: Any, y: Tensor, predict: Callable[[Any], Tensor]) -> Trace:

@@ -22,6 +22,7 @@ from layerwise.rules.boosted import Boosted
 from layerwise.rules.controls import DeepSupervision, LastLayer
 from layerwise.rules.counter_current import CounterCurrent
 from layerwise.rules.dgl import DGL
+from layerwise.rules.equilibrium_propagation import EquilibriumPropagation
 from layerwise.rules.forward_forward import ForwardForward
 from layerwise.rules.gradient_reconciliation import GradientReconciliation
 from layerwise.rules.graph_forward import GraphForward
@@ -73,6 +74,7 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     LoPT,
     SyntheticGradient,
     PredictiveCoding,
+    EquilibriumPropagation,
     HighwayBackprop,
     Backprop,
     BackpropCheckpoint,
@@ -179,6 +181,7 @@ __all__ = [
     "Boosted",
     "CounterCurrent",
     "DeepSupervision",
+    "EquilibriumPropagation",
     "ForwardForward",
     "FreezeLower",
     "GradientReconciliation",

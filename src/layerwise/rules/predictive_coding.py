@@ -8,6 +8,7 @@ from torch import Tensor
 
 from layerwise.core.blocks import Block
 from layerwise.core.phases import run_by_phase
+from layerwise.core.pieces import RepeatsBatch
 from layerwise.core.ranges import PositiveFloat, PositiveInt
 from layerwise.core.rule import ANY_TASK, BatchContext, BlockContext, Locality, Rule, Signal, loss_at_head
 from layerwise.errors import LayerwiseError
@@ -24,7 +25,7 @@ from layerwise.rules.settling import (
 
 
 @dataclass(frozen=True)
-class PredictiveCoding(Rule):
+class PredictiveCoding(RepeatsBatch, Rule):
     r"""Predictive coding: inference of the states first, then one local step of every block towards them.
 
     With states $h_1, \dots, h_L$ of the blocks, $h_0 = x$, errors $\epsilon_l = h_l - f_l(h_{l-1})$ and the loss
@@ -44,6 +45,7 @@ class PredictiveCoding(Rule):
     - `strict`: as above.
     - `fixed_prediction`: predictions and Jacobians stay those of the forward pass. With $\gamma = 1$ and T = L it is
       backprop.
+    - `incremental`: blocks learn after every step of inference, T times per batch.
     - `centred=True`: states settle twice, with $\beta$ and $-\beta$, and blocks follow half the difference of the two
       gradients, whose error is of second order in $\beta$.
 
@@ -55,8 +57,8 @@ class PredictiveCoding(Rule):
     [range(0, 1), range(1, 2), range(2, 3)]
     """
 
-    variant: Literal["strict", "fixed_prediction"] = "strict"
-    """Whether predictions follow the states: strict | fixed_prediction (they stay those of the forward pass)."""
+    variant: Literal["strict", "fixed_prediction", "incremental"] = "strict"
+    """strict | fixed_prediction (predictions stay those of the forward pass) | incremental (an update per step)."""
     steps: PositiveInt = 8
     """Steps of inference T."""
     rate: PositiveFloat = 0.2
@@ -75,7 +77,8 @@ class PredictiveCoding(Rule):
     tasks: ClassVar[tuple[str, ...]] = ANY_TASK
     source: ClassVar[str] = (
         "Whittington & Bogacz, Neural Comput. 29 (2017); fixed predictions: Millidge et al., arXiv 2006.04182 (2020); "
-        "centred: Pinchetti et al., arXiv 2407.01163 (2024); any block, any loss, division by beta: our reading"
+        "incremental: Salvatori et al., arXiv 2212.00720 (2022); centred: Pinchetti et al., arXiv 2407.01163 (2024); "
+        "any block, any loss, division by beta: our reading"
     )
     restrictions: ClassVar[str] = (
         "A step costs T forward and T backward passes. In deep networks little of the energy reaches the first blocks "
@@ -95,16 +98,35 @@ class PredictiveCoding(Rule):
         if not ctx.training:
             return ctx.x, None
         predicted = outputs_of_blocks(ctx)
-        outputs, pull = through_head(ctx, predicted[-1])
         if self.variant == "fixed_prediction":
-            return ctx.x, {"errors": self._errors_at(ctx, predicted, pull)}
-        pull = len(ctx.x) * pull  # of a sample's loss
-        betas = (self.beta, -self.beta) if self.centred else (self.beta,)
-        message = phases_message([self._settled(ctx, predicted, pull, beta) for beta in betas], outputs)
+            return ctx.x, {"errors": self._errors_at(ctx, predicted)}
+        steps = 1 if self.variant == "incremental" else self.steps
+        phases = [self._settled(ctx, predicted, predicted[0], steps, beta) for beta in self._betas()]
+        outputs = ctx.run(len(predicted), predicted[-1], None)
+        message = phases_message(phases, outputs)
         return in_phases(message, ctx.x), message
 
-    def _errors_at(self, ctx: BatchContext, predicted: list[Tensor], pull: Tensor) -> list[Tensor]:
+    def rounds(self) -> int:
+        """Updates with one batch: one per step of inference where it is incremental."""
+        return self.steps if self.variant == "incremental" else 1
+
+    def again(self, ctx: BatchContext, message: Any) -> tuple[Tensor, Any]:
+        """One more step of inference, with the weights as they are now."""
+        bottom, betas = ctx.run(0, ctx.x, None), self._betas()
+        of_phases = zip(*(state.chunk(len(betas)) for state in message["states"]), strict=True)
+        phases = [
+            self._settled(ctx, list(states), bottom, 1, beta) for states, beta in zip(of_phases, betas, strict=True)
+        ]
+        message = phases_message(phases, message["outputs"])
+        return in_phases(message, ctx.x), message
+
+    def _betas(self) -> tuple[float, ...]:
+        """The weight of the loss in every phase."""
+        return (self.beta, -self.beta) if self.centred else (self.beta,)
+
+    def _errors_at(self, ctx: BatchContext, predicted: list[Tensor]) -> list[Tensor]:
         """What the cotangents of the blocks' outputs become with predictions that stay."""
+        _, pull = through_head(ctx, predicted[-1])
         backs = [ctx.linearize(index, h, None)[1] for index, h in enumerate(predicted[:-1], 1)]
         errors = [torch.zeros_like(h) for h in predicted]
         for _ in range(self.steps):
@@ -112,19 +134,20 @@ class PredictiveCoding(Rule):
             errors = [error + self.rate * (target - error) for error, target in zip(errors, targets, strict=True)]
         return errors
 
-    def _settled(self, ctx: BatchContext, predicted: list[Tensor], pull: Tensor, beta: float) -> list[Tensor]:
-        """The states after T steps; the first step is known, since all errors are zero in the forward pass."""
-        states = [*predicted[:-1], predicted[-1] - self.rate * beta * pull]
-        for _ in range(self.steps - 1):
+    def _settled(
+        self, ctx: BatchContext, states: list[Tensor], bottom: Tensor, steps: int, beta: float
+    ) -> list[Tensor]:
+        """The states after some steps of inference; `bottom` is the first block's output, whose input stays."""
+        for _ in range(steps):
             _, pull = through_head(ctx, states[-1])
-            slope = len(ctx.x) * beta * pull
+            slope = len(ctx.x) * beta * pull  # of a sample's energy
             moved = []
-            for index in range(len(states) - 1, 0, -1):  # an error at a time, from the last block down
+            for index in range(len(states) - 1, 0, -1):  # the graph of one block at a time, from the last one down
                 prediction, back = ctx.linearize(index, states[index - 1], None)
                 error = states[index] - prediction
                 moved.append(states[index] - self.rate * (error + slope))
                 slope = -back(error)
-            moved.append(states[0] - self.rate * (states[0] - predicted[0] + slope))
+            moved.append(states[0] - self.rate * (states[0] - bottom + slope))
             states = moved[::-1]
         return states
 
