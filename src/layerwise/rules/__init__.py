@@ -22,9 +22,11 @@ from layerwise.rules.boosted import Boosted
 from layerwise.rules.controls import DeepSupervision, LastLayer
 from layerwise.rules.counter_current import CounterCurrent
 from layerwise.rules.dgl import DGL
+from layerwise.rules.equilibrium_propagation import EquilibriumPropagation
 from layerwise.rules.forward_forward import ForwardForward
 from layerwise.rules.gradient_reconciliation import GradientReconciliation
 from layerwise.rules.graph_forward import GraphForward
+from layerwise.rules.highway_backprop import HighwayBackprop
 from layerwise.rules.infopro import InfoPro
 from layerwise.rules.interlocking import Interlocking
 from layerwise.rules.layer_collaboration import LayerCollaboration
@@ -33,6 +35,7 @@ from layerwise.rules.lopt import FreezeLower, LoPT
 from layerwise.rules.mono_forward import MonoForward
 from layerwise.rules.noprop import NoPropCT, NoPropDT, NoPropFM
 from layerwise.rules.periodic_guidance import PeriodicGuidance
+from layerwise.rules.predictive_coding import PredictiveCoding
 from layerwise.rules.predsim import PredSim
 from layerwise.rules.scalable_ff import ScalableFF
 from layerwise.rules.sid import SID, SIDCascade
@@ -40,6 +43,7 @@ from layerwise.rules.sll import SLL
 from layerwise.rules.solo import SOLO
 from layerwise.rules.ssl_local import SSLLocal
 from layerwise.rules.svp import SVP
+from layerwise.rules.synthetic_gradient import SyntheticGradient
 from layerwise.rules.zeroth_order import ZerothOrder
 
 _BUILT_IN: tuple[type[Rule], ...] = (
@@ -68,6 +72,10 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     Boosted,
     SSLLocal,
     LoPT,
+    SyntheticGradient,
+    PredictiveCoding,
+    EquilibriumPropagation,
+    HighwayBackprop,
     Backprop,
     BackpropCheckpoint,
     BackpropFused,
@@ -173,10 +181,12 @@ __all__ = [
     "Boosted",
     "CounterCurrent",
     "DeepSupervision",
+    "EquilibriumPropagation",
     "ForwardForward",
     "FreezeLower",
     "GradientReconciliation",
     "GraphForward",
+    "HighwayBackprop",
     "InfoPro",
     "Interlocking",
     "LastLayer",
@@ -189,12 +199,14 @@ __all__ = [
     "NoPropFM",
     "PeriodicGuidance",
     "PredSim",
+    "PredictiveCoding",
     "Rule",
     "SIDCascade",
     "SSLLocal",
     "ScalableFF",
     "Signal",
     "Site",
+    "SyntheticGradient",
     "ZerothOrder",
     "create",
     "get",
