@@ -1,4 +1,4 @@
-"""Skipped updates: a batch that is not finite leaves nothing behind, whatever the rule, and whenever a run is resumed."""
+"""Skipped updates: a batch that is not finite leaves nothing behind, whatever the rule and whenever resumed."""
 
 import copy
 

@@ -13,6 +13,7 @@ from layerwise.core.execution import Execution
 from layerwise.core.failures import NonFinite, in_a_sentence
 from layerwise.core.finite import FiniteCheck
 from layerwise.core.following import NextBlock
+from layerwise.core.functional import wide
 from layerwise.core.groups import Group, Unit, parameters_of
 from layerwise.core.param_groups import set_learning_rate
 from layerwise.core.parts import Labelled, Whole, labelled_parts
@@ -386,7 +387,7 @@ class Engine(Runner):
             taught = any(s.loss is not None or s.cotangent is not None for s, _ in signals)
             reached = self._stepped | {id(p) for p in wanted if p.grad is not None}
             check_reached(self.rule, group, own, reached, taught)
-        loss = _sum([loss.detach().float() for loss in losses] or [torch.zeros(())])
+        loss = _sum([wide(loss.detach()) for loss in losses] or [torch.zeros((), device=self.execution.device)])
         return loss if share == 1 else loss * share
 
     def _step(self, group: Group, h: Tensor | None, loss: Tensor, step: int, trace: Trace) -> None:
