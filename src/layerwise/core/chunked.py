@@ -47,10 +47,10 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Mean cross-entropy, the plain sum of $-\log p_i[y_i]$, and how many predictions are right, chunk after chunk.
 
-    Loss and gradients are those of `torch.nn.functional.cross_entropy` on `outputs.whole().float()`. The gradient on a
-    chunk's logits is known as soon as the chunk is, $s_i\,\mathrm{softmax}(z_i) - t_i$ with target $t_i$ of sum $s_i$;
-    it is multiplied into those of features, weight and bias at once, and the logits are forgotten. Beside these
-    gradients two chunks of logits are in memory at a time. The backward pass can be made once.
+    Loss and gradients are those of `torch.nn.functional.cross_entropy` on `outputs.whole()`, in float32 or wider. The
+    gradient on a chunk's logits is known as soon as the chunk is, $s_i\,\mathrm{softmax}(z_i) - t_i$ with target $t_i$
+    of sum $s_i$; it is multiplied into those of features, weight and bias at once, and the logits are forgotten. Beside
+    these gradients two chunks of logits are in memory at a time. The backward pass can be made once.
 
     Args:
         outputs: of N predictions in all.
@@ -61,7 +61,8 @@ def cross_entropy(
         chunk: predictions at a time; as many as have `LOGITS` logits if not given.
 
     Returns:
-        The loss, a scalar in float32; the sum, without weights and smoothing, and an int64 scalar, without history.
+        The loss, a scalar in float32 or wider; the sum, without weights and smoothing, and an int64 scalar, without
+        history.
 
     >>> outputs = LinearOutputs(torch.ones(4, 2), torch.zeros(10, 2))
     >>> loss, nats, right = cross_entropy(outputs, torch.tensor([0, 0, 3, -100]), chunk=3)
@@ -97,20 +98,23 @@ class _Chunked(torch.autograd.Function):
             else None
             for t, wanted in zip((features, weight, bias), ctx.needs_input_grad, strict=False)
         ]
-        total, mass, nats = features.new_zeros(3, dtype=torch.float32)
+        kind = torch.promote_types(features.dtype, torch.float32)
+        total, mass, nats = features.new_zeros(3, dtype=kind)
         right = torch.zeros((), dtype=torch.int64, device=features.device)
         spread = smoothing / weight.shape[0]
-        every = features.new_ones(weight.shape[0], dtype=torch.float32) if weights is None else weights
+        weights = None if weights is None else weights.to(kind)
+        every = features.new_ones(weight.shape[0], dtype=kind) if weights is None else weights
         for start in range(0, len(features), chunk):
             part = slice(start, start + chunk)
             x, labels = features[part], y[part]
-            counts = labels != ignore
-            place = labels.clamp_min(0)[:, None] if ignore < 0 else labels.masked_fill(~counts, 0)[:, None]
+            there = labels != ignore
+            place = labels.clamp_min(0)[:, None] if ignore < 0 else labels.masked_fill(~there, 0)[:, None]
+            counts = there.to(kind)  # a bool times a number would be of the default type
             made = F.linear(x, weight, bias)
-            low, z = made.dtype, made.float()
+            low, z = made.dtype, made.to(kind)
             del made
-            right += ((z.argmax(-1) == labels) & counts).sum()
-            own = counts.float() if weights is None else weights[place[:, 0]] * counts
+            right += ((z.argmax(-1) == labels) & there).sum()
+            own = counts if weights is None else weights[place[:, 0]] * counts
             mass = mass + own.sum()
             log_sum = z.logsumexp(-1)
             sure = (1 - smoothing) * own  # of the target, on the label
@@ -118,7 +122,6 @@ class _Chunked(torch.autograd.Function):
             nats = nats + (surprise * counts).sum()
             each = sure * surprise
             size = sure
-            every = z.new_ones(z.shape[1]) if weights is None else weights
             if smoothing:
                 each = each + spread * counts * (log_sum * every.sum() - z @ every)
                 size = sure + spread * counts * every.sum()
@@ -129,7 +132,7 @@ class _Chunked(torch.autograd.Function):
             z.sub_(log_sum[:, None]).exp_().mul_(size[:, None])
             z.scatter_add_(1, place, -sure[:, None])
             if smoothing:
-                z.addcmul_(counts.float()[:, None], every[None], value=-spread)
+                z.addcmul_(counts[:, None], every[None], value=-spread)
             z = z.to(low)
             if gradients[0] is not None:
                 gradients[0][part] = z @ weight

@@ -350,8 +350,7 @@ class Learner:
 
     def average(self) -> None:
         """Average over the replicas what an unfinished update has accumulated; afterwards all hold the same bits."""
-        for group in self.groups:
-            self.replicas.reduce(group.parameters, group.running(), torch.zeros((), device=self.device))()
+        self.built.engine.average(self.groups_at(self.updates))
 
     def measured_step(self, x: Any, y: Tensor | None = None) -> tuple[Metrics, MemoryUse]:
         """One `step` under the memory meter: exact bytes, on the CPU at a few times the step's duration.

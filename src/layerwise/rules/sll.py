@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.core import functional
+from layerwise.core.functional import wide
 from layerwise.core.pieces import ReadsOut, ReadsOutputMatrix
 from layerwise.core.posteriors import divergence
 from layerwise.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ProperFraction
@@ -241,7 +242,7 @@ class SLL(ReadsPatches, ReadsOut, ReadsOutputMatrix, Rule):
         if ctx.site.is_head:
             signal = loss_at_head(ctx)
             if self.head == "joint":
-                self._align(signal, ctx, ctx.task.outputs_last(ctx.h.float()), ctx.y)
+                self._align(signal, ctx, ctx.task.outputs_last(wide(ctx.h)), ctx.y)
             return signal
         if ctx.auxiliary is None:
             return Signal(message=ctx.message)
