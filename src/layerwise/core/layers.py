@@ -162,3 +162,15 @@ def _normalised(layer: nn.Module, x: Tensor) -> Tensor:
     if layer.training or layer.running_mean is None:
         return F.batch_norm(x, None, None, training=True, eps=layer.eps)
     return F.batch_norm(x, layer.running_mean, layer.running_var, eps=layer.eps)
+
+
+def holding_parameters(block: Block) -> list[nn.Module]:
+    """The modules that hold a block's parameters themselves, in the model's order.
+
+    >>> from layerwise.core.blocks import Partition
+    >>> net = Partition(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)), ["1"])
+    >>> holding_parameters(net.blocks[0])
+    [Linear(in_features=2, out_features=3, bias=True)]
+    """
+    paths = {name.rpartition(".")[0]: None for name, _ in block.named_parameters()}
+    return [*{block._model.get_submodule(path): None for path in paths}]

@@ -22,6 +22,7 @@ from layerwise.rules.boosted import Boosted
 from layerwise.rules.controls import DeepSupervision, LastLayer
 from layerwise.rules.counter_current import CounterCurrent
 from layerwise.rules.dgl import DGL
+from layerwise.rules.feedback_alignment import FeedbackAlignment
 from layerwise.rules.forward_forward import ForwardForward
 from layerwise.rules.gradient_reconciliation import GradientReconciliation
 from layerwise.rules.graph_forward import GraphForward
@@ -34,6 +35,7 @@ from layerwise.rules.mono_forward import MonoForward
 from layerwise.rules.noprop import NoPropCT, NoPropDT, NoPropFM
 from layerwise.rules.periodic_guidance import PeriodicGuidance
 from layerwise.rules.predsim import PredSim
+from layerwise.rules.product_feedback_alignment import ProductFeedbackAlignment
 from layerwise.rules.scalable_ff import ScalableFF
 from layerwise.rules.sid import SID, SIDCascade
 from layerwise.rules.sll import SLL
@@ -61,6 +63,8 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     LayerCollaboration,
     ScalableFF,
     CounterCurrent,
+    FeedbackAlignment,
+    ProductFeedbackAlignment,
     GraphForward,
     NoPropDT,
     NoPropCT,
@@ -173,6 +177,7 @@ __all__ = [
     "Boosted",
     "CounterCurrent",
     "DeepSupervision",
+    "FeedbackAlignment",
     "ForwardForward",
     "FreezeLower",
     "GradientReconciliation",
@@ -189,6 +194,7 @@ __all__ = [
     "NoPropFM",
     "PeriodicGuidance",
     "PredSim",
+    "ProductFeedbackAlignment",
     "Rule",
     "SIDCascade",
     "SSLLocal",
