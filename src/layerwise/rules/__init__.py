@@ -24,15 +24,18 @@ from layerwise.rules.counter_current import CounterCurrent
 from layerwise.rules.dgl import DGL
 from layerwise.rules.feedback_alignment import FeedbackAlignment
 from layerwise.rules.forward_forward import ForwardForward
+from layerwise.rules.forward_gradient import ForwardGradient
 from layerwise.rules.gradient_reconciliation import GradientReconciliation
 from layerwise.rules.graph_forward import GraphForward
 from layerwise.rules.infopro import InfoPro
 from layerwise.rules.interlocking import Interlocking
 from layerwise.rules.layer_collaboration import LayerCollaboration
+from layerwise.rules.likelihood_ratio import LikelihoodRatio
 from layerwise.rules.local_ce import LocalCE
 from layerwise.rules.lopt import FreezeLower, LoPT
 from layerwise.rules.mono_forward import MonoForward
 from layerwise.rules.noprop import NoPropCT, NoPropDT, NoPropFM
+from layerwise.rules.pepita import Pepita
 from layerwise.rules.periodic_guidance import PeriodicGuidance
 from layerwise.rules.predsim import PredSim
 from layerwise.rules.product_feedback_alignment import ProductFeedbackAlignment
@@ -65,6 +68,9 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     CounterCurrent,
     FeedbackAlignment,
     ProductFeedbackAlignment,
+    Pepita,
+    ForwardGradient,
+    LikelihoodRatio,
     GraphForward,
     NoPropDT,
     NoPropCT,
@@ -179,6 +185,7 @@ __all__ = [
     "DeepSupervision",
     "FeedbackAlignment",
     "ForwardForward",
+    "ForwardGradient",
     "FreezeLower",
     "GradientReconciliation",
     "GraphForward",
@@ -186,12 +193,14 @@ __all__ = [
     "Interlocking",
     "LastLayer",
     "LayerCollaboration",
+    "LikelihoodRatio",
     "LoPT",
     "LocalCE",
     "MonoForward",
     "NoPropCT",
     "NoPropDT",
     "NoPropFM",
+    "Pepita",
     "PeriodicGuidance",
     "PredSim",
     "ProductFeedbackAlignment",
