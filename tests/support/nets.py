@@ -24,6 +24,9 @@ QUICK = {
     "predictive_coding": {"steps": 3},
     "equilibrium_propagation": {"free": 5, "nudged": 3},
 }
+QUICK |= {"forward_gradient": {"tangents": 4}, "pepita": {"scale": 0.5}, "likelihood_ratio": {"pairs": 2}}
+UNDEFINED = {"pepita": ("vit",)}
+"""Models on which a rule is not defined, and says so."""
 SIZES = {
     "mlp": {"width": 16},
     "vgg": {"width": 4},
@@ -57,7 +60,7 @@ def graph(nodes=64, known=32):
 
 def kinds(rule):
     """Models on which a rule is tested."""
-    return rules.get(rule).models or KINDS
+    return rules.get(rule).models or tuple(kind for kind in KINDS if kind not in UNDEFINED.get(rule, ()))
 
 
 def by_parameter(rule):
