@@ -252,7 +252,8 @@ class Rule(Abstract):
 
     reads_logits: ClassVar[bool] = True
     """Whether `signal` looks at the network's logits itself. Where it gives `loss_at_head` at the head and nothing else
-    of it, False lets the loss of a large vocabulary be made in chunks. Declared by the class that defines `signal`.
+    of it, False lets the loss of a large vocabulary be made in chunks. Declared by the class that defines `signal`, or
+    set on a rule whose options decide it.
     """
 
     def __post_init__(self) -> None:
@@ -321,7 +322,7 @@ def leaves_logits(rule: Rule) -> bool:
     (True, False)
     """
     defining = next(kind for kind in type(rule).__mro__ if "signal" in vars(kind))
-    return vars(defining).get("reads_logits") is False
+    return (vars(rule) | vars(defining)).get("reads_logits") is False
 
 
 def loss_of(task: Task, outputs: Tensor | LinearOutputs, y: Tensor) -> Signal:
