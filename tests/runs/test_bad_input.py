@@ -151,6 +151,7 @@ train --rule.scale 0                         | scale is 0; larger than 0
 train --rule sid_cascade                     | trains the model 'sid_cascade'; use rule 'sid'
 train --rule graph_forward                   | does not train the model 'mlp'; gcn or gat
 train --rule graph_forward --model vit       | does not train the model 'vit'; gcn or gat
+train --rule equilibrium_propagation --model vit | does not train the model 'vit'; mlp
 train --rule noprop_dt                       | trains the model 'noprop'
 train --rule boosted --rule.updates 0        | updates is 0; 1 or more
 train --rule ssl_local --rule.augment flop   | unknown augmentation 'flop'; did you mean 'flip'?
