@@ -1,6 +1,6 @@
 """Other families of rules in a few lines each: the contract carries them, the engine is untouched."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from support.nets import CLASSES, batches, net, problem, same_bits, trained
 from torch import nn
 
-from layerwise import Learner, Rule, Signal
+from layerwise import LayerwiseError, Learner, Rule, Signal
+from layerwise.core.layers import layer_gradients, seeing_layers
 from layerwise.core.rule import cross_entropy_at_head
 
 
@@ -120,7 +121,23 @@ class Relaxation(Rule):
         return Signal(loss=loss, message=at.message, metrics={"accuracy": at.task.correct(guess, at.y)})
 
 
-FAMILIES = [DRTP(), DFA(), ForwardForward(), Relaxation()]
+class Outer(DFA):
+    """As DFA, without a graph: the rule makes the outer products of what reaches a layer and what the layer has got."""
+
+    name, builds_graph = "outer", False
+
+    def signal(self, at):
+        calls, block = [], at.site.network.head if at.site.is_head else at.site.network.blocks[at.site.index]
+        with seeing_layers(block, lambda layer, x, out: calls.append((layer, x, out))):
+            at.run(at.h_in, at.message)
+        layer, x, a = next(call for call in calls if isinstance(call[0], nn.Linear))
+        if at.site.is_head:
+            return replace(cross_entropy_at_head(at), gradients=layer_gradients(layer, x, error(at.h, at.y)))
+        pushed = (at.message @ at.auxiliary.matrix) * (a > 0)
+        return Signal(message=at.message, gradients=layer_gradients(layer, x, pushed))
+
+
+FAMILIES = [DRTP(), DFA(), ForwardForward(), Relaxation(), Outer()]
 each = pytest.mark.parametrize("rule", FAMILIES, ids=lambda rule: rule.name)
 DATA = batches(3)
 
@@ -181,6 +198,39 @@ def test_drtp_moves_the_first_layer_by_its_closed_form():
     learner.step(x, y)
     pushed = learner.auxiliary["0"].matrix[y]
     assert torch.allclose(model[0].weight, before - 0.3 * pushed.T @ x / 16)
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2, "clip": 0.1}, {"micro": 2, "accumulate": 2}], ids=str)
+def test_gradients_that_a_rule_computes_itself_are_used_as_those_of_the_backward_pass(options):
+    found, expected = (trained(net("mlp"), rule, batches(4), **options) for rule in (Outer(), DFA()))
+    for a, b in zip(found.network.parameters(), expected.network.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_a_rule_without_a_graph_saves_nothing_for_a_backward_pass():
+    saved = []
+    learner = Learner(net("mlp"), Outer())
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        learner.step(*DATA[0])
+        assert not saved
+        Learner(net("mlp"), DFA()).step(*DATA[0])
+        assert saved
+
+
+def test_gradients_of_a_frozen_parameter_are_left_out_and_those_of_another_block_refused():
+    class Foreign(Outer):
+        def signal(self, at):
+            other = at.site.network.head.parameters()[0]
+            return replace(super().signal(at), gradients={other: torch.zeros_like(other)})
+
+    learner, before = Learner(net("mlp"), Outer()), net("mlp")
+    learner.network.model.block1.linear.bias.requires_grad_(False)
+    learner.step(*DATA[0])
+    frozen = learner.network.model.block1.linear
+    assert torch.equal(frozen.bias, before.block1.linear.bias) and frozen.bias.grad is None
+    assert not torch.equal(frozen.weight, before.block1.linear.weight)
+    with pytest.raises(LayerwiseError, match="a parameter that is not there"):
+        Learner(net("mlp"), Foreign()).step(*DATA[0])
 
 
 def test_relaxation_rests_half_way_between_prediction_and_label():

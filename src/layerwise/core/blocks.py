@@ -75,6 +75,7 @@ class Block:
         run: the function from the block's input tensor to its output tensor.
         before: called before every run, if anything; an offloaded block has to be fetched.
         layout: where batch, channels and positions are in the output; None while, or where, it is not known.
+        compiled: whether the block runs through `compile`, so that its modules are not called one by one.
         users: by the name of a tensor of this block, the numbers of all blocks that use it, where others do.
     """
 
@@ -86,6 +87,7 @@ class Block:
         self.users: dict[str, set[int]] = {}
         self._model = model
         self._names = names
+        self.compiled = False
         self._opened: list[Opened] = []
         """Modules that hold the block, and whose own call does not happen."""
         self._unchanged = Unchanged(name)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from layerwise.core.pieces import JoinsGroups, LearnsInPart, TakesTurns
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site
@@ -30,7 +30,8 @@ def check_rule(rule: object) -> None:
     for fact in ("name", "locality", "boundary", "flat_memory", "source"):
         if not hasattr(kind, fact):
             raise LayerwiseError(f"rule {kind.__name__} does not declare {fact!r}; set the class attribute, see Rule.")
-    for fact, wanted in {"name": str, "boundary": str, "flat_memory": bool, "source": str}.items():
+    facts = {"name": str, "boundary": str, "flat_memory": bool, "source": str, "builds_graph": bool}
+    for fact, wanted in facts.items():
         if not isinstance(getattr(kind, fact), wanted):
             raise LayerwiseError(
                 f"rule {kind.__name__} declares {fact} = {short(getattr(kind, fact))}; it is of type {wanted.__name__}."
@@ -194,6 +195,9 @@ def check_signal(rule: Rule, ctx: BlockContext, signal: object) -> None:
             f"{where} a cotangent that is {_in_words(cotangent)}; give a tensor of the output's shape "
             f"{tuple(ctx.h.shape)}."
         )
+    if cotangent is not None and not rule.builds_graph:
+        raise LayerwiseError(f"{where} a cotangent, and it builds no graph; give gradients of parameters.")
+    _check_gradients(where, signal.gradients)
     if output is not None and not isinstance(output, Tensor):
         raise LayerwiseError(f"{where} an output that is {_in_words(output)}; give a tensor, or leave it out.")
     if not isinstance(signal.metrics, dict) or not all(isinstance(name, str) for name in signal.metrics):
@@ -204,6 +208,20 @@ def check_signal(rule: Rule, ctx: BlockContext, signal: object) -> None:
         real = isinstance(value, Tensor) and value.dim() == 0 and not (value.is_complex() or value.is_meta)
         if not real:
             raise LayerwiseError(f"{where} the metric {name!r}, which is {_in_words(value)}; give a scalar tensor.")
+
+
+def _check_gradients(where: str, given: object) -> None:
+    """Raise LayerwiseError unless gradients are tensors of the shapes of their parameters."""
+    if not isinstance(given, dict):
+        raise LayerwiseError(f"{where} gradients that are {_in_words(given)}; give a dict from parameters to tensors.")
+    for parameter, gradient in given.items():
+        if not isinstance(parameter, nn.Parameter):
+            raise LayerwiseError(f"{where} a gradient of {_in_words(parameter)}; give gradients of parameters.")
+        if not (isinstance(gradient, Tensor) and gradient.shape == parameter.shape):
+            raise LayerwiseError(
+                f"{where} a gradient that is {_in_words(gradient)} of a parameter of shape {tuple(parameter.shape)}; "
+                "give a tensor of its shape."
+            )
 
 
 def check_sent_back(rule: Rule, site: Site, sent: Any, out: Tensor) -> None:

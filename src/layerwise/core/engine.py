@@ -14,12 +14,14 @@ from layerwise.core.failures import NonFinite, in_a_sentence
 from layerwise.core.finite import FiniteCheck
 from layerwise.core.following import NextBlock
 from layerwise.core.functional import wide
+from layerwise.core.given import add_given
 from layerwise.core.groups import Group, Unit, parameters_of
 from layerwise.core.param_groups import set_learning_rate
 from layerwise.core.parts import Labelled, Whole, labelled_parts
 from layerwise.core.perturbation import Estimate
 from layerwise.core.pieces import FollowsNextBlock, HasTrunk, PerturbsWeights, StepsByParameter, has_trunk
 from layerwise.core.progress import Accumulation, Trace, WaitingTrunk
+from layerwise.core.pullback import without_gradient
 from layerwise.core.randomness import derive_seed
 from layerwise.core.reached import check_reached
 from layerwise.core.rule import Rule, Signal
@@ -273,7 +275,7 @@ class Engine(Runner):
         part: int | None = None,
         share: float = 1.0,
     ) -> tuple[Signals, Tensor, Any]:
-        """The forward pass of an update: with a graph where something learns."""
+        """The forward pass of an update: with a graph where something learns, unless the rule needs none."""
         first = self.accumulation.batches <= 1 and not part
         if first:  # what the owner has computed is no part of the update
             group.free()
@@ -281,21 +283,13 @@ class Engine(Runner):
                 optimizer.state.clear()
         if self.accumulation.batches == 1 and first:
             self.finite.begin(group)
-        with torch.set_grad_enabled(group.learns), self._frozen(group) if group.resting else NOTHING:
+        learns = group.learns and self.rule.builds_graph
+        with torch.set_grad_enabled(learns), self._frozen(group) if group.resting else NOTHING:
             return self.forward(group, h, message, y, step, trace, part, share)
 
-    @contextmanager
-    def _frozen(self, group: Group) -> Iterator[None]:
+    def _frozen(self, group: Group) -> AbstractContextManager[None]:
         """A context in which parameters at rest want no gradient, so that the graph keeps nothing for them."""
-        resting = self.execution.replicas.full_of(parameters_of(group.resting))
-        frozen = [p for p in resting if p.requires_grad]
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
+        return without_gradient(self.execution.replicas.full_of(parameters_of(group.resting)))
 
     def _add(self, group: Group, h: Tensor, signals: Signals, step: int, share: float = 1.0) -> Tensor:
         """Add the gradients of signals to those that the group has; returns the loss, as its share of the batch's.
@@ -382,9 +376,12 @@ class Engine(Runner):
             with in_a_sentence(f"block {group.name!r}", "cannot be run backward", h):
                 ends = [root for root, _ in roots]
                 torch.autograd.backward(ends, list(group.scaler.scale(cotangents)), inputs=inputs)
+        given = [pair for signal, _ in signals for pair in signal.gradients.items()]
+        if given:
+            add_given(self.rule, group, given, own, self._weight * share)
         if not group.checked and all(unit.block.ran for unit in group.units):
             group.checked = True
-            taught = any(s.loss is not None or s.cotangent is not None for s, _ in signals)
+            taught = any(s.loss is not None or s.cotangent is not None or s.gradients for s, _ in signals)
             reached = self._stepped | {id(p) for p in wanted if p.grad is not None}
             check_reached(self.rule, group, own, reached, taught)
         loss = _sum([wide(loss.detach()) for loss in losses] or [torch.zeros((), device=self.execution.device)])

@@ -16,6 +16,7 @@ from layerwise.core.abstract import Abstract
 from layerwise.core.blocks import Block, Partition
 from layerwise.core.chunked import LinearOutputs
 from layerwise.core.layout import from_standard, to_standard
+from layerwise.core.pullback import Pullback
 from layerwise.core.ranges import check_fields
 from layerwise.core.tasks import KINDS, Task
 from layerwise.errors import LayerwiseError
@@ -128,6 +129,15 @@ class BatchContext:
     """
     predict: Callable[[Tensor], Tensor]
     """What the rule predicts, `(B, ..., K)` for `(B, ...)`, in evaluation mode and without gradient."""
+    linearize: Callable[[int, Tensor, Any], tuple[Tensor, Pullback]]
+    """Runs the block at a site as `run` does: `linearize(index, h, message)` is its output, and the map from cotangents
+    on it to those on `h`.
+
+    The graph is of this block alone and lives as long as the map. Cotangents cross a boundary where the rule carries
+    them over it.
+    """
+    training: bool = True
+    """Whether an update follows; False in evaluation."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +162,11 @@ class BlockContext:
     """The sites that this pass runs as one graph: the group's own, then (in training) those that lend it theirs."""
     outputs: LinearOutputs | None = None
     """The network's outputs at a head whose last layer has not run, for `loss_at_head`; `h` is its input then."""
+    run: Callable[[Tensor, Any], Tensor] | None = None
+    """Runs the block one more time: `run(h, message)` is its output, without gradient, as `BatchContext.run` gives it.
+
+    None for a context that no engine has made.
+    """
 
 
 @dataclass
@@ -159,7 +174,8 @@ class Signal:
     """A rule's answer: the teaching signal of the block and what crosses to the next one.
 
     Give `loss` (a scalar; its gradient is the signal), or `cotangent` (the gradient with respect to the
-    block's output, same shape as `BlockContext.h`), or both, or neither (the block does not learn here).
+    block's output, same shape as `BlockContext.h`), or both, or neither (the block does not learn here). A rule that
+    computes gradients of parameters itself gives them in `gradients`, alone or beside these.
     """
 
     loss: Tensor | None = None
@@ -172,6 +188,11 @@ class Signal:
     """Scalars on the device, read later; a mean over the batch each. `"loss"` is the loss above unless given."""
     statistics: dict[str, Tensor] = field(default_factory=dict)
     """Sums out of which the task makes metrics that are no means over the batch, see `Task.statistics`."""
+    gradients: dict[Tensor, Tensor] = field(default_factory=dict)
+    """Gradients that the rule has computed itself, by parameter of the block or of the rule's module here.
+
+    Each is a mean over the batch and is added to what the backward pass gives the parameter.
+    """
 
 
 @dataclass(frozen=True)
@@ -219,6 +240,8 @@ class Rule(Abstract):
 
     It can where losses are means over the samples and messages have one entry per sample.
     """
+    builds_graph: ClassVar[bool] = True
+    """Whether autograd builds a graph in training. A rule without one gives `Signal.gradients`; a loss is a metric."""
     reads_input: ClassVar[bool] = False
     """Whether `signal` looks at the network's input, which then has to be one tensor."""
     predicts_at_head: ClassVar[bool] = False
@@ -229,7 +252,8 @@ class Rule(Abstract):
 
     reads_logits: ClassVar[bool] = True
     """Whether `signal` looks at the network's logits itself. Where it gives `loss_at_head` at the head and nothing else
-    of it, False lets the loss of a large vocabulary be made in chunks. Declared by the class that defines `signal`.
+    of it, False lets the loss of a large vocabulary be made in chunks. Declared by the class that defines `signal`, or
+    set on a rule whose options decide it.
     """
 
     def __post_init__(self) -> None:
@@ -298,7 +322,7 @@ def leaves_logits(rule: Rule) -> bool:
     (True, False)
     """
     defining = next(kind for kind in type(rule).__mro__ if "signal" in vars(kind))
-    return vars(defining).get("reads_logits") is False
+    return (vars(rule) | vars(defining)).get("reads_logits") is False
 
 
 def loss_of(task: Task, outputs: Tensor | LinearOutputs, y: Tensor) -> Signal:

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from layerwise.core.failures import in_a_sentence
 from layerwise.core.groups import Group, Unit
 from layerwise.core.output_layer import HeadWithoutOutputs, without_outputs
 from layerwise.core.progress import Trace
+from layerwise.core.pullback import Pullback, linearized, without_gradient
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.rule import BlockContext, Rule, Signal, leaves_logits
 from layerwise.core.tasks import Task
@@ -83,14 +85,15 @@ class Runner:
                 left = None if head is None else head.left(out)
                 with self.autocast(), asking(self.rule, f"`signal` at block {unit.site.name!r}"):
                     of_group = (unit.auxiliary, training, learns, view)
-                    ctx = BlockContext(unit.site, out, h, message, y, self.task, *of_group, left)
+                    again = partial(self.run_aside, unit, step=step, part=part)
+                    ctx = BlockContext(unit.site, out, h, message, y, self.task, *of_group, left, again)
                     signal = self.rule.signal(ctx)
             check_signal(self.rule, ctx, signal)
             h = out if signal.output is None else signal.output
             message = signal.message
             if signal.loss is not None:
                 signal.metrics.setdefault("loss", signal.loss)
-            if signal.loss is not None or signal.cotangent is not None:
+            if signal.loss is not None or signal.cotangent is not None or signal.gradients:
                 signals.append((signal, None if signal.cotangent is None else out))
             if own:
                 passed_on = h, message
@@ -105,7 +108,7 @@ class Runner:
             return None
         return without_outputs(unit.block, unit.site.network.output_layer)
 
-    def run_aside(self, unit: Unit, h: Tensor, message: Any, step: int | None) -> Tensor:
+    def run_aside(self, unit: Unit, h: Tensor, message: Any, step: int | None, part: int | None = None) -> Tensor:
         """Run a block one time more than its step does, for a rule that looks ahead.
 
         Returns:
@@ -114,7 +117,17 @@ class Runner:
             are.
         """
         with torch.no_grad(), preserved_generators(self.execution.device), unit.on_copies():
-            return self.run(unit, h, message, step)
+            return self.run(unit, h, message, step, part)
+
+    def linearize_aside(self, unit: Unit, h: Tensor, message: Any, step: int | None) -> tuple[Tensor, Pullback]:
+        """Run a block aside, as `run_aside` does, and let cotangents on its output be brought to its input.
+
+        Returns:
+            The block's output, and the map; its graph is of this block alone, and holds nothing for parameters.
+        """
+        frozen = without_gradient(self.execution.replicas.full_of(unit.parameters()))
+        with preserved_generators(self.execution.device), unit.on_copies(), frozen:
+            return linearized(lambda x: self.run(unit, x, message, step), h)
 
     def run(self, unit: Unit, h: Tensor, message: Any, step: int | None, part: int | None = None) -> Tensor:
         """Run one block under its own random draws of this step, and of this part of the batch."""

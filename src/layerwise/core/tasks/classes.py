@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layerwise.core.chunked import LOGITS, LinearOutputs, cross_entropy
+from layerwise.core.chunked import LOGITS, Aligned, LinearOutputs, objective
 from layerwise.core.functional import wide
 from layerwise.core.posteriors import Categorical
 from layerwise.core.ranges import NonNegativeFloat, PositiveInt, check_fields, check_ranges
@@ -293,11 +293,24 @@ class LanguageModel(Classification):
 
     def loss_in_chunks(self, outputs: LinearOutputs, y: Tensor, chunk: int) -> tuple[Tensor, dict[str, Tensor]]:
         """`loss` and `statistics` of a linear readout, `chunk` positions at a time."""
+        loss, _, _, statistics = self.objective_in_chunks(outputs, y, chunk)
+        return loss, statistics
+
+    def objective_in_chunks(
+        self,
+        outputs: LinearOutputs,
+        y: Tensor,
+        chunk: int,
+        likelihood_weight: float = 1.0,
+        neighbour: Aligned | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """`chunked.objective` of a linear readout: the objective, `loss`, the mean divergence and `statistics`."""
         _check_shapes(outputs, y)
-        aligned, classes = self.aligned(y), outputs.shape[-1]
-        weights = None if self.weights is None else self._weights(classes, aligned)
-        loss, nats, hits = cross_entropy(outputs, aligned, weights, self.label_smoothing, UNLABELLED, chunk)
-        return loss, self._sums(nats, hits, aligned)
+        labels, classes = self.aligned(y), outputs.shape[-1]
+        weights = None if self.weights is None else self._weights(classes, labels)
+        how = (weights, self.label_smoothing, UNLABELLED, chunk, likelihood_weight, neighbour)
+        found, loss, apart, nats, hits = objective(outputs, labels, *how)
+        return found, loss, apart, self._sums(nats, hits, labels)
 
     @property
     def missing(self) -> int:
