@@ -108,18 +108,22 @@ class Pepita(Rule):
         """The batch with the projected error; the message is the batch itself."""
         if ctx.y.dim() > (2 if ctx.y.is_floating_point() else 1):
             raise LayerwiseError("pepita adds a sample's error to its input: one label per sample, not per position.")
-        projection = ctx.auxiliary[0]
+        error = ctx.task.counted(ctx.y, False) * error_without_graph(ctx.task, ctx.forward(ctx.x), ctx.y)
+        projection, first = ctx.auxiliary[0], ctx.network.blocks[0]
         assert isinstance(projection, Projection)
-        matrix, count = projection.current(), ctx.task.counted(ctx.y, False)
+        if first.before is not None:
+            first.before()  # an offloaded block has to be fetched, and F with it
+        matrix = projection.current()
         if self.mirror and ctx.network.training:
             self._mirror(ctx, matrix)
-        error = count * error_without_graph(ctx.task, ctx.forward(ctx.x), ctx.y)
         return ctx.x + torch.tensordot(error.to(matrix.dtype), matrix, dims=1).to(ctx.x.dtype), ctx.x
 
     def _mirror(self, ctx: BatchContext, matrix: Tensor) -> None:
         """Move F towards minus the correlation of noise and what it gives."""
         noise = torch.randn_like(ctx.x)
         z = ctx.forward(noise)
+        if ctx.network.blocks[0].before is not None:
+            ctx.network.blocks[0].before()
         found = -torch.tensordot((z - z.mean(0)).to(matrix.dtype).T, noise.to(matrix.dtype), dims=1)
         matrix.lerp_(found * (matrix.norm() / found.norm().clamp_min(1e-12)), self.mirror)
 
