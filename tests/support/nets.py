@@ -18,7 +18,7 @@ SHAPE, CLASSES = (1, 8, 8), 4
 DEVICE = torch.device(os.environ.get("LAYERWISE_TEST_DEVICE", "cpu"))
 KINDS = ("mlp", "vgg", "vit")
 QUICK = {"boosted": {"updates": 1}, "block_rota": {"period": 1, "order": "up"}, "zeroth_order": {"directions": 16}}
-QUICK |= {"forward_gradient": {"tangents": 2}, "pepita": {"scale": 0.5}, "likelihood_ratio": {"pairs": 1}}
+QUICK |= {"forward_gradient": {"tangents": 2}, "likelihood_ratio": {"pairs": 2}}
 UNDEFINED = {"pepita": ("vit",)}
 """Models on which a rule is not defined, and says so."""
 SIZES = {

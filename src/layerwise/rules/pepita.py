@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.core.blocks import Block
-from layerwise.core.layers import CONVOLUTIONS, has_gradients, is_plain_chain, layer_gradients, seeing_layers
+from layerwise.core.layers import CONVOLUTIONS, NORMS, has_gradients, is_plain_chain, layer_gradients, seeing_layers
 from layerwise.core.perturbed_layers import add_all, error_without_graph
 from layerwise.core.ranges import Fraction, PositiveFloat
 from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Signal, Site, loss_at_head
@@ -82,7 +82,7 @@ class Pepita(Rule):
     reads_input: ClassVar[bool] = True
     source: ClassVar[str] = (
         "Dellaferrera & Kreiman, arXiv 2201.11665 (2022); Srinivasan et al., arXiv 2302.05440 (2023): mirror, "
-        "time_local; norms, blocks that pool before the activation, the scaling of mirror: our reading"
+        "time_local; blocks that pool before the activation, the scaling of mirror: our reading"
     )
     restrictions: ClassVar[str] = (
         "Chains of linear layers, convolutions, norms and activations; no transformer, no skip connection. Learns "
@@ -144,6 +144,8 @@ class Pepita(Rule):
             else:
                 places = after.out.shape[2:].numel()
                 change = (before.activity - after.activity) / (len(after.out) * places)
+            if isinstance(after.layer, NORMS):
+                change = torch.zeros_like(change)  # scale and shift stay, as in the paper's code
             got = before.x if self.time_local else after.x
             add_all(signal.gradients, layer_gradients(after.layer, got, change))
         return signal
