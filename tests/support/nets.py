@@ -24,7 +24,7 @@ QUICK = {
     "predictive_coding": {"steps": 3},
     "equilibrium_propagation": {"free": 5, "nudged": 3},
 }
-QUICK |= {"forward_gradient": {"tangents": 4}, "pepita": {"scale": 0.5}, "likelihood_ratio": {"pairs": 2}}
+QUICK |= {"forward_gradient": {"tangents": 2}, "likelihood_ratio": {"pairs": 2}}
 UNDEFINED = {"pepita": ("vit",)}
 """Models on which a rule is not defined, and says so."""
 SIZES = {

@@ -62,6 +62,7 @@ def projected(error: Tensor, matrix: Tensor, h: Tensor, site: Site, task: Task) 
         pooled = F.adaptive_avg_pool2d(error, (places[0], places[1])) * share
         return site.restored(torch.einsum("bkhw,kc->bchw", pooled, matrix.to(error.dtype))).to(h.dtype)
     found = torch.tensordot(task.outputs_last(error), matrix.to(error.dtype), dims=1)
+    found = site.restored(found) if has_standard_order(site) else found
     if found.shape != h.shape:
         raise LayerwiseError(
             f"an error of shape {tuple(error.shape)} has one entry for every prediction, and the output of block "
@@ -80,8 +81,14 @@ def matrix_shape(site: Site, h: Tensor, task: Task, positions: bool) -> tuple[in
         task: gives the number of outputs K.
         positions: whether there is an error per position.
     """
-    width = site.standard(h).shape[1] if h.dim() == 4 else h.shape[-1]
+    h = site.standard(h) if has_standard_order(site) else h
+    width = h.shape[1] if h.dim() == 4 else h.shape[-1]
     return (task.outputs, width) if positions else (task.outputs, *h.shape[1:])
+
+
+def has_standard_order(site: Site) -> bool:
+    """Whether it is known where channels are in a site's output, so that feedback does not depend on where they are."""
+    return bool(site.layouts) and site.layouts[site.index] is not None
 
 
 class LayerFeedback(nn.Module):

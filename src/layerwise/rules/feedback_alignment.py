@@ -19,6 +19,7 @@ from layerwise.rules.feedback import (
     fed_layers,
     feedback_by_layer,
     glorot,
+    has_standard_order,
     matrix_shape,
     output_error,
     projected,
@@ -192,10 +193,11 @@ class FeedbackAlignment(Rule):
     def _learn(self, ctx: BlockContext, error: Tensor, signal: Signal) -> None:
         """What a step does to the block's matrix."""
         feedback, h = ctx.auxiliary, ctx.h.detach()
+        h = ctx.site.standard(h) if has_standard_order(ctx.site) else h
         assert isinstance(feedback, DirectFeedback)
         matrix = feedback.current()
         if ctx.task.positions == "pixel":
-            h = F.interpolate(ctx.site.standard(h).float(), error.shape[2:]).movedim(1, -1)
+            h = F.interpolate(h.float(), error.shape[2:]).movedim(1, -1)
         rows = ctx.task.outputs_last(error).reshape(-1, ctx.task.outputs)
         found = (rows.T @ h.to(rows.dtype).reshape(len(rows), -1)).reshape(matrix.shape).to(matrix.dtype)
         if self.mode == "dkp":

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.core.blocks import Block
-from layerwise.core.layers import CONVOLUTIONS, has_gradients, is_plain_chain, layer_gradients, seeing_layers
+from layerwise.core.layers import CONVOLUTIONS, NORMS, has_gradients, is_plain_chain, layer_gradients, seeing_layers
 from layerwise.core.perturbed_layers import add_all, error_without_graph
 from layerwise.core.ranges import Fraction, PositiveFloat
 from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Signal, Site, loss_at_head
@@ -82,7 +82,7 @@ class Pepita(Rule):
     reads_input: ClassVar[bool] = True
     source: ClassVar[str] = (
         "Dellaferrera & Kreiman, arXiv 2201.11665 (2022); Srinivasan et al., arXiv 2302.05440 (2023): mirror, "
-        "time_local; norms, blocks that pool before the activation, the scaling of mirror: our reading"
+        "time_local; blocks that pool before the activation, the scaling of mirror: our reading"
     )
     restrictions: ClassVar[str] = (
         "Chains of linear layers, convolutions, norms and activations; no transformer, no skip connection. Learns "
@@ -108,18 +108,22 @@ class Pepita(Rule):
         """The batch with the projected error; the message is the batch itself."""
         if ctx.y.dim() > (2 if ctx.y.is_floating_point() else 1):
             raise LayerwiseError("pepita adds a sample's error to its input: one label per sample, not per position.")
-        projection = ctx.auxiliary[0]
+        error = ctx.task.counted(ctx.y, False) * error_without_graph(ctx.task, ctx.forward(ctx.x), ctx.y)
+        projection, first = ctx.auxiliary[0], ctx.network.blocks[0]
         assert isinstance(projection, Projection)
-        matrix, count = projection.current(), ctx.task.counted(ctx.y, False)
+        if first.before is not None:
+            first.before()  # an offloaded block has to be fetched, and F with it
+        matrix = projection.current()
         if self.mirror and ctx.network.training:
             self._mirror(ctx, matrix)
-        error = count * error_without_graph(ctx.task, ctx.forward(ctx.x), ctx.y)
         return ctx.x + torch.tensordot(error.to(matrix.dtype), matrix, dims=1).to(ctx.x.dtype), ctx.x
 
     def _mirror(self, ctx: BatchContext, matrix: Tensor) -> None:
         """Move F towards minus the correlation of noise and what it gives."""
         noise = torch.randn_like(ctx.x)
         z = ctx.forward(noise)
+        if ctx.network.blocks[0].before is not None:
+            ctx.network.blocks[0].before()
         found = -torch.tensordot((z - z.mean(0)).to(matrix.dtype).T, noise.to(matrix.dtype), dims=1)
         matrix.lerp_(found * (matrix.norm() / found.norm().clamp_min(1e-12)), self.mirror)
 
@@ -140,6 +144,8 @@ class Pepita(Rule):
             else:
                 places = after.out.shape[2:].numel()
                 change = (before.activity - after.activity) / (len(after.out) * places)
+            if isinstance(after.layer, NORMS):
+                change = torch.zeros_like(change)  # scale and shift stay, as in the paper's code
             got = before.x if self.time_local else after.x
             add_all(signal.gradients, layer_gradients(after.layer, got, change))
         return signal
