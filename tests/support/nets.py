@@ -22,6 +22,7 @@ QUICK = {
     "block_rota": {"period": 1, "order": "up"},
     "zeroth_order": {"directions": 16},
     "predictive_coding": {"steps": 3},
+    "inference_learning": {"steps": 3},
     "equilibrium_propagation": {"free": 5, "nudged": 3},
 }
 SIZES = {
