@@ -90,7 +90,7 @@ def test_a_share_is_at_most_the_whole(rule, name, value):
     refused(lambda: create_rule(rule, **{name: value}), name, value)
 
 
-BELOW_ONE = ("dropout", "drop", "ahead_momentum")
+BELOW_ONE = ("dropout", "drop", "ahead_momentum", "memory")
 """Options that 1 is too much for."""
 
 

@@ -24,7 +24,11 @@ QUICK = {
     "predictive_coding": {"steps": 3},
     "inference_learning": {"steps": 3},
     "equilibrium_propagation": {"free": 5, "nudged": 3},
+    "forward_gradient": {"tangents": 2},
+    "likelihood_ratio": {"pairs": 2},
 }
+UNDEFINED = {"pepita": ("vit",)}
+"""Models on which a rule is not defined, and says so."""
 SIZES = {
     "mlp": {"width": 16},
     "vgg": {"width": 4},
@@ -58,7 +62,7 @@ def graph(nodes=64, known=32):
 
 def kinds(rule):
     """Models on which a rule is tested."""
-    return rules.get(rule).models or KINDS
+    return rules.get(rule).models or tuple(kind for kind in KINDS if kind not in UNDEFINED.get(rule, ()))
 
 
 def by_parameter(rule):

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.core.blocks import Block
-from layerwise.core.chains import Chain
+from layerwise.core.chains import Chain, is_sequential
 from layerwise.errors import LayerwiseError
 
 See = Callable[[nn.Module, Tensor, Tensor], Tensor | None]
@@ -17,8 +19,23 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.RMSNorm)
 
 
+_FOUND: WeakKeyDictionary[Block, dict[Any, list[nn.Module]]] = WeakKeyDictionary()
+"""Modules of blocks, which stay what they are; to find them takes a walk through the model."""
+
+
+def _once(block: Block, what: str, find: Callable[[Block], list[nn.Module]]) -> list[nn.Module]:
+    found, key = _FOUND.setdefault(block, {}), (what, len(block._names))
+    if key not in found:
+        found[key] = find(block)
+    return found[key]
+
+
 def layers_of(block: Block) -> list[nn.Module]:
     """Modules without children that a block may call: those of its chain, or of the model that it was traced out of."""
+    return _once(block, "layers", _layers_of)
+
+
+def _layers_of(block: Block) -> list[nn.Module]:
     roots = block.run.modules if isinstance(block.run, Chain) else [block._model]
     return [m for m in {m: None for root in roots for m in root.modules()} if not any(m.children())]
 
@@ -162,3 +179,28 @@ def _normalised(layer: nn.Module, x: Tensor) -> Tensor:
     if layer.training or layer.running_mean is None:
         return F.batch_norm(x, None, None, training=True, eps=layer.eps)
     return F.batch_norm(x, layer.running_mean, layer.running_var, eps=layer.eps)
+
+
+def holding_parameters(block: Block) -> list[nn.Module]:
+    """The modules that hold a block's parameters themselves, in the model's order.
+
+    >>> from layerwise.core.blocks import Partition
+    >>> net = Partition(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)), ["1"])
+    >>> holding_parameters(net.blocks[0])
+    [Linear(in_features=2, out_features=3, bias=True)]
+    """
+    return _once(block, "holding", _holding_parameters)
+
+
+def _holding_parameters(block: Block) -> list[nn.Module]:
+    paths = {name.rpartition(".")[0]: None for name, _ in block.named_parameters()}
+    return [*{block._model.get_submodule(path): None for path in paths}]
+
+
+def is_plain_chain(block: Block) -> bool:
+    """Whether a block is a chain of layers, each with gradients in closed form or without parameters."""
+    if not isinstance(block.run, Chain):
+        return False
+    modules = [m for part in block.run.modules for m in part.modules()]
+    plain = all(is_sequential(m) or not any(m.children()) for m in modules)
+    return plain and all(has_gradients(layer) for layer in holding_parameters(block))

@@ -23,7 +23,9 @@ from layerwise.rules.controls import DeepSupervision, LastLayer
 from layerwise.rules.counter_current import CounterCurrent
 from layerwise.rules.dgl import DGL
 from layerwise.rules.equilibrium_propagation import EquilibriumPropagation
+from layerwise.rules.feedback_alignment import FeedbackAlignment
 from layerwise.rules.forward_forward import ForwardForward
+from layerwise.rules.forward_gradient import ForwardGradient
 from layerwise.rules.gradient_reconciliation import GradientReconciliation
 from layerwise.rules.graph_forward import GraphForward
 from layerwise.rules.hebbian_global import HebbianGlobal, HebbianLocal
@@ -32,13 +34,16 @@ from layerwise.rules.inference_learning import InferenceLearning
 from layerwise.rules.infopro import InfoPro
 from layerwise.rules.interlocking import Interlocking
 from layerwise.rules.layer_collaboration import LayerCollaboration
+from layerwise.rules.likelihood_ratio import LikelihoodRatio
 from layerwise.rules.local_ce import LocalCE
 from layerwise.rules.lopt import FreezeLower, LoPT
 from layerwise.rules.mono_forward import MonoForward
 from layerwise.rules.noprop import NoPropCT, NoPropDT, NoPropFM
+from layerwise.rules.pepita import Pepita
 from layerwise.rules.periodic_guidance import PeriodicGuidance
 from layerwise.rules.predictive_coding import PredictiveCoding
 from layerwise.rules.predsim import PredSim
+from layerwise.rules.product_feedback_alignment import ProductFeedbackAlignment
 from layerwise.rules.scalable_ff import ScalableFF
 from layerwise.rules.sid import SID, SIDCascade
 from layerwise.rules.sll import SLL
@@ -67,6 +72,11 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     LayerCollaboration,
     ScalableFF,
     CounterCurrent,
+    FeedbackAlignment,
+    ProductFeedbackAlignment,
+    Pepita,
+    ForwardGradient,
+    LikelihoodRatio,
     GraphForward,
     NoPropDT,
     NoPropCT,
@@ -187,7 +197,9 @@ __all__ = [
     "CounterCurrent",
     "DeepSupervision",
     "EquilibriumPropagation",
+    "FeedbackAlignment",
     "ForwardForward",
+    "ForwardGradient",
     "FreezeLower",
     "GradientReconciliation",
     "GraphForward",
@@ -199,15 +211,18 @@ __all__ = [
     "Interlocking",
     "LastLayer",
     "LayerCollaboration",
+    "LikelihoodRatio",
     "LoPT",
     "LocalCE",
     "MonoForward",
     "NoPropCT",
     "NoPropDT",
     "NoPropFM",
+    "Pepita",
     "PeriodicGuidance",
     "PredSim",
     "PredictiveCoding",
+    "ProductFeedbackAlignment",
     "Rule",
     "SIDCascade",
     "SSLLocal",
