@@ -121,7 +121,8 @@ class Engine(Runner):
 
         Not where the group's step is skipped, which is known when the replicas' averages have come.
         """
-        if not isinstance(self.rule, FollowsNextBlock):
+        rule = self.rule
+        if not isinstance(rule, FollowsNextBlock):
             return
         units = [unit for unit in group.units if unit.followed and unit.auxiliary is not None]
         tensors = [self.next_block.tensors(unit.site, unit.followed) for unit in units]  # sent by ranks in any case
@@ -135,8 +136,8 @@ class Engine(Runner):
                 return
             for unit, of_next in zip(units, tensors, strict=True):
                 assert unit.auxiliary is not None
-                with asking(self.rule, f"`follow` at block {unit.site.name!r}"):
-                    self.rule.follow(unit.auxiliary, of_next)
+                with asking(rule, f"`follow` at block {unit.site.name!r}"):
+                    rule.follow(unit.auxiliary, of_next)
 
         self._finish(follow)
 
