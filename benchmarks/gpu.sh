@@ -44,7 +44,7 @@ resnet)
             done
         done
     done
-    exec layerwise compare --rules "${rules[@]}" --data cifar10 --model resnet --model.depth 15 --model.width 16 \
+    exec layerwise compare --rule "${rules[@]}" --data cifar10 --model resnet --model.depth 15 --model.width 16 \
         --batch-size 512 --optimizer sgd --weight-decay 5e-4 --precision bf16 --channels-last --augment flip crop \
         --epochs 10 --seeds 1 --jobs 12 --threads 1 --no-report --device "$device" --out "$out/resnet"
     ;;
@@ -52,15 +52,15 @@ resnet)
 esac
 
 if [ "$device" = cpu ]; then
-    grid=(--rules sll backprop --seeds 1 --steps 4 --model.width 16 --batch-size 256 --jobs 1)
-    memory=(--rule sll backprop --model mlp --depths 2,4 --shape 1 8 8 --batch-size 4 --model-options width 16)
-    speed=(--rules sll backprop --model mlp --depth 2 --rounds 2 --shape 1 8 8 --batch-size 4 --model-options width 16)
+    grid=(--rule sll backprop --seeds 1 --steps 4 --model.width 16 --batch-size 256 --jobs 1)
+    memory=(--rule sll backprop --model mlp --depths 2,4 --shape 1 8 8 --batch-size 4 --model.width 16)
+    speed=(--rule sll backprop --model mlp --depth 2 --rounds 2 --shape 1 8 8 --batch-size 4 --model.width 16)
 else
-    grid=(--rules sll:pool=moments:overlap=1 local_ce:pool=moments backprop backprop_checkpoint
+    grid=(--rule sll:pool=moments:overlap=1 local_ce:pool=moments backprop backprop_checkpoint
         --data cifar10 --model vgg --batch-size 256 --precision bf16 --channels-last --augment flip crop
         --seeds 3 --seconds 15 --lr 4e-3)
     memory=(--model vit --depths 4,16,64 --batch-size 128 --precision bf16)
-    speed=(--rules sll local_ce backprop backprop_checkpoint --model vit --depth 12 --batch-size 256 --rounds 20
+    speed=(--rule sll local_ce backprop backprop_checkpoint --model vit --depth 12 --batch-size 256 --rounds 20
         --precision bf16)
 fi
 

@@ -20,6 +20,12 @@ def _one_thread():
 
 
 @pytest.fixture(autouse=True)
+def _no_terminal(monkeypatch):
+    """What is printed is not broken into lines of the terminal that pytest runs on."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
+@pytest.fixture(autouse=True)
 def _one_seed():
     torch.manual_seed(0)
 

@@ -7,6 +7,9 @@ COLUMNS = ("parameters", "optimizer", "gradients", "activations", "peak")
 NAMES = {
     "local": "local_ce:readout=shared",
     "solo": "solo:group=1:depth=1",
+    "separate": "solo:group=1:depth=0:head=separate",
+    "sll": "sll:readout=shared",
+    "sll_separate": "sll:readout=shared:head=separate",
     "backprop": "backprop",
     "checkpoint": "backprop_checkpoint",
 }
@@ -41,8 +44,9 @@ def tables(lines):
     text = wrapped(
         "One training step, exact bytes on the CPU, MiB. Every rule has its peak at the loss of the head: two chunks "
         "of logits (131 positions each, 32 MiB; all logits would be 62.5) and the gradient of the output matrix (7.8). "
-        "Local rules hold the activations of the last block beside them, as it learns together with the head; "
-        "checkpointing holds the input of every block, 0.125 MiB each, and backpropagation the activations of all."
+        "Local rules hold the activations of the last block beside them, as it learns together with the head, unless "
+        "`head=separate`; checkpointing holds the input of every block, 0.125 MiB each, and backpropagation the "
+        "activations of all."
     )
     for line in lines:
         body = [

@@ -9,7 +9,7 @@ measure() { # name, model, then options
     layerwise bench memory "${options[@]}" --json "$scratch/$1.json"
     python "$here/../evidence.py" keep "$here" "$1" "$scratch/$1.json" --command "layerwise bench memory ${options[*]}"
 }
-measure mlp mlp --batch-size 64 --shape 1 28 28 --model-options width 256
-measure conv vgg --batch-size 16 --model-options width 16
-measure vit vit --batch-size 8 --model-options width 64 heads 2
+measure mlp mlp --batch-size 64 --shape 1 28 28 --model.width 256
+measure conv vgg --batch-size 16 --model.width 16
+measure vit vit --batch-size 8 --model.width 64 --model.heads 2
 python "$here/plot.py"

@@ -16,6 +16,8 @@ from typing import Any
 FULL = (errno.ENOSPC, errno.EDQUOT)
 traceback_wanted = contextvars.ContextVar("traceback_wanted", default=False)
 """Whether `--debug` was given."""
+quiet = contextvars.ContextVar("quiet", default=False)
+"""Whether `--quiet` was given: no progress and no notes."""
 
 
 class LayerwiseError(Exception):
@@ -101,6 +103,12 @@ def say(sentence: str) -> None:
     """Print a sentence to standard error."""
     with contextlib.suppress(OSError):  # nobody is left to read it
         print(f"layerwise: {on_one_line(sentence)}", file=sys.stderr, flush=True)
+
+
+def note(sentence: str) -> None:
+    """Print to standard error what a user should know and need not act on, unless `--quiet` was given."""
+    if not quiet.get():
+        say(f"note: {sentence}")
 
 
 def on_one_line(text: str) -> str:

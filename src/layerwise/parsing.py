@@ -134,7 +134,7 @@ ELSEWHERE = {
     **dict.fromkeys(("--gpu", "--cuda", "--gpus", "--use-cuda"), "--device cuda"),
     **dict.fromkeys(("--fp16", "--half"), "--precision fp16"),
     **dict.fromkeys(("--bf16", "--amp", "--mixed-precision"), "--precision bf16"),
-    **dict.fromkeys(("--method", "--algorithm", "--algo"), "--rule"),
+    **dict.fromkeys(("--rules", "--method", "--algorithm", "--algo"), "--rule"),
     **dict.fromkeys(("--arch", "--network", "--model-name"), "--model"),
     **dict.fromkeys(("--depth", "--layers", "--n-layers", "--num-layers"), "--model.depth"),
     **dict.fromkeys(("--width", "--hidden-size", "--hidden"), "--model.width"),
@@ -142,6 +142,7 @@ ELSEWHERE = {
     **dict.fromkeys(("--gradient-accumulation-steps", "--grad-accum", "--accumulate-grad-batches"), "--accumulate"),
     **dict.fromkeys(("--optim", "--opt"), "--optimizer"),
     **dict.fromkeys(("--lr-scheduler", "--scheduler", "--lr-schedule"), "--schedule"),
+    **dict.fromkeys(("--targets", "--target", "--label-column", "--label"), "--data.label-column"),
     "--random-seed": "--seed",
     "--workers": "--jobs",
 }
@@ -163,14 +164,14 @@ PLAIN = (
 )
 
 
-def take_option(argv: list[str], name: str) -> str | None:
+def take_option(argv: list[str], name: str, command: str = "train") -> str | None:
     """Take `--name VALUE` or `--name=VALUE` out of the arguments; the last one counts."""
     value, kept, words = None, [], iter(argv)
     for word in words:
         if word == f"--{name}":
             value = next(words, None)
             if value is None:
-                raise LayerwiseError(f"--{name} needs a value; see layerwise train --help.")
+                raise LayerwiseError(f"--{name} needs a value; see layerwise {command} --help.")
         elif word.startswith(f"--{name}="):
             value = word.partition("=")[2]
         else:

@@ -20,7 +20,7 @@ WAYS = {
     "train": split("train --rule sll --rule.dropout 0.2 --augment crop --steps 60 --save-every 5 --log-every 2"),
     "accumulated": split("train --rule local_ce --accumulate 3 --steps 61 --save-every 4 --log-every 2"),
     "offloaded": split("train --rule sid --offload disk --steps 40 --save-every 5 --log-every 2"),
-    "compare": split("compare --rules sll local_ce --seeds 2 --steps 15 --no-report --jobs 1"),
+    "compare": split("compare --rule sll local_ce --seeds 2 --steps 15 --no-report --jobs 1"),
     "pipeline": split("train --parallel pipeline --timeout 20 --rule sll --steps 40 --save-every 5 --log-every 2"),
     "data": split("train --parallel data --timeout 20 --rule sll --steps 40 --save-every 5 --log-every 2"),
     "sharded": split("train --parallel sharded --timeout 20 --rule local_ce --steps 40 --save-every 5 --log-every 2"),

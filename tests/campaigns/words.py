@@ -19,7 +19,7 @@ SEEDS = [
     "train --steps 1 --recipe digits --weight-decay 0.1 --clip 1.0 --accumulate 2 --model.width 8 --threads 1",
     "train --steps 1 --offload disk --offload-folder scratch --model.width 8 --threads 1",
     "train --resume RUN",
-    "compare --rules sll:weight=0.5 backprop --seeds 1 --steps 1 --no-report --model.width 8",
+    "compare --rule sll:weight=0.5 backprop --seeds 1 --steps 1 --no-report --model.width 8",
     "eval RUN --split val",
     "eval RUN --batch-size 64 --json figures.json",
     "beliefs RUN",
@@ -30,7 +30,7 @@ SEEDS = [
     "report RUN",
     "ls rules",
     "describe sll",
-    "bench memory --rule local_ce --depths 4 --model-options width 8 --batch-size 4",
+    "bench memory --rule local_ce --depths 4 --model.width 8 --batch-size 4",
 ]
 POISON = [
     *(

@@ -1,10 +1,8 @@
 """The command line: every command, what it prints and what it leaves."""
 
 import csv
-import dataclasses
 import io
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -43,52 +41,6 @@ def test_help_names_every_command(capsys, words):
 
 def test_version(capsys):
     assert printed(capsys, "--version") == f"{__version__}\n"
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        "train",
-        "compare",
-        "report",
-        "eval",
-        "beliefs",
-        "predict",
-        "bench memory",
-        "bench speed",
-        "bench scaling",
-        "validate",
-    ],
-)
-def test_each_help_is_printed(capsys, command):
-    out = printed(capsys, *split(command), "--help")
-    assert f"usage: layerwise {command}" in out
-    assert "--device" in out or command in ("report", "bench scaling", "validate")
-
-
-@pytest.mark.parametrize(("command", "named"), [("train", "--rule sll"), ("compare", "--model mlp")])
-def test_the_help_without_names_has_every_option_and_default_but_those_of_rule_and_model(
-    capsys, monkeypatch, command, named
-):
-    monkeypatch.setenv("COLUMNS", "400")  # so that no description is broken into lines
-
-    def listed(words):
-        out = printed(capsys, command, *split(words), "--help")
-        return dict(re.findall(r"^\W*--([a-z][\w.-]+)(?:.|\n)*?\(default: (.*?)\)\W*$", out, re.MULTILINE))
-
-    short, whole = listed(""), listed(named)
-    names = {"recipe", "model", "rule"} if command == "train" else {"recipe", "model"}
-    assert short.keys() - whole.keys() == names
-    assert {name for name in whole if not name.startswith(("rule.", "model."))} == short.keys() - names
-    assert all(short[name] == whole[name] for name in short.keys() - names)
-
-
-@pytest.mark.parametrize("rule", rules.names())
-def test_train_help_shows_the_options_of_the_rule_and_the_model(capsys, rule):
-    out = printed(capsys, "train", "--rule", rule, "--model", "vit", "--help")
-    fields = [f"--rule.{field.name.replace('_', '-')}" for field in dataclasses.fields(rules.get(rule))]
-    assert all(field in out for field in fields)
-    assert "--model.patch" in out
 
 
 @pytest.mark.parametrize(
@@ -273,7 +225,7 @@ def test_validate_looks_at_every_file_and_whether_it_is_of_this_run(run, tmp_pat
 
 # Bench
 
-BENCH = split("--shape 1 8 8 --batch-size 4 --threads 1 --model-options width 16")
+BENCH = split("--shape 1 8 8 --batch-size 4 --threads 1 --model.width 16")
 
 
 def test_bench_memory_counts_exactly(capsys, tmp_path):
@@ -316,7 +268,7 @@ def test_a_benchmark_takes_rules_with_options(capsys, tmp_path):
 def test_bench_memory_of_streamed_blocks_is_flat(capsys, tmp_path):
     """A block of width 512 has a weight of 1 MiB; two of them are on the device, with gradients of one."""
     file, block = tmp_path / "memory.json", 4 * 513 * 512
-    words = split("--shape 1 8 8 --batch-size 4 --threads 1 --model-options width 512 --depths 6,22 --rule local_ce")
+    words = split("--shape 1 8 8 --batch-size 4 --threads 1 --model.width 512 --depths 6,22 --rule local_ce")
     words += [
         "--offload",
         "disk",

@@ -11,7 +11,7 @@ from layerwise import __version__
 from layerwise.cli import doctor
 from layerwise.cli.main import main
 from layerwise.parsing import ELSEWHERE
-from layerwise.runs.settings import RunSettings
+from layerwise.runs.settings import FLAGS, RunSettings
 
 
 def facts(capsys, code=0):
@@ -69,7 +69,7 @@ def test_wrong_use_is_one_sentence(capsys):
 def test_lists_are_there_for_programs(what, capsys):
     assert main(["ls", what]) == 0
     plain = capsys.readouterr().out
-    assert main(["ls", "--json", what]) == 0
+    assert main(["ls", what, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [*found] == [line.split("  ")[0].strip() for line in plain.splitlines()]
 
@@ -89,7 +89,7 @@ def test_names_of_other_programs_are_answered_with_ours(words, name, capsys):
 
 
 def test_names_of_other_programs_are_no_options_of_ours():
-    own = {f"--{name.replace('_', '-')}" for name in RunSettings.__dataclass_fields__}
+    own = {f"--{FLAGS.get(name, name).replace('_', '-')}" for name in RunSettings.__dataclass_fields__}
     assert not own & {*ELSEWHERE}
     assert {word.split()[0] for word in ELSEWHERE.values()} <= own | {
         *("--rule", "--model", "--model.depth", "--model.width", "--jobs")

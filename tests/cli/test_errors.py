@@ -15,6 +15,7 @@ from support.runs import split, start
 from layerwise import LayerwiseError, data, models, rules
 from layerwise.cli import catalogue, early
 from layerwise.cli import main as cli
+from layerwise.cli.commands import Command
 from layerwise.errors import say
 from layerwise.runs.settings import load_recipe, recipe_names
 
@@ -39,8 +40,8 @@ ANSWERED = [
 REFUSED = [
     *("ls", "ls rulez", "trian", "bench", "bench memori", "describe", "describe sl"),
     *("train --rule slll", "train --model=mpl", "train --data mnits", "train --recipe digit", "train --rule"),
-    *("compare --rules sll:overlap=1 backpro --model mlp", "compare --rules sll,svpp", "compare --data mnits"),
-    *("bench memory --rule sll slll", "bench speed --rules slll", "bench scaling --model mpl", "validate --rule slll"),
+    *("compare --rule sll:overlap=1 backpro --model mlp", "compare --rule sll,svpp", "compare --data mnits"),
+    *("bench memory --rule sll slll", "bench speed --rule slll", "bench scaling --model mpl", "validate --rule slll"),
     *("eval nowhere", "beliefs nowhere", "predict nowhere x.png", "export nowhere x", "validate nowhere"),
     *(
         "report nowhere",
@@ -178,7 +179,7 @@ def failing(monkeypatch, error):
         print("so far", flush=True)
         raise error
 
-    monkeypatch.setattr(cli, "COMMANDS", {"fail": "support.failing:command"})
+    monkeypatch.setattr(cli, "COMMANDS", {"fail": Command("support.failing:command", "fails")})
     monkeypatch.setattr(cli.importlib, "import_module", lambda name: type("module", (), {"command": command}))
 
 

@@ -49,6 +49,23 @@ def test_every_way_starts_from_the_weights_of_the_folder(rule, folder, tmp_path)
     assert result(tmp_path / "run")["test_accuracy"] > (0.5 if rule == "lopt" else 0.8)
 
 
+def test_sentences_are_predicted_as_they_were_trained(folder, tmp_path, capsys):
+    """The classes that `predict` prints are right as often as the run's own test accuracy says."""
+    words = split(f"--data {folder}/train.csv --data.window 8 --model hf:{folder} --rule local_ce --epochs 2 --lr 1e-2")
+    assert main(["train", *words, *COMMON, "--out", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    assert main(["predict", str(tmp_path / "run"), str(folder / "test.csv")]) == 0
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    with (folder / "test.csv").open() as file:
+        labels = [row["label"] for row in csv.DictReader(file)]
+    assert [row["input"] for row in rows] == [str(i) for i in range(len(labels))]
+    right = sum(row["class"] == label for row, label in zip(rows, labels, strict=True))
+    assert right / len(labels) == pytest.approx(result(tmp_path / "run")["test_accuracy"])
+    (tmp_path / "numbers.csv").write_text("a,b\n1,2\n")
+    assert main(["predict", str(tmp_path / "run"), str(tmp_path / "numbers.csv")]) == 2
+    assert "has no column of text among a, b; call it 'text'" in capsys.readouterr().err
+
+
 def test_adapters_leave_the_network_as_it_is(folder, tmp_path):
     pytest.importorskip("peft")
     model = models.options(f"hf:{folder}")(lora=2).build((1, 1, 8), 2)

@@ -101,17 +101,17 @@ def test_the_command_of_a_run_gives_its_options(data):
 
 
 WRONG = [
-    ("--rules sll backprup", "unknown rule 'backprup'; did you mean 'backprop'"),
-    ("--rules sll sll", "--rules names sll twice"),
-    ("--rules sll:overlap", "write overlap=VALUE after the colon"),
-    ("--rules sll:overlab=1", "no option 'overlab'; did you mean 'overlap'"),
-    ("--rules sll:epochs=3", "no option 'epochs'"),
-    ("--rules sll:overlap=much", "overlap = 'much' is not int"),
-    ("--rules sll:lr=-1", "lr is -1"),
-    ("--rules sll:seed=1", "no option 'seed'"),
-    ("--rules sll:model.dept=1", "no option 'model.dept'; did you mean 'model.depth'"),
-    ("--rules sll:model.depth=x", "depth = 'x' is not int"),
-    ("--rule sll", "compare has no --rule; rules and their options come after --rules"),
+    ("--rule sll backprup", "unknown rule 'backprup'; did you mean 'backprop'"),
+    ("--rule sll sll", "--rule names sll twice"),
+    ("--rule sll:overlap", "write overlap=VALUE after the colon"),
+    ("--rule sll:overlab=1", "no option 'overlab'; did you mean 'overlap'"),
+    ("--rule sll:epochs=3", "no option 'epochs'"),
+    ("--rule sll:overlap=much", "overlap = 'much' is not int"),
+    ("--rule sll:lr=-1", "lr is -1"),
+    ("--rule sll:seed=1", "no option 'seed'"),
+    ("--rule sll:model.dept=1", "no option 'model.dept'; did you mean 'model.depth'"),
+    ("--rule sll:model.depth=x", "depth = 'x' is not int"),
+    ("--rule sll", "compare has no --rule; rules and their options come after --rule"),
     ("--rule.overlap 1", "compare has no --rule.overlap"),
     ("--seed 1", "unknown options: --seed"),
     ("--seeds 0", "seeds is 0"),
@@ -141,7 +141,7 @@ def test_wrong_use_is_one_sentence_and_leaves_nothing(words, sentence, tmp_path,
 
 
 def test_rules_start_from_the_same_weights_and_see_the_same_batches(tmp_path):
-    words = split("--rules sll local_ce backprop backprop_checkpoint --model.width 16 --batch-size 512")
+    words = split("--rule sll local_ce backprop backprop_checkpoint --model.width 16 --batch-size 512")
     options = arguments.train_options(words, "compare", base=compare.CompareOptions)
     grid = compare.Grid(options)
     grid.chosen = {label: grid.rules[label] for label in grid.rules}
@@ -207,7 +207,7 @@ def test_the_summary_is_the_statistics_of_the_rows(comparison):
 
 def test_the_record_names_command_machine_and_packages(comparison):
     record = json.loads((comparison / "compare.json").read_text())
-    assert record["command"].startswith("layerwise compare --rules sll,sll:overlap=1 backprop --seeds 2")
+    assert record["command"].startswith("layerwise compare --rule sll,sll:overlap=1 backprop --seeds 2")
     machine = json.loads((comparison / "environment.json").read_text())
     assert machine["torch"] == torch.__version__
     assert machine["packages"]["torch"] == torch.__version__.partition("+")[0] or "+" in machine["packages"]["torch"]
@@ -384,7 +384,7 @@ def broken(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_failed_cells_are_told_and_the_others_go_on(broken, tmp_path, capsys):
-    words = split("compare --rules broken:how=killed broken backprop --seeds 1 --steps 4 --model.width 8 --jobs 1")
+    words = split("compare --rule broken:how=killed broken backprop --seeds 1 --steps 4 --model.width 8 --jobs 1")
     words += ["--no-report", "--out", str(tmp_path / "out")]
     assert main(words) == 1
     out, err = capsys.readouterr()
@@ -428,7 +428,7 @@ def test_a_worker_gives_the_reason(broken, tmp_path, how, kind, reason):
 @pytest.mark.slow
 def test_tuning_within_a_budget_of_flops(tmp_path, capsys):
     folder = tmp_path / "out"
-    words = split("compare --rules backprop backprop_checkpoint --seeds 1 --flops 2e7 --tune 3 --lr 0.02")
+    words = split("compare --rule backprop backprop_checkpoint --seeds 1 --flops 2e7 --tune 3 --lr 0.02")
     words += split("--model.width 16 --batch-size 128 --no-report --jobs 1 --out")
     assert main([*words, str(folder)]) == 0
     plan = json.loads((folder / "compare.json").read_text())["plan"]
@@ -446,7 +446,7 @@ def test_tuning_within_a_budget_of_flops(tmp_path, capsys):
 
 
 def test_seconds_become_steps_once(tmp_path):
-    words = [*split("--rules backprop --seconds 2 --out"), str(tmp_path)]
+    words = [*split("--rule backprop --seconds 2 --out"), str(tmp_path)]
     options = arguments.train_options(words, "compare", compare.CompareOptions)
     grid = compare.Grid(options)
     grid.plan = {"backprop": {"seconds_per_step": 0.03}}

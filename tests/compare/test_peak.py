@@ -18,7 +18,7 @@ from layerwise.report.frontier import path_of
 from layerwise.runs.options import TrainOptions
 
 COMMAND = split(
-    "compare --rules sll backprop backprop_fused --seeds 1 --steps 3 --model vgg --model.width 4 --model.depth 2 "
+    "compare --rule sll backprop backprop_fused --seeds 1 --steps 3 --model vgg --model.width 4 --model.depth 2 "
     "--batch-size 64 --train-samples 256 --jobs 1 --no-report"
 )
 

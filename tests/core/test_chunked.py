@@ -3,10 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from support.nets import PLAIN_SGD
 from torch import nn
 
-from layerwise import LanguageModel, Learner, models
-from layerwise.core.chunked import LinearOutputs, cross_entropy
+from layerwise import LanguageModel, Learner, models, rules
+from layerwise.core.chunked import Aligned, LinearOutputs, cross_entropy, objective
+from layerwise.core.posteriors import Categorical, divergence
 from layerwise.memory.meter import measure_memory
 
 V, D, T = 37, 8, 11
@@ -40,6 +42,35 @@ def test_loss_gradients_and_hits_are_torchs(chunk, smoothing, weighted, bias):
     assert int(right) == int((plain.argmax(-1) == y.flatten()).sum())
     found, asked = torch.autograd.grad(3 * loss, leaves), torch.autograd.grad(3 * wanted, leaves)
     torch.testing.assert_close(found, asked, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("surrogate", ["neg_log_bc", "one_minus_bc", "hellinger", "kl"])
+@pytest.mark.parametrize("plain", [True, False])
+def test_the_divergence_of_a_neighbour_has_the_gradient_of_the_posteriors(surrogate, plain):
+    x, weight = drawn(4, T, D).requires_grad_(), drawn(V, D, seed=1).requires_grad_()
+    u, matrix, shift = drawn(4, T, D, seed=6), drawn(V, D, seed=7), drawn(V, seed=8)
+    smoothing, weights = (0.0, None) if plain else (0.2, drawn(V, seed=3).abs())
+    y = labels(4, T)
+    z, before = F.linear(x, weight), F.linear(u, matrix, shift)
+    own = (y != -100) * (torch.ones(()) if weights is None else weights[y.clamp_min(0)])
+    each = divergence(surrogate, Categorical(before.log_softmax(-1)), Categorical(z.log_softmax(-1)))
+    likelihood = F.cross_entropy(z.flatten(0, 1), y.flatten(), weights, label_smoothing=smoothing)
+    apart = (own * each).sum() / own.sum()
+    aligned = Aligned(LinearOutputs(u, matrix, shift), surrogate, 0.7)
+    found = objective(LinearOutputs(x, weight), y, weights, smoothing, -100, 5, 0.4, aligned)
+    wanted = 0.4 * likelihood + 0.7 * apart
+    torch.testing.assert_close(found[:3], (wanted, likelihood, apart), atol=1e-5, rtol=1e-5)
+    gradients = torch.autograd.grad(3 * found[0], (x, weight)), torch.autograd.grad(3 * wanted, (x, weight))
+    torch.testing.assert_close(*gradients, atol=2e-6, rtol=1e-4)
+
+
+def test_a_neighbour_that_says_the_same_pulls_nowhere():
+    x, weight = drawn(6, D).requires_grad_(), drawn(V, D)
+    for surrogate in ("neg_log_bc", "one_minus_bc", "hellinger", "kl"):
+        aligned = Aligned(LinearOutputs(x, weight), surrogate, 1.0)
+        found, _, apart, *_ = objective(LinearOutputs(x, weight), labels(6), None, 0.0, -100, 4, 0.0, aligned)
+        assert abs(float(apart)) < 4e-4  # the Hellinger distance is cut off at the root of 1e-7
+        assert float(torch.autograd.grad(found, x)[0].abs().max()) < 1e-6
 
 
 def test_a_matrix_that_does_not_learn_has_no_gradient_and_a_second_backward_pass_is_refused():
@@ -142,13 +173,58 @@ def test_what_a_model_does_to_its_logits_is_done(rule, cap):
         assert chunked == pytest.approx(plain, abs=2e-6, rel=2e-6)
 
 
-@pytest.mark.parametrize("rule", ["backprop", "backprop_checkpoint", "local_ce"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"readout": "shared"},
+        {"readout": "random", "surrogate": "one_minus_bc", "weight": (0.5, 2.0), "likelihood_weight": 0.3},
+        {"readout": "shared", "head": "separate", "neighbour": "before_previous", "surrogate": "kl"},
+        {"readout": "random", "overlap": 1, "scale": 2.0, "surrogate": "one_minus_bc"},
+        {"readout": "shared", "surrogate": "none", "group": 2},
+    ],
+    ids=str,
+)
+def test_sll_in_chunks_is_sll_without(options):
+    rule = rules.create("sll", **options)
+    one, *wanted = after_three_steps(rule, LanguageModel(shift=False, label_smoothing=0.1))
+    other, *found = after_three_steps(rule, LanguageModel(shift=False, label_smoothing=0.1, positions_at_once=3))
+    torch.testing.assert_close(dict(one.named_parameters()), dict(other.named_parameters()), atol=5e-5, rtol=1e-3)
+    for plain, chunked in zip(wanted, found, strict=True):
+        assert chunked == pytest.approx(plain, abs=1e-5, rel=1e-5)
+    assert any(name.endswith("divergence") for name in wanted[0]) == (options.get("surrogate") != "none")
+
+
+def test_sll_with_one_matrix_has_the_gradients_of_its_definition():
+    x, y = torch.randint(V, (4, T)), labels(4, T)
+    made = rules.create("sll", readout="shared")
+    learner = Learner(decoder(), made, task=LanguageModel(shift=False), example=x, **PLAIN_SGD)
+    network, task = learner.network, learner.task
+    h, before, losses = x, None, []
+    matrix = network.output_layer.weight.detach()
+    for block in network.blocks:
+        h = block(h.detach() if h.is_floating_point() else h)
+        last = block is network.blocks[-1]
+        v = network.head(h) if last else F.linear(F.layer_norm(h, h.shape[-1:]), matrix)
+        q = v.log_softmax(-1)
+        loss = task.loss(v, y)
+        if before is not None:
+            loss = loss + task.average(-torch.logsumexp(0.5 * (before.detach() + q), -1), y)
+        losses.append(loss)
+        before = q
+    gradients = torch.autograd.grad(sum(losses), list(network.model.parameters()))
+    wanted = {n: p.detach() - 0.1 * g for (n, p), g in zip(network.model.named_parameters(), gradients, strict=True)}
+    learner.step(x, y)
+    torch.testing.assert_close(dict(network.model.named_parameters()), wanted, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["backprop", "backprop_checkpoint", "local_ce", "sll"])
 def test_a_step_and_an_evaluation_never_hold_all_logits(rule):
     """Forty times the logits of a chunk would be all of them."""
     vocabulary, positions = 2000, 8 * 40
     torch.manual_seed(0)
     model = models.create("gpt", (1, 1, 40), vocabulary, depth=2, width=8, heads=2)
-    learner = Learner(model, rule, task=LanguageModel(shift=False, positions_at_once=8))
+    made = rules.create("sll", readout="shared") if rule == "sll" else rule
+    learner = Learner(model, made, task=LanguageModel(shift=False, positions_at_once=8))
     x = torch.randint(vocabulary, (8, 40))
     learner.step(x, x)
     _, use = learner.measured_step(x, x)

@@ -12,6 +12,7 @@ from support.runs import split
 
 from layerwise import LayerwiseError, data
 from layerwise.cli.main import main
+from layerwise.data.encoding import Encoding
 
 NAMES = ("height", "weight", "label")
 
@@ -95,9 +96,15 @@ WRONG = {
     "unlabelled": ("a,label\n1,x\n2,\n", "line 3 of .* has no label in column 'label'"),
     "regression": ("a,y\n1,0.5\n2,1.25\n", "has the label 0.5 in column 'y', which is no class"),
     "one class": ("a,y\n1,x\n2,x\n", "the one class 'x'"),
-    "semicolons": (b"a;b;label\n1;2;x\n3;4;y\n", "are separated by semicolons; write it with commas"),
-    "tabs": (b"a\tlabel\n1\tx\n3\ty\n", "are separated by tabs; write it with commas"),
-    "binary": (b"\xff\xfe\x00a", "is not a readable CSV file"),
+    "semicolons": (b"a;b;label\n1;red;x\n3;4;y\n", "line 2 of .* has 'red' in column 'b'"),
+    "binary": (b"\xff\xfe\x00a\x00", "is not a readable CSV file"),
+    "zeros": (b"\xffa\x00", "is not a readable CSV file"),
+    "all faults": (
+        "a,b,label\n1,red,x\n2,,y\n3,4\n5,6,\n7,8,x\n",
+        "t.csv has 4 faults: line 4 has 2 cells, .*; line 2 has 'red' in column 'b'.*; line 3 has '' in column 'b'.*; "
+        "line 5 has no label in column 'label'; correct the lines, or fill gaps with --data.gaps",
+    ),
+    "many faults": ("a,label\n" + "red,x\nblue,y\n" * 9, "t.csv has 18 faults: .*; and 12 more; "),
     "underlined": ("a,label\n1_1,x\n2,y\n", "line 2 of .* has '1_1' in column 'a', which is no finite number"),
     "full-width": ("a,label\n１,x\n2,y\n", "in column 'a', which is no finite number"),
     "beyond floats": ("a,label\n1e999,x\n2,y\n", "'1e999' in column 'a', which is no finite number"),
@@ -111,11 +118,13 @@ WRONG = {
     "nameless": ("a,,label\n1,0.5,x\n2,0.7,y\n", "column 2 of .* has no name; name it, or take it out"),
     "label twice": ("a,label,label\n1,x,x\n2,y,x\n", "two columns called 'label'"),
     "two spellings": ("a,label\n1,caf\u00e9\n2,cafe\u0301\n", "spells the class .* in two ways"),
-    "UTF-16": ("a,label\n1,x\n2,y\n".encode("utf-16"), "is not a readable CSV file"),
     "NUL": (b"a,label\n\x00,x\n2,y\n", "in column 'a', which is no finite number"),
     "one row per class": ("a,label\n1,x\n2,y\n3,z\n", "too few to take one from"),
     "huge": ("a,y\n1e300,x\n-1e300,y\n1e300,x\n-1e300,y\n", "too large for a mean and a standard deviation"),
 }
+
+
+ROWS = "größe,b,label\n" + "".join(f"{i}.5,{i * i % 7},{'xy'[i % 2]}\n" for i in range(40))
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -281,3 +290,77 @@ def test_a_network_that_answers_nan_has_no_accuracy_and_no_predictions(tmp_path,
     assert main(["predict", str(tmp_path / "run"), far]) == 2
     out, err = capsys.readouterr()
     assert "what the network answers to the input 1 is no finite number" in err and not out
+
+
+@pytest.mark.parametrize(
+    ("content", "note"),
+    [
+        (ROWS.replace(",", ";").encode(), "separated by semicolons"),
+        (ROWS.replace(",", "\t").encode(), "separated by tabs"),
+        (ROWS.replace(",", "|").encode(), "separated by bars"),
+        (ROWS.replace(",", ";").replace(".5", ",5").encode(), "read as decimal points"),
+        (ROWS.encode("utf-16"), "read as UTF-16"),
+        (ROWS.encode("cp1252"), "is not UTF-8 and is read as Windows-1252"),
+    ],
+)
+def test_separator_and_encoding_are_found_and_told(content, note, tmp_path):
+    (tmp_path / "usual.csv").write_text(ROWS, encoding="utf-8")
+    (tmp_path / "t.csv").write_bytes(content)
+    usual, found = data.load(tmp_path / "usual.csv"), data.load(tmp_path / "t.csv")
+    assert any(note in said for said in found.notes)
+    assert torch.equal(found.train.images, usual.train.images)
+    assert (found.classes, found.columns) == (usual.classes, usual.columns)
+
+
+def test_words_and_gaps_become_numbers_by_the_training_rows_alone(tmp_path):
+    """One-hot by hand, the mean by hand: over the rows of the training split, and no others."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = torch.randint(1, 100, (60,), generator=draw).tolist()
+    rows = [["" if i % 7 == 0 else str(sizes[i]), "red" if i % 3 else "blue", "ab"[i % 2]] for i in range(60)]
+    (tmp_path / "t.csv").write_text("size,colour,kind\n" + "\n".join(map(",".join, rows)))
+    found = data.load(tmp_path / "t.csv", targets=["kind"], handling=data.Handling("onehot", "mean"))
+    assert found.columns == ("size", "colour=blue", "colour=red")
+    plain = data.load(tmp_path / "t.csv", targets=["kind"], handling=data.Handling("onehot", "median"))
+    train = found.train.images.flatten(1)
+    gaps = train[:, 0] != plain.train.images.flatten(1)[:, 0]  # where the two fill differently
+    known = train[~gaps, 0]
+    assert 0 < int(gaps.sum()) < len(train)
+    torch.testing.assert_close(train[gaps, 0], known.mean().expand(int(gaps.sum())))
+    for part in (found.train, found.val, found.test):
+        values = part.images.flatten(1)
+        assert torch.equal(values[:, 1] + values[:, 2], torch.ones(len(values)).double())
+    assert found.test.images.flatten(1)[:, 0].isfinite().all()
+    torch.testing.assert_close(torch.tensor(found.mean).double(), train.mean(0))
+
+
+def test_a_word_that_only_the_test_rows_have_is_all_zeros():
+    cells = np.array([["red"], ["blue"]], dtype=object)
+    learned = Encoding.fitted(["colour"], cells, data.Handling("onehot"))
+    assert learned.numbers(np.array([["green"]], dtype=object)).flatten().tolist() == [0.0, 0.0]
+
+
+def test_a_run_predicts_rows_with_words_and_gaps(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sizes = ["" if i % 5 == 0 else f"{i},5" for i in range(80)]
+    rows = ["colour;size;kind", *(f"{('blue', 'red')[i % 2]};{size};{i % 2}" for i, size in enumerate(sizes))]
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    words = split("--data t.csv --data.label-column kind --data.categories onehot --data.gaps median --steps 60")
+    words += split("--lr 0.01 --batch-size 16 --model.width 16 --out run")
+    assert main(["train", *words]) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["categories"], config["gaps"], config["targets"]) == ("onehot", "median", ["kind"])
+    (tmp_path / "new.csv").write_text("size,colour\n,red\n3,blue\n7.5,red\n")
+    capsys.readouterr()
+    assert main(["predict", "run", "new.csv"]) == 0
+    assert [line.split(",")[1] for line in capsys.readouterr().out.splitlines()[1:]] == ["1", "0", "1"]
+    (tmp_path / "new.csv").write_text("size,colour\nbig,red\n")
+    assert main(["predict", "run", "new.csv"]) == 2
+    assert "row 0 has 'big' in column 'size', which holds numbers" in capsys.readouterr().err
+    assert main(["eval", "run"]) == 0  # the data are read again, and are the same
+    assert "head/accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", ["--data.categories onehot", "--data.gaps mean"])
+def test_images_have_no_words_and_no_gaps(words, capsys):
+    assert main(["train", *words.split()]) == 2
+    assert "is no table of numbers and words; leave --data.categories and --data.gaps out" in capsys.readouterr().err

@@ -232,7 +232,7 @@ WRONG = [
     ("text:one.txt", {"tokenizer": "bpe", "vocabulary": 256}, "has no room beside the 256 bytes"),
     ("text:one.txt", {"train_samples": 10**6}, "give a number of windows from 1 to"),
     ("text:one.txt", {"size": 8}, "leave --image-size out"),
-    ("text:one.txt", {"targets": ("a",)}, "leave --targets out"),
+    ("text:one.txt", {"targets": ("a",)}, "leave --data.label-column out"),
     ("text:one.txt", {"label_noise": 0.1}, "leave it out under this task"),
     ("tinyshakespeare", {}, "put https://"),
     ("digits", {}, "use --task classification"),

@@ -15,7 +15,7 @@ pytest.importorskip("jinja2", reason="the report extra is not installed")
 def test_the_page_shows_blocks_and_text(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "a.txt").write_text("a < b & the sea is wide\n" * 150)
-    words = split("--rules local_ce --seeds 1 --jobs 1 --steps 4 --eval-every 2 --batch-size 8 --data.window 8")
+    words = split("--rule local_ce --seeds 1 --jobs 1 --steps 4 --eval-every 2 --batch-size 8 --data.window 8")
     words += split("--model.width 8 --model.heads 2 --model.depth 2 --threads 1")
     assert main(["compare", *words, "--data", f"text:{tmp_path / 'a.txt'}", "--out", str(tmp_path / "out")]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())

@@ -31,10 +31,10 @@ RULES = ("sll", "sll:overlap=1", "backprop")
 def folder(comparison, tmp_path_factory):
     """A comparison with benchmarks beside it, which are measured first: each draws what is there."""
     folder = tmp_path_factory.mktemp("report") / "out"
-    common = split("--shape 1 8 8 --batch-size 4 --threads 1 --model-options width 16")
+    common = split("--shape 1 8 8 --batch-size 4 --threads 1 --model.width 16")
     common += ["--out", str(folder)]
     assert main(["bench", "memory", *common, "--depths", "2,5", "--rule", "sll", "backprop"]) == 0
-    assert main(["bench", "speed", *common, *split("--model mlp --depth 2 --rounds 2 --rules sll backprop")]) == 0
+    assert main(["bench", "speed", *common, *split("--model mlp --depth 2 --rounds 2 --rule sll backprop")]) == 0
     shutil.copytree(comparison, folder, dirs_exist_ok=True)
     assert main(["report", str(folder)]) == 0
     return folder

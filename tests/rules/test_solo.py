@@ -42,6 +42,28 @@ def test_without_blocks_and_with_private_matrices_it_is_local_ce_bit_for_bit(gro
     assert all(map(same_bits, ours, theirs))
 
 
+def test_with_a_separate_head_the_matrix_learns_alone_and_the_last_module_like_the_others():
+    made = solo(depth=0, group=2, head="separate")
+    assert made.groups(4) == [range(0, 2), range(2, 4), range(4, 5)]
+    learner = Learner(decoder(), made, task=TASK, example=tokens()[0], **PLAIN_SGD)
+    assert list(learner.auxiliary) == ["1", "3"]
+    model, own, (x, y) = copy.deepcopy(learner.network.model), copy.deepcopy(learner.auxiliary["3"]), tokens()
+    with torch.no_grad():
+        h = model.block2(model.block1(model.stem(x)))
+    matrix = model.head.linear.weight.detach()
+    out = model.block4(model.block3(h))
+    u = own.scale * F.rms_norm(out, (WIDTH,), own.readout.norm.weight, eps=1e-6)
+    leaves = [*model.block3.parameters(), *model.block4.parameters()]
+    gradients = torch.autograd.grad(F.cross_entropy((u @ matrix.T).flatten(0, 1), y.flatten()), leaves)
+    loss = F.cross_entropy(model.head(out.detach()).flatten(0, 1), y.flatten())
+    gradients += torch.autograd.grad(loss, list(model.head.parameters()))
+    wanted = [p.detach() - 0.1 * g for p, g in zip([*leaves, *model.head.parameters()], gradients, strict=True)]
+    learner.step(x, y)
+    now = learner.network.model
+    found = [p.detach() for part in (now.block3, now.block4, now.head) for p in part.parameters()]
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
+
+
 def test_the_loss_of_a_module_is_that_of_the_equations():
     learner = Learner(decoder(), solo(group=2, depth=1), task=TASK, example=tokens()[0], **PLAIN_SGD)
     head = learner.auxiliary["1"]

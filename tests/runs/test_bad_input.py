@@ -151,6 +151,7 @@ train --rule.scale 0                         | scale is 0; larger than 0
 train --rule sid_cascade                     | trains the model 'sid_cascade'; use rule 'sid'
 train --rule graph_forward                   | does not train the model 'mlp'; gcn or gat
 train --rule graph_forward --model vit       | does not train the model 'vit'; gcn or gat
+train --rule equilibrium_propagation --model vit | does not train the model 'vit'; mlp
 train --rule noprop_dt                       | trains the model 'noprop'
 train --rule boosted --rule.updates 0        | updates is 0; 1 or more
 train --rule ssl_local --rule.augment flop   | unknown augmentation 'flop'; did you mean 'flip'?
@@ -232,15 +233,15 @@ bench memory --depths 0                      | depth; 0
 bench memory --depths 4,,8                   | --depths '4,,8'
 bench memory --rule slll                     | unknown rule 'slll'; did you mean 'sll'?
 bench memory --model mpl                     | unknown model 'mpl'; did you mean 'mlp'?
-bench memory --model-options wdth 3          | 'wdth'; did you mean 'width'?
+bench memory --model.wdth 3          | 'wdth'; did you mean 'width'?
 bench memory --batch-size 0                  | batch size
 bench memory --offload disk                   | 'backprop' cannot be offloaded
 bench memory --offload disk --rule sll --offload-folder no/such | cannot offload blocks to no/such
-bench memory --json B/full/a/b               | cannot write; B/full/a/b
+bench memory --json B/full/a/b               | could not write; B/full/a/b
 bench speed --rounds 0                       | rounds is 0
-bench speed --rules backprop slll            | unknown rule 'slll'; did you mean 'sll'?
+bench speed --rule backprop slll            | unknown rule 'slll'; did you mean 'sll'?
 bench speed --model mpl                      | unknown model 'mpl'; did you mean 'mlp'?
-bench speed --model-options width 2.5        | width; 2.5
+bench speed --model.width 2.5        | width; 2.5
 bench speed --optimizer adamm --model mlp    | unknown optimizer 'adamm'
 bench speed --threads 0                      | threads is 0
 bench scaling --ranks 1,x                    | --ranks '1,x'

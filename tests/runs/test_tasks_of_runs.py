@@ -89,7 +89,7 @@ def test_eval_gives_the_figures_of_the_run(runs, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("report", [False, True])
 def test_a_comparison_is_in_the_metric_of_the_task(tmp_path, capsys, report):
-    words = ["compare", "--task", "regression", "--data", "diabetes", "--rules", "local_ce", "backprop"]
+    words = ["compare", "--task", "regression", "--data", "diabetes", "--rule", "local_ce", "backprop"]
     words += ["--seeds", "1", "--epochs", "1", "--model.width", "8", "--jobs", "1", "--out", str(tmp_path / "c")]
     assert main([*words, "--report" if report else "--no-report"]) == 0
     out = capsys.readouterr().out

@@ -31,7 +31,7 @@ from layerwise.scaling.simulate import (
     simulate,
 )
 
-TINY = split("bench scaling --model mlp --depth 4 --model-options width 16 --shape 1 8 8 --batch-size 16 --timeout 60")
+TINY = split("bench scaling --model mlp --depth 4 --model.width 16 --shape 1 8 8 --batch-size 16 --timeout 60")
 COSTS = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0, "optimizer": 0.0}
 
 

@@ -17,7 +17,13 @@ from layerwise.core.graphs import Graph
 SHAPE, CLASSES = (1, 8, 8), 4
 DEVICE = torch.device(os.environ.get("LAYERWISE_TEST_DEVICE", "cpu"))
 KINDS = ("mlp", "vgg", "vit")
-QUICK = {"boosted": {"updates": 1}, "block_rota": {"period": 1, "order": "up"}, "zeroth_order": {"directions": 16}}
+QUICK = {
+    "boosted": {"updates": 1},
+    "block_rota": {"period": 1, "order": "up"},
+    "zeroth_order": {"directions": 16},
+    "predictive_coding": {"steps": 3},
+    "equilibrium_propagation": {"free": 5, "nudged": 3},
+}
 QUICK |= {"forward_gradient": {"tangents": 2}, "likelihood_ratio": {"pairs": 2}}
 UNDEFINED = {"pepita": ("vit",)}
 """Models on which a rule is not defined, and says so."""

@@ -14,7 +14,7 @@ from layerwise.runs import checkpoint
 __all__ = ["COMPARE", "SMALL", "TIMING", "contents", "lines", "result", "split", "start", "state", "train", "weights"]
 
 COMPARE = split(
-    "compare --rules sll,sll:overlap=1 backprop --seeds 2 --epochs 2 --model.width 16 --model.depth 2 --batch-size 256"
+    "compare --rule sll,sll:overlap=1 backprop --seeds 2 --epochs 2 --model.width 16 --model.depth 2 --batch-size 256"
 )
 SMALL = split("--model.width 16 --model.depth 2 --batch-size 256 --threads 1")
 TIMING = ("train_seconds", "samples_per_second", "seconds")

@@ -1,29 +1,20 @@
 """`layerwise bench memory|speed|scaling`."""
 
+from collections.abc import Sequence
+
 from layerwise.cli.early import check_names, check_options, values
 from layerwise.errors import LayerwiseError, suggestion
-from layerwise.parsing import parse
 
 KINDS = ("memory", "speed", "scaling")
 
 
 def bench_command(argv: list[str]) -> int:
     """`layerwise bench KIND`: measure memory by depth, time per step, or throughput of several processes."""
-    if argv and argv[0] in ("-h", "--help"):
-        print(
-            "usage: layerwise bench memory|speed|scaling [OPTIONS]\n\n`layerwise bench KIND --help` lists the options."
-        )
-        return 0
     if not argv or argv[0] not in KINDS:
         near = f"{argv[0]!r} is no benchmark; {suggestion(argv[0], KINDS)}" if argv else f"one of {', '.join(KINDS)}"
         raise LayerwiseError(f"say what to measure: {near}; layerwise bench KIND --help lists the options.")
     kind, *rest = argv
-    if {"-h", "--help"} & {*rest}:
-        from layerwise.measure.bench_options import MemoryOptions, SpeedOptions
-        from layerwise.scaling.options import ScalingOptions
-
-        options = {"memory": MemoryOptions, "speed": SpeedOptions, "scaling": ScalingOptions}[kind]
-        parse(options, rest, f"bench {kind}")
+    rest = model_options(rest)
     if kind == "memory":
         check_names("rule", (word.partition(":")[0] for word in values(rest, "rule")))
         check_names("model", values(rest, "model"))
@@ -32,7 +23,7 @@ def bench_command(argv: list[str]) -> int:
         return memory_command(rest)
     check_options(rest, "model")
     if kind == "speed":
-        check_names("rule", (word.partition(":")[0] for word in values(rest, "rules")))
+        check_names("rule", (word.partition(":")[0] for word in values(rest, "rule")))
         from layerwise.measure.bench_speed import speed_command
 
         return speed_command(rest)
@@ -40,3 +31,21 @@ def bench_command(argv: list[str]) -> int:
     from layerwise.scaling.bench import scaling_command
 
     return scaling_command(rest)
+
+
+def model_options(words: Sequence[str]) -> list[str]:
+    """The words with `--model.NAME VALUE` as the pairs of one option, since each model has names of its own.
+
+    >>> model_options(["--model", "mlp", "--model.width", "64", "--depths", "4", "--model.heads=2"])
+    ['--model', 'mlp', '--depths', '4', '--model-options', 'width', '64', 'heads', '2']
+    """
+    kept, pairs, rest = [], [], iter(words)
+    for word in rest:
+        if not word.startswith("--model."):
+            kept.append(word)
+            continue
+        name, given, value = word.removeprefix("--model.").partition("=")
+        if not given and (value := next(rest, None)) is None:
+            raise LayerwiseError(f"{word} needs a value; see layerwise ls models.")
+        pairs += [name.replace("-", "_"), str(value)]
+    return [*kept, "--model-options", *pairs] if pairs else kept

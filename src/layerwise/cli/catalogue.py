@@ -5,15 +5,12 @@
 
 import ast
 import importlib.machinery
-import inspect
 import tomllib
-from collections.abc import Iterator
-from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.resources import files
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[1]
+from layerwise.cli.source import PACKAGE, assigned, bases, class_of, first_line, imported, tree
 
 
 def rules() -> dict[str, str]:
@@ -22,19 +19,12 @@ def rules() -> dict[str, str]:
     >>> list(rules())[0], rules()["sll"].split()[0]
     ('sll', 'local')
     """
-    found = {}
-    classes = _imported(PACKAGE / "rules" / "__init__.py")
-    table = _assigned(PACKAGE / "rules" / "__init__.py", "_BUILT_IN")
-    assert isinstance(table, ast.Tuple)
-    for entry in table.elts:
-        assert isinstance(entry, ast.Name)
-        file, name = classes[entry.id]
-        found[_attribute(file, name, "name")] = _line(file, name)
+    found = {name: _line(*place) for name, place in _rule_classes().items()}
     for point in sorted(entry_points(group="layerwise.rules"), key=lambda point: point.name):
         if point.name not in found:
             file = _file(point)
             found[point.name] = _line(file, point.attr) if file else f"{'':<13} from the package {_package(point)}"
-    forms = ast.literal_eval(_assigned(PACKAGE / "rules" / "__init__.py", "FORMS"))
+    forms = ast.literal_eval(assigned(PACKAGE / "rules" / "__init__.py", "FORMS"))
     return found | {form: f"{'':<13} {about}" for form, about in forms.items()}
 
 
@@ -44,15 +34,8 @@ def models() -> dict[str, str]:
     >>> models()["mlp"]
     'Fully connected network: block i is a linear layer, norm, activation and dropout.'
     """
-    file = PACKAGE / "models" / "__init__.py"
-    classes, table = _imported(file), _assigned(file, "_MODELS")
-    assert isinstance(table, ast.Dict)
-    found = {}
-    for name, entry in zip(table.keys, table.values, strict=True):
-        assert isinstance(name, ast.Constant)
-        assert isinstance(entry, ast.Name)
-        found[name.value] = _first_line(_class(*classes[entry.id]))
-    return found | ast.literal_eval(_assigned(PACKAGE / "models" / "outside.py", "FORMS"))
+    found = {name: first_line(class_of(*place)) for name, place in _model_classes().items()}
+    return found | ast.literal_eval(assigned(PACKAGE / "models" / "outside.py", "FORMS"))
 
 
 def data() -> dict[str, str]:
@@ -61,7 +44,16 @@ def data() -> dict[str, str]:
     >>> data()["cifar10"]
     '60,000 photographs, 32x32 RGB, 10 classes'
     """
-    return ast.literal_eval(_assigned(PACKAGE / "data" / "catalogue.py", "DESCRIPTIONS"))
+    return ast.literal_eval(assigned(PACKAGE / "data" / "catalogue.py", "DESCRIPTIONS"))
+
+
+def is_text(name: str) -> bool:
+    """Whether a data set is a text.
+
+    >>> is_text("text:book.txt"), is_text("digits")
+    (True, False)
+    """
+    return name.partition(":")[0] in ast.literal_eval(assigned(PACKAGE / "data" / "catalogue.py", "TEXTS"))
 
 
 def recipes() -> dict[str, str]:
@@ -80,63 +72,72 @@ def recipes() -> dict[str, str]:
     return found
 
 
-def _line(file: Path, name: str) -> str:
-    """A rule in one line: its locality, and the first line of its docstring."""
-    return f"{_attribute(file, name, 'locality'):<13} {_first_line(_class(file, name))}"
+def class_of_rule(name: str) -> tuple[Path, str] | None:
+    """The file and the class of a rule, of one from elsewhere too; None where its source cannot be found.
+
+    >>> class_of_rule("sll")[1], class_of_rule("nothing")
+    ('SLL', None)
+    """
+    if ".py:" in name:
+        return _in_own_file(name)
+    if (found := _rule_classes(name).get(name)) is not None:
+        return found
+    for point in entry_points(group="layerwise.rules", name=name):
+        file = _file(point)
+        return (file, point.attr) if file else None
+    return None
 
 
-@cache
-def _tree(file: Path) -> ast.Module:
-    return ast.parse(file.read_text())
+def class_of_model(name: str) -> tuple[Path, str] | None:
+    """The file and the class, or function, of a model; None where there is none."""
+    for prefix, kind in (("hf:", "HFModel"), ("timm:", "TimmModel")):
+        if name.startswith(prefix):
+            return PACKAGE / "models" / "outside.py", kind
+    return _in_own_file(name) if ".py:" in name else _model_classes().get(name)
 
 
-def _assigned(file: Path, name: str) -> ast.expr:
-    """The value that a module assigns to a name."""
-    for node in _tree(file).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
-            value = getattr(node, "value", None)
-            assert value is not None
-            return value
-    raise LookupError(f"{file} assigns no {name}")
+def _in_own_file(name: str) -> tuple[Path, str] | None:
+    """A class or function in a file of the user's, if the file is there and can be read."""
+    path, _, attribute = name.rpartition(":")
+    try:
+        held = {getattr(node, "name", None) for node in tree(Path(path)).body}
+    except (OSError, SyntaxError, ValueError):
+        return None
+    return (Path(path), attribute) if attribute in held else None
 
 
-@cache
-def _imported(file: Path) -> dict[str, tuple[Path, str]]:
-    """Names that a module imports from modules of this package: to the file, and the name there."""
+def _rule_classes(wanted: str | None = None) -> dict[str, tuple[Path, str]]:
+    """Name of every built-in rule, or of one, to its file and class, in order."""
+    file = PACKAGE / "rules" / "__init__.py"
+    table = assigned(file, "_BUILT_IN")
+    assert isinstance(table, ast.Tuple)
+    places = [imported(file)[entry.id] for entry in table.elts if isinstance(entry, ast.Name)]
+    if wanted is not None:  # only the files that hold the name are taken apart, which takes time
+        places = [place for place in places if f'"{wanted}"' in place[0].read_text(encoding="utf-8")]
+    return {_attribute(*place, "name"): place for place in places}
+
+
+def _model_classes() -> dict[str, tuple[Path, str]]:
+    """Name of every model of the zoo to its file and class, in order."""
+    file = PACKAGE / "models" / "__init__.py"
+    table = assigned(file, "_MODELS")
+    assert isinstance(table, ast.Dict)
     found = {}
-    for node in _tree(file).body:
-        if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").startswith("layerwise."):
-            place = PACKAGE.joinpath(*(node.module or "").split(".")[1:])
-            source = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
-            found |= {alias.asname or alias.name: (source, alias.name) for alias in node.names}
+    for name, entry in zip(table.keys, table.values, strict=True):
+        assert isinstance(name, ast.Constant)
+        assert isinstance(entry, ast.Name)
+        found[name.value] = imported(file)[entry.id]
     return found
 
 
-def _class(file: Path, name: str) -> ast.ClassDef:
-    for node in _tree(file).body:
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            return node
-    raise LookupError(f"{file} defines no class {name}")
-
-
-def _bases(file: Path, name: str) -> Iterator[ast.ClassDef]:
-    """A class and those that it inherits from, as far as this package defines them."""
-    node = _class(file, name)
-    yield node
-    for base in node.bases:
-        while isinstance(base, ast.Subscript):
-            base = base.value
-        if isinstance(base, ast.Name):
-            own = any(isinstance(other, ast.ClassDef) and other.name == base.id for other in _tree(file).body)
-            place = (file, base.id) if own else _imported(file).get(base.id)
-            if place is not None:
-                yield from _bases(*place)
+def _line(file: Path, name: str) -> str:
+    """A rule in one line: its locality, and the first line of its docstring."""
+    return f"{_attribute(file, name, 'locality'):<13} {first_line(class_of(file, name))}"
 
 
 def _attribute(file: Path, name: str, attribute: str) -> str:
     """A string that the body of a class, or of one that it inherits from, assigns."""
-    for node in _bases(file, name):
+    for _, node in bases(file, name):
         for line in node.body:
             targets = line.targets if isinstance(line, ast.Assign) else [getattr(line, "target", None)]
             value = getattr(line, "value", None)
@@ -145,10 +146,6 @@ def _attribute(file: Path, name: str, attribute: str) -> str:
             ):
                 return str(value.value)
     return ""
-
-
-def _first_line(node: ast.ClassDef) -> str:
-    return inspect.cleandoc(ast.get_docstring(node) or "").partition("\n")[0]
 
 
 def _file(point: EntryPoint) -> Path | None:
@@ -162,7 +159,7 @@ def _file(point: EntryPoint) -> Path | None:
     file = Path(spec.origin) if spec is not None and spec.origin else None
     try:
         assert file is not None
-        _class(file, point.attr)
+        class_of(file, point.attr)
     except (AssertionError, LookupError, OSError, SyntaxError, ValueError):
         return None
     return file

@@ -1,6 +1,5 @@
 """`layerwise doctor`: what this installation and this machine have, and what stands in the way of training."""
 
-import json
 import os
 import re
 import shutil
@@ -8,33 +7,30 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
+from layerwise.cli.words import put_json
 from layerwise.errors import LayerwiseError
+from layerwise.parsing import take_option
+from layerwise.terminal import indented, terminal_width
 
-USAGE = """\
-usage: layerwise doctor [--json]
-
-Print versions, devices, threads, memory, data folder and optional parts, and what stands in the way of training.
-"""
 LEAST_TORCH = (2, 6)
 
 
 def doctor_command(argv: list[str]) -> int:
     """`layerwise doctor`: print what there is; exit code 1 where something stands in the way."""
-    if any(word in ("-h", "--help") for word in argv):
-        print(USAGE, end="")
-        return 0
-    if argv not in ([], ["--json"]):
+    argv = list(argv)
+    where = take_option(argv, "json", "doctor")
+    if argv:
         raise LayerwiseError(f"doctor takes no {argv[0]!r}; it has the option --json alone.")
     facts = examine()
-    if argv:
-        print(json.dumps(facts, indent=2))
+    if where is not None:
+        put_json(where, facts)
     else:
         rows = {name: value for name, value in facts.items() if name not in ("parts", "problems")}
-        width = max(map(len, rows))
+        rows = {name: ", ".join(value) if isinstance(value, list) else value for name, value in rows.items()}
+        rows |= {f"part {name}": found for name, found in facts["parts"].items()}
+        width, wide = max(map(len, rows)) + 2, terminal_width()
         for name, value in rows.items():
-            print(f"{name:<{width}}  {', '.join(value) if isinstance(value, list) else value}")
-        for name, found in facts["parts"].items():
-            print(f"{'part ' + name:<{width}}  {found}")
+            print(indented(name, value, width, wide))
         for problem in facts["problems"] or ["nothing stands in the way of training."]:
             print(problem)
     return int(bool(facts["problems"]))

@@ -34,9 +34,12 @@ def check_options(words: Sequence[str], *options: str) -> None:
 def check_names(option: str, names: Iterable[str]) -> None:
     """Raise LayerwiseError where one of the names that an option was given is none that there is."""
     what, known = KINDS[option]
+    found = {"rule": catalogue.class_of_rule, "model": catalogue.class_of_model}.get(option)
     for name in names:
         marks = OPEN if option in ("data", "recipe") else (":", ".py")
-        if name not in known() and not any(mark in name for mark in marks):
+        if any(mark in name for mark in marks) or (found is not None and found(name) is not None):
+            continue
+        if name not in known():
             raise unknown(what, name, list(known()))
 
 

@@ -1,54 +1,148 @@
-"""The help of `train` and `compare` where neither rule nor model is named: without torch, which takes seconds."""
+"""The help of every command: options in groups, as wide as the terminal, read from the source without torch."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, make_dataclass
-from typing import Annotated, Any
+import shutil
+import textwrap
+from collections.abc import Iterable, Sequence
 
-from layerwise.parsing import parse, take_option
-from layerwise.runs.settings import RunSettings, build_options, load_recipe
+from layerwise.cli import catalogue
+from layerwise.cli.commands import ANYWHERE, BENCHES, COMMANDS, Command
+from layerwise.cli.early import check_options
+from layerwise.cli.options import Option, group, in_words, options_of
+from layerwise.parsing import take_option
 
-BRINGING = ("recipe", "rule", "model", "data")
-"""Options whose values bring options or defaults of their own."""
-
-
-@dataclass(frozen=True)
-class ModelByName:
-    """The options that come first."""
-
-    recipe: str = "digits"
-    """Recipe whose options are the defaults below, see layerwise ls recipes; or a TOML file."""
-    model: str = "mlp"
-    """Model, see layerwise ls models; with --help its own options are listed, too."""
+WIDE = 100
+"""Columns that are used at most."""
+MARGIN = 26
+"""Columns of flags, beside which a description stands on a terminal of 72 columns or more."""
+LONG = 30
+"""Characters of choices that are written beside a flag in place of a name for the value."""
 
 
-@dataclass(frozen=True)
-class RuleByName(ModelByName):
-    """The options that come first, where there is one rule."""
+def usage() -> str:
+    """What `layerwise --help` prints."""
+    width = columns()
+    lines = ["layerwise: train deep networks without global backpropagation", ""]
+    lines += ["usage: layerwise COMMAND [OPTIONS]", ""]
+    for name, command in COMMANDS.items():
+        lines += entry(f"{name} {command.arguments.partition(' | ')[0]}".strip(), command.about, width)
+    after = "layerwise COMMAND --help lists the options of a command. Anywhere on the line:"
+    lines += ["", *textwrap.wrap(after, width)]
+    for flag, about in ANYWHERE.items():
+        lines += entry(flag, about, width)
+    return "\n".join([*lines, *entry("--version", "print the version", width)]) + "\n"
 
-    rule: str = "sll"
-    """Rule, see layerwise ls rules; with --help its own options are listed, too."""
+
+def help_of(name: str, words: Sequence[str] = ()) -> str:
+    """The help of a command, for the rule, the model and the recipe that the words name.
+
+    >>> print(help_of("export").splitlines()[0])
+    usage: layerwise export RUN FILE [OPTIONS]
+    """
+    command, width = {**COMMANDS, **BENCHES}[name], columns()
+    if name in ("train", "compare"):
+        check_options(words, "recipe", "model", "data", *(["rule"] if name == "train" else []))
+    given = f" {command.arguments}" if command.arguments else ""
+    lines = textwrap.wrap(f"usage: layerwise {name}{given} [OPTIONS]", width, subsequent_indent="    ")
+    lines.append("")
+    lines += textwrap.wrap(command.about[0].upper() + command.about[1:] + ".", width)
+    if command.text:
+        lines += textwrap.wrap(command.text, width)
+    for title, options in groups_of(name, command, words):
+        lines += ["", title]
+        for option in options:
+            lines += entry(written(option), described(option), width)
+    lines += ["", "anywhere"]
+    for flag, about in ANYWHERE.items():
+        lines += entry(flag, about, width)
+    return "\n".join(lines) + "\n"
 
 
-def print_help(argv: Sequence[str], command: str, about: str, *parts: type, hidden: Sequence[str] = ()) -> None:
-    """Print the help, if the words ask for it and name nothing that has options of its own.
+def groups_of(name: str, command: Command, words: Sequence[str]) -> list[tuple[str, list[Option]]]:
+    """The options of a command under the titles of their groups, with those of its rule and its model.
 
     Args:
-        argv: words after the command.
-        command: its name.
-        about: what it does, for the help.
-        parts: dataclasses with its options; those of the last one come first.
-        hidden: options of theirs that it does not have.
-
-    Raises:
-        SystemExit: the help was printed.
+        name: of the command.
+        command: its entry.
+        words: what follows it on the line.
     """
-    if not {"-h", "--help"} & {*argv} or any(take_option([*argv], name) is not None for name in BRINGING):
-        return
-    from tyro.conf import Fixed, Suppress
+    found = [(title, group(where, command.hidden)) for title, where in command.groups.items()]
+    if name not in ("train", "compare"):
+        return found
+    recipe = _recipe(words)
+    chosen = {}
+    for part in ("rule", "model") if name == "train" else ("model",):
+        table = dict(recipe.pop(part, {}))
+        own = str(table.pop("name", {"rule": "sll", "model": "mlp"}[part]))
+        chosen[part] = take_option([*words], part) or own
+        place = (catalogue.class_of_rule if part == "rule" else catalogue.class_of_model)(chosen[part])
+        if place is None:
+            continue
+        options = options_of(*place, prefix=f"{part}.")
+        found.append((f"{part} {chosen[part]}", _defaults(options, table if chosen[part] == own else {}, f"{part}.")))
+    recipe |= chosen | {"recipe": take_option([*words], "recipe") or "digits"}
+    found = [(title, _defaults(options, recipe)) for title, options in found]
+    # The options of rule and model stand beside what is done to the network.
+    last = [pair for pair in found if pair[0].startswith(("rule ", "model "))]
+    rest = [pair for pair in found if pair not in last]
+    return [*rest[:1], *last, *rest[1:]]
 
-    values = {name: value for name, value in load_recipe("digits").values.items() if name not in ("rule", "model")}
-    settings = build_options(RunSettings, values, "recipe digits")
-    kept = [(name, Annotated[Any, Suppress, Fixed], field(default=getattr(settings, name))) for name in hidden]
-    cls = make_dataclass("Options", kept, bases=parts, frozen=True)
-    cls.__doc__ = about
-    parse(cls, argv, command, cls(**asdict(settings)))
+
+def _recipe(words: Sequence[str]) -> dict:
+    """The values of the recipe that a command starts from."""
+    from layerwise.runs.settings import load_recipe
+
+    data = take_option([*words], "data")
+    default = "shakespeare" if data is not None and catalogue.is_text(data) else "digits"
+    return dict(load_recipe(take_option([*words], "recipe") or default).values)
+
+
+def _defaults(options: Iterable[Option], values: dict, prefix: str = "") -> list[Option]:
+    """Options with the defaults that a recipe gives them."""
+    names = {option: option.flag.removeprefix(f"--{prefix}").rpartition(".")[2].replace("-", "_") for option in options}
+    return [
+        option._replace(default=in_words(values[name])) if name in values else option for option, name in names.items()
+    ]
+
+
+def written(option: Option) -> str:
+    """An option as it is typed, with what stands for its value.
+
+    >>> written(Option("--lr", "X", (), False, None, "")), written(Option("--data.documents", "", (), False, None, ""))
+    ('--lr X', '--data.[no-]documents')
+    """
+    if not option.value:
+        front, dot, last = option.flag.removeprefix("--").rpartition(".")
+        return f"--{front}{dot}[no-]{last}"
+    listed = "|".join(option.choices)
+    value = listed if option.choices and len(listed) <= LONG else option.value
+    return f"{option.flag} {value}" + (" ..." if option.several else "")
+
+
+def described(option: Option) -> str:
+    """What an option does, the words that it may take where nothing else says them, and its default."""
+    text = option.about
+    if len("|".join(option.choices)) > LONG and not all(choice in text for choice in option.choices):
+        text += f" One of {', '.join(option.choices)}."
+    return f"{text} (default: {option.default})" if option.default is not None else text
+
+
+def entry(flag: str, about: str, width: int) -> list[str]:
+    """Lines of a flag and its description: side by side, or one below the other on a narrow terminal.
+
+    >>> entry("--lr X", "Learning rate.", 80)
+    ['  --lr X                  Learning rate.']
+    >>> entry("--lr X", "Learning rate.", 60)
+    ['  --lr X', '      Learning rate.']
+    """
+    narrow = width < 72
+    margin = 6 if narrow else MARGIN
+    text = textwrap.wrap(about, max(20, width - margin), break_on_hyphens=False) or [""]
+    left = textwrap.wrap(f"  {flag}", width, subsequent_indent="      ", break_on_hyphens=False)
+    if not narrow and len(left) == 1 and len(left[0]) < margin:
+        return [f"{left[0]:<{margin}}{text[0]}".rstrip(), *(" " * margin + line for line in text[1:])]
+    return [*left, *(" " * margin + line for line in text)]
+
+
+def columns() -> int:
+    """Columns of the terminal, as far as they are used."""
+    return max(40, min(WIDE, shutil.get_terminal_size().columns))

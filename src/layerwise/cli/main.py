@@ -9,47 +9,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from layerwise.errors import LayerwiseError, report_error, say, traceback_wanted, unknown
-
-USAGE = """\
-layerwise: train deep networks without global backpropagation
-
-usage: layerwise COMMAND [OPTIONS]
-
-  train                 train a network (default: SLL on digits)
-  compare               train several rules over several seeds, and write one report
-  report DIR            draw the report of a comparison or a benchmark again
-  eval RUN              measure a trained run on the test split, block by block
-  beliefs RUN           measure what SID's theory predicts, module by module; early exit
-  predict RUN INPUT     predict the classes of images, or of the rows of a table, as CSV; --prompt continues a text
-  export RUN FILE       write the trained weights as one safetensors file, for your own model class
-  ls WHAT               list rules | models | data | recipes; --json for programs
-  describe RULE         show a rule's equations, locality, boundary, source, restrictions and options
-  bench KIND            measure memory (exact bytes by depth) | speed (rules interleaved) | scaling (processes)
-  new-rule NAME         write a rule of your own with its tests, ready to be changed
-  doctor                show versions, devices, memory, data and parts, and what stands in the way of training
-  validate              check a rule's invariants on this machine, or the files of a run
-
-`layerwise COMMAND --help` lists the options of a command. `--debug`, anywhere on the line, shows the traceback of
-an error.
-"""
-
-COMMANDS = {
-    "train": "layerwise.cli.train:train_command",
-    "compare": "layerwise.cli.compare:compare_command",
-    "report": "layerwise.cli.compare:report_command",
-    "eval": "layerwise.cli.trained:eval_command",
-    "beliefs": "layerwise.cli.trained:beliefs_command",
-    "predict": "layerwise.cli.trained:predict_command",
-    "export": "layerwise.cli.trained:export_command",
-    "ls": "layerwise.cli.listing:ls_command",
-    "describe": "layerwise.cli.listing:describe_command",
-    "new-rule": "layerwise.cli.new_rule:new_rule_command",
-    "doctor": "layerwise.cli.doctor:doctor_command",
-    "bench": "layerwise.cli.bench:bench_command",
-    "validate": "layerwise.cli.validate:validate_command",
-}
-"""Where each command lives. It is imported when it is called, since most of them import torch."""
+from layerwise.cli.commands import BENCHES, COMMANDS
+from layerwise.errors import LayerwiseError, quiet, report_error, say, traceback_wanted, unknown
 
 
 class Terminated(BaseException):
@@ -108,8 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         of the signal when stopped.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    traceback_wanted.set("--debug" in argv)
-    words = [word for word in argv if word != "--debug"]
+    asked = argv[:2] == ["completion", "--words"]  # whose words are those of another command
+    traceback_wanted.set("--debug" in argv and not asked)
+    quiet.set("--quiet" in argv and not asked)
+    words = argv if asked else with_dash([word for word in argv if word not in ("--debug", "--quiet")])
     stdout = sys.stdout
     try:
         with _sigterm_raises(), contextlib.redirect_stdout(Output(stdout) if stdout is not None else stdout):
@@ -138,9 +101,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return report_error(error)
 
 
+def with_dash(words: Sequence[str]) -> list[str]:
+    """The words with a - after every `--json` that no file follows.
+
+    >>> with_dash(["eval", "run", "--json", "--split", "val"])
+    ['eval', 'run', '--json', '-', '--split', 'val']
+    """
+    found = []
+    for place, word in enumerate(words):
+        alone = word == "--json" and (place + 1 == len(words) or words[place + 1].startswith("--"))
+        found += [word, "-"] if alone else [word]
+    return found
+
+
 def _run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
-        print(USAGE, end="")
+        from layerwise.cli.help import usage
+
+        print(usage(), end="")
         return 0
     if words[0] == "--version":
         from layerwise import __version__
@@ -150,10 +128,16 @@ def _run(words: list[str]) -> int:
     command, *rest = words
     if command not in COMMANDS:
         raise unknown("command", command, list(COMMANDS))
+    if {"-h", "--help"} & {*rest} and rest[:1] != ["--words"]:
+        from layerwise.cli.help import help_of
+
+        kind = f"{command} {rest[0]}"
+        print(help_of(kind if kind in BENCHES else command, rest), end="")
+        return 0
     from layerwise.memory.malloc import keep_freed_memory
 
     keep_freed_memory()
-    module, _, function = COMMANDS[command].partition(":")
+    module, _, function = COMMANDS[command].target.partition(":")
     return getattr(importlib.import_module(module), function)(rest)
 
 

@@ -8,12 +8,6 @@ from layerwise.cli import catalogue
 from layerwise.errors import LayerwiseError
 from layerwise.files import kind_of, shown
 
-USAGE = """\
-usage: layerwise new-rule NAME [FOLDER]
-
-Write NAME.py, a rule that trains, and test_NAME.py, its tests, into FOLDER (default: here). Nothing is overwritten.
-"""
-
 RULE = '''\
 """{class_name}: a learning rule of my own."""
 
@@ -99,9 +93,6 @@ def test_without_its_loss_a_block_stays_as_it_is():
 
 def new_rule_command(argv: list[str]) -> int:
     """`layerwise new-rule NAME [FOLDER]`: write a rule and its tests."""
-    if any(word in ("-h", "--help") for word in argv):
-        print(USAGE, end="")
-        return 0
     if not 1 <= len(argv) <= 2 or any(word.startswith("-") for word in argv):
         raise LayerwiseError("new-rule takes a name and perhaps a folder: layerwise new-rule my_rule.")
     name, folder = argv[0], Path(argv[1] if len(argv) == 2 else ".")
@@ -129,5 +120,5 @@ def new_rule_command(argv: list[str]) -> int:
     print(f"wrote {rule} and {tests}; change them, and")
     print(f"  test it:    pytest {tests}")
     print(f"  train it:   layerwise train --rule {rule}:{class_name}")
-    print(f"  compare it: layerwise compare --rules {rule}:{class_name} local_ce backprop")
+    print(f"  compare it: layerwise compare --rule {rule}:{class_name} local_ce backprop")
     return 0

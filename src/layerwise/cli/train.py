@@ -7,28 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.cli.early import check_options
-from layerwise.cli.help import RuleByName, print_help
 from layerwise.errors import LayerwiseError, say
 from layerwise.parsing import environment_number, parse, take_option
 from layerwise.runs.launch import ParallelOptions
 from layerwise.runs.layout import check_run
-from layerwise.runs.settings import RunSettings
-
-ABOUT = """Train a network with a learning rule.
-
-`layerwise train --rule sll --model vgg --help` lists the options of this rule and this model, too.
-"""
+from layerwise.terminal import indented, terminal_width
 
 
 def train_command(argv: list[str]) -> int:
     """`layerwise train`: train a network, or continue a run."""
     command = shlex.join(["layerwise", "train", *argv])
+    argv = list(argv)
+    json = take_option(argv, "json")
     words = list(argv)
     resume = take_option(words, "resume")
     folder, launch = None if resume is None else Path(resume), None
     if folder is not None:
         given = {f.name: take_option(words, f.name) for f in fields(ParallelOptions)}
-        if words and not {"-h", "--help"} & {*words}:
+        if words:
             raise LayerwiseError(
                 f"--resume continues a run with its own options, so {' '.join(words)!r} cannot be given; leave it out."
             )
@@ -37,13 +33,12 @@ def train_command(argv: list[str]) -> int:
         check_run(folder)
     elif take_option(list(argv), "parallel") in (None, "none"):  # of several ranks, one says it for all of them
         check_options(argv, "recipe", "rule", "model", "data")
-    if folder is None:
-        print_help(argv, "train", ABOUT, ParallelOptions, RunSettings, RuleByName)
     from layerwise.runs import distributed, pipelined, replicated
     from layerwise.runs.arguments import train_options
     from layerwise.runs.folders import read_options
     from layerwise.runs.interrupt import Interrupted
     from layerwise.runs.options import TrainOptions
+    from layerwise.runs.output import check_json, write_json
     from layerwise.runs.training import Run
 
     if folder is None or launch is None:
@@ -51,14 +46,19 @@ def train_command(argv: list[str]) -> int:
         options = TrainOptions(**{f.name: getattr(launch, f.name) for f in fields(TrainOptions)})
     else:
         options = read_options(folder)
+    as_json = check_json(json)
+
+    def done(result: dict[str, Any], folder: Path) -> None:
+        if not as_json:
+            print(result_table(result, folder))
+        write_json(json, result | {"folder": str(folder)})
+
     if launch.parallel != "none":
         if launch.parallel == "sharded":
             from layerwise.runs.sharded import ShardedRun as kind  # here, as fully_shard takes seconds to import
         else:
             kind = {"pipeline": pipelined.PipelineRun, "data": replicated.DataRun}[launch.parallel]
-        return distributed.train_rank(
-            kind, launch, options, command, folder, lambda *found: print(result_table(*found))
-        )
+        return distributed.train_rank(kind, launch, options, command, folder, done)
     if "TORCHELASTIC_RUN_ID" in os.environ and environment_number("WORLD_SIZE", 1) > 1:
         raise LayerwiseError(
             "torchrun has started several processes of the same run; add --parallel pipeline, data or sharded."
@@ -69,7 +69,7 @@ def train_command(argv: list[str]) -> int:
     except Interrupted as stop:
         say(str(stop))
         return 128 + stop.signum
-    print(result_table(result, run.folder))
+    done(result, run.folder)
     return 0
 
 
@@ -98,5 +98,5 @@ def result_table(result: dict[str, Any], folder: Any) -> str:
     if result["steps"] < FEW:
         rows["updates"] += f"; under {FEW} updates results say little about longer training"
     rows |= {f"note {i}": note for i, note in enumerate(result["notes"], 1)}
-    width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+    margin, width = max(map(len, rows)) + 2, terminal_width()
+    return "\n".join(indented(name, value, margin, width) for name, value in rows.items())

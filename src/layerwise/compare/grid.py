@@ -18,7 +18,7 @@ from layerwise.compare.settings import RIVALS, ComparisonSettings
 from layerwise.compare.tuning import choose, trial_options
 from layerwise.core.devices import pick_device
 from layerwise.core.tasks import metric_of
-from layerwise.errors import LayerwiseError, say
+from layerwise.errors import LayerwiseError, note
 from layerwise.memory.fitting import read_size
 from layerwise.report.reading import read_correct
 from layerwise.report.summary import BASELINE, result_row, unreached_row
@@ -189,7 +189,7 @@ class Grid:
         for label, reason in refused.items():
             if label in self.asked or len(refused) == len(self.rules):
                 raise LayerwiseError(reason)
-            say(f"note: {label} is left out: {reason}")
+            note(f"{label} is left out: {reason}")
             del self.rules[label]
 
     def _bring_under(self, pool: Pool) -> None:
@@ -212,7 +212,7 @@ class Grid:
             if "done" in answer:
                 self.plan[task["label"]] |= {"fit": answer["done"]}
             else:  # it fails in its own run, too
-                say(f"note: {task['label']} keeps its memory: {answer['reason']}")
+                note(f"{task['label']} keeps its memory: {answer['reason']}")
 
         tasks = [
             {
@@ -255,7 +255,7 @@ class Grid:
 
         pool.run(tasks, done, jobs=1)
         for reason in dict.fromkeys(missing[:1]):
-            say(f"note: {reason}")
+            note(str(reason))
 
     def _label_cost(self, label: str) -> float:
         options, plan = self._budgeted(label), self.plan[label]
@@ -304,7 +304,7 @@ class Grid:
         failed: list[str] = []
         pool.run(tasks, lambda task, answer: failed.extend([answer["reason"]] if "kind" in answer else []))
         for reason in failed:
-            say(f"note: a run could not be diagnosed: {reason}")
+            note(f"a run could not be diagnosed: {reason}")
 
     def _write(self) -> dict[str, Any]:
         """Write results.csv and summary.json of all runs that are settled."""

@@ -1,4 +1,4 @@
-"""The words of `layerwise compare --rules`: rules with their options."""
+"""The words of `layerwise compare --rule`: rules with their options."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ PER_RULE = (
 
 
 def read_rules(words: Sequence[str], common: TrainOptions) -> dict[str, TrainOptions]:
-    """Read the words of `--rules`: the options of a run for each rule that they name.
+    """Read the words of `--rule`: the options of a run for each rule that they name.
 
     Args:
         words: `name` or `name:option=value:...`, several in one word with commas between. An option is a field of the
@@ -60,19 +60,19 @@ def read_rules(words: Sequence[str], common: TrainOptions) -> dict[str, TrainOpt
             legal[f"model.{field}"] = values["model"], field, hint
         for option, text in settings:
             if option not in legal:
-                raise LayerwiseError(f"--rules {label}: no option {option!r}; {suggestion(option, list(legal))}.")
+                raise LayerwiseError(f"--rule {label}: no option {option!r}; {suggestion(option, list(legal))}.")
             place, field, hint = legal[option]
             place[field] = value_of(text, hint)
         if label in found:
-            raise LayerwiseError(f"--rules names {label} twice; leave one out, or give them different options.")
-        found[label] = from_mapping(values, f"--rules {label}")
+            raise LayerwiseError(f"--rule names {label} twice; leave one out, or give them different options.")
+        found[label] = from_mapping(values, f"--rule {label}")
     if not found:
-        raise LayerwiseError("--rules is empty; name at least one rule, see layerwise ls rules.")
+        raise LayerwiseError("--rule is empty; name at least one rule, see layerwise ls rules.")
     return found
 
 
 def settled_by(label: str) -> list[str]:
-    """Names of the options that a word of `--rules` sets.
+    """Names of the options that a word of `--rule` sets.
 
     >>> settled_by("sll:overlap=1:weight-decay=0")
     ['overlap', 'weight_decay']

@@ -1,7 +1,9 @@
 """The settings of a comparison beside those of its runs: torch is not imported here."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from tyro.conf import arg
 
 RIVALS = ("sll", "sid", "local_ce", "backprop", "backprop_checkpoint")
 
@@ -10,7 +12,7 @@ RIVALS = ("sll", "sid", "local_ce", "backprop", "backprop_checkpoint")
 class ComparisonSettings:
     """Which rules and seeds are compared, and on what budget."""
 
-    rules: tuple[str, ...] = RIVALS
+    rules: Annotated[tuple[str, ...], arg(name="rule")] = RIVALS
     """Rules, with options after colons: sll sll:overlap=1:lr=2e-3 backprop; several numbers as weight=0/1; an
     option of the model as backprop:model.depth=2; or all."""
     seeds: int = 3

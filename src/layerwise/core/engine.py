@@ -13,6 +13,7 @@ from layerwise.core.execution import Execution
 from layerwise.core.failures import NonFinite, in_a_sentence
 from layerwise.core.finite import FiniteCheck
 from layerwise.core.following import NextBlock
+from layerwise.core.functional import wide
 from layerwise.core.given import add_given
 from layerwise.core.groups import Group, Unit, parameters_of
 from layerwise.core.param_groups import set_learning_rate
@@ -20,6 +21,7 @@ from layerwise.core.parts import Labelled, Whole, labelled_parts
 from layerwise.core.perturbation import Estimate
 from layerwise.core.pieces import FollowsNextBlock, HasTrunk, PerturbsWeights, StepsByParameter, has_trunk
 from layerwise.core.progress import Accumulation, Trace, WaitingTrunk
+from layerwise.core.pullback import without_gradient
 from layerwise.core.randomness import derive_seed
 from layerwise.core.reached import check_reached
 from layerwise.core.rule import Rule, Signal
@@ -103,7 +105,7 @@ class Engine(Runner):
                 with self.resident([*group.units, *group.ahead]):
                     h, message = self.update(group, h, message, y, step, trace, trunk)
                     if self._due:
-                        self._follow(group)
+                        self._follow(group, trace)
             if trunk is not None:
                 sent_back = (Signal(cotangent=trunk.gradient), trunk.out)
                 with self.resident(trunk.group.units):
@@ -114,14 +116,29 @@ class Engine(Runner):
                 self.accumulation.next()
         return h, message
 
-    @torch.no_grad()
-    def _follow(self, group: Group) -> None:
-        """Modules of the group that follow the next block look at it: its own update comes after this group's."""
-        for unit in group.units:
-            if unit.followed and unit.auxiliary is not None and isinstance(self.rule, FollowsNextBlock):
-                tensors = self.next_block.tensors(unit.site, unit.followed)
+    def _follow(self, group: Group, trace: Trace) -> None:
+        """Modules of the group that follow the next block look at it: its own update comes after this group's.
+
+        Not where the group's step is skipped, which is known when the replicas' averages have come.
+        """
+        if not isinstance(self.rule, FollowsNextBlock):
+            return
+        units = [unit for unit in group.units if unit.followed and unit.auxiliary is not None]
+        tensors = [self.next_block.tensors(unit.site, unit.followed) for unit in units]  # sent by ranks in any case
+        step, self._reduced = self._reduced, None
+
+        @torch.no_grad()
+        def follow() -> None:
+            if step is not None:
+                step()
+            if group.name in trace.skipped or group.broken:
+                return
+            for unit, of_next in zip(units, tensors, strict=True):
+                assert unit.auxiliary is not None
                 with asking(self.rule, f"`follow` at block {unit.site.name!r}"):
-                    self.rule.follow(unit.auxiliary, tensors)
+                    self.rule.follow(unit.auxiliary, of_next)
+
+        self._finish(follow)
 
     def tell(self) -> None:
         """Before a batch that completes an update: send what modules of other ranks follow of the blocks here."""
@@ -166,7 +183,7 @@ class Engine(Runner):
             for group in groups:
                 with self.resident(group.units):
                     self._flush(group, step, trace)
-                    self._follow(group)
+                    self._follow(group, trace)
             self._step_reduced()
             self.accumulation.next()
         return True
@@ -270,18 +287,9 @@ class Engine(Runner):
         with torch.set_grad_enabled(learns), self._frozen(group) if group.resting else NOTHING:
             return self.forward(group, h, message, y, step, trace, part, share)
 
-    @contextmanager
-    def _frozen(self, group: Group) -> Iterator[None]:
+    def _frozen(self, group: Group) -> AbstractContextManager[None]:
         """A context in which parameters at rest want no gradient, so that the graph keeps nothing for them."""
-        resting = self.execution.replicas.full_of(parameters_of(group.resting))
-        frozen = [p for p in resting if p.requires_grad]
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
+        return without_gradient(self.execution.replicas.full_of(parameters_of(group.resting)))
 
     def _add(self, group: Group, h: Tensor, signals: Signals, step: int, share: float = 1.0) -> Tensor:
         """Add the gradients of signals to those that the group has; returns the loss, as its share of the batch's.
@@ -307,12 +315,15 @@ class Engine(Runner):
         replicas = self.execution.replicas
         if not self._due:
             self.finite.note(group, h, loss, step, trace)
-        elif group.broken:
+        if group.broken:
             loss = torch.full_like(loss, torch.nan)
         if not (self._due or replicas.every_batch):
             return
         arrived = replicas.reduce(group.parameters, group.running(), loss)
-        self._finish((lambda: self._step(group, h, arrived(), step, trace)) if self._due else arrived)
+        if self._due:
+            self._finish(lambda: self._step(group, h, arrived(), step, trace))
+        else:
+            self._finish(lambda: self.finite.heed(group, arrived()))
 
     def _finish(self, step: Callable[[], Any]) -> None:
         """Do what waits for averages: at once, or while the next group runs."""
@@ -333,13 +344,13 @@ class Engine(Runner):
         if self.execution.replicas.count == 1:
             return
         arrived = self.execution.replicas.reduce([], group.running(), self.finite.verdict(group))
+        self._finish(lambda: self.finite.heed(group, arrived()))
 
-        def finish() -> None:
-            verdict = arrived()
-            if self.finite.skips and not bool(torch.isfinite(verdict)):
-                self.finite.put_back(group)
-
-        self._finish(finish)
+    def average(self, groups: Sequence[Group]) -> None:
+        """Average over the replicas what an unfinished update has accumulated."""
+        for group in groups:
+            verdict = self.finite.verdict(group)
+            self.finite.heed(group, self.execution.replicas.reduce(group.parameters, group.running(), verdict)())
 
     def _backward(self, group: Group, h: Tensor, signals: Signals, share: float) -> Tensor:
         """Backward inside the group only, down to its input for a trunk; returns the summed loss, without history.
@@ -373,7 +384,7 @@ class Engine(Runner):
             taught = any(s.loss is not None or s.cotangent is not None or s.gradients for s, _ in signals)
             reached = self._stepped | {id(p) for p in wanted if p.grad is not None}
             check_reached(self.rule, group, own, reached, taught)
-        loss = _sum([loss.detach().float() for loss in losses] or [torch.zeros(())])
+        loss = _sum([wide(loss.detach()) for loss in losses] or [torch.zeros((), device=self.execution.device)])
         return loss if share == 1 else loss * share
 
     def _step(self, group: Group, h: Tensor | None, loss: Tensor, step: int, trace: Trace) -> None:

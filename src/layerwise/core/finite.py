@@ -5,7 +5,7 @@ import cmath
 import torch
 from torch import Tensor, nn
 
-from layerwise.core.execution import Execution
+from layerwise.core.execution import Execution, gradients_of
 from layerwise.core.failures import NonFinite
 from layerwise.core.groups import Group
 from layerwise.core.progress import Trace
@@ -33,6 +33,19 @@ class FiniteCheck:
             group.buffers = [(b, b.clone()) for unit in group.units for b in unit.buffers()]
             group.broken = False
 
+    def give_up(self, group: Group) -> None:
+        """From now on the update under way will be left out: nothing of what is not finite stays until then."""
+        group.broken = True
+        for parameter in self.execution.replicas.full_of(group.parameters):
+            if parameter.grad is not None:
+                parameter.grad.zero_()  # not freed: all replicas have to average the same gradients
+        self.put_back(group)
+
+    def heed(self, group: Group, verdict: Tensor) -> None:
+        """Give up the update under way where another replica has."""
+        if self.skips and not bool(torch.isfinite(verdict)):
+            self.give_up(group)
+
     def put_back(self, group: Group) -> None:
         """Give the running statistics their values from before the update."""
         for buffer, before in group.buffers:
@@ -48,21 +61,26 @@ class FiniteCheck:
         It has no update to skip, so it is not counted in `Trace.skipped`.
         """
         if self.skips:
-            if not (bool(torch.isfinite(out).all()) and bool(torch.isfinite(_running_norm(group)))):
-                group.broken = True
-            if group.broken:
-                self.put_back(group)
+            finite = bool(torch.isfinite(out).all()) and bool(torch.isfinite(_running_norm(group)))
+            if group.broken or not finite:
+                self.give_up(group)
 
     def note(self, group: Group, h: Tensor, loss: Tensor, step: int, trace: Trace) -> None:
-        """Look at the loss of a batch of an update that is not due yet: a later batch is not to be blamed for it."""
+        """Look at a batch of an update that is not due yet: a later batch is not to be blamed for it."""
+        if self.skips:
+            numbers = [loss, _running_norm(group)]
+            if not group.scaler.is_enabled():  # an overflow of scaled gradients is the scaler's own affair
+                gradients = gradients_of(self.execution.replicas.full_of(group.parameters))
+                numbers.append(nn.utils.get_total_norm(gradients).to(loss.device))
+            if not all(bool(torch.isfinite(number)) for number in numbers):
+                self.give_up(group)
+            return
         finite = torch.isfinite(loss)
-        if self.execution.device.type != "cpu" and not self.skips:
+        if self.execution.device.type != "cpu":
             trace.finite[group.name] = finite
         elif not bool(finite):
-            if not self.skips:
-                group.free()
-                raise NonFinite(group.name, step, input_is_finite=all_finite(h))
-            group.broken = True
+            group.free()
+            raise NonFinite(group.name, step, input_is_finite=all_finite(h))
 
     def may_step(
         self, group: Group, h: Tensor | None, loss: Tensor, norm: Tensor | complex, step: int, trace: Trace

@@ -12,6 +12,15 @@ from layerwise.errors import LayerwiseError
 GRID = 4096  # numbers that `pool_features(h, "grid")` leaves at most
 
 
+def wide(x: Tensor) -> Tensor:
+    """Numbers in float32, or in float64 where they are: losses and sums of float64 keep it, those of less gain.
+
+    >>> [wide(torch.ones(1, dtype=kind)).dtype for kind in (torch.bfloat16, torch.float64, torch.int64)]
+    [torch.float32, torch.float64, torch.float32]
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def log_bhattacharyya(log_p: Tensor, log_q: Tensor) -> Tensor:
     r"""Logarithm of the Bhattacharyya coefficient of two categorical distributions.
 
@@ -99,7 +108,7 @@ def pool_features(h: Tensor, pool: str) -> Tensor:
         return pooled.flatten(1)
     if pool in ("mean", "grid"):
         return h.mean(places)
-    variance, mean = torch.var_mean(h.to(torch.promote_types(h.dtype, torch.float32)), places, correction=0)
+    variance, mean = torch.var_mean(wide(h), places, correction=0)
     return torch.cat([mean, (variance + 1e-5).sqrt()], dim=-1).to(h.dtype)
 
 
@@ -119,7 +128,7 @@ def normalise(h: Tensor, norm: str, eps: float = 1e-5) -> Tensor:
 
 
 def goodness(h: Tensor, kind: str) -> Tensor:
-    """Activity of a block per sample: the sum or the mean of the squares of all its units, in float32.
+    """Activity of a block per sample: the sum or the mean of the squares of all its units, in float32 or wider.
 
     Args:
         h: `(B, ...)`.
@@ -131,22 +140,22 @@ def goodness(h: Tensor, kind: str) -> Tensor:
     >>> goodness(torch.tensor([[3.0, 4.0]]), "sum"), goodness(torch.tensor([[3.0, 4.0]]), "mean")
     (tensor([25.]), tensor([12.5000]))
     """
-    squares = h.float().flatten(1).square()
+    squares = wide(h).flatten(1).square()
     return squares.sum(1) if kind == "sum" else squares.mean(1)
 
 
 def unit_length(h: Tensor) -> Tensor:
     """Each sample of `(B, ...)` divided by the root mean square of all its units: its goodness is gone."""
-    return normalise(h.flatten(1).float(), "rms").view_as(h).to(h.dtype)
+    return normalise(wide(h.flatten(1)), "rms").view_as(h).to(h.dtype)
 
 
 def similarity(x: Tensor) -> Tensor:
-    """Cosine similarities of the rows of `(B, D)` after each row's own mean is taken off: `(B, B)`, in float32.
+    """Cosine similarities of the rows of `(B, D)` after each row's own mean is taken off, `(B, B)`, float32 or wider.
 
     >>> similarity(torch.eye(3))[0]  # two classes out of K: -1 / (K - 1)
     tensor([ 1.0000, -0.5000, -0.5000])
     """
-    centred = x.float() - x.float().mean(1, keepdim=True)
+    centred = wide(x) - wide(x).mean(1, keepdim=True)
     directions = F.normalize(centred, dim=1)
     with torch.autocast(x.device.type, enabled=False):
         return directions @ directions.T
@@ -167,13 +176,13 @@ def supervised_contrastive(z: Tensor, y: Tensor, temperature: float) -> Tensor:
         temperature: $\tau$.
 
     Returns:
-        A scalar, in float32.
+        A scalar, in float32 or wider.
 
     >>> z = torch.eye(2).repeat(2, 1)  # its own class at 1, the two others at 0
     >>> round(float(supervised_contrastive(z, torch.tensor([0, 1, 0, 1]), 1.0)), 4)  # ln(e + 2) - 1
     0.5514
     """
-    directions = F.normalize(z.float(), dim=1)
+    directions = F.normalize(wide(z), dim=1)
     with torch.autocast(z.device.type, enabled=False):
         scores = directions @ directions.T / temperature
     itself = torch.eye(len(y), dtype=torch.bool, device=y.device)
@@ -198,7 +207,7 @@ def nt_xent(z: Tensor, temperature: float) -> Tensor:
         temperature: $\tau$.
 
     Returns:
-        A scalar, in float32.
+        A scalar, in float32 or wider.
 
     >>> round(float(nt_xent(torch.ones(6, 2), 0.1)), 4)  # ln 5: nothing distinguishes the views
     1.6094
@@ -212,7 +221,7 @@ def matched(z: Tensor) -> Tensor:
     >>> matched(torch.eye(3).repeat(2, 1))
     tensor(1.)
     """
-    directions = F.normalize(z.float(), dim=1)
+    directions = F.normalize(wide(z), dim=1)
     with torch.autocast(z.device.type, enabled=False):
         nearest = (directions @ directions.T).fill_diagonal_(-math.inf).argmax(1)
     own = torch.arange(len(z), device=z.device).roll(len(z) // 2)
@@ -272,22 +281,25 @@ def denoising_step(t: int, steps: int) -> tuple[float, float, float]:
 
 
 def mixture(p: Tensor, rows: Tensor) -> Tensor:
-    r"""$\sum_k p_k u_k$ of coefficients `(B, K)` and rows u `(K, D)`: `(B, D)`, in the rows' own precision.
+    r"""$\sum_k p_k u_k$ of coefficients `(B, K)` and rows u `(K, D)`: `(B, D)`, in the wider precision of both.
 
     >>> mixture(torch.tensor([[0.5, 0.5]]), torch.eye(2))
     tensor([[0.5000, 0.5000]])
     """
     with torch.autocast(p.device.type, enabled=False):
-        return p.to(rows.dtype) @ rows
+        kind = torch.promote_types(p.dtype, rows.dtype)
+        return p.to(kind) @ rows.to(kind)
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    r"""$\|a_i - b_j\|^2$ of rows `(N, D)` and `(M, D)`: `(N, M)`, in their own precision.
+    r"""$\|a_i - b_j\|^2$ of rows `(N, D)` and `(M, D)`: `(N, M)`, in the wider precision of both.
 
     >>> squared_distances(torch.zeros(1, 2), torch.tensor([[3.0, 4.0], [1.0, 0.0]]))
     tensor([[25.,  1.]])
     """
     with torch.autocast(a.device.type, enabled=False):
+        kind = torch.promote_types(a.dtype, b.dtype)
+        a, b = a.to(kind), b.to(kind)
         return a.square().sum(1, keepdim=True) - 2 * a @ b.T + b.square().sum(1)
 
 
@@ -309,7 +321,7 @@ def medoid(x: Tensor) -> int:
     >>> medoid(torch.tensor([[0.0], [9.0], [4.0], [6.0]]))
     3
     """
-    distances = torch.cdist(x, x).fill_diagonal_(math.inf)
+    distances = torch.cdist(wide(x), wide(x)).fill_diagonal_(math.inf)
     return int(distances.median(1).values.argmin())
 
 

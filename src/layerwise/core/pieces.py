@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from layerwise.core.abstract import Abstract
 from layerwise.core.blocks import Partition
-from layerwise.core.rule import Rule, Site
+from layerwise.core.rule import BatchContext, Rule, Site
 from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
 
@@ -102,6 +102,26 @@ class LearnsInPart(Abstract):
         Args:
             update: number of the update, from 0; with `accumulate` batches for each.
             blocks: number of blocks L.
+        """
+
+
+class RepeatsBatch(Abstract):
+    """A rule that makes several updates with one batch, such as one after every step of inference.
+
+    They count as one update to schedules, and have the draws of one step. Batches cannot accumulate.
+    """
+
+    @abstractmethod
+    def rounds(self) -> int:
+        """How many updates a batch makes under the rule's options."""
+
+    @abstractmethod
+    def again(self, ctx: BatchContext, message: Any) -> tuple[Tensor, Any]:
+        """The first block's input and the first message of the next round, as `Rule.begin` gives those of the first.
+
+        Args:
+            ctx: the batch, and the blocks as the last round has left them.
+            message: with which that round began.
         """
 
 

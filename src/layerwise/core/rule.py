@@ -16,6 +16,7 @@ from layerwise.core.abstract import Abstract
 from layerwise.core.blocks import Block, Partition
 from layerwise.core.chunked import LinearOutputs
 from layerwise.core.layout import from_standard, to_standard
+from layerwise.core.pullback import Pullback
 from layerwise.core.ranges import check_fields
 from layerwise.core.tasks import KINDS, Task
 from layerwise.errors import LayerwiseError
@@ -128,6 +129,15 @@ class BatchContext:
     """
     predict: Callable[[Tensor], Tensor]
     """What the rule predicts, `(B, ..., K)` for `(B, ...)`, in evaluation mode and without gradient."""
+    linearize: Callable[[int, Tensor, Any], tuple[Tensor, Pullback]]
+    """Runs the block at a site as `run` does: `linearize(index, h, message)` is its output, and the map from cotangents
+    on it to those on `h`.
+
+    The graph is of this block alone and lives as long as the map. Cotangents cross a boundary where the rule carries
+    them over it.
+    """
+    training: bool = True
+    """Whether an update follows; False in evaluation."""
 
 
 @dataclass(frozen=True)
@@ -242,7 +252,8 @@ class Rule(Abstract):
 
     reads_logits: ClassVar[bool] = True
     """Whether `signal` looks at the network's logits itself. Where it gives `loss_at_head` at the head and nothing else
-    of it, False lets the loss of a large vocabulary be made in chunks. Declared by the class that defines `signal`.
+    of it, False lets the loss of a large vocabulary be made in chunks. Declared by the class that defines `signal`, or
+    set on a rule whose options decide it.
     """
 
     def __post_init__(self) -> None:
@@ -311,7 +322,7 @@ def leaves_logits(rule: Rule) -> bool:
     (True, False)
     """
     defining = next(kind for kind in type(rule).__mro__ if "signal" in vars(kind))
-    return vars(defining).get("reads_logits") is False
+    return (vars(rule) | vars(defining)).get("reads_logits") is False
 
 
 def loss_of(task: Task, outputs: Tensor | LinearOutputs, y: Tensor) -> Signal:

@@ -14,6 +14,7 @@ from layerwise.core.failures import in_a_sentence
 from layerwise.core.groups import Group, Unit
 from layerwise.core.output_layer import HeadWithoutOutputs, without_outputs
 from layerwise.core.progress import Trace
+from layerwise.core.pullback import Pullback, linearized, without_gradient
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.rule import BlockContext, Rule, Signal, leaves_logits
 from layerwise.core.tasks import Task
@@ -117,6 +118,16 @@ class Runner:
         """
         with torch.no_grad(), preserved_generators(self.execution.device), unit.on_copies():
             return self.run(unit, h, message, step, part)
+
+    def linearize_aside(self, unit: Unit, h: Tensor, message: Any, step: int | None) -> tuple[Tensor, Pullback]:
+        """Run a block aside, as `run_aside` does, and let cotangents on its output be brought to its input.
+
+        Returns:
+            The block's output, and the map; its graph is of this block alone, and holds nothing for parameters.
+        """
+        frozen = without_gradient(self.execution.replicas.full_of(unit.parameters()))
+        with preserved_generators(self.execution.device), unit.on_copies(), frozen:
+            return linearized(lambda x: self.run(unit, x, message, step), h)
 
     def run(self, unit: Unit, h: Tensor, message: Any, step: int | None, part: int | None = None) -> Tensor:
         """Run one block under its own random draws of this step, and of this part of the batch."""

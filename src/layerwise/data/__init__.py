@@ -14,6 +14,7 @@ What is in a batch depends on its number only.
 from layerwise.core.augment import AUGMENTATIONS, crop, cutout, flip
 from layerwise.data.batches import Batches
 from layerwise.data.catalogue import describe, names
+from layerwise.data.encoding import Handling
 from layerwise.data.loading import Dataset, load
 from layerwise.data.nodes import NodeSource
 from layerwise.data.noise import noisy_labels
@@ -29,6 +30,7 @@ __all__ = [
     "AUGMENTATIONS",
     "Batches",
     "Dataset",
+    "Handling",
     "InMemorySource",
     "NodeSource",
     "Source",

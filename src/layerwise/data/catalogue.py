@@ -25,8 +25,8 @@ DESCRIPTIONS = {
     "imagefolder:PATH": "a folder with one folder of images per class, or with train/ and test/ of that form; "
     "with images/ and masks/ in place of classes for --task segmentation",
     "parquet:PATH": "one parquet file or a folder of them with train or test in the names: an image and a label column",
-    "PATH.csv": "a table: a line of names, a column called label (or class, target, y) or those of --targets, "
-    "all others numbers",
+    "PATH.csv": "a table: a line of names, a column called label (or class, target, y) or those of "
+    "--data.label-column, all others numbers; words and gaps with --data.categories and --data.gaps",
 }
 TEXTS = ("tinyshakespeare", "text")
 """Names, and forms of names, of texts."""

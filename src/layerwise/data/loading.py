@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from layerwise.core.graphs import Graph
 from layerwise.core.randomness import derive_seed
 from layerwise.core.ranges import DataTask
 from layerwise.data.catalogue import check_task, is_table, plain_name
+from layerwise.data.encoding import Encoding, Handling
 from layerwise.data.images import check_size, load_images
 from layerwise.data.labels import absent_classes
 from layerwise.data.machine import need
@@ -57,6 +59,7 @@ class Dataset:
             else.
         tokenizer: of a text; its tokens are the classes. None for anything else.
         contents: what distinguishes a text from another one.
+        encoding: of a table with words or gaps: what each of its columns became, see `Encoding.rows`.
     """
 
     name: str
@@ -75,6 +78,7 @@ class Dataset:
     target_std: tuple[float, ...] = ()
     tokenizer: Tokenizer | None = None
     contents: tuple[str, ...] = ()
+    encoding: tuple[str, ...] = ()
 
 
 def load(
@@ -94,6 +98,7 @@ def load(
     text: TextOptions | None = None,
     tokenizer: Tokenizer | None = None,
     words: Words | None = None,
+    handling: Handling | None = None,
 ) -> Dataset:
     """Load a data set: labelled images, the nodes of a graph, the rows of a table, sentences, or windows of text.
 
@@ -119,6 +124,7 @@ def load(
         text: how a text becomes windows of tokens.
         tokenizer: of a text; default the one that `text` asks for.
         words: how a column of text becomes tokens; a CSV file is one of numbers if not given.
+        handling: what is done with words and gaps in a table's columns; both are refused if not given.
 
     Raises:
         LayerwiseError: an unknown name, an argument out of its range, data that cannot be found, reached or read, no
@@ -139,7 +145,9 @@ imagefolder:PATH, parquet:PATH, PATH.csv.
         raise LayerwiseError(f"validation fraction {val_fraction} is not in [0, 1); use 0 for no validation split")
     check_task(name, task)
     if targets and (task == "language_model" or not (is_table(name) or name.partition(":")[0] in ("parquet", "hf"))):
-        raise LayerwiseError(f"{title} has no columns to choose from; leave --targets out")
+        raise LayerwiseError(f"{title} has no columns to choose from; leave --data.label-column out")
+    if handling not in (None, Handling()) and (words is not None or not is_table(name)):
+        raise LayerwiseError(f"{title} is no table of numbers and words; leave --data.categories and --data.gaps out")
     if label_noise and task != "classification":
         raise LayerwiseError("label noise puts wrong classes in the place of right ones; leave it out under this task")
     if name == "cora":
@@ -148,7 +156,8 @@ imagefolder:PATH, parquet:PATH, PATH.csv.
         return _text(name, text, val_fraction, train_samples, seed, root, size, tokenizer)
     columns: tuple[str, ...] = ()
     contents: tuple[str, ...] = ()
-    test = own_val = form = None
+    test = own_val = form = cells = None
+    encoding: tuple[str, ...] = ()
     if name == "digits":
         classes, train, notes = _digits()
         form = ImageFormat("L", *train.shape[1:])
@@ -164,7 +173,7 @@ imagefolder:PATH, parquet:PATH, PATH.csv.
         if size is not None:
             raise LayerwiseError("the rows of a table are no images; leave --image-size out")
         if words is None:
-            train, classes, columns, found = read_table(Path(name), task, targets)
+            train, classes, columns, found, cells = read_table(Path(name), task, targets, handling)
             notes = list(found)
         else:
             sentences = load_sentences(Path(name), words, targets[0] if targets else None, val_fraction)
@@ -221,12 +230,27 @@ imagefolder:PATH, parquet:PATH, PATH.csv.
     if len(kept) < len(train):
         train = train.subset(kept)
     train = train.relabelled(noisy[kept])
+    if cells is not None:  # what the columns become, the training rows alone say
+        learned = Encoding.fitted(columns, cells[_places(train)], handling or Handling())
+        columns, encoding = learned.names, learned.rows
+        train, val, test = (
+            None if part is None else TableSource(learned.numbers(cells[_places(part)]), part.labels)
+            for part in (train, val, test)
+        )
+        assert train is not None
+        assert test is not None
     mean, std, sampled = mean_and_std(train) if words is None else ((0.0,), (1.0,), len(train))
     if sampled < len(train):
         notes.append(f"mean and std are estimated from {sampled} of {len(train)} training images")
     means, stds = target_statistics(train.labels) if task == "regression" else ((), ())
     parts = (train, val, test, tuple(notes), None, columns, form, means, stds)
-    return Dataset(name, classes, train.shape, mean, std, *parts, contents=contents)
+    return Dataset(name, classes, train.shape, mean, std, *parts, contents=contents, encoding=encoding)
+
+
+def _places(part: Source) -> np.ndarray:
+    """The rows of a table that a split holds."""
+    assert isinstance(part, TableSource)
+    return part.images.flatten().long().numpy()
 
 
 def _text(

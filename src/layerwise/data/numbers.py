@@ -28,8 +28,8 @@ def chosen_targets(targets: Sequence[str], columns: Sequence[str], task: DataTas
         raise LayerwiseError(f"{len(targets)} columns of classes are named; name one, or use --task multilabel.")
     if task == "multilabel" and len(targets) < 2:
         raise LayerwiseError(
-            f"several labels are several columns of zeros and ones; name those of {title} with --targets, out of "
-            f"{few(columns)}."
+            f"several labels are several columns of zeros and ones; name those of {title} with "
+            f"--data.label-column, out of {few(columns)}."
         )
     if targets:
         return tuple(targets)

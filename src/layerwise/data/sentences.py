@@ -1,6 +1,7 @@
 """Tables with a column of text and a label per row, as windows of the tokens of a pretrained model."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,8 +9,9 @@ import torch
 from torch import Tensor
 
 from layerwise import extras
+from layerwise.data.lines import ADVICE, Lines, read_lines
 from layerwise.data.naming import TEST_NAMES, few, split_of
-from layerwise.data.tables import ADVICE, Lines, read_classes, read_lines
+from layerwise.data.tables import read_classes
 from layerwise.data.tokens import TokenSource
 from layerwise.errors import LayerwiseError, why
 from layerwise.files import kind_of, read_text, shown
@@ -80,14 +82,11 @@ def load_sentences(path: Path, words: Words, target: str | None, val_fraction: f
     """
     tokenizer, notes = _tokenizer(words), []
     files = {"train": path, **(_beside(path, val_fraction, notes) if split_of(path.stem) == "train" else {})}
-    splits, classes, contents = {}, (), [hashlib.sha256(read_text(words.file, ADVICE).encode()).hexdigest()]
+    splits, classes, contents = {}, (), [_digest(words)]
     for split, file in files.items():
         lines = read_lines(file)
-        column = text_column(lines.names)
-        if column is None:
-            raise LayerwiseError(
-                f"{lines.title} has no column of text among {few(lines.names)}; call it {COLUMNS[0]!r}."
-            )
+        column = _column(lines)
+        notes += lines.notes
         own, labels = read_classes(lines, target)
         if split == "train":
             classes = own
@@ -102,6 +101,40 @@ def load_sentences(path: Path, words: Words, target: str | None, val_fraction: f
         digest = hashlib.sha256(tokens.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
         contents.append(f"{split}: {len(labels)} sentences, SHA-256 {digest}")
     return SentenceData(splits, classes, tuple(contents), notes)
+
+
+def read_sentences(path: Path, words: Words, contents: Sequence[str]) -> SentenceSource:
+    """The column of text of a CSV file as windows of tokens, without labels: 0 stands in their place.
+
+    Args:
+        path: of the file.
+        words: how text becomes tokens.
+        contents: what a run knows of its data; the tokenizer has to be the same.
+
+    Raises:
+        LayerwiseError: a file that cannot be read, no column of text, another tokenizer.
+    """
+    tokenizer = _tokenizer(words)
+    if list(contents[:1]) != [_digest(words)]:
+        raise LayerwiseError(
+            f"{shown(words.file)} is not the tokenizer that the run was trained with; put that one back."
+        )
+    lines = read_lines(path)
+    lines.check()
+    tokens = _encoded(tokenizer, lines, _column(lines), words)
+    return SentenceSource(tokens, torch.zeros(len(tokens), dtype=torch.int64))
+
+
+def _column(lines: Lines) -> str:
+    column = text_column(lines.names)
+    if column is None:
+        raise LayerwiseError(f"{lines.title} has no column of text among {few(lines.names)}; call it {COLUMNS[0]!r}.")
+    return column
+
+
+def _digest(words: Words) -> str:
+    """What distinguishes a tokenizer from another one."""
+    return hashlib.sha256(read_text(words.file, ADVICE).encode()).hexdigest()
 
 
 def _beside(path: Path, val_fraction: float, notes: list[str]) -> dict[str, Path]:

@@ -1,8 +1,5 @@
 """Tables of numbers with a class per row, out of CSV files."""
 
-import csv
-import io
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -15,18 +12,18 @@ import torch
 from torch import Tensor
 
 from layerwise.core.ranges import DataTask
+from layerwise.data.encoding import Encoding, Handling, is_number
+from layerwise.data.lines import Lines, read_lines
 from layerwise.data.naming import check_words, few, is_missing
 from layerwise.data.numbers import checked_numbers, chosen_targets
 from layerwise.data.sources import InMemorySource
 from layerwise.errors import LayerwiseError
-from layerwise.files import open_regular, shown
 
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")  # what float() takes and more people mean
 PLAIN = re.compile(r"[0-9+\-.eE \t,]*")  # rows of such cells, joined by commas, may go through float()
 WHOLE = re.compile(r"[+-]?[0-9]+")
 UNNAMED = re.compile(r"(Unnamed: [0-9]+(\.[0-9]+)*)?")  # what pandas calls a column without a name, and writes
 EXACT = 2**53  # whole numbers beyond it do not all have a float64 of their own
-ADVICE = "give the path of a CSV file"
 
 
 class TableSource(InMemorySource):
@@ -50,19 +47,13 @@ class Table(NamedTuple):
     """Names of the columns of numbers, in order."""
     notes: tuple[str, ...]
     """What was left out or looks wrong, a sentence each."""
+    cells: np.ndarray | None = None
+    """Words and numbers (N, columns) where they are still to be encoded; the source then holds the rows' places."""
 
 
-class Lines(NamedTuple):
-    """A CSV file as it stands."""
-
-    title: str
-    names: list[str]
-    rows: list[list[str]]
-    numbers: list[int]
-    """The line on which each row ends."""
-
-
-def read_table(path: Path, task: DataTask = "classification", targets: Sequence[str] = ()) -> Table:
+def read_table(
+    path: Path, task: DataTask = "classification", targets: Sequence[str] = (), handling: Handling | None = None
+) -> Table:
     """Read a CSV file: a line of names, then rows of numbers with a label each.
 
     One column holds the labels: the first of label, labels, class, target and y that is there. Every different word is
@@ -73,6 +64,7 @@ def read_table(path: Path, task: DataTask = "classification", targets: Sequence[
         path: of the file.
         task: what the labels are: classes, numbers (float32 (N, D)), or zeros and ones (float32 (N, K)).
         targets: names of the columns of labels; needed for several.
+        handling: what is done with words and gaps; both are refused if not given.
 
     Raises:
         LayerwiseError: a file that `read_columns` refuses; no column of labels, or no other one; another column without
@@ -82,83 +74,66 @@ def read_table(path: Path, task: DataTask = "classification", targets: Sequence[
     wanted = chosen_targets(targets, lines.names, task, lines.title)
     unnamed = {place: name for place, name in enumerate(lines.names) if UNNAMED.fullmatch(name)}
     columns = [(place, name) for place, name in enumerate(lines.names) if name not in wanted and place not in unnamed]
-    notes = [_left_out(lines, place) for place in unnamed]
+    notes = [*lines.notes, *(_left_out(lines, place) for place in unnamed)]
     _check_names(lines, [name for _, name in columns])
     if not columns:
         raise LayerwiseError(f"{lines.title} has no column but {wanted[0]!r}; give columns of numbers to learn from.")
+    places, handling = [place for place, _ in columns], handling or Handling()
+    faults = _faults(lines, places, handling)
+    if task == "classification":
+        faults += _unlabelled(lines, wanted[0])
+    else:
+        _check_names(lines, wanted)
+        faults += _faults(lines, [lines.names.index(name) for name in wanted], Handling())
+    lines.check(faults, "correct the lines, or fill gaps with --data.gaps and take words with --data.categories")
     if task == "classification":
         classes, labels = _classes(lines, wanted[0])
     else:
-        _check_names(lines, wanted)
         classes = wanted
         labels = checked_numbers(_numbers(lines, [lines.names.index(name) for name in wanted]).flatten(1), task, wanted)
-    values = _numbers(lines, [place for place, _ in columns])
+    cells = None
+    if handling != Handling():
+        cells = _cells(lines, places)
+        values = torch.arange(len(cells), dtype=torch.float64)[:, None, None, None]
+    else:
+        values = _numbers(lines, places)
     notes += [
         f"the class {name!r} of {lines.title} looks like a missing label; take its lines out if it is none"
         for name in classes
         if task == "classification" and name.lower() in ("na", "none")
     ]
-    notes += _row_numbers(lines, values, columns)
-    return Table(TableSource(values, labels), classes, tuple(name for _, name in columns), tuple(notes))
+    if cells is None:
+        notes += _row_numbers(lines, values, columns)
+    return Table(TableSource(values, labels), classes, tuple(name for _, name in columns), tuple(notes), cells)
 
 
-def read_columns(path: Path, columns: Sequence[str]) -> Tensor:
+def read_columns(path: Path, columns: Sequence[str], encoding: Encoding | None = None) -> Tensor:
     """The named columns of a CSV file, float64 (N, columns, 1, 1); others are not looked at.
+
+    With the encoding of a run, its columns are read, whatever they hold, and become the numbers of its training rows.
 
     Raises:
         LayerwiseError: no such file or column, a cell that is no finite number, a row with too many or too few cells, a
             name that two columns have, different long whole numbers that floating point cannot distinguish.
     """
     lines = read_lines(path)
+    lines.check()
+    if encoding is not None:
+        columns = [column.name for column in encoding.columns]
     places = {name: place for place, name in enumerate(lines.names)}
     absent = next((name for name in columns if name not in places), None)
     if absent is not None:
         raise LayerwiseError(f"{lines.title} has no column {absent!r}; its columns are {few(lines.names)}.")
     _check_names(lines, columns)
+    if encoding is not None:
+        return encoding.numbers(_cells(lines, [places[name] for name in columns]))
+    lines.check(_faults(lines, [places[name] for name in columns], Handling()))
     return _numbers(lines, [places[name] for name in columns])
-
-
-def read_lines(path: Path) -> Lines:
-    """A CSV file as it stands.
-
-    Raises:
-        LayerwiseError: no such file, or rows that do not have the columns of the first line.
-    """
-    title = shown(path)
-    try:
-        with open_regular(path, ADVICE) as raw:
-            _check_memory(title, os.fstat(raw.fileno()).st_size)
-            reader = csv.reader(io.TextIOWrapper(raw, encoding="utf-8-sig", newline=""), strict=True)
-            found = [(reader.line_num, row) for row in reader if row]
-    except (OSError, UnicodeDecodeError, csv.Error, MemoryError) as reason:
-        raise LayerwiseError(
-            f"{title} is not a readable CSV file ({reason or 'too large'}); write it as UTF-8 with commas."
-        ) from reason
-    if len(found) < 2:
-        raise LayerwiseError(f"{title} holds no rows; give a line of column names, then a line per sample.")
-    names = [name.strip() for name in found[0][1]]
-    other = {";": "semicolons", "\t": "tabs", "|": "bars"}
-    if len(names) == 1 and (used := next((words for mark, words in other.items() if mark in names[0]), None)):
-        raise LayerwiseError(f"the columns of {title} are separated by {used}; write it with commas.")
-    for line, row in found[1:]:
-        if len(row) != len(names):
-            raise LayerwiseError(
-                f"line {line} of {title} has {len(row)} cells, and the first line {len(names)} names; correct it."
-            )
-    return Lines(title, names, [row for _, row in found[1:]], [line for line, _ in found[1:]])
 
 
 def read_classes(lines: Lines, target: str | None = None) -> tuple[tuple[str, ...], Tensor]:
     """Names of the classes of a table in order, and the labels int64 (N,), as `read_table` has them."""
     return _classes(lines, chosen_targets((target,) if target else (), lines.names, "classification", lines.title)[0])
-
-
-def _check_memory(title: str, size: int) -> None:
-    """Refuse a file that the memory of this machine cannot hold."""
-    if hasattr(os, "sysconf") and size > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) > 0:
-        raise LayerwiseError(
-            f"{title} has {size} bytes, and a table is held in memory, which has {memory} here; give a smaller one."
-        )
 
 
 def _check_names(lines: Lines, used: Sequence[str]) -> None:
@@ -191,32 +166,65 @@ def _row_numbers(lines: Lines, values: Tensor, columns: Sequence[tuple[int, str]
 
 
 def _numbers(lines: Lines, places: Sequence[int]) -> Tensor:
-    """Columns as float64 (N, columns, 1, 1)."""
-    table = np.empty((len(lines.rows), len(places)))
-    for index, row in enumerate(lines.rows):
-        cells = [row[place] for place in places]
-        if not PLAIN.fullmatch(",".join(cells)):
-            _refuse(lines, index, places)
-        try:
-            table[index] = [float(cell) for cell in cells]
-        except ValueError:
-            _refuse(lines, index, places)
-    if not np.isfinite(table).all():
-        _refuse(lines, int((~np.isfinite(table)).any(1).argmax()), places)
+    """Columns as float64 (N, columns, 1, 1), after their faults have been looked for."""
+    table = np.array([[float(row[place]) for place in places] for row in lines.rows]).reshape(-1, len(places))
     for column in np.flatnonzero((np.abs(table) >= EXACT).any(0)).tolist():
         _check_distinct(lines, places[column])
     return torch.from_numpy(table)[:, :, None, None]
 
 
-def _refuse(lines: Lines, index: int, places: Sequence[int]) -> None:
-    """Refuse a row at its first cell that is no finite number."""
-    for place in places:
-        cell = lines.rows[index][place]
-        if not NUMBER.fullmatch(cell.strip(" \t")) or not np.isfinite(float(cell)):
-            raise LayerwiseError(
+def _cells(lines: Lines, places: Sequence[int]) -> np.ndarray:
+    """Columns as words (N, columns), without spaces around them; what stands for nothing is empty."""
+    rows = [["" if is_missing(row[place]) else row[place].strip() for place in places] for row in lines.rows]
+    return np.array(rows, dtype=object).reshape(-1, len(places))
+
+
+def _faults(lines: Lines, places: Sequence[int], handling: Handling) -> list[str]:
+    """A part of a sentence for every cell that is no finite number and that nobody has asked to take."""
+    wordy = set()
+    if handling.categories != "refuse":
+        wordy = {
+            place for place in places if not all(_plain(row[place]) or is_missing(row[place]) for row in lines.rows)
+        }
+    found = []
+    for index, row in enumerate(lines.rows):
+        cells = [row[place] for place in places]
+        if PLAIN.fullmatch(",".join(cells)) and _finite(cells):
+            continue
+        for place, cell in zip(places, cells, strict=True):
+            gap = is_missing(cell)
+            if (gap and handling.gaps != "refuse") or (place in wordy and not gap) or _plain(cell):
+                continue
+            found.append(
                 f"line {lines.numbers[index]} of {lines.title} has {_brief(cell)} in column {lines.names[place]!r}, "
-                "which is no finite number; fill gaps, and write categories as numbers."
+                "which is no finite number; fill gaps (--data.gaps median), and write categories as numbers "
+                "(--data.categories onehot)"
             )
+    return found
+
+
+def _plain(cell: str) -> bool:
+    return is_number(cell.strip(" \t"))
+
+
+def _finite(cells: Sequence[str]) -> bool:
+    try:
+        return bool(np.isfinite([float(cell) for cell in cells]).all())
+    except ValueError:
+        return False
+
+
+def _unlabelled(lines: Lines, column: str) -> list[str]:
+    """A part of a sentence for every row without a label."""
+    place = lines.names.index(column)
+    found = []
+    for line, row in zip(lines.numbers, lines.rows, strict=True):
+        if is_missing(word := row[place].strip()):
+            instead = f" but {word!r}, which stands for a missing one" if word else ""
+            found.append(
+                f"line {line} of {lines.title} has no label in column {column!r}{instead}; label it or take it out"
+            )
+    return found
 
 
 def _check_distinct(lines: Lines, place: int) -> None:
@@ -239,13 +247,7 @@ def _classes(lines: Lines, column: str) -> tuple[tuple[str, ...], Tensor]:
     _check_names(lines, [column])
     place = lines.names.index(column)
     words = [row[place].strip() for row in lines.rows]
-    for line, word in zip(lines.numbers, words, strict=True):
-        if is_missing(word):
-            raise LayerwiseError(
-                f"line {line} of {lines.title} has no label in column {column!r}"
-                + (f" but {word!r}, which stands for a missing one" if word else "")
-                + "; label it or take it out."
-            )
+    lines.check(_unlabelled(lines, column))
     different = set(words)
     if all(NUMBER.fullmatch(word) for word in different):
         fraction = next((word for word in words if _value(word) != _value(word).to_integral_value()), None)

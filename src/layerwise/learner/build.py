@@ -22,6 +22,7 @@ from layerwise.core.pieces import (
     LearnsInPart,
     MovesActivations,
     ReadsOutputMatrix,
+    RepeatsBatch,
     StepsByParameter,
 )
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
@@ -344,6 +345,11 @@ def check_by_parameter(setup: Setup) -> None:
         "precision='fp16'": execution.autocast == torch.float16,
         "replicas": setup.replicas is not ONE_PROCESS and setup.replicas.count > 1,
     }
+    if execution.accumulate > 1 and isinstance(setup.rule, RepeatsBatch) and setup.rule.rounds() > 1:
+        raise LayerwiseError(
+            f"rule {setup.rule.name!r} makes several updates with one batch, so that batches cannot accumulate; leave "
+            "accumulate out."
+        )
     for option, wanted in needs.items():
         if wanted and isinstance(setup.rule, StepsByParameter):
             raise LayerwiseError(

@@ -62,24 +62,24 @@ class Expected:
 def check_parts(state: Any) -> None:
     """Raise LayerwiseError unless `state` has the parts and counters of a learner's state."""
     if not isinstance(state, Mapping):
-        raise _unfit(f"it is {type(state).__name__}, not a mapping")
+        raise unfit(f"it is {type(state).__name__}, not a mapping")
     for name in (*PARTS, "rule", "steps", "skipped"):
         if name not in state:
-            raise _unfit(f"{name!r} is missing")
+            raise unfit(f"{name!r} is missing")
     for name in PARTS:
         if not isinstance(state[name], Mapping):
-            raise _unfit(f"{name!r} is no mapping")
+            raise unfit(f"{name!r} is no mapping")
     for name in ("steps", "skipped"):
         if not _is_count(state[name]):
-            raise _unfit(f"{name} = {short(state[name])} is not a whole number from 0 up")
+            raise unfit(f"{name} = {short(state[name])} is not a whole number from 0 up")
     stateless = state.get("stateless", [])  # missing in the checkpoints of older versions, which may have no settings
     if not isinstance(state.get("settings", None if "stateless" in state else {}), Mapping):
-        raise _unfit("'settings' is missing or no mapping")
+        raise unfit("'settings' is missing or no mapping")
     if not isinstance(stateless, (list, tuple)) or not all(isinstance(name, str) for name in stateless):
-        raise _unfit(f"'stateless' is {short(stateless)}")
+        raise unfit(f"'stateless' is {short(stateless)}")
     _check_accumulation(state["accumulation"], state["steps"])
     if state["skipped"] > state["steps"]:
-        raise _unfit(f"{state['skipped']} of {state['steps']} steps are skipped ones")
+        raise unfit(f"{state['skipped']} of {state['steps']} steps are skipped ones")
 
 
 def check_state(state: Mapping[str, Any], expected: Expected) -> None:
@@ -94,7 +94,7 @@ def check_state(state: Mapping[str, Any], expected: Expected) -> None:
         for name in state[what]:
             foreign = not expected.whole and str(name).startswith("auxiliary.")
             if name not in expected.parameters and not foreign:
-                raise _unfit(f"{what!r} names {short(name)}, which is no parameter")
+                raise unfit(f"{what!r} names {short(name)}, which is no parameter")
     for name, gradient in state["gradients"].items():
         if name in expected.parameters:
             own = expected.parameters[name]
@@ -152,15 +152,15 @@ def _check_optimizers(state: Mapping[str, Any], expected: Expected) -> None:
         if given is not None:
             check_made_state(given, spec, own, name)
         elif stateless is not None and name not in stateless:  # older versions do not say which had none
-            raise _unfit(f"the optimizer's state of {name!r} is missing")
+            raise unfit(f"the optimizer's state of {name!r} is missing")
     accumulated = state["accumulation"]
     took_updates = accumulated["updates"] > state["skipped"] and not expected.scalers
     if learned and took_updates and expected.whole and not state["optimizer"]:
-        raise _unfit("the optimizers' state is missing")
+        raise unfit("the optimizers' state is missing")
     if accumulated["batches"] >= expected.accumulate:
-        raise _unfit(f"{accumulated['batches']} batches have accumulated, and {expected.accumulate} make an update")
+        raise unfit(f"{accumulated['batches']} batches have accumulated, and {expected.accumulate} make an update")
     if accumulated["batches"] and learned and expected.whole and not state["gradients"]:
-        raise _unfit("the accumulated gradients are missing")
+        raise unfit("the accumulated gradients are missing")
 
 
 @dataclass(frozen=True)
@@ -183,11 +183,11 @@ def check_made_state(given: Any, spec: Made | None, own: Tensor, name: str) -> N
         name: of it, for the sentence.
     """
     if not isinstance(given, Mapping):
-        raise _unfit(f"the optimizer's state of {name!r} is no mapping")
+        raise unfit(f"the optimizer's state of {name!r} is no mapping")
     if spec is None:
         return
     for part in sorted(map(str, (spec.always - given.keys()) | (given.keys() - spec.parts.keys()))):
-        raise _unfit(f"the optimizer's state of {name!r} has {part!r} here or there only")
+        raise unfit(f"the optimizer's state of {name!r} has {part!r} here or there only")
     for part, value in given.items():
         _check_made(value, spec.parts[part], own, part, name)
 
@@ -245,7 +245,7 @@ def state_made_by(
 def _check_finite(given: Tensor, what: str) -> None:
     """Raise LayerwiseError where a tensor of numbers that training has written holds NaN or infinity."""
     if (given.is_floating_point() or given.is_complex()) and not bool(given.isfinite().all()):
-        raise _unfit(f"{what} holds NaN or infinity")
+        raise unfit(f"{what} holds NaN or infinity")
 
 
 def _check_made(given: Any, made: Any, own: Tensor, part: str, name: str) -> None:
@@ -253,38 +253,38 @@ def _check_made(given: Any, made: Any, own: Tensor, part: str, name: str) -> Non
     what = f"the optimizer's {part!r} of {name!r}"
     if not isinstance(made, Tensor):
         if type(given) is not type(made) or (isinstance(made, float) and not math.isfinite(given)):
-            raise _unfit(f"{what} is {short(given)}")
+            raise unfit(f"{what} is {short(given)}")
         return
     sides = {prime: side for prime, side in zip(PRIMES, own.shape, strict=False)}
     _check_tensor(given, torch.Size(sides.get(side, side) for side in made.shape), made.dtype, what)
     if part in SQUARES:  # squares of finite gradients may be too large for their type
         if given.is_floating_point() and not bool((given >= 0).all()):
-            raise _unfit(f"{what} holds NaN or a negative number, and it is made of squares")
+            raise unfit(f"{what} holds NaN or a negative number, and it is made of squares")
         return
     _check_finite(given, what)
     if part == "step" and not (0 <= float(given) <= COUNTED.get(made.dtype, math.inf) and not float(given) % 1):
-        raise _unfit(f"{what} is {float(given):g}, and no optimizer counts to that")
+        raise unfit(f"{what} is {float(given):g}, and no optimizer counts to that")
 
 
 def _check_tensor(given: Any, shape: torch.Size, dtype: torch.dtype, what: str) -> None:
     if not isinstance(given, Tensor):
-        raise _unfit(f"{what} is no tensor")
+        raise unfit(f"{what} is no tensor")
     if given.shape != shape:
-        raise _unfit(f"{what} has shape {tuple(given.shape)} instead of {tuple(shape)}")
+        raise unfit(f"{what} has shape {tuple(given.shape)} instead of {tuple(shape)}")
     if given.dtype != dtype:
-        raise _unfit(f"{what} has type {given.dtype} instead of {dtype}")
+        raise unfit(f"{what} has type {given.dtype} instead of {dtype}")
 
 
 def _check_accumulation(given: Mapping[str, Any], steps: int) -> None:
     """The update under way: how many there were before, its batches and what they weigh."""
     if set(given) != {"updates", "batches", "first", "weight"}:
-        raise _unfit("'accumulation' has other fields than updates, batches, first and weight")
+        raise unfit("'accumulation' has other fields than updates, batches, first and weight")
     for field, value in given.items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LARGEST
         if not number or (field in ("updates", "batches") and (value != int(value) or value > steps)):
-            raise _unfit(f"'accumulation' has {field} = {short(value)}")
+            raise unfit(f"'accumulation' has {field} = {short(value)}")
     if given["updates"] + given["batches"] > steps or (given["batches"] > 0) != (given["weight"] > 0):
-        raise _unfit(f"'accumulation' does not belong to {steps} steps")
+        raise unfit(f"'accumulation' does not belong to {steps} steps")
 
 
 def _check_rates(given: Mapping[str, Any], expected: Expected) -> None:
@@ -299,7 +299,7 @@ def _check_rates(given: Mapping[str, Any], expected: Expected) -> None:
                 right &= isinstance(found, (list, tuple)) and len(found) == count
                 right &= right and all(isinstance(rate, (int, float)) and 0 <= rate <= LARGEST for rate in found)
         if not right:
-            raise _unfit(f"'rates' has {short(rates)} for {name!r}")
+            raise unfit(f"'rates' has {short(rates)} for {name!r}")
 
 
 def _check_settings(given: Mapping[str, Any], expected: Expected) -> None:
@@ -318,15 +318,15 @@ def _check_settings(given: Mapping[str, Any], expected: Expected) -> None:
                 try:
                     check_group(optimizer, place, with_settings(optimizer, place, settings))
                 except LayerwiseError as reason:
-                    raise _unfit(str(reason).removesuffix(".")) from reason
+                    raise unfit(str(reason).removesuffix(".")) from reason
         if not right:
-            raise _unfit(f"'settings' has {short(found)} for {name!r}")
+            raise unfit(f"'settings' has {short(found)} for {name!r}")
 
 
 def _check_scaler(name: str, given: Any) -> None:
     """A gradient scaler's numbers: what they are, and that they are in their ranges."""
     if not isinstance(given, Mapping) or set(given) != set(SCALER):
-        raise _unfit(f"the gradient scaler of {name!r} is missing or has other fields")
+        raise unfit(f"the gradient scaler of {name!r} is missing or has other fields")
     for field in SCALER:
         value = given[field]
         if field in ("growth_interval", "_growth_tracker"):
@@ -334,14 +334,15 @@ def _check_scaler(name: str, given: Any) -> None:
         else:
             right = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= LARGEST
         if not right:
-            raise _unfit(f"the gradient scaler of {name!r} has {field} = {short(value)}")
+            raise unfit(f"the gradient scaler of {name!r} has {field} = {short(value)}")
 
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def _unfit(reason: str) -> LayerwiseError:
+def unfit(reason: str) -> LayerwiseError:
+    """The error of a state that does not fit for this reason."""
     return LayerwiseError(
         f"the checkpoint does not fit this learner: {reason}; build the learner with the options that the checkpoint "
         "was made with, or take another checkpoint."

@@ -34,6 +34,7 @@ from layerwise.learner.metering import meter_of
 from layerwise.learner.metrics import Metrics
 from layerwise.learner.network import check_reads
 from layerwise.learner.optimizer import EveryOptimizer
+from layerwise.learner.rounds import train_on
 from layerwise.learner.setup import DONE_ONCE, make_setup
 from layerwise.learner.weights import Weights, save_blocks
 from layerwise.memory.meter import MemoryUse
@@ -320,11 +321,10 @@ class Learner:
             step, trace, updates = self.steps, Trace(), self.updates
             seed_generators(derive_seed(self._setup.execution.seed, "begin", step), self.device)
             with self.network.passing(x):
-                h, message = prediction.begun(built, x, y, step, self.__call__)
-                h, message = built.engine.step(self.groups_at(updates), h, message, y, step, trace)
+                out = train_on(built, x, y, step, self.__call__, self.groups_at(updates), trace)
             self.steps += 1
             self._count(updates)
-            self.skipped += built.pass_on(h, message, bool(trace.skipped), self.steps)
+            self.skipped += built.pass_on(*out, bool(trace.skipped), self.steps)
         return Metrics(step, len(y), trace.metrics, tuple(trace.skipped), trace.finite, trace.statistics)
 
     def flush(self) -> bool:
@@ -350,8 +350,7 @@ class Learner:
 
     def average(self) -> None:
         """Average over the replicas what an unfinished update has accumulated; afterwards all hold the same bits."""
-        for group in self.groups:
-            self.replicas.reduce(group.parameters, group.running(), torch.zeros((), device=self.device))()
+        self.built.engine.average(self.groups_at(self.updates))
 
     def measured_step(self, x: Any, y: Tensor | None = None) -> tuple[Metrics, MemoryUse]:
         """One `step` under the memory meter: exact bytes, on the CPU at a few times the step's duration.

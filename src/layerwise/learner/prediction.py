@@ -12,6 +12,7 @@ from layerwise.core import pieces
 from layerwise.core.contract import asking, check_begin, check_prediction
 from layerwise.core.failures import in_a_sentence
 from layerwise.core.progress import Trace
+from layerwise.core.pullback import Pullback
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.rule import BatchContext, Rule, metrics_of
 from layerwise.core.trees import detach
@@ -54,7 +55,16 @@ def begun(built: Built, x: Any, y: Tensor, step: int | None, predict: Callable[[
         built.engine.tell()
     if not built.setup.stage.first:
         return built.setup.stage.receive()
-    network, rule = built.setup.network, built.setup.rule
+    rule = built.setup.rule
+    with asking(rule, "`begin`"):
+        found = rule.begin(batch_context(built, x, y, step, predict))
+    check_begin(rule, found)
+    return detach(found)
+
+
+def batch_context(built: Built, x: Any, y: Tensor, step: int | None, predict: Callable[[Any], Tensor]) -> BatchContext:
+    """What a rule may look at before the first block runs."""
+    network = built.setup.network
     units = {unit.site.index: unit for group in built.groups for unit in group.units}
 
     def run(index: int, h: Tensor, message: Any = None) -> Tensor:
@@ -65,11 +75,11 @@ def begun(built: Built, x: Any, y: Tensor, step: int | None, predict: Callable[[
             h = run(index, h)
         return h
 
-    ctx = BatchContext(x, y, built.task, network, modules_by_site(built), run, forward, predict)
-    with asking(rule, "`begin`"):
-        begun = rule.begin(ctx)
-    check_begin(rule, begun)
-    return detach(begun)
+    def linearize(index: int, h: Tensor, message: Any = None) -> tuple[Tensor, Pullback]:
+        return built.engine.linearize_aside(units[index], h, message, step)
+
+    modules = modules_by_site(built)
+    return BatchContext(x, y, built.task, network, modules, run, forward, predict, linearize, step is not None)
 
 
 def evaluated(built: Built, x: Any, y: Tensor, predict: Callable[[Any], Tensor]) -> Trace:

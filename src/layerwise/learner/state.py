@@ -11,6 +11,7 @@ from layerwise.core.optim import laid_out_as, lay_out_state
 from layerwise.core.param_groups import base_rates, own_settings, set_base_rates, set_own_settings
 from layerwise.learner.build import Built
 from layerwise.learner.checks import Expected, Place, check_state
+from layerwise.learner.skipping import check_under_way, continue_under_way, joined_under_way, under_way
 
 
 def without_meta(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -23,6 +24,7 @@ def joined(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     whole = dict(states[-1])
     for part in ("model", "auxiliary", "optimizer", "gradients", "scaler", "rates", "settings"):
         whole[part] = {name: value for state in states for name, value in state.get(part, {}).items()}
+    whole |= joined_under_way(states)
     whole["stateless"] = [name for state in states for name in state["stateless"]]
     return whole
 
@@ -48,7 +50,8 @@ def state_of(built: Built, skipped: int, steps: int) -> dict[str, Any]:
         "rule": setup.rule.name,
         "steps": steps,
         "skipped": skipped,
-    } | built.matrix.state()
+    }
+    state |= built.matrix.state() | under_way(built)
     return built.offload.to_full(state)
 
 
@@ -59,7 +62,9 @@ def load_state(built: Built, state: Mapping[str, Any]) -> None:
         LayerwiseError: the state is damaged, or of another rule or model; nothing is changed then.
     """
     auxiliary = built.setup.stage.own(state["auxiliary"], built.auxiliary)
-    check_state({**state, "auxiliary": auxiliary}, expected_of(built))
+    expected = expected_of(built)
+    check_state({**state, "auxiliary": auxiliary}, expected)
+    check_under_way(state, expected)
     for groups in built.offload.loading(built.groups, built.resident):
         _load(built, groups, state, auxiliary)
     for group in built.groups:
@@ -73,6 +78,7 @@ def load_state(built: Built, state: Mapping[str, Any]) -> None:
     built.grouping.load_scalers(state["scaler"])
     built.engine.accumulation.load(state["accumulation"])
     built.matrix.load(state)
+    continue_under_way(built, state)
 
 
 def expected_of(built: Built) -> Expected:

@@ -30,6 +30,7 @@ from layerwise.report.reading import read_metrics
 from layerwise.rules.sid import Direction, Distillation, divergences
 from layerwise.runs import building
 from layerwise.runs.output import write_output
+from layerwise.terminal import table, terminal_width
 
 
 def alphas(alpha: float | tuple[float, ...], modules: int) -> list[float]:
@@ -331,9 +332,10 @@ def draw(modules: Sequence[dict[str, float]], file: Path) -> None:
 
 def print_beliefs(found: dict[str, Any]) -> None:
     """Print what `beliefs_of_run` has measured, as tables."""
-    print(f"{'module':>6}" + "".join(f"{name:>14}" for name in COLUMNS))
+    rows: list[tuple[str, ...]] = [("module", *COLUMNS)]
     for i, row in enumerate(found["modules"]):
-        print(f"{i:>6}" + "".join(f"{row[name]:>14.4f}" if name in row else f"{'':>14}" for name in COLUMNS))
+        rows.append((str(i), *(f"{row[name]:.4f}" if name in row else "" for name in COLUMNS)))
+    print(table(rows, terminal_width(), right=0))
     print(
         f"summed loss {found['loss']:.4f}; with uniform beliefs {found['first_loss']:.4f}, at the fixed point "
         f"{found['fixed_point_loss']:.4f}"

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ import torch
 
 from layerwise import models
 from layerwise.core.ranges import Where
-from layerwise.errors import LayerwiseError, say
+from layerwise.errors import LayerwiseError
 from layerwise.measure.bench_options import CLASSES, MemoryOptions
 from layerwise.measure.bench_problem import (
     CPU,
@@ -27,6 +28,8 @@ from layerwise.memory.offload import window_of
 from layerwise.memory.stores import DiskStore
 from layerwise.parsing import read_whole
 from layerwise.rules.words import rule_of
+from layerwise.runs.progress import GridProgress
+from layerwise.terminal import table, terminal_width
 
 COLUMNS = ("parameters", "optimizer", "gradients", "activations", "peak")
 HELD = "act. + grad."
@@ -137,10 +140,27 @@ def memory_command(argv: list[str]) -> int:
                 window_of(rule_of(rule), len(network.block_names))
     if options.offload == "disk":
         DiskStore(Path(options.offload_folder or tempfile.gettempdir()), CPU)  # refuses a folder that it cannot use
-    rows, width = [], max(8, *(len(model) + 1 for model in options.model))
-    wide = max(20, *(len(rule) + 2 for rule in options.rule))
+    rows, lines = [], []
     columns = (*COLUMNS, HELD) if options.offload == "none" else (*COLUMNS, HELD, "resident")
-    print(f"{'rule':<{wide}}{'model':<{width}}{'depth':>6}" + "".join(f"{name:>14}" for name in columns) + "   (MiB)")
+    count = len(options.rule) * sum(map(len, by_model.values()))
+    progress = GridProgress(count, count, f"bench memory: {count} measurements, each of two steps")
+    with progress:
+        _measure(options, by_model, columns, rows, lines, progress)
+    if options.json != "-":
+        print(table([("rule", "model", "depth", *columns), *lines], terminal_width(), right=2))
+        print("sizes in MiB")
+    return write_figures(options, rows, "memory", argv)
+
+
+def _measure(
+    options: MemoryOptions,
+    by_model: Mapping[str, Sequence[int | None]],
+    columns: Sequence[str],
+    rows: list[dict[str, Any]],
+    lines: list[tuple[str, ...]],
+    progress: GridProgress,
+) -> None:
+    """Add a row of figures, and its line of the table, for each model, rule and depth."""
     for model in options.model:
         for rule in options.rule:
             for depth in by_model[model]:
@@ -160,15 +180,17 @@ def memory_command(argv: list[str]) -> int:
                     **options.model_options,
                 }
                 apart = options.offload != "none"
+                title = f"{rule} {model}" + ("" if depth is None else f", {depth} blocks")
+                progress.begun(title, 1.0, lambda: 0.0)
                 try:
                     row = in_own_process(task | {"threads": torch.get_num_threads()}) if apart else memory_of(**task)
                 except LayerwiseError as reason:
                     if options.rule != MemoryOptions.rule or not issubclass(models.options(model), models.OutsideModel):
                         raise
-                    say(f"note: {rule} is left out: {reason}")
+                    progress.ended(title, f"{rule} is left out: {reason}")
                     break
                 rows.append(row)
                 sizes = row | {HELD: row["gradients"] + row["activations"]}
-                figures = "".join(f"{'-' if sizes[n] is None else f'{sizes[n] / 2**20:.3f}':>14}" for n in columns)
-                print(f"{rule:<{wide}}{model:<{width}}{row['depth']:>6}{figures}", flush=True)
-    return write_figures(options, rows, "memory", argv)
+                figures = ["-" if sizes[name] is None else f"{sizes[name] / 2**20:.3f}" for name in columns]
+                lines.append((rule, model, str(row["depth"]), *figures))
+                progress.ended(title, f"{title}: peak {row['peak'] / 2**20:.1f} MiB")

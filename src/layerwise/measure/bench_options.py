@@ -9,11 +9,21 @@ CLASSES = 10
 
 
 @dataclass(frozen=True)
-class Problem:
-    """The model, batch and optimizer that every benchmark trains, and where the results go."""
+class Written:
+    """Where the results of a benchmark go."""
+
+    json: str | None = None
+    """Write the results as JSON to this file; without a file, or with -, print them in place of the table."""
+    out: str | None = None
+    """Write results, command, machine and report.html to this folder; the report of a comparison gains a section."""
+
+
+@dataclass(frozen=True)
+class Problem(Written):
+    """The model, batch and optimizer that every benchmark trains."""
 
     model_options: dict[str, float] = field(default_factory=dict)
-    """Numbers for the model: --model-options width 256."""
+    """Numbers for the model; --model.width 256 is the same as --model-options width 256."""
     shape: tuple[int, int, int] = (3, 32, 32)
     """Channels, height and width of the random images; 1 1 T for windows of T tokens."""
     batch_size: int = 64
@@ -22,10 +32,6 @@ class Problem:
     """Optimizer of every rule."""
     threads: int | None = None
     """Threads of the CPU, of each process."""
-    json: str | None = None
-    """Also write the results to this file."""
-    out: str | None = None
-    """Write results, command, machine and report.html to this folder; the report of a comparison gains a section."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class MemoryOptions(DeviceProblem):
 class SpeedOptions(DeviceProblem):
     """Measure the time per training step. Rules are interleaved: every round runs each rule once."""
 
-    rules: tuple[str, ...] = ("sll", "backprop", "backprop_checkpoint")
+    rule: tuple[str, ...] = ("sll", "backprop", "backprop_checkpoint")
     """Rules to time, with options after colons: solo:group=3. Ratios are to backprop if it is among them, otherwise to
     the first rule."""
     model: str = "vit"

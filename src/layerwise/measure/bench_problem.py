@@ -26,7 +26,7 @@ from layerwise.parsing import parse
 from layerwise.report.page import write_report
 from layerwise.rules.words import rule_of
 from layerwise.runs.environment import environment
-from layerwise.runs.output import check_output, write_output
+from layerwise.runs.output import check_json, write_json
 from layerwise.runs.writing import write_atomically
 
 CPU = torch.device("cpu")
@@ -108,10 +108,7 @@ def parse_problem(cls: type, argv: Sequence[str], command: str) -> Any:
         if options.threads < 1:
             raise LayerwiseError(f"threads is {options.threads}; it must be 1 or more.")
         torch.set_num_threads(options.threads)
-    if options.json is not None and not Path(options.json).parent.is_dir():
-        raise LayerwiseError(f"cannot write {options.json}: there is no folder {Path(options.json).parent}.")
-    if options.json is not None:
-        check_output(Path(options.json))
+    check_json(options.json)
     if options.out is not None:
         try:
             Path(options.out).mkdir(parents=True, exist_ok=True)
@@ -121,7 +118,7 @@ def parse_problem(cls: type, argv: Sequence[str], command: str) -> Any:
             ) from reason
     if min(options.shape) < 1 or options.batch_size < 1 or getattr(options, "classes", 1) < 1:
         raise LayerwiseError("shape, batch size and classes must be 1 or more.")
-    names = getattr(options, "rules", None) or getattr(options, "rule", ())
+    names = options.rule
     if not names:
         raise LayerwiseError(f"{command} measures no rule; name at least one, see layerwise ls rules.")
     for word in [names] if isinstance(names, str) else names:
@@ -131,11 +128,12 @@ def parse_problem(cls: type, argv: Sequence[str], command: str) -> Any:
 
 def write_figures(options: Any, rows: list[dict[str, Any]], kind: str, argv: Sequence[str]) -> int:
     """Write the files that the options ask for; returns the exit code."""
-    if options.json is not None:
-        write_output(Path(options.json), json.dumps(rows, indent=2) + "\n")
+    write_json(options.json, rows)
     if options.out is not None:
         command = shlex.join(["layerwise", "bench", kind, *argv])
         found = {"command": command, "environment": environment(), "rows": rows}
         write_atomically(Path(options.out) / f"{kind}.json", json.dumps(found, indent=2) + "\n")
-        print(f"report: {write_report(Path(options.out))}")
+        page = write_report(Path(options.out))
+        if options.json != "-":
+            print(f"report: {page}")
     return 0

@@ -15,6 +15,8 @@ from layerwise.learner import Learner
 from layerwise.measure.bench_options import SpeedOptions
 from layerwise.measure.bench_problem import parse_problem, prepared, write_figures
 from layerwise.memory.flops import FlopMeter
+from layerwise.runs.progress import GridProgress
+from layerwise.terminal import table, terminal_width
 
 PARTS = ("forward", "backward", "optimizer", "other")
 
@@ -81,6 +83,7 @@ def speed_of(
     rounds: int,
     warmup: int,
     clock: Callable[[], float] = time.perf_counter,
+    told: Callable[[int], None] = lambda turn: None,
 ) -> dict[str, list[float]]:
     """Measure the seconds of every step. Rules are interleaved, so that a slow moment of the machine hits all of them.
 
@@ -89,10 +92,12 @@ def speed_of(
         rounds: rounds that are measured.
         warmup: rounds before the measured ones.
         clock: seconds so far; `time.process_time` where other work shares the cores, which then counts less.
+        told: called before every round with its number.
     """
     seconds: dict[str, list[float]] = {name: [] for name in learners}
     names = list(learners)
     for turn in range(warmup + rounds):
+        told(turn)
         # The order rotates, so that no rule always runs after the same one.
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             learner, x, y = learners[name]
@@ -123,15 +128,14 @@ def speed_command(argv: list[str]) -> int:
             micro=options.micro,
             classes=options.classes,
         )
-        for rule in options.rules
+        for rule in options.rule
     }
-    seconds = speed_of(learners, options.rounds, options.warmup)
-    wide = max(22, *(len(rule) + 2 for rule in seconds))
-    base = "backprop" if "backprop" in seconds else options.rules[0]
-    print(
-        f"{'rule':<{wide}}{'ms/step':>10}{'samples/s':>12}{'ratio to ' + base:>24}{'10 % .. 90 %':>20}{'GFLOP':>10}"
-        "   forward / backward / optimizer / other, %"
-    )
+    rounds = options.rounds + options.warmup
+    with GridProgress(rounds, rounds, f"bench speed: {rounds} rounds of {len(learners)} rules", live=False) as progress:
+        seconds = speed_of(learners, options.rounds, options.warmup, told=progress.reached)
+    base = "backprop" if "backprop" in seconds else options.rule[0]
+    names = ("rule", "ms/step", "samples/s", f"ratio to {base}", "10 % .. 90 %", "GFLOP", f"{' / '.join(PARTS)}, %")
+    lines: list[tuple[str, ...]] = [names]
     rows = []
     for rule, times in seconds.items():
         ratios = sorted(a / b for a, b in zip(times, seconds[base], strict=True))
@@ -155,9 +159,17 @@ def speed_command(argv: list[str]) -> int:
             "shares": shares_of(*learners[rule]),
         }
         rows.append(row)
-        print(
-            f"{rule:<{wide}}{1000 * median:>10.2f}{row['samples_per_second']:>12.0f}{row['ratio']:>24.3f}"
-            f"{f'{low:.3f} .. {high:.3f}':>20}{row['flops'] / 1e9:>10.2f}   "
-            + " / ".join(f"{100 * row['shares'][part]:.0f}" for part in PARTS)
+        lines.append(
+            (
+                rule,
+                f"{1000 * median:.2f}",
+                f"{row['samples_per_second']:.0f}",
+                f"{row['ratio']:.3f}",
+                f"{low:.3f} .. {high:.3f}",
+                f"{row['flops'] / 1e9:.2f}",
+                " / ".join(f"{100 * row['shares'][part]:.0f}" for part in PARTS),
+            )
         )
+    if options.json != "-":
+        print(table(lines, terminal_width(), right=1))
     return write_figures(options, rows, "speed", argv)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layerwise.core.functional import denoising_step, mixture, squared_distances
+from layerwise.core.functional import denoising_step, mixture, squared_distances, wide
 from layerwise.models.base import BlockSequential, ModelOptions, assemble, check_sizes, require
 
 WAVES = 8  # pairs of sine and cosine that encode the time
@@ -17,8 +17,7 @@ TOP = 3.0  # log SNR at t = 1 in continuous time; at t = 0 it begins as the nega
 
 def state(*parts: Tensor) -> Tensor:
     """The tensor that crosses the cuts: its parts side by side, `(B, ...)`, in float32 or wider."""
-    wide = max((torch.promote_types(part.dtype, torch.float32) for part in parts), key=lambda kind: kind.itemsize)
-    return torch.cat([part.flatten(1).to(wide) for part in parts], dim=1)
+    return torch.cat([wide(part.flatten(1)) for part in parts], dim=1)
 
 
 class Denoiser(nn.Module):
@@ -61,10 +60,11 @@ class Denoiser(nn.Module):
 
     def logits(self, z: Tensor, x: Tensor, *t: Tensor) -> Tensor:
         """Logits `(B, K)` from a label `(B, D)`, an image `(B, CHW)` and, where there is one, the time `(B, 1)`."""
-        found = [self.image(x.view(-1, *self.shape)), self.label(z)]
+        kind = self.joined[-1].weight.dtype  # of a state only the numbers are its own
+        found = [self.image(x.view(-1, *self.shape).to(kind)), self.label(z.to(kind))]
         if self.time is not None:
             angles = t[0] * (math.pi * 2.0 ** torch.arange(WAVES, device=z.device))
-            found.append(self.time(torch.cat([angles.sin(), angles.cos()], dim=1).to(z.dtype)))
+            found.append(self.time(torch.cat([angles.sin(), angles.cos()], dim=1).to(kind)))
         return self.joined(torch.cat(found, dim=1)).to(z.dtype)
 
 
@@ -220,7 +220,8 @@ class ReadLabel(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """Logits `(B, K)`."""
         classes, size = self.embedding.shape
-        logits = self.linear(mixture(h[:, :classes], self.embedding) + h[:, classes : classes + size])
+        z = mixture(h[:, :classes], self.embedding) + h[:, classes : classes + size]
+        logits = self.linear(z.to(self.linear.weight.dtype))
         if self.log_sigma is None:
             return logits
         y = mixture(logits.softmax(1), self.embedding)

@@ -32,6 +32,7 @@ from scipy.special import stdtrit
 
 from layerwise.core.tasks import ACCURACY, Metric
 from layerwise.memory.fitting import size_in_words
+from layerwise.terminal import table
 
 BASELINE = "backprop"
 CONFIDENCE = 0.95
@@ -356,8 +357,6 @@ def _fit_cells(fit: Mapping[str, Any] | None) -> tuple[str, str]:
     return how_in_words(fit), "-" if fit.get("ratio") is None else f"{fit['ratio']:.2f}"
 
 
-def summary_table(summary: dict[str, dict[str, Any]], metric: Metric = ACCURACY) -> str:
-    """The table in aligned columns."""
-    rows = [columns(metric, is_fitted(summary)), *table_rows(summary, metric)]
-    widths = [max(len(row[i]) for row in rows if row[3] or i < 2) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(f"{word:<{w}}" for word, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+def summary_table(summary: dict[str, dict[str, Any]], metric: Metric = ACCURACY, width: int = 10**6) -> str:
+    """The table in aligned columns, or a block for each rule where the terminal is not as wide."""
+    return table([columns(metric, is_fitted(summary)), *table_rows(summary, metric)], width)

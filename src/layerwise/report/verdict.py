@@ -6,6 +6,7 @@ from typing import Any
 from layerwise.core.tasks import ACCURACY, Metric
 from layerwise.memory.fitting import size_in_words
 from layerwise.report.summary import BASELINE, LEAST_SEEDS, difference_in_words
+from layerwise.terminal import table
 
 FEW = 200
 """Updates under which an order of rules says little about longer training."""
@@ -114,8 +115,8 @@ def depth_rows(rules: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
     ]
 
 
-def depth_table(rules: Mapping[str, Mapping[str, Any]]) -> str:
-    """`depth_rows` in aligned columns; empty where nothing was measured.
+def depth_table(rules: Mapping[str, Mapping[str, Any]], width: int = 10**6) -> str:
+    """`depth_rows` in aligned columns, as wide as the terminal at most; empty where nothing was measured.
 
     >>> print(depth_table({"sll": {"held_at": {"4": 2**20, "16": 2**21}}}))
     act. + grad., MiB, at  4 blocks  16 blocks
@@ -124,5 +125,4 @@ def depth_table(rules: Mapping[str, Mapping[str, Any]]) -> str:
     if not (rows := depth_rows(rules)):
         return ""
     rows = [("act. + grad., MiB, at", *(f"{depth} blocks" for depth in depth_columns(rules))), *rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(f"{word:<{w}}" for word, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return table(rows, width)

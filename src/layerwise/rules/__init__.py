@@ -22,11 +22,13 @@ from layerwise.rules.boosted import Boosted
 from layerwise.rules.controls import DeepSupervision, LastLayer
 from layerwise.rules.counter_current import CounterCurrent
 from layerwise.rules.dgl import DGL
+from layerwise.rules.equilibrium_propagation import EquilibriumPropagation
 from layerwise.rules.feedback_alignment import FeedbackAlignment
 from layerwise.rules.forward_forward import ForwardForward
 from layerwise.rules.forward_gradient import ForwardGradient
 from layerwise.rules.gradient_reconciliation import GradientReconciliation
 from layerwise.rules.graph_forward import GraphForward
+from layerwise.rules.highway_backprop import HighwayBackprop
 from layerwise.rules.infopro import InfoPro
 from layerwise.rules.interlocking import Interlocking
 from layerwise.rules.layer_collaboration import LayerCollaboration
@@ -37,6 +39,7 @@ from layerwise.rules.mono_forward import MonoForward
 from layerwise.rules.noprop import NoPropCT, NoPropDT, NoPropFM
 from layerwise.rules.pepita import Pepita
 from layerwise.rules.periodic_guidance import PeriodicGuidance
+from layerwise.rules.predictive_coding import PredictiveCoding
 from layerwise.rules.predsim import PredSim
 from layerwise.rules.product_feedback_alignment import ProductFeedbackAlignment
 from layerwise.rules.scalable_ff import ScalableFF
@@ -45,6 +48,7 @@ from layerwise.rules.sll import SLL
 from layerwise.rules.solo import SOLO
 from layerwise.rules.ssl_local import SSLLocal
 from layerwise.rules.svp import SVP
+from layerwise.rules.synthetic_gradient import SyntheticGradient
 from layerwise.rules.zeroth_order import ZerothOrder
 
 _BUILT_IN: tuple[type[Rule], ...] = (
@@ -78,6 +82,10 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     Boosted,
     SSLLocal,
     LoPT,
+    SyntheticGradient,
+    PredictiveCoding,
+    EquilibriumPropagation,
+    HighwayBackprop,
     Backprop,
     BackpropCheckpoint,
     BackpropFused,
@@ -183,12 +191,14 @@ __all__ = [
     "Boosted",
     "CounterCurrent",
     "DeepSupervision",
+    "EquilibriumPropagation",
     "FeedbackAlignment",
     "ForwardForward",
     "ForwardGradient",
     "FreezeLower",
     "GradientReconciliation",
     "GraphForward",
+    "HighwayBackprop",
     "InfoPro",
     "Interlocking",
     "LastLayer",
@@ -203,6 +213,7 @@ __all__ = [
     "Pepita",
     "PeriodicGuidance",
     "PredSim",
+    "PredictiveCoding",
     "ProductFeedbackAlignment",
     "Rule",
     "SIDCascade",
@@ -210,6 +221,7 @@ __all__ = [
     "ScalableFF",
     "Signal",
     "Site",
+    "SyntheticGradient",
     "ZerothOrder",
     "create",
     "get",

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from layerwise.core.functional import newton_step
+from layerwise.core.functional import newton_step, wide
 from layerwise.core.pieces import PredictsBySite, TakesTurns
 from layerwise.core.ranges import PositiveFraction, PositiveInt
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, metrics_of
@@ -35,8 +35,8 @@ class BoostingStage(nn.Module):
 
     def follow(self, slope: Tensor, curvature: Tensor) -> None:
         """Take another batch into the running means, whose bias towards the initial zeros cancels in the quotient."""
-        self.running_slope.lerp_(slope, 1 - MOMENTUM)
-        self.running_curvature.lerp_(curvature, 1 - MOMENTUM)
+        self.running_slope.lerp_(slope.to(self.running_slope.dtype), 1 - MOMENTUM)
+        self.running_curvature.lerp_(curvature.to(self.running_curvature.dtype), 1 - MOMENTUM)
 
     def step(self) -> Tensor:
         """The step along the stage's output: 0 for a stage that has not learned, and never backwards."""
@@ -145,7 +145,7 @@ class Boosted(TakesTurns, PredictsBySite, Rule):
 
     def _output(self, stage: BoostingStage, h: Tensor, site: Site) -> Tensor:
         """The stage's f `(B, K)`."""
-        return (h if stage.readout is None else stage.readout(pool_vectors(h, self.pool, False, site))).float()
+        return wide(h if stage.readout is None else stage.readout(pool_vectors(h, self.pool, False, site)))
 
     def signal(self, ctx: BlockContext) -> Signal:
         """Squared distance of the stage's output from the residual; the sum, this stage included, crosses."""

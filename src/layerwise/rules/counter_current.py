@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise.core.functional import wide
 from layerwise.core.ranges import NonNegativeFloat, PositiveFloat
 from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Signal, Site, loss_at_head
 from layerwise.core.tasks import Task
@@ -119,7 +120,7 @@ class CounterCurrent(Rule):
             return loss_at_head(ctx)
         b = self.feedback(ctx.message, ctx.site.index, ctx.task.classes)
         h = ctx.site.standard(ctx.h)
-        rows, classes = h.float().flatten(1), b.float().flatten(1)
+        rows, classes = wide(h).flatten(1), wide(b).flatten(1)
         own = F.one_hot(ctx.y, ctx.task.classes).float()
         if h.dim() == 2:
             scores = rows @ classes.T

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layerwise.core.functional import goodness, unit_length
+from layerwise.core.functional import goodness, unit_length, wide
 from layerwise.core.pieces import PredictsBySite
 from layerwise.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Signal, Site
@@ -191,7 +191,7 @@ class ForwardForward(PredictsBySite, Rule):
         """The layer's readout of a direction: `(B, K)`, in float32."""
         assert layer.readout is not None
         vectors = pool_vectors(direction, "auto", False, site)
-        return layer.readout(vectors.to(layer.readout.weight.dtype)).float()
+        return wide(layer.readout(vectors.to(layer.readout.weight.dtype)))
 
     def theta(self, ctx: BlockContext) -> float:
         """Threshold of the block's goodness."""
@@ -211,7 +211,7 @@ class ForwardForward(PredictsBySite, Rule):
     def _head(self, ctx: BlockContext) -> Signal:
         """The last readout; or, where goodness predicts, how often the true label beats the false one."""
         if self.predictor == "softmax":
-            logits = ctx.message["logits"] + ctx.h.float()
+            logits = ctx.message["logits"] + wide(ctx.h)
             loss = ctx.task.loss(logits, ctx.y)
             return Signal(loss, metrics={"loss": loss, "accuracy": ctx.task.correct(logits, ctx.y) / ctx.y.numel()})
         true, false = ctx.message["votes"].chunk(2)
@@ -230,7 +230,7 @@ class ForwardForward(PredictsBySite, Rule):
     def answer(self, site: Site, h: Tensor, message: Any, auxiliary: nn.Module | None) -> tuple[Tensor, Any]:
         """Adds up goodness, or readouts, of which the network's head is the last: `(B, K)`."""
         if site.is_head:
-            return message.view(-1, h.shape[-1]) if self.predictor == "goodness" else message + h.float(), None
+            return message.view(-1, h.shape[-1]) if self.predictor == "goodness" else message + wide(h), None
         assert isinstance(auxiliary, Layer)
         direction = unit_length(h)
         if self.predictor == "goodness":

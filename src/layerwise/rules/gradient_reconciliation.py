@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from layerwise.core.blocks import Block
+from layerwise.core.functional import wide
 from layerwise.core.ranges import NonNegativeFloat
 from layerwise.core.rule import BlockContext, Signal
 from layerwise.rules.local_ce import GreedyLinear
@@ -69,7 +70,7 @@ class GradientReconciliation(GreedyLinear):
         signal.metrics["loss"] = loss
         if wanted is not None and x is not None:
             (own,) = torch.autograd.grad(loss, x, create_graph=True)
-            own, wanted = samples * own.float().flatten(1), wanted.float().flatten(1)
+            own, wanted = samples * wide(own).flatten(1), wide(wanted).flatten(1)
             if self.distance == "squared":
                 disagreement = (own - wanted).square().sum(1).mean()
             else:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from layerwise.core.blocks import Block, Partition
-from layerwise.core.functional import goodness
+from layerwise.core.functional import goodness, wide
 from layerwise.core.graphs import Graph, extended, graph_of, wired
 from layerwise.core.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
 from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Signal, Site
@@ -163,7 +163,7 @@ class GraphForward(Rule):
         message = dict(ctx.message)
         if self.variant == "single":
             logits = self._scores(ctx.h, message["above"][ctx.site.index + 1 :], len(ctx.y))
-            message["scores"] = message["scores"] + logits.float().softmax(-1)
+            message["scores"] = message["scores"] + wide(logits).softmax(-1)
             loss = ctx.task.loss(logits, ctx.y)
             return Signal(loss, message=message, output=out, metrics={"accuracy": ctx.task.accuracy(logits, ctx.y)})
         g = self._goodness(ctx.h, len(ctx.y), ctx.task.classes)
@@ -202,7 +202,7 @@ class GraphForward(Rule):
             if self.top_down:  # else no output is kept
                 outs = tuple(outs)
                 states = tuple(F.normalize(out, dim=1) for out in outs)
-            found = [self._scores(out, states[i + 1 :], len(x)).float().softmax(-1) for i, out in enumerate(outs)]
+            found = [wide(self._scores(out, states[i + 1 :], len(x))).softmax(-1) for i, out in enumerate(outs)]
             return torch.stack(found).mean(0).log()
         votes = []
         for label in range(graph.classes):

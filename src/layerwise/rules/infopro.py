@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layerwise.core.functional import supervised_contrastive
+from layerwise.core.functional import supervised_contrastive, wide
 from layerwise.core.layout import to_standard
 from layerwise.core.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
 from layerwise.core.rule import BlockContext, Locality, Signal, Site, by_depth, loss_at_head, loss_of
@@ -101,7 +101,7 @@ class InfoProHeads(nn.Module):
 
 def brightness(x: Tensor) -> Tensor:
     """Images `(B, C, H, W)`, however normalised, with each one's extremes at 0 and 1; a flat image becomes 0."""
-    flat = x.float().flatten(1)
+    flat = wide(x).flatten(1)
     low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
     return ((flat - low) / (high - low).clamp_min(1e-6)).view_as(x)
 
@@ -209,11 +209,11 @@ class InfoPro(LooksAhead):
         h = ctx.site.standard(ctx.h)
         loss, metrics, statistics = torch.zeros((), device=ctx.h.device), {}, {}
         if ctx.auxiliary.decoder is not None:
-            decoded, wanted = ctx.auxiliary.decoder(h).float(), self._input(x, h, ctx.site)
+            decoded, wanted = wide(ctx.auxiliary.decoder(h)), self._input(x, h, ctx.site)
             if wanted.dim() >= 4:
                 metrics["reconstruction"] = F.binary_cross_entropy_with_logits(decoded, brightness(wanted))
             else:
-                metrics["reconstruction"] = F.mse_loss(decoded, wanted.float())
+                metrics["reconstruction"] = F.mse_loss(decoded, wanted.to(decoded.dtype))
             loss = loss + keep * metrics["reconstruction"]
         if ctx.auxiliary.reader is not None:
             found = ctx.auxiliary.reader(h if h.dim() >= 4 else pool_vectors(h, "mean", per_position=False))

@@ -31,7 +31,8 @@ class Greedy(ReadsOut, Rule):
     """What rules share whose blocks minimise the loss of a readout of their own; the last learns through the head."""
 
     pool: Pool = "auto"
-    """How a block's output becomes a vector: auto | mean | moments (and standard deviation) | cls | flatten | none."""
+    """How a block's output becomes a vector: auto | mean | moments (and standard deviation) | grid | cls | flatten
+    | none."""
     group: PositiveInt = 1
     """Neighbouring blocks that share one loss, one graph and one backward pass."""
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise.core.functional import wide
 from layerwise.core.layout import to_standard
 from layerwise.core.ranges import NonNegativeFloat, PositiveFraction, PositiveInt
 from layerwise.core.rule import ANY_TASK, BlockContext, Locality, Rule, Signal, Site, loss_at_head
@@ -159,7 +160,7 @@ class LoPT(Halves):
         if target.dim() != found.dim() or target.shape[:-1] != found.shape[:-1]:
             target, found = averaged(target), averaged(found)
         # Not F.mse_loss, whose scalar keeps the storage of all differences alive with the metrics.
-        distance = (ctx.auxiliary(found).float() - target.float()).square().mean()
+        distance = (wide(ctx.auxiliary(found)) - wide(target)).square().mean()
         share = self.weight / (len(self.groups(site.blocks)) - 1)
         return Signal(loss=share * distance, metrics={"reconstruction": distance})
 

@@ -17,6 +17,7 @@ from layerwise.core.functional import (
     prior_divergence,
     signal_share,
     squared_distances,
+    wide,
 )
 from layerwise.core.pieces import StartsFromData
 from layerwise.core.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -38,7 +39,7 @@ def embedding_at(site: Site) -> Tensor:
 
 def state(*parts: Tensor) -> Tensor:
     """What is passed on: coefficients p `(B, K)`, a rest r `(B, D)` of a label p U + r, the image; t before them."""
-    return torch.cat([part.flatten(1).float() for part in parts], dim=1)
+    return torch.cat([wide(part.flatten(1)) for part in parts], dim=1)
 
 
 def drawn(p: Tensor, share: Tensor | float, size: int) -> tuple[Tensor, Tensor]:
@@ -93,6 +94,11 @@ class Denoising(StartsFromData, Rule):
         u = embedding(network.head)
         for k in range(len(u)):
             images = x[y == k].flatten(1)
+            if not bool(torch.isfinite(images).all()):
+                raise LayerwiseError(
+                    f"prototypes start as images of their classes, and one of class {k} holds NaN or infinity; begin "
+                    "with other samples, or show some to Learner.prepare."
+                )
             if not len(images):
                 raise LayerwiseError(
                     f"prototypes start as images of their classes, and class {k} has none among the {len(x)} samples "
@@ -224,7 +230,7 @@ class _AnyTime(Denoising):
     def sampled(self, network: Partition, velocity: Any, u: Tensor, x: Tensor) -> Tensor:
         """z_1 `(B, D)`, from z_0 ~ N(0, I) along a velocity of (z, t)."""
         steps = self.steps or vars(network.model.get_submodule("block1"))["steps"]
-        z = torch.randn(len(x), u.shape[1], dtype=torch.float32, device=x.device)
+        z = torch.randn(len(x), u.shape[1], dtype=wide(x[:0]).dtype, device=x.device)
         return integrate(velocity, z, steps, self.solver)
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layerwise.core.functional import similarity
+from layerwise.core.functional import similarity, wide
 from layerwise.core.ranges import Fraction, PositiveInt
 from layerwise.core.rule import BlockContext, Locality, Signal, Site, loss_at_head, loss_of
 from layerwise.core.tasks import Task
@@ -47,7 +47,7 @@ class PredSimHeads(nn.Module):
         assert self.map is not None
         z = self.map(h)
         spread = z.dim() >= 4 and z[0, 0].numel() > 1
-        return z.float().flatten(2).std(2) if spread else z.flatten(1)
+        return wide(z).flatten(2).std(2) if spread else z.flatten(1)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layerwise.core.functional import normalise
+from layerwise.core.functional import normalise, wide
 from layerwise.core.pieces import PredictsBySite
 from layerwise.core.ranges import NonNegativeFloat, PositiveInt
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site
@@ -39,7 +39,7 @@ class ChannelGoodness(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """Mean square of every class's channel over the places of the normalised `h`: `(B, K)`, in float32."""
-        a = self.channels(channel_norm(h)).float().square()
+        a = wide(self.channels(channel_norm(h))).square()
         return a.flatten(2).mean(2) if a.dim() >= 4 else a.mean(1) if a.dim() == 3 else a
 
 

@@ -226,7 +226,8 @@ class SID(HasReadout, Distillation):
     hidden: NonNegativeInt = 0
     """Units of the belief heads' hidden layer; 0 for a linear belief head."""
     pool: Pool = "auto"
-    """How a block's output becomes a vector: auto | mean | moments (and standard deviation) | cls | flatten | none."""
+    """How a block's output becomes a vector: auto | mean | moments (and standard deviation) | grid | cls | flatten
+    | none."""
     group: PositiveInt = 1
     """Neighbouring blocks that share one belief, one graph and one backward pass."""
 

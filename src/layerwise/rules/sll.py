@@ -1,6 +1,6 @@
 """SLL: Stochastic Layer-wise Learning."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.core import functional
+from layerwise.core.chunked import Aligned, LinearOutputs
+from layerwise.core.functional import wide
 from layerwise.core.pieces import ReadsOut, ReadsOutputMatrix
 from layerwise.core.posteriors import divergence
 from layerwise.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ProperFraction
@@ -21,15 +23,17 @@ from layerwise.core.rule import (
     by_depth,
     loss_at_head,
 )
-from layerwise.core.tasks import Task
+from layerwise.core.tasks import LanguageModel, Task
 from layerwise.errors import LayerwiseError
 from layerwise.rules.patches import ReadsPatches
 from layerwise.rules.readout import (
     Pool,
     Readout,
     features_of,
+    fixed_matrix,
     grouped,
     labels_at,
+    output_matrix,
     pool_vectors,
     readout_width,
     resized,
@@ -78,13 +82,25 @@ class Projection(nn.Module):
 
     def forward(self, features: Tensor, site: Site | None = None) -> Tensor:
         """Logits of the auxiliary posterior, in float32 or wider; `site` is where they are read."""
-        features = functional.normalise(features.to(self.matrix.dtype), self.norm)
-        features = F.dropout(features, self.dropout, self.training)
+        if self.readout is not None and site is not None:
+            outputs = self.outputs(features, site)
+            with torch.autocast(features.device.type, enabled=False):
+                return outputs.whole()
+        features = self.normalised(features)
         with torch.autocast(features.device.type, enabled=False):
-            if self.readout is not None and site is not None:
-                outputs = self.readout.outputs(features, site)
-                return self.scale * F.linear(outputs.features, outputs.weight.to(features.dtype))
             return F.linear(features, self.matrix)
+
+    def outputs(self, features: Tensor, site: Site) -> LinearOutputs:
+        """The same, not computed yet, where the matrix is not the block's own."""
+        assert self.readout is not None
+        with torch.autocast(features.device.type, enabled=False):
+            found = self.readout.outputs(self.normalised(features), site)
+        return LinearOutputs(self.scale * found.features, found.weight.to(found.features.dtype))
+
+    def normalised(self, features: Tensor) -> Tensor:
+        """What the projection reads: normalised features, with dropout in training."""
+        features = functional.normalise(features.to(self.matrix.dtype), self.norm)
+        return F.dropout(features, self.dropout, self.training)
 
     def class_logits(self, v: Tensor) -> Tensor:
         """Outputs of the task: the first K entries, or the products with the codebook."""
@@ -156,7 +172,8 @@ class SLL(ReadsPatches, ReadsOut, ReadsOutputMatrix, Rule):
     dropout: ProperFraction = 0.0
     """Probability p of the multiplicative dropout on the projection's input."""
     pool: Pool = "auto"
-    """How a block's output becomes a vector: auto | mean | moments (and standard deviation) | cls | flatten | none."""
+    """How a block's output becomes a vector: auto | mean | moments (and standard deviation) | grid | cls | flatten
+    | none."""
     group: PositiveInt = 1
     """Neighbouring blocks that share one objective, one graph and one backward pass."""
     overlap: NonNegativeInt = 0
@@ -168,7 +185,8 @@ class SLL(ReadsPatches, ReadsOut, ReadsOutputMatrix, Rule):
 
     readout: Literal["private", "shared", "random"] = "private"
     """The projection: a random one for each block | the matrix of the network's output layer, looked at as it was at
-    the start of the step | one random one for all blocks."""
+    the start of the step | one random one for all blocks. Of one matrix a language model's outputs are made in chunks:
+    the features cross that they are made of, in place of a number per token of the vocabulary."""
 
     name: ClassVar[str] = "sll"
     locality: ClassVar[Locality] = "local"
@@ -199,6 +217,8 @@ class SLL(ReadsPatches, ReadsOut, ReadsOutputMatrix, Rule):
             )
         says_shared(self)
         says_interlocking(self, self.overlap, self.own)
+        if self.readout != "private" and type(self).signal is SLL.signal:
+            object.__setattr__(self, "reads_logits", False)
 
     def groups(self, blocks: int) -> list[range]:
         """`group` blocks each, with a view of `overlap` more; the head joins the last block or stands alone."""
@@ -238,15 +258,22 @@ class SLL(ReadsPatches, ReadsOut, ReadsOutputMatrix, Rule):
     def signal(self, ctx: BlockContext) -> Signal:
         """Likelihood and alignment of the posterior that is read off at this site."""
         if ctx.site.is_head:
+            if self.head == "joint" and ctx.outputs is not None:
+                return self._in_chunks(ctx, ctx.outputs, 1.0)
             signal = loss_at_head(ctx)
             if self.head == "joint":
-                self._align(signal, ctx, ctx.task.outputs_last(ctx.h.float()), ctx.y)
+                self._align(signal, ctx, ctx.task.outputs_last(wide(ctx.h)), ctx.y)
             return signal
         if ctx.auxiliary is None:
             return Signal(message=ctx.message)
         assert isinstance(ctx.auxiliary, Projection)
         cut = self.in_patches(ctx)
-        v = ctx.auxiliary(features_of(cut, self.pool), ctx.site)
+        features = features_of(cut, self.pool)
+        if self._leaves_outputs(ctx):
+            outputs = ctx.auxiliary.outputs(features, ctx.site)
+            signal = self._in_chunks(ctx, outputs, by_depth(self.likelihood_weight, ctx.site))
+            return replace(signal, message=(*(ctx.message or ()), outputs.features)[-2:])
+        v = ctx.auxiliary(features, ctx.site)
         y, read = labels_at(cut, v), ctx.auxiliary.class_logits(v)
         signal = self.told(ctx, ctx.task.as_outputs(read), y)
         # With the index targets the softmax runs over all d0 coordinates; the label is one of the first K.
@@ -259,13 +286,47 @@ class SLL(ReadsPatches, ReadsOut, ReadsOutputMatrix, Rule):
         self._align(signal, ctx, v, y if self.patches == 1 else ctx.y)
         return signal
 
-    def _align(self, signal: Signal, ctx: BlockContext, v: Tensor, y: Tensor) -> None:
-        """Add the divergence to the neighbour's posterior, where there is one over the same categories."""
+    def _leaves_outputs(self, ctx: BlockContext) -> bool:
+        """Whether the outputs of a vocabulary are left to the loss: all sites read with one matrix."""
+        return not self.reads_logits and isinstance(ctx.task, LanguageModel) and not ctx.y.is_floating_point()
+
+    def _sent(self, ctx: BlockContext) -> Tensor | None:
+        """What the neighbour has sent."""
         back = {"previous": 1, "before_previous": 2}[self.neighbour]
         sent = ctx.message or ()
-        if self.surrogate == "none" or len(sent) < back or signal.loss is None:
+        return None if self.surrogate == "none" or len(sent) < back else sent[-back].detach()
+
+    def _in_chunks(self, ctx: BlockContext, outputs: LinearOutputs, likelihood_weight: float) -> Signal:
+        """The signal of outputs that nobody has computed yet; the neighbour has sent what its own are made of."""
+        task, neighbour = ctx.task, None
+        assert isinstance(task, LanguageModel)
+        before = self._sent(ctx)
+        if before is not None and before.shape[:-1] == outputs.features.shape[:-1]:
+            weight = by_depth(self.weight, ctx.site)
+            neighbour = Aligned(LinearOutputs(before, self._matrix(ctx, before)), self.surrogate, weight)
+        predictions = outputs.features.shape[:-1].numel()
+        chunk = task.chunk(predictions) or predictions
+        loss, likelihood, apart, statistics = task.objective_in_chunks(
+            outputs, ctx.y, chunk, likelihood_weight, neighbour
+        )
+        metrics = task.measures(statistics) | ({} if neighbour is None else {"divergence": apart})
+        if ctx.site.is_head:  # the task's loss, as everywhere
+            metrics = {"loss": likelihood, **metrics}
+        return Signal(loss, message=ctx.message, metrics=metrics, statistics=statistics)
+
+    def _matrix(self, ctx: BlockContext, features: Tensor) -> Tensor:
+        """The one matrix that all sites read with, `(K, D)` for features `(..., D)`."""
+        if self.readout == "shared":
+            return output_matrix(ctx.site).to(features.dtype)
+        return fixed_matrix(ctx.site.network, ctx.task.outputs, features.shape[-1], features)
+
+    def _align(self, signal: Signal, ctx: BlockContext, v: Tensor, y: Tensor) -> None:
+        """Add the divergence to the neighbour's posterior, where there is one over the same categories."""
+        before, task = self._sent(ctx), ctx.task
+        if before is None or signal.loss is None:
             return
-        before, task = sent[-back].detach(), ctx.task
+        if self._leaves_outputs(ctx):
+            before = LinearOutputs(before, self._matrix(ctx, before)).whole()
         if (before.dim(), before.shape[-1]) != (v.dim(), v.shape[-1]):
             return
         if task.positions != "pixel" and before.shape != v.shape:

@@ -12,7 +12,7 @@ from layerwise.core.rule import BlockContext, Locality, Signal, Site, loss_at_he
 from layerwise.core.tasks import Task
 from layerwise.rules.auglocal import Copies
 from layerwise.rules.local_ce import GreedyLinear
-from layerwise.rules.readout import Pool, Readout, ReadoutKind, outputs_of, pool_vectors
+from layerwise.rules.readout import Pool, Readout, ReadoutKind, grouped, outputs_of, pool_vectors
 
 
 class SoloHead(nn.Module):
@@ -57,7 +57,9 @@ class SOLO(GreedyLinear):
 
     $\mathrm{Blocks}_k$ are `depth` copies of the blocks that follow, with weights of their own, thrown away after the
     training; $\tau_k$ is one learned number that starts at 1. The last module learns through the network's head, and
-    its loss alone moves W. All losses have the weight 1. Prediction is the plain network.
+    its loss alone moves W. All losses have the weight 1. Prediction is the plain network. With `head="separate"`, which
+    is ours, the last module is read as the others are and W learns by itself, so that the activations of a module are
+    never held beside the gradient of W.
 
     A module is `group` neighbouring blocks: K = 2 of 24 blocks is `group=12`. With `depth=0` and `readout="private"`
     the rule is `local_ce`, bit for bit.
@@ -80,6 +82,8 @@ class SOLO(GreedyLinear):
     travels so often."""
     scale: Literal["learned", "1"] = "learned"
     """The number that multiplies the logits: learned, from 1 on, or 1."""
+    head: Literal["joint", "separate"] = "joint"
+    """What trains the last module: the network's head (joint), or a head like the others' (separate)."""
 
     name: ClassVar[str] = "solo"
     locality: ClassVar[Locality] = "broadcast"
@@ -108,12 +112,20 @@ class SOLO(GreedyLinear):
         if self.depth == 0:
             object.__setattr__(self, "runs_once", True)
 
+    def groups(self, blocks: int) -> list[range]:
+        """The modules; the network's head joins the last one, or stands alone."""
+        return grouped(blocks, self.group, join_head=self.head != "separate")
+
+    def _has_head(self, site: Site) -> bool:
+        """Where a module ends, and not at the network's head."""
+        return any(module.stop == site.index + 1 for module in self.groups(site.blocks)) and not site.is_head
+
     def matrix_refresh(self) -> int | None:
         """`refresh`, where the heads read the network's matrix."""
         return self.refresh if self.readout == "shared" else None
 
     def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
-        """The head of every module but the last."""
+        """The head of every module that does not learn through the network's."""
         if not self._has_head(site):
             return None
         plain = self.depth == 0 and self.readout == "private"

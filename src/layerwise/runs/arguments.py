@@ -27,7 +27,8 @@ def train_options(argv: list[str], command: str, base: type | None = None, hidde
     argv = list(argv)
     recipe = load_recipe(take_option(argv, "recipe") or default_recipe(take_option(list(argv), "data")))
     defaults = from_mapping(recipe.values, f"recipe {recipe.name}")
-    rule, model = take_option(argv, "rule"), take_option(argv, "model")
+    rule = None if "rule" in hidden else take_option(argv, "rule")  # a comparison has several, which it reads itself
+    model = take_option(argv, "model")
     if rule is not None and rule != rules.name_of(defaults.rule):
         defaults = replace(defaults, rule=rules.create(rule))
     if model is not None and models.options(model) is not type(defaults.model):

@@ -58,6 +58,8 @@ class DataSignature:
     """Bytes that each token stands for, where the samples are windows of a text."""
     contents: tuple[str, ...] = ()
     """What distinguishes a text from another one, its tokenizer first."""
+    encoding: tuple[str, ...] = ()
+    """What each column of a table with words or gaps became, see `data.encoding`."""
 
     @property
     def image_mode(self) -> str:
@@ -89,6 +91,7 @@ class DataSignature:
             dataset.target_std,
             () if dataset.tokenizer is None else dataset.tokenizer.sizes,
             dataset.contents,
+            dataset.encoding,
         )
 
     @classmethod
@@ -196,6 +199,7 @@ def load_data(options: TrainOptions, folder: Path | None = None) -> data.Dataset
         text=data.TextOptions(*(getattr(options, name) for name in data.TextOptions._fields)),
         tokenizer=None if folder is None else read_tokenizer(folder, options),
         words=words_of(options),
+        handling=data.Handling(options.categories, options.gaps),
     )
 
 

@@ -90,7 +90,7 @@ class RankRun(Run, ABC):
         return folder
 
     def _progress(self, per_epoch: int) -> Progress:
-        return Progress(self.total, per_epoch, self._title(), quiet=not self.writes)
+        return Progress(self.total, per_epoch, self._title(), silent=not self.writes)
 
     def _logs(self) -> AbstractContextManager[Log]:
         return super()._logs() if self.writes else contextlib.nullcontext(lambda values: None)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from layerwise.errors import LayerwiseError, say, short, why
+from layerwise.errors import LayerwiseError, note, short, why
 from layerwise.files import MissingFile, kind_of, read_text, shown
 from layerwise.records import read_json
 from layerwise.runs.layout import OPTIONS, check_run
@@ -118,7 +118,7 @@ def read_options(folder: Path) -> TrainOptions:
     file = folder / OPTIONS
     values = read_json(file, Any, "start the run again")
     for name in own_code_of(values):  # said before it is run: the folder may be somebody else's
-        say(f"note: runs {shown(name)}, which the run in {shown(folder)} names")
+        note(f"runs {shown(name)}, which the run in {shown(folder)} names")
     return from_mapping(values, shown(file))
 
 

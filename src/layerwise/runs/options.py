@@ -17,12 +17,12 @@ from layerwise.memory.fitting import read_size
 from layerwise.models import ModelOptions
 from layerwise.records import LARGEST
 from layerwise.replacements import check_name
-from layerwise.runs.settings import FLAGS, RunSettings, build_options, load_recipe
+from layerwise.runs.settings import FLAGS, OF_TEXTS, RunSettings, build_options, load_recipe
 
 OF_TASKS = {
     "loss": ("regression",),
     "label_smoothing": ("classification", "language_model"),
-    **dict.fromkeys(FLAGS, ("language_model",)),
+    **dict.fromkeys(OF_TEXTS, ("language_model",)),
 }
 """Options to the tasks that they are about."""
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import secrets
 import shutil
@@ -10,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from layerwise.data.catalogue import is_table
 from layerwise.data.folders import SUFFIXES
@@ -110,6 +112,22 @@ def write_output(path: Path, content: str | bytes, inputs: Sequence[Path] = ()) 
     """Write what a user asked for into the file that the user named; errors as of `output_file`."""
     with output_file(path, inputs) as file:
         file.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def check_json(path: str | None, inputs: Sequence[Path] = ()) -> bool:
+    """Refuse what `--json` names, as `check_output` does; whether it is `-`, and nothing else is to be printed."""
+    if path is not None and path != "-":
+        check_output(Path(path), inputs)
+    return path == "-"
+
+
+def write_json(path: str | None, found: Any, inputs: Sequence[Path] = ()) -> None:
+    """Write results where `--json` says: to a file, or print them where it is `-`; nowhere if it was not given."""
+    text = json.dumps(found, indent=2) + "\n"
+    if path == "-":
+        print(text, end="")
+    elif path is not None:
+        write_output(Path(path), text, inputs)
 
 
 def _opened(path: Path) -> int | None:

@@ -11,14 +11,16 @@ import torch
 
 from layerwise.core.tasks import MultiLabel, Regression, Task
 from layerwise.data import InMemorySource, Source, StreamedSource, TableSource
+from layerwise.data.encoding import Encoding
 from layerwise.data.folders import SUFFIXES
 from layerwise.data.machine import need
 from layerwise.data.pictures import ImageFormat
 from layerwise.data.rows import FileRows
+from layerwise.data.sentences import read_sentences
 from layerwise.data.tables import read_columns
 from layerwise.errors import LayerwiseError
 from layerwise.files import kind_of, list_files, open_regular, shown
-from layerwise.runs.building import DataSignature, in_order, load_run
+from layerwise.runs.building import DataSignature, in_order, load_run, words_of
 
 BATCH = 256
 ADVICE = "give an image, a folder of images or a .npy array"
@@ -36,7 +38,7 @@ def predictions(folder: Path, given: Path, device: str = "auto") -> tuple[str | 
     Args:
         folder: folder of a trained run.
         given: an image, a folder of images, or a `.npy` array of pixels `(N, C, H, W)`, 0 to 255; for a run on a
-            table, a CSV file with the same columns.
+            table, a CSV file with the same columns, or the same column of text.
         device: where to run.
 
     Raises:
@@ -47,7 +49,11 @@ def predictions(folder: Path, given: Path, device: str = "auto") -> tuple[str | 
         raise LayerwiseError(f"the run in {folder} is on text, and continues a text: give --prompt in place of INPUT.")
     if facts.graph:
         raise LayerwiseError(f"the run in {folder} knows the nodes of its own graph only; use layerwise eval.")
-    names, source, left_out = _table(given, facts.columns) if facts.columns else _images(given, facts)
+    if (words := words_of(options)) is not None:
+        source: Source = read_sentences(given, words, facts.contents)
+        names, left_out = [str(row) for row in range(len(source))], []
+    else:
+        names, source, left_out = _table(given, facts) if facts.columns else _images(given, facts)
     batches = in_order(source, BATCH, options, facts, learner.device)
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
@@ -104,9 +110,9 @@ def _array(parts: list[torch.Tensor]) -> bytes:
     return file.getvalue()
 
 
-def _table(given: Path, columns: tuple[str, ...]) -> tuple[list[str], Source, list[str]]:
+def _table(given: Path, facts: DataSignature) -> tuple[list[str], Source, list[str]]:
     """Numbers of the rows, from 0, and their values."""
-    values = read_columns(given, columns)
+    values = read_columns(given, facts.columns, Encoding.of(facts.encoding) if facts.encoding else None)
     return [str(row) for row in range(len(values))], TableSource(values, _unknown(len(values))), []
 
 

@@ -11,7 +11,7 @@ from rich.progress import Progress as Bar
 from rich.table import Column
 
 from layerwise.core.tasks import ACCURACY, Metric
-from layerwise.errors import on_one_line
+from layerwise.errors import on_one_line, quiet
 from layerwise.memory.meter import MemoryUse
 
 
@@ -22,13 +22,14 @@ class Progress:
         total: steps in the whole run.
         per_epoch: steps in an epoch.
         title: first line.
-        quiet: show nothing.
+        silent: show nothing, as with --quiet.
         metric: what is shown beside the loss.
     """
 
-    def __init__(self, total: int, per_epoch: int, title: str, quiet: bool = False, metric: Metric = ACCURACY):
+    def __init__(self, total: int, per_epoch: int, title: str, silent: bool = False, metric: Metric = ACCURACY):
         self.total, self.per_epoch, self.metric = total, per_epoch, metric
-        self.console = Console(stderr=True, highlight=False, quiet=quiet)
+        silent = silent or quiet.get()
+        self.console = Console(stderr=True, highlight=False, quiet=silent)
         self.console.print(on_one_line(title), markup=False, soft_wrap=True)
         self.bar = Bar(
             TextColumn("{task.description}"),
@@ -36,7 +37,7 @@ class Progress:
             TimeRemainingColumn(),
             console=self.console,
             transient=True,
-            disable=quiet or not self.console.is_terminal,
+            disable=silent or not self.console.is_terminal,
         )
         self.task = self.bar.add_task("starting", total=total)
         self.started = time.perf_counter()
@@ -100,13 +101,15 @@ class GridProgress:
         work: the work of all runs, in any unit.
         runs: their number.
         title: first line.
+        live: draw the bar again by itself; not while times are measured, which that would disturb.
     """
 
-    def __init__(self, work: float, runs: int, title: str):
+    def __init__(self, work: float, runs: int, title: str, live: bool = True):
         self.work, self.done = work, 0.0
         self.runs, self.over = runs, 0
         self.running: dict[str, tuple[float, Callable[[], float]]] = {}
-        self.console = Console(stderr=True, highlight=False)
+        self.live = live
+        self.console = Console(stderr=True, highlight=False, quiet=quiet.get())
         self.console.print(on_one_line(title), markup=False, soft_wrap=True)
         self.bar = Bar(
             TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
@@ -114,7 +117,8 @@ class GridProgress:
             TextColumn("{task.fields[left]} left"),
             console=self.console,
             transient=True,
-            disable=not self.console.is_terminal,
+            auto_refresh=live,
+            disable=quiet.get() or not self.console.is_terminal,
         )
         self.task = self.bar.add_task("starting", total=work, left="?")
         self.started = time.perf_counter()
@@ -123,7 +127,7 @@ class GridProgress:
 
     def __enter__(self) -> "GridProgress":
         self.bar.start()
-        if self.console.is_terminal:
+        if self.live and self.console.is_terminal:
             self._watch.start()
         return self
 
@@ -151,6 +155,15 @@ class GridProgress:
         if not self.console.is_terminal:
             line += f" · {self.over} of {self.runs} · {self.left()} left"
         self.console.print(on_one_line(line), markup=False, soft_wrap=True)
+
+    def reached(self, turn: int) -> None:
+        """So many of the parts of the work are done; elsewhere than on a terminal a line for every tenth of them."""
+        before, self.done, self.over = self.over, float(turn), turn
+        if self.console.is_terminal:
+            words = f"{turn} of {self.runs}"
+            self.bar.update(self.task, completed=turn, description=words, left=self.left(), refresh=True)
+        elif 10 * turn // self.runs > 10 * before // self.runs:
+            self.console.print(f"{turn} of {self.runs} · {self.left()} left", markup=False, soft_wrap=True)
 
     def left(self) -> str:
         """Time left, estimated from the work done so far."""

@@ -15,22 +15,40 @@ from layerwise.errors import LayerwiseError, short, suggestion, unknown, why
 from layerwise.files import MissingFile, read_text, shown
 from layerwise.records import DamagedRecord, convert
 
-FLAGS = {name: f"data.{name}" for name in ("tokenizer", "vocabulary", "window", "documents")}
-"""Options to how they are written on the command line, where that is not their name: those of a text."""
+FLAGS = {
+    "targets": "data.label-column",
+    "categories": "data.categories",
+    "gaps": "data.gaps",
+    "tokenizer": "data.tokenizer",
+    "vocabulary": "data.vocabulary",
+    "window": "data.window",
+    "documents": "data.documents",
+}
+"""Options to how they are written on the command line, where that is not their name: those of a text or a table."""
+OF_TEXTS = ("tokenizer", "vocabulary", "window", "documents")
+"""Those of a text."""
 
 
 @dataclass(frozen=True)
-class RunSettings:
-    """What a run is beside its rule and its model."""
+class DataSettings:
+    """Data: what is learned from, and what its labels are."""
 
+    data: str = "digits"
+    """digits | mnist | fashion_mnist | cifar10 | cifar100 | cora | diabetes | digit_scenes | tinyshakespeare |
+    text:PATH | hf:owner/name | imagefolder:PATH | parquet:PATH | PATH.csv."""
     task: DataTask = "classification"
     """What the labels are: a class, numbers, several labels that hold or not, a class per pixel, or the next token,
     which is that of every text."""
     loss: Literal["mse", "l1", "huber", "gaussian"] = "mse"
     """Loss of --task regression; with gaussian the network predicts a variance, too."""
-    data: str = "digits"
-    """digits | mnist | fashion_mnist | cifar10 | cifar100 | cora | diabetes | digit_scenes | tinyshakespeare |
-    text:PATH | hf:owner/name | imagefolder:PATH | parquet:PATH | PATH.csv."""
+    targets: Annotated[tuple[str, ...], arg(name=FLAGS["targets"])] = ()
+    """Of a table: the column of labels, or several; the one called label (or class, target, y) if not given."""
+    categories: Annotated[Literal["refuse", "onehot"], arg(name=FLAGS["categories"])] = "refuse"
+    """Of a table: columns of words are refused, or become a column of zeros and ones for each word of the training
+    rows."""
+    gaps: Annotated[Literal["refuse", "mean", "median", "most_frequent"], arg(name=FLAGS["gaps"])] = "refuse"
+    """Of a table: empty cells are refused, or get the mean, median or most frequent number of the training rows (words:
+    the most frequent)."""
     tokenizer: Annotated[TokenizerKind, arg(name=FLAGS["tokenizer"])] = "characters"
     """Of a text: characters | bytes | bpe (byte-level, trained on the training split)."""
     vocabulary: Annotated[int, arg(name=FLAGS["vocabulary"])] = 4096
@@ -39,8 +57,6 @@ class RunSettings:
     """Of a text, or of a table's column of text: tokens that a sample holds."""
     documents: Annotated[bool, arg(name=FLAGS["documents"])] = False
     """Of a text: empty lines part documents, whose order is drawn, and which splits do not cut."""
-    targets: tuple[str, ...] = ()
-    """Columns of labels of a table; the one called label (or class, target, y) if not given."""
     augment: tuple[str, ...] = ()
     """Random changes of training images: flip, crop, cutout."""
     image_size: int | None = None
@@ -55,23 +71,41 @@ class RunSettings:
     """Any other class, or pairs of classes that look alike (cifar10 only)."""
     clean_validation: bool = False
     """Keep the true labels of the validation split."""
-    replace: tuple[str, ...] = ()
-    """Modules that take the place of the network's own: approx_gelu | approx_silu | mask_relu | ms_norm |
-    binary | bi_mask | velora."""
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What is done to the network before it learns."""
+
     cuts: str = "block"
     """Where to cut the model: block | layer | auto | names of modules or patterns (layers.*), separated by commas."""
+    blocks: int | None = None
+    """Join the blocks to this many, balanced by their floating-point operations."""
     output: str | None = None
     """Name of the entry of the model's output that holds the logits; logits, or the tensor itself, if not given."""
     tied: Literal["last", "first", "frozen"] | None = None
     """Who trains a parameter that several blocks use, where the model is cut at its calls; the last if not given."""
-    blocks: int | None = None
-    """Join the blocks to this many, balanced by their floating-point operations."""
+    replace: tuple[str, ...] = ()
+    """Modules that take the place of the network's own: approx_gelu | approx_silu | mask_relu | ms_norm |
+    binary | bi_mask | velora."""
+    compile: bool = False
+    """Run every block through torch.compile."""
+    channels_last: bool = False
+    """Keep images and convolutions in channels-last order."""
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """How long and how fast it learns."""
+
     epochs: int = 10
     """Passes over the training set."""
     steps: int | None = None
     """Number of batches in all; overrides the epochs."""
     batch_size: int = 128
     """Samples per batch."""
+    accumulate: int = 1
+    """Batches per update."""
     optimizer: str = "adamw"
     """adamw | adam | sgd (Nesterov momentum 0.9) | rmsprop | any class of torch.optim."""
     optimizer_options: dict[str, float] = field(default_factory=dict)
@@ -90,31 +124,37 @@ class RunSettings:
     """Share of the target that is spread evenly over the classes."""
     clip: float | None = None
     """Largest norm of one group's gradient."""
-    accumulate: int = 1
-    """Batches per update."""
-    micro: int = 1
-    """Parts in which every block runs its batch, one after the other, before it steps: less memory, the same update."""
-    peak: str | None = None
-    """Most memory of activations and gradients, such as 200MiB: the run takes the fewest parts (--micro) that stay
-    within it. In a comparison also auto: the lowest of the rules as they are."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of the blocks (autocast)."""
-    compile: bool = False
-    """Run every block through torch.compile."""
-    channels_last: bool = False
-    """Keep images and convolutions in channels-last order."""
-    nonfinite: Literal["raise", "skip"] = "raise"
-    """Stop at a non-finite loss or gradient, or leave such updates out and count them."""
+
+
+@dataclass(frozen=True)
+class MachineSettings:
+    """Where it runs, and what that costs."""
+
     seed: int = 0
     """Seed of the initial weights, the order of the data and every random draw."""
     device: str = "auto"
     """cpu | cuda | cuda:N | mps | xpu | auto (the accelerator where there is one)."""
     threads: int | None = None
     """Threads of the CPU; the same number gives the same bits."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the blocks (autocast)."""
+    micro: int = 1
+    """Parts in which every block runs its batch, one after the other, before it steps: less memory, the same update."""
+    peak: str | None = None
+    """Most memory of activations and gradients, such as 200MiB: the run takes the fewest parts (--micro) that stay
+    within it. In a comparison also auto: the lowest of the rules as they are."""
     offload: Where = "none"
     """Keep blocks in host memory or on disk, and on the device only those that are about to run."""
     offload_folder: str | None = None
     """Folder for the file of --offload disk; that of the run if not given."""
+    nonfinite: Literal["raise", "skip"] = "raise"
+    """Stop at a non-finite loss or gradient, or leave such updates out and count them."""
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """What is written, and where."""
+
     out: str | None = None
     """Folder of the run; runs/<data>-<model>-<rule>-seed<seed> if not given."""
     overwrite: bool = False
@@ -127,6 +167,11 @@ class RunSettings:
     """Steps between measurements on the validation split; one per epoch if not given."""
     tensorboard: bool = False
     """Write the same scalars for TensorBoard."""
+
+
+@dataclass(frozen=True)
+class RunSettings(OutputSettings, MachineSettings, OptimizerSettings, ModelSettings, DataSettings):
+    """What a run is beside its rule and its model; each base is a group of the help."""
 
 
 def build_options(cls: type, values: Mapping[str, Any], where: str) -> Any:

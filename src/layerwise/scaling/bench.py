@@ -4,7 +4,6 @@ import contextlib
 import math
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ import torch
 from layerwise import models
 from layerwise.core.cost import operations
 from layerwise.core.cutting import partition
-from layerwise.errors import LayerwiseError, say
+from layerwise.errors import LayerwiseError
 from layerwise.measure.bench_problem import batch_of, network_of, parse_problem, write_figures
 from layerwise.processes import cores
+from layerwise.runs.progress import GridProgress
 from layerwise.scaling.jobs import RankProcesses
 from layerwise.scaling.options import ALONE, ScalingOptions, check_options
 from layerwise.scaling.series import Series, quantiles
@@ -25,13 +25,13 @@ from layerwise.scaling.tables import against_rivals, measured_table, simulated_t
 
 
 def measured(
-    options: ScalingOptions, told: Callable[[str], None]
+    options: ScalingOptions, told: Callable[[int], None]
 ) -> tuple[dict[tuple[str, int], Series], dict[str, list[float]]]:
     """Run all rounds.
 
     Args:
         options: checked.
-        told: is called with a line at the end of every round.
+        told: is called with the number of rounds that are done.
 
     Returns:
         A series per way and number of ranks; seconds of the blocks, see `simulate.Costs`.
@@ -51,7 +51,6 @@ def measured(
         for processes in processes_by_count.values():  # which start side by side
             processes.meet()
         for turn in range(options.rounds):
-            started = time.monotonic()
             # The order rotates, so that no way always runs after the same one.
             for way, ranks in jobs[turn % len(jobs) :] + jobs[: turn % len(jobs)]:
                 warmup = options.warmup * (2 if turn == 0 else 1)
@@ -60,7 +59,7 @@ def measured(
                 samples = options.batch_size * options.steps * (ranks if way == "apart" else 1)
                 series[way, ranks].add(answers, samples)
             costs += processes_by_count[1].ask([{"do": "costs"}])
-            told(f"round {turn + 1} of {options.rounds}, {time.monotonic() - started:.0f} s")
+            told(turn + 1)
     # The first round's are those of code that runs for the first time.
     costs = costs[1:] or costs
     medians = {
@@ -138,7 +137,10 @@ def scaling_command(argv: list[str]) -> int:
     check_options(options, blocks)
     x, _ = batch_of(options.shape, options.batch_size)
     flops = operations(partition(network), x[:1])
-    series, medians = measured(options, say)
+    with GridProgress(
+        options.rounds, options.rounds, f"bench scaling: {options.rounds} rounds", live=False
+    ) as progress:
+        series, medians = measured(options, progress.reached)
     rows = list(rows_of(options, series, blocks))
     costs = Costs(**medians, micro_batches=options.micro_batches)
     sizes = [row["bytes_per_step"][0] for row in rows if row["way"] == "pipeline" and row["ranks"] > 1]
@@ -149,11 +151,12 @@ def scaling_command(argv: list[str]) -> int:
                 row["way"], row["ranks"], costs, flops, size, options.micro_batches, interconnect, contention(series)
             )
             row["predicted"] = options.batch_size / seconds
-    print("\n".join(measured_table(rows)))
-    print("\n" + "\n".join(against_rivals(rows, series)))
+    tables = [measured_table(rows), against_rivals(rows, series)]
     if options.simulate is not None:
         rows += simulated(options, rows, costs, flops, size)
-        print("\n" + "\n".join(simulated_table(options, rows)))
+        tables.append(simulated_table(options, rows))
+    if options.json != "-":
+        print("\n\n".join("\n".join(lines) for lines in tables))
     return write_figures(options, rows, "scaling", argv)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from layerwise.scaling.options import ALONE, ScalingOptions
 from layerwise.scaling.series import Series, quantiles
+from layerwise.terminal import table, terminal_width
 
 ABOUT = {
     "rule": "the rule in one process",
@@ -20,26 +21,37 @@ ABOUT = {
 }
 
 
+HEAD = (
+    *("way", "ranks", "samples/s", "10 % .. 90 %", "ratio to rule", "its 10 % .. 90 %", "MiB/step", "fill, s"),
+    *("simulated", "error", "waiting for others (for a core), % by rank"),
+)
+
+
 def measured_table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """What was measured, for a person to read."""
-    yield (
-        f"{'way':<10}{'ranks':>6}{'samples/s':>11}{'10 % .. 90 %':>18}{'ratio to rule':>15}{'10 % .. 90 %':>16}"
-        f"{'MiB/step':>10}{'fill, s':>9}{'simulated':>11}{'error':>8}   waiting for others (for a core), % by rank"
-    )
+    lines = [HEAD]
     for row in rows:
         guess = row["predicted"]
-        error = "" if guess is None else f"{100 * (guess / row['samples_per_second'] - 1):+.0f} %"
         waits = [
             f"{100 * wait:.0f}" + (f" ({100 * queued:.0f})" if queued >= 0.005 else "")
             for wait, queued in zip(row["waiting"], row["queued"], strict=True)
         ]
-        yield (
-            f"{row['way']:<10}{row['ranks']:>6}{row['samples_per_second']:>11.1f}"
-            f"{'{:.1f} .. {:.1f}'.format(row['samples_per_second_10'], row['samples_per_second_90']):>18}"
-            f"{row['ratio']:>15.2f}{'{:.2f} .. {:.2f}'.format(row['ratio_10'], row['ratio_90']):>16}"
-            f"{max(row['bytes_per_step']) / 2**20:>10.2f}{row['fill']:>9.2f}"
-            f"{'' if guess is None else f'{guess:.1f}':>11}{error:>8}   {' '.join(waits)}"
+        lines.append(
+            (
+                row["way"],
+                str(row["ranks"]),
+                f"{row['samples_per_second']:.1f}",
+                f"{row['samples_per_second_10']:.1f} .. {row['samples_per_second_90']:.1f}",
+                f"{row['ratio']:.2f}",
+                f"{row['ratio_10']:.2f} .. {row['ratio_90']:.2f}",
+                f"{max(row['bytes_per_step']) / 2**20:.2f}",
+                f"{row['fill']:.2f}",
+                "" if guess is None else f"{guess:.1f}",
+                "" if guess is None else f"{100 * (guess / row['samples_per_second'] - 1):+.0f} %",
+                " ".join(waits),
+            )
         )
+    yield table(lines, terminal_width(), right=1)
 
 
 def against_rivals(rows: Sequence[dict[str, Any]], series: dict[tuple[str, int], Series]) -> Iterator[str]:
@@ -66,10 +78,10 @@ def simulated_table(options: ScalingOptions, rows: Sequence[dict[str, Any]]) -> 
         "samples/s, and how many times one process with the same rule"
     )
     ways = list(dict.fromkeys(row["way"] for row in found))
-    yield f"{'ranks':>6}{'blocks':>8}{'micro-batches':>15}" + "".join(f"{way:>20}" for way in ways)
+    lines = [("ranks", "blocks", "micro-batches", *ways)]
     for ranks in dict.fromkeys(row["ranks"] for row in found):
         here = {row["way"]: row for row in found if row["ranks"] == ranks}
         micro = max((row["micro_batches"] or 0 for row in here.values()), default=0)
         cells = [f"{here[w]['predicted']:.1f} ({here[w]['speedup']:.2f} x)" if w in here else "" for w in ways]
-        depth = next(iter(here.values()))["depth"]
-        yield f"{ranks:>6}{depth:>8}{micro or '':>15}" + "".join(f"{cell:>20}" for cell in cells)
+        lines.append((str(ranks), str(next(iter(here.values()))["depth"]), str(micro or ""), *cells))
+    yield table(lines, terminal_width(), right=0)

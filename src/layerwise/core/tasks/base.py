@@ -19,8 +19,8 @@ class Task(Abstract):
     """What the labels mean. A task of one's own is a frozen dataclass that inherits this and overrides `loss`.
 
     Outputs are those of the network's head, or of a block's readout: `(B, K)` per sample, `(B, T, K)` per token,
-    `(B, K, H, W)` per pixel, with K = `outputs`. Every loss is computed in float32 whatever the precision of the
-    network.
+    `(B, K, H, W)` per pixel, with K = `outputs`. Every loss is computed in float32 or wider whatever the precision
+    of the network.
 
     Attributes:
         outputs: width K of the head and of every readout; 0 until the network is known.
@@ -80,7 +80,7 @@ class Task(Abstract):
 
     @abstractmethod
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
-        """Mean over what counts, a scalar in float32."""
+        """Mean over what counts, a scalar in float32 or wider."""
 
     def chunk(self, predictions: int) -> int | None:
         """How many of so many predictions have their outputs at a time, in the loss of a linear readout; None: all."""

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layerwise.core.chunked import LOGITS, LinearOutputs, cross_entropy
+from layerwise.core.chunked import LOGITS, Aligned, LinearOutputs, objective
+from layerwise.core.functional import wide
 from layerwise.core.posteriors import Categorical
 from layerwise.core.ranges import NonNegativeFloat, PositiveInt, check_fields, check_ranges
 from layerwise.core.tasks.base import Task
@@ -113,13 +114,13 @@ class Classification(Task):
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy of logits `(..., K)` against labels `y` `(...)`: a scalar."""
         _check_shapes(outputs, y)
-        given = outputs.shape[-1]
+        given, outputs = outputs.shape[-1], wide(outputs)
         if y.is_floating_point():  # some readouts have further categories, which no label has
-            y = F.pad(y.float(), (0, given - y.shape[-1])).flatten(0, -2)
+            y = F.pad(y.to(outputs.dtype), (0, given - y.shape[-1])).flatten(0, -2)
         else:
             y = self.aligned(y).flatten()
-        weights = None if self.weights is None else self._weights(given, y)
-        return F.cross_entropy(outputs.float().flatten(0, -2), y, weights, label_smoothing=self.label_smoothing)
+        weights = None if self.weights is None else self._weights(given, y).to(outputs.dtype)
+        return F.cross_entropy(outputs.flatten(0, -2), y, weights, label_smoothing=self.label_smoothing)
 
     def _weights(self, size: int, like: Tensor) -> Tensor:
         """The weights of the classes, 1 for what lies above them."""
@@ -142,14 +143,14 @@ class Classification(Task):
 
     def posterior(self, z: Tensor) -> Categorical:
         """The softmax of logits `(..., K)`."""
-        return Categorical(z.to(torch.promote_types(z.dtype, torch.float32)).log_softmax(-1))
+        return Categorical(wide(z).log_softmax(-1))
 
     def distribution(self, y: Tensor) -> Tensor:
         """Target probabilities `(..., K)` of labels `y` `(...)`, with label smoothing; any where none counts."""
         return once(y, ("distribution of", self), self._targets)
 
     def _targets(self, y: Tensor) -> Tensor:
-        hot = y.float() if y.is_floating_point() else F.one_hot(self.aligned(y).clamp_min(0), self.classes).float()
+        hot = wide(y) if y.is_floating_point() else F.one_hot(self.aligned(y).clamp_min(0), self.classes).float()
         return hot * (1 - self.label_smoothing) + self.label_smoothing / self.classes
 
     def correct(self, outputs: Tensor, y: Tensor) -> Tensor:
@@ -292,11 +293,24 @@ class LanguageModel(Classification):
 
     def loss_in_chunks(self, outputs: LinearOutputs, y: Tensor, chunk: int) -> tuple[Tensor, dict[str, Tensor]]:
         """`loss` and `statistics` of a linear readout, `chunk` positions at a time."""
+        loss, _, _, statistics = self.objective_in_chunks(outputs, y, chunk)
+        return loss, statistics
+
+    def objective_in_chunks(
+        self,
+        outputs: LinearOutputs,
+        y: Tensor,
+        chunk: int,
+        likelihood_weight: float = 1.0,
+        neighbour: Aligned | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """`chunked.objective` of a linear readout: the objective, `loss`, the mean divergence and `statistics`."""
         _check_shapes(outputs, y)
-        aligned, classes = self.aligned(y), outputs.shape[-1]
-        weights = None if self.weights is None else self._weights(classes, aligned)
-        loss, nats, hits = cross_entropy(outputs, aligned, weights, self.label_smoothing, UNLABELLED, chunk)
-        return loss, self._sums(nats, hits, aligned)
+        labels, classes = self.aligned(y), outputs.shape[-1]
+        weights = None if self.weights is None else self._weights(classes, labels)
+        how = (weights, self.label_smoothing, UNLABELLED, chunk, likelihood_weight, neighbour)
+        found, loss, apart, nats, hits = objective(outputs, labels, *how)
+        return found, loss, apart, self._sums(nats, hits, labels)
 
     @property
     def missing(self) -> int:
@@ -318,7 +332,7 @@ class LanguageModel(Classification):
             return {}
         _check_shapes(outputs, y)
         z, y = outputs.flatten(0, -2), self.aligned(y).flatten()
-        nats = F.cross_entropy(z.float(), y, reduction="sum", ignore_index=UNLABELLED)
+        nats = F.cross_entropy(wide(z), y, reduction="sum", ignore_index=UNLABELLED)
         return self._sums(nats, (z.argmax(-1) == y).sum(), y)
 
     def statistics_beside(self, outputs: Tensor, y: Tensor, loss: Tensor) -> dict[str, Tensor]:

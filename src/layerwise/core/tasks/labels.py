@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from layerwise.core.functional import wide
 from layerwise.core.posteriors import Bernoullis
 from layerwise.core.tasks.base import Task
 from layerwise.errors import LayerwiseError
@@ -53,7 +54,7 @@ class MultiLabel(Task):
             raise LayerwiseError(
                 f"the labels have shape {tuple(y.shape)} and the outputs {tuple(z.shape)}; give one number per output."
             )
-        return F.binary_cross_entropy_with_logits(z.float(), y.float(), reduction="none")
+        return F.binary_cross_entropy_with_logits(wide(z), y.to(wide(z[:0]).dtype), reduction="none")
 
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Mean over samples and labels: a scalar."""
@@ -61,11 +62,11 @@ class MultiLabel(Task):
 
     def posterior(self, z: Tensor) -> Bernoullis:
         """One Bernoulli distribution per label, out of logits `(B, K)`."""
-        return Bernoullis(z.to(torch.promote_types(z.dtype, torch.float32)))
+        return Bernoullis(wide(z))
 
     def distribution(self, y: Tensor) -> Tensor:
         """The labels as numbers, `(B, K)`."""
-        return y.float()
+        return wide(y)
 
     def decode(self, outputs: Tensor) -> Tensor:
         """Which labels hold, bool `(B, K)`."""

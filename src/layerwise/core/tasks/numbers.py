@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from layerwise.core.functional import wide
 from layerwise.core.posteriors import LARGEST_LOG_VARIANCE, Gaussian
 from layerwise.core.ranges import Range
 from layerwise.core.tasks.base import Positions, Task
@@ -127,22 +128,23 @@ class Regression(Task):
             return y
         maps = y if y.dim() == len(resolution) + 2 else y[:, None]
         pool = F.adaptive_avg_pool3d if len(resolution) == 3 else F.adaptive_avg_pool2d
-        return pool(maps.float(), resolution)  # pyright: ignore[reportArgumentType]
+        return pool(wide(maps), resolution)  # pyright: ignore[reportArgumentType]
 
     def standardised(self, y: Tensor, z: Tensor) -> Tensor:
-        """Standardised targets `(..., D)`, in float32, for outputs `(..., D or 2 D)`."""
-        y = y.float()
+        """Standardised targets `(..., D)`, in float32 or wider as the outputs, for outputs `(..., D or 2 D)`."""
+        y = wide(y)  # of large numbers with a small spread, float32 would leave little
         if y.dim() < z.dim():
             y = y.unsqueeze(1 if self.positions == "pixel" else -1)
         y = self.outputs_last(y)
         wanted = (*z.shape[:-1], self.targets)
         if tuple(y.shape) != wanted:
             raise self._unlike(y, wanted)
-        return (y - y.new_tensor(self.mean)) / y.new_tensor(self.std)
+        y = (y - y.new_tensor(self.mean)) / y.new_tensor(self.std)
+        return y.to(wide(z[:0]).dtype)
 
     def posterior(self, z: Tensor) -> Gaussian:
         """A Gaussian for every target, out of outputs `(..., D or 2 D)`."""
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        z = wide(z)
         if self.criterion != "gaussian":
             return Gaussian(z, torch.full_like(z, LOG_VARIANCES[self.criterion]), fixed=True)
         mean, log_variance = z.chunk(2, -1)

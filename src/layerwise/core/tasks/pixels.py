@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from layerwise.core.functional import wide
 from layerwise.core.posteriors import Categorical
 from layerwise.core.tasks.base import Positions, Task, cells, nearest
 from layerwise.core.tasks.classes import UNLABELLED
@@ -102,12 +103,12 @@ class Segmentation(Task):
 
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy over the pixels that count: a scalar."""
-        return F.cross_entropy(outputs.float(), self._numbers(self.outputs_last(outputs), y))
+        return F.cross_entropy(wide(outputs), self._numbers(self.outputs_last(outputs), y))
 
     def surprise(self, z: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy of every pixel, `(B, H, W)`; 0 for one that does not count."""
         y = self._numbers(z, y)
-        return F.cross_entropy(z.float().flatten(0, -2), y.flatten(), reduction="none").view(y.shape)
+        return F.cross_entropy(wide(z).flatten(0, -2), y.flatten(), reduction="none").view(y.shape)
 
     def average(self, each: Tensor, y: Tensor) -> Tensor:
         """Mean over the pixels that count."""
@@ -116,7 +117,7 @@ class Segmentation(Task):
 
     def posterior(self, z: Tensor) -> Categorical:
         """The softmax of logits `(B, H, W, K)`."""
-        return Categorical(z.to(torch.promote_types(z.dtype, torch.float32)).log_softmax(-1))
+        return Categorical(wide(z).log_softmax(-1))
 
     def decode(self, outputs: Tensor) -> Tensor:
         """The class of each pixel, `(B, H, W)`."""

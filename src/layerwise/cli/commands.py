@@ -1,0 +1,183 @@
+"""Every command: where it lives, what it does, and its options. Help, completion and `main` read this table."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+NAMES = {
+    "rule": ("train", "compare", "bench memory", "bench speed", "bench scaling", "validate"),
+    "model": ("train", "compare", "bench memory", "bench speed", "bench scaling", "validate"),
+    "data": ("train", "compare"),
+    "recipe": ("train", "compare"),
+}
+"""Options whose values are names that `layerwise ls` knows, and the commands that have them."""
+LISTS = {"rule": "rules", "model": "models", "data": "data", "recipe": "recipes"}
+"""Such an option to the list of its names."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of the command line."""
+
+    target: str
+    """`module:function`; it is imported when it is called, since most of them import torch."""
+    about: str
+    """What it does, in a line."""
+    arguments: str = ""
+    """What it is given before its options."""
+    text: str = ""
+    """More about it."""
+    groups: Mapping[str, str] = field(default_factory=dict)
+    """Title of a group of options to the class that declares them, `module:Class`."""
+    hidden: tuple[str, ...] = ()
+    """Fields of these classes that the command sets itself."""
+    choices: tuple[str, ...] = ()
+    """What its first argument may be."""
+
+
+CHOSEN = "layerwise.cli.words"
+RUN = {
+    "data": "layerwise.runs.settings:DataSettings",
+    "model": "layerwise.runs.settings:ModelSettings",
+    "optimiser": "layerwise.runs.settings:OptimizerSettings",
+    "run": "layerwise.runs.settings:MachineSettings",
+}
+OUTPUT = {"output": "layerwise.runs.settings:OutputSettings", "results": f"{CHOSEN}:Results"}
+BENCH = "layerwise.measure.bench_options"
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(
+        "layerwise.cli.train:train_command",
+        "train a network (default: SLL on digits), or continue a run",
+        text="Options that a rule and a model have themselves follow their names; those of others are listed by "
+        "layerwise train --rule NAME --model NAME --help.",
+        groups={
+            "what is trained": f"{CHOSEN}:Trained",
+            **RUN,
+            "several processes": "layerwise.runs.launch:ParallelOptions",
+            **OUTPUT,
+        },
+    ),
+    "compare": Command(
+        "layerwise.cli.compare:compare_command",
+        "train several rules over several seeds, and write one report",
+        text="Every rule has the same data order, initial weights and budget. Repeat the command to continue after a "
+        "crash: finished runs stay, and a half-written run is run again.",
+        groups={
+            "what is compared": f"{CHOSEN}:Compared",
+            "comparison": "layerwise.compare.settings:ComparisonSettings",
+            **RUN,
+            **OUTPUT,
+        },
+        hidden=("seed", "overwrite", "save_every"),
+    ),
+    "report": Command(
+        "layerwise.cli.compare:report_command",
+        "draw the report of a comparison or a benchmark again",
+        "DIR",
+        "It draws report.html and figures/ from what compare or bench --out left in DIR, and prints the path.",
+    ),
+    "eval": Command(
+        "layerwise.cli.trained:eval_command",
+        "measure a trained run on the test split, block by block",
+        "RUN",
+        groups={"options": "layerwise.cli.words:EvalOptions"},
+    ),
+    "beliefs": Command(
+        "layerwise.cli.trained:beliefs_command",
+        "measure what SID's theory predicts, module by module; early exit",
+        "RUN",
+        groups={"options": "layerwise.cli.words:BeliefsOptions"},
+    ),
+    "predict": Command(
+        "layerwise.cli.trained:predict_command",
+        "predict the classes of images or of the rows of a table, as CSV; --prompt continues a text",
+        "RUN INPUT | RUN --prompt TEXT",
+        "INPUT is an image, a folder of images, a .npy array (N, C, H, W), or a CSV file with the columns of the run's "
+        "table. The CSV has the columns input, class and probability; or one per target or label, as the run's task "
+        "has them. A class per pixel goes into an array: --out FILE.npy.",
+        groups={"options": "layerwise.cli.words:PredictOptions", "text": "layerwise.cli.words:TextOptions"},
+    ),
+    "export": Command(
+        "layerwise.cli.trained:export_command",
+        "write the trained weights as one safetensors file, for your own model class",
+        "RUN FILE",
+        "The parameters have the model's own names. This works for a run that several ranks have trained, and for one "
+        "that is not finished.",
+    ),
+    "ls": Command(
+        "layerwise.cli.listing:ls_command",
+        "list rules, models, data sets or recipes",
+        "rules|models|data|recipes",
+        groups={"options": f"{CHOSEN}:Results"},
+        choices=tuple(LISTS.values()),
+    ),
+    "describe": Command(
+        "layerwise.cli.listing:describe_command",
+        "show a rule's equations, locality, boundary, source, restrictions and options",
+        "RULE",
+    ),
+    "bench": Command(
+        "layerwise.cli.bench:bench_command",
+        "measure memory (exact bytes by depth), speed (rules interleaved) or scaling (processes)",
+        "memory|speed|scaling",
+        "layerwise bench memory --help lists the options of a benchmark.",
+        choices=("memory", "speed", "scaling"),
+    ),
+    "new-rule": Command(
+        "layerwise.cli.new_rule:new_rule_command",
+        "write a rule of your own with its tests, ready to be changed",
+        "NAME [FOLDER]",
+        "It writes NAME.py, a rule that trains, and test_NAME.py, its tests, into FOLDER (default: here). Nothing is "
+        "overwritten.",
+    ),
+    "doctor": Command(
+        "layerwise.cli.doctor:doctor_command",
+        "show versions, devices, memory, data and parts, and what stands in the way of training",
+        groups={"options": f"{CHOSEN}:Results"},
+    ),
+    "validate": Command(
+        "layerwise.cli.validate:validate_command",
+        "check a rule's declared properties on this machine, or the files of a run",
+        "[RUN]",
+        groups={"options": "layerwise.cli.words:ValidateOptions"},
+    ),
+    "completion": Command(
+        "layerwise.cli.completion:completion_command",
+        "print a script that lets a shell complete commands, options and names",
+        "bash|zsh|fish",
+        'Bash: eval "$(layerwise completion bash)" in ~/.bashrc. Zsh: the same with zsh in ~/.zshrc, after compinit. '
+        "Fish: layerwise completion fish > ~/.config/fish/completions/layerwise.fish.",
+        choices=("bash", "zsh", "fish"),
+    ),
+}
+DEVICE = {"model and batch": f"{BENCH}:Problem", "run": f"{BENCH}:DeviceProblem"}
+BENCHES: dict[str, Command] = {
+    "bench memory": Command(
+        "", "measure the exact peak bytes of one training step, by depth", groups={
+            "what is measured": f"{BENCH}:MemoryOptions", **DEVICE, "output": f"{BENCH}:Written"
+        },
+    ),
+    "bench speed": Command(
+        "", "measure the time per training step; rules are interleaved", groups={
+            "what is measured": f"{BENCH}:SpeedOptions", **DEVICE, "output": f"{BENCH}:Written"
+        },
+    ),
+    "bench scaling": Command(
+        "", "measure throughput on several processes, interleaved",
+        text="Ways: rule and backprop in one process; apart (processes that share nothing: what the machine gives); "
+        "pipeline and data (ours); ddp (torch's DistributedDataParallel); torch's gpipe, 1f1b, zb1p and zbv (zero "
+        "bubble). On the CPU.",
+        groups={
+            "what is measured": "layerwise.scaling.options:ScalingOptions",
+            "model and batch": f"{BENCH}:Problem",
+            "output": f"{BENCH}:Written",
+        },
+    ),
+}  # fmt: skip
+"""The benchmarks, which `layerwise bench` calls."""
+ANYWHERE = {
+    "--help": "print this help",
+    "--quiet": "print results and errors only: no progress and no notes",
+    "--debug": "print the traceback of an error before its sentence",
+}
+"""Switches that every command has, anywhere on the line."""

@@ -1,0 +1,126 @@
+"""The options of commands that no other package declares: torch is not imported here."""
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Results:
+    """Where the results go."""
+
+    json: str | None = None
+    """Write the results as JSON to this file; without a file, or with -, print them in place of the table."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is trained."""
+
+    recipe: str = "digits"
+    """Recipe whose options are the defaults below (layerwise ls recipes), or a TOML file."""
+    rule: str = "sll"
+    """Learning rule (layerwise ls rules), or FILE.py:Class."""
+    model: str = "mlp"
+    """Network (layerwise ls models), or FILE.py:function, hf:CONFIG_OR_FOLDER, timm:NAME."""
+    resume: str | None = None
+    """Folder of a run to continue with its own options; beside it only those of several processes and results."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What is compared."""
+
+    recipe: str = "digits"
+    """Recipe whose options are the defaults below (layerwise ls recipes), or a TOML file."""
+    model: str = "mlp"
+    """Network (layerwise ls models), or FILE.py:function, hf:CONFIG_OR_FOLDER, timm:NAME."""
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Measure the task's metrics and the loss of a trained run, block by block."""
+
+    split: Literal["test", "val", "train"] = "test"
+    """Which part of the run's data set."""
+    batch_size: int = 512
+    """Samples per batch."""
+    device: str = "auto"
+    """cpu | cuda | cuda:N | mps | xpu | auto."""
+    json: str | None = None
+    """Write the results as JSON to this file; without a file, or with -, print them in place of the table."""
+
+
+@dataclass(frozen=True)
+class BeliefsOptions:
+    """The beliefs of a run of SID, module by module: descent, the bounds of its theory, early exit."""
+
+    split: Literal["test", "val", "train"] = "test"
+    """Which part of the run's data set."""
+    thresholds: tuple[float, ...] = (0.5, 0.9, 0.99)
+    """Probabilities at which to stop at a module."""
+    batch_size: int = 512
+    """Samples per batch."""
+    device: str = "auto"
+    """cpu | cuda | cuda:N | mps | xpu | auto."""
+    json: str | None = None
+    """Write all results, with the history of the run, as JSON to this file; without a file, or with -, print them in
+    place of the table."""
+    plot: str | None = None
+    """Draw entropy and divergence over depth to this file (.svg, .png, .pdf)."""
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How a run on text continues a prompt."""
+
+    prompt: str | None = None
+    """Text that a run on text continues."""
+    tokens: int = 200
+    """Number of tokens that it writes."""
+    temperature: float = 1.0
+    """Divides the logits before a token is drawn; 0 takes the most likely one."""
+    top_k: int | None = None
+    """Draw among so many of the most likely tokens; all of them if not given."""
+    seed: int = 0
+    """Of the draws."""
+    block: int | None = None
+    """Predict with the readout of this block, from 1, without the blocks after it; with the whole network if not
+    given."""
+
+
+@dataclass(frozen=True)
+class PredictOptions(TextOptions):
+    """What is predicted, and where it goes."""
+
+    out: str | None = None
+    """Write the CSV, or the text, to this file instead of printing it."""
+    device: str = "auto"
+    """cpu | cuda | cuda:N | mps | xpu | auto."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Nothing: a run and a file are all that an export needs."""
+
+
+@dataclass(frozen=True)
+class ValidateOptions:
+    """What is checked."""
+
+    rule: str = "sll"
+    """Rule to check."""
+    model: Literal["mlp", "vgg", "resnet", "vit", "sid_cascade", "noprop", "noprop_ct", "noprop_fm"] = "mlp"
+    """Model to check it on."""
+    json: str | None = None
+    """Write the findings as JSON to this file; without a file, or with -, print them in place of the lines."""
+
+
+def put_json(where: str, found: Any) -> None:
+    """Print JSON where `--json` is `-`, without torch, or write it to a file."""
+    if where == "-":
+        print(json.dumps(found, indent=2))
+    else:
+        from layerwise.runs.output import write_json
+
+        write_json(where, found)

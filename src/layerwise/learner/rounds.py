@@ -1,0 +1,45 @@
+"""A training step's updates: one, or several with one batch for a rule that repeats it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from layerwise.core.contract import asking, check_begin
+from layerwise.core.groups import Group
+from layerwise.core.pieces import RepeatsBatch
+from layerwise.core.progress import Trace
+from layerwise.core.trees import detach
+from layerwise.learner.build import Built
+from layerwise.learner.prediction import batch_context, begun
+
+
+def train_on(
+    built: Built, x: Any, y: Tensor, step: int, predict: Callable[[Any], Tensor], groups: Sequence[Group], trace: Trace
+) -> tuple[Tensor, Any]:
+    """Update all groups with a batch, as often as the rule wants; all rounds are one update to schedules.
+
+    Args:
+        built: groups and engine.
+        x: inputs, placed.
+        y: labels.
+        step: number of the training step.
+        predict: what a rule may ask the network for.
+        groups: of this update.
+        trace: where metrics go: those of the last round.
+
+    Returns:
+        Output and message of the last group.
+    """
+    rule = built.setup.rule
+    h, message = begun(built, x, y, step, predict)
+    out = built.engine.step(groups, h, message, y, step, trace)
+    for _ in range(rule.rounds() - 1 if isinstance(rule, RepeatsBatch) else 0):
+        assert isinstance(rule, RepeatsBatch)
+        built.engine.accumulation.updates -= 1
+        with asking(rule, "`again`"):
+            found = rule.again(batch_context(built, x, y, step, predict), message)
+        check_begin(rule, found)
+        h, message = detach(found)
+        out = built.engine.step(groups, h, message, y, step, trace)
+    return out

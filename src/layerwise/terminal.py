@@ -1,0 +1,71 @@
+"""Text for a terminal: tables and lists that are no wider than it."""
+
+import shutil
+import textwrap
+from collections.abc import Sequence
+
+
+def terminal_width() -> int:
+    """Columns of the terminal, or of the variable COLUMNS; there is no limit where output is piped.
+
+    >>> terminal_width() >= 40
+    True
+    """
+    found = shutil.get_terminal_size((0, 0)).columns
+    return max(40, found) if found else 10**6
+
+
+def indented(name: str, text: str, margin: int, width: int) -> str:
+    """A name and a text beside it, broken into lines where it is longer than the terminal is wide.
+
+    >>> print(indented("sll", "local: a block learns from its own loss", 6, 32))
+    sll   local: a block learns from
+          its own loss
+    """
+    fits = len(text) + margin <= width
+    lines = [text] if fits else textwrap.wrap(text, max(20, width - margin), break_on_hyphens=False)
+    return f"\n{'':<{margin}}".join([f"{name:<{margin}}{lines[0]}".rstrip(), *lines[1:]])
+
+
+def wrapped(sentence: str, width: int) -> str:
+    """A sentence in lines that are no wider than the terminal."""
+    return sentence if len(sentence) <= width else "\n".join(textwrap.wrap(sentence, width, break_on_hyphens=False))
+
+
+def table(rows: Sequence[Sequence[str]], width: int = 10**6, gap: str = "  ", right: int | None = None) -> str:
+    """Rows, the first with the names of the columns, in aligned columns; a block for each row where those do not fit.
+
+    Args:
+        rows: of as many cells as there are columns. A cell after which the row is empty, such as a reason, may be long.
+        width: columns of the terminal.
+        gap: between two columns.
+        right: the first column that is aligned to the right; none if not given.
+
+    >>> print(table([("rule", "seconds"), ("sll", "2.8")]))
+    rule  seconds
+    sll   2.8
+    >>> print(table([("rule", "seconds"), ("sll", "2.8")], 8))
+    sll
+      seconds  2.8
+    """
+    last = len(rows[0]) - 1
+
+    def counts(row: Sequence[str], place: int) -> bool:
+        return place < 2 or place == last or any(row[place + 1 :])
+
+    widths = [max(len(row[i]) for row in rows if counts(row, i)) for i in range(last + 1)]
+    first = last + 1 if right is None else right
+    aligned = [[*zip(row, widths, strict=True)] for row in rows]
+    lines = [
+        gap.join(f"{cell:>{w}}" if i >= first else f"{cell:<{w}}" for i, (cell, w) in enumerate(row)) for row in aligned
+    ]
+    if max(len(line.rstrip()) for line in lines) <= width:
+        return "\n".join(line.rstrip() for line in lines)
+    names, margin = rows[0], max(map(len, rows[0][1:])) + 4
+    blocks = []
+    for row in rows[1:]:
+        blocks.append(row[0])
+        blocks += [
+            indented(f"  {name}", cell, margin, width) for name, cell in zip(names[1:], row[1:], strict=True) if cell
+        ]
+    return "\n".join(blocks)

@@ -1,0 +1,179 @@
+"""Help and completion: every option in a group, no wider than the terminal, with its default, and without torch."""
+
+import dataclasses
+import importlib
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from support.runs import split
+
+from layerwise import models, rules
+from layerwise.cli import catalogue
+from layerwise.cli.commands import BENCHES, COMMANDS, NAMES
+from layerwise.cli.completion import SCRIPTS, candidates
+from layerwise.cli.help import groups_of, help_of
+from layerwise.cli.main import main
+from layerwise.cli.options import options_of
+from layerwise.runs.options import TrainOptions, from_mapping
+from layerwise.runs.settings import load_recipe
+
+ALL = {**COMMANDS, **BENCHES}
+
+
+def listed(name, *words):
+    return {option.flag: option for _, group in groups_of(name, ALL[name], words) for option in group}
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_every_help_fits_its_terminal_and_holds_no_formula(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    words = [[*split(name), "--help"] for name in ALL] + [["train", "--rule", rule, "-h"] for rule in rules.names()]
+    for line in words:
+        assert main(line) == 0
+        out = capsys.readouterr().out
+        assert max(map(len, out.splitlines())) <= columns, line
+        assert not re.search(r"[\\`]|\$[^(]", out), line
+        assert f"usage: layerwise {line[0]}" in out
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_help_has_every_option_that_is_parsed_once(name):
+    """The table of groups names each class that declares options, and no option stands in two groups."""
+    command = ALL[name]
+    flags = [option.flag for _, group in groups_of(name, command, []) for option in group]
+    assert max(Counter(flags).values(), default=1) == 1
+    for where in command.groups.values():
+        module, _, cls = where.partition(":")
+        for field in dataclasses.fields(getattr(importlib.import_module(module), cls)):
+            own = f"--{field.name.replace('_', '-')}"
+            assert any(flag.rpartition(".")[2] in own for flag in flags) or field.name in command.hidden, field.name
+
+
+def test_the_names_that_bring_options_are_entries_of_the_help():
+    for option, commands in NAMES.items():
+        for name in commands:
+            assert f"--{option}" in listed(name), (option, name)
+    assert "--resume" in listed("train")
+
+
+@pytest.mark.parametrize(("words", "recipe"), [("", "digits"), ("--recipe shakespeare", "shakespeare")])
+def test_defaults_are_those_of_the_recipe(words, recipe):
+    options, found = from_mapping(load_recipe(recipe).values), listed("train", *split(words))
+    assert found["--lr"].default == str(options.lr)
+    assert found["--epochs"].default == str(options.epochs)
+    assert found["--data"].default == options.data
+    assert found["--rule"].default == rules.name_of(options.rule)
+    assert found["--model.depth"].default == str(options.model.depth)
+
+
+@pytest.mark.parametrize("name", [*rules.names(), *models.names()])
+def test_the_options_of_a_rule_and_a_model_are_the_fields_of_its_class(name):
+    """Read from the source, they are what the imported dataclass has: names, defaults and choices."""
+    kind = rules.get(name) if name in rules.names() else models.options(name)
+    place = (catalogue.class_of_rule if name in rules.names() else catalogue.class_of_model)(name)
+    found = {option.flag.removeprefix("--").replace("-", "_"): option for option in options_of(*place)}
+    assert found.keys() == {field.name for field in dataclasses.fields(kind)}
+    for field in dataclasses.fields(kind):
+        option = found[field.name]
+        if isinstance(field.default, bool):
+            assert option.value == ""
+            assert option.default == ("on" if field.default else "off")
+        elif isinstance(field.default, (int, float, str)) and field.default != "":
+            assert option.default == str(field.default), field.name
+        assert option.about, f"{name} does not say what {field.name} is"
+        assert field.default in option.choices or not option.choices or field.default is None
+
+
+def test_a_class_and_a_function_of_the_users_are_read_and_not_run(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "raise SystemExit\nclass Mine:\n    gain: float = 2.0\n    r'''Factor $\\gamma$.'''\n"
+        "def net(shape, width: int = 8, *, outputs, deep=True): ...\n"
+    )
+    found = listed("train", "--rule", f"{file}:Mine", "--model", f"{file}:net")
+    assert found["--rule.gain"][1:] == ("X", (), False, "2.0", "Factor gamma.")
+    assert found["--model.width"].default == "8"
+    assert found["--model.deep"].value == ""
+    assert {flag for flag in found if flag.startswith("--model.")} == {"--model.width", "--model.deep"}
+
+
+def test_a_misspelt_name_is_refused_in_the_help_too(capsys):
+    assert main(["train", "--rule", "slll", "--help"]) == 2
+    assert "did you mean 'sll'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["train --help", "train --rule sll --model vit --help", "bench scaling --help"])
+def test_help_takes_less_than_half_a_second(words):
+    """The best of three processes, in their own processor time."""
+    seconds = []
+    for _ in range(3):
+        before = os.times()
+        subprocess.run([sys.executable, "-m", "layerwise", *words.split()], check=True, capture_output=True)
+        after = os.times()
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("tra", {"train"}),
+        ("ls m", {"models"}),
+        ("describe sl", {"sll"}),
+        ("train --rule sl", {"sll"}),
+        ("train --rule sll --model vi", {"vit"}),
+        ("train --model vit --model.pa", {"--model.patch"}),
+        ("train --rule=sl", {"--rule=sll"}),
+        ("train --data mn", {"mnist"}),
+        ("train --data text", {"text:"}),
+        ("compare --rule sll backprop_c", {"backprop_checkpoint"}),
+        ("compare --rule sll,backprop_c", {"sll,backprop_checkpoint"}),
+        ("compare --rule sll:weight=2:over", {"sll:weight=2:overlap="}),
+        ("bench memory --off", {"--offload", "--offload-folder"}),
+        ("train --schedule o", {"onecycle"}),
+        ("train --no-comp", {"--no-compile"}),
+        ("eval ru", set()),
+        ("nothing x", set()),
+    ],
+)
+def test_what_may_come_next(words, found):
+    assert set(candidates(words.split(" "))) == found
+
+
+def test_bash_completes(tmp_path):
+    """In a real bash, which takes words apart at : and =."""
+    lines = ["layerwise train --rule sl", "layerwise compare --rule sll:over", "layerwise train --data text:b"]
+    (tmp_path / "layerwise").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m layerwise "$@"\n')
+    (tmp_path / "layerwise").chmod(0o755)
+    script = SCRIPTS["bash"] + "compopt() { :; }\n"
+    for line in lines:
+        script += f"COMP_LINE='{line}'; COMP_POINT={len(line)}; _layerwise; echo \"${{COMPREPLY[*]}}\"\n"
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=os.environ | {"PATH": path})
+    assert done.stdout == "sll\noverlap=\n\n", done.stderr
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("shell", SCRIPTS)
+def test_each_shell_has_its_script(shell, capsys):
+    assert main(["completion", shell]) == 0
+    out = capsys.readouterr().out
+    assert out == SCRIPTS[shell]
+    assert "completion --words" in out
+
+
+def test_another_shell_is_one_sentence(capsys):
+    assert main(["completion", "tcsh"]) == 2
+    assert "name one shell: 'tcsh' is none" in capsys.readouterr().err
+
+
+def test_all_settings_of_a_run_have_a_group():
+    """A field that is added to the settings of a run shows up in the help by itself."""
+    own = {field.name for field in dataclasses.fields(TrainOptions)} - {"rule", "model"}
+    shown = {flag.removeprefix("--").rpartition(".")[2].replace("-", "_") for flag in listed("train")}
+    assert own <= shown
+    assert "of several" not in help_of("export")
