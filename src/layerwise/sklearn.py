@@ -92,7 +92,7 @@ class _Estimator(BaseEstimator):
         self.loss_curve_: list[float] = []
         for _ in range(self.epochs):
             losses = []
-            for batch in torch.randperm(len(x), generator=generator).split(self.batch_size):
+            for batch in torch.randperm(len(x), generator=generator, device="cpu").split(self.batch_size):
                 metrics = self.learner_.step(x[batch], y[batch])
                 losses.append(metrics.loss * len(batch))
             self.learner_.flush()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -9,7 +10,7 @@ import sys
 from collections import Counter
 
 import pytest
-from support.runs import split
+from support.runs import SMALL, result, split
 
 from layerwise import models, rules
 from layerwise.cli import catalogue
@@ -19,7 +20,7 @@ from layerwise.cli.help import groups_of, help_of
 from layerwise.cli.main import main
 from layerwise.cli.options import options_of
 from layerwise.runs.options import TrainOptions, from_mapping
-from layerwise.runs.settings import load_recipe
+from layerwise.runs.settings import FLAGS, load_recipe
 
 ALL = {**COMMANDS, **BENCHES}
 
@@ -49,8 +50,8 @@ def test_the_help_has_every_option_that_is_parsed_once(name):
     for where in command.groups.values():
         module, _, cls = where.partition(":")
         for field in dataclasses.fields(getattr(importlib.import_module(module), cls)):
-            own = f"--{field.name.replace('_', '-')}"
-            assert any(flag.rpartition(".")[2] in own for flag in flags) or field.name in command.hidden, field.name
+            own = {"rules": "rule", **FLAGS}.get(field.name, field.name)
+            assert f"--{own.replace('_', '-')}" in flags or field.name in command.hidden, field.name
 
 
 def test_the_names_that_bring_options_are_entries_of_the_help():
@@ -61,12 +62,15 @@ def test_the_names_that_bring_options_are_entries_of_the_help():
 
 
 @pytest.mark.parametrize(("words", "recipe"), [("", "digits"), ("--recipe shakespeare", "shakespeare")])
-def test_defaults_are_those_of_the_recipe(words, recipe):
+def test_defaults_are_those_of_the_recipe(words, recipe, tmp_path):
+    mine = str(tmp_path / "mine.toml")
+    (tmp_path / "mine.toml").write_text('targets = ["kind"]\n')
     options, found = from_mapping(load_recipe(recipe).values), listed("train", *split(words))
     assert found["--lr"].default == str(options.lr)
     assert found["--epochs"].default == str(options.epochs)
     assert found["--data"].default == options.data
     assert found["--rule"].default == rules.name_of(options.rule)
+    assert listed("train", "--recipe", mine)["--data.label-column"].default == "kind"
     assert found["--model.depth"].default == str(options.model.depth)
 
 
@@ -174,6 +178,53 @@ def test_another_shell_is_one_sentence(capsys):
 def test_all_settings_of_a_run_have_a_group():
     """A field that is added to the settings of a run shows up in the help by itself."""
     own = {field.name for field in dataclasses.fields(TrainOptions)} - {"rule", "model"}
-    shown = {flag.removeprefix("--").rpartition(".")[2].replace("-", "_") for flag in listed("train")}
-    assert own <= shown
+    assert {f"--{FLAGS.get(name, name).replace('_', '-')}" for name in own} <= listed("train").keys()
     assert "of several" not in help_of("export")
+
+
+def test_json_takes_the_place_of_the_table_and_quiet_that_of_progress(tmp_path, capsys):
+    words = ["train", *SMALL, "--steps", "3", "--out", str(tmp_path / "run")]
+    assert main([*words, "--json", "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert json.loads(out)["test_accuracy"] == result(tmp_path / "run")["test_accuracy"]
+    assert main(["eval", str(tmp_path / "run"), "--json", "-"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert main(["eval", str(tmp_path / "run"), "--json", str(tmp_path / "figures.json")]) == 0
+    assert json.loads((tmp_path / "figures.json").read_text()) == figures
+    assert "head/accuracy" in capsys.readouterr().out  # the table is printed too
+    assert main(["validate", str(tmp_path / "run"), "--json"]) == 0
+    assert all(found["holds"] for found in json.loads(capsys.readouterr().out))
+
+
+def test_a_benchmark_prints_figures_for_programs(capsys):
+    words = split("bench memory --rule sll --depths 2 --shape 1 8 8 --batch-size 4 --model.width 16 --json")
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert [row["depth"] for row in json.loads(out)] == [2]
+    assert "sll mlp, 2 blocks: peak" in err
+    assert "1 of 1" in err
+    assert main([*words, "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_tables_become_blocks_where_they_do_not_fit(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(split("bench memory --rule sll --depths 2 --shape 1 8 8 --batch-size 4 --model.width 16 --quiet")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 60
+    assert lines[0] == "sll"
+    assert lines[1].split() == ["model", "mlp"]
+
+
+def test_a_file_that_json_may_not_replace_is_refused_before_the_work(tmp_path, capsys):
+    assert main(["train", *SMALL, "--steps", "3", "--out", str(tmp_path / "run"), "--json", str(tmp_path)]) == 2
+    assert "it is a folder, not a file" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_old_names_are_answered_with_the_new_ones(capsys):
+    assert main(split("compare --rules sll backprop")) == 2
+    assert "here it is --rule;" in capsys.readouterr().err
+    assert main(split("compare --rule.overlap 1")) == 2
+    assert "come after its name and a colon" in capsys.readouterr().err

@@ -50,7 +50,7 @@ def public(module):
 
 
 NAMES = [pair for module in PUBLIC for pair in public(module)]
-LONG = {DOCS / "compare.md", DOCS / "rules" / "sid_cascade.md"}  # their comparisons start processes
+LONG = {DOCS / "compare.md", DOCS / "first-hour.md", DOCS / "rules" / "sid_cascade.md"}  # runs of several kinds
 RUNNABLE = [page for page in PAGES if {"python", "pycon", "console"} & {language for language, _, _ in blocks(page)}]
 
 

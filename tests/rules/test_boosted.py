@@ -37,7 +37,7 @@ def outputs(learner, x):
         h = block(h)
         last = i == len(blocks) - 1
         stage = learner.auxiliary[str(i + last)]
-        f = (head if last else stage.readout)(h).float()
+        f = (head if last else stage.readout)(h)
         found.append((f, stage.step(), total))
         total = total + learner.rule.shrinkage * stage.step() * f.detach()
     return found, total

@@ -261,8 +261,8 @@ def test_working_memory_is_flat_in_depth_for_the_rules_that_say_so(rule, kind):
 
 @every_rule_and_model
 def test_it_learns_a_separable_problem(rule, kind):
-    shallow = {"depth": 1} if rule == "pepita" else {}  # which learns little in deep nets, as its page says
-    model = net(kind, **shallow)
+    # PEPITA learns little in deep nets, as its page says.
+    model = net(kind, **({"depth": 1} if rule == "pepita" else {}))
     slowly = (rule, kind) == ("synthetic_gradient", "vit")  # its modules have to learn first
     steps, lr = (200, 0.002) if slowly else (40, 0.01)
     learner = Learner(model, made(rule), lr=lr)

@@ -11,10 +11,11 @@ from torch import nn
 from layerwise import LayerwiseError, Learner, create_rule
 from layerwise.core.runner import Runner
 from layerwise.parallel.stage import check_rule
+from layerwise.rules.hebbian_global import hebbian_updates
 from layerwise.rules.synthetic_gradient import Synthesizer, SyntheticGradient
 
 X, Y = batches(1)[0]
-SETTLING = ("predictive_coding", "highway_backprop", "equilibrium_propagation")
+SETTLING = ("predictive_coding", "inference_learning", "highway_backprop", "equilibrium_propagation")
 
 
 def double(kind="mlp", **options):
@@ -165,13 +166,13 @@ def test_the_energy_falls_in_every_step_of_inference():
     assert all(later < earlier for earlier, later in pairwise(energies))
 
 
-def spied(learner):
+def spied(learner, x=X, y=Y):
     """What `signal` is shown in a step."""
     seen, kind = [], type(learner.rule)
     signal = kind.signal
     kind.signal = lambda rule, ctx: (seen.append(ctx), signal(rule, ctx))[1]
     try:
-        learner.step(X.to(next(learner.network.parameters()).dtype), Y)
+        learner.step(x.to(next(learner.network.parameters()).dtype), y)
     finally:
         kind.signal = signal
     return seen
@@ -204,6 +205,25 @@ def test_incremental_coding_is_a_step_of_inference_and_an_update_in_turn():
 def test_fixed_predictions_are_not_centred():
     with pytest.raises(LayerwiseError, match="linear in beta"):
         create_rule("predictive_coding", variant="fixed_prediction", centred=True)
+
+
+def test_inference_learning_brings_a_linear_layer_to_its_state_in_one_step():
+    """The proximal step with rate 1: for one sample, and without damping, the new prediction is the state."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, CLASSES)).double()
+    x, y = torch.randn(1, 6, dtype=torch.float64), torch.tensor([2])
+    how = {"optimizer": torch.optim.SGD, "lr": 1.0, "weight_decay": 0.0}
+    learner = Learner(model, create_rule("inference_learning", eps=1e-12), **how)
+    states = spied(learner, x, y)[0].message["states"]
+    assert torch.allclose(model[0](x), states[0]) and torch.allclose(model[1](states[0]), states[1])
+    assert not torch.allclose(model[1](model[0](x)).softmax(1), states[1])
+
+
+def test_the_target_of_inference_learning_goes_from_the_prediction_to_the_label():
+    model = double()
+    for alpha, expected in ((1e-9, model(X.double()).softmax(1)), (1e9, nn.functional.one_hot(Y, CLASSES).double())):
+        learner = Learner(copy.deepcopy(model), create_rule("inference_learning", alpha=alpha, steps=1))
+        assert torch.allclose(spied(learner)[-1].message["target"], expected, atol=1e-6)
 
 
 # --- Equilibrium propagation
@@ -265,6 +285,46 @@ def test_equilibrium_propagation_trains_convolutions_and_refuses_batch_norm():
     assert losses[-1] < 0.95 * losses[0]
     with pytest.raises(LayerwiseError, match="batch norm, which couples them"):
         Learner(net("vgg"), rule, example=X)
+
+
+# --- Hebbian sizes
+
+
+def test_hebbian_updates_are_ojas_rule_with_a_softmax_over_channels_in_loops():
+    torch.manual_seed(0)
+    linear, conv = nn.Linear(3, 4).double(), nn.Conv2d(2, 3, 2, stride=2, padding=1).double()
+    x, maps = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 2, 4, 4, dtype=torch.float64)
+    patches = nn.functional.unfold(maps, 2, stride=2, padding=1).transpose(1, 2).reshape(-1, 8)
+    found = hebbian_updates([(linear, x, linear(x)), (conv, maps, conv(maps))], 2.0)
+    for layer, inputs in ((linear, x), (conv, patches)):
+        w, expected = layer.weight.detach().flatten(1), torch.zeros_like(layer.weight).flatten(1)
+        for row in inputs:
+            u = w @ row
+            v = (2.0 * u).softmax(0)
+            expected += v.outer(row) - (v * u)[:, None] * w
+        assert torch.allclose(found[layer.weight].flatten(1), expected)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "vgg"])
+def test_global_direction_has_the_sign_of_the_gradient_and_a_largest_step_of_one(kind):
+    model = double(kind)
+    found, exact = gradients(model, "hebbian_global"), gradients(model, "backprop")
+    for name, own in found.items():
+        if own.dim() == 1 or name.startswith("head"):
+            assert torch.allclose(own, exact[name])
+        else:
+            assert torch.all((own == 0) | (own.sign() == exact[name].sign()))
+            assert float(own.abs().max()) <= 1 + 1e-9
+            assert not torch.allclose(own.abs() / own.abs().max(), exact[name].abs() / exact[name].abs().max())
+
+
+def test_the_local_direction_is_the_sign_of_the_blocks_own_loss():
+    model = double()
+    found, own = gradients(model, "hebbian_local"), gradients(model, "local_ce")
+    for i in (1, 2, 3):
+        name = f"block{i}.linear.weight"
+        assert torch.all((found[name] == 0) | (found[name].sign() == own[name].sign()))
+        assert torch.allclose(found[f"block{i}.linear.bias"], own[f"block{i}.linear.bias"])
 
 
 # --- All of them

@@ -22,9 +22,11 @@ QUICK = {
     "block_rota": {"period": 1, "order": "up"},
     "zeroth_order": {"directions": 16},
     "predictive_coding": {"steps": 3},
+    "inference_learning": {"steps": 3},
     "equilibrium_propagation": {"free": 5, "nudged": 3},
+    "forward_gradient": {"tangents": 2},
+    "likelihood_ratio": {"pairs": 2},
 }
-QUICK |= {"forward_gradient": {"tangents": 2}, "likelihood_ratio": {"pairs": 2}}
 UNDEFINED = {"pepita": ("vit",)}
 """Models on which a rule is not defined, and says so."""
 SIZES = {

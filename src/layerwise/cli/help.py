@@ -98,7 +98,10 @@ def _recipe(words: Sequence[str]) -> dict:
 
 def _defaults(options: Iterable[Option], values: dict, prefix: str = "") -> list[Option]:
     """Options with the defaults that a recipe gives them."""
-    names = {option: option.flag.removeprefix(f"--{prefix}").rpartition(".")[2].replace("-", "_") for option in options}
+    from layerwise.runs.settings import FLAGS
+
+    fields = {f"--{flag}": name for name, flag in FLAGS.items()}
+    names = {o: fields.get(o.flag, o.flag.removeprefix(f"--{prefix}").replace("-", "_")) for o in options}
     return [
         option._replace(default=in_words(values[name])) if name in values else option for option, name in names.items()
     ]

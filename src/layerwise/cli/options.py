@@ -174,11 +174,11 @@ def _literal(file: Path, node: ast.expr | None) -> Any:
 
 def in_words(value: Any) -> str | None:
     """A default in the words of the command line; None where there is nothing to say."""
-    if value is None or value == () or value == {} or value == "":
+    if value in (None, "", (), [], {}):
         return None
     if isinstance(value, bool):
         return "on" if value else "off"
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return " ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
 MATHS = (

@@ -40,7 +40,7 @@ def flip(images: Tensor, generator: Generator, share: Share = WHOLE) -> Tensor:
     >>> sorted({tuple(image.flatten().tolist()) for image in out})
     [(0, 1, 2, 3), (1, 0, 3, 2)]
     """
-    mirrored = share.of(torch.rand(len(images) * share.count, generator=generator)) < 0.5
+    mirrored = share.of(torch.rand(len(images) * share.count, generator=generator, device="cpu")) < 0.5
     return torch.where(_on(images, mirrored)[:, None, None, None], images.flip(3), images)
 
 
@@ -61,7 +61,7 @@ def crop(images: Tensor, generator: Generator, share: Share = WHOLE) -> Tensor:
     """
     count, channels, height, width = images.shape
     pad = max(1, height // 8)
-    draws = torch.randint(2 * pad + 1, (2, count * share.count), generator=generator)
+    draws = torch.randint(2 * pad + 1, (2, count * share.count), generator=generator, device="cpu")
     shift = _on(images, share.of(draws)) - pad
     rows = _reflected(shift[0, :, None] + torch.arange(height, device=images.device), height)
     columns = _reflected(shift[1, :, None] + torch.arange(width, device=images.device), width)
@@ -95,7 +95,7 @@ def cutout(images: Tensor, generator: Generator, share: Share = WHOLE) -> Tensor
     count, _, height, width = images.shape
     side = max(1, height // 2)
     whole = count * share.count
-    centre = torch.stack([torch.randint(edge, (whole,), generator=generator) for edge in (height, width)])
+    centre = torch.stack([torch.randint(edge, (whole,), generator=generator, device="cpu") for edge in (height, width)])
     start = _on(images, share.of(centre))[:, :, None] - side // 2
     rows = torch.arange(height, device=images.device) - start[0]
     columns = torch.arange(width, device=images.device) - start[1]

@@ -16,7 +16,7 @@ def balanced_ends(cost: Sequence[float], parts: int) -> list[int]:
     >>> balanced_ends([1, 1, 4, 1, 1], 3)
     [2, 3, 5]
     """
-    total = [0, *torch.tensor(cost).cumsum(0).tolist()]
+    total = [0, *torch.tensor(cost, device="cpu").cumsum(0).tolist()]
     # best[k][i]: the smallest possible maximum when the first i are joined to k.
     best = {(0, 0): (0, 0)}
     for k in range(1, parts + 1):

@@ -28,7 +28,7 @@ class Alone:
 
     def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Norm of the averaged gradients."""
-        return nn.utils.get_total_norm(gradients_of(parameters))
+        return nn.utils.get_total_norm(gradients_of(parameters) or [torch.zeros(1, device="cpu")])
 
     def sum(self, parameters: Sequence[nn.Parameter]) -> Tensor | complex:
         """Sum over all averaged gradients, which is finite where they all are and costs a fraction of the norm.

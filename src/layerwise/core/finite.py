@@ -36,7 +36,7 @@ class FiniteCheck:
     def give_up(self, group: Group) -> None:
         """From now on the update under way will be left out: nothing of what is not finite stays until then."""
         group.broken = True
-        for parameter in self.execution.replicas.full_of(group.parameters):
+        for parameter in (*group.parameters, *self.execution.replicas.full_of(group.parameters)):
             if parameter.grad is not None:
                 parameter.grad.zero_()  # not freed: all replicas have to average the same gradients
         self.put_back(group)
@@ -61,18 +61,17 @@ class FiniteCheck:
         It has no update to skip, so it is not counted in `Trace.skipped`.
         """
         if self.skips:
-            finite = bool(torch.isfinite(out).all()) and bool(torch.isfinite(_running_norm(group)))
+            finite = bool(torch.isfinite(out).all()) and all(bool(torch.isfinite(t).all()) for t in group.running())
             if group.broken or not finite:
                 self.give_up(group)
 
     def note(self, group: Group, h: Tensor, loss: Tensor, step: int, trace: Trace) -> None:
         """Look at a batch of an update that is not due yet: a later batch is not to be blamed for it."""
         if self.skips:
-            numbers = [loss, _running_norm(group)]
+            tensors = [loss, *group.running()]
             if not group.scaler.is_enabled():  # an overflow of scaled gradients is the scaler's own affair
-                gradients = gradients_of(self.execution.replicas.full_of(group.parameters))
-                numbers.append(nn.utils.get_total_norm(gradients).to(loss.device))
-            if not all(bool(torch.isfinite(number)) for number in numbers):
+                tensors += gradients_of(self.execution.replicas.full_of(group.parameters))
+            if not bool(torch.isfinite(_largest(tensors))):
                 self.give_up(group)
             return
         finite = torch.isfinite(loss)
@@ -92,7 +91,7 @@ class FiniteCheck:
             return True
         numbers = [loss] if group.scaler.is_enabled() else [loss, norm]
         if self.skips:  # a finite batch may be too large for its variance
-            numbers.append(_running_norm(group))
+            numbers.append(_largest([loss, *group.running()]))
         if all(cmath.isfinite(number.item() if isinstance(number, Tensor) else number) for number in numbers):
             return True
         if self.skips:
@@ -103,6 +102,6 @@ class FiniteCheck:
         raise NonFinite(group.name, step, input_is_finite=h is None or all_finite(h))
 
 
-def _running_norm(group: Group) -> Tensor:
-    """Largest absolute running statistic of the group, which is finite if all of them are."""
-    return nn.utils.get_total_norm(group.running(), float("inf"))
+def _largest(tensors: list[Tensor]) -> Tensor:
+    """Largest absolute number of tensors, one at least, which is finite if all of them are."""
+    return nn.utils.get_total_norm([tensor for tensor in tensors if tensor.numel()] or tensors, float("inf"))

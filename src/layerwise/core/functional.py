@@ -311,7 +311,7 @@ def prior_divergence(u: Tensor, share: Tensor | float) -> Tensor:
     >>> float(prior_divergence(torch.ones(1, 3), 0.0))
     0.0
     """
-    share, size = torch.as_tensor(share).to(u), u.shape[1]
+    share, size = torch.as_tensor(share, dtype=u.dtype, device=u.device), u.shape[1]
     return (share * u.square().sum(1) - size * share - size * torch.log1p(-share)) / 2
 
 

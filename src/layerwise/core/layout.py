@@ -249,7 +249,7 @@ class Layouts(TorchFunctionMode):
     def _rearranged(self, name: str, axes: Axes, args: Any, kwargs: Any, out: Tensor) -> Axes:
         """Ask the function itself, on a tensor whose dimensions differ in size, where each of them ends."""
         given = [1 if len(d) == 0 or math.prod(a.size for a in d) == 1 else 3 + i for i, d in enumerate(axes)]
-        blank = torch.zeros(given)
+        blank = torch.zeros(given, device="cpu")
         func = getattr(torch.Tensor, name)
         found: Any = func(blank, *args[1:], **kwargs) if callable(func) else getattr(blank, name)
         if isinstance(found, (tuple, list)):

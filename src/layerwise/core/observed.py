@@ -143,7 +143,7 @@ def generator_states() -> tuple[Any, ...]:
 def restore_generators(states: tuple[Any, ...]) -> None:
     """Put random generators back to what `generator_states` gave."""
     random.setstate(states[0])
-    torch.random.set_rng_state(torch.tensor(list(states[2]), dtype=torch.uint8))
+    torch.random.set_rng_state(torch.tensor(list(states[2]), dtype=torch.uint8, device="cpu"))
     if states[1] is not None:
         numpy = sys.modules["numpy"]
         name, keys, *rest = states[1]

@@ -45,11 +45,11 @@ class BlockByBlock:
         self.first = first
         self.calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         """Arguments of the calls behind the first one, with `standin` in place of the output of the call before."""
-        self.standin = torch.empty(0)
+        self.standin = torch.empty(0, device="cpu")
         self._batch: Any = None
         self._form: Any = None
         """What the first module returned, with `_mark` in place of the teaching tensor."""
-        self._mark = torch.empty(0)
+        self._mark = torch.empty(0, device="cpu")
         self._pass: Pass | None = None
 
     def pull(self, index: int, h: Any) -> Tensor:

@@ -99,7 +99,7 @@ class Site:
     def standard_shape(self, index: int) -> tuple[int, ...]:
         """Shape of one sample of site `index`'s output in the standard order."""
         layout, shape = self.layout(index), self.shapes[index]
-        return shape if layout is None else tuple(to_standard(torch.empty(1, *shape), layout).shape[1:])
+        return shape if layout is None else tuple(to_standard(torch.empty(1, *shape, device="cpu"), layout).shape[1:])
 
 
 @dataclass(frozen=True)

@@ -90,8 +90,8 @@ class Batches:
         # (pixel / 255 - mean) / std as one multiplication and one addition; in float64 for a table, where a mean may be
         # many times the spread.
         unit, self._type = (255, torch.float32) if source.dtype == torch.uint8 else (1, torch.float64)
-        spread = torch.tensor(std, dtype=torch.float64)
-        scale, shift = 1 / (unit * spread), -torch.tensor(mean, dtype=torch.float64) / spread
+        spread = torch.tensor(std, dtype=torch.float64, device="cpu")
+        scale, shift = 1 / (unit * spread), -torch.tensor(mean, dtype=torch.float64, device="cpu") / spread
         self._scale, self._shift = (f.to(self._type).view(-1, 1, 1).to(self.device) for f in (scale, shift))
 
     def __len__(self) -> int:
@@ -131,9 +131,9 @@ class Batches:
         """
         if not 0 <= start <= len(self):
             raise LayerwiseError(f"batch {start} is not in an epoch of {len(self)} batches; start at 0 to {len(self)}")
-        order = torch.arange(len(self.source))
+        order = torch.arange(len(self.source), device="cpu")
         if self.shuffle:
-            order = torch.randperm(len(self.source), generator=self._generator("order", epoch))
+            order = torch.randperm(len(self.source), generator=self._generator("order", epoch), device="cpu")
         order = order.to(self.source.labels.device)
         wanted = [self.part.of(batch) for batch in order.split(self.batch_size)[start : len(self)]]
         wanted = [batch for batch in wanted if len(batch)]

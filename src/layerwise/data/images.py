@@ -74,8 +74,8 @@ def load_images(
         if task == "classification":
             return labels_of_split(rows, split, classes, train.names, title)
         if task == "segmentation":  # known when the form is
-            return torch.zeros(len(rows), dtype=torch.int64)
-        return checked_numbers(torch.tensor(rows.values, dtype=torch.float64), task, classes)
+            return torch.zeros(len(rows), dtype=torch.int64, device="cpu")
+        return checked_numbers(torch.tensor(rows.values, dtype=torch.float64, device="cpu"), task, classes)
 
     splits = {"train": (train, labels_in(train, "train"))}
     # Where there is a test split, "eval" is one for validation, and the last to be taken.

@@ -66,7 +66,7 @@ def labels_of_split(
                 "give both the same class list"
             )
         place = {label: classes.index(word) for label, word in enumerate(rows.names or ())}
-        return torch.tensor([place[value] for value in values], dtype=torch.int64)
+        return torch.tensor([place[value] for value in values], dtype=torch.int64, device="cpu")
     if rows.names is None:
         place = {word: label for label, word in enumerate(classes)}
         labels = [place.get(str(value), len(classes)) for value in values]
@@ -78,7 +78,7 @@ def labels_of_split(
                 f"{rows.where(row)} has the label {values[row]!r}, which is none of the {len(classes)} classes "
                 f"({few(classes)}) of the training split; correct it or take it out"
             )
-    return torch.tensor(labels, dtype=torch.int64)
+    return torch.tensor(labels, dtype=torch.int64, device="cpu")
 
 
 def absent_classes(classes: tuple[str, ...], splits: dict[str, Source | Tensor | None]) -> list[str]:

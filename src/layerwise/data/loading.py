@@ -195,7 +195,7 @@ imagefolder:PATH, parquet:PATH, PATH.csv.
         )
     plain = task != "classification"
     noisy = train.labels if plain else noisy_labels(train.labels, classes, label_noise, label_noise_kind)
-    kept, val = torch.arange(len(train)), None
+    kept, val = torch.arange(len(train), device="cpu"), None
     if val_fraction and own_val is not None:
         val = own_val
         notes.append(
@@ -270,7 +270,9 @@ def _text(
     if train_samples is not None:
         if not 1 <= train_samples <= len(train):
             raise LayerwiseError(f"train_samples is {train_samples}; give a number of windows from 1 to {len(train)}")
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(derive_seed(seed, "windows")))
+        order = torch.randperm(
+            len(train), generator=torch.Generator().manual_seed(derive_seed(seed, "windows")), device="cpu"
+        )
         train = train.subset(order[:train_samples].sort().values)
     parts = (train, found.val, found.test, tuple(found.notes))
     return Dataset(name, known.names, train.shape, (0.0,), (1.0,), *parts, tokenizer=known, contents=found.contents)
@@ -278,7 +280,7 @@ def _text(
 
 def _strata(labels: Tensor, task: DataTask) -> Tensor:
     """The classes by which samples are split in proportion; one for all where labels are none."""
-    return labels if task == "classification" else torch.zeros(len(labels), dtype=torch.int64)
+    return labels if task == "classification" else torch.zeros(len(labels), dtype=torch.int64, device="cpu")
 
 
 def _diabetes() -> tuple[Source, tuple[str, ...]]:

@@ -63,7 +63,7 @@ def _by_name(folder: Path) -> dict[Path, Path]:
 
 def decoded_masks(rows: FileRows, form: ImageFormat) -> Tensor:
     """The masks, uint8 (N, H, W): cropped as `decode` crops images, and scaled to the nearest pixel."""
-    masks = torch.empty(len(rows), form.height, form.width, dtype=torch.uint8)
+    masks = torch.empty(len(rows), form.height, form.width, dtype=torch.uint8, device="cpu")
     for row in range(len(rows)):
         try:
             masks[row] = torch.from_numpy(_numbers(rows.read(row), form))
@@ -100,7 +100,7 @@ def classes_of(masks: Sequence[Tensor], title: str) -> tuple[tuple[str, ...], li
     notes: list[str] = []
     values = torch.stack(present).any(0)
     if values.nonzero().flatten().tolist() == [0, IGNORED]:
-        masks, present = [part // IGNORED for part in masks], [torch.arange(256) < 2 for _ in masks]
+        masks, present = [part // IGNORED for part in masks], [torch.arange(256, device="cpu") < 2 for _ in masks]
         notes.append(f"the masks of {title} are black and white: white is class 1")
     highest = [int(found[:IGNORED].nonzero().max()) if bool(found[:IGNORED].any()) else -1 for found in present]
     if highest[0] < 1:

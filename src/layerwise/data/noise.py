@@ -37,7 +37,7 @@ def noisy_labels(labels: Tensor, classes: Sequence[str], rate: float, kind: Nois
     >>> int((noisy_labels(clean, list("abcdefghij"), 0.4) != clean).sum())
     40
     """
-    labels = torch.as_tensor(labels)
+    labels = torch.as_tensor(labels, device="cpu")
     if not 0 <= rate < 1:
         raise LayerwiseError(f"label noise {rate} is not in [0, 1); it is the share of wrong labels, 0 for none")
     if kind not in get_args(NoiseKind):
@@ -49,8 +49,8 @@ def noisy_labels(labels: Tensor, classes: Sequence[str], rate: float, kind: Nois
         )
     draw = Generator().manual_seed(derive_seed(NOISE_SEED, kind))
     # A fixed order of all samples: those wrong at a lower rate are among those wrong at a higher one.
-    order = torch.randperm(len(labels), generator=draw)
-    shift = torch.randint(1, len(names), labels.shape, generator=draw)
+    order = torch.randperm(len(labels), generator=draw, device="cpu")
+    shift = torch.randint(1, len(names), labels.shape, generator=draw, device="cpu")
     noisy = labels.clone()
     if kind == "symmetric":
         wrong = order[: round(rate * len(labels))]

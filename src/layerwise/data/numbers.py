@@ -43,8 +43,8 @@ def checked_numbers(values: Tensor, task: DataTask, columns: Sequence[str]) -> T
         LayerwiseError: numbers that are not finite, or other ones than 0 and 1 where labels hold or not; or numbers so
             much larger than they differ that float32 would merge them.
     """
-    given = torch.as_tensor(values).double()
-    found = torch.as_tensor(values).to(torch.float32)
+    given = torch.as_tensor(values, device="cpu").double()
+    found = torch.as_tensor(values, device="cpu").to(torch.float32)
     bad = ~torch.isfinite(found)
     wanted = "finite number"
     if task == "multilabel":

@@ -37,12 +37,12 @@ def digit_scenes(task: DataTask, test_fraction: float, test_seed: int) -> tuple[
 
 def _scenes(pixels: Tensor, labels: Tensor, count: int, task: DataTask, name: str) -> InMemorySource:
     draw = Generator().manual_seed(derive_seed(SEED, name))
-    wanted = torch.randint(1, MOST + 1, (count,), generator=draw)
-    which = torch.randint(len(labels), (MOST, count), generator=draw)
-    corners = torch.randint(SIDE - DIGIT + 1, (MOST, count, 2), generator=draw)
-    images = torch.zeros(count, SIDE, SIDE, dtype=torch.uint8)
-    masks, occurs, placed = torch.zeros_like(images), torch.zeros(count, 10), []
-    scene, steps = torch.arange(count)[:, None, None], torch.arange(DIGIT)
+    wanted = torch.randint(1, MOST + 1, (count,), generator=draw, device="cpu")
+    which = torch.randint(len(labels), (MOST, count), generator=draw, device="cpu")
+    corners = torch.randint(SIDE - DIGIT + 1, (MOST, count, 2), generator=draw, device="cpu")
+    images = torch.zeros(count, SIDE, SIDE, dtype=torch.uint8, device="cpu")
+    masks, occurs, placed = torch.zeros_like(images), torch.zeros(count, 10, device="cpu"), []
+    scene, steps = torch.arange(count, device="cpu")[:, None, None], torch.arange(DIGIT, device="cpu")
     for turn in range(MOST):  # a digit that would lie on another one is left out
         free = wanted > turn
         for other, there in placed:

@@ -95,7 +95,7 @@ def load_sentences(path: Path, words: Words, target: str | None, val_fraction: f
                 f"{lines.title} has the class {unknown[0]!r}, which the training data have not; correct its labels."
             )
         else:
-            labels = torch.tensor([classes.index(name) for name in own])[labels]
+            labels = torch.tensor([classes.index(name) for name in own], device="cpu")[labels]
         tokens = _encoded(tokenizer, lines, column, words)
         splits[split] = SentenceSource(tokens, labels)
         digest = hashlib.sha256(tokens.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
@@ -169,4 +169,4 @@ def _encoded(tokenizer: Any, lines: Lines, column: str, words: Words) -> Tensor:
     """The tokens of a column, int64 (N, T)."""
     place = lines.names.index(column)
     found = tokenizer.encode_batch([row[place] for row in lines.rows])
-    return torch.tensor([row.ids for row in found])
+    return torch.tensor([row.ids for row in found], device="cpu")

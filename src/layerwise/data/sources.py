@@ -80,7 +80,7 @@ class Source(ABC):
 
     def blank(self) -> Tensor:
         """A sample of zeros as it comes in a batch, (1, C, H, W)."""
-        return torch.zeros(1, *self.shape)
+        return torch.zeros(1, *self.shape, device="cpu")
 
     @property
     def checked_labels(self) -> Tensor:
@@ -117,7 +117,8 @@ class InMemorySource(Source):
     """
 
     def __init__(self, images: Tensor, labels: Tensor):
-        images, labels = torch.as_tensor(images), torch.as_tensor(labels)  # arrays of numpy too
+        # Arrays of numpy too; `as_tensor` would bring tensors to the default device.
+        images, labels = (t if isinstance(t, Tensor) else torch.as_tensor(t, device="cpu") for t in (images, labels))
         if images.ndim != 4 or labels.shape[:1] != images.shape[:1]:
             raise LayerwiseError(
                 f"images of shape {tuple(images.shape)} and labels of shape {tuple(labels.shape)} are no samples; give "
@@ -164,7 +165,7 @@ class StreamedSource(Source):
         self.rows = rows
         self.labels = labels
         self.form = form
-        self.chosen = torch.arange(len(rows)) if chosen is None else chosen
+        self.chosen = torch.arange(len(rows), device="cpu") if chosen is None else chosen
         self.shape = form.shape
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,7 +227,7 @@ def decoded(rows: Rows, form: ImageFormat) -> tuple[Tensor, dict[str, int]]:
 
 
 def _decode(rows: Rows, form: ImageFormat) -> tuple[Tensor, dict[str, int]]:
-    images = torch.empty(len(rows), *form.shape, dtype=form.dtype)
+    images = torch.empty(len(rows), *form.shape, dtype=form.dtype, device="cpu")
 
     def fill(start: int) -> Counter[str]:
         stop = min(start + CHUNK, len(rows))

@@ -24,7 +24,7 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
     >>> len(rest), part.shape, sorted((part // 4).tolist())
     (6, torch.Size([2]), [0, 1])
     """
-    labels = torch.as_tensor(labels)
+    labels = torch.as_tensor(labels, device="cpu")
     counts = torch.bincount(labels).tolist()
     wanted = [fraction * count for count in counts]
     quota = [math.floor(want) for want in wanted]
@@ -33,10 +33,10 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
     for label in sorted(range(len(counts)), key=lambda label: quota[label] - wanted[label])[: max(0, missing)]:
         quota[label] = min(quota[label] + 1, max(0, counts[label] - 1))
     generator = Generator().manual_seed(derive_seed(seed, "split"))
-    part = [torch.empty(0, dtype=torch.int64)]
+    part = [torch.empty(0, dtype=torch.int64, device="cpu")]
     for label, take in enumerate(quota):
         members = (labels == label).nonzero().flatten()
-        part.append(members[torch.randperm(len(members), generator=generator)[:take]])
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
+        part.append(members[torch.randperm(len(members), generator=generator, device="cpu")[:take]])
+    chosen = torch.zeros(len(labels), dtype=torch.bool, device="cpu")
     chosen[torch.cat(part)] = True
     return (~chosen).nonzero().flatten(), chosen.nonzero().flatten()

@@ -16,10 +16,10 @@ def mean_and_std(source: Source) -> tuple[tuple[float, ...], tuple[float, ...], 
     if isinstance(source, TableSource):
         return *column_statistics(source.images), len(source)
     step = 1 if isinstance(source, InMemorySource) else max(1, len(source) // STATISTICS_SAMPLE)
-    indices = torch.arange(0, len(source), step)
+    indices = torch.arange(0, len(source), step, device="cpu")
     # Summed as integers: exact, so the same bits whatever the chunks and the number of threads.
-    total = squares = torch.zeros(source.shape[0], dtype=torch.int64)
-    fine = torch.zeros(2, source.shape[0], dtype=torch.float64)
+    total = squares = torch.zeros(source.shape[0], dtype=torch.int64, device="cpu")
+    fine = torch.zeros(2, source.shape[0], dtype=torch.float64, device="cpu")
     for images, _ in source.batches(indices.split(256)):
         if images.dtype != torch.uint8:  # summed image by image, in one order whatever the chunks
             for image in images.double().numpy():

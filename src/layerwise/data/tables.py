@@ -262,7 +262,7 @@ def _classes(lines: Lines, column: str) -> tuple[tuple[str, ...], Tensor]:
     if len(classes) < 2:
         raise LayerwiseError(f"{lines.title} holds the one class {classes[0]!r}; give data with two or more classes.")
     number = {name: label for label, name in enumerate(check_words(classes, lines.title))}
-    return tuple(classes), torch.tensor([number[word] for word in words])
+    return tuple(classes), torch.tensor([number[word] for word in words], device="cpu")
 
 
 def _value(word: str) -> Decimal:

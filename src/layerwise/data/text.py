@@ -180,7 +180,7 @@ class Text:
                 "split; give more, or leave --data.documents out."
             )
         generator = Generator().manual_seed(derive_seed(SPLIT_SEED, "documents"))
-        order = [places[i] for i in torch.randperm(len(places), generator=generator).tolist()]
+        order = [places[i] for i in torch.randperm(len(places), generator=generator, device="cpu").tolist()]
         wanted, size, taken = fraction * sum(sizes[i] for i in places), 0, set[int]()
         for place in order[:-1]:
             if taken and size >= wanted:
@@ -224,7 +224,7 @@ class HubText:
         if not 0 < count < len(self.chosen):
             raise LayerwiseError(f"{title} holds {len(self.chosen)} rows, which is too few to split; give more.")
         generator = Generator().manual_seed(derive_seed(SPLIT_SEED, "documents"))
-        taken = set(torch.randperm(len(self.chosen), generator=generator)[:count].tolist())
+        taken = set(torch.randperm(len(self.chosen), generator=generator, device="cpu")[:count].tolist())
         parts = [[row for i, row in enumerate(self.chosen) if (i in taken) == wanted] for wanted in (False, True)]
         return HubText(self.rows, self.column, parts[0]), HubText(self.rows, self.column, parts[1])
 

@@ -53,7 +53,7 @@ class TokenSource(Source):
         return cls(tokens[: count * window].view(count, window), tokens[1 : count * window + 1].view(count, window))
 
     def blank(self) -> Tensor:
-        return torch.zeros(1, self.shape[2], dtype=torch.int64)
+        return torch.zeros(1, self.shape[2], dtype=torch.int64, device="cpu")
 
     @property
     def checked_labels(self) -> Tensor:
@@ -122,7 +122,7 @@ def _write(path: Path | None, encoded: Iterable[np.ndarray], dtype: np.dtype, sh
         values = _mapped(file, ends[-1], dtype)
         if shuffled:
             generator = Generator().manual_seed(derive_seed(ORDER_SEED, "documents"))
-            order = torch.randperm(len(ends) - 1, generator=generator).tolist()
+            order = torch.randperm(len(ends) - 1, generator=generator, device="cpu").tolist()
             file = file.with_name("shuffled")
             _append(file, (values[ends[place] : ends[place + 1]] for place in order), dtype)
             values = _mapped(file, ends[-1], dtype)

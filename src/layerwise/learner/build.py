@@ -183,7 +183,8 @@ class Built:
         """The rule's module at a site, where it has one."""
         with preserved_generators(self.setup.device):
             seed_generators(derive_seed(self.setup.seed, "auxiliary", site.index), self.setup.device)
-            with asking(self.setup.rule, f"`auxiliary` at block {site.name!r}"):
+            # On the host, whatever the default device is, so that it draws the same there.
+            with torch.device("cpu"), asking(self.setup.rule, f"`auxiliary` at block {site.name!r}"):
                 auxiliary = self.setup.rule.auxiliary(site, h, self.task)
         if auxiliary is not None and not isinstance(auxiliary, nn.Module):
             raise LayerwiseError(

@@ -233,7 +233,7 @@ def state_made_by(
     given = {**optimizer.defaults, **settings, "lr": optimizer.defaults.get("lr")}  # the rate may lie on a device
     options = {name: given[name] for name in optimizer.defaults if name in legal}
     try:
-        parameter = nn.Parameter(torch.zeros(PRIMES[:dimensions], dtype=dtype))
+        parameter = nn.Parameter(torch.zeros(PRIMES[:dimensions], dtype=dtype, device="cpu"))
         probe = cls([parameter], **options)  # pyright: ignore[reportArgumentType]
         parameter.grad = torch.zeros_like(parameter)
         probe.step()

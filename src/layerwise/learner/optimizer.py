@@ -33,7 +33,7 @@ class EveryOptimizer(torch.optim.Optimizer):
         self.training = True
         """Whether optimizers that have a mode are in training mode."""
         self._own = own  # asked anew each time: loading a state replaces an optimizer's groups
-        super().__init__([torch.zeros(0)], {})
+        super().__init__([torch.zeros(0, device="cpu")], {})
         self._ready = True
 
     @property

@@ -108,7 +108,7 @@ def tensor_at(mapped: Mapped, offset: int, shape: tuple[int, ...], dtype: torch.
     """A contiguous tensor over the bytes from `offset`; the file stays mapped for as long as the tensor lives."""
     count = torch.Size(shape).numel()
     if count == 0:  # which torch.frombuffer refuses
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.frombuffer(mapped, dtype=dtype, count=count, offset=offset).view(shape)
 
 

@@ -329,7 +329,7 @@ class Offload:
     def _fetch(self, part: OffloadedGroup) -> None:
         slot = next((slot for slot in self._slots if slot.part is None), None)
         if slot is None:
-            slot = DeviceSlot(torch.empty(0, dtype=torch.uint8))
+            slot = DeviceSlot(torch.empty(0, dtype=torch.uint8, device="cpu"))
             self._slots.append(slot)
         if len(slot.bytes) < part.length or slot.bytes.device != self.device:
             slot.bytes = self._room(part.length)

@@ -39,7 +39,7 @@ class HostStore:
         """Copies from the device."""
         own = self._bytes.get(key)
         if own is None or len(own) < length:
-            own = self._bytes[key] = torch.empty(length, dtype=torch.uint8, pin_memory=self._pinned)
+            own = self._bytes[key] = torch.empty(length, dtype=torch.uint8, pin_memory=self._pinned, device="cpu")
         for offset, chunk in chunks:
             own[offset : offset + len(chunk)].copy_(chunk, non_blocking=True)
             if chunk.device.type == "cuda":
@@ -69,7 +69,7 @@ class DiskStore:
         self._device = device
         self._places: dict[Hashable, tuple[int, int]] = {}
         self._mapped: Mapped | None = None
-        self._staging = torch.empty(0, dtype=torch.uint8)
+        self._staging = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def write(self, key: Hashable, length: int, chunks: Sequence[tuple[int, Tensor]]) -> None:
         """Writes to the file."""
@@ -113,7 +113,7 @@ class DiskStore:
 
     def _staged(self, length: int) -> Tensor:
         if len(self._staging) < length:
-            self._staging = torch.empty(length, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+            self._staging = torch.empty(length, dtype=torch.uint8, pin_memory=self._device.type == "cuda", device="cpu")
         return self._staging[:length]
 
 

@@ -60,7 +60,7 @@ class Denoiser(nn.Module):
 
     def logits(self, z: Tensor, x: Tensor, *t: Tensor) -> Tensor:
         """Logits `(B, K)` from a label `(B, D)`, an image `(B, CHW)` and, where there is one, the time `(B, 1)`."""
-        kind = self.joined[-1].weight.dtype  # of a state only the numbers are its own
+        kind = next(self.joined.parameters()).dtype  # the state may be wider
         found = [self.image(x.view(-1, *self.shape).to(kind)), self.label(z.to(kind))]
         if self.time is not None:
             angles = t[0] * (math.pi * 2.0 ** torch.arange(WAVES, device=z.device))

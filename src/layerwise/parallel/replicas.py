@@ -132,7 +132,7 @@ class Replicas(OneProcess):
 
     def largest(self, value: int) -> Callable[[], int]:
         """Start to find the largest of the replicas' numbers; returns a function that waits for it."""
-        found = torch.tensor([value])
+        found = torch.tensor([value], device="cpu")
         with self.heartbeat.watching():
             work = dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
 

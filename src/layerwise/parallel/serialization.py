@@ -111,9 +111,9 @@ def all_gather_values(value: Any, group: dist.ProcessGroup | None = None) -> lis
     if not dist.is_initialized():
         return [decode(data.numpy().tobytes())]
     count = dist.get_world_size(group)
-    sizes = list(torch.zeros(count, 1, dtype=torch.int64))
-    dist.all_gather(sizes, torch.tensor([len(data)]), group=group)
-    rows = list(torch.zeros(count, int(max(sizes)), dtype=torch.uint8))
+    sizes = list(torch.zeros(count, 1, dtype=torch.int64, device="cpu"))
+    dist.all_gather(sizes, torch.tensor([len(data)], device="cpu"), group=group)
+    rows = list(torch.zeros(count, int(max(sizes)), dtype=torch.uint8, device="cpu"))
     padded = torch.zeros_like(rows[0])
     padded[: len(data)] = data
     dist.all_gather(rows, padded, group=group)

@@ -76,7 +76,7 @@ class SendChannel:
                 target.copy_(leaf.detach())
         header = b"" if layout == self.layouts[lane] else layout
         self.layouts[lane] = layout
-        parts = [torch.tensor([len(header)])]
+        parts = [torch.tensor([len(header)], device="cpu")]
         if header:
             parts.append(torch.frombuffer(bytearray(header), dtype=torch.uint8))
         parts += [flat for flat in slot.flat if flat.numel()]
@@ -128,10 +128,10 @@ class ReceiveChannel:
         """The next tree. Its tensors are overwritten once as many more have come as there are slots."""
         slot = self.slots[self.count % len(self.slots)]
         self.count += 1
-        size = torch.zeros(1, dtype=torch.int64)
+        size = torch.zeros(1, dtype=torch.int64, device="cpu")
         self._into(size)
         if int(size):
-            header = torch.empty(int(size), dtype=torch.uint8)
+            header = torch.empty(int(size), dtype=torch.uint8, device="cpu")
             self._into(header)
             self.layout = header.numpy().tobytes()
         slot.fit(self.layout, self.device)

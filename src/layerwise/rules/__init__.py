@@ -28,7 +28,9 @@ from layerwise.rules.forward_forward import ForwardForward
 from layerwise.rules.forward_gradient import ForwardGradient
 from layerwise.rules.gradient_reconciliation import GradientReconciliation
 from layerwise.rules.graph_forward import GraphForward
+from layerwise.rules.hebbian_global import HebbianGlobal, HebbianLocal
 from layerwise.rules.highway_backprop import HighwayBackprop
+from layerwise.rules.inference_learning import InferenceLearning
 from layerwise.rules.infopro import InfoPro
 from layerwise.rules.interlocking import Interlocking
 from layerwise.rules.layer_collaboration import LayerCollaboration
@@ -85,7 +87,10 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     SyntheticGradient,
     PredictiveCoding,
     EquilibriumPropagation,
+    InferenceLearning,
     HighwayBackprop,
+    HebbianGlobal,
+    HebbianLocal,
     Backprop,
     BackpropCheckpoint,
     BackpropFused,
@@ -198,7 +203,10 @@ __all__ = [
     "FreezeLower",
     "GradientReconciliation",
     "GraphForward",
+    "HebbianGlobal",
+    "HebbianLocal",
     "HighwayBackprop",
+    "InferenceLearning",
     "InfoPro",
     "Interlocking",
     "LastLayer",

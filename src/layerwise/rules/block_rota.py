@@ -58,7 +58,7 @@ class BlockRota(LearnsInPart, Backprop):
         if self.order == "down":
             sites.reverse()
         elif self.order == "random":
-            drawn = torch.randperm(len(sites), generator=torch.Generator().manual_seed(round_))
+            drawn = torch.randperm(len(sites), generator=torch.Generator().manual_seed(round_), device="cpu")
             sites = [sites[int(i)] for i in drawn]
         learning = sites[turn * self.at_once : (turn + 1) * self.at_once]
         return [*learning, blocks] if self.head == "always" else learning

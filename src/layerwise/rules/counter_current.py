@@ -108,7 +108,8 @@ class CounterCurrent(Rule):
 
     def feedback(self, network: Mapping[int, nn.Module], level: int, classes: int) -> Tensor:
         """Feedback activations `(K, ...)` of a level; only the layer that ends there keeps a graph."""
-        b = torch.eye(classes).to(next(network[level].parameters()))
+        like = next(network[level].parameters())
+        b = torch.eye(classes, dtype=like.dtype, device=like.device)
         with torch.no_grad():
             for index in range(max(network), level, -1):
                 b = network[index](b)

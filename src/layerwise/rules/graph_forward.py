@@ -132,7 +132,7 @@ class GraphForward(Rule):
             classes = 0
         else:
             draw = Generator().manual_seed(classes)  # fixed, the same in every run
-            virtual = torch.randn(classes, x.shape[1], generator=draw).to(x)
+            virtual = torch.randn(classes, x.shape[1], generator=draw, device="cpu").to(x)
             parts = [part for _ in labels for part in (x, virtual)]
         back = self.variant == "nodes" or self.links == "both"
         h = F.normalize(torch.cat(parts), dim=1)

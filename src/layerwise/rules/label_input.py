@@ -84,9 +84,10 @@ def _waves(height: int, width: int, count: int) -> Tensor:
             "use label='overlay'."
         )
     pairs.sort(key=lambda pair: (pair[0] ** 2 + pair[1] ** 2, pair))
-    frequency = torch.tensor(pairs[: (count + 1) // 2], dtype=torch.float32)
+    frequency = torch.tensor(pairs[: (count + 1) // 2], dtype=torch.float32, device="cpu")
     places = torch.cartesian_prod(
-        torch.arange(height, dtype=torch.float32) / height, torch.arange(width, dtype=torch.float32) / width
+        torch.arange(height, dtype=torch.float32, device="cpu") / height,
+        torch.arange(width, dtype=torch.float32, device="cpu") / width,
     )
     phase = 2 * math.pi * frequency @ places.T
     waves = torch.stack([phase.cos(), phase.sin()], dim=1).flatten(0, 1)[:count]
@@ -130,5 +131,5 @@ def hybrid_images(x: Tensor, blurs: int = 6, layout: str | None = "BCHW") -> Ten
     kernel = (row[:, None] * row)[None, None]
     for _ in range(blurs):
         mask = F.conv2d(F.pad(mask, (1, 1, 1, 1), mode="replicate"), kernel)
-    other = x.roll(int(torch.randint(1, len(x), ())), dims=0)
+    other = x.roll(int(torch.randint(1, len(x), (), device="cpu")), dims=0)
     return from_standard(torch.where(mask > 0.5, x, other), layout)

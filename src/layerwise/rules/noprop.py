@@ -44,7 +44,7 @@ def state(*parts: Tensor) -> Tensor:
 
 def drawn(p: Tensor, share: Tensor | float, size: int) -> tuple[Tensor, Tensor]:
     r"""Both parts of a draw of $z \sim N(\sqrt{\bar\alpha}\, p U, (1 - \bar\alpha) I)$ of length `size`, p `(B, K)`."""
-    share = torch.as_tensor(share).to(p)
+    share = torch.as_tensor(share, dtype=p.dtype, device=p.device)
     return share.sqrt() * p, (1 - share).sqrt() * torch.randn(len(p), size, device=p.device)
 
 

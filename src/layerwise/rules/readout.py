@@ -168,7 +168,7 @@ def fixed_matrix(network: Partition | None, outputs: int, width: int, like: Tens
     key = (outputs, width, like.dtype, like.device)
     if key not in made:
         draw = torch.Generator().manual_seed(MATRIX_SEED)
-        made[key] = (torch.randn(outputs, width, generator=draw) / width**0.5).to(like.device, like.dtype)
+        made[key] = (torch.randn(outputs, width, generator=draw, device="cpu") / width**0.5).to(like.device, like.dtype)
     return made[key]
 
 

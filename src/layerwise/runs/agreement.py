@@ -86,7 +86,7 @@ def digest_of_samples(source: Source) -> str:
             found.update(len(image).to_bytes(8, "little"))
             found.update(image)
     else:  # a source of the user's own
-        for images, _ in source.batches(torch.arange(len(source)).split(256)):
+        for images, _ in source.batches(torch.arange(len(source), device="cpu").split(256)):
             found.update(digest_of_tensors(images).encode())
     return found.hexdigest()
 

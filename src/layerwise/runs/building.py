@@ -301,8 +301,8 @@ def split_in_order(run: "Trained", split: str, size: int, folder: Path) -> data.
 def _example(facts: DataSignature) -> torch.Tensor:
     """A batch of the shape of the data."""
     if facts.contents:  # windows of tokens
-        return torch.zeros(2, *facts.shape[2:], dtype=torch.int64)
-    return torch.zeros(2, *facts.shape)
+        return torch.zeros(2, *facts.shape[2:], dtype=torch.int64, device="cpu")
+    return torch.zeros(2, *facts.shape, device="cpu")
 
 
 def _replaced(model: torch.nn.Module, options: TrainOptions, facts: DataSignature) -> torch.nn.Module:

@@ -67,7 +67,9 @@ def mean_of(parts: Sequence[tuple[dict[str, float], int]], task: Task | None = N
     for block, statistics in summed.items():
         assert task is not None
         whole = {
-            name.removesuffix("#"): torch.tensor(values[0] if name.endswith("#") else values, dtype=torch.float64)
+            name.removesuffix("#"): torch.tensor(
+                values[0] if name.endswith("#") else values, dtype=torch.float64, device="cpu"
+            )
             for name, values in statistics.items()
         }
         found |= {f"{block}/{name}": float(value) for name, value in task.measures(whole).items()}

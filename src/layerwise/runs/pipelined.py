@@ -35,7 +35,7 @@ from layerwise.runs.options import TrainOptions
 
 def replicas_of_stages(ranks: Ranks, count: int) -> Replicas:
     """The ranks that hold the same stage as this one, a column of the mesh of `count` pipelines."""
-    mesh = torch.arange(ranks.count).view(count, -1)
+    mesh = torch.arange(ranks.count, device="cpu").view(count, -1)
     # Groups of our own, as those that torch would make for the mesh have no time limit.
 
     def join() -> DeviceMesh:

@@ -177,4 +177,4 @@ def _read_array(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
 
 def _unknown(count: int) -> torch.Tensor:
     """Labels in the place of those that are to be predicted."""
-    return torch.zeros(count, dtype=torch.int64)
+    return torch.zeros(count, dtype=torch.int64, device="cpu")

@@ -337,7 +337,7 @@ class Run:
         if self.options.task == "classification":
             result["chance"] = chance(self.test_batches)
         if self._alone and self.dataset.tokenizer is not None:
-            window = self.dataset.test.batch(torch.zeros(1, dtype=torch.int64))[0][0]
+            window = self.dataset.test.batch(torch.zeros(1, dtype=torch.int64, device="cpu"))[0][0]
             result["sample"] = sample_of(self.learner, self.dataset.tokenizer, window)
         checkpoint.write_tensors(self.folder / "model.safetensors", self._weights())
         if self._alone and self.options.task == "classification":
