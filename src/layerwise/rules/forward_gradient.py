@@ -118,7 +118,7 @@ class ForwardGradient(Rule):
 
     def _directions(self, blocks: list[Block], output: nn.Module | None) -> list[Perturbed]:
         """The directions of a step."""
-        first = int(torch.randint(2**62, ()))
+        first = int(torch.randint(2**62, (), device="cpu"))
         seeds = range(first, first + self.tangents)
         if self.mode != "weights":
             return [Perturbed(seed, as_tangent, exact=[output]) for seed in seeds]

@@ -66,7 +66,7 @@ class LikelihoodRatio(Rule):
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
         """The batch; the message are the noisy passes with their losses."""
-        first = int(torch.randint(2**62, ()))
+        first = int(torch.randint(2**62, (), device="cpu"))
         signs = [(first + k, sign) for k in range(self.pairs) for sign in (1, -1)]
         sent = Streams([Perturbed(seed, scaled(sign * self.sigma)) for seed, sign in signs], ctx.x)
         losses, scale = [], 2 * self.pairs * self.sigma
