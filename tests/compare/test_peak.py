@@ -38,6 +38,7 @@ def fits(folder):
     return {rule: found["fit"] for rule, found in json.loads((folder / "summary.json").read_text())["rules"].items()}
 
 
+@pytest.mark.slow
 def test_every_rule_trains_within_the_peak_or_says_how_far_it_came(folder):
     pytest.importorskip("matplotlib", reason="the report extra is not installed")
     found = fits(folder)
@@ -63,6 +64,7 @@ def test_every_rule_trains_within_the_peak_or_says_how_far_it_came(folder):
     assert 'id="frontier_accuracy"' in page and 'id="frontier_seconds"' in page
 
 
+@pytest.mark.slow
 def test_repeated_it_searches_and_trains_nothing(folder, monkeypatch, capsys):
     before = (folder / "results.csv").read_bytes(), json.loads((folder / "summary.json").read_text())["rules"]
     monkeypatch.setattr("layerwise.compare.pool.Pool._ask", None)

@@ -407,6 +407,7 @@ def test_compiled_blocks_compute_the_same(dynamo, backend):
     assert len(compiled.network.blocks) + 1 == dynamo["stats"]["unique_graphs"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo looks at it itself
 def test_many_different_blocks_are_all_compiled_once_and_static(dynamo):
     """Dynamo gives up at the ninth version of one piece of code, so every block needs its own."""

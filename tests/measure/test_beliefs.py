@@ -137,6 +137,7 @@ def run(tmp_path_factory):
     return train(tmp_path_factory.mktemp("beliefs") / "run", *CASCADE, "--steps", "12", "--lr", "0.01")
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_it_prints(run, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     words = ["--thresholds", "0.2", "0.9", "--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.svg")]

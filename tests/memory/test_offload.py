@@ -199,6 +199,7 @@ def unlabelled_nowhere(seed):
     return {**batch, "labels": batch["tokens"]}
 
 
+@pytest.mark.slow
 def test_a_model_cut_at_its_calls_is_offloaded_to_the_same_bits():
     """With tied weights, which stay; run in one pass, and block by block where the rule asks for that."""
     given = [
@@ -230,6 +231,7 @@ def test_a_model_cut_at_its_calls_is_offloaded_to_the_same_bits():
         assert same_bits(one, continued), rule
 
 
+@pytest.mark.slow
 def test_the_total_of_a_model_cut_at_its_calls_is_flat_in_depth():
     def use(depth, where):
         learner = Learner(Stack(depth), "local_ce", cuts="layers.*", task=LanguageModel(), offload=where)
@@ -386,6 +388,7 @@ def test_a_folder_that_cannot_hold_the_network_is_refused(folder):
         OnFile(Path(folder))
 
 
+@pytest.mark.slow
 def test_nothing_stays_behind_a_killed_run(tmp_path):
     folder, scratch = tmp_path / "run", tmp_path / "scratch"
     scratch.mkdir()

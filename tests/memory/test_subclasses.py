@@ -41,6 +41,7 @@ def graphs(learner):
     return sum(optimizer.graphs for group in learner.groups for optimizer in group.optimizers)
 
 
+@pytest.mark.slow
 def test_a_compiled_quantising_optimizer_is_measured_and_goes_on():
     x, y = problem(8)
     learner = Learner(net(), "local_ce", optimizer=QuantisedMomentum, example=x)

@@ -134,6 +134,7 @@ def test_it_learns_a_cycle_under_the_rules(rule, tied):
     assert metrics.read()["head/loss"] < 0.3 * math.log(5)
 
 
+@pytest.mark.slow
 def test_activations_and_gradients_do_not_grow_with_depth():
     sizes = {"shape": (1, 1, 16), "batch_size": 4, "classes": 60, "width": 16, "heads": 2}
     for rule, least, most in (("local_ce", 1.0, 1.02), ("sll", 1.0, 1.02), ("backprop", 1.5, 4.0)):

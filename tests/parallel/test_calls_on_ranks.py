@@ -168,6 +168,7 @@ def test_shares_of_parameters_are_gathered_block_by_block(tmp_path):
     assert "'embedding.weight' is used by several groups of blocks" in said
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler warns of much
 def test_compiled_blocks_have_the_same_bits():
     for rule in ("local_ce", "interlocking"):

@@ -208,6 +208,7 @@ def test_torchrun_starts_it(tmp_path):
 TWO_BY_TWO = [*PIPELINE, "--replicas", "2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words", ["--rule sll --model.dropout 0.1 --save-every 3 --accumulate 2", "--rule local_ce --clip 1"]
 )
@@ -240,6 +241,7 @@ def test_a_killed_rank_of_one_pipeline_ends_both(tmp_path):
     check_killed(4, 3, "rank 3 (block3..head)", tmp_path / "out", tmp_path / "job", words)
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named_by_those_that_wait_for_others(tmp_path):
     words = [*TWO_BY_TWO, *LONG, "--stages", "2,2"]
     check_hangs(4, 0, "rank 0 (block1..block2)", tmp_path / "out", tmp_path / "job", words)
@@ -264,6 +266,7 @@ def test_who_gives_no_sign_of_life_is_to_blame_not_who_waits_for_it(alive, guilt
     assert str(ranks.lost(1, "closed")).startswith(f"rank {guilty} has ended")
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_pipeline_stops_both_behind_the_same_step(tmp_path):
     out, folder = tmp_path / "out", tmp_path / "job"
     with job(4, folder, [*TWO_BY_TWO, *LONG, "--out", str(out)]) as processes:

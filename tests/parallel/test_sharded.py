@@ -46,6 +46,7 @@ def test_every_rule_has_the_bits_of_replicas(tmp_path):
         assert same_state(first[0], second[0]), case
 
 
+@pytest.mark.slow
 def test_more_ranks_and_other_options(tmp_path):
     """Three ranks, some without a row of a parameter; clipping, accumulation, skipped steps, batch norm, a trunk."""
     data = batches(3, size=24)

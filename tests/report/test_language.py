@@ -12,6 +12,7 @@ pytest.importorskip("matplotlib", reason="the report extra is not installed")
 pytest.importorskip("jinja2", reason="the report extra is not installed")
 
 
+@pytest.mark.slow
 def test_the_page_shows_blocks_and_text(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "a.txt").write_text("a < b & the sea is wide\n" * 150)

@@ -29,6 +29,7 @@ def parameters(module):
     return [p.detach().clone() for p in module.parameters()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_copies_start_as_the_next_block_and_the_rule_goes_on_to_the_same_bits(rule):
     model, one = net("resnet", 4), looking(rule, "both", **({"depth": 1} if rule == "auglocal" else {}))

@@ -336,6 +336,7 @@ def test_only_guided_steps_need_the_memory_of_backprop():
     assert held(guided, 17, 2) == pytest.approx(held("backprop", 17, 2), rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_run_tells_the_memory_of_its_dearest_step(tmp_path):
     told = {}
     for guided in (0, 1):

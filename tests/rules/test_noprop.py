@@ -326,6 +326,7 @@ def test_flow_matching_may_ask_its_head(monkeypatch):
 # --- Use
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "model", "least"),
     [("noprop_dt", {"labels": "learned", "depth": 3}, 0.85), ("noprop_ct", {}, 0.55), ("noprop_fm", {}, 0.7)],
@@ -346,6 +347,7 @@ def test_it_learns_the_digits(rule, model, least):
     assert (learner(x).argmax(1) == y).float().mean() > least
 
 
+@pytest.mark.slow
 @every_rule
 @pytest.mark.parametrize("labels", ["learned", "prototype"])
 def test_labels_that_are_learned_and_radial_heads_learn(rule, labels):

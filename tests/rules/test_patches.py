@@ -45,6 +45,7 @@ def test_the_loss_is_the_mean_over_the_patches_and_the_prediction_that_of_their_
         assert torch.allclose(learner.rule.outputs_at(site, h, head, learner.task), mean, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_patches_go_with_windows_and_heads_that_look_ahead():
     model, data = net("resnet", 4), batches(3)
     rule = rules.create("dgl", patches=2, overlap=1, own=True, ahead="both")

@@ -218,6 +218,7 @@ def test_a_part_that_cannot_be_written_ends_all_ranks_and_leaves_nothing(monkeyp
     assert not (out / "result.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "victim"), [(3, 0), (2, 1)])
 def test_a_rank_killed_while_it_writes_and_the_restart(ranks, victim, one, monkeypatch, tmp_path):
     """What torchrun --max-restarts does: all ranks anew, the same command, the same store."""

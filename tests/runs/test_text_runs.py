@@ -107,6 +107,7 @@ def test_another_text_is_noticed(text, tmp_path, capsys):
     assert "has changed since the run began: its" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_probabilities(runs):
     """Bits per byte, perplexity and accuracy, from the logits of every window, written out."""
     folder = runs["local_ce"]
