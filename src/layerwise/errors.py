@@ -27,6 +27,10 @@ class LayerwiseError(Exception):
     """
 
 
+MANY = 30
+"""Names that a sentence can list beside the one that was meant."""
+
+
 def suggestion(given: str, legal: Sequence[str]) -> str:
     """The end of an error sentence: the nearest legal name, if one is near, and all of them.
 
@@ -38,11 +42,17 @@ def suggestion(given: str, legal: Sequence[str]) -> str:
 
 
 def unknown(what: str, given: str, legal: Sequence[str]) -> LayerwiseError:
-    """The sentence about a name that nothing has.
+    """The sentence about a name that nothing has; of very many names it lists all only where none is near.
 
     >>> str(unknown("rule", "spl", ["sll", "backprop"]))
     "unknown rule 'spl'; did you mean 'sll'? legal names: sll, backprop."
     """
+    near = difflib.get_close_matches(str(given), legal, n=3) if len(legal) > MANY else []
+    if near:
+        return LayerwiseError(
+            f"unknown {what} {short(given)}; did you mean {' or '.join(map(repr, near))}? `layerwise ls {what}s` lists "
+            "them all."
+        )
     return LayerwiseError(f"unknown {what} {short(given)}; {suggestion(given, legal)}.")
 
 

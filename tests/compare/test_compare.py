@@ -141,7 +141,7 @@ def test_wrong_use_is_one_sentence_and_leaves_nothing(words, sentence, tmp_path,
 
 def test_rules_start_from_the_same_weights_and_see_the_same_batches(tmp_path):
     words = split("--rule sll local_ce backprop backprop_checkpoint --model.width 16 --batch-size 512")
-    options = arguments.train_options(words, "compare", base=compare.CompareOptions)
+    options = arguments.train_options(words, "compare", base=compare.CompareOptions, hidden=("rule",))
     grid = compare.Grid(options)
     grid.chosen = {label: grid.rules[label] for label in grid.rules}
     seen = []
@@ -446,7 +446,7 @@ def test_tuning_within_a_budget_of_flops(tmp_path, capsys):
 
 def test_seconds_become_steps_once(tmp_path):
     words = [*split("--rule backprop --seconds 2 --out"), str(tmp_path)]
-    options = arguments.train_options(words, "compare", compare.CompareOptions)
+    options = arguments.train_options(words, "compare", compare.CompareOptions, hidden=("rule",))
     grid = compare.Grid(options)
     grid.plan = {"backprop": {"seconds_per_step": 0.03}}
     assert grid._budgeted("backprop").steps == 66

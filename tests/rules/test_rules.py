@@ -433,7 +433,7 @@ def test_an_entry_point_that_is_no_rule_is_refused(outside):
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: create_rule("sl"), "unknown rule 'sl'; did you mean 'sll'.*backprop"),
+        (lambda: create_rule("sl"), "unknown rule 'sl'; did you mean 'sll'.*layerwise ls rules"),
         (lambda: create_rule("zzz"), "unknown rule 'zzz'; legal names: sll"),
         (lambda: create_rule("sll", wieght=1.0), "no option 'wieght'; did you mean 'weight'"),
         (lambda: create_rule("backprop", weight=1.0), "rule 'backprop' has no option 'weight'"),

@@ -29,6 +29,7 @@ def train(folder, *words):
 def start(*words, **options):
     """The command line in a process of its own."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error", "PYTHONUNBUFFERED": ""}
+    environment.pop("COLUMNS", None)  # pytest's own, in the workers
     command = [sys.executable, "-m", "layerwise", *map(str, words)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     return subprocess.Popen(command, env=environment, text=True, **options)
