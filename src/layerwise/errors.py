@@ -47,11 +47,10 @@ def unknown(what: str, given: str, legal: Sequence[str]) -> LayerwiseError:
     >>> str(unknown("rule", "spl", ["sll", "backprop"]))
     "unknown rule 'spl'; did you mean 'sll'? legal names: sll, backprop."
     """
-    near = difflib.get_close_matches(str(given), legal, n=3) if len(legal) > MANY else []
+    near = difflib.get_close_matches(str(given), legal, n=1) if len(legal) > MANY else []
     if near:
         return LayerwiseError(
-            f"unknown {what} {short(given)}; did you mean {' or '.join(map(repr, near))}? `layerwise ls {what}s` lists "
-            "them all."
+            f"unknown {what} {short(given)}; did you mean {near[0]!r}? `layerwise ls {what}s` lists them all."
         )
     return LayerwiseError(f"unknown {what} {short(given)}; {suggestion(given, legal)}.")
 

@@ -21,7 +21,7 @@ from layerwise.data import Batches, InMemorySource
 from layerwise.parallel.replicas import Replicas, check_shares
 
 OF_SHARES = {"predsim", "dgl", "periodic_guidance", "forward_forward", "layer_collaboration", "ssl_local"}
-OF_SHARES |= {"forward_gradient", "likelihood_ratio"}
+OF_SHARES |= {"forward_gradient", "likelihood_ratio", "hebbian_global", "hebbian_local"}
 """Rules that compare, normalise or draw within a batch: theirs is the share of a rank."""
 
 

@@ -59,7 +59,7 @@ RUNNABLE = [page for page in PAGES if {"python", "pycon", "console"} & {language
 )
 def test_every_block_of_a_page_does_what_it_says(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "250")  # a page's table has a line for each row
     run_page(page)
 
 

@@ -125,7 +125,8 @@ class Runner:
         Returns:
             The block's output, and the map; its graph is of this block alone, and holds nothing for parameters.
         """
-        frozen = without_gradient(self.execution.replicas.full_of(unit.parameters()))
+        replicas = self.execution.replicas
+        frozen = without_gradient(replicas.full_of([replicas.shard_of(p) for p in unit.parameters()]))
         with preserved_generators(self.execution.device), unit.on_copies(), frozen:
             return linearized(lambda x: self.run(unit, x, message, step), h)
 

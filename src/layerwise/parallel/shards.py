@@ -167,7 +167,7 @@ class Shards(Replicas):
 
     def full_of(self, parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
         """The full parameters, which blocks run with; they have memory while they are gathered."""
-        return [self._shared[parameter].full for parameter in parameters]
+        return [self._shared[p].full if p in self._shared else p for p in parameters]
 
     @contextmanager
     def resident(self, units: Sequence[Unit]) -> Iterator[None]:

@@ -151,10 +151,10 @@ def scaling_command(argv: list[str]) -> int:
                 row["way"], row["ranks"], costs, flops, size, options.micro_batches, interconnect, contention(series)
             )
             row["predicted"] = options.batch_size / seconds
-    tables = [measured_table(rows), against_rivals(rows, series)]
+    tables = [list(measured_table(rows)), list(against_rivals(rows, series))]
     if options.simulate is not None:
         rows += simulated(options, rows, costs, flops, size)
-        tables.append(simulated_table(options, rows))
+        tables.append(list(simulated_table(options, rows)))
     if options.json != "-":
         print("\n\n".join("\n".join(lines) for lines in tables))
     return write_figures(options, rows, "scaling", argv)
