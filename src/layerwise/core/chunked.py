@@ -60,7 +60,8 @@ class Aligned:
     def divergence(self, part: slice, z: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of a chunk: D of every prediction `(n,)`, and k `(n,)` and t `(n, K)` of its gradient on z, k (q - t)."""
         before = self.before
-        u = F.linear(before.features[part], before.weight, before.bias).to(z.dtype)
+        with torch.autocast(z.device.type, enabled=False):
+            u = F.linear(before.features[part], before.weight, before.bias).to(z.dtype)
         log_sum_u = u.logsumexp(-1)
         if self.surrogate == "kl":
             log_ratio = u - z  # log p - log q, but for a constant

@@ -271,7 +271,8 @@ class SLL(ReadsPatches, ReadsOut, ReadsOutputMatrix, Rule):
         features = features_of(cut, self.pool)
         if self._leaves_outputs(ctx):
             outputs = ctx.auxiliary.outputs(features, ctx.site)
-            signal = self._in_chunks(ctx, outputs, by_depth(self.likelihood_weight, ctx.site))
+            with torch.autocast(features.device.type, enabled=False):
+                signal = self._in_chunks(ctx, outputs, by_depth(self.likelihood_weight, ctx.site))
             return replace(signal, message=(*(ctx.message or ()), outputs.features)[-2:])
         v = ctx.auxiliary(features, ctx.site)
         y, read = labels_at(cut, v), ctx.auxiliary.class_logits(v)
