@@ -22,6 +22,10 @@ class Alone:
         """The parameters that blocks run with, in place of what is kept of them here."""
         return parameters
 
+    def shard_of(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What learns here of a parameter of the model: all of it."""
+        return parameter
+
     def total(self, value: float | Tensor) -> float | Tensor:
         """Sum of the processes' numbers; on an accelerator a scalar there, so that nothing waits for it."""
         return value

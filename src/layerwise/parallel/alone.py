@@ -43,10 +43,6 @@ class OneProcess(Alone):
     def release(self) -> None:
         """Nothing is gathered."""
 
-    def shard_of(self, parameter: nn.Parameter) -> nn.Parameter:
-        """What learns here of a parameter of the model: all of it."""
-        return parameter
-
     def to_shard(self, own: Tensor, given: Tensor) -> Tensor:
         """Of the whole tensor `given`, what belongs to `own`: all of it."""
         return given
