@@ -227,7 +227,8 @@ class Row:
     @property
     def accuracy(self) -> str:
         """Mean and standard deviation of the test accuracy, or of the metric of another task."""
-        return spread(self.accuracies, digits=2 if self.metric.share else 1)
+        small = max(map(abs, self.accuracies), default=0) < 10  # such as bits per byte
+        return spread(self.accuracies, digits=2 if self.metric.share else 3 if small else 1)
 
     @property
     def figure(self) -> str:
