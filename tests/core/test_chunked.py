@@ -7,7 +7,7 @@ from support.nets import PLAIN_SGD
 from torch import nn
 
 from layerwise import LanguageModel, Learner, models, rules
-from layerwise.core.chunked import Aligned, LinearOutputs, cross_entropy, objective
+from layerwise.core.chunked import Aligned, LinearOutputs, objective
 from layerwise.core.posteriors import Categorical, divergence
 from layerwise.memory.meter import measure_memory
 
@@ -36,7 +36,7 @@ def test_loss_gradients_and_hits_are_torchs(chunk, smoothing, weighted, bias):
     leaves = [t for t in (x, weight, shift) if t is not None]
     plain = F.linear(x, weight, shift).flatten(0, 1)
     wanted = F.cross_entropy(plain, y.flatten(), weights, label_smoothing=smoothing)
-    loss, nats, right = cross_entropy(LinearOutputs(x, weight, shift), y, weights, smoothing, chunk=chunk)
+    loss, _, _, nats, right = objective(LinearOutputs(x, weight, shift), y, weights, smoothing, chunk=chunk)
     torch.testing.assert_close(nats, F.cross_entropy(plain, y.flatten(), reduction="sum"), atol=1e-5, rtol=1e-6)
     torch.testing.assert_close(loss, wanted, atol=1e-6, rtol=1e-6)
     assert int(right) == int((plain.argmax(-1) == y.flatten()).sum())
@@ -75,13 +75,13 @@ def test_a_neighbour_that_says_the_same_pulls_nowhere():
 
 def test_a_matrix_that_does_not_learn_has_no_gradient_and_a_second_backward_pass_is_refused():
     x, weight = drawn(6, D).requires_grad_(), drawn(V, D)
-    loss, nats, right = cross_entropy(LinearOutputs(x, weight), labels(6), chunk=2)
+    loss, _, _, nats, right = objective(LinearOutputs(x, weight), labels(6), chunk=2)
     assert not nats.requires_grad and not right.requires_grad
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="a second time"):
         loss.backward()
     with torch.no_grad():
-        assert not cross_entropy(LinearOutputs(x, weight), labels(6), chunk=2)[0].requires_grad
+        assert not objective(LinearOutputs(x, weight), labels(6), chunk=2)[0].requires_grad
 
 
 def test_under_autocast_it_is_as_near_as_bf16():
@@ -89,7 +89,7 @@ def test_under_autocast_it_is_as_near_as_bf16():
     y = labels(64)
     with torch.autocast("cpu", torch.bfloat16):
         wanted = F.cross_entropy(F.linear(x, weight).float(), y)
-        loss, *_ = cross_entropy(LinearOutputs(x, weight), y, chunk=7)
+        loss, *_ = objective(LinearOutputs(x, weight), y, chunk=7)
     torch.testing.assert_close(loss, wanted, atol=1e-6, rtol=1e-6)
     found, asked = torch.autograd.grad(loss, (x, weight)), torch.autograd.grad(wanted, (x, weight))
     torch.testing.assert_close(found, asked, atol=2e-3, rtol=2e-2)
@@ -101,7 +101,7 @@ def test_the_peak_does_not_grow_with_positions_times_vocabulary():
         y = torch.zeros(positions, dtype=torch.int64)
 
         def step():
-            cross_entropy(LinearOutputs(x, weight), y, chunk=2**12 // vocabulary)[0].backward()
+            objective(LinearOutputs(x, weight), y, chunk=2**12 // vocabulary)[0].backward()
 
         return measure_memory(step, parameters=[x, weight], inputs=[y]).activations
 

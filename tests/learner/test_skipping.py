@@ -18,6 +18,9 @@ OTHERS = [
     create_rule("local_ce", overlap=1, own=True),
     create_rule("solo", refresh=9),
     create_rule("interlocking", n=3),
+    create_rule("feedback_alignment", mode="ebd", memory=0.5),
+    create_rule("feedback_alignment", mode="dkp"),
+    create_rule("pepita", mirror=0.5),
 ]
 
 

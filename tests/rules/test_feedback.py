@@ -7,9 +7,10 @@ import torch
 from support.nets import CLASSES, KINDS, PLAIN_SGD, batches, gone_on, net, problem, same_bits, trained
 from torch import nn
 
-from layerwise import LayerwiseError, Learner, Partition, create_rule
+from layerwise import LanguageModel, LayerwiseError, Learner, Partition, create_rule
+from layerwise.core.pullback import output_error
 from layerwise.parallel.stage import check_rule
-from layerwise.rules.feedback import fed_layers, output_error
+from layerwise.rules.feedback import fed_layers
 
 DATA = [(x.double(), y) for x, y in batches(3)]
 X, Y = DATA[0]
@@ -35,6 +36,21 @@ def close(a, b, **tolerance):
 def two_layers(seed=0):
     torch.manual_seed(seed)
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.Tanh(), nn.Linear(12, CLASSES)).double()
+
+
+def test_drtp_sends_every_position_its_next_token_and_nothing_where_none_follows():
+    torch.manual_seed(0)
+    tokens = torch.tensor([[0, 1, 2, 3, 4]])
+    y = torch.tensor([[0, 1, 2, -100, 4]])  # of position 2 nobody says what follows, and nothing follows position 4
+    model = nn.Sequential(nn.Embedding(5, 6), nn.Linear(6, 5))
+    made = {"cuts": ["0"], "task": LanguageModel(), "example": tokens, **PLAIN_SGD}
+    learner = Learner(model, fa("drtp"), **made)
+    before, matrix = model[0].weight.detach().clone(), learner.auxiliary["0"].matrix
+    learner.step(tokens, y)
+    wanted = before.clone()
+    for position, following in ((0, 1), (1, 2), (3, 4)):
+        wanted[position] += 0.1 * matrix[following] / 3
+    assert torch.allclose(model[0].weight, wanted, atol=1e-7)
 
 
 # --- Chained feedback

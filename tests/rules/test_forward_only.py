@@ -9,9 +9,9 @@ from torch import nn
 
 from layerwise import LayerwiseError, Learner, Partition, create_rule
 from layerwise.core.perturbed_layers import error_without_graph, losses_of_samples
+from layerwise.core.pullback import output_error
 from layerwise.core.tasks import Classification
 from layerwise.parallel.stage import check_rule
-from layerwise.rules.feedback import output_error
 
 X, Y = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), torch.arange(6) % 3
 UNIT = PLAIN_SGD | {"lr": 1.0}
@@ -179,10 +179,9 @@ def test_both_passes_have_the_same_dropout_and_evaluation_is_of_the_batch_itself
 
 @pytest.mark.parametrize("y", [Y, torch.tensor([0, -100, 2, -100, 1, 1]), torch.full((6, 3), 1 / 3)], ids=str)
 @pytest.mark.parametrize("weights", [None, (1.0, 0.5, 2.0)])
-def test_the_error_at_the_outputs_is_that_of_the_loss(y, weights):
-    if weights and y.is_floating_point():
-        return
-    task = Classification(3, weights=weights)
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_the_error_at_the_outputs_is_that_of_the_loss(y, weights, smoothing):
+    task = Classification(3, weights=weights, label_smoothing=smoothing)
     assert torch.allclose(error_without_graph(task, X, y), output_error(task, X, y), atol=1e-6)
     assert torch.allclose(losses_of_samples(task, X, y).sum(), task.loss(X, y).double(), atol=1e-6)
 

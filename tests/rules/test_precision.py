@@ -7,7 +7,7 @@ from support.nets import CLASSES, PLAIN_SGD, kinds, made, net, problem
 from torch import nn
 
 from layerwise import LayerwiseError, Learner, MultiLabel, Regression, rule_names
-from layerwise.core.chunked import LinearOutputs, cross_entropy
+from layerwise.core.chunked import LinearOutputs, objective
 
 X, Y = problem(16)
 LOSSES = ("loss", "own_loss", "reconstruction", "divergence")
@@ -60,7 +60,7 @@ def test_a_loss_in_chunks_is_that_of_all_in_float64(weights):
     torch.manual_seed(0)
     h, w, b = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((7, 4), (3, 4), (3,)))
     y = torch.tensor([0, 1, 2, 0, -100, 2, 1])
-    loss, _, _ = cross_entropy(LinearOutputs(h, w, b), y, weights, 0.1, chunk=2)
+    loss, *_ = objective(LinearOutputs(h, w, b), y, weights, 0.1, chunk=2)
     wide = None if weights is None else weights.double()
     whole = F.cross_entropy(F.linear(h, w, b), y, wide, label_smoothing=0.1)
     assert torch.allclose(loss, whole, rtol=1e-14, atol=0)

@@ -251,6 +251,11 @@ class Partition(nn.Module):
     input_layout: str | None
     _known: dict[str, nn.Module]
 
+    @property
+    def sites(self) -> list[Block]:
+        """The blocks, then the head."""
+        return [*self.blocks, self.head]
+
     def forward(self, x: Tensor) -> Tensor:
         """Run all blocks and the head: the model's output for `x`, bit for bit."""
         for block in self.blocks:

@@ -80,42 +80,6 @@ class Aligned:
         return distance, torch.where(1 - bc < 1e-7, 0.0, 0.25 * bc / distance), r
 
 
-def cross_entropy(
-    outputs: LinearOutputs,
-    y: Tensor,
-    weights: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    ignore: int = -100,
-    chunk: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Mean cross-entropy, the plain sum of $-\log p_i[y_i]$, and how many predictions are right, chunk after chunk.
-
-    Loss and gradients are those of `torch.nn.functional.cross_entropy` on `outputs.whole()`, in float32 or wider. The
-    gradient on a chunk's logits is known as soon as the chunk is, $s_i\,\mathrm{softmax}(z_i) - t_i$ with target $t_i$
-    of sum $s_i$; it is multiplied into those of features, weight and bias at once, and the logits are forgotten. Beside
-    these gradients two chunks of logits are in memory at a time. The backward pass can be made once.
-
-    Args:
-        outputs: of N predictions in all.
-        y: class numbers, `(...)`; `ignore` for a prediction that does not count.
-        weights: one per class, `(K,)`.
-        label_smoothing: share of the target that is spread evenly over the classes.
-        ignore: the label that counts in nothing.
-        chunk: predictions at a time; as many as have `LOGITS` logits if not given.
-
-    Returns:
-        The loss, a scalar in float32 or wider; the sum, without weights and smoothing, and an int64 scalar, without
-        history.
-
-    >>> outputs = LinearOutputs(torch.ones(4, 2), torch.zeros(10, 2))
-    >>> loss, nats, right = cross_entropy(outputs, torch.tensor([0, 0, 3, -100]), chunk=3)
-    >>> round(float(loss), 4), round(float(nats), 4), int(right)  # ln 10; among equal logits the first is predicted
-    (2.3026, 6.9078, 2)
-    """
-    loss, _, _, nats, right = objective(outputs, y, weights, label_smoothing, ignore, chunk)
-    return loss, nats, right
-
-
 def objective(
     outputs: LinearOutputs,
     y: Tensor,
@@ -126,14 +90,33 @@ def objective(
     likelihood_weight: float = 1.0,
     aligned: Aligned | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    r"""$w \, \mathrm{CE} + \lambda D$ in the way of `cross_entropy`, whose arguments it takes; see `Aligned`.
+    r"""Mean cross-entropy, or $w \, \mathrm{CE} + \lambda D$ with a neighbour (see `Aligned`), chunk after chunk.
 
-    With a neighbour three chunks of logits are in memory at a time. The divergence is averaged as the cross-entropy
-    is: over the predictions that count, with the weights of their classes.
+    The cross-entropy and its gradients are those of `torch.nn.functional.cross_entropy` on `outputs.whole()`, in
+    float32 or wider. The gradient on a chunk's logits is known as soon as the chunk is,
+    $s_i\,\mathrm{softmax}(z_i) - t_i$ with target $t_i$ of sum $s_i$; it is multiplied into those of features, weight
+    and bias at once, and the logits are forgotten. Beside these gradients two chunks of logits are in memory at a time,
+    with a neighbour three. The backward pass can be made once. The divergence is averaged as the cross-entropy is: over
+    the predictions that count, with the weights of their classes.
+
+    Args:
+        outputs: of N predictions in all.
+        y: class numbers, `(...)`; `ignore` for a prediction that does not count.
+        weights: one per class, `(K,)`.
+        label_smoothing: share of the target that is spread evenly over the classes.
+        ignore: the label that counts in nothing.
+        chunk: predictions at a time; as many as have `LOGITS` logits if not given.
+        likelihood_weight: w.
+        aligned: the neighbour and lambda; none if not given.
 
     Returns:
-        The objective; then without history the mean cross-entropy, the mean divergence (0 without a neighbour), and
-        what `cross_entropy` gives beside the loss.
+        The objective, a scalar in float32 or wider; then without history the mean cross-entropy, the mean divergence (0
+        without a neighbour), the plain sum of $-\log p_i[y_i]$, and how many predictions are right, an int64 scalar.
+
+    >>> outputs = LinearOutputs(torch.ones(4, 2), torch.zeros(10, 2))
+    >>> loss, _, _, nats, right = objective(outputs, torch.tensor([0, 0, 3, -100]), chunk=3)
+    >>> round(float(loss), 4), round(float(nats), 4), int(right)  # ln 10; among equal logits the first is predicted
+    (2.3026, 6.9078, 2)
     """
     features, y = outputs.features.flatten(0, -2), y.flatten()
     chunk = chunk or max(1, LOGITS // outputs.weight.shape[0])

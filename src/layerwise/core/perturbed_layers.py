@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from layerwise.core.blocks import Block
+from layerwise.core.functional import wide
 from layerwise.core.layers import has_gradients, holding_parameters, layer_gradients, seeing_layers
 from layerwise.core.randomness import derive_seed
 from layerwise.core.tasks import Classification, Task
@@ -179,30 +180,24 @@ def add_all(gradients: dict[Tensor, Tensor], more: dict[Tensor, Tensor]) -> None
 
 
 def error_without_graph(task: Task, outputs: Tensor, y: Tensor) -> Tensor:
-    """The gradient of the mean cross-entropy on logits in closed form, `(softmax - target) / N`.
+    """The gradient of the mean cross-entropy on logits `(..., K)` in closed form, `(softmax - target) / N`.
 
     >>> error_without_graph(Classification(2), torch.zeros(2, 2), torch.tensor([0, 1]))
     tensor([[-0.2500,  0.2500],
             [ 0.2500, -0.2500]])
     """
-    z = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-    return _counted(task, z.softmax(-1) - task.distribution(y).to(z.dtype), y)
+    z, shares = _wide_with_shares(task, outputs, y)
+    return shares.sum(-1, keepdim=True) * z.softmax(-1) - shares
 
 
 def losses_of_samples(task: Task, outputs: Tensor, y: Tensor) -> Tensor:
     """Each sample's share of the mean cross-entropy, `(B,)`."""
-    z = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-    each = -(task.distribution(y).to(z.dtype) * F.log_softmax(z, -1)).sum(-1, keepdim=True)
-    return _counted(task, each, y).flatten(1).sum(1)
+    z, shares = _wide_with_shares(task, outputs, y)
+    return -(shares * F.log_softmax(z, -1)).flatten(1).sum(1)
 
 
-def _counted(task: Task, each: Tensor, y: Tensor) -> Tensor:
-    """A number per prediction with its weight in the mean over those that count."""
-    if y.is_floating_point():
-        return each / task.counted(y, True)
+def _wide_with_shares(task: Task, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits in float32 or wider, and `Classification.target_shares` of their type."""
     assert isinstance(task, Classification)
-    labels = task.aligned(y)
-    counts = (labels != -100).to(each.dtype)
-    if task.weights is not None:
-        counts = counts * torch.tensor(task.weights, device=y.device, dtype=each.dtype)[labels.clamp_min(0)]
-    return each * counts[..., None] / task.counted(y, True)
+    z = wide(outputs)
+    return z, task.target_shares(y).to(z.dtype)

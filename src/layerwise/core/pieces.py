@@ -222,7 +222,7 @@ class PredictsBySite:
     def predict(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Tensor:
         """Logits `(B, ..., K)` for `x`: a forward pass with `ask` and `answer`."""
         h, message = self.ask(x, auxiliary.get(0))
-        for index, block in enumerate([*network.blocks, network.head]):
+        for index, block in enumerate(network.sites):
             site = Site(index, len(network.blocks), block.name, layouts=network.layouts, network=network)
             h, message = self.answer(site, block(h), message, auxiliary.get(index))
         return h

@@ -1,10 +1,13 @@
-"""One block linearised where it stands: its output, and the map from cotangents there to cotangents on its input."""
+"""Where cotangents begin and how they pass a block: the error at the outputs, and one block linearised."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from layerwise.core.functional import wide
+from layerwise.core.tasks import Task
 
 Pullback = Callable[[Tensor], Tensor]
 """From a cotangent on the output of a block to the one on its input; it may be called several times."""
@@ -47,3 +50,16 @@ def without_gradient(parameters: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
+
+
+def output_error(task: Task, outputs: Tensor, y: Tensor) -> Tensor:
+    """The gradient of the task's mean loss on the network's outputs, `(B, ..., K)` of the outputs' shape.
+
+    >>> from layerwise.core.tasks import Classification
+    >>> output_error(Classification(2), torch.zeros(2, 2), torch.tensor([0, 1]))  # (softmax - onehot) / 2
+    tensor([[-0.2500,  0.2500],
+            [ 0.2500, -0.2500]])
+    """
+    with torch.enable_grad():
+        leaf = wide(outputs.detach()).requires_grad_()
+        return torch.autograd.grad(task.loss(leaf, y), leaf)[0]

@@ -54,6 +54,12 @@ class Site:
         return self.index == self.blocks
 
     @property
+    def block(self) -> Block:
+        """The block that stands here, or the head."""
+        assert self.network is not None
+        return self.network.sites[self.index]
+
+    @property
     def depth(self) -> float:
         """Relative depth: 0 at the first block, 1 at the last one and at the head."""
         return min(self.index, self.blocks - 1) / max(self.blocks - 1, 1)

@@ -59,7 +59,7 @@ class Setup:
     @property
     def blocks(self) -> list[Block]:
         """All blocks, the head last."""
-        return [*self.network.blocks, self.network.head]
+        return self.network.sites
 
     @property
     def device(self) -> torch.device:
@@ -91,7 +91,7 @@ def make_setup(
     network = cut(model, **cutting)
     if isinstance(network, CallPartition):
         check_serves(network, rule)
-    check_multipliers(given["lr_multipliers"] or {}, [block.name for block in [*network.blocks, network.head]])
+    check_multipliers(given["lr_multipliers"] or {}, [block.name for block in network.sites])
     device = next(model.parameters()).device if given["device"] is None else usable_device(given["device"])
     check_precision(given["precision"], device)
     if given["device"] is not None and given["offload"] == "none":

@@ -150,7 +150,7 @@ def save_blocks(network: Partition, offload: Offload | NotOffloaded, folder: Pat
     Raises:
         LayerwiseError: the folder cannot be written to.
     """
-    blocks = [*network.blocks, network.head]
+    blocks = network.sites
     stored = network.model.state_dict(keep_vars=True)
     first_names = {id(t): name for name, t in reversed([*_every_name(network.model)])}
     owner = {name: i for i, block in enumerate(blocks) for name in block.names()}

@@ -254,7 +254,7 @@ def gradient_cosines(learner: Learner, x: Tensor, y: Tensor) -> dict[str, float 
     own, backprop = gradients(learner, x, y), gradients(learner, x, y, "backprop")
     names = {id(parameter): name for name, parameter in learner.named_parameters()}
     found: dict[str, float | None] = {}
-    for block in [*learner.network.blocks, learner.network.head]:
+    for block in learner.network.sites:
         both = [names[id(p)] for p in block.parameters() if names[id(p)] in own.keys() & backprop.keys()]
         if not both:
             found[block.name] = None

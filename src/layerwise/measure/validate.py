@@ -80,7 +80,7 @@ def _maker(model: str) -> Callable[[], nn.Module]:
 
 def blocks_of(learner: Learner) -> list[Block]:
     """The blocks and the head."""
-    return [*learner.network.blocks, learner.network.head]
+    return learner.network.sites
 
 
 def _weights(learner: Learner) -> list[torch.Tensor]:

@@ -135,7 +135,7 @@ class Stage:
             ends = [sum(self.counts[: i + 1]) for i in range(self.ranks)]
         starts = [0, *ends]
         kept = network.keep_only(bounds[starts[self.rank]], bounds[ends[self.rank]])
-        blocks, self.blocks = [*network.blocks, network.head], []
+        blocks, self.blocks = network.sites, []
         for i, (start, end) in enumerate(itertools.pairwise([0, *ends])):
             part = blocks[bounds[start] : bounds[end]]
             self.blocks.append(part[0].name if len(part) == 1 else f"{part[0].name}..{part[-1].name}")
@@ -196,7 +196,7 @@ def seconds(network: Partition, example: Tensor, repeats: int = 3) -> list[float
     """
     found, h = [], example
     with evaluation_mode(network):
-        for block in [*network.blocks, network.head]:
+        for block in network.sites:
             parameters = [p for p in block.parameters() if p.requires_grad]
             times, out = [], h
             for _ in range(1 + repeats):

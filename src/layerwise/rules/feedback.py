@@ -28,19 +28,6 @@ IN_PLACE_OF: Mapping[str, Callable[[Tensor], Tensor]] = {
 """Functions that stand in for the derivative of an activation."""
 
 
-def output_error(task: Task, outputs: Tensor, y: Tensor) -> Tensor:
-    """The gradient of the task's mean loss on the network's outputs, `(B, ..., K)` of the outputs' shape.
-
-    >>> from layerwise.core.tasks import Classification
-    >>> output_error(Classification(2), torch.zeros(2, 2), torch.tensor([0, 1]))  # (softmax - onehot) / 2
-    tensor([[-0.2500,  0.2500],
-            [ 0.2500, -0.2500]])
-    """
-    with torch.enable_grad():
-        leaf = outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32)).requires_grad_()
-        return torch.autograd.grad(task.loss(leaf, y), leaf)[0]
-
-
 def projected(error: Tensor, matrix: Tensor, h: Tensor, site: Site, task: Task) -> Tensor:
     """An error per sample, token or pixel, through a matrix `(K, ...)`, in the shape of a block's output.
 
@@ -130,9 +117,7 @@ def glorot(weight: Tensor) -> float:
 
 def fed_layers(site: Site) -> list[nn.Module]:
     """The linear layers and convolutions of a site that the error goes back through, in the model's order."""
-    assert site.network is not None
-    block = [*site.network.blocks, site.network.head][site.index]
-    return [layer for layer in holding_parameters(block) if isinstance(layer, (nn.Linear, *CONVOLUTIONS))]
+    return [layer for layer in holding_parameters(site.block) if isinstance(layer, (nn.Linear, *CONVOLUTIONS))]
 
 
 def feedback_by_layer(network: Partition, auxiliary: Mapping[int, nn.Module]) -> dict[nn.Module, nn.Module]:

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.core.blocks import Block
+from layerwise.core.pullback import output_error
 from layerwise.core.ranges import PositiveFloat, ProperFraction
 from layerwise.core.rule import ANY_TASK, BatchContext, BlockContext, Locality, Rule, Signal, Site, loss_at_head
-from layerwise.core.tasks import UNLABELLED, Task
+from layerwise.core.tasks import Classification, Task
 from layerwise.rules.feedback import (
     Derivative,
     LayerFeedback,
@@ -21,7 +22,6 @@ from layerwise.rules.feedback import (
     glorot,
     has_standard_order,
     matrix_shape,
-    output_error,
     projected,
     run_with_feedback,
 )
@@ -172,7 +172,11 @@ class FeedbackAlignment(Rule):
             return signal
         if ctx.site.is_head:
             return loss_at_head(ctx)
-        error = self._targets(ctx) if self.mode == "drtp" else ctx.message / ctx.task.counted(ctx.y, True)
+        if self.mode == "drtp":
+            assert isinstance(ctx.task, Classification)
+            error = -ctx.task.target_shares(ctx.y)
+        else:
+            error = ctx.message / ctx.task.counted(ctx.y, True)
         assert isinstance(ctx.auxiliary, DirectFeedback)
         signal = Signal(message=ctx.message)
         if self.mode in LEARNED and ctx.learns:
@@ -180,14 +184,6 @@ class FeedbackAlignment(Rule):
         sent = error.sign() / ctx.task.counted(ctx.y, True) if self.mode == "sdfa" else error
         signal.cotangent = projected(sent, ctx.auxiliary.current().detach(), ctx.h, ctx.site, ctx.task)
         return signal
-
-    @staticmethod
-    def _targets(ctx: BlockContext) -> Tensor:
-        """Minus the labels, one-hot, divided by their number."""
-        labels = ctx.task.distribution(ctx.y)
-        if not ctx.y.is_floating_point():
-            labels = labels * (ctx.y != UNLABELLED)[..., None]
-        return -labels / ctx.task.counted(ctx.y, True)
 
     @torch.no_grad()
     def _learn(self, ctx: BlockContext, error: Tensor, signal: Signal) -> None:

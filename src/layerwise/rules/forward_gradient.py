@@ -105,7 +105,7 @@ class ForwardGradient(Rule):
         """The batch; the message are slopes along the directions, of passes that begin here."""
         if self.mode == "local":
             return ctx.x, None
-        blocks = [*ctx.network.blocks, ctx.network.head]
+        blocks = ctx.network.sites
         sent = Slopes(self._directions(blocks, ctx.network.output_layer))
         for direction in sent.directions:
             with differentiable_forward():
@@ -152,7 +152,7 @@ class ForwardGradient(Rule):
             network = ctx.site.network
             assert network is not None
             assert ctx.run is not None
-            block = [*network.blocks, network.head][ctx.site.index]
+            block = ctx.site.block
             if self.mode == "local":
                 self._own_slopes(ctx, block, network.output_layer, signal)
             else:

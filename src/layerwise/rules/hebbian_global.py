@@ -131,7 +131,7 @@ def with_hebbian_sizes(ctx: BlockContext, signal: Signal, temperature: float) ->
     """The signal with gradients in place of its loss: those of the loss, with Hebbian sizes in the blocks' layers."""
     assert signal.loss is not None
     assert ctx.site.network is not None
-    sites = [*ctx.site.network.blocks, ctx.site.network.head]
+    sites = ctx.site.network.sites
     modules = [sites[index] for index in ctx.view] + ([] if ctx.auxiliary is None else [ctx.auxiliary])
     own = [p for module in modules for p in module.parameters() if p.requires_grad]
     found = torch.autograd.grad(signal.loss, own, allow_unused=True)

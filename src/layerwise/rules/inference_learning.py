@@ -7,6 +7,8 @@ from torch import Tensor
 
 from layerwise.core.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
 from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Signal, loss_at_head, metrics_of
+from layerwise.core.tasks import Classification
+from layerwise.errors import LayerwiseError
 from layerwise.rules.settling import WHOLE_BATCH, outputs_of_blocks
 
 
@@ -69,6 +71,11 @@ class InferenceLearning(Rule):
         """The batch; the message is the states that the blocks are to reach, and the output's target."""
         if not ctx.training:
             return ctx.x, None
+        if isinstance(ctx.task, Classification) and ctx.task.weights is not None:
+            raise LayerwiseError(
+                "inference_learning mixes probabilities into targets, where weights of classes have no place; leave "
+                "weights out of the task, or choose a rule such as predictive_coding."
+            )
         last = len(ctx.network.blocks)
         states = outputs_of_blocks(ctx)
         bottom, outputs = states[0], ctx.run(last, states[-1], None)

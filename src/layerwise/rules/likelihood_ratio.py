@@ -88,11 +88,10 @@ class LikelihoodRatio(Rule):
         """Each noisy pass goes through the block, and its noise counts as much as the loss says."""
         signal = loss_at_head(ctx) if ctx.site.is_head else Signal(message=ctx.message)
         if ctx.learns:
-            network, sent = ctx.site.network, ctx.message
+            sent = ctx.message
             run_again = ctx.run
-            assert network is not None
             assert run_again is not None
-            block = [*network.blocks, network.head][ctx.site.index]
+            block = ctx.site.block
             for place, (noise, slopes) in enumerate(zip(sent.noises, sent.slopes, strict=True)):
                 seen = Seen()
                 sent.inputs[place] = noise.run(block, sent.inputs[place], lambda h: run_again(h, None), seen)

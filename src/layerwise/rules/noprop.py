@@ -33,8 +33,7 @@ def embedding(block: Block) -> Tensor:
 
 def embedding_at(site: Site) -> Tensor:
     """The same of the block, or of the head, at a site."""
-    assert site.network is not None
-    return embedding([*site.network.blocks, site.network.head][site.index])
+    return embedding(site.block)
 
 
 def state(*parts: Tensor) -> Tensor:
@@ -73,7 +72,7 @@ class Denoising(StartsFromData, Rule):
         """Nothing; refuses a network that passes on no state."""
         (kind,), network = self.models, site.network
         assert network is not None
-        cut = [block.name for block in [*network.blocks, network.head]]
+        cut = [block.name for block in network.sites]
         children = [name for name, _ in network.model.named_children()]
         first = getattr(network.model, "block1", None)
         if getattr(first, "trained_as", None) != kind or cut != children:

@@ -91,9 +91,7 @@ class Pepita(Rule):
 
     def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
         """F, at the first block; refuses what is no chain of layers."""
-        assert site.network is not None
-        block = [*site.network.blocks, site.network.head][site.index]
-        if not is_plain_chain(block):
+        if not is_plain_chain(site.block):
             raise LayerwiseError(
                 f"pepita is defined for chains of linear layers, convolutions and norms, and block {site.name!r} is "
                 "none; choose a rule such as feedback_alignment."
@@ -105,7 +103,7 @@ class Pepita(Rule):
         return Projection(bound * (2 * torch.rand(task.outputs, *inputs, dtype=h.dtype) - 1), learns=self.mirror > 0)
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
-        """The batch with the projected error; the message is the batch itself."""
+        """The batch with the projected error; the message is the batch itself, and where F is to go."""
         if ctx.y.dim() > (2 if ctx.y.is_floating_point() else 1):
             raise LayerwiseError("pepita adds a sample's error to its input: one label per sample, not per position.")
         error = ctx.task.counted(ctx.y, False) * error_without_graph(ctx.task, ctx.forward(ctx.x), ctx.y)
@@ -114,29 +112,32 @@ class Pepita(Rule):
         if first.before is not None:
             first.before()  # an offloaded block has to be fetched, and F with it
         matrix = projection.current()
-        if self.mirror and ctx.network.training:
-            self._mirror(ctx, matrix)
-        return ctx.x + torch.tensordot(error.to(matrix.dtype), matrix, dims=1).to(ctx.x.dtype), ctx.x
+        towards = self._mirrored(ctx, matrix) if self.mirror and ctx.training else None
+        return ctx.x + torch.tensordot(error.to(matrix.dtype), matrix, dims=1).to(ctx.x.dtype), (ctx.x, towards)
 
-    def _mirror(self, ctx: BatchContext, matrix: Tensor) -> None:
-        """Move F towards minus the correlation of noise and what it gives."""
+    @staticmethod
+    def _mirrored(ctx: BatchContext, matrix: Tensor) -> Tensor:
+        """Minus the correlation of noise and what it gives, of the norm of F."""
         noise = torch.randn_like(ctx.x)
         z = ctx.forward(noise)
         if ctx.network.blocks[0].before is not None:
             ctx.network.blocks[0].before()
         found = -torch.tensordot((z - z.mean(0)).to(matrix.dtype).T, noise.to(matrix.dtype), dims=1)
-        matrix.lerp_(found * (matrix.norm() / found.norm().clamp_min(1e-12)), self.mirror)
+        return found * (matrix.norm() / found.norm().clamp_min(1e-12))
 
     def signal(self, ctx: BlockContext) -> Signal:
         """The differences of activities, times what the layers got."""
-        assert ctx.site.network is not None
         assert ctx.run is not None
-        block = [*ctx.site.network.blocks, ctx.site.network.head][ctx.site.index]
-        clean, clean_out = self._passed(block, ctx, ctx.message)
+        block = ctx.site.block
+        x, towards = ctx.message
+        clean, clean_out = self._passed(block, ctx, x)
         signal = loss_at_head(replace(ctx, h=clean_out)) if ctx.site.is_head else Signal()
-        signal = replace(signal, message=clean_out)
+        signal = replace(signal, message=(clean_out, None))
         if not ctx.learns:
             return signal
+        if towards is not None:  # here and not in `begin`: a skipped update brings the block's buffers back
+            assert isinstance(ctx.auxiliary, Projection)
+            ctx.auxiliary.current().lerp_(towards, self.mirror)
         modulated, _ = self._passed(block, ctx, ctx.h_in)
         for before, after in zip(clean, modulated, strict=True):
             if ctx.site.is_head and after is modulated[-1] and after.out.shape == ctx.h.shape:

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerwise.core.pullback import output_error
 from layerwise.core.rule import BatchContext, BlockContext, Signal, metrics_of
-from layerwise.core.tasks import Task
 
 WHOLE_BATCH = "settles the states of the whole batch before its update"
 
@@ -21,18 +21,10 @@ def outputs_of_blocks(ctx: BatchContext) -> list[Tensor]:
     return outputs
 
 
-def loss_cotangent(task: Task, outputs: Tensor, y: Tensor) -> Tensor:
-    """The gradient of the task's loss, a mean over the batch, on outputs `(B, ..., K)`."""
-    with torch.enable_grad():
-        leaf = outputs.detach().requires_grad_()
-        (found,) = torch.autograd.grad(task.loss(leaf, y), leaf)
-    return found
-
-
 def through_head(ctx: BatchContext, h: Tensor) -> tuple[Tensor, Tensor]:
     """The network's outputs `(B, ..., K)` for an input of the head, and the gradient of the task's loss on it."""
     outputs, back = ctx.linearize(len(ctx.network.blocks), h, None)
-    return outputs, back(loss_cotangent(ctx.task, outputs, ctx.y))
+    return outputs, back(output_error(ctx.task, outputs, ctx.y))
 
 
 def phases_message(phases: Sequence[Sequence[Tensor]], outputs: Tensor) -> dict[str, Any]:

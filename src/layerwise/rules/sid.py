@@ -304,7 +304,7 @@ class SID(HasReadout, Distillation):
     def beliefs(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Iterator[Tensor]:
         """The belief before any block, then one per group: log-probabilities `(B, ..., K)`, outputs without classes."""
         belief, task = None, cast(BeliefToLogits, auxiliary[len(network.blocks)]).task
-        for index, block in enumerate([*network.blocks, network.head]):
+        for index, block in enumerate(network.sites):
             x = block(x)
             if index not in auxiliary:
                 continue

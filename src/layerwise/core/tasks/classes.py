@@ -153,6 +153,23 @@ class Classification(Task):
         hot = wide(y) if y.is_floating_point() else F.one_hot(self.aligned(y).clamp_min(0), self.classes).float()
         return hot * (1 - self.label_smoothing) + self.label_smoothing / self.classes
 
+    def target_shares(self, y: Tensor) -> Tensor:
+        r"""Weights $t_{ik}$ `(..., K)` that make the mean loss $-\sum_{ik} t_{ik} \log p_{ik}$; 0 where none counts.
+
+        With $s_i = \sum_k t_{ik}$ its gradient on the logits is $s_i p_i - t_i$.
+
+        >>> Classification(2).target_shares(torch.tensor([0, 1, -100]))
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.5000],
+                [0.0000, 0.0000]])
+        """
+        shares = self.distribution(y)
+        if self.weights is not None:
+            shares = shares * self._weights(self.classes, y)
+        if not y.is_floating_point():
+            shares = shares * (self.aligned(y) != UNLABELLED)[..., None]
+        return shares / self.counted(y, True)
+
     def correct(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Number of predictions whose largest logit is the label: an int64 scalar on the device."""
         _check_shapes(outputs, y)
