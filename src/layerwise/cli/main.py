@@ -80,8 +80,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             if stdout is not None:
                 sys.stdout.flush()  # here, where a failure can still be reported
             return code
-    except SystemExit as stop:  # tyro has printed the help text
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except SystemExit as stop:
+        if {"-h", "--help"} & {*words} and not stop.code:  # tyro has printed the help text
+            return 0
+        return report_error(
+            LayerwiseError(
+                f"code of the network, the rule or a package has ended the command with sys.exit({stop.code}) before "
+                "its work was done; take that call out."
+            )
+        )
     except CannotPrint as error:
         # What is left in the stream's buffer would fail again when the interpreter exits.
         with contextlib.suppress(OSError, ValueError):
