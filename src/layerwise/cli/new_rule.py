@@ -97,7 +97,7 @@ def test_without_its_loss_a_block_stays_as_it_is():
 def hides(name: str) -> bool:
     """Whether a file of this name would be imported in place of a package that is installed.
 
-    >>> hides("typing"), hides("my_rule")
+    >>> hides("typing"), hides("a_rule_of_mine")
     (True, False)
     """
     here = {"", os.getcwd()}
@@ -128,14 +128,15 @@ def new_rule_command(argv: list[str]) -> int:
         raise LayerwiseError(f"a file {name}.py would hide the Python package {name!r}; choose another name.")
     begun: list[Path] = []
     try:
-        for path, text in texts.items():
-            with path.open("x") as file:
-                begun.append(path)
+        for place, text in texts.items():
+            with place.open("x") as file:
+                begun.append(place)
                 file.write(text.format(name=name, class_name=class_name))
     except OSError as reason:
-        for path in begun:  # half of a rule would be in the way of the next attempt
-            path.unlink(missing_ok=True)
-        raise LayerwiseError(f"cannot write {shown(path)} ({reason.strerror}); choose another folder.") from reason
+        for place in begun:  # half of a rule would be in the way of the next attempt
+            place.unlink(missing_ok=True)
+        file = shown(begun[-1] if begun else next(iter(texts)))
+        raise LayerwiseError(f"cannot write {file} ({reason.strerror}); choose another folder.") from reason
     rule, tests = texts
     print(f"wrote {rule} and {tests}; change them, and")
     print(f"  test it:    pytest {tests}")
