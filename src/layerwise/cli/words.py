@@ -66,8 +66,8 @@ class BeliefsOptions:
     device: str = "auto"
     """cpu | cuda | cuda:N | mps | xpu | auto."""
     json: str | None = None
-    """Write all results, with the history of the run, as JSON to this file (a name without .json as --json=FILE); alone, or with -,
-    print them in place of the table."""
+    """Write all results, with the history of the run, as JSON to this file (a name without .json as --json=FILE);
+    alone, or with -, print them in place of the table."""
     plot: str | None = None
     """Draw entropy and divergence over depth to this file (.svg, .png, .pdf)."""
 
