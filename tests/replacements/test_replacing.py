@@ -244,7 +244,7 @@ def test_a_model_with_all_of_them_is_trained_under_every_rule(rule, options):
     assert continued.step(x, y).read() == learner.step(x, y).read()
 
 
-TWICE = {"approx_gelu": nn.GELU(), "approx_silu": nn.SiLU(), "mask_relu": nn.ReLU(), "ms_norm": nn.LayerNorm(8)}
+TWICE = {"approx_gelu": nn.GELU(), "approx_silu": nn.SiLU(), "mask_relu": nn.ReLU(), "ms_norm": nn.LayerNorm(32)}
 TWICE |= {name: nn.Identity() for name in ("velora", "bi_mask", "binary")}
 
 
@@ -252,10 +252,10 @@ TWICE |= {name: nn.Identity() for name in ("velora", "bi_mask", "binary")}
 def test_a_gradient_of_the_gradient_is_right_or_refused(name):
     """What keeps less for the backward pass has no graph of it, so that a second one would be of something else."""
     torch.manual_seed(0)
-    inner = nn.Sequential(nn.Linear(8, 8), copy.deepcopy(TWICE[name]), nn.Linear(8, 8)).double()
-    model = nn.Sequential(nn.Linear(8, 8), inner, nn.Linear(8, 3)).double()
-    x = torch.randn(4, 8, dtype=torch.float64)
-    model = replace(model, {name: "1.0"} if name == "velora" else name, example=x) or model
+    inner = nn.Sequential(nn.Linear(32, 32), copy.deepcopy(TWICE[name]), nn.Linear(32, 32)).double()
+    model = nn.Sequential(nn.Linear(32, 32), inner, nn.Linear(32, 3)).double()
+    x = torch.randn(4, 32, dtype=torch.float64)
+    model = replace(model, {"1.0": name} if name == "velora" else name, example=x) or model
 
     def gradient(x):
         return torch.autograd.grad(model(x).square().sum(), x, create_graph=True)[0]
