@@ -46,7 +46,7 @@ def test_names_in_the_folder_never_become_paths(place):
     assert main(["report", str(place)]) == 0
     assert outside(place) == set()
     figures = [file for file in (place / "figures").iterdir() if file.suffix == ".svg"]
-    assert len(figures) == 15 + 2
+    assert len(figures) == 16 + 2
     for file in figures:
         assert "<b>" not in file.read_text()
         ElementTree.parse(file)
