@@ -19,6 +19,9 @@ TO_BENCHMARKS = re.compile(r"\]\(\.\./((?:\.\./)*benchmarks/)")
 
 INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
 BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.DOTALL)
+SEARCH = 'data-md-component="search" role="dialog"'
+FOCUSABLE = '<math xmlns="http://www.w3.org/1998/Math/MathML" display="block" tabindex="0">'
+NO_HEADINGS = re.compile(r"<thead>\s*<tr>\s*(?:<th[^>]*></th>\s*)+</tr>\s*</thead>")
 RULE = re.compile(r"^::: (layerwise\.rules\.\w+)\.(\w+)$", re.MULTILINE)
 OPTIONS = """{found}
     options:
@@ -52,4 +55,12 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def on_page_content(content: str, **_: Any) -> str:
     """Replace what pymdownx.arithmatex marked as LaTeX."""
     content = BLOCK.sub(lambda found: convert(html.unescape(found[1]), display="block"), content)
-    return INLINE.sub(lambda found: convert(html.unescape(found[1])), content)
+    content = INLINE.sub(lambda found: convert(html.unescape(found[1])), content)
+    # An equation that scrolls can be reached with the keyboard; a table without headings has no row of empty ones.
+    content = content.replace('<math xmlns="http://www.w3.org/1998/Math/MathML" display="block">', FOCUSABLE)
+    return NO_HEADINGS.sub("", content)
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """Give the theme's search a name, which screen readers tell."""
+    return output.replace(SEARCH, f'{SEARCH} aria-label="Search"')

@@ -4,12 +4,12 @@ import html
 import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
 import pytest
+from support.browser import browse, needs_axe, needs_chromium, serious
 from support.runs import contents, split
 
 from layerwise import LayerwiseError
@@ -19,7 +19,6 @@ from layerwise.report import page as report
 
 pytest.importorskip("matplotlib", reason="the report extra is not installed")
 pytest.importorskip("jinja2", reason="the report extra is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 FIGURES = [
     *("accuracy_epochs", "accuracy_seconds", "memory_depth", "accuracy_memory", "accuracy_flops", "accuracy_time"),
@@ -210,30 +209,16 @@ addEventListener("load", () => {
 </script>"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt-get install chromium)")
+@needs_chromium
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (500, False), (1280, True)], ids=["desk", "phone", "dark"])
 def test_a_browser_shows_it(page, tmp_path, width, dark):
     """Headless Chromium: no error, every figure drawn, nothing wider than the window, the right colours."""
-    found = browse(page, PROBE, tmp_path, width, dark)
+    found = browse(page, PROBE, tmp_path / "report.html", tmp_path / "profile", width, dark)
     assert (found["rows"], found["figures"], found["empty"]) == (3, len(FIGURES) + 2, 0)
     assert found["wide"] <= found["window"] == width
     colours = ["rgb(31, 35, 40)", "rgb(255, 255, 255)"] if not dark else ["rgb(230, 237, 243)", "rgb(13, 17, 23)"]
     assert [found["ink"], found["back"]] == colours
     assert found["text"] == found["ink"]
-
-
-def browse(page, probe, tmp_path, width=1280, dark=False):
-    """What a script on the page leaves in `document.body.dataset.found`, in headless Chromium, without an error."""
-    file = tmp_path / "report.html"
-    file.write_text(page.replace("</body>", probe + "</body>"))
-    words = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    words += [f"--window-size={width},900", "--enable-logging=stderr", "--dump-dom"]
-    if dark:
-        words.append("--blink-settings=preferredColorScheme=0")
-    done = subprocess.run([CHROMIUM, *words, file.as_uri()], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "CONSOLE" not in done.stderr
-    return json.loads(html.unescape(re.search(r'data-found="([^"]*)"', done.stdout)[1]))
 
 
 USE = """<script>
@@ -278,11 +263,11 @@ addEventListener("load", () => {
 </script>"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt-get install chromium)")
+@needs_chromium
 def test_the_table_sorts_and_the_figures_answer(folder, page, tmp_path):
     """Headless Chromium: sorting, the point under the pointer, hiding a series, saving a figure."""
     held = json.loads((folder / "summary.json").read_text())["rules"]
-    found = browse(page, USE, tmp_path)
+    found = browse(page, USE, tmp_path / "report.html", tmp_path / "profile")
     peaks = {rule: held[rule]["peak_mib"]["mean"] for rule in RULES}
     assert found["up"] == [sorted(RULES, key=lambda rule: peaks[rule]), "ascending"]
     assert found["down"] == [sorted(RULES, key=lambda rule: -peaks[rule]), "descending"]
@@ -300,3 +285,11 @@ def test_the_table_sorts_and_the_figures_answer(folder, page, tmp_path):
     root = ElementTree.fromstring(unquote(drawing.partition(",")[2]))
     assert "backprop" in "".join(root.itertext())  # with its legend
     assert picture.startswith("data:image/png;base64,iVBOR")
+
+
+@needs_chromium
+@needs_axe
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (500, False), (1280, True)], ids=["desk", "phone", "dark"])
+def test_axe_finds_nothing_serious(page, tmp_path, width, dark):
+    assert serious(page, tmp_path / "report.html", tmp_path / "profile", width, dark) == []
