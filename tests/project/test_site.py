@@ -79,7 +79,11 @@ def test_the_search_knows_the_methods_of_papers(site):
     """A method's name leads to the page of its rule; the search takes small and capital letters as one."""
     pages = json.loads((site / "search" / "search_index.json").read_text())["docs"]
     for method, rule in METHODS.items():
-        found = {page["location"].partition("#")[0] for page in pages if method.lower() in page["text"].lower()}
+        found = {
+            page["location"].partition("#")[0]
+            for page in pages
+            if method.lower() in f"{page['title']} {page['text']}".lower()
+        }
         assert f"rules/{rule}/" in found, method
 
 

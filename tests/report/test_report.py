@@ -25,6 +25,7 @@ FIGURES = [
     "time_memory",
     *("layers_accuracy", "layers_probe_accuracy", "layers_bhattacharyya", "layers_cka", "layers_cka_to_backprop"),
     *("layers_gradient_cosine", "layers_hoyer", "layers_dead", "layers_divergence"),
+    *("confusion_sll", figures.file_name("confusion_sll:overlap=1"), "confusion_backprop"),
 ]
 RULES = ("sll", "sll:overlap=1", "backprop")
 
@@ -48,13 +49,15 @@ def page(folder):
 
 
 def test_every_figure_is_there_with_its_files_and_a_description(folder, page):
-    shown = re.findall(r'<figure id="(\w+)"', page)
+    shown = re.findall(r'<figure id="([\w-]+)"', page)
     assert shown == [*FIGURES, "memory_mlp", "speed_time"]
     labels = [html.unescape(label) for label in re.findall(r'role="img" aria-label="([^"]*)">', page)]
     assert len(labels) == len(shown)
     for name, label in zip(shown, labels, strict=True):
         assert len(label) > 40
-        assert "sll" in label and ("divergence" in name or "backprop" in label)
+        assert ("sll" in label or name == "confusion_backprop") and (
+            "divergence" in name or "confusion_sll" in name or "backprop" in label
+        )
         ElementTree.parse(folder / "figures" / f"{name}.svg")
         assert (folder / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 

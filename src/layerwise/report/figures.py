@@ -214,6 +214,27 @@ def heat(
     bar.ax.tick_params(length=2)
 
 
+def side_by_side(axes: Any, parts: Mapping[str, Sequence[Sequence[float | None]]], limits: tuple[float, float]) -> None:
+    """Square tables side by side on one scale of colours; None stays empty."""
+    nan = float("nan")
+    numbers: list[list[float]] = [[] for _ in next(iter(parts.values()))]
+    places = []
+    for table in parts.values():
+        for line, row in zip(numbers, table, strict=True):
+            line += [nan] * bool(line) + [nan if value is None else value for value in row]
+        places.append(len(numbers[0]) - len(numbers) / 2 - 0.5)
+    image = axes.imshow(numbers, cmap="viridis", vmin=limits[0], vmax=limits[1], aspect="auto", interpolation="nearest")
+    axes.set_xticks(places, list(parts))
+    step = -(-len(numbers) // 10)
+    axes.set_yticks(range(0, len(numbers), step))
+    axes.set_ylabel("true class")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    bar = axes.figure.colorbar(image, ax=axes, location="bottom", aspect=40, pad=0.02, extend="max")
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=2)
+
+
 def readable_on(colour: Sequence[float]) -> str:
     """Black or white, whichever contrasts more with a colour (sRGB, 0 to 1): 4.5 to 1 at least (WCAG 2.2).
 

@@ -12,9 +12,10 @@ from typing import Any
 from layerwise.core.tasks import ACCURACY, Metric
 from layerwise.errors import LayerwiseError
 from layerwise.files import MissingFile, kind_of, shown
-from layerwise.records import convert
+from layerwise.records import convert, damaged
 from layerwise.report import figures
 from layerwise.report.benches import put_bench, read_bench
+from layerwise.report.confusion import Counts, classes_agree, confusions
 from layerwise.report.explained import base, explained
 from layerwise.report.frontier import frontier
 from layerwise.report.language import loss_per_block, texts
@@ -153,11 +154,12 @@ class Runs:
     results: dict[str, dict[int, dict[str, Any]]]
     lines: dict[str, dict[int, list[dict[str, Any]]]]
     layers: dict[str, dict[int, dict[str, dict[str, float | None]]]]
+    confusion: dict[str, list[dict[str, Counts]]]
 
     @classmethod
     def read(cls, folder: Path, rows: list[dict[str, str]]) -> "Runs":
         """Read the finished runs that the rows of results.csv name."""
-        found = cls({}, {}, {})
+        found = cls({}, {}, {}, {})
         for row in rows:
             if row["status"] != "ok":
                 continue
@@ -167,7 +169,12 @@ class Runs:
             found.lines.setdefault(rule, {})[seed] = read_metrics(folder, f"{run}/metrics.jsonl")
             blocks: dict[str, dict[str, float | None]] = {}
             with contextlib.suppress(MissingFile):
-                blocks = read_record(folder, f"{run}/diagnostics.json", Diagnostics)["blocks"]
+                diagnosed = read_record(folder, f"{run}/diagnostics.json", Diagnostics)
+                blocks, confusion = diagnosed["blocks"], diagnosed.get("confusion")
+                if confusion is not None and not classes_agree(confusion):
+                    reason = "blocks are of different classes"
+                    raise damaged(shown(folder / f"{run}/diagnostics.json"), reason, ADVICE)
+                found.confusion.setdefault(rule, []).extend([] if confusion is None else [confusion])
             found.layers.setdefault(rule, {})[seed] = blocks
         return found
 
@@ -268,6 +275,7 @@ def put_comparison(folder: Path, page: dict[str, Any]) -> None:
         _costs(rules, looks, origin, metric),
         loss_per_block(runs.lines, metric, origin),
         _layers(runs, origin),
+        confusions(runs.confusion, origin),
     ]
     page["texts"] = texts(runs.results)
 
