@@ -100,6 +100,7 @@ def test_drawing_it_again_gives_the_same_bytes(folder, tmp_path):
     assert contents(folder) == before
 
 
+@pytest.mark.slow
 def test_a_failed_rule_is_shown_with_its_reason(folder, tmp_path):
     place = tmp_path / "out"
     shutil.copytree(folder, place)

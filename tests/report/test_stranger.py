@@ -54,6 +54,7 @@ def test_names_in_the_folder_never_become_paths(place):
     assert "<b>" not in page and "&lt;b&gt;" in page and "\x07" not in page
 
 
+@pytest.mark.slow
 def test_a_link_is_not_followed_out_of_the_folder(place, capsys, tmp_path):
     (tmp_path / "theirs").mkdir()
     secret = tmp_path / "theirs" / "secret"

@@ -53,7 +53,7 @@ class Killed(BaseException):
     """Stands for a crash."""
 
 
-@pytest.mark.parametrize("tied", ["--model.tied", "--model.no-tied"])
+@pytest.mark.parametrize("tied", ["--model.tied", pytest.param("--model.no-tied", marks=pytest.mark.slow)])
 def test_a_stopped_run_ends_in_the_same_bits(text, tmp_path, monkeypatch, tied):
     words = [*BPE, tied]
     whole, real = train(tmp_path / "whole", text, *words), Learner.step

@@ -199,8 +199,9 @@ class Built:
         setup = self.setup
         learning = [unit for unit in units if setup.rule.trains(unit.site)]
         shard_of = setup.replicas.shard_of
-        names = {id(shard_of(parameter)): name for name, parameter in self.named_parameters()}
-        exempt = without_decay(setup.network.model) | without_decay(self.auxiliary)
+        names = {id(shard_of(parameter)): name for unit in learning for name, parameter in unit.named_parameters()}
+        modules = [module for unit in learning for module in unit.modules()]
+        exempt = without_decay(modules)
         exempt |= {id(shard_of(p)) for unit in learning for p in unit.parameters() if id(p) in exempt}
         of_units = [
             [
@@ -211,7 +212,7 @@ class Built:
             for unit in learning
         ]
         groups = [group for own in of_units for group in own]
-        sparse = sparse_gradients(setup.network.model)
+        sparse = sparse_gradients(modules)
         for group in groups:
             if any(id(p) in sparse for p in group["params"]):
                 group["fused"] = False  # the fused kernels take dense gradients alone
