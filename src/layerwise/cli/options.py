@@ -17,7 +17,7 @@ GIVEN = ("classes", "outputs", "shape", "self")
 NUMBERS = {"int": "N", "float": "X", "PositiveInt": "N", "NonNegativeInt": "N"}
 """Types of numbers to what stands for their value; the other ranges are of numbers with a point."""
 
-STANDS = {"json": "[FILE]", "out": "PATH", "plot": "FILE", "resume": "RUN", "offload_folder": "FOLDER"}
+STANDS = {"json": "[FILE.json]", "out": "PATH", "plot": "FILE", "resume": "RUN", "offload_folder": "FOLDER"}
 """What stands for the value of an option, where that is not its own name."""
 
 

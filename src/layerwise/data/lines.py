@@ -32,6 +32,10 @@ class Lines:
     notes: tuple[str, ...] = ()
     """How it was read, a sentence each, where that is not the usual way."""
 
+    def where(self, row: int) -> str:
+        """The place of a row, in words."""
+        return f"line {self.numbers[row]} of {self.title}"
+
     def check(self, faults: Sequence[str] = (), advice: str = "correct them, or take these lines out") -> None:
         """Raise LayerwiseError with all faults, those that others have found too; a sentence that stands alone stays.
 

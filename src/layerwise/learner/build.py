@@ -134,6 +134,11 @@ class Built:
         self._warn_of_readouts(units)
         self.watch = Watch(setup.network.model, parameters=not setup.replicas.shares_parameters)
 
+    def check(self) -> None:
+        """Raise LayerwiseError where the owner has changed the model in a way that nobody follows."""
+        self.watch.check()
+        self.offload.check()
+
     def _sites(self) -> range:
         """The sites that are here."""
         units = [unit for group in self.groups for unit in group.units]
