@@ -50,8 +50,8 @@ class BackpropCheckpoint(Backprop):
         "torch.utils.checkpoint"
     )
     restrictions: ClassVar[str] = (
-        "Memory still grows with the number of blocks (one input and a copy of the buffers each). State that a forward "
-        "pass keeps anywhere but in buffers and torch's random generators is moved twice per step."
+        "Memory still grows with the number of blocks (one input and a copy of the buffers each). Other state that a "
+        "forward pass changes, outside buffers and torch's random generators, changes twice per step."
     )
 
     def run(self, block: Block, h: Tensor, message: Any) -> Tensor:

@@ -24,11 +24,11 @@ class BackpropOffload(MovesActivations, Backprop):
 
     name: ClassVar[str] = "backprop_offload"
     locality: ClassVar[Locality] = "global"
-    boundary: ClassVar[str] = "as backprop; saved activations travel away and back"
+    boundary: ClassVar[str] = "as backprop; saved activations are moved away and back"
     source: ClassVar[str] = "torch.autograd.graph.saved_tensors_hooks; disk: after SSDTrain, arXiv 2408.10013 (2024)"
     restrictions: ClassVar[str] = (
-        "On the CPU, host is backprop: activations are there anyway. All gradients live at the end of the backward "
-        "pass. Disk needs as many bytes as the activations, and is as fast as the disk."
+        "On the CPU, host saves nothing: activations are there anyway. All gradients are in memory at the end of the "
+        "backward pass. Disk needs as many bytes as the activations, and is as fast as the disk."
     )
 
     def activations_to(self) -> Literal["host", "disk"]:

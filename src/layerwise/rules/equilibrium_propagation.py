@@ -79,8 +79,8 @@ class EquilibriumPropagation(Rule):
     )
     restrictions: ClassVar[str] = (
         "A step costs free + 2 nudged forward and backward passes, and prediction free of them. States lie between 0 "
-        "and 1; with skips they do not come to rest inside, and batch norm is refused. Of your own networks it takes "
-        "those whose blocks are layers."
+        "and 1; with skip connections they do not settle inside these bounds. Batch norm is refused. The blocks of "
+        "your own networks must be layers."
     )
 
     def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:

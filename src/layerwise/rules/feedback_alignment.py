@@ -102,7 +102,7 @@ class FeedbackAlignment(Rule):
     restrictions: ClassVar[str] = (
         "Direct modes run a second forward pass (drtp none), and need outputs per sample, or the same positions "
         "everywhere. Chained modes keep all activations; feedback replaces nn.Linear and convolutions that are called "
-        "as modules, and no padding but zeros. Convolutions and layers narrower than K align badly."
+        "as modules, with no padding other than zeros. Convolutions and layers narrower than K align badly."
     )
 
     def __post_init__(self) -> None:

@@ -78,7 +78,7 @@ class ForwardGradient(Rule):
         "losses, with whole blocks in place of patches and groups; arXiv 2410.17764 (2024): orthogonal"
     )
     restrictions: ClassVar[str] = (
-        "The variance grows with the number of what is perturbed, so that learning rates are small. Batch norm couples "
+        "The variance grows with the number of perturbed values, so learning rates are small. Batch norm couples "
         "samples, whose slopes are taken one by one, so that estimates by activities are biased there. Operations need "
         "torch's forward mode, which compiled blocks and most fused kernels lack."
     )

@@ -40,14 +40,14 @@ class HebbianGlobal(Rule):
 
     name: ClassVar[str] = "hebbian_global"
     locality: ClassVar[Locality] = "global"
-    boundary: ClassVar[str] = "activations forward; gradients backward through every block, of which the sign is used"
+    boundary: ClassVar[str] = "activations forward; gradients backward through every block, for their sign"
     flat_memory: ClassVar[bool] = False
     whole_batch: ClassVar[str] = WHOLE_BATCH
     tasks: ClassVar[tuple[str, ...]] = ANY_TASK
     source: ClassVar[str] = "GHL, arXiv 2601.21367 (2026), and its code; fully connected layers: our reading"
     restrictions: ClassVar[str] = (
-        "It needs the whole backward pass, for signs alone: compare it with the sign of the gradient. Other weights of "
-        "blocks than those of linear layers and convolutions follow their gradient. torch.compile is refused."
+        "It needs the whole backward pass, only for signs: compare it with the sign of the gradient. Weights outside "
+        "linear layers and convolutions follow their gradient. torch.compile is refused."
     )
 
     def groups(self, blocks: int) -> list[range]:
@@ -92,8 +92,7 @@ class HebbianLocal(GreedyLinear):
     whole_batch: ClassVar[str] = WHOLE_BATCH
     source: ClassVar[str] = "ours; the size of the update: GHL, arXiv 2601.21367 (2026)"
     restrictions: ClassVar[str] = (
-        "Other weights of blocks than those of linear layers and convolutions follow their gradient. torch.compile is "
-        "refused."
+        "Weights of blocks outside linear layers and convolutions follow their gradient. torch.compile is refused."
     )
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:

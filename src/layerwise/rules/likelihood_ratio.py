@@ -61,7 +61,7 @@ class LikelihoodRatio(Rule):
     )
     restrictions: ClassVar[str] = (
         "The variance grows with the number of units: small networks, or many pairs. Batch norm couples samples, whose "
-        "losses are taken one by one, so that its gradient is biased. 4 K + 2 forward passes per step."
+        "losses are taken one by one, so its gradient is biased. 4 K + 2 forward passes per step."
     )
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:

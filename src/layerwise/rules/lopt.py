@@ -118,7 +118,9 @@ class LoPT(Halves):
     reads_logits: ClassVar[bool] = False
     unlabelled: ClassVar[bool] = False
     """A reconstruction is of every sample, and would not weigh as the task's loss does."""
-    source: ClassVar[str] = "Shi et al., arXiv 2605.04913 (2026) and its code; modules apart, other shapes: our reading"
+    source: ClassVar[str] = (
+        "Shi et al., arXiv 2605.04913 (2026) and its code; separate backward passes, other shapes: our reading"
+    )
     restrictions: ClassVar[str] = (
         "For fine-tuning: the lower modules learn nothing of the task. A module holds the activations of its blocks. "
         "Every sample needs a label."

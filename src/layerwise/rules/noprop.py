@@ -157,7 +157,7 @@ class NoPropDT(Denoising):
     models: ClassVar[tuple[str, ...]] = ("noprop",)
     whole_batch: ClassVar[str] = "sends embeddings of the classes from block to block"
     boundary: ClassVar[str] = (
-        "the input; in prediction a noisy label too; embeddings that are learned, from the head to the blocks"
+        "the input; in prediction a noisy label too; learned embeddings, from the head to the blocks"
     )
     source: ClassVar[str] = (
         "Li, Teh & Pascanu, arXiv 2503.24322 (2025); end points of the schedule, order of training, who trains the "
@@ -166,7 +166,7 @@ class NoPropDT(Denoising):
     predicts_at_head: ClassVar[bool] = True
     restrictions: ClassVar[str] = (
         "Trains the model noprop only; every block embeds the image again. The accuracy of the head in training is "
-        "that of a drawn label, not of a prediction."
+        "that of a noisy label, not of a prediction."
     )
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
@@ -224,7 +224,7 @@ class _AnyTime(Denoising):
     """Of the sampler; `heun` asks the network twice per step."""
 
     whole_batch: ClassVar[str] = "sends embeddings of the classes from block to block"
-    boundary: ClassVar[str] = "the input and a noisy label; embeddings that are learned, from the head to the block"
+    boundary: ClassVar[str] = "the input and a noisy label; learned embeddings, from the head to the block"
 
     def sampled(self, network: Partition, velocity: Any, u: Tensor, x: Tensor) -> Tensor:
         """z_1 `(B, D)`, from z_0 ~ N(0, I) along a velocity of (z, t)."""
@@ -269,9 +269,9 @@ class NoPropCT(_AnyTime):
         "our reading"
     )
     restrictions: ClassVar[str] = (
-        "Trains the model noprop_ct only: one block and its head. Inside the block it is backprop; what takes no "
-        "memory is the number of denoising steps. Predicting runs the block once per step. Accuracies in training are "
-        "those of drawn labels."
+        "Trains the model noprop_ct only: one block and its head. Inside the block it is backprop; the number of "
+        "denoising steps takes no memory. Predicting runs the block once per step. Accuracies in training are those of "
+        "noisy labels, not of predictions."
     )
 
     def schedule(self, network: Partition, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -355,9 +355,9 @@ class NoPropFM(_AnyTime):
         "Li, Teh & Pascanu, arXiv 2503.24322 (2025); who trains the embeddings, sigma, solver, sizes: our reading"
     )
     restrictions: ClassVar[str] = (
-        "Trains the model noprop_fm only: one block and its head. Inside the block it is backprop; what takes no "
-        "memory is the number of steps. Predicting runs the block once per step. Accuracies in training are those of "
-        "drawn labels."
+        "Trains the model noprop_fm only: one block and its head. Inside the block it is backprop; the number of "
+        "steps takes no memory. Predicting runs the block once per step. Accuracies in training are those of noisy "
+        "labels, not of predictions."
     )
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:

@@ -72,7 +72,7 @@ class Pepita(Rule):
 
     name: ClassVar[str] = "pepita"
     locality: ClassVar[Locality] = "broadcast"
-    boundary: ClassVar[str] = "detached activations of two passes; the error, sent to the input alone"
+    boundary: ClassVar[str] = "detached activations of two passes; the error, sent only to the input"
     flat_memory: ClassVar[bool] = True
     builds_graph: ClassVar[bool] = False
     runs_once: ClassVar[bool] = False
@@ -86,7 +86,7 @@ class Pepita(Rule):
     )
     restrictions: ClassVar[str] = (
         "Chains of linear layers, convolutions, norms and activations; no transformer, no skip connection. Learns "
-        "little beyond three layers, and diverges with a large scale. Inputs are numbers."
+        "little beyond three layers, and diverges with a large scale. Inputs must be real numbers."
     )
 
     def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:

@@ -243,7 +243,7 @@ class SID(HasReadout, Distillation):
     tasks: ClassVar[tuple[str, ...]] = tuple(kind for kind in ANY_TASK if kind != "loss")
     only: ClassVar[str] = "it refines a distribution of the label, and a function of one's own has none"
     restrictions: ClassVar[str] = (
-        "Tasks with a distribution of the label; a function of one's own as the loss has none. "
+        "Needs a task with a distribution of the label; a custom loss function has none. "
         'Classes per position need pool="none", or the task LanguageModel. direction="reverse" needs label smoothing.'
     )
 

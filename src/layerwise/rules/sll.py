@@ -199,7 +199,7 @@ class SLL(ReadsPatches, ReadsOut, ReadsOutputMatrix, Rule):
         "Yin & Corradi, arXiv 2505.05181 v4 (2025); scale, normalisation, neighbour and head: our reading"
     )
     restrictions: ClassVar[str] = (
-        "Tasks with a distribution of the label; a function of one's own as the loss has none. Single small "
+        "Needs a task with a distribution of the label; a custom loss function has none. Single small "
         "convolutions lose accuracy under a fixed projection; see the options pool, group and overlap."
     )
 

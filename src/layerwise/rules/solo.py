@@ -100,8 +100,8 @@ class SOLO(GreedyLinear):
     )
     restrictions: ClassVar[str] = (
         "Blocks must be chains of modules that can draw new weights (reset_parameters), and the head must end with a "
-        "linear layer. The heads cost up to `depth` blocks for each module. Where the vocabulary is smaller than the "
-        "width, a shared matrix is expected to give nothing over a private one."
+        "linear layer. The heads cost up to `depth` blocks for each module. If the vocabulary is smaller than the "
+        "width, a shared matrix is not expected to beat a private one."
     )
 
     def __post_init__(self) -> None:
