@@ -413,7 +413,8 @@ def tests_on(place: Path, file: str, words: str) -> int:
     sys.dont_write_bytecode = True
     os.chdir(ROOT)
     with open(os.devnull, "w") as silence, redirect_stdout(silence), redirect_stderr(silence):
-        options = ["-x", "-q", "-n0", "--tb=no", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
+        # -m "": the tests named beside a mutant run on it, slow ones too.
+        options = ["-x", "-q", "-n0", "-m", "", "--tb=no", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
         code = pytest.main([*options, *map(str, (ROOT / "tests").rglob(file)), "-k", words])
     used = Path(sys.modules["layerwise"].__file__ or "")
     return int(code) if used.is_relative_to(place) else 99  # never the tests of another copy
