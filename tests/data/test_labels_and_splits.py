@@ -270,7 +270,7 @@ def test_links_and_pipes_in_a_folder(tmp_path):
         sum(map(len, (lambda d: (d.train, d.test))(data.load(f"imagefolder:{tmp_path / 'd'}", val_fraction=0)))) == 13
     )
     for make, words in (
-        (lambda: odd.symlink_to(tmp_path / "secret.png"), "odd.png lies outside of the folder"),
+        (lambda: odd.symlink_to(tmp_path / "secret.png"), "odd.png lies outside the folder"),
         (lambda: odd.symlink_to("nowhere"), "there is no file .*odd.png"),
         (lambda: os.mkfifo(odd), "odd.png is a named pipe"),
         (lambda: odd.symlink_to("/dev/zero"), "odd.png is a device"),

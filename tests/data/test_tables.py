@@ -289,7 +289,7 @@ def test_a_network_that_answers_nan_has_no_accuracy_and_no_predictions(tmp_path,
     capsys.readouterr()
     assert main(["predict", str(tmp_path / "run"), far]) == 2
     out, err = capsys.readouterr()
-    assert "what the network answers to the input 1 is no finite number" in err and not out
+    assert "output for the input 1 is not finite" in err and not out
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ train --data parquet:B/columns.parquet       | no image column; a, b
 train --data parquet:B/whole.parquet         | row 0 of B/whole.parquet is not a readable image
 train --data hf:                             | unknown data set 'hf:'
 train --out B/text.parquet/run --steps 1     | cannot write to B/text.parquet/run; --out
-train --out B/full --steps 1                 | B/full is not empty, and is no run; --out
+train --out B/full --steps 1                 | B/full is not empty and is not a run; --out
 train --out B/full --steps 1 --overwrite     | B/full is not the folder of a run
 train --resume                               | --resume needs a value
 train --resume B/absent                      | B/absent holds no run

@@ -184,9 +184,9 @@ WRONG = [
     (["--prompt", "the", "--temperature", "-1"], "temperature is -1.0; it must be"),
     (["--prompt", "the", "--top-k", "0"], "top_k is 0; it must be"),
     (["--prompt", "the", "--block", "4"], "there is no block 4; the network has the blocks 1 to 3"),
-    (["--prompt", "the", "--block", "3"], "its blocks with one are 1, 2"),
-    (["a.txt"], "give --prompt in place of INPUT"),
-    (["a.txt", "--tokens", "3"], "--tokens is about text, so give --prompt too"),
+    (["--prompt", "the", "--block", "3"], "blocks with a readout: 1, 2"),
+    (["a.txt"], "give --prompt instead of INPUT"),
+    (["a.txt", "--tokens", "3"], "--tokens applies to text, so give --prompt too"),
     ([], "needs INPUT, or --prompt TEXT,"),
 ]
 
@@ -201,7 +201,7 @@ def test_a_prompt_that_cannot_be_continued_is_refused(runs, words, sentence, cap
 
 MISMATCHES = [
     (["--model", "mlp"], "the model 'mlp' takes no tokens"),
-    (["--data", "digits", "--model", "gpt"], "the model 'gpt' takes tokens, and digits is no text"),
+    (["--data", "digits", "--model", "gpt"], "the model 'gpt' takes tokens, and digits is not text"),
     (["--data", "digits", "--model", "mlp", "--data.window", "8"], "window is about language_model"),
     (["--data.vocabulary", "300"], "vocabulary is that of a bpe"),
     (["--data.tokenizer", "bpe", "--data.vocabulary", "10"], "has no room beside the 256 bytes"),
