@@ -145,7 +145,7 @@ def test_hub(tmp_path, monkeypatch, capfd):
 def test_the_hub_is_asked_for_names_alone(name, monkeypatch):
     """`datasets` would read a folder of that path."""
     monkeypatch.setattr(pytest.importorskip("datasets"), "load_dataset", pytest.fail)
-    refused("is no name of a data set on the Hugging Face hub", f"hf:{name}")
+    refused("is not the name of a data set on the Hugging Face hub", f"hf:{name}")
 
 
 def test_a_folder_here_is_not_taken_for_the_hub(tmp_path, monkeypatch):

@@ -66,5 +66,5 @@ def test_mistakes_are_one_sentence(words, tmp_path):
     with pytest.raises(LayerwiseError, match="has the class 'maybe', which the training data have not"):
         load(str(tmp_path / "train.csv"), words=words)
     words.file.write_text(json.dumps({"model": 1}))
-    with pytest.raises(LayerwiseError, match="is no tokenizer of the library tokenizers"):
+    with pytest.raises(LayerwiseError, match="is not a tokenizer of the library tokenizers"):
         load(str(tmp_path / "train.csv"), words=words)

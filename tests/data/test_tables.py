@@ -203,7 +203,7 @@ def test_a_row_is_no_image(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blobs(tmp_path / "t.csv")
     assert main(["train", "--data", "t.csv", "--batch-size", "16", *words.split()]) == 2
-    assert "of a table are no images" in capsys.readouterr().err
+    assert "of a table are not images" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
 
 
@@ -363,4 +363,4 @@ def test_a_run_predicts_rows_with_words_and_gaps(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("words", ["--data.categories onehot", "--data.gaps mean"])
 def test_images_have_no_words_and_no_gaps(words, capsys):
     assert main(["train", *words.split()]) == 2
-    assert "is no table of numbers and words; leave --data.categories and --data.gaps out" in capsys.readouterr().err
+    assert "is not a table of numbers and words; leave --data.categories and --data.gaps out" in capsys.readouterr().err

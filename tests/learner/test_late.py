@@ -164,7 +164,7 @@ def test_what_cannot_be_made_is_refused(tmp_path):
         (meta(), broken, "cannot be read"),
         (meta(), tmp_path / "missing", "there is no file"),
         (meta(), tmp_path / "empty", "holds no safetensors file"),
-        (meta(), tmp_path / "index", "is no index"),
+        (meta(), tmp_path / "index", "is not an index"),
         (meta(), 3, "weights is of type int"),
         (meta(), lambda name, module: None, "was not written"),
     ):

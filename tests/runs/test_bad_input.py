@@ -247,7 +247,7 @@ bench speed --threads 0                      | threads is 0
 bench scaling --ranks 1,x                    | --ranks '1,x'
 bench scaling --ranks 0                      | --ranks '0'
 bench scaling --ways rule gpip               | unknown way 'gpip'; did you mean 'gpipe'?
-bench scaling --ways pipeline                | the ways must hold rule
+bench scaling --ways pipeline                | the ways must include rule
 bench scaling --ranks 8                      | micro-batches is 4; at least as many as ranks (8)
 bench scaling --depth 3                      | zbv on 4 ranks needs 8 parts
 bench scaling --ways rule data --batch-size 6 | 4 replicas cannot share a batch of 6; --batch-size 4 or 8

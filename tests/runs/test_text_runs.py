@@ -206,7 +206,7 @@ MISMATCHES = [
     (["--data.vocabulary", "300"], "vocabulary is that of a bpe"),
     (["--data.tokenizer", "bpe", "--data.vocabulary", "10"], "has no room beside the 256 bytes"),
     (["--model.context", "4"], "a window of 8 tokens is longer than the context of the model, 4"),
-    (["--augment", "flip"], "windows of a text are no images to augment"),
+    (["--augment", "flip"], "windows of a text are not images to augment"),
     (["--task", "regression"], "window is about language_model"),
     (["--rule", "predsim"], "cannot learn from a label per token"),
     (["--rule", "forward_forward"], "a label per token"),

@@ -101,8 +101,8 @@ COMMANDS: dict[str, Command] = {
         "layerwise.cli.trained:export_command",
         "write the trained weights as one safetensors file, for your own model class",
         "RUN FILE",
-        "The parameters have the model's own names. This also works for a run that many ranks have trained, and for one "
-        "that is not finished.",
+        "The parameters have the model's own names. This also works for a run that many ranks have trained, and for "
+        "one that is not finished.",
     ),
     "ls": Command(
         "layerwise.cli.listing:ls_command",

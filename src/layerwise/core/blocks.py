@@ -440,7 +440,7 @@ def check_hooks(held: Sequence[Opened]) -> None:
         who = f"module {name!r}" if name else f"the model ({type(module).__name__})"
         if is_overridden(module):
             raise LayerwiseError(
-                f"{who} has a forward or a __call__ that is put over that of its class, which would not run, because "
+                f"{who} has a forward or a __call__ that replaces that of its class, which would not run, because "
                 f"it is run block by block; {INSTEAD}"
             )
         if type(module).forward is not forward:

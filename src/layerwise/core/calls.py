@@ -199,7 +199,7 @@ class CallPartition(Partition):
         inner = next((cut for cut in self.cuts if cut.startswith(name + ".")), None)
         if inner is not None:
             raise LayerwiseError(
-                f"block {name!r} cannot be compiled, because the cut {inner!r} lies inside of it; leave compile or one "
+                f"block {name!r} cannot be compiled, because the cut {inner!r} lies inside it; leave compile or one "
                 "of the two cuts out."
             )
         self._compiled.append((module, without_severing(wrap(module.forward))))

@@ -22,7 +22,7 @@ def check_rule(rule: object) -> None:
     kind = rule if isinstance(rule, type) else type(rule)
     if not issubclass(kind, Rule):
         raise LayerwiseError(
-            f"the rule is {rule!r}, which is no layerwise.Rule; give the name of a rule, or an instance of a subclass."
+            f"the rule is {rule!r}, which is not a layerwise.Rule; give the name of a rule, or an instance of a subclass."
         )
     if isinstance(rule, type):
         raise LayerwiseError(f"the rule is the class {kind.__name__}; give an instance of it: {kind.__name__}().")
@@ -42,7 +42,7 @@ def check_rule(rule: object) -> None:
     own = [name for name, hint in inspect.get_annotations(kind).items() if "ClassVar" not in str(hint)]
     if own and "__dataclass_params__" not in kind.__dict__:
         raise LayerwiseError(
-            f"rule {rule.name!r} is no dataclass, so {own[0]!r} is no option of it; write "
+            f"rule {rule.name!r} is not a dataclass, so {own[0]!r} is not an option of it; write "
             f"@dataclass(frozen=True) above class {kind.__name__}."
         )
     for option in fields(rule):
@@ -76,8 +76,8 @@ class asking:
             return
         said = (str(reason).strip() or "no message").splitlines()[0].rstrip(".")
         raise LayerwiseError(
-            f"rule {self.rule.name!r} fails in {self.what} ({type(reason).__name__}: {said}); mend the rule, or see "
-            "whether it can serve this network."
+            f"rule {self.rule.name!r} fails in {self.what} ({type(reason).__name__}: {said}); correct the rule, or "
+            "check whether it can serve this network."
         ) from reason
 
 

@@ -49,7 +49,7 @@ def automatic_cuts(model: nn.Module) -> list[str]:
     if max(count.values(), default=0) < 2:
         raise LayerwiseError(
             f'{type(model).__name__} holds no list of modules of one class, so cuts="auto" finds nothing; name the '
-            "modules to cut behind, such as cuts=[...] or a pattern."
+            "modules to cut after, such as cuts=[...] or a pattern."
         )
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):  # labels are those of decoder positions
         lists = [found for found in lists if "decoder" in found[0].split(".")] or lists
@@ -97,7 +97,7 @@ def check_cuts(model: nn.Module, cuts: Sequence[str], known: Mapping[str, nn.Mod
         known: its modules by name.
     """
     if not cuts:
-        raise LayerwiseError('name at least one module to cut behind, or give cuts="auto".')
+        raise LayerwiseError('name at least one module to cut after, or give cuts="auto".')
     check_model(model)
     seen: dict[int, str] = {}
     for cut in cuts:
@@ -117,6 +117,6 @@ def check_cuts(model: nn.Module, cuts: Sequence[str], known: Mapping[str, nn.Mod
         if stops and (compiled or isinstance(module, torch.jit.ScriptModule)):
             what = "compiled" if compiled else "a ScriptModule"
             raise LayerwiseError(
-                f"module {name!r} is {what}, so that its forward pass cannot be stopped inside; give the model as it "
+                f"module {name!r} is {what}, so that its forward pass cannot pause inside; give the model as it "
                 "was before, or compile modules inside the blocks."
             )

@@ -121,7 +121,7 @@ def optimizer_factory(
     if not isinstance(optimizer, type):
         return FromFunction(optimizer)
     if not issubclass(optimizer, torch.optim.Optimizer):
-        raise LayerwiseError(f"{optimizer.__name__} is no torch.optim.Optimizer; give one, or its name.")
+        raise LayerwiseError(f"{optimizer.__name__} is not a torch.optim.Optimizer; give one, or its name.")
     _refuse_closures(optimizer)
     cls = optimizer
     legal = inspect.signature(cls).parameters

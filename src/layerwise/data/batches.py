@@ -68,7 +68,7 @@ class Batches:
         if augment and not source.pictures:
             kinds = {torch.int64: "windows of a text", torch.float64: "rows of a table"}
             what = "nodes of a graph" if source.whole else kinds[source.dtype]
-            raise LayerwiseError(f"the {what} are no images to augment; leave --augment out")
+            raise LayerwiseError(f"the {what} are not images to augment; leave --augment out")
         if source.whole:
             batch_size, shuffle = len(source), False
         channels = source.shape[0]

@@ -129,7 +129,7 @@ def labels_of(column: Any, columns: Columns, title: str) -> list:
                 value = None
             elif not math.isfinite(value) or value != int(value):
                 raise LayerwiseError(
-                    f"row {row} of {title} has the label {value} in column {columns.label!r}, which is no class; "
+                    f"row {row} of {title} has the label {value} in column {columns.label!r}, which is not a class; "
                     "give whole numbers or words."
                 )
             else:
@@ -163,7 +163,7 @@ def read_labels(column: Callable[[str], Any], columns: Columns, title: str) -> l
         for row, value in enumerate(values):
             if not isinstance(value, (int, float, Decimal)):
                 raise LayerwiseError(
-                    f"row {row} of {title} has {value!r} in column {name!r}, which is no number; fill it or "
+                    f"row {row} of {title} has {value!r} in column {name!r}, which is not a number; fill it or "
                     "take it out."
                 )
         found.append([float(value) for value in values])

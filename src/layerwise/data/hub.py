@@ -48,7 +48,7 @@ def load_splits(repository: str, advice: str = "") -> Any:
     datasets = need("datasets")
     if not NAME.fullmatch(repository):
         raise LayerwiseError(
-            f"{short(repository)} is no name of a data set on the Hugging Face hub; give hf:owner/name, and "
+            f"{short(repository)} is not the name of a data set on the Hugging Face hub; give hf:owner/name, and "
             "imagefolder:, parquet: or text: for files of your own."
         )
     if kind_of(repository) == "folder":  # `datasets` would read it and not say so

@@ -157,7 +157,7 @@ def check_size(size: Any) -> int | None:
     try:
         number = operator.index(size)
     except TypeError:
-        raise LayerwiseError(f"image size {size!r} is no whole number; give a number of pixels") from None
+        raise LayerwiseError(f"image size {size!r} is not a whole number; give a number of pixels") from None
     if number < 1:
         raise LayerwiseError(f"image size {number} is not positive; give a number of pixels")
     if number**2 > MAX_PIXELS:

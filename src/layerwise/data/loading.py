@@ -147,7 +147,9 @@ imagefolder:PATH, parquet:PATH, PATH.csv.
     if targets and (task == "language_model" or not (is_table(name) or name.partition(":")[0] in ("parquet", "hf"))):
         raise LayerwiseError(f"{title} has no columns to choose from; leave --data.label-column out")
     if handling not in (None, Handling()) and (words is not None or not is_table(name)):
-        raise LayerwiseError(f"{title} is no table of numbers and words; leave --data.categories and --data.gaps out")
+        raise LayerwiseError(
+            f"{title} is not a table of numbers and words; leave --data.categories and --data.gaps out"
+        )
     if label_noise and task != "classification":
         raise LayerwiseError("label noise puts wrong classes in the place of right ones; leave it out under this task")
     if name == "cora":
@@ -171,7 +173,7 @@ imagefolder:PATH, parquet:PATH, PATH.csv.
         form = ImageFormat("L", *train.shape[1:])
     elif is_table(name):
         if size is not None:
-            raise LayerwiseError("the rows of a table are no images; leave --image-size out")
+            raise LayerwiseError("the rows of a table are not images; leave --image-size out")
         if words is None:
             train, classes, columns, found, cells = read_table(Path(name), task, targets, handling)
             notes = list(found)
@@ -264,7 +266,7 @@ def _text(
     tokenizer: Tokenizer | None,
 ) -> Dataset:
     if size is not None:
-        raise LayerwiseError("the windows of a text are no images; leave --image-size out")
+        raise LayerwiseError("the windows of a text are not images; leave --image-size out")
     found = load_text(name, text or TextOptions(), val_fraction, root, tokenizer)
     train, known = found.train, found.tokenizer
     if train_samples is not None:
@@ -298,7 +300,7 @@ def _digits() -> tuple[tuple[str, ...], Source, list[str]]:
 
 def _cora(root: str | Path | None, size: int | None, label_noise: float) -> Dataset:
     if size is not None or label_noise:
-        raise LayerwiseError("the nodes of cora are no images and have no label noise; leave both options out")
+        raise LayerwiseError("the nodes of cora are not images and have no label noise; leave both options out")
     train, val, test, graph = cora(root)
     notes = ("the nodes are one batch and cora has its own validation split: batch size and val_fraction do nothing",)
     return Dataset("cora", CORA_CLASSES, train.shape, (0.0,), (1.0,), train, val, test, notes, graph)

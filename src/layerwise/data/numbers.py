@@ -46,13 +46,13 @@ def checked_numbers(values: Tensor, task: DataTask, columns: Sequence[str]) -> T
     given = torch.as_tensor(values, device="cpu").double()
     found = torch.as_tensor(values, device="cpu").to(torch.float32)
     bad = ~torch.isfinite(found)
-    wanted = "finite number"
+    wanted = "a finite number"
     if task == "multilabel":
         bad, wanted = (found != 0) & (found != 1), "0 or 1"
     if bool(bad.any()):
         row, column = (int(i) for i in bad.nonzero()[0])
         raise LayerwiseError(
-            f"row {row} has {float(found[row, column]):g} in the column {columns[column]!r}, which is no {wanted}; "
+            f"row {row} has {float(found[row, column]):g} in the column {columns[column]!r}, which is not {wanted}; "
             "correct it or take it out."
         )
     spread = given.std(0, correction=0)

@@ -159,7 +159,7 @@ def _tokenizer(words: Words) -> Any:
         raise
     except Exception as reason:  # the library raises nothing more special
         title = shown(words.file)
-        raise LayerwiseError(f"{title} is no tokenizer of the library tokenizers ({why(reason)}).") from reason
+        raise LayerwiseError(f"{title} is not a tokenizer of the library tokenizers ({why(reason)}).") from reason
     found.enable_truncation(words.window)
     found.enable_padding(pad_id=words.padding, length=words.window)
     return found

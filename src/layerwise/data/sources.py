@@ -121,8 +121,8 @@ class InMemorySource(Source):
         images, labels = (t if isinstance(t, Tensor) else torch.as_tensor(t, device="cpu") for t in (images, labels))
         if images.ndim != 4 or labels.shape[:1] != images.shape[:1]:
             raise LayerwiseError(
-                f"images of shape {tuple(images.shape)} and labels of shape {tuple(labels.shape)} are no samples; give "
-                "images (N, C, H, W) and labels (N,)."
+                f"images of shape {tuple(images.shape)} and labels of shape {tuple(labels.shape)} are not samples; "
+                "give images (N, C, H, W) and labels (N,)."
             )
         self.images = images
         self.labels = labels

@@ -253,7 +253,7 @@ def _classes(lines: Lines, column: str) -> tuple[tuple[str, ...], Tensor]:
         fraction = next((word for word in words if _value(word) != _value(word).to_integral_value()), None)
         if fraction is not None:
             raise LayerwiseError(
-                f"{lines.title} has the label {fraction[:50]} in column {column!r}, which is no class; give whole "
+                f"{lines.title} has the label {fraction[:50]} in column {column!r}, which is not a class; give whole "
                 "numbers or words."
             )
         classes = sorted(different, key=lambda word: (_value(word), word))

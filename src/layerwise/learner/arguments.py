@@ -37,7 +37,7 @@ def usable_task(task: Task | str | None, label_smoothing: float = 0.0) -> Task:
         given = f"the class {task.__name__}" if isinstance(task, type) else f"of type {type(task).__name__}"
         raise LayerwiseError(f"the task is {given}; give an instance, such as layerwise.Regression().")
     if label_smoothing and getattr(task, "label_smoothing", 0.0) != label_smoothing:
-        raise LayerwiseError("label_smoothing is given beside task; give it to the task alone.")
+        raise LayerwiseError("label_smoothing is given together with task; give it only to the task.")
     return task
 
 
@@ -59,7 +59,7 @@ def check_labels_of(rule: Rule, task: Task, y: Tensor) -> None:
         able = [name for name in rules.names() if rules.get(name).unlabelled and not rules.get(name).models]
         raise LayerwiseError(
             f"rule {rule.name!r} needs a label for every sample, and {int((y == missing).sum())} of "
-            f"{y.numel()} have none ({missing}); choose a rule that leaves such samples out: {', '.join(able)}."
+            f"{y.numel()} have none ({missing}); choose a rule that ignores such samples: {', '.join(able)}."
         )
     task.check(y, rule.unlabelled)
 
@@ -93,7 +93,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     if schedule is not None and not callable(schedule):
         raise LayerwiseError(
             f"the schedule is of type {type(schedule).__name__}; give a function from the update number to a "
-            "factor, or hold a scheduler of torch by learner.optimizer."
+            "factor, or give learner.optimizer to a scheduler of torch."
         )
 
 
@@ -153,7 +153,7 @@ def check_micro(
     if keeps:
         raise LayerwiseError(
             f"the forward pass leaves tensors in {', '.join(keeps)}, where the passes of several parts of a batch "
-            "would overwrite each other's; leave micro out, or hand them on as arguments."
+            "would overwrite each other's; leave micro out, or pass them on as arguments."
         )
     if names := [unit.site.name for unit in units if unit.running()]:
         warnings.warn(

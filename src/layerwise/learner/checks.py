@@ -122,7 +122,7 @@ def check_same_tensors(own: Mapping[str, Tensor], given: Mapping[str, Any], what
         raise LayerwiseError(f"the checkpoint is of another {what}: {name!r} {where}; {advice}.")
     for name, tensor in own.items():
         if not isinstance(given[name], Tensor):
-            raise LayerwiseError(f"the checkpoint is of another {what}: {name!r} is no tensor there; {advice}.")
+            raise LayerwiseError(f"the checkpoint is of another {what}: {name!r} is not a tensor there; {advice}.")
         if tensor.shape != given[name].shape:
             raise LayerwiseError(
                 f"the checkpoint is of another {what}: {name!r} has shape {tuple(given[name].shape)} there and "

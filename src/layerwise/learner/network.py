@@ -61,7 +61,7 @@ def check_serves(network: CallPartition, rule: Rule) -> None:
     """
     if rule.models:
         raise LayerwiseError(
-            f"rule {rule.name!r} trains the models {', '.join(rule.models)} alone; choose a rule such as local_ce."
+            f"rule {rule.name!r} trains only the models {', '.join(rule.models)}; choose a rule such as local_ce."
         )
     again = ""
     if any(view.stop > later.start for view, later in pairwise(groups_of(rule, [*network.cuts, "head"]))):
@@ -77,6 +77,6 @@ def check_reads(rule: Rule, x: Any) -> None:
     """Raise LayerwiseError where the rule looks at the network's input, which is no single tensor."""
     if not isinstance(x, Tensor) and (rule.reads_input or type(rule).begin is not Rule.begin):
         raise LayerwiseError(
-            f"rule {rule.name!r} looks at the input itself, which has to be one tensor, and this batch is a "
+            f"rule {rule.name!r} uses the input itself, which has to be one tensor, and this batch is a "
             f"{type(x).__name__}; choose a rule such as local_ce."
         )

@@ -139,7 +139,7 @@ def check_passes_beliefs(rule: Rule) -> None:
     """Raise LayerwiseError unless the rule passes on beliefs."""
     if not isinstance(rule, pieces.PassesBeliefs):
         able = [name for name in rules.names() if issubclass(rules.get(name), pieces.PassesBeliefs)]
-        raise LayerwiseError(f"rule {rule.name!r} passes on no beliefs; those that do: {', '.join(able)}.")
+        raise LayerwiseError(f"rule {rule.name!r} has no beliefs; those that do: {', '.join(able)}.")
 
 
 def beliefs(x: Any, built: Built, threshold: float | None) -> list[Tensor]:

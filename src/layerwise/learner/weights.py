@@ -105,7 +105,9 @@ def _files_by_tensor(path: Path) -> dict[str, Path]:
                 named = json.loads(read_text(path / INDEX, ADVICE))["weight_map"]
                 return {str(tensor): path / Path(str(file)).name for tensor, file in named.items()}
             except (ValueError, KeyError, TypeError, AttributeError) as reason:
-                raise LayerwiseError(f"{shown(path / INDEX)} is no index of safetensors files; {ADVICE}.") from reason
+                raise LayerwiseError(
+                    f"{shown(path / INDEX)} is not an index of safetensors files; {ADVICE}."
+                ) from reason
         files = sorted(path.glob("*.safetensors"))
     else:
         check_regular(path, ADVICE)

@@ -342,7 +342,7 @@ class HFModel(OutsideModel):
             config = transformers.AutoConfig.from_pretrained(self._path, local_files_only=True)
         except Exception as reason:  # of many kinds
             said = " ".join(str(reason).split())[:200].rstrip(".")
-            raise LayerwiseError(f"{shown(self._path)} is no configuration of transformers ({said}).") from reason
+            raise LayerwiseError(f"{shown(self._path)} is not a configuration of transformers ({said}).") from reason
         for name, value in changed.items():
             if not hasattr(config, name):
                 near = suggestion(name, sorted(config.to_dict()))
@@ -419,7 +419,7 @@ def _digest(path: str, recorded: str | None) -> str:
         if "model_type" not in json.loads(content):
             raise LayerwiseError(f"{shown(file)} names no model_type; {advice}.")
     except (ValueError, TypeError) as reason:
-        raise LayerwiseError(f"{shown(file)} is no JSON of a configuration; {advice}.") from reason
+        raise LayerwiseError(f"{shown(file)} is not a configuration in JSON; {advice}.") from reason
     digest = hashlib.sha256(content)
     for weights in sorted(Path(path).glob("*.safetensors")) if folder else ():
         status = weights.stat()

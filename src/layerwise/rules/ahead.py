@@ -134,7 +134,7 @@ class LookingAhead(nn.Module):
         if not of:
             raise LayerwiseError(
                 f"the first layer of the block after {site.name!r} gives an output of shape {shape}, in which no head "
-                "can tell the channels; cut the model behind that layer, or leave ahead out."
+                "can tell the channels; cut the model after that layer, or leave ahead out."
             )
         return shape, site.layouts[of[0]]
 

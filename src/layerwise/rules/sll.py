@@ -239,7 +239,7 @@ class SLL(ReadsPatches, ReadsOut, ReadsOutputMatrix, Rule):
             )
         if task.kind in ("regression", "multilabel") and (dim > task.outputs or self.targets == "codebook"):
             raise LayerwiseError(
-                f'dim and targets="codebook" are about classes, and {task.kind} has none; leave both out, so that the '
+                f'dim and targets="codebook" apply to classes, and {task.kind} has none; leave both out, so that the '
                 f"projection has the task's {task.outputs} outputs."
             )
         width = readout_width(self.patched(site, h), self.pool, site, task)

@@ -229,7 +229,7 @@ class Classification(Task):
             sums = y.double().sum(-1)
             if not (bool((y >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-2, rtol=0)):
                 raise LayerwiseError(
-                    "the labels are no probabilities: some are negative, or do not add up to 1 over the classes; give "
+                    "the labels are not probabilities: some are negative, or do not add up to 1 over the classes; give "
                     "probabilities, or task=MultiLabel() where several labels hold at once."
                 )
 
