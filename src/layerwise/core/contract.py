@@ -22,7 +22,7 @@ def check_rule(rule: object) -> None:
     kind = rule if isinstance(rule, type) else type(rule)
     if not issubclass(kind, Rule):
         raise LayerwiseError(
-            f"the rule is {rule!r}, which is not a layerwise.Rule; give the name of a rule, or an instance of a subclass."
+            f"the rule is {rule!r}, which is not a layerwise.Rule; give the name of a rule, or an instance of one."
         )
     if isinstance(rule, type):
         raise LayerwiseError(f"the rule is the class {kind.__name__}; give an instance of it: {kind.__name__}().")
