@@ -158,7 +158,7 @@ def test_what_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "index" / "model.safetensors.index.json").write_text("[]")
     for model, weights, match in (
         (meta(Decoder), None, "'positions' of a model on the meta device was not written by its Decoder"),
-        (decoder(), tmp_path / "small.safetensors", "is for a model that was made without"),
+        (decoder(), tmp_path / "small.safetensors", "is for a model that was made under"),
         (meta(), tmp_path / "small.safetensors", "holds no tensor 'positions'"),
         (meta(tie=False), tmp_path / "wrong.safetensors", r"'layers.1.up.weight' has shape \(3, 3\)"),
         (meta(), broken, "cannot be read"),

@@ -126,7 +126,7 @@ class RepeatsBatch(Abstract):
 
 
 class StepsByParameter:
-    """A rule whose parameters are updated one by one, so that one gradient is alive at a time.
+    """A rule whose parameters are updated one by one, so that one gradient is in memory at a time.
 
     Each parameter has an optimizer of its own, which steps in the backward pass as soon as the gradient is complete.
     What needs all gradients at once (clipping by their norm, accumulation, skipped steps, averages over replicas,
@@ -188,7 +188,7 @@ class StartsFromData(Abstract):
 
         Args:
             network: the blocks and the head.
-            x: samples `(N, ...)`: a few thousand in a run, the first batch in a loop of one's own.
+            x: samples `(N, ...)`: a few thousand in a run, the first batch in a loop of your own.
             y: their labels.
         """
 

@@ -42,7 +42,7 @@ class Site:
     inputs: tuple[int, ...] = ()
     """Shape of one sample of the network's input."""
     layouts: tuple[str | None, ...] = ()
-    """Where batch, channels and positions are in the output of every site; None where that is not known."""
+    """Where batch, channels and positions are in the output of every site; None if that is unknown."""
     input_layout: str | None = None
     """The same of the network's input."""
     network: Partition | None = field(default=None, compare=False, repr=False)

@@ -76,7 +76,7 @@ def legal_cuts(model: nn.Module) -> list[str]:
 
 
 def _untraceable(model: nn.Module) -> set[str]:
-    """Names of the modules of one's own that cannot be traced, though their parts may be: they are cut around."""
+    """Names of the user modules that cannot be traced, though their parts may be: they are cut around."""
     found: set[str] = set()
     for path, module in reversed([*model.named_modules()]):
         if module.__module__.startswith("torch.nn") and not is_sequential(module):
@@ -205,7 +205,7 @@ class Traces:
     shows in the output: every trace is compared with the model itself on the first samples that come.
 
     Raises:
-        LayerwiseError: what a trace cannot follow (branches on tensors, random draws outside of torch's functions of
+        LayerwiseError: what a trace cannot follow (branches on tensors, random draws outside torch's functions of
             tensors, attributes that the forward pass itself changes), or a wrong cut.
     """
 

@@ -89,7 +89,7 @@ def is_text(name: str) -> bool:
 
 
 def check_task(name: str, task: str) -> None:
-    """Raise LayerwiseError where the labels of a data set are not for the task.
+    """Raise LayerwiseError if the labels of a data set are not for the task.
 
     >>> check_task("digits", "regression")
     Traceback (most recent call last):

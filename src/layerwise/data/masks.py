@@ -21,7 +21,7 @@ ADVICE = "give a grey or palette picture whose pixels are class numbers, with 25
 
 
 def open_masks(path: Path) -> dict[str, tuple[FileRows, FileRows]]:
-    """Images and masks of every split: `path`/images and `path`/masks, or such folders inside of train, test, ...
+    """Images and masks of every split: `path`/images and `path`/masks, or such folders inside train, test, ...
 
     An image and its mask have the same path below the two folders, but for the suffix.
 

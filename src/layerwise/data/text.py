@@ -52,7 +52,7 @@ class Corpus(NamedTuple):
     pieces: Callable[[], Iterator[str]]
     """Reads it: documents, or blocks that end with a line."""
     key: Any
-    """What it is made of, as JSON; None where that is not known."""
+    """What it is made of, as JSON; None if that is unknown."""
     shuffled: bool = False
     """Whether its pieces come in a drawn order."""
 

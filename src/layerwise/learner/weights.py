@@ -33,8 +33,8 @@ def late_weights(
     if not isinstance(model, nn.Module) or not is_late(model):
         if weights is not None:
             raise LayerwiseError(
-                "weights= is for a model that was made on the meta device (torch.device('meta')); leave it out, or load "
-                "them into the model."
+                "weights= is for a model that was made under torch.device('meta'); leave it out, or load them into "
+                "the model."
             )
         return NotLate()
     fill: Fill | None = None

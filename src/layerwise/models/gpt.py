@@ -165,7 +165,7 @@ class CausalAttention(nn.Module):
     """Residual causal self-attention unit with rotary positions, pre-norm: `x + attention(norm(x))` on (B, T, width).
 
     Attributes:
-        past: keys and values of earlier tokens, inside of `remembering`; None outside.
+        past: keys and values of earlier tokens, inside `remembering`; None outside.
     """
 
     def __init__(self, width: int, heads: int, dropout: float):

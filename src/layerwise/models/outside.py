@@ -121,7 +121,7 @@ def cut(
         cuts: names or patterns separated by commas; `block` for the longest list of modules of one class.
         blocks: keep so many of the cuts.
         output: name of the entry of its output that holds the logits.
-        tied: who trains a parameter that several blocks use.
+        tied: which block trains a parameter that several blocks use.
     """
     if is_sequential(model) or hasattr(model, "block_names"):
         return model
@@ -229,7 +229,7 @@ class _OwnModel(OutsideModel):
             made = self.function(**given)
         except LayerwiseError:
             raise
-        except Exception as reason:  # of code of the user's
+        except Exception as reason:  # a user's code may raise anything
             said = " ".join(str(reason).split())[:200].rstrip(".")
             raise LayerwiseError(
                 f"{self.source!r} fails ({type(reason).__name__}: {said}); correct it, or its --model.* options."

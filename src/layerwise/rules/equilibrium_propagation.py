@@ -47,7 +47,7 @@ class EquilibriumPropagation(Rule):
     $\ell(s_L^0, y)$ as $\beta$ goes to 0, the first with an error of order $\beta^2$. The head, which is outside of
     $\Phi$, follows its loss. Prediction lets the states come to rest, and reads the head.
 
-    The primitive function, the two phases and the readout outside of it are the papers'. Ours: $f_l$ is a block of any
+    The primitive function, the two phases and the readout outside it are the papers'. Ours: $f_l$ is a block of any
     kind, its activation included; r; division by the mean over the batch.
 
     >>> EquilibriumPropagation(beta=0.1).groups(blocks=2)
@@ -74,7 +74,7 @@ class EquilibriumPropagation(Rule):
     whole_batch: ClassVar[str] = WHOLE_BATCH
     tasks: ClassVar[tuple[str, ...]] = ANY_TASK
     source: ClassVar[str] = (
-        "Scellier & Bengio, Front. Comput. Neurosci. 11 (2017); centred, and loss outside of the energy: Laborieux et "
+        "Scellier & Bengio, Front. Comput. Neurosci. 11 (2017); centred, and loss outside the energy: Laborieux et "
         "al., Front. Neurosci. 15 (2021); blocks of any kind, damping: our reading"
     )
     restrictions: ClassVar[str] = (

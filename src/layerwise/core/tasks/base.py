@@ -16,7 +16,7 @@ Positions = Literal["sample", "token", "pixel"]
 
 
 class Task(Abstract):
-    """What the labels mean. A task of one's own is a frozen dataclass that inherits this and overrides `loss`.
+    """What the labels mean. A task of your own is a frozen dataclass that inherits this and overrides `loss`.
 
     Outputs are those of the network's head, or of a block's readout: `(B, K)` per sample, `(B, T, K)` per token,
     `(B, K, H, W)` per pixel, with K = `outputs`. Every loss is computed in float32 or wider whatever the precision

@@ -300,7 +300,7 @@ class LanguageModel(Classification):
     positions = "token"
 
     def chunk(self, predictions: int) -> int | None:
-        """`positions_at_once`, or as many as have `chunked.LOGITS` logits; None where that is all of them.
+        """`positions_at_once`, or as many as have `chunked.LOGITS` logits; None if that is all of them.
 
         >>> LanguageModel(classes=2**15).chunk(100), LanguageModel(classes=2**15).chunk(1000)
         (None, 128)
