@@ -1,4 +1,4 @@
-"""Backpropagation that updates each parameter as soon as its gradient is there."""
+"""Backpropagation that updates each parameter as soon as its gradient is complete."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""Backpropagation whose activations wait in host memory or on disk."""
+"""Backpropagation with activations in host memory or on disk."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -10,7 +10,7 @@ from layerwise.rules.backprop import Backprop
 
 @dataclass(frozen=True)
 class BackpropOffload(MovesActivations, Backprop):
-    """Backpropagation whose saved activations wait in host memory or on disk until the backward pass.
+    """Backpropagation with saved activations in host memory or on disk until the backward pass.
 
     The gradients are those of `backprop`, bit for bit. A storage is moved once, however many saved tensors show it; it
     is written while the forward pass continues, and read back before the backward pass needs it.
@@ -20,7 +20,7 @@ class BackpropOffload(MovesActivations, Backprop):
     """
 
     where: Literal["host", "disk"] = "host"
-    """Where activations wait: host | disk (a file in the folder of `--offload-folder`)."""
+    """Where activations are kept: host | disk (a file in the folder of `--offload-folder`)."""
 
     name: ClassVar[str] = "backprop_offload"
     locality: ClassVar[Locality] = "global"
@@ -32,5 +32,5 @@ class BackpropOffload(MovesActivations, Backprop):
     )
 
     def activations_to(self) -> Literal["host", "disk"]:
-        """Where activations wait."""
+        """Where activations are kept."""
         return self.where

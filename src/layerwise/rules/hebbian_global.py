@@ -55,11 +55,11 @@ class HebbianGlobal(Rule):
         return [range(blocks + 1)]
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
-        """The batch; the message collects what layers get and give."""
+        """The batch; the message collects inputs and outputs of layers."""
         return ctx.x, []
 
     def run(self, block: Block, h: Tensor, message: Any) -> Tensor:
-        """Run a block and note what its layers get and give."""
+        """Run a block and record the inputs and outputs of its layers."""
         return run_and_note(block, h, message)
 
     def signal(self, ctx: BlockContext) -> Signal:
@@ -96,15 +96,15 @@ class HebbianLocal(GreedyLinear):
     )
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
-        """The batch; the message collects what the layers of a block get and give."""
+        """The batch; the message collects inputs and outputs of a block's layers."""
         return ctx.x, []
 
     def run(self, block: Block, h: Tensor, message: Any) -> Tensor:
-        """Run a block and note what its layers get and give."""
+        """Run a block and record the inputs and outputs of its layers."""
         return run_and_note(block, h, message)
 
     def signal(self, ctx: BlockContext) -> Signal:
-        """The gradients of the block's own loss with their sizes replaced; the next block notes anew."""
+        """The gradients of the block's own loss with their sizes replaced; the next block starts a new record."""
         signal = super().signal(ctx)
         if signal.loss is None:
             return replace(signal, message=ctx.message)
@@ -114,7 +114,7 @@ class HebbianLocal(GreedyLinear):
 
 
 def run_and_note(block: Block, h: Tensor, message: Any) -> Tensor:
-    """Run a block; where a graph is recorded, what linear layers and convolutions get and give joins the message."""
+    """Run a block; if a graph is recorded, inputs and outputs of linear layers and convolutions join the message."""
     if message is None or not torch.is_grad_enabled():
         return block(h)
 
@@ -127,7 +127,7 @@ def run_and_note(block: Block, h: Tensor, message: Any) -> Tensor:
 
 
 def with_hebbian_sizes(ctx: BlockContext, signal: Signal, temperature: float) -> Signal:
-    """The signal with gradients in place of its loss: those of the loss, with Hebbian sizes in the blocks' layers."""
+    """The signal with gradients instead of its loss: those of the loss, with Hebbian sizes in the blocks' layers."""
     assert signal.loss is not None
     assert ctx.site.network is not None
     sites = ctx.site.network.sites

@@ -61,7 +61,7 @@ def divided(state: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Denoising(StartsFromData, Rule):
-    """What the three rules have in common: their own model, and embeddings that are learned in one place."""
+    """Base of the three rules: their own model, and embeddings that are learned in one place."""
 
     locality: ClassVar[Locality] = "local"
     flat_memory: ClassVar[bool] = True
@@ -69,7 +69,7 @@ class Denoising(StartsFromData, Rule):
     only: ClassVar[str] = "its blocks denoise the embedding of a class"
 
     def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
-        """Nothing; refuses a network that passes on no state."""
+        """No module; refuses a network that does not pass on a state."""
         (kind,), network = self.models, site.network
         assert network is not None
         cut = [block.name for block in network.sites]
@@ -106,7 +106,7 @@ class Denoising(StartsFromData, Rule):
             u[k] = images[medoid(images)]
 
     def shared(self, network: Partition) -> Tensor | None:
-        """The copy of the embeddings that the blocks get at the start of a step; None where these are fixed."""
+        """The copy of the embeddings that the blocks get at the start of a step; None if these are fixed."""
         u = embedding(network.head)
         return u.detach().clone() if u.requires_grad else None
 
@@ -347,7 +347,7 @@ class NoPropFM(_AnyTime):
     sigma: NonNegativeFloat = 0.1
     """Standard deviation of the noise around the path from z_0 to the embedding."""
     predictor: Literal["nearest", "head"] = "nearest"
-    """What decides the class at the end of the path: the nearest embedding, or the head."""
+    """How the class is chosen at the end of the path: by the nearest embedding, or the head."""
 
     name: ClassVar[str] = "noprop_fm"
     models: ClassVar[tuple[str, ...]] = ("noprop_fm",)
@@ -370,7 +370,7 @@ class NoPropFM(_AnyTime):
         return state(t, t * hot, r, ctx.x), message
 
     def signal(self, ctx: BlockContext) -> Signal:
-        """Squared distance of the velocity from the way to the label; passes on where it leads at t = 1."""
+        """Squared distance of the velocity from the direction to the label; passes on its end point at t = 1."""
         if ctx.site.is_head:
             return loss_at_head(ctx)
         u, t = embedding_at(ctx.site), ctx.h_in[:, :1]

@@ -1,4 +1,4 @@
-"""PredSim: a local classifier, and similarities between samples that should be those of their labels."""
+"""PredSim: a local classifier, and similarities between samples that should match those of their labels."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
