@@ -64,7 +64,7 @@ def test_bad_labels(tmp_path):
     write_parquet(path, noise(4), [0, 1, 2, 0], classes=["a", "b"])
     refused("row 2 of .* has the label 2, which is none of the 2 classes", f"parquet:{path}")
     write_parquet(path, noise(4), [1] * 4)
-    refused("the one class '1'", f"parquet:{path}")
+    refused("only the class '1'", f"parquet:{path}")
 
 
 def test_classes_that_differ_between_train_and_test(tmp_path):
@@ -95,7 +95,7 @@ def test_splits_that_cannot_be_told(tmp_path):
 def test_bad_imagefolders(tmp_path):
     refused("no images under", f"imagefolder:{tmp_path}")
     write_folder(tmp_path / "cat", noise(2))
-    refused("the one class 'cat'", f"imagefolder:{tmp_path}")
+    refused("only the class 'cat'", f"imagefolder:{tmp_path}")
     (tmp_path / "dog").mkdir()
     refused("class folder .*dog holds no images", f"imagefolder:{tmp_path}")
     (tmp_path / "dog" / "a.png").write_bytes(b"text")

@@ -89,7 +89,7 @@ def test_a_graph_that_cannot_be_is_refused():
         Graph(NONE, torch.tensor([0, 2]), 2)
     with pytest.raises(LayerwiseError, match="gcn and gat need data with a graph"):
         models.create("gcn", SHAPE, CLASSES)
-    with pytest.raises(LayerwiseError, match="no use for a graph"):
+    with pytest.raises(LayerwiseError, match="cannot use a graph"):
         models.create("mlp", SHAPE, CLASSES, graph=graph())
     with pytest.raises(LayerwiseError, match="choose the model gcn or gat"):
         Learner(net("mlp"), "graph_forward").step(X, Y)

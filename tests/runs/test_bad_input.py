@@ -172,7 +172,7 @@ train --model vit --model.patch 3            | patch; 3; 8
 train --model vit --model.heads 5            | heads; 5
 train --data imagefolder:B/absent            | B/absent is not a folder
 train --data imagefolder:B/empty             | no images under B/empty
-train --data imagefolder:B/one               | the one class 'cat'
+train --data imagefolder:B/one               | only the class 'cat'
 train --data imagefolder:B/unreadable        | dog/3.png is not a readable image
 train --data imagefolder:B/labels            | cat, dog; eel
 train --data parquet:B/absent                | B/absent does not exist

@@ -32,8 +32,8 @@ from layerwise.data.tokenizer import Tokenizer
 from layerwise.errors import LayerwiseError
 from layerwise.files import shown
 
-TEST_FRACTION = 0.2  # of the samples, where a data set brings no test split
-TEST_SEED = 20_240  # of that split; a constant, so that no option moves a sample between training and test
+TEST_FRACTION = 0.2  # share of the samples, if a data set has no test split
+TEST_SEED = 20_240  # seed of that split; a constant, so that no option moves a sample between training and test
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +151,7 @@ imagefolder:PATH, parquet:PATH, PATH.csv.
             f"{title} is not a table of numbers and words; leave --data.categories and --data.gaps out"
         )
     if label_noise and task != "classification":
-        raise LayerwiseError("label noise puts wrong classes in the place of right ones; leave it out under this task")
+        raise LayerwiseError("label noise replaces classes by wrong ones; leave it out under this task")
     if name == "cora":
         return _cora(root, size, label_noise)
     if task == "language_model":
@@ -232,7 +232,7 @@ imagefolder:PATH, parquet:PATH, PATH.csv.
     if len(kept) < len(train):
         train = train.subset(kept)
     train = train.relabelled(noisy[kept])
-    if cells is not None:  # what the columns become, the training rows alone say
+    if cells is not None:  # only the training rows decide how columns are encoded
         learned = Encoding.fitted(columns, cells[_places(train)], handling or Handling())
         columns, encoding = learned.names, learned.rows
         train, val, test = (
@@ -250,7 +250,7 @@ imagefolder:PATH, parquet:PATH, PATH.csv.
 
 
 def _places(part: Source) -> np.ndarray:
-    """The rows of a table that a split holds."""
+    """The rows of a table in a split."""
     assert isinstance(part, TableSource)
     return part.images.flatten().long().numpy()
 
@@ -281,7 +281,7 @@ def _text(
 
 
 def _strata(labels: Tensor, task: DataTask) -> Tensor:
-    """The classes by which samples are split in proportion; one for all where labels are none."""
+    """The classes by which samples are split in proportion; a single one if labels are not classes."""
     return labels if task == "classification" else torch.zeros(len(labels), dtype=torch.int64, device="cpu")
 
 

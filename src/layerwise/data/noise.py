@@ -10,7 +10,7 @@ from layerwise.core.randomness import derive_seed
 from layerwise.errors import LayerwiseError
 
 NoiseKind = Literal["symmetric", "pairs"]
-NOISE_SEED = 20_241  # a constant, so that every rule and every seed of a run meets the same wrong labels
+NOISE_SEED = 20_241  # a constant, so that every rule and every seed gets the same wrong labels
 PAIRS = {"truck": "automobile", "bird": "airplane", "deer": "horse", "cat": "dog", "dog": "cat"}
 
 

@@ -1,4 +1,4 @@
-"""Numbers as labels: which columns hold them, and whether they are what the task needs."""
+"""Numbers as labels: finds their columns, and checks them for the task."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from layerwise.data.naming import LABEL_NAMES, few, pick
 from layerwise.errors import LayerwiseError
 
 MOST_LOST = 1e-3
-"""Of a target's standard deviation, what rounding to float32 may change in it."""
+"""Largest allowed error of rounding to float32, as a share of a target's standard deviation."""
 
 
 def chosen_targets(targets: Sequence[str], columns: Sequence[str], task: DataTask, title: str) -> tuple[str, ...]:
@@ -59,8 +59,8 @@ def checked_numbers(values: Tensor, task: DataTask, columns: Sequence[str]) -> T
     lost = (spread > 0) & ((found.double() - given).abs().amax(0) > MOST_LOST * spread)
     if bool(lost.any()):
         raise LayerwiseError(
-            f"the numbers in the column {columns[int(lost.nonzero()[0])]!r} are so large beside their differences that "
-            "float32 would merge them; subtract a constant from them."
+            f"the numbers in the column {columns[int(lost.nonzero()[0])]!r} are so large compared with their "
+            "differences that float32 would merge them; subtract a constant from them."
         )
     return found
 

@@ -400,6 +400,6 @@ def _tokenizer(options: TextOptions, corpora: dict[str, Corpus]) -> Tokenizer:
             partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
             partial.write_text(found.to_json())
             os.replace(partial, path)
-        except OSError:  # no room, no right: the cache is a convenience
+        except OSError:  # no space or no permission: the cache is optional
             pass
     return found

@@ -123,7 +123,7 @@ class BPE(Tokenizer):
             self._found: Any = _library().Tokenizer.from_str(text)
         except LayerwiseError:
             raise
-        except Exception as reason:  # the library raises nothing more special
+        except Exception as reason:  # the library raises only this general type
             raise LayerwiseError(f"it is not a tokenizer of the library tokenizers ({why(reason)}).") from reason
         self._text = text
         self.names = tuple(self._found.id_to_token(i) for i in range(self._found.get_vocab_size()))

@@ -49,13 +49,13 @@ class GPT(ModelOptions):
     heads: int = 6
     """Attention heads."""
     context: int = 1024
-    """Most tokens that the model looks at."""
+    """Maximum number of tokens of the context."""
     mlp: Literal["gelu", "swiglu"] = "swiglu"
     """Activation of the MLP; both have about 8 width² weights."""
     tied: bool = False
     """Use the embedding as the matrix of the head, too."""
     dropout: float = 0.0
-    """Probability of zeroing an element of the embedding or of what a unit adds."""
+    """Probability of zeroing an element of the embedding or of a unit's output."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
