@@ -173,7 +173,7 @@ def test_each_shell_has_its_script(shell, capsys):
 
 def test_another_shell_is_one_sentence(capsys):
     assert main(["completion", "tcsh"]) == 2
-    assert "name one shell: 'tcsh' is none" in capsys.readouterr().err
+    assert "name one shell: 'tcsh' is not one" in capsys.readouterr().err
 
 
 def test_all_settings_of_a_run_have_a_group():
@@ -247,4 +247,4 @@ def test_the_old_names_are_answered_with_the_new_ones(capsys):
     assert main(split("compare --rules sll backprop")) == 2
     assert "here it is --rule;" in capsys.readouterr().err
     assert main(split("compare --rule.overlap 1")) == 2
-    assert "come after its name and a colon" in capsys.readouterr().err
+    assert "follow its name and a colon" in capsys.readouterr().err

@@ -121,10 +121,10 @@ class Nameless(Rule):
     ("rule", "sentence"),
     [
         (Fine, "is the class Fine; give an instance"),
-        (Undecorated(), r"'rate' is no option of it; write @dataclass\(frozen=True\)"),
+        (Undecorated(), r"'rate' is not an option of it; write @dataclass\(frozen=True\)"),
         (Nameless(), "does not declare 'name'"),
-        (len, "is no layerwise.Rule"),
-        (None, "is no layerwise.Rule"),
+        (len, "is not a layerwise.Rule"),
+        (None, "is not a layerwise.Rule"),
     ],
 )
 def test_what_is_no_rule_is_refused(rule, sentence):

@@ -41,7 +41,7 @@ def test_several_targets_are_columns_and_no_inputs(tmp_path):
 
 def test_several_labels_are_zeros_and_ones(tmp_path):
     name = table(tmp_path / "t.csv", [[i, i % 2, i % 3 == 0, 1] for i in range(30)])
-    with pytest.raises(LayerwiseError, match="no finite number"):  # True is a word
+    with pytest.raises(LayerwiseError, match="not a finite number"):  # True is a word
         load(name, task="multilabel", targets=("b", "y"))
     name = table(tmp_path / "t.csv", [[i, i % 2, int(i % 3 == 0), 1] for i in range(30)])
     found = load(name, task="multilabel", targets=("b", "y"))

@@ -14,7 +14,7 @@ from shlex import split
 
 import pytest
 import torch
-from support.nets import KINDS, batches, net, problem, same_bits, trained
+from support.nets import batches, net, problem, same_bits, trained
 from support.own import Decoder, decoder, text
 from support.runs import SMALL, lines, result, start, state, train, weights
 from torch import nn
@@ -47,7 +47,7 @@ def assert_same(one, two):
 
 
 @pytest.mark.parametrize("where", ["host", "disk"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["mlp", "vgg", pytest.param("vit", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rule", ["sll", "sid", "local_ce"])
 def test_streamed_blocks_have_the_same_bits(rule, kind, where):
     rule = rules.create(rule, **({"dropout": 0.2} if rule == "sll" else {}))
@@ -372,6 +372,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, capsys):
     assert main(["train", "--resume", str(folder)]) == 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_the_network_is_built_is_one_sentence(tmp_path):
     """A write to a mapped page that the full disk cannot hold is SIGBUS: the space is reserved before."""
     probe = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", tmp_path], capture_output=True)

@@ -31,11 +31,11 @@ def contents(folder):
 
 
 REFUSED = {
-    "predict RUN T --out T": "it is what the command reads",
-    "predict RUN T --out LINK": "it is what the command reads",
-    "predict RUN OTHER --out T": "it is what the command reads",  # the run was trained on it
-    "eval RUN --json=HARD": "it is what the command reads",
-    "export RUN T": "it is what the command reads",
+    "predict RUN T --out T": "the command reads it",
+    "predict RUN T --out LINK": "the command reads it",
+    "predict RUN OTHER --out T": "the command reads it",  # the run was trained on it
+    "eval RUN --json=HARD": "the command reads it",
+    "export RUN T": "the command reads it",
     "export RUN RUN/config.json": "the folder of a run",
     "export RUN RUN/new.safetensors": "the folder of a run",
     "eval RUN --json RUN/config.json": "the folder of a run",
@@ -135,7 +135,7 @@ def test_a_name_that_no_file_can_have_is_refused(name, tmp_path):
 def test_an_image_of_the_input_is_not_replaced_and_a_table_beside_it_is(tmp_path):
     (tmp_path / "a.png").write_text("image")
     (tmp_path / "predicted.csv").write_text("old")
-    with pytest.raises(LayerwiseError, match="what the command reads"):
+    with pytest.raises(LayerwiseError, match="the command reads it"):
         write_output(tmp_path / "a.png", "new", [tmp_path])
     write_output(tmp_path / "predicted.csv", "new", [tmp_path])
     assert contents(tmp_path) == {"a.png": b"image", "predicted.csv": b"new"}

@@ -53,7 +53,7 @@ class Killed(BaseException):
     """Stands for a crash."""
 
 
-@pytest.mark.parametrize("tied", ["--model.tied", "--model.no-tied"])
+@pytest.mark.parametrize("tied", ["--model.tied", pytest.param("--model.no-tied", marks=pytest.mark.slow)])
 def test_a_stopped_run_ends_in_the_same_bits(text, tmp_path, monkeypatch, tied):
     words = [*BPE, tied]
     whole, real = train(tmp_path / "whole", text, *words), Learner.step
@@ -199,9 +199,9 @@ WRONG = [
     (["--prompt", "the", "--top-k", "0"], "top_k is 0; it must be"),
     (["--prompt", "the", "--seed", f"{10**20}"], "it must be 2^63 - 1 at most"),
     (["--prompt", "the", "--block", "4"], "there is no block 4; the network has the blocks 1 to 3"),
-    (["--prompt", "the", "--block", "3"], "its blocks with one are 1, 2"),
-    (["a.txt"], "give --prompt in place of INPUT"),
-    (["a.txt", "--tokens", "3"], "--tokens is about text, so give --prompt too"),
+    (["--prompt", "the", "--block", "3"], "blocks with a readout: 1, 2"),
+    (["a.txt"], "give --prompt instead of INPUT"),
+    (["a.txt", "--tokens", "3"], "--tokens applies to text, so give --prompt too"),
     ([], "needs INPUT, or --prompt TEXT,"),
 ]
 
@@ -216,12 +216,12 @@ def test_a_prompt_that_cannot_be_continued_is_refused(runs, words, sentence, cap
 
 MISMATCHES = [
     (["--model", "mlp"], "the model 'mlp' takes no tokens"),
-    (["--data", "digits", "--model", "gpt"], "the model 'gpt' takes tokens, and digits is no text"),
+    (["--data", "digits", "--model", "gpt"], "the model 'gpt' takes tokens, and digits is not text"),
     (["--data", "digits", "--model", "mlp", "--data.window", "8"], "window is about language_model"),
     (["--data.vocabulary", "300"], "vocabulary is that of a bpe"),
     (["--data.tokenizer", "bpe", "--data.vocabulary", "10"], "has no room beside the 256 bytes"),
     (["--model.context", "4"], "a window of 8 tokens is longer than the context of the model, 4"),
-    (["--augment", "flip"], "windows of a text are no images to augment"),
+    (["--augment", "flip"], "windows of a text are not images to augment"),
     (["--task", "regression"], "window is about language_model"),
     (["--rule", "predsim"], "cannot learn from a label per token"),
     (["--rule", "forward_forward"], "a label per token"),

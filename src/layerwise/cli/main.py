@@ -22,16 +22,16 @@ class CannotPrint(Exception):
 
 
 UNSAFE = re.compile(r"\x1b(?!\[[0-9;]*m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""What a terminal would act on; colours, ends of lines and tabs are let through."""
+"""Control characters except colours, line ends and tabs."""
 
 
 class Output:
     """Standard output whose failures can be distinguished from those of files.
 
-    A terminal gets escapes in place of control characters: names and texts may come from a stranger.
+    On a terminal, control characters are escaped, because names and texts may come from a stranger.
 
     Args:
-        stream: what to write to.
+        stream: the output.
     """
 
     def __init__(self, stream: Any):
@@ -39,7 +39,7 @@ class Output:
         self._terminal = stream.isatty()
 
     def write(self, text: str) -> int:
-        """Write text, as the stream does."""
+        """Write text to the stream."""
         if self._terminal:
             text = UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text)
         try:
@@ -62,14 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv: arguments without the program's name; those of the process if not given.
+        argv: arguments without the program's name (default: those of the process).
 
     Returns:
-        The exit code: 0; 1 when a run of a comparison failed; 2 for an error, said in one sentence; 128 + the number
-        of the signal when stopped.
+        The exit code: 0; 1 if a run of a comparison failed; 2 for an error, explained in one sentence; 128 + the
+        number of the signal if stopped.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    asked = argv[:2] == ["completion", "--words"]  # whose words are those of another command
+    asked = argv[:2] == ["completion", "--words"]  # its words belong to another command
     traceback_wanted.set("--debug" in argv and not asked)
     quiet.set("--quiet" in argv and not asked)
     words = argv if asked else [word for word in argv if word not in ("--debug", "--quiet")]
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         )
     except CannotPrint as error:
-        # What is left in the stream's buffer would fail again when the interpreter exits.
+        # The rest of the stream's buffer would fail again when the interpreter exits.
         with contextlib.suppress(OSError, ValueError):
             assert stdout is not None
             os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
@@ -175,10 +175,10 @@ def _run(words: list[str]) -> int:
 
 @contextlib.contextmanager
 def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM ends the command as Ctrl-C does, so that locks, workers and half-written files are cleaned up.
+    """Let SIGTERM end the command like Ctrl-C, so that locks, workers and incomplete files are cleaned up.
 
     A rank of torchrun keeps the default: it may be waiting for another rank inside a library, where no Python code
-    would answer the signal.
+    handles the signal.
     """
 
     def stop(signum: int, frame: Any) -> None:

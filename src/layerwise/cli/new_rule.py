@@ -1,4 +1,4 @@
-"""`layerwise new-rule`: a learning rule of one's own in one file, with its tests, ready to be changed."""
+"""`layerwise new-rule`: writes a new learning rule in one file, and its tests, for the user to change."""
 
 import keyword
 import os
@@ -108,11 +108,11 @@ def hides(name: str) -> bool:
 def new_rule_command(argv: list[str]) -> int:
     """`layerwise new-rule NAME [FOLDER]`: write a rule and its tests."""
     if not 1 <= len(argv) <= 2 or any(word.startswith("-") for word in argv):
-        raise LayerwiseError("new-rule takes a name and perhaps a folder: layerwise new-rule my_rule.")
+        raise LayerwiseError("new-rule takes a name and optionally a folder: layerwise new-rule my_rule.")
     name, folder = argv[0], Path(argv[1] if len(argv) == 2 else ".")
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,60}", name) or keyword.iskeyword(name):
         raise LayerwiseError(
-            f"{name!r} is no name for a rule; choose small letters, digits and _ that begin with a letter, such as "
+            f"{name!r} cannot be the name of a rule; choose lower-case letters, digits and _, first a letter, such as "
             "my_rule."
         )
     if name in catalogue.rules():
@@ -123,7 +123,7 @@ def new_rule_command(argv: list[str]) -> int:
     texts = {folder / f"{name}.py": RULE, folder / f"test_{name}.py": TESTS}
     for path in texts:
         if kind_of(path) is not None:
-            raise LayerwiseError(f"{shown(path)} is there already, and nothing is overwritten; choose another name.")
+            raise LayerwiseError(f"{shown(path)} exists already and is not overwritten; choose another name.")
     if hides(name):
         raise LayerwiseError(f"a file {name}.py would hide the Python package {name!r}; choose another name.")
     begun: list[Path] = []

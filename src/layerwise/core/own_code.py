@@ -1,4 +1,4 @@
-"""Code of the user's own, named as `FILE.py:NAME`: loaded, and recognised when it has changed.
+"""Code of the user, named as `FILE.py:NAME`: loaded, and recognised when it has changed.
 
 A file is run when its name is looked up, as `python FILE.py` would run it. A run records the name and the SHA-256 of
 the file; what was recorded is checked before the file is run.
@@ -60,7 +60,7 @@ def load(name: str, recorded: str | None = None) -> Any:
 
 
 def check_unchanged(file: str, digest: str, recorded: str | None) -> None:
-    """Raise LayerwiseError where a file is not the one that a run has recorded."""
+    """Raise LayerwiseError if a file is not the one that a run has recorded."""
     if recorded is not None and digest != recorded:
         raise LayerwiseError(
             f"{shown(file)} has changed since the run began, so it may describe something else; put the old file back, "
@@ -83,7 +83,7 @@ def _run(file: str, digest: str, content: bytes) -> Any:
         sys.path.append(folder)  # its neighbours can be imported, after everything that is installed
     try:
         exec(compile(content, file, "exec"), vars(module))
-    except (Exception, SystemExit) as reason:  # of code of the user's
+    except (Exception, SystemExit) as reason:  # a user's code may raise anything
         del sys.modules[module.__name__]
         lines = [frame.lineno for frame in inspect.trace() if frame.filename == file]
         line = getattr(reason, "lineno", None) or (lines[-1] if lines else None)

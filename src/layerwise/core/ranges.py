@@ -117,7 +117,7 @@ TRAINING: Mapping[str, Any] = get_type_hints(Training, include_extras=True)
 
 
 def check_ranges(**values: Any) -> None:
-    """Raise LayerwiseError where an option of training is out of its range in `TRAINING`.
+    """Raise LayerwiseError if an option of training is out of its range in `TRAINING`.
 
     >>> check_ranges(lr=0.1, clip=None, seed=3)
     >>> check_ranges(accumulate=0)
@@ -129,7 +129,7 @@ def check_ranges(**values: Any) -> None:
 
 
 def check_fields(options: Any) -> None:
-    """Raise LayerwiseError where a field of a dataclass is out of the range that its type declares."""
+    """Raise LayerwiseError if a field of a dataclass is out of the range that its type declares."""
     found = fields(options)
     kinds: Mapping[str, Any] = {field.name: field.type for field in found}
     if any(isinstance(kind, str) for kind in kinds.values()):  # from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tables of numbers with a class per row, out of CSV files."""
+"""Tables of numbers with a class per row, from CSV files."""
 
 import re
 from collections import Counter
@@ -19,10 +19,12 @@ from layerwise.data.numbers import checked_numbers, chosen_targets
 from layerwise.data.sources import InMemorySource
 from layerwise.errors import LayerwiseError
 
-NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")  # what float() takes and more people mean
+NUMBER = re.compile(
+    r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
+)  # words that float() accepts and people use for missing values
 PLAIN = re.compile(r"[0-9+\-.eE \t,]*")  # rows of such cells, joined by commas, may go through float()
 WHOLE = re.compile(r"[+-]?[0-9]+")
-UNNAMED = re.compile(r"(Unnamed: [0-9]+(\.[0-9]+)*)?")  # what pandas calls a column without a name, and writes
+UNNAMED = re.compile(r"(Unnamed: [0-9]+(\.[0-9]+)*)?")  # pandas' name for a column without a name
 EXACT = 2**53  # whole numbers beyond it do not all have a float64 of their own
 
 
@@ -46,7 +48,7 @@ class Table(NamedTuple):
     columns: tuple[str, ...]
     """Names of the columns of numbers, in order."""
     notes: tuple[str, ...]
-    """What was left out or looks wrong, a sentence each."""
+    """Notes on what was left out or looks wrong, one sentence each."""
     cells: np.ndarray | None = None
     """Words and numbers (N, columns) where they are still to be encoded; the source then holds the rows' places."""
     where: Callable[[int], str] = "row {}".format
@@ -112,7 +114,7 @@ def read_table(
 
 
 def read_columns(path: Path, columns: Sequence[str], encoding: Encoding | None = None) -> Tensor:
-    """The named columns of a CSV file, float64 (N, columns, 1, 1); others are not looked at.
+    """The named columns of a CSV file, float64 (N, columns, 1, 1); others are ignored.
 
     With the encoding of a run, its columns are read, whatever they hold, and become the numbers of its training rows.
 
@@ -145,7 +147,7 @@ def _check_names(lines: Lines, used: Sequence[str]) -> None:
     counts = Counter(lines.names)
     twice = next((name for name in used if counts[name] > 1), None)
     if twice is not None:
-        raise LayerwiseError(f"{lines.title} has two columns called {twice!r}; give every column a name of its own.")
+        raise LayerwiseError(f"{lines.title} has two columns called {twice!r}; give every column its own name.")
 
 
 def _left_out(lines: Lines, place: int) -> str:
@@ -181,13 +183,13 @@ def _numbers(lines: Lines, places: Sequence[int]) -> Tensor:
 
 
 def _cells(lines: Lines, places: Sequence[int]) -> np.ndarray:
-    """Columns as words (N, columns), without spaces around them; what stands for nothing is empty."""
+    """Columns as words (N, columns), without spaces around them; missing values are empty."""
     rows = [["" if is_missing(row[place]) else row[place].strip() for place in places] for row in lines.rows]
     return np.array(rows, dtype=object).reshape(-1, len(places))
 
 
 def _faults(lines: Lines, places: Sequence[int], handling: Handling) -> list[str]:
-    """A part of a sentence for every cell that is no finite number and that nobody has asked to take."""
+    """Part of a sentence for every cell that is not a finite number and that no option allows."""
     wordy = set()
     if handling.categories != "refuse":
         wordy = {
@@ -204,7 +206,7 @@ def _faults(lines: Lines, places: Sequence[int], handling: Handling) -> list[str
                 continue
             found.append(
                 f"line {lines.numbers[index]} of {lines.title} has {_brief(cell)} in column {lines.names[place]!r}, "
-                "which is no finite number; fill gaps (--data.gaps median), and write categories as numbers "
+                "which is not a finite number; fill gaps (--data.gaps median), and write categories as numbers "
                 "(--data.categories onehot)"
             )
     return found
@@ -222,7 +224,7 @@ def _finite(cells: Sequence[str]) -> bool:
 
 
 def _unlabelled(lines: Lines, column: str) -> list[str]:
-    """A part of a sentence for every row without a label."""
+    """Part of a sentence for every row without a label."""
     place = lines.names.index(column)
     found = []
     for line, row in zip(lines.numbers, lines.rows, strict=True):
@@ -266,14 +268,14 @@ def _classes(lines: Lines, column: str) -> tuple[tuple[str, ...], Tensor]:
         fraction = next((word for word in words if _value(word) != _value(word).to_integral_value()), None)
         if fraction is not None:
             raise LayerwiseError(
-                f"{lines.title} has the label {fraction[:50]} in column {column!r}, which is no class; give whole "
+                f"{lines.title} has the label {fraction[:50]} in column {column!r}, which is not a class; give whole "
                 "numbers or words."
             )
         classes = sorted(different, key=lambda word: (_value(word), word))
     else:
         classes = sorted(different)
     if len(classes) < 2:
-        raise LayerwiseError(f"{lines.title} holds the one class {classes[0]!r}; give data with two or more classes.")
+        raise LayerwiseError(f"{lines.title} holds only the class {classes[0]!r}; give data with two or more classes.")
     number = {name: label for label, name in enumerate(check_words(classes, lines.title))}
     return tuple(classes), torch.tensor([number[word] for word in words], device="cpu")
 

@@ -151,7 +151,7 @@ class Offload:
     A part's bytes lie in a slot of the device, and its tensors show them; without a slot they show nothing (NaN, or
     zero). While a group learns, a thread writes the part before it back and reads the next one into the same slot.
     Rules and engine know nothing of this: the engine opens `resident` around a group, and whatever else runs (a block,
-    an auxiliary module) asks for its part by a hook. What runs with a graph outside of its group stays until the next
+    an auxiliary module) asks for its part by a hook. What runs with a graph outside its group stays until the next
     group begins, so that the graph stays right.
 
     Args:

@@ -103,7 +103,7 @@ _BUILT_IN: tuple[type[Rule], ...] = (
 )
 
 FORMS = {"FILE.py:Class": "a rule of your own: a class in a file"}
-"""The form of names of rules from elsewhere, and what they are."""
+"""Forms of the names of rules from elsewhere, with descriptions."""
 
 
 def names() -> list[str]:
@@ -149,7 +149,7 @@ def get(name: str, recorded: str | None = None) -> type[Rule]:
 
 
 def name_of(rule: Rule) -> str:
-    """The name that a rule is found by: its own, or `FILE.py:Class`.
+    """The name of a rule: its own, or `FILE.py:Class`.
 
     >>> name_of(create("sll"))
     'sll'
