@@ -13,12 +13,19 @@ from typing import Any
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
+from mkdocs.structure.pages import Page
+
+from layerwise import rules
 
 ROOT = Path(__file__).parents[1]
 TO_BENCHMARKS = re.compile(r"\]\(\.\./((?:\.\./)*benchmarks/)")
 
 INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
 BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.DOTALL)
+OVERVIEW = re.compile(r"^\| (?:\[`(\w+)`\]|(rule) ).*\|$|^\|---\|---\|---\|---\|$", re.MULTILINE)
+SEARCH = 'data-md-component="search" role="dialog"'
+FOCUSABLE = '<math xmlns="http://www.w3.org/1998/Math/MathML" display="block" tabindex="0">'
+NO_HEADINGS = re.compile(r"<thead>\s*<tr>\s*(?:<th[^>]*></th>\s*)+</tr>\s*</thead>")
 RULE = re.compile(r"^::: (layerwise\.rules\.\w+)\.(\w+)$", re.MULTILINE)
 OPTIONS = """{found}
     options:
@@ -39,8 +46,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Tell mkdocstrings which members of a rule are its options, and lead links to the benchmarks to their pages."""
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Tell mkdocstrings which members of a rule are its options, and lead links to the benchmarks to their pages.
+
+    The overview of the rules gets columns of what each class declares, by which `site.js` filters.
+    """
+    if page.file.src_uri == "rules/index.md":
+        markdown = OVERVIEW.sub(_with_facts, markdown)
+        page.meta["hide"] = ["toc"]  # the table takes its place
 
     def with_options(found: re.Match[str]) -> str:
         fields = [field.name for field in dataclasses.fields(getattr(import_module(found[1]), found[2]))]
@@ -49,7 +62,24 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return RULE.sub(with_options, TO_BENCHMARKS.sub(r"](\1", markdown))
 
 
+def _with_facts(row: re.Match[str]) -> str:
+    """A row of the overview of the rules with three cells more."""
+    if row[1] is None:
+        return row[0] + (" task | unlabelled samples | runs blocks again |" if row[2] else "---|---|---|")
+    rule = rules.get(row[1])
+    tasks = ", ".join(task.replace("_", " ") for task in rule.tasks)
+    return f"{row[0]} {tasks} | {'yes' if rule.unlabelled else 'no'} | {'no' if rule.runs_once else 'yes'} |"
+
+
 def on_page_content(content: str, **_: Any) -> str:
     """Replace what pymdownx.arithmatex marked as LaTeX."""
     content = BLOCK.sub(lambda found: convert(html.unescape(found[1]), display="block"), content)
-    return INLINE.sub(lambda found: convert(html.unescape(found[1])), content)
+    content = INLINE.sub(lambda found: convert(html.unescape(found[1])), content)
+    # An equation that scrolls can be reached with the keyboard; a table without headings has no row of empty ones.
+    content = content.replace('<math xmlns="http://www.w3.org/1998/Math/MathML" display="block">', FOCUSABLE)
+    return NO_HEADINGS.sub("", content)
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """Give the theme's search a name, which screen readers tell."""
+    return output.replace(SEARCH, f'{SEARCH} aria-label="Search"')

@@ -55,6 +55,8 @@ def test_it_is_trained_by_name(written, capsys):
         (["class"], "cannot be the name of a rule"),
         (["sll"], "there is a rule 'sll' already"),
         (["fine", "no/such"], "there is no folder"),
+        (["torch"], "would hide the Python package 'torch'"),
+        (["typing"], "would hide the Python package 'typing'"),
     ],
 )
 def test_wrong_use_is_one_sentence_and_leaves_nothing(words, sentence, tmp_path, monkeypatch, capsys):

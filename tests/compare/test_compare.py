@@ -310,6 +310,7 @@ def test_a_damaged_record_is_refused(tmp_path, capsys, text):
     assert re.fullmatch(r"layerwise: .*compare.json is damaged .*\n", capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_workers_end_with_their_parent(tmp_path):
     """A parent that dies by SIGKILL in the middle of a long task; its worker holds a lock until it has ended."""
     code = f"""

@@ -398,7 +398,7 @@ def dynamo():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo looks at it itself
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_compiled_blocks_compute_the_same(dynamo, backend):
     model = net("vgg")
     plain, compiled = trained(model, "sll", DATA[:2]), trained(model, "sll", DATA[:2], compile=backend)

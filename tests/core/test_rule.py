@@ -78,6 +78,8 @@ class Fine(Rule):
             "float": lambda: Signal(loss=each.mean(), metrics={"size": 1.0}),
             "metric": lambda: Signal(loss=each.mean(), metrics={"size": each}),
             "output": lambda: Signal(loss=each.mean(), output=(ctx.h,)),
+            "fewer": lambda: Signal(loss=each.mean(), output=ctx.h[:3]),
+            "scalar": lambda: Signal(loss=each.mean(), output=ctx.h.mean()),
         }[self.kind]()
 
 
@@ -89,6 +91,8 @@ SIGNALS = {
     "float": "the metric 'size', which is a float",
     "metric": r"the metric 'size', which is a tensor of shape",
     "output": "an output that is a tuple",
+    "fewer": r"an output that is a tensor of shape \(3, 8\); give a tensor with as many samples",
+    "scalar": r"an output that is a tensor of shape \(\)",
 }
 
 

@@ -355,9 +355,35 @@ def test_a_run_predicts_rows_with_words_and_gaps(tmp_path, monkeypatch, capsys):
     assert [line.split(",")[1] for line in capsys.readouterr().out.splitlines()[1:]] == ["1", "0", "1"]
     (tmp_path / "new.csv").write_text("size,colour\nbig,red\n")
     assert main(["predict", "run", "new.csv"]) == 2
-    assert "row 0 has 'big' in column 'size', which holds numbers" in capsys.readouterr().err
+    assert "line 2 of new.csv has 'big' in column 'size', which holds numbers" in capsys.readouterr().err
     assert main(["eval", "run"]) == 0  # the data are read again, and are the same
     assert "head/accuracy" in capsys.readouterr().out
+
+
+def test_what_is_told_of_numbers_is_told_beside_words_and_gaps_too(tmp_path):
+    """Ids beyond 2^53, columns that count the rows, and the line of a cell, with --data.categories and --data.gaps."""
+    both = data.Handling("onehot", "median")
+    rows = [[100 + i if i % 4 else "", 0.5 * i, ("red", "", "blue")[i % 3], i % 2] for i in range(60)]
+    names = ("id", "half", "colour", "label")
+    notes = data.load(write(tmp_path / "t.csv", rows, names), handling=both).notes
+    assert [note for note in notes if "counts the rows" in note and "'id'" in note]
+    assert not [note for note in notes if "'half'" in note or "'colour'" in note]
+    for row in rows:
+        row[0] = row[0] and 2**53 + row[0]
+    with pytest.raises(LayerwiseError, match=r"in column 'id' of .* are the same as floating-point numbers"):
+        data.load(write(tmp_path / "t.csv", rows, names), handling=both)
+    told = {}
+    for strange in range(30):  # a word among the numbers of the rows that are not trained on
+        rows = [[i % 5, i % 7 if i != strange else "many", i % 2] for i in range(30)]
+        try:
+            data.load(write(tmp_path / "t.csv", rows), handling=both)
+        except LayerwiseError as error:
+            told[strange] = str(error)
+    assert 0 < len(told) < 15
+    assert all(f"line {row + 2} of {tmp_path / 't.csv'} has 'many' in column" in said for row, said in told.items())
+    rows = [[i % 5, 2 if i == 3 else i % 2, i % 2] for i in range(40)]
+    with pytest.raises(LayerwiseError, match=r"line 5 of .* has 2 in the column 'weight', which is no 0 or 1"):
+        data.load(write(tmp_path / "t.csv", rows), task="multilabel", targets=["weight", "label"])
 
 
 @pytest.mark.parametrize("words", ["--data.categories onehot", "--data.gaps mean"])

@@ -1,6 +1,7 @@
 """The Learner from outside: going on from a saved state, what it refuses, what it leaves alone."""
 
 import copy
+import cProfile
 
 import numpy as np
 import pytest
@@ -386,3 +387,15 @@ def test_the_next_labels_may_be_written_into_the_same_memory(rule):
         return learner.step(X, labels()).read()
 
     assert told(lambda: shared) == told(shared.clone)
+
+
+def test_what_it_takes_to_build_grows_with_depth_and_not_with_its_square():
+    def calls(depth):
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(depth)), nn.Linear(4, 2))
+        profile = cProfile.Profile()
+        with profile:
+            Learner(model, "sll", example=torch.zeros(4, 4))
+        return sum(entry.callcount for entry in profile.getstats())
+
+    calls(2)  # what is done once
+    assert calls(64) < 4.5 * calls(16)

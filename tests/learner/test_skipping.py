@@ -42,7 +42,7 @@ def same(one, other):
     return same_state(one[0], other[0]) and same_bits(one[1], other[1]) and same_bits(one[2], other[2])
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("rule", [*RULES, *LOOKING, *OTHERS], ids=str)
 def test_a_batch_that_is_not_finite_leaves_nothing_behind(rule, accumulate):
     name = rule if isinstance(rule, str) else rule.name

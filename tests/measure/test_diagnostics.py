@@ -231,9 +231,11 @@ def test_the_table_of_two_layers_with_the_same_features():
 def test_a_run_is_diagnosed(comparison):
     found = json.loads((comparison / "runs/sll/seed0/diagnostics.json").read_text())
     assert found["samples"] == 359
-    found = found["blocks"]
-    assert list(found) == ["block1", "block2"]
-    for row in found.values():
+    counts, found = found["confusion"], found["blocks"]
+    assert list(found) == list(counts) == ["block1", "block2"]
+    for block, row in found.items():
+        assert sum(map(sum, counts[block])) == 359
+        assert sum(counts[block][i][i] for i in range(10)) == pytest.approx(359 * row["probe_accuracy"])
         assert 0.2 < row["probe_accuracy"] <= 1
         assert 0 < row["cka_to_backprop"] <= 1
         assert -1 <= row["gradient_cosine"] <= 1
@@ -253,6 +255,7 @@ BAD = [
     (lambda x: dx.bhattacharyya(x, x[:, :2]), "log_p has shape (6, 3) and log_q (6, 2)"),
     (lambda x: dx.LinearProbe(x, [0] * 6), "all labels are the same"),
     (lambda x: dx.LinearProbe(x, [0, 1]), "give a class number for each of the 6 rows"),
+    (lambda x: dx.LinearProbe(x, [0, 1] * 3).confusion(x, [0, -1] * 3), "number the classes from 0"),
     (lambda x: dx.LinearProbe(x, [0, 1] * 3).accuracy(x[:, :2], [0, 1] * 3), "x has 2 columns and the probe 3"),
 ]
 

@@ -14,7 +14,7 @@ from shlex import split
 
 import pytest
 import torch
-from support.nets import KINDS, batches, net, problem, same_bits, trained
+from support.nets import batches, net, problem, same_bits, trained
 from support.own import Decoder, decoder, text
 from support.runs import SMALL, lines, result, start, state, train, weights
 from torch import nn
@@ -47,7 +47,7 @@ def assert_same(one, two):
 
 
 @pytest.mark.parametrize("where", ["host", "disk"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["mlp", "vgg", pytest.param("vit", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rule", ["sll", "sid", "local_ce"])
 def test_streamed_blocks_have_the_same_bits(rule, kind, where):
     rule = rules.create(rule, **({"dropout": 0.2} if rule == "sll" else {}))
@@ -180,6 +180,29 @@ def test_onload_gives_an_ordinary_module_back():
         for batch in data[3:]:
             learner.step(*batch)
     assert same_bits(one, two)
+
+
+@pytest.mark.parametrize("where", ["host", "disk"])
+@pytest.mark.parametrize("kind", ["other data", "over it", "a single number"])
+def test_what_is_written_to_a_block_that_is_away_is_refused_and_not_lost(kind, where):
+    """It is told at the next step, or where the state is asked for; then training continues as if nothing was."""
+    data = batches(6)
+    one, two = pair(net("mlp", 4), "local_ce", data[:2], where)
+    weight = two.network.model.block2.linear.weight
+    assert weight.stride() == (0, 0)  # it is away
+    for ask in (lambda: two.step(*data[2]), two.state_dict, two.onload):
+        if kind == "other data":
+            weight.data = torch.zeros(weight.shape)
+        elif kind == "over it":
+            torch.nn.init.zeros_(weight)
+        else:
+            two.network.model.block2.linear.bias[:1].data.copy_(torch.ones(1))
+        with pytest.raises(LayerwiseError, match="was written to while its block was offloaded"):
+            ask()
+    for batch in data[2:]:
+        for learner in (one, two):
+            learner.step(*batch)
+    assert_same(one, two)
 
 
 def test_state_crosses_between_streamed_and_not():
@@ -349,6 +372,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, capsys):
     assert main(["train", "--resume", str(folder)]) == 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_the_network_is_built_is_one_sentence(tmp_path):
     """A write to a mapped page that the full disk cannot hold is SIGBUS: the space is reserved before."""
     probe = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", tmp_path], capture_output=True)

@@ -69,7 +69,14 @@ def test_defaults_fit_the_digits(name):
     assert model(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
 
 
-@pytest.mark.parametrize("name", [name for name in IMAGES if name not in ONE_BLOCK])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in ("noprop", "vit", "reversible") else [])
+        for name in IMAGES
+        if name not in ONE_BLOCK
+    ],
+)
 def test_a_deep_model_adds_blocks_no_larger_than_a_shallow_ones(name):
     shape = (1, 8, 8)
     deep = models.create(name, shape, 10, depth=256, **SMALL[name])

@@ -48,7 +48,7 @@ def test_a_learner_steps_as_with_plain_autograd(monkeypatch):
         assert far(parameters, learned(rule)) < 1e-5, rule
 
 
-@pytest.mark.parametrize("rule", ["backprop", "backprop_fused"])
+@pytest.mark.parametrize("rule", ["backprop", pytest.param("backprop_fused", marks=pytest.mark.slow)])
 def test_activations_do_not_grow_with_depth(rule):
     def use(depth):
         learner = Learner(net("reversible", depth), rule, example=X)

@@ -114,6 +114,7 @@ def test_running_statistics_of_blocks_at_rest_come_from_all_replicas(flush):
     assert len(means) == 4 and all(torch.equal(b, torch.full_like(b, 7.0)) for b in means)
 
 
+@pytest.mark.slow
 def test_every_rule_has_the_gradient_of_the_whole_batch(tmp_path):
     names = [name for name in rules.names() if "mlp" in kinds(name) and not by_parameter(name)]
     cases = [(name, kind) for kind in ("mlp", "vit") for name in (names if kind == "mlp" else ["sll", "sid"])]
@@ -243,6 +244,7 @@ def test_a_run_of_replicas_is_the_run_in_one_process(ranks, words, tmp_path):
     assert state(one)["optimizer"].keys() == state(many)["optimizer"].keys()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_another_number_of_replicas(tmp_path):
     one, many = tmp_path / "one", tmp_path / "many"
     words = [*TINY, *split("--optimizer sgd --save-every 3 --accumulate 2")]  # saved between two batches of an update
@@ -274,12 +276,13 @@ def test_a_signal_to_one_rank_stops_all_behind_the_same_step(tmp_path):
     assert not (out / "result.json").exists()
 
 
-@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_killed_rank_ends_the_others(victim, tmp_path):
     words = [*DATA, *LONG, "--batch-size", "129"]
     check_killed(3, victim, f"rank {victim}", tmp_path / "out", tmp_path / "job", words)
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_noticed_within_the_limit(tmp_path):
     # Gloo closes its connections where it has waited too long, so that one of the two may see them closed.
     check_hangs(3, 1, "rank 1", tmp_path / "out", tmp_path / "job", [*DATA, *LONG, "--batch-size", "129"])

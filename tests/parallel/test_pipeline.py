@@ -77,7 +77,15 @@ FAMILIES = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("mlp", 2), ("mlp", 4), ("vgg", 4), ("vit", 2)])
+@pytest.mark.parametrize(
+    ("kind", "ranks"),
+    [
+        pytest.param("mlp", 2, marks=pytest.mark.slow),
+        ("mlp", 4),
+        pytest.param("vgg", 4, marks=pytest.mark.slow),
+        ("vit", 2),
+    ],
+)
 @pytest.mark.parametrize(("rule", "options"), FAMILIES)
 def test_rules_that_make_samples_or_add_up_votes_have_the_bits_of_one_process(rule, options, kind, ranks):
     rule = rules.create(rule, **options)

@@ -36,13 +36,15 @@ from layerwise.parallel.ranks import Ranks
 from layerwise.parallel.rendezvous import Job, StoreClient
 from layerwise.runs.training import Run
 
+SLOW = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("ranks", "words"),
     [
         (2, "--rule sll --rule.dropout 0.1 --model mlp --model.dropout 0.1"),
-        (4, "--rule sid --model vit --model.heads 2 --model.dropout 0.1 --log-every 2"),
-        (4, "--rule local_ce --rule.ahead both --model vgg --clip 1 --val-fraction 0"),
+        pytest.param(4, "--rule sid --model vit --model.heads 2 --model.dropout 0.1 --log-every 2", marks=SLOW),
+        pytest.param(4, "--rule local_ce --rule.ahead both --model vgg --clip 1 --val-fraction 0", marks=SLOW),
     ],
     ids=lambda value: value if isinstance(value, int) else "",
 )
@@ -97,7 +99,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_ranks(tmp_path):
     assert result(many)["flops_per_step"] == result(one)["flops_per_step"]
 
 
-@pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=SLOW), 1, pytest.param(2, marks=SLOW)])
 def test_a_killed_rank_ends_the_others(victim, tmp_path):
     blocks = ["block1", "block2", "block3..head"]
     name = f"rank {victim} ({blocks[victim]})"

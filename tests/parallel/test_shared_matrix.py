@@ -94,7 +94,7 @@ def test_only_who_needs_a_copy_has_one():
 GPT = split("--model gpt --model.depth 4 --model.width 8 --model.heads 2 --data.window 8 --batch-size 4 --lr 1e-2")
 
 
-@pytest.mark.parametrize(("ranks", "refresh", "told"), [(2, 1, 832), (4, 1, 2496)])
+@pytest.mark.parametrize(("ranks", "refresh", "told"), [(2, 1, 832), pytest.param(4, 1, 2496, marks=pytest.mark.slow)])
 def test_a_run_on_several_ranks_is_the_run_in_one_process_and_tells_the_bytes(ranks, refresh, told, tmp_path):
     """26 letters and a width of 8: 832 bytes for each rank but the last, after every `refresh` steps."""
     text = tmp_path / "text.txt"

@@ -133,6 +133,12 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors, f"{title(page)} links to {target}"
 
 
+def test_pictures_are_small():
+    """A page with its pictures is read on a phone, and they stay in the repository for ever."""
+    for file in (DOCS / "images").iterdir():
+        assert file.stat().st_size < 150_000, file.name
+
+
 def test_the_navigation_holds_every_page():
     listed = re.findall(r"^ +- ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(str(page.relative_to(DOCS)) for page in PAGES)

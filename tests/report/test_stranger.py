@@ -46,7 +46,7 @@ def test_names_in_the_folder_never_become_paths(place):
     assert main(["report", str(place)]) == 0
     assert outside(place) == set()
     figures = [file for file in (place / "figures").iterdir() if file.suffix == ".svg"]
-    assert len(figures) == 15 + 2
+    assert len(figures) == 19 + 2
     for file in figures:
         assert "<b>" not in file.read_text()
         ElementTree.parse(file)
@@ -54,6 +54,7 @@ def test_names_in_the_folder_never_become_paths(place):
     assert "<b>" not in page and "&lt;b&gt;" in page and "\x07" not in page
 
 
+@pytest.mark.slow
 def test_a_link_is_not_followed_out_of_the_folder(place, capsys, tmp_path):
     (tmp_path / "theirs").mkdir()
     secret = tmp_path / "theirs" / "secret"
@@ -106,6 +107,14 @@ DAMAGE = {
 def test_damaged_json_is_a_sentence(place, capsys, name, damage):
     (place / name).write_bytes(DAMAGE[damage])
     assert name.rpartition("/")[2] in refused(place, capsys)
+
+
+def test_tables_of_classes_are_square(place, capsys):
+    file = place / "runs/sll/seed0/diagnostics.json"
+    found = json.loads(file.read_text())
+    found["confusion"]["block2"][3].pop()
+    file.write_text(json.dumps(found))
+    assert "blocks are of different classes" in refused(place, capsys)
 
 
 KINDS = {

@@ -176,7 +176,7 @@ def everything(learner):
 @pytest.mark.parametrize(
     ("rule", "kind"),
     [
-        (rule, kind)
+        pytest.param(rule, kind, marks=pytest.mark.slow if kind == "vgg" else ())
         for rule in rule_names()
         if not by_parameter(rule)
         for kind in (("mlp", "vgg") if not get(rule).models else kinds(rule))

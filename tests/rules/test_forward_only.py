@@ -64,6 +64,7 @@ def test_tangents_of_weights_give_the_gradient_on_average(orthogonal):
     assert not agrees(found, -gradient("backprop"))
 
 
+@pytest.mark.slow
 def test_tangents_of_activities_give_the_gradient_on_average_and_vary_less():
     expected = gradient("backprop")
     found = estimates(create_rule("forward_gradient", mode="activities", tangents=4), 60)
@@ -81,6 +82,7 @@ def test_units_that_relu_silences_get_no_estimate():
     assert (found[:, 3:6] == 0).all() and (found[:, 0:3] != 0).any()
 
 
+@pytest.mark.slow
 def test_local_losses_have_the_gradient_of_local_ce_on_average_and_readouts_their_own():
     """The first of two blocks, and its readout, beside a rule that differentiates the same loss."""
     torch.manual_seed(0)

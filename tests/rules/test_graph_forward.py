@@ -199,7 +199,7 @@ def test_above_states_are_averaged_into_the_loss_and_reach_no_other_layer():
 # --- Forward-forward
 
 
-@pytest.mark.parametrize("kind", GRAPH_MODELS)
+@pytest.mark.parametrize("kind", ["gcn", pytest.param("gat", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("variant", ["labels", "nodes"])
 def test_forward_forward_parts_true_from_wrong_labels(kind, variant):
     rule = create_rule("graph_forward", variant=variant, negatives=2)
@@ -299,8 +299,14 @@ def test_cora_is_one_batch_whose_splits_are_masks(cora):
             data.load("cora", **wrong)
 
 
-@pytest.mark.parametrize("rule", ["graph_forward", "backprop", "local_ce"])
-@pytest.mark.parametrize("model", GRAPH_MODELS)
+@pytest.mark.parametrize(
+    ("rule", "model"),
+    [
+        pytest.param(rule, model, marks=[] if (rule, model) == ("graph_forward", "gcn") else [pytest.mark.slow])
+        for rule in ("graph_forward", "backprop", "local_ce")
+        for model in GRAPH_MODELS
+    ],
+)
 def test_a_run_on_cora_is_trained_resumed_and_evaluated(cora, rule, model, capsys):
     pytest.importorskip("torch_geometric", reason="the graph extra (PyTorch Geometric) is not installed")
     words = f"train --data cora --rule {rule} --model {model} --model.width 16 --epochs 30 --lr 0.02 --out run"

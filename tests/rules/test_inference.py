@@ -124,6 +124,7 @@ def test_synthetic_gradients_without_error_are_backprop(kind):
     assert distance(gradients(model, Told()), gradients(model, "backprop")) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_module_that_has_seen_enough_predicts_the_gradient():
     """Blocks at rest (frozen): what the module misses of the true gradient gets small."""
     x, y = problem(64)

@@ -75,7 +75,7 @@ def test_sll_reads_its_first_block_too():
 
 @pytest.mark.parametrize(
     ("rule", "options"),
-    [("dgl", {"ahead": "both"}), ("local_ce", {"group": 2}), ("sll", {})],
+    [pytest.param("dgl", {"ahead": "both"}, marks=pytest.mark.slow), ("local_ce", {"group": 2}), ("sll", {})],
 )
 def test_windows_continue_to_the_same_bits_with_other_options(rule, options):
     model, data = net("resnet", 5), batches(3)

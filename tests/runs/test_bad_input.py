@@ -237,7 +237,7 @@ bench memory --model.wdth 3          | 'wdth'; did you mean 'width'?
 bench memory --batch-size 0                  | batch size
 bench memory --offload disk                   | 'backprop' cannot be offloaded
 bench memory --offload disk --rule sll --offload-folder no/such | cannot offload blocks to no/such
-bench memory --json B/full/a/b               | could not write; B/full/a/b
+bench memory --json=B/full/a/b               | could not write; B/full/a/b
 bench speed --rounds 0                       | rounds is 0
 bench speed --rule backprop slll            | unknown rule 'slll'; did you mean 'sll'?
 bench speed --model mpl                      | unknown model 'mpl'; did you mean 'mlp'?

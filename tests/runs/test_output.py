@@ -34,20 +34,20 @@ REFUSED = {
     "predict RUN T --out T": "the command reads it",
     "predict RUN T --out LINK": "the command reads it",
     "predict RUN OTHER --out T": "the command reads it",  # the run was trained on it
-    "eval RUN --json HARD": "the command reads it",
+    "eval RUN --json=HARD": "the command reads it",
     "export RUN T": "the command reads it",
     "export RUN RUN/config.json": "the folder of a run",
     "export RUN RUN/new.safetensors": "the folder of a run",
     "eval RUN --json RUN/config.json": "the folder of a run",
-    "eval RUN --json INTO": "the folder of a run",
+    "eval RUN --json=INTO": "the folder of a run",
     "predict RUN T --out RUN/checkpoints/x.csv": "the folder of a run",
     "bench memory --json RUN/result.json": "the folder of a run",
     "beliefs RUN --json RUN/config.json": "the folder of a run",
     "beliefs RUN --plot RUN/a.svg": "the folder of a run",
     "predict RUN T --out FIFO": "FIFO|could not write",
     "export RUN FIFO": "could not write",
-    "eval RUN --json FIFO": "could not write",
-    "bench speed --json SOCKET": "it is a socket|could not write",
+    "eval RUN --json=FIFO": "could not write",
+    "bench speed --json=SOCKET": "it is a socket|could not write",
     "export RUN RUN": "it is a folder",
 }
 
@@ -66,8 +66,9 @@ def test_what_is_not_to_be_replaced_is_refused(line, made, capsys):
         (made / "other.csv").write_bytes((made / "t.csv").read_bytes())
     words = []
     for word in line.split():
-        first, slash, rest = word.partition("/")
-        words.append(f"{made / names[first]}{slash}{rest}" if first in names else word)
+        option, equals, name = word.rpartition("=")
+        first, slash, rest = name.partition("/")
+        words.append(f"{option}{equals}{made / names[first]}{slash}{rest}" if first in names else word)
     before = contents(made)
     assert main(words) == 2
     err = capsys.readouterr().err

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.runs import TIMING, lines, result, split, state, weights
 
-from layerwise import Learner
+from layerwise import LayerwiseError, Learner
 from layerwise.cli.main import main
 from layerwise.runs.building import load_data, load_run, split_in_order
 from layerwise.runs.folders import read_options
@@ -53,7 +53,7 @@ class Killed(BaseException):
     """Stands for a crash."""
 
 
-@pytest.mark.parametrize("tied", ["--model.tied", "--model.no-tied"])
+@pytest.mark.parametrize("tied", ["--model.tied", pytest.param("--model.no-tied", marks=pytest.mark.slow)])
 def test_a_stopped_run_ends_in_the_same_bits(text, tmp_path, monkeypatch, tied):
     words = [*BPE, tied]
     whole, real = train(tmp_path / "whole", text, *words), Learner.step
@@ -165,6 +165,20 @@ def test_a_block_predicts_without_those_after_it(runs):
     torch.testing.assert_close(outputs_at(beliefs, x, 2), beliefs.beliefs(x)[2])
 
 
+def test_near_temperature_zero_the_most_likely_token_is_drawn(runs):
+    """As at zero itself; a network that answers NaN has none."""
+    learner = load_run(runs["backprop"], "cpu").learner
+    best = list(generate(learner, [3, 1, 2], 8, Sampling(0)))
+    for temperature in (1e-6, 1e-300, 5e-324):
+        assert list(generate(learner, [3, 1, 2], 8, Sampling(temperature, seed=1))) == best
+    with torch.no_grad():
+        for parameter in learner.network.model.head.parameters():
+            parameter.fill_(torch.nan)
+    for temperature in (0, 1.0):
+        with pytest.raises(LayerwiseError, match="is no finite number"):
+            next(generate(learner, [3, 1, 2], 1, Sampling(temperature)))
+
+
 def test_predict_writes_on_from_the_prompt(runs, tmp_path, capsys):
     words = ["predict", str(runs["sll"]), "--prompt", "the sea", "--tokens", "12", "--seed", "5"]
     capsys.readouterr()
@@ -183,6 +197,7 @@ WRONG = [
     (["--prompt", "the", "--tokens", "0"], "tokens is 0"),
     (["--prompt", "the", "--temperature", "-1"], "temperature is -1.0; it must be"),
     (["--prompt", "the", "--top-k", "0"], "top_k is 0; it must be"),
+    (["--prompt", "the", "--seed", f"{10**20}"], "it must be 2^63 - 1 at most"),
     (["--prompt", "the", "--block", "4"], "there is no block 4; the network has the blocks 1 to 3"),
     (["--prompt", "the", "--block", "3"], "blocks with a readout: 1, 2"),
     (["a.txt"], "give --prompt instead of INPUT"),

@@ -4,6 +4,7 @@ import inspect
 from dataclasses import fields
 
 from layerwise import rules
+from layerwise.core.rule import LOCALITIES
 from layerwise.rules.ahead import LooksAhead
 
 
@@ -38,13 +39,3 @@ def describe_rule(name: str) -> str:
     lines = [name, "", text, "", *(f"{key:<{width}}{value}" for key, value in facts.items())]
     options = [f"  --rule.{f.name.replace('_', '-')} (default: {f.default})" for f in fields(rule)]
     return "\n".join([*lines, "", "options:" if options else "no options", *options])
-
-
-LOCALITIES = {
-    "local": "a block learns from its own loss only",
-    "interlocking": "a block also learns from the losses of later blocks",
-    "broadcast": "something from the output, or from later blocks, is sent to every block",
-    "perturbation": "forward passes only",
-    "equilibrium": "iterated local inference",
-    "global": "gradients flow through the whole network",
-}

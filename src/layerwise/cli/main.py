@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from layerwise.cli.commands import BENCHES, COMMANDS
-from layerwise.errors import LayerwiseError, quiet, report_error, say, traceback_wanted, unknown
+from layerwise.errors import LayerwiseError, quiet, report_error, say, short, traceback_wanted, unknown
 
 
 class Terminated(BaseException):
@@ -72,16 +72,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = argv[:2] == ["completion", "--words"]  # its words belong to another command
     traceback_wanted.set("--debug" in argv and not asked)
     quiet.set("--quiet" in argv and not asked)
-    words = argv if asked else with_dash([word for word in argv if word not in ("--debug", "--quiet")])
+    words = argv if asked else [word for word in argv if word not in ("--debug", "--quiet")]
     stdout = sys.stdout
     try:
         with _sigterm_raises(), contextlib.redirect_stdout(Output(stdout) if stdout is not None else stdout):
-            code = _run(words)
+            code = _run(words if asked else with_json_last(words))
             if stdout is not None:
                 sys.stdout.flush()  # here, where a failure can still be reported
             return code
-    except SystemExit as stop:  # tyro has printed the help text
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except SystemExit as stop:
+        if {"-h", "--help"} & {*words} and not stop.code:  # tyro has printed the help text
+            return 0
+        return report_error(
+            LayerwiseError(
+                f"code of the network, the rule or a package has ended the command with sys.exit({stop.code}) before "
+                "its work was done; take that call out."
+            )
+        )
     except CannotPrint as error:
         # The rest of the stream's buffer would fail again when the interpreter exits.
         with contextlib.suppress(OSError, ValueError):
@@ -101,17 +108,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         return report_error(error)
 
 
-def with_dash(words: Sequence[str]) -> list[str]:
-    """Insert - after every `--json` that no file follows.
+def with_json_last(words: Sequence[str]) -> list[str]:
+    """The words with `--json` at their end, as `--json=FILE`, or `--json=-` where no file follows it.
 
-    >>> with_dash(["eval", "run", "--json", "--split", "val"])
-    ['eval', 'run', '--json', '-', '--split', 'val']
+    A word that follows it is its file if it is `-` or ends in .json; otherwise it is the argument of a command that has
+    been given none. Any other file is written as `--json=FILE`.
+
+    Raises:
+        LayerwiseError: a word after it is neither, or there is no name after `--json=`.
+
+    >>> with_json_last(["eval", "--json", "run", "--split", "val"])
+    ['eval', 'run', '--split', 'val', '--json=-']
+    >>> with_json_last(["eval", "run", "--json", "figures.json"])
+    ['eval', 'run', '--json=figures.json']
     """
-    found = []
-    for place, word in enumerate(words):
-        alone = word == "--json" and (place + 1 == len(words) or words[place + 1].startswith("--"))
-        found += [word, "-"] if alone else [word]
-    return found
+    kept: list[str] = []
+    given: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word == "--json=":
+            raise LayerwiseError("--json= names no file; write --json=FILE, or --json alone to print the results.")
+        if word != "--json":
+            (given if word.startswith("--json=") else kept).append(word)
+            continue
+        after = rest[0] if rest else "--"
+        if after == "-" or after.endswith(".json"):
+            given.append(f"--json={rest.pop(0)}")
+            continue
+        given.append("--json=-")
+        waits = len(kept) == 1 and kept[0] in COMMANDS and COMMANDS[kept[0]].arguments
+        if not after.startswith("-") and not waits:
+            raise LayerwiseError(
+                f"--json is followed by {short(after)}, which does not end in .json; write --json={after} if that is "
+                "the file, or put --json at the end to print the results."
+            )
+    return kept + given
 
 
 def _run(words: list[str]) -> int:

@@ -1,7 +1,10 @@
 """`layerwise new-rule`: writes a new learning rule in one file, and its tests, for the user to change."""
 
 import keyword
+import os
 import re
+import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from layerwise.cli import catalogue
@@ -91,6 +94,17 @@ def test_without_its_loss_a_block_stays_as_it_is():
 '''
 
 
+def hides(name: str) -> bool:
+    """Whether a file of this name would be imported in place of a package that is installed.
+
+    >>> hides("typing"), hides("a_rule_of_mine")
+    (True, False)
+    """
+    here = {"", os.getcwd()}
+    installed = PathFinder.find_spec(name, [place for place in sys.path if place not in here])
+    return installed is not None or name in ("layerwise", *sys.stdlib_module_names)
+
+
 def new_rule_command(argv: list[str]) -> int:
     """`layerwise new-rule NAME [FOLDER]`: write a rule and its tests."""
     if not 1 <= len(argv) <= 2 or any(word.startswith("-") for word in argv):
@@ -110,12 +124,19 @@ def new_rule_command(argv: list[str]) -> int:
     for path in texts:
         if kind_of(path) is not None:
             raise LayerwiseError(f"{shown(path)} exists already and is not overwritten; choose another name.")
-    for path, text in texts.items():
-        try:
-            with path.open("x") as file:
+    if hides(name):
+        raise LayerwiseError(f"a file {name}.py would hide the Python package {name!r}; choose another name.")
+    begun: list[Path] = []
+    try:
+        for place, text in texts.items():
+            with place.open("x") as file:
+                begun.append(place)
                 file.write(text.format(name=name, class_name=class_name))
-        except OSError as reason:
-            raise LayerwiseError(f"cannot write {shown(path)} ({reason.strerror}).") from reason
+    except OSError as reason:
+        for place in begun:  # half of a rule would be in the way of the next attempt
+            place.unlink(missing_ok=True)
+        file = shown(begun[-1] if begun else next(iter(texts)))
+        raise LayerwiseError(f"cannot write {file} ({reason.strerror}); choose another folder.") from reason
     rule, tests = texts
     print(f"wrote {rule} and {tests}; change them, and")
     print(f"  test it:    pytest {tests}")

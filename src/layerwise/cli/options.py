@@ -17,7 +17,7 @@ GIVEN = ("classes", "outputs", "shape", "self")
 NUMBERS = {"int": "N", "float": "X", "PositiveInt": "N", "NonNegativeInt": "N"}
 """Maps types of whole numbers to a placeholder for their value; the other ranges are of decimal numbers."""
 
-STANDS = {"json": "[FILE]", "out": "PATH", "plot": "FILE", "resume": "RUN", "offload_folder": "FOLDER"}
+STANDS = {"json": "[FILE.json]", "out": "PATH", "plot": "FILE", "resume": "RUN", "offload_folder": "FOLDER"}
 """Placeholders for the values of options, where they differ from the option's name."""
 
 

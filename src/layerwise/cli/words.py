@@ -10,7 +10,8 @@ class Results:
     """Where to write the results."""
 
     json: str | None = None
-    """Write the results as JSON to this file; without a file, or with -, print them in place of the table."""
+    """Write the results as JSON to this file (a name without .json as --json=FILE); alone, or with -,
+    print them in place of the table."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class EvalOptions:
     device: str = "auto"
     """cpu | cuda | cuda:N | mps | xpu | auto."""
     json: str | None = None
-    """Write the results as JSON to this file; without a file, or with -, print them in place of the table."""
+    """Write the results as JSON to this file (a name without .json as --json=FILE); alone, or with -,
+    print them in place of the table."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ class BeliefsOptions:
     device: str = "auto"
     """cpu | cuda | cuda:N | mps | xpu | auto."""
     json: str | None = None
-    """Write all results, with the history of the run, as JSON to this file; without a file, or with -, print them in
-    place of the table."""
+    """Write all results, with the history of the run, as JSON to this file (a name without .json as --json=FILE);
+    alone, or with -, print them in place of the table."""
     plot: str | None = None
     """Draw entropy and divergence over depth to this file (.svg, .png, .pdf)."""
 
@@ -113,7 +115,8 @@ class ValidateOptions:
     model: Literal["mlp", "vgg", "resnet", "vit", "sid_cascade", "noprop", "noprop_ct", "noprop_fm"] = "mlp"
     """Model to check it on."""
     json: str | None = None
-    """Write the findings as JSON to this file; without a file, or with -, print them in place of the lines."""
+    """Write the findings as JSON to this file (a name without .json as --json=FILE); alone, or with -,
+    print them in place of the lines."""
 
 
 def put_json(where: str, found: Any) -> None:

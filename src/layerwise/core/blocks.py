@@ -9,20 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.core.chains import (
-    INSTEAD,
     Chain,
+    Opened,
+    check_hooks,
     check_model,
     cut_sequential,
     expanded,
-    is_overridden,
     is_sequential,
     listed,
     opened,
 )
 from layerwise.core.drawing import draw
-from layerwise.core.layout import Layouts, check_layout
+from layerwise.core.layout import Layouts, declared_layouts
 from layerwise.core.tracing import TracedPart, both_modes, cut_graph, legal_cuts
-from layerwise.errors import LayerwiseError, suggestion
+from layerwise.errors import LayerwiseError
 
 if TYPE_CHECKING:
     from layerwise.core.parts import Part
@@ -87,6 +87,7 @@ class Block:
         self.users: dict[str, set[int]] = {}
         self._model = model
         self._names = names
+        self._order: dict[str, None] = {}
         self.compiled = False
         self._opened: list[Opened] = []
         """Modules that contain the block, and are not called themselves."""
@@ -128,11 +129,23 @@ class Block:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Pairs of the parameter's name in the model and the parameter."""
-        return (item for item in self._model.named_parameters() if item[0] in self._names)
+        return self._held("_parameters")
 
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
         """Pairs of the buffer's name in the model and the buffer."""
-        return (item for item in self._model.named_buffers() if item[0] in self._names)
+        return self._held("_buffers")
+
+    def _held(self, kind: str) -> Iterator[tuple[str, Any]]:
+        # Looked up one by one: a pass through the whole model for every block would be quadratic in depth.
+        if self._order.keys() != self._names:  # other passes of a traced model may add names
+            sort_names(self._model, [self])
+        seen: set[int] = set()
+        for name in self._order:
+            path, _, last = name.rpartition(".")
+            tensor = getattr(self._model.get_submodule(path), kind).get(last)
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield name, tensor
 
     def names(self) -> list[str]:
         """Names of the block's parameters and buffers in the model."""
@@ -141,6 +154,11 @@ class Block:
     def parameters(self) -> list[nn.Parameter]:
         """The block's parameters, in the model's order."""
         return [parameter for _, parameter in self.named_parameters()]
+
+    def modules(self) -> list[nn.Module]:
+        """The modules that hold the block's parameters themselves."""
+        paths = dict.fromkeys(name.rpartition(".")[0] for name, _ in self.named_parameters())
+        return [self._model.get_submodule(path) for path in paths]
 
     def tensor(self, name: str) -> Tensor:
         """The block's parameter or buffer `name` (its name in the model), on the device.
@@ -337,7 +355,7 @@ class Partition(nn.Module):
             for _ in both_modes(self.model):
                 self.head.run.traces.compare(x)
         layouts, told, outputs, h = Layouts(), Layouts(), [], x
-        with told, layouts:
+        with nullcontext() if declared is None else told, layouts:  # a declared layout is compared with the found one
             layouts.begin(x, first)
             told.begin(x, None)
             for block in [*self.blocks, self.head]:
@@ -396,18 +414,6 @@ class Partition(nn.Module):
         return Partition, (self.model, self.cuts, self.layout)
 
 
-def declared_layouts(layout: Mapping[str, str] | str | None, names: Sequence[str]) -> Mapping[str, str] | str | None:
-    """The declared layouts, checked."""
-    if layout is None:
-        return None
-    if isinstance(layout, str):
-        return check_layout(layout)
-    for name in layout:
-        if name not in (*names, "input"):
-            raise LayerwiseError(f"layout names no block {name!r}; {suggestion(name, ['input', *names])}.")
-    return {name: check_layout(value) for name, value in layout.items()}
-
-
 def check_fits(declared: Mapping[str, str] | str | None, outputs: Sequence[Tensor]) -> None:
     """Raise LayerwiseError if one layout is declared for all blocks, and no output has as many dimensions."""
     if isinstance(declared, str) and all(out.dim() != len(declared) for out in outputs):
@@ -428,31 +434,6 @@ def _check_declared(name: str, declared: str, told: str | None) -> None:
             f"layout {declared!r} is declared, but the layers tell that {where} {told}; leave the declaration out, or "
             "give that."
         )
-
-
-Opened = tuple[str, nn.Module, Any]
-"""A module that is not called itself: its name, the module, and the `forward` of its class when it was cut."""
-
-
-def check_hooks(held: Sequence[Opened]) -> None:
-    """Raise LayerwiseError if a module has hooks, or a replaced `forward`, and is not called itself."""
-    for name, module, forward in held:
-        who = f"module {name!r}" if name else f"the model ({type(module).__name__})"
-        if is_overridden(module):
-            raise LayerwiseError(
-                f"{who} has a forward or a __call__ that replaces that of its class, which would not run, because "
-                f"it is run block by block; {INSTEAD}"
-            )
-        if type(module).forward is not forward:
-            raise LayerwiseError(
-                f"{who} has another class, or its class another forward, than when it was cut, which would not run, "
-                "because it is run block by block; make a new Learner for the model."
-            )
-        if module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
-            raise LayerwiseError(
-                f"{who} has hooks, which would not run, because it is run block by block; register them on the modules "
-                "inside it."
-            )
 
 
 def _cut(model: nn.Module, cuts: tuple[str, ...]) -> list[Block]:
@@ -476,8 +457,17 @@ def _cut(model: nn.Module, cuts: tuple[str, ...]) -> list[Block]:
     blocks = [Block(name, model, run, owned) for name, (run, owned) in zip(names, parts, strict=True)]
     for block in blocks:
         block._opened = held
+    sort_names(model, blocks)
     _check_ownership(model, blocks)
     return blocks
+
+
+def sort_names(model: nn.Module, blocks: Sequence[Block]) -> None:
+    """Put the names of the blocks' tensors in the model's order."""
+    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    place = {name: i for i, (name, _) in enumerate(every)}
+    for block in blocks:
+        block._order = dict.fromkeys(sorted(block._names & place.keys(), key=place.__getitem__))
 
 
 def _check_ownership(model: nn.Module, blocks: list[Block]) -> None:

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.core.blocks import Partition, check_fits, declared_layouts
+from layerwise.core.blocks import Partition, check_fits, sort_names
 from layerwise.core.call_blocks import CallBlock
 from layerwise.core.coroutine import Pass, called_instead, devices_of, without_severing
 from layerwise.core.crossing import Crossing, Uses
 from layerwise.core.cut_names import check_cuts
 from layerwise.core.keeping import exchanged, tensors_kept
-from layerwise.core.layout import Layouts
+from layerwise.core.layout import Layouts, declared_layouts
 from layerwise.core.ownership import Tied, owner_of, ownership
 from layerwise.core.parts import Part
 from layerwise.core.reading import Output, Read, arguments, logits_in, places, readers
@@ -426,6 +426,7 @@ class CallPartition(Partition):
         for block, names in zip([*self.blocks, self.head], found.names, strict=True):
             block._names = names
             block.users = {name: set(used[name]) for name in names if len(used.get(name, ())) > 1}
+        sort_names(self.model, [*self.blocks, self.head])
         self.__dict__["shared"] = found.shared
         if found.unused:
             warnings.warn(

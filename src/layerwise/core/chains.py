@@ -64,13 +64,13 @@ def expanded(
 ) -> list[tuple[str, nn.Module]]:
     """The children of nested `nn.Sequential` containers, opened only where a cut lies inside (or all, if `deep`)."""
     found: list[tuple[str, nn.Module]] = []
+    holding = holders(cuts)
     for name, child in model._modules.items():  # named_children() leaves out a child held twice
         if child is None:
             continue
         path = prefix + name
         if is_sequential(child) and child._modules:
-            inside = any(cut.startswith(path + ".") for cut in cuts)
-            if inside or deep:
+            if path in holding or deep:
                 found += expanded(child, cuts, deep, path + ".")
                 continue
         found.append((path, child))
@@ -112,5 +112,39 @@ def cut_sequential(model: nn.Module, cuts: tuple[str, ...]) -> list[tuple[Callab
 
 def opened(model: nn.Module, cuts: Sequence[str]) -> list[nn.Module]:
     """The modules whose own call does not happen when the model is run part by part: the root, and what holds a cut."""
-    named = model.named_modules(remove_duplicate=False)
-    return [module for path, module in named if path == "" or any(cut.startswith(path + ".") for cut in cuts)]
+    holding = {"", *holders(cuts)}
+    return [module for path, module in model.named_modules(remove_duplicate=False) if path in holding]
+
+
+def holders(cuts: Sequence[str]) -> set[str]:
+    """Names of the modules that hold a cut.
+
+    >>> sorted(holders(["stem", "stages.0.1"]))
+    ['stages', 'stages.0']
+    """
+    return {cut[:i] for cut in cuts for i, letter in enumerate(cut) if letter == "."}
+
+
+Opened = tuple[str, nn.Module, Any]
+"""A module that is not called itself: its name, the module, and the `forward` of its class when it was cut."""
+
+
+def check_hooks(held: Sequence[Opened]) -> None:
+    """Raise LayerwiseError if a module has hooks, or a replaced `forward`, and is not called itself."""
+    for name, module, forward in held:
+        who = f"module {name!r}" if name else f"the model ({type(module).__name__})"
+        if is_overridden(module):
+            raise LayerwiseError(
+                f"{who} has a forward or a __call__ that replaces that of its class, which would not run, because "
+                f"it is run block by block; {INSTEAD}"
+            )
+        if type(module).forward is not forward:
+            raise LayerwiseError(
+                f"{who} has another class, or its class another forward, than when it was cut, which would not run, "
+                "because it is run block by block; make a new Learner for the model."
+            )
+        if module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
+            raise LayerwiseError(
+                f"{who} has hooks, which would not run, because it is run block by block; register them on the modules "
+                "inside it."
+            )

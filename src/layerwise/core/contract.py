@@ -198,8 +198,14 @@ def check_signal(rule: Rule, ctx: BlockContext, signal: object) -> None:
     if cotangent is not None and not rule.builds_graph:
         raise LayerwiseError(f"{where} a cotangent, and it builds no graph; give gradients of parameters.")
     _check_gradients(where, signal.gradients)
-    if output is not None and not isinstance(output, Tensor):
-        raise LayerwiseError(f"{where} an output that is {_in_words(output)}; give a tensor, or leave it out.")
+    # Rules that join other samples to the batch, such as negatives, may pass on those of the labels alone.
+    if output is not None and not (
+        isinstance(output, Tensor) and output.shape[:1] in (ctx.h.shape[:1], ctx.y.shape[:1])
+    ):
+        raise LayerwiseError(
+            f"{where} an output that is {_in_words(output)}; give a tensor with as many samples as the block's output, "
+            f"{tuple(ctx.h.shape)}, or leave it out."
+        )
     if not isinstance(signal.metrics, dict) or not all(isinstance(name, str) for name in signal.metrics):
         raise LayerwiseError(
             f"{where} metrics that are {_in_words(signal.metrics)}; give a dict from names to scalars."

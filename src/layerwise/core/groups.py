@@ -34,6 +34,16 @@ class Unit:
         """Parameters of the block and of the rule's auxiliary module."""
         return self.block.parameters() + list(self.auxiliary.parameters() if self.auxiliary else [])
 
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The block's under the model's names, then those of the auxiliary module under `auxiliary.` and the site."""
+        yield from self.block.named_parameters()
+        if self.auxiliary is not None:
+            yield from self.auxiliary.named_parameters(f"auxiliary.{self.site.index}")
+
+    def modules(self) -> list[nn.Module]:
+        """The modules that hold the parameters of both."""
+        return [*self.block.modules(), *(self.auxiliary.modules() if self.auxiliary else ())]
+
     def buffers(self) -> list[Tensor]:
         """Buffers of both."""
         return [buffer for _, buffer in self._named_buffers()]

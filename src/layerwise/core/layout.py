@@ -6,7 +6,7 @@ rules read, is (B, C), (B, L, C), (B, C, H, W) or (B, C, D, H, W).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, suggestion
 
 POSITIONS = {0: "", 1: "L", 2: "HW", 3: "DHW"}
 
@@ -37,6 +37,18 @@ def check_layout(layout: str) -> str:
             "for the channels, any others for positions, such as BCL, BLC, BCHW, BHWC or BCDHW."
         )
     return letters
+
+
+def declared_layouts(layout: Mapping[str, str] | str | None, names: Sequence[str]) -> Mapping[str, str] | str | None:
+    """The declared layouts, checked."""
+    if layout is None:
+        return None
+    if isinstance(layout, str):
+        return check_layout(layout)
+    for name in layout:
+        if name not in (*names, "input"):
+            raise LayerwiseError(f"layout names no block {name!r}; {suggestion(name, ['input', *names])}.")
+    return {name: check_layout(value) for name, value in layout.items()}
 
 
 def to_standard(h: Tensor, layout: str) -> Tensor:
@@ -121,16 +133,23 @@ class Layouts(TorchFunctionMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         results = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, Tensor)]
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t in self._axes]
-        if results and given:
-            try:
-                found = self._follow(_name(func), given, args, kwargs, results)
-            except (Unknown, IndexError, ValueError, RuntimeError, TypeError, KeyError):
-                found = [[(Axis("?", size),) for size in result.shape] for result in results]
-            for result, axes in zip(results, found, strict=True):
-                if not any(result is t for t in given) or len(self._axes[result]) != len(axes):
-                    self._axes[result] = axes
+        if results:  # sizes, types and the like are of no interest
+            with torch._C.DisableTorchFunction():  # another mode around this one need not see what is looked at here
+                self._see(func, args, kwargs, results)
         return out
+
+    def _see(self, func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> None:
+        """Note what the dimensions of the results are, if anything is known of what the function was given."""
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t in self._axes]
+        if not given:
+            return
+        try:
+            found = self._follow(_name(func), given, args, kwargs, results)
+        except (Unknown, IndexError, ValueError, RuntimeError, TypeError, KeyError):
+            found = [[(Axis("?", size),) for size in result.shape] for result in results]
+        for result, axes in zip(results, found, strict=True):
+            if not any(result is t for t in given) or len(self._axes[result]) != len(axes):
+                self._axes[result] = axes
 
     def _follow(self, name: str, given: list[Tensor], args: Any, kwargs: Any, results: list[Tensor]) -> list[Axes]:
         """What the dimensions of the results are."""

@@ -324,24 +324,24 @@ def is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 
 
-def without_decay(model: nn.Module) -> set[int]:
-    """Identities of the parameters that weight decay leaves alone: those of norms, of any shape, and biases.
+def without_decay(modules: Iterable[nn.Module]) -> set[int]:
+    """Identities of these modules' own parameters that weight decay leaves alone: norms', of any shape, and biases.
 
     >>> norm = nn.LayerNorm((2, 4, 4))
-    >>> without_decay(nn.Sequential(norm)) == {id(norm.weight), id(norm.bias)}
+    >>> without_decay([norm]) == {id(norm.weight), id(norm.bias)}
     True
     """
     return {
         id(p)
-        for module in model.modules()
+        for module in modules
         for name, p in module.named_parameters(recurse=False)
         if is_norm(module) or name.split("_")[0] == "bias"
     }
 
 
-def sparse_gradients(model: nn.Module) -> set[int]:
-    """Identities of the parameters whose gradients are sparse tensors."""
-    tables = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse]
+def sparse_gradients(modules: Iterable[nn.Module]) -> set[int]:
+    """Identities of these modules' own parameters whose gradients are sparse tensors."""
+    tables = [m for m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse]
     return {id(table.weight) for table in tables}
 
 

@@ -51,8 +51,10 @@ def load(name: str, recorded: str | None = None) -> Any:
     module = _modules.get((file, digest)) or _run(file, digest, content)
     found = getattr(module, attribute, None)
     if found is None:
-        names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
-        raise LayerwiseError(f"{shown(file)} defines no {attribute!r}; {suggestion(attribute, names)}.")
+        own = {n: v for n, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__}
+        names = [n for n, value in own.items() if callable(value) and not n.startswith("_")]
+        advice = suggestion(attribute, names) if names else "it has no functions or classes of its own"
+        raise LayerwiseError(f"{shown(file)} defines no {attribute!r}; {advice}.")
     _origins[id(found)] = name, digest
     return found
 

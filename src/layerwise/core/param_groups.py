@@ -8,6 +8,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from numbers import Real
 from operator import itemgetter
 from typing import Any
@@ -83,7 +84,7 @@ def check_group(optimizer: torch.optim.Optimizer, place: int, group: Mapping[str
             _check(optimizer, name, value, begun.get(name))
     cls = type(optimizer)
     if cls.__module__.startswith("torch.optim"):
-        legal = inspect.signature(cls).parameters
+        legal = _parameters(cls)
         given = {name: group[name] for name in begun if name in legal and name not in SWITCHES}
         try:
             cls([], **given)  # looks at the options first, and then at the parameters
@@ -96,7 +97,7 @@ def check_group(optimizer: torch.optim.Optimizer, place: int, group: Mapping[str
 
 def _check(optimizer: torch.optim.Optimizer, name: str, value: Any, made: Any) -> None:
     """Raise LayerwiseError unless a setting is alike to the one that the optimizer was made with, and finite."""
-    usual = inspect.signature(type(optimizer)).parameters.get(name)
+    usual = _parameters(type(optimizer)).get(name)
     if usual is not None and type(value) is type(usual.default) and value == usual.default:
         return  # such as a growth_rate of infinity
     allowed = RANGES.get(name, Range())
@@ -106,6 +107,12 @@ def _check(optimizer: torch.optim.Optimizer, name: str, value: Any, made: Any) -
         else:
             wanted = "True or False" if isinstance(made, bool) else allowed.words
         raise LayerwiseError(f"an optimizer was given {name} = {short(value)}; give {wanted}.")
+
+
+@cache
+def _parameters(cls: type[torch.optim.Optimizer]) -> Mapping[str, inspect.Parameter]:
+    """What a class is made with; read once, since reading takes longer than all checks of a group."""
+    return inspect.signature(cls).parameters
 
 
 def _fits(value: Any, made: Any, allowed: Range) -> bool:

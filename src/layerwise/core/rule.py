@@ -25,6 +25,15 @@ ANY_TASK = (*KINDS, "soft_labels")
 """`Rule.tasks` of a rule that needs only the task's loss on outputs of any width."""
 
 Locality = Literal["local", "interlocking", "broadcast", "perturbation", "equilibrium", "global"]
+LOCALITIES: dict[Locality, str] = {
+    "local": "a block learns from its own loss only",
+    "interlocking": "a block also learns from the losses of later blocks",
+    "broadcast": "something from the output, or from later blocks, is sent to every block",
+    "perturbation": "forward passes only",
+    "equilibrium": "iterated local inference",
+    "global": "gradients flow through the whole network",
+}
+"""What each locality means."""
 
 
 @dataclass(frozen=True)

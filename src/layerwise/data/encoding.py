@@ -5,7 +5,7 @@ The work is done by scikit-learn's `SimpleImputer` and `OneHotEncoder`. What the
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -111,8 +111,12 @@ class Encoding:
             for name in ([f"{column.name}={word}" for word in column.words] if column.words else [column.name])
         )
 
-    def numbers(self, cells: np.ndarray) -> Tensor:
+    def numbers(self, cells: np.ndarray, where: Callable[[int], str] = "row {}".format) -> Tensor:
         """Rows of cells as float64 (N, columns of numbers, 1, 1). A word that no training row has is all zeros.
+
+        Args:
+            cells: of the rows, as in `fitted`.
+            where: says the place of a row, for the sentence.
 
         Raises:
             LayerwiseError: a gap where the run was not told what to do with them, or a word in a column of numbers.
@@ -124,8 +128,8 @@ class Encoding:
             bad = wrong.index(True) if any(wrong) else None
             if bad is not None:
                 raise LayerwiseError(
-                    f"row {bad} has {filled[bad]!r} in column {column.name!r}, which holds numbers without gaps in the "
-                    "training rows; correct it, or train with --data.gaps or --data.categories."
+                    f"{where(bad)} has {filled[bad]!r} in column {column.name!r}, which holds numbers without gaps in "
+                    "the training rows; correct it, or train with --data.gaps or --data.categories."
                 )
             if column.words:
                 encoder: Any = need("sklearn.preprocessing").OneHotEncoder

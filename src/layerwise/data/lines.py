@@ -32,6 +32,10 @@ class Lines:
     notes: tuple[str, ...] = ()
     """Notes on unusual ways in which it was read, one sentence each."""
 
+    def where(self, row: int) -> str:
+        """The place of a row, in words."""
+        return f"line {self.numbers[row]} of {self.title}"
+
     def check(self, faults: Sequence[str] = (), advice: str = "correct them, or take these lines out") -> None:
         """Raise LayerwiseError with all faults, also those found elsewhere; a single one becomes a sentence of its own.
 

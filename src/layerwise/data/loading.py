@@ -1,7 +1,7 @@
 """A data set by name, split three ways."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,6 +160,7 @@ imagefolder:PATH, parquet:PATH, PATH.csv.
     contents: tuple[str, ...] = ()
     test = own_val = form = cells = None
     encoding: tuple[str, ...] = ()
+    where: Callable[[int], str] = "row {}".format
     if name == "digits":
         classes, train, notes = _digits()
         form = ImageFormat("L", *train.shape[1:])
@@ -175,7 +176,7 @@ imagefolder:PATH, parquet:PATH, PATH.csv.
         if size is not None:
             raise LayerwiseError("the rows of a table are not images; leave --image-size out")
         if words is None:
-            train, classes, columns, found, cells = read_table(Path(name), task, targets, handling)
+            train, classes, columns, found, cells, where = read_table(Path(name), task, targets, handling)
             notes = list(found)
         else:
             sentences = load_sentences(Path(name), words, targets[0] if targets else None, val_fraction)
@@ -236,8 +237,7 @@ imagefolder:PATH, parquet:PATH, PATH.csv.
         learned = Encoding.fitted(columns, cells[_places(train)], handling or Handling())
         columns, encoding = learned.names, learned.rows
         train, val, test = (
-            None if part is None else TableSource(learned.numbers(cells[_places(part)]), part.labels)
-            for part in (train, val, test)
+            None if part is None else _encoded(learned, cells, part, where) for part in (train, val, test)
         )
         assert train is not None
         assert test is not None
@@ -247,6 +247,12 @@ imagefolder:PATH, parquet:PATH, PATH.csv.
     means, stds = target_statistics(train.labels) if task == "regression" else ((), ())
     parts = (train, val, test, tuple(notes), None, columns, form, means, stds)
     return Dataset(name, classes, train.shape, mean, std, *parts, contents=contents, encoding=encoding)
+
+
+def _encoded(learned: Encoding, cells: np.ndarray, part: Source, where: Callable[[int], str]) -> TableSource:
+    """The rows of a split as numbers."""
+    rows = _places(part)
+    return TableSource(learned.numbers(cells[rows], lambda row: where(int(rows[row]))), part.labels)
 
 
 def _places(part: Source) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Numbers as labels: finds their columns, and checks them for the task."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,8 +36,16 @@ def chosen_targets(targets: Sequence[str], columns: Sequence[str], task: DataTas
     return (pick("label", [name for name in columns if name in LABEL_NAMES], LABEL_NAMES, columns, title),)
 
 
-def checked_numbers(values: Tensor, task: DataTask, columns: Sequence[str]) -> Tensor:
+def checked_numbers(
+    values: Tensor, task: DataTask, columns: Sequence[str], where: Callable[[int], str] = "row {}".format
+) -> Tensor:
     """Labels as float32 (N, D).
+
+    Args:
+        values: labels (N, D).
+        task: what they are.
+        columns: their names.
+        where: says the place of a row, for the sentence.
 
     Raises:
         LayerwiseError: numbers that are not finite, or other ones than 0 and 1 where labels hold or not; or numbers so
@@ -52,7 +60,7 @@ def checked_numbers(values: Tensor, task: DataTask, columns: Sequence[str]) -> T
     if bool(bad.any()):
         row, column = (int(i) for i in bad.nonzero()[0])
         raise LayerwiseError(
-            f"row {row} has {float(found[row, column]):g} in the column {columns[column]!r}, which is not {wanted}; "
+            f"{where(row)} has {float(found[row, column]):g} in the column {columns[column]!r}, which is not {wanted}; "
             "correct it or take it out."
         )
     spread = given.std(0, correction=0)

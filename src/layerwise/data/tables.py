@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import NamedTuple
@@ -50,7 +50,9 @@ class Table(NamedTuple):
     notes: tuple[str, ...]
     """Notes on what was left out or looks wrong, one sentence each."""
     cells: np.ndarray | None = None
-    """Words and numbers (N, columns) if they are still to be encoded; the source then holds the rows' positions."""
+    """Words and numbers (N, columns) where they are still to be encoded; the source then holds the rows' places."""
+    where: Callable[[int], str] = "row {}".format
+    """The place of a row, in words."""
 
 
 def read_table(
@@ -92,10 +94,12 @@ def read_table(
         classes, labels = _classes(lines, wanted[0])
     else:
         classes = wanted
-        labels = checked_numbers(_numbers(lines, [lines.names.index(name) for name in wanted]).flatten(1), task, wanted)
+        found = _numbers(lines, [lines.names.index(name) for name in wanted]).flatten(1)
+        labels = checked_numbers(found, task, wanted, lines.where)
     cells = None
     if handling != Handling():
         cells = _cells(lines, places)
+        _check_long(lines, places)
         values = torch.arange(len(cells), dtype=torch.float64)[:, None, None, None]
     else:
         values = _numbers(lines, places)
@@ -104,9 +108,9 @@ def read_table(
         for name in classes
         if task == "classification" and name.lower() in ("na", "none")
     ]
-    if cells is None:
-        notes += _row_numbers(lines, values, columns)
-    return Table(TableSource(values, labels), classes, tuple(name for _, name in columns), tuple(notes), cells)
+    notes += _row_numbers(lines, columns)
+    names = tuple(name for _, name in columns)
+    return Table(TableSource(values, labels), classes, names, tuple(notes), cells, lines.where)
 
 
 def read_columns(path: Path, columns: Sequence[str], encoding: Encoding | None = None) -> Tensor:
@@ -128,7 +132,8 @@ def read_columns(path: Path, columns: Sequence[str], encoding: Encoding | None =
         raise LayerwiseError(f"{lines.title} has no column {absent!r}; its columns are {few(lines.names)}.")
     _check_names(lines, columns)
     if encoding is not None:
-        return encoding.numbers(_cells(lines, [places[name] for name in columns]))
+        _check_long(lines, [places[column.name] for column in encoding.columns if not column.words])
+        return encoding.numbers(_cells(lines, [places[name] for name in columns]), lines.where)
     lines.check(_faults(lines, [places[name] for name in columns], Handling()))
     return _numbers(lines, [places[name] for name in columns])
 
@@ -155,23 +160,25 @@ def _left_out(lines: Lines, place: int) -> str:
     raise LayerwiseError(f"column {place + 1} of {lines.title} has no name; name it, or take it out.")
 
 
-def _row_numbers(lines: Lines, values: Tensor, columns: Sequence[tuple[int, str]]) -> list[str]:
-    """A note on each column that counts the rows, which gives the class away where they are sorted."""
-    table = values.flatten(1)
-    if len(table) < 3:
-        return []
-    counting = (table[1:] - table[:-1] == 1).all(0).nonzero().flatten().tolist()
-    return [
-        f"column {columns[index][1]!r} of {lines.title} counts the rows; take it out unless the classes depend on it"
-        for index in counting
-    ]
+def _row_numbers(lines: Lines, columns: Sequence[tuple[int, str]]) -> list[str]:
+    """A note on each column that counts the rows, gaps aside, which gives the class away where they are sorted."""
+    found = []
+    for place, name in columns:
+        cells = [(index, row[place]) for index, row in enumerate(lines.rows) if not is_missing(row[place])]
+        if len(cells) < 3 or not _plain(cells[0][1]):
+            continue
+        start = float(cells[0][1]) - cells[0][0]
+        if all(_plain(cell) and float(cell) == start + index for index, cell in cells):
+            found.append(
+                f"column {name!r} of {lines.title} counts the rows; take it out unless the classes depend on it"
+            )
+    return found
 
 
 def _numbers(lines: Lines, places: Sequence[int]) -> Tensor:
     """Columns as float64 (N, columns, 1, 1), after their faults have been looked for."""
     table = np.array([[float(row[place]) for place in places] for row in lines.rows]).reshape(-1, len(places))
-    for column in np.flatnonzero((np.abs(table) >= EXACT).any(0)).tolist():
-        _check_distinct(lines, places[column])
+    _check_long(lines, [places[column] for column in np.flatnonzero((np.abs(table) >= EXACT).any(0)).tolist()])
     return torch.from_numpy(table)[:, :, None, None]
 
 
@@ -229,13 +236,19 @@ def _unlabelled(lines: Lines, column: str) -> list[str]:
     return found
 
 
-def _check_distinct(lines: Lines, place: int) -> None:
-    """Refuse a column in which different long whole numbers are one and the same float64."""
-    first: dict[float, Decimal] = {}
-    for row in lines.rows:
-        cell = row[place].strip()
-        whole = Decimal(cell) if len(cell) <= 400 else Decimal("0.5")
-        if abs(whole) >= EXACT and whole == whole.to_integral_value():
+def _check_long(lines: Lines, places: Sequence[int]) -> None:
+    """Refuse a column of numbers and gaps in which different long whole numbers are one and the same float64."""
+    for place in places:
+        cells = [cell for row in lines.rows if not is_missing(cell := row[place].strip())]
+        if not all(map(_plain, cells)):
+            continue  # of words
+        first: dict[float, Decimal] = {}
+        for cell in cells:
+            if abs(float(cell)) < EXACT or len(cell) > 400:
+                continue
+            whole = Decimal(cell)
+            if whole != whole.to_integral_value():
+                continue
             other = first.setdefault(float(whole), whole)
             if other != whole:
                 raise LayerwiseError(

@@ -134,6 +134,11 @@ class Built:
         self._warn_of_readouts(units)
         self.watch = Watch(setup.network.model, parameters=not setup.replicas.shares_parameters)
 
+    def check(self) -> None:
+        """Raise LayerwiseError where the owner has changed the model in a way that nobody follows."""
+        self.watch.check()
+        self.offload.check()
+
     def _sites(self) -> range:
         """The sites on this rank."""
         units = [unit for group in self.groups for unit in group.units]
@@ -199,8 +204,9 @@ class Built:
         setup = self.setup
         learning = [unit for unit in units if setup.rule.trains(unit.site)]
         shard_of = setup.replicas.shard_of
-        names = {id(shard_of(parameter)): name for name, parameter in self.named_parameters()}
-        exempt = without_decay(setup.network.model) | without_decay(self.auxiliary)
+        names = {id(shard_of(parameter)): name for unit in learning for name, parameter in unit.named_parameters()}
+        modules = [module for unit in learning for module in unit.modules()]
+        exempt = without_decay(modules)
         exempt |= {id(shard_of(p)) for unit in learning for p in unit.parameters() if id(p) in exempt}
         of_units = [
             [
@@ -211,7 +217,7 @@ class Built:
             for unit in learning
         ]
         groups = [group for own in of_units for group in own]
-        sparse = sparse_gradients(setup.network.model)
+        sparse = sparse_gradients(modules)
         for group in groups:
             if any(id(p) in sparse for p in group["params"]):
                 group["fused"] = False  # the fused kernels take only dense gradients

@@ -314,7 +314,7 @@ class Learner:
             if not self._prepared:
                 self.prepare(x, y)
             built = self.built
-            built.watch.check()
+            built.check()
             training = self.network.model.training
             if any(module.training != training for module in built.auxiliary.modules()):
                 built.auxiliary.train(training)
@@ -336,7 +336,7 @@ class Learner:
         if isinstance(self._built, NotBuilt):
             return False
         with preserved_generators(self.device):
-            self._built.watch.check()
+            self._built.check()
             trace, updates = Trace(), self.updates
             done = self._built.engine.flush(self.groups_at(updates), self.steps - 1, trace)
             self._count(updates)
@@ -381,7 +381,7 @@ class Learner:
         """Logits `(B, ..., K)` for inputs, as `step` takes them, in evaluation mode, without gradient."""
         with self.evaluating():
             x = self._input(x)
-            self.built.watch.check()
+            self.built.check()
             with self.engine.autocast():
                 return prediction.predicted(self.built, x)
 
@@ -459,7 +459,7 @@ class Learner:
         Raises:
             LayerwiseError: nothing is built yet.
         """
-        self.built.watch.check()
+        self.built.check()
         return states.state_of(self.built, self.skipped, self.steps)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

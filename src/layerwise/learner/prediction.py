@@ -92,7 +92,7 @@ def evaluated(built: Built, x: Any, y: Tensor, predict: Callable[[Any], Tensor])
         predict: what a rule may ask the network for.
     """
     trace, network, rule, stage = Trace(), built.setup.network, built.setup.rule, built.setup.stage
-    built.watch.check()
+    built.check()
     with network.passing(x):
         h, message = begun(built, x, y, None, predict)
         for group in built.groups:

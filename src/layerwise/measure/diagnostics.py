@@ -23,6 +23,7 @@ from layerwise.core.rule import Rule
 from layerwise.core.tasks import UNLABELLED
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
+from layerwise.report.reading import MOST_CLASSES
 from layerwise.runs.building import load_data, load_run
 from layerwise.runs.writing import write_atomically
 
@@ -191,6 +192,20 @@ class LinearProbe:
         """Share of samples whose most probable class is the label."""
         return float(self.fit.score(self._scaled(x), _labels(y, len(x)).numpy()))
 
+    def confusion(self, x: Tensor, y: Tensor) -> list[list[int]]:
+        """How many samples of each class (row) are taken for each class (column), `(K, K)`; labels are 0 to K - 1.
+
+        >>> x, y = torch.tensor([[0.0], [1.0], [10.0], [11.0]]), torch.tensor([0, 0, 1, 1])
+        >>> LinearProbe(x, y).confusion(x, torch.tensor([1, 0, 1, 1]))
+        [[1, 0], [1, 2]]
+        """
+        labels = _labels(y, len(x))
+        if labels.min() < 0:
+            raise LayerwiseError(f"a label is {int(labels.min())}; number the classes from 0.")
+        taken = torch.from_numpy(np.asarray(self.fit.predict(self._scaled(x)))).long()
+        classes = 1 + int(max(labels.max(), *self.fit.classes_))
+        return torch.bincount(labels * classes + taken, minlength=classes**2).view(classes, classes).tolist()
+
     def _scaled(self, x: Tensor) -> Any:
         x = _vectors(x, "x")
         if x.shape[1] != len(self.mean):
@@ -291,8 +306,17 @@ def features(learner: Learner, batches: Sequence[Tensor]) -> dict[str, Tensor]:
     return {name: torch.cat(parts) for name, parts in collected.items()}
 
 
+def fit_probes(train: Mapping[str, Tensor], train_y: Tensor) -> dict[str, LinearProbe]:
+    """A probe per block, on its pooled outputs."""
+    return {name: LinearProbe(pool_features(h, "mean"), train_y) for name, h in train.items()}
+
+
 def layer_table(
-    train: Mapping[str, Tensor], train_y: Tensor, test: Mapping[str, Tensor], test_y: Tensor
+    train: Mapping[str, Tensor],
+    train_y: Tensor,
+    test: Mapping[str, Tensor],
+    test_y: Tensor,
+    probes: Mapping[str, LinearProbe] | None = None,
 ) -> dict[str, dict[str, float | None]]:
     """Compute every diagnostic that needs only the features of the layers.
 
@@ -301,17 +325,18 @@ def layer_table(
         train_y: labels of these samples; at least two classes.
         test: the same on the samples to measure on.
         test_y: their labels.
+        probes: of `fit_probes`, where they are there already.
 
     Returns:
         Name of the block to `probe_accuracy`, `bhattacharyya` and `cka` (to the next block; None for the last one),
         `hoyer`, `dead`. The posteriors of the Bhattacharyya coefficient are those of the probes.
     """
-    vectors = {name: (pool_features(train[name], "mean"), pool_features(h, "mean")) for name, h in test.items()}
-    probes = {name: LinearProbe(own, train_y) for name, (own, _) in vectors.items()}
+    vectors = {name: pool_features(h, "mean") for name, h in test.items()}
+    probes = fit_probes(train, train_y) if probes is None else probes
     rows: dict[str, dict[str, float | None]] = {}
     names = list(vectors)
     for name, after in zip(names, [*names[1:], None], strict=True):
-        h = vectors[name][1]
+        h = vectors[name]
         rows[name] = {
             "probe_accuracy": probes[name].accuracy(h, test_y),
             "bhattacharyya": None,
@@ -320,7 +345,7 @@ def layer_table(
             "dead": dead_units(test[name]),
         }
         if after is not None:
-            later = vectors[after][1]
+            later = vectors[after]
             rows[name]["cka"] = linear_cka(h, later)
             rows[name]["bhattacharyya"] = bhattacharyya(
                 probes[name].log_posterior(h), probes[after].log_posterior(later)
@@ -337,7 +362,8 @@ def diagnose(folder: Path, twin: Path | None = None, device: str = "auto") -> di
         device: where the network runs.
 
     Returns:
-        `samples`, and per block under `blocks` what `layer_table` gives, `cka_to_backprop` and `gradient_cosine`.
+        `samples`, per block under `blocks` what `layer_table` gives, `cka_to_backprop` and `gradient_cosine`, and, up
+        to 20 classes, under `confusion` the counts of `LinearProbe.confusion` of each block.
 
     Raises:
         LayerwiseError: there is no run, its data set is not there, or its labels are no classes.
@@ -354,14 +380,20 @@ def diagnose(folder: Path, twin: Path | None = None, device: str = "auto") -> di
     test = _labelled(features(learner, test_x), test_y)
     train = _labelled(features(learner, train_x), train_y)
     test_labels = test_y[test_y != UNLABELLED]
-    rows = layer_table(train, train_y[train_y != UNLABELLED], test, test_labels)
+    probes = fit_probes(train, train_y[train_y != UNLABELLED])
+    rows = layer_table(train, train_y[train_y != UNLABELLED], test, test_labels, probes)
     cosines = gradient_cosines(learner, train_x[0], train_y[: len(train_x[0])])
     other = _labelled(features(load_run(twin, device).learner, test_x), test_y) if twin is not None else {}
     for name, row in rows.items():
         row["gradient_cosine"] = cosines[name]
         if other.keys() == rows.keys():
             row["cka_to_backprop"] = linear_cka(*(pool_features(h[name], "mean") for h in (test, other)))
-    found = {"samples": len(test_labels), "blocks": {name: _numbers(row) for name, row in rows.items()}}
+    found: dict[str, Any] = {"samples": len(test_labels), "blocks": {n: _numbers(row) for n, row in rows.items()}}
+    confusion = {
+        name: probe.confusion(pool_features(test[name], "mean"), test_labels) for name, probe in probes.items()
+    }
+    if all(len(counts) <= MOST_CLASSES for counts in confusion.values()):
+        found["confusion"] = confusion
     write_atomically(folder / "diagnostics.json", json.dumps(found, indent=2) + "\n")
     return found
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.core.abstract import Abstract
+from layerwise.core.ranges import check_largest
 from layerwise.errors import LayerwiseError, suggestion
 
 
@@ -43,6 +44,7 @@ class ModelOptions(Abstract):
                 require(value in words, f"{name} must be one of {', '.join(words)}, not {value!r}.")
             elif field.type is int:
                 least = self.least.get(name, 1)
+                check_largest(name, value)
                 whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
                 require(whole, f"{name} must be a whole number of at least {least}, not {value!r}.")
             elif name == "dropout":

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, make_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -236,7 +237,17 @@ class _OwnModel(OutsideModel):
             ) from reason
         if not isinstance(made, nn.Module):
             raise LayerwiseError(f"{self.source!r} returns {type(made).__name__}; let it return a torch.nn.Module.")
+        if made in _made:
+            raise LayerwiseError(
+                f"{self.source!r} returns the same network each time, so that what one learns changes the others; let "
+                "it build a new one in every call."
+            )
+        _made.add(made)
         return made
+
+
+_made: "WeakSet[nn.Module]" = WeakSet()
+"""The networks that functions of the user's have returned."""
 
 
 # transformers.

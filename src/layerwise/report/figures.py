@@ -13,7 +13,7 @@ from typing import Any
 from layerwise.runs.writing import write_atomically
 
 INK = "#010203"  # a placeholder for the colour of text until the SVG is written
-COLOURS = ("#3b8ee0", "#2da44e", "#e0702b", "#b08a00", "#a371f7", "#d6569f", "#1fa3a3", "#8c7361")
+COLOURS = ("#3b8ee0", "#2da44e", "#e0702b", "#b08a00", "#a371f7", "#d6569f", "#1a9a9a", "#8c7361")
 MARKS = "osD^vP*X"
 STYLE = "<style>svg{color:#1f2328}@media(prefers-color-scheme:dark){svg{color:#e6edf3}}</style>"
 WIDTH = 4.3  # inches; about a phone's width at the size of running text
@@ -33,22 +33,27 @@ class Figure:
     svg: str
     """For the page: text and lines have the colour of the text around it."""
     png: bytes
+    series: dict[str, Any] | None = None
+    """Where it has a legend: names of x and y; per series its name and points; `cut`, where the legend begins."""
 
 
-def render(name: str, title: str, alt: str, draw: Callable[[Any], None], height: float = 3.0) -> Figure:
+def render(
+    name: str, title: str, alt: str, draw: Callable[[Any], dict[str, Any] | None], height: float = 3.0
+) -> Figure:
     """Make a figure with one pair of axes.
 
     Args:
         name: stem of its files, and prefix of the identifiers in the SVG, so that several fit on one page.
         title: heading.
         alt: what it shows, in words.
-        draw: draws on matplotlib axes.
+        draw: draws on matplotlib axes; it may return what `Figure.series` holds, without `cut`.
         height: in inches.
 
     The bytes depend on what is drawn only: no date, and identifiers from a fixed salt.
     """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as Canvas
 
     name = file_name(name)
@@ -57,14 +62,20 @@ def render(name: str, title: str, alt: str, draw: Callable[[Any], None], height:
     style |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # the browser has a font that holds it
-        canvas = Canvas(figsize=(WIDTH, height), layout="constrained")
+        canvas = Canvas(figsize=(WIDTH, height), layout="constrained", facecolor="none")
         FigureCanvasAgg(canvas)
-        draw(canvas.add_subplot())
+        axes = canvas.add_subplot(facecolor="none")
+        series = draw(axes)
         text, png = io.StringIO(), io.BytesIO()
-        canvas.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        canvas.set_layout_engine("none")  # the same places, not found twice: that takes a third of the time
-        canvas.savefig(png, format="png", dpi=200, facecolor="white", metadata={"Software": None})
-    return Figure(name, title, alt, _inline(text.getvalue(), name), png.getvalue())
+        # Not `savefig`, which draws everything twice.
+        FigureCanvasSVG(canvas).print_svg(text, metadata={"Date": None, "Creator": None})
+        canvas.set_layout_engine("none")  # the same places, not found twice
+        canvas.set(dpi=200, facecolor="white")
+        FigureCanvasAgg(canvas).print_png(png, metadata={"Software": None})
+        if series is not None:
+            top = canvas.legends[0].get_window_extent().y1 / canvas.dpi  # in inches from below
+            series = series | {"cut": round(72 * (height - top), 1)}
+    return Figure(name, title, alt, _inline(text.getvalue(), name), png.getvalue(), series)
 
 
 def file_name(name: str) -> str:
@@ -107,14 +118,16 @@ def height(rules: int) -> float:
     return 2.75 + 0.19 * -(-rules // 2)
 
 
-def curves(axes: Any, found: Curves, x: str, y: str, looks: Mapping[str, dict[str, str]], log: bool = False) -> None:
+def curves(
+    axes: Any, found: Curves, x: str, y: str, looks: Mapping[str, dict[str, str]], log: bool = False
+) -> dict[str, Any]:
     """Curves with bands of one standard deviation."""
-    for rule, points in found.items():
+    for i, (rule, points) in enumerate(found.items()):
         places, means, deviations = zip(*points, strict=True)
-        axes.plot(places, means, label=rule, ms=3.5, lw=1.3, **looks[rule])
+        axes.plot(places, means, label=rule, ms=3.5, lw=1.3, gid=f"series-{i}", **looks[rule])
         if any(deviations):
             low, high = ([m + sign * (d or 0) for m, d in zip(means, deviations, strict=True)] for sign in (-1, 1))
-            axes.fill_between(places, low, high, color=looks[rule]["color"], alpha=0.18, lw=0)
+            axes.fill_between(places, low, high, color=looks[rule]["color"], alpha=0.18, lw=0, gid=f"spread-{i}-0")
     if all(float(point[0]).is_integer() for points in found.values() for point in points):
         axes.xaxis.get_major_locator().set_params(integer=True)
     if log:
@@ -128,6 +141,7 @@ def curves(axes: Any, found: Curves, x: str, y: str, looks: Mapping[str, dict[st
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     _finish(axes, x, y)
+    return _series(found, x, y)
 
 
 def trade(
@@ -137,16 +151,27 @@ def trade(
     y: str,
     looks: Any,
     larger: bool = True,
-) -> None:
+) -> dict[str, Any]:
     """One point per rule, and the line of the rules that no other beats in both; `larger` says which y is better."""
-    for rule, (place, mean, deviation) in found.items():
-        axes.errorbar(place, mean, yerr=deviation, label=rule, ms=7, capsize=3, ls="none", **looks[rule])
+    for i, (rule, (place, mean, deviation)) in enumerate(found.items()):
+        point, caps, bars = axes.errorbar(
+            place, mean, yerr=deviation, label=rule, ms=7, capsize=3, ls="none", **looks[rule]
+        )
+        point.set_gid(f"series-{i}")
+        for j, part in enumerate((*caps, *bars)):
+            part.set_gid(f"spread-{i}-{j}")
     sign = 1 if larger else -1
     best = pareto({rule: (point[0], sign * point[1]) for rule, point in found.items()})
     front = [(place, sign * value) for place, value in best]
     axes.plot(*zip(*front, strict=True), drawstyle="steps-post", color=INK, lw=0.8, ls=":", zorder=0)
     axes.margins(0.12, 0.18)
     _finish(axes, x, y)
+    return _series({rule: [point] for rule, point in found.items()}, x, y)
+
+
+def _series(found: Curves, x: str, y: str) -> dict[str, Any]:
+    """What the page's script needs to name the point under the pointer, and to hide a series."""
+    return {"x": x, "y": y, "series": [{"name": rule, "points": points} for rule, points in found.items()]}
 
 
 def pareto(points: Mapping[str, tuple[float, float]]) -> list[tuple[float, float]]:
@@ -165,11 +190,14 @@ def pareto(points: Mapping[str, tuple[float, float]]) -> list[tuple[float, float
 def heat(
     axes: Any, rows: Mapping[str, Mapping[str, float | None]], limits: tuple[float, float] | None, form: str
 ) -> None:
-    """Rules against layers; numbers (in the format `form`) in the fields where there is room."""
+    """Rules against layers, with a colour bar; numbers (in the format `form`) in the fields where there is room.
+
+    The colours span `limits`, which are the same in every report, or from 0 on where the quantity has no bounds.
+    """
     layers = list(dict.fromkeys(name for row in rows.values() for name in row))
     values = [[row.get(layer) for layer in layers] for row in rows.values()]
     known = [value for row in values for value in row if value is not None]
-    low, high = limits or (min(known), max(known))
+    low, high = limits or (min(0.0, *known), max(0.0, *known))
     numbers = [[float("nan") if value is None else value for value in row] for row in values]
     image = axes.pcolormesh(numbers, cmap="viridis", vmin=low, vmax=high if high > low else low + 1, linewidth=0)
     axes.invert_yaxis()
@@ -183,10 +211,51 @@ def heat(
         for i, row in enumerate(values):
             for j, value in enumerate(row):
                 if value is not None:
-                    colour = "#111111" if image.norm(value) > 0.6 else "#ffffff"
+                    colour = readable_on(image.cmap(image.norm(value)))
                     axes.text(j + 0.5, i + 0.5, format(value, form), ha="center", va="center", color=colour)
-    else:
-        axes.figure.colorbar(image, ax=axes, pad=0.02).outline.set_visible(False)
+    bar = axes.figure.colorbar(image, ax=axes, location="bottom", aspect=40, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=2)
+
+
+def side_by_side(axes: Any, parts: Mapping[str, Sequence[Sequence[float | None]]], limits: tuple[float, float]) -> None:
+    """Square tables side by side on one scale of colours; None stays empty."""
+    nan = float("nan")
+    numbers: list[list[float]] = [[] for _ in next(iter(parts.values()))]
+    places = []
+    for table in parts.values():
+        for line, row in zip(numbers, table, strict=True):
+            line += [nan] * bool(line) + [nan if value is None else value for value in row]
+        places.append(len(numbers[0]) - len(numbers) / 2 - 0.5)
+    image = axes.imshow(numbers, cmap="viridis", vmin=limits[0], vmax=limits[1], aspect="auto", interpolation="nearest")
+    axes.set_xticks(places, list(parts))
+    step = -(-len(numbers) // 10)
+    axes.set_yticks(range(0, len(numbers), step))
+    axes.set_ylabel("true class")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    bar = axes.figure.colorbar(image, ax=axes, location="bottom", aspect=40, pad=0.02, extend="max")
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=2)
+
+
+def readable_on(colour: Sequence[float]) -> str:
+    """Black or white, whichever contrasts more with a colour (sRGB, 0 to 1): 4.5 to 1 at least (WCAG 2.2).
+
+    >>> readable_on((1, 1, 0)), readable_on((0, 0, 0.6))
+    ('#000000', '#ffffff')
+    """
+    return "#000000" if luminance(colour) > 0.05 * (21**0.5 - 1) else "#ffffff"
+
+
+def luminance(colour: Sequence[float]) -> float:
+    """Relative luminance of a colour (sRGB, 0 to 1), as WCAG 2.2 defines it: 0 is black, 1 is white.
+
+    >>> luminance((0, 0, 0)), round(luminance((1, 1, 1)), 6)
+    (0.0, 1.0)
+    """
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colour[:3]]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
 def shares(axes: Any, rows: Mapping[str, Mapping[str, float]], x: str) -> None:
@@ -214,4 +283,4 @@ def _finish(axes: Any, x: str, y: str, grid: str = "y") -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis=grid, alpha=0.25, color=INK, linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    axes.figure.legend(loc="outside lower center", ncols=2, frameon=False).set_gid("legend")

@@ -12,9 +12,11 @@ from typing import Any
 from layerwise.core.tasks import ACCURACY, Metric
 from layerwise.errors import LayerwiseError
 from layerwise.files import MissingFile, kind_of, shown
-from layerwise.records import convert
+from layerwise.records import convert, damaged
 from layerwise.report import figures
 from layerwise.report.benches import put_bench, read_bench
+from layerwise.report.confusion import Counts, classes_agree, confusions
+from layerwise.report.explained import base, explained
 from layerwise.report.frontier import frontier
 from layerwise.report.language import loss_per_block, texts
 from layerwise.report.reading import (
@@ -37,16 +39,17 @@ from layerwise.runs.environment import machine_in_words
 from layerwise.runs.layout import grid_run_folder
 from layerwise.runs.writing import write_atomically
 
-LAYERS: dict[str, tuple[str, str, tuple[float, float] | None]] = {  # quantity: title, caption, limits of the colours
+Layers = tuple[str, str, tuple[float, float] | None]
+LAYERS: dict[str, Layers] = {  # quantity: title, caption, limits of the colours
     "accuracy": (
         "Own readout: accuracy, %",
         "Test accuracy of what the rule reads off each block; a rule without local readouts has the head's only.",
-        None,
+        (0.0, 100.0),
     ),
     "probe_accuracy": (
         "Linear probe: accuracy, %",
         "Test accuracy of a logistic regression on each block's frozen output: what a linear readout could tell there.",
-        None,
+        (0.0, 100.0),
     ),
     "bhattacharyya": (
         "Bhattacharyya coefficient to the next block",
@@ -99,6 +102,7 @@ def write_report(folder: Path) -> Path:
         ) from reason
     page: dict[str, Any] = {
         "table": [],
+        "rules": [],
         "verdict": [],
         "notes": [],
         "failures": [],
@@ -120,7 +124,10 @@ def write_report(folder: Path) -> Path:
         for item in section.shown:
             figures.save(item["figure"], place)
     page["sections"] = [section for section in page["sections"] if section.shown]
-    template = files("layerwise.report").joinpath("page.html").read_text()
+    template, page["script"] = (
+        files("layerwise.report").joinpath(name).read_text() for name in ("page.html", "page.js")
+    )
+    page["base"], page["named"] = base, {rule.name for rule in page["rules"]}
     html = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(template).render(page)
     write_atomically(folder / "report.html", html + "\n")
     return folder / "report.html"
@@ -147,11 +154,12 @@ class Runs:
     results: dict[str, dict[int, dict[str, Any]]]
     lines: dict[str, dict[int, list[dict[str, Any]]]]
     layers: dict[str, dict[int, dict[str, dict[str, float | None]]]]
+    confusion: dict[str, list[dict[str, Counts]]]
 
     @classmethod
     def read(cls, folder: Path, rows: list[dict[str, str]]) -> "Runs":
         """Read the finished runs that the rows of results.csv name."""
-        found = cls({}, {}, {})
+        found = cls({}, {}, {}, {})
         for row in rows:
             if row["status"] != "ok":
                 continue
@@ -161,7 +169,12 @@ class Runs:
             found.lines.setdefault(rule, {})[seed] = read_metrics(folder, f"{run}/metrics.jsonl")
             blocks: dict[str, dict[str, float | None]] = {}
             with contextlib.suppress(MissingFile):
-                blocks = read_record(folder, f"{run}/diagnostics.json", Diagnostics)["blocks"]
+                diagnosed = read_record(folder, f"{run}/diagnostics.json", Diagnostics)
+                blocks, confusion = diagnosed["blocks"], diagnosed.get("confusion")
+                if confusion is not None and not classes_agree(confusion):
+                    reason = "blocks are of different classes"
+                    raise damaged(shown(folder / f"{run}/diagnostics.json"), reason, ADVICE)
+                found.confusion.setdefault(rule, []).extend([] if confusion is None else [confusion])
             found.layers.setdefault(rule, {})[seed] = blocks
         return found
 
@@ -247,6 +260,7 @@ def put_comparison(folder: Path, page: dict[str, Any]) -> None:
     seeds = f"{record['seeds']} seed{'s' if record['seeds'] > 1 else ''}"
     page["subtitle"] = f"{seeds}, {_budget(fixed)}; {machine_in_words(machine)}"
     page["columns"], page["table"] = columns(metric, is_fitted(rules)), table_rows(rules, metric)
+    page["rules"] = explained(rules)
     page["verdict"] = verdict(rules, metric, fixed["tune"], summary.get("chance"))
     page["notes"] = [*notes(rules, fixed, metric), *notes_of_fits(rules)]
     page["failures"] = [
@@ -261,6 +275,7 @@ def put_comparison(folder: Path, page: dict[str, Any]) -> None:
         _costs(rules, looks, origin, metric),
         loss_per_block(runs.lines, metric, origin),
         _layers(runs, origin),
+        confusions(runs.confusion, origin),
     ]
     page["texts"] = texts(runs.results)
 
@@ -353,6 +368,22 @@ def _costs(rules: dict[str, Any], looks: Any, origin: Origin, metric: Metric = A
                 f"Test {metric.words} (mean, standard deviation) against {words}.",
                 origin,
             )
+    seconds = {
+        rule: (found["peak_mib"]["mean"], found["train_seconds"]["mean"], found["train_seconds"]["sd"])
+        for rule, found in rules.items()
+        if found["n"] and found["peak_mib"] is not None and found["train_seconds"] is not None
+    }
+    if seconds:
+        values = "; ".join(f"{rule}: {x:.3g}, {y:.3g}" for rule, (x, y, _) in seconds.items())
+        section.draw(
+            "time_memory",
+            "Training time against peak memory of a step",
+            f"Seconds of training against peak memory of a step in MiB. {values}.",
+            lambda axes: figures.trade(axes, seconds, "peak memory of a step, MiB", "training time, s", looks, False),
+            figures.height(len(seconds)),
+            "Seconds of training (mean, standard deviation) against peak memory; down and to the left is better.",
+            origin,
+        )
     return section
 
 
@@ -382,7 +413,8 @@ def _memory_at_depth(rules: dict[str, Any], looks: Any, origin: Origin) -> Secti
 
 
 def _layers(runs: Runs, origin: Origin) -> Section:
-    section = Section("Layer by layer", "Means over seeds, at the end of training; first block on the left.")
+    about = "Means over seeds, at the end of training; first block on the left. Colours span the bounds of the "
+    section = Section("Layer by layer", about + "quantity, or begin at 0 where it has none.", folded=True)
     own = {name: _reported(name) for name in runs.reported()}
     for quantity, (title, caption, limits) in (LAYERS | own).items():
         found = runs.heat(quantity)
@@ -394,16 +426,17 @@ def _layers(runs: Runs, origin: Origin) -> Section:
                 title,
                 f"{title}, per rule and block. {alt}.",
                 lambda axes, found=found, limits=limits, form=form: figures.heat(axes, found, limits, form),
-                0.7 + 0.36 * len(found),
+                1.15 + 0.36 * len(found),
                 caption,
                 origin,
             )
     return section
 
 
-def _reported(name: str) -> tuple[str, str, None]:
+def _reported(name: str) -> Layers:
     title = REPORTED.get(name, name.replace("_", " ").capitalize())
-    return title, "As the rule itself reports it, mean over the test split.", None
+    limits = (0.0, 100.0) if name in PERCENT else None
+    return title, "As the rule itself reports it, mean over the test split.", limits
 
 
 def _row(row: Mapping[str, float | None]) -> str:

@@ -30,6 +30,11 @@ Text = Annotated[str, msgspec.Meta(max_length=100_000)]
 Finite = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1e300)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+MOST_CLASSES = 20
+"""The largest number of classes of which `diagnostics.json` holds what is taken for what."""
+Few = msgspec.Meta(min_length=2, max_length=MOST_CLASSES)
+Confusion = Annotated[list[Annotated[list[Count], Few]], Few]
+"""Counts: true class, class that it is taken for."""
 
 
 class Sample(TypedDict):
@@ -212,6 +217,7 @@ class Diagnostics(TypedDict):
     """The fields of `diagnostics.json`."""
 
     blocks: dict[Name, dict[Name, Finite | None]]
+    confusion: NotRequired[dict[Name, Confusion]]
 
 
 class Shares(TypedDict):

@@ -24,10 +24,12 @@ class Section:
 
     title: str
     about: str
+    folded: bool = False
+    """Whether it is shown on demand only."""
     shown: list[dict[str, Any]] = field(default_factory=list)
 
     def draw(
-        self, name: str, title: str, alt: str, paint: Callable[[Any], None], height: float, caption: str, origin: Origin
+        self, name: str, title: str, alt: str, paint: Callable[[Any], Any], height: float, caption: str, origin: Origin
     ) -> None:
         """Draw a figure, and add it with its caption and where it comes from.
 

@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 
 from layerwise.core import own_code
 from layerwise.core.rule import BatchContext, BlockContext, Rule, Signal, Site
-from layerwise.errors import LayerwiseError, suggestion, unknown
+from layerwise.errors import LayerwiseError, suggestion, unknown, why
 from layerwise.rules.auglocal import AugLocal
 from layerwise.rules.backprop import Backprop
 from layerwise.rules.backprop_checkpoint import BackpropCheckpoint
@@ -176,7 +176,15 @@ def create(name: str, **options: object) -> Rule:
     for option in options:
         if option not in legal:
             raise LayerwiseError(f"rule {name!r} has no option {option!r}; {suggestion(option, legal)}.")
-    return rule(**options)
+    try:
+        return rule(**options)
+    except LayerwiseError:
+        raise
+    except Exception as reason:  # of code of the user's: a field without a default, an annotation of nothing
+        raise LayerwiseError(
+            f"rule {name!r} cannot be made ({type(reason).__name__}: {why(reason)}); correct its class: every option "
+            "has a type and a default."
+        ) from reason
 
 
 __all__ = [

@@ -18,7 +18,7 @@ WHOLE_BATCH = "takes the largest Hebbian update of the whole batch for its unit"
 
 @dataclass(frozen=True)
 class HebbianGlobal(Rule):
-    r"""Hebbian learning with global direction (GHL): $|D| \odot \mathrm{sign}(\partial L / \partial W)$.
+    r"""Hebbian learning with global direction (GHL): the size of a Hebbian update, the sign of the gradient.
 
     D is the soft winner-take-all form of Oja's rule, on the outputs $u = W x$ of a linear layer or convolution, summed
     over samples and positions:

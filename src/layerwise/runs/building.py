@@ -382,6 +382,12 @@ def build_learner(
         raise LayerwiseError(
             f"rule {options.rule.name!r} does not train the model {given!r}; choose the model {' or '.join(wanted)}."
         )
+    outputs = outputs_of(options, facts)
+    if isinstance(options.model, models.OutsideModel) and learner.task.outputs != outputs:
+        raise LayerwiseError(
+            f"the network {given!r} has {learner.task.outputs} outputs, and {options.data} needs {outputs}; give its "
+            "last layer as many (a function may ask for them as `outputs`)."
+        )
     if a_part:
         into_memory(learner.network.model)
     return learner

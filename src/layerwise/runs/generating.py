@@ -114,12 +114,17 @@ def generate(
 
 
 def _drawn(logits: Tensor, sampling: Sampling, generator: Generator) -> int:
+    if not bool(logits.isfinite().all()):
+        raise LayerwiseError(
+            "what the network answers to the text is no finite number; see what layerwise eval says of the run."
+        )
     if sampling.temperature == 0:
         return int(logits.argmax())
     if sampling.top_k is not None and sampling.top_k < len(logits):
         least = logits.topk(sampling.top_k).values[-1]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    return int(torch.multinomial((logits / sampling.temperature).softmax(-1), 1, generator=generator))
+    below = (logits - logits.max()).double()  # so that a temperature near zero divides nothing that is not
+    return int(torch.multinomial((below / sampling.temperature).softmax(-1).float(), 1, generator=generator))
 
 
 @torch.no_grad()

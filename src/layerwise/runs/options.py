@@ -9,13 +9,12 @@ from typing import Any
 
 from layerwise import models, rules
 from layerwise.core import own_code
-from layerwise.core.ranges import TRAINING, check_ranges
+from layerwise.core.ranges import TRAINING, check_largest, check_ranges
 from layerwise.core.rule import Rule
 from layerwise.data.catalogue import is_table, is_text
 from layerwise.errors import LayerwiseError, short
 from layerwise.memory.fitting import read_size
 from layerwise.models import ModelOptions
-from layerwise.records import LARGEST
 from layerwise.replacements import check_name
 from layerwise.runs.settings import FLAGS, OF_TEXTS, RunSettings, build_options, load_recipe
 
@@ -73,8 +72,8 @@ def _check_number(name: str, value: Any) -> None:
             _check_number(name, item)
     elif isinstance(value, float) and not math.isfinite(value):
         raise LayerwiseError(f"{name} is {value}; give a finite number.")
-    elif isinstance(value, int) and abs(value) > LARGEST:
-        raise LayerwiseError(f"{name} is {short(value)}; the largest whole number is 2^63 - 1.")
+    else:
+        check_largest(name, value)
 
 
 def model_name(options: ModelOptions) -> str:
