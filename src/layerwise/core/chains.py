@@ -69,11 +69,10 @@ def expanded(
         if child is None:
             continue
         path = prefix + name
-        if is_sequential(child) and child._modules:
-            if path in holding or deep:
-                found += expanded(child, cuts, deep, path + ".")
-                continue
-        found.append((path, child))
+        if is_sequential(child) and child._modules and (path in holding or deep):
+            found += expanded(child, cuts, deep, path + ".")
+        else:
+            found.append((path, child))
     return found
 
 
