@@ -77,7 +77,7 @@ def proof() -> str:
     ]
     note = (
         f"Each folder has its table, its machine and its command. [All {len(CLAIMS)} questions](docs/results.md) have "
-        f"an answer, also those that went against us. {evidence.MARKED}"
+        f"an answer, including those that went against us. {evidence.MARKED}"
     )
     return "\n".join([*table(["question", "answer", "evidence"], body), "", *wrapped(note)])
 
@@ -143,7 +143,7 @@ def rule_page(rule: str) -> str:
         body.append([task, text, row.figure, str(len(row.finals)), row.lr_text, link(claim, "../../benchmarks/")])
     title = evidence.title_of(row for _, row in rows_of(rule))
     head = ["task", "options", title, "n", "learning rate", "evidence"]
-    more = "The other rules beside it, and what the tables leave open: [results](../results.md)."
+    more = "[Results](../results.md) compares it with the other rules and says what the tables leave open."
     if any(evidence.EDGE in row.lr_text for _, row in rows_of(rule)):
         more = f"{evidence.EDGE} marks a learning rate at the end of its grid, where a wider grid may give more. {more}"
     return "\n".join([*(table(head, body) if body else ()), *([""] if body else ()), *wrapped(more)])

@@ -169,7 +169,7 @@ MUTANTS = [
     Mutant("momentum without Nesterov", "core/optim.py",
            [('"nesterov": True', '"nesterov": False')], f"{ENGINE} nesterov"),
     Mutant("infinity is in every range", "core/ranges.py",
-           [("abs(number) <= sys.float_info.max", "True")], "test_ranges.py schedule or (no_rule and svp)"),
+           [("abs(number) <= (LARGEST if self.whole else sys.float_info.max)", "True")], "test_ranges.py schedule or (no_rule and svp)"),
     Mutant("trunk's gradient not accumulated", "core/engine.py",
            [("trunk.gradient += sent_back", "trunk.gradient = sent_back")], f"{SID} module_after_module and sum"),
     Mutant("trunk's gradient scaled twice", "core/engine.py",

@@ -11,7 +11,7 @@ In a training loop of your own:
     )
     learner = layerwise.Learner(model, "sll", optimizer="adamw", lr=1e-3)
     for x, y in loader:
-        learner.step(x, y)          # in place of loss.backward(); optimizer.step()
+        learner.step(x, y)          # instead of loss.backward(); optimizer.step()
     logits = learner(x)
 
 Names are imported when they are first used (PEP 562), because importing torch takes seconds.
@@ -112,5 +112,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Names for completion, also of what is not imported yet."""
+    """List public names for completion, also those not imported yet."""
     return sorted({*globals(), *__all__, *_PACKAGES})

@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises, and how every failure becomes one sentence."""
+"""The exception for user errors, and one-sentence explanations of all failures."""
 
 import contextlib
 import contextvars
@@ -28,7 +28,7 @@ class LayerwiseError(Exception):
 
 
 MANY = 30
-"""Names that a sentence can list beside the one that was meant."""
+"""Largest number of names that an error lists."""
 
 
 def suggestion(given: str, legal: Sequence[str]) -> str:
@@ -42,7 +42,7 @@ def suggestion(given: str, legal: Sequence[str]) -> str:
 
 
 def unknown(what: str, given: str, legal: Sequence[str]) -> LayerwiseError:
-    """The sentence about a name that nothing has; of very many names it lists all only where none is near.
+    """The error about an unknown name; a long list of legal names is given only if none is similar.
 
     >>> str(unknown("rule", "spl", ["sll", "backprop"]))
     "unknown rule 'spl'; did you mean 'sll'? legal names: sll, backprop."
@@ -56,20 +56,20 @@ def unknown(what: str, given: str, legal: Sequence[str]) -> LayerwiseError:
 
 
 def short(value: Any) -> str:
-    """A value as a sentence shows it, cut where it is long.
+    """Show a value in a sentence, truncated if it is long.
 
     >>> short("x" * 99)
     "'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx..."
     """
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # a number of thousands of digits, a tree of thousands of levels
+    except (ValueError, RecursionError):  # a number with thousands of digits, or a tree with thousands of levels
         text = f"a {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def why(reason: BaseException) -> str:
-    """The first line of an error's words, or its name."""
+    """The first line of an error's message, or its name."""
     if isinstance(reason, RecursionError):
         return "it is nested too deeply"
     said = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
@@ -77,9 +77,9 @@ def why(reason: BaseException) -> str:
 
 
 def tell_torchrun(sentence: str) -> None:
-    """Where torchrun has started this process, put the sentence into the report that torchrun prints at its end.
+    """If torchrun has started this process, add the sentence to the report that torchrun prints at its end.
 
-    torchrun prints a traceback of its own, and after it what each failed process has left in a file.
+    torchrun prints its own traceback, and then what each failed process has written to a file.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
@@ -110,18 +110,18 @@ def report_error(error: BaseException, silent: bool = False) -> int:
 
 def say(sentence: str) -> None:
     """Print a sentence to standard error."""
-    with contextlib.suppress(OSError):  # nobody is left to read it
+    with contextlib.suppress(OSError):  # nobody reads it any more
         print(f"layerwise: {on_one_line(sentence)}", file=sys.stderr, flush=True)
 
 
 def note(sentence: str) -> None:
-    """Print to standard error what a user should know and need not act on, unless `--quiet` was given."""
+    """Print a note to standard error that needs no action, unless `--quiet` was given."""
     if not quiet.get():
         say(f"note: {sentence}")
 
 
 def on_one_line(text: str) -> str:
-    """A text with an escape in place of what a terminal would act on: names of files may hold anything.
+    """Escape control characters in a text, because names of files may contain anything.
 
     >>> print(on_one_line("a" + chr(10) + "b" + chr(27) + "[2J"))
     a\\nb\\x1b[2J
@@ -130,7 +130,7 @@ def on_one_line(text: str) -> str:
 
 
 def explained(error: BaseException) -> str:
-    """One sentence on an exception: what happened, and what to do; for one that nobody has foreseen, where, too.
+    """Explain an exception in one sentence: what happened, and what to do; for an unforeseen one also where.
 
     >>> explained(FileNotFoundError(2, "No such file or directory", "notes.txt"))
     'cannot use notes.txt (No such file or directory); correct the path or its permissions.'
@@ -153,7 +153,7 @@ def explained(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory has run out, of the host or of an accelerator; torch says so on the host by its words only."""
+    """Whether memory of the host or an accelerator has run out; on the host only torch's message says so."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
@@ -162,7 +162,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _place(error: BaseException) -> str:
-    """The last line of layerwise that was running."""
+    """The last line of layerwise that ran."""
     frames = traceback.extract_tb(error.__traceback__)
     root = str(Path(__file__).parent)
     own = [frame for frame in frames if frame.filename.startswith(root + os.sep)] or frames

@@ -1,4 +1,4 @@
-"""Optional packages: imported when they are needed, with one sentence where they are missing."""
+"""Imports optional packages when they are needed; one sentence says if they are missing."""
 
 import importlib
 from typing import Any
@@ -15,7 +15,7 @@ def need(module: str, extra: str) -> Any:
 
     Args:
         module: the module, such as `"transformers"`.
-        extra: the extra of layerwise that brings it.
+        extra: the extra of layerwise that installs it.
 
     Raises:
         MissingPackage: it is not installed, or cannot be imported; the sentence says what to do.
@@ -30,13 +30,13 @@ def need(module: str, extra: str) -> Any:
         if (reason.name or package).partition(".")[0] == package:
             raise MissingPackage(f"{package} is not installed; run pip install 'layerwise[{extra}]'.") from reason
         raise _broken(package, extra, reason) from reason
-    except (ImportError, RuntimeError, OSError) as reason:  # for another version of torch, say
+    except (ImportError, RuntimeError, OSError) as reason:  # for example, built for another version of torch
         raise _broken(package, extra, reason) from reason
 
 
 def _broken(package: str, extra: str, reason: Exception) -> MissingPackage:
     said = " ".join(str(reason).split())[:200].rstrip(".")
     return MissingPackage(
-        f"{package} is installed but cannot be imported ({said}); install versions that go together: "
+        f"{package} is installed but cannot be imported ({said}); install compatible versions: "
         f"pip install 'layerwise[{extra}]'."
     )

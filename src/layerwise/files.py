@@ -1,4 +1,4 @@
-"""The one place that opens what a user named: regular files only, and every refusal is one sentence."""
+"""Opens files that a user named: only regular files, and every refusal is one sentence."""
 
 import io
 import os
@@ -21,7 +21,7 @@ ADVICE = "give the path of a file"
 
 
 class UnreadableFile(LayerwiseError):
-    """A file is there, or may be, and cannot be read."""
+    """A file exists, or may exist, and cannot be read."""
 
 
 class MissingFile(UnreadableFile):
@@ -29,7 +29,7 @@ class MissingFile(UnreadableFile):
 
 
 def shown(path: str | os.PathLike[str]) -> str:
-    """A path as a sentence shows it: on one line, printable, the middle of a very long one left out.
+    """Show a path in a sentence: on one line, printable, a very long one without its middle.
 
     >>> shown("a/b.png"), shown("a" + chr(0))
     ('a/b.png', "'a\\\\x00'")
@@ -40,31 +40,31 @@ def shown(path: str | os.PathLike[str]) -> str:
 
 
 def kind_of(path: str | os.PathLike[str], advice: str = ADVICE) -> str | None:
-    """What a path names, links followed: "file", "folder", "named pipe", "socket", "device"; None for nothing at all.
+    """The kind of a path, links followed: "file", "folder", "named pipe", "socket", "device"; None if it is missing.
 
     Raises:
-        UnreadableFile: a name that no file can have, or a folder on the way that may not be entered.
+        UnreadableFile: a name that no file can have, or a parent folder without permission.
     """
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as reason:  # too long, a NUL, no right, a circle of links
+    except (OSError, ValueError) as reason:  # too long, a NUL, no permission, a loop of links
         raise _refused(path, reason, advice) from reason
     return KINDS.get(stat.S_IFMT(mode), "special file")
 
 
 def check_regular(path: str | os.PathLike[str], advice: str = ADVICE, inside: Path | None = None) -> os.stat_result:
-    """The status of a regular file, links followed.
+    """Return the status of a regular file, links followed.
 
     Args:
-        path: what the user named.
-        advice: what to do about a file that is refused; the end of the sentence.
-        inside: folder that the file itself has to lie in, wherever links lead; default anywhere.
+        path: from the user.
+        advice: what to do about a refused file; the end of the sentence.
+        inside: folder in which the file itself must be, even through links (default: anywhere).
 
     Raises:
         MissingFile: nothing of this name.
-        UnreadableFile: a folder, a pipe, a device; a name that no file can have; a file outside of `inside`.
+        UnreadableFile: a folder, a pipe, a device; a name that no file can have; a file outside `inside`.
     """
     kind = kind_of(path, advice)
     if kind is None:
@@ -74,7 +74,7 @@ def check_regular(path: str | os.PathLike[str], advice: str = ADVICE, inside: Pa
     try:
         if inside is not None and not Path(path).resolve().is_relative_to(inside.resolve()):
             raise UnreadableFile(
-                f"{shown(path)} lies outside of the folder {shown(inside)}, or is a link that leads out of it; "
+                f"{shown(path)} lies outside the folder {shown(inside)}, or is a link that leads out of it; "
                 "put the file itself there."
             )
         return os.stat(path)
@@ -85,12 +85,12 @@ def check_regular(path: str | os.PathLike[str], advice: str = ADVICE, inside: Pa
 def open_regular(path: str | os.PathLike[str], advice: str = ADVICE, inside: Path | None = None) -> BinaryIO:
     """Open a regular file for reading bytes; never waits for a pipe and never touches a device.
 
-    The arguments and the errors are those of `check_regular`; a file without the right to read is an `UnreadableFile`.
+    The arguments and the errors are those of `check_regular`; without permission to read it raises `UnreadableFile`.
     """
     check_regular(path, advice, inside)
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     try:
-        handle = os.open(path, flags)  # not blocking, should the name have become a pipe in the meantime
+        handle = os.open(path, flags)  # non-blocking, in case the name has become a pipe in the meantime
     except FileNotFoundError as reason:
         raise MissingFile(f"there is no file {shown(path)}; {advice}.") from reason
     except (OSError, ValueError) as reason:
@@ -104,7 +104,7 @@ def open_regular(path: str | os.PathLike[str], advice: str = ADVICE, inside: Pat
 def read_bytes(
     path: str | os.PathLike[str], advice: str = ADVICE, inside: Path | None = None, limit: int = 2**30
 ) -> bytes:
-    """The bytes of a regular file, of at most `limit` bytes; errors as of `open_regular`."""
+    """Read a regular file of at most `limit` bytes; errors as of `open_regular`."""
     with open_regular(path, advice, inside) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
@@ -118,27 +118,27 @@ def read_bytes(
 def read_text(
     path: str | os.PathLike[str], advice: str = ADVICE, inside: Path | None = None, limit: int = 2**30
 ) -> str:
-    """The text of a regular UTF-8 file, with or without a byte order mark; errors as of `open_regular`."""
+    """Read a regular UTF-8 file, with or without a byte order mark; errors as of `open_regular`."""
     content = read_bytes(path, advice, inside, limit)
     try:
-        return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig").read()  # line ends become \n
+        return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig").read()  # converts line ends to \n
     except UnicodeDecodeError as reason:
         raise UnreadableFile(f"{shown(path)} is not UTF-8 text; {advice}.") from reason
 
 
 def list_files(folder: Path, suffixes: Sequence[str] = (), advice: str = "give the path of a folder") -> list[Path]:
-    """The files anywhere below a folder, in the order of their names.
+    """List all files below a folder, in the order of their names.
 
-    Hidden files and folders and what a Mac adds to an archive (`._NAME`, `__MACOSX`) are left out. Links to folders are
-    not entered: what they lead to is in the list already.
+    Hidden files and folders, and those that macOS adds to archives (`._NAME`, `__MACOSX`), are left out. Links to
+    folders are not followed: their targets are in the list already.
 
     Args:
         folder: where to look.
-        suffixes: lower-case suffixes with their dot, of which a name has to have one in any case; default all files.
+        suffixes: lower-case suffixes with their dot, compared without regard to case (default: all files).
         advice: the end of the sentence.
 
     Raises:
-        UnreadableFile: no folder, one below it that may not be read, or a link to a folder elsewhere.
+        UnreadableFile: not a folder, a subfolder that cannot be read, or a link to a folder elsewhere.
     """
     if kind_of(folder, advice) != "folder":
         raise UnreadableFile(f"{shown(folder)} is not a folder; {advice}.")
@@ -157,12 +157,12 @@ def list_files(folder: Path, suffixes: Sequence[str] = (), advice: str = "give t
 
 
 def list_folders(folder: Path) -> list[Path]:
-    """The folders in a folder, in the order of their names, but those that `list_files` leaves out."""
+    """List the folders in a folder, in the order of their names, except those that `list_files` leaves out."""
     return sorted(path for path in _entries(folder) if not is_hidden(path.name) and kind_of(path) == "folder")
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a name is hidden, or one that a Mac adds to an archive."""
+    """Whether a name is hidden, or one that macOS adds to archives."""
     return name.startswith(".") or name == "__MACOSX"
 
 

@@ -1,4 +1,4 @@
-"""`layerwise.hf.Trainer`: a `transformers.Trainer` that differs in its training step alone."""
+"""`layerwise.hf.Trainer`: a `transformers.Trainer` with another training step."""
 
 import itertools
 import random
@@ -20,7 +20,7 @@ from layerwise.runs.checkpoint import load_latest, save
 
 transformers: Any = need("transformers", "hf")
 STATE = "learner"
-"""Folder in a checkpoint: what the rule's own modules have learned, and the optimizers' state by parameter name."""
+"""Folder in a checkpoint: the state of the rule's own modules, and the optimizers' state by parameter name."""
 FROM_ARGS = {
     "lr": "learning_rate",
     "weight_decay": "weight_decay",
@@ -38,7 +38,7 @@ FROM_ARGS = {
 class Trainer(transformers.Trainer):
     """A `transformers.Trainer` whose training step updates block by block.
 
-    Schedule, logging, evaluation, checkpoints and resuming, accumulation and bf16 are those of its `TrainingArguments`.
+    Schedule, logging, evaluation, checkpoints and resuming, accumulation and bf16 follow its `TrainingArguments`.
     Gradients are clipped per block (`max_grad_norm`), so no norm of the whole gradient is logged.
 
     Args:
@@ -46,12 +46,12 @@ class Trainer(transformers.Trainer):
         args: `transformers.TrainingArguments`.
         rule: name of a rule, or a rule.
         learner: further arguments of `Learner`: `cuts` (default `"auto"`), `output`, `read`, `tied`, `task`,
-            `optimizer`. The task is read off the model's class if not given: next tokens for a causal language model,
+            `optimizer`. By default the model's class decides the task: next tokens for a causal language model,
             labels per token for masked ones, encoder-decoders and token classifiers, else a class per sample.
         options: everything else that `transformers.Trainer` takes.
 
     Raises:
-        LayerwiseError: arguments that a learner has no use for, several processes or devices, batches without labels.
+        LayerwiseError: arguments that a learner cannot use, several processes or devices, batches without labels.
     """
 
     def __init__(
@@ -68,18 +68,18 @@ class Trainer(transformers.Trainer):
                 raise LayerwiseError(f"{name!r} is {FROM_ARGS[name]} of the TrainingArguments; set it there.")
         if any(part is not None for part in options.get("optimizers", ())):
             raise LayerwiseError(
-                "every block needs an optimizer of its own, so optimizers=(...) cannot be used; give "
+                "every block needs its own optimizer, so optimizers=(...) cannot be used; give "
                 'learner={"optimizer": ...}, or optim in the TrainingArguments.'
             )
         if options.get("compute_loss_func") is not None:
-            raise LayerwiseError("the loss is the rule's, so compute_loss_func cannot be used; give a task.")
+            raise LayerwiseError("the rule computes the loss, so compute_loss_func cannot be used; give a task.")
         super().__init__(model, args, **options)
         _check_arguments(self.args)
         self.learner: Learner | None = None
         self.accelerator.scaler = None  # a learner has one for each block
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the learner, and give its optimizers as one."""
+        """Create the learner, and return its optimizers as one."""
         if self.learner is None or self.learner.network.model is not self.model:
             self.learner = self._make_learner()
             self.optimizer = self.learner.optimizer
@@ -128,7 +128,7 @@ class Trainer(transformers.Trainer):
         )
 
     def _first_batch(self) -> Mapping[str, Any]:
-        """Two samples, as the data loader would give them, without a trace in any generator."""
+        """Two samples, as the data loader would give them, without changing any generator."""
         if self.train_dataset is None:
             raise LayerwiseError("there is no train_dataset; give one.")
         dataset, collator, state = self.train_dataset, self.data_collator, (random.getstate(), np.random.get_state())
@@ -174,7 +174,7 @@ def _check_arguments(args: Any) -> None:
     """Raise LayerwiseError for arguments that would be ignored."""
     if args.world_size > 1 or args.n_gpu > 1:
         raise LayerwiseError(
-            "layerwise.hf.Trainer trains in one process on one device; for several, wrap nothing and use "
+            "layerwise.hf.Trainer trains in one process on one device; for several, leave the model unwrapped and use "
             "Learner(..., replicas=...) in a loop of your own, or layerwise train --parallel data."
         )
     for name in ("deepspeed", "fsdp", "torch_compile"):

@@ -12,13 +12,13 @@ from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner, Metrics
 
 STATE = "layerwise"
-"""In a checkpoint: what the rule's own modules have learned, and the optimizers' state by parameter name."""
+"""Key in a checkpoint: the state of the rule's own modules, and the optimizers' state by parameter name."""
 
 
 class LearnerMixin:
-    """Stands before `LightningModule` in a class's bases, and gives it its training step.
+    """A base class before `LightningModule` that gives a class its training step.
 
-    A class defines `configure_learner`, which returns a `Learner` that was given an example. `configure_optimizers` may
+    The class defines `configure_learner`, which returns a `Learner` made with an example. `configure_optimizers` may
     be overridden as usual: let it return `self.learner.optimizer`, alone or with schedulers, which are stepped here.
     Clipping and accumulation are arguments of the learner.
 
@@ -33,7 +33,7 @@ class LearnerMixin:
 
     @property
     def learner(self) -> Learner:
-        """The learner; made when it is first asked for, at the latest with the optimizers."""
+        """The learner; created on first use, at the latest with the optimizers."""
         if self._learner is None:
             learner = self.configure_learner()
             if not isinstance(learner, Learner):
@@ -44,7 +44,7 @@ class LearnerMixin:
         return self._learner
 
     def configure_learner(self) -> Learner:
-        """The learner of this module's network.
+        """Return the learner of this module's network.
 
         Raises:
             LayerwiseError: the class does not define it.
@@ -54,7 +54,7 @@ class LearnerMixin:
         )
 
     def batch(self, batch: Any) -> tuple[Any, Tensor | None]:
-        """Inputs and labels of a batch: a pair as it is; of a mapping the entry `labels`."""
+        """Inputs and labels of a batch: a pair as it is; in a mapping the labels are the entry `labels`."""
         return (batch, None) if isinstance(batch, Mapping) else tuple(batch)  # pyright: ignore[reportReturnType]
 
     def configure_optimizers(self) -> Any:
@@ -62,7 +62,7 @@ class LearnerMixin:
         return self.learner.optimizer
 
     def setup(self, stage: str) -> None:
-        """Refuse what Lightning would do to the whole model."""
+        """Refuse settings with which Lightning would wrap the whole model."""
         super().setup(stage)  # pyright: ignore[reportAttributeAccessIssue]
         trainer: Any = self.trainer  # pyright: ignore[reportAttributeAccessIssue]
         if trainer.world_size > 1:
@@ -86,7 +86,7 @@ class LearnerMixin:
         self.log_metrics(metrics)
 
     def log_metrics(self, metrics: Metrics) -> None:
-        """Log what a step measured."""
+        """Log the metrics of a step."""
         found = {f"train/{block}/{key}": v for block, row in metrics.blocks.items() for key, v in row.items()}
         self.log_dict(found, batch_size=metrics.samples)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -96,14 +96,14 @@ class LearnerMixin:
         super().on_train_epoch_end()  # pyright: ignore[reportAttributeAccessIssue]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save what a learner knows beside the weights."""
+        """Save the state of the learner besides the weights."""
         if self._learner is not None:
             state = self._learner.state_dict()
             checkpoint[STATE] = {name: value for name, value in state.items() if name != "model"}
         super().on_save_checkpoint(checkpoint)  # pyright: ignore[reportAttributeAccessIssue]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep it until the learner is made."""
+        """Keep it until the learner is created."""
         self._saved = checkpoint.get(STATE)
         super().on_load_checkpoint(checkpoint)  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -1,4 +1,4 @@
-"""Reads the words of the command line into a dataclass; what cannot be read becomes one sentence."""
+"""Reads the words of the command line into a dataclass; errors become one sentence."""
 
 import contextlib
 import io
@@ -14,10 +14,10 @@ WHOLE = re.compile(r"[+-]?[0-9]+")
 
 
 def read_whole(word: str) -> int:
-    """A whole number out of a word of ASCII digits; Python's `int` also takes `1_0` and the digits of other scripts.
+    """Read a whole number of ASCII digits; Python's `int` also accepts `1_0` and the digits of other scripts.
 
     Raises:
-        ValueError: the word is no such number.
+        ValueError: the word is not such a number.
 
     >>> read_whole("-12")
     -12
@@ -31,10 +31,10 @@ def read_whole(word: str) -> int:
 
 
 def read_number(word: str) -> float:
-    """A number out of a word, as `read_whole`; `inf` and `nan` are read, and refused where they are in no range.
+    """Read a number, as `read_whole`; `inf` and `nan` are accepted here, and refused by ranges.
 
     Raises:
-        ValueError: the word is no number.
+        ValueError: the word is not a number.
 
     >>> read_number("1e-3"), read_number(".5")
     (0.001, 0.5)
@@ -45,7 +45,7 @@ def read_number(word: str) -> float:
 
 
 def environment_number(name: str, default: int = 0) -> int:
-    """A whole number, 0 or larger, in a variable of the environment that launchers such as torchrun set.
+    """Read a whole number, 0 or larger, from an environment variable that launchers such as torchrun set.
 
     Raises:
         LayerwiseError: it holds something else.
@@ -58,7 +58,7 @@ def environment_number(name: str, default: int = 0) -> int:
 
 
 def parse(cls: type, argv: Sequence[str], command: str, default: Any = None) -> Any:
-    """Parse options into a dataclass with tyro; what tyro refuses becomes one LayerwiseError."""
+    """Parse options into a dataclass with tyro; its errors become one LayerwiseError."""
     import tyro
     from tyro.constructors import ConstructorRegistry
 
@@ -84,7 +84,7 @@ def parse(cls: type, argv: Sequence[str], command: str, default: Any = None) -> 
 
 
 def _number_rule(info: Any) -> Any:
-    """How tyro reads an option that is a number; None for others, whose words stay what they are."""
+    """How tyro reads an option that is a number; None for others."""
     from tyro.constructors import PrimitiveConstructorSpec
 
     if info.type not in (int, float):
@@ -146,7 +146,7 @@ ELSEWHERE = {
     "--random-seed": "--seed",
     "--workers": "--jobs",
 }
-"""What other programs call an option, and its name here."""
+"""Maps names of options in other programs to the names here."""
 
 
 PLAIN = (

@@ -1,4 +1,4 @@
-"""Processes that work for a parent: their tasks, and the cores of this machine."""
+"""Worker processes: the tasks from their parent, and the cores of this machine."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ import threading
 
 
 def lines_of_parent() -> "queue.SimpleQueue[str]":
-    """In a worker: the lines of standard input as they arrive. When it ends, the process exits, even in mid-task."""
+    """In a worker: yield the lines of standard input. When the input ends, the process exits, even during a task."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def read() -> None:
@@ -21,7 +21,7 @@ def lines_of_parent() -> "queue.SimpleQueue[str]":
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
+    """Number of processor cores that this process may use."""
     with contextlib.suppress(AttributeError):  # not on every system
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

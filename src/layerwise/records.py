@@ -1,4 +1,4 @@
-"""JSON records, read back and checked before anyone uses them: msgspec compares every field with its type.
+"""Reads JSON records and checks every field with msgspec before use.
 
 A record may come from an older version, from a crash, or from someone else. So nothing in it is trusted.
 """
@@ -18,23 +18,23 @@ LARGEST = 2**63 - 1
 """The largest whole number that torch and the file formats hold."""
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=LARGEST)]
-"""A whole number from 0 up."""
+"""A whole number, 0 or larger."""
 Amount = Annotated[float, msgspec.Meta(ge=0, le=1e300)]
-"""A finite number from 0 up."""
+"""A finite number, 0 or larger."""
 
 
 class DamagedRecord(LayerwiseError):
-    """A record is there and is not what this program writes."""
+    """A record exists and is not in the format of this program."""
 
 
 def read_json(file: Path, kind: Any, advice: str, inside: Path | None = None) -> Any:
-    """The value of a JSON file, as the type `kind`. Fields that `kind` does not name are left out.
+    """Read a JSON file as the type `kind`. Fields that `kind` does not name are left out.
 
     Args:
         file: a regular file.
-        kind: what msgspec converts to: a TypedDict, a dataclass, `dict[str, float]`; `Any` takes all as it is.
-        advice: what to do about a file that is refused; the end of the sentence.
-        inside: folder that the file itself has to lie in; default anywhere.
+        kind: the type for msgspec: a TypedDict, a dataclass, `dict[str, float]`; `Any` accepts everything.
+        advice: what to do about a refused file; the end of the sentence.
+        inside: folder in which the file itself must be (default: anywhere).
 
     Raises:
         MissingFile: there is no such file.
@@ -46,14 +46,14 @@ def read_json(file: Path, kind: Any, advice: str, inside: Path | None = None) ->
 
 
 def read_lines(file: Path, kind: Any, advice: str, inside: Path | None = None, torn: bool = False) -> list[Any]:
-    """The values of a file with one JSON value per line, each as the type `kind`.
+    """Read a file with one JSON value per line, each as the type `kind`.
 
     Args:
         file: a regular file.
         kind: as for `read_json`.
         advice: as for `read_json`.
         inside: as for `read_json`.
-        torn: leave out lines that are damaged, as a crash may have left one half-written.
+        torn: skip damaged lines, because a crash may have left an incomplete one.
 
     Raises:
         MissingFile: there is no such file.
@@ -72,7 +72,7 @@ def read_lines(file: Path, kind: Any, advice: str, inside: Path | None = None, t
 
 
 def parse_json(text: str, name: str, advice: str) -> Any:
-    """The value of a JSON text; `name` is that of the record, for the sentence.
+    """Parse a JSON text; `name` is that of the record, for an error.
 
     Raises:
         DamagedRecord: it is not JSON, gives a name twice, or is nested too deeply.
@@ -87,10 +87,10 @@ def parse_json(text: str, name: str, advice: str) -> Any:
 
 
 def convert(value: Any, kind: Any, name: str, advice: str) -> Any:
-    """A value out of JSON as the type `kind`; `name` is that of the record, for the sentence.
+    """Convert a value from JSON to the type `kind`; `name` is that of the record, for an error.
 
     Raises:
-        DamagedRecord: a field is missing, or of another type; its place is named.
+        DamagedRecord: a field is missing, or of another type; the error gives its place.
 
     >>> convert([1, 2.5], tuple[float, ...], "a.json", "write it again")
     (1.0, 2.5)
@@ -102,7 +102,7 @@ def convert(value: Any, kind: Any, name: str, advice: str) -> Any:
 
 
 def damaged(name: str, reason: str, advice: str) -> DamagedRecord:
-    """The sentence about a record that is not what this program writes."""
+    """The error about a record that is not in the format of this program."""
     return DamagedRecord(f"{name} is damaged ({' '.join(reason.split())[:300]}); {advice}.")
 
 

@@ -22,11 +22,11 @@ CPU = torch.device("cpu")
 
 
 class _Estimator(BaseEstimator):
-    """What classifier and regressor share: columns brought to mean 0 and deviation 1, a network, epochs of batches.
+    """Base of classifier and regressor: standardises columns, builds a network, trains it for some epochs.
 
     Args:
         rule: name of a rule, or a rule.
-        network: from the number of columns and of outputs to a module; a multilayer perceptron if not given.
+        network: function from the number of columns and of outputs to a module (default: a multilayer perceptron).
         depth: hidden layers of the perceptron.
         width: units of each.
         epochs: passes over the samples.
@@ -34,9 +34,9 @@ class _Estimator(BaseEstimator):
         lr: learning rate.
         weight_decay: of weights.
         optimizer: as for `Learner`.
-        learner: further arguments of `Learner`, such as `cuts` for a network of one's own.
+        learner: further arguments of `Learner`, such as `cuts` for a network of your own.
         device: where to train.
-        random_state: of initial weights, order and draws: a number, a generator of numpy, or None for another one
+        random_state: seed of initial weights, order and draws: a number, a generator of numpy, or None for a new one
             each time.
 
     Attributes:
@@ -111,7 +111,7 @@ class _Estimator(BaseEstimator):
         return torch.from_numpy(((X - self.mean_) / self.scale_).astype(np.float32))
 
     def _outputs(self, X: Any) -> np.ndarray:
-        """What the network says of each row, as float64."""
+        """The network's outputs for each row, as float64."""
         check_is_fitted(self)
         X = validate_data(self, X, dtype=np.float64, reset=False)
         return torch.cat([self.learner_(part).cpu() for part in self._inputs(X).split(1024)]).double().numpy()

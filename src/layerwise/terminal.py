@@ -1,4 +1,4 @@
-"""Text for a terminal: tables and lists that are no wider than it."""
+"""Formats tables and lists for the width of the terminal."""
 
 import shutil
 import textwrap
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def terminal_width() -> int:
-    """Columns of the terminal, or of the variable COLUMNS; there is no limit where output is piped.
+    """Columns of the terminal, or of the variable COLUMNS; no limit if output is piped.
 
     >>> terminal_width() >= 40
     True
@@ -16,7 +16,7 @@ def terminal_width() -> int:
 
 
 def indented(name: str, text: str, margin: int, width: int) -> str:
-    """A name and a text beside it, broken into lines where it is longer than the terminal is wide.
+    """Format a name and a text beside it, wrapped at the width of the terminal.
 
     >>> print(indented("sll", "local: a block learns from its own loss", 6, 32))
     sll   local: a block learns from
@@ -28,18 +28,18 @@ def indented(name: str, text: str, margin: int, width: int) -> str:
 
 
 def wrapped(sentence: str, width: int) -> str:
-    """A sentence in lines that are no wider than the terminal."""
+    """Wrap a sentence at the width of the terminal."""
     return sentence if len(sentence) <= width else "\n".join(textwrap.wrap(sentence, width, break_on_hyphens=False))
 
 
 def table(rows: Sequence[Sequence[str]], width: int = 10**6, gap: str = "  ", right: int | None = None) -> str:
-    """Rows, the first with the names of the columns, in aligned columns; a block for each row where those do not fit.
+    """Format rows, the first with the names of the columns, in aligned columns; one block per row if they do not fit.
 
     Args:
-        rows: of as many cells as there are columns. A cell after which the row is empty, such as a reason, may be long.
+        rows: with a cell per column. A cell after which the row is empty, such as a reason, may be long.
         width: columns of the terminal.
         gap: between two columns.
-        right: the first column that is aligned to the right; none if not given.
+        right: the first column that is aligned to the right (default: none).
 
     >>> print(table([("rule", "seconds"), ("sll", "2.8")]))
     rule  seconds

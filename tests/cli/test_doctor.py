@@ -32,7 +32,7 @@ def test_it_names_versions_and_finds_nothing_wrong_here(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("breaks", "sentence"),
     [
-        (lambda patch: patch.setenv("LAYERWISE_DATA", "/no/such"), "LAYERWISE_DATA names /no/such, which is no folder"),
+        (lambda patch: patch.setenv("LAYERWISE_DATA", "/no/such"), "names /no/such, which is not a folder"),
         (lambda patch: patch.setattr(torch, "__version__", "2.5.1"), "torch 2.5.1 is too old"),
         (lambda patch: patch.setattr(torch, "get_num_threads", lambda: 10**4), "set OMP_NUM_THREADS="),
         (lambda patch: patch.setattr(torch.version, "cuda", "13.0"), "torch is built for CUDA and finds no GPU"),

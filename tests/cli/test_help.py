@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from support.runs import SMALL, result, split
@@ -172,7 +173,7 @@ def test_each_shell_has_its_script(shell, capsys):
 
 def test_another_shell_is_one_sentence(capsys):
     assert main(["completion", "tcsh"]) == 2
-    assert "name one shell: 'tcsh' is none" in capsys.readouterr().err
+    assert "name one shell: 'tcsh' is not one" in capsys.readouterr().err
 
 
 def test_all_settings_of_a_run_have_a_group():
@@ -197,6 +198,25 @@ def test_json_takes_the_place_of_the_table_and_quiet_that_of_progress(tmp_path, 
     assert all(found["holds"] for found in json.loads(capsys.readouterr().out))
 
 
+def test_json_takes_no_argument_for_its_file(tmp_path, monkeypatch, capsys):
+    """Wherever it stands on the line, what is no file of JSON stays what it was."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["ls", "--json", "recipes"]) == 0
+    assert "digits" in json.loads(capsys.readouterr().out)
+    assert main(["ls", "--json", "a.json", "recipes"]) == 0
+    assert main(["ls", "recipes", "--json=b"]) == 0
+    assert json.loads(Path("a.json").read_text()) == json.loads(Path("b").read_text())
+    assert main(["validate", "--json", "nowhere"]) == 2
+    assert "nowhere holds no run" in capsys.readouterr().err
+    for words, sentence in {
+        "ls recipes --json c": "--json is followed by 'c', which does not end in .json; write --json=c",
+        "doctor --json=": "--json= names no file",
+    }.items():
+        assert main(words.split()) == 2
+        assert re.search(sentence, capsys.readouterr().err)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b"]
+
+
 def test_a_benchmark_prints_figures_for_programs(capsys):
     words = split("bench memory --rule sll --depths 2 --shape 1 8 8 --batch-size 4 --model.width 16 --json")
     assert main(words) == 0
@@ -218,7 +238,7 @@ def test_tables_become_blocks_where_they_do_not_fit(monkeypatch, capsys):
 
 
 def test_a_file_that_json_may_not_replace_is_refused_before_the_work(tmp_path, capsys):
-    assert main(["train", *SMALL, "--steps", "3", "--out", str(tmp_path / "run"), "--json", str(tmp_path)]) == 2
+    assert main(["train", *SMALL, "--steps", "3", "--out", str(tmp_path / "run"), f"--json={tmp_path}"]) == 2
     assert "it is a folder, not a file" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -227,4 +247,4 @@ def test_the_old_names_are_answered_with_the_new_ones(capsys):
     assert main(split("compare --rules sll backprop")) == 2
     assert "here it is --rule;" in capsys.readouterr().err
     assert main(split("compare --rule.overlap 1")) == 2
-    assert "come after its name and a colon" in capsys.readouterr().err
+    assert "follow its name and a colon" in capsys.readouterr().err

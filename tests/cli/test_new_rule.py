@@ -50,11 +50,13 @@ def test_it_is_trained_by_name(written, capsys):
         ([], "takes a name"),
         (["a", "b", "c"], "takes a name"),
         (["--out", "x"], "takes a name"),
-        (["My-Rule"], "is no name for a rule"),
-        (["../x"], "is no name for a rule"),
-        (["class"], "is no name for a rule"),
+        (["My-Rule"], "cannot be the name of a rule"),
+        (["../x"], "cannot be the name of a rule"),
+        (["class"], "cannot be the name of a rule"),
         (["sll"], "there is a rule 'sll' already"),
         (["fine", "no/such"], "there is no folder"),
+        (["torch"], "would hide the Python package 'torch'"),
+        (["typing"], "would hide the Python package 'typing'"),
     ],
 )
 def test_wrong_use_is_one_sentence_and_leaves_nothing(words, sentence, tmp_path, monkeypatch, capsys):
@@ -69,5 +71,5 @@ def test_wrong_use_is_one_sentence_and_leaves_nothing(words, sentence, tmp_path,
 def test_nothing_is_overwritten(name, tmp_path, capsys):
     (tmp_path / name).write_text("mine")
     assert main(["new-rule", "my_rule", str(tmp_path)]) == 2
-    assert "nothing is overwritten" in capsys.readouterr().err
+    assert "exists already and is not overwritten" in capsys.readouterr().err
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(name, "mine")]

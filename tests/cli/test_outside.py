@@ -54,6 +54,17 @@ def nothing(classes):
 
 def reserved(classes, name: str = "x"):
     ...
+
+def wider(classes):
+    return Network(64, 16, 2, classes + 3)
+
+SHARED = Network(64, 16, 2, 10)
+
+def shared(classes):
+    return SHARED
+
+def leaves(classes):
+    raise SystemExit(0)
 '''
 RULE = '''
 from dataclasses import dataclass
@@ -65,6 +76,20 @@ class Mine(LocalCE):
 
     name = "mine"
     factor: float = 1.0
+
+@dataclass(frozen=True)
+class Bare(LocalCE):
+    def __post_init__(self):
+        raise ValueError("no weight")
+
+@dataclass(frozen=True)
+class Typo(LocalCE):
+    factor: "flaot" = 1.0
+
+@dataclass(frozen=True)
+class Leaves(LocalCE):
+    def signal(self, ctx):
+        raise SystemExit(0)
 '''
 SHORT = ["--steps", "3", "--batch-size", "64", "--threads", "1"]
 
@@ -145,12 +170,26 @@ def test_a_changed_file_is_noticed_before_it_is_run(here, capsys, file):
         (["--rule", "rule.py:Mien"], "rule.py defines no 'Mien'; did you mean 'Mine'?"),
         (["--rule", "net.py:Layer"], "names no rule"),
         (["--model", "net.py"], "unknown model 'net.py'"),
+        (["--model", "net.py:wider"], "has 13 outputs, and digits needs 10"),
+        (["--model", "net.py:leaves"], "has ended the command with sys.exit(0)"),
+        (["--rule", "rule.py:Leaves", "--model.width", "4"], "has ended the command with sys.exit(0)"),
+        (["--rule", "rule.py:Bare"], "rule 'rule.py:Bare' cannot be made (ValueError: no weight)"),
+        (["--rule", "rule.py:Typo"], "name 'flaot' is not defined"),
     ],
 )
 def test_a_wrong_name_is_one_sentence(here, capsys, words, sentence):
     (here / "broken.py").write_text("# a comment\n1 / 0\n")
     (here / "syntax.py").write_text("def make(:\n")
     assert sentence in refused(capsys, "train", *words, *SHORT, "--out", "run")
+
+
+def test_a_function_that_gives_one_network_twice_is_refused(here):
+    """Two learners would train the same weights."""
+    kind = models.options("net.py:shared")
+    first = kind().build((1, 8, 8), 10)
+    with pytest.raises(LayerwiseError, match="returns the same network each time"):
+        kind().build((1, 8, 8), 10)
+    assert models.options("net.py:make")().build((1, 8, 8), 10) is not first
 
 
 def test_memory_of_ones_own_network(here, capsys):

@@ -111,7 +111,7 @@ WRONG = [
     ("--rule sll:seed=1", "no option 'seed'"),
     ("--rule sll:model.dept=1", "no option 'model.dept'; did you mean 'model.depth'"),
     ("--rule sll:model.depth=x", "depth = 'x' is not int"),
-    ("--rule.overlap 1", "compare has no --rule.overlap, as it compares several rules"),
+    ("--rule.overlap 1", "compare has no --rule.overlap, because it compares several rules"),
     ("--seed 1", "unknown options: --seed"),
     ("--seeds 0", "seeds is 0"),
     ("--jobs 0", "jobs is 0"),

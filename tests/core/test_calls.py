@@ -136,7 +136,7 @@ class Scaled(nn.Linear):
         ("changed", "'layers.1' does not get the output of the call before as it is"),
         ("gradient", "a gradient crosses with addmm float32"),
         ("earlier", "block 'layers.3' gives other bits"),
-        ("parameter", "'layers.1' gets an argument that depends on parameters outside of it"),
+        ("parameter", "'layers.1' gets an argument that depends on parameters outside it"),
         ("cache", "block 'layers.1' gives other bits"),
         ("mode", "gives other bits"),
     ],

@@ -78,6 +78,8 @@ class Fine(Rule):
             "float": lambda: Signal(loss=each.mean(), metrics={"size": 1.0}),
             "metric": lambda: Signal(loss=each.mean(), metrics={"size": each}),
             "output": lambda: Signal(loss=each.mean(), output=(ctx.h,)),
+            "fewer": lambda: Signal(loss=each.mean(), output=ctx.h[:3]),
+            "scalar": lambda: Signal(loss=each.mean(), output=ctx.h.mean()),
         }[self.kind]()
 
 
@@ -89,6 +91,8 @@ SIGNALS = {
     "float": "the metric 'size', which is a float",
     "metric": r"the metric 'size', which is a tensor of shape",
     "output": "an output that is a tuple",
+    "fewer": r"an output that is a tensor of shape \(3, 8\); give a tensor with as many samples",
+    "scalar": r"an output that is a tensor of shape \(\)",
 }
 
 
@@ -117,10 +121,10 @@ class Nameless(Rule):
     ("rule", "sentence"),
     [
         (Fine, "is the class Fine; give an instance"),
-        (Undecorated(), r"'rate' is no option of it; write @dataclass\(frozen=True\)"),
+        (Undecorated(), r"'rate' is not an option of it; write @dataclass\(frozen=True\)"),
         (Nameless(), "does not declare 'name'"),
-        (len, "is no layerwise.Rule"),
-        (None, "is no layerwise.Rule"),
+        (len, "is not a layerwise.Rule"),
+        (None, "is not a layerwise.Rule"),
     ],
 )
 def test_what_is_no_rule_is_refused(rule, sentence):

@@ -135,7 +135,7 @@ class InTrainingOnly(Base):
 
 @pytest.mark.parametrize("kind", [ByType, ByExactType, InTrainingOnly])
 def test_a_trace_that_differs_from_the_model_is_refused(kind):
-    words = r"does something that a trace does not hold.*cut it at its own calls"
+    words = r"does something that a trace cannot represent.*cut it at its own calls"
     with pytest.raises(LayerwiseError, match=words):
         Learner(kind(), "local_ce", cuts=["a", "b"], example=X)
     with pytest.raises(LayerwiseError, match=words):
@@ -178,7 +178,7 @@ class OwnCall(nn.Sequential):
     "make", [lambda: replaced_forward(net()), lambda: OwnCall(*net()), lambda: replaced_forward(Base())]
 )
 def test_a_call_that_is_put_over_the_class_is_refused(make):
-    with pytest.raises(LayerwiseError, match="put over that of its class"):
+    with pytest.raises(LayerwiseError, match="replaces that of its class"):
         partition(make(), ["a", "b"] if isinstance(make(), Base) else ["1"])
 
 

@@ -67,14 +67,14 @@ def test_as_many_classes_as_different_labels(case, tmp_path):
 
 
 BAD_LABELS = {
-    "fractions": (pa.array([0.5, 1.0] * 4), "row 0 of .* has the label 0.5 in column 'label', which is no class"),
+    "fractions": (pa.array([0.5, 1.0] * 4), "row 0 of .* has the label 0.5 in column 'label', which is not a class"),
     "infinity": (pa.array([float("inf"), 1.0] * 4), "has the label inf"),
     "gaps": (pa.array([0.0, float("nan")] * 4), "row 1 of .* has no label"),
     "empty words": (pa.array(["a", ""] * 4), "row 1 of .* has no label"),
     "two spellings": (pa.array(["caf\u00e9", "cafe\u0301"] * 4), "spells the class .* in two ways"),
     "lists": (pa.array([[0], [1]] * 4), "column 'label' of .* holds list<.*>, not whole numbers or words"),
     "times": (pa.array([0, 1] * 4, pa.timestamp("s")), "column 'label' of .* holds timestamp"),
-    "one class": (pa.array([True] * 8), "the one class 'True'"),
+    "one class": (pa.array([True] * 8), "only the class 'True'"),
 }
 
 
@@ -87,7 +87,7 @@ def test_labels_that_are_no_classes(case, tmp_path):
 @pytest.mark.parametrize("notes", ["[", "[]", '{"info": null}', '{"info": {"features": [1]}}'])
 def test_damaged_notes_are_told_of(notes, tmp_path):
     found = table([0, 1] * 4).replace_schema_metadata({"huggingface": notes})
-    refused("holds damaged notes about its columns", write(tmp_path / "d", train=found))
+    refused("holds damaged metadata about its columns", write(tmp_path / "d", train=found))
 
 
 @pytest.mark.parametrize("names", ["ab", [1, 2], ["a", "a"]])
@@ -193,7 +193,7 @@ def test_splits_and_folders_that_are_left_out_are_told_of(tmp_path):
     for split in ("train", "test", "extra"):
         images(tmp_path / "f" / split, {"a": 3, "b": 3})
     notes = data.load(f"imagefolder:{tmp_path / 'f'}", val_fraction=0).notes
-    assert any("no split" in note and "extra" in note for note in notes)
+    assert any("not splits" in note and "extra" in note for note in notes)
     images(tmp_path / "g" / "test", {"a": 3, "b": 3})
     refused("has no folder train, only test", f"imagefolder:{tmp_path / 'g'}")
     images(tmp_path / "h" / "train", {"a": 3, "b": 3})
@@ -270,7 +270,7 @@ def test_links_and_pipes_in_a_folder(tmp_path):
         sum(map(len, (lambda d: (d.train, d.test))(data.load(f"imagefolder:{tmp_path / 'd'}", val_fraction=0)))) == 13
     )
     for make, words in (
-        (lambda: odd.symlink_to(tmp_path / "secret.png"), "odd.png lies outside of the folder"),
+        (lambda: odd.symlink_to(tmp_path / "secret.png"), "odd.png lies outside the folder"),
         (lambda: odd.symlink_to("nowhere"), "there is no file .*odd.png"),
         (lambda: os.mkfifo(odd), "odd.png is a named pipe"),
         (lambda: odd.symlink_to("/dev/zero"), "odd.png is a device"),

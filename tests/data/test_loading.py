@@ -64,7 +64,7 @@ def test_bad_labels(tmp_path):
     write_parquet(path, noise(4), [0, 1, 2, 0], classes=["a", "b"])
     refused("row 2 of .* has the label 2, which is none of the 2 classes", f"parquet:{path}")
     write_parquet(path, noise(4), [1] * 4)
-    refused("the one class '1'", f"parquet:{path}")
+    refused("only the class '1'", f"parquet:{path}")
 
 
 def test_classes_that_differ_between_train_and_test(tmp_path):
@@ -95,7 +95,7 @@ def test_splits_that_cannot_be_told(tmp_path):
 def test_bad_imagefolders(tmp_path):
     refused("no images under", f"imagefolder:{tmp_path}")
     write_folder(tmp_path / "cat", noise(2))
-    refused("the one class 'cat'", f"imagefolder:{tmp_path}")
+    refused("only the class 'cat'", f"imagefolder:{tmp_path}")
     (tmp_path / "dog").mkdir()
     refused("class folder .*dog holds no images", f"imagefolder:{tmp_path}")
     (tmp_path / "dog" / "a.png").write_bytes(b"text")
@@ -145,7 +145,7 @@ def test_hub(tmp_path, monkeypatch, capfd):
 def test_the_hub_is_asked_for_names_alone(name, monkeypatch):
     """`datasets` would read a folder of that path."""
     monkeypatch.setattr(pytest.importorskip("datasets"), "load_dataset", pytest.fail)
-    refused("is no name of a data set on the Hugging Face hub", f"hf:{name}")
+    refused("is not the name of a data set on the Hugging Face hub", f"hf:{name}")
 
 
 def test_a_folder_here_is_not_taken_for_the_hub(tmp_path, monkeypatch):

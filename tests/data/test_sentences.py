@@ -63,8 +63,8 @@ def test_mistakes_are_one_sentence(words, tmp_path):
         load(numbers, words=words)
     table(tmp_path / "train.csv", ROWS)
     table(tmp_path / "test.csv", [("good", "maybe"), ("bad", "no")])
-    with pytest.raises(LayerwiseError, match="has the class 'maybe', which the training data have not"):
+    with pytest.raises(LayerwiseError, match="has the class 'maybe', which the training data do not have"):
         load(str(tmp_path / "train.csv"), words=words)
     words.file.write_text(json.dumps({"model": 1}))
-    with pytest.raises(LayerwiseError, match="is no tokenizer of the library tokenizers"):
+    with pytest.raises(LayerwiseError, match="is not a tokenizer of the library tokenizers"):
         load(str(tmp_path / "train.csv"), words=words)

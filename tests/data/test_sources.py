@@ -82,7 +82,7 @@ def test_images_of_other_sizes_and_colours_are_fitted_and_noted(tmp_path):
     assert data.notes == (
         "1 of 11 train images were resized to 8x8",
         "1 of 11 train images were converted to RGB",
-        "1 of 11 train images are transparent in places and were laid on a white ground",
+        "1 of 11 train images are transparent in places and were given a white background",
     )
     assert load(f"parquet:{tmp_path}", val_fraction=0).notes == data.notes  # from the cache too
     assert load(f"parquet:{tmp_path}", size=4).shape == (3, 4, 4)

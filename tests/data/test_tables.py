@@ -90,12 +90,12 @@ WRONG = {
     "nothing else": ("label\nx\ny\n", "no column but 'label'"),
     "twice": ("a,a,label\n1,2,x\n3,4,y\n", "two columns called 'a'"),
     "ragged": ("a,label\n1,x\n2\n", "line 3 of .* has 1 cells, and the first line 2 names"),
-    "gap": ("a,label\n1,x\n,y\n", "line 3 of .* has '' in column 'a', which is no finite number"),
+    "gap": ("a,label\n1,x\n,y\n", "line 3 of .* has '' in column 'a', which is not a finite number"),
     "word": ("a,label\nred,x\n2,y\n", "line 2 of .* has 'red' in column 'a'"),
     "infinite": ("a,label\n1,x\ninf,y\n", "'inf' in column 'a'"),
     "unlabelled": ("a,label\n1,x\n2,\n", "line 3 of .* has no label in column 'label'"),
-    "regression": ("a,y\n1,0.5\n2,1.25\n", "has the label 0.5 in column 'y', which is no class"),
-    "one class": ("a,y\n1,x\n2,x\n", "the one class 'x'"),
+    "regression": ("a,y\n1,0.5\n2,1.25\n", "has the label 0.5 in column 'y', which is not a class"),
+    "one class": ("a,y\n1,x\n2,x\n", "only the class 'x'"),
     "semicolons": (b"a;b;label\n1;red;x\n3;4;y\n", "line 2 of .* has 'red' in column 'b'"),
     "binary": (b"\xff\xfe\x00a\x00", "is not a readable CSV file"),
     "zeros": (b"\xffa\x00", "is not a readable CSV file"),
@@ -105,9 +105,9 @@ WRONG = {
         "line 5 has no label in column 'label'; correct the lines, or fill gaps with --data.gaps",
     ),
     "many faults": ("a,label\n" + "red,x\nblue,y\n" * 9, "t.csv has 18 faults: .*; and 12 more; "),
-    "underlined": ("a,label\n1_1,x\n2,y\n", "line 2 of .* has '1_1' in column 'a', which is no finite number"),
-    "full-width": ("a,label\n１,x\n2,y\n", "in column 'a', which is no finite number"),
-    "beyond floats": ("a,label\n1e999,x\n2,y\n", "'1e999' in column 'a', which is no finite number"),
+    "underlined": ("a,label\n1_1,x\n2,y\n", "line 2 of .* has '1_1' in column 'a', which is not a finite number"),
+    "full-width": ("a,label\n１,x\n2,y\n", "in column 'a', which is not a finite number"),
+    "beyond floats": ("a,label\n1e999,x\n2,y\n", "'1e999' in column 'a', which is not a finite number"),
     "not a number": ("a,label\nnan,x\n2,y\n", "'nan' in column 'a'"),
     "comma": ('a,label\n"1,5",x\n2,y\n', "'1,5' in column 'a'"),
     "spaced": ("a,label\n1 2,x\n2,y\n", "'1 2' in column 'a'"),
@@ -118,7 +118,7 @@ WRONG = {
     "nameless": ("a,,label\n1,0.5,x\n2,0.7,y\n", "column 2 of .* has no name; name it, or take it out"),
     "label twice": ("a,label,label\n1,x,x\n2,y,x\n", "two columns called 'label'"),
     "two spellings": ("a,label\n1,caf\u00e9\n2,cafe\u0301\n", "spells the class .* in two ways"),
-    "NUL": (b"a,label\n\x00,x\n2,y\n", "in column 'a', which is no finite number"),
+    "NUL": (b"a,label\n\x00,x\n2,y\n", "in column 'a', which is not a finite number"),
     "one row per class": ("a,label\n1,x\n2,y\n3,z\n", "too few to take one from"),
     "huge": ("a,y\n1e300,x\n-1e300,y\n1e300,x\n-1e300,y\n", "too large for a mean and a standard deviation"),
 }
@@ -203,7 +203,7 @@ def test_a_row_is_no_image(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blobs(tmp_path / "t.csv")
     assert main(["train", "--data", "t.csv", "--batch-size", "16", *words.split()]) == 2
-    assert "of a table are no images" in capsys.readouterr().err
+    assert "of a table are not images" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
 
 
@@ -263,7 +263,7 @@ def test_a_table_that_was_saved_twice_has_two_columns_of_row_numbers(tmp_path):
 def test_targets_that_single_precision_would_merge_are_refused(tmp_path):
     """Sixty of them lie within half of a step of float32 at 1.7e9, which is 128."""
     large = write(tmp_path / "large.csv", [(i % 7, i % 5, 1_700_000_000 + i) for i in range(60)])
-    with pytest.raises(LayerwiseError, match="column 'label' are so large beside their differences"):
+    with pytest.raises(LayerwiseError, match="column 'label' are so large compared with their differences"):
         data.load(large, task="regression")
     small = write(tmp_path / "small.csv", [(i % 7, i % 5, i / 3) for i in range(60)])
     assert data.load(small, task="regression").train.labels.unique().numel() > 30
@@ -289,7 +289,7 @@ def test_a_network_that_answers_nan_has_no_accuracy_and_no_predictions(tmp_path,
     capsys.readouterr()
     assert main(["predict", str(tmp_path / "run"), far]) == 2
     out, err = capsys.readouterr()
-    assert "what the network answers to the input 1 is no finite number" in err and not out
+    assert "output for the input 1 is not finite" in err and not out
 
 
 @pytest.mark.parametrize(
@@ -355,12 +355,38 @@ def test_a_run_predicts_rows_with_words_and_gaps(tmp_path, monkeypatch, capsys):
     assert [line.split(",")[1] for line in capsys.readouterr().out.splitlines()[1:]] == ["1", "0", "1"]
     (tmp_path / "new.csv").write_text("size,colour\nbig,red\n")
     assert main(["predict", "run", "new.csv"]) == 2
-    assert "row 0 has 'big' in column 'size', which holds numbers" in capsys.readouterr().err
+    assert "line 2 of new.csv has 'big' in column 'size', which holds numbers" in capsys.readouterr().err
     assert main(["eval", "run"]) == 0  # the data are read again, and are the same
     assert "head/accuracy" in capsys.readouterr().out
+
+
+def test_what_is_told_of_numbers_is_told_beside_words_and_gaps_too(tmp_path):
+    """Ids beyond 2^53, columns that count the rows, and the line of a cell, with --data.categories and --data.gaps."""
+    both = data.Handling("onehot", "median")
+    rows = [[100 + i if i % 4 else "", 0.5 * i, ("red", "", "blue")[i % 3], i % 2] for i in range(60)]
+    names = ("id", "half", "colour", "label")
+    notes = data.load(write(tmp_path / "t.csv", rows, names), handling=both).notes
+    assert [note for note in notes if "counts the rows" in note and "'id'" in note]
+    assert not [note for note in notes if "'half'" in note or "'colour'" in note]
+    for row in rows:
+        row[0] = row[0] and 2**53 + row[0]
+    with pytest.raises(LayerwiseError, match=r"in column 'id' of .* are the same as floating-point numbers"):
+        data.load(write(tmp_path / "t.csv", rows, names), handling=both)
+    told = {}
+    for strange in range(30):  # a word among the numbers of the rows that are not trained on
+        rows = [[i % 5, i % 7 if i != strange else "many", i % 2] for i in range(30)]
+        try:
+            data.load(write(tmp_path / "t.csv", rows), handling=both)
+        except LayerwiseError as error:
+            told[strange] = str(error)
+    assert 0 < len(told) < 15
+    assert all(f"line {row + 2} of {tmp_path / 't.csv'} has 'many' in column" in said for row, said in told.items())
+    rows = [[i % 5, 2 if i == 3 else i % 2, i % 2] for i in range(40)]
+    with pytest.raises(LayerwiseError, match=r"line 5 of .* has 2 in the column 'weight', which is no 0 or 1"):
+        data.load(write(tmp_path / "t.csv", rows), task="multilabel", targets=["weight", "label"])
 
 
 @pytest.mark.parametrize("words", ["--data.categories onehot", "--data.gaps mean"])
 def test_images_have_no_words_and_no_gaps(words, capsys):
     assert main(["train", *words.split()]) == 2
-    assert "is no table of numbers and words; leave --data.categories and --data.gaps out" in capsys.readouterr().err
+    assert "is not a table of numbers and words; leave --data.categories and --data.gaps out" in capsys.readouterr().err

@@ -264,5 +264,5 @@ def test_what_no_token_stands_for_is_refused():
     with pytest.raises(LayerwiseError, match="'z' is none of the 3"):
         tokenizer.Characters("abc").encode("abz")
     for known in (tokenizer.Characters("abc"), tokenizer.Bytes()):
-        with pytest.raises(LayerwiseError, match="no UTF-8"):
+        with pytest.raises(LayerwiseError, match="not UTF-8"):
             known.encode("a\udcff")

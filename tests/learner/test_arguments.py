@@ -20,7 +20,7 @@ X, Y = problem()
         (lambda groups: torch.optim.LBFGS([p for g in groups for p in g["params"]]), "LBFGS needs a closure"),
         (lambda groups: None, "gave NoneType; let it return a torch.optim.Optimizer"),
         (lambda groups: torch.optim.SGD(groups[:1], lr=0.1), "left parameters out"),
-        (nn.Linear, "Linear is no torch.optim.Optimizer"),
+        (nn.Linear, "Linear is not a torch.optim.Optimizer"),
         (3, "the optimizer is 3; give a name"),
     ],
 )
@@ -79,7 +79,7 @@ def test_a_schedule_that_gives_no_rate_is_refused(schedule):
         ({"optimizer_options": {"amsgrad": "yes"}}, "it is True or False"),
         ({"optimizer_options": {"betas": (0.9,)}}, "AdamW refuses its options"),
         ({"optimizer_options": [1]}, "give a mapping"),
-        ({"task": LanguageModel(), "label_smoothing": 0.1}, "give it to the task alone"),
+        ({"task": LanguageModel(), "label_smoothing": 0.1}, "give it only to the task"),
         ({"device": "foo"}, "device 'foo' cannot be used"),
         ({"device": "meta"}, "nothing can be trained on the device 'meta'"),
         ({"lr_multipliers": [1]}, "lr_multipliers is of type list"),

@@ -158,13 +158,13 @@ def test_what_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "index" / "model.safetensors.index.json").write_text("[]")
     for model, weights, match in (
         (meta(Decoder), None, "'positions' of a model on the meta device was not written by its Decoder"),
-        (decoder(), tmp_path / "small.safetensors", "is for a model that was made without"),
+        (decoder(), tmp_path / "small.safetensors", "is for a model that was made under"),
         (meta(), tmp_path / "small.safetensors", "holds no tensor 'positions'"),
         (meta(tie=False), tmp_path / "wrong.safetensors", r"'layers.1.up.weight' has shape \(3, 3\)"),
         (meta(), broken, "cannot be read"),
         (meta(), tmp_path / "missing", "there is no file"),
         (meta(), tmp_path / "empty", "holds no safetensors file"),
-        (meta(), tmp_path / "index", "is no index"),
+        (meta(), tmp_path / "index", "is not an index"),
         (meta(), 3, "weights is of type int"),
         (meta(), lambda name, module: None, "was not written"),
     ):

@@ -117,7 +117,7 @@ def reload(model):
 
 CHANGES = {
     "module '5' was replaced": lambda model: model.__setitem__(5, nn.Linear(8, CLASSES)),
-    "module '5' has got or lost a part": lambda model: model[5].add_module("extra", nn.Linear(1, 1)),
+    "module '5' has gained or lost a part": lambda model: model[5].add_module("extra", nn.Linear(1, 1)),
     "parameter '1.weight' was replaced": reload,
     "was replaced": lambda model: nn.utils.parametrizations.weight_norm(model[3]),
     "was torch.float32 .* and is torch.float64 now": lambda model: model.double(),
@@ -167,7 +167,7 @@ def test_a_parameter_that_is_added_is_refused_wherever_it_is():
     for path in ("", "3"):
         learner = trained(dense(), "local_ce", [(X, Y)])
         learner.network.model.get_submodule(path).register_parameter("extra", nn.Parameter(torch.zeros(2)))
-        with pytest.raises(LayerwiseError, match=f"module '{path}' has got the parameter 'extra'"):
+        with pytest.raises(LayerwiseError, match=f"module '{path}' has gained the parameter 'extra'"):
             learner.step(X, Y)
 
 

@@ -248,7 +248,7 @@ def test_a_run_is_diagnosed(comparison):
 BAD = [
     (lambda x: dx.linear_cka(x, x[:-1]), "x has 6 rows and y 5"),
     (lambda x: dx.linear_cka(x[0], x), "x has shape (3,)"),
-    (lambda x: dx.linear_cka("words", x), "x is no table of numbers"),
+    (lambda x: dx.linear_cka("words", x), "x is not a table of numbers"),
     (lambda x: dx.hoyer_sparsity(x[:, :1]), "h has one column"),
     (lambda x: dx.hoyer_sparsity(x[:0]), "h has shape (0, 3)"),
     (lambda x: dx.dead_units(x[0]), "h has shape (3,)"),

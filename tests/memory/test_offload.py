@@ -182,6 +182,29 @@ def test_onload_gives_an_ordinary_module_back():
     assert same_bits(one, two)
 
 
+@pytest.mark.parametrize("where", ["host", "disk"])
+@pytest.mark.parametrize("kind", ["other data", "over it", "a single number"])
+def test_what_is_written_to_a_block_that_is_away_is_refused_and_not_lost(kind, where):
+    """It is told at the next step, or where the state is asked for; then training continues as if nothing was."""
+    data = batches(6)
+    one, two = pair(net("mlp", 4), "local_ce", data[:2], where)
+    weight = two.network.model.block2.linear.weight
+    assert weight.stride() == (0, 0)  # it is away
+    for ask in (lambda: two.step(*data[2]), two.state_dict, two.onload):
+        if kind == "other data":
+            weight.data = torch.zeros(weight.shape)
+        elif kind == "over it":
+            torch.nn.init.zeros_(weight)
+        else:
+            two.network.model.block2.linear.bias[:1].data.copy_(torch.ones(1))
+        with pytest.raises(LayerwiseError, match="was written to while its block was offloaded"):
+            ask()
+    for batch in data[2:]:
+        for learner in (one, two):
+            learner.step(*batch)
+    assert_same(one, two)
+
+
 def test_state_crosses_between_streamed_and_not():
     data, model = batches(6), net("vgg", 4)
     one = trained(model, "sid", data, accumulate=4)  # gradients are under way

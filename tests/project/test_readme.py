@@ -49,7 +49,7 @@ def test_other_ways_to_install_name_parts_that_are_there():
     ways = next(text for language, text, _ in blocks(README) if language == "bash")
     parts = {part for found in re.findall(r"\.\[([\w,]+)\]", ways) for part in found.split(",")}
     legal = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    told = re.findall(r"`(\w+)`", README.read_text().partition("Parts are ")[2].partition("\n\n")[0])
+    told = re.findall(r"`(\w+)`", README.read_text().partition("Extras are ")[2].partition("\n\n")[0])
     assert parts <= set(legal)
     assert {*told} | {"test", "docs"} == set(legal)
 

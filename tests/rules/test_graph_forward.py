@@ -89,7 +89,7 @@ def test_a_graph_that_cannot_be_is_refused():
         Graph(NONE, torch.tensor([0, 2]), 2)
     with pytest.raises(LayerwiseError, match="gcn and gat need data with a graph"):
         models.create("gcn", SHAPE, CLASSES)
-    with pytest.raises(LayerwiseError, match="no use for a graph"):
+    with pytest.raises(LayerwiseError, match="cannot use a graph"):
         models.create("mlp", SHAPE, CLASSES, graph=graph())
     with pytest.raises(LayerwiseError, match="choose the model gcn or gat"):
         Learner(net("mlp"), "graph_forward").step(X, Y)
@@ -324,11 +324,11 @@ def test_a_run_on_cora_is_trained_resumed_and_evaluated(cora, rule, model, capsy
 
 def test_wrong_use_of_cora_is_one_sentence(cora, tmp_path, capsys):
     for words, sentence in (
-        ("--data cora --augment flip", "no images to augment"),
+        ("--data cora --augment flip", "not images to augment"),
         ("--data digits --model gcn", "need data with a graph"),
         ("--data cora --rule graph_forward --model mlp", "choose the model gcn or gat"),
         ("--data cora --model mlp --rule dgl", "rule 'dgl' needs a label for every sample"),
-        ("--data cora --rule boosted", "choose a rule that leaves such samples out: sll, svp, sid, local_ce"),
+        ("--data cora --rule boosted", "choose a rule that ignores such samples: sll, svp, sid, local_ce"),
     ):
         assert main(["train", *words.split(), "--out", "none"]) == 2
         assert sentence in capsys.readouterr().err

@@ -167,7 +167,7 @@ def test_the_cascades_rule_refuses_another_model():
 
 
 def test_other_rules_have_no_beliefs():
-    with pytest.raises(LayerwiseError, match="passes on no beliefs"):
+    with pytest.raises(LayerwiseError, match="has no beliefs"):
         Learner(net("mlp"), "sll").beliefs(X)
 
 

@@ -255,7 +255,7 @@ def test_boosting_steps_to_the_minimum_of_the_loss_along_the_stage(kind):
         ("local_ce", "regresion", "regression"),
         ("local_ce", "loss", "no task 'loss'"),
         ("local_ce", Regression, "give an instance"),
-        ("sll", Loss(F.mse_loss), "cannot learn from a loss of one's own"),
+        ("sll", Loss(F.mse_loss), "cannot learn from a custom loss"),
         ("auglocal", Regression(positions="pixel"), "cannot learn from a label per pixel"),
         ("svp", Regression(), "cannot do regression"),
     ],

@@ -172,7 +172,7 @@ train --model vit --model.patch 3            | patch; 3; 8
 train --model vit --model.heads 5            | heads; 5
 train --data imagefolder:B/absent            | B/absent is not a folder
 train --data imagefolder:B/empty             | no images under B/empty
-train --data imagefolder:B/one               | the one class 'cat'
+train --data imagefolder:B/one               | only the class 'cat'
 train --data imagefolder:B/unreadable        | dog/3.png is not a readable image
 train --data imagefolder:B/labels            | cat, dog; eel
 train --data parquet:B/absent                | B/absent does not exist
@@ -184,7 +184,7 @@ train --data parquet:B/columns.parquet       | no image column; a, b
 train --data parquet:B/whole.parquet         | row 0 of B/whole.parquet is not a readable image
 train --data hf:                             | unknown data set 'hf:'
 train --out B/text.parquet/run --steps 1     | cannot write to B/text.parquet/run; --out
-train --out B/full --steps 1                 | B/full is not empty, and is no run; --out
+train --out B/full --steps 1                 | B/full is not empty and is not a run; --out
 train --out B/full --steps 1 --overwrite     | B/full is not the folder of a run
 train --resume                               | --resume needs a value
 train --resume B/absent                      | B/absent holds no run
@@ -237,7 +237,7 @@ bench memory --model.wdth 3          | 'wdth'; did you mean 'width'?
 bench memory --batch-size 0                  | batch size
 bench memory --offload disk                   | 'backprop' cannot be offloaded
 bench memory --offload disk --rule sll --offload-folder no/such | cannot offload blocks to no/such
-bench memory --json B/full/a/b               | could not write; B/full/a/b
+bench memory --json=B/full/a/b               | could not write; B/full/a/b
 bench speed --rounds 0                       | rounds is 0
 bench speed --rule backprop slll            | unknown rule 'slll'; did you mean 'sll'?
 bench speed --model mpl                      | unknown model 'mpl'; did you mean 'mlp'?
@@ -247,7 +247,7 @@ bench speed --threads 0                      | threads is 0
 bench scaling --ranks 1,x                    | --ranks '1,x'
 bench scaling --ranks 0                      | --ranks '0'
 bench scaling --ways rule gpip               | unknown way 'gpip'; did you mean 'gpipe'?
-bench scaling --ways pipeline                | the ways must hold rule
+bench scaling --ways pipeline                | the ways must include rule
 bench scaling --ranks 8                      | micro-batches is 4; at least as many as ranks (8)
 bench scaling --depth 3                      | zbv on 4 ranks needs 8 parts
 bench scaling --ways rule data --batch-size 6 | 4 replicas cannot share a batch of 6; --batch-size 4 or 8

@@ -31,23 +31,23 @@ def contents(folder):
 
 
 REFUSED = {
-    "predict RUN T --out T": "it is what the command reads",
-    "predict RUN T --out LINK": "it is what the command reads",
-    "predict RUN OTHER --out T": "it is what the command reads",  # the run was trained on it
-    "eval RUN --json HARD": "it is what the command reads",
-    "export RUN T": "it is what the command reads",
+    "predict RUN T --out T": "the command reads it",
+    "predict RUN T --out LINK": "the command reads it",
+    "predict RUN OTHER --out T": "the command reads it",  # the run was trained on it
+    "eval RUN --json=HARD": "the command reads it",
+    "export RUN T": "the command reads it",
     "export RUN RUN/config.json": "the folder of a run",
     "export RUN RUN/new.safetensors": "the folder of a run",
     "eval RUN --json RUN/config.json": "the folder of a run",
-    "eval RUN --json INTO": "the folder of a run",
+    "eval RUN --json=INTO": "the folder of a run",
     "predict RUN T --out RUN/checkpoints/x.csv": "the folder of a run",
     "bench memory --json RUN/result.json": "the folder of a run",
     "beliefs RUN --json RUN/config.json": "the folder of a run",
     "beliefs RUN --plot RUN/a.svg": "the folder of a run",
     "predict RUN T --out FIFO": "FIFO|could not write",
     "export RUN FIFO": "could not write",
-    "eval RUN --json FIFO": "could not write",
-    "bench speed --json SOCKET": "it is a socket|could not write",
+    "eval RUN --json=FIFO": "could not write",
+    "bench speed --json=SOCKET": "it is a socket|could not write",
     "export RUN RUN": "it is a folder",
 }
 
@@ -66,8 +66,9 @@ def test_what_is_not_to_be_replaced_is_refused(line, made, capsys):
         (made / "other.csv").write_bytes((made / "t.csv").read_bytes())
     words = []
     for word in line.split():
-        first, slash, rest = word.partition("/")
-        words.append(f"{made / names[first]}{slash}{rest}" if first in names else word)
+        option, equals, name = word.rpartition("=")
+        first, slash, rest = name.partition("/")
+        words.append(f"{option}{equals}{made / names[first]}{slash}{rest}" if first in names else word)
     before = contents(made)
     assert main(words) == 2
     err = capsys.readouterr().err
@@ -134,7 +135,7 @@ def test_a_name_that_no_file_can_have_is_refused(name, tmp_path):
 def test_an_image_of_the_input_is_not_replaced_and_a_table_beside_it_is(tmp_path):
     (tmp_path / "a.png").write_text("image")
     (tmp_path / "predicted.csv").write_text("old")
-    with pytest.raises(LayerwiseError, match="what the command reads"):
+    with pytest.raises(LayerwiseError, match="the command reads it"):
         write_output(tmp_path / "a.png", "new", [tmp_path])
     write_output(tmp_path / "predicted.csv", "new", [tmp_path])
     assert contents(tmp_path) == {"a.png": b"image", "predicted.csv": b"new"}

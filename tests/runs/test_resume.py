@@ -91,7 +91,7 @@ def test_stopped_before_the_first_checkpoint(tmp_path, at_step, step):
     assert not (tmp_path / "run" / "checkpoints").exists()
     resume(tmp_path / "run")
     assert_same_run(whole, tmp_path / "run", notes=False)
-    assert any("began again at step 0" in note for note in result(tmp_path / "run")["notes"])
+    assert any("started again at step 0" in note for note in result(tmp_path / "run")["notes"])
 
 
 def test_options_of_every_kind_survive(tmp_path, at_step):

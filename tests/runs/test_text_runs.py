@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.runs import TIMING, lines, result, split, state, weights
 
-from layerwise import Learner
+from layerwise import LayerwiseError, Learner
 from layerwise.cli.main import main
 from layerwise.runs.building import load_data, load_run, split_in_order
 from layerwise.runs.folders import read_options
@@ -165,6 +165,20 @@ def test_a_block_predicts_without_those_after_it(runs):
     torch.testing.assert_close(outputs_at(beliefs, x, 2), beliefs.beliefs(x)[2])
 
 
+def test_near_temperature_zero_the_most_likely_token_is_drawn(runs):
+    """As at zero itself; a network that answers NaN has none."""
+    learner = load_run(runs["backprop"], "cpu").learner
+    best = list(generate(learner, [3, 1, 2], 8, Sampling(0)))
+    for temperature in (1e-6, 1e-300, 5e-324):
+        assert list(generate(learner, [3, 1, 2], 8, Sampling(temperature, seed=1))) == best
+    with torch.no_grad():
+        for parameter in learner.network.model.head.parameters():
+            parameter.fill_(torch.nan)
+    for temperature in (0, 1.0):
+        with pytest.raises(LayerwiseError, match="is no finite number"):
+            next(generate(learner, [3, 1, 2], 1, Sampling(temperature)))
+
+
 def test_predict_writes_on_from_the_prompt(runs, tmp_path, capsys):
     words = ["predict", str(runs["sll"]), "--prompt", "the sea", "--tokens", "12", "--seed", "5"]
     capsys.readouterr()
@@ -183,10 +197,11 @@ WRONG = [
     (["--prompt", "the", "--tokens", "0"], "tokens is 0"),
     (["--prompt", "the", "--temperature", "-1"], "temperature is -1.0; it must be"),
     (["--prompt", "the", "--top-k", "0"], "top_k is 0; it must be"),
+    (["--prompt", "the", "--seed", f"{10**20}"], "it must be 2^63 - 1 at most"),
     (["--prompt", "the", "--block", "4"], "there is no block 4; the network has the blocks 1 to 3"),
-    (["--prompt", "the", "--block", "3"], "its blocks with one are 1, 2"),
-    (["a.txt"], "give --prompt in place of INPUT"),
-    (["a.txt", "--tokens", "3"], "--tokens is about text, so give --prompt too"),
+    (["--prompt", "the", "--block", "3"], "blocks with a readout: 1, 2"),
+    (["a.txt"], "give --prompt instead of INPUT"),
+    (["a.txt", "--tokens", "3"], "--tokens applies to text, so give --prompt too"),
     ([], "needs INPUT, or --prompt TEXT,"),
 ]
 
@@ -201,12 +216,12 @@ def test_a_prompt_that_cannot_be_continued_is_refused(runs, words, sentence, cap
 
 MISMATCHES = [
     (["--model", "mlp"], "the model 'mlp' takes no tokens"),
-    (["--data", "digits", "--model", "gpt"], "the model 'gpt' takes tokens, and digits is no text"),
+    (["--data", "digits", "--model", "gpt"], "the model 'gpt' takes tokens, and digits is not text"),
     (["--data", "digits", "--model", "mlp", "--data.window", "8"], "window is about language_model"),
     (["--data.vocabulary", "300"], "vocabulary is that of a bpe"),
     (["--data.tokenizer", "bpe", "--data.vocabulary", "10"], "has no room beside the 256 bytes"),
     (["--model.context", "4"], "a window of 8 tokens is longer than the context of the model, 4"),
-    (["--augment", "flip"], "windows of a text are no images to augment"),
+    (["--augment", "flip"], "windows of a text are not images to augment"),
     (["--task", "regression"], "window is about language_model"),
     (["--rule", "predsim"], "cannot learn from a label per token"),
     (["--rule", "forward_forward"], "a label per token"),

@@ -11,7 +11,9 @@ KINDS = ("memory", "speed", "scaling")
 def bench_command(argv: list[str]) -> int:
     """`layerwise bench KIND`: measure memory by depth, time per step, or throughput of several processes."""
     if not argv or argv[0] not in KINDS:
-        near = f"{argv[0]!r} is no benchmark; {suggestion(argv[0], KINDS)}" if argv else f"one of {', '.join(KINDS)}"
+        near = (
+            f"there is no benchmark {argv[0]!r}; {suggestion(argv[0], KINDS)}" if argv else f"one of {', '.join(KINDS)}"
+        )
         raise LayerwiseError(f"say what to measure: {near}; layerwise bench KIND --help lists the options.")
     kind, *rest = argv
     rest = model_options(rest)
@@ -34,7 +36,7 @@ def bench_command(argv: list[str]) -> int:
 
 
 def model_options(words: Sequence[str]) -> list[str]:
-    """The words with `--model.NAME VALUE` as the pairs of one option, since each model has names of its own.
+    """Rewrite `--model.NAME VALUE` as pairs of one option, because each model has options of its own.
 
     >>> model_options(["--model", "mlp", "--model.width", "64", "--depths", "4", "--model.heads=2"])
     ['--model', 'mlp', '--depths', '4', '--model-options', 'width', '64', 'heads', '2']

@@ -1,4 +1,4 @@
-"""What there is to choose from, read from the source files, because importing the rules imports torch.
+"""Lists rules, models and data sets from the source files, because importing the rules imports torch.
 
 `layerwise ls` and the answers to misspelt names use this. The tests compare it with the imported classes.
 """
@@ -14,7 +14,7 @@ from layerwise.cli.source import PACKAGE, assigned, bases, class_of, first_line,
 
 
 def rules() -> dict[str, str]:
-    """Name of every rule to its locality and the first line of its docstring, the built-in ones first.
+    """Map every rule to its locality and the first line of its docstring, the built-in ones first.
 
     >>> list(rules())[0], rules()["sll"].split()[0]
     ('sll', 'local')
@@ -29,7 +29,7 @@ def rules() -> dict[str, str]:
 
 
 def models() -> dict[str, str]:
-    """Name of every model to the first line of its docstring.
+    """Map every model to the first line of its docstring.
 
     >>> models()["mlp"]
     'Fully connected network: block i is a linear layer, norm, activation and dropout.'
@@ -39,7 +39,7 @@ def models() -> dict[str, str]:
 
 
 def data() -> dict[str, str]:
-    """Name of every data set, or form of name, to one line about it.
+    """Map every data set, or form of name, to one line about it.
 
     >>> data()["cifar10"]
     '60,000 photographs, 32x32 RGB, 10 classes'
@@ -57,7 +57,7 @@ def is_text(name: str) -> bool:
 
 
 def recipes() -> dict[str, str]:
-    """Name of every recipe to its description, with the measured accuracy where it has one.
+    """Map every recipe to its description, with the measured accuracy if it has one.
 
     >>> "digits" in recipes()
     True
@@ -73,7 +73,7 @@ def recipes() -> dict[str, str]:
 
 
 def class_of_rule(name: str) -> tuple[Path, str] | None:
-    """The file and the class of a rule, of one from elsewhere too; None where its source cannot be found.
+    """Return the file and the class of a rule, also from elsewhere; None if its source cannot be found.
 
     >>> class_of_rule("sll")[1], class_of_rule("nothing")
     ('SLL', None)
@@ -89,7 +89,7 @@ def class_of_rule(name: str) -> tuple[Path, str] | None:
 
 
 def class_of_model(name: str) -> tuple[Path, str] | None:
-    """The file and the class, or function, of a model; None where there is none."""
+    """Return the file and the class, or function, of a model; None if there is none."""
     for prefix, kind in (("hf:", "HFModel"), ("timm:", "TimmModel")):
         if name.startswith(prefix):
             return PACKAGE / "models" / "outside.py", kind
@@ -97,7 +97,7 @@ def class_of_model(name: str) -> tuple[Path, str] | None:
 
 
 def _in_own_file(name: str) -> tuple[Path, str] | None:
-    """A class or function in a file of the user's, if the file is there and can be read."""
+    """Find a class or function in a file of the user, if the file exists and can be read."""
     path, _, attribute = name.rpartition(":")
     try:
         held = {getattr(node, "name", None) for node in tree(Path(path)).body}
@@ -107,18 +107,18 @@ def _in_own_file(name: str) -> tuple[Path, str] | None:
 
 
 def _rule_classes(wanted: str | None = None) -> dict[str, tuple[Path, str]]:
-    """Name of every built-in rule, or of one, to its file and class, in order."""
+    """Map every built-in rule, or one of them, to its file and class, in order."""
     file = PACKAGE / "rules" / "__init__.py"
     table = assigned(file, "_BUILT_IN")
     assert isinstance(table, ast.Tuple)
     places = [imported(file)[entry.id] for entry in table.elts if isinstance(entry, ast.Name)]
-    if wanted is not None:  # only the files that hold the name are taken apart, which takes time
+    if wanted is not None:  # parsing takes time, so only files that contain the name are parsed
         places = [place for place in places if f'"{wanted}"' in place[0].read_text(encoding="utf-8")]
     return {_attribute(*place, "name"): place for place in places}
 
 
 def _model_classes() -> dict[str, tuple[Path, str]]:
-    """Name of every model of the zoo to its file and class, in order."""
+    """Map every model of the zoo to its file and class, in order."""
     file = PACKAGE / "models" / "__init__.py"
     table = assigned(file, "_MODELS")
     assert isinstance(table, ast.Dict)
@@ -131,12 +131,12 @@ def _model_classes() -> dict[str, tuple[Path, str]]:
 
 
 def _line(file: Path, name: str) -> str:
-    """A rule in one line: its locality, and the first line of its docstring."""
+    """Describe a rule in one line: its locality, and the first line of its docstring."""
     return f"{_attribute(file, name, 'locality'):<13} {first_line(class_of(file, name))}"
 
 
 def _attribute(file: Path, name: str, attribute: str) -> str:
-    """A string that the body of a class, or of one that it inherits from, assigns."""
+    """Return a string that a class, or one of its bases, assigns in its body."""
     for _, node in bases(file, name):
         for line in node.body:
             targets = line.targets if isinstance(line, ast.Assign) else [getattr(line, "target", None)]
@@ -149,7 +149,7 @@ def _attribute(file: Path, name: str, attribute: str) -> str:
 
 
 def _file(point: EntryPoint) -> Path | None:
-    """The source of another package's rule, found without importing it; None where that is not a plain file."""
+    """Find the source of another package's rule without importing it; None if it is not a plain file."""
     paths, spec = None, None
     for part in point.module.split("."):
         spec = importlib.machinery.PathFinder.find_spec(part, paths)

@@ -1,4 +1,4 @@
-"""Every command: where it lives, what it does, and its options. Help, completion and `main` read this table."""
+"""A table of all commands, what they do, and their options. Help, completion and `main` read it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ NAMES = {
 }
 """Options whose values are names that `layerwise ls` knows, and the commands that have them."""
 LISTS = {"rule": "rules", "model": "models", "data": "data", "recipe": "recipes"}
-"""Such an option to the list of its names."""
+"""Maps such an option to the list of its names."""
 
 
 @dataclass(frozen=True)
@@ -19,19 +19,19 @@ class Command:
     """A command of the command line."""
 
     target: str
-    """`module:function`; it is imported when it is called, since most of them import torch."""
+    """`module:function`; imported when it is called, because most of them import torch."""
     about: str
-    """What it does, in a line."""
+    """What it does, in one line."""
     arguments: str = ""
-    """What it is given before its options."""
+    """Its arguments before the options."""
     text: str = ""
-    """More about it."""
+    """Further help."""
     groups: Mapping[str, str] = field(default_factory=dict)
-    """Title of a group of options to the class that declares them, `module:Class`."""
+    """Maps the title of a group of options to the class that declares them, `module:Class`."""
     hidden: tuple[str, ...] = ()
     """Fields of these classes that the command sets itself."""
     choices: tuple[str, ...] = ()
-    """What its first argument may be."""
+    """Legal values of its first argument."""
 
 
 CHOSEN = "layerwise.cli.words"
@@ -48,7 +48,7 @@ COMMANDS: dict[str, Command] = {
     "train": Command(
         "layerwise.cli.train:train_command",
         "train a network (default: SLL on digits), or continue a run",
-        text="Options that a rule and a model have themselves follow their names; those of others are listed by "
+        text="The options of the rule and the model follow. Those of others are listed by "
         "layerwise train --rule NAME --model NAME --help.",
         groups={
             "what is trained": f"{CHOSEN}:Trained",
@@ -61,7 +61,7 @@ COMMANDS: dict[str, Command] = {
         "layerwise.cli.compare:compare_command",
         "train several rules over several seeds, and write one report",
         text="Every rule has the same data order, initial weights and budget. Repeat the command to continue after a "
-        "crash: finished runs stay, and a half-written run is run again.",
+        "crash: finished runs are kept, and an unfinished run is run again.",
         groups={
             "what is compared": f"{CHOSEN}:Compared",
             "comparison": "layerwise.compare.settings:ComparisonSettings",
@@ -74,7 +74,7 @@ COMMANDS: dict[str, Command] = {
         "layerwise.cli.compare:report_command",
         "draw the report of a comparison or a benchmark again",
         "DIR",
-        "It draws report.html and figures/ from what compare or bench --out left in DIR, and prints the path.",
+        "It draws report.html and figures/ from the files of compare or bench --out in DIR, and prints the path.",
     ),
     "eval": Command(
         "layerwise.cli.trained:eval_command",
@@ -84,7 +84,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "beliefs": Command(
         "layerwise.cli.trained:beliefs_command",
-        "measure what SID's theory predicts, module by module; early exit",
+        "compare beliefs with SID's theory, module by module; early exit",
         "RUN",
         groups={"options": "layerwise.cli.words:BeliefsOptions"},
     ),
@@ -93,16 +93,16 @@ COMMANDS: dict[str, Command] = {
         "predict the classes of images or of the rows of a table, as CSV; --prompt continues a text",
         "RUN INPUT | RUN --prompt TEXT",
         "INPUT is an image, a folder of images, a .npy array (N, C, H, W), or a CSV file with the columns of the run's "
-        "table. The CSV has the columns input, class and probability; or one per target or label, as the run's task "
-        "has them. A class per pixel goes into an array: --out FILE.npy.",
+        "table. The CSV has the columns input, class and probability, or one per target or label for other tasks. "
+        "A class per pixel is written as an array: --out FILE.npy.",
         groups={"options": "layerwise.cli.words:PredictOptions", "text": "layerwise.cli.words:TextOptions"},
     ),
     "export": Command(
         "layerwise.cli.trained:export_command",
         "write the trained weights as one safetensors file, for your own model class",
         "RUN FILE",
-        "The parameters have the model's own names. This works for a run that several ranks have trained, and for one "
-        "that is not finished.",
+        "The parameters have the model's own names. This also works for a run that many ranks have trained, and for "
+        "one that is not finished.",
     ),
     "ls": Command(
         "layerwise.cli.listing:ls_command",
@@ -125,14 +125,14 @@ COMMANDS: dict[str, Command] = {
     ),
     "new-rule": Command(
         "layerwise.cli.new_rule:new_rule_command",
-        "write a rule of your own with its tests, ready to be changed",
+        "write a rule of your own and its tests, for you to change",
         "NAME [FOLDER]",
         "It writes NAME.py, a rule that trains, and test_NAME.py, its tests, into FOLDER (default: here). Nothing is "
         "overwritten.",
     ),
     "doctor": Command(
         "layerwise.cli.doctor:doctor_command",
-        "show versions, devices, memory, data and parts, and what stands in the way of training",
+        "show versions, devices, memory, data and extras, and anything that prevents training",
         groups={"options": f"{CHOSEN}:Results"},
     ),
     "validate": Command(
@@ -164,7 +164,7 @@ BENCHES: dict[str, Command] = {
     ),
     "bench scaling": Command(
         "", "measure throughput on several processes, interleaved",
-        text="Ways: rule and backprop in one process; apart (processes that share nothing: what the machine gives); "
+        text="Ways: rule and backprop in one process; apart (independent processes: the limit of the machine); "
         "pipeline and data (ours); ddp (torch's DistributedDataParallel); torch's gpipe, 1f1b, zb1p and zbv (zero "
         "bubble). On the CPU.",
         groups={
@@ -174,10 +174,10 @@ BENCHES: dict[str, Command] = {
         },
     ),
 }  # fmt: skip
-"""The benchmarks, which `layerwise bench` calls."""
+"""The benchmarks of `layerwise bench`."""
 ANYWHERE = {
     "--help": "print this help",
     "--quiet": "print results and errors only: no progress and no notes",
     "--debug": "print the traceback of an error before its sentence",
 }
-"""Switches that every command has, anywhere on the line."""
+"""Switches of every command, allowed anywhere on the line."""

@@ -19,7 +19,7 @@ def compare_command(argv: list[str]) -> int:
     for word in argv:
         if word.startswith("--rule."):
             raise LayerwiseError(
-                f"compare has no {word.partition('=')[0]}, as it compares several rules; options of one come after "
+                f"compare has no {word.partition('=')[0]}, because it compares several rules; options of a rule follow "
                 "its name and a colon: --rule sll:overlap=1 backprop."
             )
     check_options(argv, "recipe", "model", "data")

@@ -1,4 +1,4 @@
-"""`layerwise completion SHELL`: what a shell asks while a command is typed. No answer needs torch."""
+"""`layerwise completion SHELL`: shell completion. It needs no torch."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,7 +8,7 @@ from layerwise.cli.help import groups_of, written
 from layerwise.cli.options import Option, options_of
 from layerwise.errors import LayerwiseError, suggestion
 
-# Bash takes a word apart at : and =, so the words are read from the line, and what stands before is cut off again.
+# Bash splits words at : and =, so the script reads the words from the line, and removes the front of the completions.
 SCRIPTS = {
     "bash": """\
 _layerwise() {
@@ -41,24 +41,24 @@ complete -c layerwise -a '(layerwise completion --words (commandline -opc)[2..-1
 }
 """What `layerwise completion SHELL` prints."""
 VALUES = {"--device": ("auto", "cpu", "cuda", "mps", "xpu"), "--augment": ("flip", "crop", "cutout")}
-"""Words that a few options take, which their types do not list."""
+"""Values of a few options that their types do not list."""
 
 
 def completion_command(argv: list[str]) -> int:
-    """`layerwise completion bash|zsh|fish`: print the script; with `--words` what may stand in place of the last."""
+    """`layerwise completion bash|zsh|fish`: print the script; with `--words`, completions of the last word."""
     if argv[:1] == ["--words"]:
         for word in candidates(argv[1:] or [""]):
             print(word)
         return 0
     if len(argv) != 1 or argv[0] not in SCRIPTS:
-        near = f"{argv[0]!r} is none; {suggestion(argv[0], list(SCRIPTS))}" if argv else ", ".join(SCRIPTS)
+        near = f"{argv[0]!r} is not one; {suggestion(argv[0], list(SCRIPTS))}" if argv else ", ".join(SCRIPTS)
         raise LayerwiseError(f"name one shell: {near}.")
     print(SCRIPTS[argv[0]], end="")
     return 0
 
 
 def candidates(words: Sequence[str]) -> list[str]:
-    """What the last word of a line may become; nothing where it is a file, or where nobody knows.
+    """Complete the last word of a line; nothing if it is a file or unknown.
 
     >>> candidates(["tra"]), candidates(["ls", "m"]), candidates(["train", "--rule", "sl"])
     (['train'], ['models'], ['sll'])
@@ -73,7 +73,7 @@ def candidates(words: Sequence[str]) -> list[str]:
         name, given = f"{name} {given[0]}", given[1:]
     if (command := {**COMMANDS, **BENCHES}.get(name)) is None:
         return []
-    named = given[:-1] if given and given[-1].startswith("--") else given  # which still waits for its value
+    named = given[:-1] if given and given[-1].startswith("--") else given  # its value is still missing
     try:
         options = [option for _, group in groups_of(name, command, named) for option in group]
     except LayerwiseError:  # a recipe that cannot be read
@@ -96,7 +96,7 @@ def candidates(words: Sequence[str]) -> list[str]:
 
 
 def _values(command: str, option: Option, word: str) -> list[str]:
-    """What the value of an option may become."""
+    """Completions of the value of an option."""
     part = option.flag.removeprefix("--")
     if part not in LISTS:
         return _starting(word, option.choices or VALUES.get(option.flag, ()))
@@ -112,7 +112,7 @@ def _values(command: str, option: Option, word: str) -> list[str]:
 
 
 def _flags(option: Option) -> list[str]:
-    """The ways to write the flag of an option: a switch has two."""
+    """Spellings of the flag of an option: a switch has two."""
     return [option.flag, written(option).replace("[no-]", "no-")] if not option.value else [option.flag]
 
 

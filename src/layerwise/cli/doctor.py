@@ -1,4 +1,4 @@
-"""`layerwise doctor`: what this installation and this machine have, and what stands in the way of training."""
+"""`layerwise doctor`: describes this installation and this machine, and finds what prevents training."""
 
 import os
 import re
@@ -16,11 +16,11 @@ LEAST_TORCH = (2, 6)
 
 
 def doctor_command(argv: list[str]) -> int:
-    """`layerwise doctor`: print what there is; exit code 1 where something stands in the way."""
+    """`layerwise doctor`: print the findings; exit code 1 if something prevents training."""
     argv = list(argv)
     where = take_option(argv, "json", "doctor")
     if argv:
-        raise LayerwiseError(f"doctor takes no {argv[0]!r}; it has the option --json alone.")
+        raise LayerwiseError(f"doctor takes no {argv[0]!r}; its only option is --json.")
     facts = examine()
     if where is not None:
         put_json(where, facts)
@@ -37,7 +37,7 @@ def doctor_command(argv: list[str]) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """Facts by name, texts or lists of them; `parts` by name, and `problems` as sentences."""
+    """Collect facts by name, as texts or lists; `parts` by name, and `problems` as sentences."""
     import torch
 
     from layerwise.compare.pool import free_memory
@@ -49,14 +49,14 @@ def examine() -> dict[str, Any]:
     cores, threads = os.cpu_count() or 1, torch.get_num_threads()
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU" if not names else names[0]
     if torch.version.cuda and not names:
-        problems.append("torch is built for CUDA and finds no GPU: see whether nvidia-smi lists one, and its driver.")
+        problems.append("torch is built for CUDA and finds no GPU: check whether nvidia-smi lists one, and the driver.")
     if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < LEAST_TORCH:
         problems.append(f"torch {torch.__version__} is too old: pip install 'torch>=2.6'.")
     if threads > cores:
         problems.append(f"torch uses {threads} threads on {cores} cores: set OMP_NUM_THREADS={cores}.")
     folder = os.environ.get("LAYERWISE_DATA")
     if folder and not Path(folder).is_dir():
-        problems.append(f"LAYERWISE_DATA names {folder}, which is no folder: point it to a folder of data sets.")
+        problems.append(f"LAYERWISE_DATA names {folder}, which is not a folder: set it to a folder of data sets.")
     if not os.access(".", os.W_OK):
         problems.append("this folder cannot be written to: give --out, or change to another one.")
     return {
@@ -76,7 +76,7 @@ def examine() -> dict[str, Any]:
 
 
 def data_in(folder: str | None) -> str:
-    """What the folder of data sets holds, in words."""
+    """Describe the content of the folder of data sets."""
     if not folder:
         return "not set (LAYERWISE_DATA); data sets by name come from the Hugging Face hub"
     if not Path(folder).is_dir():
@@ -86,7 +86,7 @@ def data_in(folder: str | None) -> str:
 
 
 def parts() -> dict[str, str]:
-    """Optional parts of this package: `installed`, or what is missing and the command that installs it."""
+    """Extras of this package: `installed`, or what is missing and the command that installs it."""
     found: dict[str, list[str]] = {}
     try:
         lines = requires("layerwise") or []

@@ -1,4 +1,4 @@
-"""Refuses misspelt names before torch is imported, which takes seconds; the sentences are those of later checks."""
+"""Refuses misspelt names before torch is imported, which takes seconds; with the same sentences as later checks."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -13,16 +13,16 @@ KINDS = {
     "data": ("data set", catalogue.data),
     "recipe": ("recipe", catalogue.recipes),
 }
-"""Option to what it names, and the names that there are."""
+"""Maps an option to the kind of thing that it names, and to all names."""
 OPEN = (".", ":", "/", "\\")
-"""What a path, or a name with a form, holds; whether there is such a thing is seen when it is opened.
+"""Characters of paths and of names with a form. Whether such a thing exists is checked when it is opened.
 
 A rule or a model from elsewhere has the form `FILE.py:NAME`, `hf:...` or `timm:...`.
 """
 
 
 def check_options(words: Sequence[str], *options: str) -> None:
-    """Raise LayerwiseError where the value of one of these options is no name that there is.
+    """Raise LayerwiseError if the value of one of these options is an unknown name.
 
     >>> check_options(["--rule", "sll", "--data", "imagefolder:pictures"], "rule", "data")
     """
@@ -32,7 +32,7 @@ def check_options(words: Sequence[str], *options: str) -> None:
 
 
 def check_names(option: str, names: Iterable[str]) -> None:
-    """Raise LayerwiseError where one of the names that an option was given is none that there is."""
+    """Raise LayerwiseError if an option names something unknown."""
     what, known = KINDS[option]
     found = {"rule": catalogue.class_of_rule, "model": catalogue.class_of_model}.get(option)
     for name in names:
@@ -44,7 +44,7 @@ def check_names(option: str, names: Iterable[str]) -> None:
 
 
 def values(words: Sequence[str], option: str) -> list[str]:
-    """What follows `--option` in the words of a command, up to the next option.
+    """Words after `--option` in a command, up to the next option.
 
     >>> values(["--rules", "sll", "backprop", "--seeds", "2"], "rules")
     ['sll', 'backprop']

@@ -11,15 +11,15 @@ from layerwise.cli.options import Option, group, in_words, options_of
 from layerwise.parsing import take_option
 
 WIDE = 100
-"""Columns that are used at most."""
+"""Largest number of columns used."""
 MARGIN = 26
-"""Columns of flags, beside which a description stands on a terminal of 72 columns or more."""
+"""Columns of flags; on a terminal of 72 columns or more the description is beside them."""
 LONG = 30
-"""Characters of choices that are written beside a flag in place of a name for the value."""
+"""Choices up to this many characters are written beside a flag instead of a name for the value."""
 
 
 def usage() -> str:
-    """What `layerwise --help` prints."""
+    """Text of `layerwise --help`."""
     width = columns()
     lines = ["layerwise: train deep networks without global backpropagation", ""]
     lines += ["usage: layerwise COMMAND [OPTIONS]", ""]
@@ -33,7 +33,7 @@ def usage() -> str:
 
 
 def help_of(name: str, words: Sequence[str] = ()) -> str:
-    """The help of a command, for the rule, the model and the recipe that the words name.
+    """Help of a command, for the rule, the model and the recipe in its words.
 
     >>> print(help_of("export").splitlines()[0])
     usage: layerwise export RUN FILE [OPTIONS]
@@ -63,7 +63,7 @@ def groups_of(name: str, command: Command, words: Sequence[str]) -> list[tuple[s
     Args:
         name: of the command.
         command: its entry.
-        words: what follows it on the line.
+        words: the rest of the line.
     """
     found = [(title, group(where, command.hidden)) for title, where in command.groups.items()]
     if name not in ("train", "compare"):
@@ -81,7 +81,7 @@ def groups_of(name: str, command: Command, words: Sequence[str]) -> list[tuple[s
         found.append((f"{part} {chosen[part]}", _defaults(options, table if chosen[part] == own else {}, f"{part}.")))
     recipe |= chosen | {"recipe": take_option([*words], "recipe") or "digits"}
     found = [(title, _defaults(options, recipe)) for title, options in found]
-    # The options of rule and model stand beside what is done to the network.
+    # The options of rule and model go with those of the network.
     last = [pair for pair in found if pair[0].startswith(("rule ", "model "))]
     rest = [pair for pair in found if pair not in last]
     return [*rest[:1], *last, *rest[1:]]
@@ -97,7 +97,7 @@ def _recipe(words: Sequence[str]) -> dict:
 
 
 def _defaults(options: Iterable[Option], values: dict, prefix: str = "") -> list[Option]:
-    """Options with the defaults that a recipe gives them."""
+    """Set the defaults of options to those of a recipe."""
     from layerwise.runs.settings import FLAGS
 
     fields = {f"--{flag}": name for name, flag in FLAGS.items()}
@@ -108,7 +108,7 @@ def _defaults(options: Iterable[Option], values: dict, prefix: str = "") -> list
 
 
 def written(option: Option) -> str:
-    """An option as it is typed, with what stands for its value.
+    """Format an option as it is typed, with a placeholder for its value.
 
     >>> written(Option("--lr", "X", (), False, None, "")), written(Option("--data.documents", "", (), False, None, ""))
     ('--lr X', '--data.[no-]documents')
@@ -122,7 +122,7 @@ def written(option: Option) -> str:
 
 
 def described(option: Option) -> str:
-    """What an option does, the words that it may take where nothing else says them, and its default."""
+    """Describe an option: its effect, its choices if nothing else lists them, and its default."""
     text = option.about
     if len("|".join(option.choices)) > LONG and not all(choice in text for choice in option.choices):
         text += f" One of {', '.join(option.choices)}."
@@ -130,7 +130,7 @@ def described(option: Option) -> str:
 
 
 def entry(flag: str, about: str, width: int) -> list[str]:
-    """Lines of a flag and its description: side by side, or one below the other on a narrow terminal.
+    """Format a flag and its description: side by side, or one below the other on a narrow terminal.
 
     >>> entry("--lr X", "Learning rate.", 80)
     ['  --lr X                  Learning rate.']
@@ -147,5 +147,5 @@ def entry(flag: str, about: str, width: int) -> list[str]:
 
 
 def columns() -> int:
-    """Columns of the terminal, as far as they are used."""
+    """Number of columns of the terminal that are used."""
     return max(40, min(WIDE, shutil.get_terminal_size().columns))

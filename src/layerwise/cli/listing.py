@@ -1,4 +1,4 @@
-"""`layerwise ls` and `layerwise describe`: what there is. Lists, and answers to misspelt names, need no torch."""
+"""`layerwise ls` and `layerwise describe`. Lists, and errors about misspelt names, need no torch."""
 
 from layerwise.cli import catalogue
 from layerwise.cli.early import check_names
@@ -20,7 +20,11 @@ def ls_command(argv: list[str]) -> int:
     argv = list(argv)
     where = take_option(argv, "json", "ls")
     if len(argv) != 1 or argv[0] not in LISTS:
-        near = f"{argv[0]!r} is no list; {suggestion(argv[0], list(LISTS))}" if len(argv) == 1 else "one of the lists"
+        near = (
+            f"there is no list {argv[0]!r}; {suggestion(argv[0], list(LISTS))}"
+            if len(argv) == 1
+            else "one of the lists"
+        )
         raise LayerwiseError(f"say what to list: {near}; layerwise ls {'|'.join(LISTS)}.")
     rows = LISTS[argv[0]]()
     if where is not None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from layerwise.cli.commands import BENCHES, COMMANDS
-from layerwise.errors import LayerwiseError, quiet, report_error, say, traceback_wanted, unknown
+from layerwise.errors import LayerwiseError, quiet, report_error, say, short, traceback_wanted, unknown
 
 
 class Terminated(BaseException):
@@ -22,16 +22,16 @@ class CannotPrint(Exception):
 
 
 UNSAFE = re.compile(r"\x1b(?!\[[0-9;]*m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""What a terminal would act on; colours, ends of lines and tabs are let through."""
+"""Control characters except colours, line ends and tabs."""
 
 
 class Output:
     """Standard output whose failures can be distinguished from those of files.
 
-    A terminal gets escapes in place of control characters: names and texts may come from a stranger.
+    On a terminal, control characters are escaped, because names and texts may come from a stranger.
 
     Args:
-        stream: what to write to.
+        stream: the output.
     """
 
     def __init__(self, stream: Any):
@@ -39,7 +39,7 @@ class Output:
         self._terminal = stream.isatty()
 
     def write(self, text: str) -> int:
-        """Write text, as the stream does."""
+        """Write text to the stream."""
         if self._terminal:
             text = UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text)
         try:
@@ -62,28 +62,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv: arguments without the program's name; those of the process if not given.
+        argv: arguments without the program's name (default: those of the process).
 
     Returns:
-        The exit code: 0; 1 when a run of a comparison failed; 2 for an error, said in one sentence; 128 + the number
-        of the signal when stopped.
+        The exit code: 0; 1 if a run of a comparison failed; 2 for an error, explained in one sentence; 128 + the
+        number of the signal if stopped.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    asked = argv[:2] == ["completion", "--words"]  # whose words are those of another command
+    asked = argv[:2] == ["completion", "--words"]  # its words belong to another command
     traceback_wanted.set("--debug" in argv and not asked)
     quiet.set("--quiet" in argv and not asked)
-    words = argv if asked else with_dash([word for word in argv if word not in ("--debug", "--quiet")])
+    words = argv if asked else [word for word in argv if word not in ("--debug", "--quiet")]
     stdout = sys.stdout
     try:
         with _sigterm_raises(), contextlib.redirect_stdout(Output(stdout) if stdout is not None else stdout):
-            code = _run(words)
+            code = _run(words if asked else with_json_last(words))
             if stdout is not None:
                 sys.stdout.flush()  # here, where a failure can still be reported
             return code
-    except SystemExit as stop:  # tyro has printed the help text
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except SystemExit as stop:
+        if {"-h", "--help"} & {*words} and not stop.code:  # tyro has printed the help text
+            return 0
+        return report_error(
+            LayerwiseError(
+                f"code of the network, the rule or a package has ended the command with sys.exit({stop.code}) before "
+                "its work was done; take that call out."
+            )
+        )
     except CannotPrint as error:
-        # What is left in the stream's buffer would fail again when the interpreter exits.
+        # The rest of the stream's buffer would fail again when the interpreter exits.
         with contextlib.suppress(OSError, ValueError):
             assert stdout is not None
             os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
@@ -101,17 +108,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         return report_error(error)
 
 
-def with_dash(words: Sequence[str]) -> list[str]:
-    """The words with a - after every `--json` that no file follows.
+def with_json_last(words: Sequence[str]) -> list[str]:
+    """The words with `--json` at their end, as `--json=FILE`, or `--json=-` where no file follows it.
 
-    >>> with_dash(["eval", "run", "--json", "--split", "val"])
-    ['eval', 'run', '--json', '-', '--split', 'val']
+    A word that follows it is its file if it is `-` or ends in .json; otherwise it is the argument of a command that has
+    been given none. Any other file is written as `--json=FILE`.
+
+    Raises:
+        LayerwiseError: a word after it is neither, or there is no name after `--json=`.
+
+    >>> with_json_last(["eval", "--json", "run", "--split", "val"])
+    ['eval', 'run', '--split', 'val', '--json=-']
+    >>> with_json_last(["eval", "run", "--json", "figures.json"])
+    ['eval', 'run', '--json=figures.json']
     """
-    found = []
-    for place, word in enumerate(words):
-        alone = word == "--json" and (place + 1 == len(words) or words[place + 1].startswith("--"))
-        found += [word, "-"] if alone else [word]
-    return found
+    kept: list[str] = []
+    given: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word == "--json=":
+            raise LayerwiseError("--json= names no file; write --json=FILE, or --json alone to print the results.")
+        if word != "--json":
+            (given if word.startswith("--json=") else kept).append(word)
+            continue
+        after = rest[0] if rest else "--"
+        if after == "-" or after.endswith(".json"):
+            given.append(f"--json={rest.pop(0)}")
+            continue
+        given.append("--json=-")
+        waits = len(kept) == 1 and kept[0] in COMMANDS and COMMANDS[kept[0]].arguments
+        if not after.startswith("-") and not waits:
+            raise LayerwiseError(
+                f"--json is followed by {short(after)}, which does not end in .json; write --json={after} if that is "
+                "the file, or put --json at the end to print the results."
+            )
+    return kept + given
 
 
 def _run(words: list[str]) -> int:
@@ -143,10 +175,10 @@ def _run(words: list[str]) -> int:
 
 @contextlib.contextmanager
 def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM ends the command as Ctrl-C does, so that locks, workers and half-written files are cleaned up.
+    """Let SIGTERM end the command like Ctrl-C, so that locks, workers and incomplete files are cleaned up.
 
     A rank of torchrun keeps the default: it may be waiting for another rank inside a library, where no Python code
-    would answer the signal.
+    handles the signal.
     """
 
     def stop(signum: int, frame: Any) -> None:

@@ -1,7 +1,10 @@
-"""`layerwise new-rule`: a learning rule of one's own in one file, with its tests, ready to be changed."""
+"""`layerwise new-rule`: writes a new learning rule in one file, and its tests, for the user to change."""
 
 import keyword
+import os
 import re
+import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from layerwise.cli import catalogue
@@ -91,14 +94,25 @@ def test_without_its_loss_a_block_stays_as_it_is():
 '''
 
 
+def hides(name: str) -> bool:
+    """Whether a file of this name would be imported in place of a package that is installed.
+
+    >>> hides("typing"), hides("a_rule_of_mine")
+    (True, False)
+    """
+    here = {"", os.getcwd()}
+    installed = PathFinder.find_spec(name, [place for place in sys.path if place not in here])
+    return installed is not None or name in ("layerwise", *sys.stdlib_module_names)
+
+
 def new_rule_command(argv: list[str]) -> int:
     """`layerwise new-rule NAME [FOLDER]`: write a rule and its tests."""
     if not 1 <= len(argv) <= 2 or any(word.startswith("-") for word in argv):
-        raise LayerwiseError("new-rule takes a name and perhaps a folder: layerwise new-rule my_rule.")
+        raise LayerwiseError("new-rule takes a name and optionally a folder: layerwise new-rule my_rule.")
     name, folder = argv[0], Path(argv[1] if len(argv) == 2 else ".")
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,60}", name) or keyword.iskeyword(name):
         raise LayerwiseError(
-            f"{name!r} is no name for a rule; choose small letters, digits and _ that begin with a letter, such as "
+            f"{name!r} cannot be the name of a rule; choose lower-case letters, digits and _, first a letter, such as "
             "my_rule."
         )
     if name in catalogue.rules():
@@ -109,13 +123,20 @@ def new_rule_command(argv: list[str]) -> int:
     texts = {folder / f"{name}.py": RULE, folder / f"test_{name}.py": TESTS}
     for path in texts:
         if kind_of(path) is not None:
-            raise LayerwiseError(f"{shown(path)} is there already, and nothing is overwritten; choose another name.")
-    for path, text in texts.items():
-        try:
-            with path.open("x") as file:
+            raise LayerwiseError(f"{shown(path)} exists already and is not overwritten; choose another name.")
+    if hides(name):
+        raise LayerwiseError(f"a file {name}.py would hide the Python package {name!r}; choose another name.")
+    begun: list[Path] = []
+    try:
+        for place, text in texts.items():
+            with place.open("x") as file:
+                begun.append(place)
                 file.write(text.format(name=name, class_name=class_name))
-        except OSError as reason:
-            raise LayerwiseError(f"cannot write {shown(path)} ({reason.strerror}).") from reason
+    except OSError as reason:
+        for place in begun:  # half of a rule would be in the way of the next attempt
+            place.unlink(missing_ok=True)
+        file = shown(begun[-1] if begun else next(iter(texts)))
+        raise LayerwiseError(f"cannot write {file} ({reason.strerror}); choose another folder.") from reason
     rule, tests = texts
     print(f"wrote {rule} and {tests}; change them, and")
     print(f"  test it:    pytest {tests}")

@@ -1,6 +1,6 @@
 """The options of a command, of a rule and of a model, read from the source of their dataclasses.
 
-Nothing of theirs is imported: help and completion answer at once, and know a class in a file of the user's too.
+They are not imported, so help and completion answer at once, also for a class in a file of the user.
 """
 
 import ast
@@ -13,23 +13,23 @@ from typing import Any, NamedTuple
 from layerwise.cli.source import bases, class_of, meaning, place_of, tree
 
 GIVEN = ("classes", "outputs", "shape", "self")
-"""Parameters of a function of the user's that are no options (`models/outside.py` fills them in)."""
+"""Parameters of a user's function that are not options (`models/outside.py` fills them in)."""
 NUMBERS = {"int": "N", "float": "X", "PositiveInt": "N", "NonNegativeInt": "N"}
-"""Types of numbers to what stands for their value; the other ranges are of numbers with a point."""
+"""Maps types of whole numbers to a placeholder for their value; the other ranges are of decimal numbers."""
 
-STANDS = {"json": "[FILE]", "out": "PATH", "plot": "FILE", "resume": "RUN", "offload_folder": "FOLDER"}
-"""What stands for the value of an option, where that is not its own name."""
+STANDS = {"json": "[FILE.json]", "out": "PATH", "plot": "FILE", "resume": "RUN", "offload_folder": "FOLDER"}
+"""Placeholders for the values of options, where they differ from the option's name."""
 
 
 class Option(NamedTuple):
     """An option, as help and completion show it."""
 
     flag: str
-    """With its dashes."""
+    """The flag, with its dashes."""
     value: str
-    """What stands for its value; empty for a switch."""
+    """Placeholder for its value; empty for a switch."""
     choices: tuple[str, ...]
-    """The words that it may take, where they are a list."""
+    """Its legal values, if there is a list."""
     several: bool
     """Whether it takes several values."""
     default: str | None
@@ -37,13 +37,13 @@ class Option(NamedTuple):
 
 
 def options_of(file: Path, name: str, prefix: str = "", inherited: bool = True) -> list[Option]:
-    """The options that a dataclass, or the parameters of a function, stand for, in the order of the source.
+    """Return the options of a dataclass, or of the parameters of a function, in the order of the source.
 
     Args:
-        file: where it is.
+        file: the source file.
         name: of the class or function.
         prefix: of every flag, such as `rule.`.
-        inherited: those of its bases, too.
+        inherited: include those of its bases.
 
     >>> [option.flag for option in options_of(place_of("layerwise.models.mlp"), "MLP", "model.")][:2]
     ['--model.depth', '--model.width']
@@ -60,7 +60,7 @@ def options_of(file: Path, name: str, prefix: str = "", inherited: bool = True) 
 
 
 def group(where: str, hidden: Sequence[str] = ()) -> list[Option]:
-    """The options that a class, `module:Class`, declares itself.
+    """Return the options that a class, `module:Class`, declares itself.
 
     >>> [option.flag for option in group("layerwise.runs.launch:ParallelOptions")]
     ['--parallel', '--stages', '--replicas', '--timeout']
@@ -71,7 +71,7 @@ def group(where: str, hidden: Sequence[str] = ()) -> list[Option]:
 
 
 def _fields(node: ast.ClassDef) -> Iterator[tuple[ast.AnnAssign, str]]:
-    """The fields of a dataclass, each with the text below it."""
+    """Return the fields of a dataclass, each with the docstring below it."""
     for line, after in zip(node.body, [*node.body[1:], None], strict=True):
         if not isinstance(line, ast.AnnAssign) or "ClassVar" in ast.unparse(line.annotation):
             continue
@@ -94,7 +94,7 @@ def _field(file: Path, line: ast.AnnAssign, about: str, prefix: str) -> Option:
 
 
 def _defaults(function: ast.FunctionDef) -> Iterator[tuple[ast.arg, ast.expr]]:
-    """The parameters of a function that have a default, with it."""
+    """Return the parameters of a function that have a default."""
     positional = [*function.args.posonlyargs, *function.args.args]
     count = len(function.args.defaults)
     pairs = [*zip(positional[len(positional) - count :], function.args.defaults, strict=True)]
@@ -120,7 +120,7 @@ def _option(file: Path, name: str, kind: ast.expr, value: ast.expr | None, about
 
 
 def _values(file: Path, kind: ast.expr) -> tuple[str, tuple[str, ...], bool]:
-    """What stands for the value of an option of this type, the words it may take, and whether it takes several."""
+    """For an option of this type: a placeholder for its value, its choices, and whether it takes several values."""
     if isinstance(kind, ast.BinOp):  # a union: None says nothing about the value, and a tuple holds one as well
         found = [_values(file, part) for part in (kind.left, kind.right) if ast.unparse(part) != "None"]
         stands, choices, _ = found[0]
@@ -152,7 +152,7 @@ def _values(file: Path, kind: ast.expr) -> tuple[str, tuple[str, ...], bool]:
 
 
 def _literal(file: Path, node: ast.expr | None) -> Any:
-    """The value of a default as the source has it; None where only running it would tell."""
+    """The value of a default in the source; None if only running the code could tell."""
     if node is None:
         return None
     if isinstance(node, ast.Subscript):
@@ -173,7 +173,7 @@ def _literal(file: Path, node: ast.expr | None) -> Any:
 
 
 def in_words(value: Any) -> str | None:
-    """A default in the words of the command line; None where there is nothing to say."""
+    """A default as on the command line; None if there is nothing to show."""
     if value in (None, "", (), [], {}):
         return None
     if isinstance(value, bool):
@@ -191,11 +191,11 @@ MATHS = (
     (r"\\([a-zA-Z]+)", r"\1"),
     (r"[{}$]", ""),
 )
-"""What formulas are written with, and how a terminal shows it."""
+"""Maps LaTeX commands to how a terminal shows them."""
 
 
 def plain(text: str) -> str:
-    r"""A description on one line, with its formulas as a terminal can show them.
+    r"""Put a description on one line, with its formulas as plain text.
 
     >>> plain(r"Factor $\lambda_i$ of $\mathrm{KL}$;\n    at most `d0`.")
     'Factor lambda_i of KL;\\n at most d0.'

@@ -21,15 +21,15 @@ def place_of(module: str) -> Path:
 
 @cache
 def tree(file: Path) -> ast.Module:
-    """The syntax of a file."""
+    """Parse a file."""
     return ast.parse(file.read_text(encoding="utf-8"))
 
 
 def assigned(file: Path, name: str) -> ast.expr:
-    """The value that a module assigns to a name.
+    """Return the value that a module assigns to a name.
 
     Raises:
-        LookupError: it assigns nothing to it.
+        LookupError: it assigns no value to it.
     """
     for node in tree(file).body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
@@ -42,7 +42,7 @@ def assigned(file: Path, name: str) -> ast.expr:
 
 @cache
 def imported(file: Path) -> dict[str, tuple[Path, str]]:
-    """Names that a module imports from modules of this package: to the file, and the name there."""
+    """Map names that a module imports from this package to the file and the name there."""
     found = {}
     for node in tree(file).body:
         if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").startswith("layerwise."):
@@ -52,10 +52,10 @@ def imported(file: Path) -> dict[str, tuple[Path, str]]:
 
 
 def meaning(file: Path, name: str) -> tuple[Path, ast.expr]:
-    """What a name of a module stands for, there or where the module has it from.
+    """Return the value of a name in a module, or in the module that it is imported from.
 
     Raises:
-        LookupError: it stands for nothing that is assigned.
+        LookupError: no value is assigned to it.
     """
     try:
         return file, assigned(file, name)
@@ -64,7 +64,7 @@ def meaning(file: Path, name: str) -> tuple[Path, ast.expr]:
 
 
 def class_of(file: Path, name: str) -> ast.ClassDef:
-    """A class that a module defines.
+    """Return a class that a module defines.
 
     Raises:
         LookupError: there is no such class.
@@ -76,7 +76,7 @@ def class_of(file: Path, name: str) -> ast.ClassDef:
 
 
 def bases(file: Path, name: str) -> Iterator[tuple[Path, ast.ClassDef]]:
-    """A class and those that it inherits from, as far as this package or the file defines them, with their files."""
+    """Return a class and its bases in this package or the file, with their files."""
     node = class_of(file, name)
     yield file, node
     for base in node.bases:

@@ -31,7 +31,7 @@ def train_command(argv: list[str]) -> int:
         words += [word for name, value in given.items() if value is not None for word in (f"--{name}", value)]
         launch = parse(ParallelOptions, words, "train")
         check_run(folder)
-    elif take_option(list(argv), "parallel") in (None, "none"):  # of several ranks, one says it for all of them
+    elif take_option(list(argv), "parallel") in (None, "none"):  # one rank reports it for all
         check_options(argv, "recipe", "rule", "model", "data")
     from layerwise.runs import distributed, pipelined, replicated
     from layerwise.runs.arguments import train_options

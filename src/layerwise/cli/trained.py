@@ -1,6 +1,6 @@
 """Commands that use a trained run: `layerwise eval`, `beliefs`, `predict` and `export`.
 
-What imports torch is imported in the commands, so that help and refusals come at once.
+Modules that import torch are imported in the commands, so that help and errors appear at once.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def eval_command(argv: list[str]) -> int:
 
 
 def beliefs_command(argv: list[str]) -> int:
-    """`layerwise beliefs RUN`: print what SID's theory predicts beside what is measured."""
+    """`layerwise beliefs RUN`: print the predictions of SID's theory beside the measurements."""
     folder, rest = _run(argv, "beliefs")
     options = parse(BeliefsOptions, rest, "beliefs")
     from layerwise.measure.beliefs import beliefs_of_run, draw, print_beliefs
@@ -58,7 +58,7 @@ def beliefs_command(argv: list[str]) -> int:
 
 
 def predict_command(argv: list[str]) -> int:
-    """`layerwise predict RUN INPUT`: print or write what is predicted for every input."""
+    """`layerwise predict RUN INPUT`: print or write the prediction for every input."""
     folder, rest = _run(argv, "predict")
     if any(word.partition("=")[0] == "--prompt" for word in rest):
         return _continue(folder, parse(PredictOptions, rest, "predict"))
@@ -66,7 +66,7 @@ def predict_command(argv: list[str]) -> int:
     options = parse(PredictOptions, rest, "predict")
     for name in ("tokens", "temperature", "top_k", "seed", "block"):
         if getattr(options, name) != getattr(PredictOptions, name):
-            raise LayerwiseError(f"--{name.replace('_', '-')} is about text, so give --prompt too, or leave it out.")
+            raise LayerwiseError(f"--{name.replace('_', '-')} applies to text, so give --prompt too, or leave it out.")
     from layerwise.runs.folders import read_options
     from layerwise.runs.output import check_output, data_paths, write_output
     from layerwise.runs.predicting import predictions
@@ -75,7 +75,7 @@ def predict_command(argv: list[str]) -> int:
     if options.out:
         check_output(Path(options.out), inputs)  # before the work
     if not options.out and read_options(folder).task == "segmentation":
-        raise LayerwiseError("a class per pixel does not go into CSV; write an array with --out FILE.npy.")
+        raise LayerwiseError("a class per pixel cannot be written as CSV; write an array with --out FILE.npy.")
     text, notes = predictions(folder, Path(given), options.device)
     _tell(notes)
     if options.out:
@@ -86,7 +86,7 @@ def predict_command(argv: list[str]) -> int:
 
 
 def _continue(folder: Path, options: PredictOptions) -> int:
-    """Print or write the text that a run on text writes after a prompt."""
+    """Print or write the text that a run on text generates after a prompt."""
     from layerwise.runs.folders import read_options
     from layerwise.runs.generating import Sampling, written
     from layerwise.runs.output import check_output, data_paths, write_output
@@ -123,14 +123,14 @@ def _tell(notes: Sequence[str]) -> None:
 
 
 def _run(argv: Sequence[str], command: str) -> tuple[Path, list[str]]:
-    """The folder of a run that a command is given first, and the words after it."""
+    """Return the folder of a run, the first argument of a command, and the words after it."""
     folder, rest = _positional(argv, command, "RUN")
     check_run(Path(folder))
     return Path(folder), rest
 
 
 def _positional(argv: Sequence[str], command: str, name: str) -> tuple[str, list[str]]:
-    """The leading argument, which every call of the command must give, and the words after it."""
+    """Return the required first argument of a command, and the words after it."""
     if not argv or argv[0].startswith("-"):
         raise LayerwiseError(f"{command} needs {name} as its argument; see layerwise {command} --help.")
     return argv[0], list(argv[1:])

@@ -9,7 +9,7 @@ from layerwise.runs.layout import check_run
 
 
 def validate_command(argv: list[str]) -> int:
-    """`layerwise validate [RUN] [OPTIONS]`: print one line per check; exit code 2 where one fails."""
+    """`layerwise validate [RUN] [OPTIONS]`: print one line per check; exit code 2 if one fails."""
     if argv and not argv[0].startswith("-"):
         json = parse(Results, argv[1:], "validate").json
         check_run(Path(argv[0]))

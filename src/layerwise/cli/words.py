@@ -1,4 +1,4 @@
-"""The options of commands that no other package declares: torch is not imported here."""
+"""Options of commands that no other package declares. This module does not import torch."""
 
 import json
 from dataclasses import dataclass
@@ -7,15 +7,16 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Results:
-    """Where the results go."""
+    """Where to write the results."""
 
     json: str | None = None
-    """Write the results as JSON to this file; without a file, or with -, print them in place of the table."""
+    """Write the results as JSON to this file (a name without .json as --json=FILE); alone, or with -,
+    print them in place of the table."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What is trained."""
+    """What to train."""
 
     recipe: str = "digits"
     """Recipe whose options are the defaults below (layerwise ls recipes), or a TOML file."""
@@ -24,12 +25,12 @@ class Trained:
     model: str = "mlp"
     """Network (layerwise ls models), or FILE.py:function, hf:CONFIG_OR_FOLDER, timm:NAME."""
     resume: str | None = None
-    """Folder of a run to continue with its own options; beside it only those of several processes and results."""
+    """Folder of a run to continue with its own options; add only options of several processes and of results."""
 
 
 @dataclass(frozen=True)
 class Compared:
-    """What is compared."""
+    """What to compare."""
 
     recipe: str = "digits"
     """Recipe whose options are the defaults below (layerwise ls recipes), or a TOML file."""
@@ -48,7 +49,8 @@ class EvalOptions:
     device: str = "auto"
     """cpu | cuda | cuda:N | mps | xpu | auto."""
     json: str | None = None
-    """Write the results as JSON to this file; without a file, or with -, print them in place of the table."""
+    """Write the results as JSON to this file (a name without .json as --json=FILE); alone, or with -,
+    print them in place of the table."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ class BeliefsOptions:
     device: str = "auto"
     """cpu | cuda | cuda:N | mps | xpu | auto."""
     json: str | None = None
-    """Write all results, with the history of the run, as JSON to this file; without a file, or with -, print them in
-    place of the table."""
+    """Write all results, with the history of the run, as JSON to this file (a name without .json as --json=FILE);
+    alone, or with -, print them in place of the table."""
     plot: str | None = None
     """Draw entropy and divergence over depth to this file (.svg, .png, .pdf)."""
 
@@ -75,15 +77,15 @@ class TextOptions:
     """How a run on text continues a prompt."""
 
     prompt: str | None = None
-    """Text that a run on text continues."""
+    """Text to continue."""
     tokens: int = 200
-    """Number of tokens that it writes."""
+    """Number of tokens to generate."""
     temperature: float = 1.0
     """Divides the logits before a token is drawn; 0 takes the most likely one."""
     top_k: int | None = None
-    """Draw among so many of the most likely tokens; all of them if not given."""
+    """Draw among this many of the most likely tokens (default: all)."""
     seed: int = 0
-    """Of the draws."""
+    """Seed of the draws."""
     block: int | None = None
     """Predict with the readout of this block, from 1, without the blocks after it; with the whole network if not
     given."""
@@ -91,7 +93,7 @@ class TextOptions:
 
 @dataclass(frozen=True)
 class PredictOptions(TextOptions):
-    """What is predicted, and where it goes."""
+    """What to predict, and where to write it."""
 
     out: str | None = None
     """Write the CSV, or the text, to this file instead of printing it."""
@@ -101,23 +103,24 @@ class PredictOptions(TextOptions):
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Nothing: a run and a file are all that an export needs."""
+    """No options: an export needs only a run and a file."""
 
 
 @dataclass(frozen=True)
 class ValidateOptions:
-    """What is checked."""
+    """What to check."""
 
     rule: str = "sll"
     """Rule to check."""
     model: Literal["mlp", "vgg", "resnet", "vit", "sid_cascade", "noprop", "noprop_ct", "noprop_fm"] = "mlp"
     """Model to check it on."""
     json: str | None = None
-    """Write the findings as JSON to this file; without a file, or with -, print them in place of the lines."""
+    """Write the findings as JSON to this file (a name without .json as --json=FILE); alone, or with -,
+    print them in place of the lines."""
 
 
 def put_json(where: str, found: Any) -> None:
-    """Print JSON where `--json` is `-`, without torch, or write it to a file."""
+    """Print JSON if `--json` is `-`, or write it to a file; without torch."""
     if where == "-":
         print(json.dumps(found, indent=2))
     else:

@@ -72,7 +72,7 @@ class GridRun:
         return max((line["step"] for line in read_log(self.folder / "metrics.jsonl")), default=0)
 
     def check(self) -> None:
-        """Raise LayerwiseError where the folder holds a run with other options."""
+        """Raise LayerwiseError if the folder holds a run with other options."""
         before = self._read("config.json", dict[str, Any]) or {}
         now = json.loads(json.dumps(to_mapping(self.options)))
         for name in before.keys() & now.keys() - set(FREE):

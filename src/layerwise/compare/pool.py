@@ -22,7 +22,7 @@ class Pool:
 
     Args:
         jobs: number of processes.
-        log: file for what the workers write to standard error outside of a run.
+        log: file for what the workers write to standard error outside a run.
         held: descriptor of an open file that the workers keep open too, so that its lock lasts until they exit.
     """
 

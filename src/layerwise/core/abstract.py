@@ -1,4 +1,4 @@
-"""Classes that have to be completed: a subclass that leaves a method out is refused in a sentence."""
+"""Abstract base classes: a subclass that lacks a method is refused with one sentence."""
 
 import inspect
 from abc import ABC
@@ -8,10 +8,10 @@ from layerwise.errors import LayerwiseError
 
 
 class Abstract(ABC):  # noqa: B024  its subclasses have the methods
-    """Base of classes with `abc.abstractmethod`s, which a subclass has to define before it has instances.
+    """Base of classes with `abc.abstractmethod`s, which a subclass has to define before it can be instantiated.
 
     Raises:
-        LayerwiseError: a class that leaves one out is called; the sentence names class and method.
+        LayerwiseError: an incomplete class is instantiated; the sentence names class and method.
 
     >>> from abc import abstractmethod
     >>> class Shape(Abstract):

@@ -1,4 +1,4 @@
-"""Augmentations of a whole batch at once, on uint8 pixels, wherever the batch lives.
+"""Augmentations of a whole batch at once, on uint8 pixels, on any device.
 
 Every draw is made on the host, so that the same generator gives the same batch on every device.
 """

@@ -1,4 +1,4 @@
-"""A model seen as gradient-isolated blocks and a head; what it computes stays the same."""
+"""Divides a model into gradient-isolated blocks and a head without changing what it computes."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 
 class Unchanged:
-    """Runs what may begin with an in-place operation so that its input stays what it is.
+    """Runs a function that may begin with an in-place operation, without changing its input.
 
-    Whether it writes into its input is found out by the first run, on a copy; in training and in evaluation apart,
+    Whether it writes into its input is determined by the first run, on a copy; in training and in evaluation apart,
     as dropout differs. A copy is made in every run where it does, and in none where it does not.
 
     Args:
@@ -46,11 +46,11 @@ class Unchanged:
         """What `run(h)` gives.
 
         Raises:
-            LayerwiseError: it writes into its input now, and did not before.
+            LayerwiseError: it writes into its input now, but did not before.
         """
         writes = self._writes.get(training)
         given = h if writes is False else h.clone()
-        if given.is_inference():  # nobody counts the changes of these
+        if given.is_inference():  # changes of these tensors are not counted
             return run(given)
         version = given._version
         out = run(given)
@@ -68,13 +68,13 @@ class Block:
     """A contiguous part of a model: what runs between two cuts.
 
     A block owns no module. It holds the names of its parameters and buffers inside the model and looks
-    them up when asked, so that it stays right when the model is moved, cast, compiled or sharded.
+    them up when needed, so it stays correct when the model is moved, cast, compiled or sharded.
 
     Attributes:
         name: the cut after the block (`"head"` for the part after the last cut).
         run: the function from the block's input tensor to its output tensor.
-        before: called before every run, if anything; an offloaded block has to be fetched.
-        layout: where batch, channels and positions are in the output; None while, or where, it is not known.
+        before: called before every run, if set; fetches an offloaded block.
+        layout: where batch, channels and positions are in the output; None if unknown.
         compiled: whether the block runs through `compile`, so that its modules are not called one by one.
         users: by the name of a tensor of this block, the numbers of all blocks that use it, where others do.
     """
@@ -90,11 +90,11 @@ class Block:
         self._order: dict[str, None] = {}
         self.compiled = False
         self._opened: list[Opened] = []
-        """Modules that hold the block, and whose own call does not happen."""
+        """Modules that contain the block, and are not called themselves."""
         self._unchanged = Unchanged(name)
 
     def __call__(self, h: Tensor) -> Tensor:
-        """Run the block; the input stays what it is, even where the block begins with an in-place operation.
+        """Run the block; the input is not changed, even if the block begins with an in-place operation.
 
         Raises:
             LayerwiseError: the block returns anything but one tensor of real numbers, or has hooks that would not run.
@@ -112,11 +112,11 @@ class Block:
 
     @property
     def ran(self) -> bool:
-        """Whether the block has run in the pass under way; a model that is cut at its calls may leave one out."""
+        """Whether the block has run in the current pass; a model that is cut at its calls may skip one."""
         return True
 
     def compile(self, wrap: Callable[[Callable[[Tensor], Any]], Callable[[Tensor], Any]]) -> None:
-        """Run the block through what `wrap` makes of it, such as `torch.compile`."""
+        """Wrap the block's function, for example with `torch.compile`."""
         if isinstance(self.run, TracedPart):
             self.run.traces.wrap(self.run.index, wrap)
         else:
@@ -174,24 +174,24 @@ class Block:
         raise LayerwiseError(f"block {self.name!r} has no tensor {name!r}.")
 
     def places(self) -> list[tuple[dict[str, Any], str]]:
-        """Where the block's parameters and buffers are held: a module's registry, and the name in it."""
+        """Where the block's parameters and buffers are stored: a module's registry, and the name in it."""
         return [self.place(name) for name in self.names()]
 
     def place(self, name: str) -> tuple[dict[str, Any], str]:
-        """Where a tensor of the model is held."""
+        """Where a tensor of the model is stored."""
         path, _, last = name.rpartition(".")
         module = self._model.get_submodule(path)
         return (module._parameters if last in module._parameters else module._buffers), last
 
     def redrawn(self, device: torch.device) -> nn.Sequential:
-        """A module of the block's layers and sizes with weights of its own, drawn by each layer's `reset_parameters`.
+        """Copy the block's modules with new weights, drawn by each layer's `reset_parameters`.
 
         Args:
-            device: where it lives; the block itself may be on another one, or on none (`meta`).
+            device: of the copy; the block itself may be on another one, or on none (`meta`).
 
         Raises:
             LayerwiseError: the block was traced out of a model, so there is no chain of modules to copy, or a module
-                of it holds parameters and cannot draw them anew.
+                of it has parameters that it cannot redraw.
 
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> Partition(net, ["1", "3"]).blocks[1].redrawn(torch.device("cpu"))
@@ -222,7 +222,7 @@ class Block:
 class Partition(nn.Module):
     """A model seen as `blocks` and a `head`; it computes exactly what the model computes.
 
-    It shares the model's own registries, so parameter names, `state_dict()` keys, `.to()`, `.train()` and
+    It shares the model's registries, so parameter names, `state_dict()` keys, `.to()`, `.train()` and
     hooks are the model's. A pickle holds the model and the names of the cuts, no code.
 
     Attributes:
@@ -231,13 +231,13 @@ class Partition(nn.Module):
         blocks: the blocks, in the order in which they run.
         head: what runs after the last cut; it maps the last block's output to logits.
         layout: what was declared of the blocks' outputs, and of the `"input"`.
-        input_layout: the layout of the model's input; None while, or where, it is not known.
+        input_layout: the layout of the model's input; None if unknown.
     """
 
     def __init__(self, model: nn.Module, cuts: Sequence[str], layout: Mapping[str, str] | str | None = None):
         super().__init__()
         check_model(model)
-        # One set of dictionaries for both: whatever replaces a child or a parameter in the one does in the other.
+        # Both share their dictionaries: replacing a child or a parameter in one replaces it in the other.
         self._modules, self._parameters, self._buffers = (
             model._modules,
             model._parameters,
@@ -256,11 +256,11 @@ class Partition(nn.Module):
     """The linear layer that the head calls last and that gives the network's outputs, where there is one; known after a
     learner's probe."""
     output_copy: Tensor | None = None
-    """What blocks read in place of that layer's matrix, where it is elsewhere, or is to be an older one."""
+    """The matrix that blocks read instead of that layer's, if that is on another rank, or an older one is needed."""
     owns_by_use = False
-    """Whether it is known only after a probe which block a parameter belongs to."""
+    """Whether only a probe shows to which block a parameter belongs."""
     keeps: Sequence[str] = ()
-    """Places in its modules where a pass that waits keeps tensors."""
+    """Places in its modules where a waiting pass keeps tensors."""
     model: nn.Module
     cuts: tuple[str, ...]
     blocks: list[Block]
@@ -290,22 +290,22 @@ class Partition(nn.Module):
         """A context in which the blocks can be run: always, for a model that is cut into functions.
 
         Args:
-            batch: what the model is given; needed where its first blocks are elsewhere.
+            batch: the model's input; needed if its first blocks are on other ranks.
         """
         return nullcontext()
 
     def turn_to(self, part: "Part") -> None:
-        """Let the blocks run a part of the batch: as they run any other, for a model that is cut into functions."""
+        """Switch the blocks to a part of the batch; nothing to do for a model that is cut into functions."""
 
     def arrange(self, x: Any) -> None:
-        """Put the blocks in the order in which the model calls them for a batch, where only a run can show it."""
+        """Put the blocks in the order in which the model calls them, if only a run can show it."""
 
     def outside(self) -> set[str]:
         """Names of the tensors that are used between the blocks: none, for a model that is cut into functions."""
         return set()
 
     def keep_only(self, first: int, stop: int) -> set[str]:
-        """Prepare to run a range of the blocks only, as one of several ranks does.
+        """Prepare to run only a range of the blocks, as one of several ranks does.
 
         Args:
             first: number of the first one.
@@ -315,12 +315,12 @@ class Partition(nn.Module):
             Names of the other blocks' tensors that are still needed.
 
         Raises:
-            LayerwiseError: these blocks need more of the others than what one passes to the next.
+            LayerwiseError: these blocks need more from the others than the tensor that one passes to the next.
         """
         return set()
 
     def check_modules(self) -> None:
-        """Raise LayerwiseError where a module of the model was replaced: its block still runs the old one."""
+        """Raise LayerwiseError if a module of the model was replaced: its block still runs the old one."""
         now = dict(self.model.named_modules(remove_duplicate=False))
         for name, module in self._known.items():
             if now.get(name) is not module:
@@ -335,7 +335,7 @@ class Partition(nn.Module):
 
     @torch.no_grad()
     def probe(self, x: Tensor) -> list[Tensor]:
-        """Run a few samples and follow what their dimensions become.
+        """Run a few samples and track their dimensions.
 
         Args:
             x: samples `(B, ...)`; two or more, so that no size is 1 by chance.
@@ -344,7 +344,7 @@ class Partition(nn.Module):
             The outputs of the blocks and the head. Each block's `layout` and `input_layout` are set.
 
         Raises:
-            LayerwiseError: a block cannot take what comes, mixes the samples of the batch, or gives complex numbers.
+            LayerwiseError: a block cannot take its input, mixes the samples of the batch, or returns complex numbers.
         """
         declared = self.layout
         whole = {} if declared is None or isinstance(declared, str) else declared
@@ -415,7 +415,7 @@ class Partition(nn.Module):
 
 
 def check_fits(declared: Mapping[str, str] | str | None, outputs: Sequence[Tensor]) -> None:
-    """Raise LayerwiseError where one layout is declared for all blocks, and no output has as many dimensions."""
+    """Raise LayerwiseError if one layout is declared for all blocks, and no output has as many dimensions."""
     if isinstance(declared, str) and all(out.dim() != len(declared) for out in outputs):
         found = ", ".join(map(str, sorted({out.dim() for out in outputs})))
         raise LayerwiseError(
@@ -425,7 +425,7 @@ def check_fits(declared: Mapping[str, str] | str | None, outputs: Sequence[Tenso
 
 
 def _check_declared(name: str, declared: str, told: str | None) -> None:
-    """Raise LayerwiseError where the layers tell that batch or channels are elsewhere than was declared."""
+    """Raise LayerwiseError if the layers tell that batch or channels are elsewhere than was declared."""
     if told is None or len(told) != len(declared):
         return
     if (told.index("B"), told.index("C")) != (declared.index("B"), declared.index("C")):

@@ -1,4 +1,4 @@
-"""The blocks of a model that is cut at its calls, and copies of their modules with weights of their own."""
+"""The blocks of a model that is cut at its calls, and copies of their modules with new weights."""
 
 import copy
 from collections.abc import Callable
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class CallBlock(Block):
-    """What a model's forward pass runs between two cuts.
+    """A part of a model's forward pass between two cuts.
 
-    It can be called only while its partition has a pass open; once and in order, unless they are run block by block.
+    It can be called only while its partition has an open pass: once and in order, unless blocks are run one by one.
     """
 
     def __init__(self, name: str, index: int, network: "CallPartition"):
@@ -35,20 +35,20 @@ class CallBlock(Block):
         return self._network.pull(self.index, h)
 
     def compile(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Run the block's own module through what `wrap` makes of it; what lies between the cuts stays as it is."""
+        """Wrap the block's own module; code between the cuts does not change."""
         if self.index < len(self._network.cuts):
             self._network.compile(self.index, wrap)
 
     @property
     def ran(self) -> bool:
-        """Whether the pass under way has called the block's module; a pass may leave one out."""
+        """Whether the current pass has called the block's module; a pass may skip one."""
         return not self._network.skipped(self.index)
 
     def redrawn(self, device: torch.device) -> nn.Sequential:
-        """The block's module with weights of its own, called with the arguments that the pass under way gives to it.
+        """Copy the block's module with new weights; it is called with the arguments of the current pass.
 
         Raises:
-            LayerwiseError: it cannot draw its weights, or is the first block, which holds no module alone.
+            LayerwiseError: it cannot draw its weights, or is the first block, which is not a single module.
         """
         network = self._network
         made = copy.deepcopy(network.model.get_submodule(self.name)).to_empty(device=device)
@@ -62,7 +62,7 @@ class CallBlock(Block):
         return self.called(made)
 
     def called(self, module: nn.Module) -> nn.Sequential:
-        """A copy of the block's module, made to be called with the arguments that the pass under way gives to it."""
+        """A copy of the block's module, made to be called with the arguments that the current pass gives to it."""
         return nn.Sequential(_Copy(module, self._network, self.index))
 
 

@@ -1,7 +1,7 @@
-"""A model cut at the calls of its own modules: its own forward pass runs, and stops behind every cut.
+"""A model cut at the calls of its own modules: its own forward pass runs, and pauses after every cut.
 
 Nothing is traced. What the forward pass does between the cuts (masks, skips, caches, branches, any arguments) is its
-own affair; only the teaching tensor of each cut is handed to the engine and back.
+own business; only the teaching tensor of each cut, which the rule reads, goes to the engine and back.
 """
 
 import warnings
@@ -31,15 +31,15 @@ class CallPartition(Partition):
     """A model cut at the calls of its own modules; see `cut_at_calls`.
 
     Attributes:
-        tied: who trains a parameter that several blocks use.
+        tied: which block trains a parameter that several blocks use.
         shared: names of such parameters, with the numbers of the blocks; known after a probe.
-        crossings: what else than the teaching tensors crosses cuts; known after a probe.
-        irregular: why the blocks cannot be run one by one, out of the forward pass; empty where they can, None before
+        crossings: tensors other than the teaching tensors that cross cuts; known after a probe.
+        irregular: why the blocks cannot be run one by one, outside the forward pass; empty if they can, None before
             a probe.
-        keeps: places in its modules where the forward pass leaves tensors; known after a probe.
-        asked_by: name of the rule that is served, for messages.
-        again: what asks for blocks that are run one by one, such as "rule 'interlocking' runs ..."; empty for nothing.
-        first: number of the first block that is here; those before it are on other ranks.
+        keeps: places in its modules where the forward pass stores tensors; known after a probe.
+        asked_by: name of the rule, for errors.
+        again: the reason why blocks must be run one by one, such as "rule 'interlocking' runs ..."; or empty.
+        first: number of the first block here; those before it are on other ranks.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class CallPartition(Partition):
         layout: Mapping[str, str] | str | None = None,
     ):
         nn.Module.__init__(self)
-        # One set of dictionaries for both: whatever replaces a child or a parameter in the one does in the other.
+        # Both share their dictionaries: replacing a child or a parameter in one replaces it in the other.
         self._modules, self._parameters, self._buffers = model._modules, model._parameters, model._buffers
         self._non_persistent_buffers_set = model._non_persistent_buffers_set
         known = dict(model.named_modules(remove_duplicate=False))
@@ -105,34 +105,34 @@ class CallPartition(Partition):
     _used: Mapping[str, set[int]]
     """By the name of a parameter or buffer, the blocks that use it; known after a probe."""
     _forms: list[tuple[Any, Tensor]]
-    """What the modules of the cuts return; known after a probe."""
+    """Outputs of the modules of the cuts; known after a probe."""
     _elsewhere: list[tuple[dict[str, Any], str]]
-    """Where tensors of other ranks would be held."""
+    """Where tensors of other ranks would be stored."""
     _batch: Any
-    """Of the pass under way."""
+    """Of the current pass."""
     _received: Elsewhere | None
     _compiled: list[tuple[nn.Module, Callable[..., Any]]]
-    """Modules of cuts, and what is called in place of their forward."""
+    """Modules of cuts, and the functions called instead of their forward."""
     _pass: Pass | BlockByBlock | None
-    """The one that runs now."""
+    """The pass that runs now."""
     _passes: dict[int | None, Pass | BlockByBlock]
-    """All that are open, by the number of the part of the batch that they run."""
+    """All open passes, by the number of their part of the batch."""
     _make: Callable[[], Pass | BlockByBlock] | None
-    """Opens one more."""
+    """Opens another pass."""
     _part: Part | None
-    """Of the batch, that runs now."""
+    """The part of the batch that runs now."""
     _unordered: bool
-    """Whether the order of the calls is still to be found out."""
+    """Whether the order of the calls is still unknown."""
     _devices: tuple[str, ...]
-    """Device types whose autocast a pass looks after."""
+    """Device types whose autocast a pass manages."""
     _severs: bool | None
-    """Whether passes have to keep blocks from the graphs of earlier ones; None until a training pass has shown it."""
+    """Whether passes have to detach blocks from the graphs of earlier ones; None until a training pass has shown it."""
 
     def forward(self, x: Any) -> Tensor:
         """The logits that `output` finds in the model's own output for a batch."""
         if all(block.before is None for block in [*self.blocks, self.head]):
             return self._whole(x)
-        with self.passing(sever=False):  # parameters that are elsewhere are fetched block by block
+        with self.passing(sever=False):  # offloaded parameters are fetched block by block
             for block in [*self.blocks, self.head]:
                 x = block(x)
         return x
@@ -143,11 +143,11 @@ class CallPartition(Partition):
 
     @contextmanager
     def passing(self, batch: Any = None, sever: bool = True) -> Iterator[None]:
-        """A context in which the blocks can be run, one after the other; a pass that is not finished is given up.
+        """A context in which the blocks can be run, one after the other; an unfinished pass is abandoned.
 
         Args:
-            batch: what the model is given; needed where its first blocks are elsewhere.
-            sever: whether blocks are kept from the graphs of earlier ones, where that is needed.
+            batch: the model's input; needed if its first blocks are on other ranks.
+            sever: whether to detach blocks from the graphs of earlier ones, if needed.
         """
         self.__dict__["_batch"] = batch
         if self.first and not self._elsewhere:
@@ -164,7 +164,7 @@ class CallPartition(Partition):
             self.__dict__["_severs"] = any(s.found for s in severed) or any(c.kept for c in self.crossings)
 
     def turn_to(self, part: Part) -> None:
-        """Let the blocks run a part of the batch: it has a forward pass of its own, which waits while others run."""
+        """Let the blocks run a part of the batch: each part has its own forward pass, which waits while others run."""
         if part.index not in self._passes:
             assert self._make is not None
             self._passes[part.index] = self._make()
@@ -190,16 +190,16 @@ class CallPartition(Partition):
             opened.close()
 
     def compile(self, index: int, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Call what `wrap` makes of a cut module's forward in place of it, while a pass is open.
+        """Replace a cut module's forward by its wrapped version while a pass is open.
 
         Raises:
-            LayerwiseError: another cut lies inside of the module, so that the pass stops there.
+            LayerwiseError: another cut lies inside the module, so the pass pauses there.
         """
         name, module, _ = self._stops[index]
         inner = next((cut for cut in self.cuts if cut.startswith(name + ".")), None)
         if inner is not None:
             raise LayerwiseError(
-                f"block {name!r} cannot be compiled, because the cut {inner!r} lies inside of it; leave compile or one "
+                f"block {name!r} cannot be compiled, because the cut {inner!r} lies inside it; leave compile or one "
                 "of the two cuts out."
             )
         self._compiled.append((module, without_severing(wrap(module.forward))))
@@ -235,16 +235,16 @@ class CallPartition(Partition):
         return self._pass.pull(index, h)
 
     def call(self, index: int, h: Tensor, module: nn.Module) -> Tensor:
-        """Call a module in place of that of block `index`, with the arguments of the open pass."""
+        """Call another module instead of that of block `index`, with the arguments of the open pass."""
         assert isinstance(self._pass, BlockByBlock)
         return self._pass.call(index, h, module)
 
     def skipped(self, index: int) -> bool:
-        """Whether the open pass has left the block out."""
+        """Whether the open pass has skipped the block."""
         return self._pass is not None and index in self._pass.skipped
 
     def probe(self, x: Any) -> list[Tensor]:
-        """Run a batch and find out which block uses which parameters, and what crosses the cuts.
+        """Run a batch and find which block uses which parameters, and which tensors cross the cuts.
 
         Args:
             x: the batch.
@@ -294,7 +294,7 @@ class CallPartition(Partition):
                         "that are called, in their order."
                     )
                 if layouts.mixing is not None:
-                    layouts.mixing = None  # the model's own affair: its forward pass may turn tensors round
+                    layouts.mixing = None  # the model may do this: its forward pass may transpose tensors
                 given = declared.get(block.name, common if common is not None and len(common) == out.dim() else None)
                 if given is not None:
                     layouts.begin(out, given)
@@ -344,12 +344,12 @@ class CallPartition(Partition):
         self.__dict__.update(cuts=tuple(name for name, _, _ in stops), blocks=blocks, _stops=stops, _unordered=False)
 
     def outside(self) -> set[str]:
-        """Names of the tensors that lie in no module of a cut, or in several; before a probe."""
+        """Names of the tensors in no module of a cut, or in several; before a probe."""
         own = {name for block in [*self.blocks, self.head] for name in block.names()}
         return {name for name in self._one_name_each() if name not in own or name in self.shared}
 
     def keep_only(self, first: int, stop: int) -> set[str]:
-        """Prepare to run a range of the blocks only; see `Partition.keep_only`."""
+        """Prepare to run only a range of the blocks; see `Partition.keep_only`."""
         if self.again:
             raise LayerwiseError(
                 f"{self.again}, and others of them are on other ranks; train it in one process, or choose a rule and "
@@ -362,7 +362,7 @@ class CallPartition(Partition):
         return found
 
     def _why_irregular(self, x: Any, outputs: Sequence[Tensor]) -> str:
-        """Why the blocks cannot be run one by one; nothing where they give the same bits so."""
+        """Why the blocks cannot be run one by one; empty if they then give the same bits."""
         crossing = next((c for c in self.crossings if c.stopped), None)
         if crossing is not None:
             return f"a gradient crosses with {crossing}"
@@ -375,14 +375,14 @@ class CallPartition(Partition):
                         return f"run on its own, block {block.name!r} gives other bits"
         except LayerwiseError as reason:
             return str(reason).partition(", so that")[0]
-        except Exception as reason:  # of the model's own code, which is run as nobody meant it
+        except Exception as reason:  # the model's own code is run here in an unusual way, and may fail
             return f"{type(reason).__name__} where they are run one by one"
         return ""
 
     def describe(self) -> str:
-        """One line per block with its parameters, and under it what crosses the cut before beside the teaching tensor.
+        """One line per block with its parameters, and below it the other tensors that cross the cut before it.
 
-        Known after a probe: after the first step, or where an example was given.
+        Known after a probe: after the first step, or if an example was given.
         """
         lines, names = [], [*self.cuts, "head"]
         for index, block in enumerate([*self.blocks, self.head]):
@@ -411,7 +411,7 @@ class CallPartition(Partition):
         return CallPartition, (self.model, self.cuts, self.output, self.read, self.tied, self.layout)
 
     def _likely_layout(self, out: Tensor) -> str | None:
-        """The layout where the functions did not tell: a norm's weight of the last size says that features are last."""
+        """Guess a layout that the functions did not show: if a norm has the last size, features are last."""
         if out.dim() != 3:
             return None
         sizes = {p.numel() for p in self.model.parameters() if p.dim() == 1}

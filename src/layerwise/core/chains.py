@@ -1,4 +1,4 @@
-"""Chains of modules: models that can be cut without a trace, and what can be cut at all."""
+"""Chains of modules, which can be cut without a trace, and checks whether a model can be cut."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ INSTEAD = (
     "cut it at its own calls: cuts='layers.*' (a pattern of your names) with output=..., see \"Your own network\", or "
     "wrap the model as nn.Sequential of its parts."
 )
-"""What to do with a model that cannot be traced."""
+"""Advice for a model that cannot be traced."""
 
 
 def listed(names: Sequence[str], most: int = 24) -> str:
@@ -23,7 +23,7 @@ def listed(names: Sequence[str], most: int = 24) -> str:
 
 
 def check_model(model: Any) -> None:
-    """Raise LayerwiseError where `model` is no module, or a module around the one that is to be trained."""
+    """Raise LayerwiseError if `model` is not a module, or wraps the module to be trained."""
     name = type(model).__name__
     if not isinstance(model, nn.Module):
         raise LayerwiseError(f"the model is a {name}; give a torch.nn.Module.")
@@ -55,7 +55,7 @@ def is_sequential(module: nn.Module) -> bool:
 
 
 def is_overridden(module: nn.Module) -> bool:
-    """Whether a call of the module does something else than its class's `forward`."""
+    """Whether a call of the module does something other than its class's `forward`."""
     return "forward" in vars(module) or type(module).__call__ is not nn.Module.__call__
 
 
@@ -69,11 +69,10 @@ def expanded(
         if child is None:
             continue
         path = prefix + name
-        if is_sequential(child) and child._modules:
-            if path in holding or deep:
-                found += expanded(child, cuts, deep, path + ".")
-                continue
-        found.append((path, child))
+        if is_sequential(child) and child._modules and (path in holding or deep):
+            found += expanded(child, cuts, deep, path + ".")
+        else:
+            found.append((path, child))
     return found
 
 
@@ -126,16 +125,16 @@ def holders(cuts: Sequence[str]) -> set[str]:
 
 
 Opened = tuple[str, nn.Module, Any]
-"""A module whose own call does not happen: its name, itself, and the `forward` of its class when it was cut."""
+"""A module that is not called itself: its name, the module, and the `forward` of its class when it was cut."""
 
 
 def check_hooks(held: Sequence[Opened]) -> None:
-    """Raise LayerwiseError where a module has hooks, or a function of its own, on a call that does not happen."""
+    """Raise LayerwiseError if a module has hooks, or a replaced `forward`, and is not called itself."""
     for name, module, forward in held:
         who = f"module {name!r}" if name else f"the model ({type(module).__name__})"
         if is_overridden(module):
             raise LayerwiseError(
-                f"{who} has a forward or a __call__ that is put over that of its class, which would not run, because "
+                f"{who} has a forward or a __call__ that replaces that of its class, which would not run, because "
                 f"it is run block by block; {INSTEAD}"
             )
         if type(module).forward is not forward:

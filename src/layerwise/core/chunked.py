@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LOGITS = 2**22
-"""Logits that exist at once where nothing else is said: 16 MiB in float32."""
+"""Default number of logits that exist at once: 16 MiB in float32."""
 
 
 @dataclass(frozen=True, eq=False)
 class LinearOutputs:
-    """Outputs `features @ weight.T + bias` that nobody has computed yet.
+    """Outputs `features @ weight.T + bias` that are not computed yet.
 
     >>> LinearOutputs(torch.ones(2, 3, 4), torch.ones(5, 4)).whole().shape
     torch.Size([2, 3, 5])
@@ -39,7 +39,7 @@ class LinearOutputs:
 
 @dataclass(frozen=True, eq=False)
 class Aligned:
-    r"""What an objective adds to the cross-entropy: the divergence of a neighbour's posterior, which learns nothing.
+    r"""The term that an objective adds to the cross-entropy: the divergence from a neighbour's detached posterior.
 
     $$w \, \mathrm{CE}(q, y) + \lambda \, D(p, q), \qquad q = \mathrm{softmax}(z), \; p = \mathrm{softmax}(u)$$
 
@@ -64,7 +64,7 @@ class Aligned:
             u = F.linear(before.features[part], before.weight, before.bias).to(z.dtype)
         log_sum_u = u.logsumexp(-1)
         if self.surrogate == "kl":
-            log_ratio = u - z  # log p - log q, but for a constant
+            log_ratio = u - z  # log p - log q, up to a constant
             p = u.sub_(log_sum_u[:, None]).exp_()
             return log_ratio.mul_(p).sum(-1) + log_sum - log_sum_u, torch.ones_like(log_sum), p
         middle = u.add_(z).mul_(0.5)
@@ -104,10 +104,10 @@ def objective(
         y: class numbers, `(...)`; `ignore` for a prediction that does not count.
         weights: one per class, `(K,)`.
         label_smoothing: share of the target that is spread evenly over the classes.
-        ignore: the label that counts in nothing.
-        chunk: predictions at a time; as many as have `LOGITS` logits if not given.
+        ignore: the label of predictions that do not count.
+        chunk: predictions at a time (default: as many as have `LOGITS` logits).
         likelihood_weight: w.
-        aligned: the neighbour and lambda; none if not given.
+        aligned: the neighbour and lambda (default: none).
 
     Returns:
         The objective, a scalar in float32 or wider; then without history the mean cross-entropy, the mean divergence (0
@@ -227,6 +227,6 @@ class _Chunked(torch.autograd.Function):
             raise RuntimeError("a loss in chunks cannot be run backward a second time: its gradients are used up.")
         gradients, ctx.gradients = ctx.gradients, None
         scale = cotangents[0] / ctx.mass
-        # In place: nobody else has them, and the weight's is as large as the weight.
+        # In place: nothing else refers to them, and the weight's gradient is as large as the weight.
         found = [None if g is None else g.mul_(scale).to(kind) for g, kind in zip(gradients, ctx.kinds, strict=True)]
         return (*found, *[None] * 8)

@@ -1,4 +1,4 @@
-"""Whether a rule keeps its contract: one sentence, with rule and block, for each answer that cannot be acted on."""
+"""Checks a rule's contract: one sentence, with rule and block, for each return value that the engine cannot use."""
 
 import inspect
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ from layerwise.errors import LayerwiseError, is_out_of_memory, short, suggestion
 
 
 def check_rule(rule: object) -> None:
-    """Raise LayerwiseError unless `rule` keeps the contract as far as it can be seen before the first step.
+    """Raise LayerwiseError unless `rule` keeps the contract, as far as this can be checked before the first step.
 
     It is an instance of a `Rule` that declares its facts; it is a dataclass, so that its options
-    are fields; and every option that lists its words is one of them. The learner asks this of every rule.
+    are fields; and the value of every option with a list of words is in it. The learner checks this for every rule.
     """
     kind = rule if isinstance(rule, type) else type(rule)
     if not issubclass(kind, Rule):
         raise LayerwiseError(
-            f"the rule is {rule!r}, which is no layerwise.Rule; give the name of a rule, or an instance of a subclass."
+            f"the rule is {rule!r}, which is not a layerwise.Rule; give the name of a rule, or an instance of one."
         )
     if isinstance(rule, type):
         raise LayerwiseError(f"the rule is the class {kind.__name__}; give an instance of it: {kind.__name__}().")
@@ -42,7 +42,7 @@ def check_rule(rule: object) -> None:
     own = [name for name, hint in inspect.get_annotations(kind).items() if "ClassVar" not in str(hint)]
     if own and "__dataclass_params__" not in kind.__dict__:
         raise LayerwiseError(
-            f"rule {rule.name!r} is no dataclass, so {own[0]!r} is no option of it; write "
+            f"rule {rule.name!r} is not a dataclass, so {own[0]!r} is not an option of it; write "
             f"@dataclass(frozen=True) above class {kind.__name__}."
         )
     for option in fields(rule):
@@ -53,9 +53,9 @@ def check_rule(rule: object) -> None:
 
 
 class asking:
-    """A context that turns what a rule's own code raises into a sentence that names the rule; the cause stays attached.
+    """A context that turns errors of a rule's own code into a sentence that names the rule; the cause stays attached.
 
-    A class, since every block enters one in every step, and a generator takes several times as long.
+    A class, because every block enters it in every step, and a generator takes several times as long.
 
     Args:
         rule: the rule.
@@ -68,16 +68,16 @@ class asking:
         self.rule, self.what = rule, what
 
     def __enter__(self) -> None:
-        """Nothing is to be prepared."""
+        """Nothing to prepare."""
 
     def __exit__(self, kind: Any, reason: BaseException | None, traceback: Any) -> None:
-        # Code of the user's may raise anything.
+        # A user's code may raise anything.
         if not isinstance(reason, Exception) or isinstance(reason, LayerwiseError) or is_out_of_memory(reason):
             return
         said = (str(reason).strip() or "no message").splitlines()[0].rstrip(".")
         raise LayerwiseError(
-            f"rule {self.rule.name!r} fails in {self.what} ({type(reason).__name__}: {said}); mend the rule, or see "
-            "whether it can serve this network."
+            f"rule {self.rule.name!r} fails in {self.what} ({type(reason).__name__}: {said}); correct the rule, or "
+            "check whether it can serve this network."
         ) from reason
 
 
@@ -89,7 +89,7 @@ def groups_of(rule: Rule, names: Sequence[str]) -> list[range]:
         names: of all blocks, the head last.
 
     Raises:
-        LayerwiseError: they are no ranges with rising starts that cover all sites.
+        LayerwiseError: they are not ranges with rising starts that cover all sites.
     """
     with asking(rule, "`groups`"):
         found = rule.groups(len(names) - 1)
@@ -127,7 +127,7 @@ def sites_in_update(rule: LearnsInPart, update: int, names: Sequence[str]) -> fr
     """The sites that learn in one update, checked.
 
     Raises:
-        LayerwiseError: there are none, or they are no sites.
+        LayerwiseError: there are none, or they are not sites.
     """
     assert isinstance(rule, Rule)
     with asking(rule, f"`sites_at` for update {update}"):
@@ -160,7 +160,7 @@ def _checked_groups(rule: Rule, method: str, found: Any, names: Sequence[str]) -
 
 
 def check_begin(rule: Rule, found: Any) -> None:
-    """Raise LayerwiseError unless `begin` has given an input, which is a tensor, and a message."""
+    """Raise LayerwiseError unless `begin` has returned an input, which is a tensor, and a message."""
     if type(rule).begin is Rule.begin:
         return
     advice = "return two things from `begin`, the first block's input, a tensor, and the first message"
@@ -180,7 +180,7 @@ def check_run(rule: Rule, site: Site, out: Any) -> None:
 
 
 def check_signal(rule: Rule, ctx: BlockContext, signal: object) -> None:
-    """Raise LayerwiseError unless `signal` is one that the engine can act on.
+    """Raise LayerwiseError unless the engine can use the result of `signal`.
 
     The loss is a scalar, the cotangent has the shape of the block's output, the metrics are scalar tensors.
     """
@@ -198,8 +198,14 @@ def check_signal(rule: Rule, ctx: BlockContext, signal: object) -> None:
     if cotangent is not None and not rule.builds_graph:
         raise LayerwiseError(f"{where} a cotangent, and it builds no graph; give gradients of parameters.")
     _check_gradients(where, signal.gradients)
-    if output is not None and not isinstance(output, Tensor):
-        raise LayerwiseError(f"{where} an output that is {_in_words(output)}; give a tensor, or leave it out.")
+    # Rules that join other samples to the batch, such as negatives, may pass on those of the labels alone.
+    if output is not None and not (
+        isinstance(output, Tensor) and output.shape[:1] in (ctx.h.shape[:1], ctx.y.shape[:1])
+    ):
+        raise LayerwiseError(
+            f"{where} an output that is {_in_words(output)}; give a tensor with as many samples as the block's output, "
+            f"{tuple(ctx.h.shape)}, or leave it out."
+        )
     if not isinstance(signal.metrics, dict) or not all(isinstance(name, str) for name in signal.metrics):
         raise LayerwiseError(
             f"{where} metrics that are {_in_words(signal.metrics)}; give a dict from names to scalars."
@@ -225,7 +231,7 @@ def _check_gradients(where: str, given: object) -> None:
 
 
 def check_sent_back(rule: Rule, site: Site, sent: Any, out: Tensor) -> None:
-    """Raise LayerwiseError unless what a group sends back to the trunk is None, or of the trunk's output's shape."""
+    """Raise LayerwiseError unless a group sends None to the trunk, or a tensor of the shape of its output."""
     if sent is not None and not (isinstance(sent, Tensor) and sent.shape == out.shape):
         raise LayerwiseError(
             f"rule {rule.name!r} sends {_in_words(sent)} back from block {site.name!r}; return from `to_trunk` a "
@@ -234,7 +240,7 @@ def check_sent_back(rule: Rule, site: Site, sent: Any, out: Tensor) -> None:
 
 
 def check_prediction(rule: Rule, found: Any, task: Task, samples: int | None) -> None:
-    """Raise LayerwiseError unless `predict` has given outputs of the task: `(B, ..., K)`, `(B, K, H, W)` per pixel.
+    """Raise LayerwiseError unless `predict` has returned outputs of the task: `(B, ..., K)`, `(B, K, H, W)` per pixel.
 
     Args:
         rule: the rule.
@@ -254,7 +260,7 @@ def check_prediction(rule: Rule, found: Any, task: Task, samples: int | None) ->
 
 
 def _in_words(value: object) -> str:
-    """What a value is, for a sentence."""
+    """Describe a value for an error."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}" + ("" if value.is_floating_point() else f" ({value.dtype})")
     return "None" if value is None else f"a {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""A forward pass that stops at every cut, so that the engine pulls block after block out of it."""
+"""A forward pass that pauses at every cut, so that the engine can run it block by block."""
 
 import contextvars
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,23 +19,23 @@ _saved: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
 
 @dataclass
 class Modes:
-    """The modes of torch that hold for this thread, and so for all coroutines in it."""
+    """The modes of torch in this thread, shared by all coroutines in it."""
 
     grad: bool
     autocast: tuple[tuple[str, bool, torch.dtype], ...]
     functions: int
-    """Modes on the stack of torch functions, such as `with torch.device(...)`."""
+    """Modes on torch's function stack, such as `with torch.device(...)`."""
     hooks: Any
-    """The innermost hooks on what autograd saves, such as those of a checkpoint."""
+    """The innermost hooks on tensors that autograd saves, such as those of a checkpoint."""
 
     @classmethod
     def now(cls, devices: Sequence[str]) -> "Modes":
-        """Those that hold at present."""
+        """The present modes."""
         autocast = tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in devices)
         return cls(torch.is_grad_enabled(), autocast, torch._C._len_torch_function_stack(), _innermost_hooks())
 
     def set(self) -> None:
-        """Set what is a value; stacks are the business of `Own`."""
+        """Set the modes that are values; `Own` handles stacks."""
         torch.set_grad_enabled(self.grad)
         for kind, enabled, dtype in self.autocast:
             torch.set_autocast_enabled(kind, enabled)
@@ -46,7 +46,7 @@ class Modes:
 
 @dataclass
 class Own:
-    """What a forward pass has set itself, over the modes that it was entered with."""
+    """Modes that a forward pass has set itself, on top of those with which it was entered."""
 
     grad: bool | None
     autocast: tuple[tuple[str, bool, torch.dtype], ...] | None
@@ -55,7 +55,7 @@ class Own:
 
     @classmethod
     def taken_off(cls, base: Modes, devices: Sequence[str]) -> "Own":
-        """Take off what was set since `base`, so that `base` holds again."""
+        """Remove the modes that were set since `base`, so that `base` holds again."""
         functions, hooks = [], []
         while torch._C._len_torch_function_stack() > base.functions:
             functions.append(torch._C._pop_torch_function_stack())
@@ -72,7 +72,7 @@ class Own:
         )
 
     def put_on(self, base: Modes) -> None:
-        """Set it again, over the modes that hold now."""
+        """Set them again, on top of the present modes."""
         grad = base.grad if self.grad is None else self.grad
         Modes(grad, base.autocast if self.autocast is None else self.autocast, 0, None).set()
         for mode in reversed(self.functions):
@@ -86,7 +86,7 @@ def _innermost_hooks() -> Any:
 
 
 class Severed(TorchFunctionMode):
-    """Detaches what a block uses of the graph of an earlier one, however it got there.
+    """Detaches tensors of an earlier block's graph that a block uses, wherever they come from.
 
     Nodes of the graph are numbered as they arise. One with a number below `mark` is of an earlier block.
     """
@@ -121,28 +121,28 @@ class Severed(TorchFunctionMode):
 
 @dataclass
 class Arrival:
-    """Where a forward pass has stopped: at a cut, or at its end."""
+    """Where a forward pass has paused: at a cut, or at its end."""
 
     index: int
     out: Any
     """The teaching tensor; the logits at the end."""
     whole: Any = None
-    """All that the module returned; for a call that is stood in for, its arguments."""
+    """Everything that the module returned; for a replaced call, its arguments."""
 
 
 StandIn = Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
-"""From the number of a cut and the arguments of its module's call to what the call returns."""
+"""Maps the number of a cut and the arguments of its module's call to the result of the call."""
 
 
 class Pass:
-    """One forward pass of a model, as a coroutine that stops behind every cut.
+    """One forward pass of a model, as a coroutine that pauses after every cut.
 
     Args:
-        cuts: the modules behind which it stops, in the order in which they run, and how to read their outputs.
+        cuts: the modules after which it pauses, in the order in which they run, and how to read their outputs.
         run: the forward pass: from the batch to the logits.
-        devices: device types whose autocast is looked after.
-        sever: whether blocks have to be kept from using graphs of earlier ones.
-        stand_in: what is called in place of the modules of the cuts `away`, which do not run.
+        devices: device types whose autocast is managed.
+        sever: whether blocks have to be detached from the graphs of earlier ones.
+        stand_in: called instead of the modules of the cuts `away`, which do not run.
         away: numbers of cuts.
     """
 
@@ -162,7 +162,7 @@ class Pass:
         self.severed = Severed() if sever else None
         self._coroutine: greenlet.greenlet | None = None
         self._undo: list[Callable[[], None]] = []
-        """What takes hooks and stand-ins off the model."""
+        """Removes hooks and replacements from the model."""
         self._arrived: Arrival | None = None
         """Where the pass waits; what arrived there has not been asked for yet where a block was left out."""
         self._next = 0
@@ -173,11 +173,11 @@ class Pass:
         """Run the pass to the next cut.
 
         Args:
-            index: number of the block that is wanted.
+            index: number of the block.
             h: the batch for the first block; then what the cut before hands to the rest of the pass.
 
         Returns:
-            The block's output; the logits at the end. What was given where the pass leaves the block out.
+            The block's output; the logits at the end. The input if the pass skips the block.
 
         Raises:
             LayerwiseError: the pass comes to the cuts in another order than named, or twice to one.
@@ -213,18 +213,18 @@ class Pass:
         return arrived.out
 
     def begin(self, batch: Any) -> Arrival:
-        """Run the pass to its first stop."""
+        """Run the pass to its first pause."""
         self.close()
         self._begin()
         return self.resume(batch)
 
     @property
     def waits(self) -> bool:
-        """Whether the pass has begun and is not at its end."""
+        """Whether the pass has begun and has not ended."""
         return self._coroutine is not None and not self._coroutine.dead
 
     def close(self) -> None:
-        """End the pass wherever it waits; the model is left without a hook."""
+        """End the pass wherever it waits, and remove all hooks from the model."""
         while self._undo:
             self._undo.pop()()
         coroutine, self._coroutine, self._arrived = self._coroutine, None, None
@@ -258,7 +258,7 @@ class Pass:
             return Arrival(len(self.cuts), self.run(batch))
 
     def resume(self, value: Any) -> Arrival:
-        """Let the pass go on until it stops again; it gets `value` where it waits."""
+        """Let the pass continue until it pauses again; it gets `value` where it waits."""
         coroutine = self._coroutine
         assert coroutine is not None
         coroutine.parent = greenlet.getcurrent()
@@ -278,14 +278,14 @@ class Pass:
             torch.backends.mha.set_fastpath_enabled(fused)
 
     def pause(self, index: int, out: Any, whole: Any = None) -> Any:
-        """Stop here, inside of the pass; returns what `resume` is given."""
+        """Stop here, inside the pass; returns the value given to `resume`."""
         assert self._coroutine is not None
         own = Own.taken_off(self._base, self.devices)
         parent = self._coroutine.parent
         assert parent is not None
         try:
             h = parent.switch(Arrival(index, out, whole))
-        except BaseException:  # the pass is given up; its contexts find their modes on the way out
+        except BaseException:  # the pass is abandoned; its contexts restore their modes as they exit
             own.put_on(self._base)
             raise
         base = self._base
@@ -307,7 +307,7 @@ class Pass:
             h = self.pause(index, teaching, out)
             if h is teaching:
                 return None
-            # Inside a group the graph goes on; between groups nothing of it does.
+            # Inside a group the graph continues; between groups it ends.
             return replaced(out, teaching, h, detach=h.grad_fn is None)
 
         return stop
@@ -329,14 +329,14 @@ class StandIns:
 
     @classmethod
     def put_in(cls, one: Pass, index: int, module: nn.Module) -> Callable[[], None]:
-        """Let a pass stand in for the module of cut `index`; returns what undoes it, in any order of the passes."""
+        """Let a pass replace the module of cut `index`; returns a function that undoes it, in any order."""
         there = vars(module).get("forward")
         found = there if isinstance(there, StandIns) else cls(module)
         found.passes[one] = index
         return lambda: found._take_out(one)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the pass that runs has in place of the call; the module's own forward outside of passes."""
+        """The current pass's replacement for the call; outside passes, the module's own forward."""
         for one, index in self.passes.items():
             if one.runs:
                 assert one.stand_in is not None
@@ -355,7 +355,7 @@ class StandIns:
 
 @contextmanager
 def called_instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """A context in which `forward` is called in place of the module's own; its hooks run as ever."""
+    """A context in which `forward` is called instead of the module's own; its hooks still run."""
     own = vars(module)
     before = own.get("forward")
     own["forward"] = forward
@@ -369,7 +369,7 @@ def called_instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[N
 
 
 def without_severing(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with its arguments severed as a whole, and its own code outside of `Severed`, for a compiler."""
+    """The function with its arguments severed as a whole, and its own code outside `Severed`, for a compiler."""
 
     def called(*args: Any, **kwargs: Any) -> Any:
         modes = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]

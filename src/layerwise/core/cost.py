@@ -1,4 +1,4 @@
-"""What the blocks of a network cost, and how to share them out evenly."""
+"""Measures the cost of a network's blocks, and divides them evenly."""
 
 from collections.abc import Sequence
 from typing import Any

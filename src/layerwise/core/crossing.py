@@ -1,4 +1,4 @@
-"""What each block of a forward pass uses: parameters, buffers, and tensors that blocks before it have made."""
+"""Finds what each block of a forward pass uses: parameters, buffers, and tensors from earlier blocks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ class Crossing:
     stopped: bool = False
     """Whether a gradient would cross with it, and is stopped."""
     kept: bool = False
-    """Whether it keeps the graph of its block alive, since the forward pass itself holds it, not a cut's output."""
+    """Whether it keeps the graph of its block in memory, because the forward pass itself holds it."""
     used: set[int] = field(default_factory=set)
     """Numbers of the later blocks that use it."""
     needs: set[str] = field(default_factory=set)
@@ -39,7 +39,7 @@ class Crossing:
 
 
 class Uses(TorchDispatchMode):
-    """Notes what the operations of each block work on, while a pass is run block by block under it.
+    """Records the tensors that each block's operations use, while a pass runs block by block.
 
     Args:
         named: the model's parameters and buffers under one name each.
@@ -69,7 +69,7 @@ class Uses(TorchDispatchMode):
         self.inside = True
 
     def hand_over(self, out: Tensor, h: Tensor) -> None:
-        """What a block hands to the next one is no crossing; `h` is its output `out` without history."""
+        """The tensor that a block passes to the next one is not a crossing; `h` is its detached output `out`."""
         self._made.pop(out, None)
         self._outputs[h] = self.block
 
@@ -125,7 +125,7 @@ class Uses(TorchDispatchMode):
             self.used[name].add(self.block)
             return
         made = self._made.get(tensor)
-        # Every block may look at the batch; what counts is that it is looked at after the first one.
+        # Every block may use the batch; only uses after the first block count.
         if made is not None and max(made.made, 0) < self.block:
             made.kept = made.kept or tensor.requires_grad
             made.stopped = made.stopped or made.kept

@@ -1,4 +1,4 @@
-"""Behind which modules a model is cut at its calls: by pattern, or found by themselves."""
+"""After which modules a model is cut at its calls: by pattern, or automatically."""
 
 import fnmatch
 from collections import Counter
@@ -38,8 +38,8 @@ def matching(model: nn.Module, cuts: Sequence[str] | str) -> list[str]:
 def automatic_cuts(model: nn.Module) -> list[str]:
     """The modules of the longest list of one class, and those of its other lists of that class or of the hinted ones.
 
-    Such a list is not looked into: a layer's experts are part of it. Only stages are, none of which is like another,
-    where the lists in them hold modules that are alike.
+    Lists inside such a list do not count: a layer's experts are part of it. The exception is stages that all differ,
+    if the lists inside them hold modules that are alike.
 
     >>> automatic_cuts(nn.ModuleDict({"layers": nn.ModuleList([nn.ReLU(), nn.ReLU()]), "head": nn.Linear(1, 1)}))
     ['layers.0', 'layers.1']
@@ -49,11 +49,11 @@ def automatic_cuts(model: nn.Module) -> list[str]:
     if max(count.values(), default=0) < 2:
         raise LayerwiseError(
             f'{type(model).__name__} holds no list of modules of one class, so cuts="auto" finds nothing; name the '
-            "modules to cut behind, such as cuts=[...] or a pattern."
+            "modules to cut after, such as cuts=[...] or a pattern."
         )
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):  # labels are those of decoder positions
         lists = [found for found in lists if "decoder" in found[0].split(".")] or lists
-    hinted = set(getattr(model, "_no_split_modules", None) or ())  # what the family calls its blocks
+    hinted = set(getattr(model, "_no_split_modules", None) or ())  # the family's names of its blocks
     longest = max(lists, key=lambda found: (len(found[1]), count[found[2]]))
     kinds = {longest[2]} | ({kind for _, _, kind in lists if kind.__name__ in hinted} if hinted else set())
     return [name for _, members, kind in lists if kind in kinds for name in members]
@@ -89,7 +89,7 @@ def _alike(lists: list[_List], kind: type) -> bool:
 
 
 def check_cuts(model: nn.Module, cuts: Sequence[str], known: Mapping[str, nn.Module]) -> None:
-    """Raise LayerwiseError unless a pass of the model can be stopped behind each of these modules.
+    """Raise LayerwiseError unless a pass of the model can be paused after each of these modules.
 
     Args:
         model: the model.
@@ -97,7 +97,7 @@ def check_cuts(model: nn.Module, cuts: Sequence[str], known: Mapping[str, nn.Mod
         known: its modules by name.
     """
     if not cuts:
-        raise LayerwiseError('name at least one module to cut behind, or give cuts="auto".')
+        raise LayerwiseError('name at least one module to cut after, or give cuts="auto".')
     check_model(model)
     seen: dict[int, str] = {}
     for cut in cuts:
@@ -117,6 +117,6 @@ def check_cuts(model: nn.Module, cuts: Sequence[str], known: Mapping[str, nn.Mod
         if stops and (compiled or isinstance(module, torch.jit.ScriptModule)):
             what = "compiled" if compiled else "a ScriptModule"
             raise LayerwiseError(
-                f"module {name!r} is {what}, so that its forward pass cannot be stopped inside; give the model as it "
+                f"module {name!r} is {what}, so that its forward pass cannot pause inside; give the model as it "
                 "was before, or compile modules inside the blocks."
             )

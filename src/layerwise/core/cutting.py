@@ -1,4 +1,4 @@
-"""Cut a model into gradient-isolated blocks and a head, as functions or at its calls; where, if nobody says so."""
+"""Cuts a model into gradient-isolated blocks and a head, as functions or at its calls."""
 
 from collections.abc import Mapping, Sequence
 
@@ -82,9 +82,9 @@ def cut_at_calls(
     """Cut any model at the calls of its own modules; its own forward pass runs, nothing is traced.
 
     Args:
-        model: any module. It may take several arguments, keywords, masks, and return what it likes.
+        model: any module. It may take several arguments, keywords, masks, and return anything.
         cuts: names of modules, in the order in which they are called, or patterns (`"model.layers.*"`), whose order
-            the first batch shows: a module that is called ends a block with its call. What runs after the last one is
+            the first batch shows: a module that is called ends a block with its call. Everything after the last one is
             the head. `"auto"` takes the longest list of modules of one class.
         output: where the logits are in the model's output: a function, or the name of an entry. Not needed for a
             tensor, or where the entry is called `logits`.
@@ -111,7 +111,7 @@ def cut_at_calls(
             raise LayerwiseError(f"blocks={blocks} is not possible: there are {len(names)} cuts; give 1 to that many.")
         names = [names[(i + 1) * len(names) // blocks - 1] for i in range(blocks)]
     found = CallPartition(model, names, output, read, tied, layout)
-    # Two lists may be called in another order than the model holds them; names one by one are an order of the owner's.
+    # Two lists may be called in another order than the model holds them; names one by one are in the user's order.
     patterns = [cuts] if isinstance(cuts, str) else cuts
     several = len({name.rpartition(".")[0] for name in names}) > 1
     found.__dict__["_unordered"] = several and (cuts == "auto" or any(c in p for p in patterns for c in "*?["))

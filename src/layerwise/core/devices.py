@@ -106,7 +106,7 @@ def check_channels_last(model: nn.Module, device: torch.device) -> None:
     """Raise LayerwiseError for a convolution whose backward pass writes outside its memory in this order.
 
     torch 2.13 does so on the CPU where a kernel of one pixel skips pixels and there are fewer than eight channels: the
-    process aborts, or goes on with a damaged heap.
+    process aborts, or continues with a damaged heap.
 
     >>> check_channels_last(nn.Conv2d(4, 8, 1, stride=2), torch.device("cpu"))
     Traceback (most recent call last):

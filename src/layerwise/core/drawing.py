@@ -43,5 +43,5 @@ def draw_own(module: nn.Module, model: nn.Module | None = None) -> bool:
 
 
 def holds_tensors(module: nn.Module) -> bool:
-    """Whether a module itself, not one inside of it, holds parameters or buffers."""
+    """Whether a module itself, not one inside it, holds parameters or buffers."""
     return bool([*module.parameters(recurse=False), *module.buffers(recurse=False)])

@@ -46,7 +46,7 @@ class Engine(Runner):
 
     Attributes:
         resident: the context in which units run; offloaded ones are on the device inside.
-        accumulation: the update under way.
+        accumulation: the current update.
         next_block: where modules that follow the next block get its tensors.
     """
 
@@ -63,9 +63,9 @@ class Engine(Runner):
         self.accumulation = Accumulation()
         self.next_block = NextBlock()
         self._weight: float | Tensor = 1.0
-        """Of the batch under way, or of this process's share of it."""
+        """Of the current batch, or of this process's share of it."""
         self._parts: list[Labelled] = []
-        """Of the batch under way."""
+        """Of the current batch."""
         self._stepped: set[int] = set()
         """Parameters that have stepped in the backward pass under way."""
         self._reduced: Callable[[], Any] | None = None
@@ -147,7 +147,7 @@ class Engine(Runner):
             self.next_block.tell()
 
     def take(self, y: Tensor) -> None:
-        """Take a batch with these labels into the update under way; `step` does so for every batch."""
+        """Take a batch with these labels into the current update; `step` does so for every batch."""
         replicas, counted = self.execution.replicas, self.task.counted(y, self.rule.unlabelled)
         # Of a share, where replicas share the batch; it weighs as much in their mean as it has of the batch's labels.
         self._weight = self.accumulation.add(counted * replicas.count, replicas.total(counted))
@@ -155,15 +155,15 @@ class Engine(Runner):
 
     @property
     def _due(self) -> bool:
-        """Whether the update under way has all its batches."""
+        """Whether the current update has all its batches."""
         return self.accumulation.batches == self.execution.accumulate
 
     @contextmanager
     def _whole_or_given_up(self, groups: Sequence[Group]) -> Iterator[None]:
-        """A context in which an error gives up the update under way: its gradients are freed, its batches forgotten."""
+        """A context in which an error gives up the current update: its gradients are freed, its batches forgotten."""
         try:
             yield
-        except BaseException:  # also an interrupt: nothing of the update may be left for the next one
+        except BaseException:  # also for an interrupt: the next update must not see anything of this one
             self._reduced = None
             self.accumulation.restart()
             for group in groups:
@@ -172,10 +172,10 @@ class Engine(Runner):
             raise
 
     def flush(self, groups: Sequence[Group], step: int, trace: Trace) -> bool:
-        """Do the update under way with the batches that it has; returns whether there were any.
+        """Do the current update with the batches that it has; returns whether there were any.
 
         Raises:
-            LayerwiseError: as `step` does, and the update under way is given up then too.
+            LayerwiseError: as `step` does, and the current update is given up then too.
         """
         if self.accumulation.batches == 0:
             return False
@@ -278,7 +278,7 @@ class Engine(Runner):
     ) -> tuple[Signals, Tensor, Any]:
         """The forward pass of an update: with a graph where something learns, unless the rule needs none."""
         first = self.accumulation.batches <= 1 and not part
-        if first:  # what the owner has computed is no part of the update
+        if first:  # gradients that the user has computed are not part of the update
             group.free()
             for optimizer in group.resting:
                 optimizer.state.clear()
@@ -295,7 +295,7 @@ class Engine(Runner):
     def _add(self, group: Group, h: Tensor, signals: Signals, step: int, share: float = 1.0) -> Tensor:
         """Add the gradients of signals to those that the group has; returns the loss, as its share of the batch's.
 
-        With replicas the group before steps now at the latest, so that never more than one group's gradients are alive.
+        With replicas the group before steps now at the latest, so that only one group's gradients are in memory.
         """
         self._step_reduced()
         norms: list[Tensor] = []
@@ -479,7 +479,7 @@ class Engine(Runner):
         update = self.accumulation.updates
         try:
             return float(self.execution.schedule(update))
-        except Exception as reason:  # of a function of the user's
+        except Exception as reason:  # a user's function may raise anything
             raise LayerwiseError(
                 f"the schedule gives no number for update {update} ({str(reason) or type(reason).__name__}); let it "
                 "return a factor of the learning rate."

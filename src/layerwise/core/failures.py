@@ -47,7 +47,7 @@ class in_a_sentence:
         self.who, self.what, self.h = who, what, h
 
     def __enter__(self) -> None:
-        """Nothing is to be prepared."""
+        """Nothing to prepare."""
 
     def __exit__(self, kind: Any, reason: BaseException | None, traceback: Any) -> None:
         known = isinstance(reason, (RuntimeError, ValueError, IndexError, TypeError))

@@ -34,7 +34,7 @@ class FiniteCheck:
             group.broken = False
 
     def give_up(self, group: Group) -> None:
-        """From now on the update under way will be left out: nothing of what is not finite stays until then."""
+        """From now on the current update will be left out: nothing of what is not finite stays until then."""
         group.broken = True
         for parameter in (*group.parameters, *self.execution.replicas.full_of(group.parameters)):
             if parameter.grad is not None:
@@ -42,7 +42,7 @@ class FiniteCheck:
         self.put_back(group)
 
     def heed(self, group: Group, verdict: Tensor) -> None:
-        """Give up the update under way where another replica has."""
+        """Give up the current update where another replica has."""
         if self.skips and not bool(torch.isfinite(verdict)):
             self.give_up(group)
 
@@ -52,7 +52,7 @@ class FiniteCheck:
             buffer.copy_(before)
 
     def verdict(self, group: Group) -> Tensor:
-        """In place of a loss: 0, or NaN where a batch of the update under way was not finite."""
+        """In place of a loss: 0, or NaN where a batch of the current update was not finite."""
         return torch.full((), torch.nan if group.broken else 0.0, device=self.execution.device)
 
     def judge_resting(self, group: Group, out: Tensor) -> None:

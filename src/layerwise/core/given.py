@@ -19,7 +19,7 @@ def add_given(
         rule: gave them.
         group: the blocks.
         given: pairs of a parameter and its gradient.
-        own: what the group learns; frozen parameters and those that the owner keeps out are left alone.
+        own: what the group learns; frozen parameters and those that the user keeps out are left alone.
         factor: weight of the batch, or of this part of it.
 
     Raises:

@@ -91,7 +91,7 @@ class Group:
     checked: bool = False
     """Whether a first update has shown that the signal reaches the blocks."""
     broken: bool = False
-    """Whether a batch of the update under way was not finite; the update is skipped then."""
+    """Whether a batch of the current update was not finite; the update is skipped then."""
     resting: list[torch.optim.Optimizer] = field(default_factory=list)
     """Optimizers of parameters that rest while others of the group learn; their state is dropped."""
     first: int = 0

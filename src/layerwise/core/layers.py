@@ -59,7 +59,7 @@ def seeing_layers(block: Block, see: See) -> Iterator[None]:
     """
     if block.compiled:
         raise LayerwiseError(
-            f"block {block.name!r} is compiled, so its layers cannot be looked at one by one, which the rule needs; "
+            f"block {block.name!r} is compiled, so the rule cannot access its layers, which it needs; "
             "leave compile out."
         )
 

@@ -112,7 +112,7 @@ class Layouts(TorchFunctionMode):
         self._axes[x] = [(Axis(kind, size),) for kind, size in zip(kinds, x.shape, strict=True)]
 
     def of(self, h: Tensor, batch: int) -> str | None:
-        """The layout of a tensor; None where it is not known."""
+        """The layout of a tensor; None if it is unknown."""
         axes = self._axes.get(h)
         axes = axes if axes is not None else [(Axis(None, size),) for size in h.shape]
         kinds: list[str | None] = [kind_of(dimension) for dimension in axes]

@@ -33,7 +33,7 @@ def attribute_of(module: nn.Module, name: str) -> Any:
 
 
 def names_outside(modules: Sequence[nn.Module]) -> list[Callable[[], Any]]:
-    """How to look up the values outside of modules that their functions name: globals, closures, their attributes."""
+    """How to look up the values outside modules that their functions name: globals, closures, their attributes."""
     found: dict[Any, Callable[[], Any]] = {}
     seen: set[int] = set()
 

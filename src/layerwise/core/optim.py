@@ -121,7 +121,7 @@ def optimizer_factory(
     if not isinstance(optimizer, type):
         return FromFunction(optimizer)
     if not issubclass(optimizer, torch.optim.Optimizer):
-        raise LayerwiseError(f"{optimizer.__name__} is no torch.optim.Optimizer; give one, or its name.")
+        raise LayerwiseError(f"{optimizer.__name__} is not a torch.optim.Optimizer; give one, or its name.")
     _refuse_closures(optimizer)
     cls = optimizer
     legal = inspect.signature(cls).parameters
@@ -174,7 +174,7 @@ class Factory(ABC):
         """
 
     def check_names(self, names: Sequence[str]) -> None:  # noqa: B027
-        """Raise LayerwiseError where the factory speaks of parameters that the model, with these, does not have."""
+        """Raise LayerwiseError if the factory speaks of parameters that the model, with these, does not have."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class FromClass(Factory):
 
 @dataclass(frozen=True)
 class FromFunction(Factory):
-    """Asks a function of the user's for an optimizer or several, and checks what it gives.
+    """Asks a user's function for an optimizer or several, and checks what it gives.
 
     The function is called with the parameter groups of one group of blocks. It may divide them anew: a rate of its own
     for some, Muon for matrices and AdamW for the rest.
@@ -215,7 +215,7 @@ class FromFunction(Factory):
         multipliers = {id(p): group.get("lr_multiplier", 1.0) for group in groups for p in group["params"]}
         try:
             made = self.function(groups)
-        except Exception as reason:  # of a function of the user's
+        except Exception as reason:  # a user's function may raise anything
             raise LayerwiseError(f"the function that makes optimizers fails: {reason}.") from reason
         made = list(made) if isinstance(made, (list, tuple)) else [made]
         for optimizer in made:

@@ -1,4 +1,4 @@
-"""Code of the user's own, named as `FILE.py:NAME`: loaded, and recognised when it has changed.
+"""Code of the user, named as `FILE.py:NAME`: loaded, and recognised when it has changed.
 
 A file is run when its name is looked up, as `python FILE.py` would run it. A run records the name and the SHA-256 of
 the file; what was recorded is checked before the file is run.
@@ -51,14 +51,16 @@ def load(name: str, recorded: str | None = None) -> Any:
     module = _modules.get((file, digest)) or _run(file, digest, content)
     found = getattr(module, attribute, None)
     if found is None:
-        names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
-        raise LayerwiseError(f"{shown(file)} defines no {attribute!r}; {suggestion(attribute, names)}.")
+        own = {n: v for n, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__}
+        names = [n for n, value in own.items() if callable(value) and not n.startswith("_")]
+        advice = suggestion(attribute, names) if names else "it has no functions or classes of its own"
+        raise LayerwiseError(f"{shown(file)} defines no {attribute!r}; {advice}.")
     _origins[id(found)] = name, digest
     return found
 
 
 def check_unchanged(file: str, digest: str, recorded: str | None) -> None:
-    """Raise LayerwiseError where a file is not the one that a run has recorded."""
+    """Raise LayerwiseError if a file is not the one that a run has recorded."""
     if recorded is not None and digest != recorded:
         raise LayerwiseError(
             f"{shown(file)} has changed since the run began, so it may describe something else; put the old file back, "
@@ -81,7 +83,7 @@ def _run(file: str, digest: str, content: bytes) -> Any:
         sys.path.append(folder)  # its neighbours can be imported, after everything that is installed
     try:
         exec(compile(content, file, "exec"), vars(module))
-    except (Exception, SystemExit) as reason:  # of code of the user's
+    except (Exception, SystemExit) as reason:  # a user's code may raise anything
         del sys.modules[module.__name__]
         lines = [frame.lineno for frame in inspect.trace() if frame.filename == file]
         line = getattr(reason, "lineno", None) or (lines[-1] if lines else None)

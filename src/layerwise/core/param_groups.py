@@ -1,6 +1,6 @@
 """What stands in the parameter groups of an optimizer: rates under a schedule, and settings that others may change.
 
-A group is a dictionary that the owner, a scheduler of torch or a checkpoint may write into, and torch looks at it
+A group is a dictionary that the user, a scheduler of torch or a checkpoint may write into, and torch looks at it
 never again: a momentum of NaN would be a network of NaN.
 """
 
@@ -53,7 +53,7 @@ def begin_schedule(optimizer: torch.optim.Optimizer) -> None:
 
 
 def check_settings(optimizer: torch.optim.Optimizer) -> None:
-    """Raise LayerwiseError where a setting in a parameter group is not what the optimizer can use.
+    """Raise LayerwiseError if a setting in a parameter group is not what the optimizer can use.
 
     >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1, momentum=0.9)
     >>> check_settings(optimizer)

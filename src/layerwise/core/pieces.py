@@ -1,6 +1,6 @@
-"""Optional pieces of a rule's contract: each serves the few rules that need it.
+"""Optional base classes of rules, each for the few rules that need it.
 
-An ordinary rule needs `Rule` alone. A rule that needs more inherits the piece too:
+Most rules inherit only from `Rule`. A rule that needs more also inherits one of these:
 
     @dataclass(frozen=True)
     class Boosted(TakesTurns, PredictsBySite, Rule): ...
@@ -49,12 +49,12 @@ class TakesTurns(Abstract):
 
 
 class ReadsOutputMatrix:
-    """A rule whose readouts may look at the matrix of the network's output layer (`Partition.output_layer`)."""
+    """A rule whose readouts may read the matrix of the network's output layer (`Partition.output_layer`)."""
 
     readout: Any
 
     def matrix_refresh(self) -> int | None:
-        """Steps between two looks at the matrix; None where the rule does not look at it."""
+        """Steps between two refreshes of the matrix; None if the rule does not read it."""
         return 1 if self.readout == "shared" else None
 
 
@@ -92,7 +92,7 @@ class LearnsInPart(Abstract):
 
     Each site has an optimizer of its own. Sites before the first one that learns run without a graph, and the graph of
     those after it keeps what their inputs' gradients need, and nothing for parameters at rest. Where a site rests, its
-    optimizer's state is dropped: it begins anew with its next turn.
+    optimizer's state is dropped: it starts anew with its next turn.
     """
 
     @abstractmethod
@@ -126,7 +126,7 @@ class RepeatsBatch(Abstract):
 
 
 class StepsByParameter:
-    """A rule whose parameters are updated one by one, so that one gradient is alive at a time.
+    """A rule whose parameters are updated one by one, so that one gradient is in memory at a time.
 
     Each parameter has an optimizer of its own, which steps in the backward pass as soon as the gradient is complete.
     What needs all gradients at once (clipping by their norm, accumulation, skipped steps, averages over replicas,
@@ -148,11 +148,11 @@ class PerturbsWeights(StepsByParameter, Abstract):
 
 
 class MovesActivations(Abstract):
-    """A rule whose saved activations wait elsewhere between the forward and the backward pass."""
+    """A rule whose saved activations are kept elsewhere between the forward and the backward pass."""
 
     @abstractmethod
     def activations_to(self) -> Literal["host", "disk"]:
-        """Where they wait: in host memory, or in a file in the learner's `offload_folder`."""
+        """Where they are kept: in host memory, or in a file in the learner's `offload_folder`."""
 
 
 class HasTrunk:
@@ -166,7 +166,7 @@ class HasTrunk:
         return True
 
     def to_trunk(self, site: Site, gradient: Tensor, task: Task) -> Tensor | None:
-        """What a group sends back to the trunk; nothing for None. The engine sums it over the groups.
+        """The gradient that a group sends back to the trunk, or None. The engine sums it over the groups.
 
         Args:
             site: the group's first site.
@@ -184,11 +184,11 @@ class StartsFromData(Abstract):
 
     @abstractmethod
     def prepare(self, network: Partition, x: Tensor, y: Tensor) -> None:
-        """Look at training data once.
+        """Use training data once.
 
         Args:
             network: the blocks and the head.
-            x: samples `(N, ...)`: a few thousand in a run, the first batch in a loop of one's own.
+            x: samples `(N, ...)`: a few thousand in a run, the first batch in a loop of your own.
             y: their labels.
         """
 
@@ -206,7 +206,7 @@ class PredictsBySite:
         return x, None
 
     def answer(self, site: Site, h: Tensor, message: Any, auxiliary: nn.Module | None) -> tuple[Tensor, Any]:
-        """What a site makes of its block's output in a forward pass of prediction.
+        """Process a block's output in a forward pass of prediction.
 
         Args:
             site: the place.
@@ -255,5 +255,5 @@ def ask(rule: Rule, x: Tensor, auxiliary: nn.Module | None) -> tuple[Tensor, Any
 
 
 def answer(rule: Rule, site: Site, h: Tensor, message: Any, auxiliary: nn.Module | None) -> tuple[Tensor, Any]:
-    """What a site makes of its block's output in a forward pass of prediction."""
+    """Process a block's output in a forward pass of prediction."""
     return rule.answer(site, h, message, auxiliary) if isinstance(rule, PredictsBySite) else (h, message)

@@ -1,4 +1,4 @@
-"""What the engine keeps of an update under way: its batches, what a pass records, a trunk that waits."""
+"""What the engine keeps of an unfinished update: its batches, what a pass records, a trunk that waits."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from layerwise.core.rule import Signal
 
 @dataclass
 class Accumulation:
-    r"""The update under way: which one it is, and how much its batches weigh.
+    r"""The current update: which one it is, and how much its batches weigh.
 
     The losses are means over the counted labels of a batch. With $c_i$ of them in batch $i$ the update follows
 
@@ -24,7 +24,7 @@ class Accumulation:
     """
 
     updates: int = 0
-    """Number of the update under way; those before it are done."""
+    """Number of the current update; those before it are done."""
     batches: int = 0
     """Batches that have been added to it."""
     first: float | Tensor = 0.0

@@ -12,11 +12,12 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints
 
 from layerwise.errors import LayerwiseError, short
+from layerwise.records import LARGEST
 
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers between two bounds: none, a lower one, or both. NaN and infinity are in no range.
+    """Numbers between two bounds: none, a lower one, or both. NaN, infinity and integers beyond 64 bits are in none.
 
     >>> Range(least=1, whole=True).words, Range(above=0).words, Range(least=0, below=1).words
     ('a whole number, 1 or more', 'a finite number larger than 0', 'a finite number in [0, 1)')
@@ -52,7 +53,7 @@ class Range:
             return False
         number: Any = value
         return (
-            abs(number) <= sys.float_info.max
+            abs(number) <= (LARGEST if self.whole else sys.float_info.max)
             and (self.least is None or number >= self.least)
             and (self.above is None or number > self.above)
             and (self.most is None or number <= self.most)
@@ -116,7 +117,7 @@ TRAINING: Mapping[str, Any] = get_type_hints(Training, include_extras=True)
 
 
 def check_ranges(**values: Any) -> None:
-    """Raise LayerwiseError where an option of training is out of its range in `TRAINING`.
+    """Raise LayerwiseError if an option of training is out of its range in `TRAINING`.
 
     >>> check_ranges(lr=0.1, clip=None, seed=3)
     >>> check_ranges(accumulate=0)
@@ -128,13 +129,19 @@ def check_ranges(**values: Any) -> None:
 
 
 def check_fields(options: Any) -> None:
-    """Raise LayerwiseError where a field of a dataclass is out of the range that its type declares."""
+    """Raise LayerwiseError if a field of a dataclass is out of the range that its type declares."""
     found = fields(options)
     kinds: Mapping[str, Any] = {field.name: field.type for field in found}
     if any(isinstance(kind, str) for kind in kinds.values()):  # from __future__ import annotations
         kinds = get_type_hints(type(options), include_extras=True)
     for field in found:
         check(field.name, getattr(options, field.name), kinds[field.name])
+
+
+def check_largest(name: str, value: Any) -> None:
+    """Raise LayerwiseError where a whole number has more than 64 bits."""
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise LayerwiseError(f"{name} is {short(value)}; it must be 2^63 - 1 at most.")
 
 
 def check(name: str, value: Any, kind: Any) -> None:
@@ -147,11 +154,13 @@ def check(name: str, value: Any, kind: Any) -> None:
     """
     if kind is bool:
         if not isinstance(value, bool):
-            raise LayerwiseError(f"{name} is {value!r}; it must be True or False.")
+            raise LayerwiseError(f"{name} is {short(value)}; it must be True or False.")
     elif get_origin(kind) is Annotated:
         for allowed in kind.__metadata__:
+            if isinstance(allowed, Range) and allowed.whole:
+                check_largest(name, value)
             if isinstance(allowed, Range) and value not in allowed:
-                raise LayerwiseError(f"{name} is {value!r}; it must be {allowed.words}.")
+                raise LayerwiseError(f"{name} is {short(value)}; it must be {allowed.words}.")
     elif get_origin(kind) is dict:
         for key, item in value.items():
             check(f"{name}[{key}]", item, get_args(kind)[1])

@@ -39,7 +39,7 @@ def check_reached(
             raise LayerwiseError(
                 f"no parameter of block {unit.site.name!r} gets a gradient ({missed[0]}, ...), so it would not "
                 "learn: its output has no history (a block that recomputes itself with use_reentrant=True, or "
-                "detaches), or the loss does not depend on it; mend the block, or freeze it with "
+                "detaches), or the loss does not depend on it; correct the block, or freeze it with "
                 "requires_grad_(False)."
             )
         if missed:

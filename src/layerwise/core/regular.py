@@ -2,7 +2,7 @@
 
 A model is regular where every call of a cut module gets the output of the call before, and other arguments that depend
 on no block (masks, positions). Its forward pass then runs to the first cut, says with which arguments it calls the
-others while something stands in for them, and waits behind the last one for that one's output.
+others while something stands in for them, and waits after the last one for its output.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ class BlockByBlock:
     Args:
         cuts: the modules and how to read their outputs, as for `Pass`.
         run: the model's forward pass: from the batch to the logits.
-        devices: device types whose autocast is looked after.
+        devices: device types whose autocast is managed.
         device: whose random draws are kept.
         first: the first block.
     """
@@ -107,7 +107,7 @@ class BlockByBlock:
         if not any(t is self.standin for t in given):
             raise _irregular(self.cuts[index][0], "does not get the output of the call before as it is")
         if any(t.grad_fn is not None for t in given):
-            raise _irregular(self.cuts[index][0], "gets an argument that depends on parameters outside of it")
+            raise _irregular(self.cuts[index][0], "gets an argument that depends on parameters outside it")
         if index in self.calls:
             raise _irregular(self.cuts[index][0], "is called twice")
         self.calls[index] = args, kwargs
@@ -118,7 +118,7 @@ class BlockByBlock:
         return replaced(self._form, self._mark, h, detach=False)
 
     def _again(self) -> Pass:
-        """A pass that waits behind the last cut, as the one of the batch has been there already."""
+        """A pass that waits after the last cut, as the one of the batch has been there already."""
         last = len(self.cuts) - 1
 
         def stand_in(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""The contract of a learning rule: what it may look at, and what it must give to the engine.
+"""The contract of a learning rule: what it may read, and what it must return to the engine.
 
 The engine runs one *group* of blocks at a time (most rules: one block) and owns the update order. A rule
 only answers questions. It sees tensors and modules; it knows no optimizer, device, process or data set.
@@ -22,7 +22,7 @@ from layerwise.core.tasks import KINDS, Task
 from layerwise.errors import LayerwiseError
 
 ANY_TASK = (*KINDS, "soft_labels")
-"""`Rule.tasks` of a rule that needs nothing but the task's loss on outputs of any width."""
+"""`Rule.tasks` of a rule that needs only the task's loss on outputs of any width."""
 
 Locality = Literal["local", "interlocking", "broadcast", "perturbation", "equilibrium", "global"]
 LOCALITIES: dict[Locality, str] = {
@@ -51,7 +51,7 @@ class Site:
     inputs: tuple[int, ...] = ()
     """Shape of one sample of the network's input."""
     layouts: tuple[str | None, ...] = ()
-    """Where batch, channels and positions are in the output of every site; None where that is not known."""
+    """Where batch, channels and positions are in the output of every site; None if that is unknown."""
     input_layout: str | None = None
     """The same of the network's input."""
     network: Partition | None = field(default=None, compare=False, repr=False)
@@ -64,7 +64,7 @@ class Site:
 
     @property
     def block(self) -> Block:
-        """The block that stands here, or the head."""
+        """The block at this site, or the head."""
         assert self.network is not None
         return self.network.sites[self.index]
 
@@ -119,7 +119,7 @@ class Site:
 
 @dataclass(frozen=True)
 class BatchContext:
-    """What a rule may look at before the first block runs."""
+    """What a rule can read before the first block runs."""
 
     x: Tensor
     """The batch, `(B, ...)`."""
@@ -131,7 +131,7 @@ class BatchContext:
     auxiliary: Mapping[int, nn.Module]
     """The rule's modules by index of their site."""
     run: Callable[[int, Tensor, Any], Tensor]
-    """Runs one more time the block at a site: `run(index, h, message)` is its output, without gradient.
+    """Runs the block at a site once more: `run(index, h, message)` is its output, without gradient.
 
     Use this (or `forward`, or `predict`) for every pass that is not the step's own. Mode, precision and random draws
     are those that the block will have in this step, so with the same input the output has the same bits. Buffers, such
@@ -157,7 +157,7 @@ class BatchContext:
 
 @dataclass(frozen=True)
 class BlockContext:
-    """What a rule may look at when a block has just run."""
+    """What a rule can read when a block has just run."""
 
     site: Site
     h: Tensor
@@ -165,7 +165,7 @@ class BlockContext:
     h_in: Tensor
     """The block's input; without history when the block is the first of its group."""
     message: Any
-    """What the site before sent: tensors, or nested tuples, lists and dicts of them."""
+    """Message of the site before: tensors, or nested tuples, lists and dicts of them."""
     y: Tensor
     task: Task
     auxiliary: nn.Module | None
@@ -178,7 +178,7 @@ class BlockContext:
     outputs: LinearOutputs | None = None
     """The network's outputs at a head whose last layer has not run, for `loss_at_head`; `h` is its input then."""
     run: Callable[[Tensor, Any], Tensor] | None = None
-    """Runs the block one more time: `run(h, message)` is its output, without gradient, as `BatchContext.run` gives it.
+    """Runs the block once more: `run(h, message)` is its output, without gradient, as `BatchContext.run` gives it.
 
     None for a context that no engine has made.
     """
@@ -186,7 +186,7 @@ class BlockContext:
 
 @dataclass
 class Signal:
-    """A rule's answer: the teaching signal of the block and what crosses to the next one.
+    """A rule's result: the teaching signal of the block and the message to the next one.
 
     Give `loss` (a scalar; its gradient is the signal), or `cotangent` (the gradient with respect to the
     block's output, same shape as `BlockContext.h`), or both, or neither (the block does not learn here). A rule that
@@ -196,13 +196,13 @@ class Signal:
     loss: Tensor | None = None
     cotangent: Tensor | None = None
     message: Any = None
-    """Handed to the next site; the engine detaches it at the end of a group."""
+    """Message to the next site; the engine detaches it at the end of a group."""
     output: Tensor | None = None
-    """Input of the next block, where it is not the block's output (normalised, label attached, ...)."""
+    """Input of the next block, if it is not the block's output (normalised, label attached, ...)."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """Scalars on the device, read later; a mean over the batch each. `"loss"` is the loss above unless given."""
     statistics: dict[str, Tensor] = field(default_factory=dict)
-    """Sums out of which the task makes metrics that are no means over the batch, see `Task.statistics`."""
+    """Sums for metrics that are not means over the batch, see `Task.statistics`."""
     gradients: dict[Tensor, Tensor] = field(default_factory=dict)
     """Gradients that the rule has computed itself, by parameter of the block or of the rule's module here.
 
@@ -224,17 +224,17 @@ class Rule(Abstract):
     locality: ClassVar[Locality]
     """Where the teaching signal comes from; a test verifies it."""
     boundary: ClassVar[str]
-    """What is passed over a block boundary, in words."""
+    """What crosses a block boundary, in words."""
     flat_memory: ClassVar[bool]
     """Whether activations + gradients do not grow with the number of blocks; a test verifies it."""
     source: ClassVar[str]
-    """Paper, year, and how far the code is the paper's statement."""
+    """Paper, year, and which parts are our own reading."""
     restrictions: ClassVar[str] = ""
     """What the rule cannot do, in one or two sentences."""
     tasks: ClassVar[tuple[str, ...]] = ("classification", "language_model")
-    """Kinds of tasks that the rule can do, out of `KINDS` and `"soft_labels"`, see `ANY_TASK`; a test verifies it."""
+    """Kinds of tasks that the rule can do, from `KINDS` and `"soft_labels"`, see `ANY_TASK`; a test verifies it."""
     only: ClassVar[str] = "its signal is defined for class numbers alone"
-    """Why it can do no others, as a part of a sentence."""
+    """Why it cannot do others, as part of a sentence."""
     models: ClassVar[tuple[str, ...]] = ()
     """The models that the rule trains; empty for a rule that trains any network."""
     unlabelled: ClassVar[bool] = False
@@ -258,15 +258,15 @@ class Rule(Abstract):
     builds_graph: ClassVar[bool] = True
     """Whether autograd builds a graph in training. A rule without one gives `Signal.gradients`; a loss is a metric."""
     reads_input: ClassVar[bool] = False
-    """Whether `signal` looks at the network's input, which then has to be one tensor."""
+    """Whether `signal` reads the network's input, which then has to be one tensor."""
     predicts_at_head: ClassVar[bool] = False
-    """Whether what `signal` reports at the head is the accuracy and loss of the rule's own prediction.
+    """Whether `signal` reports at the head the accuracy and loss of the rule's own prediction.
 
     Evaluation then takes one pass; otherwise prediction has a pass of its own.
     """
 
     reads_logits: ClassVar[bool] = True
-    """Whether `signal` looks at the network's logits itself. Where it gives `loss_at_head` at the head and nothing else
+    """Whether `signal` reads the network's logits itself. If it gives `loss_at_head` at the head and nothing else
     of it, False lets the loss of a large vocabulary be made in chunks. Declared by the class that defines `signal`, or
     set on a rule whose options decide it.
     """
@@ -299,7 +299,7 @@ class Rule(Abstract):
         return ctx.x, None
 
     def run(self, block: Block, h: Tensor, message: Any) -> Tensor:
-        """Run a block; overridden where the forward pass itself differs (checkpointing, offloading).
+        """Run a block; override it if the forward pass itself differs (checkpointing, offloading).
 
         Args:
             block: what to run.

@@ -76,7 +76,7 @@ def legal_cuts(model: nn.Module) -> list[str]:
 
 
 def _untraceable(model: nn.Module) -> set[str]:
-    """Names of the modules of one's own that cannot be traced, though their parts may be: they are cut around."""
+    """Names of the user modules that cannot be traced, though their parts may be: they are cut around."""
     found: set[str] = set()
     for path, module in reversed([*model.named_modules()]):
         if module.__module__.startswith("torch.nn") and not is_sequential(module):
@@ -176,7 +176,7 @@ def _trace(
     name = type(model).__name__
     if is_overridden(model):
         raise LayerwiseError(
-            f"{name} has a forward or a __call__ that is put over that of its class, so it cannot be traced; {INSTEAD}"
+            f"{name} has a forward or a __call__ that replaces that of its class, so it cannot be traced; {INSTEAD}"
         )
     try:
         with torch.set_grad_enabled(grad), _watched(reads):
@@ -185,7 +185,7 @@ def _trace(
     except Switched as reason:
         raise LayerwiseError(
             f"{name}.forward switches gradients or autocast inside (torch.no_grad, torch.enable_grad, torch.autocast), "
-            f"which a trace does not hold; {INSTEAD}"
+            f"which a trace cannot represent; {INSTEAD}"
         ) from reason
     except Exception as reason:  # tracing runs the user's own forward, which may raise anything
         raise LayerwiseError(
@@ -205,7 +205,7 @@ class Traces:
     shows in the output: every trace is compared with the model itself on the first samples that come.
 
     Raises:
-        LayerwiseError: what a trace cannot follow (branches on tensors, random draws outside of torch's functions of
+        LayerwiseError: what a trace cannot follow (branches on tensors, random draws outside torch's functions of
             tensors, attributes that the forward pass itself changes), or a wrong cut.
     """
 
@@ -250,8 +250,8 @@ class Traces:
             return  # not even the model agrees with itself
         if not _same(found[0], found[2]):
             raise LayerwiseError(
-                f"{type(self.model).__name__}.forward does something that a trace does not hold (a branch on a type, "
-                f"a value from elsewhere, a switch of a mode); {INSTEAD}"
+                f"{type(self.model).__name__}.forward does something that a trace cannot represent (a branch on a "
+                f"type, a value from elsewhere, a switch of a mode); {INSTEAD}"
             )
         _kept(self._compared, self._state(), None)
 
@@ -281,8 +281,8 @@ class Traces:
                 self.owned[i] |= owned
             elif not owned <= self.owned[i]:
                 raise LayerwiseError(
-                    f"{type(self.model).__name__}.forward now runs {sorted(owned - self.owned[i])[0]!r}, which it did "
-                    "not when the model was cut; call partition(model) again."
+                    f"{type(self.model).__name__}.forward now runs {sorted(owned - self.owned[i])[0]!r}, which it "
+                    "did not run when the model was cut; call partition(model) again."
                 )
         state = self._state()
         _kept(self._raw, state, found)
@@ -301,7 +301,7 @@ class Traces:
         again = _text(_trace(self.model, leaf, grad=False)[0], self.model)
         if self._state() != state:
             raise LayerwiseError(
-                f"{name}.forward changes attributes of its module, or values outside of it, while it runs, which a "
+                f"{name}.forward changes attributes of its module, or values outside it, while it runs, which a "
                 f"trace cannot follow; {INSTEAD}"
             )
         if generator_states() != before or first != again:

@@ -68,7 +68,7 @@ class Batches:
         if augment and not source.pictures:
             kinds = {torch.int64: "windows of a text", torch.float64: "rows of a table"}
             what = "nodes of a graph" if source.whole else kinds[source.dtype]
-            raise LayerwiseError(f"the {what} are no images to augment; leave --augment out")
+            raise LayerwiseError(f"the {what} are not images to augment; leave --augment out")
         if source.whole:
             batch_size, shuffle = len(source), False
         channels = source.shape[0]
@@ -100,14 +100,14 @@ class Batches:
         return whole + (rest > 0 and not self.drop_last)
 
     def without_images(self) -> "Batches":
-        """The same batches with the labels alone: x is empty (B, 0), no image is kept, read, augmented or moved."""
+        """The same batches with only the labels: x is empty (B, 0), no image is kept, read, augmented or moved."""
         other = copy.copy(self)
         other.source = self.source.without_images()
         other.labels_only = True
         return other
 
     def share(self, index: int, count: int) -> "Batches":
-        """Of the same batches, part `index` of `count`: the very images that the whole batches hold there.
+        """Part `index` of `count` of the same batches, with exactly the images that the whole batches hold there.
 
         Parts of a batch that `count` does not divide differ by one sample; empty ones are left out.
         """
@@ -160,7 +160,7 @@ class Batches:
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device; nothing waits for a GPU, which copies from page-locked memory on its own."""
+    """Move a tensor to a device, asynchronously to a GPU, which copies from page-locked memory."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""The names and forms of names that a data set is loaded by."""
+"""The names of data sets, and the forms of names."""
 
 import os
 
@@ -53,7 +53,7 @@ def names() -> list[str]:
 
 
 def describe(name: str) -> str:
-    """One line on a data set, given its name or any name of its form.
+    """Describe a data set in one line, given its name or any name of its form.
 
     Raises:
         LayerwiseError: an unknown name.
@@ -89,7 +89,7 @@ def is_text(name: str) -> bool:
 
 
 def check_task(name: str, task: str) -> None:
-    """Raise LayerwiseError where the labels of a data set are not for the task.
+    """Raise LayerwiseError if the labels of a data set are not for the task.
 
     >>> check_task("digits", "regression")
     Traceback (most recent call last):
@@ -103,7 +103,7 @@ def check_task(name: str, task: str) -> None:
 
 
 def plain_name(name: str | os.PathLike[str]) -> str:
-    """A name or path as text, whatever a user gave; what is none will be unknown."""
+    """A name or path as text, whatever a user gave; anything else will be unknown."""
     try:
         name = os.fspath(name)
     except TypeError:

@@ -16,15 +16,15 @@ TEXT_TYPES = ("string", "large_string", "string_view")  # arrow's names for word
 
 
 class Columns(NamedTuple):
-    """Where a table of images has what."""
+    """The columns of a table of images."""
 
     image: str
     label: str | None
-    """None where the labels of a test split are kept back."""
+    """None if the labels of a test split are withheld."""
     names: tuple[str, ...] | None
-    """The class names that whole numbers index, where the file notes them."""
+    """The class names that whole numbers index, if the file records them."""
     targets: tuple[str, ...] = ()
-    """The columns of numbers, where the labels are some."""
+    """The columns of labels that are numbers."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -88,7 +88,7 @@ def find_columns(
     if names is None:
         return Columns(image, label, None)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise LayerwiseError(f"{title} notes no list of words as the classes of {label!r}; write it again.")
+        raise LayerwiseError(f"{title} records no list of words as the classes of {label!r}; write it again.")
     return Columns(image, label, check_words(names, title) or None)
 
 
@@ -101,7 +101,7 @@ def _check_labels(good: bool, schema: Any, name: str, title: str) -> None:
 
 
 def _pick_column(what: str, candidates: list[str], usual: Sequence[str], schema: Any, title: str, wanted: str) -> str:
-    """`pick`, but a column of the right name that holds the wrong things is reported as what it is."""
+    """Like `pick`, but a column with the right name and the wrong content is reported as such."""
     named = [name for name in usual if name in schema.names]
     if named and named[0] not in candidates and not any(name in candidates for name in usual):
         held = schema.field(named[0]).type
@@ -115,7 +115,7 @@ def _features(schema: Any, title: str) -> dict[str, dict]:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
         return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
     except (ValueError, AttributeError, RecursionError) as reason:
-        raise LayerwiseError(f"{title} holds damaged notes about its columns; write it again.") from reason
+        raise LayerwiseError(f"{title} holds damaged metadata about its columns; write it again.") from reason
 
 
 def labels_of(column: Any, columns: Columns, title: str) -> list:
@@ -129,7 +129,7 @@ def labels_of(column: Any, columns: Columns, title: str) -> list:
                 value = None
             elif not math.isfinite(value) or value != int(value):
                 raise LayerwiseError(
-                    f"row {row} of {title} has the label {value} in column {columns.label!r}, which is no class; "
+                    f"row {row} of {title} has the label {value} in column {columns.label!r}, which is not a class; "
                     "give whole numbers or words."
                 )
             else:
@@ -139,7 +139,7 @@ def labels_of(column: Any, columns: Columns, title: str) -> list:
         if columns.names and isinstance(value, str):
             if value not in columns.names:
                 raise LayerwiseError(
-                    f"row {row} of {title} has the label {value!r}, which is none of the classes that the file notes "
+                    f"row {row} of {title} has the label {value!r}, which is none of the classes that the file records "
                     f"({few(columns.names)}); correct one of them."
                 )
             value = columns.names.index(value)
@@ -163,7 +163,7 @@ def read_labels(column: Callable[[str], Any], columns: Columns, title: str) -> l
         for row, value in enumerate(values):
             if not isinstance(value, (int, float, Decimal)):
                 raise LayerwiseError(
-                    f"row {row} of {title} has {value!r} in column {name!r}, which is no number; fill it or "
+                    f"row {row} of {title} has {value!r} in column {name!r}, which is not a number; fill it or "
                     "take it out."
                 )
         found.append([float(value) for value in values])

@@ -1,11 +1,11 @@
-"""Tables as people have them: columns of words and gaps become numbers, as the training rows alone say.
+"""Encodes columns of words and fills missing values; everything is learned from the training rows alone.
 
 The work is done by scikit-learn's `SimpleImputer` and `OneHotEncoder`. What they have learned is kept as plain text
 (`Encoding.rows`), with which a run predicts the rows of another table.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +22,7 @@ Gaps = Literal["refuse", "mean", "median", "most_frequent"]
 
 
 class Handling(NamedTuple):
-    """What is done with cells that are no numbers."""
+    """How to treat cells that are not numbers."""
 
     categories: Categories = "refuse"
     """Columns of words: refuse them, or a column of zeros and ones for each word."""
@@ -32,13 +32,13 @@ class Handling(NamedTuple):
 
 
 class Column(NamedTuple):
-    """What the training rows say of a column."""
+    """Facts about a column from the training rows."""
 
     name: str
     words: tuple[str, ...]
     """Its words in order; none for a column of numbers."""
     fill: str
-    """What stands in a gap; empty where gaps are refused."""
+    """The value that fills a gap; empty if gaps are refused."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Encoding:
 
     @classmethod
     def fitted(cls, names: Sequence[str], cells: np.ndarray, handling: Handling) -> "Encoding":
-        """Learn the words of each column and what fills its gaps.
+        """Learn the words of each column and the value that fills its gaps.
 
         Args:
             names: of the columns.
@@ -99,7 +99,7 @@ class Encoding:
 
     @property
     def rows(self) -> tuple[str, ...]:
-        """A text per column, from which `of` makes the encoding again."""
+        """A text per column, from which `of` rebuilds the encoding."""
         return tuple(json.dumps([column.name, [*column.words], column.fill]) for column in self.columns)
 
     @property
@@ -111,8 +111,12 @@ class Encoding:
             for name in ([f"{column.name}={word}" for word in column.words] if column.words else [column.name])
         )
 
-    def numbers(self, cells: np.ndarray) -> Tensor:
+    def numbers(self, cells: np.ndarray, where: Callable[[int], str] = "row {}".format) -> Tensor:
         """Rows of cells as float64 (N, columns of numbers, 1, 1). A word that no training row has is all zeros.
+
+        Args:
+            cells: of the rows, as in `fitted`.
+            where: says the place of a row, for the sentence.
 
         Raises:
             LayerwiseError: a gap where the run was not told what to do with them, or a word in a column of numbers.
@@ -124,8 +128,8 @@ class Encoding:
             bad = wrong.index(True) if any(wrong) else None
             if bad is not None:
                 raise LayerwiseError(
-                    f"row {bad} has {filled[bad]!r} in column {column.name!r}, which holds numbers without gaps in the "
-                    "training rows; correct it, or train with --data.gaps or --data.categories."
+                    f"{where(bad)} has {filled[bad]!r} in column {column.name!r}, which holds numbers without gaps in "
+                    "the training rows; correct it, or train with --data.gaps or --data.categories."
                 )
             if column.words:
                 encoder: Any = need("sklearn.preprocessing").OneHotEncoder

@@ -42,7 +42,7 @@ def open_imagefolder(path: Path) -> dict[str, Rows]:
         found[split] = FileRows(folder, images) if unlabelled else class_folders(folder)
     others = [folder.name for folder in folders if folder not in used]
     if others:
-        found["train"].notes += (f"folders of {shown(path)} that are no split are left out: {few(others)}",)
+        found["train"].notes += (f"folders of {shown(path)} that are not splits and are left out: {few(others)}",)
     return found
 
 
@@ -64,16 +64,16 @@ def class_folders(folder: Path) -> FileRows:
     rows = FileRows(folder, [file for files in found.values() for file in files], values, names)
     others = len(list_files(folder)) - len(rows)
     if others > 0:
-        rows.notes = (f"{others} files under {shown(folder)} are no images in a class folder and are left out",)
+        rows.notes = (f"{others} files under {shown(folder)} are not images in a class folder and are left out",)
     return rows
 
 
 def split_folders(path: Path, folders: Sequence[Path]) -> dict[str, Path]:
-    """The folder of each split; one whose name is the mere word comes before one with other words in its name."""
+    """The folder of each split; an exact name takes precedence over one with other words in its name."""
     candidates: dict[str, list[Path]] = {}
     for folder in folders:
         split, plain = split_of(folder.name), folder.name.lower()
-        # Classes may be called "bullet_train" or "training"; a training split holds folders.
+        # Classes may be called "bullet_train" or "training", but a training split holds folders.
         if split is not None and (split != "train" or plain == "train" or list_folders(folder)):
             candidates.setdefault(split, []).append(folder)
     splits = {}
@@ -87,7 +87,7 @@ def split_folders(path: Path, folders: Sequence[Path]) -> dict[str, Path]:
 
 
 def inner_folder(folder: Path, split: str) -> Path:
-    """A split's folder, or the one of the same split that is all there is in it, as in seg_train/seg_train."""
+    """A split's folder, or its only subfolder if that names the same split, as in seg_train/seg_train."""
     inner = list_folders(folder)
     return inner[0] if len(inner) == 1 and split_of(inner[0].name) == split else folder
 
@@ -97,7 +97,7 @@ PART = re.compile(r"(fold|part|partition|split|shard|chunk|batch|subset|set)s?([
 
 
 def _check_classes(path: Path, folders: Sequence[Path]) -> tuple[str, ...]:
-    """Refuse folders that are no classes: all have names of splits, or are parts or hold splits of the same classes.
+    """Refuse folders that are not classes: all have names of splits, or are parts or hold splits of the same classes.
 
     Returns:
         A note where classes hold the same folders, as in CLASS/left and CLASS/right: it might be meant otherwise.

@@ -15,7 +15,7 @@ from layerwise.errors import LayerwiseError, short
 from layerwise.files import kind_of
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)?")
-"""What a data set on the hub may be called; `datasets` would take a path, too."""
+"""Legal names of data sets on the hub; `datasets` would accept a path, too."""
 
 
 def open_hub(
@@ -48,10 +48,10 @@ def load_splits(repository: str, advice: str = "") -> Any:
     datasets = need("datasets")
     if not NAME.fullmatch(repository):
         raise LayerwiseError(
-            f"{short(repository)} is no name of a data set on the Hugging Face hub; give hf:owner/name, and "
+            f"{short(repository)} is not the name of a data set on the Hugging Face hub; give hf:owner/name, and "
             "imagefolder:, parquet: or text: for files of your own."
         )
-    if kind_of(repository) == "folder":  # `datasets` would read it and not say so
+    if kind_of(repository) == "folder":  # `datasets` would read it silently
         raise LayerwiseError(
             f"hf:{repository} is a folder here, too; start the command elsewhere, or give imagefolder:{repository}, "
             f"parquet:{repository} or text:{repository} for the folder."
@@ -61,7 +61,7 @@ def load_splits(repository: str, advice: str = "") -> Any:
         try:
             with _offline() if unreachable else nullcontext():
                 return datasets.load_dataset(repository)
-        except Exception as error:  # anything may come out of the network stack and of a foreign loader
+        except Exception as error:  # the network stack and a foreign loader may raise anything
             reason = str(error).strip().partition("\n")[0].rstrip(".")
             reason = reason.replace("OfflineModeIsEnabled", unreachable)
             raise LayerwiseError(
@@ -84,7 +84,7 @@ def _unreachable(repository: str) -> str:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Let `datasets` look into its cache only."""
+    """Let `datasets` use only its cache."""
     places = [need("datasets").config, need("huggingface_hub.constants")]
     before = [place.HF_HUB_OFFLINE for place in places]
     try:

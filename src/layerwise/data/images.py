@@ -29,7 +29,7 @@ STREAMED_SIZE = 224  # pixels
 
 
 class Sources(NamedTuple):
-    """The splits that a data set brings."""
+    """The splits of a data set."""
 
     train: Source
     val: Source | None
@@ -117,7 +117,7 @@ def load_images(
         words = {
             "resized": f"were resized to {form.width}x{form.height}",
             "converted": f"were converted to {'RGB' if form.mode == 'RGB' else 'grey'}",
-            "laid": f"are transparent in places and were laid on a {GROUNDS[form.ground]} ground",
+            "laid": f"are transparent in places and were given a {GROUNDS[form.ground]} background",
             "frames": "are files of several frames, of which the first is used",
         }
         if size is not None:
@@ -151,13 +151,13 @@ def _open(name: str, root: str | Path | None, limit: int, task: DataTask, target
 
 
 def check_size(size: Any) -> int | None:
-    """An image size that a user gave, as a number of pixels; None for none."""
+    """Check an image size from the user, a number of pixels; None if not given."""
     if size is None:
         return None
     try:
         number = operator.index(size)
     except TypeError:
-        raise LayerwiseError(f"image size {size!r} is no whole number; give a number of pixels") from None
+        raise LayerwiseError(f"image size {size!r} is not a whole number; give a number of pixels") from None
     if number < 1:
         raise LayerwiseError(f"image size {number} is not positive; give a number of pixels")
     if number**2 > MAX_PIXELS:

@@ -10,7 +10,7 @@ from layerwise.errors import LayerwiseError
 
 
 def class_names(train: Rows, title: str) -> tuple[str, ...]:
-    """The classes of a training split, in the order of their labels: those that it notes, or its different labels.
+    """The classes of a training split, in the order of their labels: those that it records, or its distinct labels.
 
     Raises:
         LayerwiseError: a label that is absent or negative, words beside numbers, fewer than two classes.
@@ -22,12 +22,12 @@ def class_names(train: Rows, title: str) -> tuple[str, ...]:
             raise LayerwiseError(f"the labels of {title} are words and whole numbers; write them alike")
         classes = check_words(tuple(map(str, sorted(values))), title)
     if len(classes) < 2:
-        raise LayerwiseError(f"{title} holds the one class {''.join(classes)!r}; give data with two or more classes")
+        raise LayerwiseError(f"{title} holds only the class {''.join(classes)!r}; give data with two or more classes")
     return classes
 
 
 def _checked(rows: Rows, split: str) -> list:
-    """The stored labels of a split, all there and none negative."""
+    """The stored labels of a split, checked: none is missing or negative."""
     if not len(rows):
         raise LayerwiseError(f"the {split} split holds no rows; give data with samples")
     for row, value in enumerate(rows.values):

@@ -1,4 +1,4 @@
-"""A CSV file as it stands: its separator and its encoding are found, and its faults are told all at once."""
+"""Reads a CSV file as it is: detects its separator and encoding, and reports all its faults at once."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ SHOWN = 6
 
 @dataclass(frozen=True)
 class Lines:
-    """A CSV file as it stands."""
+    """A CSV file as it is."""
 
     title: str
     names: list[str]
@@ -28,12 +28,16 @@ class Lines:
     numbers: list[int]
     """The line on which each row ends."""
     faults: list[str] = field(default_factory=list)
-    """What is wrong with the file, a part of a sentence each."""
+    """Faults of the file, each as part of a sentence."""
     notes: tuple[str, ...] = ()
-    """How it was read, a sentence each, where that is not the usual way."""
+    """Notes on unusual ways in which it was read, one sentence each."""
+
+    def where(self, row: int) -> str:
+        """The place of a row, in words."""
+        return f"line {self.numbers[row]} of {self.title}"
 
     def check(self, faults: Sequence[str] = (), advice: str = "correct them, or take these lines out") -> None:
-        """Raise LayerwiseError with all faults, those that others have found too; a sentence that stands alone stays.
+        """Raise LayerwiseError with all faults, also those found elsewhere; a single one becomes a sentence of its own.
 
         Args:
             faults: further ones.
@@ -49,7 +53,7 @@ class Lines:
 
 
 def read_lines(path: Path) -> Lines:
-    """A CSV file, whose separator (comma, semicolon, tab or bar) is the one that its first line has most of.
+    """A CSV file, whose separator (comma, semicolon, tab or bar) is the most frequent one in its first line.
 
     It is UTF-8, UTF-16 with a mark, or else Windows-1252. With semicolons, `1,5` is the number 1.5. Rows that do not
     have the cells of the first line are left out and are among the faults; call `check` before the rows are used.
@@ -89,7 +93,7 @@ def read_lines(path: Path) -> Lines:
 
 
 def _decoded(content: bytes, title: str) -> tuple[str, list[str]]:
-    """The text of a file, and a note where its encoding is not UTF-8."""
+    """The text of a file, and a note if its encoding is not UTF-8."""
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return content.decode("utf-16"), [f"{title} is read as UTF-16, as its first bytes say"]
     try:

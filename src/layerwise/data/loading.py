@@ -1,7 +1,7 @@
 """A data set by name, split three ways."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,8 +32,8 @@ from layerwise.data.tokenizer import Tokenizer
 from layerwise.errors import LayerwiseError
 from layerwise.files import shown
 
-TEST_FRACTION = 0.2  # of the samples, where a data set brings no test split
-TEST_SEED = 20_240  # of that split; a constant, so that no option moves a sample between training and test
+TEST_FRACTION = 0.2  # share of the samples, if a data set has no test split
+TEST_SEED = 20_240  # seed of that split; a constant, so that no option moves a sample between training and test
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,9 +147,11 @@ imagefolder:PATH, parquet:PATH, PATH.csv.
     if targets and (task == "language_model" or not (is_table(name) or name.partition(":")[0] in ("parquet", "hf"))):
         raise LayerwiseError(f"{title} has no columns to choose from; leave --data.label-column out")
     if handling not in (None, Handling()) and (words is not None or not is_table(name)):
-        raise LayerwiseError(f"{title} is no table of numbers and words; leave --data.categories and --data.gaps out")
+        raise LayerwiseError(
+            f"{title} is not a table of numbers and words; leave --data.categories and --data.gaps out"
+        )
     if label_noise and task != "classification":
-        raise LayerwiseError("label noise puts wrong classes in the place of right ones; leave it out under this task")
+        raise LayerwiseError("label noise replaces classes by wrong ones; leave it out under this task")
     if name == "cora":
         return _cora(root, size, label_noise)
     if task == "language_model":
@@ -158,6 +160,7 @@ imagefolder:PATH, parquet:PATH, PATH.csv.
     contents: tuple[str, ...] = ()
     test = own_val = form = cells = None
     encoding: tuple[str, ...] = ()
+    where: Callable[[int], str] = "row {}".format
     if name == "digits":
         classes, train, notes = _digits()
         form = ImageFormat("L", *train.shape[1:])
@@ -171,9 +174,9 @@ imagefolder:PATH, parquet:PATH, PATH.csv.
         form = ImageFormat("L", *train.shape[1:])
     elif is_table(name):
         if size is not None:
-            raise LayerwiseError("the rows of a table are no images; leave --image-size out")
+            raise LayerwiseError("the rows of a table are not images; leave --image-size out")
         if words is None:
-            train, classes, columns, found, cells = read_table(Path(name), task, targets, handling)
+            train, classes, columns, found, cells, where = read_table(Path(name), task, targets, handling)
             notes = list(found)
         else:
             sentences = load_sentences(Path(name), words, targets[0] if targets else None, val_fraction)
@@ -230,12 +233,11 @@ imagefolder:PATH, parquet:PATH, PATH.csv.
     if len(kept) < len(train):
         train = train.subset(kept)
     train = train.relabelled(noisy[kept])
-    if cells is not None:  # what the columns become, the training rows alone say
+    if cells is not None:  # only the training rows decide how columns are encoded
         learned = Encoding.fitted(columns, cells[_places(train)], handling or Handling())
         columns, encoding = learned.names, learned.rows
         train, val, test = (
-            None if part is None else TableSource(learned.numbers(cells[_places(part)]), part.labels)
-            for part in (train, val, test)
+            None if part is None else _encoded(learned, cells, part, where) for part in (train, val, test)
         )
         assert train is not None
         assert test is not None
@@ -247,8 +249,14 @@ imagefolder:PATH, parquet:PATH, PATH.csv.
     return Dataset(name, classes, train.shape, mean, std, *parts, contents=contents, encoding=encoding)
 
 
+def _encoded(learned: Encoding, cells: np.ndarray, part: Source, where: Callable[[int], str]) -> TableSource:
+    """The rows of a split as numbers."""
+    rows = _places(part)
+    return TableSource(learned.numbers(cells[rows], lambda row: where(int(rows[row]))), part.labels)
+
+
 def _places(part: Source) -> np.ndarray:
-    """The rows of a table that a split holds."""
+    """The rows of a table in a split."""
     assert isinstance(part, TableSource)
     return part.images.flatten().long().numpy()
 
@@ -264,7 +272,7 @@ def _text(
     tokenizer: Tokenizer | None,
 ) -> Dataset:
     if size is not None:
-        raise LayerwiseError("the windows of a text are no images; leave --image-size out")
+        raise LayerwiseError("the windows of a text are not images; leave --image-size out")
     found = load_text(name, text or TextOptions(), val_fraction, root, tokenizer)
     train, known = found.train, found.tokenizer
     if train_samples is not None:
@@ -279,7 +287,7 @@ def _text(
 
 
 def _strata(labels: Tensor, task: DataTask) -> Tensor:
-    """The classes by which samples are split in proportion; one for all where labels are none."""
+    """The classes by which samples are split in proportion; a single one if labels are not classes."""
     return labels if task == "classification" else torch.zeros(len(labels), dtype=torch.int64, device="cpu")
 
 
@@ -298,7 +306,7 @@ def _digits() -> tuple[tuple[str, ...], Source, list[str]]:
 
 def _cora(root: str | Path | None, size: int | None, label_noise: float) -> Dataset:
     if size is not None or label_noise:
-        raise LayerwiseError("the nodes of cora are no images and have no label noise; leave both options out")
+        raise LayerwiseError("the nodes of cora are not images and have no label noise; leave both options out")
     train, val, test, graph = cora(root)
     notes = ("the nodes are one batch and cora has its own validation split: batch size and val_fraction do nothing",)
     return Dataset("cora", CORA_CLASSES, train.shape, (0.0,), (1.0,), train, val, test, notes, graph)

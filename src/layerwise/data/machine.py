@@ -1,4 +1,4 @@
-"""What this machine has: optional packages, a cache, folders of data sets."""
+"""Finds optional packages, a cache, and folders of data sets on this machine."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ def need(module: str) -> Any:
 
 
 def cache_folder() -> Path:
-    """The folder of everything that layerwise may lose without harm."""
+    """The cache folder, whose content may be deleted at any time."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layerwise"
 
 
@@ -26,6 +26,6 @@ def find_local(name: str, root: str | Path | None) -> Path | None:
         return None
     if kind_of(base) != "folder":
         origin = "the data root" if root is not None else "LAYERWISE_DATA"
-        raise LayerwiseError(f"{origin} names {shown(base)}, which is not a folder; point it to a folder of data sets")
+        raise LayerwiseError(f"{origin} names {shown(base)}, which is not a folder; set it to a folder of data sets")
     folder = Path(base) / name
     return folder if kind_of(folder) == "folder" else None

@@ -16,12 +16,12 @@ from layerwise.data.rows import FileRows
 from layerwise.errors import LayerwiseError
 from layerwise.files import kind_of, list_files, list_folders, shown
 
-IGNORED = 255  # the pixel of a mask that counts in nothing, as in most data sets
+IGNORED = 255  # the value of a mask's ignored pixels, as in most data sets
 ADVICE = "give a grey or palette picture whose pixels are class numbers, with 255 for pixels to leave out"
 
 
 def open_masks(path: Path) -> dict[str, tuple[FileRows, FileRows]]:
-    """Images and masks of every split: `path`/images and `path`/masks, or such folders inside of train, test, ...
+    """Images and masks of every split: `path`/images and `path`/masks, or such folders inside train, test, ...
 
     An image and its mask have the same path below the two folders, but for the suffix.
 
@@ -67,7 +67,7 @@ def decoded_masks(rows: FileRows, form: ImageFormat) -> Tensor:
     for row in range(len(rows)):
         try:
             masks[row] = torch.from_numpy(_numbers(rows.read(row), form))
-        except Exception as reason:  # PIL raises many kinds about a broken file
+        except Exception as reason:  # PIL raises many kinds of errors for a broken file
             raise refusal(rows.where(row), reason) from reason
     return masks
 

@@ -1,4 +1,4 @@
-"""What people call columns, splits, classes and missing labels."""
+"""Usual names of columns, splits, classes and missing labels."""
 
 import re
 import unicodedata
@@ -8,19 +8,30 @@ from layerwise.errors import LayerwiseError
 
 IMAGE_NAMES = ("image", "img")
 LABEL_NAMES = ("label", "fine_label", "labels", "class", "target", "y")
-TEST_NAMES = ("test", "eval", "validation", "valid", "val", "dev")  # the first that there is serves as the test split
+TEST_NAMES = ("test", "eval", "validation", "valid", "val", "dev")  # the first one that exists is the test split
 SPLITS = {name: name for name in ("train", *TEST_NAMES)} | {
     **dict.fromkeys(("training", "trn", "trainval"), "train"),
     **dict.fromkeys(("testing", "tst", "holdout", "heldout"), "test"),
     **{"evaluation": "eval", "devel": "dev", "development": "dev"},
-}  # what people call their splits
+}  # usual names of splits
 AFFIXES = ("set", "dataset", "data", "images", "image", "imgs", "img", "split", "folder", "dir")
 NAMED_SPLIT = re.compile(rf"({'|'.join(SPLITS)})(?:{'|'.join(AFFIXES)}|[ab])?")
-MISSING = ("", "nan", "+nan", "-nan", "null", "<na>", "#na", "#n/a", "n/a", "nat")  # what programs write for no label
+MISSING = (
+    "",
+    "nan",
+    "+nan",
+    "-nan",
+    "null",
+    "<na>",
+    "#na",
+    "#n/a",
+    "n/a",
+    "nat",
+)  # what programs write for a missing label
 
 
 def is_missing(word: str) -> bool:
-    """Whether a label stands for one that is missing.
+    """Whether a label means that it is missing.
 
     >>> is_missing(" NaN "), is_missing("nanny")
     (True, False)
@@ -29,7 +40,7 @@ def is_missing(word: str) -> bool:
 
 
 def split_of(name: str, anywhere: bool = False) -> str | None:
-    """The split that a name gives: "train" or one of `TEST_NAMES`; None where it gives none, or several.
+    """The split in a name: "train" or one of `TEST_NAMES`; None if it has none, or several.
 
     Args:
         name: of a folder, a file or a split, in small or capital letters.
@@ -49,7 +60,7 @@ def split_of(name: str, anywhere: bool = False) -> str | None:
 
 
 def check_words(names: Sequence[str], title: str) -> tuple[str, ...]:
-    """The names of classes, as they are.
+    """Check the names of classes.
 
     Raises:
         LayerwiseError: a name twice, or two that are the same text in two Unicode spellings.

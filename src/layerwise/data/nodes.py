@@ -28,7 +28,7 @@ CORA_CLASSES = (
 
 
 class NodeSource(InMemorySource):
-    """All nodes of a graph, of which those of one split have a label; they always come as one batch, in order.
+    """All nodes of a graph as one batch, in order; those of one split have a label.
 
     Args:
         images: uint8 (N, 1, 1, F), the features.
@@ -79,7 +79,7 @@ def _from_file(path: Path) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
             raise ValueError("its labels and masks do not fit its nodes")
     except LayerwiseError:
         raise
-    except Exception as reason:  # of numpy's and scipy's readers, about damaged bytes of any kind
+    except Exception as reason:  # numpy's and scipy's readers raise these for damaged bytes
         why = str(reason).partition("\n")[0] or type(reason).__name__
         raise LayerwiseError(f"{shown(path)} is not a readable file of Cora ({why}); fetch it again.") from reason
     return words, y, edges, masks
@@ -94,6 +94,6 @@ def _from_geometric() -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         raise LayerwiseError(
             f"cora comes with PyTorch Geometric; pip install 'layerwise[graph]', or {hint}."
         ) from reason
-    except OSError as reason:  # what a failed download raises
+    except OSError as reason:  # errors of a failed download
         raise LayerwiseError(f"Cora could not be downloaded ({reason}); try again, or {hint}.") from reason
     return found.x > 0, found.y, found.edge_index, [found.train_mask, found.val_mask, found.test_mask]

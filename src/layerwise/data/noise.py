@@ -10,7 +10,7 @@ from layerwise.core.randomness import derive_seed
 from layerwise.errors import LayerwiseError
 
 NoiseKind = Literal["symmetric", "pairs"]
-NOISE_SEED = 20_241  # a constant, so that every rule and every seed of a run meets the same wrong labels
+NOISE_SEED = 20_241  # a constant, so that every rule and every seed gets the same wrong labels
 PAIRS = {"truck": "automobile", "bird": "airplane", "deer": "horse", "cat": "dog", "dog": "cat"}
 
 
@@ -29,7 +29,7 @@ def noisy_labels(labels: Tensor, classes: Sequence[str], rate: float, kind: Nois
         int64 `(N,)`.
 
     Raises:
-        LayerwiseError: a rate outside of [0, 1), an unknown kind, or `pairs` for other classes than CIFAR-10's.
+        LayerwiseError: a rate outside [0, 1), an unknown kind, or `pairs` for other classes than CIFAR-10's.
 
     Source of the pairs: Patrini et al., arXiv 1609.03683 (2017).
 

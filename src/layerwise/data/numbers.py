@@ -1,6 +1,6 @@
-"""Numbers as labels: which columns hold them, and whether they are what the task needs."""
+"""Numbers as labels: finds their columns, and checks them for the task."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from layerwise.data.naming import LABEL_NAMES, few, pick
 from layerwise.errors import LayerwiseError
 
 MOST_LOST = 1e-3
-"""Of a target's standard deviation, what rounding to float32 may change in it."""
+"""Largest allowed error of rounding to float32, as a share of a target's standard deviation."""
 
 
 def chosen_targets(targets: Sequence[str], columns: Sequence[str], task: DataTask, title: str) -> tuple[str, ...]:
@@ -36,8 +36,16 @@ def chosen_targets(targets: Sequence[str], columns: Sequence[str], task: DataTas
     return (pick("label", [name for name in columns if name in LABEL_NAMES], LABEL_NAMES, columns, title),)
 
 
-def checked_numbers(values: Tensor, task: DataTask, columns: Sequence[str]) -> Tensor:
+def checked_numbers(
+    values: Tensor, task: DataTask, columns: Sequence[str], where: Callable[[int], str] = "row {}".format
+) -> Tensor:
     """Labels as float32 (N, D).
+
+    Args:
+        values: labels (N, D).
+        task: what they are.
+        columns: their names.
+        where: says the place of a row, for the sentence.
 
     Raises:
         LayerwiseError: numbers that are not finite, or other ones than 0 and 1 where labels hold or not; or numbers so
@@ -46,21 +54,21 @@ def checked_numbers(values: Tensor, task: DataTask, columns: Sequence[str]) -> T
     given = torch.as_tensor(values, device="cpu").double()
     found = torch.as_tensor(values, device="cpu").to(torch.float32)
     bad = ~torch.isfinite(found)
-    wanted = "finite number"
+    wanted = "a finite number"
     if task == "multilabel":
         bad, wanted = (found != 0) & (found != 1), "0 or 1"
     if bool(bad.any()):
         row, column = (int(i) for i in bad.nonzero()[0])
         raise LayerwiseError(
-            f"row {row} has {float(found[row, column]):g} in the column {columns[column]!r}, which is no {wanted}; "
+            f"{where(row)} has {float(found[row, column]):g} in the column {columns[column]!r}, which is not {wanted}; "
             "correct it or take it out."
         )
     spread = given.std(0, correction=0)
     lost = (spread > 0) & ((found.double() - given).abs().amax(0) > MOST_LOST * spread)
     if bool(lost.any()):
         raise LayerwiseError(
-            f"the numbers in the column {columns[int(lost.nonzero()[0])]!r} are so large beside their differences that "
-            "float32 would merge them; subtract a constant from them."
+            f"the numbers in the column {columns[int(lost.nonzero()[0])]!r} are so large compared with their "
+            "differences that float32 would merge them; subtract a constant from them."
         )
     return found
 

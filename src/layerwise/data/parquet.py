@@ -1,4 +1,4 @@
-"""Parquet files: which file is of which split, and their rows, in memory or mapped from disk."""
+"""Parquet files: finds their splits, and reads their rows, in memory or mapped from disk."""
 
 import re
 from collections.abc import Sequence
@@ -14,7 +14,9 @@ from layerwise.data.rows import Part, Rows, TableRows
 from layerwise.errors import LayerwiseError
 from layerwise.files import check_regular, kind_of, list_files, shown
 
-SHARD = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9]+")  # what differs between the parts of a table
+SHARD = re.compile(
+    r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9]+"
+)  # the part of a name that differs between the parts of a table
 
 
 def open_parquet(
@@ -52,7 +54,9 @@ def open_parquet(
         splits = {"train": splits[None]}
     columns: Columns | None = None
     found: dict[str, Rows] = {}
-    for split in sorted(splits, key=lambda split: split != "train"):  # what a test split lacks, the first one shows
+    for split in sorted(
+        splits, key=lambda split: split != "train"
+    ):  # a column that a test split lacks is in the first split
         found[str(split)], columns = _read_parquet(splits[split], folder, in_memory_limit, columns, (task, targets))
     return {str(split): found[str(split)] for split in splits}
 
@@ -92,7 +96,9 @@ def _read_parquet(
                 images.append(opened.read(columns=[columns.image]).column(0))
         except LayerwiseError:
             raise
-        except Exception as error:  # arrow raises many kinds about damaged bytes, and numbers in them may be huge
+        except (
+            Exception
+        ) as error:  # arrow raises many kinds of errors for damaged bytes, and numbers in them may be huge
             raise LayerwiseError(f"{title} is not a readable parquet file; fetch it again") from error
         parts.append(Part(title, labels, columns.names, file.parent))
     if first is None or not any(part.labels for part in parts):

@@ -1,4 +1,4 @@
-"""One encoded picture into pixels: the same for training, evaluation and prediction."""
+"""Decodes one picture into pixels, in the same way for training, evaluation and prediction."""
 
 import functools
 import io
@@ -16,7 +16,7 @@ from layerwise.errors import LayerwiseError
 
 # Formats that are pictures and nothing else: PIL would run Ghostscript for a file that is EPS inside.
 FORMATS = ("PNG", "JPEG", "MPO", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
-MAX_PIXELS = 178_956_970  # what PIL itself refuses to decode
+MAX_PIXELS = 178_956_970  # PIL itself refuses to decode these
 GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
@@ -26,18 +26,18 @@ GREY_ALPHA_16, RGBA_8 = bytes((16, 4)), bytes((8, 6))  # bits and kind of pixel 
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of a TIFF
 WHITE_IS_ZERO, SIGNED = 0, 2  # values of the last two
 GROUNDS = {255: "white", 0: "black", 128: "grey"}
-NEAR = 48  # levels: closer than this, a sign can hardly be seen on its ground
+NEAR = 48  # levels: closer than this, a sign can hardly be seen on its background
 
 
 class ImageFormat(NamedTuple):
-    """What every image of a data set is turned into."""
+    """The format to which every image of a data set is converted."""
 
     mode: str
     """"L" or "RGB" with 8 bits, or "F": grey with more than 8 bits, as float32 from 0 to 255."""
     height: int
     width: int
     ground: int = 255
-    """Grey level that stands where a picture is transparent."""
+    """Grey level of transparent pixels."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -49,7 +49,7 @@ class ImageFormat(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What is known of a picture before it is decoded."""
+    """Facts about a picture before it is decoded."""
 
     mode: str
     size: tuple[int, int]
@@ -59,11 +59,11 @@ class Header(NamedTuple):
 
 
 class Unfit(ValueError):
-    """A picture is whole and cannot be used; the message continues a sentence that begins with its place."""
+    """A picture is undamaged but cannot be used; the message continues a sentence that begins with its place."""
 
 
 def read_header(content: bytes) -> Header:
-    """Read what a picture is, without its pixels."""
+    """Read the facts about a picture, without its pixels."""
     image = open_picture(content)
     turned = _orientation(image) in TURNED and image.format != "TIFF"  # PIL turns a TIFF's own size
     size = image.size[::-1] if turned else image.size
@@ -143,7 +143,7 @@ def stack(pixels: Iterable[bytes], form: ImageFormat) -> Tensor:
 
 
 def refusal(place: str, reason: Exception) -> LayerwiseError:
-    """The sentence about a picture at `place` that could not be read."""
+    """The error about a picture at `place` that could not be read."""
     if isinstance(reason, LayerwiseError):
         return reason
     if isinstance(reason, Unfit):
@@ -184,7 +184,7 @@ def upright(image: Any) -> Any:
 def _orientation(image: Any) -> int:
     try:
         return image.getexif().get(0x0112, 1)
-    except Exception:  # PIL raises many kinds; damaged notes beside a whole picture say nothing about it
+    except Exception:  # PIL raises many kinds of errors; damaged metadata does not make a picture unusable
         return 1
 
 

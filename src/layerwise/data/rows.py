@@ -13,7 +13,7 @@ from layerwise.data.naming import few
 from layerwise.errors import LayerwiseError
 from layerwise.files import check_regular, read_bytes, shown
 
-WITHHELD = -1  # the label that the Hugging Face hub gives to samples of a test split whose labels are kept back
+WITHHELD = -1  # the label that the Hugging Face hub gives to samples of a test split with withheld labels
 
 
 class Rows(ABC):
@@ -46,7 +46,7 @@ class Rows(ABC):
 
     @property
     def withheld(self) -> bool:
-        """Whether no row has a label, as in a test split whose labels are kept back."""
+        """Whether no row has a label, as in a test split with withheld labels."""
         return bool(self.values) and all(value is None or value == WITHHELD for value in self.values)
 
 
@@ -54,11 +54,11 @@ class Part(NamedTuple):
     """The rows of one file, or of one split of the hub."""
 
     title: str
-    """What to call it in messages."""
+    """Its name in messages."""
     labels: list
     names: tuple[str, ...] | None
     folder: Path | None
-    """What relative paths of images start from."""
+    """The folder to which relative paths of images refer."""
 
 
 class TableRows(Rows):

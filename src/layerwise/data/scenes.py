@@ -10,16 +10,16 @@ from layerwise.data.sources import InMemorySource
 from layerwise.data.splitting import stratified_split
 
 SIDE, DIGIT, MOST = 20, 8, 3
-"""Pixels of a scene's side, of a digit's side, and digits in a scene at most."""
+"""Side of a scene and of a digit in pixels, and largest number of digits in a scene."""
 TRAIN, TEST = 4000, 1000
 """Scenes of the two splits."""
 INK = 64
-"""Brightness, out of 255, from which on a pixel belongs to the digit."""
+"""Brightness, out of 255, above which a pixel belongs to the digit."""
 SEED = 20_242  # a constant: every run sees the same scenes
 
 
 def digit_scenes(task: DataTask, test_fraction: float, test_seed: int) -> tuple[InMemorySource, InMemorySource]:
-    """Scenes of 1 to 3 of scikit-learn's digits on a black ground, without overlap, for training and for testing.
+    """Scenes of 1 to 3 of scikit-learn's digits on a black background, without overlap, for training and for testing.
 
     No image of a digit is in scenes of both. Labels are float32 (N, 10), 1 for a digit that occurs, or uint8
     (N, 20, 20): 0 for the ground, 1 to 10 for the digits 0 to 9.
@@ -43,7 +43,7 @@ def _scenes(pixels: Tensor, labels: Tensor, count: int, task: DataTask, name: st
     images = torch.zeros(count, SIDE, SIDE, dtype=torch.uint8, device="cpu")
     masks, occurs, placed = torch.zeros_like(images), torch.zeros(count, 10, device="cpu"), []
     scene, steps = torch.arange(count, device="cpu")[:, None, None], torch.arange(DIGIT, device="cpu")
-    for turn in range(MOST):  # a digit that would lie on another one is left out
+    for turn in range(MOST):  # a digit that would overlap another one is left out
         free = wanted > turn
         for other, there in placed:
             free = free & ~(there & ((corners[turn] - corners[other]).abs() < DIGIT).all(1))

@@ -17,22 +17,22 @@ from layerwise.errors import LayerwiseError, why
 from layerwise.files import kind_of, read_text, shown
 
 COLUMNS = ("text", "sentence", "review", "content")
-"""What people call a column of text."""
+"""Usual names of a column of text."""
 
 
 class Words(NamedTuple):
     """How text becomes the tokens of a pretrained model."""
 
     file: Path
-    """The tokenizer of the library `tokenizers` that lies beside the model's weights."""
+    """The tokenizer of the library `tokenizers` next to the model's weights."""
     padding: int
-    """The token that fills a window."""
+    """The padding token."""
     window: int
-    """Tokens of a window T; what is longer is cut off."""
+    """Tokens of a window T; longer texts are truncated."""
 
 
 class SentenceSource(TokenSource):
-    """Windows of T tokens, filled up at the end, with a class for each.
+    """Windows of T tokens, padded at the end, with a class for each.
 
     Args:
         inputs: whole numbers (N, T).
@@ -48,13 +48,13 @@ class SentenceSource(TokenSource):
 
 
 class SentenceData(NamedTuple):
-    """A table of sentences, with the splits that lie beside it."""
+    """A table of sentences, with the splits in the same folder."""
 
     splits: dict[str, SentenceSource]
-    """`train`, and `val` and `test` where there are files of such names in the same folder."""
+    """`train`, and `val` and `test` if there are files of such names in the same folder."""
     classes: tuple[str, ...]
     contents: tuple[str, ...]
-    """What distinguishes it from another one."""
+    """Facts that distinguish it from another one."""
     notes: list[str]
 
 
@@ -92,7 +92,7 @@ def load_sentences(path: Path, words: Words, target: str | None, val_fraction: f
             classes = own
         elif unknown := [name for name in own if name not in classes]:
             raise LayerwiseError(
-                f"{lines.title} has the class {unknown[0]!r}, which the training data have not; correct its labels."
+                f"{lines.title} has the class {unknown[0]!r}, which the training data do not have; correct its labels."
             )
         else:
             labels = torch.tensor([classes.index(name) for name in own], device="cpu")[labels]
@@ -104,7 +104,7 @@ def load_sentences(path: Path, words: Words, target: str | None, val_fraction: f
 
 
 def read_sentences(path: Path, words: Words, contents: Sequence[str]) -> SentenceSource:
-    """The column of text of a CSV file as windows of tokens, without labels: 0 stands in their place.
+    """The column of text of a CSV file as windows of tokens, with 0 in place of the labels.
 
     Args:
         path: of the file.
@@ -133,7 +133,7 @@ def _column(lines: Lines) -> str:
 
 
 def _digest(words: Words) -> str:
-    """What distinguishes a tokenizer from another one."""
+    """A digest that identifies a tokenizer."""
     return hashlib.sha256(read_text(words.file, ADVICE).encode()).hexdigest()
 
 
@@ -157,9 +157,9 @@ def _tokenizer(words: Words) -> Any:
         found = library.Tokenizer.from_str(read_text(words.file, "put the tokenizer beside the model's weights"))
     except LayerwiseError:
         raise
-    except Exception as reason:  # the library raises nothing more special
+    except Exception as reason:  # the library raises only this general type
         title = shown(words.file)
-        raise LayerwiseError(f"{title} is no tokenizer of the library tokenizers ({why(reason)}).") from reason
+        raise LayerwiseError(f"{title} is not a tokenizer of the library tokenizers ({why(reason)}).") from reason
     found.enable_truncation(words.window)
     found.enable_padding(pad_id=words.padding, length=words.window)
     return found

@@ -1,4 +1,4 @@
-"""Where samples come from: uint8 tensors in memory, or image files that are decoded on demand."""
+"""Sources of samples: uint8 tensors in memory, or image files that are decoded on demand."""
 
 import copy
 import hashlib
@@ -31,16 +31,16 @@ from layerwise.data.rows import Rows
 from layerwise.errors import LayerwiseError
 from layerwise.files import check_regular
 
-SAMPLED = 1024  # images whose headers decide the form of a data set
+SAMPLED = 1024  # number of images whose headers decide the format of a data set
 CHUNK = 256  # images decoded per task
 PREFETCH = 4  # batches decoded ahead of the one in use
 WORKERS = min(4, os.cpu_count() or 1)  # decoding threads: PIL decodes outside the interpreter lock
 DECODING = 2  # version of what decoding gives; images cached by another one are decoded anew
-GROUND_SAMPLE = 256  # transparent images that decide what they are laid on
+GROUND_SAMPLE = 256  # number of transparent images that decide their background
 
 
 class Source(ABC):
-    """Labelled samples, read by index: images, or what is laid out like them.
+    """Labelled samples, read by index: images, or data in their layout.
 
     Attributes:
         labels: int64 (N,) of classes; whole numbers (N, T) of tokens; float32 (N, D) of numbers, (N, K) of several
@@ -76,7 +76,7 @@ class Source(ABC):
 
     @abstractmethod
     def to(self, device: torch.device) -> "Source":
-        """The source with its pixels on `device`, if it holds any."""
+        """The source with its pixels, if any, on `device`."""
 
     def blank(self) -> Tensor:
         """A sample of zeros as it comes in a batch, (1, C, H, W)."""
@@ -121,8 +121,8 @@ class InMemorySource(Source):
         images, labels = (t if isinstance(t, Tensor) else torch.as_tensor(t, device="cpu") for t in (images, labels))
         if images.ndim != 4 or labels.shape[:1] != images.shape[:1]:
             raise LayerwiseError(
-                f"images of shape {tuple(images.shape)} and labels of shape {tuple(labels.shape)} are no samples; give "
-                "images (N, C, H, W) and labels (N,)."
+                f"images of shape {tuple(images.shape)} and labels of shape {tuple(labels.shape)} are not samples; "
+                "give images (N, C, H, W) and labels (N,)."
             )
         self.images = images
         self.labels = labels
@@ -146,7 +146,7 @@ class InMemorySource(Source):
 
 
 class StreamedSource(Source):
-    """Images that are decoded when they are asked for.
+    """Images that are decoded on demand.
 
     `batches` decodes up to 4 batches ahead in background threads; neither that nor the number of threads changes
     what it gives.
@@ -243,7 +243,7 @@ def _decode(rows: Rows, form: ImageFormat) -> tuple[Tensor, dict[str, int]]:
 def _header(rows: Rows, row: int) -> Header:
     try:
         return read_header(rows.read(row))
-    except Exception as reason:  # PIL raises many kinds about a broken file
+    except Exception as reason:  # PIL raises many kinds of errors for a broken file
         raise refusal(rows.where(row), reason) from reason
 
 
@@ -288,7 +288,7 @@ def _read_cache(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> tuple
         whole = images.shape == shape and images.dtype == dtype and _checksum(images) == about["crc32"]
         return (images, {str(name): int(count) for name, count in counts.items()}) if whole else None
     except (LayerwiseError, OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError):
-        return None  # absent, torn or of another make: built anew
+        return None  # missing, damaged or of another version: built anew
 
 
 def _checksum(images: Tensor) -> str:
@@ -307,6 +307,6 @@ def _write_cache(path: Path, images: Tensor, done: dict[str, int]) -> None:
         os.close(handle)
         save_file({"images": images}, temporary, about)
         os.replace(temporary, path)
-    except (OSError, SafetensorError):  # no room, no right: the cache is a convenience
+    except (OSError, SafetensorError):  # no space or no permission: the cache is optional
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)

@@ -1,8 +1,8 @@
-"""Tables of numbers with a class per row, out of CSV files."""
+"""Tables of numbers with a class per row, from CSV files."""
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import NamedTuple
@@ -19,10 +19,12 @@ from layerwise.data.numbers import checked_numbers, chosen_targets
 from layerwise.data.sources import InMemorySource
 from layerwise.errors import LayerwiseError
 
-NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")  # what float() takes and more people mean
+NUMBER = re.compile(
+    r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
+)  # words that float() accepts and people use for missing values
 PLAIN = re.compile(r"[0-9+\-.eE \t,]*")  # rows of such cells, joined by commas, may go through float()
 WHOLE = re.compile(r"[+-]?[0-9]+")
-UNNAMED = re.compile(r"(Unnamed: [0-9]+(\.[0-9]+)*)?")  # what pandas calls a column without a name, and writes
+UNNAMED = re.compile(r"(Unnamed: [0-9]+(\.[0-9]+)*)?")  # pandas' name for a column without a name
 EXACT = 2**53  # whole numbers beyond it do not all have a float64 of their own
 
 
@@ -46,9 +48,11 @@ class Table(NamedTuple):
     columns: tuple[str, ...]
     """Names of the columns of numbers, in order."""
     notes: tuple[str, ...]
-    """What was left out or looks wrong, a sentence each."""
+    """Notes on what was left out or looks wrong, one sentence each."""
     cells: np.ndarray | None = None
     """Words and numbers (N, columns) where they are still to be encoded; the source then holds the rows' places."""
+    where: Callable[[int], str] = "row {}".format
+    """The place of a row, in words."""
 
 
 def read_table(
@@ -90,10 +94,12 @@ def read_table(
         classes, labels = _classes(lines, wanted[0])
     else:
         classes = wanted
-        labels = checked_numbers(_numbers(lines, [lines.names.index(name) for name in wanted]).flatten(1), task, wanted)
+        found = _numbers(lines, [lines.names.index(name) for name in wanted]).flatten(1)
+        labels = checked_numbers(found, task, wanted, lines.where)
     cells = None
     if handling != Handling():
         cells = _cells(lines, places)
+        _check_long(lines, places)
         values = torch.arange(len(cells), dtype=torch.float64)[:, None, None, None]
     else:
         values = _numbers(lines, places)
@@ -102,13 +108,13 @@ def read_table(
         for name in classes
         if task == "classification" and name.lower() in ("na", "none")
     ]
-    if cells is None:
-        notes += _row_numbers(lines, values, columns)
-    return Table(TableSource(values, labels), classes, tuple(name for _, name in columns), tuple(notes), cells)
+    notes += _row_numbers(lines, columns)
+    names = tuple(name for _, name in columns)
+    return Table(TableSource(values, labels), classes, names, tuple(notes), cells, lines.where)
 
 
 def read_columns(path: Path, columns: Sequence[str], encoding: Encoding | None = None) -> Tensor:
-    """The named columns of a CSV file, float64 (N, columns, 1, 1); others are not looked at.
+    """The named columns of a CSV file, float64 (N, columns, 1, 1); others are ignored.
 
     With the encoding of a run, its columns are read, whatever they hold, and become the numbers of its training rows.
 
@@ -126,7 +132,8 @@ def read_columns(path: Path, columns: Sequence[str], encoding: Encoding | None =
         raise LayerwiseError(f"{lines.title} has no column {absent!r}; its columns are {few(lines.names)}.")
     _check_names(lines, columns)
     if encoding is not None:
-        return encoding.numbers(_cells(lines, [places[name] for name in columns]))
+        _check_long(lines, [places[column.name] for column in encoding.columns if not column.words])
+        return encoding.numbers(_cells(lines, [places[name] for name in columns]), lines.where)
     lines.check(_faults(lines, [places[name] for name in columns], Handling()))
     return _numbers(lines, [places[name] for name in columns])
 
@@ -140,7 +147,7 @@ def _check_names(lines: Lines, used: Sequence[str]) -> None:
     counts = Counter(lines.names)
     twice = next((name for name in used if counts[name] > 1), None)
     if twice is not None:
-        raise LayerwiseError(f"{lines.title} has two columns called {twice!r}; give every column a name of its own.")
+        raise LayerwiseError(f"{lines.title} has two columns called {twice!r}; give every column its own name.")
 
 
 def _left_out(lines: Lines, place: int) -> str:
@@ -153,34 +160,36 @@ def _left_out(lines: Lines, place: int) -> str:
     raise LayerwiseError(f"column {place + 1} of {lines.title} has no name; name it, or take it out.")
 
 
-def _row_numbers(lines: Lines, values: Tensor, columns: Sequence[tuple[int, str]]) -> list[str]:
-    """A note on each column that counts the rows, which gives the class away where they are sorted."""
-    table = values.flatten(1)
-    if len(table) < 3:
-        return []
-    counting = (table[1:] - table[:-1] == 1).all(0).nonzero().flatten().tolist()
-    return [
-        f"column {columns[index][1]!r} of {lines.title} counts the rows; take it out unless the classes depend on it"
-        for index in counting
-    ]
+def _row_numbers(lines: Lines, columns: Sequence[tuple[int, str]]) -> list[str]:
+    """A note on each column that counts the rows, gaps aside, which gives the class away where they are sorted."""
+    found = []
+    for place, name in columns:
+        cells = [(index, row[place]) for index, row in enumerate(lines.rows) if not is_missing(row[place])]
+        if len(cells) < 3 or not _plain(cells[0][1]):
+            continue
+        start = float(cells[0][1]) - cells[0][0]
+        if all(_plain(cell) and float(cell) == start + index for index, cell in cells):
+            found.append(
+                f"column {name!r} of {lines.title} counts the rows; take it out unless the classes depend on it"
+            )
+    return found
 
 
 def _numbers(lines: Lines, places: Sequence[int]) -> Tensor:
     """Columns as float64 (N, columns, 1, 1), after their faults have been looked for."""
     table = np.array([[float(row[place]) for place in places] for row in lines.rows]).reshape(-1, len(places))
-    for column in np.flatnonzero((np.abs(table) >= EXACT).any(0)).tolist():
-        _check_distinct(lines, places[column])
+    _check_long(lines, [places[column] for column in np.flatnonzero((np.abs(table) >= EXACT).any(0)).tolist()])
     return torch.from_numpy(table)[:, :, None, None]
 
 
 def _cells(lines: Lines, places: Sequence[int]) -> np.ndarray:
-    """Columns as words (N, columns), without spaces around them; what stands for nothing is empty."""
+    """Columns as words (N, columns), without spaces around them; missing values are empty."""
     rows = [["" if is_missing(row[place]) else row[place].strip() for place in places] for row in lines.rows]
     return np.array(rows, dtype=object).reshape(-1, len(places))
 
 
 def _faults(lines: Lines, places: Sequence[int], handling: Handling) -> list[str]:
-    """A part of a sentence for every cell that is no finite number and that nobody has asked to take."""
+    """Part of a sentence for every cell that is not a finite number and that no option allows."""
     wordy = set()
     if handling.categories != "refuse":
         wordy = {
@@ -197,7 +206,7 @@ def _faults(lines: Lines, places: Sequence[int], handling: Handling) -> list[str
                 continue
             found.append(
                 f"line {lines.numbers[index]} of {lines.title} has {_brief(cell)} in column {lines.names[place]!r}, "
-                "which is no finite number; fill gaps (--data.gaps median), and write categories as numbers "
+                "which is not a finite number; fill gaps (--data.gaps median), and write categories as numbers "
                 "(--data.categories onehot)"
             )
     return found
@@ -215,7 +224,7 @@ def _finite(cells: Sequence[str]) -> bool:
 
 
 def _unlabelled(lines: Lines, column: str) -> list[str]:
-    """A part of a sentence for every row without a label."""
+    """Part of a sentence for every row without a label."""
     place = lines.names.index(column)
     found = []
     for line, row in zip(lines.numbers, lines.rows, strict=True):
@@ -227,13 +236,19 @@ def _unlabelled(lines: Lines, column: str) -> list[str]:
     return found
 
 
-def _check_distinct(lines: Lines, place: int) -> None:
-    """Refuse a column in which different long whole numbers are one and the same float64."""
-    first: dict[float, Decimal] = {}
-    for row in lines.rows:
-        cell = row[place].strip()
-        whole = Decimal(cell) if len(cell) <= 400 else Decimal("0.5")
-        if abs(whole) >= EXACT and whole == whole.to_integral_value():
+def _check_long(lines: Lines, places: Sequence[int]) -> None:
+    """Refuse a column of numbers and gaps in which different long whole numbers are one and the same float64."""
+    for place in places:
+        cells = [cell for row in lines.rows if not is_missing(cell := row[place].strip())]
+        if not all(map(_plain, cells)):
+            continue  # of words
+        first: dict[float, Decimal] = {}
+        for cell in cells:
+            if abs(float(cell)) < EXACT or len(cell) > 400:
+                continue
+            whole = Decimal(cell)
+            if whole != whole.to_integral_value():
+                continue
             other = first.setdefault(float(whole), whole)
             if other != whole:
                 raise LayerwiseError(
@@ -253,14 +268,14 @@ def _classes(lines: Lines, column: str) -> tuple[tuple[str, ...], Tensor]:
         fraction = next((word for word in words if _value(word) != _value(word).to_integral_value()), None)
         if fraction is not None:
             raise LayerwiseError(
-                f"{lines.title} has the label {fraction[:50]} in column {column!r}, which is no class; give whole "
+                f"{lines.title} has the label {fraction[:50]} in column {column!r}, which is not a class; give whole "
                 "numbers or words."
             )
         classes = sorted(different, key=lambda word: (_value(word), word))
     else:
         classes = sorted(different)
     if len(classes) < 2:
-        raise LayerwiseError(f"{lines.title} holds the one class {classes[0]!r}; give data with two or more classes.")
+        raise LayerwiseError(f"{lines.title} holds only the class {classes[0]!r}; give data with two or more classes.")
     number = {name: label for label, name in enumerate(check_words(classes, lines.title))}
     return tuple(classes), torch.tensor([number[word] for word in words], device="cpu")
 

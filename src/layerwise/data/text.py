@@ -52,7 +52,7 @@ class Corpus(NamedTuple):
     pieces: Callable[[], Iterator[str]]
     """Reads it: documents, or blocks that end with a line."""
     key: Any
-    """What it is made of, as JSON; None where that is not known."""
+    """What it is made of, as JSON; None if that is unknown."""
     shuffled: bool = False
     """Whether its pieces come in a drawn order."""
 
@@ -400,6 +400,6 @@ def _tokenizer(options: TextOptions, corpora: dict[str, Corpus]) -> Tokenizer:
             partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
             partial.write_text(found.to_json())
             os.replace(partial, path)
-        except OSError:  # no room, no right: the cache is a convenience
+        except OSError:  # no space or no permission: the cache is optional
             pass
     return found

@@ -123,8 +123,8 @@ class BPE(Tokenizer):
             self._found: Any = _library().Tokenizer.from_str(text)
         except LayerwiseError:
             raise
-        except Exception as reason:  # the library raises nothing more special
-            raise LayerwiseError(f"it is no tokenizer of the library tokenizers ({why(reason)}).") from reason
+        except Exception as reason:  # the library raises only this general type
+            raise LayerwiseError(f"it is not a tokenizer of the library tokenizers ({why(reason)}).") from reason
         self._text = text
         self.names = tuple(self._found.id_to_token(i) for i in range(self._found.get_vocab_size()))
         self.sizes = tuple(map(len, self.names))  # a character stands for a byte
@@ -184,7 +184,7 @@ def from_json(text: str, where: str) -> Tokenizer:
         if "model" not in values:
             raise ValueError(f"it is of the unknown kind {short(values.get('kind'))}")
     except (ValueError, RecursionError) as reason:
-        raise LayerwiseError(f"{where} is no tokenizer ({why(reason)}); put the file back.") from reason
+        raise LayerwiseError(f"{where} is not a tokenizer ({why(reason)}); put the file back.") from reason
     try:
         return BPE(text)
     except extras.MissingPackage:
@@ -204,4 +204,4 @@ def _utf(text: str, encoding: str) -> bytes:
     try:
         return text.encode(encoding)
     except UnicodeEncodeError as reason:  # what a terminal gives for bytes that are no UTF-8
-        raise LayerwiseError("the text holds bytes that are no UTF-8; give it as UTF-8.") from reason
+        raise LayerwiseError("the text holds bytes that are not UTF-8; give it as UTF-8.") from reason

@@ -88,7 +88,7 @@ def token_file(pieces: Iterable[str], tokenizer: Tokenizer, key: Any, shuffled: 
     Args:
         pieces: of the text.
         tokenizer: how it is encoded.
-        key: what the text is made of, as JSON; None where that is not known, and nothing is kept.
+        key: what the text is made of, as JSON; None if that is unknown, and nothing is kept.
         shuffled: whether pieces are put into another order, the same one in every run.
 
     Raises:

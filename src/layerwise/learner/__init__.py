@@ -1,7 +1,7 @@
 """The front door: a model, a rule and optimizers.
 
-`learner.py` has the door and steps. `arguments.py` checks what is given, `setup.py` makes of it what is known before
-the first batch, `build.py` makes groups and optimizers out of that batch. `prediction.py` predicts and evaluates,
+`learner.py` has the class `Learner`. `arguments.py` checks its arguments, `setup.py` prepares everything that needs no
+batch, `build.py` makes groups and optimizers from the first batch. `prediction.py` predicts and evaluates,
 `state.py` saves and loads.
 """
 

@@ -1,4 +1,4 @@
-"""The arguments of a learner, checked: one sentence for each of another kind."""
+"""Checks the arguments of a learner; each error is one sentence."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,10 +21,10 @@ from layerwise.parallel.stage import Stage
 
 
 def usable_task(task: Task | str | None, label_smoothing: float = 0.0) -> Task:
-    """What the labels mean, classes if nothing is said; the number of outputs is known later.
+    """Return the task (default: classification); the number of outputs is known later.
 
     Raises:
-        LayerwiseError: there is no such task, or `label_smoothing` is given beside one that does not have it.
+        LayerwiseError: there is no such task, or it contradicts `label_smoothing`.
     """
     if task is None:
         return Classification(2, label_smoothing)
@@ -37,12 +37,12 @@ def usable_task(task: Task | str | None, label_smoothing: float = 0.0) -> Task:
         given = f"the class {task.__name__}" if isinstance(task, type) else f"of type {type(task).__name__}"
         raise LayerwiseError(f"the task is {given}; give an instance, such as layerwise.Regression().")
     if label_smoothing and getattr(task, "label_smoothing", 0.0) != label_smoothing:
-        raise LayerwiseError("label_smoothing is given beside task; give it to the task alone.")
+        raise LayerwiseError("label_smoothing is given together with task; give it only to the task.")
     return task
 
 
 def check_can(rule: Rule, task: Task) -> None:
-    """Raise LayerwiseError where the rule cannot do the task: why, and which rules can."""
+    """Raise LayerwiseError if the rule cannot do the task; it says why, and which rules can."""
     needs = [task.kind, *{"token": ["language_model"], "pixel": ["segmentation"]}.get(task.positions, [])]
     for need in needs:
         if need not in rule.tasks:
@@ -50,7 +50,7 @@ def check_can(rule: Rule, task: Task) -> None:
 
 
 def check_labels_of(rule: Rule, task: Task, y: Tensor) -> None:
-    """Raise LayerwiseError unless labels `y` are of the task, and such as the rule can use."""
+    """Raise LayerwiseError unless labels `y` fit the task, and the rule can use them."""
     if task.kind == "classification" and y.is_floating_point() and y.dim() > 1 and "soft_labels" not in rule.tasks:
         task.check(y)
         _refuse(rule, WORDS["soft_labels"], ["soft_labels"])
@@ -59,7 +59,7 @@ def check_labels_of(rule: Rule, task: Task, y: Tensor) -> None:
         able = [name for name in rules.names() if rules.get(name).unlabelled and not rules.get(name).models]
         raise LayerwiseError(
             f"rule {rule.name!r} needs a label for every sample, and {int((y == missing).sum())} of "
-            f"{y.numel()} have none ({missing}); choose a rule that leaves such samples out: {', '.join(able)}."
+            f"{y.numel()} have none ({missing}); choose a rule that ignores such samples: {', '.join(able)}."
         )
     task.check(y, rule.unlabelled)
 
@@ -70,7 +70,7 @@ WORDS = {
     "segmentation": "learn from a label per pixel",
     "regression": "do regression",
     "multilabel": "learn from several labels at once",
-    "loss": "learn from a loss of one's own",
+    "loss": "learn from a custom loss",
     "classification": "do classification",
 }
 
@@ -93,16 +93,16 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     if schedule is not None and not callable(schedule):
         raise LayerwiseError(
             f"the schedule is of type {type(schedule).__name__}; give a function from the update number to a "
-            "factor, or hold a scheduler of torch by learner.optimizer."
+            "factor, or give learner.optimizer to a scheduler of torch."
         )
 
 
 READOUTS = "readouts"
-"""The key of `lr_multipliers` that stands for the modules that a rule adds to the blocks."""
+"""The key of `lr_multipliers` for the modules that a rule adds to the blocks."""
 
 
 def check_multipliers(lr_multipliers: Mapping[str, float], names: Sequence[str]) -> None:
-    """Raise LayerwiseError where a factor of the learning rate belongs to no block."""
+    """Raise LayerwiseError if a factor of the learning rate names no block."""
     for name in lr_multipliers:
         if name not in (*names, READOUTS):
             raise LayerwiseError(f"lr_multipliers names no block {name!r}; {suggestion(name, [*names, READOUTS])}.")
@@ -111,7 +111,7 @@ def check_multipliers(lr_multipliers: Mapping[str, float], names: Sequence[str])
 def check_types(
     lr_multipliers: Any, channels_last: Any, stage: Any, replicas: Any, cuts: Any, layout: Any, compile: Any
 ) -> None:
-    """Raise LayerwiseError for an argument of another type."""
+    """Raise LayerwiseError for an argument of the wrong type."""
     for name, value, kinds, wanted in (
         ("lr_multipliers", lr_multipliers, (Mapping, type(None)), "a mapping from block names to factors"),
         ("channels_last", channels_last, (bool,), "True or False"),
@@ -134,13 +134,13 @@ def check_types(
 def check_micro(
     rule: Rule, units: Sequence[Unit], layouts: Mapping[str, str | None], keeps: Sequence[str] = ()
 ) -> None:
-    """Raise LayerwiseError where a batch cannot be run in parts; warn where parts change what is learned.
+    """Raise LayerwiseError if a batch cannot be run in parts; warn if parts change what is learned.
 
     Args:
         rule: the rule.
-        units: what runs here.
+        units: blocks that run here.
         layouts: of the input and of the blocks' outputs, by name.
-        keeps: where the model leaves tensors that belong to one pass, while the passes of several parts are under way.
+        keeps: places where the model stores tensors of one pass, which passes of other parts would overwrite.
     """
     if why := rule.whole_batch or ("trains a trunk that waits for the whole batch" if has_trunk(rule) else ""):
         raise LayerwiseError(f"rule {rule.name!r} {why}, so that it cannot be run in parts; leave micro out.")
@@ -153,18 +153,18 @@ def check_micro(
     if keeps:
         raise LayerwiseError(
             f"the forward pass leaves tensors in {', '.join(keeps)}, where the passes of several parts of a batch "
-            "would overwrite each other's; leave micro out, or hand them on as arguments."
+            "would overwrite each other's; leave micro out, or pass them on as arguments."
         )
     if names := [unit.site.name for unit in units if unit.running()]:
         warnings.warn(
             f"running statistics (batch norm) in {', '.join(names)} are taken from each of the parts of a batch, so "
-            "that the result is not that of the whole batch",
+            "the result is not that of the whole batch",
             stacklevel=2,
         )
 
 
 def check_options(precision: str, nonfinite: str) -> None:
-    """Raise LayerwiseError for a word that is none of those an option has."""
+    """Raise LayerwiseError for an unknown value of an option."""
     if precision not in ("fp32", "bf16", "fp16"):
         raise LayerwiseError(f"unknown precision {precision!r}; choose fp32, bf16 or fp16.")
     if nonfinite not in ("raise", "skip"):

@@ -1,4 +1,4 @@
-"""A batch of the user's: whether it can be one, its labels, and where it has to be."""
+"""Checks a user's batch, splits off its labels, and moves it to the device."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from layerwise.errors import LayerwiseError
 
 
 def check_input(network: Partition, x: Any) -> None:
-    """Raise LayerwiseError unless the network can be given such an input."""
+    """Raise LayerwiseError unless the network can take such an input."""
     if isinstance(network, CallPartition) and isinstance(x, (tuple, Mapping)):
         if not tensors(x):
             raise LayerwiseError("the batch holds no tensor; give what the model's forward takes.")
@@ -31,7 +31,7 @@ def check_input(network: Partition, x: Any) -> None:
 
 
 def labelled(x: Any, y: Tensor | None) -> tuple[Any, Any]:
-    """A batch and its labels: as given, or the entry `labels` of a mapping, which the model does not get then."""
+    """Split a batch into inputs and labels: as given, or the entry `labels` of a mapping, hidden from the model."""
     if y is None and isinstance(x, Mapping) and "labels" in x:
         x = dict(x)
         y = x.pop("labels")
@@ -39,15 +39,15 @@ def labelled(x: Any, y: Tensor | None) -> tuple[Any, Any]:
 
 
 def with_labels(x: Any, y: Tensor | None, wanted: str) -> tuple[Any, Tensor]:
-    """A batch and its labels, checked.
+    """Return inputs and labels, checked.
 
     Args:
-        x: inputs, maybe with the labels among them.
-        y: labels; those in `x` if not given.
-        wanted: what the task says of them, for the error.
+        x: inputs, maybe including the labels.
+        y: labels (default: those in `x`).
+        wanted: the task's description of labels, for the error.
 
     Raises:
-        LayerwiseError: the labels are no tensor, or not one per input.
+        LayerwiseError: the labels are not a tensor, or not one per input.
     """
     x, y = labelled(x, y)
     if not isinstance(y, Tensor):
@@ -62,23 +62,23 @@ def with_labels(x: Any, y: Tensor | None, wanted: str) -> tuple[Any, Tensor]:
 
 
 def placed(x: Any, device: torch.device, channels_last: bool = False) -> Any:
-    """A batch on the device, as tensors that can enter a graph.
+    """Move a batch to the device, as tensors that can enter a graph.
 
     Args:
         x: a tensor, or containers of tensors.
-        device: where it has to be.
-        channels_last: whether images get that order.
+        device: the target.
+        channels_last: whether images get that memory order.
     """
     if not isinstance(x, Tensor):
         return mapped(x, lambda t: placed(t, device, channels_last))
     x = x.to(device, non_blocking=True)
     if x.is_inference() and not torch.is_inference_mode_enabled():
-        x = x.clone()  # what inference mode made cannot enter a graph
+        x = x.clone()  # tensors from inference mode cannot enter a graph
     if channels_last and x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
     return x
 
 
 def ordinary(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of one of inference mode, which autograd refuses."""
+    """Return the tensor, or a copy if it comes from inference mode, which autograd refuses."""
     return tensor.clone() if tensor.is_inference() else tensor

@@ -39,20 +39,20 @@ from layerwise.parallel.following import followed
 from layerwise.rules.ahead import head_of
 
 WORTH_A_WARNING = 100_000
-"""Numbers in readouts below which nobody is warned of them."""
+"""Below this many parameters in readouts there is no warning."""
 
 
 class Built:
     """The groups of a learner, with the engine that updates them.
 
     Args:
-        setup: what the learner is made of.
-        x: one batch of inputs, placed; two samples of it are run to learn shapes and layouts, or all of a batch that is
-            no tensor.
+        setup: the learner's parts.
+        x: one batch of inputs on the device; two samples of it are run to find shapes and layouts, or the whole batch
+            if it is not a tensor.
         evaluating: opens a context in which modules are in evaluation mode.
 
     Raises:
-        LayerwiseError: the network does not take such an input, or is not what was partitioned.
+        LayerwiseError: the network does not take such an input, or was changed after `partition`.
     """
 
     def __init__(self, setup: Setup, x: Any, evaluating: Callable[[], AbstractContextManager[None]]):
@@ -69,7 +69,7 @@ class Built:
         ranges = groups_of(setup.rule, names)
         ends = [later.start for later in ranges[1:]] + [len(blocks)]
         parts = [blocks[s.start : end] for s, end in zip(ranges, ends, strict=True)]
-        # Which blocks are here, and what belongs to them, may be known only when the network has run.
+        # Which blocks are here, and what belongs to them, may be known only after the network has run.
         known = isinstance(setup.stage, WholeNetwork) and not setup.network.owns_by_use
         self.offload: Offload | NotOffloaded = NotOffloaded()
         if known:
@@ -89,8 +89,8 @@ class Built:
             self.activations = ActivationOffload(setup.rule.activations_to(), setup.offload_folder, setup.device)
         self.task = setup.task.fitted(outputs[-1])
         layer = watched.output_layer(setup.network, self.task.outputs)
-        setup.network.__dict__.update(output_layer=layer)  # no second place of the module in the model
-        self.matrix = output_copy(setup, layer)  # before the layer's weights may go to another rank
+        setup.network.__dict__.update(output_layer=layer)  # the module is registered in the model only once
+        self.matrix = output_copy(setup, layer)  # before the layer's weights may move to another rank
         self.engine = Engine(setup.rule, self.task, setup.execution, self.resident)
         mine = setup.stage.choose(setup.rule, setup.network, ranges, x[:1] if isinstance(x, Tensor) else x)
         if not known:
@@ -134,23 +134,28 @@ class Built:
         self._warn_of_readouts(units)
         self.watch = Watch(setup.network.model, parameters=not setup.replicas.shares_parameters)
 
+    def check(self) -> None:
+        """Raise LayerwiseError where the owner has changed the model in a way that nobody follows."""
+        self.watch.check()
+        self.offload.check()
+
     def _sites(self) -> range:
-        """The sites that are here."""
+        """The sites on this rank."""
         units = [unit for group in self.groups for unit in group.units]
         return range(units[0].site.index, units[-1].site.index + 1)
 
     def _settle(self, parts: Sequence[Sequence[Block]], first: int) -> None:
-        """Make the blocks of these groups, and put them where they are kept; `first` is the first one's number."""
+        """Create the weights of these groups' blocks, and offload them if required; `first` numbers the first."""
         self.offload = self.setup.make_offload(parts, first)
         self.setup.late.make_rest([block for part in parts for block in part])
 
     @property
     def groups(self) -> list[Group]:
-        """The groups in which the blocks here are updated."""
+        """The groups in which the blocks on this rank are updated."""
         return self.grouping.own
 
     def groups_at(self, update: int) -> list[Group]:
-        """The groups of an update, as the rule joins them or lets them rest."""
+        """The groups of an update, joined or skipped as the rule says."""
         return self.grouping.at(update)
 
     @property
@@ -160,7 +165,7 @@ class Built:
 
     @property
     def accumulated(self) -> int:
-        """Batches that have been added to the update under way."""
+        """Number of batches accumulated for the current update."""
         return self.engine.accumulation.batches
 
     def optimizers(self) -> Iterator[torch.optim.Optimizer]:
@@ -168,7 +173,7 @@ class Built:
         return (optimizer for group in self.groups for optimizer in group.optimizers)
 
     def pass_on(self, h: Any, message: Any, skipped: bool, steps: int) -> bool:
-        """Hand over what a step has given, the last of `steps`; returns whether any update of it was skipped."""
+        """Finish a step, the last of `steps`, and return whether any of its updates was skipped."""
         skipped = self.setup.stage.pass_on(h, message, skipped)
         self.matrix.end(steps)
         return skipped
@@ -180,7 +185,7 @@ class Built:
             yield
 
     def _auxiliary(self, site: Site, h: Tensor) -> nn.Module | None:
-        """The rule's module at a site, where it has one."""
+        """The rule's module at a site, if there is one."""
         with preserved_generators(self.setup.device):
             seed_generators(derive_seed(self.setup.seed, "auxiliary", site.index), self.setup.device)
             # On the host, whatever the default device is, so that it draws the same there.
@@ -215,7 +220,7 @@ class Built:
         sparse = sparse_gradients(modules)
         for group in groups:
             if any(id(p) in sparse for p in group["params"]):
-                group["fused"] = False  # the fused kernels take dense gradients alone
+                group["fused"] = False  # the fused kernels take only dense gradients
         if isinstance(setup.rule, StepsByParameter):
             of_optimizers = [[_alone(group, place)] for group in groups for place in range(len(group["params"]))]
         elif isinstance(setup.rule, LearnsInPart):
@@ -240,7 +245,7 @@ class Built:
         return Group(units, ahead, [p for group in groups for p in group["params"]], optimizers, self._scaler())
 
     def _with_multipliers(self, unit: Unit) -> list[tuple[list[nn.Parameter], float]]:
-        """The parameters of a unit with the factors of their rates: one, unless readouts have their own."""
+        """The parameters of a unit by the factor of their learning rate: one factor, unless readouts have their own."""
         factors = self.setup.lr_multipliers
         of_block = factors.get(unit.site.name, 1.0)
         if READOUTS not in factors or unit.auxiliary is None:
@@ -251,9 +256,9 @@ class Built:
         ]
 
     def _warn_of_readouts(self, units: Sequence[Unit]) -> None:
-        """Warn where private readouts outweigh the blocks, or what a block trains where it is frozen but for adapters.
+        """Warn if private readouts have more parameters than the blocks, or than the adapters of frozen blocks.
 
-        Small ones are passed over: what they cost is nothing to anybody.
+        There is no warning about small ones, whose cost does not matter.
         """
         rule, blocks = self.setup.rule, [unit for unit in units if not unit.site.is_head]
         if isinstance(rule, ReadsOutputMatrix) and rule.readout == "private":
@@ -298,7 +303,7 @@ def named_parameters(network: Partition, auxiliary: nn.ModuleDict) -> Iterator[t
 
 
 class NotBuilt:
-    """In place of `Built` until the shapes are known: no groups, and nothing done."""
+    """Replaces `Built` until the shapes are known: no groups and no updates."""
 
     updates = accumulated = 0
 
@@ -317,7 +322,7 @@ class NotBuilt:
 
 
 def check_alone(setup: Setup) -> None:
-    """Raise LayerwiseError where `torch.distributed` runs in several processes, and the learner knows of none."""
+    """Raise LayerwiseError if `torch.distributed` runs in several processes, and the learner was given no replicas."""
     alone = type(setup.stage) is WholeNetwork and setup.replicas is ONE_PROCESS
     if alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise LayerwiseError(
@@ -327,7 +332,7 @@ def check_alone(setup: Setup) -> None:
 
 
 def check_looks(setup: Setup) -> None:
-    """Raise LayerwiseError where heads look at another block's parameters, which are not whole at that time."""
+    """Raise LayerwiseError if heads read another block's parameters, which are sharded at that time."""
     rule = setup.rule
     follows = any(followed(rule, setup.network, index) for index in range(len(setup.network.blocks)))
     if follows and setup.replicas.shares_parameters:
@@ -338,7 +343,7 @@ def check_looks(setup: Setup) -> None:
 
 
 def check_by_parameter(setup: Setup) -> None:
-    """Raise LayerwiseError where an option needs all gradients at once, and the rule has one at a time."""
+    """Raise LayerwiseError if an option needs all gradients at once, and the rule has one at a time."""
     execution = setup.execution
     needs = {
         "clip": execution.clip is not None,
@@ -349,7 +354,7 @@ def check_by_parameter(setup: Setup) -> None:
     }
     if execution.accumulate > 1 and isinstance(setup.rule, RepeatsBatch) and setup.rule.rounds() > 1:
         raise LayerwiseError(
-            f"rule {setup.rule.name!r} makes several updates with one batch, so that batches cannot accumulate; leave "
+            f"rule {setup.rule.name!r} makes several updates with one batch, so batches cannot accumulate; leave "
             "accumulate out."
         )
     for option, wanted in needs.items():
@@ -369,10 +374,10 @@ def compile_blocks(blocks: Sequence[Block], backend: bool | str) -> None:
 
 
 def _with_own_code(run: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """`run` as a function with a code object of its own.
+    """Copy `run` with its own code object.
 
-    Dynamo keeps what it compiled per code object, eight versions at most; blocks that shared one would fall
-    back to plain Python from the ninth on, and take each other's shapes for dynamic ones.
+    Dynamo caches compiled code per code object, at most eight versions. Blocks that share one would fall
+    back to plain Python from the ninth on, and treat each other's shapes as dynamic.
     """
 
     def block(*args: Any, **kwargs: Any) -> Any:
@@ -383,5 +388,5 @@ def _with_own_code(run: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 def _alone(group: dict[str, Any], place: int) -> dict[str, Any]:
-    """A parameter group with one of its parameters."""
+    """A parameter group with only one of its parameters."""
     return group | {name: [group[name][place]] for name in ("params", "names")}

@@ -1,4 +1,4 @@
-"""Whether a state fits a learner: names, shapes, types and ranges, all looked at before anything is loaded."""
+"""Checks whether a state fits a learner: names, shapes, types and ranges, before anything is loaded."""
 
 import inspect
 import math
@@ -13,9 +13,16 @@ from layerwise.core.param_groups import OWN, check_group, with_settings
 from layerwise.errors import LayerwiseError, short
 
 PARTS = ("model", "auxiliary", "optimizer", "gradients", "scaler", "rates", "accumulation")
-PRIMES = (2, 3, 5, 7, 11, 13)  # sides of a tensor that show which side of it a state's side is
+PRIMES = (
+    2,
+    3,
+    5,
+    7,
+    11,
+    13,
+)  # distinct sizes, which show to which dimension of a parameter a dimension of its state belongs
 LARGEST = torch.finfo(torch.float32).max  # a scaler computes in float32
-COUNTED = {torch.float32: 2**24, torch.float64: 2**53}  # beyond these a counter of torch stands still
+COUNTED = {torch.float32: 2**24, torch.float64: 2**53}  # beyond these a counter of torch no longer increases
 SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "variance", "row_var", "col_var")
 SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
 
@@ -34,18 +41,18 @@ class Place:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a state has to fit.
+    """Facts of a learner that a state has to fit.
 
     Attributes:
         rule: name of the rule.
         model: the model's own `state_dict`.
         auxiliary: that of the rule's modules.
         parameters: of both, by name, in full shape.
-        places: of the parameters that are updated, by name.
+        places: where parameters are updated, by name.
         optimizers: by group.
         scalers: names of the groups that scale their gradients (fp16).
         accumulate: batches per update.
-        whole: whether all blocks are here; one of several ranks does not know the others' auxiliary modules.
+        whole: whether all blocks are here; a rank does not know the auxiliary modules of other ranks.
     """
 
     rule: str
@@ -60,7 +67,7 @@ class Expected:
 
 
 def check_parts(state: Any) -> None:
-    """Raise LayerwiseError unless `state` has the parts and counters of a learner's state."""
+    """Raise LayerwiseError unless `state` has the entries and counters of a learner's state."""
     if not isinstance(state, Mapping):
         raise unfit(f"it is {type(state).__name__}, not a mapping")
     for name in (*PARTS, "rule", "steps", "skipped"):
@@ -68,13 +75,13 @@ def check_parts(state: Any) -> None:
             raise unfit(f"{name!r} is missing")
     for name in PARTS:
         if not isinstance(state[name], Mapping):
-            raise unfit(f"{name!r} is no mapping")
+            raise unfit(f"{name!r} is not a mapping")
     for name in ("steps", "skipped"):
         if not _is_count(state[name]):
-            raise unfit(f"{name} = {short(state[name])} is not a whole number from 0 up")
-    stateless = state.get("stateless", [])  # missing in the checkpoints of older versions, which may have no settings
+            raise unfit(f"{name} = {short(state[name])} is not a whole number, 0 or larger")
+    stateless = state.get("stateless", [])  # missing in checkpoints of older versions, which may have no settings
     if not isinstance(state.get("settings", None if "stateless" in state else {}), Mapping):
-        raise unfit("'settings' is missing or no mapping")
+        raise unfit("'settings' is missing or not a mapping")
     if not isinstance(stateless, (list, tuple)) or not all(isinstance(name, str) for name in stateless):
         raise unfit(f"'stateless' is {short(stateless)}")
     _check_accumulation(state["accumulation"], state["steps"])
@@ -94,12 +101,12 @@ def check_state(state: Mapping[str, Any], expected: Expected) -> None:
         for name in state[what]:
             foreign = not expected.whole and str(name).startswith("auxiliary.")
             if name not in expected.parameters and not foreign:
-                raise unfit(f"{what!r} names {short(name)}, which is no parameter")
+                raise unfit(f"{what!r} names {short(name)}, which is not a parameter")
     for name, gradient in state["gradients"].items():
         if name in expected.parameters:
             own = expected.parameters[name]
             _check_tensor(gradient, own.shape, own.dtype, f"the gradient of {name!r}")
-            if not expected.scalers:  # a scaled gradient may overflow, and its update is then left out
+            if not expected.scalers:  # a scaled gradient may overflow, and its update is then skipped
                 _check_finite(gradient, f"the gradient of {name!r}")
     for name in (name for name, parameter in expected.parameters.items() if parameter.requires_grad):
         part, own = ("auxiliary", name.removeprefix("auxiliary.")) if name.startswith("auxiliary.") else ("model", name)
@@ -122,7 +129,7 @@ def check_same_tensors(own: Mapping[str, Tensor], given: Mapping[str, Any], what
         raise LayerwiseError(f"the checkpoint is of another {what}: {name!r} {where}; {advice}.")
     for name, tensor in own.items():
         if not isinstance(given[name], Tensor):
-            raise LayerwiseError(f"the checkpoint is of another {what}: {name!r} is no tensor there; {advice}.")
+            raise LayerwiseError(f"the checkpoint is of another {what}: {name!r} is not a tensor there; {advice}.")
         if tensor.shape != given[name].shape:
             raise LayerwiseError(
                 f"the checkpoint is of another {what}: {name!r} has shape {tuple(given[name].shape)} there and "
@@ -136,7 +143,7 @@ def check_same_tensors(own: Mapping[str, Tensor], given: Mapping[str, Any], what
 
 
 def _check_optimizers(state: Mapping[str, Any], expected: Expected) -> None:
-    """The optimizers' state: what each parameter has is what its optimizer would make, and none has lost it."""
+    """Check that each parameter's state is what its optimizer would create, and that none is missing."""
     specs: dict[Any, Made | None] = {}
     learned, settings, stateless = False, state.get("settings", {}), state.get("stateless")
     for name, place in expected.places.items():
@@ -151,7 +158,7 @@ def _check_optimizers(state: Mapping[str, Any], expected: Expected) -> None:
         learned |= spec is not None and bool(spec.always)
         if given is not None:
             check_made_state(given, spec, own, name)
-        elif stateless is not None and name not in stateless:  # older versions do not say which had none
+        elif stateless is not None and name not in stateless:  # older versions do not record which had none
             raise unfit(f"the optimizer's state of {name!r} is missing")
     accumulated = state["accumulation"]
     took_updates = accumulated["updates"] > state["skipped"] and not expected.scalers
@@ -165,12 +172,12 @@ def _check_optimizers(state: Mapping[str, Any], expected: Expected) -> None:
 
 @dataclass(frozen=True)
 class Made:
-    """The state that an optimizer makes for a parameter."""
+    """The state that an optimizer creates for a parameter."""
 
     parts: Mapping[str, Any]
-    """Values by name, with the settings of the start or those of now."""
+    """Values by name, with the initial settings or the present ones."""
     always: frozenset[str]
-    """Names that it has with both."""
+    """Names that exist with both."""
 
 
 def check_made_state(given: Any, spec: Made | None, own: Tensor, name: str) -> None:
@@ -180,10 +187,10 @@ def check_made_state(given: Any, spec: Made | None, own: Tensor, name: str) -> N
         given: the state.
         spec: of `made_by`.
         own: the parameter.
-        name: of it, for the sentence.
+        name: of the parameter, for the error.
     """
     if not isinstance(given, Mapping):
-        raise unfit(f"the optimizer's state of {name!r} is no mapping")
+        raise unfit(f"the optimizer's state of {name!r} is not a mapping")
     if spec is None:
         return
     for part in sorted(map(str, (spec.always - given.keys()) | (given.keys() - spec.parts.keys()))):
@@ -195,12 +202,12 @@ def check_made_state(given: Any, spec: Made | None, own: Tensor, name: str) -> N
 def made_by(
     optimizer: torch.optim.Optimizer, place: int, settings: Mapping[str, Any], dimensions: int, dtype: torch.dtype
 ) -> Made | None:
-    """What an optimizer makes for a parameter with so many dimensions; None where this is unknown.
+    """The state that an optimizer creates for a parameter with so many dimensions; None if unknown.
 
     Args:
         optimizer: the optimizer.
         place: number of its parameter group.
-        settings: of this group now; those that it began with may have left their own, such as a momentum.
+        settings: of this group now; earlier settings may have left state too, such as a momentum.
         dimensions: of the parameter.
         dtype: of the parameter.
     """
@@ -219,37 +226,37 @@ def made_by(
 def state_made_by(
     optimizer: torch.optim.Optimizer, settings: Mapping[str, Any], dimensions: int, dtype: torch.dtype
 ) -> dict[str, Any] | None:
-    """The state that an optimizer of torch makes for a parameter whose sides are the first primes.
+    """The state that an optimizer of torch creates for a parameter whose sizes are the first primes.
 
     A second one of the same class, with the settings of a parameter group, takes a step on such a parameter.
 
     Returns:
-        Names and values; None where this is unknown, as for a class of the user's.
+        Names and values; None if unknown, as for a user's class.
     """
     cls = type(optimizer)
     if not cls.__module__.startswith("torch.optim") or dimensions > len(PRIMES):
         return None
     legal = inspect.signature(cls).parameters
-    given = {**optimizer.defaults, **settings, "lr": optimizer.defaults.get("lr")}  # the rate may lie on a device
+    given = {**optimizer.defaults, **settings, "lr": optimizer.defaults.get("lr")}  # the rate may be on a device
     options = {name: given[name] for name in optimizer.defaults if name in legal}
     try:
         parameter = nn.Parameter(torch.zeros(PRIMES[:dimensions], dtype=dtype, device="cpu"))
         probe = cls([parameter], **options)  # pyright: ignore[reportArgumentType]
         parameter.grad = torch.zeros_like(parameter)
         probe.step()
-    except (RuntimeError, TypeError, ValueError, AssertionError):  # for example one for a certain device only
+    except (RuntimeError, TypeError, ValueError, AssertionError):  # for example, one only for a certain device
         return None
     return dict(probe.state[parameter])
 
 
 def _check_finite(given: Tensor, what: str) -> None:
-    """Raise LayerwiseError where a tensor of numbers that training has written holds NaN or infinity."""
+    """Raise LayerwiseError if a tensor that training has written holds NaN or infinity."""
     if (given.is_floating_point() or given.is_complex()) and not bool(given.isfinite().all()):
         raise unfit(f"{what} holds NaN or infinity")
 
 
 def _check_made(given: Any, made: Any, own: Tensor, part: str, name: str) -> None:
-    """Raise LayerwiseError unless `given` is what `made` is for the small parameter."""
+    """Raise LayerwiseError unless `given` corresponds to `made`, the state of the small parameter."""
     what = f"the optimizer's {part!r} of {name!r}"
     if not isinstance(made, Tensor):
         if type(given) is not type(made) or (isinstance(made, float) and not math.isfinite(given)):
@@ -257,18 +264,18 @@ def _check_made(given: Any, made: Any, own: Tensor, part: str, name: str) -> Non
         return
     sides = {prime: side for prime, side in zip(PRIMES, own.shape, strict=False)}
     _check_tensor(given, torch.Size(sides.get(side, side) for side in made.shape), made.dtype, what)
-    if part in SQUARES:  # squares of finite gradients may be too large for their type
+    if part in SQUARES:  # squares of finite gradients may overflow
         if given.is_floating_point() and not bool((given >= 0).all()):
-            raise unfit(f"{what} holds NaN or a negative number, and it is made of squares")
+            raise unfit(f"{what} holds NaN or a negative number, although it is made of squares")
         return
     _check_finite(given, what)
     if part == "step" and not (0 <= float(given) <= COUNTED.get(made.dtype, math.inf) and not float(given) % 1):
-        raise unfit(f"{what} is {float(given):g}, and no optimizer counts to that")
+        raise unfit(f"{what} is {float(given):g}, to which no optimizer counts")
 
 
 def _check_tensor(given: Any, shape: torch.Size, dtype: torch.dtype, what: str) -> None:
     if not isinstance(given, Tensor):
-        raise unfit(f"{what} is no tensor")
+        raise unfit(f"{what} is not a tensor")
     if given.shape != shape:
         raise unfit(f"{what} has shape {tuple(given.shape)} instead of {tuple(shape)}")
     if given.dtype != dtype:
@@ -276,7 +283,7 @@ def _check_tensor(given: Any, shape: torch.Size, dtype: torch.dtype, what: str) 
 
 
 def _check_accumulation(given: Mapping[str, Any], steps: int) -> None:
-    """The update under way: how many there were before, its batches and what they weigh."""
+    """Check the current update: how many there were before, its batches and their weights."""
     if set(given) != {"updates", "batches", "first", "weight"}:
         raise unfit("'accumulation' has other fields than updates, batches, first and weight")
     for field, value in given.items():
@@ -288,7 +295,7 @@ def _check_accumulation(given: Mapping[str, Any], steps: int) -> None:
 
 
 def _check_rates(given: Mapping[str, Any], expected: Expected) -> None:
-    """Learning rates that were set from outside: one for every parameter group of a group's optimizers, or None."""
+    """Check learning rates that were set from outside: one per parameter group of a group's optimizers, or None."""
     for name, optimizers in expected.optimizers.items():
         rates, counts = given.get(name), [len(optimizer.param_groups) for optimizer in optimizers]
         if rates is None:
@@ -303,7 +310,7 @@ def _check_rates(given: Mapping[str, Any], expected: Expected) -> None:
 
 
 def _check_settings(given: Mapping[str, Any], expected: Expected) -> None:
-    """Settings of parameter groups that are not those of the beginning: by name, for every group, or None."""
+    """Check settings of parameter groups that were changed after the start: by name, for every group, or None."""
     for name, optimizers in expected.optimizers.items():
         found = given.get(name)
         if found is None:
@@ -324,7 +331,7 @@ def _check_settings(given: Mapping[str, Any], expected: Expected) -> None:
 
 
 def _check_scaler(name: str, given: Any) -> None:
-    """A gradient scaler's numbers: what they are, and that they are in their ranges."""
+    """Check the names and ranges of a gradient scaler's numbers."""
     if not isinstance(given, Mapping) or set(given) != set(SCALER):
         raise unfit(f"the gradient scaler of {name!r} is missing or has other fields")
     for field in SCALER:
@@ -342,7 +349,7 @@ def _is_count(value: Any) -> bool:
 
 
 def unfit(reason: str) -> LayerwiseError:
-    """The error of a state that does not fit for this reason."""
+    """The error about a state that does not fit for this reason."""
     return LayerwiseError(
         f"the checkpoint does not fit this learner: {reason}; build the learner with the options that the checkpoint "
         "was made with, or take another checkpoint."

@@ -1,4 +1,4 @@
-"""How many parts a batch needs, so that a step stays within a peak of memory."""
+"""Finds how many parts a batch needs so that a step stays within a peak of memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,14 +13,14 @@ from layerwise.memory.fitting import Fit, fewest_parts, held_by, read_size, size
 from layerwise.memory.meter import MemoryUse
 
 HORIZON = 5000
-"""Updates that are looked ahead for groups that a rule joins or lets rest."""
+"""Number of first updates to check for groups that a rule joins or skips."""
 
 
 def use_of(learner: Learner, x: Any, y: Tensor | None = None) -> MemoryUse:
-    """Measure the step that holds most activations and gradients; the learner is trained by it.
+    """Measure the step with the most activations and gradients; this trains the learner.
 
-    It ends an update that is not the first, as accumulated gradients count and optimizers make their state in the first
-    one. Where a rule joins groups or lets blocks rest, a step is measured for every set of groups of its first updates.
+    The step ends an update after the first one, because accumulated gradients count and optimizers create their state
+    in the first. If a rule joins or skips groups, a step is measured for every set of groups in its first updates.
     """
 
     def to_the_end() -> MemoryUse:
@@ -46,28 +46,28 @@ def use_of(learner: Learner, x: Any, y: Tensor | None = None) -> MemoryUse:
 
 
 def _groups_of(learner: Learner, update: int) -> tuple[Any, ...]:
-    """What distinguishes the groups of an update: which blocks are in each, and which of them learn."""
+    """Identify the groups of an update: the blocks in each, and which of them learn."""
     return tuple((group.name, group.learns, tuple(map(id, group.resting))) for group in learner.groups_at(update))
 
 
 def fit_micro(make: Callable[[int], Learner], x: Any, y: Tensor | None, peak: int | str, least: int = 1) -> Fit:
-    """Find the fewest parts of a batch whose step holds no more activations and gradients than a peak.
+    """Find the smallest number of parts of a batch with which a step stays within a peak.
 
     The figure is that of `Learner.measured_step`: activations + gradients at the moment when they are largest. For
     backpropagation parts are gradient accumulation; a local rule runs every block in parts.
 
     Args:
-        make: gives a new learner with this number for its option `micro`, of a model that may be trained.
+        make: returns a new learner with this number for its option `micro`; its model will be trained.
         x: inputs `(B, ...)`, as `Learner.step` takes them.
         y: labels.
         peak: bytes, or words such as `"20MiB"`.
-        least: parts to begin with.
+        least: smallest number of parts to try.
 
     Returns:
         The fit: `micro`, the bytes `held`, and whether the peak is `reached`.
 
     Raises:
-        LayerwiseError: a peak that is no size, or a mistake that `make` or the first step refuses.
+        LayerwiseError: `peak` is not a size, or an error of `make` or of the first step.
 
     >>> import torch
     >>> def make(micro):
@@ -83,7 +83,7 @@ def fit_micro(make: Callable[[int], Learner], x: Any, y: Tensor | None, peak: in
 
 
 def check_reached(fit: Fit, peak: int, way: str) -> None:
-    """Raise LayerwiseError where no number of parts was enough."""
+    """Raise LayerwiseError if no number of parts was enough."""
     if not fit.reached:
         least = f"the smallest step of {way} holds {size_in_words(fit.held)} of activations and gradients"
         parts = f", in {fit.micro} parts" if fit.micro > 1 else ""

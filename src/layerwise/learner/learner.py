@@ -1,4 +1,4 @@
-"""Learner: a model, a rule and an optimizer, in three lines of anybody's own training loop."""
+"""Learner: a model, a rule and an optimizer, in three lines of your own training loop."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -49,7 +49,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 class Learner:
     r"""Train a model with a learning rule, without global backpropagation.
 
-    In place of `loss.backward(); optimizer.step()`:
+    It replaces `loss.backward(); optimizer.step()`:
 
         learner = Learner(model, "sll", optimizer="adamw", lr=1e-3)
         for x, y in loader:
@@ -61,55 +61,55 @@ class Learner:
         rule: name of a rule, or a rule.
         optimizer: `"adamw"`, `"adam"`, `"sgd"`, `"rmsprop"`, any class of `torch.optim` or its name, the dotted path
             of another package's class, a callable from parameter groups to an optimizer or several, or a mapping from
-            patterns of parameter names to options (`{"*.lora_*": {"lr": 1e-3}}`, with `optimizer` among them where it
-            is not AdamW). Every group of blocks gets its own; `learner.optimizer` shows them as one.
+            patterns of parameter names to options (`{"*.lora_*": {"lr": 1e-3}}`, including `optimizer` if it
+            is not AdamW). Every group of blocks gets its own; `learner.optimizer` presents them as one.
         lr: learning rate.
         weight_decay: of weights; norms and biases have none.
         optimizer_options: further arguments of the optimizer's class.
-        lr_multipliers: factor of the learning rate per block name; `readouts` is one of what a rule adds to all blocks.
+        lr_multipliers: factor of the learning rate per block name; `readouts` is for the modules that a rule adds.
         schedule: multiplier of the learning rate as a function of the update number.
         clip: largest norm of one group's gradient.
-        accumulate: batches per update. Gradients then live from one batch to the next, so that their memory
-            grows with depth; activations still do not. A batch weighs as much as it has labels that count, and
-            `flush` does the last update with the batches that it has.
-        micro: parts in which every group runs its batch, one after the other, before it steps once: of the activations
-            one part of one block is alive at a time. Draws then depend on the part, too, and layers with batch
-            statistics take those of a part. Rules whose signal compares samples are refused.
+        accumulate: batches per update. Gradients are then kept from one batch to the next, so their memory
+            grows with depth; activations still do not. Batches are weighted by their number of valid labels, and
+            `flush` makes the last update with the batches so far.
+        micro: parts in which every group runs its batch, one after the other, before it steps once. Then only the
+            activations of one part of one block are in memory. Draws also depend on the part, and batch statistics are
+            those of a part. Rules whose signal compares samples are refused.
         precision: `"fp32"`, `"bf16"` or `"fp16"` (autocast; fp16 with a gradient scaler per group).
         compile: run every block through `torch.compile`; a string names the backend.
         channels_last: keep images and convolutions in channels-last order.
-        nonfinite: `"raise"` stops at a non-finite loss or gradient; `"skip"` leaves that block's update out
+        nonfinite: `"raise"` stops at a non-finite loss or gradient; `"skip"` skips that block's update
             and counts the step in `skipped`.
         label_smoothing: share of the target spread over all classes, in every loss that uses the label.
         seed: of all random draws. A draw depends on (seed, step, block) only; torch's global generators are
             left as they were.
         cuts: where to cut the model, see `partition`. A pattern (`"model.layers.*"`) or `"auto"` cuts it at the calls
-            of its own modules, see `cut_at_calls`; so do `output`, `read`, `tied` and an example that is no tensor.
+            of its own modules, see `cut_at_calls`; so do `output`, `read`, `tied` and an example that is not a tensor.
         blocks: number of blocks, see `partition`.
         output: where the logits are in the model's output, see `cut_at_calls`.
-        read: where the teaching tensor is in a cut module's output, see `cut_at_calls`.
-        tied: who trains a parameter that several blocks use: `"last"` of them, `"first"` or `"frozen"`.
+        read: which tensor of a cut module's output the rule uses, see `cut_at_calls`.
+        tied: which block trains a parameter that several blocks use: the `"last"` or `"first"`, or none (`"frozen"`).
         task: what the labels mean, if not classes: `Regression()`, `MultiLabel()`, `Segmentation()`, `LanguageModel()`,
             `Loss(fn)`, `Classification(weights=...)`, or the name of its kind, such as `"regression"`.
         example: one batch of inputs; builds everything now instead of at the first step.
         layout: where outputs have batch, channels and positions, if the layers do not show it, see `partition`.
-        stage: the part of the network that this process runs, as one of several ranks; all of it if not given.
-        replicas: the processes that train the same blocks, each on its share of every batch; none if not given. Draws
-            then depend on the replica too, but those of the initial weights, which are the first one's. With `Shards`
-            each keeps a share of parameters and optimizer state, and all have to predict and evaluate equally often.
-            Where `torch.distributed` runs in several processes, `OneProcess()` says that this one trains alone.
-        device: where blocks run; where the model's parameters are if not given.
+        stage: the part of the network that this process runs, as one of several ranks (default: all of it).
+        replicas: the processes that train the same blocks, each on its share of every batch (default: none). Draws
+            then depend on the replica too, except the initial weights, which come from the first one. With `Shards`
+            each keeps a shard of parameters and optimizer state, and all have to predict and evaluate equally often.
+            If `torch.distributed` runs in several processes, `OneProcess()` says that this one trains alone.
+        device: where blocks run (default: the device of the model's parameters).
         offload: `"host"` or `"disk"` keeps parameters and optimizer state there, and on the device only those of the
-            groups that are about to run; `onload` brings them back. Until then the model's own tensors show nothing.
-        offload_folder: for the file of `"disk"`; the system's folder for temporary files if not given.
-        weights: of a model that was made on the meta device (`with torch.device("meta")`), whose blocks are made one by
+            groups that run now or next; `onload` brings all back. Until then the model's own tensors are placeholders.
+        offload_folder: for the file of `"disk"` (default: the system's folder for temporary files).
+        weights: for a model made on the meta device (`with torch.device("meta")`), whose blocks are made one by
             one when each is first needed: a safetensors file or folder, or a function of a module's name and the module
-            that fills what the module itself holds. Each module draws its own, by `reset_parameters` or the model's
-            `_init_weights`, if not given; the draws depend on the seed and the module's name.
+            that fills the module's own tensors. By default each module draws its own, by `reset_parameters` or the
+            model's `_init_weights`; the draws depend on the seed and the module's name.
 
-    What the owner does to the model is followed: its mode (`train()`, `eval()`, of single modules too), parameters
-    that are frozen or thawed, rates that are set in `learner.optimizer.param_groups`. A module or parameter that is
-    replaced, cast or moved after the first step is refused. A learner can be pickled and copied, but not one that is
+    You may change the model's mode (`train()`, `eval()`, also of single modules), freeze and unfreeze parameters, and
+    set rates in `learner.optimizer.param_groups`. A module or parameter that is
+    replaced, cast or moved after the first step is refused. A learner can be pickled and copied, unless it is
     offloaded or one of several ranks. Learners in several threads take turns.
 
     Raises:
@@ -182,18 +182,18 @@ class Learner:
     # Building.
 
     def build(self, x: Any) -> None:
-        """Make the rule's auxiliary modules and the optimizers; done by the first `step` if not before.
+        """Make the rule's auxiliary modules and the optimizers; by default the first `step` does this.
 
         Args:
-            x: one batch of inputs; two samples of it are run to learn the shapes, or all of a batch that is no tensor.
+            x: one batch of inputs; two samples of it are run to find the shapes, or all of it if it is not a tensor.
 
         Raises:
-            LayerwiseError: the network does not take such an input, or is not what was partitioned.
+            LayerwiseError: the network does not take such an input, or was changed after `partition`.
         """
         check_input(self.network, x)
         check_reads(self.rule, x)
         x = self._placed(labelled(x, None)[0])
-        with torch.inference_mode(False):  # what is made here has to learn, wherever it is made
+        with torch.inference_mode(False):  # the modules made here must be trainable, whatever the grad mode is
             self._built = Built(self._setup, mapped(x, ordinary), self.evaluating)
             self._example = x[:1].clone() if isinstance(x, Tensor) else mapped(x, torch.clone)
         if self._pending is not None:
@@ -201,7 +201,7 @@ class Learner:
             self.load_state_dict(pending)
 
     def _moved_by(self, blocks: Sequence[Sequence[Block]], first: int) -> Offload | NotOffloaded:
-        """What moves the blocks of these groups; the same again where an earlier attempt has failed at the input."""
+        """The offloader of these groups; the same one again if an earlier attempt has failed at the input."""
         kind, folder = self._offload_to
         if kind != "none" and not self.offload.active:
             total, make = len(self._setup.blocks), self._setup.late.make_rest
@@ -221,7 +221,7 @@ class Learner:
 
     @property
     def engine(self) -> Engine:
-        """What updates the groups."""
+        """The engine that updates the groups."""
         return self.built.engine
 
     @engine.setter
@@ -240,25 +240,25 @@ class Learner:
 
     @property
     def groups(self) -> list[Group]:
-        """The groups in which the blocks here are updated; none before `build`."""
+        """The groups in which the blocks on this rank are updated; none before `build`."""
         return self._built.groups
 
     def groups_at(self, update: int) -> list[Group]:
-        """The groups of an update: `groups`, unless the rule joins some there or lets some rest.
+        """The groups of an update: `groups`, unless the rule joins or skips some in it.
 
         Raises:
-            LayerwiseError: the rule asks for groups that are not neighbours of its own, joined.
+            LayerwiseError: the rule returns groups that are not joined neighbours of its own.
         """
         return self._built.groups_at(update)
 
     @property
     def updates(self) -> int:
-        """Number of updates so far; with `accumulate` batches for each."""
+        """Number of updates so far; each takes `accumulate` batches."""
         return self._built.updates
 
     @property
     def accumulated(self) -> int:
-        """Batches that have been added to the update under way."""
+        """Number of batches accumulated for the current update."""
         return self._built.accumulated
 
     # Training.
@@ -270,7 +270,7 @@ class Learner:
 
     @torch.no_grad()
     def prepare(self, x: Tensor, y: Tensor) -> None:
-        """Show training data to a rule that starts from them; the first `step` shows its own batch if nobody has.
+        """Show training data to a rule that starts from them; by default the first `step` shows its batch.
 
         Args:
             x: inputs `(N, ...)`, as many as fit.
@@ -292,13 +292,13 @@ class Learner:
     def step(self, x: Any, y: Tensor | None = None) -> Metrics:
         """Train on one batch: every block is updated once, while the batch passes through.
 
-        The model is run in the mode in which its owner has put it.
+        The model runs in its present mode (`train()` or `eval()`).
 
         Args:
             x: inputs `(B, ...)`; for a model that is cut at its calls also a tuple of arguments, or a mapping of
                 keywords.
-            y: labels as the task has them: classes `(B,)`, `(B, T)` for a language model, numbers `(B, D)`, `(B, H, W)`
-                for segmentation; the entry `labels` of a mapping if not given.
+            y: labels of the task: classes `(B,)`, `(B, T)` for a language model, numbers `(B, D)`, `(B, H, W)`
+                for segmentation (default: the entry `labels` of a mapping).
 
         Returns:
             The step's metrics, still on the device.
@@ -314,7 +314,7 @@ class Learner:
             if not self._prepared:
                 self.prepare(x, y)
             built = self.built
-            built.watch.check()
+            built.check()
             training = self.network.model.training
             if any(module.training != training for module in built.auxiliary.modules()):
                 built.auxiliary.train(training)
@@ -328,7 +328,7 @@ class Learner:
         return Metrics(step, len(y), trace.metrics, tuple(trace.skipped), trace.finite, trace.statistics)
 
     def flush(self) -> bool:
-        """Do the update under way with the batches that it has; with `accumulate`, at the end of the training.
+        """Make the current update with the batches so far; with `accumulate`, at the end of the training.
 
         Returns:
             Whether there were any.
@@ -336,7 +336,7 @@ class Learner:
         if isinstance(self._built, NotBuilt):
             return False
         with preserved_generators(self.device):
-            self._built.watch.check()
+            self._built.check()
             trace, updates = Trace(), self.updates
             done = self._built.engine.flush(self.groups_at(updates), self.steps - 1, trace)
             self._count(updates)
@@ -344,18 +344,18 @@ class Learner:
         return done
 
     def _count(self, before: int) -> None:
-        """Count an update in `optimizer`, as schedulers that hold it require."""
+        """Count an update in `optimizer`, as its schedulers require."""
         if self.updates > before:
             self.optimizer.count_update()
 
     def average(self) -> None:
-        """Average over the replicas what an unfinished update has accumulated; afterwards all hold the same bits."""
+        """Average an unfinished update's gradients over the replicas; afterwards all hold the same bits."""
         self.built.engine.average(self.groups_at(self.updates))
 
     def measured_step(self, x: Any, y: Tensor | None = None) -> tuple[Metrics, MemoryUse]:
         """One `step` under the memory meter: exact bytes, on the CPU at a few times the step's duration.
 
-        The optimizers' state exists from the first update on, so measure a later step.
+        Optimizers create their state in the first update, so measure a later step.
         """
         groups = self.groups_at(self.updates)
         with meter_of(self) as meter:
@@ -381,7 +381,7 @@ class Learner:
         """Logits `(B, ..., K)` for inputs, as `step` takes them, in evaluation mode, without gradient."""
         with self.evaluating():
             x = self._input(x)
-            self.built.watch.check()
+            self.built.check()
             with self.engine.autocast():
                 return prediction.predicted(self.built, x)
 
@@ -391,21 +391,21 @@ class Learner:
 
         Args:
             x: inputs as for `step`.
-            threshold: stop after the first site at which every sample's largest probability has reached it, at that
-                site or before; run all sites if not given.
+            threshold: stop after the first site by which every sample's largest probability has reached it (default:
+                run all sites).
 
         Returns:
             Log-probabilities `(B, ..., K)`: the uniform belief, then one per site that was run.
 
         Raises:
-            LayerwiseError: the rule passes on no beliefs.
+            LayerwiseError: the rule has no beliefs.
         """
         prediction.check_passes_beliefs(self.rule)
         with self.evaluating():
             return prediction.beliefs(self._input(x), self.built, threshold)
 
     def evaluating(self) -> AbstractContextManager[None]:
-        """A context in which all modules are in evaluation mode, without gradient; every mode is put back after it."""
+        """A context in which all modules are in evaluation mode, without gradient; it restores every mode."""
         return prediction.evaluating(self._setup, self.auxiliary, self.optimizer, self.offload)
 
     # Batches.
@@ -414,14 +414,14 @@ class Learner:
         return placed(x, self.device, self.channels_last)
 
     def _input(self, x: Any) -> Any:
-        """Inputs alone, checked and placed; they build what is not built yet."""
+        """Check inputs and move them to the device; build the learner if necessary."""
         check_input(self.network, x)
         if isinstance(self._built, NotBuilt):
             self.build(x)
         return self._placed(labelled(x, None)[0])
 
     def _ready(self, x: Any, y: Tensor | None) -> tuple[Any, Tensor]:
-        """Inputs and labels, checked and placed; they build what is not built yet."""
+        """Check inputs and labels and move them to the device; build the learner if necessary."""
         check_input(self.network, x)
         x, labels = with_labels(x, y, self._setup.task.wanted)
         if isinstance(self._built, NotBuilt):
@@ -430,9 +430,9 @@ class Learner:
         return self._placed(x), of_one_batch(placed(labels, self.device))
 
     def check_labels(self, y: Tensor) -> None:
-        """Raise LayerwiseError unless all labels `y` are of the task, or -100 for a rule that allows it.
+        """Raise LayerwiseError unless all labels `y` fit the task, or are -100 for a rule that allows it.
 
-        The values are looked at only on the host: on an accelerator the look would wait for the device.
+        The values are checked only on the host: on an accelerator the check would wait for the device.
         """
         check_labels_of(self.rule, self.task, y)
 
@@ -447,26 +447,26 @@ class Learner:
         return states.optimizer_states(self.built)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides how training continues.
+        """Return everything that training needs to continue.
 
         Returns:
             `model`: the model's own `state_dict`; `auxiliary`: the rule's modules; `optimizer`: state per parameter;
-            `stateless`: parameters that have none; `gradients`: what has accumulated since the last update;
-            `accumulation`: how much; `scaler`: one state per group; `rates`, `settings`: what was set in parameter
-            groups; `rule`, `steps`, `skipped`. Tensors are not copied. A stage's own part, where there is one.
-            Offloaded tensors are views of what the host or the file holds, right until the next step.
+            `stateless`: parameters without state; `gradients`: those accumulated since the last update;
+            `accumulation`: how much; `scaler`: one state per group; `rates`, `settings`: values set in parameter
+            groups; `rule`, `steps`, `skipped`. Tensors are not copied. A stage returns only its own part.
+            Offloaded tensors are views of the host's memory or of the file, valid until the next step.
 
         Raises:
             LayerwiseError: nothing is built yet.
         """
-        self.built.watch.check()
+        self.built.check()
         return states.state_of(self.built, self.skipped, self.steps)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`; before the first step it is kept until the shapes are known.
+        """Continue from `state_dict()`; before the first step it is stored until the shapes are known.
 
         Raises:
-            LayerwiseError: the state is damaged, or of another rule or model; nothing is changed then.
+            LayerwiseError: the state is damaged, or of another rule or model; then nothing is changed.
         """
         check_parts(state)
         if isinstance(self._built, NotBuilt):
@@ -479,10 +479,10 @@ class Learner:
     def save_weights(self, folder: str | Path) -> None:
         """Write the network's weights, a safetensors file per block and an index, as `transformers` reads them.
 
-        Never more than one tensor is held beside what the learner holds. Each of several ranks writes its own blocks.
+        At most one additional tensor is in memory. Each of several ranks writes its own blocks.
 
         Args:
-            folder: made if it is not there; files of the same names are replaced.
+            folder: created if it is missing; files of the same names are replaced.
 
         Raises:
             LayerwiseError: nothing is built yet, or the folder cannot be written to.
@@ -490,7 +490,7 @@ class Learner:
         save_blocks(self.network, self.built.offload, Path(folder), index=self.stage.first)
 
     def onload(self) -> None:
-        """Bring all offloaded blocks to the device, for good: the model is an ordinary module again."""
+        """Bring all offloaded blocks to the device permanently: the model is an ordinary module again."""
         self.offload.end()
         self.offload, self._offload_to = NotOffloaded(), ("none", self._offload_to[1])
         self._built.offload = self.offload

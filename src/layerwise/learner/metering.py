@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def meter_of(learner: "Learner") -> MemoryMeter:
-    """A meter that knows what the learner's parameters and optimizer state are."""
+    """A meter that knows the learner's parameters and optimizer state."""
     tensors = [t for own in (learner.network, learner.auxiliary) for t in (*own.parameters(), *own.buffers())]
     tensors += [] if learner.network.output_copy is None else [learner.network.output_copy]
     parameters = [p for group in learner.groups for p in group.parameters]

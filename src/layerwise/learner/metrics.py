@@ -1,4 +1,4 @@
-"""What one step measured."""
+"""The metrics of one step."""
 
 from dataclasses import dataclass, field
 
@@ -11,13 +11,13 @@ from layerwise.errors import LayerwiseError
 
 @dataclass
 class Metrics:
-    """What one step measured: scalars that stay on the device until `read()`.
+    """The metrics of one step: scalars that stay on the device until `read()`.
 
     Attributes:
         step: number of the step, from 0.
-        samples: size of the batch in this process: of its share, where replicas share a batch.
+        samples: size of the batch in this process (of its share, if replicas share a batch).
         blocks: per block name (and `"head"`), the rule's scalars, such as `loss` and `accuracy`.
-        statistics: per block name, sums out of which the task makes its metrics, for tasks that need them.
+        statistics: per block name, sums from which the task computes its metrics, for tasks that need them.
         skipped: names of the groups whose update was skipped (`nonfinite="skip"`).
     """
 
@@ -30,7 +30,7 @@ class Metrics:
 
     @property
     def loss(self) -> Tensor:
-        """Loss at the head: a scalar on the device, in nats where it is a log-likelihood."""
+        """Loss at the head: a scalar on the device, in nats if it is a log-likelihood."""
         return self.blocks["head"]["loss"]
 
     @property
@@ -38,7 +38,7 @@ class Metrics:
         """Share of the batch that the head gets right: a scalar on the device.
 
         Raises:
-            LayerwiseError: the task is none of classes; its metrics are in `blocks["head"]`.
+            LayerwiseError: the task has no classes; its metrics are in `blocks["head"]`.
         """
         head = self.blocks["head"]
         if "accuracy" not in head:

@@ -1,4 +1,4 @@
-"""From a model and what was said of its cuts to a partition, and whether a rule can serve it."""
+"""Makes a partition from a model and its cuts, and checks whether a rule can train it."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -28,7 +28,7 @@ def cut(
     example: Any,
     layout: Mapping[str, str] | str | None,
 ) -> Partition:
-    """Cut the model at its calls where something asks for that, into functions otherwise."""
+    """Cut the model at its calls if an argument requires that, otherwise into functions."""
     named = [cuts] if isinstance(cuts, str) else list(cuts or [])
     asked = cuts == "auto" or any(letter in name for name in named for letter in "*?[")
     asked = asked or output is not None or read is not None or tied is not None
@@ -37,7 +37,9 @@ def cut(
     asked = asked or (cuts in (None, "block") and getattr(model, "tied", False) is True)
     if isinstance(model, Partition):
         if asked and (cuts is not None or output is not None or read is not None or tied is not None):
-            raise LayerwiseError("the model is cut already; give cuts, output, read and tied where it is cut.")
+            raise LayerwiseError(
+                "the model is cut already; give cuts, output, read and tied to the function that cuts it."
+            )
         return partition(model, layout=layout)
     if asked:
         names = getattr(model, "block_names", "auto") if cuts in (None, "block") else cuts
@@ -54,14 +56,13 @@ def cut(
 
 
 def check_serves(network: CallPartition, rule: Rule) -> None:
-    """Raise LayerwiseError where the rule trains other models.
+    """Raise LayerwiseError if the rule trains only other models.
 
-    Where the rule needs blocks that are run one by one, that is noted: whether they can be is seen when the network has
-    run.
+    If the rule needs blocks that can be run one by one, this is recorded, and checked when the network has run.
     """
     if rule.models:
         raise LayerwiseError(
-            f"rule {rule.name!r} trains the models {', '.join(rule.models)} alone; choose a rule such as local_ce."
+            f"rule {rule.name!r} trains only the models {', '.join(rule.models)}; choose a rule such as local_ce."
         )
     again = ""
     if any(view.stop > later.start for view, later in pairwise(groups_of(rule, [*network.cuts, "head"]))):
@@ -74,9 +75,9 @@ def check_serves(network: CallPartition, rule: Rule) -> None:
 
 
 def check_reads(rule: Rule, x: Any) -> None:
-    """Raise LayerwiseError where the rule looks at the network's input, which is no single tensor."""
+    """Raise LayerwiseError if the rule uses the network's input, and that is not a single tensor."""
     if not isinstance(x, Tensor) and (rule.reads_input or type(rule).begin is not Rule.begin):
         raise LayerwiseError(
-            f"rule {rule.name!r} looks at the input itself, which has to be one tensor, and this batch is a "
+            f"rule {rule.name!r} uses the input itself, which has to be one tensor, and this batch is a "
             f"{type(x).__name__}; choose a rule such as local_ce."
         )

@@ -1,4 +1,4 @@
-"""All optimizers of a learner as one, for code that wants to hold an optimizer."""
+"""Presents all optimizers of a learner as one, for code that needs an optimizer."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,10 +14,10 @@ from layerwise.learner.checks import check_made_state, made_by
 
 
 class EveryOptimizer(torch.optim.Optimizer):
-    """The optimizers of all groups, seen as one: a scheduler of torch, or code that sets rates, can hold it.
+    """Presents the optimizers of all groups as one, for schedulers of torch and code that sets rates.
 
-    Its parameter groups are those of the groups' optimizers themselves: a rate that is set in one is honoured at the
-    next update. The learner steps the optimizers, a group at a time; `step` here counts the updates and does no more.
+    Its parameter groups are those of the groups' optimizers: a rate that is set in one takes effect at the
+    next update. The learner steps the optimizers, a group at a time; `step` here only counts the updates.
 
     >>> from layerwise import Learner
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
@@ -32,7 +32,7 @@ class EveryOptimizer(torch.optim.Optimizer):
     def __init__(self, own: Callable[[], Iterator[torch.optim.Optimizer]]):
         self.training = True
         """Whether optimizers that have a mode are in training mode."""
-        self._own = own  # asked anew each time: loading a state replaces an optimizer's groups
+        self._own = own  # read anew each time, because loading a state replaces an optimizer's groups
         super().__init__([torch.zeros(0, device="cpu")], {})
         self._ready = True
 
@@ -48,14 +48,14 @@ class EveryOptimizer(torch.optim.Optimizer):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The defaults of the first optimizer; schedulers of torch look for momentum there."""
+        """The defaults of the first optimizer; schedulers of torch read momentum from them."""
         return next((optimizer.defaults for optimizer in self._own()), {})
 
     @defaults.setter
     def defaults(self, value: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The base class sets its own mapping, which is not used."""
 
-    @param_groups.setter  # the checker knows an attribute here, and code that holds an optimizer reads one
+    @param_groups.setter  # type checkers and users expect an attribute here
     def param_groups(self, value: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The base class sets its own list, which is not used."""
 
@@ -69,16 +69,16 @@ class EveryOptimizer(torch.optim.Optimizer):
         """The base class sets its own mapping, which is not used."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse a group: every parameter that learns is in one of a block.
+        """Refuse a group: every parameter that learns is already in a group of a block.
 
         Raises:
             LayerwiseError: always.
         """
-        if hasattr(self, "_ready"):  # the base class calls this when it is made
+        if hasattr(self, "_ready"):  # the base class calls this in its constructor
             raise LayerwiseError("a learner's optimizers hold all parameters that learn; none can be added.")
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as torch has it; that of a parameter without one is empty, so that none can be lost."""
+        """The state in torch's form; a parameter without state has an empty entry, so that none can be lost."""
         packed = super().state_dict()
         for number in (number for group in packed["param_groups"] for number in group["params"]):
             packed["state"].setdefault(number, {})
@@ -88,7 +88,7 @@ class EveryOptimizer(torch.optim.Optimizer):
         """Continue from `state_dict()` of a learner whose blocks are grouped in the same way.
 
         Raises:
-            LayerwiseError: the state has other groups of parameters, or is damaged; nothing is changed then.
+            LayerwiseError: the state has other groups of parameters, or is damaged; then nothing is changed.
         """
         parts, optimizers = [], list(self._own())
         saved, state = _read(state_dict)
@@ -115,7 +115,7 @@ class EveryOptimizer(torch.optim.Optimizer):
                     own[number] = given or {}
             numbers = {old: new for new, old in enumerate(own)}
             if len(numbers) != sum(len(group["params"]) for group in mine):
-                raise _unfit("a parameter is there twice")
+                raise _unfit("a parameter occurs twice")
             groups = [{**group, "params": [numbers[i] for i in group["params"]]} for group in groups]
             parts.append((optimizer, {"state": {numbers[i]: s for i, s in own.items() if s}, "param_groups": groups}))
         for optimizer, part in parts:
@@ -123,14 +123,14 @@ class EveryOptimizer(torch.optim.Optimizer):
             lay_out_state(optimizer)
 
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Count an update; the learner has made it."""
+        """Count an update that the learner has made."""
 
     def count_update(self) -> None:
-        """Tell the schedulers that hold this optimizer of an update: they watch `step`."""
+        """Notify the schedulers of this optimizer of an update: they watch `step`."""
         self.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Free the gradients of all groups, such as those of an update under way."""
+        """Free the gradients of all groups, such as those of the current update."""
         for optimizer in self._own():
             optimizer.zero_grad(set_to_none)
 

@@ -1,4 +1,4 @@
-"""The copy of the network's output matrix that blocks read, where they cannot or must not read the matrix itself."""
+"""The copy of the network's output matrix that blocks read if they cannot, or must not, read the matrix itself."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,16 +12,16 @@ from layerwise.errors import LayerwiseError
 from layerwise.learner.setup import Setup
 
 PART = "output_matrix"
-"""Of a learner's state."""
+"""Key of the copy in a learner's state."""
 
 
 class OutputCopy:
-    """Keeps the copy as old as the rule wants it: that of the last step whose number `refresh` divides.
+    """Refreshes the copy as often as the rule says: before every step whose number `refresh` divides.
 
-    The last rank of a pipeline sends the matrix when such a step is about to begin; shards are gathered then.
+    The last rank of a pipeline sends the matrix before such a step; shards are gathered then.
 
     Args:
-        setup: what the learner is made of.
+        setup: the learner's parts.
         layer: the network's output layer, with its weights.
     """
 
@@ -32,10 +32,10 @@ class OutputCopy:
         self.name = next(name for name, own in setup.network.model.named_parameters() if own is layer.weight)
         self.done = 0
         """Steps so far."""
-        # The initial weights are here, on every rank; those of one process may still be changed by their owner.
+        # Every rank has the initial weights; in one process the user may still change them.
         self.version = 0 if self.travels and not setup.stage.last else -1
-        """Which renewal the copy is of: those after `refresh * version` steps."""
-        # The last rank of a pipeline has the matrix, and reads it as one process does.
+        """Version of the copy: the matrix after `refresh * version` steps."""
+        # The last rank of a pipeline has the matrix, and reads it directly, as one process does.
         keeps = self.refresh > 1 or not setup.stage.last or setup.replicas.shares_parameters
         setup.network.__dict__.update(output_copy=self._whole().clone() if keeps else None)
 
@@ -45,7 +45,7 @@ class OutputCopy:
         return not (self.setup.stage.first and self.setup.stage.last)
 
     def begin(self, step: int | None) -> None:
-        """Renew the copy where it is due; `step` is the number of the step that begins, None for an evaluation."""
+        """Refresh the copy if it is due; `step` is the number of the step that begins, None for an evaluation."""
         done = self.done if step is None else step
         while self.copy is not None and self.version < done // self.refresh:
             if self.travels and not self.setup.stage.last:
@@ -58,12 +58,12 @@ class OutputCopy:
             self.done = step + 1
 
     def end(self, steps: int) -> None:
-        """Send the matrix to the other ranks, where `steps` steps are done and that is due."""
+        """Send the matrix to the other ranks if this is due after `steps` steps."""
         if self.travels and self.setup.stage.last and steps % self.refresh == 0:
             self.setup.stage.send_matrix(self._whole())
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint has to keep: a copy that is older than the matrix."""
+        """The part of a checkpoint: a copy that is older than the matrix."""
         return {PART: self.copy} if self.refresh > 1 else {}
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -75,7 +75,7 @@ class OutputCopy:
         self.done = state["steps"]
         if self.copy is None:
             return
-        # After so many steps the copy is renewed anyway, before anybody reads it.
+        # After this many steps the copy is refreshed anyway before it is read.
         renewed = self.done % self.refresh == 0
         given = state["model"][self.name] if renewed else state.get(PART)
         if not isinstance(given, Tensor) or given.shape != self.copy.shape:
@@ -88,7 +88,7 @@ class OutputCopy:
 
     @property
     def copy(self) -> Tensor | None:
-        """The copy `(K, D)`; None on the last rank where it reads the matrix itself."""
+        """The copy `(K, D)`; None on the last rank if it reads the matrix itself."""
         return self.setup.network.output_copy
 
     def _take(self, matrix: Tensor) -> None:
@@ -96,13 +96,13 @@ class OutputCopy:
         self.copy.copy_(matrix)
 
     def _whole(self) -> Tensor:
-        """The matrix as it is now; gathered, where ranks have shards of it."""
+        """The current matrix, gathered if ranks have shards of it."""
         with torch.no_grad():
             return output_weight(self.setup.network).to(self.setup.device)
 
 
 class NoCopy:
-    """In place of `OutputCopy`: nobody reads the matrix, or all read the matrix itself."""
+    """Replaces `OutputCopy` if nobody reads the matrix, or all read the matrix itself."""
 
     def begin(self, step: int | None) -> None:
         """Nothing is renewed."""
@@ -119,7 +119,7 @@ class NoCopy:
 
 
 def output_copy(setup: Setup, layer: nn.Linear | None) -> OutputCopy | NoCopy:
-    """The copy that a learner needs; none where its blocks can read the matrix itself, or do not read it."""
+    """Make the copy that a learner needs; none if its blocks read the matrix itself, or do not read it."""
     setup.network.__dict__.update(output_copy=None)
     rule = setup.rule
     refresh = rule.matrix_refresh() if isinstance(rule, ReadsOutputMatrix) else None

@@ -1,4 +1,4 @@
-"""A learner in a pickle: what it is made of, and the learner again."""
+"""Pickles and unpickles a learner."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def parts_of(learner: "Learner") -> tuple[Any, ...]:
-    """What `restored` needs.
+    """Collect what `restored` needs.
 
     Raises:
         LayerwiseError: blocks are offloaded, or on several ranks.
@@ -41,7 +41,7 @@ def restored(
     prepared: bool,
     set_by_hand: Sequence[Mapping[str, Any]],
 ) -> "Learner":
-    """A learner out of its parts."""
+    """Rebuild a learner from its parts."""
     learner = kind(network, rule, **arguments)
     if example is not None:
         learner.build(example)

@@ -1,4 +1,4 @@
-"""How a learner begins a pass, predicts and evaluates; nothing is updated here."""
+"""Begins a pass, predicts and evaluates; nothing is updated here."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,9 +26,9 @@ from layerwise.memory.offload import NotOffloaded, Offload
 def evaluating(
     setup: Setup, auxiliary: nn.ModuleDict, optimizer: EveryOptimizer, offload: Offload | NotOffloaded
 ) -> Iterator[None]:
-    """A context in which all modules are in evaluation mode, without gradient; every mode is put back after it."""
+    """A context in which all modules are in evaluation mode, without gradient; it restores every mode."""
     network, device = setup.network, setup.device
-    with preserved_generators(device):  # first, so that other threads see no mode but their own
+    with preserved_generators(device):  # first, so that other threads do not see this mode
         modules = [network, *network.model.modules(), *auxiliary.modules()]
         modes = [(module, module.training) for module in modules]
         training = optimizer.training
@@ -37,7 +37,7 @@ def evaluating(
         optimizer.eval()
         try:
             with torch.no_grad(), offload.unchanging():
-                # A rule that samples when it predicts (or makes negatives) gives the same answer each time.
+                # A rule that samples when it predicts (or makes negatives) gives the same result each time.
                 seed_generators(derive_seed(setup.execution.seed, "evaluation"), device)
                 yield
         finally:
@@ -49,7 +49,7 @@ def evaluating(
 
 
 def begun(built: Built, x: Any, y: Tensor, step: int | None, predict: Callable[[Any], Tensor]) -> tuple[Any, Any]:
-    """Input and message of the first group here: the rule's, or what the rank before has sent."""
+    """Input and message of the first group here: from the rule, or from the rank before."""
     built.matrix.begin(step)
     if step is not None:
         built.engine.tell()
@@ -63,7 +63,7 @@ def begun(built: Built, x: Any, y: Tensor, step: int | None, predict: Callable[[
 
 
 def batch_context(built: Built, x: Any, y: Tensor, step: int | None, predict: Callable[[Any], Tensor]) -> BatchContext:
-    """What a rule may look at before the first block runs."""
+    """The context that a rule gets before the first block runs."""
     network = built.setup.network
     units = {unit.site.index: unit for group in built.groups for unit in group.units}
 
@@ -83,7 +83,7 @@ def batch_context(built: Built, x: Any, y: Tensor, step: int | None, predict: Ca
 
 
 def evaluated(built: Built, x: Any, y: Tensor, predict: Callable[[Any], Tensor]) -> Trace:
-    """The rule's scalars for one batch, which is placed, in evaluation mode.
+    """The rule's scalars for one batch on the device, in evaluation mode.
 
     Args:
         built: groups and engine.
@@ -92,7 +92,7 @@ def evaluated(built: Built, x: Any, y: Tensor, predict: Callable[[Any], Tensor])
         predict: what a rule may ask the network for.
     """
     trace, network, rule, stage = Trace(), built.setup.network, built.setup.rule, built.setup.stage
-    built.watch.check()
+    built.check()
     with network.passing(x):
         h, message = begun(built, x, y, None, predict)
         for group in built.groups:
@@ -108,7 +108,7 @@ def evaluated(built: Built, x: Any, y: Tensor, predict: Callable[[Any], Tensor])
 
 
 def predicted(built: Built, x: Any) -> Tensor:
-    """What the rule predicts for inputs that are placed, where the whole network is here."""
+    """The rule's prediction for inputs on the device, if the whole network is here."""
     network, rule = built.setup.network, built.setup.rule
     who = in_a_sentence("the network", "cannot predict for an input", x)
     if rule.predicts_plainly():
@@ -121,7 +121,7 @@ def predicted(built: Built, x: Any) -> Tensor:
 
 
 def predicted_again(built: Built, x: Any) -> Tensor | None:
-    """What the rule predicts, with the draws of `Learner.__call__`; None where a later rank knows."""
+    """The rule's prediction, with the draws of `Learner.__call__`; None if a later rank predicts."""
     setup, rule, stage = built.setup, built.setup.rule, built.setup.stage
     seed_generators(derive_seed(setup.execution.seed, "evaluation"), setup.device)
     if stage.first and stage.last:
@@ -136,14 +136,14 @@ def predicted_again(built: Built, x: Any) -> Tensor | None:
 
 
 def check_passes_beliefs(rule: Rule) -> None:
-    """Raise LayerwiseError unless the rule passes on beliefs."""
+    """Raise LayerwiseError unless the rule has beliefs."""
     if not isinstance(rule, pieces.PassesBeliefs):
         able = [name for name in rules.names() if issubclass(rules.get(name), pieces.PassesBeliefs)]
-        raise LayerwiseError(f"rule {rule.name!r} passes on no beliefs; those that do: {', '.join(able)}.")
+        raise LayerwiseError(f"rule {rule.name!r} has no beliefs; those that do: {', '.join(able)}.")
 
 
 def beliefs(x: Any, built: Built, threshold: float | None) -> list[Tensor]:
-    """What the sites believe about inputs that are placed; see `Learner.beliefs`."""
+    """The beliefs of the sites about inputs on the device; see `Learner.beliefs`."""
     setup, rule = built.setup, built.setup.rule
     assert isinstance(rule, pieces.PassesBeliefs)
     found: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""A training step's updates: one, or several with one batch for a rule that repeats it."""
+"""The updates of a training step: one, or several for a rule that repeats the batch."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,16 +17,16 @@ from layerwise.learner.prediction import batch_context, begun
 def train_on(
     built: Built, x: Any, y: Tensor, step: int, predict: Callable[[Any], Tensor], groups: Sequence[Group], trace: Trace
 ) -> tuple[Tensor, Any]:
-    """Update all groups with a batch, as often as the rule wants; all rounds are one update to schedules.
+    """Update all groups with a batch, as often as the rule says; schedules count all rounds as one update.
 
     Args:
         built: groups and engine.
-        x: inputs, placed.
+        x: inputs on the device.
         y: labels.
         step: number of the training step.
-        predict: what a rule may ask the network for.
+        predict: the network's prediction, for rules that need it.
         groups: of this update.
-        trace: where metrics go: those of the last round.
+        trace: collects the metrics of the last round.
 
     Returns:
         Output and message of the last group.

@@ -1,4 +1,4 @@
-"""From the arguments of a learner to what it is made of, before the shapes are known."""
+"""Makes the parts of a learner from its arguments, before the shapes are known."""
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -27,14 +27,14 @@ from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
 
 ONE_PROCESS = OneProcess()
-"""For learners that were given no replicas."""
+"""For learners without replicas."""
 DONE_ONCE = ("example", "weights", "cuts", "blocks", "output", "read", "tied")
-"""Arguments that a copy of the learner needs no more: a batch is not kept, weights are made and cuts are found once."""
+"""Arguments that a copy of the learner does not need: example, weights and cuts are used only once."""
 
 
 @dataclass
 class Setup:
-    """What a learner is made of, before the shapes are known."""
+    """The parts of a learner, before the shapes are known."""
 
     network: Partition
     rule: Rule
@@ -44,17 +44,17 @@ class Setup:
     stage: Stage | WholeNetwork
     replicas: Replicas | OneProcess
     make_offload: Callable[[Sequence[Sequence[Block]], int], Offload | NotOffloaded]
-    """From the blocks of every group here, and the number of the first block, to what moves them."""
+    """Makes an offloader from the blocks of every group here and the number of the first block."""
     offload_folder: Path
-    """For files of offloaded blocks or activations."""
+    """Folder for files of offloaded blocks or activations."""
     late: LateWeights | NotLate
-    """Makes weights where the model was made without."""
+    """Makes the weights of a model on the meta device."""
     seed: int
     task: Task
-    """Without the number of outputs."""
+    """The task, without the number of outputs."""
     compile: bool | str
     facts: Mapping[str, Any]
-    """What must be the same on all replicas, by name."""
+    """Facts that must agree on all replicas, by name."""
 
     @property
     def blocks(self) -> list[Block]:
@@ -73,7 +73,7 @@ def make_setup(
     given: Mapping[str, Any],
     make_offload: Callable[[Sequence[Sequence[Block]], int], Offload | NotOffloaded],
 ) -> Setup:
-    """Cut the model, put it on the device, and gather what its training needs.
+    """Cut the model, move it to the device, and collect the parts for its training.
 
     Args:
         model: a module, or a partition of one.
@@ -115,7 +115,7 @@ def make_setup(
             accumulate=given["accumulate"],
             micro=given["micro"],
             nonfinite=given["nonfinite"],
-            # The first replica draws what one process would; the others must not drop the same units as it does.
+            # The first replica draws as one process would; the others must not drop the same units.
             seed=derive_seed(given["seed"], "replica", replicas.rank) if replicas.rank else given["seed"],
             replicas=replicas,
         ),
@@ -132,7 +132,7 @@ def make_setup(
 
 
 def _facts(network: Partition, rule: Rule, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be the same on all replicas."""
+    """Facts that must agree on all replicas."""
     own = ("stage", "replicas", "device", "offload", "offload_folder", "compile", *DONE_ONCE)
     options = {name: value for name, value in given.items() if name not in own}
     parts = {f"the rule's {name}": value for name, value in vars(rule).items()}

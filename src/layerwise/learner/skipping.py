@@ -1,4 +1,4 @@
-"""What a state keeps of an update under way that may be skipped: it goes back to before its first batch."""
+"""State of an unfinished update that may be skipped: the values from before its first batch."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,11 +9,11 @@ from layerwise.learner.build import Built
 from layerwise.learner.checks import Expected, unfit
 
 BEFORE, BROKEN = "before", "broken"
-"""Parts of a state: buffers from before the first batch, by name; names of the groups whose update is given up."""
+"""Keys of a state: buffers from before the first batch, by name; names of the groups whose update is abandoned."""
 
 
 def under_way(built: Built) -> dict[str, Any]:
-    """Both parts; nothing between two updates, and where no update is skipped."""
+    """Both entries; empty between two updates, and if updates are not skipped."""
     engine = built.engine
     if not (engine.finite.skips and engine.accumulation.batches):
         return {}
@@ -24,7 +24,7 @@ def under_way(built: Built) -> dict[str, Any]:
 
 
 def joined_under_way(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The parts of one whole learner out of those of all stages."""
+    """Join the entries of all stages to those of a whole learner."""
     if BROKEN not in states[-1]:
         return {}
     return {
@@ -34,37 +34,37 @@ def joined_under_way(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def check_under_way(state: Mapping[str, Any], expected: Expected) -> None:
-    """Raise LayerwiseError unless both parts fit, where they are: older checkpoints lack them."""
+    """Raise LayerwiseError unless both entries fit, if they exist: older checkpoints lack them."""
     before, broken = state.get(BEFORE, {}), state.get(BROKEN, [])
     if not isinstance(broken, (list, tuple)) or not all(isinstance(name, str) for name in broken):
-        raise unfit(f"{BROKEN!r} is no list of names")
+        raise unfit(f"{BROKEN!r} is not a list of names")
     if not isinstance(before, Mapping):
-        raise unfit(f"{BEFORE!r} is no mapping")
+        raise unfit(f"{BEFORE!r} is not a mapping")
     own = {**expected.model, **{f"auxiliary.{name}": tensor for name, tensor in expected.auxiliary.items()}}
     for name, kept in before.items():
         if name not in own:
             if expected.whole:
-                raise unfit(f"{BEFORE!r} names {name!r}, which is no buffer")
+                raise unfit(f"{BEFORE!r} names {name!r}, which is not a buffer")
             continue
         if not isinstance(kept, Tensor) or kept.shape != own[name].shape or kept.dtype != own[name].dtype:
-            raise unfit(f"{name!r} in {BEFORE!r} is no tensor of the shape and type that it has here")
+            raise unfit(f"{name!r} in {BEFORE!r} is not a tensor of the shape and type that it has here")
 
 
 def continue_under_way(built: Built, state: Mapping[str, Any]) -> None:
-    """Continue the update under way from a state that has been checked, and loaded otherwise."""
+    """Restore the unfinished update from a state that has been checked; the rest is loaded already."""
     if not (built.engine.finite.skips and built.engine.accumulation.batches):
         return
     kept = {id(buffer): state.get(BEFORE, {}).get(name) for name, buffer in _buffers(built).items()}
     for group in built.groups_at(built.engine.accumulation.updates):
         buffers = [buffer for unit in group.units for buffer in unit.buffers()]
-        # One that no state holds is as it is.
+        # A buffer that the state does not hold keeps its value.
         before = [buffer if kept.get(id(buffer)) is None else kept[id(buffer)].to(buffer.device) for buffer in buffers]
         group.buffers = [(buffer, own.clone()) for buffer, own in zip(buffers, before, strict=True)]
         group.broken = group.name in state.get(BROKEN, [])
 
 
 def _buffers(built: Built) -> dict[str, Tensor]:
-    """The tensors of model and auxiliary modules as a state names them."""
+    """The tensors of model and auxiliary modules, by their names in a state."""
     auxiliary = built.auxiliary.state_dict(keep_vars=True)
     return {
         **built.setup.network.state_dict(keep_vars=True),

@@ -1,4 +1,4 @@
-"""The state of a learner as a mapping: whether it fits, which part of it is here, the whole out of its parts."""
+"""The state of a learner as a mapping: checking it, loading this rank's part, joining the parts."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,12 @@ from layerwise.learner.skipping import check_under_way, continue_under_way, join
 
 
 def without_meta(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those that are on this rank."""
+    """Tensors on this rank."""
     return {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
 
 
 def joined(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The state of one whole learner out of those of all stages, in the order of the ranks."""
+    """Join the states of all stages, in the order of the ranks, to that of a whole learner."""
     whole = dict(states[-1])
     for part in ("model", "auxiliary", "optimizer", "gradients", "scaler", "rates", "settings"):
         whole[part] = {name: value for state in states for name, value in state.get(part, {}).items()}
@@ -30,7 +30,7 @@ def joined(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def state_of(built: Built, skipped: int, steps: int) -> dict[str, Any]:
-    """Everything that decides how training continues; see `Learner.state_dict`."""
+    """Everything that training needs to continue; see `Learner.state_dict`."""
     setup, replicas = built.setup, built.setup.replicas
     offloaded = built.offload.active
     own = [(name, replicas.shard_of(parameter)) for name, parameter in built.named_parameters()]
@@ -59,7 +59,7 @@ def load_state(built: Built, state: Mapping[str, Any]) -> None:
     """Continue from `state_of()`.
 
     Raises:
-        LayerwiseError: the state is damaged, or of another rule or model; nothing is changed then.
+        LayerwiseError: the state is damaged, or of another rule or model; then nothing is changed.
     """
     auxiliary = built.setup.stage.own(state["auxiliary"], built.auxiliary)
     expected = expected_of(built)
@@ -82,7 +82,7 @@ def load_state(built: Built, state: Mapping[str, Any]) -> None:
 
 
 def expected_of(built: Built) -> Expected:
-    """What a state has to fit."""
+    """Facts of the learner that a state has to fit."""
     setup, parameters = built.setup, dict(built.named_parameters())
     updated = {
         p: Place(group.name, number, place)
@@ -117,7 +117,7 @@ def optimizer_states(built: Built) -> dict[str, dict[str, Any]]:
 
 
 def _load(built: Built, groups: Sequence[Group], state: Mapping[str, Any], auxiliary: Mapping[str, Tensor]) -> None:
-    """Take over what belongs to these groups, whose tensors are on the device."""
+    """Load the state of these groups, whose tensors are on the device."""
     away, shard_of = built.offload.away(), built.setup.replicas.shard_of
     for module, given in ((built.setup.network, state["model"]), (built.auxiliary, auxiliary)):
         own = without_meta(module.state_dict(keep_vars=True))
@@ -134,7 +134,7 @@ def _load(built: Built, groups: Sequence[Group], state: Mapping[str, Any], auxil
                 for i, (p, s) in enumerate(found)
                 if s is not None
             }
-            optimizer.load_state_dict(copy.deepcopy(packed))  # torch would keep the given tensors
+            optimizer.load_state_dict(copy.deepcopy(packed))  # torch would use the given tensors themselves
             lay_out_state(optimizer)
     for parameter, name in names.items():
         gradient = state["gradients"].get(name)
@@ -145,10 +145,10 @@ def _load(built: Built, groups: Sequence[Group], state: Mapping[str, Any], auxil
 
 
 def to_full(built: Built, own: Tensor, value: Any) -> Any:
-    """What belongs to `own`, as a part of what all ranks hold; other values as they are."""
+    """Convert a value of `own` to a part of the full tensor on all ranks; return other values unchanged."""
     return built.setup.replicas.to_full(own, value) if isinstance(value, Tensor) else value
 
 
 def to_shard(built: Built, own: Tensor, given: Any) -> Any:
-    """What a tensor like `own` holds of the whole tensor `given`; other values as they are."""
+    """Take the shard of the whole tensor `given` that corresponds to `own`; return other values unchanged."""
     return built.setup.replicas.to_shard(own, given) if isinstance(given, Tensor) else given

@@ -1,4 +1,4 @@
-"""Notices what an owner does to a model while a learner trains it."""
+"""Detects changes that a user makes to a model while a learner trains it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,14 +10,14 @@ from layerwise.errors import LayerwiseError
 
 
 class Watch:
-    """The modules and parameters of a model as the learner was built for them.
+    """The modules and parameters of a model for which the learner was built.
 
-    A module or parameter that is put in or added later would not be trained, and a cast would leave optimizers and
-    auxiliary modules behind, so each is refused. Freezing, thawing, modes and rates are followed and need no watch.
+    A module or parameter that is replaced or added later would not be trained, and a cast would not reach optimizers
+    and auxiliary modules, so each is refused. Freezing, unfreezing, modes and rates are allowed.
 
     Args:
-        model: what is watched.
-        parameters: whether parameters are watched too; not where sharding replaces them all the time.
+        model: the model to watch.
+        parameters: whether parameters are watched too; not if sharding replaces them all the time.
     """
 
     def __init__(self, model: nn.Module, parameters: bool):
@@ -45,7 +45,7 @@ class Watch:
                 ]
 
     def check(self) -> None:
-        """Raise LayerwiseError where a module or parameter was replaced, or a parameter cast, moved or reordered."""
+        """Raise LayerwiseError if a module or parameter was replaced, or a parameter cast, moved or reordered."""
         for registry, name, child, path in self._modules:
             if registry.get(name) is not child:
                 raise LayerwiseError(
@@ -66,7 +66,7 @@ class Watch:
                 )
         for parameter, shape, stride, path in self._layouts:
             now = parameter.stride()
-            idle = not (any(now) and any(stride))  # one number in place of all: an offloaded block waits elsewhere
+            idle = not (any(now) and any(stride))  # one element in place of all: the block is offloaded
             if parameter.shape != shape or (now != stride and not idle):
                 raise LayerwiseError(
                     f"parameter {path!r} had the shape {tuple(shape)} and the strides {stride} when the learner was "
@@ -76,17 +76,17 @@ class Watch:
         for registry, size, path in self._sizes:
             if len(registry) != size:
                 raise LayerwiseError(
-                    f"module {path!r} has got or lost a part after the learner was built, so it would not be "
+                    f"module {path!r} has gained or lost a part after the learner was built, so it would not be "
                     "trained as it is now; make a new Learner for the model."
                 )
         for registry, names, path in self._names:
             if added := _present(registry) - names:
                 raise LayerwiseError(
-                    f"module {path!r} has got the parameter {min(added)!r} after the learner was built, so it would "
+                    f"module {path!r} has gained the parameter {min(added)!r} after the learner was built, so it would "
                     "not be trained; make a new Learner for the model."
                 )
 
 
 def _present(registry: Mapping[str, Tensor | None]) -> set[str]:
-    """Names of the parameters that a module has: one that it could have is None."""
+    """Names of the parameters that a module has; a registered one may be None."""
     return {name for name, parameter in registry.items() if parameter is not None}

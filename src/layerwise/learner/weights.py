@@ -1,4 +1,4 @@
-"""Weights in files, block by block: of a model that was made without, and of one that is trained."""
+"""Loads and saves weights in files, block by block."""
 
 import json
 import os
@@ -24,17 +24,17 @@ ADVICE = "give a safetensors file, or a folder of them"
 def late_weights(
     model: nn.Module, weights: Weights, seed: int, device: torch.device | str | None
 ) -> LateWeights | NotLate:
-    """What makes the weights of a model on the meta device; nothing to make for another one.
+    """Return an object that makes the weights of a model on the meta device; for other models there is nothing to make.
 
     Raises:
-        LayerwiseError: weights for a model that has its own, or files that cannot be read.
+        LayerwiseError: weights for a model that already has some, or files that cannot be read.
     """
     model = model.model if isinstance(model, Partition) else model
     if not isinstance(model, nn.Module) or not is_late(model):
         if weights is not None:
             raise LayerwiseError(
-                "weights= is for a model that was made without, under torch.device('meta'); leave it out, or load them "
-                "into the model."
+                "weights= is for a model that was made under torch.device('meta'); leave it out, or load them into "
+                "the model."
             )
         return NotLate()
     fill: Fill | None = None
@@ -48,14 +48,14 @@ def late_weights(
 
 
 class FromFiles:
-    """Fills modules from safetensors files; what no file holds, such as a table of positions, the module draws.
+    """Fills modules from safetensors files; tensors in no file, such as a table of positions, are made by the module.
 
     Args:
         model: the whole model.
         path: of a file, or of a folder with files.
 
     Raises:
-        LayerwiseError: no such file, or none that can be read, or a parameter is in none of them.
+        LayerwiseError: there is no such file, a file cannot be read, or a parameter is in no file.
     """
 
     def __init__(self, model: nn.Module, path: Path):
@@ -74,7 +74,7 @@ class FromFiles:
             )
 
     def __call__(self, name: str, module: nn.Module) -> None:
-        """Fill what a module itself holds."""
+        """Fill a module's own tensors."""
         prefix = name + "." if name else ""
         known = dict(_every_name(self.model))
         own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
@@ -105,7 +105,9 @@ def _files_by_tensor(path: Path) -> dict[str, Path]:
                 named = json.loads(read_text(path / INDEX, ADVICE))["weight_map"]
                 return {str(tensor): path / Path(str(file)).name for tensor, file in named.items()}
             except (ValueError, KeyError, TypeError, AttributeError) as reason:
-                raise LayerwiseError(f"{shown(path / INDEX)} is no index of safetensors files; {ADVICE}.") from reason
+                raise LayerwiseError(
+                    f"{shown(path / INDEX)} is not an index of safetensors files; {ADVICE}."
+                ) from reason
         files = sorted(path.glob("*.safetensors"))
     else:
         check_regular(path, ADVICE)
@@ -144,7 +146,7 @@ def save_blocks(network: Partition, offload: Offload | NotOffloaded, folder: Pat
     Args:
         network: the blocks.
         offload: where their tensors are.
-        folder: made if it is not there.
+        folder: created if it is missing.
         index: whether to write the index, too.
 
     Raises:

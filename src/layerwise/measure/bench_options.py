@@ -13,7 +13,8 @@ class Written:
     """Where the results of a benchmark go."""
 
     json: str | None = None
-    """Write the results as JSON to this file; without a file, or with -, print them in place of the table."""
+    """Write the results as JSON to this file (a name without .json as --json=FILE); alone, or with -,
+    print them in place of the table."""
     out: str | None = None
     """Write results, command, machine and report.html to this folder; the report of a comparison gains a section."""
 

@@ -36,7 +36,7 @@ def _tensor(value: Any, name: str) -> Tensor:
     try:
         return torch.as_tensor(value).detach().cpu().double()
     except (TypeError, ValueError, RuntimeError) as reason:
-        raise LayerwiseError(f"{name} is no table of numbers ({reason}); give a tensor or an array.") from reason
+        raise LayerwiseError(f"{name} is not a table of numbers ({reason}); give a tensor or an array.") from reason
 
 
 def _vectors(value: Any, name: str) -> Tensor:

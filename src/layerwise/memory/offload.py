@@ -20,6 +20,7 @@ from layerwise.core.pieces import JoinsGroups, has_trunk
 from layerwise.core.ranges import Where
 from layerwise.core.rule import Rule
 from layerwise.errors import LayerwiseError
+from layerwise.memory.blanks import Blanks
 from layerwise.memory.meter import MemoryUse, optimizer_tensors, tensor_bytes
 from layerwise.memory.mmap import release_pages
 from layerwise.memory.stores import DiskStore, HostStore, Store
@@ -134,6 +135,10 @@ class OffloadedGroup:
         self.entries, self.length = entries, end
         return chunks
 
+    def sizes(self) -> Iterator[tuple[Tensor, torch.Size]]:
+        """The tensors, and the sizes that they have."""
+        return ((entry.tensor, entry.size) for entry in self.entries)
+
     def show(self, found: Tensor) -> None:
         """Let the tensors show these bytes."""
         for entry in self.entries:
@@ -146,7 +151,7 @@ class Offload:
     A part's bytes lie in a slot of the device, and its tensors show them; without a slot they show nothing (NaN, or
     zero). While a group learns, a thread writes the part before it back and reads the next one into the same slot.
     Rules and engine know nothing of this: the engine opens `resident` around a group, and whatever else runs (a block,
-    an auxiliary module) asks for its part by a hook. What runs with a graph outside of its group stays until the next
+    an auxiliary module) asks for its part by a hook. What runs with a graph outside its group stays until the next
     group begins, so that the graph stays right.
 
     Args:
@@ -196,7 +201,7 @@ class Offload:
         self._moves: deque[Future[Any]] = deque()
         self._mover = ThreadPoolExecutor(1, "layerwise-offload")
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._blanks: dict[torch.dtype, Tensor] = {}
+        self._blanks = Blanks(device)
         self._hooks: list[Any] = []
         for part, group in zip(self.parts, blocks, strict=True):
             make(group)
@@ -256,6 +261,12 @@ class Offload:
                 yield [group]
             release_pages()
 
+    def check(self) -> None:
+        """Raise LayerwiseError where somebody has written to a tensor that is not on the device."""
+        for part in self.parts:
+            if not part.attached:
+                self._blanks.check(part.sizes())
+
     def away(self) -> set[int]:
         """`id` of every tensor that is not on the device."""
         return {id(entry.tensor) for part in self.parts if not part.attached for entry in part.entries}
@@ -275,6 +286,7 @@ class Offload:
 
     def end(self) -> None:
         """Bring everything back to the device for good."""
+        self.check()
         for part in self.parts:
             self._bring([part])
             assert part.slot is not None
@@ -319,6 +331,7 @@ class Offload:
             if not part.attached:
                 assert part.slot is not None
                 self._wait(part.slot.arrival)
+                self._blanks.check(part.sizes())
                 part.show(part.slot.bytes)
                 part.attached = True
             part.changed |= self.changing
@@ -345,7 +358,7 @@ class Offload:
                 chunks = [(0, part.slot.bytes[: part.length])] if same and part.slot else part.lay_out(tensors)
                 self._start(functools.partial(self.store.write, part, part.length, chunks))
             for entry in part.entries:
-                entry.tensor.data = self._blank(entry.tensor.dtype).expand(entry.size)
+                self._blanks.put(entry.tensor, entry.size)
             part.attached = part.changed = False
             torch.clear_autocast_cache()  # which knows a parameter by its address
         if part.slot is not None:
@@ -390,12 +403,6 @@ class Offload:
             return torch.frombuffer(mmap.mmap(-1, length), dtype=torch.uint8)
         return torch.empty(length, dtype=torch.uint8, device=self.device)
 
-    def _blank(self, dtype: torch.dtype) -> Tensor:
-        if dtype not in self._blanks:
-            value = torch.nan if dtype.is_floating_point or dtype.is_complex else 0
-            self._blanks[dtype] = torch.full((), value, dtype=dtype, device=self.device)
-        return self._blanks[dtype]
-
 
 class NotOffloaded:
     """In place of `Offload`: all blocks are on the device."""
@@ -412,6 +419,9 @@ class NotOffloaded:
 
     def add(self, group: Group) -> None:
         """Leave the group where it is."""
+
+    def check(self) -> None:
+        """Nothing is away."""
 
     def away(self) -> set[int]:
         """`id` of every tensor that is not on the device: none."""

@@ -1,4 +1,4 @@
-"""A small model zoo with one surface: a `depth` dial, named blocks and a head.
+"""A small model zoo with one interface: the option `depth`, named blocks and a head.
 
 Every model is an `nn.Sequential` of blocks (`block1` .. `blockN`; `sid_cascade` names its parts)
 and `head`, for images (B, channels, height, width) to logits (B, classes), or to a map of them
@@ -86,7 +86,7 @@ def names() -> tuple[str, ...]:
 
 
 def options(name: str, recorded: str | None = None) -> type[ModelOptions]:
-    """The dataclass of a model's options; its fields and their defaults are the model's dials.
+    """The dataclass of a model's options and their defaults.
 
     Args:
         name: one of `names()`, or `hf:CONFIG_OR_FOLDER`, `timm:NAME`, `FILE.py:function`.
@@ -107,7 +107,7 @@ def options(name: str, recorded: str | None = None) -> type[ModelOptions]:
 
 
 def name_of(options_: ModelOptions) -> str:
-    """The name that a model's options are found by.
+    """The name of a model's options.
 
     >>> name_of(options("vgg")())
     'vgg'
@@ -143,12 +143,12 @@ def create(name: str, shape: tuple[int, int, int], classes: int, *, graph: Graph
     if isinstance(made, GraphModelOptions):
         return made.build(shape, classes, graph)
     if graph is not None:
-        raise LayerwiseError(f"the model {name} has no use for a graph; choose gcn or gat, or leave it out.")
+        raise LayerwiseError(f"the model {name} cannot use a graph; choose gcn or gat, or leave it out.")
     return made.build(shape, classes)
 
 
 def describe(name: str) -> str:
-    """What a model is, in a few lines, and its options with their defaults.
+    """Describe a model in a few lines, with its options and their defaults.
 
     Raises:
         LayerwiseError: there is no model of that name.

@@ -1,4 +1,4 @@
-"""What the models share: checked options, and a plain `nn.Sequential` that names its blocks."""
+"""Base classes of models: checked options, and a plain `nn.Sequential` that names its blocks."""
 
 from abc import abstractmethod
 from collections import OrderedDict
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.core.abstract import Abstract
+from layerwise.core.ranges import check_largest
 from layerwise.errors import LayerwiseError, suggestion
 
 
 @dataclass(frozen=True)
 class ModelOptions(Abstract):
-    """Base of every model's options; it checks them when they are made.
+    """Base of every model's options; it checks them on creation.
 
     A whole number must be at least 1 (or what `least` says), a `dropout` in [0, 1), and a word one
     of those that the field lists.
@@ -31,7 +32,7 @@ class ModelOptions(Abstract):
     """
 
     least: ClassVar[Mapping[str, int]] = {}
-    """Smallest whole numbers that differ from 1, by name of the option."""
+    """Lower bounds of whole numbers that are not 1, by name of the option."""
     tokens: ClassVar[bool] = False
     """Whether the model takes tokens (B, T) and has logits of the next one at every position."""
 
@@ -43,6 +44,7 @@ class ModelOptions(Abstract):
                 require(value in words, f"{name} must be one of {', '.join(words)}, not {value!r}.")
             elif field.type is int:
                 least = self.least.get(name, 1)
+                check_largest(name, value)
                 whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
                 require(whole, f"{name} must be a whole number of at least {least}, not {value!r}.")
             elif name == "dropout":
@@ -51,7 +53,7 @@ class ModelOptions(Abstract):
 
     @classmethod
     def from_numbers(cls, numbers: Mapping[str, float], depth: int | None = None) -> Self:
-        """Options out of numbers, as the command line gives them, and a number of blocks where one is asked for.
+        """Options from numbers, as the command line gives them, and from a number of blocks if given.
 
         Raises:
             LayerwiseError: there is no such option.
@@ -90,7 +92,7 @@ class BlockSequential(nn.Sequential):
     """
 
     input_layout = "BCHW"
-    """The layout of its images; a network on anything else than images has no use for it."""
+    """The layout of its images; other networks do not use it."""
     tied = False
     """Whether several blocks use one parameter, so that the network has to be cut at its calls."""
 

@@ -49,13 +49,13 @@ class GPT(ModelOptions):
     heads: int = 6
     """Attention heads."""
     context: int = 1024
-    """Most tokens that the model looks at."""
+    """Maximum number of tokens of the context."""
     mlp: Literal["gelu", "swiglu"] = "swiglu"
     """Activation of the MLP; both have about 8 width² weights."""
     tied: bool = False
     """Use the embedding as the matrix of the head, too."""
     dropout: float = 0.0
-    """Probability of zeroing an element of the embedding or of what a unit adds."""
+    """Probability of zeroing an element of the embedding or of a unit's output."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -165,7 +165,7 @@ class CausalAttention(nn.Module):
     """Residual causal self-attention unit with rotary positions, pre-norm: `x + attention(norm(x))` on (B, T, width).
 
     Attributes:
-        past: keys and values of earlier tokens, inside of `remembering`; None outside.
+        past: keys and values of earlier tokens, inside `remembering`; None outside.
     """
 
     def __init__(self, width: int, heads: int, dropout: float):

@@ -1,4 +1,4 @@
-"""The networks of NoProp: they look at the image and make a noisy label clearer, step by step or at any time."""
+"""The networks of NoProp: they take the image and denoise a label, step by step or at any time."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from layerwise.core.functional import denoising_step, mixture, squared_distances
 from layerwise.models.base import BlockSequential, ModelOptions, assemble, check_sizes, require
 
 WAVES = 8  # pairs of sine and cosine that encode the time
-TOP = 3.0  # log SNR at t = 1 in continuous time; at t = 0 it begins as the negative
+TOP = 3.0  # log SNR at t = 1 in continuous time; at t = 0 it is the negative
 
 
 def state(*parts: Tensor) -> Tensor:
@@ -253,7 +253,7 @@ class NoProp(ModelOptions):
     embedding: Literal["conv", "mlp"] = "conv"
     """How a block embeds the image: two convolutions and a linear layer, or the linear layer alone."""
     labels: Literal["one_hot", "learned", "prototype"] = "one_hot"
-    """What stands for a class: a one-hot vector, a learned one, or one that starts as an image of the class."""
+    """Embedding of a class: a one-hot vector, a learned one, or one that starts as an image of the class."""
     label_size: int = 20
     """Length of a learned embedding, which starts orthogonal to the others."""
     head: Literal["linear", "radial"] = "linear"
@@ -261,7 +261,7 @@ class NoProp(ModelOptions):
     dropout: float = 0.0
     """Probability of zeroing a unit of the last hidden layer."""
     mixing: Literal["diffusion", "learned"] = "diffusion"
-    """What a block makes of z: A q U + B z; or (1 - a) z + a q U with a learned a, for backprop, the paper's rival."""
+    """The next z of a block: A q U + B z; or (1 - a) z + a q U with a learned a, for backprop, the paper's baseline."""
 
     def build(self, shape: tuple[int, int, int], classes: int) -> BlockSequential:
         """Build the model for images of `shape` (channels, height, width) and `classes` logits.
@@ -307,7 +307,7 @@ class NoPropCT(NoProp):
     depth: int = 20
     """Number of denoising steps in prediction; training does not depend on it."""
     schedule: Literal["learned", "cosine"] = "learned"
-    """How the share of the signal rises with time."""
+    """How the share of the signal increases with time."""
 
     def _blocks(self, shape: tuple[int, int, int], embedding: Tensor) -> list[nn.Module]:
         return [DenoiseAt(shape, embedding, self)]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, make_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +34,11 @@ PREFIXES = ("hf:", "timm:")
 FORMS = {
     "hf:CONFIG_OR_FOLDER": "A network of transformers: random weights, or those of the folder.",
     "timm:NAME": "An image network of timm, with random weights.",
-    "FILE.py:function": "A network of your own: what a function in a file returns.",
+    "FILE.py:function": "A network of your own, returned by a function in a file.",
 }
-"""The forms of names of networks from elsewhere, and what they are."""
+"""Forms of the names of networks from elsewhere, with descriptions."""
 GIVEN = ("classes", "outputs", "shape")
-"""What a function of the user's may ask for by name: the number of outputs, and the shape of one sample."""
+"""Arguments that a user's function may take by name: the number of outputs, and the shape of one sample."""
 
 
 def is_outside(name: str) -> bool:
@@ -64,7 +65,7 @@ def options(name: str, recorded: str | None = None) -> "type[OutsideModel]":
     if name.startswith("hf:"):
         found = _hf(name, _digest(name.removeprefix("hf:"), recorded))
     else:
-        own_code.load(name, recorded)  # looks at the file again, as it may have changed since
+        own_code.load(name, recorded)  # reads the file again, because it may have changed since
         found = _own(name, own_code.load(name))
     own_code.check_unchanged(name.removeprefix("hf:"), found.sha256, recorded)
     return found
@@ -121,7 +122,7 @@ def cut(
         cuts: names or patterns separated by commas; `block` for the longest list of modules of one class.
         blocks: keep so many of the cuts.
         output: name of the entry of its output that holds the logits.
-        tied: who trains a parameter that several blocks use.
+        tied: which block trains a parameter that several blocks use.
     """
     if is_sequential(model) or hasattr(model, "block_names"):
         return model
@@ -229,14 +230,24 @@ class _OwnModel(OutsideModel):
             made = self.function(**given)
         except LayerwiseError:
             raise
-        except Exception as reason:  # of code of the user's
+        except Exception as reason:  # a user's code may raise anything
             said = " ".join(str(reason).split())[:200].rstrip(".")
             raise LayerwiseError(
                 f"{self.source!r} fails ({type(reason).__name__}: {said}); correct it, or its --model.* options."
             ) from reason
         if not isinstance(made, nn.Module):
             raise LayerwiseError(f"{self.source!r} returns {type(made).__name__}; let it return a torch.nn.Module.")
+        if made in _made:
+            raise LayerwiseError(
+                f"{self.source!r} returns the same network each time, so that what one learns changes the others; let "
+                "it build a new one in every call."
+            )
+        _made.add(made)
         return made
+
+
+_made: "WeakSet[nn.Module]" = WeakSet()
+"""The networks that functions of the user's have returned."""
 
 
 # transformers.
@@ -249,7 +260,7 @@ class HFModel(OutsideModel):
     further: ClassVar[str] = "config"
 
     depth: int | None = None
-    """Number of layers (num_hidden_layers); that of the configuration if not given."""
+    """Number of layers (num_hidden_layers; default: that of the configuration)."""
     config: dict[str, float] = field(default_factory=dict)
     """Numbers of the configuration that are replaced: --model.config hidden_size 64 num_attention_heads 4."""
     task: Literal["auto", "image", "sequence", "causal"] = "auto"
@@ -284,7 +295,7 @@ class HFModel(OutsideModel):
             if hasattr(config, "image_size"):
                 config.image_size = shape[1] if shape[1] == shape[2] else (shape[1], shape[2])
         if kind == "sequence" and getattr(config, "pad_token_id", None) is None:
-            config.pad_token_id = 0  # some pool the last token that is no padding
+            config.pad_token_id = 0  # some pool the last token that is not padding
         if kind == "sequence" and shape[:2] == (1, 1):
             most = getattr(config, "max_position_embeddings", None) or shape[2]
             require(
@@ -293,7 +304,7 @@ class HFModel(OutsideModel):
                 "smaller --data.window.",
             )
         if hasattr(config, "use_cache"):
-            config.use_cache = False  # what it keeps of every layer grows with depth
+            config.use_cache = False  # these outputs of every layer grow with depth
         auto = getattr(transformers, AUTO[kind])
         try:
             if self._weights():
@@ -302,14 +313,14 @@ class HFModel(OutsideModel):
                     config=config,
                     use_safetensors=True,
                     local_files_only=True,
-                    ignore_mismatched_sizes=True,  # a classifier of another number of classes is made anew
+                    ignore_mismatched_sizes=True,  # a classifier with another number of classes is replaced
                 ).float()
             else:
                 made = auto.from_config(config)
             if kind == "sequence" and shape[:2] == (1, 1):
                 made.register_forward_pre_hook(WithoutPadding(config.pad_token_id), with_kwargs=True)
             return with_adapters(made, self.lora) if self.lora else made
-        except Exception as reason:  # of many kinds, about sizes that do not go together
+        except Exception as reason:  # errors of many kinds, about sizes that do not fit together
             said = " ".join(str(reason).split())[:200].rstrip(".")
             raise LayerwiseError(
                 f"transformers cannot build {shown(self._path)} ({said}); correct --model.config, or --model.task."
@@ -342,7 +353,7 @@ class HFModel(OutsideModel):
             config = transformers.AutoConfig.from_pretrained(self._path, local_files_only=True)
         except Exception as reason:  # of many kinds
             said = " ".join(str(reason).split())[:200].rstrip(".")
-            raise LayerwiseError(f"{shown(self._path)} is no configuration of transformers ({said}).") from reason
+            raise LayerwiseError(f"{shown(self._path)} is not a configuration of transformers ({said}).") from reason
         for name, value in changed.items():
             if not hasattr(config, name):
                 near = suggestion(name, sorted(config.to_dict()))
@@ -368,7 +379,7 @@ class HFModel(OutsideModel):
 
 
 class WithoutPadding:
-    """Hides the tokens that fill up a window from attention: a hook of a model that is given tokens alone."""
+    """Hides padding tokens from attention: a hook of a model that gets only tokens."""
 
     def __init__(self, padding: int):
         self.padding = padding
@@ -378,12 +389,12 @@ class WithoutPadding:
         if len(args) != 1 or kwargs.get("attention_mask") is not None:
             return None
         seen = args[0] != self.padding
-        seen[:, 0] = True  # a window of padding alone has something to look at
+        seen[:, 0] = True  # a window of padding alone must attend to something
         return args, kwargs | {"attention_mask": seen.long()}
 
 
 def with_adapters(model: nn.Module, rank: int) -> nn.Module:
-    """The model with LoRA's adapters in its linear layers; beside them, what is no part of its trunk learns."""
+    """The model with LoRA's adapters in its linear layers; besides them, everything outside its trunk learns."""
     peft = need("peft", "hf")
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="SEQ_CLS")
     made = peft.inject_adapter_in_model(config, model)
@@ -413,13 +424,13 @@ def _digest(path: str, recorded: str | None) -> str:
     file = Path(path) / "config.json" if folder else Path(path)
     advice = "give a configuration of transformers (a JSON file), or a folder that holds config.json"
     if recorded is not None:
-        advice = "the run was made from it, so put it back, or start the command in the folder of that time"
+        advice = "the run was made from it, so put it back, or start the command in the folder that was used then"
     try:
         content = read_bytes(file, advice)
         if "model_type" not in json.loads(content):
             raise LayerwiseError(f"{shown(file)} names no model_type; {advice}.")
     except (ValueError, TypeError) as reason:
-        raise LayerwiseError(f"{shown(file)} is no JSON of a configuration; {advice}.") from reason
+        raise LayerwiseError(f"{shown(file)} is not a configuration in JSON; {advice}.") from reason
     digest = hashlib.sha256(content)
     for weights in sorted(Path(path).glob("*.safetensors")) if folder else ():
         status = weights.stat()
@@ -429,6 +440,6 @@ def _digest(path: str, recorded: str | None) -> str:
 
 @cache
 def _digest_of_file(path: str, size: int, time: int) -> str:
-    """SHA-256 of a large file, once for each state of it."""
+    """SHA-256 of a large file, computed once for each version of it."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -52,7 +52,7 @@ class TwoStreams(nn.Module):
 
 
 class ReversibleBlock(nn.Module):
-    """One reversible block; `f` and `g` have a `branch` from a stream to what is added to the other.
+    """One reversible block; `f` and `g` have a `branch` from a stream to the term that is added to the other.
 
     Args:
         f: reads the second stream and changes the first.
@@ -89,14 +89,14 @@ class Row:
 
     def __init__(self) -> None:
         self.blocks = 0
-        """Blocks whose backward pass has not been."""
+        """Blocks whose backward pass is still to come."""
         self.out: Tensor | None = None
         """Output of the last of them, without history."""
         self.version = 0
 
     @staticmethod
     def ending_with(x: Tensor) -> "Row":
-        """The row whose last output `x` is, or a new one."""
+        """The row with the last output `x`, or a new one."""
         row = getattr(x, "_reversible_row", None)
         if isinstance(row, Row) and row.out is not None and row.out.data_ptr() == x.data_ptr():
             return row

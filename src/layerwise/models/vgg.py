@@ -1,4 +1,4 @@
-"""Plain convolutional network in the manner of VGG."""
+"""Plain convolutional network in the style of VGG."""
 
 from dataclasses import dataclass
 

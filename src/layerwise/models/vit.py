@@ -106,7 +106,7 @@ class ViT(PatchTransformer):
     """
 
     dropout: float = 0.0
-    """Probability of zeroing an element of the embedding or of what a unit adds."""
+    """Probability of zeroing an element of the embedding or of a unit's output."""
 
     def _blocks(self, stem: nn.Module) -> list[nn.Sequential]:
         return [named(stem=stem, **self._units())] + [named(**self._units()) for _ in range(self.depth - 1)]
@@ -146,7 +146,7 @@ class Attention(nn.Module):
         return x + self.branch(x)
 
     def branch(self, x: Tensor) -> Tensor:
-        """What the unit adds to `x`."""
+        """The unit's output, which is added to `x`."""
         # (B, T, 3 W) -> three of (B, heads, T, W / heads)
         q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
@@ -169,7 +169,7 @@ class FeedForward(nn.Module):
         return x + self.branch(x)
 
     def branch(self, x: Tensor) -> Tensor:
-        """What the unit adds to `x`."""
+        """The unit's output, which is added to `x`."""
         return self.dropout(self.project(self.activation(self.expand(self.norm(x)))))
 
 

@@ -189,7 +189,7 @@ class Shards(Replicas):
             self._open.pop().module.reshard()
 
     def _need(self, part: GatherableGroup) -> None:
-        """Gather what is about to run outside of its group; without gradients, one group at a time."""
+        """Gather what is about to run outside its group; without gradients, one group at a time."""
         if part not in self._open and not self._running and not torch.is_grad_enabled():
             self.release()
         self._gather(part)

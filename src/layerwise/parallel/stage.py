@@ -217,7 +217,7 @@ def shares_matrix(rule: Rule) -> bool:
 
 
 def check_rule(rule: Rule, groups: Sequence[range]) -> None:
-    """Raise LayerwiseError where a rule needs more than the output matrix and what travels forward, once."""
+    """Raise LayerwiseError if a rule needs more than the output matrix and what travels forward, once."""
     for i, group in enumerate(groups[1:], 1):
         if groups[i - 1].stop > group.start:
             why = "its signals pass through blocks of later groups"

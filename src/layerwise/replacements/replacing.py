@@ -63,7 +63,7 @@ def names() -> tuple[str, ...]:
 
 
 def check_name(name: str) -> None:
-    """Raise LayerwiseError where no replacement has this name."""
+    """Raise LayerwiseError if no replacement has this name."""
     if name not in REPLACEMENTS:
         raise unknown("replacement", name, names())
 

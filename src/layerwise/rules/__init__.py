@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 
 from layerwise.core import own_code
 from layerwise.core.rule import BatchContext, BlockContext, Rule, Signal, Site
-from layerwise.errors import LayerwiseError, suggestion, unknown
+from layerwise.errors import LayerwiseError, suggestion, unknown, why
 from layerwise.rules.auglocal import AugLocal
 from layerwise.rules.backprop import Backprop
 from layerwise.rules.backprop_checkpoint import BackpropCheckpoint
@@ -103,7 +103,7 @@ _BUILT_IN: tuple[type[Rule], ...] = (
 )
 
 FORMS = {"FILE.py:Class": "a rule of your own: a class in a file"}
-"""The form of names of rules from elsewhere, and what they are."""
+"""Forms of the names of rules from elsewhere, with descriptions."""
 
 
 def names() -> list[str]:
@@ -149,7 +149,7 @@ def get(name: str, recorded: str | None = None) -> type[Rule]:
 
 
 def name_of(rule: Rule) -> str:
-    """The name that a rule is found by: its own, or `FILE.py:Class`.
+    """The name of a rule: its own, or `FILE.py:Class`.
 
     >>> name_of(create("sll"))
     'sll'
@@ -176,7 +176,15 @@ def create(name: str, **options: object) -> Rule:
     for option in options:
         if option not in legal:
             raise LayerwiseError(f"rule {name!r} has no option {option!r}; {suggestion(option, legal)}.")
-    return rule(**options)
+    try:
+        return rule(**options)
+    except LayerwiseError:
+        raise
+    except Exception as reason:  # of code of the user's: a field without a default, an annotation of nothing
+        raise LayerwiseError(
+            f"rule {name!r} cannot be made ({type(reason).__name__}: {why(reason)}); correct its class: every option "
+            "has a type and a default."
+        ) from reason
 
 
 __all__ = [

@@ -52,10 +52,10 @@ class LooksAhead(FollowsNextBlock, Rule):
 
     @abstractmethod
     def head(self, site: Site, h: Tensor, task: Task) -> nn.Module:
-        """The head that reads `h`, an output such as those of the site, or what a copy makes of it."""
+        """The head that reads `h`, an output like those of the site, or the output of a copy for it."""
 
     def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
-        """The head of a site, after copies of the next block's first layer where the rule looks ahead."""
+        """The head of a site, after copies of the next block's first layer if the rule looks ahead."""
         if not self.has_head(site):
             return None
         if not self.begins_as_next(site):
@@ -69,7 +69,7 @@ class LooksAhead(FollowsNextBlock, Rule):
         return self.ahead != "none" and self.has_head(site) and site.index + 1 < site.blocks
 
     def followed(self, site: Site) -> list[str]:
-        """The parameters of the next block's first layer, where there is a moving average."""
+        """The parameters of the next block's first layer, if there is a moving average."""
         if self.ahead not in ("momentum", "both") or not self.begins_as_next(site):
             return []
         assert site.network is not None
@@ -81,13 +81,13 @@ class LooksAhead(FollowsNextBlock, Rule):
         auxiliary.follow(tensors, self.ahead_momentum)
 
     def ahead_of(self, site: Site, h: Tensor, auxiliary: nn.Module) -> tuple[Site, Tensor, nn.Module]:
-        """What a head reads, and the head: of the site itself, or behind the copies of the next block's layer."""
+        """The input of a head, and the head: of the site itself, or after the copies of the next block's layer."""
         if not isinstance(auxiliary, LookingAhead):
             return site, h, auxiliary
         return auxiliary.site_of(site), auxiliary(h), auxiliary.head
 
     def looking(self, ctx: BlockContext) -> BlockContext:
-        """The context in which the head reads what the copies make of the block's output."""
+        """The context in which the head reads the copies' output for the block's output."""
         if not isinstance(ctx.auxiliary, LookingAhead):
             return ctx
         site, h, head = self.ahead_of(ctx.site, ctx.h, ctx.auxiliary)
@@ -100,7 +100,7 @@ def head_of(auxiliary: nn.Module) -> nn.Module:
 
 
 class LookingAhead(nn.Module):
-    """Copies of the next block's first layer, and the head that reads what they give.
+    """Copies of the next block's first layer, and the head that reads their outputs.
 
     Args:
         kind: which copies there are.
@@ -125,7 +125,7 @@ class LookingAhead(nn.Module):
         self._shape = tuple(shape)
 
     def _measured(self, site: Site, h: Tensor) -> tuple[tuple[int, ...], str | None]:
-        """Shape and layout of what the copies give, where these are no block's."""
+        """Shape and layout of the copies' output, if they differ from a block's."""
         self.eval()
         with torch.no_grad():
             shape = tuple(self(h).shape[1:])
@@ -134,22 +134,22 @@ class LookingAhead(nn.Module):
         if not of:
             raise LayerwiseError(
                 f"the first layer of the block after {site.name!r} gives an output of shape {shape}, in which no head "
-                "can tell the channels; cut the model behind that layer, or leave ahead out."
+                "can tell the channels; cut the model after that layer, or leave ahead out."
             )
         return shape, site.layouts[of[0]]
 
     def site_of(self, site: Site) -> Site:
-        """The site as the head sees it: with the shape and the layout of what the copies give."""
+        """The site as the head sees it: with the shape and the layout of the copies' output."""
         i = site.index
         shapes = (*site.shapes[:i], self._shape, *site.shapes[i + 1 :])
         return replace(site, shapes=shapes, layouts=(*site.layouts[:i], self._layout, *site.layouts[i + 1 :]))
 
     def sample(self, h: Tensor) -> Tensor:
-        """A tensor such as the copies give for the samples `h`, for its shape."""
+        """The copies' output for the samples `h`, for its shape."""
         return h.new_zeros(len(h), *self._shape)
 
     def forward(self, h: Tensor) -> Tensor:
-        """What the copies make of a block's output."""
+        """The copies' output for a block's output."""
         copies = [copy for copy in (self.learned, self.average) if copy is not None]
         # A node for each reader: a first run copies its input and later ones do not, and sums keep one order so.
         read = [self._unchanged(copy, h.view_as(h), self.training) for copy in copies]

@@ -1,4 +1,4 @@
-"""AugLocal: auxiliary networks that are built after the later blocks, so that a block learns what these will need."""
+"""AugLocal: auxiliary networks with the structure of later blocks, so that a block learns what these will need."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -60,7 +60,7 @@ class Adapter(nn.Module):
 
 
 class Copies(nn.Module):
-    """Copies of later blocks with weights of their own, one after the other on a site's output.
+    """Copies of later blocks with their own weights, one after the other on a site's output.
 
     Args:
         site: whose output is read.
@@ -83,7 +83,7 @@ class Copies(nn.Module):
         self._unchanged = Unchanged(site.name)  # a copy may begin with an in-place operation
         self.last = site.layout(at)
         self.shape = site.standard_shape(at)
-        """Of one sample of what comes out."""
+        """Shape of one sample of the output."""
         self.to(h.dtype)
 
     def run(self, h: Tensor) -> Tensor:

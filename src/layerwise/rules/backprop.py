@@ -1,4 +1,4 @@
-"""Backpropagation through the whole network: the yardstick."""
+"""Backpropagation through the whole network: the baseline."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""Backpropagation that keeps little between the passes and computes the rest again."""
+"""Backpropagation that keeps little between the passes and recomputes the rest."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -39,7 +39,7 @@ class BackpropCheckpoint(Backprop):
     """
 
     policy: Policy = "all"
-    """What is run again: all | matmul (all but matrix products, convolutions, attention) | attention (all but it)."""
+    """What is recomputed: all | matmul (all but matrix products, convolutions, attention) | attention (all but it)."""
 
     name: ClassVar[str] = "backprop_checkpoint"
     locality: ClassVar[Locality] = "global"
@@ -50,8 +50,8 @@ class BackpropCheckpoint(Backprop):
         "torch.utils.checkpoint"
     )
     restrictions: ClassVar[str] = (
-        "Memory still grows with the number of blocks (one input and a copy of the buffers each). State that a forward "
-        "pass keeps anywhere but in buffers and torch's random generators is moved twice per step."
+        "Memory still grows with the number of blocks (one input and a copy of the buffers each). Other state that a "
+        "forward pass changes, outside buffers and torch's random generators, changes twice per step."
     )
 
     def run(self, block: Block, h: Tensor, message: Any) -> Tensor:
@@ -64,7 +64,7 @@ class BackpropCheckpoint(Backprop):
         return out
 
     def _contexts(self, buffers: list[Tensor]) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        """Around the first run of a block, and around the second one."""
+        """Contexts for the first run of a block and for the second one."""
         first, again = nullcontext(), nullcontext()
         if self.policy != "all":
             kept = _kept(self.policy)
@@ -77,7 +77,7 @@ class BackpropCheckpoint(Backprop):
 
 
 def _kept(policy: Policy) -> frozenset[Any]:
-    """The operations whose outputs are kept; torch names each kind of attention, and not the same everywhere."""
+    """The operations whose outputs are kept; torch has several names for attention."""
     names = [f"_scaled_dot_product_{kind}" for kind in ATTENTION] + list(MATMUL if policy == "matmul" else ())
     return frozenset(getattr(torch.ops.aten, name).default for name in names if hasattr(torch.ops.aten, name))
 

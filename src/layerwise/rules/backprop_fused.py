@@ -1,4 +1,4 @@
-"""Backpropagation that updates each parameter as soon as its gradient is there."""
+"""Backpropagation that updates each parameter as soon as its gradient is complete."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,7 +10,7 @@ from layerwise.rules.backprop import Backprop
 
 @dataclass(frozen=True)
 class BackpropFused(StepsByParameter, Backprop):
-    """Backpropagation with the optimizer's step in the backward pass: one gradient is alive at a time.
+    """Backpropagation with the optimizer's step in the backward pass: one gradient is in memory at a time.
 
     Autograd completes a parameter's gradient after the last use of the parameter in the backward pass. Its optimizer
     steps then, and the gradient is freed. Weights after the step are those of `backprop`, bit for bit, with every

@@ -1,4 +1,4 @@
-"""Backpropagation whose activations wait in host memory or on disk."""
+"""Backpropagation with activations in host memory or on disk."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -10,7 +10,7 @@ from layerwise.rules.backprop import Backprop
 
 @dataclass(frozen=True)
 class BackpropOffload(MovesActivations, Backprop):
-    """Backpropagation whose saved activations wait in host memory or on disk until the backward pass.
+    """Backpropagation with saved activations in host memory or on disk until the backward pass.
 
     The gradients are those of `backprop`, bit for bit. A storage is moved once, however many saved tensors show it; it
     is written while the forward pass continues, and read back before the backward pass needs it.
@@ -20,17 +20,17 @@ class BackpropOffload(MovesActivations, Backprop):
     """
 
     where: Literal["host", "disk"] = "host"
-    """Where activations wait: host | disk (a file in the folder of `--offload-folder`)."""
+    """Where activations are kept: host | disk (a file in the folder of `--offload-folder`)."""
 
     name: ClassVar[str] = "backprop_offload"
     locality: ClassVar[Locality] = "global"
-    boundary: ClassVar[str] = "as backprop; saved activations travel away and back"
+    boundary: ClassVar[str] = "as backprop; saved activations are moved away and back"
     source: ClassVar[str] = "torch.autograd.graph.saved_tensors_hooks; disk: after SSDTrain, arXiv 2408.10013 (2024)"
     restrictions: ClassVar[str] = (
-        "On the CPU, host is backprop: activations are there anyway. All gradients live at the end of the backward "
-        "pass. Disk needs as many bytes as the activations, and is as fast as the disk."
+        "On the CPU, host saves nothing: activations are there anyway. All gradients are in memory at the end of the "
+        "backward pass. Disk needs as many bytes as the activations, and is as fast as the disk."
     )
 
     def activations_to(self) -> Literal["host", "disk"]:
-        """Where activations wait."""
+        """Where activations are kept."""
         return self.where

@@ -1,4 +1,4 @@
-"""Gradient boosting, block by block: each stage is fitted to what the sum of the stages before it leaves."""
+"""Gradient boosting, block by block: each stage is fitted to the residual of the sum of the stages before it."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,7 +18,7 @@ MOMENTUM = 0.9
 
 
 class BoostingStage(nn.Module):
-    """What the rule keeps at the end of a stage.
+    """The state of the rule at the end of a stage.
 
     Args:
         readout: from the pooled output to the classes; None where the network's head is it.
@@ -34,7 +34,7 @@ class BoostingStage(nn.Module):
     running_curvature: Tensor
 
     def follow(self, slope: Tensor, curvature: Tensor) -> None:
-        """Take another batch into the running means, whose bias towards the initial zeros cancels in the quotient."""
+        """Update the running means; their bias towards zero cancels in the ratio."""
         self.running_slope.lerp_(slope.to(self.running_slope.dtype), 1 - MOMENTUM)
         self.running_curvature.lerp_(curvature.to(self.running_curvature.dtype), 1 - MOMENTUM)
 

@@ -1,4 +1,4 @@
-"""Controls: what the locality costs (deep supervision) and what learning adds at all (last layer)."""
+"""Controls: the cost of locality (deep supervision) and the gain from training blocks at all (last layer)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -29,7 +29,7 @@ class DeepSupervision(GreedyLinear):
 
 @dataclass(frozen=True)
 class LastLayer(Rule):
-    """Only the head learns; every block stays as it was drawn.
+    """Only the head learns; every block keeps its initial weights.
 
     The floor of any comparison: a rule that does not beat it has trained nothing but the last layer.
     """

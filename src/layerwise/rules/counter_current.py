@@ -1,4 +1,4 @@
-"""Counter-Current Learning: a feedback network runs from the labels to the input, and blocks meet its layers."""
+"""Counter-Current Learning: blocks learn to agree with a second network that runs from the labels to the input."""
 
 import math
 from collections.abc import Mapping

@@ -102,7 +102,7 @@ class DGL(Windows, LooksAhead, ReadsPatches, Greedy):
     only: ClassVar[str] = "its auxiliary networks read one label per sample or per pixel"
     unlabelled: ClassVar[bool] = False  # the auxiliary network's batch norm sees all samples
     source: ClassVar[str] = (
-        "Belilovsky, Eickenberg & Oyallon, arXiv 1901.08164 (2019); blocks that are no convolutions: our reading"
+        "Belilovsky, Eickenberg & Oyallon, arXiv 1901.08164 (2019); blocks that are not convolutions: our reading"
     )
     restrictions: ClassVar[str] = (
         "One label per sample, batches of two or more (batch norm). Synchronous: no buffers between the blocks."

@@ -47,7 +47,7 @@ class EquilibriumPropagation(Rule):
     $\ell(s_L^0, y)$ as $\beta$ goes to 0, the first with an error of order $\beta^2$. The head, which is outside of
     $\Phi$, follows its loss. Prediction lets the states come to rest, and reads the head.
 
-    The primitive function, the two phases and the readout outside of it are the papers'. Ours: $f_l$ is a block of any
+    The primitive function, the two phases and the readout outside it are the papers'. Ours: $f_l$ is a block of any
     kind, its activation included; r; division by the mean over the batch.
 
     >>> EquilibriumPropagation(beta=0.1).groups(blocks=2)
@@ -74,13 +74,13 @@ class EquilibriumPropagation(Rule):
     whole_batch: ClassVar[str] = WHOLE_BATCH
     tasks: ClassVar[tuple[str, ...]] = ANY_TASK
     source: ClassVar[str] = (
-        "Scellier & Bengio, Front. Comput. Neurosci. 11 (2017); centred, and loss outside of the energy: Laborieux et "
+        "Scellier & Bengio, Front. Comput. Neurosci. 11 (2017); centred, and loss outside the energy: Laborieux et "
         "al., Front. Neurosci. 15 (2021); blocks of any kind, damping: our reading"
     )
     restrictions: ClassVar[str] = (
         "A step costs free + 2 nudged forward and backward passes, and prediction free of them. States lie between 0 "
-        "and 1; with skips they do not come to rest inside, and batch norm is refused. Of your own networks it takes "
-        "those whose blocks are layers."
+        "and 1; with skip connections they do not settle inside these bounds. Batch norm is refused. The blocks of "
+        "your own networks must be layers."
     )
 
     def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:

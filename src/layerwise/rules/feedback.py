@@ -1,4 +1,4 @@
-"""What the rules with feedback matrices share: the error at the outputs, and layers whose error goes back otherwise."""
+"""Shared by the rules with feedback matrices: the error at the outputs, and layers with feedback of their own."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ IN_PLACE_OF: Mapping[str, Callable[[Tensor], Tensor]] = {
     "tanh": lambda a: 1 - a.tanh().square(),
     "cos": torch.cos,
 }
-"""Functions that stand in for the derivative of an activation."""
+"""Functions that replace the derivative of an activation."""
 
 
 def projected(error: Tensor, matrix: Tensor, h: Tensor, site: Site, task: Task) -> Tensor:
@@ -74,12 +74,12 @@ def matrix_shape(site: Site, h: Tensor, task: Task, positions: bool) -> tuple[in
 
 
 def has_standard_order(site: Site) -> bool:
-    """Whether it is known where channels are in a site's output, so that feedback does not depend on where they are."""
+    """Whether the layout of a site's output is known, so that feedback does not depend on it."""
     return bool(site.layouts) and site.layouts[site.index] is not None
 
 
 class LayerFeedback(nn.Module):
-    """The kernel through which the error of one layer goes back, in place of the layer's own.
+    """The kernel through which the error of one layer goes back, instead of the layer's own.
 
     Attributes:
         matrix: of the shape of the layer's weight; None where it is made out of the weight each time.
@@ -99,7 +99,7 @@ class LayerFeedback(nn.Module):
         self.register_buffer("mixing", mixing)
 
     def kernel(self, weight: Tensor, kind: str) -> Tensor:
-        """The kernel for the weight as it is now: `usf`, `frsf` and `brsf` have its signs."""
+        """The kernel for the current weight: `usf`, `frsf` and `brsf` have its signs."""
         if kind == "usf":
             return glorot(weight) * weight.sign()
         if kind in ("frsf", "brsf"):
@@ -132,7 +132,7 @@ def feedback_by_layer(network: Partition, auxiliary: Mapping[int, nn.Module]) ->
 
 
 class Fed(torch.autograd.Function):
-    """Gives a layer's output as it is; on the way back the error takes the feedback's kernel, not the layer's."""
+    """Returns a layer's output unchanged; in the backward pass the error uses the feedback's kernel."""
 
     @staticmethod
     def forward(
@@ -152,7 +152,7 @@ class Fed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *signals: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients on the input by the feedback; on weight and bias as ever; on the feedback as on a weight."""
+        """Gradients on the input by the feedback; on weight and bias as usual; on the feedback as on a weight."""
         (signal,) = signals
         x, weight, bias, matrix, mixing = ctx.saved_tensors
         _, on_x, on_weight, on_bias, on_matrix, _, _ = ctx.needs_input_grad
@@ -184,7 +184,7 @@ def _back(layer: nn.Module, x: Tensor, signal: Tensor, matrix: Tensor) -> Tensor
 
 
 def _outer(layer: nn.Module, x: Tensor, signal: Tensor, weight: Tensor) -> Tensor:
-    """The gradient on a layer's weight, or on something of the shape of `weight` in its place."""
+    """The gradient on a layer's weight, or on another tensor of its shape."""
     x = x.to(signal.dtype)
     if isinstance(layer, nn.Linear):
         return (signal.reshape(-1, signal.shape[-1]).T @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
@@ -192,7 +192,7 @@ def _outer(layer: nn.Module, x: Tensor, signal: Tensor, weight: Tensor) -> Tenso
 
 
 class Augmented(torch.autograd.Function):
-    """Gives an activation's output as it is; on the way back another function stands in for its derivative."""
+    """Returns an activation's output unchanged; in the backward pass another function replaces its derivative."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, a: Tensor, derivative: str) -> Tensor:
@@ -203,7 +203,7 @@ class Augmented(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *signals: Tensor) -> tuple[Tensor | None, ...]:
-        """The error, times the function of what went into the activation."""
+        """The error, times the function of the activation's input."""
         (a,) = ctx.saved_tensors
         return None, signals[0] * IN_PLACE_OF[ctx.derivative](a), None
 

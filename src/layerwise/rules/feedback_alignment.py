@@ -51,7 +51,7 @@ class DirectFeedback(nn.Module):
 
 @dataclass(frozen=True)
 class FeedbackAlignment(Rule):
-    r"""Feedback alignment: other matrices than the transposed weights bring the error to the layers.
+    r"""Feedback alignment: matrices other than the transposed weights send the error to the layers.
 
     Direct modes send the error at the outputs $e = \partial L / \partial z_L$ straight to every block; inside a block
     gradients are its own:
@@ -81,9 +81,9 @@ class FeedbackAlignment(Rule):
     scale: PositiveFloat = 1.0
     """Factor of the error that the direct modes send."""
     derivative: Derivative = "own"
-    """What stands in for the derivative of activations: own | one | step | tanh | cos (augmented DFA)."""
+    """Function used as the derivative of activations: own | one | step | tanh | cos (augmented DFA)."""
     memory: ProperFraction = 0.9999
-    """Share of the matrix that `ebd` keeps in each step; blocks go silent where it forgets its start early."""
+    """Share of the matrix that `ebd` keeps in each step; blocks fall silent if it forgets its initial value early."""
 
     name: ClassVar[str] = "feedback_alignment"
     locality: ClassVar[Locality] = "broadcast"
@@ -102,7 +102,7 @@ class FeedbackAlignment(Rule):
     restrictions: ClassVar[str] = (
         "Direct modes run a second forward pass (drtp none), and need outputs per sample, or the same positions "
         "everywhere. Chained modes keep all activations; feedback replaces nn.Linear and convolutions that are called "
-        "as modules, and no padding but zeros. Convolutions and layers narrower than K align badly."
+        "as modules, with no padding other than zeros. Convolutions and layers narrower than K align badly."
     )
 
     def __post_init__(self) -> None:
@@ -126,7 +126,7 @@ class FeedbackAlignment(Rule):
             self._declare(whole_batch="keeps one correlation per batch")
 
     def _declare(self, **facts: Any) -> None:
-        """Facts of a mode that are not those of the class."""
+        """Facts of a mode that differ from those of the class."""
         for fact, value in facts.items():
             object.__setattr__(self, fact, value)
 
@@ -187,7 +187,7 @@ class FeedbackAlignment(Rule):
 
     @torch.no_grad()
     def _learn(self, ctx: BlockContext, error: Tensor, signal: Signal) -> None:
-        """What a step does to the block's matrix."""
+        """Update the block's matrix in a step."""
         feedback, h = ctx.auxiliary, ctx.h.detach()
         h = ctx.site.standard(h) if has_standard_order(ctx.site) else h
         assert isinstance(feedback, DirectFeedback)

@@ -18,7 +18,7 @@ from layerwise.rules.readout import pool_vectors
 
 
 class Layer(nn.Module):
-    """What the rule keeps at a block.
+    """The rule's module at a block.
 
     Args:
         site: the block.
@@ -86,15 +86,15 @@ class ForwardForward(PredictsBySite, Rule):
     alpha: PositiveFloat = 4.0
     """Steepness of the loss `symba`."""
     negatives: Literal["random", "hard", "hybrid"] = "random"
-    """A wrong label at random, a probable one, or (without labels) an image put together out of two."""
+    """A wrong label at random, a probable one, or (without labels) an image composed of two."""
     label: Literal["auto", "overlay", "map"] = "auto"
-    """Label in the first pixels, or as a wave over the image; auto: a wave where the first block keeps space."""
+    """Label in the first pixels, or as a wave over the image; auto: a wave if the first block keeps space."""
     label_scale: PositiveFloat = 1.0
     """Size of the label: factor of the bright pixel's distance from the dark ones, or of the wave."""
     predictor: Literal["goodness", "softmax"] = "goodness"
     """Goodness with every label, or linear readouts with a neutral one."""
     skip: NonNegativeInt = 1
-    """Blocks at the input that no predictor looks at (the last block always counts)."""
+    """Blocks at the input that no predictor reads (the last block always counts)."""
     peer: NonNegativeFloat = 0.0
     """Weight of peer normalisation: keeps the units' mean activities alike (0.03 in a public implementation)."""
 
@@ -132,7 +132,7 @@ class ForwardForward(PredictsBySite, Rule):
         return site.index >= min(self.skip, site.blocks - 1)
 
     def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
-        """A readout for the softmax predictor, running means for peer normalisation, what the label looks like."""
+        """A readout for the softmax predictor, running means for peer normalisation, and how labels are written."""
         if site.is_head:
             return None
         site.layout()  # samples are read from the first dimension
@@ -166,7 +166,7 @@ class ForwardForward(PredictsBySite, Rule):
         return self.labelled(x, x.new_full((len(x), first.classes), 1 / first.classes), first)
 
     def signal(self, ctx: BlockContext) -> Signal:
-        """The contrast of the block's goodness; what it votes; its direction as the next block's input."""
+        """The contrast of the block's goodness; its vote; its direction as the next block's input."""
         if ctx.site.is_head:
             return self._head(ctx)
         assert isinstance(ctx.auxiliary, Layer)
@@ -205,11 +205,11 @@ class ForwardForward(PredictsBySite, Rule):
         return (F.softplus(theta - positive) + F.softplus(negative - theta)).mean()
 
     def others(self, ctx: BlockContext, g: Tensor) -> Tensor:
-        """What is added to the goodness `(2 B,)` in the loss: nothing here, other blocks' goodness in collaboration."""
+        """Added to the goodness `(2 B,)` in the loss: nothing here, other blocks' goodness in collaboration."""
         return torch.zeros_like(g)
 
     def _head(self, ctx: BlockContext) -> Signal:
-        """The last readout; or, where goodness predicts, how often the true label beats the false one."""
+        """The last readout; or, if goodness predicts, how often the true label beats the false one."""
         if self.predictor == "softmax":
             logits = ctx.message["logits"] + wide(ctx.h)
             loss = ctx.task.loss(logits, ctx.y)

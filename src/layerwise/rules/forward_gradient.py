@@ -26,7 +26,7 @@ from layerwise.errors import LayerwiseError
 
 
 class Slopes:
-    """What goes to all blocks: the directions, each with the slope of the loss along it."""
+    """The message to all blocks: the directions, each with the slope of the loss along it."""
 
     def __init__(self, directions: list[Perturbed]):
         self.directions = directions
@@ -78,7 +78,7 @@ class ForwardGradient(Rule):
         "losses, with whole blocks in place of patches and groups; arXiv 2410.17764 (2024): orthogonal"
     )
     restrictions: ClassVar[str] = (
-        "The variance grows with the number of what is perturbed, so that learning rates are small. Batch norm couples "
+        "The variance grows with the number of perturbed values, so learning rates are small. Batch norm couples "
         "samples, whose slopes are taken one by one, so that estimates by activities are biased there. Operations need "
         "torch's forward mode, which compiled blocks and most fused kernels lack."
     )
@@ -141,7 +141,7 @@ class ForwardGradient(Rule):
         return message.run(block, h, block) if isinstance(message, Perturbed) else block(h)
 
     def signal(self, ctx: BlockContext) -> Signal:
-        """The estimate: slopes times directions, and the true gradient of what reads outputs."""
+        """The estimate: slopes times directions, and the true gradient of readouts and the output layer."""
         signal = loss_at_head(ctx) if ctx.site.is_head else Signal(message=ctx.message)
         if self.mode == "local" and not ctx.site.is_head:
             outputs = self._read(ctx, ctx.h)
@@ -183,7 +183,7 @@ class ForwardGradient(Rule):
             add_all(signal.gradients, layer_gradients(ctx.auxiliary, features, error.to(features.dtype)))
 
     def _slopes_of_all(self, ctx: BlockContext, block: Block, signal: Signal) -> None:
-        """Slopes that all blocks are told."""
+        """Slopes that are sent to all blocks."""
         for direction, slopes in zip(ctx.message.directions, ctx.message.slopes, strict=True):
             if self.mode == "weights":
                 seen = Seen()
@@ -215,7 +215,7 @@ def _primal(value: Tensor) -> Tensor:
 
 
 def _primals(seen: Seen) -> Seen:
-    """What a run has seen, without tangents."""
+    """The record of a run, without tangents."""
     calls = [
         replace(
             call, x=_primal(call.x), out=call.direction, active=None if call.active is None else _primal(call.active)

@@ -38,7 +38,7 @@ class GradientReconciliation(GreedyLinear):
     weight: NonNegativeFloat = 0.1
     """Weight lambda of the reconciliation."""
     distance: Literal["squared", "cosine"] = "squared"
-    """Squared distance of the two gradients, or one minus their cosine, which is blind to the size of the losses."""
+    """Squared distance of the two gradients, or one minus their cosine, which ignores the size of the losses."""
 
     name: ClassVar[str] = "gradient_reconciliation"
     unlabelled: ClassVar[bool] = False  # gradients are compared per sample

@@ -140,7 +140,7 @@ class GraphForward(Rule):
 
     @staticmethod
     def _columns(labels: Tensor, classes: int) -> Tensor:
-        """One-hot labels `(N, K)`; evenly spread where none is given."""
+        """One-hot labels `(N, K)`; uniform if unknown."""
         hot = F.one_hot(labels.clamp_min(0), classes).float()
         return torch.where((labels < 0)[:, None], 1 / classes, hot)
 
@@ -156,7 +156,7 @@ class GraphForward(Rule):
         return outputs(lambda i, h: self.run(network.blocks[i], h, {"edges": edges}), len(network.blocks), h)
 
     def signal(self, ctx: BlockContext) -> Signal:
-        """The loss of the layer; what it says of the classes; its direction as the next layer's input."""
+        """The loss of the layer; its scores of the classes; its direction as the next layer's input."""
         if ctx.site.is_head:
             return self._head(ctx)
         out = F.normalize(ctx.h, dim=1)
@@ -184,7 +184,7 @@ class GraphForward(Rule):
         return goodness(h, "sum").view(-1, copy)[:, :nodes]
 
     def _head(self, ctx: BlockContext) -> Signal:
-        """What all layers say together; the head itself does not learn."""
+        """The prediction of all layers together; the head itself does not learn."""
         scores = ctx.message["scores"]
         if self.variant == "single":
             logits = (scores / ctx.site.blocks).log()

@@ -40,14 +40,14 @@ class HebbianGlobal(Rule):
 
     name: ClassVar[str] = "hebbian_global"
     locality: ClassVar[Locality] = "global"
-    boundary: ClassVar[str] = "activations forward; gradients backward through every block, of which the sign is used"
+    boundary: ClassVar[str] = "activations forward; gradients backward through every block, for their sign"
     flat_memory: ClassVar[bool] = False
     whole_batch: ClassVar[str] = WHOLE_BATCH
     tasks: ClassVar[tuple[str, ...]] = ANY_TASK
     source: ClassVar[str] = "GHL, arXiv 2601.21367 (2026), and its code; fully connected layers: our reading"
     restrictions: ClassVar[str] = (
-        "It needs the whole backward pass, for signs alone: compare it with the sign of the gradient. Other weights of "
-        "blocks than those of linear layers and convolutions follow their gradient. torch.compile is refused."
+        "It needs the whole backward pass, only for signs: compare it with the sign of the gradient. Weights outside "
+        "linear layers and convolutions follow their gradient. torch.compile is refused."
     )
 
     def groups(self, blocks: int) -> list[range]:
@@ -55,11 +55,11 @@ class HebbianGlobal(Rule):
         return [range(blocks + 1)]
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
-        """The batch; the message collects what layers get and give."""
+        """The batch; the message collects inputs and outputs of layers."""
         return ctx.x, []
 
     def run(self, block: Block, h: Tensor, message: Any) -> Tensor:
-        """Run a block and note what its layers get and give."""
+        """Run a block and record the inputs and outputs of its layers."""
         return run_and_note(block, h, message)
 
     def signal(self, ctx: BlockContext) -> Signal:
@@ -92,20 +92,19 @@ class HebbianLocal(GreedyLinear):
     whole_batch: ClassVar[str] = WHOLE_BATCH
     source: ClassVar[str] = "ours; the size of the update: GHL, arXiv 2601.21367 (2026)"
     restrictions: ClassVar[str] = (
-        "Other weights of blocks than those of linear layers and convolutions follow their gradient. torch.compile is "
-        "refused."
+        "Weights of blocks outside linear layers and convolutions follow their gradient. torch.compile is refused."
     )
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
-        """The batch; the message collects what the layers of a block get and give."""
+        """The batch; the message collects inputs and outputs of a block's layers."""
         return ctx.x, []
 
     def run(self, block: Block, h: Tensor, message: Any) -> Tensor:
-        """Run a block and note what its layers get and give."""
+        """Run a block and record the inputs and outputs of its layers."""
         return run_and_note(block, h, message)
 
     def signal(self, ctx: BlockContext) -> Signal:
-        """The gradients of the block's own loss with their sizes replaced; the next block notes anew."""
+        """The gradients of the block's own loss with their sizes replaced; the next block starts a new record."""
         signal = super().signal(ctx)
         if signal.loss is None:
             return replace(signal, message=ctx.message)
@@ -115,7 +114,7 @@ class HebbianLocal(GreedyLinear):
 
 
 def run_and_note(block: Block, h: Tensor, message: Any) -> Tensor:
-    """Run a block; where a graph is recorded, what linear layers and convolutions get and give joins the message."""
+    """Run a block; if a graph is recorded, inputs and outputs of linear layers and convolutions join the message."""
     if message is None or not torch.is_grad_enabled():
         return block(h)
 
@@ -128,7 +127,7 @@ def run_and_note(block: Block, h: Tensor, message: Any) -> Tensor:
 
 
 def with_hebbian_sizes(ctx: BlockContext, signal: Signal, temperature: float) -> Signal:
-    """The signal with gradients in place of its loss: those of the loss, with Hebbian sizes in the blocks' layers."""
+    """The signal with gradients instead of its loss: those of the loss, with Hebbian sizes in the blocks' layers."""
     assert signal.loss is not None
     assert ctx.site.network is not None
     sites = ctx.site.network.sites

@@ -54,7 +54,7 @@ class HighwayBackprop(Rule):
         "Fagnou et al., arXiv 2501.17086 (2025); blocks that change the shape, mask of a ReLU: our reading"
     )
     restrictions: ClassVar[str] = (
-        "Activations of all blocks are kept for the steps, and every block runs twice: with one device it is slower "
+        "Activations of all blocks are kept for the steps, and every block runs twice: on one device it is slower "
         "than backprop."
     )
 

@@ -14,7 +14,7 @@ from layerwise.rules.settling import WHOLE_BATCH, outputs_of_blocks
 
 @dataclass(frozen=True)
 class InferenceLearning(Rule):
-    r"""Inference learning: states settle towards a target near the prediction, and weights go all the way to them.
+    r"""Inference learning: states settle towards a target near the prediction, and weights move all the way to them.
 
     States $h_l$ begin with a forward pass, $p$ are the network's logits then. With $n = \mathrm{mean} \lVert h_L
     \rVert^2 + 1 + \varepsilon$ the output's target is a mixture of prediction and label,

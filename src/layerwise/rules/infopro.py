@@ -92,7 +92,7 @@ def reader(h: Tensor, outputs: int) -> nn.Module:
 
 
 class InfoProHeads(nn.Module):
-    """What reads a block: a decoder, and an auxiliary network, each where its loss has a weight."""
+    """The heads of a block: a decoder and an auxiliary network, each if its loss has a weight."""
 
     def __init__(self, decoder: nn.Module | None, reader: nn.Module | None):
         super().__init__()
@@ -108,7 +108,7 @@ def brightness(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class InfoPro(LooksAhead):
-    r"""InfoPro: local losses that keep information about the input, and drop what does not serve the task.
+    r"""InfoPro: local losses that keep information about the input, and drop what the task does not need.
 
     $$L_k = \lambda_k\, R(d_k(h_k), x) + \mu_k\, T(a_k(h_k), y), \qquad h_k = f_k(\mathrm{stopgrad}(h_{k-1}))$$
 
@@ -158,7 +158,7 @@ class InfoPro(LooksAhead):
         return grouped(blocks, self.group, join_head=True)
 
     def weights(self, site: Site) -> tuple[float, float]:
-        """The weights of reconstruction and task at a site; 0 but at the end of a group with a loss of its own."""
+        """The weights of reconstruction and task at a site; 0 except at the end of a group with its own loss."""
         last = len(self.groups(site.blocks)) - 1
         number = site.index // self.group
         if site.is_head or number == last or (site.index + 1) % self.group:
@@ -188,7 +188,7 @@ class InfoPro(LooksAhead):
         return InfoProHeads(decoder, reader(h, outputs) if tell else None).to(h.dtype)
 
     def _input(self, x: Tensor, h: Tensor, site: Site) -> Tensor:
-        """What is reconstructed, in the standard order; of a vector it is unknown, so any order will do."""
+        """The target of reconstruction, in the standard order; for a vector the order does not matter."""
         layout = site.input_layout
         if site.layouts and h.dim() > 2 and x.dim() > 3:
             layout = known_layout(layout)

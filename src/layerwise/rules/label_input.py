@@ -1,4 +1,4 @@
-"""Inputs of the forward-forward rules: a label written into an image, and images that are negative without a label."""
+"""Inputs of the forward-forward rules: a label written into an image, and negative images without a label."""
 
 import math
 
@@ -95,7 +95,7 @@ def _waves(height: int, width: int, count: int) -> Tensor:
 
 
 def wrong_labels(y: Tensor, classes: int, logits: Tensor | None = None) -> Tensor:
-    """A wrong label per sample: uniform over the other classes, or as probable as `logits` say.
+    """A wrong label per sample: uniform over the other classes, or with the probabilities of `logits`.
 
     Args:
         y: `(B,)`, the labels.
@@ -110,7 +110,7 @@ def wrong_labels(y: Tensor, classes: int, logits: Tensor | None = None) -> Tenso
 
 
 def hybrid_images(x: Tensor, blurs: int = 6, layout: str | None = "BCHW") -> Tensor:
-    """Images put together out of two of the batch: their short range is right and their long range is wrong.
+    """Images composed of two of the batch: correct at short range and wrong at long range.
 
     The mask of large spots is a random bit image, blurred with (1/4, 1/2, 1/4) both ways and cut off at 1/2.
 

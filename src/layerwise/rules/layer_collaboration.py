@@ -35,7 +35,7 @@ class LayerCollaboration(ForwardForward):
     gamma: Literal["earlier", "all"] = "earlier"
     """Whose goodness is added to a block's own: that of the blocks before it, or of all others."""
     skip: NonNegativeInt = 0
-    """Blocks at the input that no predictor looks at (the last block always counts)."""
+    """Blocks at the input that no predictor reads (the last block always counts)."""
 
     name: ClassVar[str] = "layer_collaboration"
     locality: ClassVar[Locality] = "local"

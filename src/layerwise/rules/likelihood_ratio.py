@@ -1,4 +1,4 @@
-"""Likelihood ratio: noise on the outputs of layers, times the loss that it has led to."""
+"""Likelihood ratio: noise on the outputs of layers, times the resulting loss."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Sign
 
 
 class Streams:
-    """What goes to all blocks: noisy passes, each with the input of the next block and what the samples' losses say."""
+    """The message to all blocks: noisy passes, each with the next block's input and the samples' weights."""
 
     def __init__(self, noises: list[Perturbed], h: Tensor):
         self.noises = noises
@@ -23,7 +23,7 @@ class Streams:
 
 @dataclass(frozen=True)
 class LikelihoodRatio(Rule):
-    r"""Unified likelihood ratio: every layer's output gets noise, and moves along it as far as the loss fell.
+    r"""Unified likelihood ratio: layers move along the noise on their outputs as far as the loss fell.
 
     With $v_l = \varphi_l(h_{l-1}; \theta_l) + \sigma z_l$ and $z_l \sim N(0, I)$ for each sample the loss is smoothed,
     and
@@ -61,7 +61,7 @@ class LikelihoodRatio(Rule):
     )
     restrictions: ClassVar[str] = (
         "The variance grows with the number of units: small networks, or many pairs. Batch norm couples samples, whose "
-        "losses are taken one by one, so that its gradient is biased. 4 K + 2 forward passes per step."
+        "losses are taken one by one, so its gradient is biased. 4 K + 2 forward passes per step."
     )
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
@@ -85,7 +85,7 @@ class LikelihoodRatio(Rule):
         return message.run(block, h, block) if isinstance(message, Perturbed) else block(h)
 
     def signal(self, ctx: BlockContext) -> Signal:
-        """Each noisy pass goes through the block, and its noise counts as much as the loss says."""
+        """Each noisy pass goes through the block, and its noise is weighted by the loss."""
         signal = loss_at_head(ctx) if ctx.site.is_head else Signal(message=ctx.message)
         if ctx.learns:
             sent = ctx.message

@@ -1,4 +1,4 @@
-"""Local cross-entropy: every block has its own learned linear head and nothing else."""
+"""Local cross-entropy: every block has its own learned linear head."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -28,7 +28,7 @@ from layerwise.rules.windows import Windows, head_at
 
 @dataclass(frozen=True)
 class Greedy(ReadsOut, Rule):
-    """What rules share whose blocks minimise the loss of a readout of their own; the last learns through the head."""
+    """Base of rules whose blocks minimise the loss of their own readout; the last one learns through the head."""
 
     pool: Pool = "auto"
     """How a block's output becomes a vector: auto | mean | moments (and standard deviation) | grid | cls | flatten
@@ -68,7 +68,7 @@ class Greedy(ReadsOut, Rule):
 
 @dataclass(frozen=True)
 class GreedyLinear(HasReadout, Greedy):
-    """What rules share whose blocks minimise the loss of a linear head of their own."""
+    """Base of rules whose blocks minimise the loss of their own linear head."""
 
     def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
         """A linear head from the pooled output to the task's outputs, for every group but the last."""

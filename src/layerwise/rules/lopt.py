@@ -1,4 +1,4 @@
-"""LoPT: fine-tuning whose lower modules reconstruct what they were given, and whose last one learns the task."""
+"""LoPT: fine-tuning whose lower modules reconstruct their input, and whose last one learns the task."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -67,10 +67,10 @@ def averaged(h: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Halves(Rule):
-    """What `lopt` and `freeze_lower` share: contiguous modules, of which the last learns the task with the head."""
+    """Base of `lopt` and `freeze_lower`: contiguous modules, of which the last learns the task with the head."""
 
     modules: PositiveInt = 2
-    """Parts of the network, near equal, the first ones longer; the last one learns the task."""
+    """Nearly equal parts of the network, the first ones longer; the last one learns the task."""
 
     locality: ClassVar[Locality] = "local"
     boundary: ClassVar[str] = "detached activation"
@@ -117,8 +117,10 @@ class LoPT(Halves):
     name: ClassVar[str] = "lopt"
     reads_logits: ClassVar[bool] = False
     unlabelled: ClassVar[bool] = False
-    """A reconstruction is of every sample, and would not weigh as the task's loss does."""
-    source: ClassVar[str] = "Shi et al., arXiv 2605.04913 (2026) and its code; modules apart, other shapes: our reading"
+    """Reconstructions use every sample, so they would be weighted differently from the task's loss."""
+    source: ClassVar[str] = (
+        "Shi et al., arXiv 2605.04913 (2026) and its code; separate backward passes, other shapes: our reading"
+    )
     restrictions: ClassVar[str] = (
         "For fine-tuning: the lower modules learn nothing of the task. A module holds the activations of its blocks. "
         "Every sample needs a label."
@@ -130,7 +132,7 @@ class LoPT(Halves):
         return next((module for module in lower if module.stop == site.index + 1), None)
 
     def trains(self, site: Site) -> bool:
-        """All, unless the reconstructions weigh nothing."""
+        """All, unless the weight of the reconstructions is 0."""
         return self.weight > 0 or site.index in self.groups(site.blocks)[-1]
 
     def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
@@ -171,7 +173,7 @@ class LoPT(Halves):
 
 @dataclass(frozen=True)
 class FreezeLower(Halves):
-    """A control: all modules but the last stay as they are, and nothing else; backpropagation through the last.
+    """A control: all modules but the last are frozen; backpropagation through the last.
 
     What fine-tuning by any rule for the lower layers has to beat: it costs them nothing but a forward pass.
 

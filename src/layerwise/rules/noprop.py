@@ -61,7 +61,7 @@ def divided(state: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Denoising(StartsFromData, Rule):
-    """What the three rules have in common: their own model, and embeddings that are learned in one place."""
+    """Base of the three rules: their own model, and embeddings that are learned in one place."""
 
     locality: ClassVar[Locality] = "local"
     flat_memory: ClassVar[bool] = True
@@ -69,7 +69,7 @@ class Denoising(StartsFromData, Rule):
     only: ClassVar[str] = "its blocks denoise the embedding of a class"
 
     def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
-        """Nothing; refuses a network that passes on no state."""
+        """No module; refuses a network that does not pass on a state."""
         (kind,), network = self.models, site.network
         assert network is not None
         cut = [block.name for block in network.sites]
@@ -106,7 +106,7 @@ class Denoising(StartsFromData, Rule):
             u[k] = images[medoid(images)]
 
     def shared(self, network: Partition) -> Tensor | None:
-        """The copy of the embeddings that the blocks get at the start of a step; None where these are fixed."""
+        """The copy of the embeddings that the blocks get at the start of a step; None if these are fixed."""
         u = embedding(network.head)
         return u.detach().clone() if u.requires_grad else None
 
@@ -157,7 +157,7 @@ class NoPropDT(Denoising):
     models: ClassVar[tuple[str, ...]] = ("noprop",)
     whole_batch: ClassVar[str] = "sends embeddings of the classes from block to block"
     boundary: ClassVar[str] = (
-        "the input; in prediction a noisy label too; embeddings that are learned, from the head to the blocks"
+        "the input; in prediction a noisy label too; learned embeddings, from the head to the blocks"
     )
     source: ClassVar[str] = (
         "Li, Teh & Pascanu, arXiv 2503.24322 (2025); end points of the schedule, order of training, who trains the "
@@ -166,7 +166,7 @@ class NoPropDT(Denoising):
     predicts_at_head: ClassVar[bool] = True
     restrictions: ClassVar[str] = (
         "Trains the model noprop only; every block embeds the image again. The accuracy of the head in training is "
-        "that of a drawn label, not of a prediction."
+        "that of a noisy label, not of a prediction."
     )
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
@@ -224,7 +224,7 @@ class _AnyTime(Denoising):
     """Of the sampler; `heun` asks the network twice per step."""
 
     whole_batch: ClassVar[str] = "sends embeddings of the classes from block to block"
-    boundary: ClassVar[str] = "the input and a noisy label; embeddings that are learned, from the head to the block"
+    boundary: ClassVar[str] = "the input and a noisy label; learned embeddings, from the head to the block"
 
     def sampled(self, network: Partition, velocity: Any, u: Tensor, x: Tensor) -> Tensor:
         """z_1 `(B, D)`, from z_0 ~ N(0, I) along a velocity of (z, t)."""
@@ -269,9 +269,9 @@ class NoPropCT(_AnyTime):
         "our reading"
     )
     restrictions: ClassVar[str] = (
-        "Trains the model noprop_ct only: one block and its head. Inside the block it is backprop; what takes no "
-        "memory is the number of denoising steps. Predicting runs the block once per step. Accuracies in training are "
-        "those of drawn labels."
+        "Trains the model noprop_ct only: one block and its head. Inside the block it is backprop; the number of "
+        "denoising steps takes no memory. Predicting runs the block once per step. Accuracies in training are those of "
+        "noisy labels, not of predictions."
     )
 
     def schedule(self, network: Partition, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -347,7 +347,7 @@ class NoPropFM(_AnyTime):
     sigma: NonNegativeFloat = 0.1
     """Standard deviation of the noise around the path from z_0 to the embedding."""
     predictor: Literal["nearest", "head"] = "nearest"
-    """What decides the class at the end of the path: the nearest embedding, or the head."""
+    """How the class is chosen at the end of the path: by the nearest embedding, or the head."""
 
     name: ClassVar[str] = "noprop_fm"
     models: ClassVar[tuple[str, ...]] = ("noprop_fm",)
@@ -355,9 +355,9 @@ class NoPropFM(_AnyTime):
         "Li, Teh & Pascanu, arXiv 2503.24322 (2025); who trains the embeddings, sigma, solver, sizes: our reading"
     )
     restrictions: ClassVar[str] = (
-        "Trains the model noprop_fm only: one block and its head. Inside the block it is backprop; what takes no "
-        "memory is the number of steps. Predicting runs the block once per step. Accuracies in training are those of "
-        "drawn labels."
+        "Trains the model noprop_fm only: one block and its head. Inside the block it is backprop; the number of "
+        "steps takes no memory. Predicting runs the block once per step. Accuracies in training are those of noisy "
+        "labels, not of predictions."
     )
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
@@ -370,7 +370,7 @@ class NoPropFM(_AnyTime):
         return state(t, t * hot, r, ctx.x), message
 
     def signal(self, ctx: BlockContext) -> Signal:
-        """Squared distance of the velocity from the way to the label; passes on where it leads at t = 1."""
+        """Squared distance of the velocity from the direction to the label; passes on its end point at t = 1."""
         if ctx.site.is_head:
             return loss_at_head(ctx)
         u, t = embedding_at(ctx.site), ctx.h_in[:, :1]

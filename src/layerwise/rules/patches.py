@@ -1,4 +1,4 @@
-"""Readouts of patches: a head reads the patches of a map one by one, and what it says of them is averaged."""
+"""Readouts of patches: a head reads the patches of a map one by one, and its outputs are averaged."""
 
 from dataclasses import dataclass, replace
 
@@ -26,7 +26,7 @@ class ReadsPatches(Rule):
     """Patches n per side of a map, each of which a block's head reads by itself; 1 for the whole map."""
 
     def patched(self, site: Site, h: Tensor) -> Tensor:
-        """The patches of a site's output, one after the other along the batch; the output itself where it is not cut.
+        """The patches of a site's output, one after the other along the batch; the output itself if it is not cut.
 
         Raises:
             LayerwiseError: the output is no map.
@@ -54,7 +54,7 @@ class ReadsPatches(Rule):
         return replace(ctx, h=h, y=torch.cat([ctx.y] * (len(h) // len(ctx.h))))
 
     def told(self, ctx: BlockContext, outputs: Tensor | LinearOutputs, y: Tensor) -> Signal:
-        """The signal of what a head says of the patches: the loss over all of them, the metrics of their mean.
+        """The signal of a head on patches: the loss over all of them, the metrics of their mean.
 
         Args:
             ctx: of the whole output.

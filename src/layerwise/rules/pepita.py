@@ -16,7 +16,7 @@ from layerwise.errors import LayerwiseError
 
 
 class Projection(nn.Module):
-    """The matrix F that brings an error `(B, K)` to the input `(B, ...)`."""
+    """The matrix F that projects an error `(B, K)` onto the input `(B, ...)`."""
 
     def __init__(self, matrix: Tensor, learns: bool):
         super().__init__()
@@ -30,7 +30,7 @@ class Projection(nn.Module):
 
 @dataclass
 class Passed:
-    """A layer in one pass: what it got, and its activity, the last output of its shape before the next such layer."""
+    """A layer in one pass: its input, and its activity, the last output of its shape before the next such layer."""
 
     layer: nn.Module
     x: Tensor
@@ -68,11 +68,11 @@ class Pepita(Rule):
     time_local: bool = False
     """Whether a layer's input is that of the first pass."""
     mirror: Fraction = 0.0
-    """Share of the way that F goes towards the mirrored weights in each step; 0 for a fixed F."""
+    """Fraction by which F moves towards the mirrored weights in each step; 0 for a fixed F."""
 
     name: ClassVar[str] = "pepita"
     locality: ClassVar[Locality] = "broadcast"
-    boundary: ClassVar[str] = "detached activations of two passes; the error, sent to the input alone"
+    boundary: ClassVar[str] = "detached activations of two passes; the error, sent only to the input"
     flat_memory: ClassVar[bool] = True
     builds_graph: ClassVar[bool] = False
     runs_once: ClassVar[bool] = False
@@ -86,11 +86,11 @@ class Pepita(Rule):
     )
     restrictions: ClassVar[str] = (
         "Chains of linear layers, convolutions, norms and activations; no transformer, no skip connection. Learns "
-        "little beyond three layers, and diverges with a large scale. Inputs are numbers."
+        "little beyond three layers, and diverges with a large scale. Inputs must be real numbers."
     )
 
     def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
-        """F, at the first block; refuses what is no chain of layers."""
+        """F, at the first block; refuses blocks that are not chains of layers."""
         if not is_plain_chain(site.block):
             raise LayerwiseError(
                 f"pepita is defined for chains of linear layers, convolutions and norms, and block {site.name!r} is "
@@ -103,7 +103,7 @@ class Pepita(Rule):
         return Projection(bound * (2 * torch.rand(task.outputs, *inputs, dtype=h.dtype) - 1), learns=self.mirror > 0)
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
-        """The batch with the projected error; the message is the batch itself, and where F is to go."""
+        """The batch with the projected error; the message is the batch itself, and the target of F."""
         if ctx.y.dim() > (2 if ctx.y.is_floating_point() else 1):
             raise LayerwiseError("pepita adds a sample's error to its input: one label per sample, not per position.")
         error = ctx.task.counted(ctx.y, False) * error_without_graph(ctx.task, ctx.forward(ctx.x), ctx.y)
@@ -117,7 +117,7 @@ class Pepita(Rule):
 
     @staticmethod
     def _mirrored(ctx: BatchContext, matrix: Tensor) -> Tensor:
-        """Minus the correlation of noise and what it gives, of the norm of F."""
+        """Minus the correlation of noise and the resulting output, with the norm of F."""
         noise = torch.randn_like(ctx.x)
         z = ctx.forward(noise)
         if ctx.network.blocks[0].before is not None:
@@ -126,7 +126,7 @@ class Pepita(Rule):
         return found * (matrix.norm() / found.norm().clamp_min(1e-12))
 
     def signal(self, ctx: BlockContext) -> Signal:
-        """The differences of activities, times what the layers got."""
+        """The differences of activities, times the inputs of the layers."""
         assert ctx.run is not None
         block = ctx.site.block
         x, towards = ctx.message
@@ -153,7 +153,7 @@ class Pepita(Rule):
 
     @staticmethod
     def _passed(block: Block, ctx: BlockContext, h: Tensor) -> tuple[list[Passed], Tensor]:
-        """What the layers of a block do in a pass, and the block's output."""
+        """Inputs and activities of a block's layers in a pass, and the block's output."""
         found: list[Passed] = []
 
         def see(layer: nn.Module, x: Tensor, out: Tensor) -> None:

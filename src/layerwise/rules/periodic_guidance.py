@@ -58,7 +58,7 @@ class PeriodicGuidance(JoinsGroups, DGL):
         return [range(blocks + 1)]
 
     def signal(self, ctx: BlockContext) -> Signal:
-        """The block's own loss; where all blocks are one graph, the head's alone."""
+        """The block's own loss; if all blocks are one graph, only the head's."""
         if ctx.view == range(ctx.site.blocks + 1):
             return loss_at_head(ctx) if ctx.site.is_head else Signal()
         return super().signal(ctx)

@@ -58,7 +58,7 @@ class PredictiveCoding(RepeatsBatch, Rule):
     """
 
     variant: Literal["strict", "fixed_prediction", "incremental"] = "strict"
-    """strict | fixed_prediction (predictions stay those of the forward pass) | incremental (an update per step)."""
+    """strict | fixed_prediction (predictions are those of the forward pass) | incremental (an update per step)."""
     steps: PositiveInt = 8
     """Steps of inference T."""
     rate: PositiveFloat = 0.2
@@ -66,7 +66,7 @@ class PredictiveCoding(RepeatsBatch, Rule):
     beta: PositiveFloat = 1.0
     """Weight of the loss in the energy."""
     centred: bool = False
-    """Whether the loss is weighed by beta and by -beta in turn, and the difference followed."""
+    """Whether states settle with beta and with -beta, and blocks learn from the difference."""
 
     name: ClassVar[str] = "predictive_coding"
     locality: ClassVar[Locality] = "equilibrium"
@@ -107,7 +107,7 @@ class PredictiveCoding(RepeatsBatch, Rule):
         return in_phases(message, ctx.x), message
 
     def rounds(self) -> int:
-        """Updates with one batch: one per step of inference where it is incremental."""
+        """Updates with one batch: one per step of inference if it is incremental."""
         return self.steps if self.variant == "incremental" else 1
 
     def again(self, ctx: BatchContext, message: Any) -> tuple[Tensor, Any]:
@@ -125,7 +125,7 @@ class PredictiveCoding(RepeatsBatch, Rule):
         return (self.beta, -self.beta) if self.centred else (self.beta,)
 
     def _errors_at(self, ctx: BatchContext, predicted: list[Tensor]) -> list[Tensor]:
-        """What the cotangents of the blocks' outputs become with predictions that stay."""
+        """The cotangents of the blocks' outputs with fixed predictions."""
         _, pull = through_head(ctx, predicted[-1])
         backs = [ctx.linearize(index, h, None)[1] for index, h in enumerate(predicted[:-1], 1)]
         errors = [torch.zeros_like(h) for h in predicted]

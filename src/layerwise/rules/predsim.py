@@ -1,4 +1,4 @@
-"""PredSim: a local classifier, and similarities between samples that should be those of their labels."""
+"""PredSim: a local classifier, and similarities between samples that should match those of their labels."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -86,7 +86,7 @@ class PredSim(LooksAhead, HasReadout):
     only: ClassVar[str] = "similarities are those of labels with several entries, such as classes"
     source: ClassVar[str] = "Nøkland & Eidnes, arXiv 1901.06656 (2019); tokens: our reading"
     restrictions: ClassVar[str] = (
-        "One label per sample. The similarities depend on who else is in the batch: keep 64 samples or more."
+        "One label per sample. The similarities depend on the other samples of the batch: use 64 or more."
     )
 
     def groups(self, blocks: int) -> list[range]:

@@ -52,9 +52,9 @@ class ProductFeedbackAlignment(Rule):
     tasks: ClassVar[tuple[str, ...]] = ANY_TASK
     source: ClassVar[str] = "Li & Benna, arXiv 2405.20594 (2024); convolutions: our reading"
     restrictions: ClassVar[str] = (
-        "Needs weight decay, and the same optimizer for W and R: plain gradient descent or momentum, as Adam scales "
-        "them apart. Each layer has expand times its weights once more. No grouped convolutions, and no padding but "
-        "zeros; weights of other layers have their true gradient."
+        "Needs weight decay, and the same optimizer for W and R: plain gradient descent or momentum, because Adam "
+        "scales the two differently. The learned feedback has expand times the weights of each layer. No grouped "
+        "convolutions, and no padding other than zeros; weights of other layers have their true gradient."
     )
 
     def groups(self, blocks: int) -> list[range]:

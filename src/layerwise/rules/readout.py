@@ -1,4 +1,4 @@
-"""What the rules with a loss per block share: groups of blocks, a block's readout, and its labels."""
+"""Shared by rules with a loss per block: groups of blocks, a block's readout, and its labels."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -85,7 +85,7 @@ def readout_width(h: Tensor, pool: Pool, site: Site, task: Task) -> int:
 
 
 def features_of(ctx: BlockContext, pool: Pool, h: Tensor | None = None) -> Tensor:
-    """One vector per prediction, `(B, D)` or `(B, ..., D)`, out of the block's output, or of `h` in its place."""
+    """One vector per prediction, `(B, D)` or `(B, ..., D)`, from the block's output, or from `h` instead."""
     return pool_vectors(ctx.h if h is None else h, pool, ctx.task.per_position(ctx.y), ctx.site)
 
 
@@ -120,10 +120,10 @@ _DRAWN: WeakKeyDictionary[Partition, dict[Any, Tensor]] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class HasReadout(ReadsOutputMatrix, Rule):
-    """A rule whose blocks read the task's outputs off their features through a matrix, and whose matrix that is."""
+    """A rule whose blocks compute the task's outputs from their features with a matrix, their own or another one."""
 
     readout: ReadoutKind = "private"
-    """Whose matrix reads a block's outputs: its own | the network's output layer's, looked at as it was at the start of
+    """Whose matrix reads a block's outputs: its own | the network's output layer's, read as it was at the start of
     the step | one fixed random one for all blocks | its own, of a low rank."""
     rank: PositiveInt = 64
     """Rank of a `low_rank` matrix."""
@@ -140,7 +140,7 @@ class HasReadout(ReadsOutputMatrix, Rule):
 
 
 def says_shared(rule: ReadsOutputMatrix) -> None:
-    """Declare of a rule that is local otherwise that every block looks at the network's output matrix."""
+    """Declare that every block of an otherwise local rule reads the network's output matrix."""
     assert isinstance(rule, Rule)
     if rule.readout == "shared" and rule.locality == "local":  # what the class declares holds for the other readouts
         object.__setattr__(rule, "locality", "broadcast")
@@ -173,7 +173,7 @@ def fixed_matrix(network: Partition | None, outputs: int, width: int, like: Tens
 
 
 class Readout(nn.Module):
-    r"""Outputs $z = M\,\mathrm{norm}(A v)$ of features v, where the matrix M is not the block's own, or of low rank.
+    r"""Outputs $z = M\,\mathrm{norm}(A v)$ of features v, where the matrix M is not the block's own, or has low rank.
 
     A is an adapter, learned and without bias, where v has another width than M; norm is RMSNorm with learned gains.
     A private matrix is a plain `nn.Linear` and needs none of this.
@@ -258,7 +258,7 @@ def read_out(
 
 
 def resized(posterior: Posterior, task: Task, places: tuple[int, ...]) -> Posterior:
-    """A posterior per pixel at another resolution: the mean over each cell, of probabilities where it has classes."""
+    """A posterior per pixel at another resolution: the mean over each cell, of probabilities if it has classes."""
     if task.positions != "pixel":
         return posterior
     z: Any = posterior.features

@@ -1,4 +1,4 @@
-"""What the rules share that settle the states of all blocks before the update: passes, cotangents, two phases."""
+"""Shared by rules that settle the states of all blocks before the update: passes, cotangents, two phases."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ WHOLE_BATCH = "settles the states of the whole batch before its update"
 
 
 def outputs_of_blocks(ctx: BatchContext) -> list[Tensor]:
-    """What the blocks put out in a forward pass, without history; the head's is not among them."""
+    """The detached outputs of the blocks, without the head's, in a forward pass."""
     outputs, h = [], ctx.x
     for index in range(len(ctx.network.blocks)):
         h = ctx.run(index, h, None)
@@ -43,7 +43,7 @@ def in_phases(message: Any, x: Tensor) -> Tensor:
 
 
 def phases_of(message: Any, rows: int) -> int:
-    """How many phases there are among the rows of a block's input; 1 where there is no message."""
+    """Number of phases among the rows of a block's input; 1 if there is no message."""
     return 1 if message is None else rows // len(message["outputs"])
 
 

@@ -64,12 +64,12 @@ def first_belief(like: Tensor, task: Task) -> Tensor:
 
 
 def believed(task: Task, passed: Tensor) -> Posterior:
-    """A belief out of what is passed on: log-probabilities `(..., K)` of classes, the task's outputs otherwise."""
+    """A belief from the message: log-probabilities `(..., K)` of classes, otherwise the task's outputs."""
     return Categorical(passed) if task.kind in OF_CLASSES else task.posterior(passed)
 
 
 def moved(task: Task, passed: Tensor, like: Tensor) -> Tensor:
-    """A belief that is passed on, at the resolution of `like` `(B, ..., D)` where there is one per pixel."""
+    """The belief in a message, at the resolution of `like` `(B, ..., D)` if there is one per pixel."""
     if task.positions != "pixel":
         return passed
     return resized(believed(task, passed), task, tuple(like.shape[1:-1])).passed
@@ -82,7 +82,7 @@ def log_softmax(logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Distillation(PassesBeliefs, Rule):
-    """What `sid` and `sid_cascade` share: the objective of a belief."""
+    """Base of `sid` and `sid_cascade`: the objective of a belief."""
 
     direction: Direction = "forward"
     """Direction of both KL divergences; reverse needs label smoothing."""
@@ -91,10 +91,10 @@ class Distillation(PassesBeliefs, Rule):
 
     @abstractmethod
     def place(self, site: Site) -> Site | None:
-        """The site's belief, counted among the beliefs of the network; None where the rule reads none."""
+        """Number of the site's belief among those of the network; None if the site has none."""
 
     def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
-        """No module; refuses what the objective cannot do."""
+        """No module; refuses tasks that the objective does not support."""
         if self.direction == "reverse" and not isinstance(task, Classification):
             raise LayerwiseError(
                 f'{self.name} with direction="reverse" needs a target without zeros, and {task.kind} has none; use '
@@ -108,7 +108,7 @@ class Distillation(PassesBeliefs, Rule):
         return None
 
     def distil(self, ctx: BlockContext, outputs: Tensor, before: Tensor) -> Signal:
-        """The objective of the belief of outputs `(..., K)`, given the belief before as it was passed on."""
+        """The objective of the belief of outputs `(..., K)`, given the message with the belief before."""
         place = self.place(ctx.site)
         assert place is not None
         task, alpha, y = ctx.task, by_depth(self.alpha, place), labels_at(ctx, outputs)
@@ -125,7 +125,7 @@ class Distillation(PassesBeliefs, Rule):
         }
         if ctx.site.is_head:
             signal.metrics["loss"] = task.loss(passed, y)
-        if not ctx.training:  # not worth the time in training
+        if not ctx.training:  # too slow for training
             unmoved, _ = self._divergences(task, believed(task, before), before, y)
             signal.metrics["entropy"] = task.average(belief.entropy(), y)
             signal.metrics["descent"] = task.average((each <= alpha * unmoved).to(each.dtype), y)
@@ -172,7 +172,7 @@ class BeliefToLogits(nn.Module):
 
 
 class BeliefReadout(nn.Module):
-    """Outputs of the next belief, read by a matrix that is not the block's own, with a learned share of the belief.
+    """Outputs of the next belief, computed with a shared matrix and a learned share of the belief.
 
     Args:
         readout: from features to outputs; none at the head, whose features are the network's outputs.
@@ -243,7 +243,7 @@ class SID(HasReadout, Distillation):
     tasks: ClassVar[tuple[str, ...]] = tuple(kind for kind in ANY_TASK if kind != "loss")
     only: ClassVar[str] = "it refines a distribution of the label, and a function of one's own has none"
     restrictions: ClassVar[str] = (
-        "Tasks with a distribution of the label; a function of one's own as the loss has none. "
+        "Needs a task with a distribution of the label; a custom loss function has none. "
         'Classes per position need pool="none", or the task LanguageModel. direction="reverse" needs label smoothing.'
     )
 
@@ -260,7 +260,7 @@ class SID(HasReadout, Distillation):
         return grouped(blocks, self.group, join_head=True)
 
     def place(self, site: Site) -> Site | None:
-        """One belief per group, where its last block has run, or the head."""
+        """One belief per group, after its last block, or the head."""
         count = len(self.groups(site.blocks))
         if site.is_head:
             return Site(count - 1, count, site.name)
@@ -357,7 +357,7 @@ class SIDCascade(HasTrunk, Distillation):
     """
 
     extractor: Literal["sum", "mean", "last", "local"] = "sum"
-    """What trains the extractor: all modules' gradients, summed or averaged, the last one's, or heads of its own."""
+    """What trains the extractor: the sum or mean of all modules' gradients, the last one's, or heads of its own."""
 
     name: ClassVar[str] = "sid_cascade"
     models: ClassVar[tuple[str, ...]] = ("sid_cascade",)
@@ -384,7 +384,7 @@ class SIDCascade(HasTrunk, Distillation):
             object.__setattr__(self, "boundary", "detached features and belief (K numbers per sample)")
 
     def groups(self, blocks: int) -> list[range]:
-        """Every module its own; the extractor one group, or two where it learns from its own heads."""
+        """Every module is a group; the extractor is one group, or two if it learns from its own heads."""
         end = 0 if self.extractor == "local" else min(EXTRACTOR, blocks)
         trunk = [range(end)] if end else []
         return trunk + [range(i, i + 1) for i in range(end, blocks + 1)]
@@ -422,7 +422,7 @@ class SIDCascade(HasTrunk, Distillation):
         return nn.Linear(self._features(site, h, task).shape[-1], task.classes, dtype=h.dtype)
 
     def _features(self, site: Site, h: Tensor, task: Task) -> Tensor:
-        """A vector out of the output of the extractor's half: the mean over space, or the features of the state."""
+        """A vector from the output of the extractor's half: the mean over space, or the features of the state."""
         return h[:, task.classes :] if h.dim() == 2 else pool_vectors(h, "mean", False, site)
 
     def signal(self, ctx: BlockContext) -> Signal:

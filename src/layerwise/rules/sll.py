@@ -81,7 +81,7 @@ class Projection(nn.Module):
     code: Tensor | None
 
     def forward(self, features: Tensor, site: Site | None = None) -> Tensor:
-        """Logits of the auxiliary posterior, in float32 or wider; `site` is where they are read."""
+        """Logits of the auxiliary posterior, in float32 or wider, at the site `site`."""
         if self.readout is not None and site is not None:
             outputs = self.outputs(features, site)
             with torch.autocast(features.device.type, enabled=False):
@@ -91,14 +91,14 @@ class Projection(nn.Module):
             return F.linear(features, self.matrix)
 
     def outputs(self, features: Tensor, site: Site) -> LinearOutputs:
-        """The same, not computed yet, where the matrix is not the block's own."""
+        """The same, not computed yet, if the matrix is not the block's own."""
         assert self.readout is not None
         with torch.autocast(features.device.type, enabled=False):
             found = self.readout.outputs(self.normalised(features), site)
         return LinearOutputs(self.scale * found.features, found.weight.to(found.features.dtype))
 
     def normalised(self, features: Tensor) -> Tensor:
-        """What the projection reads: normalised features, with dropout in training."""
+        """The projection's input: normalised features, with dropout in training."""
         features = functional.normalise(features.to(self.matrix.dtype), self.norm)
         return F.dropout(features, self.dropout, self.training)
 
@@ -158,9 +158,9 @@ class SLL(ReadsPatches, ReadsOut, ReadsOutputMatrix, Rule):
     likelihood_weight: NonNegativeFloat | tuple[NonNegativeFloat, ...] = 1.0
     """Weight w of the likelihood term, likewise."""
     neighbour: Literal["previous", "before_previous"] = "previous"
-    """Which block's posterior the divergence looks at."""
+    """With which block's posterior the divergence compares."""
     dim: PositiveInt | None = None
-    """Rows d0 of the projection; the number of classes if not given."""
+    """Rows d0 of the projection (default: the number of classes)."""
     targets: Literal["index", "codebook"] = "index"
     """The classes are the first K coordinates, or a fixed random code with K rows."""
     projection: Literal["gaussian", "orthonormal"] = "gaussian"
@@ -179,12 +179,12 @@ class SLL(ReadsPatches, ReadsOut, ReadsOutputMatrix, Rule):
     overlap: NonNegativeInt = 0
     """Later blocks between a group and its readout; with 1, gradients cross one boundary (interlocking)."""
     own: bool = False
-    """With an overlap: whether the first groups, at whose output no window ends, are read there as well."""
+    """With an overlap: whether the first groups, at whose output no window ends, also have a readout there."""
     head: Literal["joint", "separate"] = "joint"
     """What trains the last block: the head's cross-entropy (joint), or its own objective (separate)."""
 
     readout: Literal["private", "shared", "random"] = "private"
-    """The projection: a random one for each block | the matrix of the network's output layer, looked at as it was at
+    """The projection: a random one for each block | the matrix of the network's output layer, read as it was at
     the start of the step | one random one for all blocks. Of one matrix a language model's outputs are made in chunks:
     the features cross that they are made of, in place of a number per token of the vocabulary."""
 
@@ -199,7 +199,7 @@ class SLL(ReadsPatches, ReadsOut, ReadsOutputMatrix, Rule):
         "Yin & Corradi, arXiv 2505.05181 v4 (2025); scale, normalisation, neighbour and head: our reading"
     )
     restrictions: ClassVar[str] = (
-        "Tasks with a distribution of the label; a function of one's own as the loss has none. Single small "
+        "Needs a task with a distribution of the label; a custom loss function has none. Single small "
         "convolutions lose accuracy under a fixed projection; see the options pool, group and overlap."
     )
 
@@ -225,7 +225,7 @@ class SLL(ReadsPatches, ReadsOut, ReadsOutputMatrix, Rule):
         return grouped(blocks, self.group, join_head=self.head != "separate", overlap=self.overlap)
 
     def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
-        """A fixed projection where a group's view ends; the head is its own readout."""
+        """A fixed projection at the end of a group's view; the head is its own readout."""
         views = self.groups(site.blocks)
         window_ends = any(view.stop == site.index + 1 for view in views)
         group_ends = any(view.start == site.index + 1 < site.blocks for view in views)
@@ -239,7 +239,7 @@ class SLL(ReadsPatches, ReadsOut, ReadsOutputMatrix, Rule):
             )
         if task.kind in ("regression", "multilabel") and (dim > task.outputs or self.targets == "codebook"):
             raise LayerwiseError(
-                f'dim and targets="codebook" are about classes, and {task.kind} has none; leave both out, so that the '
+                f'dim and targets="codebook" apply to classes, and {task.kind} has none; leave both out, so that the '
                 f"projection has the task's {task.outputs} outputs."
             )
         width = readout_width(self.patched(site, h), self.pool, site, task)
@@ -250,13 +250,13 @@ class SLL(ReadsPatches, ReadsOut, ReadsOutputMatrix, Rule):
         return Projection(width, dim, task.outputs, self, dtype, readout)
 
     def outputs_at(self, site: Site, h: Tensor, auxiliary: nn.Module, task: Task) -> Tensor:
-        """What the fixed projection says of the label."""
+        """The outputs of the fixed projection."""
         assert isinstance(auxiliary, Projection)
         v = auxiliary(pool_vectors(self.patched(site, h), self.pool, task.positions != "sample", site), site)
         return task.as_outputs(auxiliary.class_logits(self.averaged(v, len(h))))
 
     def signal(self, ctx: BlockContext) -> Signal:
-        """Likelihood and alignment of the posterior that is read off at this site."""
+        """Likelihood and alignment of the posterior at this site."""
         if ctx.site.is_head:
             if self.head == "joint" and ctx.outputs is not None:
                 return self._in_chunks(ctx, ctx.outputs, 1.0)
@@ -288,17 +288,17 @@ class SLL(ReadsPatches, ReadsOut, ReadsOutputMatrix, Rule):
         return signal
 
     def _leaves_outputs(self, ctx: BlockContext) -> bool:
-        """Whether the outputs of a vocabulary are left to the loss: all sites read with one matrix."""
+        """Whether the loss computes the outputs of a vocabulary in chunks: all sites read with one matrix."""
         return not self.reads_logits and isinstance(ctx.task, LanguageModel) and not ctx.y.is_floating_point()
 
     def _sent(self, ctx: BlockContext) -> Tensor | None:
-        """What the neighbour has sent."""
+        """The message of the neighbour."""
         back = {"previous": 1, "before_previous": 2}[self.neighbour]
         sent = ctx.message or ()
         return None if self.surrogate == "none" or len(sent) < back else sent[-back].detach()
 
     def _in_chunks(self, ctx: BlockContext, outputs: LinearOutputs, likelihood_weight: float) -> Signal:
-        """The signal of outputs that nobody has computed yet; the neighbour has sent what its own are made of."""
+        """The signal of outputs that are not computed yet; the neighbour has sent the features of its own."""
         task, neighbour = ctx.task, None
         assert isinstance(task, LanguageModel)
         before = self._sent(ctx)
@@ -322,7 +322,7 @@ class SLL(ReadsPatches, ReadsOut, ReadsOutputMatrix, Rule):
         return fixed_matrix(ctx.site.network, ctx.task.outputs, features.shape[-1], features)
 
     def _align(self, signal: Signal, ctx: BlockContext, v: Tensor, y: Tensor) -> None:
-        """Add the divergence to the neighbour's posterior, where there is one over the same categories."""
+        """Add the divergence from the neighbour's posterior, if there is one over the same categories."""
         before, task = self._sent(ctx), ctx.task
         if before is None or signal.loss is None:
             return
@@ -339,5 +339,5 @@ class SLL(ReadsPatches, ReadsOut, ReadsOutputMatrix, Rule):
 
 
 def _times(factor: float, loss: Tensor) -> Tensor:
-    """The product; a factor of 1 leaves nothing in the graph."""
+    """The product; a factor of 1 adds nothing to the graph."""
     return loss if factor == 1 else factor * loss

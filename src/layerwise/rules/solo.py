@@ -1,4 +1,4 @@
-"""SOLO: isolated modules of a language model, each read through blocks of its own and the network's output matrix."""
+"""SOLO: isolated modules of a language model, read through own blocks and the network's output matrix."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -78,10 +78,10 @@ class SOLO(GreedyLinear):
     """Whose matrix reads the head: the network's output layer's | its own (private) | one fixed random one for all
     modules | its own, of a low rank."""
     refresh: PositiveInt = 1
-    """Steps between two looks at the output matrix; with more than 1 a copy of it is kept. In a pipeline the matrix
+    """Steps between two refreshes of the output matrix; with more than 1 a copy of it is kept. In a pipeline the matrix
     travels so often."""
     scale: Literal["learned", "1"] = "learned"
-    """The number that multiplies the logits: learned, from 1 on, or 1."""
+    """The factor of the logits: learned, starting at 1, or 1."""
     head: Literal["joint", "separate"] = "joint"
     """What trains the last module: the network's head (joint), or a head like the others' (separate)."""
 
@@ -100,8 +100,8 @@ class SOLO(GreedyLinear):
     )
     restrictions: ClassVar[str] = (
         "Blocks must be chains of modules that can draw new weights (reset_parameters), and the head must end with a "
-        "linear layer. The heads cost up to `depth` blocks for each module. Where the vocabulary is smaller than the "
-        "width, a shared matrix is expected to give nothing over a private one."
+        "linear layer. The heads cost up to `depth` blocks for each module. If the vocabulary is smaller than the "
+        "width, a shared matrix is not expected to beat a private one."
     )
 
     def __post_init__(self) -> None:
@@ -117,7 +117,7 @@ class SOLO(GreedyLinear):
         return grouped(blocks, self.group, join_head=self.head != "separate")
 
     def _has_head(self, site: Site) -> bool:
-        """Where a module ends, and not at the network's head."""
+        """Whether a module ends here, except at the network's head."""
         return any(module.stop == site.index + 1 for module in self.groups(site.blocks)) and not site.is_head
 
     def matrix_refresh(self) -> int | None:

@@ -46,11 +46,11 @@ class SSLLocal(Rule):
     temperature: PositiveFloat = 0.5
     """Temperature tau."""
     augment: tuple[str, ...] = ("cutout",)
-    """Views of images: names out of flip, crop, cutout; none with no value."""
+    """Views of images: names among flip, crop, cutout; none if empty."""
     noise: NonNegativeFloat = 0.2
     """Standard deviation of the Gaussian noise on every view."""
     drop: ProperFraction = 0.2
-    """Views of what is no image: share of the numbers that are set to zero."""
+    """Views of other inputs than images: share of the numbers that are set to zero."""
     hidden: PositiveInt = 256
     """Hidden units of the projection head."""
     dim: PositiveInt = 128

@@ -1,4 +1,4 @@
-"""What all ranks of a run must have alike before they begin: options, data down to each sample, and the checkpoint."""
+"""Facts on which all ranks of a run must agree before they begin: options, every sample, and the checkpoint."""
 
 import hashlib
 import json
@@ -16,20 +16,20 @@ from layerwise.runs.building import DataSignature
 from layerwise.runs.options import TrainOptions, to_mapping
 
 READ = 4 * 2**30
-"""Bytes of encoded images up to which all of them are read; of more, `SAMPLED` are."""
+"""Up to this many bytes of encoded images, all are read; beyond that, `SAMPLED` of them."""
 SAMPLED = 4096
 
 
 def facts_of_options(
     options: TrainOptions, launch: Mapping[str, Any], device: torch.device, resumed: bool
 ) -> dict[str, Any]:
-    """The options, one by one, so that a difference is named.
+    """List the options one by one, so that an error can name a difference.
 
     Args:
         options: of the run.
         launch: the options of the ranks.
         device: of this rank; its number may differ.
-        resumed: whether a run is continued.
+        resumed: whether this continues a run.
     """
     facts = {"resume": resumed, **launch, **_flat(json.loads(json.dumps(to_mapping(options), default=str)))}
     return {f"--{name.replace('_', '-')}": value for name, value in {**facts, "device": device.type}.items()}
@@ -46,9 +46,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def facts_of_data(dataset: Dataset) -> dict[str, Any]:
-    """The form of the data, and digests of the samples and the labels of every part.
+    """The format of the data, and digests of the samples and labels of every split.
 
-    Images that are decoded on demand are read from their files: all of them up to 4 GiB, else 4,096 of them, evenly
+    Images that are decoded on demand are read from their files: all of them up to 4 GiB, otherwise 4,096, evenly
     spaced.
     """
     facts = {f"the {name} of the data": value for name, value in vars(DataSignature.of(dataset)).items()}
@@ -85,14 +85,14 @@ def digest_of_samples(source: Source) -> str:
             image = rows.read(row)
             found.update(len(image).to_bytes(8, "little"))
             found.update(image)
-    else:  # a source of the user's own
+    else:  # a user's own source
         for images, _ in source.batches(torch.arange(len(source), device="cpu").split(256)):
             found.update(digest_of_tensors(images).encode())
     return found.hexdigest()
 
 
 def facts_of_checkpoint(folder: Path | None) -> dict[str, Any]:
-    """The newest checkpoint of a run that is continued, and a digest of what is in it."""
+    """The newest checkpoint of a continued run, and a digest of its content."""
     newest = None if folder is None else checkpoint.latest(folder / "checkpoints")
     if newest is None:
         return {"the checkpoint": None}

@@ -1,4 +1,4 @@
-"""The options of a run, out of the words of the command line."""
+"""Reads the options of a run from the words of the command line."""
 
 from collections.abc import Sequence
 from dataclasses import field, fields, make_dataclass, replace
@@ -18,7 +18,7 @@ def train_options(argv: list[str], command: str, base: type | None = None, hidde
     Args:
         argv: arguments; not changed.
         command: the command's name, for the help text.
-        base: what is parsed: `TrainOptions`, or a subclass with further fields.
+        base: `TrainOptions`, or a subclass with further fields.
         hidden: fields that the command does not offer.
 
     Returns:
@@ -34,7 +34,7 @@ def train_options(argv: list[str], command: str, base: type | None = None, hidde
     if model is not None and models.options(model) is not type(defaults.model):
         defaults = replace(defaults, model=models.options(model)())
     base = base or TrainOptions
-    # tyro reads the options of the rule and the model off their types, so both are made concrete here.
+    # tyro finds the options of the rule and the model by their types, so both are made concrete here.
     kinds: dict[str, Any] = {"rule": type(defaults.rule), "model": type(defaults.model)}
     hints = get_type_hints(base) | kinds
     kinds |= {name: Annotated[hints[name], tyro.conf.Suppress, tyro.conf.Fixed] for name in hidden}

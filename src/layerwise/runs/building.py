@@ -1,4 +1,4 @@
-"""What the options of a run stand for: its device, data, model and learner; and a run that is read back."""
+"""Builds the device, data, model and learner of a run from its options, and loads a run."""
 
 import contextlib
 import math
@@ -36,7 +36,7 @@ from layerwise.runs.options import TrainOptions, model_name
 
 @dataclass(frozen=True)
 class DataSignature:
-    """What a run knows of its data: enough to build the network and to predict, and to notice another data set."""
+    """Facts of a run's data: enough to build the network, to predict, and to detect another data set."""
 
     shape: tuple[int, int, int]
     classes: tuple[str, ...]
@@ -45,30 +45,30 @@ class DataSignature:
     sizes: tuple[int, ...]
     """Labelled samples of the training, validation and test split."""
     graph: tuple[int, ...] = ()
-    """Nodes and edges, where the samples are the nodes of a graph."""
+    """Nodes and edges, if the samples are the nodes of a graph."""
     columns: tuple[str, ...] = ()
-    """Names of the columns, where the samples are the rows of a table."""
+    """Names of the columns, if the samples are the rows of a table."""
     form: tuple[str | int, ...] = ()
-    """Mode and ground of `ImageFormat`, where the samples are images; not in the checkpoints of version 0.1.0."""
+    """Mode and background of `ImageFormat`, if the samples are images; not in checkpoints of version 0.1.0."""
     target_mean: tuple[float, ...] = ()
-    """Mean of each target, where labels are numbers."""
+    """Mean of each target, if labels are numbers."""
     target_std: tuple[float, ...] = ()
     """Standard deviation of each."""
     token_bytes: tuple[int, ...] = ()
-    """Bytes that each token stands for, where the samples are windows of a text."""
+    """Number of bytes of each token, if the samples are windows of a text."""
     contents: tuple[str, ...] = ()
-    """What distinguishes a text from another one, its tokenizer first."""
+    """Facts that distinguish one text from another, its tokenizer first."""
     encoding: tuple[str, ...] = ()
-    """What each column of a table with words or gaps became, see `data.encoding`."""
+    """How each column of a table with words or missing values was encoded, see `data.encoding`."""
 
     @property
     def image_mode(self) -> str:
-        """PIL's name for what images are turned into."""
+        """PIL's name of the mode that images are converted to."""
         return str(self.form[0]) if self.form else ("L" if self.shape[0] == 1 else "RGB")
 
     @property
     def ground(self) -> int:
-        """Grey level that stands where an image is transparent."""
+        """Grey level of transparent pixels."""
         return int(self.form[1]) if self.form else 255
 
     @classmethod
@@ -123,7 +123,7 @@ class DataSignature:
         return found
 
     def check(self, dataset: data.Dataset) -> None:
-        """Raise LayerwiseError unless `dataset` is the one that the facts are of."""
+        """Raise LayerwiseError unless these are the facts of `dataset`."""
         found = asdict(DataSignature.of(dataset))
         for name, value in asdict(self).items():
             if found[name] != value and not (name == "form" and not value):
@@ -143,7 +143,7 @@ def _few(values: tuple[Any, ...]) -> str:
 
 
 def build_task(options: TrainOptions, facts: DataSignature) -> Task | None:
-    """The task of a run; None for classes, where the learner needs the label smoothing alone."""
+    """The task of a run; None for classes, where the learner needs only the label smoothing."""
     if options.task == "regression":
         return Regression(options.loss, mean=facts.target_mean, std=facts.target_std)
     if options.task == "segmentation":
@@ -154,7 +154,7 @@ def build_task(options: TrainOptions, facts: DataSignature) -> Task | None:
 
 
 def outputs_of(options: TrainOptions, facts: DataSignature) -> int:
-    """Number of outputs that the network of a run has."""
+    """Number of outputs of a run's network."""
     return len(facts.classes) * (2 if options.task == "regression" and options.loss == "gaussian" else 1)
 
 
@@ -163,11 +163,11 @@ def build_model(
 ) -> torch.nn.Module:
     """The model for a data set, with initial weights that depend on `seed` only.
 
-    It has as many outputs as there are classes, if no other number is given. Without the data's graph, a graph network
-    has an empty one of the right size, which a checkpoint fills.
+    By default it has one output per class. Without the data's graph, a graph network
+    gets an empty one of the right size, which a checkpoint fills.
 
     Raises:
-        LayerwiseError: the options do not go together, or the model does not fit into memory.
+        LayerwiseError: the options contradict each other, or the model does not fit into memory.
     """
     with preserved_generators(torch.device("cpu")):
         seed_generators(derive_seed(seed, "model"), torch.device("cpu"))
@@ -185,7 +185,7 @@ def build_model(
 
 
 def load_data(options: TrainOptions, folder: Path | None = None) -> data.Dataset:
-    """The data set of a run, of a text with the tokenizer that lies in the folder of the run, if one is given."""
+    """Load the data set of a run; a text uses the tokenizer in the folder of the run, if one is given."""
     return data.load(
         options.data,
         val_fraction=options.val_fraction,
@@ -204,7 +204,7 @@ def load_data(options: TrainOptions, folder: Path | None = None) -> data.Dataset
 
 
 def words_of(options: TrainOptions) -> data.Words | None:
-    """How a table's column of text becomes tokens, for a network of transformers with a tokenizer of its own."""
+    """How to tokenize a table's column of text for a network of transformers with its own tokenizer."""
     if options.task != "classification" or not is_table(options.data):
         return None
     found = options.model.tokenizer() if isinstance(options.model, models.OutsideModel) else None
@@ -215,10 +215,10 @@ TOKENIZER = "tokenizer.json"
 
 
 def read_tokenizer(folder: Path, options: TrainOptions) -> data.Tokenizer | None:
-    """The tokenizer in the folder of a run on text; None where the data are no text.
+    """Read the tokenizer in the folder of a run on text; None if the data are not text.
 
     Raises:
-        LayerwiseError: the file is gone or damaged.
+        LayerwiseError: the file is missing or damaged.
     """
     if options.task != "language_model":
         return None
@@ -227,7 +227,7 @@ def read_tokenizer(folder: Path, options: TrainOptions) -> data.Tokenizer | None
 
 
 def check_tokenizer(folder: Path, tokenizer: data.Tokenizer, facts: DataSignature) -> None:
-    """Raise LayerwiseError where the tokenizer in the folder of a run is not the one that it was trained with."""
+    """Raise LayerwiseError if the tokenizer in the folder of a run is not the one that it was trained with."""
     if facts.contents[:1] != (tokenizer.digest,):
         raise LayerwiseError(
             f"{shown(folder / TOKENIZER)} is not the tokenizer that the run was trained with; put that one back."
@@ -279,13 +279,13 @@ def in_order(
 
 
 def split_in_order(run: "Trained", split: str, size: int, folder: Path) -> data.Batches:
-    """All samples of a split of a run's data, which are loaded anew and checked.
+    """Load the data of a run again, check them, and return all samples of a split.
 
     Args:
-        run: a run read back.
+        run: a loaded run.
         split: `"train"`, `"val"` or `"test"`.
         size: of a batch.
-        folder: of the run, for the sentence.
+        folder: of the run, for the error message.
 
     Raises:
         LayerwiseError: the data have changed since the run, or the run has no such split.
@@ -306,7 +306,7 @@ def _example(facts: DataSignature) -> torch.Tensor:
 
 
 def _replaced(model: torch.nn.Module, options: TrainOptions, facts: DataSignature) -> torch.nn.Module:
-    """The model with the modules that `--replace` puts into it."""
+    """Apply `--replace` to the model."""
     if not options.replace:
         return model
     with preserved_generators(torch.device("cpu")):
@@ -314,12 +314,12 @@ def _replaced(model: torch.nn.Module, options: TrainOptions, facts: DataSignatur
 
 
 def check_takes(options: TrainOptions) -> None:
-    """Raise LayerwiseError where a model of the zoo takes tokens and the data are no text, or the other way round."""
+    """Raise LayerwiseError if a model of the zoo takes tokens and the data are not text, or the reverse."""
     text = options.task == "language_model"
     if not isinstance(options.model, models.OutsideModel) and options.model.tokens != text:
         raise LayerwiseError(
             f"the model {model_name(options.model)!r} takes {'tokens' if options.model.tokens else 'no tokens'}, and "
-            f"{options.data} {'is' if text else 'is no'} text; choose "
+            f"{options.data} {'is' if text else 'is not'} text; choose "
             f"{'--model gpt' if text else 'another model, or --data text:FILE'}."
         )
 
@@ -336,7 +336,7 @@ def build_learner(
     """The learner of a run with `total` steps, before its first step.
 
     Raises:
-        LayerwiseError: options that the rule, the model or the optimizer refuses, or that do not go together.
+        LayerwiseError: options that the rule, the model or the optimizer refuses, or that contradict each other.
     """
     check_takes(options)
     folder = Path(options.offload_folder or nearest_folder(Path(options.out or "runs")))
@@ -378,9 +378,15 @@ def build_learner(
         offload_folder=folder,
     )
     wanted, given = options.rule.models, model_name(options.model)
-    if wanted and given not in wanted:  # asked last, as a rule that checks this itself says more
+    if wanted and given not in wanted:  # checked last, because a rule that checks this itself gives a better message
         raise LayerwiseError(
             f"rule {options.rule.name!r} does not train the model {given!r}; choose the model {' or '.join(wanted)}."
+        )
+    outputs = outputs_of(options, facts)
+    if isinstance(options.model, models.OutsideModel) and learner.task.outputs != outputs:
+        raise LayerwiseError(
+            f"the network {given!r} has {learner.task.outputs} outputs, and {options.data} needs {outputs}; give its "
+            "last layer as many (a function may ask for them as `outputs`)."
         )
     if a_part:
         into_memory(learner.network.model)
@@ -388,17 +394,17 @@ def build_learner(
 
 
 class Trained(NamedTuple):
-    """A run read back."""
+    """A loaded run."""
 
     options: TrainOptions
     facts: DataSignature
     learner: Learner
     notes: list[str]
-    """What the user should know: the run is not finished, a damaged checkpoint was passed over."""
+    """Notes for the user: the run is not finished, a damaged checkpoint was skipped."""
 
 
 def load_run(folder: Path, device: str = "auto") -> Trained:
-    """The learner of the run in `folder`, ready to predict; its data set is not touched.
+    """Load the learner of the run in `folder`, ready to predict; its data set is not read.
 
     Raises:
         LayerwiseError: the folder holds no run, or no checkpoint that can be read.
@@ -411,7 +417,7 @@ def load_run(folder: Path, device: str = "auto") -> Trained:
 
 
 def read_state(folder: Path) -> tuple[TrainOptions, dict[str, Any], list[str]]:
-    """Options and newest checkpoint of the run in `folder`, and what the user should know of them.
+    """Read options and newest checkpoint of the run in `folder`, with notes for the user.
 
     Raises:
         LayerwiseError: the folder holds no run, or no checkpoint that can be read.
@@ -438,7 +444,7 @@ class MeasuredMemory(TypedDict):
 
 
 class RunState(TypedDict):
-    """What the checkpoint of a run holds; checkpoints of version 0.1.0 lack what is not required."""
+    """Content of a run's checkpoint; checkpoints of version 0.1.0 lack the fields that are not required."""
 
     learner: dict[str, Any]
     samples: Count
@@ -454,7 +460,7 @@ class RunState(TypedDict):
 
 
 def check_run_state(state: Any, folder: Path) -> None:
-    """Raise LayerwiseError unless the checkpoint of the run in `folder` holds what a run writes, in its ranges."""
+    """Raise LayerwiseError unless the checkpoint of the run in `folder` has the fields of a run, with legal values."""
     name, advice = f"the checkpoint in {shown(folder)}", "take an older one, or start the run again"
     convert(state, RunState, name, advice)
     checks.check_parts(state["learner"])

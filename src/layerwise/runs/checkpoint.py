@@ -1,7 +1,7 @@
-"""Checkpoints: safetensors + JSON, no pickle; written whole or not at all, checked when read.
+"""Checkpoints: safetensors + JSON, no pickle; written completely or not at all, verified when read.
 
 A checkpoint is a folder `step-<number>` with two files: `state.safetensors` holds the tensors, `state.json`
-everything else, the tree that both belong to, and the digest of both. One that several ranks have written
+everything else, the tree that joins both, and the digest of both. One that several ranks have written
 (`layerwise.runs.distributed_checkpoint`) has a safetensors file per rank, and `state.json` holds a digest of each.
 """
 
@@ -26,7 +26,7 @@ from layerwise.memory.tensorfile import TYPES, save_file
 from layerwise.records import Count, convert, parse_json, read_json
 from layerwise.runs.writing import FAILURES, flush, replaced
 
-KEPT = 2  # complete checkpoints that stay: the newest, and one to fall back to
+KEPT = 2  # complete checkpoints to keep: the newest, and one to fall back to
 
 
 class CorruptCheckpoint(LayerwiseError):
@@ -87,11 +87,11 @@ def make_current(partial: Path, about: Mapping[str, Any]) -> Path:
 
 
 def not_written(folder: Path, step: int, reason: BaseException) -> LayerwiseError:
-    """Why a checkpoint could not be written; what there is of it is removed."""
+    """Explain why a checkpoint could not be written, and remove the incomplete one."""
     final = folder / f"step-{step:09d}"
     shutil.rmtree(final.with_suffix(".partial"), ignore_errors=True)
     with contextlib.suppress(OSError):
-        folder.rmdir()  # where this was to be the first one
+        folder.rmdir()  # if this was to be the first one
     last = latest(folder)
     kept = f"; the last complete one is {last}" if last else ""
     return LayerwiseError(
@@ -100,15 +100,15 @@ def not_written(folder: Path, step: int, reason: BaseException) -> LayerwiseErro
 
 
 def load(path: Path, mapped: bool = False) -> dict[str, Any]:
-    """Read a checkpoint back, checked against its digest; tensors are on the host.
+    """Read a checkpoint and verify its digest; tensors are on the host.
 
     Args:
         path: of the checkpoint.
         mapped: leave the bytes in the file until they are read; not to be changed.
 
     Raises:
-        CorruptCheckpoint: a file is missing, cut short or changed, or is not what this program writes.
-        LayerwiseError: a file may not be read.
+        CorruptCheckpoint: a file is missing, truncated or changed, or was not written by this program.
+        LayerwiseError: there is no permission to read a file.
     """
     try:
         return _load(path, mapped)
@@ -117,7 +117,7 @@ def load(path: Path, mapped: bool = False) -> dict[str, Any]:
     except (LayerwiseError, *FAILURES, ValueError, RecursionError, MemoryError, RuntimeError) as reason:
         if isinstance(reason, PermissionError) or isinstance(reason.__cause__, PermissionError):
             raise LayerwiseError(
-                f"the checkpoint {shown(path)} may not be read (Permission denied); give yourself the right to read it."
+                f"the checkpoint {shown(path)} cannot be read (Permission denied); give yourself permission to read it."
             ) from reason
         raise _damaged(path, why(reason).removesuffix(".")) from reason
 
@@ -126,14 +126,14 @@ ADVICE = "take an older checkpoint"
 
 
 class Shards(TypedDict):
-    """Of a tensor that several files hold: its shape, and where each shard begins in it."""
+    """A tensor in several files: its shape, and where each shard begins."""
 
     shape: list[Count]
     offsets: dict[str, list[Count]]
 
 
 class About(TypedDict):
-    """The fields of `state.json`; the last two where several ranks have written the checkpoint."""
+    """The fields of `state.json`; the last two only if several ranks have written the checkpoint."""
 
     digest: str
     tree: dict[str, Any]
@@ -147,7 +147,7 @@ def _damaged(path: Path, reason: str) -> CorruptCheckpoint:
 
 def _load(path: Path, mapped: bool) -> dict[str, Any]:
     about = read_json(path / "state.json", Any, ADVICE)
-    convert(about, About, "state.json", ADVICE)  # the digest is of what was read, with any further field
+    convert(about, About, "state.json", ADVICE)  # the digest covers all fields that were read, known or not
     said = about.pop("digest")
     parts = about.get("parts")
     for name in parts or {}:
@@ -180,10 +180,10 @@ def _load(path: Path, mapped: bool) -> dict[str, Any]:
 
 
 def _assembled(path: Path, name: str, shards: Mapping[str, Any], tensors: dict[str, Tensor]) -> Tensor:
-    """One tensor out of its shards, which are taken out of `tensors`: they fill it, and none overlaps another.
+    """Join a tensor from its shards, which are taken out of `tensors`.
 
     Raises:
-        CorruptCheckpoint: they do not.
+        CorruptCheckpoint: the shards overlap, or do not fill the tensor.
     """
     shape, offsets = shards["shape"], shards["offsets"]
     if not offsets.keys() <= tensors.keys():
@@ -214,10 +214,10 @@ def _apart(a: Sequence[range], b: Sequence[range]) -> bool:
 
 
 def complete(folder: Path) -> list[Path]:
-    """Complete checkpoints in `folder`, oldest first; none where there is no such folder.
+    """List the complete checkpoints in `folder`, oldest first; none if there is no such folder.
 
     Raises:
-        LayerwiseError: the folder cannot be read, or is none.
+        LayerwiseError: the folder cannot be read, or is not a folder.
     """
     kind = kind_of(folder, "give yourself the right to read it")
     if kind is None:
@@ -226,7 +226,7 @@ def complete(folder: Path) -> list[Path]:
         names = [path.name for path in folder.iterdir()]
     except OSError as reason:
         raise LayerwiseError(
-            f"the checkpoints in {shown(folder)} cannot be read ({why(reason)}); put the folder right, then resume."
+            f"the checkpoints in {shown(folder)} cannot be read ({why(reason)}); repair the folder, then resume."
         ) from reason
     return [folder / name for name in sorted(names) if re.fullmatch(r"step-[0-9]{9,}", name)]
 
@@ -237,10 +237,10 @@ def latest(folder: Path) -> Path | None:
 
 
 def load_latest(folder: Path, mapped: bool = False) -> tuple[dict[str, Any] | None, list[str]]:
-    """The newest checkpoint that can be read, as by `load`, and for each damaged one what is read in its place.
+    """Load the newest checkpoint that is not damaged, with a sentence for each damaged one.
 
     Returns:
-        `(None, [])` where there is no checkpoint yet.
+        `(None, [])` if there is no checkpoint yet.
 
     Raises:
         CorruptCheckpoint: there are checkpoints, and all are damaged.
@@ -270,21 +270,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def split(state: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
-    """The tree of a state, with references in place of its tensors, and these."""
+    """Split a state into a tree with references instead of tensors, and the tensors."""
     tensors: dict[str, Tensor] = {}
     return _split(state, (), tensors), tensors
 
 
 def _map_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, none of which is in memory before it is read.
+    """Memory-map the tensors of a safetensors file.
 
-    The library checks the header first, so that no tensor lies outside of the file or over another one.
+    The library checks the header first, so that no tensor lies outside the file or overlaps another one.
     """
     with safetensors.safe_open(path, framework="pt") as checked:  # pyright: ignore[reportPrivateImportUsage]
         names = set(checked.keys())
     with path.open("rb") as file:
         first = 8 + int.from_bytes(file.read(8), "little")
-        header = parse_json(file.read(first - 8).decode(), "its header", ADVICE)  # no name twice
+        header = parse_json(file.read(first - 8).decode(), "its header", ADVICE)  # which refuses a duplicate name
         mapped = map_file(file.fileno(), path.stat().st_size, own_changes=True)
     if header.keys() - {"__metadata__"} != names or first % 8:
         raise ValueError("its header is not one that this program writes")
@@ -302,7 +302,7 @@ def _split(tree: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
     """Replace every tensor by a reference: a mapping with the one key `$tensor`; other keys with a `$` get a second."""
     if isinstance(tree, Tensor):
         name = "/".join(path)
-        while name in tensors:  # a key that holds a slash
+        while name in tensors:  # a key that contains a slash
             name += "'"
         tensors[name] = tree
         return {"$tensor": name}
@@ -315,10 +315,10 @@ def _split(tree: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
 
 
 def _join(tree: Any, tensors: Mapping[str, Tensor], used: set[str]) -> Any:
-    """The state of a tree: every reference becomes its tensor, whose name is added to `used`.
+    """Rebuild the state of a tree: every reference becomes its tensor, whose name is added to `used`.
 
     Raises:
-        ValueError: a reference to no tensor, or a second one to the same.
+        ValueError: a reference to a missing tensor, or a second reference to the same tensor.
     """
     if isinstance(tree, dict):
         if tree.keys() == {"$tensor"}:

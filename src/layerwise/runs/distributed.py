@@ -1,4 +1,4 @@
-"""Runs of several processes: their options, what all of them have in common, and how one rank is started."""
+"""Runs of several processes: their options, their common base, and how one rank is started."""
 
 import contextlib
 import os
@@ -53,14 +53,14 @@ class RankRun(Run, ABC):
     @property
     @abstractmethod
     def writes(self) -> bool:
-        """Whether this rank writes the folder, and prints what all have to say."""
+        """Whether this rank writes the folder, and prints for all ranks."""
 
     @abstractmethod
     def close(self) -> None:
-        """The end, on all ranks together: none leaves before everything is written."""
+        """End on all ranks together: none exits before everything is written."""
 
     def _begun(self, options: TrainOptions, resume: Path | None) -> Path | None:
-        """The run to continue: a restart continues what its job has begun, whose folder one rank knows."""
+        """The run to continue: a restart continues the run of its job, whose folder one rank knows."""
         if resume is not None:
             return resume
         found = folder_of_restarted(options) if self.writes else None
@@ -97,7 +97,7 @@ class RankRun(Run, ABC):
 
 
 class PartsRun(RankRun):
-    """A run whose ranks write every checkpoint together, each a part of it."""
+    """A run whose ranks write every checkpoint together, each one part."""
 
     def _write(self, state: dict[str, Any]) -> None:
         with self.ranks.together() as written:
@@ -106,7 +106,7 @@ class PartsRun(RankRun):
 
     @abstractmethod
     def _joined(self, states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """The state of the run, out of those of all ranks."""
+        """Join the states of all ranks to that of the run."""
 
     def _weights(self) -> Mapping[str, torch.Tensor]:
         state, _ = checkpoint.load_latest(self.folder / "checkpoints")  # written after the last step

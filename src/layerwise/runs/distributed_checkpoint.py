@@ -25,7 +25,7 @@ Join = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class LocalTensor:
-    """What one rank holds of a tensor."""
+    """The part of a tensor that one rank holds."""
 
     name: str
     shape: tuple[int, ...]
@@ -43,7 +43,7 @@ class LocalTensor:
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> "LocalTensor":
-        """What this rank holds of a tensor: a shard of a `DTensor`, otherwise all of it."""
+        """The part of a tensor that this rank holds: a shard of a `DTensor`, otherwise all of it."""
         shape, offsets = tuple(tensor.shape), [0] * tensor.dim()
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if isinstance(tensor, DTensor):
@@ -67,25 +67,25 @@ def save(
     group: dist.ProcessGroup | None,
     written: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write a checkpoint of all ranks together, whole or not at all; none leaves before it is complete.
+    """Write a checkpoint of all ranks together, completely or not at all; all wait until it is complete.
 
     Args:
         folder: of all checkpoints of the run, which every rank sees.
         step: number of finished steps.
         state: of this rank; nested mappings of tensors (also sharded ones), numbers, strings and None.
-        join: the whole tree out of those of all ranks.
+        join: makes the whole tree from those of all ranks.
         group: of the ranks.
         written: called when the part of this rank is written.
 
     Raises:
-        Refused: on every rank, where one of them could not write.
+        Refused: on every rank, if one of them could not write.
         RuntimeError: a rank is gone.
     """
     rank = dist.get_rank(group) if dist.is_initialized() else 0
     partial = folder / f"step-{step:09d}.partial"
 
     def gathered(work: Callable[[], Any]) -> list[Any]:
-        """What the work of each rank gives; the failure of one is the failure of all."""
+        """Gather the results of all ranks; if one fails, all fail."""
         try:
             mine = (None, work())
         except Exception as reason:
@@ -110,7 +110,7 @@ def save(
 
     def write() -> Any:
         mine = [tensor for tensor in held if writers.get(tensor.key) == rank]
-        if not mine:  # others have all that is here
+        if not mine:  # other ranks hold everything in this part
             written()
             return None
         path = partial / f"rank-{rank}.safetensors"
@@ -133,7 +133,7 @@ def save(
 
 
 def shared_out(held: Sequence[Sequence[LocalTensor]]) -> dict[str, int]:
-    """Which rank writes what, by key: where several hold the same, the one with the fewest bytes so far.
+    """Choose the rank that writes each key: if several hold the same, the one with the fewest bytes so far.
 
     >>> both, one = LocalTensor("a", (2,), (0,), (2,), 8), LocalTensor("b", (1,), (0,), (1,), 4)
     >>> shared_out([[one, both], [both]])
@@ -154,7 +154,7 @@ def shared_out(held: Sequence[Sequence[LocalTensor]]) -> dict[str, int]:
 
 
 def shards_of(held: Sequence[Sequence[LocalTensor]]) -> dict[str, Any]:
-    """Shape and offsets of every tensor of which no rank holds all."""
+    """Shape and offsets of every tensor that no rank holds completely."""
     shards: dict[str, Any] = {}
     for tensors in held:
         for tensor in tensors:

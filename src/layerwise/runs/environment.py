@@ -1,4 +1,4 @@
-"""The machine and the versions behind a figure, for the record."""
+"""Records the machine and the versions behind a result."""
 
 import functools
 import os
@@ -31,14 +31,14 @@ def device_name(device: torch.device) -> str:
 
 @functools.cache
 def commit() -> str | None:
-    """The commit of the checkout that this package runs from; None where it is an installed copy.
+    """The commit of the checkout that this package runs from; None for an installed copy.
 
     Source files that were changed after the commit add "-dirty".
     """
     package = Path(str(files("layerwise")))
     root = package.parents[1]
     if package.parent.name != "src" or not (root / ".git").exists():
-        return None  # a repository further up is the user's own
+        return None  # a repository in a parent folder belongs to the user
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True)
@@ -85,7 +85,8 @@ def environment() -> dict[str, Any]:
 def machine_in_words(found: dict[str, Any]) -> str:
     """The machine and the main versions in one line.
 
-    The vector instructions are there where they were recorded: they may decide the last bits, and a name hides them.
+    It includes the vector instructions if they were recorded: they may affect the last bits, and the name of a
+    processor does not show them.
     """
     cores = f"{found['cores']} cores" + (f" with {found['instructions']}" if "instructions" in found else "")
     devices = "".join(f", {name}" for name in found["devices"])

@@ -1,4 +1,4 @@
-"""Figures of a learner over the batches of a split."""
+"""Metrics of a learner over the batches of a split."""
 
 import io
 import math
@@ -21,7 +21,7 @@ def evaluate(learner: Learner, batches: data.Batches) -> dict[str, float]:
         `"<block>/<scalar>"` to value; `head/loss` and the task's main metric at the head always.
 
     Raises:
-        NonFiniteAnswer: the head's loss is NaN, so that its metrics mean nothing.
+        NonFiniteAnswer: the head's loss is NaN, so its metrics are meaningless.
     """
     return mean_of([totals(learner, batches)], learner.task)
 
@@ -29,7 +29,7 @@ def evaluate(learner: Learner, batches: data.Batches) -> dict[str, float]:
 def totals(learner: Learner, batches: data.Batches) -> tuple[dict[str, float], int]:
     """Sums over samples of the rule's scalars per block, and the number of samples.
 
-    The sums that a task makes its metrics of are there too, a number each, as `"<block>#<name>#<place>"`.
+    They include the sums from which a task computes its metrics, one number each, as `"<block>#<name>#<place>"`.
     """
     sums: dict[str, Tensor] = {}
     count = 0
@@ -49,7 +49,7 @@ def totals(learner: Learner, batches: data.Batches) -> tuple[dict[str, float], i
 
 
 def mean_of(parts: Sequence[tuple[dict[str, float], int]], task: Task | None = None) -> dict[str, float]:
-    """Means over all samples, and the task's metrics, out of the totals of parts of a data set.
+    """Compute means over all samples, and the task's metrics, from the totals of parts of a data set.
 
     Raises:
         NonFiniteAnswer: the head's loss is NaN, so that its metrics mean nothing.

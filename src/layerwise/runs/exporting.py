@@ -8,9 +8,9 @@ from layerwise.runs.output import check_output, data_paths, output_file
 
 
 def export(folder: Path, file: Path) -> tuple[str, list[str]]:
-    """Write the weights of a run's newest checkpoint, whoever wrote it, under the model's own parameter names.
+    """Write the weights of a run's newest checkpoint, of one or several ranks, under the model's own parameter names.
 
-    No model is built here, and none of this library's is needed: `model.load_state_dict(load_file(file))`, with
+    Loading them does not need this library: `model.load_state_dict(load_file(file))`, with
     safetensors' `load_file`, fills a model of the class that was trained.
 
     Args:
@@ -18,8 +18,8 @@ def export(folder: Path, file: Path) -> tuple[str, list[str]]:
         file: where to write; replaced in one step if it is a file; not in the folder of a run.
 
     Returns:
-        What has been written, in words; and what the user should know, a sentence each: the run is not finished, a
-        damaged checkpoint was passed over, the rule predicts with more than these weights.
+        A description of the file, and notes for the user: the run is not finished, a
+        damaged checkpoint was skipped, the rule predicts with more than these weights.
 
     Raises:
         LayerwiseError: no run, no checkpoint that can be read, a file that cannot be written.
@@ -27,7 +27,7 @@ def export(folder: Path, file: Path) -> tuple[str, list[str]]:
     check_output(file)  # before the work
     options, state, notes = read_state(folder)
     weights = state["learner"]["model"]
-    if "." in options.optimizer:  # some optimizers of other packages keep the weights to predict with themselves
+    if "." in options.optimizer:  # some optimizers of other packages keep the weights for prediction themselves
         learner = load_run(folder, "cpu").learner
         learner.optimizer.eval()
         weights = learner.network.model.state_dict()

@@ -1,4 +1,4 @@
-"""A run that stays within a peak of memory: in how many parts it takes its batches."""
+"""Finds the number of parts per batch with which a run stays within a peak of memory."""
 
 import warnings
 from collections.abc import Iterator
@@ -24,13 +24,13 @@ def fit_run(
     graph: Graph | None,
     peak: int,
 ) -> tuple[Fit, tuple[str, ...]]:
-    """Find the fewest parts whose step stays within a peak, on the first batch of a run.
+    """Find the smallest number of parts whose step stays within a peak, on the first batch of a run.
 
     Returns:
-        The fit, and what has been warned of: where parts change what is learned.
+        The fit, and the warnings about effects of the parts on learning.
     """
     x, y = next(iter(batches.epoch(0)))
-    total = 10**6  # no schedule ends while steps are measured
+    total = 10**6  # long enough that no schedule ends while steps are measured
     with told() as words:
         fit = fit_micro(
             lambda micro: build_learner(replace(options, micro=micro), facts, device, total, graph=graph),
@@ -44,7 +44,7 @@ def fit_run(
 
 @contextmanager
 def told() -> Iterator[list[str]]:
-    """A context in which warnings are noted and not shown."""
+    """A context that collects warnings instead of showing them."""
     words: list[str] = []
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
@@ -55,10 +55,10 @@ def told() -> Iterator[list[str]]:
 def within_peak(
     options: TrainOptions, facts: DataSignature, device: torch.device, batches: data.Batches, graph: Graph | None
 ) -> TrainOptions:
-    """The options of a run with the fewest parts that stay within its peak.
+    """Set the options of a run to the smallest number of parts that stays within its peak.
 
     Raises:
-        LayerwiseError: no number of parts is enough, or the peak is that of a comparison.
+        LayerwiseError: no number of parts is enough, or the peak is one for comparisons.
     """
     if options.peak is None:
         return options
@@ -71,7 +71,7 @@ def within_peak(
 
 
 def note_of_peak(options: TrainOptions) -> list[str]:
-    """A sentence on how a run stays within its peak, where it has one."""
+    """Explain how a run stays within its peak, if it has one."""
     if options.peak is None:
         return []
     parts = "as a whole" if options.micro == 1 else f"in {options.micro} parts (--micro {options.micro})"
@@ -79,7 +79,7 @@ def note_of_peak(options: TrainOptions) -> list[str]:
 
 
 def check_alone_for_peak(alone: bool) -> None:
-    """Raise LayerwiseError where several processes train the run, as the search measures steps of one."""
+    """Raise LayerwiseError if several processes train the run, because the search measures steps of one."""
     if not alone:
         raise LayerwiseError(
             "peak is measured in one process, and this run has several; leave it out, or give --micro with the number "

@@ -1,4 +1,4 @@
-"""The folder of a run: claimed by one process at a time, made empty, its options read back, its log cut."""
+"""The folder of a run: locking it for one process, creating it, and reading its options."""
 
 import contextlib
 import fcntl
@@ -24,18 +24,18 @@ from layerwise.runs.writing import write_atomically
 
 
 class Claim:
-    """An exclusive claim on a folder: no second run, resume or comparison works there meanwhile.
+    """An exclusive lock on a folder: no second run, resume or comparison can use it meanwhile.
 
     The system's lock on the folder ends with `release`, or with the last process that holds it, however that ends.
 
     Args:
-        folder: made if it is missing.
-        patience: seconds to wait for another process, whose workers may live on for a moment after it was killed.
-        what: what another process is, for the sentence.
+        folder: created if it is missing.
+        patience: seconds to wait for another process, whose workers may live for a moment after it was killed.
+        what: what to call another process in an error.
 
     Attributes:
-        fresh: whether the folder was made here.
-        handle: number of the open folder, for processes that are to hold the claim, too.
+        fresh: whether the folder was created here.
+        handle: descriptor of the open folder, for processes that share the lock.
 
     Raises:
         LayerwiseError: the folder cannot be written, or another process works there.
@@ -68,7 +68,7 @@ class Claim:
                         f"another {what} is running in {shown(self.folder)}; wait for it, or stop it."
                     ) from reason
                 time.sleep(0.1)
-            except OSError:  # a file system without locks, such as some network ones: nothing can be claimed there
+            except OSError:  # a file system without locks, such as some network file systems
                 return
         with contextlib.suppress(OSError):
             if os.path.samestat(os.stat(self.folder), os.fstat(self.handle)):
@@ -76,11 +76,11 @@ class Claim:
         raise LayerwiseError(f"another {what} has just replaced {shown(self.folder)}; try again.")
 
     def release(self) -> None:
-        """Give the folder up."""
+        """Unlock the folder."""
         self._close()
 
     def discard_if_empty(self) -> None:
-        """Remove the folder where it was made here and nothing came into it."""
+        """Remove the folder if it was created here and is empty."""
         with contextlib.suppress(OSError):
             if self.fresh:
                 self.folder.rmdir()
@@ -88,9 +88,9 @@ class Claim:
 
 @contextlib.contextmanager
 def claimed(folder: Path, patience: float = 0.0, what: str = "run") -> Iterator[int]:
-    """A context in which a folder is claimed; yields the number of the open folder. The arguments are `Claim`'s.
+    """A context in which a folder is locked; yields the descriptor of the open folder. The arguments are `Claim`'s.
 
-    A folder that was made here is removed again if it stays empty.
+    A folder that was created here is removed again if it stays empty.
 
     Raises:
         LayerwiseError: the folder cannot be written, or another process works there.
@@ -109,7 +109,7 @@ def _cannot_write(folder: Path, reason: BaseException) -> LayerwiseError:
 
 
 def read_options(folder: Path) -> TrainOptions:
-    """The options of the run in `folder`.
+    """Read the options of the run in `folder`.
 
     Raises:
         LayerwiseError: the folder holds no run, or its config.json is damaged or cannot be read.
@@ -117,7 +117,7 @@ def read_options(folder: Path) -> TrainOptions:
     check_run(folder)
     file = folder / OPTIONS
     values = read_json(file, Any, "start the run again")
-    for name in own_code_of(values):  # said before it is run: the folder may be somebody else's
+    for name in own_code_of(values):  # noted before the code runs, because the folder may come from somebody else
         note(f"runs {shown(name)}, which the run in {shown(folder)} names")
     return from_mapping(values, shown(file))
 
@@ -129,9 +129,9 @@ FREE = (
 
 
 def check_options(options: TrainOptions, trained: dict[str, Any], folder: Path) -> None:
-    """Raise LayerwiseError where config.json says other than the checkpoint on anything that decides the result."""
+    """Raise LayerwiseError if config.json and the checkpoint differ in an option that affects the result."""
     now = json.loads(json.dumps(to_mapping(options)))
-    # Options that are newer than the checkpoint had the value that is their default now.
+    # Options that are newer than the checkpoint behaved like their present default.
     trained = json.loads(json.dumps(to_mapping(TrainOptions()))) | trained
     for part in ("rule", "model"):
         own = trained.get(part)
@@ -154,17 +154,17 @@ def wanted_folder(options: TrainOptions) -> Path:
 
 
 BEGINNING = {"job", "job.partial", f"{OPTIONS}.partial", "tokenizer.json", "tokenizer.json.partial"}
-"""What a run that was killed at its very beginning leaves behind: nothing that anyone needs."""
+"""Files that a run killed at its very beginning leaves behind; nobody needs them."""
 
 
 LEFT = {"metrics.jsonl", "checkpoints", "model.safetensors", "test_correct.npy", "result.json", "log.txt"} | {
     *("diagnostics.json", "beliefs.json", "failed.json", "tensorboard")
 }
-"""What a run leaves behind beside its options."""
+"""Files of a run besides its options."""
 
 
 def new_folder(options: TrainOptions) -> Claim:
-    """The folder of a new run, claimed and empty. What `--overwrite` replaces is renamed; `drop_replaced` deletes it.
+    """Create the empty, locked folder of a new run. `--overwrite` renames the old one; `drop_replaced` deletes it.
 
     Raises:
         LayerwiseError: the folder holds something, another process works there, or it cannot be written.
@@ -181,7 +181,7 @@ def new_folder(options: TrainOptions) -> Claim:
 
 
 def _new_folder(folder: Path, options: TrainOptions) -> Claim | None:
-    """The folder, claimed and empty; None where it is taken and another name will do."""
+    """Create the empty, locked folder; None if it is taken and another name is allowed."""
     any_name = options.out is None and not options.overwrite
     if any_name and kind_of(folder) is not None and (kind_of(folder) != "folder" or not _is_vacant(folder)):
         return None
@@ -199,7 +199,7 @@ def _new_folder(folder: Path, options: TrainOptions) -> Claim | None:
             return None
         if not options.overwrite:
             if kind_of(folder / OPTIONS) != "file":
-                raise LayerwiseError(f"{shown(folder)} is not empty, and is no run; choose another --out.")
+                raise LayerwiseError(f"{shown(folder)} is not empty and is not a run; choose another --out.")
             raise LayerwiseError(
                 f"{shown(folder)} is not empty; choose another --out, continue it with --resume {shown(folder)}, or "
                 "replace it with --overwrite."
@@ -215,7 +215,7 @@ def _is_vacant(folder: Path) -> bool:
 
 
 def _replaced(folder: Path, old: Claim, options: TrainOptions) -> Claim:
-    """A new folder in place of that of an old run, which is kept under another name until the new one has begun."""
+    """Replace the folder of an old run, which is kept under another name until the new run has begun."""
     if kind_of(folder / OPTIONS) != "file":
         raise LayerwiseError(f"{shown(folder)} is not the folder of a run, so --overwrite does not delete it.")
     real = folder.resolve()
@@ -232,7 +232,8 @@ def _replaced(folder: Path, old: Claim, options: TrainOptions) -> Claim:
     if kind_of(aside) is not None:
         if kind_of(aside) != "folder" or not _was_run(aside):
             raise LayerwiseError(
-                f"{shown(aside)}, where --overwrite puts the old run aside, is no run and is not deleted; move it away."
+                f"{shown(aside)}, where --overwrite puts the old run aside, is not a run and is not deleted; move it "
+                "away."
             )
         shutil.rmtree(aside)  # an earlier replacement was killed before it could delete it
     real.rename(aside)
@@ -247,26 +248,26 @@ def _replaced(folder: Path, old: Claim, options: TrainOptions) -> Claim:
 
 
 def _was_run(folder: Path) -> bool:
-    """Whether a folder is a run, or what is left of one whose deletion was cut short."""
+    """Whether a folder is a run, or the rest of one whose deletion was interrupted."""
     return kind_of(folder / OPTIONS) == "file" or {path.name for path in folder.iterdir()} <= {*BEGINNING, *LEFT}
 
 
 def _named_inside(options: Any, real: Path) -> str | None:
-    """A path that options name, alone or in a form such as `text:PATH` or `FILE.py:NAME`, and that lies in a folder."""
+    """Find a path in the options, alone or in a form such as `text:PATH` or `FILE.py:NAME`, that lies in a folder."""
     if isinstance(options, Mapping):
         options = list(options.values())
     if isinstance(options, (list, tuple)):
         return next((found for value in options if (found := _named_inside(value, real)) is not None), None)
     if isinstance(options, str) and options:
         for word in (options, options.partition(":")[2], options.rpartition(":")[0]):
-            with contextlib.suppress(OSError, ValueError):  # no path at all
+            with contextlib.suppress(OSError, ValueError):  # not a path
                 if word and Path(word).exists() and Path(word).resolve().is_relative_to(real):
                     return word
     return None
 
 
 def set_aside(folder: Path) -> Path:
-    """The name under which a replaced run waits until its successor has begun."""
+    """The name under which a replaced run is kept until its successor has begun."""
     real = folder.resolve()
     return real.with_name(f".{real.name[:200]}.replaced")
 
@@ -283,7 +284,7 @@ def drop_replaced(folder: Path) -> list[str]:
 
 
 def undo_replacement(folder: Path) -> None:
-    """Put a replaced run back where its successor could not begin."""
+    """Restore a replaced run if its successor could not begin."""
     aside = set_aside(folder)
     with contextlib.suppress(OSError):
         if aside.exists() and _is_vacant(folder):
@@ -298,12 +299,12 @@ def numbered(folder: Path) -> Iterator[Path]:
 
 
 def mark(folder: Path) -> None:
-    """Note in the folder of a new run which job of torchrun it belongs to, so that a restart of it finds the run."""
+    """Record torchrun's job in the folder of a new run, so that a restart of the job finds the run."""
     write_atomically(folder / "job", _job() + "\n")
 
 
 def folder_of_restarted(options: TrainOptions) -> Path | None:
-    """The folder that an earlier attempt of this job has made; None at the first, or where it made none."""
+    """The folder that an earlier attempt of this job has created; None at the first attempt, or if there is none."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return None
     first = wanted_folder(options)
@@ -317,13 +318,13 @@ def folder_of_restarted(options: TrainOptions) -> Path | None:
 
 
 def _job() -> str:
-    """What distinguishes starts of torchrun: its id, or else its process, which starts every attempt."""
+    """Identifies a start of torchrun: its id, or else its process, which starts every attempt."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return name if name != "none" else f"{socket.gethostname()} {os.getppid()}"
 
 
 def check_not_lost(folder: Path, save_every: int) -> None:
-    """Raise LayerwiseError where the run in `folder` had checkpoints, of which none is left: it would begin anew.
+    """Raise LayerwiseError if all checkpoints of the run in `folder` are lost, because it would start anew.
 
     Args:
         folder: of a run without a checkpoint.

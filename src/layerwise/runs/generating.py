@@ -1,4 +1,4 @@
-"""Text that a run on text writes: token by token, with keys and values kept, also from a block's own readout."""
+"""Generates text with a run: token by token, with cached keys and values, also from a block's own readout."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -18,21 +18,21 @@ from layerwise.learner import Learner
 from layerwise.models.gpt import CausalAttention, remembering
 from layerwise.runs.building import check_tokenizer, load_run, read_tokenizer
 
-SAMPLE = 100  # tokens of text that a finished run writes, for the report
+SAMPLE = 100  # tokens of text that a finished run generates for the report
 SAMPLE_PROMPT = 16  # tokens of the test split before them
 SAMPLE_TEMPERATURE = 0.8
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn."""
+    """How to draw tokens."""
 
     temperature: NonNegativeFloat = 1.0
     """Divides the logits; 0 takes the most likely token."""
     top_k: PositiveInt | None = None
-    """Draw among so many of the most likely tokens; all of them if not given."""
+    """Draw among this many of the most likely tokens (default: all)."""
     seed: NonNegativeInt = 0
-    """Of the draws."""
+    """Seed of the draws."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -41,24 +41,24 @@ class Sampling:
 def written(
     folder: Path, prompt: str, tokens: int, sampling: Sampling, block: int | None = None, device: str = "auto"
 ) -> tuple[str, list[str]]:
-    """The prompt and the text that the run in `folder` writes after it, and what the user should know of the run.
+    """Continue a prompt with the run in `folder`; returns prompt and text, and notes for the user.
 
     Args:
         folder: of a run on text.
-        prompt: text to continue, one token at least.
-        tokens: how many are written.
-        sampling: how they are drawn.
-        block: number of the block, from 1, whose readout decides; the head if not given.
+        prompt: text to continue, at least one token.
+        tokens: how many to generate.
+        sampling: how to draw them.
+        block: number of the block, from 1, whose readout predicts (default: the head).
         device: where to run.
 
     Raises:
-        LayerwiseError: no run on text, a prompt that is empty, too long or of unknown characters, a block without a
-            readout.
+        LayerwiseError: not a run on text; a prompt that is empty, too long or has unknown characters; a block without
+            a readout.
     """
     options, facts, learner, notes = load_run(folder, device)
     tokenizer = read_tokenizer(folder, options)
     if tokenizer is None:
-        raise LayerwiseError(f"the run in {folder} is on no text, so it continues no prompt; give it an INPUT.")
+        raise LayerwiseError(f"the run in {folder} is not on text, so it cannot continue a prompt; give it an INPUT.")
     check_tokenizer(folder, tokenizer, facts)
     if tokens < 1:
         raise LayerwiseError(f"tokens is {tokens}; it must be a whole number, 1 or more.")
@@ -73,7 +73,7 @@ def written(
         )
     window = facts.shape[2]
     if len(given) + tokens - 1 > window:
-        notes.append(f"the run was trained on windows of {window} tokens; beyond that many its text may be worse")
+        notes.append(f"the run was trained on windows of {window} tokens; longer texts may be worse")
     found = list(generate(learner, given.tolist(), tokens, sampling, block))
     return tokenizer.decode([*given.tolist(), *found]), notes
 
@@ -87,15 +87,15 @@ def generate(
     block: int | None = None,
     keep: bool = True,
 ) -> Iterator[int]:
-    """Tokens that follow a prompt, one by one.
+    """Generate the tokens after a prompt, one by one.
 
     Args:
         learner: whose network predicts the next token.
-        prompt: tokens, one at least.
-        count: how many follow.
-        sampling: how they are drawn.
-        block: number of the block, from 1, whose readout decides; the head if not given.
-        keep: whether keys and values are kept where the model can, so that every token is looked at once.
+        prompt: at least one token.
+        count: how many to generate.
+        sampling: how to draw them.
+        block: number of the block, from 1, whose readout predicts (default: the head).
+        keep: cache keys and values if the model can, so that every token is processed once.
 
     Raises:
         LayerwiseError: the block has no readout.
@@ -114,17 +114,22 @@ def generate(
 
 
 def _drawn(logits: Tensor, sampling: Sampling, generator: Generator) -> int:
+    if not bool(logits.isfinite().all()):
+        raise LayerwiseError(
+            "what the network answers to the text is no finite number; see what layerwise eval says of the run."
+        )
     if sampling.temperature == 0:
         return int(logits.argmax())
     if sampling.top_k is not None and sampling.top_k < len(logits):
         least = logits.topk(sampling.top_k).values[-1]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    return int(torch.multinomial((logits / sampling.temperature).softmax(-1), 1, generator=generator))
+    below = (logits - logits.max()).double()  # so that a temperature near zero divides nothing that is not
+    return int(torch.multinomial((below / sampling.temperature).softmax(-1).float(), 1, generator=generator))
 
 
 @torch.no_grad()
 def outputs_at(learner: Learner, x: Tensor, block: int) -> Tensor:
-    """What the readout of a block predicts, `(B, ..., K)`; no later block is run.
+    """Predict with the readout of a block, `(B, ..., K)`; no later block is run.
 
     Args:
         learner: the learner, built.
@@ -140,7 +145,7 @@ def outputs_at(learner: Learner, x: Tensor, block: int) -> Tensor:
         raise LayerwiseError(f"there is no block {block}; the network has the blocks 1 to {blocks}.")
     if not isinstance(rule, (ReadsOut, PassesBeliefs)) or str(block - 1) not in auxiliary:
         able = sorted(int(i) + 1 for i in auxiliary if int(i) < blocks) if isinstance(rule, ReadsOut) else []
-        advice = f"its blocks with one are {', '.join(map(str, able))}" if able else "leave --block out"
+        advice = f"blocks with a readout: {', '.join(map(str, able))}" if able else "leave --block out"
         raise LayerwiseError(f"block {block} has no readout under the rule {rule.name!r}; {advice}.")
     with learner.evaluating(), learner.built.engine.autocast(), network.passing(x):
         if isinstance(rule, PassesBeliefs):
@@ -155,17 +160,17 @@ def outputs_at(learner: Learner, x: Tensor, block: int) -> Tensor:
 
 def _belief(rule: PassesBeliefs, network: Partition, auxiliary: dict[int, Any], x: Tensor, block: int) -> Tensor:
     """The belief after a block; the generator stops there."""
-    place = 1 + sorted(auxiliary).index(block - 1)  # the first belief is that before any block
+    place = 1 + sorted(auxiliary).index(block - 1)  # the first belief precedes all blocks
     return next(belief for i, belief in enumerate(rule.beliefs(network, auxiliary, x)) if i == place)
 
 
 def sample_of(learner: Learner, tokenizer: Tokenizer, window: Tensor) -> dict[str, str]:
-    """A text that a finished run writes: the same one for the same weights.
+    """Generate a text with a finished run; the same weights give the same text.
 
     Args:
         learner: of the run.
         tokenizer: of the run.
-        window: tokens of the test split, of which the first ones are the prompt.
+        window: tokens of the test split; the first ones are the prompt.
     """
     prompt = window[:SAMPLE_PROMPT].tolist()
     found = list(generate(learner, prompt, SAMPLE, Sampling(SAMPLE_TEMPERATURE)))

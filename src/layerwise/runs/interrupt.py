@@ -1,4 +1,4 @@
-"""How a run is asked to stop: Ctrl-C and SIGTERM wait for the end of the step."""
+"""Stops a run: Ctrl-C and SIGTERM wait for the end of the step."""
 
 import contextlib
 import signal
@@ -18,7 +18,7 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """A context in which Ctrl-C and SIGTERM are remembered, to be answered at the end of a step; a second one acts.
+    """A context in which Ctrl-C and SIGTERM are recorded and handled at the end of a step; a second one acts at once.
 
     Attributes:
         received: number of the signal that has arrived, or 0.
@@ -29,7 +29,7 @@ class Signals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
-        with contextlib.suppress(ValueError):  # not in the main thread: signals are its business
+        with contextlib.suppress(ValueError):  # signals can only be handled in the main thread
             for signum in (signal.SIGINT, signal.SIGTERM):
                 self._before[signum] = signal.signal(signum, self._remember)
         return self

@@ -1,4 +1,4 @@
-"""How several processes share a run, as the command line says it."""
+"""Options for several processes that share a run."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -16,9 +16,9 @@ class ParallelOptions:
     """none | pipeline (blocks on several ranks, messages forward only) | data (all blocks on every rank, gradients
     averaged) | sharded (data, and each rank keeps a shard of every parameter); start it with torchrun."""
     stages: str | None = None
-    """Groups of blocks per rank, such as 3,3; balanced by the time that blocks take on the first rank if not given."""
+    """Groups of blocks per rank, such as 3,3 (default: balanced by the time of the blocks on the first rank)."""
     replicas: int = 1
-    """Pipelines side by side, each on its share of every batch; they divide the ranks among them."""
+    """Number of parallel pipelines, each on its share of every batch; they divide the ranks among them."""
     timeout: float = 300.0
     """Seconds after which a rank that does not answer counts as lost."""
 

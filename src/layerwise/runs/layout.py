@@ -1,4 +1,4 @@
-"""Where the files of a run lie."""
+"""Paths of the files of a run."""
 
 import re
 from pathlib import Path
@@ -7,11 +7,11 @@ from layerwise.errors import LayerwiseError
 from layerwise.files import kind_of, shown
 
 OPTIONS = "config.json"
-"""The file with the options of a run; a folder without it holds none."""
+"""The file with the options of a run; a folder without it is not a run."""
 
 
 def check_run(folder: Path) -> None:
-    """Raise LayerwiseError where a folder holds no run."""
+    """Raise LayerwiseError if a folder holds no run."""
     if kind_of(folder / OPTIONS) is None:
         raise LayerwiseError(f"{shown(folder)} holds no run (no {OPTIONS}); give the folder of a run.")
 

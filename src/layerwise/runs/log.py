@@ -17,7 +17,7 @@ Log = Callable[[dict[str, Any]], None]
 
 
 class LogLine(TypedDict):
-    """What every line has."""
+    """Fields of every line."""
 
     step: Count
     split: str
@@ -25,11 +25,11 @@ class LogLine(TypedDict):
 
 @contextlib.contextmanager
 def open_log(folder: Path, step: int, tensorboard: bool = False) -> Iterator[Log]:
-    """A function that writes one line to the log of a run.
+    """Return a function that writes one line to the log of a run.
 
     Args:
         folder: of the run.
-        step: from which the run continues; later lines of an earlier process are dropped.
+        step: step at which the run continues; later lines of an earlier process are dropped.
         tensorboard: write the numbers to `tensorboard/` in the folder, too.
 
     Raises:
@@ -79,12 +79,12 @@ def summary_writer() -> Any:
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
-    """The lines of a log with all of their fields; none where there is no file yet.
+    """Read the lines of a log with all of their fields; none if there is no file yet.
 
-    A line that a crash left half-written is left out.
+    A line that a crash left incomplete is skipped.
 
     Raises:
-        LayerwiseError: the file is there and cannot be read.
+        LayerwiseError: the file exists and cannot be read.
     """
     found = []
     with contextlib.suppress(MissingFile):
@@ -95,7 +95,7 @@ def read_log(file: Path) -> list[dict[str, Any]]:
 
 
 def drop_lines_after(file: Path, step: int) -> None:
-    """Drop what was logged after the checkpoint that the run continues from, and any half-written line.
+    """Drop lines that were logged after the checkpoint that the run continues from, and any incomplete line.
 
     Raises:
         LayerwiseError: the file cannot be read or written.
@@ -108,7 +108,7 @@ def drop_lines_after(file: Path, step: int) -> None:
 
 
 def by_epoch(log: Path, per_epoch: int, metric: str = "accuracy") -> dict[str, list[float | None]]:
-    """Accuracy, or another metric, of the head epoch by epoch, out of `metrics.jsonl`.
+    """Read the head's accuracy, or another metric, epoch by epoch from `metrics.jsonl`.
 
     Args:
         log: the file.

@@ -9,13 +9,12 @@ from typing import Any
 
 from layerwise import models, rules
 from layerwise.core import own_code
-from layerwise.core.ranges import TRAINING, check_ranges
+from layerwise.core.ranges import TRAINING, check_largest, check_ranges
 from layerwise.core.rule import Rule
 from layerwise.data.catalogue import is_table, is_text
 from layerwise.errors import LayerwiseError, short
 from layerwise.memory.fitting import read_size
 from layerwise.models import ModelOptions
-from layerwise.records import LARGEST
 from layerwise.replacements import check_name
 from layerwise.runs.settings import FLAGS, OF_TEXTS, RunSettings, build_options, load_recipe
 
@@ -24,7 +23,7 @@ OF_TASKS = {
     "label_smoothing": ("classification", "language_model"),
     **dict.fromkeys(OF_TEXTS, ("language_model",)),
 }
-"""Options to the tasks that they are about."""
+"""Maps options to the tasks to which they apply."""
 
 
 @dataclass(frozen=True)
@@ -63,27 +62,27 @@ class TrainOptions(RunSettings):
         return getattr(self, name) != type(self).__dataclass_fields__[name].default
 
 
-MOST_THREADS = 1024  # a system refuses to start many more, and the process dies of that
+MOST_THREADS = 1024  # beyond this many the system refuses to start threads, and the process dies
 
 
 def _check_number(name: str, value: Any) -> None:
-    """Refuse NaN, infinity and whole numbers of more than 64 bits, also inside of tuples and tables."""
+    """Refuse NaN, infinity and whole numbers of more than 64 bits, also inside tuples and tables."""
     if isinstance(value, (tuple, dict)):
         for item in value.values() if isinstance(value, dict) else value:
             _check_number(name, item)
     elif isinstance(value, float) and not math.isfinite(value):
         raise LayerwiseError(f"{name} is {value}; give a finite number.")
-    elif isinstance(value, int) and abs(value) > LARGEST:
-        raise LayerwiseError(f"{name} is {short(value)}; the largest whole number is 2^63 - 1.")
+    else:
+        check_largest(name, value)
 
 
 def model_name(options: ModelOptions) -> str:
-    """The name that a model's options are found by."""
+    """The name of a model's options."""
     return models.name_of(options)
 
 
 def run_name(options: TrainOptions) -> str:
-    """Data set and model as a part of a folder's name.
+    """Data set and model, as part of a folder's name.
 
     >>> run_name(from_mapping({"data": "hf:ylecun/mnist"}))
     'hf_ylecun_mnist-mlp'
@@ -103,7 +102,7 @@ def to_mapping(options: TrainOptions) -> dict[str, Any]:
 
 
 def _recorded(part: Rule | ModelOptions) -> dict[str, str]:
-    """SHA-256 of the files that a rule or a model of the user's was loaded from."""
+    """SHA-256 of the files from which a user's rule or model was loaded."""
     if isinstance(part, models.OutsideModel):
         return {"sha256": part.sha256} if part.sha256 else {}
     found = own_code.origin(type(part))
@@ -111,7 +110,7 @@ def _recorded(part: Rule | ModelOptions) -> dict[str, str]:
 
 
 def own_code_of(values: Any) -> list[str]:
-    """The files with code of the user's that options in the form of `to_mapping` name.
+    """The files with the user's code in options in the form of `to_mapping`.
 
     >>> own_code_of({"rule": {"name": "mine.py:Rule"}, "model": {"name": "mlp"}})
     ['mine.py']
@@ -122,21 +121,21 @@ def own_code_of(values: Any) -> list[str]:
 
 
 def from_mapping(values: Mapping[str, Any], where: str = "the options") -> TrainOptions:
-    """Options from nested plain values; what is left out takes its default.
+    """Build options from nested plain values; missing fields take their defaults.
 
     Args:
         values: fields of `TrainOptions`; `rule` and `model` are tables with a `name` and their own fields.
-        where: what the values come from, for the error sentence.
+        where: the origin of the values, for an error.
 
     Raises:
-        LayerwiseError: an unknown field, or a value of the wrong kind or out of range.
+        LayerwiseError: an unknown field, or a value of the wrong type or out of range.
 
     >>> from_mapping({"rule": {"name": "sll", "weight": 0.5}, "epochs": 3}).rule.weight
     0.5
     """
     if not isinstance(values, Mapping):
         raise LayerwiseError(
-            f"{where}: there is no table of options but {short(values)}; start the run again, or mend it."
+            f"{where}: instead of a table of options there is {short(values)}; start the run again, or correct it."
         )
     given = dict(values)
     parts: dict[str, Any] = {}
@@ -155,7 +154,7 @@ def from_mapping(values: Mapping[str, Any], where: str = "the options") -> Train
 
 
 def default_recipe(data: str | None) -> str:
-    """The recipe that the command line starts from, for the data that are asked for.
+    """The recipe that the command line starts from for these data.
 
     >>> default_recipe("digits"), default_recipe("text:book.txt")
     ('digits', 'shakespeare')
@@ -179,7 +178,7 @@ def to_words(options: TrainOptions) -> list[str]:
 
 
 def _differing(own: Any, base: Any, prefix: str) -> list[str]:
-    """`--name value` of the fields in which an object differs from another, or from its type's defaults."""
+    """`--name value` for the fields in which an object differs from another, or from its type's defaults."""
     base = base if type(base) is type(own) else type(own)()
     words = []
     for name in (f.name for f in dataclasses.fields(own)):

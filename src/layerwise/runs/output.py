@@ -1,4 +1,4 @@
-"""Files that a user names for the output of a command: nothing that is not to be replaced is."""
+"""Output files that a user names: files that must not be replaced are protected."""
 
 import contextlib
 import errno
@@ -23,7 +23,7 @@ GRID_FILES = ("compare.json", "environment.json", "results.csv", "summary.json")
 
 
 def data_paths(name: str) -> list[Path]:
-    """The file or folder that a data set is read from, if its name is a path.
+    """The file or folder of a data set, if its name is a path.
 
     >>> [str(path) for path in data_paths("imagefolder:a/b") + data_paths("t.csv") + data_paths("digits")]
     ['a/b', 't.csv']
@@ -35,15 +35,15 @@ def data_paths(name: str) -> list[Path]:
 
 
 def check_output(path: Path, inputs: Sequence[Path] = ()) -> Path:
-    """The file that is written where a user names `path`: links are followed.
+    """Resolve the output file that a user named; links are followed.
 
     Args:
-        path: what the user named.
-        inputs: files that the command reads; of a folder, its images and parquet files.
+        path: from the user.
+        inputs: files that the command reads; in a folder, its images and parquet files.
 
     Raises:
         LayerwiseError: one of the inputs, a file in the folder of a run, a record of a comparison; a folder, a socket
-            or a disk; a name that no file can have, a folder on the way that does not exist.
+            or a disk; a name that no file can have, a parent folder that does not exist.
     """
     try:
         mode = os.stat(path).st_mode
@@ -61,13 +61,13 @@ def check_output(path: Path, inputs: Sequence[Path] = ()) -> Path:
         inside = target.suffix.lower() in (*SUFFIXES, ".parquet") and target.is_relative_to(os.path.realpath(given))
         if inside or (os.path.exists(given) and os.path.samefile(path, given)):
             raise LayerwiseError(
-                f"could not write {shown(path)}: it is what the command reads, or a part of it; choose another place."
+                f"could not write {shown(path)}: the command reads it, or a part of it; choose another place."
             )
     for folder in target.parents:
         if (folder / "config.json").is_file() and (folder / "checkpoints").is_dir():
             raise LayerwiseError(
                 f"could not write {shown(path)}: it lies in {shown(folder)}, the folder of a run; choose a place "
-                "outside of it."
+                "outside it."
             )
     if mode is not None and target.name in GRID_FILES and (target.parent / "compare.json").is_file():
         raise LayerwiseError(f"could not write {shown(path)}: it is the record of a comparison; choose another place.")
@@ -76,10 +76,10 @@ def check_output(path: Path, inputs: Sequence[Path] = ()) -> Path:
 
 @contextlib.contextmanager
 def output_file(path: Path, inputs: Sequence[Path] = ()) -> Iterator[Path]:
-    """A new name to write under; its file then replaces `path` in one step, or is copied to the pipe or device there.
+    """Yield a new name to write to; the file then replaces `path` in one step, or is copied to a pipe or device there.
 
     Raises:
-        LayerwiseError: what `check_output` refuses; the disk is full, the folder is not writable.
+        LayerwiseError: `check_output` refuses it, the disk is full, or the folder is not writable.
     """
     target = check_output(path, inputs)
     place = _opened(path)
@@ -105,24 +105,24 @@ def output_file(path: Path, inputs: Sequence[Path] = ()) -> Iterator[Path]:
             os.close(place)
         if partial is not None:
             with contextlib.suppress(OSError):
-                partial.unlink()  # nothing is there where it has replaced the target
+                partial.unlink()  # it is gone if it has replaced the target
 
 
 def write_output(path: Path, content: str | bytes, inputs: Sequence[Path] = ()) -> None:
-    """Write what a user asked for into the file that the user named; errors as of `output_file`."""
+    """Write to the file that the user named; errors as of `output_file`."""
     with output_file(path, inputs) as file:
         file.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def check_json(path: str | None, inputs: Sequence[Path] = ()) -> bool:
-    """Refuse what `--json` names, as `check_output` does; whether it is `-`, and nothing else is to be printed."""
+    """Check the file of `--json`, as `check_output` does; return whether it is `-`, so that nothing else is printed."""
     if path is not None and path != "-":
         check_output(Path(path), inputs)
     return path == "-"
 
 
 def write_json(path: str | None, found: Any, inputs: Sequence[Path] = ()) -> None:
-    """Write results where `--json` says: to a file, or print them where it is `-`; nowhere if it was not given."""
+    """Write results to the file of `--json`, or print them if it is `-`; do nothing if it was not given."""
     text = json.dumps(found, indent=2) + "\n"
     if path == "-":
         print(text, end="")
@@ -131,17 +131,17 @@ def write_json(path: str | None, found: Any, inputs: Sequence[Path] = ()) -> Non
 
 
 def _opened(path: Path) -> int | None:
-    """A descriptor of a pipe or a device, or of what this process already writes to; None for other files."""
+    """Open a pipe, a device, or an output that this process already has; None for other files."""
     try:
         status = os.stat(path)
-        for standard in (1, 2):  # /dev/stdout, wherever it leads, continues at the place where it stands
+        for standard in (1, 2):  # /dev/stdout continues at its current position, wherever it leads
             with contextlib.suppress(OSError):
                 if os.path.samestat(status, os.fstat(standard)):
-                    sys.stdout.flush()  # what is printed comes first
+                    sys.stdout.flush()  # printed text comes first
                     return os.dup(standard)
         if stat.S_ISREG(status.st_mode):
             return None
-        # Without waiting: where nobody reads a pipe, opening it would never end.
+        # Non-blocking, because opening a pipe without a reader would never end.
         place = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
         os.set_blocking(place, True)
         return place

@@ -1,4 +1,4 @@
-"""`layerwise train --parallel pipeline`: a run whose blocks live on several ranks; messages travel forward only."""
+"""`layerwise train --parallel pipeline`: a run whose blocks are on several ranks; messages go forward only."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -36,7 +36,7 @@ from layerwise.runs.options import TrainOptions
 def replicas_of_stages(ranks: Ranks, count: int) -> Replicas:
     """The ranks that hold the same stage as this one, a column of the mesh of `count` pipelines."""
     mesh = torch.arange(ranks.count, device="cpu").view(count, -1)
-    # Groups of our own, as those that torch would make for the mesh have no time limit.
+    # We make the groups ourselves, because those that torch would make for the mesh have no time limit.
 
     def join() -> DeviceMesh:
         groups: list[Any] = [
@@ -52,11 +52,11 @@ def replicas_of_stages(ranks: Ranks, count: int) -> Replicas:
 class PipelineRun(PartsRun):
     """One rank's part of a run. The last rank, where the head is, writes the folder; all write the checkpoints.
 
-    Everything travels forward: batches, after them the figures of the log, and the signal to stop, which the first
-    rank gives. So a rank waits for the ranks after it only where the queue is full, and at checkpoints until all have
+    Everything is sent forward: batches, after them the metrics of the log, and the signal to stop, which the first
+    rank gives. So a rank waits for later ranks only if the queue is full, and at checkpoints until all have
     written their parts.
 
-    With replicas, several pipelines stand side by side, a row of the mesh each. Messages stay within the row; ranks
+    With replicas there are several pipelines, each a row of the mesh. Messages stay within the row; ranks
     that hold the same stage average its gradients. The last rank of the first pipeline writes the folder.
     """
 
@@ -121,7 +121,7 @@ class PipelineRun(PartsRun):
     # The stage's link.
 
     def receive(self) -> Any:
-        """The next tree from the rank before, on this rank's device."""
+        """Receive the next tree from the rank before, on this rank's device."""
         assert self.from_previous is not None
         tree = self.from_previous.receive()
         if self.ranks.transfer_device == self.device:
@@ -129,23 +129,23 @@ class PipelineRun(PartsRun):
         return tree_map_only(torch.Tensor, lambda t: t.to(self.device), tree)
 
     def send(self, tree: Any) -> None:
-        """Hand a tree to the next rank."""
+        """Send a tree to the next rank."""
         assert self.to_next is not None
         self.to_next.send(tree)
 
     def receive_matrix(self) -> torch.Tensor:
-        """The next output matrix from the last rank of this pipeline."""
+        """Receive the next output matrix from the last rank of this pipeline."""
         return self.matrix.receive()
 
     def send_matrix(self, matrix: torch.Tensor) -> None:
-        """Hand the output matrix to the other ranks of this pipeline."""
+        """Send the output matrix to the other ranks of this pipeline."""
         self.matrix.send(matrix)
 
-    # What a run in one process does otherwise.
+    # Methods that differ from a run in one process.
 
     @property
     def writes(self) -> bool:
-        """The last rank of the first pipeline writes, where the head is."""
+        """The last rank of the first pipeline writes, because it has the head."""
         return self.stage.last and self.row == 0
 
     def _restore(self) -> None:
@@ -192,13 +192,13 @@ class PipelineRun(PartsRun):
         return mean_of(self._gathered((sums, count)), self.learner.task)
 
     def _gathered(self, value: Any) -> list[Any]:
-        """What the last rank of each pipeline gives; on other ranks their own value alone."""
+        """Gather the values of the last rank of each pipeline; other ranks get only their own."""
         return self.replicas.gather(value) if self.replicas is not None and self.stage.last else [value]
 
     def _save(self) -> None:
         if self.replicas is not None and self.learner.accumulated:
             self.learner.average()
-        # The costs travel forward, too: the last rank writes them, once.
+        # The costs are sent forward, too: the last rank writes them once.
         if not self.stage.first:
             flops, memory = self.receive()
             self.flops = sum(found) if (found := [n for n in (flops, self.flops) if n is not None]) else None
@@ -213,7 +213,7 @@ class PipelineRun(PartsRun):
         super()._save()
 
     def _joined(self, states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """The state of the last stage with the learner of all; other pipelines hold the same."""
+        """The state of the last stage with the learners of all stages; other pipelines hold the same."""
         first = states[: self.length]
         return {**first[-1], "learner": joined([state["learner"] for state in first])}
 
@@ -236,7 +236,7 @@ class PipelineRun(PartsRun):
         return {}
 
     def _of_the_matrix(self) -> str:
-        """What the output matrix costs on the wire."""
+        """Traffic of the output matrix."""
         layer, rule = self.learner.network.output_layer, self.options.rule
         assert layer is not None
         assert isinstance(rule, ReadsOutputMatrix)
@@ -244,12 +244,12 @@ class PipelineRun(PartsRun):
         shape = " x ".join(map(str, layer.weight.shape))
         when = "after every step" if every == 1 else f"every {every} steps"
         return (
-            f"the output matrix ({shape}) travels from the last rank to {others} other{'s' * (others > 1)} {when}: "
+            f"the output matrix ({shape}) is sent from the last rank to {others} other{'s' * (others > 1)} {when}: "
             f"{layer.weight.nbytes * others / every:,.0f} bytes per step"
         )
 
     def close(self) -> None:
-        """The end, on all ranks together: none leaves before the last rank has written everything."""
+        """End on all ranks together: none exits before the last rank has written everything."""
         others = range(self.ranks.rank - self.stage.rank, self.ranks.rank)
         self.matrix.end()
         self.back.end_back()

@@ -1,4 +1,4 @@
-"""What a trained run predicts of images, or of the rows of a table."""
+"""Predicts images, or the rows of a table, with a trained run."""
 
 import csv
 import io
@@ -27,13 +27,13 @@ ADVICE = "give an image, a folder of images or a .npy array"
 
 
 def predictions(folder: Path, given: Path, device: str = "auto") -> tuple[str | bytes, list[str]]:
-    """CSV with what is predicted for every input, and what the user should know of the run.
+    """Return a CSV with the prediction for every input, and notes for the user.
 
     The columns after `input` are `class` and its `probability`; or each target, in its own units, and under the
-    gaussian loss its standard deviation; or the `labels` that hold and the probability of each. With a class per
+    gaussian loss its standard deviation; or the predicted `labels` and the probability of each. With a class per
     pixel it is a `.npy` array instead, uint8 `(N, H, W)`, in the order of the inputs.
 
-    What is read becomes numbers by the very functions that a training run uses.
+    Inputs are converted by the same functions as in training.
 
     Args:
         folder: folder of a trained run.
@@ -46,9 +46,9 @@ def predictions(folder: Path, given: Path, device: str = "auto") -> tuple[str | 
     """
     options, facts, learner, notes = load_run(folder, device)
     if facts.token_bytes:
-        raise LayerwiseError(f"the run in {folder} is on text, and continues a text: give --prompt in place of INPUT.")
+        raise LayerwiseError(f"the run in {folder} is on text and continues a text: give --prompt instead of INPUT.")
     if facts.graph:
-        raise LayerwiseError(f"the run in {folder} knows the nodes of its own graph only; use layerwise eval.")
+        raise LayerwiseError(f"the run in {folder} knows only the nodes of its own graph; use layerwise eval.")
     if (words := words_of(options)) is not None:
         source: Source = read_sentences(given, words, facts.contents)
         names, left_out = [str(row) for row in range(len(source))], []
@@ -68,15 +68,15 @@ def predictions(folder: Path, given: Path, device: str = "auto") -> tuple[str | 
             name = next(remaining)
             if not right:
                 raise LayerwiseError(
-                    f"what the network answers to the input {name} is no finite number; see whether its values are out "
-                    "of all range, and what layerwise eval says of the run."
+                    f"the network's output for the input {name} is not finite; check whether its values are out "
+                    "of range, and what layerwise eval says about the run."
                 )
             rows.writerow([name, *row])
     return text.getvalue(), notes + left_out
 
 
 def _columns(task: Task, facts: DataSignature) -> list[str]:
-    """Names of the columns of what is predicted."""
+    """Names of the columns of a prediction."""
     if isinstance(task, MultiLabel):
         return ["labels", *facts.classes]
     if not isinstance(task, Regression):
@@ -86,7 +86,7 @@ def _columns(task: Task, facts: DataSignature) -> list[str]:
 
 
 def _cells(task: Task, outputs: torch.Tensor, facts: DataSignature) -> Iterator[list[str]]:
-    """What stands in them, input by input."""
+    """Values of the columns, input by input."""
     if isinstance(task, Regression):
         found = task.decode(outputs)
         if task.criterion == "gaussian":
@@ -117,7 +117,7 @@ def _table(given: Path, facts: DataSignature) -> tuple[list[str], Source, list[s
 
 
 def _images(given: Path, facts: DataSignature) -> tuple[list[str], Source, list[str]]:
-    """Names and images, as those that the network was trained on."""
+    """Names and images, in the format that the network was trained on."""
     kind = kind_of(given, ADVICE)
     if kind is None:
         raise LayerwiseError(f"there is no file or folder {shown(given)}; {ADVICE}.")
@@ -132,7 +132,7 @@ def _images(given: Path, facts: DataSignature) -> tuple[list[str], Source, list[
         files = list_files(given, SUFFIXES, ADVICE)
         others = len(list_files(given)) - len(files)
         if others > 0:
-            notes.append(f"{others} files under {shown(given)} are no images and are left out")
+            notes.append(f"{others} files under {shown(given)} are not images and are left out")
     if not files:
         raise LayerwiseError(f"{shown(given)} holds no images.")
     rows = FileRows(given if kind == "folder" else None, files)
@@ -142,7 +142,7 @@ def _images(given: Path, facts: DataSignature) -> tuple[list[str], Source, list[
 
 
 def _read_array(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
-    """Images (N, C, H, W) with pixels from 0 to 255 out of a .npy file, which may hold no pickle."""
+    """Read images (N, C, H, W) with pixels from 0 to 255 from a .npy file, which must not hold a pickle."""
     try:
         with open_regular(path, ADVICE) as file:
             version = np.lib.format.read_magic(file)
@@ -161,12 +161,12 @@ def _read_array(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
             array = np.lib.format.read_array(file, allow_pickle=False)
     except LayerwiseError:
         raise
-    except Exception as reason:  # of numpy's parser, about damaged bytes of any kind
+    except Exception as reason:  # numpy's parser raises these for damaged bytes
         why = str(reason).partition("\n")[0] or type(reason).__name__
         raise LayerwiseError(f"{shown(path)} is not a readable .npy array ({why}).") from reason
     if not np.isfinite(array).all() or array.min() < 0 or array.max() > 255:
         raise LayerwiseError(
-            f"{shown(path)} holds NaN, infinity or numbers outside of 0 to 255; give pixels from 0 to 255."
+            f"{shown(path)} holds NaN, infinity or numbers outside 0 to 255; give pixels from 0 to 255."
         )
     if array.dtype.kind == "f" and 0 < array.max() <= 1 and (array % 1).any():
         raise LayerwiseError(
@@ -176,5 +176,5 @@ def _read_array(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def _unknown(count: int) -> torch.Tensor:
-    """Labels in the place of those that are to be predicted."""
+    """Placeholders for the labels to be predicted."""
     return torch.zeros(count, dtype=torch.int64, device="cpu")

@@ -23,7 +23,7 @@ class Progress:
         per_epoch: steps in an epoch.
         title: first line.
         silent: show nothing, as with --quiet.
-        metric: what is shown beside the loss.
+        metric: shown beside the loss.
     """
 
     def __init__(self, total: int, per_epoch: int, title: str, silent: bool = False, metric: Metric = ACCURACY):
@@ -85,7 +85,7 @@ class Progress:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as minutes and seconds, with hours where there are any.
+    """Format seconds as minutes and seconds, with hours if there are any.
 
     >>> clock(65), clock(3661)
     ('1:05', '1:01:01')
@@ -95,13 +95,13 @@ def clock(seconds: float) -> str:
 
 
 class GridProgress:
-    """Shows how far a grid of runs is, and the time left: a live bar on a terminal, a line per finished run elsewhere.
+    """Shows the progress of a grid of runs, and the time left: a bar on a terminal, elsewhere a line per finished run.
 
     Args:
         work: the work of all runs, in any unit.
         runs: their number.
         title: first line.
-        live: draw the bar again by itself; not while times are measured, which that would disturb.
+        live: redraw the bar automatically; not while times are measured, because it would disturb them.
     """
 
     def __init__(self, work: float, runs: int, title: str, live: bool = True):
@@ -140,7 +140,7 @@ class GridProgress:
         self.bar.stop()
 
     def skipped(self, work: float) -> None:
-        """A run was finished before, so it takes no time now."""
+        """A run was finished earlier, so it takes no time now."""
         self.work -= work
         self.over += 1
 
@@ -149,7 +149,7 @@ class GridProgress:
         self.running[name] = (work, share)
 
     def ended(self, name: str, line: str) -> None:
-        """A run has ended, well or not; `line` is printed."""
+        """A run has ended or failed; prints `line`."""
         self.done += self.running.pop(name)[0]
         self.over += 1
         if not self.console.is_terminal:
@@ -157,7 +157,7 @@ class GridProgress:
         self.console.print(on_one_line(line), markup=False, soft_wrap=True)
 
     def reached(self, turn: int) -> None:
-        """So many of the parts of the work are done; elsewhere than on a terminal a line for every tenth of them."""
+        """Show how many parts of the work are done; without a terminal, print a line for every tenth of them."""
         before, self.done, self.over = self.over, float(turn), turn
         if self.console.is_terminal:
             words = f"{turn} of {self.runs}"
@@ -166,7 +166,7 @@ class GridProgress:
             self.console.print(f"{turn} of {self.runs} · {self.left()} left", markup=False, soft_wrap=True)
 
     def left(self) -> str:
-        """Time left, estimated from the work done so far."""
+        """Estimate the time left from the work done so far."""
         done = self._done()
         if done <= 0:
             return "?"

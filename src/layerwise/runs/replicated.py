@@ -19,7 +19,7 @@ from layerwise.runs.options import TrainOptions
 class DataRun(RankRun):
     """One rank's part of a run. The first rank writes the folder.
 
-    Gradients are averaged group by group while the next group runs forward. The ranks agree on the figures
+    Gradients are averaged group by group while the next group runs forward. The ranks agree on the metrics
     of a log line, and on when to stop.
     """
 
@@ -53,7 +53,7 @@ class DataRun(RankRun):
         return self.ranks.rank == 0
 
     def close(self) -> None:
-        """The end, on all ranks together."""
+        """End on all ranks together."""
         self.replicas.gather(None)
         dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""The settings of a run but for its rule and its model, and the recipes that give them: torch is not imported here."""
+"""Settings of a run except its rule and model, and recipes. This module does not import torch."""
 
 import dataclasses
 import tomllib
@@ -24,69 +24,69 @@ FLAGS = {
     "window": "data.window",
     "documents": "data.documents",
 }
-"""Options to how they are written on the command line, where that is not their name: those of a text or a table."""
+"""Maps options of a text or a table to their spelling on the command line."""
 OF_TEXTS = ("tokenizer", "vocabulary", "window", "documents")
-"""Those of a text."""
+"""Options of a text."""
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Data: what is learned from, and what its labels are."""
+    """Data: what to learn from, and what its labels are."""
 
     data: str = "digits"
     """digits | mnist | fashion_mnist | cifar10 | cifar100 | cora | diabetes | digit_scenes | tinyshakespeare |
     text:PATH | hf:owner/name | imagefolder:PATH | parquet:PATH | PATH.csv."""
     task: DataTask = "classification"
-    """What the labels are: a class, numbers, several labels that hold or not, a class per pixel, or the next token,
-    which is that of every text."""
+    """What the labels are: a class, numbers, several labels, a class per pixel, or the next token (the task of every
+    text)."""
     loss: Literal["mse", "l1", "huber", "gaussian"] = "mse"
     """Loss of --task regression; with gaussian the network predicts a variance, too."""
     targets: Annotated[tuple[str, ...], arg(name=FLAGS["targets"])] = ()
-    """Of a table: the column of labels, or several; the one called label (or class, target, y) if not given."""
+    """Of a table: the column of labels, or several (default: the one called label, class, target or y)."""
     categories: Annotated[Literal["refuse", "onehot"], arg(name=FLAGS["categories"])] = "refuse"
     """Of a table: columns of words are refused, or become a column of zeros and ones for each word of the training
     rows."""
     gaps: Annotated[Literal["refuse", "mean", "median", "most_frequent"], arg(name=FLAGS["gaps"])] = "refuse"
     """Of a table: empty cells are refused, or get the mean, median or most frequent number of the training rows (words:
-    the most frequent)."""
+    the most frequent one)."""
     tokenizer: Annotated[TokenizerKind, arg(name=FLAGS["tokenizer"])] = "characters"
     """Of a text: characters | bytes | bpe (byte-level, trained on the training split)."""
     vocabulary: Annotated[int, arg(name=FLAGS["vocabulary"])] = 4096
-    """Of a text: number of tokens of a bpe."""
+    """Of a text: number of tokens of a bpe tokenizer."""
     window: Annotated[int, arg(name=FLAGS["window"])] = 128
-    """Of a text, or of a table's column of text: tokens that a sample holds."""
+    """Of a text, or of a table's column of text: tokens per sample."""
     documents: Annotated[bool, arg(name=FLAGS["documents"])] = False
-    """Of a text: empty lines part documents, whose order is drawn, and which splits do not cut."""
+    """Of a text: empty lines separate documents, which are shuffled, and which splits do not cut."""
     augment: tuple[str, ...] = ()
     """Random changes of training images: flip, crop, cutout."""
     image_size: int | None = None
-    """Side in pixels to which images are resized; their own size if not given."""
+    """Side in pixels to which images are resized (default: their own size)."""
     val_fraction: float = 0.1
     """Share of the training set that is held out for validation; 0 trains on everything."""
     train_samples: int | None = None
-    """Train on so many samples only, the same ones whatever the seed; all of them if not given."""
+    """Train on only this many samples, the same ones for every seed (default: all)."""
     label_noise: float = 0.0
-    """Share of wrong labels in the training and validation split, the same ones whatever the seed."""
+    """Share of wrong labels in the training and validation split, the same ones for every seed."""
     label_noise_kind: Literal["symmetric", "pairs"] = "symmetric"
-    """Any other class, or pairs of classes that look alike (cifar10 only)."""
+    """Wrong labels are any other class, or the partner in pairs of classes that look alike (cifar10 only)."""
     clean_validation: bool = False
     """Keep the true labels of the validation split."""
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What is done to the network before it learns."""
+    """How the network is prepared for learning."""
 
     cuts: str = "block"
     """Where to cut the model: block | layer | auto | names of modules or patterns (layers.*), separated by commas."""
     blocks: int | None = None
-    """Join the blocks to this many, balanced by their floating-point operations."""
+    """Join blocks until there are this many, balanced by their floating-point operations."""
     output: str | None = None
-    """Name of the entry of the model's output that holds the logits; logits, or the tensor itself, if not given."""
+    """Entry of the model's output that holds the logits (default: logits, or the tensor itself)."""
     tied: Literal["last", "first", "frozen"] | None = None
-    """Who trains a parameter that several blocks use, where the model is cut at its calls; the last if not given."""
+    """Which block trains a parameter that several blocks use, if the model is cut at its calls (default: the last)."""
     replace: tuple[str, ...] = ()
-    """Modules that take the place of the network's own: approx_gelu | approx_silu | mask_relu | ms_norm |
+    """Modules that replace the network's own: approx_gelu | approx_silu | mask_relu | ms_norm |
     binary | bi_mask | velora."""
     compile: bool = False
     """Run every block through torch.compile."""
@@ -101,7 +101,7 @@ class OptimizerSettings:
     epochs: int = 10
     """Passes over the training set."""
     steps: int | None = None
-    """Number of batches in all; overrides the epochs."""
+    """Total number of batches; overrides the epochs."""
     batch_size: int = 128
     """Samples per batch."""
     accumulate: int = 1
@@ -119,7 +119,7 @@ class OptimizerSettings:
     schedule: Literal["constant", "cosine", "onecycle"] = "onecycle"
     """Curve of the learning rate."""
     warmup: float = 0.3
-    """Share of the run that is spent warming up."""
+    """Share of the run for warming up."""
     label_smoothing: float = 0.0
     """Share of the target that is spread evenly over the classes."""
     clip: float | None = None
@@ -128,62 +128,62 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class MachineSettings:
-    """Where it runs, and what that costs."""
+    """Where the run executes, and how much memory it may take."""
 
     seed: int = 0
     """Seed of the initial weights, the order of the data and every random draw."""
     device: str = "auto"
-    """cpu | cuda | cuda:N | mps | xpu | auto (the accelerator where there is one)."""
+    """cpu | cuda | cuda:N | mps | xpu | auto (the accelerator if there is one)."""
     threads: int | None = None
-    """Threads of the CPU; the same number gives the same bits."""
+    """Threads of the CPU; the same bits need the same number."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the blocks (autocast)."""
     micro: int = 1
-    """Parts in which every block runs its batch, one after the other, before it steps: less memory, the same update."""
+    """Number of parts in which every block runs its batch, one after the other: less memory, the same update."""
     peak: str | None = None
-    """Most memory of activations and gradients, such as 200MiB: the run takes the fewest parts (--micro) that stay
-    within it. In a comparison also auto: the lowest of the rules as they are."""
+    """Limit for activations and gradients, such as 200MiB: the run uses the fewest parts (--micro) that stay
+    within it. In a comparison also auto: the lowest peak of the rules as given."""
     offload: Where = "none"
-    """Keep blocks in host memory or on disk, and on the device only those that are about to run."""
+    """Keep blocks in host memory or on disk, and on the device only those that run now or next."""
     offload_folder: str | None = None
-    """Folder for the file of --offload disk; that of the run if not given."""
+    """Folder for the file of --offload disk (default: that of the run)."""
     nonfinite: Literal["raise", "skip"] = "raise"
-    """Stop at a non-finite loss or gradient, or leave such updates out and count them."""
+    """Stop at a non-finite loss or gradient, or skip such updates and count them."""
 
 
 @dataclass(frozen=True)
 class OutputSettings:
-    """What is written, and where."""
+    """What to write, and where."""
 
     out: str | None = None
-    """Folder of the run; runs/<data>-<model>-<rule>-seed<seed> if not given."""
+    """Folder of the run (default: runs/<data>-<model>-<rule>-seed<seed>)."""
     overwrite: bool = False
     """Replace what is in the folder of the run."""
     save_every: int | None = None
-    """Steps between checkpoints; one per epoch if not given."""
+    """Steps between checkpoints (default: one per epoch)."""
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
     eval_every: int | None = None
-    """Steps between measurements on the validation split; one per epoch if not given."""
+    """Steps between measurements on the validation split (default: one per epoch)."""
     tensorboard: bool = False
     """Write the same scalars for TensorBoard."""
 
 
 @dataclass(frozen=True)
 class RunSettings(OutputSettings, MachineSettings, OptimizerSettings, ModelSettings, DataSettings):
-    """What a run is beside its rule and its model; each base is a group of the help."""
+    """All settings of a run except its rule and model; each base is a group of the help."""
 
 
 def build_options(cls: type, values: Mapping[str, Any], where: str) -> Any:
-    """An instance of a dataclass of options, out of plain values.
+    """Build a dataclass of options from plain values.
 
     Args:
         cls: the dataclass.
-        values: by field; what is left out takes its default, and what is no plain value stays as it is.
-        where: what the values come from, for the error sentence.
+        values: by field; missing fields take their defaults, and other objects stay as they are.
+        where: the origin of the values, for an error.
 
     Raises:
-        LayerwiseError: an unknown field, or a value of the wrong kind.
+        LayerwiseError: an unknown field, or a value of the wrong type.
     """
     hints = typing.get_type_hints(cls)
     legal = [f.name for f in dataclasses.fields(cls)]
@@ -202,7 +202,7 @@ def build_options(cls: type, values: Mapping[str, Any], where: str) -> Any:
 
 
 def _described(hint: Any) -> str:
-    """A type, for a sentence."""
+    """Describe a type for an error message."""
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 

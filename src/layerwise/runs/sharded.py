@@ -21,7 +21,7 @@ class ShardedRun(PartsRun, DataRun):
 
     def _totals(self, batches: Batches) -> tuple[dict[str, float], int]:
         found = super()._totals(batches)
-        # The last batch may have no sample for this rank; the other ranks need its shards nevertheless.
+        # The last batch may have no sample for this rank, but the other ranks need its shards.
         if 0 < len(batches.source) % batches.batch_size <= self.ranks.rank:
             x = batches.source.blank().to(self.device)
             y = next(iter(self.test_batches.without_images().epoch(0)))[1][:1]

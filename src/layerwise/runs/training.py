@@ -66,8 +66,8 @@ class Run:
         options: what to train, and how.
         command: the command line, for the record.
         resume: folder of a run to continue; the options are then the run's own.
-        stage: the part of the network that this process trains; all of it if not given.
-        replicas: the processes that train the same blocks on their share of every batch; none if not given.
+        stage: the part of the network that this process trains (default: all).
+        replicas: the processes that train the same blocks on their share of every batch (default: none).
 
     Raises:
         LayerwiseError: any mistake in the options or the data; nothing is written then.
@@ -97,7 +97,7 @@ class Run:
             options = within_peak(options, self.facts, self.device, self.train_batches, self.dataset.graph)
             self.options = options
         self.learner = build_learner(options, self.facts, self.device, self.total, stage, self.dataset.graph, replicas)
-        # Labels that the rule cannot do with, and data that cannot be read, are reported before anything is written.
+        # Labels that the rule cannot use, and data that cannot be read, are reported before anything is written.
         for part in (self.dataset.train, self.dataset.val, self.dataset.test):
             if part is not None:
                 self.learner.check_labels(part.checked_labels)
@@ -113,8 +113,8 @@ class Run:
         self.notes = [*self.dataset.notes, *note_of_peak(options)]
         if rest := self.total % options.accumulate:
             self.notes.append(
-                f"the last update is of {rest} batches, as {self.total} steps do not divide by --accumulate "
-                f"{options.accumulate}"
+                f"the last update is of {rest} batches, because --accumulate {options.accumulate} does not divide the "
+                f"{self.total} steps"
             )
         if options.tensorboard:
             summary_writer()
@@ -137,13 +137,13 @@ class Run:
         self.learner.prepare(*next(batches.epoch(0)))
 
     def _open(self, resume: Path | None) -> Path:
-        """The folder of the run, claimed, with its options in it."""
+        """Create and lock the folder of the run, and write its options."""
         if resume is not None:
             self._claim = Claim(resume)
         folder = resume or self._new_folder()
         try:
             tokenizer = self.dataset.tokenizer
-            if resume is None and tokenizer is not None:  # first, so that a run that can be resumed has it
+            if resume is None and tokenizer is not None:  # first, so that every run that can be resumed has it
                 write_atomically(folder / TOKENIZER, tokenizer.to_json())
             if kind_of(folder / "config.json") is None:
                 write_atomically(folder / "config.json", json.dumps(to_mapping(self.options), indent=2) + "\n")
@@ -156,7 +156,7 @@ class Run:
         return folder
 
     def release(self) -> None:
-        """Give up the claim on the folder, which no other run can use before; `train` does so at its end."""
+        """Unlock the folder, so that other runs can use it; `train` does so at its end."""
         if self._claim is not None:
             self._claim.release()
 
@@ -234,7 +234,7 @@ class Run:
         """Whether the memory of this step is measured; the largest measured step is reported.
 
         A step is measured when it ends an update, so that all accumulated gradients count, and after the first update,
-        as optimizers make their state in it (an update that was skipped makes none). It is measured once for every set
+        because optimizers create their state in it (a skipped update creates none). It is measured once for every set
         of groups that a rule joins or lets rest, and again when optimizers have made state since.
         """
         last = step == self.total - 1
@@ -249,7 +249,7 @@ class Run:
         return True
 
     def _batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches from `step` to the end; which ones depends on the seed and the step only."""
+        """Yield the batches from `step` to the end; they depend only on the seed and the step."""
         per_epoch = len(self.train_batches)
         while step < self.total:
             for x, y in self.train_batches.epoch(step // per_epoch, step % per_epoch):
@@ -264,10 +264,10 @@ class Run:
     def _evaluate(self, batches: data.Batches | None) -> dict[str, float]:
         return self._of_all_blocks(evaluate(self.learner, batches)) if batches is not None else {}
 
-    # What a run on several ranks does otherwise.
+    # Methods that a run on several ranks overrides.
 
     def _agree(self, resume: Path | None) -> None:
-        """Compare with the other ranks what the learner is built from."""
+        """Compare with the other ranks everything that the learner is built from."""
 
     def _device(self) -> torch.device:
         return pick_device(self.options.device)
@@ -367,7 +367,7 @@ class Run:
         self.notes += damaged
         if state is None:
             check_not_lost(self.folder, self.options.save_every or len(self.train_batches))
-            self.notes.append("the run was resumed before its first checkpoint, so it began again at step 0")
+            self.notes.append("the run was resumed before its first checkpoint, so it started again at step 0")
         else:
             check_run_state(state, self.folder)
             if state["learner"]["steps"] > self.total:

@@ -1,4 +1,4 @@
-"""Files that are replaced in one step: whoever reads them sees the old content or the new one."""
+"""Replaces files in one step: readers see the old content or the new one."""
 
 import contextlib
 import os
@@ -11,12 +11,12 @@ from layerwise.errors import LayerwiseError, why
 from layerwise.files import shown
 
 FAILURES = (OSError, safetensors.SafetensorError)
-"""What a disk that is full or not writable raises."""
+"""Errors of a disk that is full or not writable."""
 
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A name to write a file under, which then replaces `path` in one step: readers see the old file or the new one.
+    """Yield a name to write to; the file then replaces `path` in one step: readers see the old file or the new one.
 
     Raises:
         LayerwiseError: the disk is full, the folder is not writable, or no file can have this name.

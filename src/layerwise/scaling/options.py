@@ -92,7 +92,7 @@ def check_options(options: ScalingOptions, blocks: int) -> None:
         if way not in WAYS:
             raise unknown("way", way, WAYS)
     if "rule" not in options.ways:
-        raise LayerwiseError("the ways must hold rule, as what every other one is compared with.")
+        raise LayerwiseError("the ways must include rule, with which every other one is compared.")
     most = max(options.counts())
     torchs = [way for way in options.ways if way in PARTS]
     if torchs and not most <= options.micro_batches <= options.batch_size:

@@ -1,4 +1,4 @@
-"""What every task answers: how wide the outputs are, the loss, the metrics, and what a block compares itself with."""
+"""The interface of a task: the width of the outputs, the loss, the metrics, and the labels at a block."""
 
 from abc import abstractmethod
 from dataclasses import replace
@@ -16,7 +16,7 @@ Positions = Literal["sample", "token", "pixel"]
 
 
 class Task(Abstract):
-    """What the labels mean. A task of one's own is a frozen dataclass that inherits this and overrides `loss`.
+    """The meaning of the labels. A task of your own is a frozen dataclass that inherits this and overrides `loss`.
 
     Outputs are those of the network's head, or of a block's readout: `(B, K)` per sample, `(B, T, K)` per token,
     `(B, K, H, W)` per pixel, with K = `outputs`. Every loss is computed in float32 or wider whatever the precision
@@ -44,7 +44,7 @@ class Task(Abstract):
 
     @property
     def missing(self) -> int | None:
-        """Label of a prediction that counts in nothing, where only some rules can leave it out; None otherwise."""
+        """Label of predictions that do not count, if only some rules can ignore it; None otherwise."""
         return None
 
     def fitted(self, outputs: Tensor) -> Self:
@@ -115,11 +115,11 @@ class Task(Abstract):
         """
 
     def at(self, y: Tensor, resolution: tuple[int, ...]) -> Tensor:
-        """Labels at a block's resolution, `(B, h, w)` of maps `(B, H, W)`; labels that are no maps as they are."""
+        """Labels at a block's resolution, `(B, h, w)` of maps `(B, H, W)`; other labels unchanged."""
         return y
 
     def outputs_last(self, outputs: Tensor) -> Tensor:
-        """Outputs `(B, K, H, W)` as `(B, H, W, K)`; those that are no maps as they are."""
+        """Outputs `(B, K, H, W)` as `(B, H, W, K)`; others unchanged."""
         return outputs.movedim(1, -1) if self.positions == "pixel" else outputs
 
     def as_outputs(self, z: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class Task(Abstract):
         return z.movedim(-1, 1) if self.positions == "pixel" else z
 
     def posterior(self, z: Tensor) -> Posterior:
-        """The distribution of the label that outputs stand for, outputs last.
+        """The distribution of the label that outputs describe, outputs last.
 
         Raises:
             LayerwiseError: there is none.
@@ -135,7 +135,7 @@ class Task(Abstract):
         raise LayerwiseError(f"{self.kind} has no distribution of the label; choose a rule such as local_ce.")
 
     def surprise(self, z: Tensor, y: Tensor) -> Tensor:
-        """What each prediction adds to the loss, in the shape of the posterior's divergences; outputs last."""
+        """The loss of each prediction, in the shape of the posterior's divergences; outputs last."""
         raise LayerwiseError(f"{self.kind} has no distribution of the label; choose a rule such as local_ce.")
 
     def average(self, each: Tensor, y: Tensor) -> Tensor:

@@ -229,7 +229,7 @@ class Classification(Task):
             sums = y.double().sum(-1)
             if not (bool((y >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-2, rtol=0)):
                 raise LayerwiseError(
-                    "the labels are no probabilities: some are negative, or do not add up to 1 over the classes; give "
+                    "the labels are not probabilities: some are negative, or do not add up to 1 over the classes; give "
                     "probabilities, or task=MultiLabel() where several labels hold at once."
                 )
 
@@ -300,7 +300,7 @@ class LanguageModel(Classification):
     positions = "token"
 
     def chunk(self, predictions: int) -> int | None:
-        """`positions_at_once`, or as many as have `chunked.LOGITS` logits; None where that is all of them.
+        """`positions_at_once`, or as many as have `chunked.LOGITS` logits; None if that is all of them.
 
         >>> LanguageModel(classes=2**15).chunk(100), LanguageModel(classes=2**15).chunk(1000)
         (None, 128)
