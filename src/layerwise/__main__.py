@@ -2,7 +2,10 @@
 
 import sys
 
-from layerwise.cli.main import main
+try:
+    from layerwise.cli.main import main
+except KeyboardInterrupt:  # before anything has begun
+    sys.exit(130)
 
 if __name__ == "__main__":
     sys.exit(main())

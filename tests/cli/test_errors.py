@@ -249,6 +249,30 @@ def test_debug_is_taken_off_anywhere_on_the_line(capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_inside_an_import_waits_for_its_end(number, tmp_path, monkeypatch, capsys):
+    """Half of a module would fail in other ways: the import ends first, and then the command, with its code."""
+    (tmp_path / "slow_module.py").write_text(
+        f"import os, signal, time\nos.kill(os.getpid(), {int(number)})\ntime.sleep(0.05)\ndone = True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "slow_module", raising=False)
+
+    def command(words):
+        import slow_module
+
+        seen.append(slow_module.done)
+        time.sleep(5)
+
+    seen = []
+    monkeypatch.setattr(cli, "_run", command)
+    began = time.monotonic()
+    assert cli.main([]) == 128 + number and seen == [True]
+    assert time.monotonic() - began < 4
+    assert capsys.readouterr().err == "layerwise: stopped.\n"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_sigterm_ends_a_comparison_with_its_code(tmp_path):
     process = start(*split("compare --seeds 2 --epochs 500 --no-report --jobs 1 --out"), tmp_path / "out")
     deadline = time.monotonic() + 60

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from layerwise import LayerwiseError, Learner, Partition
-from layerwise.core.layers import has_gradients, layer_gradients, seeing_layers
+from layerwise.core.layers import has_gradients, layer_gradients, layers_of, seeing_layers
 
 LAYERS = [
     (nn.Linear(4, 3), (5, 4)),
@@ -34,6 +34,35 @@ def test_the_gradients_of_a_layer_are_autograds(layer, shape):
         found = layer_gradients(layer, x, signal)
     assert has_gradients(layer) and found.keys() == expected.keys()
     assert all(torch.allclose(found[p], expected[p]) for p in expected)
+
+
+@pytest.mark.parametrize("rule", ["forward_gradient", "likelihood_ratio"])
+def test_the_head_of_a_model_that_is_cut_at_its_calls_has_its_own_layers_alone(rule):
+    """To run the head again runs what lies before the first cut, which is the first block's."""
+
+    class Stemmed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+        def forward(self, x):
+            x = self.stem(x)
+            for layer in self.layers:
+                x = layer(x)
+            return self.head(x)
+
+    x, y = torch.randn(6, 4), torch.arange(6) % 3
+    model = Stemmed()
+    learner = Learner(model, rule, cuts="layers.*", example=x)
+    assert [layers_of(block) for block in learner.network.sites] == [
+        [model.stem, model.layers[0]],
+        [model.layers[1]],
+        [model.head],
+    ]
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    learner.step(x, y)
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
 def test_the_layers_of_a_compiled_block_are_not_looked_at():

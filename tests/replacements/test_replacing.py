@@ -244,6 +244,32 @@ def test_a_model_with_all_of_them_is_trained_under_every_rule(rule, options):
     assert continued.step(x, y).read() == learner.step(x, y).read()
 
 
+TWICE = {"approx_gelu": nn.GELU(), "approx_silu": nn.SiLU(), "mask_relu": nn.ReLU(), "ms_norm": nn.LayerNorm(32)}
+TWICE |= {name: nn.Identity() for name in ("velora", "bi_mask", "binary")}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_a_gradient_of_the_gradient_is_right_or_refused(name):
+    """What keeps less for the backward pass has no graph of it, so that a second one would be of something else."""
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(32, 32), copy.deepcopy(TWICE[name]), nn.Linear(32, 32)).double()
+    model = nn.Sequential(nn.Linear(32, 32), inner, nn.Linear(32, 3)).double()
+    x = torch.randn(4, 32, dtype=torch.float64)
+    model = replace(model, {"1.0": name} if name == "velora" else name, example=x) or model
+
+    def gradient(x):
+        return torch.autograd.grad(model(x).square().sum(), x, create_graph=True)[0]
+
+    if name != "binary":
+        with pytest.raises(LayerwiseError, match="has no gradient of its gradient"):
+            gradient(x.requires_grad_())
+        return
+    v = torch.randn_like(x)
+    (found,) = torch.autograd.grad(gradient(x.requires_grad_()).square().sum(), x)
+    a, b = (gradient((x + e * v).detach().requires_grad_()).square().sum().detach() for e in (1e-6, -1e-6))
+    assert float((found * v).sum()) == pytest.approx(float(a - b) / 2e-6, rel=1e-4)
+
+
 def test_traced_models_and_ones_cut_at_their_calls_take_them():
     """A model whose own forward pass is traced into blocks; and one that is cut at its calls."""
     x, y = torch.randn(4, 3, 8, 8), torch.arange(4) % 5

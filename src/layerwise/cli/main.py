@@ -6,15 +6,12 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from layerwise.cli.commands import BENCHES, COMMANDS
+from layerwise.cli.signals import SignalsRaise, Terminated
 from layerwise.errors import LayerwiseError, quiet, report_error, say, short, traceback_wanted, unknown
-
-
-class Terminated(BaseException):
-    """SIGTERM has arrived."""
 
 
 class CannotPrint(Exception):
@@ -75,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = argv if asked else [word for word in argv if word not in ("--debug", "--quiet")]
     stdout = sys.stdout
     try:
-        with _sigterm_raises(), contextlib.redirect_stdout(Output(stdout) if stdout is not None else stdout):
+        with SignalsRaise(), contextlib.redirect_stdout(Output(stdout) if stdout is not None else stdout):
             code = _run(words if asked else with_json_last(words))
             if stdout is not None:
                 sys.stdout.flush()  # here, where a failure can still be reported
@@ -171,27 +168,3 @@ def _run(words: list[str]) -> int:
     keep_freed_memory()
     module, _, function = COMMANDS[command].target.partition(":")
     return getattr(importlib.import_module(module), function)(rest)
-
-
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Let SIGTERM end the command like Ctrl-C, so that locks, workers and incomplete files are cleaned up.
-
-    A rank of torchrun keeps the default: it may be waiting for another rank inside a library, where no Python code
-    handles the signal.
-    """
-
-    def stop(signum: int, frame: Any) -> None:
-        raise Terminated
-
-    try:
-        ours = "TORCHELASTIC_RUN_ID" not in os.environ and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-        if ours:
-            signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread
-        ours = False
-    try:
-        yield
-    finally:
-        if ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from layerwise.core.once import once_differentiable
 
 LOGITS = 2**22
 """Default number of logits that exist at once: 16 MiB in float32."""

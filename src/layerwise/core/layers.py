@@ -31,13 +31,20 @@ def _once(block: Block, what: str, find: Callable[[Block], list[nn.Module]]) -> 
 
 
 def layers_of(block: Block) -> list[nn.Module]:
-    """Modules without children that a block may call: those of its chain, or of the model that it was traced out of."""
+    """Modules without children that a block may call: those of its chain, or of its model without other blocks' layers.
+
+    To run the head of a model that is cut at its calls again is to run what lies before the first cut, too.
+    """
     return _once(block, "layers", _layers_of)
 
 
 def _layers_of(block: Block) -> list[nn.Module]:
+    chain = isinstance(block.run, Chain)
     roots = block.run.modules if isinstance(block.run, Chain) else [block._model]
-    return [m for m in {m: None for root in roots for m in root.modules()} if not any(m.children())]
+    found = [m for m in {m: None for root in roots for m in root.modules()} if not any(m.children())]
+    own = {id(parameter) for parameter in block.parameters()}
+    held = {m: [id(p) for p in m.parameters(recurse=False)] for m in found}
+    return [m for m in found if chain or not held[m] or own & {*held[m]}]
 
 
 @contextmanager

@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from layerwise.core.once import once_differentiable
 from layerwise.errors import LayerwiseError
 from layerwise.models.base import named
 from layerwise.models.vit import PatchTransformer

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise.core.once import once_differentiable
+
 GELU_THRESHOLDS = (-3.1858810036855245, -0.001178821281161997, 3.190832613414926)
 GELU_JUMPS = (-0.04922261145617846, 1.0979632065417297, -0.048740595085551286)
 SILU_THRESHOLDS = (-6.3050461001646445, -0.0008684942046214787, 6.325815242089708)
@@ -68,6 +70,7 @@ class _Stepped(torch.autograd.Function):
         return kind.function(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (codes,) = ctx.saved_tensors
         return stepped(gradients[0], codes, ctx.kind.values), None

@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from layerwise.core.once import once_differentiable
 from layerwise.errors import LayerwiseError
 
 
@@ -24,6 +25,7 @@ class _ReinMax(torch.autograd.Function):
         return hard.clone(), soft
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         logits, hard, soft = ctx.saved_tensors
         of_hard, of_soft = gradients

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise.core.once import once_differentiable
+
 
 class _Norm(torch.autograd.Function):
     """Normalises the last dimension; keeps the output and one number per row."""
@@ -31,6 +33,7 @@ class _Norm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         y, scale = ctx.saved_tensors
         (dy,) = gradients

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise.core.once import once_differentiable
 from layerwise.errors import LayerwiseError
 
 RENEWED = 100
@@ -37,6 +38,7 @@ class _Masked(torch.autograd.Function):
         return F.linear(x, weight * mask, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, weight, mask, back = ctx.saved_tensors
         dy = gradients[0]

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise.core.once import once_differentiable
 from layerwise.errors import LayerwiseError
 
 
@@ -22,6 +23,7 @@ class _Projected(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         z, weight, direction = ctx.saved_tensors
         dy = gradients[0]
