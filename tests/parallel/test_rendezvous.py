@@ -350,7 +350,7 @@ def test_what_a_stranger_writes_into_the_store_is_not_run(key, disguise, tmp_pat
     ranks.rank, ranks.count, ranks.blocks, ranks.agreed = 0, 2, [], 0
     ranks.limit = datetime.timedelta(seconds=2)
     ranks.store = StoreClient(dist.PrefixStore("attempt/0", store), 2)
-    with pytest.raises(LayerwiseError, match="holds what no rank has written"):
+    with pytest.raises(LayerwiseError, match="holds a value that no rank has written"):
         ranks._greet() if key.startswith("greeting") else ranks.agree(None)
     assert not (tmp_path / "ran").exists()
 

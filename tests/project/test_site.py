@@ -15,7 +15,7 @@ from support.pages import ROOT
 from layerwise import rules
 
 pytestmark = [pytest.mark.slow, needs_chromium]
-SEEN = ["index.html", "rules/index.html", "rules/sll/index.html", "compare/index.html", "your-own-network/index.html"]
+SEEN = ["index.html", "rules/index.html", "rules/sll/index.html", "compare/index.html", "results/index.html"]
 
 
 @pytest.fixture(scope="module")

@@ -148,7 +148,7 @@ class PostNorm(nn.Module):
 def test_a_norm_that_something_else_reads_stays():
     with pytest.raises(LayerwiseError, match="ms_norm finds no module of PostNorm that it can replace"):
         replace(PostNorm(), "ms_norm", example=torch.randn(2, 8))
-    with pytest.raises(LayerwiseError, match="ms_norm has to see what reads each norm"):
+    with pytest.raises(LayerwiseError, match="ms_norm has to find the readers of each norm"):
         replace(PostNorm(), "ms_norm")
 
 

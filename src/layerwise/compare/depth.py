@@ -1,4 +1,4 @@
-"""What a step of each rule holds where the network is deeper: the figure for which one trains layer by layer."""
+"""Measures the memory of a step of each rule in deeper networks."""
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -14,17 +14,17 @@ from layerwise.runs import building
 from layerwise.runs.options import TrainOptions
 
 USUAL = (4, 16, 64)
-"""Numbers of blocks that are measured where nothing else is asked for."""
+"""Default numbers of blocks to measure."""
 SHARE = 0.25
-"""Of the time that the runs of a rule take, what measuring its memory may take unless it is asked for."""
+"""Largest time of an unrequested measurement of a rule's memory, as a share of the time of its runs."""
 ALWAYS = 20.0
-"""Seconds that measuring a rule may always take."""
+"""Seconds that measuring a rule may take in any case."""
 METERED = 6.0
 """A metered step takes a few times a plain one; two plain ones come first."""
 
 
 def depths_asked(text: str) -> tuple[int, ...] | None:
-    """The numbers of blocks that `--depths` names; None for auto.
+    """The numbers of blocks in `--depths`; None for auto.
 
     Raises:
         LayerwiseError: it is no list of positive numbers.
@@ -43,7 +43,7 @@ def depths_asked(text: str) -> tuple[int, ...] | None:
 def depths_of(
     label: str, options: TrainOptions, asked: tuple[int, ...] | None, plan: Mapping[str, Any], steps: int
 ) -> tuple[tuple[int, ...], str]:
-    """The numbers of blocks at which a rule is measured, and why not where there are none.
+    """The numbers of blocks at which to measure a rule, or the reason why there are none.
 
     Args:
         label: the rule as it was asked for.

@@ -1,4 +1,4 @@
-"""`layerwise compare`: a grid of runs, rules by seeds, that differ in the rule and in nothing else."""
+"""`layerwise compare`: a grid of runs, rules by seeds, that differ only in the rule."""
 
 import contextlib
 from collections.abc import Iterator
@@ -28,9 +28,9 @@ from layerwise.runs.options import TrainOptions, run_name, to_mapping
 from layerwise.runs.progress import GridProgress
 
 PATIENCE = 10  # seconds: workers of a comparison that was killed live on for a moment, and hold its folder
-NEVER = 10**9  # no checkpoint before the last step: a run that was cut short begins again
+NEVER = 10**9  # no checkpoint before the last step: an interrupted run starts again
 TUNE_SEED = 10_000
-"""Seed of the trials; not one that counts."""
+"""Seed of the trials, different from those of the runs."""
 
 
 @dataclass(frozen=True)
@@ -86,18 +86,18 @@ class Grid:
         common = replace(options, threads=threads, out=None, save_every=NEVER, peak=None)
         self.rules = read_rules(options.rules, common)
         self.baseline = read_rules((BASELINE,), replace(common, micro=1))[BASELINE]
-        """Plain backpropagation, beside which ways to a peak are timed."""
+        """Plain backpropagation, with which settings under a peak are timed."""
         self.unreached: set[str] = set()
         """Rules that cannot be brought under the peak; they are not trained."""
         words = () if options.rules == RIVALS else options.rules
         self.asked = {part for word in words for part in word.split(",")}
-        """Rules that the user has named; others are left out where they do not train this model."""
+        """Rules that the user has named; others are left out if they do not train this model."""
         base = f"runs/compare-{run_name(options)}"
         self.folder = Path(options.out or base)
         self.plan: dict[str, dict[str, Any]] = {}
-        """What a step of each rule costs, or why that could not be measured."""
+        """The cost of a step of each rule, or why it could not be measured."""
         self.chosen: dict[str, TrainOptions | None] = {}
-        """The options of each rule's runs; None where every trial failed."""
+        """The options of each rule's runs; None if every trial failed."""
 
     def run(self) -> dict[str, Any]:
         """Train the runs that are not finished, diagnose them, and write the tables.
@@ -131,7 +131,7 @@ class Grid:
         return self._write()
 
     def finals(self) -> list[GridRun | None]:
-        """The runs of the comparison, seed by seed; None where every trial of the rule failed."""
+        """The runs of the comparison, seed by seed; None if every trial of the rule failed."""
         found = []
         for seed in range(self.options.seeds):
             for label, options in self.chosen.items():
@@ -174,7 +174,7 @@ class Grid:
         )
 
     def _measure(self, pool: Pool) -> None:
-        """Measure once what a step of every rule costs, alone on the machine: for budgets, jobs and the time left."""
+        """Measure once the cost of a step of every rule, one at a time: for budgets, jobs and the time left."""
         missing = [label for label in self.rules if label not in self.plan]
         refused: dict[str, str] = {}
 
@@ -193,7 +193,7 @@ class Grid:
             del self.rules[label]
 
     def _bring_under(self, pool: Pool) -> None:
-        """Bring every rule under the peak, where there is one, and note how; what an earlier start found is kept."""
+        """Bring every rule under the peak, if there is one, and record how; earlier findings are kept."""
         if self.options.peak is None:
             return
         found = {label: plan["fit"] for label, plan in self.plan.items() if "fit" in plan}
@@ -234,7 +234,7 @@ class Grid:
             self.plan[label] |= {name: fit[name] for name in ("seconds_per_step", "flops_per_step")}
 
     def _measure_deeper(self, pool: Pool) -> None:
-        """Measure what a step of every trained rule holds at other numbers of blocks; what is known already stays."""
+        """Measure the memory of a step of every trained rule at other numbers of blocks, unless known already."""
         tasks, missing = [], []
         for label, options in self.chosen.items():
             known = self.plan[label].get("held_at", {})
@@ -337,7 +337,7 @@ class Grid:
 
 @contextlib.contextmanager
 def _gone_if_empty(file: Path) -> Iterator[None]:
-    """Remove a file at the end where nothing was written into it."""
+    """Remove a file at the end if it is empty."""
     try:
         yield
     finally:

@@ -26,7 +26,7 @@ class GridRun:
     """One run of a grid; `options.out` is its folder."""
 
     label: str
-    """The rule as it was asked for, with its options."""
+    """The rule as given, with its options."""
     name: str
     """Rule and seed, in words."""
     options: TrainOptions
@@ -61,7 +61,7 @@ class GridRun:
         return self.result is not None or (self.failure or {}).get("kind") in FINAL
 
     def _read(self, file: str, kind: Any) -> dict[str, Any] | None:
-        """A JSON file of the folder; None where it is missing."""
+        """A JSON file of the folder; None if it is missing."""
         try:
             return read_record(self.folder, file, kind)
         except MissingFile:
@@ -90,7 +90,7 @@ def train_all(
     begun: Callable[[GridRun], None] = lambda run: None,
     ended: Callable[[GridRun], None] = lambda run: None,
 ) -> None:
-    """Train the runs that are not settled, `jobs` at a time; a run that a crash left half-written starts again.
+    """Train the runs that are not settled, `jobs` at a time; a run that a crash left unfinished starts again.
 
     A run that fails leaves `failed.json` with `kind` and `reason` in its folder; the others continue.
 
@@ -104,7 +104,7 @@ def train_all(
 
     def begin(task: dict[str, Any]) -> None:
         run = by_folder[task["folder"]]
-        with claimed(run.folder):  # nobody has resumed it alone, and is still training it
+        with claimed(run.folder):  # nobody is training it separately
             shutil.rmtree(run.folder, ignore_errors=True)
         begun(run)
 

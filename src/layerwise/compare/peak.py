@@ -1,4 +1,4 @@
-"""Brings a row of a comparison under a peak of memory, by its own means, and times it beside plain backpropagation."""
+"""Brings a row of a comparison under a peak of memory, by its own means, and times it against plain backpropagation."""
 
 import statistics
 import time
@@ -23,14 +23,14 @@ from layerwise.runs.fitting import fit_run, told
 from layerwise.runs.options import TrainOptions
 
 OF_RULE = ("policy", "group")
-"""Fields of a rule that may differ between a row as asked and within the peak, beside `micro` and `blocks`."""
+"""Fields of a rule that may be changed to reach the peak, besides `micro` and `blocks`."""
 ENERGY_SECONDS = 1.0
 """Seconds over which energy is read: its counters move in steps of a millisecond."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Data and device that every way of a row shares."""
+    """Data and device, the same for all settings of a row."""
 
     facts: building.DataSignature
     dataset: data.Dataset
@@ -51,12 +51,12 @@ class Problem:
         return building.build_learner(options, self.facts, self.device, 10**6, graph=self.dataset.graph)
 
     def fit(self, options: TrainOptions, peak: int) -> tuple[Fit, tuple[str, ...]]:
-        """The fewest parts within the peak, and what was warned of."""
+        """The smallest number of parts within the peak, and the warnings."""
         return fit_run(options, self.facts, self.device, self.batches, self.dataset.graph, peak)
 
 
 def ways_of(options: TrainOptions, settled: Sequence[str] = ()) -> list[list[TrainOptions]]:
-    """The ways in which a row may save memory beside parts of the batch, the ones that change what is learned last.
+    """The ways in which a row may save memory besides parts of the batch; those that change what is learned come last.
 
     Args:
         options: of the row, as asked.
@@ -86,7 +86,7 @@ def ways_of(options: TrainOptions, settled: Sequence[str] = ()) -> list[list[Tra
 
 
 def changes(asked: TrainOptions, found: TrainOptions) -> dict[str, Any]:
-    """What differs between a row as asked and within the peak, by name."""
+    """The differences between a row as given and within the peak, by name."""
     before, after = (_settings(options) for options in (asked, found))
     return {name: value for name, value in after.items() if value != before[name]}
 
@@ -135,7 +135,7 @@ def bring_under(
             except LayerwiseError:
                 if not tried:
                     raise
-                continue  # a way that this network does not have, such as more blocks than there are
+                continue  # this network does not allow it, for example more blocks than there are
             tried.append((replace(way, micro=fit.micro), fit, told))
         reached = [found for found in tried if found[1].reached]
         if reached:
@@ -155,7 +155,7 @@ def bring_under(
 def timed(
     problem: Problem, asked: TrainOptions, ways: Sequence[TrainOptions], baseline: TrainOptions, rounds: int
 ) -> dict[str, Any]:
-    """Time steps of a row as asked, of its ways, and of plain backpropagation, in turns.
+    """Time steps of a row as given, of its settings, and of plain backpropagation, in turns.
 
     Returns:
         `as_asked`: seconds as a multiple of plain backpropagation's; `ways`: for each that `ratio`, `seconds_per_step`,
@@ -203,7 +203,7 @@ def _timed(
 
 
 def joules_per_sample(learner: Learner, x: Any, y: Any) -> float | None:
-    """Energy of the processors per sample of a step, of all that runs on them."""
+    """Energy of the processors per sample of a step, including everything else that runs on them."""
     meter, started, steps = EnergyMeter(), time.perf_counter(), 0
     while time.perf_counter() - started < ENERGY_SECONDS:
         learner.step(x, y)

@@ -1,4 +1,4 @@
-"""Runs tasks in parallel worker processes; a worker that dies loses its own task and no other."""
+"""Runs tasks in parallel worker processes; a worker that dies loses only its own task."""
 
 import contextlib
 import json
@@ -151,7 +151,7 @@ def _epitaph(code: int) -> str:
 
 
 def free_memory() -> int | None:
-    """Bytes of memory that are free, or None where the system does not say (Linux does)."""
+    """Bytes of free memory, or None if the system does not report it (Linux does)."""
     found = []
     with contextlib.suppress(OSError, StopIteration, ValueError):
         rows = Path("/proc/meminfo").read_text().splitlines()
@@ -159,13 +159,15 @@ def free_memory() -> int | None:
     with contextlib.suppress(OSError, ValueError):  # a container's own limit
         group = Path("/sys/fs/cgroup")
         held = dict(row.split() for row in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(held.get("inactive_file", 0))  # that is given back
+        used = int((group / "memory.current").read_text()) - int(
+            held.get("inactive_file", 0)
+        )  # memory that can be reclaimed
         found.append(int((group / "memory.max").read_text()) - used)
     return min(found, default=None)
 
 
 def default_jobs(tasks: int, peak_bytes: int, threads: int = 1, accelerator: bool = False) -> int:
-    """How many tasks of this peak memory may run side by side: one per core, as far as memory allows, at least one.
+    """How many tasks of this peak memory may run in parallel: one per core, as far as memory allows, at least one.
 
     On an accelerator the default is one, since its free memory is not known beforehand.
 

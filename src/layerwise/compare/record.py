@@ -1,4 +1,4 @@
-"""What a comparison keeps in its folder: its record, the machine, the table of its runs and their summary."""
+"""The files of a comparison: its record, the machine, the table of its runs and their summary."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from layerwise.runs.writing import write_atomically
 
 
 def kept_plan(folder: Path, fixed: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What an earlier start of the comparison measured per rule; nothing where the folder is new.
+    """Measurements per rule from an earlier start of the comparison; none if the folder is new.
 
     Args:
         folder: of the comparison.
@@ -34,7 +34,7 @@ def kept_plan(folder: Path, fixed: Mapping[str, Any]) -> dict[str, dict[str, Any
         if {path.name for path in folder.iterdir()} - {"workers.log", "compare.json.partial"}:
             raise LayerwiseError(f"{folder} is not empty and holds no comparison; choose another --out.") from None
         return {}
-    # Options that are newer than the comparison had the value that is their default now.
+    # Options that are newer than the comparison behaved like their present default.
     known = json.loads(json.dumps(to_mapping(TrainOptions()))) | before["fixed"]
     for name, value in json.loads(json.dumps(fixed)).items():
         if known.get(name) != value:

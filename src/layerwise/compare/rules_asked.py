@@ -21,7 +21,7 @@ PER_RULE = (
     "cuts",
     "blocks",
 )
-"""Options of a run that may differ between rules, beside those of the model: they change neither data nor budget."""
+"""Options of a run that may differ between rules, besides those of the model: they change neither data nor budget."""
 
 
 def read_rules(words: Sequence[str], common: TrainOptions) -> dict[str, TrainOptions]:

@@ -1,4 +1,4 @@
-"""The settings of a comparison beside those of its runs: torch is not imported here."""
+"""Settings of a comparison besides those of its runs. This module does not import torch."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal

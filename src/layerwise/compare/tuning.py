@@ -10,7 +10,7 @@ from layerwise.runs.options import TrainOptions
 SPAN = 10.0
 """Rates and decays lie between 1/10 and 10 times the given ones."""
 DECAY = 0.01
-"""Centre of the weight decays where the rule has none."""
+"""Centre of the weight decays if the rule has none."""
 
 
 def trial_options(options: TrainOptions, count: int) -> list[TrainOptions]:

@@ -31,7 +31,7 @@ from layerwise.runs.options import TrainOptions, from_mapping
 
 
 def train_task(task: dict[str, Any]) -> dict[str, Any]:
-    """Train the run that the task describes, in its own folder; what it prints goes to `log.txt` there."""
+    """Train the run that the task describes, in its own folder; its output goes to `log.txt` there."""
     run = training.Run(from_mapping(task["options"]), task["command"])
     with (run.folder / "log.txt").open("w") as log, contextlib.redirect_stderr(log):
         run.train()
@@ -39,7 +39,7 @@ def train_task(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_task(task: dict[str, Any], warmup: int = 2, timed: int = 3) -> dict[str, Any]:
-    """Measure what a step costs: `flops_per_step`, `seconds_per_step`, `peak_bytes`, `held_bytes`; `steps_per_epoch`.
+    """Measure the cost of a step: `flops_per_step`, `seconds_per_step`, `peak_bytes`, `held_bytes`; `steps_per_epoch`.
 
     Nothing is written.
     """
@@ -76,7 +76,7 @@ def fit_task(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def depth_task(task: dict[str, Any]) -> dict[str, Any]:
-    """Measure what a step holds at other numbers of blocks; nothing is written."""
+    """Measure the memory of a step at other numbers of blocks; nothing is written."""
     options: TrainOptions = from_mapping(task["options"])
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -84,7 +84,7 @@ def depth_task(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def diagnose_task(task: dict[str, Any]) -> dict[str, Any]:
-    """Diagnose a finished run, with its backprop twin where there is one; writes `diagnostics.json` there."""
+    """Diagnose a finished run, with its backprop twin if there is one; writes `diagnostics.json` there."""
     diagnose(Path(task["folder"]), Path(task["twin"]) if task["twin"] else None, task["device"])
     return {}
 
@@ -116,7 +116,7 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Answer tasks until standard input ends."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # what a task prints must not look like an answer
+    answers, sys.stdout = sys.stdout, sys.stderr  # the output of a task must not look like an answer
     keep_freed_memory()
     tasks = lines_of_parent()
     while True:

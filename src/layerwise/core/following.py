@@ -1,4 +1,4 @@
-"""What modules follow of the next block (`FollowsNextBlock`): where its tensors are read."""
+"""Tensors of the next block that modules follow (`FollowsNextBlock`)."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-r"""Measures what SID's theory says of beliefs: `layerwise beliefs RUN`.
+r"""Compares beliefs with SID's theory: `layerwise beliefs RUN`.
 
 For the beliefs $p_0, \dots, p_L$ of a sample, with $D_i$ the divergence of $p_i$ and the target (KL, in the direction
 of the rule) and $C_i$ that of $p_i$ and $p_{i-1}$, the objective of module i is $L_i(p_i) = \alpha_i D_i +
@@ -121,7 +121,7 @@ class Cascade:
         return sum(alphas(self.alpha, self.modules)) * float(label)
 
     def fixed_point_loss(self) -> float:
-        """The summed objective once every module has reached the minimum that it can see.
+        """The summed objective once every module has reached the minimum of its own objective.
 
         Module by module it is `least_loss`, given a belief before that is itself the minimiser: where training settles
         when the network can learn every label, since no module sees the losses of the later ones. It is not the
@@ -215,7 +215,7 @@ def measure(
 def quantities(
     beliefs: Tensor, y: Tensor, task: Task, weights: Sequence[float], direction: Direction
 ) -> dict[str, Tensor]:
-    """What `measure` averages: `(L + 1, B)` for every belief, `(L, B)` for every module.
+    """The quantities that `measure` averages: `(L + 1, B)` for every belief, `(L, B)` for every module.
 
     Args:
         beliefs: log-probabilities `(L + 1, B, K)`, the uniform belief first.
@@ -277,7 +277,7 @@ def beliefs_of_run(
             "sid or sid_cascade."
         )
     if options.task != "classification":
-        raise LayerwiseError(f"SID's theory is about beliefs over classes, and the run's task is {options.task}.")
+        raise LayerwiseError(f"SID's theory treats beliefs over classes, and the run's task is {options.task}.")
     batches = building.split_in_order(run, split, batch_size, folder)
     found = measure(learner, batches, thresholds)
     count = len(found["modules"]) - 1

@@ -118,7 +118,7 @@ def answer() -> None:
 
 
 def depths_of(model: str, depths: list[int]) -> list[int] | list[None]:
-    """The numbers of blocks at which a model is measured; one measurement, as it is, for one that has no depth."""
+    """The numbers of blocks at which to measure a model; a model without depth is measured once."""
     dials = {field.name for field in fields(models.options(model))}
     return depths if "depth" in dials else [None]
 

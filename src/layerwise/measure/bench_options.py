@@ -1,4 +1,4 @@
-"""The options of the benchmarks: torch is not imported here, so that their help answers at once."""
+"""Options of the benchmarks. This module does not import torch, so that help appears at once."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,7 +10,7 @@ CLASSES = 10
 
 @dataclass(frozen=True)
 class Written:
-    """Where the results of a benchmark go."""
+    """Where to write the results of a benchmark."""
 
     json: str | None = None
     """Write the results as JSON to this file (a name without .json as --json=FILE); alone, or with -,
@@ -44,7 +44,7 @@ class DeviceProblem(Problem):
     device: str = "auto"
     """cpu | cuda | cuda:N | mps | xpu | auto."""
     micro: int = 1
-    """Parts in which every block runs its batch."""
+    """Number of parts in which every block runs its batch."""
     classes: int = CLASSES
     """Outputs of the network; of a language model its vocabulary."""
 
@@ -63,7 +63,7 @@ class MemoryOptions(DeviceProblem):
     depths: str = "4,16,64,256"
     """Numbers of blocks, separated by commas."""
     offload: Where = "none"
-    """none | host | disk: where idle blocks wait; each row then has a process of its own, and its resident peak."""
+    """none | host | disk: where idle blocks are kept; each row then has its own process, and its resident peak."""
     offload_folder: str | None = None
     """Folder for the file of --offload disk (default: the folder for temporary files)."""
 

@@ -1,4 +1,4 @@
-"""What every benchmark shares: its problem (model, random batch, optimizer) and its files."""
+"""Shared by all benchmarks: the problem (model, random batch, optimizer) and the files."""
 
 import contextlib
 import json
@@ -83,10 +83,10 @@ def network_of(
 
 
 def options_of(model: str, depth: int | None, model_options: dict[str, float]) -> models.ModelOptions:
-    """The options of a model, with a number of blocks where it has one."""
+    """The options of a model, with a number of blocks if it has one."""
     kind = models.options(model)
     if depth is not None and "depth" not in {f.name for f in fields(kind)}:
-        raise LayerwiseError(f"{model!r} has no option depth; leave --depth out, or let the function have it.")
+        raise LayerwiseError(f"{model!r} has no option depth; leave --depth out, or add it to the function.")
     return kind.from_numbers(model_options, depth)
 
 
@@ -98,7 +98,7 @@ def batch_of(shape: Sequence[int], batch_size: int, classes: int = CLASSES) -> t
 
 
 def parse_problem(cls: type, argv: Sequence[str], command: str) -> Any:
-    """Parse the options of a benchmark, and check what can be checked before anything is measured.
+    """Parse the options of a benchmark, and check them as far as possible before anything is measured.
 
     Raises:
         LayerwiseError: an unknown option or rule, a number out of range, a file or folder that cannot be written.

@@ -116,7 +116,7 @@ def hoyer_sparsity(h: Tensor) -> float:
 
 
 def dead_units(h: Tensor) -> float:
-    """Share of units that give the same value for every sample and place, so that nothing can be read off them.
+    """Share of units with the same value for every sample and position, which carry no information.
 
     Args:
         h: a block's output: `(N, D)`, `(N, C, H, W)` (a unit is a channel) or `(N, T, D)`.
@@ -214,7 +214,7 @@ class LinearProbe:
 
 
 class _Kept(torch.optim.Optimizer):
-    """Stands in for an optimizer: keeps the gradients that the engine hands over, and changes nothing."""
+    """Replaces an optimizer: stores the gradients from the engine, and changes nothing."""
 
     kept: ClassVar[str] = "gradient"
 
@@ -318,7 +318,7 @@ def layer_table(
     test_y: Tensor,
     probes: Mapping[str, LinearProbe] | None = None,
 ) -> dict[str, dict[str, float | None]]:
-    """Compute every diagnostic that needs nothing but the features of the layers.
+    """Compute every diagnostic that needs only the features of the layers.
 
     Args:
         train: name of the block to its outputs on training samples, in order of depth.

@@ -1,4 +1,4 @@
-"""Joules that the processor has used, where the system tells them."""
+"""Energy of the processor, if the system reports it."""
 
 import contextlib
 from pathlib import Path
@@ -10,7 +10,7 @@ def domains(folder: Path = POWERCAP) -> list[Path]:
     """Counters of whole processors (RAPL packages) that this process may read; none on most virtual machines."""
     found = []
     for counter in sorted(folder.glob("intel-rapl:*/energy_uj")):
-        if counter.parent.name.count(":") == 1:  # its parts have a second number
+        if counter.parent.name.count(":") == 1:  # subdomains have a second number
             with contextlib.suppress(OSError, ValueError):
                 int(counter.read_text())
                 found.append(counter)
@@ -18,7 +18,7 @@ def domains(folder: Path = POWERCAP) -> list[Path]:
 
 
 class EnergyMeter:
-    """Adds up what the processors of this machine use, with all that runs on them.
+    """Adds up the energy of this machine's processors, including everything that runs on them.
 
     >>> EnergyMeter([]).joules() is None
     True
@@ -29,7 +29,7 @@ class EnergyMeter:
         self._before = [int(counter.read_text()) for counter in self.counters]
 
     def joules(self) -> float | None:
-        """Joules since the meter was made; None where the system tells nothing. A counter may have wrapped once."""
+        """Joules since the meter was made; None if the system reports nothing. A counter may have wrapped once."""
         if not self.counters:
             return None
         used = 0

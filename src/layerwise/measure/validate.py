@@ -28,7 +28,7 @@ ADVICE = "resume the run, which writes it again"
 
 
 def rule_findings(rule: str, model: str) -> list[tuple[bool, str]]:
-    """Check the declared properties of `rule` on `model`: pairs of whether one holds, and the property in words.
+    """Check the declared properties of `rule` on `model`: pairs of whether one holds, and the property.
 
     Raises:
         LayerwiseError: an unknown rule or model.
@@ -103,14 +103,14 @@ def _repeats(make: Callable[[], nn.Module], rule: str, x: torch.Tensor, y: torch
     for disturb in (0, 1):
         learner = Learner(make(), rule)
         for _ in range(3):
-            torch.rand(disturb)  # the global generator must not matter
+            torch.rand(disturb)  # the global generator must have no effect
             learner.step(x, y)
         results.append(_weights(learner))
     return _equal(*results), "three steps from the same seed give the same bits"
 
 
 def _isolated(learner: Learner, x: torch.Tensor, y: torch.Tensor) -> tuple[bool, str]:
-    """Run one step; whenever a group steps, note which parameters hold a gradient."""
+    """Run one step; whenever a group steps, record which parameters hold a gradient."""
     leaks = []
     everything = dict(learner.named_parameters())
     for group in learner.groups:
@@ -138,7 +138,7 @@ def _one_block_is_backprop(make: Callable[[], nn.Module], x: torch.Tensor, y: to
 
 
 def run_findings(folder: Path) -> list[tuple[bool, str]]:
-    """Check that the files of the run in `folder` are whole, and of this run.
+    """Check that the files of the run in `folder` are undamaged and belong to this run.
 
     Raises:
         LayerwiseError: there is no run in the folder.
@@ -177,7 +177,7 @@ def run_findings(folder: Path) -> list[tuple[bool, str]]:
 
 
 def _of_run(path: Path, options: TrainOptions | None, folder: Path) -> dict[str, Any]:
-    """A checkpoint, checked against its digest and the options of the run."""
+    """Load a checkpoint, checked against its digest and the options of the run."""
     state = checkpoint.load(path)
     check_run_state(state, folder)
     if options is not None:

@@ -1,4 +1,4 @@
-"""What autograd saves for the backward pass, moved to host memory or to disk, and fetched back in time."""
+"""Moves tensors that autograd saves for the backward pass to host memory or disk, and fetches them back in time."""
 
 import weakref
 from collections import deque
@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from layerwise.core.groups import Unit
 from layerwise.memory.stores import DiskStore, HostStore, Store
 
-SMALLEST = 2**12  # bytes; what is smaller stays on the device
-AHEAD = 2  # storages that are on their way at a time, in either direction
+SMALLEST = 2**12  # bytes; smaller storages stay on the device
+AHEAD = 2  # storages in flight at a time, in either direction
 
 
 class NotMoved:
-    """In place of `ActivationOffload` where activations stay where they are."""
+    """Replaces `ActivationOffload` if activations stay on the device."""
 
     def kept(self, units: Sequence[Unit]) -> AbstractContextManager[None]:
         """A context without effect."""
@@ -28,41 +28,41 @@ class NotMoved:
 
 
 class Moved:
-    """A storage that waits elsewhere, and comes back when autograd asks for it."""
+    """A storage that is kept elsewhere, and fetched when autograd needs it."""
 
     def __init__(self, key: int, tensor: Tensor, storage: torch.UntypedStorage):
         self.key, self.device, self.length = key, storage.device, storage.nbytes()
         self.version = tensor._version
         self.origin = weakref.ref(storage)
         self.leaving: Tensor | None = tensor
-        """The tensor itself, until its bytes have left."""
+        """The tensor itself, until its bytes are written."""
         self.here: Callable[[], torch.UntypedStorage | None] = lambda: None
-        """The bytes that came back, for as long as somebody holds them."""
+        """The fetched bytes, as long as something refers to them."""
         self.coming: tuple[Tensor, Callable[[], object]] | None = None
-        """Bytes on their way back, and what waits for them."""
+        """Bytes being fetched, and a function that waits for them."""
         self.left: Callable[[], object] = lambda: None
-        """Waits until the bytes have left; raises what stopped them."""
+        """Waits until the bytes are written; raises the error of a failed write."""
         self.fetched = False
-        """Whether autograd has asked for it once; nobody waits for it then."""
+        """Whether autograd has already fetched it once."""
         self.torn = False
         """Whether the bytes changed while they were written."""
 
 
 class Part:
-    """A saved tensor: how it lies in its storage."""
+    """A saved tensor: its place in its storage."""
 
     def __init__(self, moved: Moved, tensor: Tensor):
         self.moved, self.dtype = moved, tensor.dtype
         self.size, self.stride, self.offset = tensor.size(), tensor.stride(), int(tensor.storage_offset())
 
     def of(self, storage: torch.UntypedStorage) -> Tensor:
-        """The tensor, out of its bytes."""
+        """Rebuild the tensor from its bytes."""
         empty = torch.empty(0, dtype=self.dtype, device=storage.device)
         return empty.set_(storage, self.offset, self.size, self.stride)  # pyright: ignore[reportArgumentType]
 
 
 class ActivationOffload:
-    """Moves the saved activations of a training step away, a storage once however many tensors show it.
+    """Moves the saved activations of a training step away, each storage once even if several tensors view it.
 
     A thread (for host memory of an accelerator: a stream) writes them while the forward pass continues, and reads them
     back in reverse order while the backward pass does, so that few are on the device at a time. Parameters, buffers and
@@ -84,15 +84,15 @@ class ActivationOffload:
         self._mover = ThreadPoolExecutor(1, "layerwise-activations")
         self._side = torch.cuda.Stream(device) if device.type == "cuda" and kind == "host" else None
         self._moved: list[Moved] = []
-        """Of the step under way, in the order in which they were saved."""
+        """Storages of the current step, in the order in which they were saved."""
         self._known: dict[int, Moved] = {}
         """The same by address of the storage, which may belong to another one by now."""
         self._leaving: deque[Callable[[], object]] = deque()
-        """What waits for each storage that is being written."""
+        """For each storage that is being written, a function that waits for it."""
 
     @contextmanager
     def kept(self, units: Sequence[Unit]) -> Iterator[None]:
-        """A context in which autograd keeps what it saves elsewhere."""
+        """A context in which tensors that autograd saves are kept elsewhere."""
         if self._idle:
             yield
             return
@@ -115,10 +115,10 @@ class ActivationOffload:
         finally:
             self._moved, self._known = [], {}
             self._leaving.clear()
-            self._mover.submit(int).result()  # what is still being written must not meet the next step's bytes
+            self._mover.submit(int).result()  # writes in flight must not overlap with the next step's bytes
 
     def _send(self, tensor: Tensor, storage: torch.UntypedStorage) -> Moved:
-        """Start to move a storage away, unless it has been."""
+        """Start to move a storage away, unless it was already."""
         known = self._known.get(storage._cdata)
         if known is not None and known.origin() is storage and known.version == tensor._version:
             return known
@@ -142,7 +142,7 @@ class ActivationOffload:
         return moved
 
     def _fetch(self, moved: Moved) -> torch.UntypedStorage:
-        """The bytes of a storage, back on the device; those saved before it are asked for already."""
+        """Fetch the bytes of a storage, and start to fetch those saved before it."""
         storage, leaving = moved.here(), moved.leaving
         if leaving is not None:  # still being written
             storage, moved.torn = leaving.untyped_storage(), leaving._version != moved.version
@@ -177,7 +177,7 @@ class ActivationOffload:
         moved.coming = into, wait
 
     def _on_side(self, work: Callable[[], None]) -> Callable[[], object]:
-        """Do work on the second stream, after what the first has been given; returns what lets the first wait."""
+        """Do work on the second stream after that of the first; returns a function that makes the first wait."""
         assert self._side is not None
         current = torch.cuda.current_stream(self._side.device)
         self._side.wait_stream(current)

@@ -1,4 +1,4 @@
-"""Finds the fewest parts of a batch whose step stays within a peak of memory."""
+"""Finds the smallest number of parts of a batch whose step stays within a peak of memory."""
 
 import re
 from collections.abc import Callable
@@ -12,22 +12,22 @@ UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**
 
 @dataclass(frozen=True)
 class Fit:
-    """How a step is brought within a peak, or how far it came."""
+    """How a step is brought within a peak, or how close it came."""
 
     micro: int
-    """Parts in which every group runs its batch: the fewest within the peak, or those of the smallest step."""
+    """Number of parts of every group's batch: the smallest within the peak, or that of the smallest step."""
     held: int
     """Activations + gradients at the step's peak with so many parts, in bytes."""
     reached: bool
-    """Whether that is within the peak."""
+    """Whether this is within the peak."""
     why: str = ""
-    """Why more parts were not tried, where something refused them."""
+    """Why more parts were not tried, if an error refused them."""
     tried: tuple[tuple[int, int], ...] = ()
     """Parts and bytes of every step that was measured, in the order of the search."""
 
 
 def read_size(text: str) -> int:
-    """Bytes out of words such as `200MiB`; units are B, kB, MB, GB, KiB, MiB and GiB.
+    """Read bytes from words such as `200MiB`; units are B, kB, MB, GB, KiB, MiB and GiB.
 
     Raises:
         LayerwiseError: no number with a unit, or none larger than 0.
@@ -55,7 +55,7 @@ def size_in_words(size: int) -> str:
 
 
 def held_by(use: MemoryUse) -> int:
-    """Bytes of activations and gradients: what a way of training decides, unlike parameters and optimizer state.
+    """Bytes of activations and gradients, which depend on the way of training, unlike parameters and optimizer state.
 
     >>> held_by(MemoryUse(parameters=5, optimizer=10, gradients=1, activations=2, peak=18))
     3
@@ -93,7 +93,7 @@ def fewest_parts(measure: Callable[[int], MemoryUse], batch: int, peak: int, lea
         gradients = max(gradients, use.gradients)
         return held_by(use) <= peak
 
-    low, high = -1, 0  # places: the last that is known not to fit, the first that is known to
+    low, high = -1, 0  # positions: the last known not to fit, the first known to fit
     try:
         while not fits(high):
             low = high

@@ -25,7 +25,7 @@ class FlopMeter(WatchingMode):
         self.total = 0
 
     def watch(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operation, and add what it costs."""
+        """Run an operation, and add its cost."""
         result = func(*args, **kwargs)
         count = flop_registry.get(func._overloadpacket)
         if count is not None:

@@ -1,4 +1,4 @@
-"""Host memory that is freed stays with the process, ready for the next block."""
+"""Keeps freed host memory in the process, ready for the next block."""
 
 import ctypes
 import sys

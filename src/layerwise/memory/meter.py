@@ -1,4 +1,4 @@
-"""Exact peak memory of a training step, split by what the memory holds."""
+"""Exact peak memory of a training step, split by content."""
 
 import re
 import weakref
@@ -98,7 +98,7 @@ def measure_memory(
     inputs: Iterable[Tensor] = (),
     device: torch.device | str = "cpu",
 ) -> MemoryUse:
-    """Run `step()` once under a `MemoryMeter` and return what it used.
+    """Run `step()` once under a `MemoryMeter` and return its memory use.
 
     Arguments, definitions and errors are those of `MemoryMeter`.
 
@@ -113,7 +113,7 @@ def measure_memory(
 
 
 def resident_peak() -> int | None:
-    """The most bytes of memory that this process has had so far, as Linux counts them (VmHWM); None elsewhere.
+    """The largest resident memory of this process so far in bytes, as Linux counts it (VmHWM); None elsewhere.
 
     Python, torch's code and pages of files that are mapped count, whoever else uses them too.
 
@@ -190,7 +190,7 @@ class MemoryMeter:
 
     @property
     def peak(self) -> MemoryUse:
-        """What the code inside the `with` block used."""
+        """The memory use of the code inside the `with` block."""
         if self._peak is None:
             raise LayerwiseError("the meter is still running; read `peak` after its `with` block.")
         return self._peak
@@ -243,7 +243,7 @@ class MemoryMeter:
 
 
 class _Entry:
-    """A storage alive: its number, its size as last seen, and what notices its death."""
+    """A live storage: its number, its last known size, and the finalizer that notices when it is freed."""
 
     def __init__(self, number: int, nbytes: int, death: weakref.ref):
         self.number = number
@@ -269,7 +269,7 @@ class _Ledger:
         return storage._cdata in self._alive
 
     def see(self, storage: torch.UntypedStorage, gradient: bool = False) -> None:
-        """Enter a storage that is new, or has changed its size, or is found to be a gradient."""
+        """Record a storage that is new, has changed its size, or turns out to be a gradient."""
         if storage.device.type != self._device:
             return
         key, nbytes = storage._cdata, storage.nbytes()
@@ -302,7 +302,7 @@ class _Ledger:
         return largest, gradients_then
 
     def close(self) -> None:
-        """Forget everything; deaths are no longer noticed."""
+        """Forget everything; freed storages are no longer noticed."""
         self._alive.clear()
 
     def _free(self, key: int) -> None:
@@ -318,7 +318,7 @@ class _Watch(WatchingMode):
         self._ledger = ledger
 
     def watch(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operation, and enter what it made."""
+        """Run an operation, and record its results."""
         given = {s._cdata: s for s in _storages(tensors_of([args, list(kwargs.values())]))}
         result = func(*args, **kwargs)
         for storage in given.values():

@@ -1,4 +1,4 @@
-"""Tensors whose bytes are those of a file, and whose pages can be given back at any time."""
+"""Memory-mapped tensors of a file, whose pages can be released at any time."""
 
 import mmap
 import os
@@ -34,7 +34,7 @@ class ScratchFile:
     def __init__(self, folder: Path):
         self.folder = folder
         self.length = 0
-        """Bytes; what is not reserved or written takes no space on the disk."""
+        """Bytes; unreserved and unwritten bytes take no space on the disk."""
         try:
             with tempfile.TemporaryFile(dir=folder) as file:
                 self.handle = os.dup(file.fileno())
@@ -72,7 +72,7 @@ class ScratchFile:
             raise self.failed(reason) from reason
 
     def failed(self, reason: Exception) -> LayerwiseError:
-        """The sentence for a failure of the system."""
+        """The error for a failure of the system."""
         why = getattr(reason, "strerror", None) or reason
         return LayerwiseError(
             f"cannot offload blocks to {self.folder} ({why}); free space there, or choose another --offload-folder."
@@ -153,7 +153,7 @@ class OnFile(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.empty and kwargs.keys() <= {"device", "dtype", "requires_grad"}:
             device = torch.device(kwargs.get("device") or torch.get_default_device())
-            size = func(*args, **{**kwargs, "device": "meta"})  # so that nothing is taken from the memory
+            size = func(*args, **{**kwargs, "device": "meta"})  # so that no memory is used
             if device.type == "cpu" and size.nbytes >= LARGE:
                 return self._place(size).requires_grad_(size.requires_grad)
         out = func(*args, **kwargs)
@@ -177,7 +177,7 @@ class OnFile(TorchFunctionMode):
 
 
 def into_memory(model: nn.Module) -> None:
-    """Copies what a model that was made inside `OnFile` holds into ordinary memory; the file is freed.
+    """Copies the tensors of a model made inside `OnFile` into ordinary memory; the file is freed.
 
     Args:
         model: its tensors on the meta device stay there.

@@ -1,4 +1,4 @@
-"""Blocks that live in host memory or on disk, and are on the device only while they are needed."""
+"""Keeps blocks in host memory or on disk, and on the device only while they are needed."""
 
 import contextlib
 import functools
@@ -25,12 +25,12 @@ from layerwise.memory.meter import MemoryUse, optimizer_tensors, tensor_bytes
 from layerwise.memory.mmap import release_pages
 from layerwise.memory.stores import DiskStore, HostStore, Store
 
-ALIGNMENT = 64  # bytes, as torch's own allocator aligns; some kernels give other bits elsewhere
+ALIGNMENT = 64  # bytes, the alignment of torch's allocator; with others some kernels give different bits
 
 
 @dataclass
 class Entry:
-    """One tensor of an offloaded group, and where it lies in the group's bytes."""
+    """One tensor of an offloaded group, and its place in the group's bytes."""
 
     tensor: Tensor
     start: int
@@ -60,21 +60,21 @@ class DeviceSlot:
 
 @dataclass(eq=False)
 class OffloadedGroup:
-    """What is moved as one: a group's parameters, buffers, auxiliary modules and optimizer state."""
+    """A unit of moving: a group's parameters, buffers, auxiliary modules and optimizer state."""
 
     index: int
     places: list[tuple[dict[str, Any], str]]
     """Registries of modules, and the names there of the blocks' parameters and buffers."""
     group: Group | None = None
-    """Known when the auxiliary modules and the optimizer are made."""
+    """Known after the auxiliary modules and the optimizer are made."""
     entries: list[Entry] = field(default_factory=list)
     length: int = 0
     """Bytes."""
     slot: DeviceSlot | None = None
     attached: bool = False
-    """Whether the tensors show the slot's bytes (or, before the first move, their own)."""
+    """Whether the tensors view the slot's bytes (or, before the first move, their own)."""
     changed: bool = True
-    """Whether the tensors may differ from what is kept off the device."""
+    """Whether the tensors may differ from their copy off the device."""
 
     def state(self, device: torch.device) -> list[Tensor]:
         """Tensors of the optimizer; a step counter may stay on the host."""
@@ -140,13 +140,13 @@ class OffloadedGroup:
         return ((entry.tensor, entry.size) for entry in self.entries)
 
     def show(self, found: Tensor) -> None:
-        """Let the tensors show these bytes."""
+        """Let the tensors view these bytes."""
         for entry in self.entries:
             entry.tensor.data = entry.of(found)
 
 
 class Offload:
-    """Moves the parts of a network: the active group's are on the device, and the next one is on its way.
+    """Moves the parts of a network: the active group is on the device, and the next one is being fetched.
 
     A part's bytes lie in a slot of the device, and its tensors show them; without a slot they show nothing (NaN, or
     zero). While a group learns, a thread writes the part before it back and reads the next one into the same slot.
@@ -186,7 +186,7 @@ class Offload:
         self.device = device
         self.store: Store = HostStore(device) if kind == "host" else DiskStore(folder, device)
         self.changing = True
-        """Whether what runs may change its tensors; not in evaluation."""
+        """Whether running blocks may change their tensors; not in evaluation."""
         places, shared = _places(blocks, site)
         self._fixed = [*shared.values()]
         for tensor in self._fixed:
@@ -213,7 +213,7 @@ class Offload:
             release_pages()
         self._blocks = [block for group in blocks for block in group]
 
-    # What is asked for.
+    # Requests.
 
     @contextlib.contextmanager
     def resident(self, units: Sequence[Unit]) -> Iterator[None]:
@@ -239,7 +239,7 @@ class Offload:
 
     @contextlib.contextmanager
     def unchanging(self) -> Iterator[None]:
-        """A context in which nothing that runs changes its tensors, so that nothing needs to be written back."""
+        """A context in which blocks do not change their tensors, so nothing needs to be written back."""
         before, self.changing = self.changing, False
         try:
             yield
@@ -272,7 +272,7 @@ class Offload:
         return {id(entry.tensor) for part in self.parts if not part.attached for entry in part.entries}
 
     def to_full(self, tree: Any) -> Any:
-        """The same nested mappings with tensors on the host that show what is kept there, right until the next step."""
+        """The same nested mappings with views of the stored bytes on the host, valid until the next step."""
         self._flush()
         found = {id(entry.tensor): (part, entry) for part in self.parts for entry in part.entries}
 
@@ -301,7 +301,7 @@ class Offload:
             block.before = None
 
     def counted(self, use: MemoryUse) -> MemoryUse:
-        """A measured step with what is resident as parameters and optimizer state: the slots, at their fullest."""
+        """A measured step in which the slots, at their fullest, count as parameters and optimizer state."""
         held = [{id(tensor): tensor for tensor in part.state(self.device)} for part in self.parts]
         laid_out = {id(e.tensor): e.length for part in self.parts for e in part.entries}
         own = [sum(laid_out.get(i, 0) for i in tensors) for tensors in held]
@@ -314,10 +314,10 @@ class Offload:
         work = use.gradients + use.activations
         return replace(use, parameters=parameters, optimizer=state, peak=parameters + state + work)
 
-    # How it is moved.
+    # Moving.
 
     def _bring(self, parts: Sequence[OffloadedGroup]) -> None:
-        """Put parts on the device, send away what is not needed soon, and fetch what comes next."""
+        """Put parts on the device, move away those that are not needed soon, and fetch the next ones."""
         first = (self._open[-1] if self._open else parts)[0].index
         coming = [self.parts[(first + k) % len(self.parts)] for k in range(self._capacity)]
         stay = {*parts, *coming, *self._pinned, *self._kept, *(part for group in self._open for part in group)}
@@ -350,7 +350,7 @@ class Offload:
         slot.arrival = self._start(functools.partial(self.store.read, part, part.length, slot.bytes))
 
     def _leave(self, part: OffloadedGroup) -> None:
-        """Take a part off the device; it is written where anything of it may have changed."""
+        """Take a part off the device; it is written back if anything in it may have changed."""
         if part.attached:
             tensors = part.tensors(self.device)
             same = part.is_laid_out(tensors)
@@ -365,7 +365,7 @@ class Offload:
             part.slot.part = part.slot = None
 
     def _flush(self) -> None:
-        """All parts off the device, and all bytes where they belong."""
+        """Move all parts off the device, and finish all writes."""
         self._kept.clear()
         for part in self.parts:
             if part.slot is not None:
@@ -375,7 +375,7 @@ class Offload:
             self._side.synchronize()
 
     def _start(self, move: Callable[[], None]) -> Future[Any]:
-        """Have something moved after what is being moved; on CUDA also after what the device is asked to do."""
+        """Queue a move after the current ones; on CUDA also after the work queued on the device."""
         ready = None if self._side is None else torch.cuda.current_stream(self.device).record_event()
 
         def moved() -> Any:
@@ -391,7 +391,7 @@ class Offload:
         return self._moves[-1]
 
     def _wait(self, until: Future[Any] | None = None) -> None:
-        """Wait for a move and those before it, or for all; what failed is raised here."""
+        """Wait for a move and those before it, or for all; errors are raised here."""
         while self._moves if until is None else until in self._moves:
             arrived = self._moves.popleft().result()
             if arrived is not None:
@@ -405,7 +405,7 @@ class Offload:
 
 
 class NotOffloaded:
-    """In place of `Offload`: all blocks are on the device."""
+    """Replaces `Offload` if all blocks are on the device."""
 
     active = False
 

@@ -1,4 +1,4 @@
-"""Where the bytes of offloaded blocks lie while they are not on the device: in host memory, or in a file."""
+"""Stores the bytes of offloaded blocks in host memory or in a file."""
 
 import mmap
 import os

@@ -19,7 +19,7 @@ TYPES = {  # names in the format
 
 
 def save_file(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file, one tensor after the other, so that never more than one is in memory twice.
+    """Write a safetensors file, one tensor after the other, so that at most one of them is in memory twice.
 
     The library's own writer wants all of them at once, as copies. Its order is kept: wide types first, so that all
     lie aligned.
@@ -29,7 +29,7 @@ def save_file(tensors: Mapping[str, Tensor], path: Path) -> None:
     for name in order:
         if tensors[name].dtype not in names:
             raise LayerwiseError(
-                f"the tensor {name!r} is of type {tensors[name].dtype}, which safetensors has no name for; convert it."
+                f"the tensor {name!r} is of type {tensors[name].dtype}, for which safetensors has no name; convert it."
             )
         start, end = end, end + tensors[name].nbytes
         about = {"dtype": names[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [start, end]}

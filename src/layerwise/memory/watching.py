@@ -1,4 +1,4 @@
-"""What the meters share: a mode that sees every operation, of compiled functions and of tensor subclasses too."""
+"""Base of the meters: a mode that sees every operation, including those of compiled functions and tensor subclasses."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator

@@ -1,4 +1,4 @@
-"""What a learner does without replicas or stages: null objects, so that nothing else has to ask."""
+"""Null objects for a learner without replicas or stages."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +15,7 @@ from layerwise.memory.meter import MemoryUse
 
 
 class OneProcess(Alone):
-    """In place of `Replicas`: this process alone trains its blocks, and every parameter is here in full.
+    """Replaces `Replicas` if only this process trains its blocks, with full parameters.
 
     Give it to a `Learner` to train alone although `torch.distributed` runs in several processes.
     """
@@ -57,7 +57,7 @@ class OneProcess(Alone):
 
 
 class WholeNetwork:
-    """In place of a `Stage`: all groups are here, from the images to the head."""
+    """Replaces a `Stage` if all groups are here, from the images to the head."""
 
     first = last = True
     borrowed: tuple[str, ...] = ()
@@ -68,7 +68,7 @@ class WholeNetwork:
         return range(len(groups))
 
     def give_back(self, model: nn.Module) -> None:
-        """Let go of what was borrowed: nothing."""
+        """Release borrowed tensors: none."""
 
     def next_block(self, rule: Rule, network: Partition, sites: range) -> NextBlock:
         """Where modules that follow the next block get its tensors: here."""

@@ -1,4 +1,4 @@
-"""What modules follow of the next block (`FollowsNextBlock`) where that is on another rank."""
+"""Tensors that modules follow (`FollowsNextBlock`), if the next block is on another rank."""
 
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class NextBlockOnRank(NextBlock):
-    """Tensors of the next block, which the next rank sends back once per update, as it is about to begin with it.
+    """Tensors of the next block, which the next rank sends back once per update, just before it begins.
 
     So the last group of a rank has the tensors that the update before has left, as in one process. They travel through
     the host: a message against the direction of the batches must not wait in a device's queue behind these.

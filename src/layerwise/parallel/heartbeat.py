@@ -1,4 +1,4 @@
-"""Heartbeats of the ranks: where a collective fails, they show which rank has ended or hangs."""
+"""Heartbeats of the ranks: if a collective fails, they show which rank has ended or hangs."""
 
 import contextlib
 import threading
@@ -36,7 +36,7 @@ class Heartbeat:
 
     def _beats(self) -> None:
         beat = 0
-        with contextlib.suppress(RuntimeError):  # whoever keeps the store is gone
+        with contextlib.suppress(RuntimeError):  # the process that keeps the store is gone
             while True:
                 time.sleep(self.every)
                 beat += 1
@@ -65,7 +65,7 @@ class Heartbeat:
             silent, entered = self._listen()
         except NoAnswer as silence:
             return self.ranks.store_lost(str(silence))
-        except RuntimeError:  # whoever keeps the store has ended
+        except RuntimeError:  # the process that keeps the store has ended
             return LayerwiseError(general) if self.ranks.job.agent else self.ranks.store_lost(reason)
         late = [rank for rank in self.members if entered[rank] < self.entered]
         if not silent and not late:
@@ -73,7 +73,7 @@ class Heartbeat:
         return self.ranks.lost_rank((silent or late)[0], reason)
 
     def suspect(self, peer: int) -> int:
-        """Who is to blame where a message to or from `peer` fails: a rank that is silent, else the peer."""
+        """Which rank is at fault if a message to or from `peer` fails: a silent rank, else the peer."""
         with contextlib.suppress(RuntimeError):
             if not self.ranks.announced():
                 silent, _ = self._listen()
@@ -92,5 +92,5 @@ class Heartbeat:
     def _read(self, ranks: list[int]) -> dict[int, str]:
         store = self.ranks.store.limited(REPORT)
         keys = {rank: f"heartbeat/{rank}" for rank in ranks}
-        # A rank without a key has not come so far as to make its heartbeat.
+        # A rank without a key has not started its heartbeat yet.
         return {rank: store.get([key])[0] if store.has(key) else "0 -1" for rank, key in keys.items()}

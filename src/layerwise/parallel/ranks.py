@@ -1,4 +1,4 @@
-"""The ranks of a job: what they agree on before they begin, and which of them failed."""
+"""The ranks of a job: their agreement before they begin, and which of them failed."""
 
 import contextlib
 import datetime
@@ -45,7 +45,7 @@ class Refused(LayerwiseError):
 
 
 class Ranks:
-    """The processes of a job: which one this is, and what became of the others.
+    """The processes of a job: the rank of this one, and the state of the others.
 
     Args:
         timeout: seconds after which a rank that does not answer counts as lost.
@@ -65,7 +65,7 @@ class Ranks:
         self.agreed = self.meetings = 0
         self.blocks: list[str] = []
         """The blocks of each rank, for error sentences."""
-        # torchrun keeps its store over restarts, with what the ranks of earlier attempts have left in it.
+        # torchrun keeps its store over restarts, with entries of earlier attempts.
         stored = dist.PrefixStore(  # pyright: ignore[reportPrivateImportUsage]
             f"attempt/{self.job.attempt}", open_store(self.job, timeout, server)
         )
@@ -89,7 +89,7 @@ class Ranks:
 
         try:
             self.group = within(timeout + min(1.0, timeout), join)
-            """For what all ranks do together on the host."""
+            """Group for operations of all ranks on the host."""
         except (RuntimeError, ValueError) as reason:
             raise not_met(self.job, str(reason), timeout) from reason
         self.transfer_device = device if nccl else torch.device("cpu")
@@ -102,7 +102,7 @@ class Ranks:
     # What the ranks agree on.
 
     def _greet(self) -> None:
-        """Wait for all ranks, and compare what a process group cannot begin without."""
+        """Wait for all ranks, and compare the facts that a process group requires."""
         seconds = self.limit.total_seconds()
         facts = {
             "the number of ranks": self.count,
@@ -124,11 +124,11 @@ class Ranks:
             other = parsed(self.store.set_once(keys[self.rank], mine), 2)[0]
             if other != who:
                 raise LayerwiseError(
-                    f"two processes are rank {self.rank} ({who}, and {other}); give each process a RANK of its own."
+                    f"two processes are rank {self.rank} ({who}, and {other}); give each process its own RANK."
                 )
             missing = self.store.wait(keys, seconds, unless=lambda: differ() is not None)
             if differ() is not None:
-                # Whoever is a moment late is named, too.
+                # A rank that is slightly late is named, too.
                 self.store.wait(keys, min(1.0, seconds))
                 self._part("greeting", sorted(found))
                 sentence = differ()
@@ -189,13 +189,13 @@ class Ranks:
         return [word for _, _, word, _ in found]
 
     def _part(self, step: str, ranks: Sequence[int]) -> None:
-        """Before the ranks end: whoever keeps the store waits until the others have read why."""
+        """Before the ranks end: the one that keeps the store waits until the others have read the reason."""
         self.store.set(f"{step}/read/{self.rank}", "yes")
         if self.job.keeps_store:
             self.store.wait([f"{step}/read/{rank}" for rank in ranks], min(PARTING, self.limit.total_seconds()))
 
     def collectively(self, work: Callable[[], Result]) -> Result:
-        """What `work` returns, which makes groups of ranks: all of them do so at the same time.
+        """Return the result of `work`, which makes groups of ranks; all ranks call it at the same time.
 
         Raises:
             LayerwiseError: a rank does not come.
@@ -208,7 +208,7 @@ class Ranks:
     # Who failed.
 
     def suspect(self, peer: int) -> int:
-        """Who is to blame where a message to or from `peer` fails; a `Heartbeat`, which knows more, replaces this."""
+        """Which rank is at fault if a message to or from `peer` fails; a `Heartbeat` knows more."""
         return peer
 
     @contextlib.contextmanager
@@ -221,7 +221,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self) -> Any:
-        """A context in which all ranks do one thing. A rank that does not come, or stays in it, is named.
+        """A context in which all ranks do the same. A rank that does not arrive, or hangs in it, is named.
 
         It gives a function, to be called when this rank has done its own share.
         """
@@ -245,15 +245,15 @@ class Ranks:
             raise self._lost(" or ".join(others) or "a rank", str(reason)) from reason
 
     def lost(self, peer: int, reason: str) -> LayerwiseError:
-        """What is wrong with `peer`, or with another rank that it waits for, or what was announced before."""
+        """The error about `peer`, or about another rank that it waits for, or one announced before."""
         return self.lost_rank(self.suspect(peer), reason)
 
     def lost_rank(self, rank: int, reason: str) -> LayerwiseError:
-        """What is wrong with a rank, or what was announced of another one before."""
+        """The error about a rank, or one announced before about another."""
         return self._lost(self.name(rank), reason)
 
     def store_lost(self, reason: str) -> LayerwiseError:
-        """What is wrong where the store fails: rank 0 keeps it, or torchrun does."""
+        """The error about a failed store, which rank 0 or torchrun keeps."""
         if self.job.agent:
             return LayerwiseError(
                 f"the store of the ranks, which torchrun keeps, has failed ({reason.splitlines()[0]}); start the run "
@@ -276,7 +276,7 @@ class Ranks:
         try:
             return self.store.limited(REPORT).set_once("failure", sentence)
         except RuntimeError as reason:
-            # Whoever keeps the store may be the one that others wait for.
+            # Others may be waiting for the rank that keeps the store.
             return sentence if self.job.agent or self.rank == 0 else self._about(self.name(0), str(reason))
 
     def announced(self) -> bool:
@@ -285,7 +285,7 @@ class Ranks:
 
 
 def difference(facts: Mapping[int, Mapping[str, Any]]) -> str | None:
-    """In what the ranks differ, as a sentence; None if in nothing.
+    """The differences between the ranks, as a sentence; None if there are none.
 
     Args:
         facts: per rank, name to value.
@@ -322,13 +322,13 @@ def parsed(text: str, items: int) -> list[Any]:
         if isinstance(found, list) and len(found) == items:
             return found
     raise LayerwiseError(
-        "the store of the ranks holds what no rank has written; check that all processes belong to one job, and that "
-        "nobody else reaches its port."
+        "the store of the ranks holds a value that no rank has written; check that all processes belong to one job, "
+        "and that nobody else reaches its port."
     )
 
 
 def shortened(text: str, most: int = 60) -> str:
-    """The text, without its middle where it is long."""
+    """The text, without its middle if it is long."""
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
@@ -343,14 +343,14 @@ def ranks_in_words(ranks: Sequence[int]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON holds it. Objects are compared by what they print, without their addresses in memory."""
+    """Convert a value to JSON. Objects are compared by what they print, without their addresses in memory."""
     return json.loads(
         json.dumps(value, skipkeys=True, default=lambda other: re.sub(r" at 0x[0-9a-f]+", "", repr(other)))
     )
 
 
 def guarded(ranks: Ranks, work: Callable[[], Any]) -> Any:
-    """Do the work of a rank. Where it fails, the other ranks learn which rank failed, and why."""
+    """Do the work of a rank. If it fails, the other ranks learn which rank failed, and why."""
     try:
         return work()
     except Refused:

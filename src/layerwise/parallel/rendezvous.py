@@ -1,4 +1,4 @@
-"""How the processes of a job find one another: who they are, their key-value store, a limit for every call on it."""
+"""How the processes of a job find one another: ranks, key-value store, a time limit for every call on it."""
 
 import contextlib
 import datetime
@@ -26,7 +26,7 @@ class NoAnswer(RuntimeError):
 
 
 def within(seconds: float, work: Callable[[], Result]) -> Result:
-    """What `work` returns, or raises; at most so many seconds long.
+    """Run `work` with a time limit in seconds.
 
     torch's store waits on its socket without a limit: where the process at the other end is stopped, or is no store at
     all, a call never returns. So the call is made in a thread of its own, which is given up.
@@ -78,11 +78,11 @@ class StoreClient:
             raise
 
     def limited(self, seconds: float) -> "StoreClient":
-        """The same client with a shorter limit, for those who have waited already."""
+        """The same client with a shorter limit, for callers that have waited already."""
         return StoreClient(self.store, min(seconds, self.seconds), self._silent)
 
     def clone(self) -> "StoreClient":
-        """A client with a connection of its own, as a connection serves one call at a time."""
+        """A client with its own connection, because a connection serves one call at a time."""
         return StoreClient(self._call("clone"), self.seconds)
 
     def set(self, key: str, text: str) -> None:
@@ -112,7 +112,7 @@ class StoreClient:
         Returns:
             The keys that are still missing.
         """
-        # Asked again and again: a wait inside the store would block every other call on this connection.
+        # Polling: a wait inside the store would block every other call on this connection.
         end, pause = time.monotonic() + seconds, 0.001
         missing = [key for key in keys if not self.has(key)]
         while missing and time.monotonic() < end and not unless():
@@ -124,7 +124,7 @@ class StoreClient:
 
 @dataclass(frozen=True)
 class Job:
-    """Which process of which job this one is, as its launcher says in environment variables."""
+    """The job and the rank of this process, from its launcher's environment variables."""
 
     rank: int
     count: int
@@ -133,7 +133,7 @@ class Job:
     agent: bool
     """Whether torchrun's own process keeps the store; otherwise rank 0 does."""
     attempt: int
-    """How often torchrun has restarted the ranks."""
+    """Number of restarts by torchrun."""
 
     @classmethod
     def from_environment(cls) -> "Job":
@@ -218,7 +218,7 @@ def listen(address: str, port: int) -> socket.socket:
 
 
 def open_store(job: Job, seconds: float, server: socket.socket | None = None) -> TCPStore:
-    """The store of a job; on rank 0 it is made, unless torchrun's own process keeps it.
+    """The store of a job; rank 0 creates it, unless torchrun's own process keeps it.
 
     Args:
         job: of this process.
@@ -247,7 +247,7 @@ def open_store(job: Job, seconds: float, server: socket.socket | None = None) ->
 
 
 def not_met(job: Job, reason: str, seconds: float) -> LayerwiseError:
-    """Why the ranks have not met."""
+    """The error if the ranks have not met."""
     return LayerwiseError(
         f"the ranks did not find one another within {seconds:g} s ({reason.splitlines()[0]}); check that all of them "
         f"were started and that {job.place} can be reached."
@@ -255,7 +255,7 @@ def not_met(job: Job, reason: str, seconds: float) -> LayerwiseError:
 
 
 def stay_local(job: Job) -> None:
-    """Make gloo's sockets listen at the loopback address, where all ranks are on this machine."""
+    """Make gloo's sockets listen at the loopback address if all ranks are on this machine."""
     if job.is_local:
         loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
         if loopback:

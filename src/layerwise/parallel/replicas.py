@@ -92,7 +92,7 @@ class Replicas(OneProcess):
             flat = torch.empty(sum(t.numel() for t in targets) + 1, dtype=dtype, device=loss.device)
             flat[-1] = loss * 0
             parts = flat[:-1].split([t.numel() for t in targets])
-            # In the order of the parameter's own memory, as fused optimizers want it.
+            # In the memory order of the parameter, as fused optimizers require.
             views = [part.as_strided(t.shape, t.stride()) for part, t in zip(parts, targets, strict=True)]
             for view, target in zip(views, targets, strict=True):
                 if isinstance(target, nn.Parameter):
@@ -143,7 +143,7 @@ class Replicas(OneProcess):
         return arrived
 
     def gather(self, value: Any) -> list[Any]:
-        """What every replica gives, in their order: numbers, strings, None, and tuples, lists and dicts of them."""
+        """Gather the replicas' values in order: numbers, strings, None, and tuples, lists and dicts of them."""
         with self.heartbeat.watching():
             return all_gather_values(value, self.group)
 
@@ -154,7 +154,7 @@ class Replicas(OneProcess):
 
 
 def check_shares(batch_size: int, count: int) -> None:
-    """Raise LayerwiseError unless a batch divides into equal shares, as the mean of their losses must be its loss."""
+    """Raise LayerwiseError unless a batch divides into equal shares: the mean of their losses must be its loss."""
     if batch_size % count:
         lower, upper = batch_size // count * count, -(-batch_size // count) * count
         raise LayerwiseError(

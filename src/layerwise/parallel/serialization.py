@@ -1,4 +1,4 @@
-"""Values that travel between processes, as JSON: reading them runs no code, whoever wrote them.
+"""Encodes values for other processes as JSON: reading them never runs code.
 
 A pickle can name any function to call when it is read, and the sockets of a job accept connections from anyone who
 reaches them. So nothing that comes from another process is unpickled.
@@ -17,7 +17,7 @@ from layerwise.errors import LayerwiseError
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape, strides and type of a tensor, in place of it in the layout of a tree."""
+    """Shape, strides and type of a tensor, which replace it in the layout of a tree."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -45,7 +45,7 @@ def encode(tree: Any) -> bytes:
 
 
 def decode(data: bytes) -> Any:
-    """The tree that `encode` was given, with a `TensorSpec` in place of every tensor.
+    """The tree given to `encode`, with a `TensorSpec` instead of every tensor.
 
     Raises:
         LayerwiseError: `data` is no such tree.
@@ -96,7 +96,7 @@ def _tree(plain: Any) -> Any:
 
 
 def all_gather_values(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """What each process of a group gives, in their order; waits for all of them.
+    """Gather the values of all processes of a group, in their order.
 
     torch's `all_gather_object` does the same with pickles.
 

@@ -31,7 +31,7 @@ scattered_sum: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None)
 
 
 class GroupModule(nn.Module):
-    """A group as one module, which torch's `fully_shard` asks for; it never runs as one.
+    """A group as one module, which torch's `fully_shard` requires; it is never called.
 
     A group may span several modules, so the whole model is in it, and its other parameters are ignored.
     """
@@ -56,9 +56,9 @@ class ShardedParameter:
     """A parameter of which each rank keeps a shard."""
 
     sharded: DTensor
-    """What the model holds while nothing is gathered."""
+    """The model's tensor while nothing is gathered."""
     full: nn.Parameter
-    """What it holds otherwise."""
+    """The model's tensor while the parameter is gathered."""
 
 
 class Shards(Replicas):
@@ -77,7 +77,9 @@ class Shards(Replicas):
     """
 
     shares_parameters = True
-    every_batch = True  # else the full gradients of every group would live from one batch of an update to the next
+    every_batch = (
+        True  # otherwise the full gradients of every group would be kept from one batch of an update to the next
+    )
 
     def __init__(self, ranks: Ranks):
         super().__init__(ranks)
@@ -86,7 +88,7 @@ class Shards(Replicas):
         )
         self._parts: WeakKeyDictionary[Block, GatherableGroup] = WeakKeyDictionary()
         self._shared: MutableMapping[Tensor, ShardedParameter] = WeakTensorKeyDictionary()
-        """By this rank's shard, an ordinary tensor, for optimizers that know nothing of sharding."""
+        """Keyed by this rank's shard, an ordinary tensor, for optimizers that do not support sharding."""
         self._kept: MutableMapping[Tensor, nn.Parameter] = WeakTensorKeyDictionary()
         """This rank's shard of each parameter of the model."""
         self._open: list[GatherableGroup] = []
@@ -166,7 +168,7 @@ class Shards(Replicas):
         return self._kept.get(parameter, parameter)
 
     def full_of(self, parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
-        """The full parameters, which blocks run with; they have memory while they are gathered."""
+        """The full parameters that blocks use; they have memory while they are gathered."""
         return [self._shared[p].full if p in self._shared else p for p in parameters]
 
     @contextmanager
@@ -189,7 +191,7 @@ class Shards(Replicas):
             self._open.pop().module.reshard()
 
     def _need(self, part: GatherableGroup) -> None:
-        """Gather what is about to run outside its group; without gradients, one group at a time."""
+        """Gather a block that runs outside its group; without gradients, one group at a time."""
         if part not in self._open and not self._running and not torch.is_grad_enabled():
             self.release()
         self._gather(part)
@@ -254,14 +256,16 @@ class Shards(Replicas):
 
     def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Norm of the averaged gradients: the root of the sum of the squares over all shards."""
-        square = super().norm(parameters).to(self.ranks.device, torch.float64).square()  # which may not overflow
+        square = (
+            super().norm(parameters).to(self.ranks.device, torch.float64).square()
+        )  # float64, so that it does not overflow
         with self.heartbeat.watching():
             work = dist.all_reduce(square, async_op=True)
         self._wait(work, square)
         return square.sqrt().float()
 
     def sum(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """The norm, which all ranks agree on: a sum of one shard says nothing of the others."""
+        """The norm, the same on all ranks: the sum of one shard would not cover the others."""
         return self.norm(parameters)
 
     # States.

@@ -28,7 +28,7 @@ class StageLink(Protocol):
         ...
 
     def send(self, tree: Any) -> None:
-        """Hand a tree of tensors to the next rank; returns before it has arrived."""
+        """Send a tree of tensors to the next rank; returns before it has arrived."""
         ...
 
     def receive_matrix(self) -> Tensor:
@@ -36,7 +36,7 @@ class StageLink(Protocol):
         ...
 
     def send_matrix(self, matrix: Tensor) -> None:
-        """Hand the output matrix to all other ranks; returns before it has arrived."""
+        """Send the output matrix to all other ranks; returns before it has arrived."""
         ...
 
     def receive_back(self) -> Any:
@@ -44,7 +44,7 @@ class StageLink(Protocol):
         ...
 
     def send_back(self, tensors: list[Tensor]) -> None:
-        """Hand a list of tensors to the rank before."""
+        """Send a list of tensors to the rank before."""
         ...
 
 
@@ -114,8 +114,8 @@ class Stage:
         self.shares_matrix = self.ranks > 1 and shares_matrix(rule)
         if len(groups) < self.ranks:
             raise LayerwiseError(
-                f"{self.ranks} ranks cannot share {len(groups)} groups of blocks, as each needs one; start at most "
-                f"{len(groups)} (--nproc-per-node {len(groups)}), or cut the model finer."
+                f"{self.ranks} ranks cannot share {len(groups)} groups of blocks, because each needs one; start at "
+                f"most {len(groups)} (--nproc-per-node {len(groups)}), or cut the model finer."
             )
         bounds = [group.start for group in groups] + [groups[-1].stop]
         if self.counts is None:
@@ -150,7 +150,7 @@ class Stage:
         return range(starts[self.rank], ends[self.rank])
 
     def give_back(self, model: nn.Module) -> None:
-        """Let go of the tensors of the next rank."""
+        """Release the tensors of the next rank."""
         if self.borrowed:
             known = dict([*model.named_parameters(), *model.named_buffers()])
             to_meta(model, [known[name] for name in self.borrowed])
@@ -174,11 +174,11 @@ class Stage:
         return self.link.receive_matrix()
 
     def send_matrix(self, matrix: Tensor) -> None:
-        """Hand the output matrix to all other ranks."""
+        """Send the output matrix to all other ranks."""
         self.link.send_matrix(matrix)
 
     def pass_on(self, h: Tensor, message: Any, skipped: bool) -> bool:
-        """Hand output and message of the last group here to the next rank.
+        """Send output and message of the last group here to the next rank.
 
         Returns:
             Whether any update of this batch was skipped, here or before.
@@ -212,12 +212,12 @@ def seconds(network: Partition, example: Tensor, repeats: int = 3) -> list[float
 
 
 def shares_matrix(rule: Rule) -> bool:
-    """Whether the blocks of a rule read the network's output matrix, which travels then."""
+    """Whether the blocks of a rule read the network's output matrix, which is then sent."""
     return isinstance(rule, ReadsOutputMatrix) and rule.matrix_refresh() is not None
 
 
 def check_rule(rule: Rule, groups: Sequence[range]) -> None:
-    """Raise LayerwiseError if a rule needs more than the output matrix and what travels forward, once."""
+    """Raise LayerwiseError if a rule needs more than the output matrix and one forward pass of messages."""
     for i, group in enumerate(groups[1:], 1):
         if groups[i - 1].stop > group.start:
             why = "its signals pass through blocks of later groups"
@@ -225,9 +225,9 @@ def check_rule(rule: Rule, groups: Sequence[range]) -> None:
     else:
         local = ("local", "broadcast") if shares_matrix(rule) else ("local",)  # the matrix is all that it broadcasts
         if rule.locality not in local or has_trunk(rule):
-            why = f"its locality is {rule.locality!r}, not 'local' (across a boundary goes: {rule.boundary})"
+            why = f"its locality is {rule.locality!r}, not 'local' (a boundary is crossed by: {rule.boundary})"
         elif type(rule).begin is not Rule.begin and not rule.begins_with_batch:
-            why = "what it begins with may look at the whole network"
+            why = "its first input may depend on the whole network"
         elif isinstance(rule, StartsFromData):
             why = "it sets the network up from training data"
         elif not (rule.predicts_plainly() or isinstance(rule, PredictsBySite) or rule.predicts_at_head):

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from layerwise.parallel.ranks import LANES, Ranks
 from layerwise.parallel.serialization import TensorSpec, decode, encode
 
-DEPTH = LANES  # batches on the way from one rank to the next; as many more wait at the sender
+DEPTH = LANES  # batches in flight from one rank to the next; as many more wait at the sender
 # Tags: batches and figures to the next rank, the last one's answer at the end, its output matrix, and
 # what goes back one rank where heads follow the next block.
 FORWARD, DONE, MATRIX, BACK = 0, 1, 2, 3
@@ -24,14 +24,14 @@ TAGS = 8  # from the tag of one lane to that of the next
 
 @dataclass
 class TreeBuffers:
-    """Buffers for one tree. They are used again while the next trees have the same layout."""
+    """Buffers for one tree. They are reused while the next trees have the same layout."""
 
     layout: bytes = b""
     tree: Any = None
     """The tree. Its tensors are views of the buffers."""
     flat: list[Tensor] = field(default_factory=list)
     works: list[Any] = field(default_factory=list)
-    """Sends under way that read the buffers."""
+    """Unfinished sends that read the buffers."""
 
     def fit(self, layout: bytes, device: torch.device) -> None:
         """Make buffers for `layout`, unless these fit."""
@@ -65,7 +65,7 @@ class SendChannel:
         self.count, self.layouts = 0, [b""] * lanes
 
     def send(self, tree: Any) -> None:
-        """Copy a tree and start sending it; waits only while as many as there are slots are still under way."""
+        """Copy a tree and start sending it; waits only while all slots are in use."""
         slot, lane = self.slots[self.count % len(self.slots)], self.count % len(self.layouts)
         self.count += 1
         self._wait(slot)
@@ -148,7 +148,7 @@ class ReceiveChannel:
 
 
 class PrefetchThread:
-    """Reads a channel ahead, up to `ahead` trees that nobody has taken. None ends it."""
+    """Reads a channel ahead, up to `ahead` trees that are not used yet. None ends it."""
 
     def __init__(self, channel: ReceiveChannel, ahead: int):
         self.channel = channel
@@ -204,7 +204,7 @@ class PrefetchingChannel:
 
 
 class MatrixChannel:
-    """The way of the output matrix from the last rank of a pipeline to its other ranks.
+    """The channel of the output matrix from the last rank of a pipeline to its other ranks.
 
     It goes through the host also where batches go from device to device: NCCL has no tags, and would keep the matrix
     waiting for the next batch.
@@ -218,12 +218,12 @@ class MatrixChannel:
     def __init__(self, ranks: Ranks, stage: Any, first: int = 0):
         last, host = first + stage.ranks - 1, torch.device("cpu")
         others = range(first, last) if stage.shares_matrix else ()
-        # The buffers are as large as the matrix, and nobody is more than one ahead.
+        # The buffers are as large as the matrix, and no rank is more than one ahead.
         self.to_others = [SendChannel(ranks, rank, MATRIX, host, slots=1) for rank in others if stage.last]
         self.from_last = ReceiveChannel(ranks, last, MATRIX, host) if others and not stage.last else None
 
     def send(self, matrix: Tensor) -> None:
-        """Hand it to all other ranks."""
+        """Send it to all other ranks."""
         for channel in self.to_others:
             channel.send(matrix)
 
@@ -233,7 +233,7 @@ class MatrixChannel:
         return self.from_last.receive()
 
     def end(self) -> None:
-        """Wait until all that was sent has arrived; what nobody needed any more is dropped."""
+        """Wait until all sends have arrived; versions that are no longer needed are dropped."""
         for channel in self.to_others:
             channel.end()
         while self.from_last is not None and self.from_last.receive() is not None:
@@ -241,7 +241,7 @@ class MatrixChannel:
 
 
 class BackLink:
-    """Lists of tensors against the direction of the batches, through the host; made by the first of them.
+    """Sends lists of tensors against the direction of the batches, through the host; created by the first one.
 
     Args:
         ranks: the processes of the job.
@@ -254,7 +254,7 @@ class BackLink:
     _receives: ReceiveChannel | None
 
     def send_back(self, tensors: list[Tensor]) -> None:
-        """Hand a list of tensors to the rank before."""
+        """Send a list of tensors to the rank before."""
         self._sends = self._sends or SendChannel(self.ranks, self.ranks.rank - 1, BACK, torch.device("cpu"))
         self._sends.send(tensors)
 
@@ -265,7 +265,7 @@ class BackLink:
         return [tensor.to(self.ranks.device) for tensor in self._receives.receive()]
 
     def end_back(self) -> None:
-        """Wait until all that was sent has arrived."""
+        """Wait until all sends have arrived."""
         if self._sends is not None:
             self._sends.drain()
 
@@ -307,12 +307,12 @@ class PipelineLink(BackLink):
         return tree_map(lambda t: t.to(self.ranks.device) if isinstance(t, Tensor) else t, tree)
 
     def send(self, tree: Any) -> None:
-        """Hand a tree to the next rank."""
+        """Send a tree to the next rank."""
         assert self.to_next is not None
         self.to_next.send(tree)
 
     def end(self) -> None:
-        """Wait until all that was sent has arrived; nothing can be sent any more."""
+        """Wait until all sends have arrived; nothing can be sent any more."""
         self.matrix.end()
         self.end_back()
         if self.to_next is not None:

@@ -1,4 +1,4 @@
-"""Modules that take the place of torch's: they keep less for the backward pass, or compute with fewer bits.
+"""Modules that replace torch's: they keep less for the backward pass, or compute with fewer bits.
 
 They are usable under every rule, as a block's own graph shrinks with them. `replace` puts them into a model.
 """

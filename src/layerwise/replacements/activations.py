@@ -1,4 +1,4 @@
-r"""Activations that keep a few bits per number for their backward pass, in place of their whole input.
+r"""Activations that keep a few bits per number for the backward pass, instead of their whole input.
 
 The derivative is replaced by a step function: $f'(x) \approx D_k$ where $k$ of the thresholds $c_i$ lie below x. Only k
 is kept, in 1 or 2 bits.
@@ -101,7 +101,7 @@ def _sums(jumps: Sequence[float]) -> tuple[float, ...]:
 
 
 class ApproxGELU(Stepped):
-    r"""GELU whose backward pass knows 2 bits of every number (ReGELU2 of Approx-BP).
+    r"""GELU that keeps 2 bits of every number for the backward pass (ReGELU2 of Approx-BP).
 
     $f'(x) \approx \sum_i a_i [x > c_i]$ with the constants of the paper, in place of
     $\Phi(x) + x \varphi(x)$.
@@ -124,7 +124,7 @@ class ApproxGELU(Stepped):
 
 
 class ApproxSiLU(Stepped):
-    """SiLU whose backward pass knows 2 bits of every number (ReSiLU2 of Approx-BP); see `ApproxGELU`."""
+    """SiLU that keeps 2 bits of every number for the backward pass (ReSiLU2 of Approx-BP); see `ApproxGELU`."""
 
     thresholds = SILU_THRESHOLDS
     values = _sums(SILU_JUMPS)

@@ -1,4 +1,4 @@
-"""BinaryConnect: layers whose weights are +1 or -1 wherever they are used, and real numbers where they learn."""
+"""BinaryConnect: layers whose weights are +1 or -1 in use, and real numbers for learning."""
 
 from typing import Any, Self
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class _Sign(torch.autograd.Function):
-    """The sign, 1 at zero; the gradient goes to the real weight as it is."""
+    """The sign, 1 at zero; the gradient passes unchanged to the real weight."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class _Shared(nn.Module):
 
 
 class MSLayerNorm(_Shared):
-    """Layer norm without scale and shift, which keeps its output in place of its input.
+    """Layer norm without scale and shift, which keeps its output instead of its input.
 
     >>> x = torch.randn(4, 8, requires_grad=True)
     >>> torch.equal(MSLayerNorm(8)(x), nn.functional.layer_norm(x, (8,)))
@@ -87,14 +87,14 @@ class MSLayerNorm(_Shared):
 
 
 class MSRMSNorm(_Shared):
-    """RMS norm without scale, which keeps its output in place of its input."""
+    """RMS norm without scale, which keeps its output instead of its input."""
 
     centred = False
 
 
 @torch.no_grad()
 def merge(norm: nn.LayerNorm | nn.RMSNorm, readers: list[nn.Linear]) -> None:
-    """Merge a norm's scale and shift into the linear layers that read it; the norm is without effect of them then."""
+    """Merge a norm's scale and shift into the linear layers that read it; the norm then has no scale and shift."""
     weight, bias = norm.weight, getattr(norm, "bias", None)
     for linear in readers:
         if bias is not None:
@@ -105,7 +105,7 @@ def merge(norm: nn.LayerNorm | nn.RMSNorm, readers: list[nn.Linear]) -> None:
 
 
 def replacement(norm: nn.LayerNorm | nn.RMSNorm) -> nn.Module:
-    """The norm that takes the place of one whose scale and shift are merged."""
+    """The replacement of a norm whose scale and shift are merged."""
     if isinstance(norm, nn.LayerNorm):
         return MSLayerNorm(norm.normalized_shape[-1], norm.eps)
     eps = norm.eps if norm.eps is not None else torch.finfo(torch.float32).eps

@@ -1,4 +1,4 @@
-"""Which linear layers read the output of a norm, and nothing else does."""
+"""Finds norms whose output is read only by linear layers."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -14,17 +14,17 @@ from torch.utils._pytree import tree_iter
 from layerwise.errors import LayerwiseError
 
 HARMLESS = {"__get__", "size", "dim", "numel", "__len__", "stride", "is_contiguous", "is_floating_point"}
-"""Functions that look at a tensor's form, not at its numbers."""
+"""Functions that use a tensor's shape or type, not its numbers."""
 
 
 class _Noted(TorchFunctionMode):
-    """Notes what is done with the outputs of norms, and what linear layers are given."""
+    """Records the uses of norms' outputs, and the inputs of linear layers."""
 
     def __init__(self, linear: Mapping[int, nn.Linear]):
         super().__init__()
         self.linear = linear
         self.made: dict[int, tuple[Tensor, nn.Module]] = {}
-        """The outputs by their ids; held, so that no id is used again."""
+        """The outputs by their ids, kept so that no id is reused."""
         self.reads: dict[nn.Linear, set[int | None]] = {}
         """Per linear layer the norms that it has read, by their ids; None for anything else."""
         self.others: set[int] = set()

@@ -1,4 +1,4 @@
-"""Puts other modules into a model: ones that keep less for their backward pass, or compute with fewer bits."""
+"""Replaces modules of a model by ones that keep less for the backward pass, or compute with fewer bits."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from layerwise.replacements.sparse import BiMaskLinear
 from layerwise.replacements.velora import VeLoRALinear
 
 Make = Callable[[Any], nn.Module]
-"""From a module to the one that takes its place."""
+"""Maps a module to its replacement."""
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """A named kind of module with what it takes the place of."""
+    """A named kind of module, and the modules that it replaces."""
 
     kinds: tuple[type[nn.Module], ...]
     """Modules of these types, not of ones derived from them."""
@@ -29,9 +29,9 @@ class Replacement:
     takes: Callable[[Any], bool] = lambda module: True
     """Whether one module can be replaced."""
     hidden: bool = False
-    """Whether the last module of these kinds, which gives the network's outputs, stays as it is."""
+    """Whether the last module of these kinds, which computes the network's outputs, is not replaced."""
     merges: bool = False
-    """Whether the module's parameters are merged into what reads it, for which a batch has to be shown."""
+    """Whether the module's parameters are merged into its readers, which needs an example batch."""
 
 
 def _binary(layer: nn.Linear | nn.Conv2d) -> nn.Module:
@@ -71,7 +71,7 @@ def check_name(name: str) -> None:
 def replace(
     model: nn.Module, what: str | Sequence[str] | Mapping[str | type[nn.Module], str | Make], example: Any = None
 ) -> nn.Module:
-    """Put other modules into a model, in place; parameters stay what they are and keep their names.
+    """Replace modules of a model in place; parameters and their names do not change.
 
     The model is then trained as any other, under every rule. A module that is used in several places stays one module.
 
@@ -135,7 +135,7 @@ def _chosen(
 def _made(
     model: nn.Module, chosen: Mapping[str, nn.Module], value: str | Make, example: Any, by_itself: bool
 ) -> dict[nn.Module, nn.Module]:
-    """The modules that are replaced, with what takes their places."""
+    """The modules to replace, and their replacements."""
     if callable(value):
         return {module: value(module) for module in dict.fromkeys(chosen.values())}
     check_name(value)
@@ -153,10 +153,10 @@ def _made(
 
 
 def _merged(model: nn.Module, able: list[Any], name: str, example: Any) -> list[Any]:
-    """Merge what can be, and say which modules are without effect of their parameters then."""
+    """Merge parameters where possible, and return the modules that are then without parameters."""
     bare = [m for m in able if m.weight is None]
     if example is None and len(bare) < len(able):
-        raise LayerwiseError(f"{name} has to see what reads each norm; give replace(..., example=a batch).")
+        raise LayerwiseError(f"{name} has to find the readers of each norm; give replace(..., example=a batch).")
     readers = readers_of(model, example) if len(bare) < len(able) else {}
     taken: set[nn.Module] = set()
     for norm in able:

@@ -10,11 +10,11 @@ from layerwise.core.once import once_differentiable
 from layerwise.errors import LayerwiseError
 
 RENEWED = 100
-"""Forward passes in training after which rows are put into another order."""
+"""Forward passes in training between two reorderings of the rows."""
 TRIED = 100
-"""Orders of the rows that are tried; the one with the most surviving weights is taken."""
+"""Number of orders of the rows to try; the one with the most surviving weights is used."""
 DECAY = 2e-4
-"""Of weights that are masked out (SR-STE)."""
+"""Decay of masked weights (SR-STE)."""
 
 
 def largest(weight: Tensor, n: int, m: int) -> Tensor:
@@ -97,7 +97,7 @@ class BiMaskLinear(nn.Linear):
         self.register_buffer("order", torch.arange(out_features, device=device))
         self.register_buffer("passes", torch.zeros((), dtype=torch.int64, device=device))
         self._passes: int | None = None
-        """The same number, which nothing has to wait for; None after a state was loaded."""
+        """The same number on the host, so that nothing waits for the device; None after a state was loaded."""
 
     @classmethod
     def of(cls, linear: nn.Linear, n: int = 2, m: int = 4) -> Self:
@@ -131,7 +131,7 @@ class BiMaskLinear(nn.Linear):
 
     @torch.no_grad()
     def _reorder(self, mask: Tensor) -> None:
-        """Take the best of some random orders; on the device, so that nothing waits for it."""
+        """Take the best of some random orders, on the device, so that nothing waits."""
         best, kept = self.order.clone(), self._backward_mask(mask, self.order).sum()
         for _ in range(TRIED):
             order = torch.randperm(len(best), device=best.device)

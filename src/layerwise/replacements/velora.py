@@ -38,7 +38,7 @@ class _Projected(torch.autograd.Function):
 
 
 class VeLoRALinear(nn.Linear):
-    r"""A linear layer whose weight learns from rank-1 projections of its input; all else is exact.
+    r"""A linear layer whose weight learns from rank-1 projections of its input; everything else is exact.
 
     The input of a token is cut into G sub-tokens of D / G numbers. Of each, $z = x^\top v$ is kept, in half precision,
     with one unit vector v for all: the normalised mean over the sub-tokens of the first batch, which then stays. The

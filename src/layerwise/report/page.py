@@ -154,7 +154,7 @@ class Runs:
     results: dict[str, dict[int, dict[str, Any]]]
     lines: dict[str, dict[int, list[dict[str, Any]]]]
     layers: dict[str, dict[int, dict[str, dict[str, float | None]]]]
-    confusion: dict[str, list[dict[str, Counts]]]
+    confusion: dict[str, list[Mapping[str, Counts]]]
 
     @classmethod
     def read(cls, folder: Path, rows: list[dict[str, str]]) -> "Runs":

@@ -1,4 +1,4 @@
-"""Counts of what a rank does while it trains: its time, that of each group, and the bytes that it sends."""
+"""Measures a rank while it trains: its time, that of each group, and the bytes that it sends."""
 
 import time
 from pathlib import Path
@@ -15,7 +15,7 @@ from layerwise.parallel.transport import FORWARD, PrefetchingChannel, SendChanne
 
 
 class Clock:
-    """Wall time, and how much of it this thread computed or stood in the queue for a core."""
+    """Wall time, and how much of it this thread computed or waited for a core."""
 
     def __init__(self) -> None:
         self.wall = time.perf_counter()
@@ -61,24 +61,24 @@ class CountingLink:
         self.bytes = 0
 
     def take(self) -> bool:
-        """Wait for the next batch; False where there is none to come."""
+        """Wait for the next batch; False if there are no more."""
         if self.from_previous is not None:
             self.found = self.from_previous.receive()
             return self.found is not None
         return True
 
     def receive(self) -> Any:
-        """The batch that `take` has found."""
+        """The batch that `take` has received."""
         return self.found
 
     def send(self, tree: Any) -> None:
-        """Hand a tree to the next rank."""
+        """Send a tree to the next rank."""
         assert self.to_next is not None
         self.bytes += sum(leaf.nbytes for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
         self.to_next.send(tree)
 
     def close(self) -> None:
-        """Announce the end to the next rank, and take what the rank before has sent to say so."""
+        """Announce the end to the next rank, and receive the same from the rank before."""
         if self.to_next is not None:
             self.to_next.end()
         if self.from_previous is not None:

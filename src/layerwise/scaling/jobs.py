@@ -1,4 +1,4 @@
-"""The processes of a job whose ranks measure, and wait for tasks between two measurements."""
+"""Processes of a job that measure, and wait for tasks between two measurements."""
 
 import contextlib
 import json
@@ -43,7 +43,7 @@ class RankProcesses:
         self.setup = [setup | {"rank": rank} for rank in range(ranks)]
 
     def meet(self) -> None:
-        """Wait until the processes have found one another; the first thing that they are asked."""
+        """Wait until the processes have found one another; their first task."""
         # Rank 0 chooses a port at its own address, and keeps it: a port that is free here may be taken a moment later.
         (found,) = self.ask([{"do": "listen", "address": self.setup[0]["address"]}])
         self.ask([setup | found for setup in self.setup])

@@ -1,4 +1,4 @@
-"""The options of `layerwise bench scaling`, and whether they can be measured."""
+"""Options of `layerwise bench scaling`, and checks whether they can be measured."""
 
 import math
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ ALONE = ("rule", "backprop")
 
 @dataclass(frozen=True)
 class Interconnect:
-    """The way between any two neighbouring ranks: messages in one direction follow one another."""
+    """The link between any two neighbouring ranks: messages in one direction follow one another."""
 
     latency: float = 0.0
     """Seconds until the first byte arrives."""
@@ -38,27 +38,27 @@ class ScalingOptions(Problem):
     model: str = "vit"
     """mlp | vgg | resnet | vit."""
     depth: int | None = None
-    """Number of blocks; the model's own default if not given."""
+    """Number of blocks (default: that of the model)."""
     ranks: str = "1,2,4"
     """Numbers of processes, separated by commas."""
     ways: tuple[str, ...] = WAYS
-    """What to measure, out of rule backprop apart pipeline data ddp gpipe 1f1b zb1p zbv."""
+    """Ways to measure: rule backprop apart pipeline data ddp gpipe 1f1b zb1p zbv."""
     micro_batches: int = 4
     """Parts of a batch in torch's pipelines; ours needs none."""
     rounds: int = 5
-    """Rounds that count."""
+    """Rounds that are measured."""
     steps: int = 5
-    """Steps per round that count."""
+    """Measured steps per round."""
     warmup: int = 2
-    """Steps before them that do not; the first round of all has as many again."""
+    """Warm-up steps before them; the very first round has as many again."""
     timeout: float = 300.0
     """Seconds after which a process that does not answer counts as lost."""
     hosts: tuple[str, ...] = ()
-    """Words to start the processes with, one host after another in turn, such as "ip netns exec one"."""
+    """Commands that start the processes, one per host, in turn, such as "ip netns exec one"."""
     address: str = "127.0.0.1"
     """Address at which the first process is found by the others."""
     simulate: int | None = None
-    """Predict machines of up to so many ranks, for a network that grows with them."""
+    """Simulate machines of up to this many ranks, for a network that grows with them."""
     latency: float = 0.0
     """Milliseconds, one way, between the ranks that are simulated (and the measured ones, where hosts are given)."""
     bandwidth: float = math.inf
@@ -75,18 +75,18 @@ class ScalingOptions(Problem):
         return found
 
     def interconnect(self) -> Interconnect:
-        """The way between two ranks that is simulated."""
+        """The simulated link between two ranks."""
         return Interconnect(self.latency / 1e3, self.bandwidth * 1e9 / 8)
 
 
 def check_options(options: ScalingOptions, blocks: int) -> None:
-    """Raise LayerwiseError unless everything that is asked for can be measured."""
+    """Raise LayerwiseError unless all ways can be measured."""
     for name, least in {"rounds": 1, "steps": 1, "warmup": 1, "micro_batches": 1}.items():
         if getattr(options, name) < least:
             raise LayerwiseError(f"{name.replace('_', '-')} is {getattr(options, name)}; use at least {least}.")
     check_ranges(timeout=options.timeout)
     check("latency", options.latency, NonNegativeFloat)
-    if not options.bandwidth > 0:  # infinity is a link that costs nothing
+    if not options.bandwidth > 0:  # infinity is a link without cost
         raise LayerwiseError(f"bandwidth is {options.bandwidth} Gbit/s; use more than 0.")
     for way in options.ways:
         if way not in WAYS:
@@ -107,7 +107,9 @@ def check_options(options: ScalingOptions, blocks: int) -> None:
                 f"{way} on {most} ranks needs {needed} parts, and the network has {blocks} blocks and a head; choose a "
                 "larger --depth, fewer --ranks, or other --ways."
             )
-    from layerwise.parallel.replicas import check_shares  # here, as the help of the command waits for no torch
+    from layerwise.parallel.replicas import (
+        check_shares,
+    )  # imported here, so that the help of the command needs no torch
 
     for ranks in options.counts() if {"data", "ddp"} & {*options.ways} else ():
         check_shares(options.batch_size, ranks)

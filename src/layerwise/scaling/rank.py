@@ -76,7 +76,7 @@ class Rank:
         self.runs = 0
 
     def _once(self, name: str, make: Callable[[], Any]) -> Any:
-        """What `make` gives, made at the first call: learners and schedules live as long as the process."""
+        """The result of `make`, made at the first call: learners and schedules live as long as the process."""
         if name not in self.made:
             self.made[name] = make()
         return self.made[name]
@@ -89,7 +89,7 @@ class Rank:
         return Learner(self._model(), rule, example=self.x, stage=stage, replicas=replicas, **options)
 
     def _share(self) -> tuple[Tensor, Tensor]:
-        """What this rank takes of the batch, where it is shared."""
+        """Return this rank's share of the batch, if it is shared."""
         return self.x.chunk(self.count)[self.number], self.y.chunk(self.count)[self.number]
 
     def _ring(self, parameters: Sequence[nn.Parameter]) -> float:
@@ -241,7 +241,7 @@ class Rank:
         return step, lambda: sum(stage.bytes for stage in stages)
 
     def costs(self, task: dict[str, Any]) -> dict[str, list[float]]:
-        """Seconds of every block and the head, alone in this process: what the simulator begins with.
+        """Seconds of every block and the head, alone in this process: the input of the simulator.
 
         Returns:
             `rule`: one update of the rule, from the steps measured so far; of backpropagation, for one micro-batch:
@@ -289,7 +289,7 @@ class Rank:
 
 
 def timed_call(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
-    """What `work` gives, and its seconds."""
+    """The result of `work`, and its seconds."""
     started = time.perf_counter()
     result = work(*arguments)
     return result, time.perf_counter() - started
@@ -297,7 +297,7 @@ def timed_call(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
 
 def main() -> None:
     """Answer tasks until standard input ends."""
-    # What gloo and others print must not look like an answer.
+    # Output of gloo and others must not look like an answer.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     keep_freed_memory()

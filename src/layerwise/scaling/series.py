@@ -1,4 +1,4 @@
-"""What was measured of one way, round by round."""
+"""Measurements of one way, round by round."""
 
 import statistics
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Series:
-    """What was measured of one way at one number of ranks, round by round."""
+    """Measurements of one way at one number of ranks, round by round."""
 
     way: str
     ranks: int

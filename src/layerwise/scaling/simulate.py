@@ -1,4 +1,4 @@
-"""Pipelines on machines that are not there: when each rank computes and waits, from the seconds of the blocks."""
+"""Simulates pipelines on other machines: when each rank computes and waits, from the seconds of the blocks."""
 
 import heapq
 import itertools
@@ -17,14 +17,14 @@ from layerwise.parallel.transport import DEPTH
 from layerwise.scaling.options import PARTS, Interconnect
 
 WAITS = {"gpipe": "phases", "1f1b": "turns", "zb1p": "steps", "zbv": "steps"}
-"""When their ranks wait for what they send, see `scheduled`."""
+"""Schedules, and when their ranks wait for sends, see `scheduled`."""
 Action = tuple[str, int, int]
 """What is done, to which part of the network, with which micro-batch: F forward, B backward, I and W its halves."""
 
 
 @dataclass(frozen=True)
 class Op:
-    """One piece of a rank's work."""
+    """One operation of a rank."""
 
     name: Hashable
     seconds: float
@@ -51,7 +51,7 @@ def simulate(
     interconnect: Interconnect | None = None,
     speed: Callable[[int], float] | None = None,
 ) -> dict[Hashable, tuple[float, float]]:
-    """Run the ranks' programs, each in its own order, as soon as what an op needs has arrived.
+    """Run the ranks' programs, each in its own order, as soon as the inputs of an op have arrived.
 
     Args:
         programs: per rank.
@@ -306,7 +306,7 @@ class Costs:
         return self.micro_batches * (sum(self.forward) + sum(self.backward)) + sum(self.optimizer)
 
     def parts(self, operations: Sequence[int], number: int, micro_batches: int) -> list[dict[str, float]]:
-        """What `scheduled` needs for a network cut into so many parts, micro-batches costing by their size."""
+        """The input of `scheduled` for so many parts of the network; micro-batches cost in proportion to size."""
         scale = self.micro_batches / micro_batches
         found = []
         for start, end in itertools.pairwise([0, *balanced_ends(operations, number)]):

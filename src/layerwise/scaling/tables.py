@@ -1,4 +1,4 @@
-"""The figures of `layerwise bench scaling`, for a person to read."""
+"""Tables of `layerwise bench scaling`."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from layerwise.terminal import table, terminal_width
 ABOUT = {
     "rule": "the rule in one process",
     "backprop": "backpropagation in one process",
-    "apart": "the rule in processes that share nothing, each with a whole network: what the machine gives",
+    "apart": "the rule in independent processes, each with a whole network: the limit of the machine",
     "pipeline": "our forward-only pipeline",
     "data": "our data parallel: the rule with the batch shared among the ranks",
     "ddp": "backpropagation with the batch shared among the ranks (torch's DistributedDataParallel)",
@@ -28,7 +28,7 @@ HEAD = (
 
 
 def measured_table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """What was measured, for a person to read."""
+    """The table of measurements."""
     lines = [HEAD]
     for row in rows:
         guess = row["predicted"]
@@ -55,7 +55,7 @@ def measured_table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def against_rivals(rows: Sequence[dict[str, Any]], series: dict[tuple[str, int], Series]) -> Iterator[str]:
-    """Our pipeline against each rival, round by round."""
+    """Our pipeline against each baseline, round by round."""
     yield "\n".join(f"{way}: {ABOUT[way]}" for way in dict.fromkeys(row["way"] for row in rows))
     for way, ranks in series:
         if way != "pipeline" or ranks == 1:
@@ -71,7 +71,7 @@ def against_rivals(rows: Sequence[dict[str, Any]], series: dict[tuple[str, int],
 
 
 def simulated_table(options: ScalingOptions, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """What was simulated, for a person to read."""
+    """The table of simulations."""
     found = [row for row in rows if "speedup" in row]
     yield (
         f"simulated: one rank per host, {options.latency:g} ms and {options.bandwidth:g} Gbit/s between two; "
