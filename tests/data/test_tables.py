@@ -382,7 +382,7 @@ def test_what_is_told_of_numbers_is_told_beside_words_and_gaps_too(tmp_path):
     assert 0 < len(told) < 15
     assert all(f"line {row + 2} of {tmp_path / 't.csv'} has 'many' in column" in said for row, said in told.items())
     rows = [[i % 5, 2 if i == 3 else i % 2, i % 2] for i in range(40)]
-    with pytest.raises(LayerwiseError, match=r"line 5 of .* has 2 in the column 'weight', which is no 0 or 1"):
+    with pytest.raises(LayerwiseError, match=r"line 5 of .* has 2 in the column 'weight', which is not 0 or 1"):
         data.load(write(tmp_path / "t.csv", rows), task="multilabel", targets=["weight", "label"])
 
 
