@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from importlib.metadata import PackageNotFoundError
 
 import pytest
@@ -17,6 +18,18 @@ from layerwise.runs.settings import FLAGS, RunSettings
 def facts(capsys, code=0):
     assert main(["doctor", "--json"]) == code
     return json.loads(capsys.readouterr().out)
+
+
+def with_cuda(patch, driver):
+    """A torch that is built for CUDA, on a machine with or without a driver."""
+    patch.setattr(torch.version, "cuda", "13.0")
+    patch.setattr(shutil, "which", lambda name: driver)
+
+
+def test_a_torch_built_for_cuda_trains_without_a_gpu_too(capsys, monkeypatch):
+    monkeypatch.delenv("LAYERWISE_DATA", raising=False)
+    with_cuda(monkeypatch, None)
+    assert facts(capsys)["problems"] == []
 
 
 def test_it_names_versions_and_finds_nothing_wrong_here(capsys, monkeypatch):
@@ -35,7 +48,7 @@ def test_it_names_versions_and_finds_nothing_wrong_here(capsys, monkeypatch):
         (lambda patch: patch.setenv("LAYERWISE_DATA", "/no/such"), "names /no/such, which is not a folder"),
         (lambda patch: patch.setattr(torch, "__version__", "2.5.1"), "torch 2.5.1 is too old"),
         (lambda patch: patch.setattr(torch, "get_num_threads", lambda: 10**4), "set OMP_NUM_THREADS="),
-        (lambda patch: patch.setattr(torch.version, "cuda", "13.0"), "torch is built for CUDA and finds no GPU"),
+        (lambda patch: with_cuda(patch, "/usr/bin/nvidia-smi"), "torch is built for CUDA and finds no GPU"),
     ],
 )
 def test_what_stands_in_the_way_is_said_with_its_remedy(breaks, sentence, capsys, monkeypatch):

@@ -48,7 +48,8 @@ def examine() -> dict[str, Any]:
     names, free = device_names(), free_memory()
     cores, threads = os.cpu_count() or 1, torch.get_num_threads()
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU" if not names else names[0]
-    if torch.version.cuda and not names:
+    # A plain `pip install torch` is built for CUDA, also where there is no GPU; the driver brings nvidia-smi.
+    if torch.version.cuda and not names and shutil.which("nvidia-smi"):
         problems.append("torch is built for CUDA and finds no GPU: check whether nvidia-smi lists one, and the driver.")
     if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < LEAST_TORCH:
         problems.append(f"torch {torch.__version__} is too old: pip install 'torch>=2.6'.")
