@@ -3,12 +3,20 @@
 One seed before every test: a test that fails does so again.
 """
 
+import gc
 import os
 
 import pytest
 import torch
 from filelock import FileLock
+from support.nets import seed
 from support.runs import COMPARE, start
+
+
+def pytest_collection_finish():
+    """What is imported stays, and the collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -27,7 +35,7 @@ def _no_terminal(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _one_seed():
-    torch.manual_seed(0)
+    seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -224,6 +224,7 @@ def test_equal_shares_are_required():
 # Runs.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "words"),
     [(2, "--rule sll --accumulate 4 --save-every 5"), (4, "--rule backprop --model vit --model.heads 2")],

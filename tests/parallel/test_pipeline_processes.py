@@ -238,6 +238,7 @@ def same_run(a, b):
     assert result(a)["flops_per_step"] == result(b)["flops_per_step"]
 
 
+@pytest.mark.slow
 def test_a_killed_rank_of_one_pipeline_ends_both(tmp_path):
     words = [*TWO_BY_TWO, *LONG, "--stages", "2,2"]
     check_killed(4, 3, "rank 3 (block3..head)", tmp_path / "out", tmp_path / "job", words)

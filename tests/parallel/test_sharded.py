@@ -194,6 +194,7 @@ def test_a_run_with_shares_is_the_run_in_one_process_and_goes_on_anywhere(tmp_pa
         assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_others(tmp_path):
     check_killed(3, 1, "rank 1", tmp_path / "out", tmp_path / "job", [*SHARDED, *LONG, "--batch-size", "129"])
 

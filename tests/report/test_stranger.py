@@ -86,6 +86,7 @@ def test_pipes_folders_and_missing_files_are_a_sentence(place, capsys, name):
     assert name.rpartition("/")[2] in refused(place, capsys)
 
 
+@pytest.mark.slow
 def test_a_pipe_beside_the_files_is_passed_over(place):
     os.mkfifo(place / "other.json")
     assert main(["report", str(place)]) == 0

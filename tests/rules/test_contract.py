@@ -249,7 +249,7 @@ def working_memory(kind, rule, depth):
 def test_working_memory_is_flat_in_depth_for_the_rules_that_say_so(rule, kind):
     # Seven blocks, so that the shallow net too has wide blocks that are not the last one (which the head may read), and
     # as wide a block half way (which an auxiliary network may be built after).
-    shallow, deep = (working_memory(kind, rule, depth) for depth in (7, 21))
+    shallow, deep = (working_memory(kind, rule, depth) for depth in (7, 15))
     if get(rule).flat_memory:
         assert deep <= 1.01 * shallow
     else:

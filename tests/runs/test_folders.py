@@ -82,7 +82,7 @@ def test_overwrite_deletes_nothing_beside_the_run(run, capsys, what):
     mine.write_text("precious")
     before = contents(run)
     assert begin(run, "--overwrite") == 2
-    assert "is no run and is not deleted; move it away" in capsys.readouterr().err
+    assert "is not a run and is not deleted; move it away" in capsys.readouterr().err
     assert mine.read_text() == "precious"
     assert contents(run) == before
 
