@@ -45,7 +45,7 @@ def comparison(tmp_path_factory):
     place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "comparison"
     with FileLock(f"{place}.lock"):
         if not (place / "stderr").exists():
-            process = start(*COMPARE, "--jobs", "2", "--out", place / "out")
+            process = start(*COMPARE, "--jobs", "1", "--out", place / "out")
             out, err = process.communicate(timeout=200)
             assert process.returncode == 0, err
             (place / "stdout").write_text(out)

@@ -110,6 +110,7 @@ def test_the_version_is_there_at_once():
     assert min(seconds) < 0.4
 
 
+@pytest.mark.slow
 def test_every_public_name_can_be_imported_and_nothing_else():
     code = """
 import layerwise
@@ -273,6 +274,7 @@ def test_a_signal_inside_an_import_waits_for_its_end(number, tmp_path, monkeypat
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_comparison_with_its_code(tmp_path):
     process = start(*split("compare --seeds 2 --epochs 500 --no-report --jobs 1 --out"), tmp_path / "out")
     deadline = time.monotonic() + 60

@@ -68,6 +68,7 @@ def test_a_rule_may_have_another_model_of_the_kind():
     assert (linear_head.optimizer, linear_head.weight_decay) == ("sgd", 5e-4)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_the_command_of_a_run_gives_its_options(data):

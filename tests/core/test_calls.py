@@ -31,7 +31,10 @@ AGAIN = [
 # --- The same bits
 
 
-@pytest.mark.parametrize(("kind", "asked"), [("mlp", [*ABLE, *AGAIN]), ("vgg", ["sll", "sid", "backprop", *AGAIN[:3]])])
+@pytest.mark.parametrize(
+    ("kind", "asked"),
+    [("vgg", ["sll", "sid", "backprop", *AGAIN[:3]]), pytest.param("mlp", [*ABLE, *AGAIN], marks=pytest.mark.slow)],
+)
 def test_call_cuts_and_traced_cuts_give_the_same_bits(kind, asked):
     """Dropout included: the draws depend on seed, step and block, not on how the model is cut."""
     for rule in asked:
@@ -276,6 +279,7 @@ def test_who_trains_a_shared_parameter(tied):
     )
 
 
+@pytest.mark.slow
 def test_memory_is_flat_in_depth_on_an_unmodified_model():
     use = {}
     for rule in ("local_ce", "sll", "backprop"):

@@ -95,6 +95,7 @@ def test_under_autocast_it_is_as_near_as_bf16():
     torch.testing.assert_close(found, asked, atol=2e-3, rtol=2e-2)
 
 
+@pytest.mark.slow
 def test_the_peak_does_not_grow_with_positions_times_vocabulary():
     def peak(positions, vocabulary):
         x, weight = drawn(positions, D).requires_grad_(), drawn(vocabulary, D).requires_grad_()

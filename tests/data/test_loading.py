@@ -155,6 +155,7 @@ def test_a_folder_here_is_not_taken_for_the_hub(tmp_path, monkeypatch):
     refused("is a folder here, too", "hf:owner/name")
 
 
+@pytest.mark.slow
 def test_import_is_light():
     import subprocess
 

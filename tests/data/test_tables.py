@@ -167,6 +167,7 @@ def test_a_path_that_ends_in_csv_is_a_table_whatever_else_is_in_it(name, tmp_pat
     assert data.describe(name) == data.describe("PATH.csv")
 
 
+@pytest.mark.slow
 def test_the_time_grows_with_the_columns_not_with_their_square(tmp_path):
     wide = 60_000
     names = [f"c{i}" for i in range(wide)] + ["label"]

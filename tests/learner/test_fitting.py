@@ -93,6 +93,7 @@ def test_a_peak_that_cannot_be_reached_trains_nothing(words, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_run_within_a_peak_is_the_run_with_its_parts(tmp_path, monkeypatch):
     options = split("--steps 6 --save-every 3")
     whole = train(tmp_path / "whole", *options)

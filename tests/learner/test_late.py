@@ -36,6 +36,7 @@ def files(folder):
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
+@pytest.mark.slow
 def test_the_bits_depend_on_the_seed_and_the_names_alone():
     """Not on where blocks are kept, how many there are, or how they are cut."""
     given = [
@@ -58,6 +59,7 @@ def test_the_bits_depend_on_the_seed_and_the_names_alone():
     assert not torch.equal(found[5]["embedding.weight"], first["embedding.weight"])
 
 
+@pytest.mark.slow
 def test_no_more_than_one_block_is_in_memory_beside_what_lies_between_them():
     """Where blocks are offloaded, or are those of other ranks."""
     models, most = [], []

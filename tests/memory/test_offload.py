@@ -350,6 +350,7 @@ def test_a_run_has_the_same_bits_and_goes_on(tmp_path, monkeypatch):
     assert main(["eval", str(offloaded)]) == 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, capsys):
     real, count = os.pwrite, []
 

@@ -40,6 +40,7 @@ def meta(**options):
         return Meta(depth=5, tie=False, dropout=0.2, **options)
 
 
+@pytest.mark.slow
 def test_stages_have_the_bits_of_one_process():
     """Masks are computed on every rank, from the batch; offloaded or not."""
     for rule, ranks, options in (
@@ -147,6 +148,7 @@ def test_two_processes_make_train_and_write_their_own_blocks_alone(tmp_path):
     assert all((tmp_path / "one" / n).read_bytes() == (tmp_path / "two" / n).read_bytes() for n in names)
 
 
+@pytest.mark.slow
 def test_shares_of_parameters_are_gathered_block_by_block(tmp_path):
     def work(replicas):
         learner = Learner(decoder(depth=3, tie=False), "sll", replicas=replicas, optimizer="sgd", **OPTIONS)

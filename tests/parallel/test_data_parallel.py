@@ -142,6 +142,7 @@ def test_a_trunk_has_the_gradient_of_the_whole_batch(tmp_path):
     assert close(found[0], trained(model, "sid_cascade", data, **PLAIN_SGD).state_dict())
 
 
+@pytest.mark.slow
 def test_options_and_running_statistics(tmp_path):
     """Accumulation, a step skipped by all, draws of each replica's own, and batch norm over the shares."""
     data = [(x.flatten(1), y) for x, y in batches(4, size=16)]
@@ -277,6 +278,7 @@ def test_a_signal_to_one_rank_stops_all_behind_the_same_step(tmp_path):
     assert not (out / "result.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_killed_rank_ends_the_others(victim, tmp_path):
     words = [*DATA, *LONG, "--batch-size", "129"]

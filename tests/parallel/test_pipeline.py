@@ -223,6 +223,7 @@ def test_labels_alone_are_the_labels():
         assert nothing.shape == (len(x), 0)
 
 
+@pytest.mark.slow
 def test_later_ranks_keep_no_images(tmp_path, monkeypatch):
     def train(run):
         data, batches = run.dataset, (run.train_batches, run.val_batches, run.test_batches)

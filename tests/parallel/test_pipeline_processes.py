@@ -78,6 +78,7 @@ def test_a_signal_stops_all_ranks_behind_the_same_step(tmp_path):
     assert not (out / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_another_number_of_ranks(tmp_path):
     one, many = tmp_path / "one", tmp_path / "many"
     words = [*TINY, *split("--model.dropout 0.1 --save-every 2")]
@@ -106,6 +107,7 @@ def test_a_killed_rank_ends_the_others(victim, tmp_path):
     check_killed(3, victim, name, tmp_path / "out", tmp_path / "job", [*PIPELINE, *LONG, "--stages", "1,1,2"])
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_noticed_within_the_limit(tmp_path):
     words = [*PIPELINE, *LONG, "--stages", "1,1,2"]
     told = check_hangs(3, 1, "rank 1 (block2)", tmp_path / "out", tmp_path / "job", words)

@@ -54,6 +54,7 @@ def test_within_gives_the_result_or_the_error_or_up():
     assert time.monotonic() - begun < 0.9
 
 
+@pytest.mark.slow
 def test_no_call_on_a_stopped_store_lasts_longer_than_its_limit():
     """The store lives in a process that is stopped, as rank 0 may be."""
     context = get_context("fork")
@@ -104,6 +105,7 @@ def test_rank_0_is_named_where_it_keeps_the_store_and_is_stopped(kind, tmp_path)
     assert all("has not answered" in text and "Traceback" not in text for text in told), told
 
 
+@pytest.mark.slow
 def test_a_silent_program_at_the_port_is_told_within_the_limit(tmp_path):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -118,6 +120,7 @@ def test_a_silent_program_at_the_port_is_told_within_the_limit(tmp_path):
         assert f"a program listens at port {port} of 127.0.0.1, but it has not answered" in error.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [False, True], ids=["torchrun", "rank 0"])
 def test_other_numbers_of_ranks_are_told_at_once_by_all(own, tmp_path):
     variables = own_store(2) if own else {0: {}, 1: {}}
@@ -131,6 +134,7 @@ def test_other_numbers_of_ranks_are_told_at_once_by_all(own, tmp_path):
         assert "the ranks differ in the number of ranks (2 on rank 0, 3 on rank 1)" in line
 
 
+@pytest.mark.slow
 def test_two_processes_with_one_number_are_told(tmp_path):
     codes, errors = run(2, tmp_path / "job", [*DATA, *TINY, "--timeout", "2"], variables={1: {"RANK": "0"}})
     assert codes == [2, 2] and any("two processes are rank 0" in error for error in errors), errors
@@ -283,6 +287,7 @@ def test_learners_that_differ_are_told_before_the_first_broadcast(change, tmp_pa
 # Nothing that arrives is run as code.
 
 
+@pytest.mark.slow
 def test_no_module_knows_how_to_unpickle():
     modules = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch.distributed.checkpoint"}
     names = {"all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list"}
@@ -305,6 +310,7 @@ def test_no_module_knows_how_to_unpickle():
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "words"),
     [(2, SHARDED), (4, [*PIPELINE, "--replicas", "2"])],

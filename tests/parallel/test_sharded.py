@@ -80,6 +80,7 @@ def test_more_ranks_and_other_options(tmp_path):
     assert all(torch.allclose(half[n], sum(own[n] for own in replicas) / 3, atol=1e-6) for n in half)
 
 
+@pytest.mark.slow
 def test_a_rank_keeps_a_share_and_gathers_one_group_once_per_batch(tmp_path):
     (x, y), again = batches(2, size=16)
 

@@ -44,7 +44,7 @@ def state_of(learners):
     return joined([learner.state_dict() for learner in learners])
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "options"), RULES)
 def test_stages_have_the_bits_of_one_process(name, options, ranks):
     rule, about = rules.create(name, **options), {"task": TASK, "lr": 0.02}
@@ -62,8 +62,8 @@ def test_stages_have_the_bits_of_one_process(name, options, ranks):
     assert learners[0].network.output_layer.weight.is_meta
 
 
-@pytest.mark.parametrize("refresh", [1, 2, 3])
-@pytest.mark.parametrize("stop", [1, 2, 3])
+@pytest.mark.parametrize("refresh", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
+@pytest.mark.parametrize("stop", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_stages_go_on_from_a_state(refresh, stop):
     rule, about = rules.create("solo", group=1, depth=0, refresh=refresh), {"task": TASK, "lr": 0.02}
     one = Learner(decoder(), rule, example=tokens()[0], **about)
@@ -94,6 +94,7 @@ def test_only_who_needs_a_copy_has_one():
 GPT = split("--model gpt --model.depth 4 --model.width 8 --model.heads 2 --data.window 8 --batch-size 4 --lr 1e-2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "refresh", "told"), [(2, 1, 832), pytest.param(4, 1, 2496, marks=pytest.mark.slow)])
 def test_a_run_on_several_ranks_is_the_run_in_one_process_and_tells_the_bytes(ranks, refresh, told, tmp_path):
     """26 letters and a width of 8: 832 bytes for each rank but the last, after every `refresh` steps."""

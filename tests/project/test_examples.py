@@ -33,7 +33,7 @@ def test_every_example_is_on_the_page():
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow if name == "compiled_blocks" else ())
+        pytest.param(name, marks=pytest.mark.slow if name in ("compiled_blocks", "sklearn_table") else ())
         for name in SHOWN
         if name != "data_parallel"
     ],

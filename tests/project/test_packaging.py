@@ -24,6 +24,7 @@ def built(tmp_path_factory):
     return place
 
 
+@pytest.mark.slow
 def test_a_project_that_uses_the_wheel_sees_its_types(built, tmp_path):
     """basedpyright on a project outside: it finds what is wrong, and what is right stays silent."""
     if shutil.which("basedpyright") is None:

@@ -58,6 +58,7 @@ def test_the_number_of_rules_is_that_of_the_table():
     assert f" {len(rules.names())} rules, local and global" in README.read_text().replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_the_shown_end_of_the_main_job_is_what_it_prints():
     """Names and memory to the digit; times and accuracies are those of one machine."""
     shown = next(text for language, text, _ in blocks(README) if language == "text").splitlines()

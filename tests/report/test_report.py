@@ -31,14 +31,15 @@ RULES = ("sll", "sll:overlap=1", "backprop")
 
 
 @pytest.fixture(scope="module")
-def folder(comparison, tmp_path_factory):
+def folder(request, tmp_path_factory):
     """A comparison with benchmarks beside it, which are measured first: each draws what is there."""
     folder = tmp_path_factory.mktemp("report") / "out"
     common = split("--shape 1 8 8 --batch-size 4 --threads 1 --model.width 16")
     common += ["--out", str(folder)]
     assert main(["bench", "memory", *common, "--depths", "2,5", "--rule", "sll", "backprop"]) == 0
     assert main(["bench", "speed", *common, *split("--model mlp --depth 2 --rounds 2 --rule sll backprop")]) == 0
-    shutil.copytree(comparison, folder, dirs_exist_ok=True)
+    # Asked for last: another worker of pytest may be making it.
+    shutil.copytree(request.getfixturevalue("comparison"), folder, dirs_exist_ok=True)
     assert main(["report", str(folder)]) == 0
     return folder
 
@@ -214,7 +215,14 @@ addEventListener("load", () => {
 
 
 @needs_chromium
-@pytest.mark.parametrize(("width", "dark"), [(1280, False), (500, False), (1280, True)], ids=["desk", "phone", "dark"])
+@pytest.mark.parametrize(
+    ("width", "dark"),
+    [
+        pytest.param(1280, False, id="desk"),
+        pytest.param(500, False, id="phone", marks=pytest.mark.slow),
+        pytest.param(1280, True, id="dark", marks=pytest.mark.slow),
+    ],
+)
 def test_a_browser_shows_it(page, tmp_path, width, dark):
     """Headless Chromium: no error, every figure drawn, nothing wider than the window, the right colours."""
     found = browse(page, PROBE, tmp_path / "report.html", tmp_path / "profile", width, dark)
@@ -267,6 +275,7 @@ addEventListener("load", () => {
 </script>"""
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_the_table_sorts_and_the_figures_answer(folder, page, tmp_path):
     """Headless Chromium: sorting, the point under the pointer, hiding a series, saving a figure."""

@@ -324,6 +324,7 @@ def test_batches_that_make_one_update_are_of_one_kind():
     assert [state["step"].item() for name, state in a.optimizer_states().items() if "block1" in name] == [2.0, 2.0]
 
 
+@pytest.mark.slow
 def test_only_guided_steps_need_the_memory_of_backprop():
     def held(rule, depth, steps):
         learner = trained(net("mlp", depth=depth, width=64), rule, batches(steps))

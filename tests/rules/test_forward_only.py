@@ -57,6 +57,7 @@ def test_all_orthogonal_tangents_together_give_the_gradient():
     assert torch.allclose(gradient(rule), gradient("backprop"), atol=1e-6)  # the loss is computed in float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("orthogonal", [False, True])
 def test_tangents_of_weights_give_the_gradient_on_average(orthogonal):
     found = estimates(create_rule("forward_gradient", mode="weights", tangents=4, orthogonal=orthogonal), 60)

@@ -97,6 +97,7 @@ def test_the_matrix_has_no_gradient_until_the_last_module_learns_and_no_weight_d
     assert decays == [0.0]
 
 
+@pytest.mark.slow
 def test_a_copy_is_renewed_every_few_steps_and_a_state_keeps_it():
     def losses(learner, steps):
         return [learner.step(*tokens(step)).read()["block2/loss"] for step in steps]

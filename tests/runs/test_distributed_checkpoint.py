@@ -248,6 +248,7 @@ def test_a_rank_killed_while_it_writes_and_the_restart(ranks, victim, one, monke
     same_run(out, one)
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_while_it_writes_is_named(monkeypatch, tmp_path):
     def stop(tensors, path):
         save_file(tensors, path)

@@ -53,6 +53,7 @@ class Killed(BaseException):
     """Stands for a crash."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", ["--model.tied", pytest.param("--model.no-tied", marks=pytest.mark.slow)])
 def test_a_stopped_run_ends_in_the_same_bits(text, tmp_path, monkeypatch, tied):
     words = [*BPE, tied]
