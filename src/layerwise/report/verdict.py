@@ -9,9 +9,9 @@ from layerwise.report.summary import BASELINE, LEAST_SEEDS, difference_in_words
 from layerwise.terminal import table
 
 FEW = 200
-"""Updates under which an order of rules says little about longer training."""
+"""Number of updates below which the order of rules says little about longer training."""
 FLAT = 1.02
-"""Largest over smallest memory up to which it counts as constant."""
+"""Ratio of largest to smallest memory up to which memory counts as constant."""
 
 
 def verdict(

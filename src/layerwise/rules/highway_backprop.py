@@ -29,7 +29,7 @@ class HighwayBackprop(Rule):
     with k = L - 1 and more the rule is backprop.
 
     The iteration and the split by gamma are the paper's. Ours: blocks that change the shape pass the gradient through
-    whole, where the paper keeps all states in the widest shape; the mask; blocks run again when they learn.
+    whole, whereas the paper keeps all states in the widest shape; the mask; blocks run again when they learn.
 
     >>> HighwayBackprop(k=0).groups(blocks=2)
     [range(0, 1), range(1, 2), range(2, 3)]
@@ -63,7 +63,7 @@ class HighwayBackprop(Rule):
         if not ctx.training:
             return ctx.x, None
         h, last = ctx.x, len(ctx.network.blocks)
-        backs: list[Pullback | None] = []  # of blocks 1 to L - 1; None where none is needed, whose graph is free then
+        backs: list[Pullback | None] = []  # of blocks 1 to L - 1; None frees the graph where none is needed
         skips: list[Tensor | None] = []  # K of the same, as a factor; None where it is the whole Jacobian
         for index in range(last):
             if index == 0:

@@ -60,11 +60,11 @@ class MonoForward(PredictsBySite, GreedyLinear):
         return super().signal(ctx)
 
     def predicts_plainly(self) -> bool:
-        """Where the last block's goodness decides."""
+        """Whether the last block's goodness decides."""
         return self.predictor == "last"
 
     def answer(self, site: Site, h: Tensor, message: Any, auxiliary: nn.Module | None) -> tuple[Tensor, Any]:
-        """Adds the block's goodness to the sum, which is the answer at the head."""
+        """Add the block's goodness to the sum, which is the answer at the head."""
         if self.predictor == "last":
             return h, None
         total = 0.0 if message is None else message

@@ -32,7 +32,7 @@ def embedding(block: Block) -> Tensor:
 
 
 def embedding_at(site: Site) -> Tensor:
-    """The same of the block, or of the head, at a site."""
+    """Embeddings of the classes at a site: the head's own, or a block's copy of them."""
     return embedding(site.block)
 
 
