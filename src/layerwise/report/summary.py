@@ -175,7 +175,7 @@ def paired_difference(
 
 
 def _outcomes(seeds: Sequence[int], own: Mapping[int, np.ndarray], base: Mapping[int, np.ndarray]) -> np.ndarray | None:
-    """Per test sample the mean over seeds of its difference, -1 to 1; None if a seed's samples are missing or differ."""
+    """Mean difference over seeds per test sample, -1 to 1; None if a seed's samples are missing or differ."""
     pairs = [(own[seed], base[seed]) for seed in seeds if seed in own and seed in base]
     if len(pairs) < len(seeds) or len({len(part) for pair in pairs for part in pair}) != 1:
         return None

@@ -81,7 +81,7 @@ class LooksAhead(FollowsNextBlock, Rule):
         auxiliary.follow(tensors, self.ahead_momentum)
 
     def ahead_of(self, site: Site, h: Tensor, auxiliary: nn.Module) -> tuple[Site, Tensor, nn.Module]:
-        """The site, input and head to read with: the site's own, or those after the copies of the next block's layer."""
+        """The site, input and head to read with: the site's own, or those after the copies."""
         if not isinstance(auxiliary, LookingAhead):
             return site, h, auxiliary
         return auxiliary.site_of(site), auxiliary(h), auxiliary.head
@@ -151,8 +151,8 @@ class LookingAhead(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """The copies' output for a block's output."""
         copies = [copy for copy in (self.learned, self.average) if copy is not None]
-        # Each reader gets its own graph node, so that gradients are summed in the same order in the first run of a copy,
-        # which clones its input, and in later ones, which do not.
+        # Each reader gets its own graph node: the first run of a copy clones its input and later ones do not, and so
+        # gradients are summed in the same order in both.
         read = [self._unchanged(copy, h.view_as(h), self.training) for copy in copies]
         return read[0] if self.scale is None else self.scale * read[0] + (2 - self.scale) * read[1]
 

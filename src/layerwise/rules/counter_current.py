@@ -19,8 +19,8 @@ from layerwise.errors import LayerwiseError
 class Feedback(nn.Module):
     """A layer of the feedback network: from the shape of a later block's output to that of an earlier one's.
 
-    Between maps it is nearest up-sampling and a 3x3 convolution. Between vectors, or equally many tokens, it is a linear
-    layer on the last dimension. Otherwise it is a linear layer on the flattened sample. ELU follows.
+    Between maps it is nearest up-sampling and a 3x3 convolution. Between vectors, or equally many tokens, it is a
+    linear layer on the last dimension. Otherwise it is a linear layer on the flattened sample. ELU follows.
 
     Args:
         later: shape of one sample of the later output in the standard order, `(K,)` for the labels.

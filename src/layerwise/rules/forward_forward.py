@@ -31,7 +31,7 @@ class Layer(nn.Module):
     def __init__(self, site: Site, h: Tensor, classes: int, reads: bool, peers: bool):
         super().__init__()
         self.classes, self.input_layout = classes, site.input_layout
-        # If the first block keeps space and the input is an image, the label is written as a wave that every filter sees.
+        # If the first block keeps space and the input is an image, the label is a wave that every filter sees.
         self.spatial = h.dim() > 2 and len(site.inputs) == 3
         width = pool_vectors(h, "auto", False, site).shape[-1] if reads else 0
         self.readout = nn.Linear(width, classes) if reads else None

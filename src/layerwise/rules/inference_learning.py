@@ -33,8 +33,8 @@ class InferenceLearning(Rule):
 
     Use it with plain gradient descent and a rate of 1; $\alpha$ says how far the output goes.
 
-    Target, inference and weights are those of the paper's code. Ours: a block with its activation is a layer; the mean, not the
-    sum, over the batch in all norms; convolutions are normalised by the norm of their whole input.
+    Target, inference and weights are those of the paper's code. Ours: a block with its activation is a layer; the mean,
+    not the sum, over the batch in all norms; convolutions are normalised by the norm of their whole input.
 
     >>> InferenceLearning(alpha=10.0).groups(blocks=2)
     [range(0, 1), range(1, 2), range(2, 3)]

@@ -63,7 +63,7 @@ class PredSim(LooksAhead, HasReadout):
     most 4096 pooled numbers and starts at zero. The head learns from the cross-entropy on the detached last activation.
     With $\beta = 0.99$ the similarity has the weight 0.99. `loss="pred"` and `loss="sim"` are its two terms alone.
 
-    All of this is the paper's, but for these: the loss sees the block's output after its dropout; the head's loss has
+    All of this is the paper's, except for these: the loss sees the block's output after its dropout; the head's loss has
     the weight 1 (the paper: $1 - \beta$; the same under Adam); the mapped tokens of a sample are one row.
 
     >>> PredSim(loss="sim").groups(blocks=2)
@@ -94,7 +94,7 @@ class PredSim(LooksAhead, HasReadout):
         return grouped(blocks, self.group, join_head=False)
 
     def has_head(self, site: Site) -> bool:
-        """At the end of every group of blocks."""
+        """Whether a group of blocks ends at the site."""
         ends = (site.index + 1) % self.group == 0 or site.index == site.blocks - 1
         return ends and not site.is_head
 
