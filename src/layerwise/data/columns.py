@@ -39,12 +39,12 @@ def find_columns(
     task: DataTask = "classification",
     targets: Sequence[str] = (),
 ) -> Columns:
-    """The columns of images and of labels, and the class names where the schema has them.
+    """The columns of images and of labels, and the class names if the schema has them.
 
     Args:
         schema: arrow schema, with the features that Hugging Face `datasets` notes in its metadata, if any.
         title: what to call the table in messages.
-        known: the columns of the training split, which a further split has too, apart from the labels.
+        known: the columns of the training split, which other splits have too, perhaps without the labels.
         task: what the labels are.
         targets: names of the columns of labels.
     """

@@ -30,8 +30,8 @@ class BackpropCheckpoint(Backprop):
       cheap ones between them are run again.
     - `attention`: the outputs of attention alone, whose operations grow with the square of the sequence.
 
-    The gradients are those of `backprop`, bit for bit; `all` costs one more forward pass. What a forward pass changes in
-    a block's buffers (the statistics of batch norm, the vectors of spectral norm) is undone before the block runs
+    The gradients are those of `backprop`, bit for bit; `all` costs one more forward pass. What a forward pass changes
+    in a block's buffers (the statistics of batch norm, the vectors of spectral norm) is undone before the block runs
     again, and restored afterwards.
 
     >>> BackpropCheckpoint(policy="matmul").groups(blocks=3)

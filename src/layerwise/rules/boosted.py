@@ -82,8 +82,8 @@ class Boosted(TakesTurns, PredictsBySite, Rule):
       p = \mathrm{softmax}(F_{t-1})$$
 
     where $\langle\cdot\rangle$ are running means over the batches of the stage's own turn, and $\mathrm{Var}_p$ the
-    variance over classes. $\rho_t = 0$ for a stage that has not had its turn. The prediction is the class of the largest
-    $F_T$.
+    variance over classes. $\rho_t = 0$ for a stage that has not had its turn. The prediction is the class of the
+    largest $F_T$.
 
     The paper's: residual, squared loss, Newton's step, shrinkage, frozen stages. Its stages are shallow networks on the
     input; in its authors' later form each is a further layer on frozen ones. Ours: minibatches instead of L-BFGS

@@ -63,8 +63,8 @@ class PredSim(LooksAhead, HasReadout):
     most 4096 pooled numbers and starts at zero. The head learns from the cross-entropy on the detached last activation.
     With $\beta = 0.99$ the similarity has the weight 0.99. `loss="pred"` and `loss="sim"` are its two terms alone.
 
-    All of this is the paper's, except for these: the loss sees the block's output after its dropout; the head's loss has
-    the weight 1 (the paper: $1 - \beta$; the same under Adam); the mapped tokens of a sample are one row.
+    All of this is the paper's, except for these: the loss sees the block's output after its dropout; the head's loss
+    has the weight 1 (the paper: $1 - \beta$; the same under Adam); the mapped tokens of a sample are one row.
 
     >>> PredSim(loss="sim").groups(blocks=2)
     [range(0, 1), range(1, 2), range(2, 3)]
