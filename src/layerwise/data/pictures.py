@@ -78,7 +78,7 @@ def decode(content: bytes, form: ImageFormat) -> tuple[bytes, frozenset[str]]:
     bilinearly; of several frames the first is used.
 
     Returns:
-        Bytes, and those of "converted" (grey to colour or back), "resized", "laid" (on the ground), "frames" that apply.
+        Bytes, and which of "converted" (grey to colour or back), "resized", "laid" (on the ground), "frames" apply.
 
     Raises:
         Unfit: too many pixels, or numbers that are not levels of brightness.

@@ -135,7 +135,8 @@ class FileRows(Rows):
     """One image file per row.
 
     Args:
-        folder: what the files lie in; links do not lead out of it. None for files that the user named one by one.
+        folder: the folder that holds the files; links may not lead out of it. None for files that the user
+            named one by one.
         files: the files.
         values: the class of each, an index of `names`, or None; default None for all.
         names: the class names.
@@ -203,6 +204,6 @@ def _content(cell: Any) -> bytes | str:
 
 
 def _place(ends: Sequence[int], row: int) -> tuple[int, int]:
-    """The part that a row lies in, and its number there."""
+    """The part that holds a row, and the row's number there."""
     part = bisect_right(ends, row)
     return part, row - (ends[part - 1] if part else 0)

@@ -27,7 +27,7 @@ class GPT(ModelOptions):
     no layer has a bias. The head is a norm and a linear layer to the V logits of the next token, (B, T, V). Weights
     start as normals of deviation 0.02; those that write to the residual stream are divided by $\sqrt{2 \cdot depth}$.
     With `tied`, embedding and head are one matrix, and the model is cut at its calls: the block that uses it last
-    trains it, or the one that `tied=` of the learner names.
+    trains it, unless `tied=` of the learner says otherwise.
 
     Source: Radford et al. 2019 (GPT-2), with the rotary positions, RMSNorm and SwiGLU of Touvron et al. 2023,
     https://arxiv.org/abs/2302.13971.

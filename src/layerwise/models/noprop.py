@@ -81,7 +81,8 @@ class _Residual(nn.Module):
 
 
 def _looks(shape: tuple[int, int, int], options: "NoProp", norm: bool) -> nn.Sequential:
-    """Features of an image: two convolutions and a linear layer, or only a linear layer."""    width, features = options.width, 8 * options.width
+    """Features of an image: two convolutions and a linear layer, or only a linear layer."""
+    width, features = options.width, 8 * options.width
     if options.embedding == "conv":
         layers = [*_convolution(shape[0], width, norm), *_convolution(width, 2 * width, norm), nn.Flatten()]
         inputs = 2 * width * (shape[1] // 4) * (shape[2] // 4)

@@ -65,8 +65,8 @@ class FeedbackAlignment(Rule):
       \nabla_{W_l} = \delta_l h_{l-1}^\top$$
 
     B is random and fixed (`fa`), has the signs of W with equal sizes (`usf`) or with random sizes that are fixed
-    (`frsf`) or drawn for every batch (`brsf`), or learns with the gradient of W (`kolen_pollack`), so that $B - W$ decays
-    as $(1 - \eta\lambda)^t$ with weight decay $\lambda$. Two direct modes learn their matrices: `dkp` from
+    (`frsf`) or drawn for every batch (`brsf`), or learns with the gradient of W (`kolen_pollack`), so that $B - W$
+    decays as $(1 - \eta\lambda)^t$ with weight decay $\lambda$. Two direct modes learn their matrices: `dkp` from
     $\nabla_{B_i} = e h_i^\top$, the gradient of a layer that led from the block straight to the outputs; `ebd` moves
     $B_i$ from a random start to the running correlation of e and $h_i$, so that the blocks reduce that correlation.
 

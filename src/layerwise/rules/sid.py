@@ -345,8 +345,8 @@ class SIDCascade(HasTrunk, Distillation):
     backpropagation, whose loss is that of the modules; only the modules are isolated from one another. They run one
     after the other, each with a graph of its own, and their gradients add up on z before the extractor's one backward
     pass: the gradients are those of one backward pass of the summed losses, and the memory does not grow with the
-    number of modules. `local`: each half of the extractor has a learned linear head and learns from that alone; modules get
-    a detached z, and nothing crosses any boundary backwards.
+    number of modules. `local`: each half of the extractor has a learned linear head and learns from that alone; modules
+    get a detached z, and nothing crosses any boundary backwards.
 
     It trains the model `sid_cascade`. The belief is the head's output, so prediction is the plain cascade.
 
