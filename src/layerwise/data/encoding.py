@@ -1,4 +1,4 @@
-"""Encodes columns of words and fills missing values; everything is learned from the training rows alone.
+"""Encodes columns of words and fills missing values; everything is learned only from the training rows.
 
 The work is done by scikit-learn's `SimpleImputer` and `OneHotEncoder`. What they have learned is kept as plain text
 (`Encoding.rows`), with which a run predicts the rows of another table.

@@ -48,11 +48,11 @@ class Dataset:
         mean, std: per channel, on the pixel scale [0, 1], of the training split only; std is 1 for a constant channel.
             Of a table, per column and on its own scale.
         train: what to learn from.
-        val: what to select by: the data's own validation split where there is a test split too, or else carved from
+        val: what to select by: the data's own validation split if there is a test split too, otherwise taken from
             the training samples; None when `val_fraction` was 0.
         test: what to report on.
         notes: what was done to the data that the user did not ask for, a sentence each.
-        graph: edges between the samples, with the labels of the training split; None where there are none.
+        graph: edges between the samples, with the labels of the training split; None if there are none.
         columns: names of the columns of a table; empty for anything else.
         form: the format to which images were converted; None for anything else.
         target_mean, target_std: of numbers to be predicted, one per target, of the training split; empty for anything

@@ -20,7 +20,7 @@ class Rows(ABC):
     """One split of undecoded images.
 
     Attributes:
-        values: the label of each row: whole numbers or words, or None where there is none.
+        values: the label of each row: whole numbers or words, or None if there is none.
         names: the class names that whole numbers index, or None if no names are recorded.
         files: what the rows are read from.
         image_column: name of the column that holds the images.

@@ -119,8 +119,8 @@ def read_columns(path: Path, columns: Sequence[str], encoding: Encoding | None =
     With the encoding of a run, its columns are read, whatever they hold, and become the numbers of its training rows.
 
     Raises:
-        LayerwiseError: no such file or column, a cell that is not a finite number, a row with too many or too few cells,
-            a name that two columns have, different long whole numbers that floating point cannot distinguish.
+        LayerwiseError: no such file or column, a cell that is not a finite number, a row with too many or too few
+            cells, a name that two columns have, different long whole numbers that floating point cannot distinguish.
     """
     lines = read_lines(path)
     lines.check()

@@ -139,7 +139,7 @@ def bhattacharyya(log_p: Tensor, log_q: Tensor) -> float:
         log_q: log-probabilities `(N, K)`.
 
     Returns:
-        A number in [0, 1], 1 where the two are the same.
+        A number in [0, 1], 1 if the two are the same.
 
     >>> p, q = torch.tensor([[1.0, 0.0]]).log(), torch.tensor([[0.5, 0.5]]).log()
     >>> round(bhattacharyya(p, q), 6)  # sqrt(1/2)

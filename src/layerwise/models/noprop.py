@@ -251,7 +251,7 @@ class NoProp(ModelOptions):
     width: int = 16
     """Channels of the first convolution; the second has twice, the hidden layers eight times as many."""
     embedding: Literal["conv", "mlp"] = "conv"
-    """How a block embeds the image: two convolutions and a linear layer, or the linear layer alone."""
+    """How a block embeds the image: two convolutions and a linear layer, or only the linear layer."""
     labels: Literal["one_hot", "learned", "prototype"] = "one_hot"
     """Embedding of a class: a one-hot vector, a learned one, or one that starts as an image of the class."""
     label_size: int = 20

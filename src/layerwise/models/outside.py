@@ -1,6 +1,6 @@
 """Networks that come from elsewhere: `hf:CONFIG_OR_FOLDER`, `timm:NAME`, `FILE.py:function`.
 
-Each name stands for a dataclass of options, as a model of the zoo does. The network that it builds is an ordinary
+Each name selects a dataclass of options, like a model of the zoo. The network that it builds is an ordinary
 module, which is cut at the calls of its own modules.
 """
 
@@ -389,7 +389,7 @@ class WithoutPadding:
         if len(args) != 1 or kwargs.get("attention_mask") is not None:
             return None
         seen = args[0] != self.padding
-        seen[:, 0] = True  # a window of padding alone must attend to something
+        seen[:, 0] = True  # a window of only padding must attend to something
         return args, kwargs | {"attention_mask": seen.long()}
 
 

@@ -56,7 +56,7 @@ def summed(seeds: Sequence[Mapping[str, Counts]]) -> dict[str, Counts]:
 
 
 def mistakes(counts: Counts) -> list[list[float | None]]:
-    """Shares of the true class; None where the class is right, or has no sample.
+    """Shares of the true class; None if the class is right, or has no sample.
 
     >>> mistakes([[3, 1], [0, 0]])
     [[None, 0.25], [None, None]]

@@ -34,7 +34,7 @@ class Figure:
     """For the page: text and lines have the colour of the text around it."""
     png: bytes
     series: dict[str, Any] | None = None
-    """Where it has a legend: names of x and y; per series its name and points; `cut`, where the legend begins."""
+    """If it has a legend: names of x and y; per series its name and points; `cut`, where the legend begins."""
 
 
 def render(
@@ -91,7 +91,7 @@ def file_name(name: str) -> str:
 
 
 def _inline(svg: str, name: str) -> str:
-    """The SVG element alone, as wide as its place, in the colour of the text around it."""
+    """Only the SVG element, as wide as its place, in the colour of the text around it."""
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
@@ -269,7 +269,7 @@ def shares(axes: Any, rows: Mapping[str, Mapping[str, float]], x: str) -> None:
 
 
 def three_digits(value: float) -> str:
-    """Three digits, without an exponent where none is needed.
+    """Three digits, without an exponent if none is needed.
 
     >>> three_digits(0.98765), three_digits(97.54), three_digits(0.0)
     ('0.988', '97.5', '0')

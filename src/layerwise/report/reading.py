@@ -342,7 +342,7 @@ def read_result(folder: Path, name: str) -> dict[str, Any]:
 
 
 def read_metrics(folder: Path, name: str) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`: `split`, `step`, `seconds` where there are any, and every number with a `/`.
+    """The lines of `metrics.jsonl`: `split`, `step`, `seconds` if there are any, and every number with a `/`.
 
     Numbers that are not finite are None.
 
@@ -411,5 +411,5 @@ def printable(value: Any) -> Any:
 
 
 def finite(value: float | None) -> float | None:
-    """The value, or None where it is missing or not finite."""
+    """The value, or None if it is missing or not finite."""
     return value if value is not None and math.isfinite(value) else None

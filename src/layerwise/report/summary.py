@@ -17,7 +17,7 @@ $$\bar d = \frac{1}{nN}\sum_{s,i} (c_{si} - b_{si}), \qquad
 - together: the distances are added in quadrature, as those of independent errors are (Zou & Donner, Statistics in
   Medicine 27, 2008).
 
-There is no interval for fewer than three seeds, or where the runs did not keep which samples they classified correctly
+There is no interval for fewer than three seeds, or if the runs did not keep which samples they classified correctly
 (as under a task without classes). A difference is in the metric of the task: under `rmse` less is better.
 """
 
@@ -61,7 +61,7 @@ def result_row(
     """A row of results.csv.
 
     Args:
-        label: the rule as it was asked for.
+        label: the rule as it was requested.
         seed: of the run.
         options: of the run, with `lr` and `weight_decay`; None where no trial of the rule succeeded.
         result: contents of `result.json`, None for a run that failed.
@@ -268,7 +268,7 @@ def exact(found: dict[str, Any] | None, digits: int) -> str:
 
 
 def difference_in_words(found: dict[str, Any] | None, metric: Metric = ACCURACY) -> str:
-    """A paired difference, of shares in percentage points, with its interval where there is one."""
+    """A paired difference, of shares in percentage points, with its interval if there is one."""
     if found is None:
         return "-"
     mean, low, high = (
@@ -279,7 +279,7 @@ def difference_in_words(found: dict[str, Any] | None, metric: Metric = ACCURACY)
 
 
 def resolution_in_words(summary: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """What one test sample is worth, and what an interval covers; None where the number of samples is not known.
+    """What one test sample is worth, and what an interval covers; None if the number of samples is not known.
 
     >>> resolution_in_words({"sll": {"test_samples": 360}})[:58]
     'test split: 360 samples, so that one sample is 0.28 points'

@@ -28,7 +28,7 @@ class BackpropCheckpoint(Backprop):
     - `all`: nothing; the whole block is run again.
     - `matmul`: the outputs of matrix products, convolutions and attention, which are the expensive operations; the
       cheap ones between them are run again.
-    - `attention`: the outputs of attention alone, whose operations grow with the square of the sequence.
+    - `attention`: only the outputs of attention, whose operations grow with the square of the sequence.
 
     The gradients are those of `backprop`, bit for bit; `all` costs one more forward pass. What a forward pass changes
     in a block's buffers (the statistics of batch norm, the vectors of spectral norm) is undone before the block runs

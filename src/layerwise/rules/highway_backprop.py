@@ -36,7 +36,7 @@ class HighwayBackprop(Rule):
     """
 
     k: NonNegativeInt = 4
-    """Steps through the blocks: 0 is the skips alone, the number of blocks is backprop."""
+    """Steps through the blocks: 0 uses only the skips, the number of blocks is backprop."""
     gamma: Fraction = 0.2
     """Share of the skip that counts to the branch: 0 all to the skip (ResNets), 0.2 for transformers with the norm
     first, 1 for blocks without a skip."""
@@ -64,7 +64,7 @@ class HighwayBackprop(Rule):
             return ctx.x, None
         h, last = ctx.x, len(ctx.network.blocks)
         backs: list[Pullback | None] = []  # of blocks 1 to L - 1; None frees the graph where none is needed
-        skips: list[Tensor | None] = []  # K of the same, as a factor; None where it is the whole Jacobian
+        skips: list[Tensor | None] = []  # K of the same, as a factor; None if it is the whole Jacobian
         for index in range(last):
             if index == 0:
                 h = ctx.run(index, h, None)

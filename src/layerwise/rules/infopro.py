@@ -167,7 +167,7 @@ class InfoPro(LooksAhead):
         return by_depth(self.reconstruction, place), by_depth(self.classification, place)
 
     def has_head(self, site: Site) -> bool:
-        """At the end of every group but the last, where a loss has a weight."""
+        """Whether a group other than the last ends at the site, and one of its losses has a weight."""
         return any(self.weights(site))
 
     def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:

@@ -279,7 +279,7 @@ class NoPropCT(_AnyTime):
         return network.model.get_submodule("block1.schedule")(t)
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
-        """A time, the label and noise, which the block mixes; in evaluation noise alone, at t = 0."""
+        """A time, the label and noise, which the block mixes; in evaluation only noise, at t = 0."""
         (classes, size), training = embedding(ctx.network.head).shape, ctx.network.training
         p = F.one_hot(ctx.y, classes).float() * training
         t = times(p) * training
@@ -335,7 +335,7 @@ class NoPropFM(_AnyTime):
     $z_0 \sim N(0, I)$ to the nearest embedding.
 
     Objective and predictor are the paper's. Ours: $\sigma$; the solver; sizes; times that are spread evenly over a
-    batch; the head learns for one-hot labels too (where the paper needs none); and who trains what. In the paper both
+    batch; the head learns for one-hot labels too (the paper needs none); and who trains what. In the paper both
     terms move everything. Here embeddings belong to the head and move by its cross-entropy, which does not reach v.
 
     It trains the model `noprop_fm`.
@@ -361,7 +361,7 @@ class NoPropFM(_AnyTime):
     )
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
-        """A time, the label's share of z_t and the rest of it; in evaluation z_0 alone, at t = 0."""
+        """A time, the label's share of z_t and the rest of it; in evaluation only z_0, at t = 0."""
         (classes, size), training = embedding(ctx.network.head).shape, ctx.network.training
         hot = F.one_hot(ctx.y, classes).float()
         t, origin = times(hot) * training, torch.randn(len(hot), size, device=hot.device)

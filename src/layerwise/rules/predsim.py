@@ -61,7 +61,7 @@ class PredSim(LooksAhead, HasReadout):
     S is the B x B matrix of the cosine similarities of mean-centred rows, $e_y$ the one-hot labels. $C_i$ is a learned
     3x3 convolution, whose maps' standard deviations over space are the row, or a learned matrix; $W_i$ is linear on at
     most 4096 pooled numbers and starts at zero. The head learns from the cross-entropy on the detached last activation.
-    With $\beta = 0.99$ the similarity has the weight 0.99. `loss="pred"` and `loss="sim"` are its two terms alone.
+    With $\beta = 0.99$ the similarity has the weight 0.99. `loss="pred"` and `loss="sim"` use one of its two terms.
 
     All of this is the paper's, except for these: the loss sees the block's output after its dropout; the head's loss
     has the weight 1 (the paper: $1 - \beta$; the same under Adam); the mapped tokens of a sample are one row.
@@ -71,7 +71,7 @@ class PredSim(LooksAhead, HasReadout):
     """
 
     loss: Literal["predsim", "pred", "sim"] = "predsim"
-    """Both terms, the classifier alone, or the similarities alone."""
+    """Both terms, only the classifier, or only the similarities."""
     beta: Fraction = 0.99
     """Weight of the similarities; the classifier has 1 - beta."""
     group: PositiveInt = 1

@@ -58,7 +58,7 @@ def convolution(h: Tensor) -> type[nn.Conv2d] | type[nn.Conv3d]:
 def pool_vectors(h: Tensor, pool: Pool, per_position: bool, site: Site | None = None) -> Tensor:
     """One vector per prediction from a block's output.
 
-    `"auto"` averages over space or tokens. Where labels are given per position, `"auto"` and `"grid"` keep them all.
+    `"auto"` averages over space or tokens. If labels are given per position, `"auto"` and `"grid"` keep them all.
 
     Args:
         h: the output of `site`; without one, in the standard order of `layerwise.core.layout`.

@@ -211,7 +211,7 @@ class SID(HasReadout, Distillation):
 
     Other tasks are ours. The belief of `Regression` is a Gaussian per target: means, and log variances with
     `loss="gaussian"`; that of `MultiLabel` a Bernoulli distribution per label, that of `Segmentation` a categorical
-    per pixel, averaged over each cell where the next block has fewer. The divergence from the label is the task's
+    per pixel, averaged over each cell if the next block has fewer. The divergence from the label is the task's
     loss, the other the closed form of two such distributions, averaged over targets or labels as the loss is. The
     belief before any block is one half, or a Gaussian around zero.
 
@@ -345,7 +345,7 @@ class SIDCascade(HasTrunk, Distillation):
     backpropagation, whose loss is that of the modules; only the modules are isolated from one another. They run one
     after the other, each with a graph of its own, and their gradients add up on z before the extractor's one backward
     pass: the gradients are those of one backward pass of the summed losses, and the memory does not grow with the
-    number of modules. `local`: each half of the extractor has a learned linear head and learns from that alone; modules
+    number of modules. `local`: each half of the extractor has a learned linear head and learns only from that; modules
     get a detached z, and nothing crosses any boundary backwards.
 
     It trains the model `sid_cascade`. The belief is the head's output, so prediction is the plain cascade.

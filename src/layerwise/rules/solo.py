@@ -65,7 +65,7 @@ class SOLO(GreedyLinear):
     the rule is `local_ce`, bit for bit.
 
     The objective, the heads, the scale and the refresh are the paper's. Ours: no bias, the start of the scale, what a
-    copy starts from (`reset_parameters`), pooled features where there is one label per sample, and copies of the last
+    copy starts from (`reset_parameters`), pooled features if there is one label per sample, and copies of the last
     block where too few follow.
 
     >>> SOLO(group=3).groups(blocks=6)

@@ -106,7 +106,7 @@ class SSLLocal(Rule):
         return x + self.noise * torch.randn_like(x)
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
-        """First views of all samples, second views, and the samples; the samples alone in evaluation."""
+        """First views of all samples, second views, and the samples; only the samples in evaluation."""
         if ctx.task.per_position(ctx.y) or not ctx.x.is_floating_point():
             raise LayerwiseError(
                 f"{self.name} makes views of samples of real numbers with one label each, not of inputs of shape "

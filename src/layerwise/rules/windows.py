@@ -93,7 +93,7 @@ def says_interlocking(rule: Rule, overlap: int, own: bool) -> None:
     """Declare that a rule's gradients cross `overlap` boundaries; what its class declares holds for 0.
 
     Raises:
-        LayerwiseError: `own` is asked for without an overlap.
+        LayerwiseError: `own` is set without an overlap.
     """
     if own and not overlap:
         raise LayerwiseError(
