@@ -63,7 +63,7 @@ class HighwayBackprop(Rule):
         if not ctx.training:
             return ctx.x, None
         h, last = ctx.x, len(ctx.network.blocks)
-        backs: list[Pullback | None] = []  # of blocks 1 to L - 1; None frees the graph where none is needed
+        backs: list[Pullback | None] = []  # of blocks 1 to L - 1; None where it is not needed, to free its graph
         skips: list[Tensor | None] = []  # K of the same, as a factor; None if it is the whole Jacobian
         for index in range(last):
             if index == 0:

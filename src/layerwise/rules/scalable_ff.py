@@ -59,8 +59,8 @@ class ScalableFF(PredictsBySite, Rule):
 
     The goodness of auxiliary channels, the normalisation between blocks, and both predictors are the author's. The
     form of the loss, which is only named "log-sum-exp margin" there, is our reading; with m = 0 it is the cross-entropy
-    on g. So is the treatment of outputs that are not maps: tokens are places, and a vector is one
-    place.
+    on g. So is the treatment of outputs that are not maps: tokens are places, and a vector is
+    one place.
 
     >>> ScalableFF(margin=0.5).groups(blocks=2)
     [range(0, 1), range(1, 2), range(2, 3)]
