@@ -18,8 +18,8 @@ class Batches:
     Args:
         source: where the samples come from; an in-memory source is moved to `device` once, here.
         batch_size: samples per batch, at least 1.
-        seed: seed of order and augmentation; both depend on nothing but (seed, epoch, batch index).
-        augment: names out of `flip`, `crop`, `cutout`, applied in this order to the uint8 pixels; for pictures only.
+        seed: seed of order and augmentation; both depend only on (seed, epoch, batch index).
+        augment: names from `flip`, `crop`, `cutout`, applied in this order to the uint8 pixels; for pictures only.
         mean, std: per channel, on the pixel scale [0, 1] (of a table, the columns' own), C values each.
         device: where the batches live; default "cpu".
         shuffle: a new order each epoch; default True. False keeps the order of the source.
@@ -32,7 +32,7 @@ class Batches:
 
     Raises:
         LayerwiseError: a batch size below 1 or, with `drop_last`, larger than the source; an unknown augmentation;
-            `mean` or `std` without one value per channel; augmentation of what is no image.
+            `mean` or `std` without one value per channel; augmentation of samples that are not images.
 
     >>> from layerwise.data import InMemorySource
     >>> source = InMemorySource(torch.zeros(10, 1, 4, 4, dtype=torch.uint8), torch.arange(10))

@@ -103,7 +103,7 @@ def check_task(name: str, task: str) -> None:
 
 
 def plain_name(name: str | os.PathLike[str]) -> str:
-    """A name or path as text, whatever a user gave; anything else will be unknown."""
+    """A name or path as text; any other object becomes a text that names no data set."""
     try:
         name = os.fspath(name)
     except TypeError:

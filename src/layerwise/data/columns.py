@@ -39,12 +39,12 @@ def find_columns(
     task: DataTask = "classification",
     targets: Sequence[str] = (),
 ) -> Columns:
-    """The columns of images and of labels, and the class names where the schema has them.
+    """The columns of images and of labels, and the class names if the schema has them.
 
     Args:
         schema: arrow schema, with the features that Hugging Face `datasets` notes in its metadata, if any.
         title: what to call the table in messages.
-        known: the columns of the training split, which a further split has too, apart from the labels.
+        known: the columns of the training split, which other splits have too, perhaps without the labels.
         task: what the labels are.
         targets: names of the columns of labels.
     """
@@ -119,7 +119,7 @@ def _features(schema: Any, title: str) -> dict[str, dict]:
 
 
 def labels_of(column: Any, columns: Columns, title: str) -> list:
-    """The labels of a column as whole numbers or words; None where a cell is empty."""
+    """The labels of a column as whole numbers or words; None if a cell is empty."""
     found = []
     for row, value in enumerate(column.to_pylist()):
         if isinstance(value, bool):
@@ -148,7 +148,7 @@ def labels_of(column: Any, columns: Columns, title: str) -> list:
 
 
 def read_labels(column: Callable[[str], Any], columns: Columns, title: str) -> list:
-    """The labels of a table: whole numbers or words, a tuple of numbers per row, or None where there is none.
+    """The labels of a table: whole numbers or words, a tuple of numbers per row, or None if there is none.
 
     Args:
         column: gives an arrow column by name.

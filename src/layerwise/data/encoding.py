@@ -1,4 +1,4 @@
-"""Encodes columns of words and fills missing values; everything is learned from the training rows alone.
+"""Encodes columns of words and fills missing values; everything is learned only from the training rows.
 
 The work is done by scikit-learn's `SimpleImputer` and `OneHotEncoder`. What they have learned is kept as plain text
 (`Encoding.rows`), with which a run predicts the rows of another table.
@@ -25,10 +25,10 @@ class Handling(NamedTuple):
     """How to treat cells that are not numbers."""
 
     categories: Categories = "refuse"
-    """Columns of words: refuse them, or a column of zeros and ones for each word."""
+    """Columns of words: refuse them, or make a column of zeros and ones for each word."""
     gaps: Gaps = "refuse"
-    """Empty cells: refuse them, or the mean, the median or the most frequent number of the column (of a column of
-    words always the most frequent word)."""
+    """Empty cells: refuse them, or fill in the mean, the median or the most frequent number of the column (in a column
+    of words always the most frequent word)."""
 
 
 class Column(NamedTuple):
@@ -61,8 +61,8 @@ class Encoding:
 
         Args:
             names: of the columns.
-            cells: the training rows (N, columns), words and numbers as they stand in the file; "" is a gap.
-            handling: what is asked for.
+            cells: the training rows (N, columns), words and numbers as they are in the file; "" is a gap.
+            handling: how to treat words and gaps.
 
         Raises:
             LayerwiseError: a column without a single value.
@@ -116,10 +116,10 @@ class Encoding:
 
         Args:
             cells: of the rows, as in `fitted`.
-            where: says the place of a row, for the sentence.
+            where: gives the place of a row, for the error message.
 
         Raises:
-            LayerwiseError: a gap where the run was not told what to do with them, or a word in a column of numbers.
+            LayerwiseError: a gap although gaps are refused, or a word in a column of numbers.
         """
         parts = []
         for place, column in enumerate(self.columns):

@@ -18,7 +18,7 @@ SUFFIXES = (
 def open_imagefolder(path: Path) -> dict[str, Rows]:
     """The splits of `path`/train, `path`/test, ..., or `path` as the training split.
 
-    A folder is a split by its name (`split_of`). Where no folder is the training split, all are classes.
+    A folder is a split by its name (`split_of`). If no folder is the training split, all are classes.
 
     Raises:
         LayerwiseError: no folder, no images, two folders of one split, or folders that look like splits of which none
@@ -100,7 +100,7 @@ def _check_classes(path: Path, folders: Sequence[Path]) -> tuple[str, ...]:
     """Refuse folders that are not classes: all have names of splits, or are parts or hold splits of the same classes.
 
     Returns:
-        A note where classes hold the same folders, as in CLASS/left and CLASS/right: it might be meant otherwise.
+        A note if classes hold the same folders, as in CLASS/left and CLASS/right: another layout might be meant.
     """
     names = [folder.name for folder in folders]
     splits = {split_of(name) for name in names}

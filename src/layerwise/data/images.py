@@ -55,7 +55,7 @@ def load_images(
         targets: names of the columns of labels.
 
     Returns:
-        Classes, splits, the form that all images take, and notes.
+        Classes, splits, the format of all images, and notes.
 
     Raises:
         LayerwiseError: an unknown name, or data that cannot be read or used.
@@ -73,12 +73,12 @@ def load_images(
     def labels_in(rows: Rows, split: str) -> Tensor:
         if task == "classification":
             return labels_of_split(rows, split, classes, train.names, title)
-        if task == "segmentation":  # known when the form is
+        if task == "segmentation":  # read below, when the format is known
             return torch.zeros(len(rows), dtype=torch.int64, device="cpu")
         return checked_numbers(torch.tensor(rows.values, dtype=torch.float64, device="cpu"), task, classes)
 
     splits = {"train": (train, labels_in(train, "train"))}
-    # Where there is a test split, "eval" is one for validation, and the last to be taken.
+    # If there is a test split, "eval" is a validation split, and is taken last.
     order = sorted(TEST_NAMES, key=lambda split: split == "eval" and "test" in opened)
     for split in (split for split in order if split in opened):
         rows = opened.pop(split)

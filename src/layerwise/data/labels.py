@@ -13,7 +13,7 @@ def class_names(train: Rows, title: str) -> tuple[str, ...]:
     """The classes of a training split, in the order of their labels: those that it records, or its distinct labels.
 
     Raises:
-        LayerwiseError: a label that is absent or negative, words beside numbers, fewer than two classes.
+        LayerwiseError: a label that is absent or negative, words as well as numbers, fewer than two classes.
     """
     classes = train.names
     if classes is None:
@@ -50,7 +50,7 @@ def labels_of_split(
         rows: the split.
         split: its name.
         classes: names of the classes of the training split.
-        listed: the class list that the training split notes, if any.
+        listed: the class list that the training split records, if any.
         title: what to call the data set.
 
     Raises:
@@ -59,7 +59,7 @@ def labels_of_split(
     """
     values = _checked(rows, split)
     if rows.names != listed:
-        # A folder of images lists the classes that it has; a noted list is one of all classes, in their order.
+        # A folder of images lists only the classes that it has; a recorded list holds all classes, in their order.
         if not isinstance(rows, FileRows) or not set(rows.names or ()) <= set(listed or ()):
             raise LayerwiseError(
                 f"the classes of {title} differ between train ({few(listed)}) and {split} ({few(rows.names)}); "

@@ -40,7 +40,7 @@ class Lines:
         """Raise LayerwiseError with all faults, also those found elsewhere; a single one becomes a sentence of its own.
 
         Args:
-            faults: further ones.
+            faults: further ones, found elsewhere.
             advice: what to do about several.
         """
         found = [*self.faults, *faults]

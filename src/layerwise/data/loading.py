@@ -41,20 +41,20 @@ class Dataset:
     """A data set, split three ways.
 
     Attributes:
-        name: what it was loaded by.
-        classes: names of the K classes, in the order of the labels 0 to K - 1; of the targets, where labels are
-            numbers, or several that hold or not.
+        name: the name by which it was loaded.
+        classes: names of the K classes, in the order of the labels 0 to K - 1; of the targets, if labels are
+            numbers, or if several can hold.
         shape: (C, H, W) of an image; (columns, 1, 1) of a row of a table; (1, 1, T) of a window of text.
         mean, std: per channel, on the pixel scale [0, 1], of the training split only; std is 1 for a constant channel.
             Of a table, per column and on its own scale.
         train: what to learn from.
-        val: what to select by: the data's own validation split where there is a test split too, or else carved from
+        val: what to select by: the data's own validation split if there is a test split too, otherwise taken from
             the training samples; None when `val_fraction` was 0.
         test: what to report on.
         notes: what was done to the data that the user did not ask for, a sentence each.
-        graph: edges between the samples, with the labels of the training split; None where there are none.
+        graph: edges between the samples, with the labels of the training split; None if there are none.
         columns: names of the columns of a table; empty for anything else.
-        form: what images were turned into; None for anything else.
+        form: the format to which images were converted; None for anything else.
         target_mean, target_std: of numbers to be predicted, one per target, of the training split; empty for anything
             else.
         tokenizer: of a text; its tokens are the classes. None for anything else.
@@ -107,7 +107,7 @@ def load(
         val_fraction: part of the training samples, in [0, 1), that becomes the validation split, stratified by class;
             default 0.1. A data set with a validation and a test split of its own keeps them: any fraction but 0 then
             takes the whole validation split and nothing of the training samples.
-        train_samples: how many of the training samples that are left are kept, stratified by class; default all.
+        train_samples: how many of the remaining training samples are kept, stratified by class; default all.
         seed: of both choices, default 0; not the seed of the run. The test split depends on no option.
         root: folder that holds <name>/**/*.parquet; default $LAYERWISE_DATA, then the Hugging Face hub.
         size: side in pixels that images are scaled and centre-cropped to; default: their most common size, or 224
@@ -123,12 +123,12 @@ def load(
         targets: names of the columns of labels of a table; default the one with a usual name.
         text: how a text becomes windows of tokens.
         tokenizer: of a text; default the one that `text` asks for.
-        words: how a column of text becomes tokens; a CSV file is one of numbers if not given.
+        words: how a column of text becomes tokens; if not given, a CSV file is a table of numbers.
         handling: what is done with words and gaps in a table's columns; both are refused if not given.
 
     Raises:
         LayerwiseError: an unknown name, an argument out of its range, data that cannot be found, reached or read, no
-            image or label column, cells that are no numbers, labels that are negative, absent or unknown, fewer than
+            image or label column, cells that are not numbers, labels that are negative, absent or unknown, fewer than
             two classes.
 
     >>> load("digits", val_fraction=0).val is None

@@ -20,7 +20,7 @@ def cache_folder() -> Path:
 
 
 def find_local(name: str, root: str | Path | None) -> Path | None:
-    """The folder of a data set under `root` or else $LAYERWISE_DATA; None where there is no such folder."""
+    """The folder of a data set under `root` or else $LAYERWISE_DATA; None if there is no such folder."""
     base = root if root is not None else os.environ.get("LAYERWISE_DATA")
     if not base:
         return None

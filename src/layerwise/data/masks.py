@@ -23,7 +23,7 @@ ADVICE = "give a grey or palette picture whose pixels are class numbers, with 25
 def open_masks(path: Path) -> dict[str, tuple[FileRows, FileRows]]:
     """Images and masks of every split: `path`/images and `path`/masks, or such folders inside train, test, ...
 
-    An image and its mask have the same path below the two folders, but for the suffix.
+    An image and its mask have the same path below the two folders, except for the suffix.
 
     Raises:
         LayerwiseError: no such folders, no images, an image without a mask.
@@ -91,7 +91,7 @@ def _numbers(content: bytes, form: ImageFormat) -> np.ndarray:
 def classes_of(masks: Sequence[Tensor], title: str) -> tuple[tuple[str, ...], list[Tensor], list[str]]:
     """Names of the classes of the training masks, the masks of all splits, and notes.
 
-    Masks of 0 and 255 alone are black and white: 255 is then class 1.
+    Masks that hold only 0 and 255 are black and white: 255 is then class 1.
 
     Raises:
         LayerwiseError: fewer than two classes, or a number in another split that the training masks do not have.

@@ -44,7 +44,7 @@ def split_of(name: str, anywhere: bool = False) -> str | None:
 
     Args:
         name: of a folder, a file or a split, in small or capital letters.
-        anywhere: whether the word may stand anywhere in the name; if not, only words such as "set" may follow it.
+        anywhere: whether the word may be anywhere in the name; if not, only words such as "set" may follow it.
 
     >>> split_of("Training"), split_of("seg_test"), split_of("val_set"), split_of("train_station")
     ('train', 'test', 'val', None)

@@ -22,7 +22,7 @@ def noisy_labels(labels: Tensor, classes: Sequence[str], rate: float, kind: Nois
         classes: names of the K classes.
         rate: share of wrong labels, in [0, 1). Exactly that share, rounded: of all samples (`symmetric`), of each
             class that has a partner (`pairs`).
-        kind: `symmetric` puts any of the K - 1 other classes in place of the label, each as often. `pairs` confuses
+        kind: `symmetric` replaces the label by one of the K - 1 other classes, drawn uniformly. `pairs` confuses
             classes of CIFAR-10 that look alike: truck to automobile, bird to airplane, deer to horse, cat and dog.
 
     Returns:

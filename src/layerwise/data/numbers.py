@@ -17,7 +17,7 @@ def chosen_targets(targets: Sequence[str], columns: Sequence[str], task: DataTas
     """Names of the columns that hold labels: those that were named, or the one with a usual name.
 
     Raises:
-        LayerwiseError: a column that is not there, none, or several for classes.
+        LayerwiseError: a column that does not exist, no column, or several columns of classes.
     """
     absent = next((name for name in targets if name not in columns), None)
     if absent is not None:
@@ -45,11 +45,11 @@ def checked_numbers(
         values: labels (N, D).
         task: what they are.
         columns: their names.
-        where: says the place of a row, for the sentence.
+        where: gives the place of a row, for the error message.
 
     Raises:
-        LayerwiseError: numbers that are not finite, or other ones than 0 and 1 where labels hold or not; or numbers so
-            much larger than they differ that float32 would merge them.
+        LayerwiseError: numbers that are not finite; for several labels, numbers other than 0 and 1; or numbers so much
+            larger than their differences that float32 would merge them.
     """
     given = torch.as_tensor(values, device="cpu").double()
     found = torch.as_tensor(values, device="cpu").to(torch.float32)

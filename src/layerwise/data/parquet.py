@@ -28,7 +28,7 @@ def open_parquet(
     so are the numbered parts of one table.
 
     Raises:
-        LayerwiseError: no file, one that cannot be read, or files of which one cannot tell the splits.
+        LayerwiseError: no file, one that cannot be read, or files whose names do not tell their splits.
     """
     kind = kind_of(path)
     if kind is None:

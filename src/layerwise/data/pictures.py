@@ -26,7 +26,7 @@ GREY_ALPHA_16, RGBA_8 = bytes((16, 4)), bytes((8, 6))  # bits and kind of pixel 
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of a TIFF
 WHITE_IS_ZERO, SIGNED = 0, 2  # values of the last two
 GROUNDS = {255: "white", 0: "black", 128: "grey"}
-NEAR = 48  # levels: closer than this, a sign can hardly be seen on its background
+NEAR = 48  # levels: closer than this, a drawing can hardly be seen on its background
 
 
 class ImageFormat(NamedTuple):
@@ -75,13 +75,13 @@ def decode(content: bytes, form: ImageFormat) -> tuple[bytes, frozenset[str]]:
 
     EXIF orientation is applied; transparent pixels are laid on the form's ground; 16-bit levels and floats in [0, 1]
     keep their order (65,535 and 1.0 are 255); the largest centred part of the wanted proportions is scaled
-    bilinearly; of several frames the first counts.
+    bilinearly; of several frames the first is used.
 
     Returns:
-        Bytes, and of "converted" (grey to colour or back), "resized", "laid" (on the ground), "frames" what applies.
+        Bytes, and which of "converted" (grey to colour or back), "resized", "laid" (on the ground), "frames" apply.
 
     Raises:
-        Unfit: too many pixels, or numbers that are no brightness.
+        Unfit: too many pixels, or numbers that are not levels of brightness.
         Exception: whatever PIL raises about a broken file.
     """
     pil, ops = need("PIL.Image"), need("PIL.ImageOps")
@@ -170,8 +170,8 @@ def open_picture(content: bytes) -> Any:
 def _formats() -> tuple[str, ...]:
     pil = need("PIL.Image")
     pil.init()
-    # `_open` has its own limit. Appended, so that any filter of the user's comes first; not undone around each
-    # picture, as the filters belong to all threads.
+    # `_open` has its own limit. It is appended, so that any filter of the user's comes first. It is
+    # not undone after each picture, because filters belong to all threads.
     warnings.filterwarnings("ignore", category=pil.DecompressionBombWarning, append=True)
     return tuple(name for name in FORMATS if name in pil.OPEN)
 
@@ -232,7 +232,7 @@ def _levels(image: Any, ground: int, most: int, inverted: bool) -> np.ndarray:
 
     Args:
         image: the picture.
-        ground: level that stands where it is transparent.
+        ground: level of transparent pixels.
         most: its largest whole number.
         inverted: whether that is black.
     """

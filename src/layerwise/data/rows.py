@@ -20,8 +20,8 @@ class Rows(ABC):
     """One split of undecoded images.
 
     Attributes:
-        values: the label of each row: whole numbers or words, or None where there is none.
-        names: the class names that whole numbers index, or None where the values are all there is.
+        values: the label of each row: whole numbers or words, or None if there is none.
+        names: the class names that whole numbers index, or None if no names are recorded.
         files: what the rows are read from.
         image_column: name of the column that holds the images.
         notes: what was left out, a sentence each.
@@ -69,11 +69,11 @@ class TableRows(Rows):
         images: the images as arrow columns, which follow each other.
         parts: the labels, file by file.
         files: what the rows are read from.
-        folders: where the images may lie that a cell names by their path.
+        folders: those that may hold images which cells name by their path.
 
     Raises:
-        LayerwiseError: parts with differing class lists, or with numbers here and words there; a path that leads out of
-            the folders.
+        LayerwiseError: parts with differing class lists, or with numbers in one and words in another; a path that leads
+            out of the folders.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class TableRows(Rows):
         return self.images[column][inner].as_py()
 
     def _named_files(self) -> list[Path]:
-        """The files that cells name in place of an image, each of them checked."""
+        """The files that cells name instead of holding an image, each of them checked."""
         named = []
         for column, start in zip(self.images, [0, *self.image_ends], strict=False):
             named += [start + row for row in _rows_without_bytes(column)]
@@ -135,7 +135,8 @@ class FileRows(Rows):
     """One image file per row.
 
     Args:
-        folder: what the files lie in; links do not lead out of it. None for files that the user named one by one.
+        folder: the folder that holds the files; links may not lead out of it. None for files that the user
+            named one by one.
         files: the files.
         values: the class of each, an index of `names`, or None; default None for all.
         names: the class names.
@@ -203,6 +204,6 @@ def _content(cell: Any) -> bytes | str:
 
 
 def _place(ends: Sequence[int], row: int) -> tuple[int, int]:
-    """The part that a row lies in, and its number there."""
+    """The part that holds a row, and the row's number there."""
     part = bisect_right(ends, row)
     return part, row - (ends[part - 1] if part else 0)

@@ -21,7 +21,7 @@ SEED = 20_242  # a constant: every run sees the same scenes
 def digit_scenes(task: DataTask, test_fraction: float, test_seed: int) -> tuple[InMemorySource, InMemorySource]:
     """Scenes of 1 to 3 of scikit-learn's digits on a black background, without overlap, for training and for testing.
 
-    No image of a digit is in scenes of both. Labels are float32 (N, 10), 1 for a digit that occurs, or uint8
+    No image of a digit occurs in both splits. Labels are float32 (N, 10), 1 for a digit that occurs, or uint8
     (N, 20, 20): 0 for the ground, 1 to 10 for the digits 0 to 9.
     """
     found = need("sklearn.datasets").load_digits()

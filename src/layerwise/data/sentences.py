@@ -54,7 +54,7 @@ class SentenceData(NamedTuple):
     """`train`, and `val` and `test` if there are files of such names in the same folder."""
     classes: tuple[str, ...]
     contents: tuple[str, ...]
-    """Facts that distinguish it from another one."""
+    """Facts that identify it."""
     notes: list[str]
 
 
@@ -69,7 +69,7 @@ def text_column(names: list[str]) -> str | None:
 
 
 def load_sentences(path: Path, words: Words, target: str | None, val_fraction: float) -> SentenceData:
-    """The sentences of a CSV file. Beside one that is called train, those called validation and test are read, too.
+    """The sentences of a CSV file. If it is called train, those called validation and test in its folder are read, too.
 
     Args:
         path: of the file.
@@ -104,12 +104,12 @@ def load_sentences(path: Path, words: Words, target: str | None, val_fraction: f
 
 
 def read_sentences(path: Path, words: Words, contents: Sequence[str]) -> SentenceSource:
-    """The column of text of a CSV file as windows of tokens, with 0 in place of the labels.
+    """The column of text of a CSV file as windows of tokens, with 0 as every label.
 
     Args:
         path: of the file.
         words: how text becomes tokens.
-        contents: what a run knows of its data; the tokenizer has to be the same.
+        contents: a run's record of its data; the tokenizer has to be the same.
 
     Raises:
         LayerwiseError: a file that cannot be read, no column of text, another tokenizer.

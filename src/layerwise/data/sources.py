@@ -35,7 +35,7 @@ SAMPLED = 1024  # number of images whose headers decide the format of a data set
 CHUNK = 256  # images decoded per task
 PREFETCH = 4  # batches decoded ahead of the one in use
 WORKERS = min(4, os.cpu_count() or 1)  # decoding threads: PIL decodes outside the interpreter lock
-DECODING = 2  # version of what decoding gives; images cached by another one are decoded anew
+DECODING = 2  # version of the decoding; images cached by another version are decoded again
 GROUND_SAMPLE = 256  # number of transparent images that decide their background
 
 
@@ -44,12 +44,12 @@ class Source(ABC):
 
     Attributes:
         labels: int64 (N,) of classes; whole numbers (N, T) of tokens; float32 (N, D) of numbers, (N, K) of several
-            labels; uint8 (N, H, W) of pixels, 255 where one counts in nothing.
+            labels; uint8 (N, H, W) of pixels, 255 for those that are ignored.
         shape: (C, H, W) of every image.
         whole: whether the samples belong together, so that one batch holds them all, in order.
         pictures: whether the samples are pictures, which may be augmented.
-        dtype: int64 for tokens; uint8 for pixels, of which mean and std count 255 as 1 (they may be held as float32 of
-            that scale, where images have more than 8 bits), or float64 for other numbers.
+        dtype: int64 for tokens; uint8 for pixels, whose mean and std are on a scale where 255 is 1 (pixels of more than
+            8 bits are float32 from 0 to 255); or float64 for other numbers.
     """
 
     labels: Tensor
@@ -84,11 +84,11 @@ class Source(ABC):
 
     @property
     def checked_labels(self) -> Tensor:
-        """The labels whose values a run looks at before it begins: all of them."""
+        """The labels whose values a run checks before it begins: all of them."""
         return self.labels
 
     def without_images(self) -> "Source":
-        """The labels alone; the pixels, if it holds any, are not kept."""
+        """Only the labels; the pixels, if it holds any, are not kept."""
         return self
 
     def relabelled(self, labels: Tensor) -> "Source":
@@ -99,16 +99,16 @@ class Source(ABC):
 
 
 class InMemorySource(Source):
-    """Images that are held decoded.
+    """Images that are kept decoded in memory.
 
     Args:
         images: uint8 (N, C, H, W), or float32 on the same scale from 0 to 255.
         labels: int64 (N,).
 
     Raises:
-        LayerwiseError: images and labels that do not fit each other.
+        LayerwiseError: images and labels do not fit each other.
 
-    A subclass keeps its kind in `subset`, `to` and `without_images`.
+    `subset`, `to` and `without_images` of a subclass return that subclass.
 
     >>> source = InMemorySource(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 1]))
     >>> images, labels = source.batch(torch.tensor([2, 0]))
@@ -158,7 +158,7 @@ class StreamedSource(Source):
         chosen: int64 (N,), the row of each sample; default all rows.
 
     Raises:
-        LayerwiseError: when an image that is asked for cannot be decoded.
+        LayerwiseError: a requested image cannot be decoded.
     """
 
     def __init__(self, rows: Rows, labels: Tensor, form: ImageFormat, chosen: Tensor | None = None):
@@ -193,10 +193,10 @@ class StreamedSource(Source):
 
 
 def sample_form(rows: Rows, size: int | None) -> tuple[ImageFormat, int]:
-    """The form that fits most of the images, and the estimated bytes of all of them when decoded.
+    """The format that fits most of the images, and the estimated bytes of all of them when decoded.
 
-    Judged by the headers of up to 1,024 evenly spaced images, and by the pixels of those that may be transparent. A
-    `size` in pixels stands in for the common size.
+    It follows from the headers of up to 1,024 evenly spaced images, and from the pixels of those that may be
+    transparent. A `size` in pixels replaces the common size.
     """
     step = max(1, len(rows) // SAMPLED)
     seen = {row: _header(rows, row) for row in range(0, len(rows), step)}
@@ -213,10 +213,10 @@ def sample_form(rows: Rows, size: int | None) -> tuple[ImageFormat, int]:
 
 
 def decoded(rows: Rows, form: ImageFormat) -> tuple[Tensor, dict[str, int]]:
-    """All images (N, C, H, W), and of what `pictures.decode` does to an image the number of images.
+    """All images (N, C, H, W), and to how many of them `pictures.decode` did each of the things that it reports.
 
-    Kept in the user's cache (`$XDG_CACHE_HOME/layerwise` or `~/.cache/layerwise`) under a key of form and of the
-    names, sizes and times of the files; a cache that cannot be read or written is not used.
+    They are kept in the user's cache (`$XDG_CACHE_HOME/layerwise` or `~/.cache/layerwise`) under a key of the format
+    and of the names, sizes and times of the files; a cache that cannot be read or written is not used.
     """
     path = _cache_path(rows, form)
     found = _read_cache(path, (len(rows), *form.shape), form.dtype)

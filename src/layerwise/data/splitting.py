@@ -13,8 +13,8 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
 
     Args:
         labels: int64 (N,), at least 0.
-        fraction: in [0, 1), the size of the second part. It holds `fraction` of each class, rounded down or up such
-            that the total fits, and never the whole of a class.
+        fraction: in [0, 1), the size of the second part. It holds `fraction` of each class, rounded down or up so
+            that the total fits, and never a whole class.
         seed: of the choice within each class.
 
     Returns:

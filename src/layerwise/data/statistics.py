@@ -1,4 +1,4 @@
-"""Mean and standard deviation that samples are normalised by."""
+"""Mean and standard deviation by which samples are normalised."""
 
 import numpy as np
 import torch
@@ -8,11 +8,11 @@ from layerwise.data.sources import InMemorySource, Source
 from layerwise.data.tables import TableSource
 from layerwise.errors import LayerwiseError
 
-STATISTICS_SAMPLE = 2048  # images that mean and std of a streamed source are estimated from
+STATISTICS_SAMPLE = 2048  # number of images from which mean and std of a streamed source are estimated
 
 
 def mean_and_std(source: Source) -> tuple[tuple[float, ...], tuple[float, ...], int]:
-    """Mean and std per channel on the scale [0, 1], and the number of images they come from; of a table as it is."""
+    """Mean and std per channel on the scale [0, 1], and the number of images they come from; of a table unscaled."""
     if isinstance(source, TableSource):
         return *column_statistics(source.images), len(source)
     step = 1 if isinstance(source, InMemorySource) else max(1, len(source) // STATISTICS_SAMPLE)

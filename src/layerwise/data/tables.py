@@ -21,7 +21,7 @@ from layerwise.errors import LayerwiseError
 
 NUMBER = re.compile(
     r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
-)  # words that float() accepts and people use for missing values
+)  # without the words that float() accepts and people use for missing values
 PLAIN = re.compile(r"[0-9+\-.eE \t,]*")  # rows of such cells, joined by commas, may go through float()
 WHOLE = re.compile(r"[+-]?[0-9]+")
 UNNAMED = re.compile(r"(Unnamed: [0-9]+(\.[0-9]+)*)?")  # pandas' name for a column without a name
@@ -50,7 +50,7 @@ class Table(NamedTuple):
     notes: tuple[str, ...]
     """Notes on what was left out or looks wrong, one sentence each."""
     cells: np.ndarray | None = None
-    """Words and numbers (N, columns) where they are still to be encoded; the source then holds the rows' places."""
+    """Words and numbers (N, columns) if they are still to be encoded; the source then holds the numbers of the rows."""
     where: Callable[[int], str] = "row {}".format
     """The place of a row, in words."""
 
@@ -60,7 +60,7 @@ def read_table(
 ) -> Table:
     """Read a CSV file: a line of names, then rows of numbers with a label each.
 
-    One column holds the labels: the first of label, labels, class, target and y that is there. Every different word is
+    One column holds the labels: the first of label, labels, class, target and y that exists. Every different word is
     a class: whole numbers in their order, anything else in alphabetical order. A column of row numbers without a name,
     as pandas writes it, is left out.
 
@@ -119,8 +119,8 @@ def read_columns(path: Path, columns: Sequence[str], encoding: Encoding | None =
     With the encoding of a run, its columns are read, whatever they hold, and become the numbers of its training rows.
 
     Raises:
-        LayerwiseError: no such file or column, a cell that is no finite number, a row with too many or too few cells, a
-            name that two columns have, different long whole numbers that floating point cannot distinguish.
+        LayerwiseError: no such file or column, a cell that is not a finite number, a row with too many or too few
+            cells, a name that two columns have, different long whole numbers that floating point cannot distinguish.
     """
     lines = read_lines(path)
     lines.check()
@@ -139,7 +139,7 @@ def read_columns(path: Path, columns: Sequence[str], encoding: Encoding | None =
 
 
 def read_classes(lines: Lines, target: str | None = None) -> tuple[tuple[str, ...], Tensor]:
-    """Names of the classes of a table in order, and the labels int64 (N,), as `read_table` has them."""
+    """Names of the classes of a table in order, and the labels int64 (N,), as `read_table` returns them."""
     return _classes(lines, chosen_targets((target,) if target else (), lines.names, "classification", lines.title)[0])
 
 
@@ -161,7 +161,7 @@ def _left_out(lines: Lines, place: int) -> str:
 
 
 def _row_numbers(lines: Lines, columns: Sequence[tuple[int, str]]) -> list[str]:
-    """A note on each column that counts the rows, gaps aside, which gives the class away where they are sorted."""
+    """A note on each column that counts the rows, gaps aside: it reveals the class if the rows are sorted by class."""
     found = []
     for place, name in columns:
         cells = [(index, row[place]) for index, row in enumerate(lines.rows) if not is_missing(row[place])]
@@ -176,7 +176,7 @@ def _row_numbers(lines: Lines, columns: Sequence[tuple[int, str]]) -> list[str]:
 
 
 def _numbers(lines: Lines, places: Sequence[int]) -> Tensor:
-    """Columns as float64 (N, columns, 1, 1), after their faults have been looked for."""
+    """Columns as float64 (N, columns, 1, 1), whose faults have been checked."""
     table = np.array([[float(row[place]) for place in places] for row in lines.rows]).reshape(-1, len(places))
     _check_long(lines, [places[column] for column in np.flatnonzero((np.abs(table) >= EXACT).any(0)).tolist()])
     return torch.from_numpy(table)[:, :, None, None]
@@ -237,11 +237,11 @@ def _unlabelled(lines: Lines, column: str) -> list[str]:
 
 
 def _check_long(lines: Lines, places: Sequence[int]) -> None:
-    """Refuse a column of numbers and gaps in which different long whole numbers are one and the same float64."""
+    """Refuse a column of numbers and gaps in which different long whole numbers are the same float64."""
     for place in places:
         cells = [cell for row in lines.rows if not is_missing(cell := row[place].strip())]
         if not all(map(_plain, cells)):
-            continue  # of words
+            continue  # a column of words
         first: dict[float, Decimal] = {}
         for cell in cells:
             if abs(float(cell)) < EXACT or len(cell) > 400:
@@ -281,7 +281,7 @@ def _classes(lines: Lines, column: str) -> tuple[tuple[str, ...], Tensor]:
 
 
 def _value(word: str) -> Decimal:
-    """A number as it is written, exactly; 0 where its exponent is beyond any use."""
+    """A number as it is written, exactly; 0 if its exponent is too large."""
     try:
         return Decimal(word)
     except InvalidOperation:

@@ -25,9 +25,9 @@ from layerwise.errors import LayerwiseError
 from layerwise.files import check_regular, kind_of, list_files, open_regular, shown
 
 SUFFIXES = (".txt", ".text")
-TEST_FRACTION = 0.1  # of a text that brings no test split: its end
+TEST_FRACTION = 0.1  # of a text that has no test split: its end
 SPLIT_SEED = 20_240  # of the documents of that split
-BLOCK = 2**20  # bytes that are read together
+BLOCK = 2**20  # bytes that are read at a time
 ADVICE = "give text:FILE, or text:FOLDER with train.txt, and validation.txt and test.txt if there are any"
 SHAKESPEARE = "tinyshakespeare"
 ORIGIN = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -43,7 +43,7 @@ class TextOptions(NamedTuple):
     window: int = 128
     """Tokens of a window T."""
     documents: bool = False
-    """Whether empty lines part documents, whose order is then drawn, and which splits do not cut."""
+    """Whether empty lines separate documents. Their order is then random, and splits do not cut them."""
 
 
 class Corpus(NamedTuple):
@@ -52,9 +52,9 @@ class Corpus(NamedTuple):
     pieces: Callable[[], Iterator[str]]
     """Reads it: documents, or blocks that end with a line."""
     key: Any
-    """What it is made of, as JSON; None if that is unknown."""
+    """Identifies what it is made of, as JSON; None if that is unknown."""
     shuffled: bool = False
-    """Whether its pieces come in a drawn order."""
+    """Whether its pieces come in random order."""
 
 
 class TextData(NamedTuple):
@@ -65,7 +65,7 @@ class TextData(NamedTuple):
     test: TokenSource
     tokenizer: Tokenizer
     contents: tuple[str, ...]
-    """What distinguishes it from another text: the digest of the tokenizer, and the contents of the splits."""
+    """What identifies the text: the digest of the tokenizer, and the contents of the splits."""
     notes: list[str]
 
 
@@ -78,12 +78,12 @@ def load_text(
         name: `text:PATH`, a path or the name of a folder under `root`; `hf:owner/name` of a data set with a column of
             text; or `tinyshakespeare`.
         options: how it becomes windows.
-        val_fraction: part of the training text that becomes the validation split, where it has none of its own.
+        val_fraction: part of the training text that becomes the validation split, if it has none of its own.
         root: folder of local data sets.
-        tokenizer: the one of a run that is continued; trained on the spot if not given.
+        tokenizer: the one of a run that is continued; made from the text if not given.
 
     Raises:
-        LayerwiseError: no such text, one that is no UTF-8, or one that is too short.
+        LayerwiseError: no such text, one that is not UTF-8, or one that is too short.
     """
     title, notes = shown(name), []
     if options.tokenizer == "bpe" and options.vocabulary <= BYTES:
@@ -129,11 +129,11 @@ class Part(NamedTuple):
 
 
 class Text:
-    """The text of a split before it is taken apart: ranges of files, in order.
+    """The text of a split before it is divided into pieces: ranges of files, in order.
 
     Args:
         parts: where it is.
-        documents: whether empty lines part documents.
+        documents: whether empty lines separate documents.
         chosen: which documents belong to the split; all if not given.
     """
 
@@ -149,13 +149,13 @@ class Text:
         return found if self.chosen is None else (text for i, text in enumerate(found) if i in self.chosen[1])
 
     def corpus(self, shuffled: bool) -> Corpus:
-        """The text with what it is made of."""
+        """The text, with a key that identifies it."""
         times = [os.stat(part.path).st_mtime_ns for part in self.parts]
         key = [[*part, time] for part, time in zip(self.parts, times, strict=True)]
         return Corpus(self.pieces, [key, self.documents, self.chosen and self.chosen[0]], shuffled)
 
     def split(self, fraction: float, title: str) -> tuple["Text", "Text"]:
-        """The rest, and the last `fraction` of the text, which begins with a line; or so many documents, drawn."""
+        """The rest, and the last `fraction` of the text, which begins with a line; or that share in drawn documents."""
         if self.documents:
             return self._drawn(fraction, title)
         sizes = [part.stop - part.start for part in self.parts]
@@ -214,7 +214,7 @@ class HubText:
             yield f"{self.rows[place][self.column]}\n\n"
 
     def corpus(self, shuffled: bool) -> Corpus:
-        """The text; what it is made of is known to `datasets`."""
+        """The text, identified by the fingerprint of `datasets`."""
         key = [self.rows._fingerprint, self.column, hashlib.sha256(json.dumps(list(self.chosen)).encode()).hexdigest()]
         return Corpus(self.pieces, key, shuffled)
 
@@ -290,7 +290,7 @@ def _hub(name: str) -> dict[str, AnyText]:
 
 
 def _own_splits(given: dict[str, AnyText], title: str, val_fraction: float, notes: list[str]) -> dict[str, AnyText]:
-    """The splits that a text brings, as train, val and test."""
+    """The splits that a text comes with, as train, val and test."""
     if "train" not in given:
         raise LayerwiseError(f"{title} has no training split, only {', '.join(given)}; give one named train.")
     found = {"train": given.pop("train")}
@@ -348,7 +348,7 @@ GAP = re.compile(r"\n(?:[ \t]*\n)+")  # empty lines
 
 
 def _documents(blocks: Iterable[str]) -> Iterator[str]:
-    """The documents of a text, which empty lines part; each ends with one."""
+    """The documents of a text, which empty lines separate; each ends with one."""
     waiting = ""
     for block in blocks:
         *whole, waiting = GAP.split(waiting + block)
@@ -358,7 +358,7 @@ def _documents(blocks: Iterable[str]) -> Iterator[str]:
 
 
 def _line_at(path: str, position: int, stop: int) -> int:
-    """Where the first line at or after a position begins; the next character where there is no further line."""
+    """Where the first line at or after a position begins; the next character if there is no further line."""
     with open_regular(path, ADVICE) as file:
         file.seek(position - 1)
         file.readline(BLOCK)

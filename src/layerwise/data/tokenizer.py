@@ -1,4 +1,4 @@
-"""From text to tokens and back: characters, bytes, or a byte-level BPE that is trained on the spot."""
+"""From text to tokens and back: characters, bytes, or a byte-level BPE that is trained on the text."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ class Tokenizer(ABC):
     """Maps text to tokens 0 .. V-1 and back.
 
     Attributes:
-        kind: how text is taken apart.
+        kind: how text is divided.
         names: what each token stands for, printable.
         sizes: bytes of UTF-8 that each token stands for; those of the tokens of a text add up to its own.
     """
@@ -35,16 +35,16 @@ class Tokenizer(ABC):
         """The tokens of a text, int32 (n,).
 
         Raises:
-            LayerwiseError: the text holds what no token stands for.
+            LayerwiseError: the text holds something that no token stands for.
         """
 
     @abstractmethod
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens; bytes that are no UTF-8 become the replacement character."""
+        """The text of tokens; bytes that are not UTF-8 become the replacement character."""
 
     @abstractmethod
     def to_json(self) -> str:
-        """What `from_json` takes."""
+        """The text from which `from_json` rebuilds the tokenizer."""
 
     def encode_all(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
         """The tokens of pieces of text, one by one."""
@@ -52,7 +52,7 @@ class Tokenizer(ABC):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of `to_json`, as a word of a sentence."""
+        """SHA-256 of `to_json`, as a part of a sentence."""
         return f"SHA-256 {hashlib.sha256(self.to_json().encode()).hexdigest()}"
 
 
@@ -131,7 +131,7 @@ class BPE(Tokenizer):
 
     @classmethod
     def trained(cls, vocabulary: int, pieces: Iterable[str]) -> "BPE":
-        """Trained on pieces of text; smaller than `vocabulary` where the text has no more pairs to join."""
+        """Train on pieces of text; it is smaller than `vocabulary` if the text has no more pairs to merge."""
         library = _library()
         found = library.Tokenizer(library.models.BPE())
         found.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -164,8 +164,8 @@ def from_json(text: str, where: str) -> Tokenizer:
     """The tokenizer that `to_json` was called on.
 
     Args:
-        text: what it gave.
-        where: what holds the text, for the sentence.
+        text: what `to_json` returned.
+        where: the place of the text, for the error message.
 
     Raises:
         LayerwiseError: the text is not what `to_json` gives, or the library of a BPE is missing.
@@ -203,5 +203,5 @@ def _library() -> Any:
 def _utf(text: str, encoding: str) -> bytes:
     try:
         return text.encode(encoding)
-    except UnicodeEncodeError as reason:  # what a terminal gives for bytes that are no UTF-8
+    except UnicodeEncodeError as reason:  # what a terminal gives for bytes that are not UTF-8
         raise LayerwiseError("the text holds bytes that are not UTF-8; give it as UTF-8.") from reason

@@ -20,8 +20,8 @@ from layerwise.data.sources import Source
 from layerwise.data.tokenizer import Tokenizer
 from layerwise.errors import LayerwiseError, why
 
-VERSION = 1  # of what is kept in the cache
-PIECE = 2**24  # bytes that are looked at together
+VERSION = 1  # of the files in the cache
+PIECE = 2**24  # bytes of one step of the checksum
 ORDER_SEED = 0  # of the order of documents: the same in every run
 
 
@@ -48,7 +48,7 @@ class TokenSource(Source):
 
     @classmethod
     def of(cls, tokens: Tensor, window: int) -> "TokenSource":
-        """The windows of a stream of tokens (n,): views, so that nothing is read before it is asked for."""
+        """The windows of a stream of tokens (n,): views, so that nothing is read before it is needed."""
         count = (len(tokens) - 1) // window
         return cls(tokens[: count * window].view(count, window), tokens[1 : count * window + 1].view(count, window))
 
@@ -57,7 +57,7 @@ class TokenSource(Source):
 
     @property
     def checked_labels(self) -> Tensor:
-        """The labels of one window: all are numbers of the tokenizer, and there may be more than fit into memory."""
+        """The labels of one window: all come from the tokenizer, and there may be more than fit into memory."""
         return self.labels[:1].long()
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,7 +79,7 @@ class Tokens(NamedTuple):
     values: Tensor
     """int16 or int32 (n,), mapped from a file."""
     contents: str
-    """Their number and their CRC-32, by which another text is noticed."""
+    """Their number and their CRC-32, which identify the text."""
 
 
 def token_file(pieces: Iterable[str], tokenizer: Tokenizer, key: Any, shuffled: bool) -> Tokens:
@@ -88,8 +88,8 @@ def token_file(pieces: Iterable[str], tokenizer: Tokenizer, key: Any, shuffled: 
     Args:
         pieces: of the text.
         tokenizer: how it is encoded.
-        key: what the text is made of, as JSON; None if that is unknown, and nothing is kept.
-        shuffled: whether pieces are put into another order, the same one in every run.
+        key: identifies what the text is made of, as JSON; if None, nothing is kept.
+        shuffled: whether pieces are put into a random order, the same one in every run.
 
     Raises:
         LayerwiseError: there is no room for the file.
@@ -111,7 +111,7 @@ def token_file(pieces: Iterable[str], tokenizer: Tokenizer, key: Any, shuffled: 
 
 
 def _write(path: Path | None, encoded: Iterable[np.ndarray], dtype: np.dtype, shuffled: bool) -> Tokens:
-    """Write the file under another name and rename it; a file without a name where the cache cannot be used."""
+    """Write the file under another name and rename it; an unnamed file if the cache cannot be used."""
     with suppress(OSError):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,11 +130,11 @@ def _write(path: Path | None, encoded: Iterable[np.ndarray], dtype: np.dtype, sh
         if path is not None and kept:
             os.replace(file, path)
             _describe(path, len(values), crc)
-    return _tokens(values, crc)  # where nothing is kept, the file is there until it is let go
+    return _tokens(values, crc)  # if nothing is kept, the file exists until it is no longer mapped
 
 
 def _append(path: Path, arrays: Iterable[np.ndarray], dtype: np.dtype) -> list[int]:
-    """Write arrays one after the other; where each begins, and the end."""
+    """Write arrays one after the other; returns where each begins, and the end."""
     ends = [0]
     with path.open("wb") as file:
         for tokens in arrays:
@@ -144,7 +144,7 @@ def _append(path: Path, arrays: Iterable[np.ndarray], dtype: np.dtype) -> list[i
 
 
 def _mapped(path: str | Path, count: int, dtype: np.dtype) -> np.ndarray:
-    """The numbers of a file; pages are loaded when they are read. Changes, which nobody makes, would stay in memory."""
+    """The numbers of a file; pages are loaded when they are read. Changes would stay in memory; none are made."""
     return np.memmap(path, dtype, mode="c", shape=(count,)) if count else np.empty(0, dtype)
 
 
@@ -167,7 +167,7 @@ def _describe(path: Path, count: int, crc: int) -> None:
 
 
 def _read(path: Path, dtype: np.dtype) -> Tokens | None:
-    """What was kept; None where there is nothing, or not all of it."""
+    """The kept tokens; None if there are none, or not all of them."""
     try:
         about = json.loads(path.with_suffix(".json").read_text())
         count, crc = int(about["count"]), int(about["crc32"])

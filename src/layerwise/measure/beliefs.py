@@ -8,7 +8,7 @@ L_i(p_{i-1})$, descends:
 $$D_i \le D_{i-1} - \frac{1 - \alpha_i}{\alpha_i} C_i, \qquad
   \text{summed:} \quad D_L \le D_0 - \sum_i \frac{1 - \alpha_i}{\alpha_i} C_i$$
 
-The two sides of the implication are the same inequality, so what is to be measured is for how many samples it holds.
+The two sides of the implication are the same inequality, so we measure for how many samples it holds.
 """
 
 import io
@@ -67,7 +67,8 @@ def least_loss(log_before: Tensor, target: Tensor, alpha: float, direction: Dire
 
     `forward`: the Jensen-Shannon divergence of target and belief with weights $\alpha$ and $1 - \alpha$,
     $H(m) - \alpha H(y) - (1 - \alpha) H(p_{before})$ with m the arithmetic mix. `reverse`:
-    $-\log \sum_k y_k^\alpha p_{before,k}^{1 - \alpha}$. What lies above it is $KL(m \| p)$, or $KL(p \| m)$.
+    $-\log \sum_k y_k^\alpha p_{before,k}^{1 - \alpha}$. The objective exceeds it by $KL(m \| p)$, or
+    $KL(p \| m)$.
 
     Args: as for `minimiser`.
 
@@ -99,11 +100,11 @@ class Cascade:
     modules: int
     """Number of modules L."""
     alpha: float | tuple[float, ...] = 0.5
-    """The rule's option."""
+    """Weight of the target, the option of the rule."""
     label_smoothing: float = 0.0
     """Share of the target that is spread over the classes."""
     direction: Direction = "forward"
-    """Of the divergences."""
+    """Direction of the divergences."""
 
     def _start(self) -> tuple[Tensor, Tensor]:
         """The uniform belief's log, and a target."""
@@ -123,9 +124,9 @@ class Cascade:
     def fixed_point_loss(self) -> float:
         """The summed objective once every module has reached the minimum of its own objective.
 
-        Module by module it is `least_loss`, given a belief before that is itself the minimiser: where training settles
-        when the network can learn every label, since no module sees the losses of the later ones. It is not the
-        smallest sum that there is: beliefs that a joint minimisation would choose go below it.
+        Module by module it is `least_loss`, given a belief before that is itself the minimiser. Training settles there
+        if the network can learn every label, since no module sees the losses of the later ones. It is not the smallest
+        possible sum: beliefs that a joint minimisation would choose go below it.
         """
         belief, target = self._start()
         total = 0.0
@@ -140,7 +141,7 @@ def early_exit(beliefs: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
 
     Args:
         beliefs: log-probabilities `(L + 1, B, K)`, the uniform belief first, as `Learner.beliefs` gives them.
-        threshold: a probability. A sample that no module is sure enough of is answered by the last one.
+        threshold: a probability. If no module is sure enough of a sample, the last one decides.
 
     Returns:
         Classes, int64 `(B,)`, and the number of modules that were needed, 1 to L, int64 `(B,)`.
@@ -168,8 +169,8 @@ def measure(
 
     Returns:
         `modules`: per belief, the uniform one first, `accuracy`, `entropy`, `label_kl` D, `consistency` C; and after
-        the first `alpha`, `loss`, `excess` (what the loss lies above the least one), `descent` (share of samples with
-        the inequality of the module), `bound` (D_0 less the terms of the modules so far) and `within_bound` (share of
+        the first `alpha`, `loss`, `excess` (the loss minus the least one), `descent` (share of samples with
+        the inequality of the module), `bound` (D_0 minus the terms of the modules so far) and `within_bound` (share of
         samples with D below it). `early_exit`: per threshold `accuracy` and `modules_used`. In nats.
 
     Raises:

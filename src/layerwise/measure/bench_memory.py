@@ -33,7 +33,7 @@ from layerwise.terminal import table, terminal_width
 
 COLUMNS = ("parameters", "optimizer", "gradients", "activations", "peak")
 HELD = "act. + grad."
-"""The column that stays the same under a local rule."""
+"""The column that does not depend on depth under a local rule."""
 
 
 def memory_of(
@@ -57,7 +57,7 @@ def memory_of(
     Args:
         rule: name of a rule, with options after colons.
         model: name of a model.
-        depth: number of blocks; as the model is if None.
+        depth: number of blocks; None for the model's own.
         shape: channels, height, width.
         batch_size: samples per batch.
         optimizer: name of the optimizer.

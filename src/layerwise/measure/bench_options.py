@@ -14,7 +14,7 @@ class Written:
 
     json: str | None = None
     """Write the results as JSON to this file (a name without .json as --json=FILE); alone, or with -,
-    print them in place of the table."""
+    print them instead of the table."""
     out: str | None = None
     """Write results, command, machine and report.html to this folder; the report of a comparison gains a section."""
 

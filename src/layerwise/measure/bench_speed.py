@@ -24,7 +24,7 @@ PARTS = ("forward", "backward", "optimizer", "other")
 class TimedEngine(Engine):
     """Adds up the seconds that each part of a step takes.
 
-    `forward`: the blocks and the rule's signals; `backward`: inside the groups, with what is recomputed there;
+    `forward`: the blocks and the rule's signals; `backward`: inside the groups, including recomputation;
     `optimizer`: check, clip, step and free. On an accelerator each part is synchronised, which removes overlap, so we
     report shares, not times.
     """
@@ -85,13 +85,13 @@ def speed_of(
     clock: Callable[[], float] = time.perf_counter,
     told: Callable[[int], None] = lambda turn: None,
 ) -> dict[str, list[float]]:
-    """Measure the seconds of every step. Rules are interleaved, so that a slow moment of the machine hits all of them.
+    """Measure the seconds of every step. Rules are interleaved, so a slow moment of the machine affects all of them.
 
     Args:
         learners: per name a learner and its batch.
         rounds: rounds that are measured.
         warmup: rounds before the measured ones.
-        clock: seconds so far; `time.process_time` where other work shares the cores, which then counts less.
+        clock: seconds so far; `time.process_time` if other work shares the cores, which then counts less.
         told: called before every round with its number.
     """
     seconds: dict[str, list[float]] = {name: [] for name in learners}

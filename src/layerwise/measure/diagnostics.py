@@ -1,7 +1,7 @@
 r"""Measures the layers of a trained network: probes, similarity, gradient alignment, sparsity.
 
 A *layer* is a block of the partition; its features are the block's outputs in evaluation mode, averaged over space or
-tokens to one vector per sample where a function takes vectors `(N, D)`. Everything is measured on the host in float64,
+tokens to one vector per sample if a function takes vectors `(N, D)`. Everything is measured on the host in float64,
 except the gradients, which the engine computes as in training.
 """
 
@@ -139,7 +139,7 @@ def bhattacharyya(log_p: Tensor, log_q: Tensor) -> float:
         log_q: log-probabilities `(N, K)`.
 
     Returns:
-        A number in [0, 1], 1 where the two are the same.
+        A number in [0, 1], 1 if the two are the same.
 
     >>> p, q = torch.tensor([[1.0, 0.0]]).log(), torch.tensor([[0.5, 0.5]]).log()
     >>> round(bhattacharyya(p, q), 6)  # sqrt(1/2)
@@ -256,7 +256,7 @@ def gradient_cosines(learner: Learner, x: Tensor, y: Tensor) -> dict[str, float 
     r"""Cosine between the rule's gradient and that of backpropagation, per block and for the head.
 
     $\cos = \langle g, b\rangle / (\lVert g\rVert\,\lVert b\rVert)$ over the block's own parameters, both gradients at
-    the present weights, on the same batch and with the same random draws. The angle of alignment is its arc cosine.
+    the current weights, on the same batch and with the same random draws. The angle of alignment is its arc cosine.
 
     Args:
         learner: what trains the network.
@@ -325,7 +325,7 @@ def layer_table(
         train_y: labels of these samples; at least two classes.
         test: the same on the samples to measure on.
         test_y: their labels.
-        probes: of `fit_probes`, where they are there already.
+        probes: from `fit_probes`, if they exist already.
 
     Returns:
         Name of the block to `probe_accuracy`, `bhattacharyya` and `cka` (to the next block; None for the last one),
@@ -366,7 +366,7 @@ def diagnose(folder: Path, twin: Path | None = None, device: str = "auto") -> di
         to 20 classes, under `confusion` the counts of `LinearProbe.confusion` of each block.
 
     Raises:
-        LayerwiseError: there is no run, its data set is not there, or its labels are no classes.
+        LayerwiseError: there is no run, its data set is missing, or its labels are not classes.
     """
     options, _, learner, _ = load_run(folder, device)
     if options.task != "classification":

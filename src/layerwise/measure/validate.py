@@ -201,7 +201,7 @@ def _check_weights(folder: Path, state: dict[str, Any], options: TrainOptions) -
         found = load_file(file)
     except (SafetensorError, OSError, ValueError) as reason:
         raise LayerwiseError(f"{shown(file)} cannot be read ({why(reason)}); {ADVICE}.") from reason
-    kept_by_optimizer = "." in options.optimizer  # some of other packages keep the weights to predict with themselves
+    kept_by_optimizer = "." in options.optimizer  # some optimizers of other packages keep the weights for prediction
     for name, tensor in found.items():
         if not (kept_by_optimizer or (name in model and _same_bits(tensor, model[name]))):
             raise LayerwiseError(

@@ -90,7 +90,7 @@ def options(name: str, recorded: str | None = None) -> type[ModelOptions]:
 
     Args:
         name: one of `names()`, or `hf:CONFIG_OR_FOLDER`, `timm:NAME`, `FILE.py:function`.
-        recorded: SHA-256 of the files of such a model when a run began; they are refused when they have changed.
+        recorded: SHA-256 of the files of such a model when a run began; they are refused if they have changed since.
 
     Raises:
         LayerwiseError: there is no model of that name.
@@ -124,7 +124,7 @@ def create(name: str, shape: tuple[int, int, int], classes: int, *, graph: Graph
         name: as for `options`.
         shape: channels, height and width of an image; of windows of T tokens (1, 1, T).
         classes: number of logits.
-        graph: what the nodes of a graph network are linked by (`gcn`, `gat`).
+        graph: the graph that links the nodes, for a graph network (`gcn`, `gat`).
         **options_: fields of `options(name)`; what is left out takes its default.
 
     Raises:

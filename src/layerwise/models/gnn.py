@@ -19,9 +19,9 @@ class GraphLayer(nn.Module):
 
     Args:
         conv: the layer, a function of features `(N, inputs)` and edges `(2, E)`.
-        graph: where the edges are.
-        inputs: its inputs, those for a label included.
-        label_columns: how many of them are for a label; zeros where a batch brings none.
+        graph: holds the edges.
+        inputs: number of its inputs, including those for a label.
+        label_columns: how many of them are for a label; they are zero if a batch has none.
     """
 
     graph: Graph

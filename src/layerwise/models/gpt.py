@@ -26,8 +26,8 @@ class GPT(ModelOptions):
     position t are turned by the angles $t \cdot 10000^{-2j/d}$ for the pairs j of a head of size d. Norms are RMSNorm,
     no layer has a bias. The head is a norm and a linear layer to the V logits of the next token, (B, T, V). Weights
     start as normals of deviation 0.02; those that write to the residual stream are divided by $\sqrt{2 \cdot depth}$.
-    With `tied`, embedding and head are one matrix, and the model is cut at its calls: the last of the two trains it,
-    or what `tied=` of the learner says.
+    With `tied`, embedding and head are one matrix, and the model is cut at its calls: the block that uses it last
+    trains it, unless `tied=` of the learner says otherwise.
 
     Source: Radford et al. 2019 (GPT-2), with the rotary positions, RMSNorm and SwiGLU of Touvron et al. 2023,
     https://arxiv.org/abs/2302.13971.
@@ -69,7 +69,7 @@ class GPT(ModelOptions):
         """Build the model for windows of tokens, `shape` (1, 1, T), and a vocabulary of `classes`.
 
         Raises:
-            LayerwiseError: a size is less than 1, the samples are no windows, or they are longer than `context`.
+            LayerwiseError: a size is less than 1, the samples are not windows, or they are longer than `context`.
         """
         check_sizes(shape, classes)
         require(
@@ -96,7 +96,7 @@ class GPT(ModelOptions):
         return model
 
     def batch(self, shape: tuple[int, int, int], classes: int, samples: int) -> tuple[Tensor, Tensor]:
-        """Random tokens `(samples, T)` and, as labels, what follows each; drawn from torch's generator."""
+        """Random tokens `(samples, T)` and, as labels, the token after each; drawn from torch's generator."""
         window = torch.randint(classes, (samples, shape[2] + 1))
         return window[:, :-1].contiguous(), window[:, 1:].contiguous()
 
@@ -186,7 +186,7 @@ class CausalAttention(nn.Module):
         q, k = _turned(q, cos, sin), _turned(k, cos, sin)
         if self.past is not None:
             k, v = self.past.extended(k, v)
-        if earlier:  # every new token sees what was there, and the new ones up to itself
+        if earlier:  # every new token sees the earlier ones, and the new ones up to itself
             seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(earlier)
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         else:
@@ -196,7 +196,7 @@ class CausalAttention(nn.Module):
 
 @contextmanager
 def remembering(*models: nn.Module) -> Iterator[None]:
-    """A context in which the attentions of models keep keys and values, and are given new tokens alone.
+    """A context in which the attentions of models keep keys and values, and get only new tokens.
 
     >>> model = GPT(depth=1, width=8, heads=2).build((1, 1, 4), 5)
     >>> tokens = torch.tensor([[1, 2, 3]])

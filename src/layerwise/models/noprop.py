@@ -12,7 +12,7 @@ from layerwise.core.functional import denoising_step, mixture, squared_distances
 from layerwise.models.base import BlockSequential, ModelOptions, assemble, check_sizes, require
 
 WAVES = 8  # pairs of sine and cosine that encode the time
-TOP = 3.0  # log SNR at t = 1 in continuous time; at t = 0 it is the negative
+TOP = 3.0  # log SNR at t = 1 in continuous time; at t = 0 it is minus this
 
 
 def state(*parts: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ def state(*parts: Tensor) -> Tensor:
 
 
 class Denoiser(nn.Module):
-    """Logits of the classes, made of a noisy label z = p U + r, the image x and, where `timed`, the time t.
+    """Logits of the classes, computed from a noisy label z = p U + r, the image x and, where `timed`, the time t.
 
     Rows of U `(K, D)` are the embeddings of the classes: a copy, which does not learn here. The state is
     `[p | r | x]` or `[t | p | r | x]`, p with K, r with D columns.
@@ -59,7 +59,7 @@ class Denoiser(nn.Module):
         return h.split(self.columns, dim=1)
 
     def logits(self, z: Tensor, x: Tensor, *t: Tensor) -> Tensor:
-        """Logits `(B, K)` from a label `(B, D)`, an image `(B, CHW)` and, where there is one, the time `(B, 1)`."""
+        """Logits `(B, K)` from a label `(B, D)`, an image `(B, CHW)` and, if there is one, the time `(B, 1)`."""
         kind = next(self.joined.parameters()).dtype  # the state may be wider
         found = [self.image(x.view(-1, *self.shape).to(kind)), self.label(z.to(kind))]
         if self.time is not None:
@@ -69,7 +69,7 @@ class Denoiser(nn.Module):
 
 
 class _Residual(nn.Module):
-    """A linear layer, and another one around which there is a connection."""
+    """A linear layer, and a second one with a skip connection."""
 
     def __init__(self, inputs: int, features: int):
         super().__init__()
@@ -81,7 +81,7 @@ class _Residual(nn.Module):
 
 
 def _looks(shape: tuple[int, int, int], options: "NoProp", norm: bool) -> nn.Sequential:
-    """Features of an image: two convolutions and a linear layer, or a linear layer alone."""
+    """Features of an image: two convolutions and a linear layer, or only a linear layer."""
     width, features = options.width, 8 * options.width
     if options.embedding == "conv":
         layers = [*_convolution(shape[0], width, norm), *_convolution(width, 2 * width, norm), nn.Flatten()]
@@ -133,7 +133,7 @@ class Blend(Denoiser):
 class DenoiseAt(Denoiser):
     r"""`[t | p | r | x]` to `[q | 0 | x]`: q is a softmax.
 
-    It is made of the label $z = \sqrt{\bar\alpha}\, p U + \sqrt{1 - \bar\alpha}\, r$ with $\bar\alpha$ at time t.
+    It is computed from the label $z = \sqrt{\bar\alpha}\, p U + \sqrt{1 - \bar\alpha}\, r$ with $\bar\alpha$ at time t.
     """
 
     trained_as: ClassVar[str] = "noprop_ct"
@@ -251,7 +251,7 @@ class NoProp(ModelOptions):
     width: int = 16
     """Channels of the first convolution; the second has twice, the hidden layers eight times as many."""
     embedding: Literal["conv", "mlp"] = "conv"
-    """How a block embeds the image: two convolutions and a linear layer, or the linear layer alone."""
+    """How a block embeds the image: two convolutions and a linear layer, or only the linear layer."""
     labels: Literal["one_hot", "learned", "prototype"] = "one_hot"
     """Embedding of a class: a one-hot vector, a learned one, or one that starts as an image of the class."""
     label_size: int = 20
@@ -295,7 +295,7 @@ class NoPropCT(NoProp):
 
     As a block of `noprop`, without batch norm; t goes through sines and cosines and a linear layer. It is a single
     block, whatever the depth. The noise schedule belongs to it: a learned one, or the cosine of `noprop`. As a plain
-    network it looks once, at t = 0 and a label of zero.
+    network it runs once, at t = 0 and a label of zero.
 
     Source: Li, Teh and Pascanu 2025, https://arxiv.org/abs/2503.24322; sizes are ours.
 
@@ -318,7 +318,7 @@ class NoPropFM(NoProp):
     """Network of NoProp with flow matching: one block, given the time t, gives the velocity of a label.
 
     As a block of `noprop`, without batch norm; t goes through sines and cosines and a linear layer. It is a single
-    block, whatever the depth. As a plain network it looks once, at t = 0 and a label of zero.
+    block, whatever the depth. As a plain network it runs once, at t = 0 and a label of zero.
 
     Source: Li, Teh and Pascanu 2025, https://arxiv.org/abs/2503.24322; sizes are ours.
 

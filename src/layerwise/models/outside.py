@@ -1,6 +1,6 @@
 """Networks that come from elsewhere: `hf:CONFIG_OR_FOLDER`, `timm:NAME`, `FILE.py:function`.
 
-Each name stands for a dataclass of options, as a model of the zoo does. The network that it builds is an ordinary
+Each name selects a dataclass of options, like a model of the zoo. The network that it builds is an ordinary
 module, which is cut at the calls of its own modules.
 """
 
@@ -55,7 +55,7 @@ def options(name: str, recorded: str | None = None) -> "type[OutsideModel]":
 
     Args:
         name: `hf:CONFIG_OR_FOLDER`, `timm:NAME` or `FILE.py:function`.
-        recorded: SHA-256 of its files when a run began; checked before anything of them is used.
+        recorded: SHA-256 of its files when a run began; checked before any of them is used.
 
     Raises:
         LayerwiseError: there is no such network, its package is missing, or its files have changed.
@@ -76,11 +76,11 @@ class OutsideModel(ModelOptions):
     """Base of the options of networks from elsewhere."""
 
     source: ClassVar[str] = ""
-    """The name that it was asked for by."""
+    """The name by which it was requested."""
     sha256: ClassVar[str] = ""
-    """Of its files; empty where it has none."""
+    """SHA-256 of its files; empty if it has none."""
     further: ClassVar[str] = ""
-    """The option that holds numbers for what is not an option."""
+    """Name of the option that collects numbers which are not options themselves."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,7 +103,7 @@ class OutsideModel(ModelOptions):
 
     @classmethod
     def from_numbers(cls, numbers: Mapping[str, float], depth: int | None = None) -> Self:
-        """Options out of numbers; those that are no option go to the constructor or configuration."""
+        """Options from numbers; numbers that are not options go to the constructor or configuration."""
         own = {f.name for f in dataclasses.fields(cls)}
         if cls.further not in own:
             return super().from_numbers(numbers, depth)
@@ -115,12 +115,12 @@ class OutsideModel(ModelOptions):
 def cut(
     model: nn.Module, cuts: str, blocks: int | None, output: str | None, tied: Tied | None
 ) -> nn.Module | CallPartition:
-    """Cut a network from elsewhere at the calls of its modules; one that names its blocks, or is a chain, as it is.
+    """Cut a network from elsewhere at the calls of its modules; one that names its blocks, or is a chain, is unchanged.
 
     Args:
         model: the network.
         cuts: names or patterns separated by commas; `block` for the longest list of modules of one class.
-        blocks: keep so many of the cuts.
+        blocks: keep this many of the cuts.
         output: name of the entry of its output that holds the logits.
         tied: which block trains a parameter that several blocks use.
     """
@@ -133,7 +133,7 @@ def cut(
 
 
 def _words(values: Mapping[str, float]) -> dict[str, Any]:
-    """Numbers of the command line in the types that they stand for."""
+    """Numbers of the command line; whole ones as int."""
     return {name: int(v) if float(v).is_integer() else v for name, v in values.items()}
 
 
@@ -152,7 +152,7 @@ class TimmModel(OutsideModel):
     """Further numbers for its constructor: --model.options embed_dim 64 drop_rate 0.1."""
 
     def build(self, shape: tuple[int, int, int], classes: int) -> nn.Module:
-        """Build the network for images of `shape`; its input size follows, where it has a fixed one."""
+        """Build the network for images of `shape`; its input size is set, if it has a fixed one."""
         timm = need("timm", "timm")
         channels, height, width = shape
         given = {"in_chans": channels, "num_classes": classes, **_words(self.options)}
@@ -188,7 +188,7 @@ def _timm(name: str) -> type[OutsideModel]:
 
 @cache
 def _own(name: str, function: Any) -> type[OutsideModel]:
-    """Options out of a function's parameters: those with defaults; the others are asked for by name."""
+    """Options from a function's parameters that have defaults; the others are passed by name."""
     if not callable(function):
         raise LayerwiseError(f"{name!r} names a {type(function).__name__}; name a function that returns a network.")
     try:
@@ -295,7 +295,7 @@ class HFModel(OutsideModel):
             if hasattr(config, "image_size"):
                 config.image_size = shape[1] if shape[1] == shape[2] else (shape[1], shape[2])
         if kind == "sequence" and getattr(config, "pad_token_id", None) is None:
-            config.pad_token_id = 0  # some pool the last token that is not padding
+            config.pad_token_id = 0  # some networks pool the last token that is not padding
         if kind == "sequence" and shape[:2] == (1, 1):
             most = getattr(config, "max_position_embeddings", None) or shape[2]
             require(
@@ -304,7 +304,7 @@ class HFModel(OutsideModel):
                 "smaller --data.window.",
             )
         if hasattr(config, "use_cache"):
-            config.use_cache = False  # these outputs of every layer grow with depth
+            config.use_cache = False  # the cached outputs of every layer grow with depth
         auto = getattr(transformers, AUTO[kind])
         try:
             if self._weights():
@@ -351,7 +351,7 @@ class HFModel(OutsideModel):
         changed = _words(self.config) | ({} if self.depth is None else {"num_hidden_layers": self.depth})
         try:
             config = transformers.AutoConfig.from_pretrained(self._path, local_files_only=True)
-        except Exception as reason:  # of many kinds
+        except Exception as reason:  # errors of many kinds
             said = " ".join(str(reason).split())[:200].rstrip(".")
             raise LayerwiseError(f"{shown(self._path)} is not a configuration of transformers ({said}).") from reason
         for name, value in changed.items():
@@ -389,7 +389,7 @@ class WithoutPadding:
         if len(args) != 1 or kwargs.get("attention_mask") is not None:
             return None
         seen = args[0] != self.padding
-        seen[:, 0] = True  # a window of padding alone must attend to something
+        seen[:, 0] = True  # a window of only padding must attend to something
         return args, kwargs | {"attention_mask": seen.long()}
 
 
@@ -419,7 +419,7 @@ def _hf(name: str, digest: str) -> type[OutsideModel]:
 
 
 def _digest(path: str, recorded: str | None) -> str:
-    """SHA-256 of a configuration, and of the weights beside it where a folder is given."""
+    """SHA-256 of a configuration, and of the weights beside it if a folder is given."""
     folder = kind_of(path) == "folder"
     file = Path(path) / "config.json" if folder else Path(path)
     advice = "give a configuration of transformers (a JSON file), or a folder that holds config.json"

@@ -20,7 +20,7 @@ class Reversible(PatchTransformer):
 
     with attention for F and an MLP for G, both pre-norm. A block keeps nothing for the backward pass: it computes its
     input from its output, $x_2 = y_2 - G(y_1)$, $x_1 = y_1 - F(x_2)$, and runs F and G once more. A row of neighbouring
-    blocks keeps the last output alone, so that activations do not grow with the depth under `backprop`; gradients of
+    blocks keeps only the last output, so that activations do not grow with the depth under `backprop`; gradients of
     parameters do. Gradients are those of plain autograd up to the rounding of the inverse.
 
     The first block begins with the stem: patch embedding, class token (with `pool="cls"` only), learned positions. Both
@@ -75,7 +75,7 @@ class ReversibleBlock(nn.Module):
         return out
 
     def plain(self, x: Tensor) -> Tensor:
-        """The block's output as autograd would follow it."""
+        """The block's output, computed so that autograd records it."""
         x1, x2 = x.chunk(2, dim=-1)
         y1 = x1 + self.f.branch(x2)
         return torch.cat([y1, x2 + self.g.branch(y1)], dim=-1)
@@ -103,7 +103,7 @@ class Row:
         return Row()
 
     def append(self, out: Tensor) -> None:
-        """Take in the output of the next block."""
+        """Add the output of the next block."""
         self.blocks += 1
         self.out, self.version = out.detach(), out._version
         out._reversible_row = self  # pyright: ignore[reportAttributeAccessIssue]
@@ -112,7 +112,7 @@ class Row:
         """Output of the block at `place`, which has to be the last one left.
 
         Raises:
-            LayerwiseError: it is not, or the tensor was changed.
+            LayerwiseError: it is not the last one, or the tensor was changed.
         """
         if self.out is None or place != self.blocks:
             raise LayerwiseError(
@@ -127,7 +127,7 @@ class Row:
         return self.out
 
     def put(self, out: Tensor | None) -> None:
-        """The last block is done, and its input is the output of the one before it."""
+        """Remove the last block, which is done; `out` is its input, the output of the one before it."""
         self.blocks -= 1
         self.out, self.version = out, 0 if out is None else out._version
 
@@ -154,7 +154,7 @@ class _Reversed(torch.autograd.Function):
         block, row = ctx.block, ctx.row
         y = row.last(ctx.place)
         (y1, y2), (g1, g2) = y.chunk(2, dim=-1), gradient.chunk(2, dim=-1)
-        # One branch after the other, each run once: what it adds gives the inverse, and its graph the gradients.
+        # One branch after the other, each run once: its output gives the inverse, and its graph the gradients.
         with torch.enable_grad():
             seen = y1.detach().requires_grad_()
             added = block.g.branch(seen)

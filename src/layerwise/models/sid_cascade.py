@@ -27,7 +27,7 @@ class UniformBelief(nn.Module):
 
 
 class Refine(nn.Module):
-    """A module of the cascade: state `[log p | z]` `(B, K + D)` to the state with its own belief in place of p.
+    """A module of the cascade: state `[log p | z]` `(B, K + D)` to the state with its own belief instead of p.
 
     The belief is a softmax of Linear, ReLU, dropout, Linear on `concat(p, z)`. The state holds its logarithm, so that
     no logarithm of a probability is ever taken.

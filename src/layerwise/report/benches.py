@@ -24,13 +24,13 @@ def read_bench(folder: Path, name: str) -> dict[str, Any] | None:
     """A benchmark's JSON file: `{"command", "environment", "rows"}`, or the rows alone; None for any other file.
 
     Raises:
-        LayerwiseError: rows of a benchmark that lack a field, or have one of another type.
+        LayerwiseError: a row of a benchmark lacks a field, or a field has another type.
     """
     file = folder / name
     try:
         found: Any = read_record(folder, name, object)
     except LayerwiseError:
-        return None  # no file of ours
+        return None  # not a file of ours
     if isinstance(found, list):
         found = {"command": f"layerwise bench, file {file.name}", "environment": None, "rows": found}
     rows = found.get("rows") if isinstance(found, dict) else None
@@ -127,7 +127,7 @@ def _draw_times(
     caption: str,
     origin: Origin,
 ) -> None:
-    """Bars of milliseconds per step or batch, one for each of `parts`, in their shares."""
+    """Draw bars of milliseconds per step or batch, one per entry of `parts`, divided into its shares."""
     title = f"Time per {per}, {row['model']} of {row['depth']} blocks"
     height = 1.4 + 0.35 * len(parts)
     section.draw(

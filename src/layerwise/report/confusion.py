@@ -1,4 +1,4 @@
-"""Which classes a linear probe takes for which others, block by block: what a network tells apart, and where."""
+"""Which classes a linear probe confuses, block by block: what a network tells apart, and where."""
 
 from collections.abc import Mapping, Sequence
 
@@ -56,7 +56,7 @@ def summed(seeds: Sequence[Mapping[str, Counts]]) -> dict[str, Counts]:
 
 
 def mistakes(counts: Counts) -> list[list[float | None]]:
-    """Shares of the true class; None where the class is right, or has no sample.
+    """Shares of the true class; None if the class is right, or has no sample.
 
     >>> mistakes([[3, 1], [0, 0]])
     [[None, 0.25], [None, None]]
@@ -78,7 +78,7 @@ def in_words(shares: Sequence[Sequence[float | None]]) -> str:
 
 
 def spaced(count: int, most: int) -> list[int]:
-    """At most so many of `range(count)`, the first and the last among them.
+    """At most `most` numbers of `range(count)`, equally spaced, including the first and the last.
 
     >>> spaced(3, 4), spaced(13, 4)
     ([0, 1, 2], [0, 4, 8, 12])
@@ -87,7 +87,7 @@ def spaced(count: int, most: int) -> list[int]:
 
 
 def classes_agree(confusion: Mapping[str, Counts]) -> bool:
-    """Whether the counts are those of one set of classes.
+    """Whether the counts of all blocks are over the same number of classes.
 
     >>> classes_agree({"a": [[1, 2], [3, 4]]}), classes_agree({"a": [[1, 2], [3, 4, 5]]})
     (True, False)

@@ -27,7 +27,7 @@ class Explained:
 
 
 def base(label: str) -> str:
-    """Name of a rule without the options that it was asked for with.
+    """Name of a rule, without its options.
 
     >>> base("sll:overlap=1"), base("backprop+ms_norm")
     ('sll', 'backprop')
@@ -36,7 +36,7 @@ def base(label: str) -> str:
 
 
 def explained(labels: Iterable[str]) -> list[Explained]:
-    """Each rule that layerwise or a package of yours has, once. A rule in a file is not read, for that would run it.
+    """Explain each rule of layerwise or of a package of yours, once. A rule in a file is not read: that would run it.
 
     >>> [(rule.name, rule.locality) for rule in explained(["sll", "sll:overlap=1", "mine.py:Mine"])]
     [('sll', 'local')]
@@ -53,7 +53,7 @@ def _explained(name: str) -> Explained:
 
 
 def linked(source: str) -> list[tuple[str, str]]:
-    """A source, cut where it names a paper on arXiv.
+    """Split a source where it names a paper on arXiv.
 
     >>> linked("MeZO, arXiv 2305.17333 (2023)")
     [('MeZO, ', ''), ('arXiv 2305.17333', 'https://arxiv.org/abs/2305.17333'), (' (2023)', '')]

@@ -34,7 +34,7 @@ class Figure:
     """For the page: text and lines have the colour of the text around it."""
     png: bytes
     series: dict[str, Any] | None = None
-    """Where it has a legend: names of x and y; per series its name and points; `cut`, where the legend begins."""
+    """If it has a legend: names of x and y; per series its name and points; `cut`, where the legend begins."""
 
 
 def render(
@@ -49,7 +49,7 @@ def render(
         draw: draws on matplotlib axes; it may return what `Figure.series` holds, without `cut`.
         height: in inches.
 
-    The bytes depend on what is drawn only: no date, and identifiers from a fixed salt.
+    The bytes depend only on what is drawn: they contain no date, and the identifiers come from a fixed salt.
     """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -69,7 +69,7 @@ def render(
         text, png = io.StringIO(), io.BytesIO()
         # Not `savefig`, which draws everything twice.
         FigureCanvasSVG(canvas).print_svg(text, metadata={"Date": None, "Creator": None})
-        canvas.set_layout_engine("none")  # the same places, not found twice
+        canvas.set_layout_engine("none")  # keep the layout instead of computing it again
         canvas.set(dpi=200, facecolor="white")
         FigureCanvasAgg(canvas).print_png(png, metadata={"Software": None})
         if series is not None:
@@ -91,7 +91,7 @@ def file_name(name: str) -> str:
 
 
 def _inline(svg: str, name: str) -> str:
-    """The SVG element alone, as wide as its place, in the colour of the text around it."""
+    """Only the SVG element, as wide as its place, in the colour of the text around it."""
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
@@ -109,19 +109,19 @@ def save(figure: Figure, folder: Path) -> None:
 
 
 def look(rules: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Colour and mark per rule, the same in every figure of a report; 64 different pairs."""
+    """Colour and marker per rule, the same in every figure of a report; 64 different pairs."""
     return {rule: {"color": COLOURS[i % 8], "marker": MARKS[(i + i // 8) % 8]} for i, rule in enumerate(rules)}
 
 
 def height(rules: int) -> float:
-    """Height in inches of a figure with a legend of so many rules."""
+    """Height in inches of a figure whose legend has this many rules."""
     return 2.75 + 0.19 * -(-rules // 2)
 
 
 def curves(
     axes: Any, found: Curves, x: str, y: str, looks: Mapping[str, dict[str, str]], log: bool = False
 ) -> dict[str, Any]:
-    """Curves with bands of one standard deviation."""
+    """Draw curves with bands of one standard deviation."""
     for i, (rule, points) in enumerate(found.items()):
         places, means, deviations = zip(*points, strict=True)
         axes.plot(places, means, label=rule, ms=3.5, lw=1.3, gid=f"series-{i}", **looks[rule])
@@ -152,7 +152,7 @@ def trade(
     looks: Any,
     larger: bool = True,
 ) -> dict[str, Any]:
-    """One point per rule, and the line of the rules that no other beats in both; `larger` says which y is better."""
+    """Draw one point per rule, and a line through those that no other beats in both; `larger`: more y is better."""
     for i, (rule, (place, mean, deviation)) in enumerate(found.items()):
         point, caps, bars = axes.errorbar(
             place, mean, yerr=deviation, label=rule, ms=7, capsize=3, ls="none", **looks[rule]
@@ -190,9 +190,9 @@ def pareto(points: Mapping[str, tuple[float, float]]) -> list[tuple[float, float
 def heat(
     axes: Any, rows: Mapping[str, Mapping[str, float | None]], limits: tuple[float, float] | None, form: str
 ) -> None:
-    """Rules against layers, with a colour bar; numbers (in the format `form`) in the fields where there is room.
+    """Draw rules against layers, with a colour bar, and the numbers (in the format `form`) where there is room.
 
-    The colours span `limits`, which are the same in every report, or from 0 on where the quantity has no bounds.
+    The colours span `limits`, which are the same in every report. If the quantity has no bounds, they begin at 0.
     """
     layers = list(dict.fromkeys(name for row in rows.values() for name in row))
     values = [[row.get(layer) for layer in layers] for row in rows.values()]
@@ -219,7 +219,7 @@ def heat(
 
 
 def side_by_side(axes: Any, parts: Mapping[str, Sequence[Sequence[float | None]]], limits: tuple[float, float]) -> None:
-    """Square tables side by side on one scale of colours; None stays empty."""
+    """Draw square tables side by side on one scale of colours; None stays empty."""
     nan = float("nan")
     numbers: list[list[float]] = [[] for _ in next(iter(parts.values()))]
     places = []
@@ -259,7 +259,7 @@ def luminance(colour: Sequence[float]) -> float:
 
 
 def shares(axes: Any, rows: Mapping[str, Mapping[str, float]], x: str) -> None:
-    """Stacked bars: the parts of a whole per rule."""
+    """Draw stacked bars: the parts of a whole per rule."""
     parts = list(next(iter(rows.values())))
     for i, part in enumerate(parts):
         left = [sum(list(row.values())[:i]) for row in rows.values()]
@@ -269,7 +269,7 @@ def shares(axes: Any, rows: Mapping[str, Mapping[str, float]], x: str) -> None:
 
 
 def three_digits(value: float) -> str:
-    """Three digits, without an exponent where none is needed.
+    """Three digits, without an exponent if none is needed.
 
     >>> three_digits(0.98765), three_digits(97.54), three_digits(0.0)
     ('0.988', '97.5', '0')

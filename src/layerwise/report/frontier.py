@@ -56,7 +56,7 @@ def frontier(rules: Mapping[str, Any], looks: Any, origin: Origin, metric: Metri
 
 
 def path_of(fit: Mapping[str, Any]) -> list[tuple[float, float, None]]:
-    """Memory in MiB and relative time of a rule, within the peak and as it was asked for.
+    """Memory in MiB and relative time of a rule, within the peak and as it was requested.
 
     >>> path_of({"held": 2**20, "ratio": 1.2, "held_as_asked": 2**21, "ratio_as_asked": 1.0})
     [(1.0, 1.2, None), (2.0, 1.0, None)]

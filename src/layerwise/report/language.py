@@ -58,7 +58,7 @@ def loss_per_block(lines: dict[str, dict[int, list[dict[str, Any]]]], metric: Me
 
 
 def texts(results: dict[str, dict[int, dict[str, Any]]]) -> list[tuple[str, str, str]]:
-    """Of each rule the text that its first run has written: rule, prompt, continuation."""
+    """The text that each rule's first run wrote: rule, prompt, continuation."""
     found = []
     for rule, seeds in results.items():
         sample = next((result["sample"] for _, result in sorted(seeds.items()) if result.get("sample")), None)

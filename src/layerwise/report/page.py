@@ -76,7 +76,7 @@ LAYERS: dict[str, Layers] = {  # quantity: title, caption, limits of the colours
 }
 PERCENT = ("accuracy", "probe_accuracy", "f1", "exact_match", "miou", "pixel_accuracy")
 MOST_REPORTED = 50
-"""Number of figures of scalars that rules report."""
+"""Largest number of figures for scalars that rules report."""
 REPORTED = {
     "divergence": "Divergence to the block before",
     "label_kl": "Belief: KL to the label",
@@ -87,7 +87,7 @@ REPORTED = {
 
 
 def write_report(folder: Path) -> Path:
-    """Draw `report.html` and `figures/` of a folder that `compare` or `bench --out` has written.
+    """Write `report.html` and `figures/` for a folder that `compare` or `bench --out` has written.
 
     Raises:
         LayerwiseError: there is nothing to draw, or matplotlib or Jinja is not installed.
@@ -215,7 +215,7 @@ class Runs:
         return [{key.removesuffix(end): v for key, v in line.items() if key.endswith(end)} for line in tests]
 
     def reported(self) -> list[str]:
-        """Names of the scalars that rules reported on the test split, beside loss and accuracy."""
+        """Names of the scalars that rules reported on the test split, other than loss and accuracy."""
         lines = [line for seeds in self.lines.values() for lines in seeds.values() for line in lines]
         names = dict.fromkeys(
             key.partition("/")[2] for line in lines if line["split"] == "test" for key in line if "/" in key

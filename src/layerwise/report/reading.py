@@ -31,14 +31,14 @@ Finite = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1e300)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 MOST_CLASSES = 20
-"""The largest number of classes of which `diagnostics.json` holds what is taken for what."""
+"""The largest number of classes for which `diagnostics.json` holds a confusion matrix."""
 Few = msgspec.Meta(min_length=2, max_length=MOST_CLASSES)
 Confusion = Annotated[list[Annotated[list[Count], Few]], Few]
-"""Counts: true class, class that it is taken for."""
+"""Counts, by true class and by the class that it is taken for."""
 
 
 class Sample(TypedDict):
-    """A text that a run has written."""
+    """A text that a run has generated."""
 
     prompt: Text
     text: Text
@@ -81,7 +81,7 @@ class Failure(TypedDict):
 
 
 class Changes(TypedDict, total=False):
-    """What differs between a rule as it was asked for and within the peak."""
+    """What was changed in a rule to bring it under the peak."""
 
     micro: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
     blocks: Annotated[int, msgspec.Meta(ge=1, le=2**62)] | None
@@ -107,7 +107,7 @@ class PeakFit(TypedDict):
 
 
 class Plan(TypedDict, total=False):
-    """What a step of a rule was measured to cost."""
+    """The measured costs of a rule's step."""
 
     flops_per_step: Positive
     seconds_per_step: Positive
@@ -255,7 +255,7 @@ class SpeedRow(TypedDict):
 
 
 class ScalingRow(TypedDict):
-    """A row of `layerwise bench scaling`; a row that was only simulated lacks what is measured."""
+    """A row of `layerwise bench scaling`; a row that was only simulated lacks the measured fields."""
 
     rule: Name
     model: Name
@@ -303,7 +303,7 @@ BENCHES: dict[str, Any] = {"activations": MemoryRow, "way": ScalingRow, "ratio":
 def read_record(folder: Path, name: str, kind: type[T]) -> T:
     """The values of a JSON file below `folder`, of the type `kind`; fields that `kind` does not name are left out.
 
-    Texts lose what cannot be printed.
+    Characters that cannot be printed are replaced.
 
     Raises:
         MissingFile: there is no such file.
@@ -314,7 +314,7 @@ def read_record(folder: Path, name: str, kind: type[T]) -> T:
 
 
 def metric_named(name: str, file: Path) -> Metric:
-    """A metric by its name, out of those that runs are compared by.
+    """A metric by its name, if it is one by which runs are compared.
 
     Raises:
         LayerwiseError: there is none of that name.
@@ -342,7 +342,7 @@ def read_result(folder: Path, name: str) -> dict[str, Any]:
 
 
 def read_metrics(folder: Path, name: str) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`: `split`, `step`, `seconds` where there are any, and every number with a `/`.
+    """The lines of `metrics.jsonl`: `split`, `step`, `seconds` if there are any, and every number with a `/`.
 
     Numbers that are not finite are None.
 
@@ -400,7 +400,7 @@ def read_correct(folder: Path) -> np.ndarray | None:
 
 
 def printable(value: Any) -> Any:
-    """A value out of JSON, whose texts have a replacement character in place of each that cannot be printed."""
+    """A value read from JSON; in its texts, every character that cannot be printed is replaced."""
     if isinstance(value, str):
         return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", value)
     if isinstance(value, list):
@@ -411,5 +411,5 @@ def printable(value: Any) -> Any:
 
 
 def finite(value: float | None) -> float | None:
-    """The value, or None where it is missing or not finite."""
+    """The value, or None if it is missing or not finite."""
     return value if value is not None and math.isfinite(value) else None

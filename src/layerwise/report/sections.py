@@ -39,7 +39,7 @@ class Section:
             alt: what it shows, for readers who cannot see it.
             paint: draws on matplotlib axes.
             height: in inches.
-            caption: what stands below it.
+            caption: the text below it.
             origin: the command and machine.
         """
         figure = figures.render(name, title, alt, paint, height)

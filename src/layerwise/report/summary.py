@@ -17,7 +17,7 @@ $$\bar d = \frac{1}{nN}\sum_{s,i} (c_{si} - b_{si}), \qquad
 - together: the distances are added in quadrature, as those of independent errors are (Zou & Donner, Statistics in
   Medicine 27, 2008).
 
-There is no interval for fewer than three seeds, or where the runs did not keep which samples they classified correctly
+There is no interval for fewer than three seeds, or if the runs did not keep which samples they classified correctly
 (as under a task without classes). A difference is in the metric of the task: under `rmse` less is better.
 """
 
@@ -37,7 +37,7 @@ from layerwise.terminal import table
 BASELINE = "backprop"
 CONFIDENCE = 0.95
 LEAST_SEEDS = 3
-"""Number of seeds from which on there is an interval."""
+"""Smallest number of seeds for which there is an interval."""
 DRAWS = 10_000
 """Bootstrap samples of the test set."""
 UNREACHED = "unreached"
@@ -45,7 +45,7 @@ UNREACHED = "unreached"
 TIMING = ("train_seconds", "samples_per_second")
 """Columns of results.csv that differ from one repetition to the next."""
 MEMORY = ("parameters", "optimizer", "gradients", "activations", "peak")
-QUANTITIES = {  # of summary.json: from a row
+QUANTITIES = {  # of summary.json, each computed from a row
     "steps": lambda row: row["steps"],
     "test_loss": lambda row: row["test_loss"],
     "train_seconds": lambda row: row["train_seconds"],
@@ -61,7 +61,7 @@ def result_row(
     """A row of results.csv.
 
     Args:
-        label: the rule as it was asked for.
+        label: the rule as it was requested.
         seed: of the run.
         options: of the run, with `lr` and `weight_decay`; None where no trial of the rule succeeded.
         result: contents of `result.json`, None for a run that failed.
@@ -86,7 +86,7 @@ def result_row(
 
 
 def unreached_row(label: str, fit: Mapping[str, Any], metric: Metric = ACCURACY) -> dict[str, Any]:
-    """A row of results.csv for a rule that was not trained, as it cannot be brought under the peak."""
+    """A row of results.csv for a rule that was not trained because it cannot be brought under the peak."""
     row = result_row(label, 0, None, None, how_far(fit), metric)
     return row | {"status": UNREACHED}
 
@@ -175,7 +175,7 @@ def paired_difference(
 
 
 def _outcomes(seeds: Sequence[int], own: Mapping[int, np.ndarray], base: Mapping[int, np.ndarray]) -> np.ndarray | None:
-    """Per test sample the mean over seeds of its difference, -1 to 1; None where a seed has no, or other, samples."""
+    """Mean difference over seeds per test sample, -1 to 1; None if a seed's samples are missing or differ."""
     pairs = [(own[seed], base[seed]) for seed in seeds if seed in own and seed in base]
     if len(pairs) < len(seeds) or len({len(part) for pair in pairs for part in pair}) != 1:
         return None
@@ -259,7 +259,7 @@ def plus_minus(found: dict[str, Any] | None, digits: int, factor: float = 1.0) -
 
 
 def exact(found: dict[str, Any] | None, digits: int) -> str:
-    """A figure that should be the same for every seed; with its spread where it is not.
+    """A number that should be the same for every seed; with its spread if it is not.
 
     >>> exact({"mean": 4.25, "sd": 0.0, "n": 3}, 2)
     '4.25'
@@ -268,7 +268,7 @@ def exact(found: dict[str, Any] | None, digits: int) -> str:
 
 
 def difference_in_words(found: dict[str, Any] | None, metric: Metric = ACCURACY) -> str:
-    """A paired difference, of shares in percentage points, with its interval where there is one."""
+    """A paired difference, of shares in percentage points, with its interval if there is one."""
     if found is None:
         return "-"
     mean, low, high = (
@@ -279,7 +279,7 @@ def difference_in_words(found: dict[str, Any] | None, metric: Metric = ACCURACY)
 
 
 def resolution_in_words(summary: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """What one test sample is worth, and what an interval covers; None where the number of samples is not known.
+    """What one test sample is worth, and what an interval covers; None if the number of samples is not known.
 
     >>> resolution_in_words({"sll": {"test_samples": 360}})[:58]
     'test split: 360 samples, so that one sample is 0.28 points'
@@ -306,7 +306,7 @@ def columns(metric: Metric = ACCURACY, fitted: bool = False) -> tuple[str, ...]:
 
 
 def table_rows(summary: dict[str, dict[str, Any]], metric: Metric = ACCURACY) -> list[tuple[str, ...]]:
-    """The table for a person, in the order of `columns`; a rule without a finished run gives its reason."""
+    """The rows of the printed table, in the order of `columns`; a rule without a finished run shows the reason."""
     rows = []
     fitted = is_fitted(summary)
     for label, found in summary.items():
@@ -337,7 +337,7 @@ def is_fitted(summary: Mapping[str, Mapping[str, Any]]) -> bool:
 
 
 def notes_of_fits(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What was warned of where rules were brought under a peak: where parts of a batch change the result.
+    """Warnings about rules that were brought under a peak: where parts of a batch change the result.
 
     >>> fit = {"notes": ["batch norm sees parts"]}
     >>> notes_of_fits({"sll": {"fit": fit}, "backprop": {"fit": fit}})
@@ -358,5 +358,5 @@ def _fit_cells(fit: Mapping[str, Any] | None) -> tuple[str, str]:
 
 
 def summary_table(summary: dict[str, dict[str, Any]], metric: Metric = ACCURACY, width: int = 10**6) -> str:
-    """The table in aligned columns, or a block for each rule where the terminal is not as wide."""
+    """The table in aligned columns, or one block of lines per rule if the terminal is too narrow."""
     return table([columns(metric, is_fitted(summary)), *table_rows(summary, metric)], width)

@@ -9,9 +9,9 @@ from layerwise.report.summary import BASELINE, LEAST_SEEDS, difference_in_words
 from layerwise.terminal import table
 
 FEW = 200
-"""Updates under which an order of rules says little about longer training."""
+"""Number of updates below which the order of rules says little about longer training."""
 FLAT = 1.02
-"""Largest over smallest memory up to which it counts as constant."""
+"""Ratio of largest to smallest memory up to which memory counts as constant."""
 
 
 def verdict(
@@ -23,7 +23,7 @@ def verdict(
         rules: `rules` of `summary.json`.
         metric: by which rules are compared.
         tuned: trials of learning rate and weight decay per rule.
-        chance: accuracy of always answering the most frequent class of the test split, 0 to 1, where it is known.
+        chance: accuracy of always answering the most frequent class of the test split, 0 to 1, if it is known.
 
     >>> difference = {"mean": -0.02, "low": -0.03, "high": -0.01, "n": 3, "samples": 100}
     >>> held = {"4": 2**20, "64": 2**20}, {"4": 2**21, "64": 2**25}

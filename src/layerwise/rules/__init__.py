@@ -122,7 +122,7 @@ def get(name: str, recorded: str | None = None) -> type[Rule]:
 
     Args:
         name: one of `names()`, or `FILE.py:Class` for a rule of your own, whose file is run.
-        recorded: SHA-256 of that file when a run began; it is refused when it has changed.
+        recorded: SHA-256 of that file when a run began; the file is refused if it has changed since.
 
     Raises:
         LayerwiseError: there is no such rule.
@@ -180,7 +180,7 @@ def create(name: str, **options: object) -> Rule:
         return rule(**options)
     except LayerwiseError:
         raise
-    except Exception as reason:  # of code of the user's: a field without a default, an annotation of nothing
+    except Exception as reason:  # from the user's code: a field without a default, an undefined annotation
         raise LayerwiseError(
             f"rule {name!r} cannot be made ({type(reason).__name__}: {why(reason)}); correct its class: every option "
             "has a type and a default."

@@ -28,8 +28,8 @@ class LooksAhead(FollowsNextBlock, Rule):
 
     $$s\, f(h) + (2 - s)\, \bar f(h)$$
 
-    (`"both"`) in the place of the block's output h. Both copies start from the layer's weights. Running statistics of
-    norms are a copy's own. Where the next block is the head, or the block has no head of its own, nothing changes.
+    (`"both"`) instead of the block's output h. Both copies start from the layer's weights. Each has its own running
+    statistics of norms. If the next block is the head, or the block has no head of its own, nothing changes.
     """
 
     ahead: Ahead = "none"
@@ -40,7 +40,7 @@ class LooksAhead(FollowsNextBlock, Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.ahead != "none":  # what the class declares holds without
+        if self.ahead != "none":  # what the class declares holds for "none"
             object.__setattr__(self, "runs_once", False)
         if self.ahead in ("momentum", "both"):
             back = "the parameters of the next block's first layer, back, once per update"
@@ -52,7 +52,7 @@ class LooksAhead(FollowsNextBlock, Rule):
 
     @abstractmethod
     def head(self, site: Site, h: Tensor, task: Task) -> nn.Module:
-        """The head that reads `h`, an output like those of the site, or the output of a copy for it."""
+        """The head that reads `h`, a sample of the site's output or of the copies' output."""
 
     def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
         """The head of a site, after copies of the next block's first layer if the rule looks ahead."""
@@ -81,13 +81,13 @@ class LooksAhead(FollowsNextBlock, Rule):
         auxiliary.follow(tensors, self.ahead_momentum)
 
     def ahead_of(self, site: Site, h: Tensor, auxiliary: nn.Module) -> tuple[Site, Tensor, nn.Module]:
-        """The input of a head, and the head: of the site itself, or after the copies of the next block's layer."""
+        """The site, input and head to read with: the site's own, or those after the copies."""
         if not isinstance(auxiliary, LookingAhead):
             return site, h, auxiliary
         return auxiliary.site_of(site), auxiliary(h), auxiliary.head
 
     def looking(self, ctx: BlockContext) -> BlockContext:
-        """The context in which the head reads the copies' output for the block's output."""
+        """The context in which the head reads the copies' output instead of the block's output."""
         if not isinstance(ctx.auxiliary, LookingAhead):
             return ctx
         site, h, head = self.ahead_of(ctx.site, ctx.h, ctx.auxiliary)
@@ -145,13 +145,14 @@ class LookingAhead(nn.Module):
         return replace(site, shapes=shapes, layouts=(*site.layouts[:i], self._layout, *site.layouts[i + 1 :]))
 
     def sample(self, h: Tensor) -> Tensor:
-        """The copies' output for the samples `h`, for its shape."""
+        """Zeros in the shape of the copies' output for the samples `h`."""
         return h.new_zeros(len(h), *self._shape)
 
     def forward(self, h: Tensor) -> Tensor:
         """The copies' output for a block's output."""
         copies = [copy for copy in (self.learned, self.average) if copy is not None]
-        # A node for each reader: a first run copies its input and later ones do not, and sums keep one order so.
+        # Each reader gets its own graph node: the first run of a copy clones its input and later ones do not, and so
+        # gradients are summed in the same order in both.
         read = [self._unchanged(copy, h.view_as(h), self.training) for copy in copies]
         return read[0] if self.scale is None else self.scale * read[0] + (2 - self.scale) * read[1]
 

@@ -18,12 +18,12 @@ from layerwise.rules.readout import Pool, pool_vectors
 
 
 class Adapter(nn.Module):
-    """From one block's output to the input of another: averaged over space, and a linear map of the channels.
+    """Maps one block's output to the input of another: averages over space, and maps the channels linearly.
 
     Args:
-        given: shape of one sample as it comes, in the standard order: `(D,)`, `(T, D)`, `(C, H, W)`, `(C, D, H, W)`.
-        wanted: shape of one sample as it is wanted, likewise.
-        layouts: those of what comes and of what is wanted; the standard order where they are None.
+        given: shape of one sample of the output, in the standard order: `(D,)`, `(T, D)`, `(C, H, W)`, `(C, D, H, W)`.
+        wanted: shape of one sample of the input, likewise.
+        layouts: of the output and of the input; None is the standard order.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Adapter(nn.Module):
 
 
 class Copies(nn.Module):
-    """Copies of later blocks with their own weights, one after the other on a site's output.
+    """Copies of later blocks with their own weights, applied one after the other to a site's output.
 
     Args:
         site: whose output is read.
@@ -133,7 +133,7 @@ class AugLocal(LooksAhead, ReadsOut, Rule):
     and a linear classifier on their pooled output. The last d blocks are trained together, through the network's head;
     with them there are K = L - d + 1 groups. Prediction is a plain forward pass.
 
-    The objective, the blocks that are chosen and the depths are the paper's and its code's. Ours: K in the formula of
+    The objective, the choice of blocks and the depths are those of the paper and its code. Ours: K in the formula of
     the depths; copies are exact, so that where the width or the size of the maps differs, they are adapted by averaging
     and a linear map (the paper builds the block with the input that it gets); weights are drawn by `reset_parameters`.
 
@@ -170,7 +170,7 @@ class AugLocal(LooksAhead, ReadsOut, Rule):
     )
 
     def groups(self, blocks: int) -> list[range]:
-        """Every block its own, but for the last `depth`, which learn together with the head."""
+        """One group per block, except that the last `depth` blocks learn together with the head."""
         alone = max(blocks - self.depth, 0)
         return [range(i, i + 1) for i in range(alone)] + [range(alone, blocks + 1)]
 
@@ -181,11 +181,11 @@ class AugLocal(LooksAhead, ReadsOut, Rule):
         return [round(index + (blocks - 1 - index) / count * i) for i in range(1, count + 1)]
 
     def has_head(self, site: Site) -> bool:
-        """At every block that learns alone."""
+        """Whether the site is a block that learns alone."""
         return site.index < site.blocks - self.depth
 
     def head(self, site: Site, h: Tensor, task: Task) -> nn.Module:
-        """Copies of later blocks, and a classifier; where the rule looks ahead the next block is copied already."""
+        """Copies of later blocks, and a classifier; if the rule looks ahead, the next block is copied already."""
         first = site.index + (1 if self.ahead == "none" else 2)
         chosen = [index for index in self.chosen(site.index, site.blocks) if index >= first]
         return AuxiliaryNetwork(site, chosen, h, task.outputs, self.pool)

@@ -23,16 +23,16 @@ MATMUL = ("mm", "addmm", "bmm", "baddbmm", "convolution")
 class BackpropCheckpoint(Backprop):
     """Backpropagation that keeps each block's input, and runs the block again in the backward pass.
 
-    Three policies say what of a block is kept beside its input:
+    Three policies say what is kept of a block besides its input:
 
     - `all`: nothing; the whole block is run again.
-    - `matmul`: the outputs of matrix products, convolutions and attention, which are the dear operations; the cheap
-      ones between them are run again.
-    - `attention`: the outputs of attention alone, whose operations grow with the square of the sequence.
+    - `matmul`: the outputs of matrix products, convolutions and attention, which are the expensive operations; the
+      cheap ones between them are run again.
+    - `attention`: only the outputs of attention, whose operations grow with the square of the sequence.
 
-    The gradients are those of `backprop`, bit for bit; the price of `all` is one more forward pass. What a forward pass
-    moves in a block's buffers (the statistics of batch norm, the vectors of spectral norm) is put back before the block
-    runs again, and is as it was afterwards.
+    The gradients are those of `backprop`, bit for bit; `all` costs one more forward pass. What a forward pass changes
+    in a block's buffers (the statistics of batch norm, the vectors of spectral norm) is undone before the block runs
+    again, and restored afterwards.
 
     >>> BackpropCheckpoint(policy="matmul").groups(blocks=3)
     [range(0, 4)]
@@ -55,7 +55,7 @@ class BackpropCheckpoint(Backprop):
     )
 
     def run(self, block: Block, h: Tensor, message: Any) -> Tensor:
-        """Run a block under `torch.utils.checkpoint` where a graph is recorded."""
+        """Run a block under `torch.utils.checkpoint` if a graph is recorded."""
         if not torch.is_grad_enabled():
             return block(h)
         buffers = [buffer for _, buffer in block.named_buffers()] if block.training else []

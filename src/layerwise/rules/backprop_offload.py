@@ -12,7 +12,7 @@ from layerwise.rules.backprop import Backprop
 class BackpropOffload(MovesActivations, Backprop):
     """Backpropagation with saved activations in host memory or on disk until the backward pass.
 
-    The gradients are those of `backprop`, bit for bit. A storage is moved once, however many saved tensors show it; it
+    The gradients are those of `backprop`, bit for bit. A storage is moved once, however many saved tensors share it; it
     is written while the forward pass continues, and read back before the backward pass needs it.
 
     >>> BackpropOffload(where="disk").activations_to()

@@ -21,7 +21,7 @@ class BlockRota(LearnsInPart, Backprop):
     $$\theta_b \leftarrow \theta_b - \eta\, \mathrm{optimizer}\big(\nabla_{\theta_b} \mathrm{CE}(f(x), y)\big),
       \qquad b \in B_t$$
 
-    then the next ones. With `order="random"` each round of turns is a new permutation of the blocks. Where a block's
+    then the next ones. With `order="random"` each round of turns is a new permutation of the blocks. When a block's
     turn ends, its optimizer's state is dropped. Blocks before the deepest one of the turn run without a graph.
 
     >>> rule = BlockRota(period=2, order="up")

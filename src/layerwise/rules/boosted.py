@@ -21,7 +21,7 @@ class BoostingStage(nn.Module):
     """The state of the rule at the end of a stage.
 
     Args:
-        readout: from the pooled output to the classes; None where the network's head is it.
+        readout: maps the pooled output to the classes; None if the network's head does so.
     """
 
     def __init__(self, readout: nn.Module | None):
@@ -53,8 +53,8 @@ def residual_of(task: Task, total: Tensor, y: Tensor) -> Tensor:
 def slope_and_curvature(task: Task, f: Tensor, total: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     r"""Slope and curvature of the loss along f, means over the batch, whose quotient is Newton's step.
 
-    The curvature is that of the cross-entropy, $\sum_k p_k (1 - p_k) f_k^2$ of several labels, $\sum_k f_k^2$ of the
-    squared error.
+    The curvature is that of the cross-entropy, $\sum_k p_k (1 - p_k) f_k^2$ for several labels, $\sum_k f_k^2$ for
+    the squared error.
     """
     if isinstance(task, Regression):
         return (f * residual).sum(-1).mean(), f.square().sum(-1).mean()
@@ -82,10 +82,11 @@ class Boosted(TakesTurns, PredictsBySite, Rule):
       p = \mathrm{softmax}(F_{t-1})$$
 
     where $\langle\cdot\rangle$ are running means over the batches of the stage's own turn, and $\mathrm{Var}_p$ the
-    variance over classes. $\rho_t = 0$ for a stage that has not had its turn. The class is that of the largest $F_T$.
+    variance over classes. $\rho_t = 0$ for a stage that has not had its turn. The prediction is the class of the
+    largest $F_T$.
 
     The paper's: residual, squared loss, Newton's step, shrinkage, frozen stages. Its stages are shallow networks on the
-    input; that each is a further layer on frozen ones is its authors' later form. Ours: minibatches instead of L-BFGS
+    input; in its authors' later form each is a further layer on frozen ones. Ours: minibatches instead of L-BFGS
     on a subsample, one step length with the exact curvature, running means of it.
 
     `Regression("mse")` has the residual $t - F$ of standardised targets and the curvature $\langle f_t^2 \rangle$, as
@@ -148,7 +149,7 @@ class Boosted(TakesTurns, PredictsBySite, Rule):
         return wide(h if stage.readout is None else stage.readout(pool_vectors(h, self.pool, False, site)))
 
     def signal(self, ctx: BlockContext) -> Signal:
-        """Squared distance of the stage's output from the residual; the sum, this stage included, crosses."""
+        """Squared distance of the stage's output from the residual; passes on the sum, which includes this stage."""
         if ctx.task.per_position(ctx.y):
             raise LayerwiseError("boosted sums stages for one label per sample, not one per position.")
         stage = ctx.auxiliary
@@ -166,7 +167,7 @@ class Boosted(TakesTurns, PredictsBySite, Rule):
         return Signal(loss=loss, message=message, metrics=metrics, statistics=statistics)
 
     def answer(self, site: Site, h: Tensor, message: Any, auxiliary: nn.Module | None) -> tuple[Tensor, Any]:
-        """Adds the stage's step to the sum, which is the answer at the head."""
+        """Add the stage's step to the sum, which is the answer at the head."""
         if isinstance(auxiliary, BoostingStage):
             step = self.shrinkage * auxiliary.step() * self._output(auxiliary, h, site)
             message = step if message is None else message + step

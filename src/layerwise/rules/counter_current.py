@@ -19,12 +19,12 @@ from layerwise.errors import LayerwiseError
 class Feedback(nn.Module):
     """A layer of the feedback network: from the shape of a later block's output to that of an earlier one's.
 
-    Between maps it is nearest up-sampling and a 3x3 convolution, between vectors or tokens of the same number a linear
-    layer on the last dimension, else a linear layer on everything; ELU follows.
+    Between maps it is nearest up-sampling and a 3x3 convolution. Between vectors, or equally many tokens, it is a
+    linear layer on the last dimension. Otherwise it is a linear layer on the flattened sample. ELU follows.
 
     Args:
-        later: shape of one sample there in the standard order, `(K,)` for the labels.
-        earlier: shape of one sample here, likewise.
+        later: shape of one sample of the later output in the standard order, `(K,)` for the labels.
+        earlier: shape of one sample of the earlier output, likewise.
     """
 
     def __init__(self, later: tuple[int, ...], earlier: tuple[int, ...]):
@@ -60,8 +60,8 @@ class CounterCurrent(Rule):
     $$L_l = \mathrm{mean}(\hat A \hat B^\top - e_y)^2 + \tfrac12\, \mathrm{mean}(\hat A \hat A^\top - I)^2
           + \tfrac12\, \mathrm{mean}(\hat B \hat B^\top - I)^2$$
 
-    on rows of unit length, against collapse; tokens have the first term alone. The loss of a level trains $f_l$ and the
-    $g_l$ that made $b_l$, and nothing else: activations cross upwards and downwards, errors do not. The head minimises
+    on rows of unit length, against collapse; tokens have only the first term. The loss of a level trains only $f_l$ and
+    the $g_l$ that made $b_l$: activations cross upwards and downwards, errors do not. The head minimises
     its cross-entropy on the detached last activation. Prediction is a plain forward pass.
 
     The objective and the two losses are those of the paper's code. Ours: the feedback is computed again for each block,

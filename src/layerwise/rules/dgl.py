@@ -68,7 +68,7 @@ def auxiliary_network(h: Tensor, outputs: int, kind: Kind, pool: Pool, per_pixel
 
 
 def _per_pixel(h: Tensor, outputs: int, kind: Kind) -> nn.Module:
-    """The same with outputs `(B, K, H, W)`."""
+    """The auxiliary network with outputs `(B, K, H, W)`."""
     pooled = nn.AdaptiveAvgPool3d if h.dim() == 5 else nn.AdaptiveAvgPool2d
     quarter: Any = tuple(math.ceil(side / 4) for side in h.shape[2:])
     before = [pooled(quarter)] if kind == "mlp_sr" else []
@@ -87,8 +87,8 @@ class DGL(Windows, LooksAhead, ReadsPatches, Greedy):
     of the networks of the paper. The last block is trained through the network's head. All blocks learn from every
     batch, as in the paper's synchronous form. The asynchronous one, with buffers between blocks, is not implemented.
 
-    The paper's: the objective and the three auxiliary networks. Ours: blocks that are no convolutions get an MLP of
-    their own width, tokens are averaged for it.
+    The paper's: the objective and the three auxiliary networks. Ours: blocks that are not convolutions get an MLP
+    of their own width, for which tokens are averaged.
 
     >>> DGL(network="cnn").groups(blocks=3)
     [range(0, 1), range(1, 2), range(2, 4)]

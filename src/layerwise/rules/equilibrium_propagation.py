@@ -84,10 +84,10 @@ class EquilibriumPropagation(Rule):
     )
 
     def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
-        """No module; looks at the network.
+        """No module; checks the network.
 
         Raises:
-            LayerwiseError: it holds batch norm.
+            LayerwiseError: the network holds batch norm.
         """
         held = [] if site.network is None else site.network.model.named_modules()
         for name, module in held:
@@ -129,12 +129,12 @@ class EquilibriumPropagation(Rule):
         steps: int,
         nudge: Callable[[Tensor], Tensor] | None = None,
     ) -> list[Tensor]:
-        """The states after some steps of the dynamics, all at once in each.
+        """The states after some steps of the dynamics; each step moves all of them at once.
 
         Args:
             linearize: runs a block.
-            bottom: output of the first block, whose input stays.
-            states: where they begin.
+            bottom: output of the first block, whose input does not change.
+            states: their values at the start.
             steps: number of steps.
             nudge: what is added to the slope at the last state.
         """

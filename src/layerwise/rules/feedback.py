@@ -29,16 +29,16 @@ IN_PLACE_OF: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 def projected(error: Tensor, matrix: Tensor, h: Tensor, site: Site, task: Task) -> Tensor:
-    """An error per sample, token or pixel, through a matrix `(K, ...)`, in the shape of a block's output.
+    """Project an error per sample, token or pixel through a matrix `(K, ...)` to the shape of a block's output.
 
     An error per pixel is summed over the pixels of each place of the output.
 
     Args:
-        error: as the task has outputs.
+        error: of the shape of the task's outputs.
         matrix: `(K, *shape)` of one sample's output; `(K, C)` for tokens and pixels.
         h: the block's output.
-        site: where.
-        task: says where there is an error.
+        site: of the block.
+        task: tells whether there is an error per sample, token or pixel.
 
     Raises:
         LayerwiseError: the output has other positions than the error.
@@ -63,7 +63,7 @@ def matrix_shape(site: Site, h: Tensor, task: Task, positions: bool) -> tuple[in
     """Shape of a feedback matrix from outputs to a block's output `h`.
 
     Args:
-        site: where.
+        site: of the block.
         h: a sample of the output.
         task: gives the number of outputs K.
         positions: whether there is an error per position.
@@ -82,7 +82,7 @@ class LayerFeedback(nn.Module):
     """The kernel through which the error of one layer goes back, instead of the layer's own.
 
     Attributes:
-        matrix: of the shape of the layer's weight; None where it is made out of the weight each time.
+        matrix: of the shape of the layer's weight; None if it is computed from the weight each time.
         mixing: applied to the error first, `(outputs, M)`; none in most rules.
     """
 
@@ -211,14 +211,14 @@ class Augmented(torch.autograd.Function):
 def run_with_feedback(
     block: Block, h: Tensor, feedback: Mapping[nn.Module, nn.Module], kind: str, derivative: Derivative
 ) -> Tensor:
-    """Run a block whose layers send the error back through their feedback, and whose activations have a derivative.
+    """Run a block whose layers send the error back through their feedback; activations may use another derivative.
 
     Args:
         block: what runs.
         h: its input.
-        feedback: `LayerFeedback` by layer; other layers are as they are.
+        feedback: `LayerFeedback` by layer; other layers are unchanged.
         kind: of the kernels, see `LayerFeedback.kernel`.
-        derivative: stands in for that of the activations, unless "own".
+        derivative: replaces that of the activations, unless "own".
     """
     if not torch.is_grad_enabled() or (not feedback and derivative == "own"):
         return block(h)

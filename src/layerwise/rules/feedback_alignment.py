@@ -59,18 +59,18 @@ class FeedbackAlignment(Rule):
     $$\frac{\partial L}{\partial h_i} \leftarrow B_i^\top e \;(\mathrm{dfa}), \quad B_i^\top \mathrm{sign}(e)
       \;(\mathrm{sdfa}), \quad -B_i^\top y \;(\mathrm{drtp})$$
 
-    Chained modes go back layer by layer with a kernel B in place of the layer's own:
+    Chained modes go back layer by layer with a kernel B instead of the layer's own:
 
     $$\delta_{l} = (B_{l+1}^\top \delta_{l+1}) \odot f'(a_l), \qquad
       \nabla_{W_l} = \delta_l h_{l-1}^\top$$
 
-    B is random and fixed (`fa`), has the signs of W and equal sizes (`usf`), random ones that are fixed (`frsf`) or
-    drawn for every batch (`brsf`), or learns with the gradient of W (`kolen_pollack`), so that $B - W$ decays as
-    $(1 - \eta\lambda)^t$ with weight decay $\lambda$. Two direct modes learn their matrices: `dkp` from
+    B is random and fixed (`fa`), has the signs of W with equal sizes (`usf`) or with random sizes that are fixed
+    (`frsf`) or drawn for every batch (`brsf`), or learns with the gradient of W (`kolen_pollack`), so that $B - W$
+    decays as $(1 - \eta\lambda)^t$ with weight decay $\lambda$. Two direct modes learn their matrices: `dkp` from
     $\nabla_{B_i} = e h_i^\top$, the gradient of a layer that led from the block straight to the outputs; `ebd` moves
     $B_i$ from a random start to the running correlation of e and $h_i$, so that the blocks reduce that correlation.
 
-    The output layer always has its true gradient. `drtp` needs the label alone, so that it is local.
+    The output layer always has its true gradient. `drtp` needs only the label, so it is local.
 
     >>> FeedbackAlignment().locality, FeedbackAlignment(mode="drtp").locality, FeedbackAlignment(mode="fa").locality
     ('broadcast', 'local', 'global')
@@ -126,12 +126,12 @@ class FeedbackAlignment(Rule):
             self._declare(whole_batch="keeps one correlation per batch")
 
     def _declare(self, **facts: Any) -> None:
-        """Facts of a mode that differ from those of the class."""
+        """Set the facts of a mode that differ from those of the class."""
         for fact, value in facts.items():
             object.__setattr__(self, fact, value)
 
     def groups(self, blocks: int) -> list[range]:
-        """One group where the error goes back layer by layer, a group per block otherwise."""
+        """One group if the error goes back layer by layer, otherwise a group per block."""
         return [range(blocks + 1)] if self.mode in CHAINED else super().groups(blocks)
 
     def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
@@ -156,7 +156,7 @@ class FeedbackAlignment(Rule):
         if self.mode == "drtp":
             return ctx.x, None
         error = output_error(ctx.task, ctx.forward(ctx.x), ctx.y)
-        # Of one prediction: a part of the batch divides by its own number of them.
+        # The error of one prediction: each part of the batch divides by its own number of predictions.
         return ctx.x, error * ctx.task.counted(ctx.y, True)
 
     def run(self, block: Block, h: Tensor, message: Any) -> Tensor:

@@ -25,13 +25,13 @@ class Layer(nn.Module):
         h: a sample of the block's output.
         classes: number of classes K.
         reads: whether the softmax predictor reads this block.
-        peers: whether the mean activity of its units is followed.
+        peers: whether the mean activity of its units is tracked.
     """
 
     def __init__(self, site: Site, h: Tensor, classes: int, reads: bool, peers: bool):
         super().__init__()
         self.classes, self.input_layout = classes, site.input_layout
-        # Where the first block keeps space, and the input is an image, every filter sees a wave.
+        # If the first block keeps space and the input is an image, the label is a wave that every filter sees.
         self.spatial = h.dim() > 2 and len(site.inputs) == 3
         width = pool_vectors(h, "auto", False, site).shape[-1] if reads else 0
         self.readout = nn.Linear(width, classes) if reads else None
@@ -64,8 +64,8 @@ class ForwardForward(PredictsBySite, Rule):
     largest sum of goodness over the blocks after the first; the network's head is not used. `"softmax"` runs it once
     with a neutral label and adds up linear readouts of those blocks, the network's head being the last of them.
 
-    Negatives are the same sample with a wrong label, uniform (`"random"`) or drawn as the predictor finds it probable
-    (`"hard"`: the whole network's prediction is then broadcast), or, without any label, images put together out of two
+    Negatives are the same sample with a wrong label, uniform (`"random"`) or drawn with the predictor's probabilities
+    (`"hard"`: the whole network's prediction is then broadcast), or, without any label, images composed of two
     (`"hybrid"`, for the softmax predictor).
 
     The paper's: the objective, the normalisation, the overlay, the three kinds of negatives, both predictors, peer
@@ -228,7 +228,7 @@ class ForwardForward(PredictsBySite, Rule):
         return unit_length(x), x.new_zeros(())
 
     def answer(self, site: Site, h: Tensor, message: Any, auxiliary: nn.Module | None) -> tuple[Tensor, Any]:
-        """Adds up goodness, or readouts, of which the network's head is the last: `(B, K)`."""
+        """Add up goodness, or readouts, of which the network's head is the last: `(B, K)`."""
         if site.is_head:
             return message.view(-1, h.shape[-1]) if self.predictor == "goodness" else message + wide(h), None
         assert isinstance(auxiliary, Layer)

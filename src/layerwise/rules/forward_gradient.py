@@ -42,7 +42,7 @@ class ForwardGradient(Rule):
 
     $$\hat g = \frac1K \sum_k \langle \nabla L, v_k\rangle\, v_k, \qquad v_k \sim N(0, I)$$
 
-    whose expectation is the gradient. With `mode="activities"` outputs of layers are perturbed in place of weights,
+    whose expectation is the gradient. With `mode="activities"` outputs of layers are perturbed instead of weights,
     each sample by a direction u of its own, and the sample's own slope $s_n$ says how its outputs should have been:
     $\nabla_W = \frac1K \sum_k \sum_n s_{kn} u_{kn} x_n^\top$; the variance grows with units, not with weights. With
     `mode="local"` every block has a linear readout and a loss of its own, and slopes are those of this loss, so that
@@ -102,7 +102,7 @@ class ForwardGradient(Rule):
         return pool_features(site.standard(h), "none" if task.positions == "token" else "mean")
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
-        """The batch; the message are slopes along the directions, of passes that begin here."""
+        """The batch; the message holds the slopes along the directions, measured by passes made here."""
         if self.mode == "local":
             return ctx.x, None
         blocks = ctx.network.sites

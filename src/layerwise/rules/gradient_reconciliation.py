@@ -27,8 +27,8 @@ class GradientReconciliation(GreedyLinear):
     The gradients are those of the sample's own loss. The first is differentiated again, through block k only; the
     second is sent along with the activation. No gradient leaves a block.
 
-    That the gradient on a block's input is drawn towards that of the block before on its output, within gradient
-    isolation, is the paper's statement. Its weight, the scale of the distance, the cosine and the last block, which
+    The paper states that the gradient on a block's input is drawn towards that of the block before on its output,
+    within gradient isolation. Its weight, the scale of the distance, the cosine and the last block, which
     learns through the network's head, are our reading: we had no access to the paper's full text.
 
     >>> GradientReconciliation(distance="cosine").groups(blocks=2)

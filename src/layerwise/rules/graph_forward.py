@@ -1,4 +1,4 @@
-"""ForwardGNN: the layers of a graph network learn one by one, from nodes that stand for the classes."""
+"""ForwardGNN: the layers of a graph network learn one by one, from nodes that represent the classes."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ def outputs(run: Callable[[int, Tensor], Tensor], blocks: int, h: Tensor) -> Ite
 class GraphForward(Rule):
     r"""ForwardGNN: node classification by layers that learn on their own; a batch is all nodes of a graph.
 
-    **Single forward** (`variant="single"`). The graph gets one node more per class, linked to the nodes whose label is
+    **Single forward** (`variant="single"`). The graph gets one more node per class, linked to the nodes whose label is
     known. With $h_{iv}$ the output of layer i at node v, of unit length where it is passed on, and $h_{ik}$ that at the
     node of class k:
 

@@ -26,7 +26,7 @@ class HebbianGlobal(Rule):
     $$v = \mathrm{softmax}_{channels}(t\, u), \qquad D = \sum v x^\top - \big(\textstyle\sum v \odot u\big)\, W, \qquad
       D \leftarrow D / \max |D|$$
 
-    L is the loss of the head, and its gradient comes from backpropagation; the sign is all that is used of it. The
+    L is the loss of the head, and its gradient comes from backpropagation; only its sign is used. The
     head, biases and norms follow their gradient.
 
     The update is the paper's. Ours: fully connected layers as well.
@@ -77,8 +77,8 @@ class HebbianLocal(GreedyLinear):
     $$\Delta W = -\eta\, |D| \odot \mathrm{sign}\Big(\frac{\partial L_i}{\partial W}\Big), \qquad
       L_i = \mathrm{CE}(A_i\, \mathrm{pool}(h_i) + a_i, y)$$
 
-    D as there, $L_i$ as in `local_ce`. The rule is ours: a size without a backward pass, and a sign of one that ends at
-    the block.
+    D as there, $L_i$ as in `local_ce`. The rule is ours: the size needs no backward pass, and the sign needs one that
+    ends at the block.
 
     >>> HebbianLocal().groups(blocks=2)
     [range(0, 1), range(1, 3)]

@@ -29,14 +29,14 @@ class HighwayBackprop(Rule):
     with k = L - 1 and more the rule is backprop.
 
     The iteration and the split by gamma are the paper's. Ours: blocks that change the shape pass the gradient through
-    whole, where the paper keeps all states in the widest shape; the mask; blocks run again when they learn.
+    whole, whereas the paper keeps all states in the widest shape; the mask; blocks run again when they learn.
 
     >>> HighwayBackprop(k=0).groups(blocks=2)
     [range(0, 1), range(1, 2), range(2, 3)]
     """
 
     k: NonNegativeInt = 4
-    """Steps through the blocks: 0 is the skips alone, the number of blocks is backprop."""
+    """Steps through the blocks: 0 uses only the skips, the number of blocks is backprop."""
     gamma: Fraction = 0.2
     """Share of the skip that counts to the branch: 0 all to the skip (ResNets), 0.2 for transformers with the norm
     first, 1 for blocks without a skip."""
@@ -63,8 +63,8 @@ class HighwayBackprop(Rule):
         if not ctx.training:
             return ctx.x, None
         h, last = ctx.x, len(ctx.network.blocks)
-        backs: list[Pullback | None] = []  # of blocks 1 to L - 1; None where none is needed, whose graph is free then
-        skips: list[Tensor | None] = []  # K of the same, as a factor; None where it is the whole Jacobian
+        backs: list[Pullback | None] = []  # of blocks 1 to L - 1; None where it is not needed, to free its graph
+        skips: list[Tensor | None] = []  # K of the same, as a factor; None if it is the whole Jacobian
         for index in range(last):
             if index == 0:
                 h = ctx.run(index, h, None)

@@ -16,7 +16,7 @@ from layerwise.rules.settling import WHOLE_BATCH, outputs_of_blocks
 class InferenceLearning(Rule):
     r"""Inference learning: states settle towards a target near the prediction, and weights move all the way to them.
 
-    States $h_l$ begin with a forward pass, $p$ are the network's logits then. With $n = \mathrm{mean} \lVert h_L
+    The states $h_l$ start from a forward pass, whose logits are $p$. With $n = \mathrm{mean} \lVert h_L
     \rVert^2 + 1 + \varepsilon$ the output's target is a mixture of prediction and label,
 
     $$t = \frac{\mathrm{softmax}(p) + n \alpha\, y}{1 + n \alpha}, \qquad
@@ -33,8 +33,8 @@ class InferenceLearning(Rule):
 
     Use it with plain gradient descent and a rate of 1; $\alpha$ says how far the output goes.
 
-    Target, inference and weights are the paper's code. Ours: a block with its activation is a layer; the mean, not the
-    sum, over the batch in all norms; convolutions are normalised by the norm of their whole input.
+    Target, inference and weights are those of the paper's code. Ours: a block with its activation is a layer; the mean,
+    not the sum, over the batch in all norms; convolutions are normalised by the norm of their whole input.
 
     >>> InferenceLearning(alpha=10.0).groups(blocks=2)
     [range(0, 1), range(1, 2), range(2, 3)]

@@ -22,7 +22,7 @@ FEATURES = 128
 
 
 class Decoder(nn.Module):
-    """Logits of the input's values out of a block's output.
+    """Reconstructs the input from a block's output, as logits of its values.
 
     From maps to an image: bilinear up-sampling, 3x3 convolution to 12 channels, batch norm, ReLU, 3x3 convolution. From
     tokens to an image: a linear map of each token to the pixels of its patch (a class token is left out). From a
@@ -119,7 +119,7 @@ class InfoPro(LooksAhead):
 
     The objective, both networks after convolutions and the weights (those of the paper's runs with four groups) are the
     paper's and its code's. Ours: the target is the image with its own extremes at 0 and 1, since the rule does not know
-    the normalisation; inputs that are no images are compared by their squared distance; linear decoders after vectors
+    the normalisation; inputs that are not images are compared by their squared distance; linear decoders after vectors
     and tokens.
 
     >>> InfoPro(task="contrast").groups(blocks=2)
@@ -167,7 +167,7 @@ class InfoPro(LooksAhead):
         return by_depth(self.reconstruction, place), by_depth(self.classification, place)
 
     def has_head(self, site: Site) -> bool:
-        """At the end of every group but the last, where a loss has a weight."""
+        """Whether a group other than the last ends at the site, and one of its losses has a weight."""
         return any(self.weights(site))
 
     def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:

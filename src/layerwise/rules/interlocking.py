@@ -51,7 +51,7 @@ class Interlocking(ReadsOut, Rule):
         return grouped(blocks, 1, join_head=True, overlap=self.n - 1)
 
     def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
-        """A linear head where a view ends before the network does."""
+        """A linear head if a view ends here, before the network does."""
         if not self.n - 1 <= site.index < site.blocks - 1:
             return None
         return nn.Linear(readout_width(h, self.pool, site, task), task.outputs, dtype=h.dtype)

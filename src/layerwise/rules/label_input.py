@@ -117,7 +117,7 @@ def hybrid_images(x: Tensor, blurs: int = 6, layout: str | None = "BCHW") -> Ten
     Args:
         x: `(B, C, H, W)`, of two images or more.
         blurs: how often the bits are blurred.
-        layout: of x, where it is another one.
+        layout: of x.
     """
     if x.dim() != 4 or len(x) < 2:
         raise LayerwiseError(

@@ -22,7 +22,7 @@ class LayerCollaboration(ForwardForward):
     with $\gamma_i = \mathrm{stopgrad} \sum_{t < i} g_t$ (`gamma="earlier"`), which comes along with the sample, or
     $\gamma_i = \mathrm{stopgrad} \sum_{t \ne i} g_t$ (`gamma="all"`), which takes a forward pass before the update.
     gamma is that of the same sample, positive or negative. It has no gradient, so it only weighs samples: a block stops
-    pushing where the others have decided. Labels, negatives and predictors are those of `forward_forward`.
+    pushing when the others have decided. Labels, negatives and predictors are those of `forward_forward`.
 
     The equations and both forms of gamma are the paper's. Ours: theta is that of one block times the number of blocks
     in the sum (with less, late blocks fall silent); for `gamma="all"`, the sum is of the blocks before this step's

@@ -31,8 +31,8 @@ class LikelihoodRatio(Rule):
     $$\nabla_{\theta_l} E[L] = \frac1\sigma\, E\Big[(L - b) \, \Big(\frac{\partial \varphi_l}{\partial
       \theta_l}\Big)^\top z_l\Big]$$
 
-    for any b that does not depend on the noise: here the loss without it. A linear layer's gradient is
-    $E[(L - b)\, z x^\top] / \sigma$ with its noisy input x, and nothing is differentiated but each layer on its own. K
+    for any b that does not depend on the noise: here the loss without noise. A linear layer's gradient is
+    $E[(L - b)\, z x^\top] / \sigma$ with its noisy input x, and only each layer on its own is differentiated. K
     pairs of passes, with z and -z, estimate it. Parameters of modules whose gradient has no closed form, such as a
     position embedding, get noise themselves.
 
@@ -65,7 +65,7 @@ class LikelihoodRatio(Rule):
     )
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
-        """The batch; the message are the noisy passes with their losses."""
+        """The batch; the message holds the noisy passes with their losses."""
         first = int(torch.randint(2**62, (), device="cpu"))
         signs = [(first + k, sign) for k in range(self.pairs) for sign in (1, -1)]
         sent = Streams([Perturbed(seed, scaled(sign * self.sigma)) for seed, sign in signs], ctx.x)

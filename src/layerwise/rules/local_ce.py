@@ -87,8 +87,8 @@ class LocalCE(Windows, LooksAhead, ReadsPatches, GreedyLinear):
       h_i = f_i(\mathrm{stopgrad}(h_{i-1}))$$
 
     The last block needs no head of its own: it is trained together with the network's head. With one block
-    this is backpropagation, bit for bit. It is the control of every rule with a local loss: what an
-    alignment term or a fixed projection gives shows against it.
+    this is backpropagation, bit for bit. It is the control of every rule with a local loss: comparing
+    with it shows what an alignment term or a fixed projection contributes.
 
     >>> LocalCE(group=2).groups(blocks=5)
     [range(0, 2), range(2, 4), range(4, 6)]

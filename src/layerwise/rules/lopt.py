@@ -15,11 +15,11 @@ from layerwise.rules.readout import in_modules
 
 
 class Reconstruction(nn.Module):
-    """From a module's output back to its input, through a narrow layer: norm, linear, GELU, linear.
+    """Maps a module's output back to its input, through a narrow layer: norm, linear, GELU, linear.
 
     Args:
-        given: width of what comes.
-        wanted: width of what is reconstructed.
+        given: width of the module's output.
+        wanted: width of its input, which is reconstructed.
         bottleneck: width of the narrow layer, as a share of `given`.
     """
 
@@ -98,12 +98,12 @@ class LoPT(Halves):
       m < M, \qquad L_M = \mathrm{loss}(f_{out}(h_M), y)$$
 
     $\mathrm{dec}_m$ is a norm, a linear layer to `bottleneck` of the width, GELU, and a linear layer back. The loss
-    keeps a pretrained module near what it was, and only the last one is taught the task. For the first module, whose
-    input may be tokens, $h_0$ is the output of its first block: cut behind the embedding, which then is a block of its
-    own, for the paper's target. It gets a gradient through $h_1$ alone.
+    keeps a pretrained module near what it was, and only the last one learns the task. For the first module, whose
+    input may be tokens, $h_0$ is the output of its first block: cut after the embedding, which then is a block of its
+    own, for the paper's target. It gets a gradient only through $h_1$.
 
     The objective, the decoder, its start, and the weight are those of the paper's code, which makes one backward pass
-    of the sum. Ours: each module's pass is its own; a target of other positions than the output is averaged.
+    of the sum. Ours: each module has its own pass; a target whose positions differ from the output's is averaged.
 
     >>> LoPT().groups(blocks=5)
     [range(0, 3), range(3, 6)]
@@ -146,7 +146,7 @@ class LoPT(Halves):
         return Reconstruction(given, wanted, self.bottleneck).to(h.dtype)
 
     def signal(self, ctx: BlockContext) -> Signal:
-        """The module's reconstruction, where it ends, or the task's loss at the head."""
+        """The module's reconstruction, if it ends here, or the task's loss at the head."""
         site, module = ctx.site, next(m for m in self.groups(ctx.site.blocks) if ctx.site.index in m)
         if site.is_head:
             return loss_at_head(ctx)

@@ -20,7 +20,7 @@ class MonoForward(PredictsBySite, GreedyLinear):
     $$a_i = f_i(\mathrm{stopgrad}(a_{i-1})), \qquad G_i = M_i \, \mathrm{pool}(a_i), \qquad
       L_i = \mathrm{CE}(G_i, y)$$
 
-    $M_i$ (K x D, learned, no bias) and the block's own weights follow the gradient of $L_i$ alone. The network's head
+    $M_i$ (K x D, learned, no bias) and the block's own weights follow only the gradient of $L_i$. The network's head
     is the last block's projection. The class is that of the largest goodness of the last block (`predictor="last"`,
     a plain forward pass), or of the largest $\sum_i G_i$ (`predictor="sum"`).
 
@@ -60,11 +60,11 @@ class MonoForward(PredictsBySite, GreedyLinear):
         return super().signal(ctx)
 
     def predicts_plainly(self) -> bool:
-        """Where the last block's goodness decides."""
+        """Whether the last block's goodness decides."""
         return self.predictor == "last"
 
     def answer(self, site: Site, h: Tensor, message: Any, auxiliary: nn.Module | None) -> tuple[Tensor, Any]:
-        """Adds the block's goodness to the sum, which is the answer at the head."""
+        """Add the block's goodness to the sum, which is the answer at the head."""
         if self.predictor == "last":
             return h, None
         total = 0.0 if message is None else message

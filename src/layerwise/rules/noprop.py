@@ -32,7 +32,7 @@ def embedding(block: Block) -> Tensor:
 
 
 def embedding_at(site: Site) -> Tensor:
-    """The same of the block, or of the head, at a site."""
+    """Embeddings of the classes at a site: the head's own, or a block's copy of them."""
     return embedding(site.block)
 
 
@@ -83,7 +83,7 @@ class Denoising(StartsFromData, Rule):
         return None
 
     def prepare(self, network: Partition, x: Tensor, y: Tensor) -> None:
-        """Prototypes: a class is embedded as the image of it whose median distance to the others is smallest.
+        """Set prototypes: a class is embedded as the image of it whose median distance to the others is smallest.
 
         Raises:
             LayerwiseError: a class has no image.
@@ -106,7 +106,7 @@ class Denoising(StartsFromData, Rule):
             u[k] = images[medoid(images)]
 
     def shared(self, network: Partition) -> Tensor | None:
-        """The copy of the embeddings that the blocks get at the start of a step; None if these are fixed."""
+        """The copy of the embeddings that the blocks get at the start of a step; None if they are fixed."""
         u = embedding(network.head)
         return u.detach().clone() if u.requires_grad else None
 
@@ -118,7 +118,7 @@ class Denoising(StartsFromData, Rule):
         return block(h)
 
     def signal_at_head(self, ctx: BlockContext, share: Tensor | float) -> Signal:
-        r"""Cross-entropy; where embeddings learn, $KL(q(z_0|y) \,\|\, N(0, I))$ with `share` $\bar\alpha_0$ as well."""
+        r"""Cross-entropy; if embeddings learn, also $KL(q(z_0|y) \,\|\, N(0, I))$ with `share` $\bar\alpha_0$."""
         signal, u = loss_at_head(ctx), embedding_at(ctx.site)
         if u.requires_grad and signal.loss is not None:
             signal.loss = signal.loss + prior_divergence(u[ctx.y], share).mean()
@@ -136,13 +136,13 @@ class NoPropDT(Denoising):
       SNR(t) = \bar\alpha_t / (1 - \bar\alpha_t)$$
 
     and the head the cross-entropy on a draw of $z_T$ and $KL(q(z_0|y) \,\|\, N(0, I))$. What a block gets depends on
-    sample, label and its own draw, on no other block: they may be trained in any order. Prediction starts from
+    sample, label and its own draw, but on no other block: blocks may be trained in any order. Prediction starts from
     $z_0 \sim N(0, I)$ and runs $z_t = A_t \hat u_t + B_t z_{t-1} + \sqrt{C_t}\, \epsilon$ through all blocks.
 
     The objective, the weights, the sampler and $\eta = 0.1$ are the paper's. Ours: the end points of the cosine
     schedule; blocks learn side by side, batch by batch (the paper: one block after the other within an epoch); sizes of
     the model; and who trains embeddings that are learned. In the paper every loss moves them. Here they belong to the
-    head, whose loss alone moves them; a block reads the copy that it was given at the start of the step.
+    head, and only its loss moves them; a block reads the copy that it was given at the start of the step.
 
     It trains the model `noprop`.
 
@@ -221,7 +221,7 @@ class _AnyTime(Denoising):
     steps: PositiveInt | None = None
     """Steps of the sampler; the model's depth if not given. The paper takes 1000."""
     solver: Literal["euler", "heun"] = "euler"
-    """Of the sampler; `heun` asks the network twice per step."""
+    """Solver of the sampler; `heun` runs the network twice per step."""
 
     whole_batch: ClassVar[str] = "sends embeddings of the classes from block to block"
     boundary: ClassVar[str] = "the input and a noisy label; learned embeddings, from the head to the block"
@@ -243,7 +243,7 @@ class NoPropCT(_AnyTime):
 
     $$\tfrac12\, \eta\, SNR'(t)\, \| \hat u(z_t, x, t) - u_y \|^2, \qquad SNR = \bar\alpha / (1 - \bar\alpha)$$
 
-    and the head the cross-entropy on a draw of $z_1$; $KL(q(z_0|y) \,\|\, N(0, I))$ is added where what it depends on
+    and the head the cross-entropy on a draw of $z_1$; $KL(q(z_0|y) \,\|\, N(0, I))$ is added if what it depends on
     is learned. Prediction follows the ordinary differential equation of the diffusion from $z_0 \sim N(0, I)$:
 
     $$\frac{dz}{dt} = \tfrac12 \frac{d \log SNR}{dt} \big( \sqrt{\bar\alpha}\, \hat u(z, x, t) - \bar\alpha z \big)$$
@@ -251,7 +251,7 @@ class NoPropCT(_AnyTime):
     Objective, weights, schedules, $\eta = 1$ are the paper's. Ours: the solver; sizes; times that are spread evenly
     over a batch; and who trains what. In the paper one loss moves everything. Here embeddings belong to the head and
     move by cross-entropy and KL; a learned schedule belongs to the block and moves by its loss and KL, with $SNR(1)$
-    fixed, whose price is the head's.
+    fixed, because its cost falls on the head.
 
     It trains the model `noprop_ct`, which holds the schedule.
 
@@ -279,7 +279,7 @@ class NoPropCT(_AnyTime):
         return network.model.get_submodule("block1.schedule")(t)
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
-        """A time, the label and noise, which the block mixes; in evaluation noise alone, at t = 0."""
+        """A time, the label and noise, which the block mixes; in evaluation only noise, at t = 0."""
         (classes, size), training = embedding(ctx.network.head).shape, ctx.network.training
         p = F.one_hot(ctx.y, classes).float() * training
         t = times(p) * training
@@ -335,7 +335,7 @@ class NoPropFM(_AnyTime):
     $z_0 \sim N(0, I)$ to the nearest embedding.
 
     Objective and predictor are the paper's. Ours: $\sigma$; the solver; sizes; times that are spread evenly over a
-    batch; the head learns for one-hot labels too (where the paper needs none); and who trains what. In the paper both
+    batch; the head learns for one-hot labels too (the paper needs none); and who trains what. In the paper both
     terms move everything. Here embeddings belong to the head and move by its cross-entropy, which does not reach v.
 
     It trains the model `noprop_fm`.
@@ -361,7 +361,7 @@ class NoPropFM(_AnyTime):
     )
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
-        """A time, the label's share of z_t and the rest of it; in evaluation z_0 alone, at t = 0."""
+        """A time, the label's share of z_t and the rest of it; in evaluation only z_0, at t = 0."""
         (classes, size), training = embedding(ctx.network.head).shape, ctx.network.training
         hot = F.one_hot(ctx.y, classes).float()
         t, origin = times(hot) * training, torch.randn(len(hot), size, device=hot.device)
@@ -384,11 +384,11 @@ class NoPropFM(_AnyTime):
 
     @staticmethod
     def nearest(z: Tensor, u: Tensor) -> Tensor:
-        """Logits `(B, K)` of labels `(B, D)`: halves of the squared distances to the embeddings, negative."""
+        """Logits `(B, K)` of labels `(B, D)`: minus half the squared distances to the embeddings."""
         return -squared_distances(z, u) / 2
 
     def predict(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Tensor:
-        """Logits `(B, K)` where the way ends."""
+        """Logits `(B, K)` at the end of the path."""
         u = embedding(network.head)
         none = torch.zeros(len(x), len(u), device=x.device)
 

@@ -19,7 +19,7 @@ class ReadsPatches(Rule):
 
     $$L = \frac{1}{n^2} \sum_p L(a(h_p), y), \qquad z = \frac{1}{n^2} \sum_p a(h_p)$$
 
-    where z is what the head predicts. Patches have equal sizes: where a side is no multiple of n they overlap.
+    where z is what the head predicts. Patches have equal sizes: if a side is not a multiple of n, they overlap.
     """
 
     patches: PositiveInt = 1
@@ -29,7 +29,7 @@ class ReadsPatches(Rule):
         """The patches of a site's output, one after the other along the batch; the output itself if it is not cut.
 
         Raises:
-            LayerwiseError: the output is no map.
+            LayerwiseError: the output is not a map.
         """
         return h if self.patches == 1 else site.restored(patches_of(site.standard(h), self.patches, site.name))
 
@@ -41,7 +41,7 @@ class ReadsPatches(Rule):
         """The context of the patches, each with the label of its sample.
 
         Raises:
-            LayerwiseError: the output is no map, or labels are given per position.
+            LayerwiseError: the output is not a map, or labels are given per position.
         """
         if self.patches == 1:
             return ctx
@@ -69,10 +69,10 @@ class ReadsPatches(Rule):
 
 
 def patches_of(h: Tensor, count: int, name: str = "") -> Tensor:
-    """The patches of maps `(B, C, H, W)`, `(n n B, C, h, w)`, or of volumes; a sample's lie B apart.
+    """The patches of maps `(B, C, H, W)`, `(n n B, C, h, w)`, or of volumes; those of one sample lie B apart.
 
     Raises:
-        LayerwiseError: these are no maps, or a side is shorter than the number of patches.
+        LayerwiseError: these are not maps, or a side is shorter than the number of patches.
 
     >>> patches_of(torch.arange(16).view(1, 1, 4, 4), 2)[1].tolist()
     [[[2, 3], [6, 7]]]

@@ -51,7 +51,7 @@ class Pepita(Rule):
     $$\nabla_{W_l} = \frac1B \sum_n (h_l - h'_l)\, h'^\top_{l-1}, \qquad
       \nabla_{W_{out}} = \frac1B \sum_n e'\, h'^\top_{L-1}$$
 
-    with $h'_0 = x'$. No derivative appears; the difference of activities, behind the activation function, holds it.
+    with $h'_0 = x'$. No derivative appears; the difference of activities, after the activation function, contains it.
     With `time_local` the presynaptic activity is that of the first pass, so that a layer needs no second look at its
     input. Since $h_1 - h'_1 \approx -f' W_1 F e$, the rule is feedback alignment with matrices
     $-W_l \dots W_1 F$ that change as the network learns.
@@ -135,7 +135,7 @@ class Pepita(Rule):
         signal = replace(signal, message=(clean_out, None))
         if not ctx.learns:
             return signal
-        if towards is not None:  # here and not in `begin`: a skipped update brings the block's buffers back
+        if towards is not None:  # here and not in `begin`: a skipped update restores the block's buffers
             assert isinstance(ctx.auxiliary, Projection)
             ctx.auxiliary.current().lerp_(towards, self.mirror)
         modulated, _ = self._passed(block, ctx, ctx.h_in)

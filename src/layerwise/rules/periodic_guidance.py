@@ -18,12 +18,12 @@ class PeriodicGuidance(JoinsGroups, DGL):
       t \bmod P < P - G, \qquad
       \theta \leftarrow \theta - \eta\, \frac{\partial\, \mathrm{CE}(f(x), y)}{\partial \theta} \;\text{ otherwise}$$
 
-    with the losses $L_k$ of `dgl`, each of which reaches its own block alone. The auxiliary networks rest in the guided
+    with the losses $L_k$ of `dgl`, each of which reaches only its own block. The auxiliary networks rest in the guided
     steps. A parameter has one optimizer state, whichever loss moves it. With G = 0 the rule is `dgl`, with G = P it is
     backprop, bit for bit. Prediction is a plain forward pass.
 
-    That local learning is interrupted periodically by updates from the global loss is the paper's statement. Period,
-    length, their unit (updates) and the order (local first) are our reading: we had no access to the paper's full text.
+    The paper states that local learning is interrupted periodically by updates from the global loss. Period, length,
+    their unit (updates) and the order (local first) are our reading: we had no access to the paper's full text.
 
     >>> rule = PeriodicGuidance(period=3)
     >>> [len(rule.groups_at(update, blocks=4)) for update in range(6)]
@@ -52,7 +52,7 @@ class PeriodicGuidance(JoinsGroups, DGL):
             raise LayerwiseError(f"guided is {self.guided}; it must be at most the period, {self.period}.")
 
     def groups_at(self, update: int, blocks: int) -> list[range]:
-        """Those of `dgl`; at the end of a period all of them joined."""
+        """The groups of `dgl`; at the end of a period, all of them joined."""
         if update % self.period < self.period - self.guided:
             return self.groups(blocks)
         return [range(blocks + 1)]

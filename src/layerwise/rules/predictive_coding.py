@@ -33,7 +33,7 @@ class PredictiveCoding(RepeatsBatch, Rule):
 
     $$F = \tfrac12 \sum_l \lVert \epsilon_l \rVert^2 + \beta\, \ell(h_L, y)$$
 
-    States start with a forward pass. T times, all at once,
+    States start from a forward pass. T times, all of them move at once:
 
     $$h_l \leftarrow h_l - \gamma\, \frac{\partial F}{\partial h_l}, \qquad
       \frac{\partial F}{\partial h_l} = \epsilon_l - J_{l+1}^\top \epsilon_{l+1}, \qquad
@@ -94,7 +94,7 @@ class PredictiveCoding(RepeatsBatch, Rule):
             )
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
-        """The batch, as often as there are phases; the message is the states that the blocks are to reach."""
+        """The batch, repeated for each phase; the message is the states that the blocks are to reach."""
         if not ctx.training:
             return ctx.x, None
         predicted = outputs_of_blocks(ctx)
@@ -137,7 +137,7 @@ class PredictiveCoding(RepeatsBatch, Rule):
     def _settled(
         self, ctx: BatchContext, states: list[Tensor], bottom: Tensor, steps: int, beta: float
     ) -> list[Tensor]:
-        """The states after some steps of inference; `bottom` is the first block's output, whose input stays."""
+        """The states after some steps of inference; `bottom` is the first block's output, whose input is fixed."""
         for _ in range(steps):
             _, pull = through_head(ctx, states[-1])
             slope = len(ctx.x) * beta * pull  # of a sample's energy

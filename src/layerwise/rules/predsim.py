@@ -61,17 +61,17 @@ class PredSim(LooksAhead, HasReadout):
     S is the B x B matrix of the cosine similarities of mean-centred rows, $e_y$ the one-hot labels. $C_i$ is a learned
     3x3 convolution, whose maps' standard deviations over space are the row, or a learned matrix; $W_i$ is linear on at
     most 4096 pooled numbers and starts at zero. The head learns from the cross-entropy on the detached last activation.
-    With $\beta = 0.99$ the similarity has the weight 0.99. `loss="pred"` and `loss="sim"` are its two terms alone.
+    With $\beta = 0.99$ the similarity has the weight 0.99. `loss="pred"` and `loss="sim"` use one of its two terms.
 
-    All of this is the paper's, but for these: the loss sees the block's output after its dropout; the head's loss has
-    the weight 1 (the paper: $1 - \beta$; the same under Adam); the mapped tokens of a sample are one row.
+    All of this is the paper's, except for these: the loss sees the block's output after its dropout; the head's loss
+    has the weight 1 (the paper: $1 - \beta$; the same under Adam); the mapped tokens of a sample are one row.
 
     >>> PredSim(loss="sim").groups(blocks=2)
     [range(0, 1), range(1, 2), range(2, 3)]
     """
 
     loss: Literal["predsim", "pred", "sim"] = "predsim"
-    """Both terms, the classifier alone, or the similarities alone."""
+    """Both terms, only the classifier, or only the similarities."""
     beta: Fraction = 0.99
     """Weight of the similarities; the classifier has 1 - beta."""
     group: PositiveInt = 1
@@ -94,7 +94,7 @@ class PredSim(LooksAhead, HasReadout):
         return grouped(blocks, self.group, join_head=False)
 
     def has_head(self, site: Site) -> bool:
-        """At the end of every group of blocks."""
+        """Whether a group of blocks ends at the site."""
         ends = (site.index + 1) % self.group == 0 or site.index == site.blocks - 1
         return ends and not site.is_head
 

@@ -31,7 +31,7 @@ class ProductFeedbackAlignment(Rule):
       \nabla_R = B^\top \delta_a h^\top = B^\top \nabla_W$$
 
     W and R learn with one rate $\eta$ and weight decay $\lambda$, so that under plain gradient descent
-    $R_t - B^\top W_t = (1 - \eta\lambda)^t (R_0 - B^\top W_0)$: the feedback $B R$ comes to be $B B^\top W$, which is W
+    $R_t - B^\top W_t = (1 - \eta\lambda)^t (R_0 - B^\top W_0)$: the feedback $B R$ becomes $B B^\top W$, which is W
     where $B B^\top = I$. No matrix is the transpose of another. A convolution's B mixes channels; its R is a kernel.
 
     >>> ProductFeedbackAlignment().groups(blocks=3)

@@ -26,7 +26,7 @@ Pool = Literal["auto", "mean", "moments", "grid", "cls", "flatten", "none"]
 def grouped(blocks: int, size: int, join_head: bool, overlap: int = 0) -> list[range]:
     """Ranges of `size` neighbouring blocks, each with a view of the `overlap` blocks after it.
 
-    The head joins the last block, or stands alone.
+    The head joins the last block, or is a range of its own.
 
     >>> grouped(blocks=3, size=2, join_head=False)
     [range(0, 2), range(2, 3), range(3, 4)]
@@ -56,9 +56,9 @@ def convolution(h: Tensor) -> type[nn.Conv2d] | type[nn.Conv3d]:
 
 
 def pool_vectors(h: Tensor, pool: Pool, per_position: bool, site: Site | None = None) -> Tensor:
-    """One vector per prediction out of a block's output.
+    """One vector per prediction from a block's output.
 
-    `"auto"` averages over space or tokens. Where labels are given per position, `"auto"` and `"grid"` keep them all.
+    `"auto"` averages over space or tokens. If labels are given per position, `"auto"` and `"grid"` keep them all.
 
     Args:
         h: the output of `site`; without one, in the standard order of `layerwise.core.layout`.
@@ -69,7 +69,7 @@ def pool_vectors(h: Tensor, pool: Pool, per_position: bool, site: Site | None = 
     Raises:
         LayerwiseError: the site does not know which dimension holds the channels.
     """
-    # Everything in one vector needs no layout, but has the same order whatever the layout, where it is known.
+    # Flattening needs no layout; if it is known, it is used, so that the order of the numbers does not depend on it.
     if site is not None and (pool != "flatten" or site.layouts[site.index : site.index + 1] != (None,)):
         h = site.standard(h)
     if per_position and pool == "grid":
@@ -90,7 +90,7 @@ def features_of(ctx: BlockContext, pool: Pool, h: Tensor | None = None) -> Tenso
 
 
 def linear_outputs(readout: nn.Module, pool: Pool, site: Site, h: Tensor, task: Task) -> Tensor:
-    """Outputs of a readout of pooled features, as the task has them, out of a block's output `h`."""
+    """Outputs of a readout on the pooled features of a block's output `h`, in the task's order of dimensions."""
     features = pool_vectors(h, pool, task.positions != "sample", site)
     return task.as_outputs(_whole(readout, features, site))
 
@@ -99,7 +99,7 @@ def labels_at(ctx: BlockContext, z: Tensor) -> Tensor:
     """The labels at the resolution of a readout's outputs `(B, ..., K)`.
 
     Raises:
-        LayerwiseError: labels are given per pixel, and the block keeps none.
+        LayerwiseError: labels are given per pixel, and the block's output has no pixels.
     """
     if ctx.task.positions != "pixel":
         return ctx.y
@@ -151,7 +151,7 @@ def output_matrix(site: Site) -> Tensor:
     """The matrix of the network's output layer `(K, D)`, as blocks read it in this step, without history.
 
     Raises:
-        LayerwiseError: the head ends with no linear layer.
+        LayerwiseError: the head does not end with a linear layer.
     """
     layer = None if site.network is None else site.network.output_layer
     if layer is None or site.network is None:
@@ -175,7 +175,7 @@ def fixed_matrix(network: Partition | None, outputs: int, width: int, like: Tens
 class Readout(nn.Module):
     r"""Outputs $z = M\,\mathrm{norm}(A v)$ of features v, where the matrix M is not the block's own, or has low rank.
 
-    A is an adapter, learned and without bias, where v has another width than M; norm is RMSNorm with learned gains.
+    A is an adapter, learned and without bias, if the widths of v and M differ; norm is RMSNorm with learned gains.
     A private matrix is a plain `nn.Linear` and needs none of this.
 
     Args:
@@ -183,7 +183,7 @@ class Readout(nn.Module):
         kind: `shared`, `random` or `low_rank`.
         site: whose output is read.
         task: knows the number of outputs K.
-        like: features of the type and on the device of those that will come.
+        like: a sample of the features, of their type and on their device.
         rank: of a low-rank matrix.
         norm: whether features are normalised here.
         learns: whether gains and adapter learn; the adapter is random and fixed otherwise.
@@ -204,7 +204,7 @@ class Readout(nn.Module):
         layer = None if site.network is None else site.network.output_layer
         inner = layer.in_features if layer is not None else width
         if kind == "shared":
-            output_matrix(site)  # or a sentence
+            output_matrix(site)  # raises if there is none
         inner = rank if kind == "low_rank" else inner
         # A low-rank matrix is an adapter and what comes after it, so its features are normalised first.
         self.norm = nn.RMSNorm(width if kind == "low_rank" else inner, eps=1e-6) if norm else nn.Identity()
@@ -248,7 +248,7 @@ def read_out(
 ) -> tuple[Tensor | LinearOutputs, Tensor]:
     """Outputs of a block's own readout, as the task has them, and the labels at their resolution.
 
-    Those of one label per token are not computed yet, as the loss may make them in chunks.
+    If there is a label per token, the outputs are not computed yet, because the loss may compute them in chunks.
     """
     features = features_of(ctx, pool, h)
     if ctx.task.positions == "token" and _is_linear(readout):

@@ -54,12 +54,13 @@ class ScalableFF(PredictsBySite, Rule):
       h_i = f_i(\mathrm{stopgrad}(\mathrm{LN}(h_{i-1})))$$
 
     The channels are for the loss only and are not passed on. A block may be a single convolution, or a residual block
-    with ordinary backpropagation inside (the hybrid form): that is a matter of where the model is cut. The class is
-    that of the largest goodness, averaged over the blocks or of the last one; the network's head is not used.
+    with ordinary backpropagation inside (the hybrid form): that is a matter of where the model is cut. The prediction
+    is the class of the largest goodness, averaged over the blocks or of the last one; the network's head is not used.
 
     The goodness of auxiliary channels, the normalisation between blocks, and both predictors are the author's. The
     form of the loss, which is only named "log-sum-exp margin" there, is our reading; with m = 0 it is the cross-entropy
-    on g. So are outputs that are no maps: tokens are places, and a vector is one place.
+    on g. So is the treatment of outputs that are not maps: tokens are places, and a vector is
+    one place.
 
     >>> ScalableFF(margin=0.5).groups(blocks=2)
     [range(0, 1), range(1, 2), range(2, 3)]
@@ -95,7 +96,7 @@ class ScalableFF(PredictsBySite, Rule):
         return None if site.is_head else ChannelGoodness(site.standard(h), task.classes, self.kernel)
 
     def signal(self, ctx: BlockContext) -> Signal:
-        """The margin loss of the block's goodness; the goodness of all blocks so far goes along, for the metrics."""
+        """The margin loss of the block's goodness; passes on that of all blocks so far, for the metrics."""
         if ctx.y.dim() > 1:
             raise LayerwiseError("scalable_ff has one goodness per class and sample, not one per position.")
         if ctx.site.is_head:

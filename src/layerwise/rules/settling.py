@@ -38,7 +38,7 @@ def phases_message(phases: Sequence[Sequence[Tensor]], outputs: Tensor) -> dict[
 
 
 def in_phases(message: Any, x: Tensor) -> Tensor:
-    """The batch, as often as there are phases in the message."""
+    """The batch, repeated for each phase in the message."""
     return torch.cat([x] * phases_of(message, len(message["states"][0])))
 
 

@@ -140,9 +140,9 @@ class Distillation(PassesBeliefs, Rule):
 
 
 class BeliefHead(nn.Module):
-    """Belief and features to the outputs of the next belief: a linear layer on `concat(p, v)`, or two with ReLU.
+    """Maps belief and features to the outputs of the next belief: a linear layer on `concat(p, v)`, or two with ReLU.
 
-    p are probabilities; means, and log variances where the task has them, under regression.
+    p are probabilities; under regression, means, and log variances if the task has them.
 
     Shapes: a belief as it is passed on `(..., K)` and features `(..., D)` to `(..., K)`.
     """
@@ -211,12 +211,12 @@ class SID(HasReadout, Distillation):
 
     Other tasks are ours. The belief of `Regression` is a Gaussian per target: means, and log variances with
     `loss="gaussian"`; that of `MultiLabel` a Bernoulli distribution per label, that of `Segmentation` a categorical
-    per pixel, averaged over each cell where the next block has fewer. The divergence from the label is the task's
+    per pixel, averaged over each cell if the next block has fewer. The divergence from the label is the task's
     loss, the other the closed form of two such distributions, averaged over targets or labels as the loss is. The
     belief before any block is one half, or a Gaussian around zero.
 
-    The objective is the paper's; that features of an ordinary network take the place of its shared extractor, which
-    makes the rule block-local, the form of the belief heads and of the head are our reading. The gradient of $L_i$ on
+    The objective is the paper's. Our reading: features of an ordinary network replace its shared extractor, which makes
+    the rule block-local; the form of the belief heads, and of the head. The gradient of $L_i$ on
     the logits is $p_i - (\alpha_i y + (1 - \alpha_i) p_{i-1})$ in the forward direction.
 
     >>> SID(group=2).groups(blocks=3)
@@ -344,9 +344,9 @@ class SIDCascade(HasTrunk, Distillation):
     authors' code; `mean` and `last` weight them otherwise. In these three the extractor is an ordinary network under
     backpropagation, whose loss is that of the modules; only the modules are isolated from one another. They run one
     after the other, each with a graph of its own, and their gradients add up on z before the extractor's one backward
-    pass: the gradients are those of one backward pass of the summed losses, the memory does not grow with the number
-    of modules. `local`: each half of the extractor has a learned linear head and learns from that alone; modules get a
-    detached z, and nothing crosses any boundary backwards.
+    pass: the gradients are those of one backward pass of the summed losses, and the memory does not grow with the
+    number of modules. `local`: each half of the extractor has a learned linear head and learns only from that; modules
+    get a detached z, and nothing crosses any boundary backwards.
 
     It trains the model `sid_cascade`. The belief is the head's output, so prediction is the plain cascade.
 

@@ -51,7 +51,7 @@ class Projection(nn.Module):
         classes: number of classes K, or of the task's outputs.
         dtype: of R; float32 unless activations are wider.
         options: the rule, for scale, normalisation, dropout, distribution of R, kind of target.
-        readout: in place of R, where the matrix is not the block's own.
+        readout: replaces R if the matrix is not the block's own.
 
     Shapes: `(..., D)` to `(..., d0)`; `class_logits` maps `(..., d0)` to `(..., K)`.
     """
@@ -69,7 +69,7 @@ class Projection(nn.Module):
         self.readout = readout
         matrix = torch.randn(dim, width) / width**0.5 if readout is None else torch.ones(0)
         if options.projection == "orthonormal" and readout is None:
-            # The same mean square length of a row as the Gaussian matrix has: 1.
+            # Rows have the same mean square length as those of the Gaussian matrix: 1.
             wide = torch.linalg.qr(torch.randn(max(dim, width), min(dim, width)))[0]
             matrix = wide.T if dim <= width else wide * (dim / width) ** 0.5
         self.register_buffer("matrix", (matrix * options.scale).to(dtype))
@@ -91,7 +91,7 @@ class Projection(nn.Module):
             return F.linear(features, self.matrix)
 
     def outputs(self, features: Tensor, site: Site) -> LinearOutputs:
-        """The same, not computed yet, if the matrix is not the block's own."""
+        """The logits, not computed yet, for a matrix that is not the block's own."""
         assert self.readout is not None
         with torch.autocast(features.device.type, enabled=False):
             found = self.readout.outputs(self.normalised(features), site)
@@ -126,7 +126,7 @@ class SLL(ReadsPatches, ReadsOut, ReadsOutputMatrix, Rule):
     $q_{L-1}$ where $d_0 = K$) or has a projection of its own (`head="separate"`).
 
     A single small convolution is stiff under a fixed projection. Three options give it room: `pool="moments"` reads
-    the standard deviation over space beside the mean, `group` lets neighbouring blocks share one objective, and
+    the standard deviation over space as well as the mean, `group` lets neighbouring blocks share one objective, and
     `overlap=1` moves every readout one block further, and each trains all groups that see it: gradients cross one
     boundary, two blocks are alive at a time, and the rule is interlocking, no longer local.
 
@@ -158,7 +158,7 @@ class SLL(ReadsPatches, ReadsOut, ReadsOutputMatrix, Rule):
     likelihood_weight: NonNegativeFloat | tuple[NonNegativeFloat, ...] = 1.0
     """Weight w of the likelihood term, likewise."""
     neighbour: Literal["previous", "before_previous"] = "previous"
-    """With which block's posterior the divergence compares."""
+    """Which block's posterior the divergence compares with."""
     dim: PositiveInt | None = None
     """Rows d0 of the projection (default: the number of classes)."""
     targets: Literal["index", "codebook"] = "index"
@@ -185,8 +185,8 @@ class SLL(ReadsPatches, ReadsOut, ReadsOutputMatrix, Rule):
 
     readout: Literal["private", "shared", "random"] = "private"
     """The projection: a random one for each block | the matrix of the network's output layer, read as it was at
-    the start of the step | one random one for all blocks. Of one matrix a language model's outputs are made in chunks:
-    the features cross that they are made of, in place of a number per token of the vocabulary."""
+    the start of the step | one random one for all blocks. With one matrix, a language model's outputs are computed in
+    chunks: features are passed on instead of a number per token of the vocabulary."""
 
     name: ClassVar[str] = "sll"
     locality: ClassVar[Locality] = "local"
@@ -221,7 +221,7 @@ class SLL(ReadsPatches, ReadsOut, ReadsOutputMatrix, Rule):
             object.__setattr__(self, "reads_logits", False)
 
     def groups(self, blocks: int) -> list[range]:
-        """`group` blocks each, with a view of `overlap` more; the head joins the last block or stands alone."""
+        """`group` blocks each, with a view of `overlap` more; the head joins the last block or is its own group."""
         return grouped(blocks, self.group, join_head=self.head != "separate", overlap=self.overlap)
 
     def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:

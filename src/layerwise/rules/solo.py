@@ -1,4 +1,4 @@
-"""SOLO: isolated modules of a language model, read through own blocks and the network's output matrix."""
+"""SOLO: isolated modules of a language model, read through blocks of their own and the network's output matrix."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -50,22 +50,22 @@ class SoloHead(nn.Module):
 class SOLO(GreedyLinear):
     r"""SOLO: every module is read through a few blocks of the network's own kind and the network's output matrix.
 
-    For module k of K, with the output matrix W as the step before has left it:
+    For module k of K, with the output matrix W as the previous step has left it:
 
     $$u_k = \mathrm{RMSNorm}_k(\mathrm{Blocks}_k(h_k)), \qquad z_k = \tau_k\, \mathrm{sg}(W)\, u_k, \qquad
       L_k = \mathrm{CE}(z_k, y), \qquad h_k = f_k(\mathrm{stopgrad}(h_{k-1}))$$
 
     $\mathrm{Blocks}_k$ are `depth` copies of the blocks that follow, with weights of their own, thrown away after the
     training; $\tau_k$ is one learned number that starts at 1. The last module learns through the network's head, and
-    its loss alone moves W. All losses have the weight 1. Prediction is the plain network. With `head="separate"`, which
+    only its loss moves W. All losses have the weight 1. Prediction is the plain network. With `head="separate"`, which
     is ours, the last module is read as the others are and W learns by itself, so that the activations of a module are
-    never held beside the gradient of W.
+    never in memory together with the gradient of W.
 
     A module is `group` neighbouring blocks: K = 2 of 24 blocks is `group=12`. With `depth=0` and `readout="private"`
     the rule is `local_ce`, bit for bit.
 
     The objective, the heads, the scale and the refresh are the paper's. Ours: no bias, the start of the scale, what a
-    copy starts from (`reset_parameters`), pooled features where there is one label per sample, and copies of the last
+    copy starts from (`reset_parameters`), pooled features if there is one label per sample, and copies of the last
     block where too few follow.
 
     >>> SOLO(group=3).groups(blocks=6)
@@ -79,7 +79,7 @@ class SOLO(GreedyLinear):
     modules | its own, of a low rank."""
     refresh: PositiveInt = 1
     """Steps between two refreshes of the output matrix; with more than 1 a copy of it is kept. In a pipeline the matrix
-    travels so often."""
+    is sent this often."""
     scale: Literal["learned", "1"] = "learned"
     """The factor of the logits: learned, starting at 1, or 1."""
     head: Literal["joint", "separate"] = "joint"
@@ -113,7 +113,7 @@ class SOLO(GreedyLinear):
             object.__setattr__(self, "runs_once", True)
 
     def groups(self, blocks: int) -> list[range]:
-        """The modules; the network's head joins the last one, or stands alone."""
+        """The modules; the network's head joins the last one, or is its own group."""
         return grouped(blocks, self.group, join_head=self.head != "separate")
 
     def _has_head(self, site: Site) -> bool:
@@ -121,7 +121,7 @@ class SOLO(GreedyLinear):
         return any(module.stop == site.index + 1 for module in self.groups(site.blocks)) and not site.is_head
 
     def matrix_refresh(self) -> int | None:
-        """`refresh`, where the heads read the network's matrix."""
+        """`refresh`, if the heads read the network's matrix."""
         return self.refresh if self.readout == "shared" else None
 
     def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:

@@ -32,12 +32,12 @@ class SSLLocal(Rule):
     is a linear probe: it minimises the cross-entropy on the detached features of the samples themselves. Prediction is
     a plain forward pass.
 
-    Views of images are made by the project's augmentations and Gaussian noise; other inputs have a share of their
-    numbers set to zero instead, and noise.
+    Views of images are made by the project's augmentations and Gaussian noise; in other inputs a share of
+    the numbers is set to zero instead, and noise is added.
 
     Loss and projection head are SimCLR's; that blocks learn from losses of their own, without gradient between them, is
-    Greedy InfoMax's. Ours: the two together, every block in each step, these views, and a probe that learns beside the
-    blocks.
+    Greedy InfoMax's. Ours: the two together, every block in each step, these views, and a probe that learns alongside
+    the blocks.
 
     >>> SSLLocal().groups(blocks=2)
     [range(0, 1), range(1, 2), range(2, 3)]
@@ -82,7 +82,7 @@ class SSLLocal(Rule):
         check_augmentations(self.augment)
 
     def groups(self, blocks: int) -> list[range]:
-        """`group` blocks each; the head, which alone sees labels, stands alone."""
+        """`group` blocks each; the head, the only part that sees labels, is its own group."""
         return grouped(blocks, self.group, join_head=False)
 
     def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
@@ -106,7 +106,7 @@ class SSLLocal(Rule):
         return x + self.noise * torch.randn_like(x)
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
-        """First views of all samples, second views, and the samples; the samples alone in evaluation."""
+        """First views of all samples, second views, and the samples; only the samples in evaluation."""
         if ctx.task.per_position(ctx.y) or not ctx.x.is_floating_point():
             raise LayerwiseError(
                 f"{self.name} makes views of samples of real numbers with one label each, not of inputs of shape "
@@ -119,7 +119,7 @@ class SSLLocal(Rule):
         return torch.cat([self.view(ctx.x, layout), self.view(ctx.x, layout), ctx.x]), None
 
     def signal(self, ctx: BlockContext) -> Signal:
-        """The contrast of the two views; at the head the cross-entropy of the probe, which gets the samples alone."""
+        """The contrast of the two views; at the head the cross-entropy of the probe, which gets only the samples."""
         if ctx.site.is_head:
             return loss_at_head(ctx)
         if not ctx.training:

@@ -17,8 +17,8 @@ class SVP(SLL):
     $$L_i = -\log q_i[y] + \lambda\, KL(\mathrm{stopgrad}(q_{i-1}) \,\|\, q_i)
             + \gamma\, \big(1 - \cos(v_i, \mathrm{stopgrad}(v_{i-1}))\big)$$
 
-    with the projections and posteriors of `sll`, whose options it shares. That SVP exists and aligns features
-    is the paper's statement; the cosine form of the alignment is our reading.
+    with the projections and posteriors of `sll`, whose options it shares. The paper states that SVP exists and
+    aligns features; the cosine form of the alignment is our reading.
 
     >>> SVP().surrogate
     'kl'

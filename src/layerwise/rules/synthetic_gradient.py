@@ -19,12 +19,12 @@ class Synthesizer(nn.Module):
     """Predicts the gradient of a sample's loss on the activation at a boundary, in the standard order.
 
     Linear layers on vectors and tokens, 3x3 convolutions on maps; the label adds a learned vector before the first
-    ReLU. The last layer starts at zero, so that what is predicted does too. The layers work in units of the running
+    ReLU. The last layer starts at zero, so predictions start at zero. The layers work in units of the running
     root mean square of the gradients seen, which are far smaller than activations.
 
     Args:
         shape: of one sample's activation, `(C,)`, `(L, C)`, `(C, H, W)` or `(C, D, H, W)`.
-        labels: number of classes; 0 where the label is not looked at.
+        labels: number of classes; 0 if the label is not used.
         hidden: channels of the hidden layers.
         layers: number of them; 0 is one linear map, and a vector per class.
     """
@@ -60,7 +60,7 @@ class Synthesizer(nn.Module):
         return self.running_square.sqrt() * out
 
     def miss(self, h: Tensor, y: Tensor, true: Tensor) -> Tensor:
-        """The mean squared error of what is predicted, in units of the mean square of `true`, which is noted."""
+        """Mean squared error of the prediction, in units of the running mean square of `true`, which is updated."""
         with torch.no_grad():
             now, before = true.float().square().mean(), self.running_square
             self.running_square.copy_(torch.where(before == 0, now, 0.9 * before + 0.1 * now))
@@ -82,8 +82,8 @@ class SyntheticGradient(Rule):
     r"""Decoupled neural interfaces: block i learns from a predicted gradient, as soon as it has run.
 
     A module $M_i$ at the boundary after block i predicts the gradient of the loss there from the activation and the
-    label; block i takes the prediction for its cotangent. Block i + 1, which learns in the same way, gives what $M_i$
-    should have said:
+    label; block i uses the prediction as its cotangent. Block i + 1, which learns in the same way, gives the target of
+    $M_i$:
 
     $$\hat g_i = M_i(h_i, y), \qquad
       g_i = \Big(\frac{\partial h_{i+1}}{\partial h_i}\Big)^\top \hat g_{i+1}, \qquad

@@ -17,17 +17,17 @@ Make = Callable[[Site, Tensor], nn.Module]
 class Windows(Rule):
     r"""A rule whose groups of blocks may have a view of the `overlap` blocks after them.
 
-    A window is a group and its view. At its end stands a head, which learns in the turn of the group that it reads. Its
-    loss trains every group that sees it: gradients cross up to `overlap` boundaries. With `own`, each group has a head
-    at its own output beside it, whose loss trains that group alone.
+    A window is a group and its view. A head at its end learns in the turn of the group that it reads. Its
+    loss trains every group that sees it: gradients cross up to `overlap` boundaries. With `own`, each group also has a
+    head at its own output, whose loss trains only that group.
     """
 
     group: PositiveInt = 1
     """Neighbouring blocks that share one loss, one graph and one backward pass."""
     overlap: NonNegativeInt = field(default=0, kw_only=True)
-    """Later blocks between a group and the head at the end of its window; gradients cross so many boundaries."""
+    """Later blocks between a group and the head at the end of its window; gradients cross that many boundaries."""
     own: bool = field(default=False, kw_only=True)
-    """Whether each group has a head at its own output, too, beside those of the windows."""
+    """Whether each group has a head at its own output, in addition to those of the windows."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,11 +42,11 @@ class Windows(Rule):
         return any(view.stop == site.index + 1 for view in self.groups(site.blocks)) and not site.is_head
 
     def group_ends(self, site: Site) -> bool:
-        """Whether a group but the last ends at a site."""
+        """Whether a group other than the last ends at a site."""
         return any(view.start == site.index + 1 for view in self.groups(site.blocks))
 
     def has_head(self, site: Site) -> bool:
-        """Where a window ends, and with `own` where a group does."""
+        """Whether a window ends at the site, or, with `own`, a group."""
         return self.window_ends(site) or (self.own and self.group_ends(site))
 
     def heads(self, site: Site, h: Tensor, make: Make) -> nn.Module:
@@ -57,7 +57,7 @@ class Windows(Rule):
         return WindowHeads(own, make(site, h) if self.window_ends(site) else None)
 
     def read_heads(self, ctx: BlockContext, read: Callable[[BlockContext], Signal]) -> Signal:
-        """The signals of the heads of a site, summed; where the site lends its graph, that of the window's alone."""
+        """The signals of the heads of a site, summed; if the site lends its graph, only that of the window's."""
         if not isinstance(ctx.auxiliary, WindowHeads):
             return read(ctx)
         lent = ctx.site.index >= ctx.view.start + self.group
@@ -81,7 +81,7 @@ class WindowHeads(nn.Module):
 
 
 def head_at(auxiliary: nn.Module) -> nn.Module:
-    """The head that predicts at a site: the window's, where there is one."""
+    """The head that predicts at a site: the window's, if there is one."""
     if not isinstance(auxiliary, WindowHeads):
         return auxiliary
     found = auxiliary.own if auxiliary.window is None else auxiliary.window
@@ -90,10 +90,10 @@ def head_at(auxiliary: nn.Module) -> nn.Module:
 
 
 def says_interlocking(rule: Rule, overlap: int, own: bool) -> None:
-    """Declare of a rule that gradients cross so many boundaries; what its class declares holds for none.
+    """Declare that a rule's gradients cross `overlap` boundaries; what its class declares holds for 0.
 
     Raises:
-        LayerwiseError: `own` is asked for without an overlap.
+        LayerwiseError: `own` is set without an overlap.
     """
     if own and not overlap:
         raise LayerwiseError(

@@ -56,7 +56,7 @@ def fields_of(cls: type) -> dict[str, Any]:
 
 
 def value_of(text: str, hint: Any) -> Any:
-    """Read a value from a word: a number where the option takes one.
+    """Read a value from a word: a number if the option takes one.
 
     >>> value_of("0/1", float), value_of("none", int | None), value_of("1", typing.Literal["learned", "1"])
     ((0, 1), None, '1')
