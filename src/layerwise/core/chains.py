@@ -110,13 +110,13 @@ def cut_sequential(model: nn.Module, cuts: tuple[str, ...]) -> list[tuple[Callab
 
 
 def opened(model: nn.Module, cuts: Sequence[str]) -> list[nn.Module]:
-    """The modules whose own call does not happen when the model is run part by part: the root, and what holds a cut."""
+    """The modules that are not called when the model is run part by part: the root, and those that contain a cut."""
     holding = {"", *holders(cuts)}
     return [module for path, module in model.named_modules(remove_duplicate=False) if path in holding]
 
 
 def holders(cuts: Sequence[str]) -> set[str]:
-    """Names of the modules that hold a cut.
+    """Names of the modules that contain a cut.
 
     >>> sorted(holders(["stem", "stages.0.1"]))
     ['stages', 'stages.0']
@@ -129,7 +129,7 @@ Opened = tuple[str, nn.Module, Any]
 
 
 def check_hooks(held: Sequence[Opened]) -> None:
-    """Raise LayerwiseError if a module has hooks, or a replaced `forward`, and is not called itself."""
+    """Raise LayerwiseError if a module that is not called itself has hooks or a replaced `forward`."""
     for name, module, forward in held:
         who = f"module {name!r}" if name else f"the model ({type(module).__name__})"
         if is_overridden(module):
