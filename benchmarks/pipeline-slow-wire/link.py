@@ -2,7 +2,7 @@
 
     python link.py INTERFACE INTERFACE --delay MILLISECONDS --rate MBIT_PER_SECOND
 
-In place of `tc netem` where the kernel has none. Frames are taken as they are, unsegmented, with the header in which
+Replaces `tc netem` if the kernel does not have it. Frames are taken as they are, unsegmented, with the header in which
 the kernel notes checksums and segments that are still to be made (virtio_net_hdr), so few of them pass. None is lost.
 """
 
