@@ -115,13 +115,13 @@ class Towers(nn.Module):
 
 
 def contrast(z: Tensor, y: Tensor) -> Tensor:
-    """InfoNCE of the two views `(B, 2, D)`: each finds its other one in the batch, whose number y is."""
+    """InfoNCE of the two views `(B, 2, D)`: each finds its counterpart in the batch, whose number is y."""
     z = F.normalize(z, dim=-1)
     return F.cross_entropy(z[:, 0] @ z[:, 1].T / 0.2, y)
 
 
 def towers(depth: int) -> Entry:
-    """An own contrastive loss, at the head and at every block."""
+    """A custom contrastive loss, at the head and at every block."""
     source = torch.randn(32, 8)
     views = {"left": source @ torch.randn(8, 24), "right": source @ torch.randn(8, 16)}
     task = Loss(contrast, positions="token")

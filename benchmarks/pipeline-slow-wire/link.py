@@ -18,7 +18,7 @@ HEADER = 10
 
 
 def opened(interface: str) -> socket.socket:
-    """A raw socket that sees what arrives at the interface, and not what it sends itself."""
+    """A raw socket that receives what arrives at the interface, but not what it sends itself."""
     end = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
     end.setsockopt(SOL_PACKET, PACKET_VNET_HDR, struct.pack("i", 1))
     end.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, struct.pack("i", 1))

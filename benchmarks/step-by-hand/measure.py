@@ -202,7 +202,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    keep_freed_memory()  # whose pages the system else clears again and again, in a number that is chance
+    keep_freed_memory()  # otherwise the system clears its pages again and again, a random number of them
     rows = [measure(name, options.rounds) for name in CASES if name.startswith(options.only)]
     command = recording.command_of(__file__)
     options.out.mkdir(parents=True, exist_ok=True)

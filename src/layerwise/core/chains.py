@@ -62,7 +62,7 @@ def is_overridden(module: nn.Module) -> bool:
 def expanded(
     model: nn.Module, cuts: Sequence[str] = (), deep: bool = False, prefix: str = ""
 ) -> list[tuple[str, nn.Module]]:
-    """The children of nested `nn.Sequential` containers, opened only where a cut lies inside (or all, if `deep`)."""
+    """The children of nested `nn.Sequential` containers, opened only if they contain a cut (or all, if `deep`)."""
     found: list[tuple[str, nn.Module]] = []
     holding = holders(cuts)
     for name, child in model._modules.items():  # named_children() leaves out a child held twice

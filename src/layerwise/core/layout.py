@@ -370,7 +370,7 @@ _KEEPING = {
 
 
 def kind_of(dimension: Sequence[Axis]) -> str | None:
-    """Kind of a dimension made of several axes: M for the batch together with others, 1 for none."""
+    """Kind of a dimension that consists of several axes: M for the batch together with others, 1 for no axes."""
     kinds = {axis.kind for axis in dimension}
     if not kinds:
         return "1"

@@ -50,7 +50,7 @@ def differentiable_forward() -> Iterator[None]:
 
 
 def tangent_of(value: Tensor) -> Tensor:
-    """The tangent, zero where there is none."""
+    """The tangent, zero if there is none."""
     found = forward_mode.unpack_dual(value).tangent
     return torch.zeros_like(value) if found is None else found
 

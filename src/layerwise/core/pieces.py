@@ -156,7 +156,7 @@ class MovesActivations(Abstract):
 
 
 class HasTrunk:
-    """A rule whose first group is a trunk: it learns last, from the gradients that the later groups send back.
+    """A rule whose first group is a trunk, which learns last, from the gradients that the later groups send back.
 
     The trunk's graph is kept while the later groups learn, one after the other, each with its own graph.
     """

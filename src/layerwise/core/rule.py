@@ -264,7 +264,7 @@ class Rule(Abstract):
     predicts_at_head: ClassVar[bool] = False
     """Whether `signal` reports at the head the accuracy and loss of the rule's own prediction.
 
-    Evaluation then takes one pass; otherwise prediction has a pass of its own.
+    Evaluation then takes one pass; otherwise prediction needs a separate pass.
     """
 
     reads_logits: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""Forward passes: groups of blocks are run, and the rule is asked for its signals; nothing is updated here."""
+"""Forward passes: runs groups of blocks and gets the rule's signals; nothing is updated here."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -30,7 +30,7 @@ class Runner:
     """Runs groups of blocks forward for a rule.
 
     Args:
-        rule: asked for a signal at every block.
+        rule: gives a signal at every block.
         task: what the labels mean.
         execution: precision and seed.
     """
@@ -50,7 +50,7 @@ class Runner:
         share: float = 1.0,
         aside: bool = False,
     ) -> tuple[Signals, Tensor, Any]:
-        """Run a group's blocks and ask the rule for its signals.
+        """Run a group's blocks and get the rule's signals.
 
         Args:
             group: what runs.

@@ -77,7 +77,7 @@ def optimizer_tensors(optimizers: Iterable[Optimizer]) -> list[Tensor]:
 
 
 def _held_by(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """The tensors in containers and in the attributes of objects; each object is looked at once."""
+    """The tensors in containers and in the attributes of objects; each object is visited once."""
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor):
             yield leaf

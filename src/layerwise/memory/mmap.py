@@ -121,7 +121,7 @@ def release_pages() -> None:
         mapped.madvise(mmap.MADV_DONTNEED)
 
 
-LARGE = 2**16  # bytes; a smaller tensor is not worth a page of its own
+LARGE = 2**16  # bytes; a smaller tensor is not worth separate pages
 CHUNK = 2**30
 FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
 

@@ -75,7 +75,7 @@ class WholeNetwork:
         return NextBlock()
 
     def own(self, tensors: Mapping[str, Tensor], auxiliary: nn.ModuleDict) -> Mapping[str, Tensor]:
-        """The tensors of the auxiliary modules here, out of those of all: all."""
+        """Those of all tensors that belong to the auxiliary modules here: all."""
         return tensors
 
     def receive(self) -> tuple[Tensor, Any]:

@@ -161,7 +161,7 @@ class Stage:
         return NextBlockOnRank(self, rule, network, sites)
 
     def own(self, tensors: Mapping[str, Tensor], auxiliary: nn.ModuleDict) -> dict[str, Tensor]:
-        """The tensors that belong to the auxiliary modules of this stage, out of those of all."""
+        """Those of all tensors that belong to the auxiliary modules of this stage."""
         return {name: tensor for name, tensor in tensors.items() if name.partition(".")[0] in auxiliary}
 
     def receive(self) -> tuple[Tensor, Any]:

@@ -52,7 +52,7 @@ class TreeBuffers:
 class SendChannel:
     """The sending end of a channel to another rank. A header precedes a tree whose layout is new.
 
-    Trees take the lanes in turn. gloo sends nothing before the receiver has asked for it, so each lane carries one
+    Trees take the lanes in turn. gloo sends nothing before the receiver has requested it, so each lane carries one
     message at a time. Several lanes keep a connection with a long delay busy.
 
     Args:

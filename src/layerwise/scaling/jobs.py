@@ -59,7 +59,7 @@ class RankProcesses:
                     stderr=log,
                     text=True,
                     env=os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)},
-                    start_new_session=True,  # Ctrl-C is for the parent; the processes exit after it
+                    start_new_session=True,  # Ctrl-C is for the parent; the processes exit when it does
                 )
             except OSError as reason:
                 raise LayerwiseError(f"cannot start {shlex.join(command)}: {reason.strerror}.") from reason

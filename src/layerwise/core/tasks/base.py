@@ -165,7 +165,7 @@ class Task(Abstract):
 
 
 def cells(size: int, into: int, device: torch.device) -> Tensor:
-    """Which of `into` equal cells each of `size` places lies in: int64 `(size,)`.
+    """For each of `size` places, the number of its cell among `into` equal cells: int64 `(size,)`.
 
     >>> cells(6, 3, torch.device("cpu"))
     tensor([0, 0, 1, 1, 2, 2])
