@@ -2,8 +2,8 @@
 
     python benchmarks/collect.py
 
-No figure of ours is typed: all of them come from the `results.jsonl` of the folders. Those of the papers are in
-`papers.toml`.
+None of our figures is typed by hand: all of them come from the `results.jsonl` of the folders. Those of the papers are
+in `papers.toml`.
 """
 
 import re
@@ -88,7 +88,7 @@ def link(claim: Claim, path: str) -> str:
 
 
 def answers() -> str:
-    """Question, answer, a few rows and the folder, claim by claim; the list of answers first."""
+    """The list of answers; then, claim by claim, the question, the answer, a few rows and the folder."""
     lines = table(
         ["question", "answer"],
         [[f"[{claim.toml['question']}](#{anchor(claim.toml['question'])})", claim.answer] for claim in CLAIMS.values()],
@@ -100,7 +100,7 @@ def answers() -> str:
 
 
 def anchor(heading: str) -> str:
-    """The anchor of a heading, as GitHub and MkDocs make it."""
+    """The anchor of a heading, as GitHub and MkDocs create it."""
     return re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-")
 
 
@@ -161,7 +161,7 @@ def screening() -> str:
 
 
 def recipe(name: str, folder: str, row: str) -> tuple[Path, str]:
-    """A recipe whose last section, `[expected]`, is what was measured."""
+    """A recipe whose last section, `[expected]`, holds what was measured."""
     file = ROOT / "src" / "layerwise" / "runs" / "recipes" / f"{name}.toml"
     found = CLAIMS[folder].row(row)
     kept = file.read_text().partition("\n[expected]")[0].rstrip()
@@ -171,7 +171,7 @@ def recipe(name: str, folder: str, row: str) -> tuple[Path, str]:
 
 
 def filled(file: Path, **blocks: str) -> tuple[Path, str]:
-    """The file with what stands between `<!-- name:begin ... -->` and `<!-- name:end ... -->` replaced."""
+    """The file, with the text between `<!-- name:begin ... -->` and `<!-- name:end ... -->` replaced."""
     text = file.read_text()
     for name, block in blocks.items():
         pattern = re.compile(rf"(<!-- {name}:begin[^>]*-->\n).*?(<!-- {name}:end[^>]*-->)", re.S)

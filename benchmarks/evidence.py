@@ -1,8 +1,8 @@
-"""What the folders of `benchmarks/` hold, read as rows and written as tables.
+"""Reads the folders of `benchmarks/` as rows, and writes them as tables.
 
 A folder is a claim. `claim.toml` has the question, the answer and, where the evidence is a grid of training runs, the
 grids. `results.jsonl` has one line per run or measurement, complete in itself: figures, options, machine, commit,
-versions. A folder whose evidence is no grid has a `table.py` of its own. `README.md` is written from all of them.
+versions. A folder whose evidence is not a grid has its own `table.py`. `README.md` is written from all of them.
 
 A shell script stores a measurement with:
 
@@ -30,7 +30,7 @@ EDGE = "**edge**"
 MARK = "†"
 MARKED = "† marks a learning rate at the end of its grid, where a wider grid may give more."
 BESIDE = ("lr=", "seed=", "threads=", "device=", "data=")
-"""Options of a run that are not its row's; a folder of data may have been renamed."""
+"""Options of a run that do not belong to its row; a folder of data may have been renamed."""
 LEGEND = (
     "Test accuracy is that of the last weights: mean ± standard deviation over n seeds. *By block* is the accuracy of "
     "each block's own readout, the head last. Memory is exact, in MiB. Seconds are those of training with one thread "
@@ -62,7 +62,7 @@ def save(folder: Path, lines: Iterable[dict[str, Any]]) -> None:
 
 
 def short(value: Any, digits: int = 12) -> Any:
-    """The value with its floats rounded to so many significant digits."""
+    """The value with its floats rounded to a number of significant digits."""
     if isinstance(value, float):
         return float(f"{value:.{digits}g}")
     if isinstance(value, dict):
@@ -86,7 +86,7 @@ def keep(folder: Path, name: str, found: Any, command: str, packages: Sequence[s
 
 
 def machine_of(line: dict[str, Any]) -> str:
-    """The machines and versions behind a line, as far as they were recorded."""
+    """The machines and versions that made a line, as far as they were recorded."""
     from layerwise.runs.environment import machine_in_words
 
     def words(found: dict[str, Any]) -> str:
@@ -101,7 +101,7 @@ def machine_of(line: dict[str, Any]) -> str:
 
 
 def recorded_by(line: dict[str, Any]) -> str:
-    """Who says so, and the commit."""
+    """Who recorded the machine, and the commit."""
     if line.get("machines"):
         commits = {(found["commit"] or "of no checkout") if "commit" in found else None for found in line["machines"]}
         known = sorted(commit[:12] if " " not in commit else commit for commit in commits if commit)
@@ -125,7 +125,7 @@ def environments(lines: Sequence[dict[str, Any]], name: Callable[[dict[str, Any]
 
 
 def shortened(names: Sequence[str], known: Sequence[str]) -> str:
-    """Names of runs in words: a grid all of whose runs are there is named alone.
+    """Names of runs in words; for a grid of which all runs are present, only the name of the grid.
 
     >>> shortened(["a/x", "a/x", "a/y", "b/x"], ["a/x", "a/x", "a/y", "b/x", "b/x"])
     '`a`; `b`: x'
@@ -140,7 +140,7 @@ def shortened(names: Sequence[str], known: Sequence[str]) -> str:
 
 
 def metric_in(line: dict[str, Any]) -> Metric:
-    """The metric that a run is judged by; runs that do not say so are of classes."""
+    """The metric by which a run is compared; accuracy for a run that stores none."""
     return metric_of(line.get("task", "classification")) if line.get("metric") else ACCURACY
 
 
@@ -166,7 +166,7 @@ class Row:
 
     @property
     def text(self) -> str:
-        """The options that set the row apart."""
+        """The options that distinguish the row."""
         return options_text(self.words)
 
     @property
@@ -182,7 +182,7 @@ class Row:
 
     @property
     def metric(self) -> Metric:
-        """What its runs are judged by."""
+        """The metric by which its runs are compared."""
         return metric_in(next((line for line in self.grid.lines if line["row"] == self.name), {}))
 
     @cached_property
@@ -194,7 +194,7 @@ class Row:
 
     @property
     def lr_text(self) -> str:
-        """The learning rate, how it was chosen, and whether it lies at the edge of its grid."""
+        """The learning rate, how it was chosen, and whether it is at the edge of its grid."""
         rates, chosen = self.grid.options["rates"], []
         if self.tuned_as != self.name:
             chosen.append(f"that of `{self.tuned_as}`")
@@ -335,7 +335,7 @@ class Claim:
 
     @cached_property
     def grids(self) -> dict[str, Grid]:
-        """The grids; none where the folder has a script of its own. `like` takes over what a grid does not say."""
+        """The grids; none if the folder has its own script. `like` copies what a grid does not set."""
         found: dict[str, Grid] = {}
         for name, options in self.toml.get("grid", {}).items():
             base = found[options["like"]].options if "like" in options else {}
@@ -360,14 +360,14 @@ class Claim:
 
     @property
     def command(self) -> str:
-        """What gives the results."""
+        """The command that makes the results."""
         return self.toml.get("command", f"python benchmarks/run.py benchmarks/{self.name}")
 
     @property
     def answer(self) -> str:
         """The answer, with its figures filled in: `{grid/row}`, `{grid/row - grid/row}`, or a script's `{name}`.
 
-        A figure whose learning rate lies at the edge of its grid is marked.
+        A figure whose learning rate is at the edge of its grid is marked.
         """
 
         def figure(found: re.Match[str]) -> str:
@@ -381,7 +381,7 @@ class Claim:
         return re.sub(r"\{([^}]+)\}", figure, self.toml["answer"])
 
     def small(self) -> list[str]:
-        """The few rows that the answer rests on."""
+        """The few rows that support the answer."""
         if not self.grids:
             return self.script.small(self.lines)
         rows = [self.row(name) for name in self.toml["shown"]]
@@ -470,7 +470,7 @@ def wrapped(text: str) -> list[str]:
 
 
 def spread(values: Sequence[float], factor: float = 1, digits: int = 2) -> str:
-    """Mean and standard deviation; empty where there is nothing."""
+    """Mean and standard deviation; empty if there are no values."""
     if not values:
         return ""
     deviation = f" ± {factor * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""

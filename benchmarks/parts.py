@@ -1,9 +1,9 @@
-"""Cut the Parquet files of a data set into files of a size that can be carried.
+"""Cut the Parquet files of a data set into smaller files that can be transferred.
 
     python benchmarks/parts.py FOLDER OUT [--mib 40]
 
 `FOLDER/cifar10/plain_text/train-00000-of-00002.parquet` becomes `OUT/cifar10/plain_text/train-00000-0.parquet` and so
-on: the names keep their split, so that the library reads the parts as it reads the whole.
+on: the names keep their split, so that the library reads the parts like the whole files.
 """
 
 import argparse

@@ -6,11 +6,11 @@
     python benchmarks/run.py benchmarks/* --table
 
 A folder with grids in its `claim.toml` is trained here: every rule over the same learning rates on the validation
-split, then the final runs over the seeds, which alone look at the test split. A run that is finished is not run again,
-so the command can be stopped and repeated. A folder without grids has a `run.sh`, which gets the further options.
+split, then the final runs over the seeds. Only the final runs use the test split. A finished run is not run again, so
+the command can be stopped and repeated. A folder without grids has a `run.sh`, which gets the remaining options.
 
-`--check GRID/ROW ...` trains the final runs of these rows again and compares them with what is stored, all scalars of
-the test split to eight digits; nothing is stored. `--table` only writes the README of what is there.
+`--check GRID/ROW ...` trains the final runs of these rows again and compares them with the stored ones, all scalars of
+the test split to eight digits; nothing is stored. `--table` only writes the README from the stored results.
 """
 
 import argparse
@@ -38,7 +38,7 @@ Wanted = tuple[Grid, str, float, int, str]
 
 
 def main() -> int:
-    """Train, or check, or hand over to the folder's script; then write the README."""
+    """Train, check, or run the folder's script; then write the README."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
@@ -66,14 +66,14 @@ def main() -> int:
             else:
                 path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
                 subprocess.run(["bash", claim.folder / "run.sh", *further], env=os.environ | {"PATH": path}, check=True)
-        claim = Claim(claim.folder)  # with the new lines
+        claim = Claim(claim.folder)  # read again, with the new lines
         (claim.folder / "README.md").write_text(claim.readme())
         print(claim.folder / "README.md")
     return 0
 
 
 def grow(claim: Claim, jobs: int, device: str, names: list[str]) -> None:
-    """Run what is missing of these grids: first the tuning, then the final runs at the rates that it chose."""
+    """Run what is missing of these grids: first the tuning, then the final runs at the chosen rates."""
     prepare(claim)
     lines = list(claim.lines)
 
@@ -97,7 +97,7 @@ def grow(claim: Claim, jobs: int, device: str, names: list[str]) -> None:
 
 
 def prepare(claim: Claim) -> None:
-    """Write the data that a grid needs and no hub has."""
+    """Write the data that a grid needs and that is on no hub."""
     for script in {grid.options["prepare"] for grid in claim.grids.values() if "prepare" in grid.options}:
         subprocess.run([sys.executable, claim.folder / script], check=True)
 
@@ -150,7 +150,7 @@ def train(wanted: list[Wanted], jobs: int, ended: Callable[[Wanted, dict], None]
 
 
 def check(claim: Claim, names: list[str], jobs: int, device: str) -> int:
-    """Train the final runs of these rows again; 1 where a figure of theirs differs from what is stored."""
+    """Train the final runs of these rows again; return 1 if a figure differs from the stored one."""
     prepare(claim)
     wanted: list[Wanted] = []
     for name in names:

@@ -1,4 +1,4 @@
-"""accelerate in a plain loop: loaders, device and checkpoints are its business, the update is the learner's."""
+"""accelerate in a plain loop: it handles loaders, device and checkpoints, and the learner makes the update."""
 
 import tempfile
 
@@ -27,7 +27,7 @@ def main() -> float:
     learner, loader = setting(accelerator)
     for _ in range(3):
         for x, y in loader:
-            metrics = learner.step(x, y)  # in place of accelerator.backward(loss); optimizer.step()
+            metrics = learner.step(x, y)  # instead of accelerator.backward(loss); optimizer.step()
     accelerator.print(f"loss {metrics.loss:.2f} after {learner.updates} updates")
 
     with tempfile.TemporaryDirectory() as folder:

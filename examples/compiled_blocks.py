@@ -1,4 +1,4 @@
-"""`torch.compile`: the parts inside of the blocks, or every block of a chain; never the whole model."""
+"""`torch.compile` for the parts inside the blocks, or for every block of a chain, but never for the whole model."""
 
 import sys
 
@@ -37,7 +37,7 @@ def main(backend: str = "aot_eager") -> float:
     plain, model = Network(), Network()
     model.load_state_dict(plain.state_dict())
     for layer in model.layers:
-        layer.mlp.compile(backend=backend)  # inside of a block: the pass is stopped behind the layer
+        layer.mlp.compile(backend=backend)  # inside a block: the pass is stopped after the layer
     losses = []
     for network in (plain, model):
         learner = layerwise.Learner(network, "local_ce", cuts="layers.*", lr=1e-2)

@@ -1,4 +1,4 @@
-"""Two processes that train the same blocks, each on its half of the batch: `replicas=` in place of DDP.
+"""Two processes that train the same blocks, each on its half of the batch: `replicas=` instead of DDP.
 
 torchrun --nproc-per-node 2 examples/data_parallel.py
 """
@@ -18,7 +18,7 @@ def network():
 
 
 def main() -> None:
-    ranks = Ranks(timeout=60, device=torch.device("cpu"))  # in place of init_process_group
+    ranks = Ranks(timeout=60, device=torch.device("cpu"))  # instead of init_process_group
     rank, count = ranks.rank, ranks.count
     try:
         layerwise.Learner(nn.parallel.DistributedDataParallel(network()), "local_ce")

@@ -1,4 +1,4 @@
-"""A running average of the weights (EMA) beside a learner, with torch's own `AveragedModel`."""
+"""A running average of the weights (EMA) together with a learner, with torch's own `AveragedModel`."""
 
 import torch
 from sklearn.datasets import load_digits

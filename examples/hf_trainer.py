@@ -1,4 +1,4 @@
-"""`layerwise.hf.Trainer` in place of `transformers.Trainer`: a small Llama that learns to count, then goes on."""
+"""`layerwise.hf.Trainer` instead of `transformers.Trainer`: a small Llama learns to count, and resumes training."""
 
 import tempfile
 

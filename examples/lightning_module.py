@@ -1,4 +1,4 @@
-"""A `LightningModule` that is trained block by block, with a scheduler, a checkpoint, and a second half after it."""
+"""A `LightningModule` that is trained block by block, with a scheduler, and resumed from a checkpoint."""
 
 import logging
 import tempfile
@@ -28,10 +28,10 @@ class Digits(LearnerMixin, L.LightningModule):
             *(nn.Linear(64, 128), nn.ReLU()), *(nn.Linear(128, 128), nn.ReLU()), nn.Linear(128, 10)
         )
 
-    def configure_learner(self):  # in place of a training step
+    def configure_learner(self):  # instead of a training step
         return Learner(self.model, "local_ce", lr=3e-3, example=torch.zeros(2, 64))
 
-    def configure_optimizers(self):  # may be left out: no scheduler then
+    def configure_optimizers(self):  # optional: without it there is no scheduler
         schedule = torch.optim.lr_scheduler.StepLR(self.learner.optimizer, step_size=2, gamma=0.5)
         return {"optimizer": self.learner.optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
 

@@ -1,4 +1,4 @@
-"""A conv net of your own, in your own training loop, trained block by block on scikit-learn's 8x8 digits."""
+"""Your own conv net in your own training loop, trained block by block on scikit-learn's 8x8 digits."""
 
 import torch
 from sklearn.datasets import load_digits

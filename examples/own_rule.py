@@ -1,7 +1,7 @@
-"""A learning rule of your own in one file: direct feedback alignment.
+"""Your own learning rule in one file: direct feedback alignment.
 
 The error at the output is sent to every block through a fixed random matrix (Noekland, arXiv 1609.01596, 2016): for
-logits z, labels y and block output h_i, the block gets the cotangent B_i (softmax(z) - y) in place of its gradient.
+logits z, labels y and block output h_i, the block gets the cotangent B_i (softmax(z) - y) instead of its gradient.
 A second forward pass gives the error, so that no activation has to be kept for it.
 """
 

@@ -1,4 +1,4 @@
-"""scikit-learn's estimators on tables, trained block by block: cross-validation beside linear models."""
+"""scikit-learn's estimators on tables, trained block by block: cross-validation next to linear models."""
 
 from sklearn.datasets import load_breast_cancer, load_diabetes
 from sklearn.linear_model import LogisticRegression, Ridge

@@ -1,6 +1,6 @@
 """One thread: the nets here are so small that a second thread only waits, and bits depend on the count.
 
-One seed before every test: a test that fails does so again.
+One seed before every test, so that a test that fails will fail again.
 """
 
 import gc
@@ -14,7 +14,7 @@ from support.runs import COMPARE, start
 
 
 def pytest_collection_finish():
-    """What is imported stays, and the collector need not look through it again and again."""
+    """Imported objects stay, so the garbage collector need not scan them again and again."""
     gc.collect()
     gc.freeze()
 
@@ -29,7 +29,7 @@ def _one_thread():
 
 @pytest.fixture(autouse=True)
 def _no_terminal(monkeypatch):
-    """What is printed is not broken into lines of the terminal that pytest runs on."""
+    """Printed output is not wrapped to the width of the terminal that pytest runs in."""
     monkeypatch.delenv("COLUMNS", raising=False)
 
 

@@ -1,9 +1,9 @@
-"""Break the library on purpose, one line at a time, and see that the tests notice.
+"""Break the library on purpose, one line at a time, and check that the tests notice.
 
-Run from anywhere: `python tools/mutate.py [words of a mutant's name]`. Every mutant is a change of text in a
-copy of `src`; the tests named beside it must fail on it (and pass on the copy without it). Exit code 1 if a mutant
-survives (or the tests fail without one), 2 if its text does not occur in the source exactly once or pytest could not
-run its tests. Needs a system that can fork.
+Run from anywhere: `python tools/mutate.py [words of a mutant's name]`. Every mutant changes text in a copy of `src`.
+The tests named with it must fail on the changed copy and pass on the unchanged one. The exit code is 1 if a mutant
+survives (or the tests fail without one), and 2 if its text does not occur in the source exactly once or pytest could
+not run its tests. Needs a system that can fork.
 """
 
 import os
@@ -394,7 +394,7 @@ MUTANTS = [
 
 
 def broken_copy(place: Path, mutant: Mutant | None) -> None:
-    """Copy `src` to `place` and apply the mutant; ValueError when its text is not there exactly once."""
+    """Copy `src` to `place` and apply the mutant; ValueError if its text does not occur exactly once."""
     shutil.copytree(ROOT / "src", place, ignore=shutil.ignore_patterns("__pycache__"))
     if mutant is None:
         return
@@ -408,13 +408,13 @@ def broken_copy(place: Path, mutant: Mutant | None) -> None:
 
 
 def tests_on(place: Path, file: str, words: str) -> int:
-    """Run the tests on the package at `place`, in this very process; pytest's exit code (0 passed, 1 failed)."""
+    """Run the tests on the package at `place`, in this process; return pytest's exit code (0 passed, 1 failed)."""
     os.environ["PYTHONPATH"] = str(place)
     sys.path.insert(0, str(place))
     sys.dont_write_bytecode = True
     os.chdir(ROOT)
     with open(os.devnull, "w") as silence, redirect_stdout(silence), redirect_stderr(silence):
-        # -m "": the tests named beside a mutant run on it, slow ones too.
+        # -m "": the tests named with a mutant run on it, slow ones too.
         options = ["-x", "-q", "-n0", "-m", "", "--tb=no", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
         code = pytest.main([*options, *map(str, (ROOT / "tests").rglob(file)), "-k", words])
     used = Path(sys.modules["layerwise"].__file__ or "")
@@ -422,7 +422,7 @@ def tests_on(place: Path, file: str, words: str) -> int:
 
 
 def trial(job: tuple[Mutant | None, str]) -> tuple[str, float]:
-    """What became of the mutant: `killed`, `survived`, or the reason why nothing can be said."""
+    """The outcome for a mutant: `killed`, `survived`, or the error that left it open."""
     mutant, tests = job
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -436,14 +436,14 @@ def trial(job: tuple[Mutant | None, str]) -> tuple[str, float]:
 
 
 def main() -> int:
-    """Try the mutants whose names hold the words given; print a table."""
+    """Try the mutants whose names contain the given words; print a table."""
     words = " ".join(sys.argv[1:])
     chosen = [mutant for mutant in MUTANTS if words in mutant.name]
     if not chosen:
         print(f"no mutant is called {words!r}")
         return 2
     start = time.perf_counter()
-    # First the tests on the copy that nothing was done to: there they must pass.
+    # First the tests on the unchanged copy, where they must pass.
     selected: dict[str, list[str]] = {}
     for mutant in chosen:
         file, expression = mutant.tests.split(" ", 1)

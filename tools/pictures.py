@@ -1,7 +1,7 @@
 """Pictures of a report for the docs: `python tools/pictures.py runs/first`, with Chromium and Pillow.
 
-Desktop, phone and dark mode, as a browser shows them, in `docs/images/report-*.png` of few colours. The folder is that
-of a comparison, such as the README's `layerwise compare --epochs 10 --out runs/first`.
+Writes desktop, phone and dark mode, as a browser shows them, to `docs/images/report-*.png` with few colours. The folder
+is that of a comparison, such as the README's `layerwise compare --epochs 10 --out runs/first`.
 """
 
 import io
@@ -23,7 +23,7 @@ COLOURS = 64
 
 
 def picture(report: Path, width: int, height: int, dark: bool) -> Image.Image:
-    """What Chromium shows of the top of a page; in a frame, because its windows cannot be as narrow as a phone."""
+    """The top of a page as Chromium shows it; in a frame, because its windows cannot be as narrow as a phone."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         sys.exit("no Chromium on this machine (Debian: apt-get install chromium)")

@@ -54,7 +54,7 @@ def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def by_hand(model: nn.Sequential, readouts: list[nn.Linear]) -> Step:
-    """What `local_ce` does, written down: the first block has the embedding, the last one learns through the head."""
+    """What `local_ce` does, by hand: the first block has the embedding, the last one learns through the head."""
     first, layers, head = model[0], model[1 : DEPTH + 1], model[DEPTH + 1 :]
     blocks = [nn.Sequential(first, layers[0]), *layers[1:-1], nn.Sequential(layers[-1], *head)]
     optimizers = [adamw(list(b.parameters()) + list(r.parameters())) for b, r in zip(blocks, readouts, strict=False)]
@@ -103,7 +103,7 @@ def measure(width: int, rounds: int, warmup: int = 3) -> dict:
     for name in ("calls", "functions"):
         ratios = sorted(a / b for a, b in zip(seconds[name], seconds["hand"], strict=True))
         found[name] = [statistics.median(ratios), ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]]
-        off = round(0.98 * len(ratios) ** 0.5)  # ranks between which the median lies with 95 %, a binomial's
+        off = round(0.98 * len(ratios) ** 0.5)  # ranks that contain the median with 95 % (binomial)
         found[f"{name}_median"] = [
             ratios[max(0, len(ratios) // 2 - off)],
             ratios[min(len(ratios) // 2 + off, rounds - 1)],
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    keep_freed_memory()  # whose pages the system else clears again and again, in a number that is chance
+    keep_freed_memory()  # otherwise the system clears its pages again and again, a random number of them
     rows = [measure(int(width), options.rounds) for width in options.widths.split(",")]
     command = recording.command_of(__file__)
     options.out.mkdir(parents=True, exist_ok=True)

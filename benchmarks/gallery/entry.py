@@ -85,10 +85,10 @@ def pixels(model: nn.Module, x: Tensor, output: Callable[[Any], Tensor] | None =
 
 
 def torchvision_here() -> None:
-    """Make a torchvision for CUDA importable beside a torch for the CPU.
+    """Make a torchvision for CUDA importable together with a torch for the CPU.
 
-    Its compiled operators cannot be loaded there, and importing it fails at their names, which are given here. None of
-    the networks runs one.
+    Its compiled operators cannot be loaded then, and importing it fails at their names, so the names are defined here.
+    None of the networks runs such an operator.
     """
     found = importlib.util.find_spec("torchvision")
     if found is None or found.origin is None or torch.version.cuda is not None:
@@ -97,4 +97,4 @@ def torchvision_here() -> None:
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        torchvision_here.__dict__["library"] = library  # whose end would be that of the names
+        torchvision_here.__dict__["library"] = library  # kept, because the names end with it

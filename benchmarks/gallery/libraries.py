@@ -1,6 +1,6 @@
 """Networks of transformers, timm, torchvision, PyG and peft: small, with random weights.
 
-Each is a function that gets a depth; what a library needs is imported in it.
+Each is a function that takes a depth and imports its library itself.
 """
 
 from typing import Any
@@ -167,7 +167,7 @@ def clip(depth: int) -> Entry:
         given = {name: value for name, value in batch.items() if name != "labels"}
         return F.cross_entropy(model(**given).logits_per_image, batch["labels"])
 
-    # What comes between the towers learns from its own readout: behind it is a cut, too.
+    # What is between the towers learns from its own readout, because a cut follows it, too.
     cuts = ["vision_model.encoder.layers.*", "visual_projection", "text_model.encoder.layers.*"]
     return Entry(t.CLIPModel(config), batch, cuts, output=lambda out: out.logits_per_image, plain=plain)
 
@@ -251,7 +251,7 @@ def torchvision_resnet(depth: int) -> Entry:
 
 
 def torchvision_densenet(depth: int) -> Entry:
-    """Every layer gets the outputs of all before it; cut behind dense blocks and transitions."""
+    """Every layer gets the outputs of all earlier ones; cut after dense blocks and transitions."""
     from torchvision.models.densenet import DenseNet
 
     model = DenseNet(growth_rate=4, block_config=(2,) * (depth // 2), num_init_features=8, num_classes=CLASSES)

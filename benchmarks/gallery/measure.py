@@ -2,7 +2,7 @@
 
     python benchmarks/gallery/measure.py [--only gpt2,unet] [--rules sll,sid] [--out FOLDER]
 
-The networks are in `networks.py`. A library that is not there leaves its rows as they are.
+The networks are in `networks.py`. The rows of a library that is not installed stay as they are.
 """
 
 import argparse
@@ -39,7 +39,7 @@ STEPS = 20
 
 
 def learner_of(entry: Entry, rule: str, model: nn.Module, **options: Any) -> Learner:
-    """The learner as a user would make it."""
+    """The learner as a user would create it."""
     return Learner(model, rule, cuts=entry.cuts, task=entry.task, output=entry.output, **options)
 
 
@@ -82,7 +82,7 @@ def cell(about: Network, rule: str) -> dict:
 
 
 def logits(entry: Entry, out: Any) -> Tensor:
-    """The logits as the entry has them."""
+    """The logits as the entry defines them."""
     if entry.output is not None:
         return entry.output(out)
     return out["logits"] if isinstance(out, dict) else out

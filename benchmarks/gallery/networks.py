@@ -16,7 +16,7 @@ class Network:
     """The package that it comes from."""
     title: str
     make: Callable[[int], Entry]
-    """From a depth to the network."""
+    """Maps a depth to the network."""
     depths: tuple[int, int] = (4, 12)
     equal: bool = True
     """Whether its blocks are equal, so that the memory of a local rule may not grow."""

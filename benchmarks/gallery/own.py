@@ -1,4 +1,4 @@
-"""Networks of the gallery that the libraries do not have: each is a function that gets a depth."""
+"""Networks of the gallery that the libraries do not have: each is a function that takes a depth."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from layerwise import LanguageModel, Loss, Regression
 
 
 class Residual(nn.Module):
-    """Two convolutions beside a skip."""
+    """Two convolutions with a skip connection."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -48,7 +48,7 @@ def unet(depth: int) -> Entry:
 
 
 class Feedforward(nn.Module):
-    """A layer beside a skip."""
+    """A layer with a skip connection."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -115,13 +115,13 @@ class Towers(nn.Module):
 
 
 def contrast(z: Tensor, y: Tensor) -> Tensor:
-    """InfoNCE of the two views `(B, 2, D)`: each finds its other one in the batch, whose number y is."""
+    """InfoNCE of the two views `(B, 2, D)`: each finds its counterpart in the batch, whose number is y."""
     z = F.normalize(z, dim=-1)
     return F.cross_entropy(z[:, 0] @ z[:, 1].T / 0.2, y)
 
 
 def towers(depth: int) -> Entry:
-    """A contrastive loss of one's own, at the head and at every block."""
+    """A custom contrastive loss, at the head and at every block."""
     source = torch.randn(32, 8)
     views = {"left": source @ torch.randn(8, 24), "right": source @ torch.randn(8, 16)}
     task = Loss(contrast, positions="token")
@@ -159,7 +159,7 @@ def encoder(depth: int) -> Entry:
 
 
 class Recurrent(nn.Module):
-    """LSTMs over one another; each returns its outputs and its states."""
+    """Stacked LSTMs; each returns its outputs and its states."""
 
     def __init__(self, depth: int):
         super().__init__()

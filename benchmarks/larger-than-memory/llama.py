@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Layer(nn.Module):
-    """A decoder layer: attention and a gated network, each behind a norm and with a skip."""
+    """A decoder layer: attention and a gated network, each after a norm and with a skip."""
 
     def __init__(self, width: int, inner: int, heads: int, keys: int):
         super().__init__()

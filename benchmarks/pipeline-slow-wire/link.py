@@ -2,7 +2,7 @@
 
     python link.py INTERFACE INTERFACE --delay MILLISECONDS --rate MBIT_PER_SECOND
 
-In place of `tc netem` where the kernel has none. Frames are taken as they are, unsegmented, with the header in which
+Replaces `tc netem` if the kernel does not have it. Frames are taken as they are, unsegmented, with the header in which
 the kernel notes checksums and segments that are still to be made (virtio_net_hdr), so few of them pass. None is lost.
 """
 
@@ -18,7 +18,7 @@ HEADER = 10
 
 
 def opened(interface: str) -> socket.socket:
-    """A raw socket that sees what arrives at the interface, and not what it sends itself."""
+    """A raw socket that receives what arrives at the interface, but not what it sends itself."""
     end = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
     end.setsockopt(SOL_PACKET, PACKET_VNET_HDR, struct.pack("i", 1))
     end.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, struct.pack("i", 1))

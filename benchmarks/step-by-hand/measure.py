@@ -2,9 +2,9 @@
 
     python benchmarks/step-by-hand/measure.py [--only mlp] [--rounds 15] [--out FOLDER]
 
-`local_ce` and `sll` on MLPs stand beside loops that hold nothing but the mathematics. `sid_cascade` stands beside the
-form that its authors published: all modules without gradient for the beliefs, then all modules with one backward pass
-of the summed losses. The contenders take their steps in turn, in an order that changes from round to round, on one
+`local_ce` and `sll` on MLPs are compared with loops that contain only the mathematics. `sid_cascade` is compared with
+the form that its authors published: all modules without gradient for the beliefs, then all modules with one backward
+pass of the summed losses. The contenders take their steps in turn, in an order that changes from round to round, on one
 thread. Time is the processor's, of this process alone. Each figure is a ratio within a round.
 
 Before it is timed, every pair is compared: the MLPs' weights have the same bits after three steps. The cascade's are
@@ -153,7 +153,7 @@ def pair(name: str, dtype: torch.dtype) -> tuple[Learner, Step, nn.Module, Tenso
 
 
 def apart(name: str) -> float:
-    """How far the two are apart after three steps, of the largest weight; exits where that is too far."""
+    """The difference of the two after three steps, relative to the largest weight; exits if it is too large."""
     exact = CASES[name][0] != "sid_cascade"
     learner, step, other, x, y = pair(name, torch.float32 if exact else torch.float64)
     for _ in range(3):
@@ -202,7 +202,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    keep_freed_memory()  # whose pages the system else clears again and again, in a number that is chance
+    keep_freed_memory()  # otherwise the system clears its pages again and again, a random number of them
     rows = [measure(name, options.rounds) for name in CASES if name.startswith(options.only)]
     command = recording.command_of(__file__)
     options.out.mkdir(parents=True, exist_ok=True)

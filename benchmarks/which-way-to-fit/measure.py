@@ -101,7 +101,7 @@ def measure(name: str, rounds: int, folder: str) -> list[dict[str, Any]]:
 
 
 def memory(way: str, learner: Learner, x: torch.Tensor, y: torch.Tensor) -> list[Any]:
-    """What a step uses; of block_rota, each step of a round of turns."""
+    """The memory use of a step; for block_rota, of each step of a round of turns."""
     for _ in range(2):
         learner.step(x, y)
     return [learner.measured_step(x, y)[1] for _ in range(len(learner.network.blocks) if way == "block_rota" else 1)]

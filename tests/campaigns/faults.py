@@ -1,4 +1,4 @@
-"""Faults between ranks: one dies, stops, differs, or is a stranger; every other one ends in time with a sentence."""
+"""Faults between ranks: one dies, stops, differs, or does not belong; all others end in time with a sentence."""
 
 import random
 import re

@@ -1,4 +1,4 @@
-"""Processes that are killed at any moment: whatever is started again ends in the bits of a run that was not."""
+"""Processes that are killed at any moment: a restarted run ends with the bits of one that was never killed."""
 
 import random
 import shutil

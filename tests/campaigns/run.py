@@ -3,7 +3,7 @@
     python tests/campaigns/run.py            # in full: 200 kills, 1,000 words, 500 files, 100 faults
     python tests/campaigns/run.py --sample   # a sample of at most five minutes, as in CI; writes nothing
 
-Every campaign is seeded: the same seed makes the same attempts, in the same order. Exit code 1 where a promise was
+Every campaign is seeded: the same seed makes the same attempts, in the same order. The exit code is 1 if a promise was
 broken.
 """
 

@@ -1,4 +1,4 @@
-"""Commands in processes that are forked off this one, where torch is imported once; what became of each."""
+"""Runs commands in processes forked from this one, so that torch is imported once, and reports their outcome."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Words that nobody should write: mutated options, recipes and records of runs."""
+"""Invalid words: mutated options, recipes and records of runs."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""The command line: every command, what it prints and what it leaves."""
+"""The command line: every command, what it prints and which files it writes."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""`layerwise doctor` tells what there is, and says what stands in the way."""
+"""`layerwise doctor` reports what is installed, and names what prevents a run."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Every failure of the command line is one sentence, and the answers that need no torch do not import it."""
+"""Every failure of the command line is one sentence, and answers that do not need torch do not import it."""
 
 import errno
 import io

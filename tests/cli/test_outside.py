@@ -1,4 +1,4 @@
-"""Networks and rules from elsewhere on the command line: `hf:`, `timm:`, `FILE.py:NAME`."""
+"""Networks and rules from other packages and files on the command line: `hf:`, `timm:`, `FILE.py:NAME`."""
 
 import json
 import sys

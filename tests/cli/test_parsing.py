@@ -1,4 +1,4 @@
-"""Numbers of the command line are what people write; words stay words."""
+"""Numbers on the command line are read as people write them; words stay words."""
 
 import math
 from dataclasses import dataclass, field

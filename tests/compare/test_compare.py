@@ -1,4 +1,4 @@
-"""A comparison: the same for every rule, whoever runs it and however often it is killed; failures are told."""
+"""A comparison: the same for every rule, in any worker, and after any number of kills; failures are reported."""
 
 import contextlib
 import csv

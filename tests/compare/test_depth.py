@@ -1,4 +1,4 @@
-"""Memory at other depths: bytes of the bench, nothing where there is no depth, nothing that takes long unasked."""
+"""Memory at other depths: the bytes of the bench; none without a depth, and no long measurement by default."""
 
 import pytest
 

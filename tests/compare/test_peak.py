@@ -1,4 +1,4 @@
-"""A comparison under a peak of memory: every rule by its own means, timed beside plain backpropagation."""
+"""A comparison under a peak of memory: each rule with its own options, timed against plain backpropagation."""
 
 import contextlib
 import csv

@@ -1,4 +1,4 @@
-"""The intervals of a comparison: what they cover, when there is none, and that they are the same every time."""
+"""The intervals of a comparison: their coverage, when there is none, and that they are reproducible."""
 
 import itertools
 import math

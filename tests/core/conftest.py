@@ -1,4 +1,4 @@
-"""No test of the core may leave a suspended pass, or a mode of autograd, behind."""
+"""No test of the core may leave a suspended pass, or a changed mode of autograd."""
 
 import greenlet
 import pytest

@@ -1,4 +1,4 @@
-"""Models cut at the calls of their own modules: whatever their own forward pass does, it does as it would alone."""
+"""Models cut at the calls of their own modules: their own forward pass does what it does without a learner."""
 
 import contextvars
 import copy

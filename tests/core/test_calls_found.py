@@ -1,4 +1,4 @@
-"""Where models that nobody here wrote are cut by themselves, and who trains what lies between."""
+"""Where models of other people are cut automatically, and which block trains the modules between the cuts."""
 
 import copy
 

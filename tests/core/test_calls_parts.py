@@ -1,4 +1,4 @@
-"""A batch in parts through a model that is cut at its calls: a forward pass of the model's own for each part."""
+"""A batch in parts through a model that is cut at its calls: the model's own forward pass runs for each part."""
 
 import copy
 

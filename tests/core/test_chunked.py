@@ -1,4 +1,4 @@
-"""The loss in chunks is torch's own loss, and the logits of all positions are never there."""
+"""The loss in chunks equals torch's own loss, and the logits of all positions never exist at once."""
 
 import pytest
 import torch

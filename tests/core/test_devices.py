@@ -1,4 +1,4 @@
-"""Devices that this machine does not have, pretended."""
+"""Devices that this machine does not have, simulated."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The pure mathematics against identities, in float64 where an identity is exact."""
+"""The pure functions against identities, in float64 if an identity is exact."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Gradients of a layer in closed form are autograd's."""
+"""The gradients of a layer in closed form equal those of autograd."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A batch that a group runs in parts: the update of the whole batch, at the memory of a part."""
+"""A batch that a group runs in parts: the update of the whole batch, with the memory of one part."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""An optimizer's step without what surrounds it has the bits of torch's own, and leaves out nothing that is watched."""
+"""An optimizer's step without its overhead has the bits of torch's own, and skips no hook or profiler."""
 
 import copy
 

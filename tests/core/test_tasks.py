@@ -1,4 +1,4 @@
-"""What each task says of outputs and labels, against torch's and scikit-learn's own functions."""
+"""Losses and metrics of each task, against torch's and scikit-learn's own functions."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A traced part does what the program does, or says that it cannot; a block leaves its input alone."""
+"""A traced part does what the program does, or raises an error; a block does not change its input."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""What a forward pass reads from elsewhere is followed, and a trace that would freeze it is refused."""
+"""Values that a forward pass reads from outside are followed, and a trace that would freeze them is refused."""
 
 import random
 

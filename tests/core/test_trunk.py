@@ -1,4 +1,4 @@
-"""A trunk: the first group learns last, from the sum of what later groups send back."""
+"""A trunk: the first group learns last, from the sum of the gradients that later groups send back."""
 
 import copy
 

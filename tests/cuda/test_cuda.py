@@ -1,4 +1,4 @@
-"""What holds on the CPU holds on CUDA: the bits, the mathematics, flat memory, offloading; and no step waits for it."""
+"""What holds on the CPU holds on CUDA: bits, mathematics, flat memory, offloading; no step waits for the device."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Every test of the data has a cache of its own."""
+"""Every test of the data has its own cache."""
 
 import pytest
 

@@ -1,5 +1,5 @@
-"""Labels and splits as files bring them: every different word a class, nothing dropped without a note, no file that is
-not part of the data."""
+"""Labels and splits from files: every different word is a class, nothing is dropped without a note, and no file is read
+that is not part of the data."""
 
 import io
 import json

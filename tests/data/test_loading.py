@@ -1,4 +1,4 @@
-"""Data sets by name: those of the hub, and what is refused in one sentence."""
+"""Data sets by name: those of the hub, and errors in one sentence."""
 
 import os
 import struct

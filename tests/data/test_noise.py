@@ -1,4 +1,4 @@
-"""Label noise: how much, of which kind, where, and that nothing but the data decides it."""
+"""Label noise: how much, of which kind, where, and that it depends on the data alone."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What pictures of every kind become: the right pixels, the same for training and prediction, or one sentence."""
+"""Pictures of every kind become the right pixels, the same for training and prediction, or an error in one sentence."""
 
 import io
 import struct

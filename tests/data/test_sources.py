@@ -1,4 +1,4 @@
-"""What files become: pixels and labels in memory, streamed, and from the cache."""
+"""Files become pixels and labels: in memory, streamed, and from the cache."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""How samples are divided: shares of the classes, what no option moves, statistics of the training part."""
+"""How samples are split: shares of the classes, splits that no option changes, statistics of the training part."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Labels that are no classes: numbers and several labels in tables, masks beside images, the sets that come along."""
+"""Labels that are not classes: numbers and several labels in tables, masks of images, the included data sets."""
 
 import csv
 

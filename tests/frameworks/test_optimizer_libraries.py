@@ -1,4 +1,4 @@
-"""Optimizers of kept libraries under a local rule and under backpropagation: they train, their state is counted."""
+"""Optimizers of other libraries with a local rule and with backpropagation: they train, their state is counted."""
 
 import pytest
 import torch

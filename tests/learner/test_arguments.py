@@ -1,4 +1,4 @@
-"""What a learner is given: options, optimizers and batches of another kind are refused in a sentence."""
+"""Arguments of a learner: options, optimizers and batches of a wrong kind are refused in one sentence."""
 
 import copy
 import math

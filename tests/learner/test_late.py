@@ -1,4 +1,4 @@
-"""Models on the meta device: blocks made one by one, from draws, files or a function; weights written so."""
+"""Models on the meta device: blocks created one by one from draws, files or a function; weights written one by one."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The Learner from outside: going on from a saved state, what it refuses, what it leaves alone."""
+"""The Learner from outside: continuing from a saved state, what it refuses, and what it does not change."""
 
 import copy
 import cProfile

@@ -1,4 +1,4 @@
-"""Optimizers of any kind: by dotted path, several in one group, options by parameter name, modes and own numbers."""
+"""Optimizers of any kind: by dotted path, several in one group, options by parameter name, modes, own settings."""
 
 import copy
 import math

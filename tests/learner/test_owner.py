@@ -1,4 +1,4 @@
-"""What the owner of a model does to it while a learner trains it: followed or refused, never ignored."""
+"""Changes to a model while a learner trains it are followed or refused, never ignored."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""Skipped updates: a batch that is not finite leaves nothing behind, whatever the rule and whenever resumed."""
+"""Skipped updates: a batch that is not finite changes nothing, with any rule and after any resumption."""
 
 import copy
 

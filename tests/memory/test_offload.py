@@ -1,4 +1,4 @@
-"""Offloaded blocks: the bits of blocks that are not, with no more than two groups on the device, and a clear end."""
+"""Offloaded blocks: the same bits as without offloading, at most two groups on the device, and clear errors."""
 
 import copy
 import errno

@@ -1,4 +1,4 @@
-"""What quantising optimizers do: tensor subclasses, tensors in plain objects, compiled steps; the meters count them."""
+"""Quantising optimizers use tensor subclasses, tensors in plain objects and compiled steps; the meters count them."""
 
 import pytest
 import torch

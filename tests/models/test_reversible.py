@@ -1,4 +1,4 @@
-"""The reversible model: gradients of plain autograd, activations that do not grow, and what breaks a row."""
+"""The reversible model: gradients of plain autograd, activations that do not grow, and what ends a reversible row."""
 
 import pytest
 import torch

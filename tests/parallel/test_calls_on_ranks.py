@@ -1,4 +1,4 @@
-"""Models that are cut at their calls, on several ranks: the bits of one process, and what cannot be shared out."""
+"""Models that are cut at their calls, on several ranks: the bits of one process, and what cannot be distributed."""
 
 import copy
 

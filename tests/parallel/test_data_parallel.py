@@ -1,4 +1,4 @@
-"""Replicas: the gradient of the whole batch, the same bits on every rank, and a clear end where a rank fails."""
+"""Replicas: the gradient of the whole batch, the same bits on every rank, and a clear error if a rank fails."""
 
 import copy
 import os

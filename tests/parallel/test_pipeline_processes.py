@@ -1,4 +1,4 @@
-"""The pipeline in processes: the bits of one process, and a clear end where a rank fails."""
+"""The pipeline in processes: the bits of one process, and a clear error if a rank fails."""
 
 import datetime
 import os

@@ -1,4 +1,4 @@
-"""How ranks meet: every wait ends, all agree before anything is sent, and nothing that arrives is run as code."""
+"""How ranks meet: every wait ends, all agree before anything is sent, and no received data runs as code."""
 
 import ast
 import contextlib

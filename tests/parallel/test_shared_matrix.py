@@ -1,4 +1,4 @@
-"""The output matrix that all blocks read, on several ranks: the bits of one process, and who holds what."""
+"""The output matrix that all blocks read, on several ranks: the bits of one process, and which rank holds it."""
 
 import copy
 from shlex import split

@@ -1,4 +1,4 @@
-"""The gallery of `benchmarks/`: its networks that need no library, in the order of its checks."""
+"""The gallery of `benchmarks/`: its networks that do not need a library, in the order of its checks."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What the layers contract cannot see: the lazy root, imports by name, and circles of files inside a room."""
+"""What the layers contract cannot see: the lazy root, imports by name, and import cycles inside a package."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""What is built and shipped: types, one version, an sdist without the evidence, layers that are checked."""
+"""The built package: types, one version, an sdist without the evidence, and checked layers."""
 
 import re
 import shutil

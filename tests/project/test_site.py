@@ -1,4 +1,4 @@
-"""The built site in a browser: nothing that keeps a reader out, and nothing that is asked of the network."""
+"""The built site in a browser: it is accessible to every reader, and requests nothing from the network."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Modules put into a model: the forward pass, the gradient's formula of the paper, and what is kept of a batch."""
+"""Replaced modules of a model: the forward pass, the paper's formula of the gradient, and what a batch stores."""
 
 import copy
 from functools import partial

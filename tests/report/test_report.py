@@ -1,4 +1,4 @@
-"""The report: what is in it, that it needs nothing else, and that a browser shows it."""
+"""The report: its contents, that it needs no other file, and that a browser shows it."""
 
 import html
 import json

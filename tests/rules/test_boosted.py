@@ -1,4 +1,4 @@
-"""Boosting against its formulas: the residual, Newton's step, whose turn it is, the sum."""
+"""Boosting against its formulas: the residual, Newton's step, the order of the turns, the sum."""
 
 import copy
 import math

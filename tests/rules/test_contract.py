@@ -1,4 +1,4 @@
-"""What every rule must keep, for every family of models; a new rule is tested by being registered."""
+"""What must hold for every rule, with every family of models; a new rule is tested once it is registered."""
 
 import copy
 import dataclasses

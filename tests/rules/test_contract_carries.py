@@ -1,4 +1,4 @@
-"""Other families of rules in a few lines each: the contract carries them, the engine is untouched."""
+"""Other families of rules in a few lines each: the contract suffices for them, and the engine stays as it is."""
 
 from dataclasses import dataclass, replace
 

@@ -1,4 +1,4 @@
-"""The default device is the user's: nothing that the library makes lies there, or draws there."""
+"""The default device belongs to the user: the library creates no tensor there, and draws no number there."""
 
 import copy
 

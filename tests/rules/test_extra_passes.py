@@ -1,4 +1,4 @@
-"""Passes that a rule makes besides the step's own: the same draws and mode, and no running statistic moves twice."""
+"""A rule's extra passes besides the step's own: the same draws and mode, and no running statistic changes twice."""
 
 import copy
 from dataclasses import dataclass

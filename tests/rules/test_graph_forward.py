@@ -1,4 +1,4 @@
-"""Graph networks and ForwardGNN: what is linked to what, closed forms, who knows which label."""
+"""Graph networks and ForwardGNN: which nodes are linked, closed forms, and which labels are known where."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Rules that settle states, or carry cotangents over one block at a time, before the update: what they are exactly."""
+"""Rules that relax states, or pass cotangents over one block at a time, before the update: in closed form."""
 
 import copy
 from itertools import pairwise

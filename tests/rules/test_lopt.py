@@ -1,4 +1,4 @@
-"""LoPT and its control: who learns from what, by hand."""
+"""LoPT and its control: which block learns from which loss, by hand."""
 
 import copy
 

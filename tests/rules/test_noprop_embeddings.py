@@ -1,4 +1,4 @@
-"""NoProp: who trains the embeddings and the schedule, and where prototypes start."""
+"""NoProp: what trains the embeddings and the schedule, and where prototypes start."""
 
 import copy
 

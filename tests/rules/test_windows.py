@@ -1,4 +1,4 @@
-"""Windows with losses of their own: what trains what, against gradients by hand."""
+"""Windows with their own losses: which loss trains which block, against gradients by hand."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Wrong uses: each is answered by one clear sentence and exit code 2, and leaves nothing behind."""
+"""Wrong uses: each gives one clear sentence and exit code 2, and leaves no files."""
 
 import json
 import re

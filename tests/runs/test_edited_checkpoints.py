@@ -1,4 +1,4 @@
-"""Edited checkpoints, their digest made right again: each is refused in one sentence, or is read to the same bits."""
+"""Edited checkpoints with a corrected digest: each is refused in one sentence, or is read to the same bits."""
 
 import copy
 import json

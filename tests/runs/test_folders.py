@@ -1,4 +1,4 @@
-"""The folder of a run: one process at a time, nothing deleted too early, nothing lost in silence."""
+"""The folder of a run: one process at a time, nothing deleted too early, nothing lost without a message."""
 
 import errno
 import json

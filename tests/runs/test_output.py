@@ -1,4 +1,4 @@
-"""What a user names as output replaces that file and nothing else."""
+"""The output file that a user names is replaced, and no other file."""
 
 import os
 import stat

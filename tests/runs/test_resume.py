@@ -1,4 +1,4 @@
-"""A run that was stopped at any step and resumed ends in the same bits as one that was not."""
+"""A run that was stopped at any step and resumed ends with the same bits as one that was not stopped."""
 
 import random
 import re

@@ -1,4 +1,4 @@
-"""Runs on text: resumed to the same bits, with the tokenizer that lies in their folder; text that they write."""
+"""Runs on text: resumed to the same bits, with the tokenizer in their folder; the text that they generate."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""`layerwise bench scaling`: what it measures, and the closed forms that its simulator must meet."""
+"""`layerwise bench scaling`: what it measures, and closed forms for its simulator."""
 
 import json
 import time

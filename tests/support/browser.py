@@ -1,4 +1,4 @@
-"""Headless Chromium: what a script on a page finds there, and the findings of axe-core."""
+"""Headless Chromium: the result of a script on a page, and the findings of axe-core."""
 
 import html
 import json
@@ -34,10 +34,10 @@ addEventListener("load", async () => {
 def browse(
     page: str, probe: str, file: Path, profile: Path, width: int = 1280, dark: bool = False, address: str | None = None
 ):
-    """What the script `probe`, put at the end of `page`, leaves in `document.body.dataset.found`.
+    """The value that the script `probe`, put at the end of `page`, writes to `document.body.dataset.found`.
 
-    The page is written to `file`, beside what it refers to, and opened there or at `address`. What the console says
-    of a page fails.
+    The page is written to `file`, next to the files that it refers to, and opened there or at `address`. Any message on
+    the console is a failure.
     """
     file.write_text(page.replace("</body>", probe + "</body>"))
     words = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]

@@ -25,7 +25,7 @@ def png(image):
 
 
 def write_parquet(path, images, labels, *, classes=None, image="image", label="label"):
-    """A parquet file of encoded images, with Hugging Face's feature notes where `classes` are given."""
+    """A parquet file of encoded images, with Hugging Face's feature metadata if `classes` are given."""
     path.parent.mkdir(parents=True, exist_ok=True)
     cells = [{"bytes": data if isinstance(data, bytes) else png(data), "path": None} for data in images]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

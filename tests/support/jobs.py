@@ -1,4 +1,4 @@
-"""Ranks of a job, in processes that are forked off the test; shared by the tests."""
+"""Ranks of a job, in processes that are forked from the test; shared by the tests."""
 
 import contextlib
 import faulthandler
@@ -37,7 +37,7 @@ def job(ranks, folder, words, of_rank=None, attempt=0, store=None, variables=Non
     folder.mkdir(exist_ok=True)
     load("digits")  # imported once, here
     context = multiprocessing.get_context("fork")
-    begin = context.Event()  # the store's thread must have nothing to do while this process is forked
+    begin = context.Event()  # the store's thread must be idle while this process is forked
 
     def child(rank):
         begin.wait()
@@ -61,7 +61,7 @@ def job(ranks, folder, words, of_rank=None, attempt=0, store=None, variables=Non
         os._exit(code or 0)
 
     processes = [context.Process(target=child, args=(rank,)) for rank in range(ranks)]
-    gc.freeze()  # what waits for a thread of this process when it is destroyed, such as a store, must not be in a rank
+    gc.freeze()  # a rank must not destroy objects that then wait for a thread of this process, such as a store
     for process in processes:
         process.start()
     gc.unfreeze()
@@ -75,7 +75,7 @@ def job(ranks, folder, words, of_rank=None, attempt=0, store=None, variables=Non
 
 
 def ended(processes, folder, seconds=120):
-    """Exit codes and what each rank has said."""
+    """Exit codes, and the output of each rank."""
     limit = time.monotonic() + seconds
     for process in processes:
         process.join(max(limit - time.monotonic(), 0.1))
@@ -124,7 +124,7 @@ def check_killed(ranks, victim, name, out, folder, words):
 
 
 def check_refused(ranks, words, of_rank, sentence, folder):
-    """A mistake is one sentence of one rank, with exit code 2, and nothing is written; FULL is a folder in use."""
+    """A mistake gives one sentence of one rank and exit code 2, and nothing is written; FULL is a folder in use."""
     full = folder / "full"
     full.mkdir()
     (full / "file").write_text("mine")
@@ -134,7 +134,7 @@ def check_refused(ranks, words, of_rank, sentence, folder):
     told = {error for error in errors if error}
     (said,) = told
     assert said.startswith("layerwise: ") and said.count("\n") == 1 and sentence in said
-    # A difference is told by every rank, any other mistake by one.
+    # Every rank reports a difference; one rank reports any other mistake.
     assert sum(map(bool, errors)) == (ranks if "the ranks differ" in said else 1)
     assert not (folder / "out").exists()
     assert [file.name for file in full.iterdir()] == ["file"] and (full / "file").read_text() == "mine"

@@ -1,6 +1,6 @@
 """Small nets, a small problem, and what "the same bits" means; shared by the tests.
 
-They lie on the CPU, or where the environment variable LAYERWISE_TEST_DEVICE says.
+They are on the CPU, or on the device that the environment variable LAYERWISE_TEST_DEVICE names.
 """
 
 import copy
@@ -28,7 +28,7 @@ QUICK = {
     "likelihood_ratio": {"pairs": 2},
 }
 UNDEFINED = {"pepita": ("vit",)}
-"""Models on which a rule is not defined, and says so."""
+"""Models for which a rule is not defined, and which it refuses."""
 SIZES = {
     "mlp": {"width": 16},
     "vgg": {"width": 4},
@@ -45,7 +45,7 @@ SIZES = {
 
 
 def seed(number):
-    """As `torch.manual_seed`, which takes 4 ms to note the call for each kind of device that is not there."""
+    """Like `torch.manual_seed`, which takes 4 ms to record the call for each kind of device that is not present."""
     torch.default_generator.manual_seed(number)
     if torch.accelerator.is_available():
         torch.manual_seed(number)
@@ -78,7 +78,7 @@ def by_parameter(rule):
 
 
 def made(rule):
-    """A rule by name, with options under which every block has its turn, and learns, within few steps."""
+    """A rule by name, with options such that every block has its turn, and learns, within a few steps."""
     return rules.create(rule, **QUICK.get(rule, {}))
 
 
@@ -127,7 +127,7 @@ def trained(model, rule, data, **options):
 
 
 def gone_on(model, rule, data, stop, **options):
-    """As `trained`, by two learners: the second goes on from the state of the first after `stop` batches."""
+    """Like `trained`, with two learners: the second continues from the state of the first after `stop` batches."""
     state = copy.deepcopy(trained(model, rule, data[:stop], **options).state_dict())
     learner = Learner(copy.deepcopy(model), rule, **options)
     learner.load_state_dict(state)

@@ -20,4 +20,4 @@ def made(rule, options=None, **model):
 
 
 IDLE = pytest.mark.filterwarnings("ignore:these parameters of block .* get no gradient:UserWarning")
-"""For tests whose network gives logits without a part of its own."""
+"""For tests whose network gives logits without a separate part."""

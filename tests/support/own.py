@@ -1,4 +1,4 @@
-"""Networks as somebody else would write them: keywords, masks, tied weights, dictionaries, skips."""
+"""Networks as other people write them: keywords, masks, tied weights, dictionaries, skips."""
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +74,7 @@ class Skips(nn.Module):
         self.head = nn.Linear(width, 4)
 
     def forward(self, x):
-        x = first = self.side(x).tanh()  # first is no output of a cut: its graph crosses all of them
+        x = first = self.side(x).tanh()  # `first` is not the output of a cut: its graph crosses all of them
         kept = []
         for part in self.down:
             x = part(x).relu()

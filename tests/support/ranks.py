@@ -1,4 +1,4 @@
-"""Replicas in processes of their own, and when two states are the same; shared by the tests."""
+"""Replicas in separate processes, and comparisons of two states; shared by the tests."""
 
 import copy
 
@@ -24,7 +24,7 @@ def share(x, rank, ranks):
 
 
 def spread(ranks, folder, work, kind=Replicas):
-    """What `work(replicas)` gives on every rank of a job."""
+    """The results of `work(replicas)` on every rank of a job."""
 
     def child():
         replicas = kind(Ranks(30, torch.device("cpu")))
@@ -46,7 +46,7 @@ def learned(replicas, model, rule, data, **options):
 
 
 def whole(tree):
-    """A state with whole tensors in place of shares; all ranks together."""
+    """A state with full tensors instead of shards; all ranks call it together."""
     if isinstance(tree, dict):
         return {name: whole(value) for name, value in tree.items()}
     return tree.full_tensor() if hasattr(tree, "full_tensor") else tree

@@ -21,13 +21,13 @@ TIMING = ("train_seconds", "samples_per_second", "seconds")
 
 
 def train(folder, *words):
-    """Train in this process; digits and SLL on a small MLP where the words say nothing else."""
+    """Train in this process; digits and SLL on a small MLP unless the words say otherwise."""
     assert main(["train", *SMALL, "--out", str(folder), *words]) == 0
     return folder
 
 
 def start(*words, **options):
-    """The command line in a process of its own."""
+    """The command line in a separate process."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error", "PYTHONUNBUFFERED": ""}
     environment.pop("COLUMNS", None)  # pytest's own, in the workers
     command = [sys.executable, "-m", "layerwise", *map(str, words)]
@@ -40,7 +40,7 @@ def result(folder):
 
 
 def lines(folder, split=None):
-    """What was logged, timing aside."""
+    """The log without timings."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
         {name: value for name, value in line.items() if name not in TIMING}

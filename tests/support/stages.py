@@ -29,14 +29,14 @@ class Pipe:
             waiting.append(matrix.clone())
 
     def send_back(self, tensors):
-        """Nothing travels: the rank before looks at what this one has when it would have come."""
+        """Nothing is sent: the previous rank reads this rank's tensors at the time when they would have arrived."""
 
     def receive_back(self):
         return self.later().engine.next_block.told()
 
 
 def stages(model, rule, ranks, example, counts=None, **options):
-    """Learners of all stages; `model` is copied, or called where it makes one."""
+    """Learners of all stages; `model` is copied, or called if it is a function."""
     ways = [deque() for _ in range(ranks + 1)]
     matrices = [deque() for _ in range(ranks - 1)]
     learners: list[Learner] = []
@@ -50,6 +50,6 @@ def stages(model, rule, ranks, example, counts=None, **options):
 
 
 def through(learners, method, x, y):
-    """One batch through all stages; the later ones get labels alone."""
+    """One batch through all stages; the later ones get only labels."""
     found = [getattr(learner, method)(x if i == 0 else x[:, :0], y) for i, learner in enumerate(learners)]
     return {block: scalars for metrics in found for block, scalars in metrics.blocks.items()}

@@ -1,4 +1,4 @@
-"""A model with three layers, and what its forward pass does between two of them is left to its subclasses."""
+"""A model with three layers; subclasses decide what its forward pass does between two of them."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""timm and torchvision beside a torch for the CPU."""
+"""timm and torchvision next to a torch for the CPU."""
 
 import contextlib
 

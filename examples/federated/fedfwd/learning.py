@@ -1,4 +1,4 @@
-"""What one client does in one round, and what travels; nothing here knows of Flower."""
+"""What one client does in one round, and what it sends and receives; this module is independent of Flower."""
 
 import functools
 import json
@@ -18,7 +18,7 @@ from .shards import shards
 
 @dataclass(frozen=True)
 class Options:
-    """A run; with dashes for underscores, these are the keys of `flwr run --run-config`."""
+    """A run; with dashes instead of underscores, these are the keys of `flwr run --run-config`."""
 
     data: str = "auto"
     """A data set of layerwise; auto: mnist where LAYERWISE_DATA holds it, else scikit-learn's embedded digits."""
@@ -63,7 +63,7 @@ class Options:
 
 @functools.lru_cache(maxsize=1)
 def dataset(name: str, train_samples: int) -> data.Dataset:
-    """The data set; a process that plays several clients reads it once."""
+    """The data set; a process that runs several clients reads it once."""
     if name == "auto":
         name = "mnist" if find_local("mnist", None) is not None else "digits"
     return data.load(name, val_fraction=0.0, train_samples=train_samples or None)
@@ -85,7 +85,7 @@ def client_seed(options: Options, client: int) -> int:
 
 
 def make_learner(options: Options, seed: int) -> Learner:
-    """The network with the run's initial weights, and a learner with draws of its own."""
+    """The network with the run's initial weights, and a learner with its own random draws."""
     torch.set_num_threads(options.threads)
     found = dataset(options.data, options.train_samples)
     device = torch.device("cpu")
@@ -112,13 +112,13 @@ def _option(word: str) -> tuple[str, Any]:
 
 
 def arrays_of(learner: Learner) -> dict[str, Tensor]:
-    """What travels: the model's and the rule's parameters and buffers, but no optimizer state."""
+    """What is sent: the model's and the rule's parameters and buffers, but no optimizer state."""
     state = learner.state_dict()
     return {f"{part}.{name}": tensor for part in ("model", "auxiliary") for name, tensor in state[part].items()}
 
 
 def load_arrays(learner: Learner, arrays: Mapping[str, Tensor], steps: int) -> None:
-    """Continue from arrays that the server has averaged, with optimizers that know nothing yet, at a step's number."""
+    """Continue at a step's number from arrays that the server has averaged, with new optimizers without state."""
     state = learner.state_dict()
     for part in ("model", "auxiliary"):
         # The average of counters is a fraction.
@@ -133,7 +133,7 @@ def load_arrays(learner: Learner, arrays: Mapping[str, Tensor], steps: int) -> N
 
 @dataclass(frozen=True)
 class Trained:
-    """What a client gives back."""
+    """What a client sends back."""
 
     arrays: dict[str, Tensor]
     samples: int
@@ -160,7 +160,7 @@ def train(options: Options, client: int, number: int, arrays: Mapping[str, Tenso
     learner = make_learner(options, client_seed(options, client))
     first = (number - 1) * options.local_epochs
     load_arrays(learner, arrays, steps=first * len(mine))
-    # From the second step on there is optimizer state.
+    # From the second step on, the optimizers have state.
     measured = learner.steps + (options.local_epochs * len(mine) > 1)
     use = None
     for epoch in range(first, first + options.local_epochs):

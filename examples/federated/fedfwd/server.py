@@ -19,14 +19,14 @@ app = ServerApp()
 
 
 class OrderedFedAvg(FedAvg):
-    """Flower's FedAvg over the replies in the order of the clients: the average then has the same bits in every run."""
+    """Flower's FedAvg over the replies in the order of the clients, so that every run gives the same bits."""
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         found = list(replies)
         for reply in found:
-            if reply.has_error():  # which Flower's would leave out of the average
+            if reply.has_error():  # Flower's own FedAvg would leave it out of the average
                 raise LayerwiseError(f"a client has failed in round {server_round}: {reply.error.reason}")
         found.sort(key=lambda reply: reply.content["metrics"]["client"])
         return super().aggregate_train(server_round, found)

@@ -22,7 +22,7 @@ def shards(labels: Tensor, clients: int, alpha: float, seed: int, least: int = 1
         clients: how many shards.
         alpha: 0, or the concentration.
         seed: of every draw; the shards depend on nothing else.
-        least: samples that each shard has at least; proportions are drawn again until it has.
+        least: smallest number of samples in a shard; proportions are drawn again until every shard has it.
 
     Returns:
         Indices in ascending order, a tensor per client.

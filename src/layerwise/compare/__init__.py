@@ -1,8 +1,8 @@
 """`layerwise compare`: a folder of ordinary runs, rules by seeds.
 
-Which runs there should be follows from the options and the seeds. Those that are missing go to worker processes. A
-worker imports torch once and trains many runs; draws depend on (seed, step, block) only, so it does not matter which
-worker trains which run. State is in files alone: `result.json` marks a finished run and is written last, so that
-SIGKILL at any moment loses no more than the runs in progress. Workers end when their standard input does, so none
-outlives its parent; they hold the folder's lock too, which keeps a second comparison out until then.
+The options and the seeds decide which runs there should be. Missing runs go to worker processes. A worker imports torch
+once and trains many runs. Draws depend only on (seed, step, block), so it does not matter which worker trains which
+run. All state is in files: `result.json` marks a finished run and is written last, so that SIGKILL at any moment loses
+only the runs in progress. Workers exit when their standard input ends, so none outlives its parent. They also hold the
+folder's lock, which keeps a second comparison out until then.
 """

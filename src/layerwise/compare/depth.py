@@ -18,16 +18,16 @@ USUAL = (4, 16, 64)
 SHARE = 0.25
 """Largest time of an unrequested measurement of a rule's memory, as a share of the time of its runs."""
 ALWAYS = 20.0
-"""Seconds that measuring a rule may take in any case."""
+"""Seconds that measuring a rule may always take."""
 METERED = 6.0
-"""A metered step takes a few times a plain one; two plain ones come first."""
+"""Time of a measurement, in plain steps: a metered step takes as long as a few plain ones, and two of these precede."""
 
 
 def depths_asked(text: str) -> tuple[int, ...] | None:
     """The numbers of blocks in `--depths`; None for auto.
 
     Raises:
-        LayerwiseError: it is no list of positive numbers.
+        LayerwiseError: it is not a list of positive numbers.
 
     >>> depths_asked("4,16"), depths_asked("none"), depths_asked("auto")
     ((4, 16), (), None)
@@ -46,10 +46,10 @@ def depths_of(
     """The numbers of blocks at which to measure a rule, or the reason why there are none.
 
     Args:
-        label: the rule as it was asked for.
+        label: the rule as it was given.
         options: of its runs.
-        asked: numbers of blocks; None for the usual ones, where these take little time beside the runs.
-        plan: what a step of the rule was measured to cost.
+        asked: numbers of blocks; None for the usual ones, if they take little time compared with the runs.
+        plan: the measured cost of a step of the rule.
         steps: of all runs of the rule.
     """
     own = getattr(options.model, "depth", None)

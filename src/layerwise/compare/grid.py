@@ -27,7 +27,7 @@ from layerwise.runs.layout import grid_run_folder
 from layerwise.runs.options import TrainOptions, run_name, to_mapping
 from layerwise.runs.progress import GridProgress
 
-PATIENCE = 10  # seconds: workers of a comparison that was killed live on for a moment, and hold its folder
+PATIENCE = 10  # seconds: workers of a killed comparison run for a moment longer, and hold its folder
 NEVER = 10**9  # no checkpoint before the last step: an interrupted run starts again
 TUNE_SEED = 10_000
 """Seed of the trials, different from those of the runs."""
@@ -67,7 +67,7 @@ class Grid:
         command: the command line, for the record.
 
     Raises:
-        LayerwiseError: a mistake in the options. Nothing is written then.
+        LayerwiseError: a mistake in the options. In that case nothing is written.
     """
 
     def __init__(self, options: CompareOptions, command: str = ""):
@@ -86,7 +86,7 @@ class Grid:
         common = replace(options, threads=threads, out=None, save_every=NEVER, peak=None)
         self.rules = read_rules(options.rules, common)
         self.baseline = read_rules((BASELINE,), replace(common, micro=1))[BASELINE]
-        """Plain backpropagation, with which settings under a peak are timed."""
+        """Plain backpropagation, against which settings under a peak are timed."""
         self.unreached: set[str] = set()
         """Rules that cannot be brought under the peak; they are not trained."""
         words = () if options.rules == RIVALS else options.rules
@@ -106,8 +106,8 @@ class Grid:
             The contents of `summary.json`.
 
         Raises:
-            LayerwiseError: a mistake that the rule, the model or the data refuses (nothing is written then), or a
-                folder that holds something else.
+            LayerwiseError: the rule, the model or the data refuses an option (then nothing is written), or the folder
+                holds something else.
         """
         log = self.folder / "workers.log"
         with claimed(self.folder, PATIENCE, "comparison") as held, _gone_if_empty(log), Pool(1, log, held) as pool:
@@ -174,7 +174,7 @@ class Grid:
         )
 
     def _measure(self, pool: Pool) -> None:
-        """Measure once the cost of a step of every rule, one at a time: for budgets, jobs and the time left."""
+        """Measure the cost of a step of every rule once, one rule at a time: for budgets, jobs and the time left."""
         missing = [label for label in self.rules if label not in self.plan]
         refused: dict[str, str] = {}
 
@@ -234,7 +234,7 @@ class Grid:
             self.plan[label] |= {name: fit[name] for name in ("seconds_per_step", "flops_per_step")}
 
     def _measure_deeper(self, pool: Pool) -> None:
-        """Measure the memory of a step of every trained rule at other numbers of blocks, unless known already."""
+        """Measure the memory of a step of every trained rule at other numbers of blocks, unless it is known."""
         tasks, missing = [], []
         for label, options in self.chosen.items():
             known = self.plan[label].get("held_at", {})
@@ -337,7 +337,7 @@ class Grid:
 
 @contextlib.contextmanager
 def _gone_if_empty(file: Path) -> Iterator[None]:
-    """Remove a file at the end if it is empty."""
+    """A context at whose end a file is removed if it is empty."""
     try:
         yield
     finally:

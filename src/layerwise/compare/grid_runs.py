@@ -1,4 +1,4 @@
-"""The runs of a grid: each in a folder of its own, finished, failed or not run yet."""
+"""The runs of a grid: each in its own folder, finished, failed or not run yet."""
 
 import json
 import shlex
@@ -95,7 +95,7 @@ def train_all(
     A run that fails leaves `failed.json` with `kind` and `reason` in its folder; the others continue.
 
     Raises:
-        LayerwiseError: a folder holds a run with other options; none is run then.
+        LayerwiseError: a folder holds a run with other options; in that case none is trained.
     """
     for run in grid_runs:
         if run.settled:
@@ -104,7 +104,7 @@ def train_all(
 
     def begin(task: dict[str, Any]) -> None:
         run = by_folder[task["folder"]]
-        with claimed(run.folder):  # nobody is training it separately
+        with claimed(run.folder):  # no other process is training it
             shutil.rmtree(run.folder, ignore_errors=True)
         begun(run)
 

@@ -1,4 +1,4 @@
-"""Brings a row of a comparison under a peak of memory, by its own means, and times it against plain backpropagation."""
+"""Brings a rule of a comparison under a peak of memory, and times it against plain backpropagation."""
 
 import statistics
 import time
@@ -39,7 +39,7 @@ class Problem:
 
     @classmethod
     def of(cls, options: TrainOptions) -> "Problem":
-        """That of a run."""
+        """The problem of a run."""
         device = pick_device(options.device)
         dataset = building.load_data(options)
         return cls(
@@ -59,13 +59,13 @@ def ways_of(options: TrainOptions, settled: Sequence[str] = ()) -> list[list[Tra
     """The ways in which a row may save memory besides parts of the batch; those that change what is learned come last.
 
     Args:
-        options: of the row, as asked.
-        settled: options that the row was asked with; a policy among them stays as it is.
+        options: of the row, as given.
+        settled: options that the row was given with; a policy among them stays as it is.
 
     Returns:
-        Lists of options; one is tried where no way of those before comes under the peak. The first holds the row as
-        asked and, of `backprop_checkpoint`, its other policies; the next ones fewer blocks in a group, and then more
-        blocks, where blocks were joined.
+        Lists of options; a list is tried if no way in the earlier ones comes under the peak. The first holds the row as
+        given and, for `backprop_checkpoint`, its other policies. The next ones have fewer blocks in a group, and then
+        more blocks, if blocks were joined.
 
     >>> [way.rule.policy for way in ways_of(TrainOptions(rule=BackpropCheckpoint()))[0]]
     ['all', 'matmul', 'attention']
@@ -110,20 +110,20 @@ def _settings(options: TrainOptions) -> dict[str, Any]:
 def bring_under(
     options: TrainOptions, baseline: TrainOptions, peak: int, settled: Sequence[str], rounds: int = 7
 ) -> dict[str, Any]:
-    """Search the cheapest setting of a row that stays within a peak.
+    """Search for the cheapest setting of a row that stays within a peak.
 
-    Every way of `ways_of` gets the fewest parts that bring it under the peak. Those that come there are timed, in turns
-    with plain backpropagation in one process, and the fastest is taken.
+    Every way of `ways_of` gets the fewest parts that bring it under the peak. Those that stay within it are timed, in
+    turns with plain backpropagation in one process, and the fastest is used.
 
     Args:
-        options: of the row, as asked.
+        options: of the row, as given.
         baseline: plain backpropagation of the same network and data.
         peak: bytes of activations + gradients.
-        settled: options that stay as they were asked.
+        settled: options that stay as they were given.
         rounds: steps of each that are timed.
 
     Returns:
-        A `PeakFit` as the record of the comparison keeps it.
+        A `PeakFit`, as the record of the comparison stores it.
     """
     problem = Problem.of(options)
     tried: list[tuple[TrainOptions, Fit, tuple[str, ...]]] = []
@@ -158,9 +158,9 @@ def timed(
     """Time steps of a row as given, of its settings, and of plain backpropagation, in turns.
 
     Returns:
-        `as_asked`: seconds as a multiple of plain backpropagation's; `ways`: for each that `ratio`, `seconds_per_step`,
-        `flops_per_step`, and `joules_per_sample` where the system tells energy. A ratio is None where plain
-        backpropagation cannot train the network.
+        `as_asked`: seconds as a multiple of plain backpropagation's. `ways`: for each, this `ratio`,
+        `seconds_per_step`, `flops_per_step`, and `joules_per_sample` if the system reports energy. A ratio is None if
+        plain backpropagation cannot train the network.
     """
     with told():
         return _timed(problem, asked, ways, baseline, rounds)
@@ -203,7 +203,7 @@ def _timed(
 
 
 def joules_per_sample(learner: Learner, x: Any, y: Any) -> float | None:
-    """Energy of the processors per sample of a step, including everything else that runs on them."""
+    """Energy of the processors per sample of a step; it includes everything else that runs on them."""
     meter, started, steps = EnergyMeter(), time.perf_counter(), 0
     while time.perf_counter() - started < ENERGY_SECONDS:
         learner.step(x, y)

@@ -22,7 +22,7 @@ class Pool:
 
     Args:
         jobs: number of processes.
-        log: file for what the workers write to standard error outside a run.
+        log: file for the workers' standard error outside a run.
         held: descriptor of an open file that the workers keep open too, so that its lock lasts until they exit.
     """
 
@@ -37,7 +37,7 @@ class Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End all workers at once, busy or not."""
+        """Kill all workers at once, busy or not."""
         with self._lock:
             self._closed = True
             workers = list(self._all)
@@ -59,7 +59,7 @@ class Pool:
     ) -> None:
         """Do all tasks; `begun(task)` and `done(task, answer)` are called one at a time, in the order of the events.
 
-        Tasks start in the order given. What a task gives does not depend on the worker that does it.
+        Tasks start in the order given. The result of a task does not depend on the worker that does it.
         """
         waiting, failure = list(reversed(tasks)), []
 
@@ -88,7 +88,7 @@ class Pool:
         for thread in threads:
             thread.start()
         for thread in threads:
-            while thread.is_alive():  # in slices, so that Ctrl-C is noticed
+            while thread.is_alive():  # in short waits, so that Ctrl-C is noticed
                 thread.join(0.1)
         if failure:
             raise failure[0]
@@ -167,7 +167,7 @@ def free_memory() -> int | None:
 
 
 def default_jobs(tasks: int, peak_bytes: int, threads: int = 1, accelerator: bool = False) -> int:
-    """How many tasks of this peak memory may run in parallel: one per core, as far as memory allows, at least one.
+    """The number of tasks of this peak memory to run in parallel: one per core, as memory allows, at least one.
 
     On an accelerator the default is one, since its free memory is not known beforehand.
 

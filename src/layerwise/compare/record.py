@@ -34,7 +34,7 @@ def kept_plan(folder: Path, fixed: Mapping[str, Any]) -> dict[str, dict[str, Any
         if {path.name for path in folder.iterdir()} - {"workers.log", "compare.json.partial"}:
             raise LayerwiseError(f"{folder} is not empty and holds no comparison; choose another --out.") from None
         return {}
-    # Options that are newer than the comparison behaved like their present default.
+    # Options that are newer than the comparison had the effect of their present default.
     known = json.loads(json.dumps(to_mapping(TrainOptions()))) | before["fixed"]
     for name, value in json.loads(json.dumps(fixed)).items():
         if known.get(name) != value:
@@ -66,8 +66,8 @@ def write_results(
     deeper: Mapping[str, Mapping[str, int]] = MappingProxyType({}),
     chance: float | None = None,
 ) -> dict[str, Any]:
-    """Write `results.csv` and `summary.json`, with how rules came under a peak, what they hold at other
-    depths, and the accuracy of chance.
+    """Write `results.csv` and `summary.json`, with the settings under a peak, the memory at other depths, and the
+    accuracy of chance.
     """
     write_atomically(folder / "results.csv", as_csv(rows))
     summary = {

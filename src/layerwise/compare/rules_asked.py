@@ -1,4 +1,4 @@
-"""The words of `layerwise compare --rule`: rules with their options."""
+"""Reads the arguments of `layerwise compare --rule`: rules with their options."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -28,15 +28,14 @@ def read_rules(words: Sequence[str], common: TrainOptions) -> dict[str, TrainOpt
     """Read the words of `--rule`: the options of a run for each rule that they name.
 
     Args:
-        words: `name` or `name:option=value:...`, several in one word with commas between. An option is a field of the
-            rule, one of `PER_RULE`, or `model.` and a field of the model; a value is a number, a word, `none`,
-            `true`, `false`, or numbers with `/` between. `name+replacement` trains the network with other modules, see
-            `layerwise.replace`. `all` stands for every rule that trains the model on the task, with its default
-            options.
+        words: `name` or `name:option=value:...`; commas separate several in one word. An option is a field of the
+            rule, one of `PER_RULE`, or `model.` and a field of the model. A value is a number, a word, `none`,
+            `true`, `false`, or numbers separated by `/`. `name+replacement` trains the network with other modules, see
+            `layerwise.replace`. `all` means every rule that trains the model on the task, with its default options.
         common: the options that all runs share.
 
     Raises:
-        LayerwiseError: an unknown rule or option, a value of the wrong kind, a rule that is asked for twice.
+        LayerwiseError: an unknown rule or option, a value of the wrong kind, or a rule that is named twice.
 
     >>> read_rules(["sll:overlap=1:lr=0.01,backprop"], TrainOptions())["sll:overlap=1:lr=0.01"].rule.overlap
     1

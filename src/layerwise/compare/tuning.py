@@ -17,8 +17,8 @@ def trial_options(options: TrainOptions, count: int) -> list[TrainOptions]:
     r"""The first `count` trials: the given rate and decay, then points that fill the square around them evenly.
 
     Trial k > 0 has $\mathrm{lr}\cdot 10^{2u_k - 1}$ and $\mathrm{wd}\cdot 10^{2v_k - 1}$, where $(u_k, v_k)$ is point k
-    of the Halton sequence (bases 2 and 3; Halton, Numerische Mathematik 2, 1960). Trials are a prefix of one list: more
-    of them leave the first ones as they were.
+    of the Halton sequence (bases 2 and 3; Halton, Numerische Mathematik 2, 1960). Trials are a prefix of one list, so
+    that a larger count keeps the first ones.
 
     >>> [round(trial.lr, 6) for trial in trial_options(TrainOptions(lr=0.01), 4)]
     [0.01, 0.01, 0.003162, 0.03162]
@@ -55,7 +55,7 @@ def choose(results: Sequence[dict[str, Any] | None], metric: Metric = ACCURACY) 
 
     Args:
         results: of the trials, None for one that failed.
-        metric: what stands in the place of the accuracy.
+        metric: the metric to use instead of the accuracy.
 
     >>> choose([None, {"val_accuracy": 0.9, "val_loss": 0.3}, {"val_accuracy": 0.9, "val_loss": 0.2}])
     2

@@ -1,7 +1,7 @@
-"""A process that trains the runs of a grid one after another: it imports torch once, not once per run.
+"""A process that trains the runs of a grid one after another, so that torch is imported once instead of once per run.
 
 It reads tasks from standard input, one JSON object per line, and answers each with one line on standard output. It
-exits at once when standard input ends, even in the middle of a task: the parent has died, or needs it no more.
+exits at once when standard input ends, even in the middle of a task: the parent has died, or has finished.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ def measure_task(task: dict[str, Any], warmup: int = 2, timed: int = 3) -> dict[
     seconds = []
     for _ in range(warmup + timed):
         started = time.perf_counter()
-        learner.step(x, y).read()  # the reading waits for an accelerator
+        learner.step(x, y).read()  # `read` waits for an accelerator
         seconds.append(time.perf_counter() - started)
     return {
         "flops_per_step": flops,
@@ -101,7 +101,7 @@ TASKS = {
 def answer(task: dict[str, Any]) -> dict[str, Any]:
     """Do one task; a failure becomes `{"kind": ..., "reason": ...}` with one sentence as the reason.
 
-    The kinds: `mistake` (of the user's), `diverged`, `memory`, `error` (a fault, with its traceback).
+    The kinds are `mistake` (by the user), `diverged`, `memory`, and `error` (a fault, with its traceback).
     """
     try:
         return {"done": TASKS[task["do"]](task)}

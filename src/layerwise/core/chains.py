@@ -62,7 +62,7 @@ def is_overridden(module: nn.Module) -> bool:
 def expanded(
     model: nn.Module, cuts: Sequence[str] = (), deep: bool = False, prefix: str = ""
 ) -> list[tuple[str, nn.Module]]:
-    """The children of nested `nn.Sequential` containers, opened only where a cut lies inside (or all, if `deep`)."""
+    """The children of nested `nn.Sequential` containers, opened only if they contain a cut (or all, if `deep`)."""
     found: list[tuple[str, nn.Module]] = []
     holding = holders(cuts)
     for name, child in model._modules.items():  # named_children() leaves out a child held twice
@@ -110,13 +110,13 @@ def cut_sequential(model: nn.Module, cuts: tuple[str, ...]) -> list[tuple[Callab
 
 
 def opened(model: nn.Module, cuts: Sequence[str]) -> list[nn.Module]:
-    """The modules whose own call does not happen when the model is run part by part: the root, and what holds a cut."""
+    """The modules that are not called when the model is run part by part: the root, and those that contain a cut."""
     holding = {"", *holders(cuts)}
     return [module for path, module in model.named_modules(remove_duplicate=False) if path in holding]
 
 
 def holders(cuts: Sequence[str]) -> set[str]:
-    """Names of the modules that hold a cut.
+    """Names of the modules that contain a cut.
 
     >>> sorted(holders(["stem", "stages.0.1"]))
     ['stages', 'stages.0']
@@ -129,7 +129,7 @@ Opened = tuple[str, nn.Module, Any]
 
 
 def check_hooks(held: Sequence[Opened]) -> None:
-    """Raise LayerwiseError if a module has hooks, or a replaced `forward`, and is not called itself."""
+    """Raise LayerwiseError if a module that is not called itself has hooks or a replaced `forward`."""
     for name, module, forward in held:
         who = f"module {name!r}" if name else f"the model ({type(module).__name__})"
         if is_overridden(module):

@@ -1,4 +1,4 @@
-"""The layers inside a block: what each one gets and gives, and its gradients in closed form, without a graph."""
+"""The layers inside a block: input and output of each, and its gradients in closed form, without a graph."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,13 +14,13 @@ from layerwise.core.chains import Chain, is_sequential
 from layerwise.errors import LayerwiseError
 
 See = Callable[[nn.Module, Tensor, Tensor], Tensor | None]
-"""Called with a layer, its input and its output; what it returns takes the place of the output."""
+"""Called with a layer, its input and its output; what it returns, if not None, replaces the output."""
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.RMSNorm)
 
 
 _FOUND: WeakKeyDictionary[Block, dict[Any, list[nn.Module]]] = WeakKeyDictionary()
-"""Modules of blocks, which stay what they are; to find them takes a walk through the model."""
+"""Modules of each block. They do not change, and finding them takes a walk through the model."""
 
 
 def _once(block: Block, what: str, find: Callable[[Block], list[nn.Module]]) -> list[nn.Module]:
@@ -33,7 +33,7 @@ def _once(block: Block, what: str, find: Callable[[Block], list[nn.Module]]) -> 
 def layers_of(block: Block) -> list[nn.Module]:
     """Modules without children that a block may call: those of its chain, or of its model without other blocks' layers.
 
-    To run the head of a model that is cut at its calls again is to run what lies before the first cut, too.
+    Running the head of a model that is cut at its calls once more also runs what lies before the first cut.
     """
     return _once(block, "layers", _layers_of)
 
@@ -133,7 +133,7 @@ def layer_gradients(layer: nn.Module, x: Tensor, signal: Tensor) -> dict[Tensor,
 def convolution_backward(
     layer: nn.Module, x: Tensor, signal: Tensor, weight: Tensor, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor]:
-    """Gradients of a convolution on its input, as if its kernel were `weight`, and on its kernel.
+    """Gradients on a convolution's input, as if its kernel were `weight`, and on its kernel.
 
     Args:
         layer: the convolution.
@@ -175,7 +175,7 @@ def convolution_backward(
 
 
 def _normalised(layer: nn.Module, x: Tensor) -> Tensor:
-    """What a norm gives before scale and shift."""
+    """The output of a norm before scale and shift."""
     if isinstance(layer, nn.LayerNorm):
         return F.layer_norm(x, layer.normalized_shape, eps=layer.eps)
     if isinstance(layer, nn.RMSNorm):

@@ -24,7 +24,7 @@ def check_layout(layout: str) -> str:
     """The layout in this module's letters (N is read as B).
 
     Raises:
-        LayerwiseError: no letter per dimension, no channels, or another dimension than the first is the batch.
+        LayerwiseError: there is not one letter per dimension, C is missing, or the batch is not first.
 
     >>> check_layout("nhwc")
     'BHWC'
@@ -70,10 +70,10 @@ def from_standard(h: Tensor, layout: str) -> Tensor:
 
 
 class Axis:
-    """An axis that a dimension is made of: its kind and its size.
+    """One of the axes that a dimension is made of: its kind and its size.
 
     The kind is B, C, P (a position), None while it is unknown, or ? where it cannot be known. Tensors that are views
-    of one another hold the same objects, so what a layer shows about its input is known of the model's input too.
+    of one another hold the same objects, so what a layer shows about its input is known of the model's input as well.
     """
 
     __slots__ = ("kind", "size")
@@ -94,8 +94,8 @@ class Layouts(TorchFunctionMode):
     """Follows the dimensions of tensors through the functions of torch that run in this context.
 
     Convolutions, batch norms and pooling have their channels in dimension 1; linear layers, layer norms, embeddings,
-    attention and recurrent layers have their features last; views and permutations carry dimensions along; functions
-    of single numbers keep them. Of what any other function gives, nothing is known.
+    attention and recurrent layers have their features last; views and permutations carry dimensions along;
+    elementwise functions keep them. Nothing is known about the result of any other function.
 
     Attributes:
         mixing: the function that took the batch for a sequence, if one did.
@@ -107,7 +107,7 @@ class Layouts(TorchFunctionMode):
         self.mixing: str | None = None
 
     def begin(self, x: Tensor, layout: str | None) -> None:
-        """Follow a tensor of which nothing is known but its batch, or all that `layout` says."""
+        """Follow a tensor. What is known of it is its batch dimension, or what `layout` declares."""
         kinds = ["B" if i == 0 else None for i in range(x.dim())] if layout is None else _kinds(layout, x)
         self._axes[x] = [(Axis(kind, size),) for kind, size in zip(kinds, x.shape, strict=True)]
 
@@ -120,7 +120,7 @@ class Layouts(TorchFunctionMode):
             kinds[0] = "B"
         first = kinds[:1] == ["B"] or (kinds[:1] == ["?"] and len(h) == batch)
         if len(kinds) == 2 and first and kinds[1] not in ("B", "M"):
-            return "BC"  # also of a function that is not known: nothing else has two dimensions
+            return "BC"  # also after an unknown function: no other layout has two dimensions
         if kinds.count("C") == 1:  # what is left can only be positions
             kinds = ["P" if kind in (None, "1") else kind for kind in kinds]
         places = kinds.count("P")
@@ -133,13 +133,13 @@ class Layouts(TorchFunctionMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         results = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, Tensor)]
-        if results:  # sizes, types and the like are of no interest
-            with torch._C.DisableTorchFunction():  # another mode around this one need not see what is looked at here
+        if results:  # sizes, types and the like do not matter
+            with torch._C.DisableTorchFunction():  # other modes around this one need not see these look-ups
                 self._see(func, args, kwargs, results)
         return out
 
     def _see(self, func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> None:
-        """Note what the dimensions of the results are, if anything is known of what the function was given."""
+        """Note what the dimensions of the results are, if anything is known about the arguments."""
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t in self._axes]
         if not given:
             return
@@ -239,7 +239,7 @@ class Layouts(TorchFunctionMode):
     def _product(self, args: Any, out: Tensor) -> Axes:
         left, right = (self._axes.get(t) for t in args[:2])
         if left is None and right is not None:
-            return _resized(list(right), out)  # a matrix of the model: it mixes what comes last but one
+            return _resized(list(right), out)  # a matrix of the model: it mixes the second-to-last dimension
         if right is None:
             assert left is not None
             if args[1].dim() != 2:
@@ -266,7 +266,7 @@ class Layouts(TorchFunctionMode):
         return [known.get(letter, (Axis(new, size),)) for letter, size in zip(result, out.shape, strict=True)]
 
     def _rearranged(self, name: str, axes: Axes, args: Any, kwargs: Any, out: Tensor) -> Axes:
-        """Ask the function itself, on a tensor whose dimensions differ in size, where each of them ends."""
+        """Find where each dimension ends up by calling the function on a tensor whose dimensions differ in size."""
         given = [1 if len(d) == 0 or math.prod(a.size for a in d) == 1 else 3 + i for i, d in enumerate(axes)]
         blank = torch.zeros(given, device="cpu")
         func = getattr(torch.Tensor, name)
@@ -312,7 +312,7 @@ _OPERATORS = (
 _KEEPING = {
     *(f"__{prefix}{name}__" for name in _OPERATORS for prefix in ("", "r", "i")),
     *_OPERATORS,
-    # functions of single numbers
+    # elementwise functions
     *(
         "subtract",
         "multiply",
@@ -366,11 +366,11 @@ _KEEPING = {
     *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like", "resolve_conj"),
     *("resolve_neg", "pin_memory", "__setitem__", "retain_grad", "_make_subclass", "as_subclass"),
 }
-"""Functions whose results have the dimensions of their arguments, where they were."""
+"""Functions whose results have the dimensions of their arguments, in the same places."""
 
 
 def kind_of(dimension: Sequence[Axis]) -> str | None:
-    """Kind of a dimension made of several axes: M for the batch together with others, 1 for none."""
+    """Kind of a dimension that consists of several axes: M for the batch together with others, 1 for no axes."""
     kinds = {axis.kind for axis in dimension}
     if not kinds:
         return "1"
@@ -408,7 +408,7 @@ def _tell(dimension: Sequence[Axis], kind: str) -> None:
 
 
 def _features_last(axes: Axes) -> None:
-    """What a layer on the last dimension shows: it holds the features, unless they are known to be elsewhere."""
+    """Note that the last dimension holds the features, as a layer acts on it, unless they are known to be elsewhere."""
     if any(kind_of(dimension) == "C" for dimension in axes[:-1]):
         _tell(axes[-1], "P")
         return

@@ -9,10 +9,10 @@ from layerwise.core.randomness import derive_seed
 
 
 class Perturbation:
-    r"""Moves parameters along $z \sim N(0, I)$, in place; no noise is kept but that of one parameter at a time.
+    r"""Moves parameters along $z \sim N(0, I)$, in place; the noise of one parameter at a time is in memory.
 
     Args:
-        parameters: what is moved.
+        parameters: the tensors to move.
         seed: decides z.
 
     >>> weight = torch.zeros(3)
@@ -44,12 +44,12 @@ class Perturbation:
 
 
 class Estimate:
-    r"""The gradient that forward passes with perturbed weights estimate, without bias: with K directions $z_k$,
+    r"""The gradient as forward passes with perturbed weights estimate it, without bias: with K directions $z_k$,
 
     $$\frac{1}{K} \sum_k \frac{L(w + \epsilon z_k) - L(w - \epsilon z_k)}{2 \epsilon} z_k.$$
 
     Args:
-        parameters: the weights w; they are moved and put back.
+        parameters: the weights w; they are moved and then restored.
         seeds: one per direction.
 
     >>> weight = torch.zeros(2)
@@ -64,11 +64,11 @@ class Estimate:
         self.slopes: list[Tensor] = []
 
     def measure(self, eps: float, loss: Callable[[], Tensor]) -> Tensor:
-        """Measure the slope along every direction; returns the sum of the slopes, which is finite where all are.
+        """Measure the slope along every direction; returns the sum of the slopes, which is finite if all are.
 
         Args:
             eps: scale of the perturbation.
-            loss: a forward pass; the weights are put back where it fails.
+            loss: a forward pass; the weights are restored even if it fails.
         """
         for direction in self.directions:
             losses = []

@@ -20,7 +20,7 @@ from layerwise.core.randomness import derive_seed
 from layerwise.core.tasks import Classification, Task
 
 Add = Callable[[Tensor, Tensor], Tensor]
-"""Puts a random direction onto a tensor."""
+"""Adds a random direction to a tensor."""
 
 
 def as_tangent(value: Tensor, direction: Tensor) -> Tensor:
@@ -29,13 +29,13 @@ def as_tangent(value: Tensor, direction: Tensor) -> Tensor:
 
 
 def scaled(size: float) -> Add:
-    """What adds `size` times the direction."""
+    """A function that adds `size` times the direction."""
     return lambda value, direction: value.add(direction, alpha=size)
 
 
 @cache
 def _prepare() -> None:
-    """Import what torch imports with the first level, where it warns of its own use of `torch.jit.script`."""
+    """Import what torch imports at the first level, without its warning about its own use of `torch.jit.script`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         importlib.import_module("torch._decomp.decompositions_for_jvp")
@@ -43,21 +43,21 @@ def _prepare() -> None:
 
 @contextmanager
 def differentiable_forward() -> Iterator[None]:
-    """A level of forward-mode differentiation, with the form of attention that torch can differentiate there."""
+    """A level of forward-mode differentiation, with the kind of attention that torch can differentiate there."""
     _prepare()
     with forward_mode.dual_level(), sdpa_kernel(SDPBackend.MATH):
         yield
 
 
 def tangent_of(value: Tensor) -> Tensor:
-    """The tangent, zero where there is none."""
+    """The tangent, zero if there is none."""
     found = forward_mode.unpack_dual(value).tangent
     return torch.zeros_like(value) if found is None else found
 
 
 @dataclass
 class Call:
-    """What a perturbed layer got, the direction on its output, and where ReLU after it lets it through."""
+    """A perturbed layer's input and output, the direction on the output, and where the ReLU after it is active."""
 
     layer: nn.Module
     x: Tensor
@@ -77,16 +77,16 @@ class Seen:
 class Perturbed:
     r"""Perturbs a block: $v = a + u$ at the output a of every layer whose gradients have a closed form.
 
-    Other parameters, such as a position embedding, are perturbed themselves; with `weights` all are, and no output.
-    Directions are standard normal numbers, a function of the seed, the block and the place, so that they need not be
-    kept, and are the same whenever the block runs.
+    Other parameters, such as a position embedding, are perturbed themselves. With `weights`, all parameters are, and no
+    output is. Directions are standard normal numbers, a function of the seed, the block and the place. So they need not
+    be stored, and are the same whenever the block runs.
 
     Args:
         seed: of the directions.
-        add: puts a direction onto an output or a parameter.
-        weights: whether the parameters are perturbed, in place of outputs.
+        add: adds a direction to an output or a parameter.
+        weights: whether the parameters are perturbed instead of the outputs.
         exact: layers that are left alone, since their gradient is known.
-        given: directions of the parameters, in place of drawn ones.
+        given: directions of the parameters, instead of drawn ones.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Perturbed:
         return self.draw(block, place, parameter) if self.given is None else self.given[parameter]
 
     def parameters(self, block: Block) -> list[tuple[nn.Module, str, str]]:
-        """The parameters of a block that are perturbed themselves: holder, name in it, and what their draws go by."""
+        """The parameters of a block that are perturbed themselves: holder, name in it, and the key of the draw."""
         holders = [(i, m) for i, m in enumerate(holding_parameters(block)) if not any(m is one for one in self.exact)]
         chosen = [(i, m) for i, m in holders if self.weights or not has_gradients(m)]
         return [(m, name, f"{i}.{name}") for i, m in chosen for name, p in m._parameters.items() if p is not None]
@@ -157,12 +157,12 @@ class Perturbed:
 
 
 def estimated(seen: Seen, slopes: Tensor, gradients: dict[Tensor, Tensor]) -> None:
-    r"""Add the gradients that slopes along one direction stand for: $s_n u_n$ at a layer, $\sum_n s_n v$ of a weight.
+    r"""Add the gradients that slopes along one direction estimate: $s_n u_n$ at a layer, $\sum_n s_n v$ of a weight.
 
     Args:
         seen: of the perturbed run.
-        slopes: of the loss's mean, each sample's share of it, `(B,)`.
-        gradients: by parameter; they are added to.
+        slopes: of each sample's share of the mean loss, `(B,)`.
+        gradients: by parameter; changed in place.
     """
     for call in seen.calls:
         signal = slopes.to(call.direction.dtype).view(-1, *[1] * (call.direction.dim() - 1)) * call.direction
@@ -174,7 +174,7 @@ def estimated(seen: Seen, slopes: Tensor, gradients: dict[Tensor, Tensor]) -> No
 
 
 def add_all(gradients: dict[Tensor, Tensor], more: dict[Tensor, Tensor]) -> None:
-    """Add gradients to those that are there."""
+    """Add gradients to those already collected."""
     for parameter, gradient in more.items():
         gradients[parameter] = gradients[parameter] + gradient if parameter in gradients else gradient
 

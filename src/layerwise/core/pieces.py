@@ -22,7 +22,7 @@ from layerwise.errors import LayerwiseError
 class JoinsGroups(Abstract):
     """A rule that joins groups in some updates, so that one backward pass goes through all their blocks.
 
-    The optimizers of the joined groups step one after the other. Evaluation keeps to `Rule.groups`.
+    The optimizers of the joined groups step one after the other. Evaluation uses `Rule.groups`.
     """
 
     @abstractmethod
@@ -30,7 +30,7 @@ class JoinsGroups(Abstract):
         """The groups of one update: those of `Rule.groups`, or neighbours of them joined.
 
         Args:
-            update: number of the update, from 0; with `accumulate` batches for each.
+            update: number of the update, from 0; each takes `accumulate` batches.
             blocks: number of blocks L.
         """
 
@@ -43,7 +43,7 @@ class TakesTurns(Abstract):
         """Whether the group that begins at the site learns in one update.
 
         Args:
-            update: number of the update, from 0; with `accumulate` batches for each.
+            update: number of the update, from 0; each takes `accumulate` batches.
             site: the first site of a group, as `Rule.groups` has them.
         """
 
@@ -61,13 +61,13 @@ class ReadsOutputMatrix:
 class FollowsNextBlock(Abstract):
     """A rule whose module at a site follows the block after it, such as an average of what that block has learned.
 
-    The engine asks for it once per update, when the site's group has had its turn and the next one has not: the next
-    block's tensors are those that the update before has left.
+    The engine calls `follow` once per update, after the turn of the site's group and before that of the next one. So
+    the next block's tensors are those of the previous update.
     """
 
     @abstractmethod
     def begins_as_next(self, site: Site) -> bool:
-        """Whether the module at a site is made from the next block's weights, under the rule's options."""
+        """Whether the module at a site starts with the next block's weights, under the rule's options."""
 
     @abstractmethod
     def followed(self, site: Site) -> list[str]:
@@ -79,7 +79,7 @@ class FollowsNextBlock(Abstract):
 
     @abstractmethod
     def follow(self, auxiliary: nn.Module, tensors: list[Tensor]) -> None:
-        """Let a module follow the next block; without gradient.
+        """Update a module so that it follows the next block; runs without gradient.
 
         Args:
             auxiliary: the rule's module at a site.
@@ -90,17 +90,17 @@ class FollowsNextBlock(Abstract):
 class LearnsInPart(Abstract):
     """A rule that trains some sites of its one group in each update: the others rest, and keep no optimizer state.
 
-    Each site has an optimizer of its own. Sites before the first one that learns run without a graph, and the graph of
-    those after it keeps what their inputs' gradients need, and nothing for parameters at rest. Where a site rests, its
-    optimizer's state is dropped: it starts anew with its next turn.
+    Each site has its own optimizer. Sites before the first one that learns run without a graph. The graph of the later
+    sites keeps what their inputs' gradients need, and nothing for parameters at rest. When a site rests, its
+    optimizer's state is dropped; it starts anew in the site's next turn.
     """
 
     @abstractmethod
     def sites_at(self, update: int, blocks: int) -> Collection[int]:
-        """The sites that learn in one update, one at least; the head is site L.
+        """The sites that learn in one update, at least one; the head is site L.
 
         Args:
-            update: number of the update, from 0; with `accumulate` batches for each.
+            update: number of the update, from 0; each takes `accumulate` batches.
             blocks: number of blocks L.
         """
 
@@ -108,7 +108,7 @@ class LearnsInPart(Abstract):
 class RepeatsBatch(Abstract):
     """A rule that makes several updates with one batch, such as one after every step of inference.
 
-    They count as one update to schedules, and have the draws of one step. Batches cannot accumulate.
+    Schedules count them as one update, and they have the random draws of one step. Batches cannot be accumulated.
     """
 
     @abstractmethod
@@ -121,14 +121,14 @@ class RepeatsBatch(Abstract):
 
         Args:
             ctx: the batch, and the blocks as the last round has left them.
-            message: with which that round began.
+            message: the first message of that last round.
         """
 
 
 class StepsByParameter:
     """A rule whose parameters are updated one by one, so that one gradient is in memory at a time.
 
-    Each parameter has an optimizer of its own, which steps in the backward pass as soon as the gradient is complete.
+    Each parameter has its own optimizer, which steps in the backward pass as soon as the gradient is complete.
     What needs all gradients at once (clipping by their norm, accumulation, skipped steps, averages over replicas,
     scaled fp16 gradients) is refused.
     """
@@ -138,8 +138,8 @@ class PerturbsWeights(StepsByParameter, Abstract):
     """A rule that estimates gradients by forward passes with perturbed weights: no graph and no backward pass.
 
     With loss L, a scale eps and K directions the engine gives every parameter the gradient
-    (1/K) sum_k (L(w + eps z_k) - L(w - eps z_k)) / (2 eps) * z_k, where z_k is drawn from N(0, I) out of a seed, so
-    that it is never kept. Weights are perturbed in place and put back.
+    (1/K) sum_k (L(w + eps z_k) - L(w - eps z_k)) / (2 eps) * z_k, where z_k is drawn from N(0, I) by a seed, so
+    that it is never stored. Weights are perturbed in place and then restored.
     """
 
     @abstractmethod
@@ -156,9 +156,9 @@ class MovesActivations(Abstract):
 
 
 class HasTrunk:
-    """A rule whose first group is a trunk: it learns last, from the gradients that the later groups send back.
+    """A rule whose first group is a trunk, which learns last, from the gradients that the later groups send back.
 
-    The trunk's graph is kept while the later groups learn, one after the other, each with a graph of its own.
+    The trunk's graph is kept while the later groups learn, one after the other, each with its own graph.
     """
 
     def has_trunk(self) -> bool:
@@ -188,7 +188,7 @@ class StartsFromData(Abstract):
 
         Args:
             network: the blocks and the head.
-            x: samples `(N, ...)`: a few thousand in a run, the first batch in a loop of your own.
+            x: samples `(N, ...)`: a few thousand in a run, the first batch in your own loop.
             y: their labels.
         """
 
@@ -229,10 +229,10 @@ class PredictsBySite:
 
 
 class ReadsOut:
-    """A rule whose blocks have readouts of their own: one can predict without the blocks after one of them."""
+    """A rule whose blocks have their own readouts, so that a block can predict without the later ones."""
 
     def outputs_at(self, site: Site, h: Tensor, auxiliary: nn.Module, task: Task) -> Tensor:
-        """What the readout of a site predicts, as the task has outputs, out of the output `h` of its block."""
+        """What the readout of a site predicts from its block's output `h`, in the form of the task's outputs."""
         raise LayerwiseError(f"{type(self).__name__} gives no outputs of its readouts; leave --block out.")
 
 

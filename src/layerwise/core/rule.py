@@ -53,9 +53,9 @@ class Site:
     layouts: tuple[str | None, ...] = ()
     """Where batch, channels and positions are in the output of every site; None if that is unknown."""
     input_layout: str | None = None
-    """The same of the network's input."""
+    """Layout of the network's input; None if unknown."""
     network: Partition | None = field(default=None, compare=False, repr=False)
-    """The blocks and the head, for a rule whose auxiliary modules are built after them (`Block.redrawn`)."""
+    """The blocks and the head, for a rule whose auxiliary modules are copies of blocks (`Block.redrawn`)."""
 
     @property
     def is_head(self) -> bool:
@@ -74,7 +74,7 @@ class Site:
         return min(self.index, self.blocks - 1) / max(self.blocks - 1, 1)
 
     def layout(self, index: int | None = None) -> str | None:
-        """The layout of this site's output, or of that of site `index`; None for a site on its own, of no network.
+        """The layout of this site's output, or of that of site `index`; None for a site that belongs to no network.
 
         Raises:
             LayerwiseError: it is not known.
@@ -124,7 +124,7 @@ class BatchContext:
     x: Tensor
     """The batch, `(B, ...)`."""
     y: Tensor
-    """Labels, as the task has them: `(B,)`, `(B, T)` for a language model, `(B, H, W)` for segmentation, ..."""
+    """Labels, as the task defines them: `(B,)`, `(B, T)` for a language model, `(B, H, W)` for segmentation, ..."""
     task: Task
     network: Partition
     """The blocks and the head, for a rule that iterates over them before the update."""
@@ -148,8 +148,8 @@ class BatchContext:
     """Runs the block at a site as `run` does: `linearize(index, h, message)` is its output, and the map from cotangents
     on it to those on `h`.
 
-    The graph is of this block alone and lives as long as the map. Cotangents cross a boundary where the rule carries
-    them over it.
+    The graph covers this block alone and lives as long as the map. A cotangent crosses a boundary only if the rule
+    passes it on.
     """
     training: bool = True
     """Whether an update follows; False in evaluation."""
@@ -174,13 +174,13 @@ class BlockContext:
     learns: bool = False
     """Whether the site's group learns in this pass; False in evaluation, and where it rests (`TakesTurns`)."""
     view: range = range(0)
-    """The sites that this pass runs as one graph: the group's own, then (in training) those that lend it theirs."""
+    """The sites that this pass runs as one graph: the group's own, then (in training) those that extend this graph."""
     outputs: LinearOutputs | None = None
-    """The network's outputs at a head whose last layer has not run, for `loss_at_head`; `h` is its input then."""
+    """The network's outputs at a head whose last layer has not run, for `loss_at_head`; `h` is then its input."""
     run: Callable[[Tensor, Any], Tensor] | None = None
     """Runs the block once more: `run(h, message)` is its output, without gradient, as `BatchContext.run` gives it.
 
-    None for a context that no engine has made.
+    None if the context was not made by the engine.
     """
 
 
@@ -190,7 +190,7 @@ class Signal:
 
     Give `loss` (a scalar; its gradient is the signal), or `cotangent` (the gradient with respect to the
     block's output, same shape as `BlockContext.h`), or both, or neither (the block does not learn here). A rule that
-    computes gradients of parameters itself gives them in `gradients`, alone or beside these.
+    computes gradients of parameters itself gives them in `gradients`, alone or in addition.
     """
 
     loss: Tensor | None = None
@@ -200,7 +200,7 @@ class Signal:
     output: Tensor | None = None
     """Input of the next block, if it is not the block's output (normalised, label attached, ...)."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
-    """Scalars on the device, read later; a mean over the batch each. `"loss"` is the loss above unless given."""
+    """Scalars on the device, read later; each is a mean over the batch. `"loss"` is the loss above unless given."""
     statistics: dict[str, Tensor] = field(default_factory=dict)
     """Sums for metrics that are not means over the batch, see `Task.statistics`."""
     gradients: dict[Tensor, Tensor] = field(default_factory=dict)
@@ -215,7 +215,7 @@ class Rule(Abstract):
     """Base class of the learning rules: a frozen dataclass whose fields are the rule's options.
 
     A subclass declares the class attributes below and overrides the methods that it needs; `signal` is the
-    only one without a default. Draw random numbers with torch's ordinary functions: the engine starts the
+    only one without a default. Draw random numbers with torch's ordinary functions: the engine seeds the
     generators anew for every (seed, step, block).
     """
 
@@ -232,15 +232,15 @@ class Rule(Abstract):
     restrictions: ClassVar[str] = ""
     """What the rule cannot do, in one or two sentences."""
     tasks: ClassVar[tuple[str, ...]] = ("classification", "language_model")
-    """Kinds of tasks that the rule can do, from `KINDS` and `"soft_labels"`, see `ANY_TASK`; a test verifies it."""
+    """Kinds of tasks that the rule supports, from `KINDS` and `"soft_labels"`, see `ANY_TASK`; a test verifies it."""
     only: ClassVar[str] = "its signal is defined for class numbers alone"
-    """Why it cannot do others, as part of a sentence."""
+    """Why it does not support other tasks, as part of a sentence."""
     models: ClassVar[tuple[str, ...]] = ()
     """The models that the rule trains; empty for a rule that trains any network."""
     unlabelled: ClassVar[bool] = False
     """Whether a label may be -100, for a sample that counts in no loss and no accuracy; a test verifies it."""
     begins_with_batch: ClassVar[bool] = False
-    """Whether `begin`, where it is overridden, looks at nothing but the batch, its draws and the first site's module.
+    """Whether `begin`, if it is overridden, reads only the batch, its random draws and the first site's module.
 
     In a pipeline, whose blocks live on several ranks, it then runs on the first one; other rules are refused.
     """
@@ -248,7 +248,7 @@ class Rule(Abstract):
     """Whether the rule runs every block once per step and in order.
 
     A rule that runs a block (or a copy of one) again trains a model that is cut at its calls (`cut_at_calls`) only
-    where that is regular, so that its blocks can be run one by one.
+    where that model is regular, so that its blocks can be run one by one.
     """
     whole_batch: ClassVar[str] = ""
     """Why the batch cannot be run in parts (`Learner(micro=n)`), such as "compares samples"; empty where it can.
@@ -256,19 +256,21 @@ class Rule(Abstract):
     It can where losses are means over the samples and messages have one entry per sample.
     """
     builds_graph: ClassVar[bool] = True
-    """Whether autograd builds a graph in training. A rule without one gives `Signal.gradients`; a loss is a metric."""
+    """Whether autograd builds a graph in training. Without one, a rule gives `Signal.gradients`, and a loss is only a
+    metric.
+    """
     reads_input: ClassVar[bool] = False
     """Whether `signal` reads the network's input, which then has to be one tensor."""
     predicts_at_head: ClassVar[bool] = False
     """Whether `signal` reports at the head the accuracy and loss of the rule's own prediction.
 
-    Evaluation then takes one pass; otherwise prediction has a pass of its own.
+    Evaluation then takes one pass; otherwise prediction needs a separate pass.
     """
 
     reads_logits: ClassVar[bool] = True
-    """Whether `signal` reads the network's logits itself. If it gives `loss_at_head` at the head and nothing else
-    of it, False lets the loss of a large vocabulary be made in chunks. Declared by the class that defines `signal`, or
-    set on a rule whose options decide it.
+    """Whether `signal` reads the network's logits itself. If it only gives `loss_at_head` at the head, False
+    lets the loss of a large vocabulary be computed in chunks. Declared by the class that defines `signal`, or set on a
+    rule whose options decide it.
     """
 
     def __post_init__(self) -> None:
@@ -315,7 +317,7 @@ class Rule(Abstract):
     def predict(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Tensor:
         """Logits `(B, ..., K)` for `x`; the network's own output by default.
 
-        A rule whose prediction adds something at every site inherits `PredictsBySite` in place of overriding this. A
+        A rule whose prediction adds something at every site inherits `PredictsBySite` instead of overriding this. A
         pipeline refuses a rule that overrides it, unless `predicts_at_head`.
         """
         return network(x)
@@ -326,7 +328,7 @@ class Rule(Abstract):
 
 
 def leaves_logits(rule: Rule) -> bool:
-    """Whether the rule leaves the network's logits to the loss; a subclass with a `signal` of its own says so anew.
+    """Whether the rule leaves the network's logits to the loss; a subclass with its own `signal` declares it again.
 
     >>> class Silent(Rule):
     ...     reads_logits = False
@@ -345,8 +347,8 @@ def loss_of(task: Task, outputs: Tensor | LinearOutputs, y: Tensor) -> Signal:
 
     Args:
         task: the task.
-        outputs: as the task has them, `(B, K)`, `(B, T, K)` or `(B, K, H, W)`; of a linear readout uncomputed, so that
-            those of a large vocabulary are made in chunks.
+        outputs: as the task defines them, `(B, K)`, `(B, T, K)` or `(B, K, H, W)`; or those of a linear readout, not
+            computed yet, so that the outputs of a large vocabulary are computed in chunks.
         y: labels at their resolution.
     """
     if isinstance(outputs, LinearOutputs):
@@ -363,13 +365,13 @@ def loss_of(task: Task, outputs: Tensor | LinearOutputs, y: Tensor) -> Signal:
 def metrics_of(
     task: Task, outputs: Tensor, y: Tensor, loss: Tensor | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The task's metrics of outputs, and the sums that they are made of, where they are: as `loss_of` has them.
+    """The task's metrics of outputs, and the sums that they are computed from, if any; as in `loss_of`.
 
     Args:
         task: the task.
-        outputs: as the task has them.
+        outputs: as the task defines them.
         y: labels at their resolution.
-        loss: the task's loss on them, where it is known.
+        loss: the task's loss on them, if it is known.
     """
     outputs = outputs.detach()
     statistics = task.statistics(outputs, y) if loss is None else task.statistics_beside(outputs, y, loss)
@@ -380,7 +382,7 @@ def loss_at_head(ctx: BlockContext) -> Signal:
     """The signal of a head: the task's loss on the network's output."""
     signal = loss_of(ctx.task, ctx.h if ctx.outputs is None else ctx.outputs, ctx.y)
     assert signal.loss is not None
-    # Named here, so that it stays the task's loss where a rule adds to the signal.
+    # Set here, so that the metric stays the task's loss even if a rule adds to the signal.
     return replace(signal, message=ctx.message, metrics={"loss": signal.loss, **signal.metrics})
 
 

@@ -1,4 +1,4 @@
-"""Forward passes: groups of blocks are run, and the rule is asked for its signals; nothing is updated here."""
+"""Forward passes: runs groups of blocks and gets the rule's signals; nothing is updated here."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -21,16 +21,16 @@ from layerwise.core.tasks import Task
 from layerwise.core.trees import detach
 
 NOTHING = nullcontext()
-"""In place of a context that is not needed."""
+"""Used instead of a context that is not needed."""
 Signals = list[tuple[Signal, Tensor | None]]
-"""Each with the output that its cotangent belongs to; without a cotangent None, as nothing needs the output then."""
+"""Each signal with the output that its cotangent belongs to; None without a cotangent."""
 
 
 class Runner:
     """Runs groups of blocks forward for a rule.
 
     Args:
-        rule: asked for a signal at every block.
+        rule: gives a signal at every block.
         task: what the labels mean.
         execution: precision and seed.
     """
@@ -50,7 +50,7 @@ class Runner:
         share: float = 1.0,
         aside: bool = False,
     ) -> tuple[Signals, Tensor, Any]:
-        """Run a group's blocks and ask the rule for its signals.
+        """Run a group's blocks and get the rule's signals.
 
         Args:
             group: what runs.
@@ -60,14 +60,14 @@ class Runner:
             step: the training step, which decides the random draws; None in evaluation.
             trace: where metrics go.
             part: number of the part of the batch; None for a whole one.
-            share: of the batch's labels, which metrics weigh by.
+            share: of the batch's labels that are in this part; metrics are weighted by it.
             aside: whether running statistics stay as they are.
 
         Returns:
             Signals; input and message of the next group.
 
         Raises:
-            LayerwiseError: the rule's answer is no signal that the engine can act on.
+            LayerwiseError: the rule's answer is not a signal that the engine can use.
         """
         signals: Signals = []
         passed_on = h, message
@@ -77,7 +77,7 @@ class Runner:
         for unit in units:
             own = unit.site.index <= group.units[-1].site.index
             graph = torch.no_grad() if unit.site.index < group.first else NOTHING
-            # Running statistics move once, in the unit's own group.
+            # Running statistics are updated once, in the unit's own group.
             buffers = NOTHING if own and not aside else unit.on_copies()
             with graph, buffers:
                 head = self._without_outputs(unit, y)
@@ -109,21 +109,21 @@ class Runner:
         return without_outputs(unit.block, unit.site.network.output_layer)
 
     def run_aside(self, unit: Unit, h: Tensor, message: Any, step: int | None, part: int | None = None) -> Tensor:
-        """Run a block one time more than its step does, for a rule that looks ahead.
+        """Run a block once more, besides the run of its step, for a rule that looks ahead.
 
         Returns:
-            The block's output without gradient: in a training step, what the block gives in its own group, bit for
-            bit, since mode, draws and (before its update) weights are the same. Buffers and generators stay as they
+            The block's output without gradient. In a training step it is, bit for bit, what the block gives in its own
+            group, since mode, draws and (before its update) weights are the same. Buffers and generators stay as they
             are.
         """
         with torch.no_grad(), preserved_generators(self.execution.device), unit.on_copies():
             return self.run(unit, h, message, step, part)
 
     def linearize_aside(self, unit: Unit, h: Tensor, message: Any, step: int | None) -> tuple[Tensor, Pullback]:
-        """Run a block aside, as `run_aside` does, and let cotangents on its output be brought to its input.
+        """Run a block aside, as `run_aside` does, and map cotangents on its output to those on its input.
 
         Returns:
-            The block's output, and the map; its graph is of this block alone, and holds nothing for parameters.
+            The block's output, and the map. Its graph covers this block alone and stores nothing for parameters.
         """
         replicas = self.execution.replicas
         frozen = without_gradient(replicas.full_of([replicas.shard_of(p) for p in unit.parameters()]))

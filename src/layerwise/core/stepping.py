@@ -1,4 +1,4 @@
-"""An optimizer's step on the host without what surrounds it: many small groups step, and each would pay for it."""
+"""An optimizer's step on the host without the overhead around it, which each of many small groups would pay."""
 
 from typing import Any
 
@@ -14,9 +14,9 @@ _KERNELS = {
 def take_step(optimizer: torch.optim.Optimizer) -> None:
     """Do what `optimizer.step()` does, to the bit.
 
-    torch's `step` names itself for profilers, calls hooks, checks graph capture, and sorts tensors by device and type.
-    That takes five times as long as the update of a small block. Where no profiler and no hook is there, the step is
-    called without its wrapper, and fused Adam and AdamW on the host call their kernel directly.
+    torch's `step` reports itself to profilers, calls hooks, checks graph capture, and sorts tensors by device and type.
+    That takes five times as long as the update of a small block. Without profilers and hooks, the step is called
+    without its wrapper, and fused Adam and AdamW on the host call their kernel directly.
 
     >>> weight = torch.nn.Parameter(torch.ones(2))
     >>> weight.grad = torch.ones(2)
@@ -26,7 +26,7 @@ def take_step(optimizer: torch.optim.Optimizer) -> None:
     """
     step: Any = type(optimizer).step
     watched = (
-        "step" in vars(optimizer)  # such as a scheduler puts there
+        "step" in vars(optimizer)  # a scheduler wraps it, for example
         or not getattr(step, "hooked", False)
         or _global_optimizer_pre_hooks
         or _global_optimizer_post_hooks
@@ -41,7 +41,7 @@ def take_step(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _fused_step(optimizer: torch.optim.Optimizer) -> bool:
-    """Step by the kernel of Adam or AdamW; returns whether it could, and changes nothing where not."""
+    """Step with the kernel of Adam or AdamW; return False, and change nothing, if that is not possible."""
     calls, counts = [], []
     for group in optimizer.param_groups:
         rate, (beta1, beta2) = group["lr"], group["betas"]
@@ -55,7 +55,7 @@ def _fused_step(optimizer: torch.optim.Optimizer) -> bool:
                 continue
             state = optimizer.state.get(p)
             if not state or not (type(gradient) is torch.Tensor and gradient.is_cpu and p.is_cpu):
-                return False  # the first step makes the state
+                return False  # the first step creates the state
             parameters.append(p)
             gradients.append(gradient)
             means.append(state["exp_avg"])

@@ -76,7 +76,7 @@ def legal_cuts(model: nn.Module) -> list[str]:
 
 
 def _untraceable(model: nn.Module) -> set[str]:
-    """Names of the user modules that cannot be traced, though their parts may be: they are cut around."""
+    """Names of the user modules that cannot be traced, though their parts may be; a trace treats them as leaves."""
     found: set[str] = set()
     for path, module in reversed([*model.named_modules()]):
         if module.__module__.startswith("torch.nn") and not is_sequential(module):
@@ -164,7 +164,7 @@ def _watched(reads: dict[tuple[int, str], nn.Module] | None) -> Iterator[None]:
 
 
 _TRACING = threading.Lock()
-"""Held while classes of torch are changed for a trace: they are one per process."""
+"""Held while a trace changes classes of torch, which the whole process shares."""
 
 
 def _trace(
@@ -201,8 +201,8 @@ class Traces:
 
     A trace holds the branches that were taken and the numbers that were read. So there is one for each state of what
     the forward pass reads: the training mode and the plain attributes of the modules that are traced through, the
-    attributes of other modules that it has read, and the global names of its functions. What is missed all the same
-    shows in the output: every trace is compared with the model itself on the first samples that come.
+    attributes of other modules that it has read, and the global names of its functions. Anything else shows in the
+    output: every trace is compared with the model itself on the first samples that arrive.
 
     Raises:
         LayerwiseError: what a trace cannot follow (branches on tensors, random draws outside torch's functions of
@@ -244,10 +244,10 @@ class Traces:
         runs = [run for run, _ in self._raw[state]]
         try:
             found = [_ran(run, self.model, x[:2]) for run in (self.model, self.model, _composed(runs))]
-        except Exception:  # the model does not take it: whoever runs it for a result will say so
+        except Exception:  # the model rejects this input; the run that needs a result raises the error
             return
         if not _same(found[0], found[1]):
-            return  # not even the model agrees with itself
+            return  # the model itself is not reproducible
         if not _same(found[0], found[2]):
             raise LayerwiseError(
                 f"{type(self.model).__name__}.forward does something that a trace cannot represent (a branch on a "
@@ -289,7 +289,7 @@ class Traces:
         return _kept(self._parts, state, [self._wrap(run, i) for i, (run, _) in enumerate(found)])
 
     def _traced(self) -> tuple[fx.Graph, dict[str, list[fx.Node]]]:
-        """A trace, made twice to see that the forward pass does the same each time."""
+        """A trace, made twice to check that the forward pass does the same each time."""
         name, before, state = type(self.model).__name__, generator_states(), self._state()
         reads: dict[tuple[int, str], nn.Module] = {}
 
@@ -319,7 +319,7 @@ class Traces:
 
 
 def both_modes(model: nn.Module) -> Iterator[bool]:
-    """All modules in training mode, then in evaluation mode; then each has its own again."""
+    """All modules in training mode, then in evaluation mode; afterwards each is back in its own mode."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         for mode in (True, False):

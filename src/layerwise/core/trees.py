@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
 def mapped(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The same containers with `function` of every tensor; other values as they are.
+    """The same containers with `function` applied to every tensor; other values stay as they are.
 
     Containers are tuples, lists, dictionaries, whatever is registered as a tree with torch, and dataclasses.
 
@@ -22,7 +22,7 @@ def mapped(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
         return function(tree)
     if tree is None:
         return None
-    if type(tree) in (tuple, list):  # what nearly every tree is, without torch's registry
+    if type(tree) in (tuple, list):  # the usual trees, without torch's registry
         return type(tree)([mapped(value, function) for value in tree])
     if type(tree) is dict:
         return {name: mapped(value, function) for name, value in tree.items()}
@@ -33,7 +33,7 @@ def mapped(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
 def _mapped_leaf(leaf: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(leaf, Tensor):
         return function(leaf)
-    if isinstance(leaf, Mapping):  # one that torch does not know; most can be copied and set
+    if isinstance(leaf, Mapping):  # one that torch does not know; most can be copied and assigned to
         found = copy.copy(leaf)
         for name, value in leaf.items():
             found[name] = mapped(value, function)  # pyright: ignore[reportIndexIssue]
@@ -69,5 +69,5 @@ def all_finite(tree: Any) -> bool:
 
 
 def detach(tree: Any) -> Any:
-    """The same tensors without history; every boundary between groups is this call."""
+    """The same tree with detached tensors; this call separates the graphs of two groups."""
     return mapped(tree, Tensor.detach)

@@ -23,7 +23,7 @@ class NotMoved:
     """Replaces `ActivationOffload` if activations stay on the device."""
 
     def kept(self, units: Sequence[Unit]) -> AbstractContextManager[None]:
-        """A context without effect."""
+        """A context that has no effect."""
         return nullcontext()
 
 
@@ -64,14 +64,14 @@ class Part:
 class ActivationOffload:
     """Moves the saved activations of a training step away, each storage once even if several tensors view it.
 
-    A thread (for host memory of an accelerator: a stream) writes them while the forward pass continues, and reads them
-    back in reverse order while the backward pass does, so that few are on the device at a time. Parameters, buffers and
-    small tensors stay. A file has no name, so that it is gone however the process ends; its space is reserved, and it
-    is written, not mapped, so that a full disk is an error with a sentence and not a signal.
+    A thread (for host memory of an accelerator: a stream) writes them while the forward pass continues. It reads them
+    back in reverse order during the backward pass, so that few are on the device at a time. Parameters, buffers and
+    small tensors stay. The file has no name, so that it is gone however the process ends. Its space is reserved, and it
+    is written instead of mapped, so that a full disk raises an error with a sentence instead of a signal.
 
     Args:
-        kind: host or disk. On the CPU, host is where activations are anyway, and nothing is moved.
-        folder: for the file of disk.
+        kind: host or disk. On the CPU, activations are in host memory anyway, so host moves nothing.
+        folder: for the file, if `kind` is disk.
         device: where blocks run.
 
     Raises:
@@ -86,7 +86,7 @@ class ActivationOffload:
         self._moved: list[Moved] = []
         """Storages of the current step, in the order in which they were saved."""
         self._known: dict[int, Moved] = {}
-        """The same by address of the storage, which may belong to another one by now."""
+        """The same by address of the storage; the address may belong to another storage by now."""
         self._leaving: deque[Callable[[], object]] = deque()
         """For each storage that is being written, a function that waits for it."""
 
@@ -118,7 +118,7 @@ class ActivationOffload:
             self._mover.submit(int).result()  # writes in flight must not overlap with the next step's bytes
 
     def _send(self, tensor: Tensor, storage: torch.UntypedStorage) -> Moved:
-        """Start to move a storage away, unless it was already."""
+        """Start to move a storage away, unless that has already been done."""
         known = self._known.get(storage._cdata)
         if known is not None and known.origin() is storage and known.version == tensor._version:
             return known
@@ -177,7 +177,7 @@ class ActivationOffload:
         moved.coming = into, wait
 
     def _on_side(self, work: Callable[[], None]) -> Callable[[], object]:
-        """Do work on the second stream after that of the first; returns a function that makes the first wait."""
+        """Queue work on the second stream after that of the first; returns a function that makes the first wait."""
         assert self._side is not None
         current = torch.cuda.current_stream(self._side.device)
         self._side.wait_stream(current)

@@ -1,4 +1,4 @@
-"""What stands in place of an offloaded tensor: one number, shown in its shape. Nobody may write there."""
+"""Placeholders of offloaded tensors: one number, expanded to the tensor's shape, which must not be written to."""
 
 from collections.abc import Iterable
 
@@ -9,10 +9,10 @@ from layerwise.errors import LayerwiseError
 
 
 class Blanks:
-    """A number for each type, shared by all tensors that are away: NaN, or zero where there is none.
+    """A number for each type, shared by all offloaded tensors: NaN, or zero for a type without NaN.
 
     Args:
-        device: where it lies.
+        device: of the numbers.
     """
 
     def __init__(self, device: torch.device):
@@ -20,21 +20,21 @@ class Blanks:
         self._numbers: dict[torch.dtype, Tensor] = {}
 
     def put(self, tensor: Tensor, size: torch.Size) -> None:
-        """Let a tensor of this size show the number."""
+        """Make a tensor a view of the number, expanded to this size."""
         if tensor.dtype not in self._numbers:
             self._numbers[tensor.dtype] = torch.empty((), dtype=tensor.dtype, device=self.device).fill_(_value(tensor))
         tensor.data = self._numbers[tensor.dtype].expand(size)
 
     def check(self, away: Iterable[tuple[Tensor, torch.Size]]) -> None:
-        """Refuse what somebody has written to a tensor that is away, or put in its place; then the number stands again.
+        """Raise an error if an offloaded tensor was written to or replaced; the placeholder is restored first.
 
-        What was written over the number on an accelerator is not noticed: to look there would wait for the device.
+        A write to the placeholder on an accelerator is not noticed: reading it would wait for the device.
 
         Args:
-            away: the tensors, and their sizes.
+            away: the offloaded tensors, and their sizes.
 
         Raises:
-            LayerwiseError: it would be lost.
+            LayerwiseError: a tensor was written to, and the values would be lost.
         """
         over = False
         for number in self._numbers.values() if self.device.type == "cpu" else ():

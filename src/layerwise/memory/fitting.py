@@ -17,7 +17,7 @@ class Fit:
     micro: int
     """Number of parts of every group's batch: the smallest within the peak, or that of the smallest step."""
     held: int
-    """Activations + gradients at the step's peak with so many parts, in bytes."""
+    """Activations + gradients at the step's peak with this number of parts, in bytes."""
     reached: bool
     """Whether this is within the peak."""
     why: str = ""
@@ -27,10 +27,10 @@ class Fit:
 
 
 def read_size(text: str) -> int:
-    """Read bytes from words such as `200MiB`; units are B, kB, MB, GB, KiB, MiB and GiB.
+    """Read a number of bytes from text such as `200MiB`; units are B, kB, MB, GB, KiB, MiB and GiB.
 
     Raises:
-        LayerwiseError: no number with a unit, or none larger than 0.
+        LayerwiseError: the text is not a number with a unit, or the number is not larger than 0.
 
     >>> read_size("1.5 KiB"), read_size("2MB")
     (1536, 2000000)
@@ -55,7 +55,7 @@ def size_in_words(size: int) -> str:
 
 
 def held_by(use: MemoryUse) -> int:
-    """Bytes of activations and gradients, which depend on the way of training, unlike parameters and optimizer state.
+    """Bytes of activations and gradients, which, unlike parameters and optimizer state, depend on how one trains.
 
     >>> held_by(MemoryUse(parameters=5, optimizer=10, gradients=1, activations=2, peak=18))
     3
@@ -66,17 +66,17 @@ def held_by(use: MemoryUse) -> int:
 def fewest_parts(measure: Callable[[int], MemoryUse], batch: int, peak: int, least: int = 1) -> Fit:
     """Find the smallest divisor n of the batch for which a step in n parts stays within a peak.
 
-    More parts take less memory for activations, so the number is doubled until a step fits, and then halved in between.
-    As gradients do not shrink with the parts, the search ends where they alone are more than the peak.
+    More parts take less memory for activations. So the number is doubled until a step fits, and then bisected.
+    Gradients do not shrink with the parts, so the search ends if they alone exceed the peak.
 
     Args:
-        measure: what a step in so many parts uses; raises LayerwiseError where it cannot be run in parts.
+        measure: the memory use of a step in a number of parts; raises LayerwiseError if it cannot be run in parts.
         batch: samples of a batch.
         peak: bytes that activations and gradients may take together.
         least: parts to begin with.
 
     Returns:
-        The fewest parts; where none is enough, those whose step was smallest.
+        The fewest parts; if no number is enough, the one whose step was smallest.
 
     >>> used = lambda parts: MemoryUse(0, 0, gradients=10, activations=100 // parts, peak=0)
     >>> fewest_parts(used, batch=60, peak=30).micro, fewest_parts(used, batch=60, peak=9).reached

@@ -8,10 +8,10 @@ from layerwise.memory.watching import WatchingMode
 
 
 class FlopMeter(WatchingMode):
-    """Context manager that counts the operations of the code inside, backward passes too; read `total` after.
+    """Context manager that counts the operations of the code inside, backward passes too; read `total` afterwards.
 
-    The formulas are those of `torch.utils.flop_counter.FlopCounterMode`, which also follows modules through the graph
-    and for that puts hooks on it; a rule that asks autograd for gradients itself cannot run under those.
+    The formulas are those of `torch.utils.flop_counter.FlopCounterMode`. That class also follows modules through the
+    graph, with hooks under which a rule that asks autograd for gradients itself cannot run.
 
     >>> import torch
     >>> with FlopMeter() as meter:

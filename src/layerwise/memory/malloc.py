@@ -11,13 +11,13 @@ def keep_freed_memory() -> bool:
     """Ask the C library to reuse freed memory instead of giving it back to the system.
 
     A rule that frees a block's graph before the next block runs asks for the same large buffers again and again. By
-    default glibc takes each of them fresh from the system, which then clears every page. Afterwards the process holds
-    its peak until it ends; no result changes.
+    default glibc takes each of them fresh from the system, which then clears every page. After this call, the process
+    keeps its peak memory until it ends; no result changes.
 
-    Called by the command line; call it once, before training, in a program of your own.
+    The command line calls it. In your own program, call it once, before training.
 
     Returns:
-        Whether it was done: on Linux with glibc, nowhere else.
+        Whether it was done: only on Linux with glibc.
 
     >>> keep_freed_memory() in (True, False)
     True

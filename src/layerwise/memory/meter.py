@@ -47,8 +47,8 @@ class MemoryUse:
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages of `tensors`; a storage shared by several tensors counts once.
 
-    The whole storage counts, also where a tensor shows only a part of it. A tensor subclass that is
-    made of other tensors (quantised, sharded) counts as these. A sparse tensor counts nothing.
+    The whole storage counts, even if a tensor views only a part of it. A tensor subclass that is
+    made of other tensors (quantised, sharded) counts as these. A sparse tensor counts as 0.
 
     Example:
         >>> x = torch.zeros(10)
@@ -61,8 +61,8 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
 def optimizer_tensors(optimizers: Iterable[Optimizer]) -> list[Tensor]:
     """The tensors in the state of `optimizers`, as `MemoryMeter` wants them.
 
-    Those that plain objects of the state hold (a projector, a quantiser) are among them, and for a
-    tensor subclass that is made of other tensors these.
+    Tensors that plain objects in the state hold (a projector, a quantiser) are included. A tensor
+    subclass that is made of other tensors is replaced by these.
 
     Example:
         >>> parameter = torch.nn.Parameter(torch.zeros(5))
@@ -77,7 +77,7 @@ def optimizer_tensors(optimizers: Iterable[Optimizer]) -> list[Tensor]:
 
 
 def _held_by(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """The tensors in containers and in the attributes of objects; each object is looked at once."""
+    """The tensors in containers and in the attributes of objects; each object is visited once."""
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor):
             yield leaf
@@ -85,7 +85,7 @@ def _held_by(value: Any, seen: set[int]) -> Iterator[Tensor]:
             seen.add(id(leaf))
             slots = [name for kind in type(leaf).__mro__ for name in getattr(kind, "__slots__", ())]
             parts = [*getattr(leaf, "__dict__", {}).values(), *(getattr(leaf, name, None) for name in slots)]
-            if isinstance(leaf, (Mapping, Set)):  # one that torch does not know as a tree
+            if isinstance(leaf, (Mapping, Set)):  # a container that torch does not know as a tree
                 parts += leaf.values() if isinstance(leaf, Mapping) else leaf
             yield from _held_by(parts, seen)
 
@@ -115,7 +115,7 @@ def measure_memory(
 def resident_peak() -> int | None:
     """The largest resident memory of this process so far in bytes, as Linux counts it (VmHWM); None elsewhere.
 
-    Python, torch's code and pages of files that are mapped count, whoever else uses them too.
+    Python, torch's code and pages of mapped files count, even if other processes use them too.
 
     >>> (resident_peak() or 2**30) > 2**20
     True
@@ -128,35 +128,36 @@ def resident_peak() -> int | None:
 
 
 class MemoryMeter:
-    """Context manager that measures the peak memory of the code inside; read `meter.peak` after.
+    """Context manager that measures the peak memory of the code inside; read `meter.peak` afterwards.
 
-    **CPU**: every storage that an operation makes is followed from its birth to its death, however
-    many views it has, in forward, backward and optimizer alike; the figures are exact to the byte.
-    Not seen are the workspace that a kernel takes and returns within one operation, and tensors
-    that no operation makes: the generator state (5 kB) that `torch.utils.checkpoint` keeps per
-    call. Functions from `torch.compile` run uncompiled here (torch compiles nothing under a dispatch
-    mode), so their figures are the plain code's; afterwards they are compiled again.
+    **CPU**: every storage that an operation creates is followed from its creation until it is freed,
+    however many views it has, in forward, backward and optimizer alike. The figures are exact to the
+    byte. Two things are not seen: the workspace that a kernel takes and returns within one operation,
+    and tensors that no operation creates, such as the generator state (5 kB) that
+    `torch.utils.checkpoint` keeps per call. Functions from `torch.compile` run uncompiled here (torch
+    compiles nothing under a dispatch mode), so their figures are those of the plain code; afterwards
+    they are compiled again.
 
-    - `parameters` and `optimizer` are the sizes of what is given. Optimizer state is asked for at
-      the end and counts as if it had been there from the start: run one step beforehand, so that it
-      has.
+    - `parameters` and `optimizer` are the sizes of the given tensors. Optimizer state is read at the
+      end and counts as if it had existed from the start. So run one step beforehand, which creates
+      it.
     - `gradients`: a storage that is the `.grad` of a given parameter at any time counts as gradient
-      for its whole life, also for the moment between its making and its arrival in `.grad`. It is
-      noticed when autograd has accumulated it, or, when it was set by hand, when a `torch.optim`
-      optimizer steps. Gradients that are there at the start count.
-    - `activations`: all else that is made inside. Memory that was there before is not counted,
-      unless it is given as `inputs`.
+      for its whole life, including the moment between its creation and its arrival in `.grad`. It is
+      noticed when autograd has accumulated it or, if it was set by hand, when a `torch.optim`
+      optimizer steps. Gradients that exist at the start count.
+    - `activations`: everything else that is created inside. Memory that was allocated before is not
+      counted, unless it is given as `inputs`.
 
     **CUDA, XPU**: from the allocator. Gradients and activations together are the peak of the allocated
     bytes above those at the start; `gradients` is the largest sum of gradients alive at one time
     (no more than the whole), `activations` the rest. Figures include the allocator's rounding to
     512 bytes and the workspaces of libraries, so again run one step beforehand. An accelerator whose
-    allocator tells no peak (MPS) is measured as the CPU is.
+    allocator reports no peak (MPS) is measured like the CPU.
 
     Args:
         parameters: parameters and buffers, of the model and of auxiliary modules.
         optimizer_state: called at the end for the optimizers' tensors; see `optimizer_tensors`.
-        inputs: tensors made beforehand that count as activations, such as the batch.
+        inputs: tensors created beforehand that count as activations, such as the batch.
         device: `"cpu"` or an accelerator; tensors elsewhere are not counted.
 
     Raises:
@@ -254,8 +255,7 @@ class _Entry:
 class _Ledger:
     """What was allocated and freed, in order: (number of the storage, change in bytes).
 
-    The split is made afterwards, when it is known which storage turned out to be a gradient or
-    state.
+    The split is made afterwards, when it is known which storages are gradients or optimizer state.
     """
 
     def __init__(self, device: str):
@@ -325,13 +325,13 @@ class _Watch(WatchingMode):
             if storage in self._ledger:  # it may have been resized
                 self._ledger.see(storage)
         for storage in _storages(tensors_of(result)):
-            # What went in and is not in the ledger was there before the meter. The exception is a
-            # tensor made from Python numbers: it is lifted into sight by an operation on itself.
+            # An input that is not in the ledger existed before the meter. The exception is a tensor
+            # made from Python numbers: an operation on the tensor itself makes it visible.
             if storage._cdata not in given or func is torch.ops.aten.lift_fresh.default:
                 self._ledger.see(storage)
         return result
 
 
 def _storages(tensors: Iterable[Tensor]) -> Iterator[torch.UntypedStorage]:
-    """The storages of strided tensors, of a sharded one that of its share; a sparse tensor's are seen when made."""
+    """Storages of strided tensors; of a sharded one, that of its shard. Sparse tensors' are seen when created."""
     return (t.untyped_storage() for t in plain_tensors(tensors) if t.layout is torch.strided)

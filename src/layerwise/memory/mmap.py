@@ -25,7 +25,7 @@ class ScratchFile:
     """A file without a name in a folder: the system frees it however the process ends.
 
     Args:
-        folder: on the disk that is to hold the file.
+        folder: on the disk that holds the file.
 
     Raises:
         LayerwiseError: the folder is missing or not writable.
@@ -57,7 +57,7 @@ class ScratchFile:
         return first
 
     def reserve(self, offset: int, length: int) -> None:
-        """Makes the disk hold these bytes: writing them to mapped memory cannot meet a full disk, which is SIGBUS.
+        """Reserves these bytes on the disk, so that a later write to mapped memory cannot fail with SIGBUS.
 
         Raises:
             LayerwiseError: the disk is full.
@@ -79,7 +79,7 @@ class ScratchFile:
         )
 
 
-ZEROS = 2**20  # bytes that are written at a time where the system cannot reserve
+ZEROS = 2**20  # bytes that are written at a time if the system cannot reserve space
 
 
 def write_fully(handle: int, rest: memoryview, at: int) -> None:
@@ -115,24 +115,24 @@ def tensor_at(mapped: Mapped, offset: int, shape: tuple[int, ...], dtype: torch.
 def release_pages() -> None:
     """Drops the pages of every mapped file from this process; a page that is read again is loaded again.
 
-    They stay in the system's file cache, which gives them up when it needs the memory.
+    They stay in the system's file cache, which frees them when it needs the memory.
     """
     for mapped in list(_live):
         mapped.madvise(mmap.MADV_DONTNEED)
 
 
-LARGE = 2**16  # bytes; a smaller tensor is not worth a page of its own
+LARGE = 2**16  # bytes; a smaller tensor is not worth separate pages
 CHUNK = 2**30
 FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
 
 
 class OnFile(TorchFunctionMode):
-    """Large tensors that are made inside lie in a file without a name, and none of their pages stays in the process.
+    """Puts large tensors that are created inside into a file without a name; no page of it stays in the process.
 
-    So a model can be built that is larger than the memory. Its values are those that it would have anyway.
+    So a model can be built that is larger than the memory. Its values are the same as without this context.
 
     Args:
-        folder: on the disk that is to hold them.
+        folder: on the disk that holds the file.
 
     Raises:
         LayerwiseError: the folder cannot be written to, or the disk is full.
@@ -164,7 +164,7 @@ class OnFile(TorchFunctionMode):
         return out
 
     def _place(self, tensor: Tensor) -> Tensor:
-        """Room for a tensor on the file."""
+        """Room for a tensor in the file."""
         needed = -(-tensor.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
         if self._mapped is None or self._used + needed > len(self._mapped):
             room = max(CHUNK, needed)

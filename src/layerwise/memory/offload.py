@@ -25,7 +25,7 @@ from layerwise.memory.meter import MemoryUse, optimizer_tensors, tensor_bytes
 from layerwise.memory.mmap import release_pages
 from layerwise.memory.stores import DiskStore, HostStore, Store
 
-ALIGNMENT = 64  # bytes, the alignment of torch's allocator; with others some kernels give different bits
+ALIGNMENT = 64  # bytes, as in torch's allocator; with another alignment some kernels give different bits
 
 
 @dataclass
@@ -66,7 +66,7 @@ class OffloadedGroup:
     places: list[tuple[dict[str, Any], str]]
     """Registries of modules, and the names there of the blocks' parameters and buffers."""
     group: Group | None = None
-    """Known after the auxiliary modules and the optimizer are made."""
+    """Set once the auxiliary modules and the optimizer are created."""
     entries: list[Entry] = field(default_factory=list)
     length: int = 0
     """Bytes."""
@@ -83,7 +83,7 @@ class OffloadedGroup:
         return [t for t in optimizer_tensors(self.group.optimizers) if t.device == device]
 
     def tensors(self, device: torch.device) -> list[Tensor]:
-        """All tensors, those that come and go last."""
+        """All tensors; gradients and other temporary ones come last."""
         found: list[Tensor] = [registry[name] for registry, name in self.places]
         if self.group is not None:
             for unit in self.group.units:
@@ -136,11 +136,11 @@ class OffloadedGroup:
         return chunks
 
     def sizes(self) -> Iterator[tuple[Tensor, torch.Size]]:
-        """The tensors, and the sizes that they have."""
+        """The tensors, and their sizes."""
         return ((entry.tensor, entry.size) for entry in self.entries)
 
     def show(self, found: Tensor) -> None:
-        """Let the tensors view these bytes."""
+        """Make the tensors views of these bytes."""
         for entry in self.entries:
             entry.tensor.data = entry.of(found)
 
@@ -148,21 +148,21 @@ class OffloadedGroup:
 class Offload:
     """Moves the parts of a network: the active group is on the device, and the next one is being fetched.
 
-    A part's bytes lie in a slot of the device, and its tensors show them; without a slot they show nothing (NaN, or
-    zero). While a group learns, a thread writes the part before it back and reads the next one into the same slot.
-    Rules and engine know nothing of this: the engine opens `resident` around a group, and whatever else runs (a block,
-    an auxiliary module) asks for its part by a hook. What runs with a graph outside its group stays until the next
-    group begins, so that the graph stays right.
+    A part's bytes are in a slot on the device, and its tensors are views of them. Without a slot, the tensors show a
+    placeholder (NaN, or zero). While a group learns, a thread writes the previous part back and reads the next one into
+    the same slot. Rules and engine do not know of this: the engine opens `resident` around a group, and anything else
+    that runs (a block, an auxiliary module) requests its part by a hook. A part that runs with a graph outside its
+    group stays until the next group begins, so that its graph remains valid.
 
     Args:
         kind: host or disk.
-        folder: for the file of disk.
+        folder: for the file, if `kind` is disk.
         device: where blocks run; the parameters may still be on the host.
-        rule: asked whether offloading it saves anything.
+        rule: decides whether offloading saves anything.
         blocks: per group that is here, the blocks that learn there.
         site: number of the first of them.
         total: number of all blocks of the network, its head included.
-        make: makes what blocks hold, where it is not made yet.
+        make: creates the tensors of blocks, if they do not exist yet.
 
     Raises:
         LayerwiseError: all blocks would be on the device at once, the folder cannot be written to, the disk is full.
@@ -229,7 +229,7 @@ class Offload:
             self._kept.clear()
 
     def need(self, part: OffloadedGroup) -> None:
-        """Bring a part that is about to run."""
+        """Bring a part to the device because it is about to run."""
         if torch.is_grad_enabled() and not any(part in parts for parts in self._open):
             self._kept.add(part)
         if part.attached:
@@ -247,7 +247,7 @@ class Offload:
             self.changing = before
 
     def add(self, group: Group) -> None:
-        """Take a group's auxiliary modules and optimizer into its part, which is resident."""
+        """Add a group's auxiliary modules and optimizer to its part, which is resident."""
         part = self._of_site[group.units[0].site.index]
         part.group = group
         for unit in group.units:
@@ -262,7 +262,7 @@ class Offload:
             release_pages()
 
     def check(self) -> None:
-        """Raise LayerwiseError where somebody has written to a tensor that is not on the device."""
+        """Raise LayerwiseError if a tensor that is not on the device was written to."""
         for part in self.parts:
             if not part.attached:
                 self._blanks.check(part.sizes())
@@ -309,7 +309,7 @@ class Offload:
         state = max(sum(own[(i + k) % count] for k in range(self._capacity)) for i in range(count))
         slots = sum(len(slot.bytes) for slot in self._slots)
         parameters = slots - state + tensor_bytes(self._fixed)
-        # Where all groups find room, none has left, and what their optimizers have made since lies beside the slots.
+        # If all groups fit, none has left the device. What their optimizers have created since is outside the slots.
         state += tensor_bytes([t for tensors in held for i, t in tensors.items() if i not in laid_out])
         work = use.gradients + use.activations
         return replace(use, parameters=parameters, optimizer=state, peak=parameters + state + work)
@@ -360,7 +360,7 @@ class Offload:
             for entry in part.entries:
                 self._blanks.put(entry.tensor, entry.size)
             part.attached = part.changed = False
-            torch.clear_autocast_cache()  # which knows a parameter by its address
+            torch.clear_autocast_cache()  # the cache identifies a parameter by its address
         if part.slot is not None:
             part.slot.part = part.slot = None
 
@@ -399,7 +399,7 @@ class Offload:
 
     def _room(self, length: int) -> Tensor:
         length = max(length, ALIGNMENT)
-        if self.device.type == "cpu":  # pages of its own, which the system gets back
+        if self.device.type == "cpu":  # separate pages, which go back to the system
             return torch.frombuffer(mmap.mmap(-1, length), dtype=torch.uint8)
         return torch.empty(length, dtype=torch.uint8, device=self.device)
 
@@ -444,10 +444,10 @@ class NotOffloaded:
 
 
 def window_of(rule: Rule, blocks: int) -> int:
-    """The largest number of groups that run as one graph, in a network of so many blocks.
+    """The largest number of groups that run as one graph, in a network with this number of blocks.
 
     Raises:
-        LayerwiseError: it is all of them, so that offloading would save nothing.
+        LayerwiseError: all groups run as one graph, so that offloading would save nothing.
     """
     views = rule.groups(blocks)
     starts = [view.start for view in views]
@@ -461,7 +461,7 @@ def window_of(rule: Rule, blocks: int) -> int:
 
 
 def check_offload(offload: str, replicas: bool, compile: bool | str) -> None:
-    """Raise LayerwiseError unless blocks can be offloaded so."""
+    """Raise LayerwiseError unless blocks can be offloaded with these options."""
     if offload not in get_args(Where):
         raise LayerwiseError(f"offload is {offload!r}; choose none, host or disk.")
     if offload != "none" and replicas:
@@ -477,7 +477,7 @@ def check_offload(offload: str, replicas: bool, compile: bool | str) -> None:
 def _places(
     blocks: Sequence[Sequence[Block]], first: int
 ) -> tuple[list[list[tuple[dict[str, Any], str]]], dict[int, Tensor]]:
-    """Per group, where its blocks' tensors are held; and the tensors that several groups use, which stay."""
+    """Per group, where its blocks' tensors are held; and the tensors that several groups use, which stay in place."""
     found = [[place for block in group for place in block.places()] for group in blocks]
     owner: dict[int, int] = {}
     shared: dict[int, Tensor] = {}

@@ -16,7 +16,7 @@ class Store(Protocol):
     """Keeps the bytes of offloaded groups; `write` and `read` run in the thread that moves them."""
 
     def write(self, key: Hashable, length: int, chunks: Sequence[tuple[int, Tensor]]) -> None:
-        """Keeps bytes of a group at their offsets."""
+        """Stores bytes of a group at their offsets."""
         ...
 
     def read(self, key: Hashable, length: int, into: Tensor) -> None:
@@ -29,7 +29,7 @@ class Store(Protocol):
 
 
 class HostStore:
-    """Host memory, pinned where the device is an accelerator."""
+    """Host memory, pinned if the device is an accelerator."""
 
     def __init__(self, device: torch.device):
         self._pinned = device.type == "cuda"
@@ -58,9 +58,9 @@ class DiskStore:
     """One sparse file without a name: the system frees it however the process ends.
 
     Args:
-        folder: on the disk that is to hold the file.
+        folder: on the disk that holds the file.
         device: where the bytes come from.
-        reserve: whether the disk has to have room for a group's bytes before any of them is written.
+        reserve: whether to reserve space for a group's bytes before any of them is written.
     """
 
     def __init__(self, folder: Path, device: torch.device, reserve: bool = False):
@@ -75,7 +75,7 @@ class DiskStore:
         """Writes to the file."""
         place, room = self._places.get(key, (0, 0))
         if key not in self._places or length > room:
-            room = 8 * length + 1  # for state that comes later; it takes no space on the disk before that
+            room = 8 * length + 1  # for state that is created later; it takes no space on the disk before that
             room += -room % mmap.ALLOCATIONGRANULARITY
             place = self._file.extend(room)
             if self._reserve:

@@ -21,8 +21,8 @@ TYPES = {  # names in the format
 def save_file(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a safetensors file, one tensor after the other, so that at most one of them is in memory twice.
 
-    The library's own writer wants all of them at once, as copies. Its order is kept: wide types first, so that all
-    lie aligned.
+    The writer of safetensors needs copies of all tensors at once. Its order is kept: wide types first, so that all
+    tensors are aligned.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     names, header, end = {dtype: name for name, dtype in TYPES.items()}, {}, 0

@@ -14,8 +14,8 @@ class WatchingMode(TorchDispatchMode, ABC):
     """Sees each operation of the code inside, in forward, backward and optimizer.
 
     Functions from `torch.compile` run uncompiled inside and compiled again afterwards: torch compiles nothing under a
-    dispatch mode, refuses a function that has to be one graph, and keeps refusing it. Of a tensor subclass that is
-    made of other tensors (quantised, sharded), the operations on those are seen.
+    dispatch mode, refuses a function that has to be one graph, and keeps refusing it. For a tensor subclass that is
+    made of other tensors (quantised, sharded), the operations on the inner tensors are seen.
     """
 
     def __init__(self) -> None:
@@ -39,12 +39,12 @@ class WatchingMode(TorchDispatchMode, ABC):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if any(is_traceable_wrapper_subclass(t) for t in tensors_of([args, list(kwargs.values())])):
-            return NotImplemented  # the subclass says which operations this is, and they come back here
+            return NotImplemented  # the subclass splits this into operations, which come back here
         return self.watch(func, args, kwargs)
 
     @abstractmethod
     def watch(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run one operation on plain tensors, and see what there is to see."""
+        """Run one operation on plain tensors, and record what the meter needs."""
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
@@ -57,7 +57,7 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
 
 
 def plain_tensors(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The tensors that hold the numbers: those inside for a subclass that is made of others, such as a sharded one.
+    """The tensors that hold the numbers; for a subclass made of others, such as a sharded one, the inner tensors.
 
     >>> [tuple(t.shape) for t in plain_tensors([torch.ones(2, 3)])]
     [(2, 3)]

@@ -44,11 +44,11 @@ class OneProcess(Alone):
         """Nothing is gathered."""
 
     def to_shard(self, own: Tensor, given: Tensor) -> Tensor:
-        """Of the whole tensor `given`, what belongs to `own`: all of it."""
+        """The part of the full tensor `given` that belongs to `own`: all of it."""
         return given
 
     def to_full(self, own: Tensor, tensor: Tensor) -> Tensor:
-        """A tensor that belongs to `own`, as it is to be stored."""
+        """A tensor that belongs to `own`, in the form in which it is stored."""
         return tensor
 
     def counted(self, use: MemoryUse, groups: Sequence[Group]) -> MemoryUse:
@@ -75,19 +75,19 @@ class WholeNetwork:
         return NextBlock()
 
     def own(self, tensors: Mapping[str, Tensor], auxiliary: nn.ModuleDict) -> Mapping[str, Tensor]:
-        """Of the tensors of all auxiliary modules, those of the modules here: all."""
+        """Those of all tensors that belong to the auxiliary modules here: all."""
         return tensors
 
     def receive(self) -> tuple[Tensor, Any]:
-        """Never asked: there is no rank before this one."""
+        """Never called: there is no rank before this one."""
         raise AssertionError("a network that is whole receives nothing")
 
     def receive_matrix(self) -> Tensor:
-        """Never asked: the output layer is here."""
+        """Never called: the output layer is here."""
         raise AssertionError("a network that is whole receives nothing")
 
     def send_matrix(self, matrix: Tensor) -> None:
-        """Never asked: nobody else reads it."""
+        """Never called: no other rank reads it."""
         raise AssertionError("a network that is whole sends nothing")
 
     def pass_on(self, h: Any, message: Any, skipped: bool) -> bool:

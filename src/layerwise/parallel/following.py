@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class NextBlockOnRank(NextBlock):
     """Tensors of the next block, which the next rank sends back once per update, just before it begins.
 
-    So the last group of a rank has the tensors that the update before has left, as in one process. They travel through
-    the host: a message against the direction of the batches must not wait in a device's queue behind these.
+    So the last group of a rank has the tensors of the previous update, as in one process. They are sent through the
+    host: a message against the direction of the batches must not wait for the batches in a device's queue.
 
     Args:
         stage: of this rank.
@@ -40,25 +40,25 @@ class NextBlockOnRank(NextBlock):
 
     @torch.no_grad()
     def tell(self) -> None:
-        """Send the rank before what its last module follows."""
+        """Send the previous rank the tensors that its last module follows."""
         if self.first is not None:
             self.stage.link.send_back(self.told())
 
     def told(self) -> list[Tensor]:
-        """What the rank before follows of the first block here."""
+        """The tensors of the first block here that the previous rank follows."""
         assert self.first is not None
         return self.read(self.first, self.names)
 
 
 def followed(rule: Rule, network: Partition, index: int) -> list[str]:
-    """Names of the tensors that the module at a site follows of the next block; none where there is no such site."""
+    """Names of the next block's tensors that the module at a site follows; none if there is no such site."""
     if not isinstance(rule, FollowsNextBlock) or not 0 <= index < len(network.blocks):
         return []
     return rule.followed(Site(index, len(network.blocks), network.blocks[index].name, network=network))
 
 
 def bytes_followed(rule: Rule, network: Partition, index: int) -> int:
-    """How many bytes the module at a site follows of the next block."""
+    """Bytes of the next block's tensors that the module at a site follows."""
     names = followed(rule, network, index)
     places = [network.blocks[index + 1].place(name) for name in names]
     return sum(registry[name].numel() * registry[name].element_size() for registry, name in places)

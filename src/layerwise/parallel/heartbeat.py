@@ -12,10 +12,11 @@ from layerwise.parallel.rendezvous import NoAnswer
 
 
 class Heartbeat:
-    """A thread that writes twice a second to the ranks' store how many collectives this rank has entered.
+    """A thread that writes the number of collectives that this rank has entered to the ranks' store, twice a second.
 
     A collective that fails does not say which rank is at fault: a neighbour may have waited for another rank. A rank
-    without a heartbeat has ended or was stopped. If all have one, the rank that has entered the fewest hangs.
+    without a heartbeat has ended or was stopped. If all have one, the rank that has entered the fewest collectives
+    hangs.
 
     Args:
         ranks: the processes of the job.

@@ -26,8 +26,8 @@ from layerwise.parallel.rendezvous import (
 )
 
 LANES = 4  # messages at a time from one rank to the next over gloo
-REPORT = 10.0  # seconds, at most, for a word about a failure: whoever reports has waited for the limit before
-PARTING = 5.0  # seconds, at most, that the store stays for those who have not read why the ranks do not begin
+REPORT = 10.0  # seconds, at most, to report a failure: the reporting rank has already waited for its limit
+PARTING = 5.0  # seconds, at most, that the store stays for ranks that have not read why the ranks do not begin
 
 Result = TypeVar("Result")
 
@@ -50,7 +50,7 @@ class Ranks:
     Args:
         timeout: seconds after which a rank that does not answer counts as lost.
         device: of this rank.
-        server: on rank 0, a socket that listens at the address of the store; made here if not given.
+        server: on rank 0, a socket that listens at the address of the store; created here if not given.
 
     Raises:
         LayerwiseError: not started by torchrun, or the ranks do not find one another within the limit.
@@ -65,7 +65,7 @@ class Ranks:
         self.agreed = self.meetings = 0
         self.blocks: list[str] = []
         """The blocks of each rank, for error sentences."""
-        # torchrun keeps its store over restarts, with entries of earlier attempts.
+        # torchrun keeps its store across restarts, with entries of earlier attempts.
         stored = dist.PrefixStore(  # pyright: ignore[reportPrivateImportUsage]
             f"attempt/{self.job.attempt}", open_store(self.job, timeout, server)
         )
@@ -93,7 +93,7 @@ class Ranks:
         except (RuntimeError, ValueError) as reason:
             raise not_met(self.job, str(reason), timeout) from reason
         self.transfer_device = device if nccl else torch.device("cpu")
-        self.lanes = 1 if nccl else LANES  # NCCL has no tags, and streams of its own
+        self.lanes = 1 if nccl else LANES  # NCCL has no tags, and has its own streams
 
     def name(self, rank: int) -> str:
         """A rank in words."""
@@ -151,17 +151,17 @@ class Ranks:
 
         Args:
             error: what is wrong here.
-            facts: name to what must be the same on all ranks of a column.
-            word: what this rank sends to the others.
-            column: of ranks that must agree with one another; all must if not given.
+            facts: by name, what must be the same on all ranks of a column.
+            word: a value that this rank sends to the others.
+            column: number of the ranks that must agree with one another; all must if not given.
 
         Returns:
             The words of all ranks.
 
         Raises:
-            Refused: on all ranks: what is wrong on the lowest rank that has an error, or what differs.
+            Refused: on all ranks, with the error of the lowest rank that has one, or with what differs.
         """
-        # Through the store, which outlives a rank that ends at once.
+        # Through the store, which outlives a rank that exits at once.
         self.agreed += 1
         step, seconds = f"agreed/{self.agreed}", self.limit.total_seconds()
         keys = [f"{step}/{rank}" for rank in range(self.count)]
@@ -189,7 +189,7 @@ class Ranks:
         return [word for _, _, word, _ in found]
 
     def _part(self, step: str, ranks: Sequence[int]) -> None:
-        """Before the ranks end: the one that keeps the store waits until the others have read the reason."""
+        """Before the ranks exit, the one that keeps the store waits until the others have read the reason."""
         self.store.set(f"{step}/read/{self.rank}", "yes")
         if self.job.keeps_store:
             self.store.wait([f"{step}/read/{rank}" for rank in ranks], min(PARTING, self.limit.total_seconds()))
@@ -198,7 +198,7 @@ class Ranks:
         """Return the result of `work`, which makes groups of ranks; all ranks call it at the same time.
 
         Raises:
-            LayerwiseError: a rank does not come.
+            LayerwiseError: a rank does not arrive.
         """
         try:
             return within(self.limit.total_seconds() + min(1.0, self.limit.total_seconds()), work)
@@ -208,12 +208,12 @@ class Ranks:
     # Who failed.
 
     def suspect(self, peer: int) -> int:
-        """Which rank is at fault if a message to or from `peer` fails; a `Heartbeat` knows more."""
+        """Which rank is at fault if a message to or from `peer` fails; a `Heartbeat` replaces this."""
         return peer
 
     @contextlib.contextmanager
     def watching(self, peer: int) -> Any:
-        """A context in which a failure to talk to `peer` becomes one sentence."""
+        """A context in which a failed message to or from `peer` becomes one sentence."""
         try:
             yield
         except RuntimeError as reason:
@@ -221,9 +221,9 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self) -> Any:
-        """A context in which all ranks do the same. A rank that does not arrive, or hangs in it, is named.
+        """A context in which all ranks do the same. The error names a rank that does not arrive, or hangs in it.
 
-        It gives a function, to be called when this rank has done its own share.
+        It yields a function, to be called when this rank has done its own share.
         """
         self.meetings += 1
         number = self.meetings
@@ -245,11 +245,11 @@ class Ranks:
             raise self._lost(" or ".join(others) or "a rank", str(reason)) from reason
 
     def lost(self, peer: int, reason: str) -> LayerwiseError:
-        """The error about `peer`, or about another rank that it waits for, or one announced before."""
+        """The error about `peer`, or about another rank that `peer` waits for, or an error announced before."""
         return self.lost_rank(self.suspect(peer), reason)
 
     def lost_rank(self, rank: int, reason: str) -> LayerwiseError:
-        """The error about a rank, or one announced before about another."""
+        """The error about a rank, or an error announced before about another rank."""
         return self._lost(self.name(rank), reason)
 
     def store_lost(self, reason: str) -> LayerwiseError:
@@ -293,7 +293,7 @@ def difference(facts: Mapping[int, Mapping[str, Any]]) -> str | None:
     >>> difference({0: {"lr": 0.1}, 1: {"lr": 0.5}, 2: {"lr": 0.5}})
     'the ranks differ in lr (0.1 on rank 0, 0.5 on ranks 1 and 2); give all ranks the same command, data and versions.'
     """
-    differing, of_some = [], []  # what only some ranks have depends on what comes first, such as a rule
+    differing, of_some = [], []  # what only some ranks have follows from an earlier difference, such as the rule
     for name in dict.fromkeys(name for found in facts.values() for name in found):
         by_value: dict[str, list[int]] = {}
         for rank, found in sorted(facts.items()):
@@ -312,10 +312,10 @@ def difference(facts: Mapping[int, Mapping[str, Any]]) -> str | None:
 
 
 def parsed(text: str, items: int) -> list[Any]:
-    """The list that a rank has stored as JSON, of so many items.
+    """The list that a rank has stored as JSON, with this number of items.
 
     Raises:
-        LayerwiseError: it is none.
+        LayerwiseError: the text is not such a list.
     """
     with contextlib.suppress(ValueError, RecursionError):
         found = json.loads(text)
@@ -343,14 +343,14 @@ def ranks_in_words(ranks: Sequence[int]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Convert a value to JSON. Objects are compared by what they print, without their addresses in memory."""
+    """Convert a value to plain JSON. Objects become their `repr`, without addresses in memory."""
     return json.loads(
         json.dumps(value, skipkeys=True, default=lambda other: re.sub(r" at 0x[0-9a-f]+", "", repr(other)))
     )
 
 
 def guarded(ranks: Ranks, work: Callable[[], Any]) -> Any:
-    """Do the work of a rank. If it fails, the other ranks learn which rank failed, and why."""
+    """Do the work of a rank. If it fails, the other ranks are notified which rank failed, and why."""
     try:
         return work()
     except Refused:

@@ -28,8 +28,8 @@ class NoAnswer(RuntimeError):
 def within(seconds: float, work: Callable[[], Result]) -> Result:
     """Run `work` with a time limit in seconds.
 
-    torch's store waits on its socket without a limit: where the process at the other end is stopped, or is no store at
-    all, a call never returns. So the call is made in a thread of its own, which is given up.
+    torch's store waits on its socket without a limit: if the process at the other end is stopped, or is not a store, a
+    call never returns. So the call is made in its own thread, which is abandoned when the time is over.
 
     Raises:
         NoAnswer: the time is over.
@@ -58,10 +58,10 @@ class StoreClient:
     Args:
         store: torch's client.
         seconds: the limit of a call.
-        silent: set when a call has met the limit; of its own if not given.
+        silent: set when a call has reached the limit; a new event if not given.
 
-    Every method raises `NoAnswer` where the limit is over, at once if an earlier call has met it, and another
-    RuntimeError where the store is gone.
+    Every method raises `NoAnswer` when the limit is over, at once if an earlier call has reached it, and another
+    RuntimeError if the store is gone.
     """
 
     def __init__(self, store: Store, seconds: float, silent: threading.Event | None = None):
@@ -90,7 +90,7 @@ class StoreClient:
         self._call("set", key, text)
 
     def set_once(self, key: str, text: str) -> str:
-        """Store a text unless there is one; returns what is stored then."""
+        """Store a text unless there is one; return the stored text."""
         return self._call("compare_set", key, "", text).decode(errors="replace")
 
     def has(self, key: str) -> bool:
@@ -98,7 +98,7 @@ class StoreClient:
         return self._call("check", [key])
 
     def get(self, keys: Sequence[str]) -> list[str]:
-        """Texts that are stored."""
+        """The stored texts."""
         return [value.decode(errors="replace") for value in self._call("multi_get", list(keys))] if keys else []
 
     def wait(self, keys: Sequence[str], seconds: float, unless: Callable[[], bool] = lambda: False) -> list[str]:
@@ -107,7 +107,7 @@ class StoreClient:
         Args:
             keys: of the texts.
             seconds: to wait at most.
-            unless: ends the wait where it gives True.
+            unless: ends the wait when it returns True.
 
         Returns:
             The keys that are still missing.
@@ -140,7 +140,7 @@ class Job:
         """The job of this process.
 
         Raises:
-            LayerwiseError: not started by torchrun, or a variable without a sense.
+            LayerwiseError: not started by torchrun, or a variable has an invalid value.
         """
         for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
@@ -188,7 +188,7 @@ def listen(address: str, port: int) -> socket.socket:
     """A socket that listens at this address alone; torch's own store listens at every address of the machine.
 
     Args:
-        address: of this machine, or a name that stands for one.
+        address: of this machine, or a name of it.
         port: 0 for one that is free.
 
     Raises:
@@ -223,7 +223,7 @@ def open_store(job: Job, seconds: float, server: socket.socket | None = None) ->
     Args:
         job: of this process.
         seconds: after which a store that does not answer counts as lost.
-        server: a socket that listens at its address; made here if not given.
+        server: a socket that listens at its address; created here if not given.
 
     Raises:
         LayerwiseError: the ranks do not find one another.
@@ -236,7 +236,7 @@ def open_store(job: Job, seconds: float, server: socket.socket | None = None) ->
         return TCPStore(job.address, job.port, None, **options, master_listen_fd=handle)
 
     try:
-        return within(seconds + min(1.0, seconds), connect)  # torch's own message says more, where its limit holds
+        return within(seconds + min(1.0, seconds), connect)  # torch's own message says more, if its limit works
     except NoAnswer as reason:
         raise LayerwiseError(
             f"a program listens at {job.place}, but it has not answered rank {job.rank} within {seconds:g} s, as the "

@@ -18,7 +18,7 @@ from layerwise.parallel.serialization import all_gather_values
 class Replicas(OneProcess):
     r"""The processes that hold the same blocks, each with its share of every batch.
 
-    With N replicas, of whose shares $c_r$ labels count, a replica weighs its gradient by $N c_r / c$ with
+    There are N replicas, and $c_r$ labels count in the share of replica r. It weights its gradient by $N c_r / c$ with
     $c = \sum_r c_r$. Then the mean of their gradients is the gradient of the mean loss over the c labels of the batch:
 
     $$\frac1N \sum_{r=1}^{N} \frac{N c_r}{c} \nabla \frac{1}{c_r} \sum_{i \in \text{share } r} \ell_i
@@ -31,7 +31,7 @@ class Replicas(OneProcess):
         group: those of them that are replicas of one another; all if not given.
 
     Attributes:
-        rank: this one's number among the replicas.
+        rank: number of this process among the replicas.
         count: how many there are.
     """
 
@@ -48,19 +48,19 @@ class Replicas(OneProcess):
 
         Args:
             tensors: of the same shapes and types everywhere.
-            facts: name to what else must be the same on all replicas.
+            facts: by name, what else must be the same on all replicas.
 
         Raises:
-            Refused: on all ranks, where the replicas differ.
+            Refused: on all ranks, if the replicas differ.
         """
         tensors = list(tensors)
         kinds = [f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for tensor in tensors]
-        # Before anything is sent: a collective whose sizes differ ends in gloo, without a sentence.
+        # Before anything is sent: a collective whose sizes differ fails in gloo without a clear message.
         self.ranks.agree(None, {**(facts or {}), "the tensors of the model": kinds}, column=self.first)
         self._copy(tensors)
 
     def adopt(self, model: nn.Module, units: Sequence[Unit]) -> None:
-        """Prepare a group of `model` before its optimizer is made: its auxiliary modules become those of the first."""
+        """Prepare a group before its optimizer is created: copy its auxiliary modules from the first replica."""
         auxiliary = [unit.auxiliary for unit in units if unit.auxiliary is not None]
         self._copy(tensor for module in auxiliary for tensor in (*module.parameters(), *module.buffers()))
 
@@ -80,8 +80,8 @@ class Replicas(OneProcess):
             loss: a scalar; only whether it is finite matters.
 
         Returns:
-            A function that waits for the averages and puts them in place. It returns 0, or NaN where the loss of any
-            replica was not finite. What it returns is the same on every replica.
+            A function that waits for the averages and puts them in place. It returns 0, or NaN if the loss of any
+            replica was not finite. Its result is the same on every replica.
         """
         learned = [p for p in parameters if p.grad is not None]
         sources: dict[torch.dtype, list[Tensor]] = {}

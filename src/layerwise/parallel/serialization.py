@@ -36,7 +36,7 @@ def encode(tree: Any) -> bytes:
     A tensor becomes its `TensorSpec`. Types are kept: a tuple comes back as a tuple.
 
     Raises:
-        LayerwiseError: anything else is in it.
+        LayerwiseError: the tree contains anything else.
 
     >>> decode(encode({"sizes": (1, 2.5), 3: None}))
     {'sizes': (1, 2.5), 3: None}
@@ -48,7 +48,7 @@ def decode(data: bytes) -> Any:
     """The tree given to `encode`, with a `TensorSpec` instead of every tensor.
 
     Raises:
-        LayerwiseError: `data` is no such tree.
+        LayerwiseError: `data` is not such a tree.
     """
     try:
         return _tree(json.loads(data))

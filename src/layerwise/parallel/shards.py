@@ -24,9 +24,9 @@ from layerwise.parallel.replicas import Replicas
 
 _NAMES = ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop")
 ELEMENTWISE = {getattr(torch.optim, name): name for name in _NAMES}
-"""Optimizers that treat every element on its own: the update of a shard is that part of the whole update."""
+"""Optimizers that update every element on its own, so that the update of a shard is that part of the full update."""
 
-# torch 2.13 has renamed it, and warns of the old name.
+# torch 2.13 has renamed it, and warns about the old name.
 scattered_sum: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
@@ -64,9 +64,9 @@ class ShardedParameter:
 class Shards(Replicas):
     r"""Replicas of which each keeps the N-th part of every parameter, gradient and optimizer state.
 
-    The parameters of a group are gathered before it runs, once per batch, as its backward pass follows its forward
-    pass at once; global backpropagation gathers them for each of the two. After the backward pass the full parameters
-    are freed, and each rank gets its shard of the mean gradient,
+    The parameters of a group are gathered before it runs. Once per batch is enough, because the group's backward pass
+    directly follows its forward pass; global backpropagation gathers them for each of the two passes. After the
+    backward pass the full parameters are freed, and each rank gets its shard of the mean gradient,
 
     $$g_r = \Big[\frac1N \sum_{q=1}^{N} \nabla_q\Big]_{\text{shard } r},$$
 
@@ -109,7 +109,7 @@ class Shards(Replicas):
                 raise LayerwiseError(f"sharded parameters cannot be trained with {name}={options[name]}; {instead}.")
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise LayerwiseError unless it treats every element on its own."""
+        """Raise LayerwiseError unless the optimizer updates every element on its own."""
         if type(optimizer) not in ELEMENTWISE:
             raise LayerwiseError(
                 f"{type(optimizer).__name__} may look at whole tensors, and a rank has a shard of each; choose one of "
@@ -156,7 +156,7 @@ class Shards(Replicas):
                 module.register_forward_pre_hook(lambda *_, need=need: need())
 
     def _placement(self, parameter: nn.Parameter) -> Shard | None:
-        """Shards by rows; where there are too few, by another dimension that divides evenly."""
+        """Shards by rows; if there are too few, by another dimension that divides evenly."""
         if parameter.shape[0] >= self.count:
             return None
         return next((Shard(i) for i, size in enumerate(parameter.shape) if size and size % self.count == 0), None)
@@ -221,7 +221,7 @@ class Shards(Replicas):
                 by_type.setdefault(full.dtype, []).append(parameter)
         sent = []
         for dtype, learned in by_type.items():
-            # Row r of the bucket goes to rank r; the first chunk is the largest, and there may be fewer than ranks.
+            # Row r of the bucket goes to rank r. The first chunk is the largest; there may be fewer chunks than ranks.
             chunks = [self._chunks(parameter) for parameter in learned]
             widths = [found[0].numel() for found in chunks]
             bucket = torch.zeros(self.count, sum(widths), dtype=dtype, device=loss.device)

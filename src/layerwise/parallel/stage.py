@@ -21,10 +21,10 @@ from layerwise.parallel.following import NextBlockOnRank, bytes_followed
 
 
 class StageLink(Protocol):
-    """The connections of a stage: from the rank before, and to the next one."""
+    """The connections of a stage: from the previous rank, and to the next one."""
 
     def receive(self) -> Any:
-        """The next tree of tensors from the rank before, in the order in which it sent them."""
+        """The next tree of tensors from the previous rank, in the order in which it sent them."""
         ...
 
     def send(self, tree: Any) -> None:
@@ -40,11 +40,11 @@ class StageLink(Protocol):
         ...
 
     def receive_back(self) -> Any:
-        """The next list of tensors from the next rank, where modules follow the next block."""
+        """The next list of tensors from the next rank, if modules follow the next block."""
         ...
 
     def send_back(self, tensors: list[Tensor]) -> None:
-        """Send a list of tensors to the rank before."""
+        """Send a list of tensors to the previous rank."""
         ...
 
 
@@ -55,17 +55,17 @@ class Stage:
         rank: number of this rank, from 0.
         ranks: how many there are.
         counts: groups per rank; balanced by the blocks' costs if not given.
-        agree: returns the first rank's list of numbers on all ranks. With it the cost of a block is the time that it
-            takes on the first rank; without it, and where a model is cut at its calls, the floating-point operations,
-            which are the same everywhere.
+        agree: returns the first rank's list of numbers on all ranks. If given, the cost of a block is the time that it
+            takes on the first rank. Otherwise, and if a model is cut at its calls, it is the number of floating-point
+            operations, which is the same everywhere.
         samples: of the batch that is timed.
 
     Attributes:
         link: set before the first batch.
         blocks: per rank, names of the first and the last block; known when the learner is built.
         shares_matrix: whether the blocks read the output matrix, which the last rank sends to the others.
-        borrowed: names of tensors of the next rank's first block that are kept until the rule's modules are made.
-        sent_back: bytes that all ranks together send back per update, where modules follow the next block.
+        borrowed: names of tensors of the next rank's first block that are kept until the rule's modules are created.
+        sent_back: bytes that all ranks together send back per update, if modules follow the next block.
         stop: number of the signal by which the first rank stops the run after this batch; 0 to continue.
     """
 
@@ -90,7 +90,7 @@ class Stage:
 
     @property
     def first(self) -> bool:
-        """Whether the images enter here."""
+        """Whether the input enters here."""
         return self.rank == 0
 
     @property
@@ -102,13 +102,13 @@ class Stage:
         """The groups of this rank; parameters of other ranks lose their memory.
 
         Args:
-            rule: refused where a pipeline cannot train it.
+            rule: refused if a pipeline cannot train it.
             network: all blocks and the head.
             groups: sites of all groups.
-            example: one sample, or a whole batch that is no tensor, on which the costs are measured.
+            example: one sample, or a whole batch that is not a tensor, on which the costs are measured.
 
         Raises:
-            LayerwiseError: the rule needs more than what travels forward, or there are fewer groups than ranks.
+            LayerwiseError: the rule needs more than what is sent forward, or there are fewer groups than ranks.
         """
         check_rule(rule, groups)
         self.shares_matrix = self.ranks > 1 and shares_matrix(rule)
@@ -119,7 +119,7 @@ class Stage:
             )
         bounds = [group.start for group in groups] + [groups[-1].stop]
         if self.counts is None:
-            if self.agree is None or network.owns_by_use:  # whose blocks run once per pass, and cannot be timed alone
+            if self.agree is None or network.owns_by_use:  # its blocks run once per pass, so they cannot be timed alone
                 cost = operations(network, example)
             else:
                 batch = example.repeat(self.samples, *[1] * (example.dim() - 1))
@@ -161,7 +161,7 @@ class Stage:
         return NextBlockOnRank(self, rule, network, sites)
 
     def own(self, tensors: Mapping[str, Tensor], auxiliary: nn.ModuleDict) -> dict[str, Tensor]:
-        """The tensors that belong to the auxiliary modules of this stage, out of those of all."""
+        """Those of all tensors that belong to the auxiliary modules of this stage."""
         return {name: tensor for name, tensor in tensors.items() if name.partition(".")[0] in auxiliary}
 
     def receive(self) -> tuple[Tensor, Any]:
@@ -192,7 +192,7 @@ class Stage:
 def seconds(network: Partition, example: Tensor, repeats: int = 3) -> list[float]:
     """Seconds of each block and the head, forward and backward on a batch: the best of `repeats`, after a warm-up.
 
-    Evaluation mode leaves running statistics and random generators alone; no gradient is kept.
+    In evaluation mode, running statistics and random generators stay as they are; no gradient is kept.
     """
     found, h = [], example
     with evaluation_mode(network):
@@ -241,13 +241,13 @@ def check_rule(rule: Rule, groups: Sequence[range]) -> None:
 
 
 def _begins_as_next(rule: Rule, network: Partition, index: int) -> bool:
-    """Whether the module at a site is made from the next block's weights."""
+    """Whether the module at a site starts with the next block's weights."""
     site = Site(index, len(network.blocks), network.blocks[index].name, network=network)
     return isinstance(rule, FollowsNextBlock) and rule.begins_as_next(site)
 
 
 def to_meta(model: nn.Module, tensors: Sequence[Tensor]) -> None:
-    """Replace parameters and buffers by meta tensors, which have a shape and no memory."""
+    """Replace parameters and buffers by meta tensors, which have a shape but no memory."""
     dropped = {id(tensor) for tensor in tensors}
     for module in model.modules():
         for name, parameter in module._parameters.items():

@@ -1,4 +1,4 @@
-"""Trees of tensors between ranks: forward, asynchronous, in order, every wait with a time limit."""
+"""Sends trees of tensors between ranks: asynchronously, in order, every wait with a time limit."""
 
 import datetime
 import queue
@@ -16,8 +16,8 @@ from layerwise.parallel.ranks import LANES, Ranks
 from layerwise.parallel.serialization import TensorSpec, decode, encode
 
 DEPTH = LANES  # batches in flight from one rank to the next; as many more wait at the sender
-# Tags: batches and figures to the next rank, the last one's answer at the end, its output matrix, and
-# what goes back one rank where heads follow the next block.
+# Tags: batches and figures to the next rank, the last rank's answer at the end, its output matrix, and
+# what is sent back by one rank if heads follow the next block.
 FORWARD, DONE, MATRIX, BACK = 0, 1, 2, 3
 TAGS = 8  # from the tag of one lane to that of the next
 
@@ -52,11 +52,11 @@ class TreeBuffers:
 class SendChannel:
     """The sending end of a channel to another rank. A header precedes a tree whose layout is new.
 
-    Trees take the lanes in turn. gloo sends nothing before the receiver has asked for it, so each lane carries one
+    Trees take the lanes in turn. gloo sends nothing before the receiver has requested it, so each lane carries one
     message at a time. Several lanes keep a connection with a long delay busy.
 
     Args:
-        slots: trees that may be under way at once.
+        slots: trees that may be in transit at once.
     """
 
     def __init__(self, ranks: Ranks, peer: int, tag: int, device: torch.device, lanes: int = 1, slots: int = DEPTH):
@@ -125,7 +125,7 @@ class ReceiveChannel:
         self.count, self.layout = 0, b""
 
     def receive(self) -> Any:
-        """The next tree. Its tensors are overwritten once as many more have come as there are slots."""
+        """The next tree. Its tensors are overwritten after as many more trees as there are slots."""
         slot = self.slots[self.count % len(self.slots)]
         self.count += 1
         size = torch.zeros(1, dtype=torch.int64, device="cpu")
@@ -148,7 +148,7 @@ class ReceiveChannel:
 
 
 class PrefetchThread:
-    """Reads a channel ahead, up to `ahead` trees that are not used yet. None ends it."""
+    """Reads a channel ahead, up to `ahead` trees that are not used yet. A None from the channel ends it."""
 
     def __init__(self, channel: ReceiveChannel, ahead: int):
         self.channel = channel
@@ -162,7 +162,7 @@ class PrefetchThread:
             self.room.acquire()
             try:
                 tree = self.channel.receive()
-            except Exception as failure:  # raised where the tree is asked for
+            except Exception as failure:  # raised when the tree is requested
                 self.trees.put(failure)
                 return
             self.trees.put(tree)
@@ -171,8 +171,8 @@ class PrefetchThread:
 class PrefetchingChannel:
     """The receiving end of a channel with lanes. It is read ahead up to `DEPTH` trees; None on every lane ends it.
 
-    The time limit holds where the next tree is asked for. A single lane may wait longer, as its own next tree comes
-    only after several steps of the peer.
+    The time limit applies when the next tree is requested. A single lane may wait longer, because its own next tree
+    comes only after several steps of the peer.
     """
 
     def __init__(self, ranks: Ranks, peer: int, tag: int, device: torch.device, lanes: int = 1):
@@ -185,7 +185,7 @@ class PrefetchingChannel:
         self.count = 0
 
     def receive(self) -> Any:
-        """The next tree. Its tensors are overwritten once the one after it is asked for."""
+        """The next tree. Its tensors are overwritten once the one after it is requested."""
         lane = self.lanes[self.count % len(self.lanes)]
         self.count += 1
         try:
@@ -198,7 +198,7 @@ class PrefetchingChannel:
         return tree
 
     def end(self) -> None:
-        """Take the None of every lane. After that nothing from the peer is under way."""
+        """Take the None of every lane. After that nothing from the peer is in transit."""
         for _ in self.lanes:
             self.receive()
 
@@ -206,12 +206,12 @@ class PrefetchingChannel:
 class MatrixChannel:
     """The channel of the output matrix from the last rank of a pipeline to its other ranks.
 
-    It goes through the host also where batches go from device to device: NCCL has no tags, and would keep the matrix
-    waiting for the next batch.
+    It goes through the host even if batches go from device to device: NCCL has no tags, so the matrix would wait for
+    the next batch.
 
     Args:
         ranks: the processes of the job.
-        stage: of this rank; nothing travels where its `shares_matrix` says so.
+        stage: of this rank; nothing is sent unless its `shares_matrix` is set.
         first: number of the pipeline's first rank.
     """
 
@@ -223,12 +223,12 @@ class MatrixChannel:
         self.from_last = ReceiveChannel(ranks, last, MATRIX, host) if others and not stage.last else None
 
     def send(self, matrix: Tensor) -> None:
-        """Send it to all other ranks."""
+        """Send the matrix to all other ranks."""
         for channel in self.to_others:
             channel.send(matrix)
 
     def receive(self) -> Tensor:
-        """The next one, on the host; it is overwritten once the one after it is asked for."""
+        """The next matrix, on the host; it is overwritten once the one after it is requested."""
         assert self.from_last is not None
         return self.from_last.receive()
 
@@ -241,7 +241,7 @@ class MatrixChannel:
 
 
 class BackLink:
-    """Sends lists of tensors against the direction of the batches, through the host; created by the first one.
+    """Sends lists of tensors against the direction of the batches, through the host; a channel is created when used.
 
     Args:
         ranks: the processes of the job.
@@ -254,7 +254,7 @@ class BackLink:
     _receives: ReceiveChannel | None
 
     def send_back(self, tensors: list[Tensor]) -> None:
-        """Send a list of tensors to the rank before."""
+        """Send a list of tensors to the previous rank."""
         self._sends = self._sends or SendChannel(self.ranks, self.ranks.rank - 1, BACK, torch.device("cpu"))
         self._sends.send(tensors)
 
@@ -271,9 +271,9 @@ class BackLink:
 
 
 class PipelineLink(BackLink):
-    """The link of a `Stage` that is one rank of a pipeline: the rank before sends to it, and it sends to the next one.
+    """The link of a `Stage` that is one rank of a pipeline: it receives from the previous rank and sends to the next.
 
-    For a training loop of one's own, in which all ranks call `Learner.step` equally often:
+    For your own training loop, in which all ranks call `Learner.step` equally often:
 
         ranks = Ranks(timeout=60, device=torch.device("cpu"))
         stage = Stage(ranks.rank, ranks.count)
@@ -299,7 +299,7 @@ class PipelineLink(BackLink):
         stage.link = self
 
     def receive(self) -> Any:
-        """The next tree from the rank before, on this rank's device."""
+        """The next tree from the previous rank, on this rank's device."""
         assert self.from_previous is not None
         tree = self.from_previous.receive()
         if self.ranks.transfer_device == self.ranks.device:

@@ -1,6 +1,6 @@
 """Modules that replace torch's: they keep less for the backward pass, or compute with fewer bits.
 
-They are usable under every rule, as a block's own graph shrinks with them. `replace` puts them into a model.
+They work with every rule, because they shrink a block's own graph. `replace` puts them into a model.
 """
 
 from layerwise.replacements.activations import ApproxGELU, ApproxSiLU, MaskReLU

@@ -1,6 +1,6 @@
 r"""Activations that keep a few bits per number for the backward pass, instead of their whole input.
 
-The derivative is replaced by a step function: $f'(x) \approx D_k$ where $k$ of the thresholds $c_i$ lie below x. Only k
+The derivative is replaced by a step function: $f'(x) \approx D_k$ where $k$ of the thresholds $c_i$ are below x. Only k
 is kept, in 1 or 2 bits.
 """
 
@@ -20,9 +20,9 @@ SILU_JUMPS = (-0.04060357190528599, 1.080925428529668, -0.040321856624382146)
 
 
 def packed(x: Tensor, thresholds: Sequence[float]) -> Tensor:
-    """How many thresholds lie below each number: 1 bit for one threshold, 2 bits for three, eight or four to a byte.
+    """The number of thresholds below each number: 1 bit for one threshold, 2 bits for three, eight or four per byte.
 
-    Byte j holds the numbers j, j + q, j + 2q, ... of the flattened tensor of n, so that all work is on neighbours.
+    Byte j holds the numbers j, j + q, j + 2q, ... of the flattened tensor of n, so that operations run on neighbours.
 
     Returns:
         (q,) bytes, q = ceil(n / 8) or ceil(n / 4).
@@ -34,7 +34,7 @@ def packed(x: Tensor, thresholds: Sequence[float]) -> Tensor:
     flat = x.reshape(-1)
     found = torch.zeros(-(-flat.numel() // per_byte), dtype=torch.uint8, device=x.device)
     for place, piece in enumerate(flat.split(len(found))):
-        # Seen as bytes, as booleans they would be converted.
+        # Viewed as bytes; booleans would be converted.
         code = (piece > thresholds[0]).view(torch.uint8)
         for threshold in thresholds[1:]:
             code += (piece > threshold).view(torch.uint8)
@@ -43,11 +43,11 @@ def packed(x: Tensor, thresholds: Sequence[float]) -> Tensor:
 
 
 def stepped(gradient: Tensor, codes: Tensor, values: Sequence[float]) -> Tensor:
-    """The gradient times the value that each number's code stands for; a piece of a byte's numbers at a time."""
+    """The gradient times the value of each number's code, for one place within the bytes at a time."""
     bits = _layout(len(values) - 1)[1]
     flat = gradient.reshape(-1)
     out = torch.empty_like(flat)
-    # Made where it is used: a tensor from the host would wait for the device.
+    # Created on the device: a copy from the host would wait for the device.
     table = torch.cat([flat.new_full((1,), value) for value in values])
     for place, (piece, into) in enumerate(zip(flat.split(len(codes)), out.split(len(codes)), strict=True)):
         code = (codes[: len(piece)] >> (bits * place)) & (len(values) - 1)
@@ -103,7 +103,7 @@ def _sums(jumps: Sequence[float]) -> tuple[float, ...]:
 class ApproxGELU(Stepped):
     r"""GELU that keeps 2 bits of every number for the backward pass (ReGELU2 of Approx-BP).
 
-    $f'(x) \approx \sum_i a_i [x > c_i]$ with the constants of the paper, in place of
+    $f'(x) \approx \sum_i a_i [x > c_i]$ with the constants of the paper, instead of
     $\Phi(x) + x \varphi(x)$.
 
     Source: Yang et al. 2024, "Reducing Fine-Tuning Memory Overhead by Approximate and Memory-Sharing Backpropagation".
@@ -138,8 +138,8 @@ class ApproxSiLU(Stepped):
 class MaskReLU(Stepped):
     """ReLU that keeps 1 bit of every number; its gradient is exact.
 
-    `nn.ReLU` keeps its output. Where the next layer keeps that too (a linear layer, a convolution, a pool), it costs
-    nothing, and this one saves nothing.
+    `nn.ReLU` keeps its output. If the next layer keeps the same tensor (a linear layer, a convolution, a pool), that
+    costs nothing, and this module saves nothing.
 
     >>> x = torch.tensor([-1.0, 0.0, 2.0], requires_grad=True)
     >>> MaskReLU()(x).sum().backward()

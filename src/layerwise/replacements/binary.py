@@ -22,7 +22,7 @@ class _Sign(torch.autograd.Function):
 def binary(weight: Tensor, training: bool) -> Tensor:
     """The binary weight of a real one, which is clipped to [-1, 1] before it is used in training.
 
-    The paper clips after every step; before the next use comes to the same, whatever takes the step.
+    The paper clips after every step. Clipping before the next use is equivalent, and works with every optimizer.
 
     >>> weight = nn.Parameter(torch.tensor([-3.0, 0.0, 0.5]))
     >>> binary(weight, training=True).tolist(), weight.tolist()
@@ -37,9 +37,9 @@ def binary(weight: Tensor, training: bool) -> Tensor:
 class BinaryLinear(nn.Linear):
     r"""A linear layer with the weight $w_b = \mathrm{sign}(w)$ in the forward and the backward pass.
 
-    The gradient with respect to $w_b$ is that of w, which is kept within [-1, 1]. The bias stays real. The
-    deterministic form of the paper; there weights start as Glorot's and a norm follows every layer, without which sums
-    of ones are large.
+    The gradient with respect to $w_b$ is used as that of w, which is kept within [-1, 1]. The bias stays real. This is
+    the deterministic form of the paper. There, weights have Glorot's initialisation, and a norm follows every layer,
+    because sums of ones are large.
 
     Source: Courbariaux et al. 2015, "BinaryConnect".
 

@@ -10,7 +10,7 @@ from layerwise.errors import LayerwiseError
 
 
 def _through_softmax(p: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient of logits out of that of their softmax p."""
+    """The gradient on logits, from that on their softmax p."""
     return p * (gradient - (p * gradient).sum(-1, keepdim=True))
 
 
@@ -47,11 +47,11 @@ class OneHot(nn.Module):
     In evaluation the most probable category is taken.
 
     Args:
-        gradient: how it is let through.
-        tau: temperature of the backward pass; ReinMax wants at least 1.
+        gradient: `"reinmax"` or `"straight"`, the estimator of the gradient.
+        tau: temperature of the backward pass; ReinMax needs at least 1.
 
     Raises:
-        LayerwiseError: another word for the gradient, or a temperature out of range.
+        LayerwiseError: an unknown estimator, or a temperature out of range.
 
     Source: Liu et al. 2023, "Bridging Discrete and Backpropagation: Straight-Through and Beyond"; Bengio et al. 2013.
 

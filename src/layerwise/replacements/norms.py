@@ -1,7 +1,7 @@
 r"""Normalisations that share the memory of the layer after them (MS-LayerNorm, MS-RMSNorm of MS-BP).
 
-A norm keeps its input, and the linear layer after it the norm's output. The backward pass of a norm without scale and
-shift can do with its output y and the deviation alone:
+A norm keeps its input, and the linear layer after it keeps the norm's output. But the backward pass of a norm without
+scale and shift needs only its output y and the deviation:
 
 $$\mathrm{d}x = \frac{1}{\sigma} \big(\mathrm{d}y - \overline{\mathrm{d}y} - y\, \overline{\mathrm{d}y \odot y}\big)$$
 

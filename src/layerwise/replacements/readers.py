@@ -26,7 +26,7 @@ class _Noted(TorchFunctionMode):
         self.made: dict[int, tuple[Tensor, nn.Module]] = {}
         """The outputs by their ids, kept so that no id is reused."""
         self.reads: dict[nn.Linear, set[int | None]] = {}
-        """Per linear layer the norms that it has read, by their ids; None for anything else."""
+        """Per linear layer, the ids of the norms that it has read; None for anything else."""
         self.others: set[int] = set()
         """Norms whose output something else has read."""
 
@@ -62,20 +62,20 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def readers_of(model: nn.Module, example: Any) -> dict[nn.Module, list[nn.Linear]]:
-    """The linear layers into which the scale and shift of each norm can be merged, without a change of the model.
+    """The linear layers into which the scale and shift of each norm can be merged without changing the model's output.
 
-    They alone read the norm's output, and read nothing else. A norm that anything else reads, or whose output leaves
-    the model, is not there.
+    Only they read the norm's output, and they read nothing else. A norm that anything else reads, or whose output
+    leaves the model, is left out.
 
     Args:
         model: the model.
         example: a batch: a tensor, a tuple of arguments, or a mapping of keywords.
 
     Raises:
-        LayerwiseError: the model does not take the example.
+        LayerwiseError: the model cannot run the example.
     """
     places = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
-    # A weight that another module has too, such as an embedding, has to stay what it is.
+    # A weight that another module also holds, such as an embedding, must not change.
     plain = {id(m.weight): m for m in model.modules() if type(m) is nn.Linear and places[id(m.weight)] == 1}
     noted = _Noted(plain)
 

@@ -1,4 +1,4 @@
-"""Replaces modules of a model by ones that keep less for the backward pass, or compute with fewer bits."""
+"""Replaces modules of a model with ones that keep less for the backward pass, or compute with fewer bits."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Replacement:
     """A named kind of module, and the modules that it replaces."""
 
     kinds: tuple[type[nn.Module], ...]
-    """Modules of these types, not of ones derived from them."""
+    """Modules of these types, not of subclasses."""
     make: Make
     takes: Callable[[Any], bool] = lambda module: True
     """Whether one module can be replaced."""
@@ -73,18 +73,18 @@ def replace(
 ) -> nn.Module:
     """Replace modules of a model in place; parameters and their names do not change.
 
-    The model is then trained as any other, under every rule. A module that is used in several places stays one module.
+    The model is then trained like any other, with every rule. A module that is used in several places stays one module.
 
     Args:
         model: a model whose layers are modules: functions such as `F.gelu` cannot be replaced.
-        what: names out of `layerwise.replacements.names()`, each for all modules that it can replace; or a mapping from
-            a type of module, or a name or pattern such as `"layers.*.act"`, to such a name, or to a function from a
-            module to the one that takes its place.
-        example: a batch that the model takes; needed for `"ms_norm"`, which merges the scale and shift of a norm into
+        what: names from `layerwise.replacements.names()`, each of which replaces all modules that it can; or a mapping.
+            A key of the mapping is a type of module, or a name or pattern such as `"layers.*.act"`. A value is such a
+            name, or a function from a module to its replacement.
+        example: a batch that the model can run; needed for `"ms_norm"`, which merges the scale and shift of a norm into
             the linear layers that read it.
 
     Returns:
-        The model; the module that takes its place, where it is one itself.
+        The model, or its replacement if the model itself is one of the replaced modules.
 
     Raises:
         LayerwiseError: an unknown name, a pattern that matches nothing, or nothing that could be replaced.
@@ -153,7 +153,7 @@ def _made(
 
 
 def _merged(model: nn.Module, able: list[Any], name: str, example: Any) -> list[Any]:
-    """Merge parameters where possible, and return the modules that are then without parameters."""
+    """Merge parameters where possible, and return the modules that then have no parameters."""
     bare = [m for m in able if m.weight is None]
     if example is None and len(bare) < len(able):
         raise LayerwiseError(f"{name} has to find the readers of each norm; give replace(..., example=a batch).")

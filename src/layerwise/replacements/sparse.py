@@ -29,7 +29,7 @@ def largest(weight: Tensor, n: int, m: int) -> Tensor:
 
 
 class _Masked(torch.autograd.Function):
-    """A linear layer with one mask for its output, another for the gradient of its input, none for its weight's."""
+    """A linear layer with one mask for its output, another for its input's gradient, and none for its weight's."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, back: Tensor) -> Tensor:
@@ -51,17 +51,17 @@ class _Masked(torch.autograd.Function):
 
 
 class BiMaskLinear(nn.Linear):
-    r"""A linear layer of which every M inputs have N weights, in both directions.
+    r"""A linear layer that keeps N of every M weights, in both directions.
 
     Forward: $y = (W \odot m) x$, where m keeps the N largest of every M weights of a row. Backward: $dx = (W \odot m
     \odot b)^\top dy$, where b keeps N of every M of a column of $W \odot m$ after its rows are put into another order,
-    so that this product is N:M sparse too; $dW = dy\, x^\top + \lambda (1 - m) \odot W$ is dense, so that weights can
+    so that this product is N:M sparse too. $dW = dy\, x^\top + \lambda (1 - m) \odot W$ is dense, so that weights can
     come back. The order of the rows is the best of 100 random ones, and is renewed every 100 forward passes.
 
-    The masks are computed and applied by dense operations: hardware with sparse kernels would be faster, this is not.
+    The masks are computed and applied by dense operations. Sparse kernels would be faster; this layer is not.
 
     Args:
-        n: weights that stay of every m.
+        n: weights that are kept of every m.
         m: a divisor of `in_features` and `out_features`.
 
     Raises:
@@ -97,7 +97,7 @@ class BiMaskLinear(nn.Linear):
         self.register_buffer("order", torch.arange(out_features, device=device))
         self.register_buffer("passes", torch.zeros((), dtype=torch.int64, device=device))
         self._passes: int | None = None
-        """The same number on the host, so that nothing waits for the device; None after a state was loaded."""
+        """The same number on the host, so that nothing waits for the device; None after loading a state."""
 
     @classmethod
     def of(cls, linear: nn.Linear, n: int = 2, m: int = 4) -> Self:
@@ -123,7 +123,7 @@ class BiMaskLinear(nn.Linear):
         return _Masked.apply(input, self.weight, self.bias, mask, back)  # pyright: ignore[reportReturnType]
 
     def _backward_mask(self, mask: Tensor, order: Tensor) -> Tensor:
-        """B and-ed with m, in the rows' own order."""
+        """The mask b where m holds too, in the original order of the rows."""
         turned = (self.weight.detach() * mask)[order].T
         found = torch.empty_like(mask)
         found[order] = largest(turned, self.n, self.m).T

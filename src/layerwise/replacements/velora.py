@@ -40,9 +40,9 @@ class _Projected(torch.autograd.Function):
 class VeLoRALinear(nn.Linear):
     r"""A linear layer whose weight learns from rank-1 projections of its input; everything else is exact.
 
-    The input of a token is cut into G sub-tokens of D / G numbers. Of each, $z = x^\top v$ is kept, in half precision,
-    with one unit vector v for all: the normalised mean over the sub-tokens of the first batch, which then stays. The
-    gradients are
+    The input of a token is cut into G sub-tokens of D / G numbers. Of each, $z = x^\top v$ is kept, in half precision.
+    The unit vector v is the same for all: the normalised mean over the sub-tokens of the first batch, which then stays
+    fixed. The gradients are
 
     $$\mathrm{d}X = \mathrm{d}Y\, W, \qquad \mathrm{d}W = s\, \mathrm{d}Y^\top \hat X, \quad \hat X = z v^\top,
       \qquad \mathrm{d}b = \sum \mathrm{d}Y$$
@@ -81,7 +81,7 @@ class VeLoRALinear(nn.Linear):
         self.groups, self.scale = groups, scale
         self.register_buffer("direction", torch.zeros(in_features // groups, device=device, dtype=dtype))
         self._known: int | None = None
-        """The buffer that is known to hold a direction; another one may have been loaded, or be a copy."""
+        """`id` of the buffer that is known to hold a direction; another buffer may have been loaded, or be a copy."""
 
     @classmethod
     def of(cls, linear: nn.Linear, groups: int = 32, scale: float = 1.0) -> Self:
@@ -101,7 +101,7 @@ class VeLoRALinear(nn.Linear):
 
     @torch.no_grad()
     def _has_direction(self, x: Tensor) -> bool:
-        """Whether there is one; the first batch in training gives it. Later steps do not ask again."""
+        """Whether there is a direction; the first batch in training sets it. Later steps do not check again."""
         if not bool(self.direction.any()):
             if not self.training:
                 return False

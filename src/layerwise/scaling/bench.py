@@ -31,7 +31,7 @@ def measured(
 
     Args:
         options: checked.
-        told: is called with the number of rounds that are done.
+        told: called with the number of rounds that are done.
 
     Returns:
         A series per way and number of ranks; seconds of the blocks, see `simulate.Costs`.
@@ -48,7 +48,7 @@ def measured(
         for ranks in sorted({ranks for _, ranks in jobs}):
             processes_by_count[ranks] = RankProcesses(ranks, options, log)
             stack.callback(processes_by_count[ranks].close)
-        for processes in processes_by_count.values():  # which start side by side
+        for processes in processes_by_count.values():  # these start in parallel
             processes.meet()
         for turn in range(options.rounds):
             # The order rotates, so that no way always runs after the same one.
@@ -60,7 +60,7 @@ def measured(
                 series[way, ranks].add(answers, samples)
             costs += processes_by_count[1].ask([{"do": "costs"}])
             told(turn + 1)
-    # The first round's are those of code that runs for the first time.
+    # The costs of the first round are those of code that runs for the first time.
     costs = costs[1:] or costs
     medians = {
         name: [statistics.median(values) for values in zip(*(c[name] for c in costs), strict=True)] for name in costs[0]
@@ -103,7 +103,7 @@ def rows_of(options: ScalingOptions, series: dict[tuple[str, int], Series], bloc
 
 
 def contention(series: dict[tuple[str, int], Series]) -> Callable[[int], float]:
-    """Speed of each of k processes that compute at once, from those that share nothing; by cores where unmeasured."""
+    """Speed of each of k processes that compute at once, from those that share nothing; by cores if unmeasured."""
     one = statistics.median(series["rule", 1].rates)
     known = {1: 1.0} | {
         ranks: statistics.median(found.rates) / one for (way, ranks), found in series.items() if way == "apart"

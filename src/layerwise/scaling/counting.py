@@ -15,21 +15,21 @@ from layerwise.parallel.transport import FORWARD, PrefetchingChannel, SendChanne
 
 
 class Clock:
-    """Wall time, and how much of it this thread computed or waited for a core."""
+    """Wall time, and the parts of it in which this thread computed or waited for a core."""
 
     def __init__(self) -> None:
         self.wall = time.perf_counter()
         self.busy, self.queued = time.thread_time(), queued_seconds()
 
     def read(self) -> dict[str, float]:
-        """`seconds` since the clock was made, and of these `busy` and `queued`; the rest was waiting for something."""
-        # The wall's interval holds the others.
+        """`seconds` since the clock was created, and of these `busy` and `queued`; the rest is other waiting."""
+        # The interval of the wall time contains the others.
         queued, busy = queued_seconds() - self.queued, time.thread_time() - self.busy
         return {"seconds": time.perf_counter() - self.wall, "busy": busy, "queued": queued}
 
 
 def queued_seconds() -> float:
-    """Seconds that this thread was ready to run and had no core, as Linux counts them; 0 elsewhere."""
+    """Seconds during which this thread was ready to run but had no core, as Linux counts them; 0 elsewhere."""
     try:
         return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
     except (OSError, IndexError, ValueError):
@@ -37,7 +37,7 @@ def queued_seconds() -> float:
 
 
 class GroupTimes(Engine):
-    """An engine that keeps the seconds of every group's update."""
+    """An engine that records the seconds of every group's update."""
 
     def __init__(self, engine: Engine):
         super().__init__(engine.rule, engine.task, engine.execution)
@@ -78,7 +78,7 @@ class CountingLink:
         self.to_next.send(tree)
 
     def close(self) -> None:
-        """Announce the end to the next rank, and receive the same from the rank before."""
+        """Announce the end to the next rank, and receive the same from the previous rank."""
         if self.to_next is not None:
             self.to_next.end()
         if self.from_previous is not None:
@@ -92,11 +92,11 @@ class CountedStage(PipelineStage):
     bytes = 0
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        """Those of torch."""
+        """The sends of torch's stage."""
         return self._counted(super().get_fwd_send_ops(fwd_chunk_id))
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        """Those of torch."""
+        """The sends of torch's stage."""
         return self._counted(super().get_bwd_send_ops(bwd_chunk_id))
 
     def _counted(self, sends: list[dist.P2POp]) -> list[dist.P2POp]:

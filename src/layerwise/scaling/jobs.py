@@ -1,4 +1,4 @@
-"""Processes of a job that measure, and wait for tasks between two measurements."""
+"""Starts the processes of a measurement, and gives them tasks."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ class RankProcesses:
     Args:
         ranks: how many.
         options: of the benchmark.
-        log: file for what they write to standard error.
+        log: file for their standard error.
     """
 
     def __init__(self, ranks: int, options: ScalingOptions, log: Path):
@@ -43,8 +43,8 @@ class RankProcesses:
         self.setup = [setup | {"rank": rank} for rank in range(ranks)]
 
     def meet(self) -> None:
-        """Wait until the processes have found one another; their first task."""
-        # Rank 0 chooses a port at its own address, and keeps it: a port that is free here may be taken a moment later.
+        """Wait until the processes have found one another, which is their first task."""
+        # Rank 0 chooses a port at its own address and keeps it: a port that is free here may be taken a moment later.
         (found,) = self.ask([{"do": "listen", "address": self.setup[0]["address"]}])
         self.ask([setup | found for setup in self.setup])
 
@@ -59,7 +59,7 @@ class RankProcesses:
                     stderr=log,
                     text=True,
                     env=os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)},
-                    start_new_session=True,  # Ctrl-C is for the parent, whose end ends them too
+                    start_new_session=True,  # Ctrl-C is for the parent; the processes exit when it does
                 )
             except OSError as reason:
                 raise LayerwiseError(f"cannot start {shlex.join(command)}: {reason.strerror}.") from reason
@@ -77,7 +77,7 @@ class RankProcesses:
         """Give each of the first processes its task and wait for all answers.
 
         Raises:
-            LayerwiseError: one of them failed, died or has not answered within the limit.
+            LayerwiseError: a process failed, died or has not answered within the limit.
         """
         for process, task in zip(self.processes, tasks, strict=False):
             assert process.stdin is not None
@@ -85,7 +85,7 @@ class RankProcesses:
                 process.stdin.write(json.dumps(task) + "\n")
                 process.stdin.flush()
         found: dict[int, dict[str, Any]] = {}
-        # Each process has the limit for every wait of its own; what it reports then is better than silence.
+        # Each process has the same limit for its own waits, and its report is better than none. So wait longer here.
         deadline = time.monotonic() + 2 * self.limit
         while len(found) < len(tasks):
             try:
@@ -107,7 +107,7 @@ class RankProcesses:
         return f"it said: {lines[-1]}" if lines else "it said nothing."
 
     def close(self) -> None:
-        """End all processes at once."""
+        """Kill all processes at once."""
         for process in self.processes:
             process.kill()
         for process in self.processes:

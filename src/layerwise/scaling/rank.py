@@ -1,8 +1,8 @@
 """A rank that measures: it trains one network in the ways that `layerwise bench scaling` compares.
 
-It reads tasks from standard input, one JSON object per line, and answers each with one line on standard output. Rank 0
-is asked for a port first; the next task gives each rank its number. When standard input ends, because the parent has
-died or has finished, the process ends at once.
+It reads tasks from standard input, one JSON object per line, and answers each with one line on standard output. The
+first task asks rank 0 for a port; the next one gives each rank its number. When standard input ends, because the parent
+has died or has finished, the process exits at once.
 """
 
 import contextlib
@@ -76,7 +76,7 @@ class Rank:
         self.runs = 0
 
     def _once(self, name: str, make: Callable[[], Any]) -> Any:
-        """The result of `make`, made at the first call: learners and schedules live as long as the process."""
+        """The result of `make`, created at the first call: learners and schedules live as long as the process."""
         if name not in self.made:
             self.made[name] = make()
         return self.made[name]
@@ -97,7 +97,7 @@ class Rank:
         return 2 * (self.count - 1) / self.count * sum(p.nbytes for p in parameters if p.requires_grad)
 
     def _optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer that a learner would make."""
+        """The optimizer that a learner would create."""
         factory = optimizer_factory(self.task["optimizer"], lr=LEARNING_RATE, weight_decay=0.01)
         (optimizer,) = factory(decay_groups(parameters))
         return optimizer
@@ -109,8 +109,8 @@ class Rank:
             task: `way`, `steps`, and `warmup`, the steps before the clock starts.
 
         Returns:
-            What `Clock.read` gives for the steps, `fill`, the seconds until this rank had its first batch done, and
-            `bytes` that it sends per step.
+            The result of `Clock.read` for the steps; `fill`, the seconds until this rank had finished its first batch;
+            and `bytes`, which it sends per step.
         """
         dist.barrier()
         way, warmup, steps = task["way"], task["warmup"], task["steps"]
@@ -143,9 +143,9 @@ class Rank:
         return lambda: learner.step(self.x, self.y), lambda: 0
 
     def _pipeline(self, warmup: int, steps: int) -> dict[str, Any]:
-        """Our pipeline. Batches continue until the last rank has its steps, so that no rank idles at the end of them.
+        """Our pipeline. Batches continue until the last rank has done its steps, so that no rank idles before that.
 
-        What is then still under way is dropped.
+        Batches that are then still in transit are dropped.
         """
         learner = self._once("pipeline", lambda: self._learner(self.task["rule"], Stage(self.number, self.count)))
         stage = learner.stage
@@ -215,7 +215,7 @@ class Rank:
         mine = [self.number] if parts == self.count else [self.number, parts - 1 - self.number]
         kind, micro = SCHEDULES[way], self.task["micro_batches"]
         modules = [nn.Sequential(*list(model.children())[slice(*span)]) for span in bounds]
-        # Where torch does not know the shapes, its ranks exchange them in pickles.
+        # If torch does not know the shapes, its ranks exchange them as pickles.
         shapes = [torch.empty_like(self.x.tensor_split(micro)[0], device="meta")]
         with torch.no_grad():
             for module in modules:
@@ -244,12 +244,12 @@ class Rank:
         """Seconds of every block and the head, alone in this process: the input of the simulator.
 
         Returns:
-            `rule`: one update of the rule, from the steps measured so far; of backpropagation, for one micro-batch:
-            `forward`, `backward`, and of that the part for the `input`; `optimizer`: one step of it.
+            `rule`: one update of the rule, from the steps measured so far. `forward`, `backward`, and `input`, which is
+            the part of `backward` for the input: of backpropagation, for one micro-batch. `optimizer`: one step of it.
         """
         learner = self.made[f"learner {self.task['rule']}"]
         found: dict[str, list[float]] = {"rule": []}
-        for group in learner.groups:  # a group's first block stands for all of it, such as the head
+        for group in learner.groups:  # the first block counts for its whole group, the head included
             seconds = statistics.median(learner.engine.seconds[group.name])
             found["rule"] += [seconds, *[0.0] * (len(group.units) - 1)]
         model = self._once("model costs", self._model)
@@ -282,7 +282,7 @@ class Rank:
         return found
 
     def weights(self, task: dict[str, Any]) -> dict[str, list[float]]:
-        """The network of one way by the names of its parameters, of which other ranks may train some; for tests."""
+        """The parameters of one way's network by name, some of which other ranks may train; for tests."""
         way = task["way"]
         model = self.made.get(f"model {way}") or self.made[f"learner {way}"].network.model
         return {name: parameter.flatten().tolist() for name, parameter in model.named_parameters()}

@@ -20,8 +20,8 @@ class Series:
     """Sent by each rank per step."""
 
     def add(self, answers: Sequence[dict[str, float]], samples: int) -> None:
-        """Take the answers of all ranks for one round; `samples` were trained."""
-        # The last rank of our pipeline is what a user waits for; the ranks of all others end a step together.
+        """Add the answers of all ranks for one round, in which `samples` were trained."""
+        # In our pipeline a user waits for the last rank; in all other ways the ranks end a step together.
         seconds = [answer["seconds"] for answer in answers]
         self.rates.append(samples / (seconds[-1] if self.way == "pipeline" else max(seconds)))
         self.fill.append(max(answer["fill"] for answer in answers))

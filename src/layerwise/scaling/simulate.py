@@ -19,7 +19,7 @@ from layerwise.scaling.options import PARTS, Interconnect
 WAITS = {"gpipe": "phases", "1f1b": "turns", "zb1p": "steps", "zbv": "steps"}
 """Schedules, and when their ranks wait for sends, see `scheduled`."""
 Action = tuple[str, int, int]
-"""What is done, to which part of the network, with which micro-batch: F forward, B backward, I and W its halves."""
+"""Kind, part of the network, micro-batch. The kinds are F (forward), B (backward), and the halves I and W of B."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Op:
     name: Hashable
     seconds: float
     needs: tuple[Hashable, ...] = ()
-    """Names of ops of other ranks that have to arrive here first; `("begun", name)` for the word that it has begun,
-    `("sent", name)` for the end of sending one of this rank's own."""
+    """Names of ops of other ranks that have to arrive here first; `("begun", name)` is the notice that an op has begun,
+    `("sent", name)` the end of sending a result of this rank."""
     to: tuple[int, ...] = ()
     """Ranks that its result is sent to when it is done."""
     bytes: float = 0.0
@@ -38,12 +38,12 @@ class Op:
     tells: tuple[int, ...] = ()
     """Ranks that get a notice when it begins; the notice costs latency and no bandwidth."""
     asked: bool = False
-    """Whether the result is sent only when it has been asked for, as gloo does: the rank that needs it asks when it
-    comes to that op."""
+    """Whether the result is sent only when it has been requested, as in gloo: the rank that needs it requests it when
+    it reaches that op."""
     lane: int | None = None
-    """Results of the same lane are sent one after another, each when it is known that the one before has arrived."""
+    """Results of the same lane are sent one after another, each when it is known that the previous one has arrived."""
     trips: int = 1
-    """Messages of which the result is made, each sent when it is known that the one before it has arrived."""
+    """Messages of which the result consists, each sent when it is known that the previous one has arrived."""
 
 
 def simulate(
@@ -55,14 +55,14 @@ def simulate(
 
     Args:
         programs: per rank.
-        interconnect: between ranks; nothing costs anything if not given.
+        interconnect: between ranks; sending takes no time if not given.
         speed: of each of `k` ranks that compute at the same moment, where 1 is a rank alone; always 1 if not given.
 
     Returns:
         Seconds at which every op begins and ends.
 
     Raises:
-        ValueError: the programs wait for one another.
+        ValueError: the programs wait for one another forever.
 
     >>> programs = [[Op("a", 2.0, to=(1,), bytes=3.0)], [Op("b", 1.0, needs=("a",))]]
     >>> simulate(programs, Interconnect(0.5, bandwidth=6.0))["b"]
@@ -141,7 +141,7 @@ def forward_only(
 ) -> list[list[Op]]:
     """Our pipeline: rank r works on batch t as soon as it has it, and is at most `queue` finished batches ahead.
 
-    start(r, t) = max(end(r, t - 1), arrival of (r - 1, t), word that (r + 1, t - 1 - queue) has begun)
+    start(r, t) = max(end(r, t - 1), arrival of (r - 1, t), notice that (r + 1, t - 1 - queue) has begun)
 
     Args:
         costs: seconds per batch of each rank.
@@ -149,7 +149,7 @@ def forward_only(
         size: bytes per batch from each rank to the next.
         queue: batches that may wait between two ranks.
         lanes: that the batches take in turn.
-        trips: messages per batch; as a rule whether the layout has changed, the activation, the rule's message.
+        trips: messages per batch; usually whether the layout has changed, the activation, and the rule's message.
     """
     last = len(costs) - 1
     return [
@@ -182,7 +182,7 @@ def actions(schedule: str, ranks: int, micro_batches: int) -> list[list[Action]]
     if schedule in ("zb1p", "zbv"):
         per = PARTS[schedule]
         kind = ScheduleInterleavedZeroBubble if schedule == "zb1p" else ScheduleZBVZeroBubble
-        # Its order depends on these alone; a true stage would need a process group.
+        # The order depends on these attributes alone; a real stage would need a process group.
         stages: list[Any] = [
             SimpleNamespace(
                 group_size=ranks,
@@ -227,8 +227,8 @@ def scheduled(
         costs: per part of the network, seconds of `F`, `B`, `I`, `W` for one micro-batch, and `optimizer`.
         steps: batches.
         size: bytes of one micro-batch at a boundary, forward or backward.
-        wait: when a rank waits until what it sent has gone: at the end of `steps`, of `phases` (forward and backward),
-            or `turns`, before it begins with what comes next, two forwards in a row aside.
+        wait: when a rank waits until its sends are done: at the end of `steps`, of `phases` (forward and backward), or
+            of `turns`, which means before every next operation, except between two forwards in a row.
     """
     home = {part: rank for rank, order in enumerate(orders) for _, part, _ in order}
     last = max(home)
@@ -269,7 +269,7 @@ def period(spans: Mapping[Hashable, tuple[float, float]], finals: Sequence[Hasha
 
 
 def grown(row: Sequence[Any], blocks: int) -> list[Any]:
-    """Figures per block and head of a network with so many blocks, whose inner ones are the median inner one.
+    """Figures per block and head of a network with this number of blocks; inner ones equal the median inner one.
 
     >>> grown([5, 1, 2, 3, 7], 2)
     [5, 2, 7]
@@ -284,7 +284,7 @@ class Costs:
     Attributes:
         rule: one update of our rule, whole batch.
         forward: of backpropagation, one micro-batch.
-        backward: the same, and of it the part for the `input`.
+        backward: the same; `input` is the part of it for the input.
         optimizer: one step of it.
     """
 
@@ -294,10 +294,10 @@ class Costs:
     input: Sequence[float]
     optimizer: Sequence[float]
     micro_batches: int
-    """Into how many a batch was cut when this was measured."""
+    """The number of parts into which a batch was cut when this was measured."""
 
     def grown(self, blocks: int) -> "Costs":
-        """A network of so many blocks, whose inner ones cost what the median inner one costs."""
+        """A network with this number of blocks, whose inner ones cost as much as the median inner one."""
         names = ("rule", "forward", "backward", "input", "optimizer")
         return replace(self, **{name: grown(getattr(self, name), blocks) for name in names})
 
@@ -306,7 +306,7 @@ class Costs:
         return self.micro_batches * (sum(self.forward) + sum(self.backward)) + sum(self.optimizer)
 
     def parts(self, operations: Sequence[int], number: int, micro_batches: int) -> list[dict[str, float]]:
-        """The input of `scheduled` for so many parts of the network; micro-batches cost in proportion to size."""
+        """The input of `scheduled` for `number` parts of the network; micro-batches cost in proportion to size."""
         scale = self.micro_batches / micro_batches
         found = []
         for start, end in itertools.pairwise([0, *balanced_ends(operations, number)]):
@@ -349,7 +349,7 @@ def predicted(
     if schedule == "pipeline":
         skip = 2 * (ranks + 2 * DEPTH)
         counted = skip + 24
-        # Where ranks slow one another down, none may idle at the end.
+        # If ranks slow one another down, none may idle at the end.
         ahead = 0 if speed is None else (ranks - 1) * (2 * DEPTH + 1)
         bounds = itertools.pairwise([0, *balanced_ends(operations, ranks)])
         own = [sum(costs.rule[start:end]) for start, end in bounds]

@@ -27,7 +27,7 @@ class Task(Abstract):
     """
 
     kind: ClassVar[str] = "loss"
-    """Which tasks a rule must be able to do to train this one, see `Rule.tasks`."""
+    """The kind of task that a rule must support to train this one, see `Rule.tasks`."""
     main: ClassVar[str] = "loss"
     """Name of the metric by which runs are compared."""
     larger_is_better: ClassVar[bool] = False
@@ -36,7 +36,7 @@ class Task(Abstract):
     """Whether it is a share, shown in percent."""
 
     wanted: ClassVar[str] = ""
-    """What labels are, to follow "give a tensor" in a sentence."""
+    """Description of the labels, to follow "give a tensor" in a sentence."""
 
     outputs: int
     positions: Positions = "sample"
@@ -56,7 +56,7 @@ class Task(Abstract):
         return self.with_outputs(self.width(outputs))
 
     def with_outputs(self, outputs: int) -> Self:
-        """The same task for so many outputs."""
+        """The same task with this number of outputs."""
         return replace(self, outputs=outputs)  # pyright: ignore[reportArgumentType]
 
     def width(self, outputs: Tensor) -> int:
@@ -83,7 +83,7 @@ class Task(Abstract):
         """Mean over what counts, a scalar in float32 or wider."""
 
     def chunk(self, predictions: int) -> int | None:
-        """How many of so many predictions have their outputs at a time, in the loss of a linear readout; None: all."""
+        """Number of predictions whose outputs the loss of a linear readout computes at a time; None for all of them."""
         return None
 
     def loss_in_chunks(self, outputs: LinearOutputs, y: Tensor, chunk: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -91,15 +91,15 @@ class Task(Abstract):
         raise LayerwiseError(f"{self.kind} has no loss in chunks.")
 
     def statistics(self, outputs: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """Sums over the batch, out of which `measures` makes the metrics of any number of batches; empty for none."""
+        """Sums over the batch, from which `measures` computes the metrics of any number of batches; empty for none."""
         return {}
 
     def statistics_beside(self, outputs: Tensor, y: Tensor, loss: Tensor) -> dict[str, Tensor]:
-        """The same, where the mean loss of the batch is known and may spare a pass over its outputs."""
+        """The same if the mean loss of the batch is known, which may save a pass over its outputs."""
         return self.statistics(outputs, y)
 
     def measures(self, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Metrics out of sums: scalars on the device."""
+        """Metrics from sums: scalars on the device."""
         return {}
 
     def metrics(self, outputs: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -110,8 +110,8 @@ class Task(Abstract):
         """Raise LayerwiseError unless `y` holds labels of this task.
 
         Args:
-            y: labels `(B, ...)`; values are looked at only on the host.
-            unlabelled: whether the rule can leave out predictions that count in nothing.
+            y: labels `(B, ...)`; values are read only on the host.
+            unlabelled: whether the rule can ignore predictions that do not count.
         """
 
     def at(self, y: Tensor, resolution: tuple[int, ...]) -> Tensor:
@@ -130,7 +130,7 @@ class Task(Abstract):
         """The distribution of the label that outputs describe, outputs last.
 
         Raises:
-            LayerwiseError: there is none.
+            LayerwiseError: the task has no such distribution.
         """
         raise LayerwiseError(f"{self.kind} has no distribution of the label; choose a rule such as local_ce.")
 
@@ -139,7 +139,7 @@ class Task(Abstract):
         raise LayerwiseError(f"{self.kind} has no distribution of the label; choose a rule such as local_ce.")
 
     def average(self, each: Tensor, y: Tensor) -> Tensor:
-        """Mean of a number per prediction over those that count, a scalar."""
+        """Mean of one number per prediction over the predictions that count, a scalar."""
         return each.mean()
 
     def distribution(self, y: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ class Task(Abstract):
 
 
 def cells(size: int, into: int, device: torch.device) -> Tensor:
-    """Which of `into` equal cells each of `size` places lies in: int64 `(size,)`.
+    """For each of `size` places, the number of its cell among `into` equal cells: int64 `(size,)`.
 
     >>> cells(6, 3, torch.device("cpu"))
     tensor([0, 0, 1, 1, 2, 2])
@@ -174,7 +174,7 @@ def cells(size: int, into: int, device: torch.device) -> Tensor:
 
 
 def nearest(y: Tensor, resolution: tuple[int, ...]) -> Tensor:
-    """The label at the middle of every cell of maps `(B, ..., *places)`; for resolutions above that of the labels too.
+    """The label at the middle of every cell of maps `(B, ..., *places)`; also for resolutions above that of the labels.
 
     >>> nearest(torch.tensor([[1, 2]]), (4,))
     tensor([[1, 1, 2, 2]])

@@ -66,7 +66,7 @@ class Classification(Task):
 
     @property
     def missing(self) -> int:
-        """Label of a prediction that counts in nothing, as labels are given."""
+        """Label of a prediction that does not count, among the labels as they are given."""
         return self.ignore_index
 
     @property
@@ -87,7 +87,7 @@ class Classification(Task):
         return self.with_classes(outputs.shape[-1])
 
     def with_outputs(self, outputs: int) -> Self:
-        """The same task with so many classes."""
+        """The same task with this number of classes."""
         return self.with_classes(outputs)
 
     def per_position(self, y: Tensor) -> bool:
@@ -95,7 +95,7 @@ class Classification(Task):
         return y.dim() > (2 if y.is_floating_point() else 1)
 
     def aligned(self, y: Tensor) -> Tensor:
-        """The label of every prediction, -100 for one that counts in nothing, out of the labels as they are given."""
+        """The label of every prediction, -100 for one that does not count, from the labels as they are given."""
         return y if self.missing == UNLABELLED else y.masked_fill(y == self.missing, UNLABELLED)
 
     def counted(self, y: Tensor, some_unlabelled: bool) -> float | Tensor:
@@ -123,7 +123,7 @@ class Classification(Task):
         return F.cross_entropy(outputs.flatten(0, -2), y, weights, label_smoothing=self.label_smoothing)
 
     def _weights(self, size: int, like: Tensor) -> Tensor:
-        """The weights of the classes, 1 for what lies above them."""
+        """The weights of the classes, 1 for any further category."""
         assert self.weights is not None
         return _on(self.weights + (1.0,) * (size - len(self.weights)), like.device)
 
@@ -146,7 +146,7 @@ class Classification(Task):
         return Categorical(wide(z).log_softmax(-1))
 
     def distribution(self, y: Tensor) -> Tensor:
-        """Target probabilities `(..., K)` of labels `y` `(...)`, with label smoothing; any where none counts."""
+        """Target probabilities `(..., K)` of labels `y` `(...)`, with label smoothing; arbitrary where none counts."""
         return once(y, ("distribution of", self), self._targets)
 
     def _targets(self, y: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ class Classification(Task):
     def check(self, y: Tensor, unlabelled: bool = False) -> None:
         """Raise LayerwiseError unless `y` holds integer labels in `0 .. K-1`, or -100 where that is allowed.
 
-        The values are looked at only on the host: on an accelerator the look would wait for the device.
+        The values are read only on the host: on an accelerator, reading them would wait for the device.
         """
         if y.is_floating_point() and y.dim() > 1:
             self._check_soft(y)
@@ -262,19 +262,19 @@ def _check_shapes(logits: Tensor | LinearOutputs, y: Tensor) -> None:
 
 @dataclass(frozen=True)
 class LanguageModel(Classification):
-    r"""One of K tokens per position, as `transformers` has it: the label of a position is the next token.
+    r"""One of K tokens per position, as in `transformers`: the label of a position is the next token.
 
     With tokens $y_1 \dots y_T$ as labels the loss is the mean over the positions t < T whose next token counts,
 
     $$L = \frac{1}{|\{t : y_{t+1} \ne \mathrm{ignore}\}|} \sum_{t} -\log p_t[y_{t+1}]$$
 
     at the network's head and at every block's readout, in float32. Metrics are `accuracy`, `perplexity`, which is
-    e to the mean over tokens, and where the bytes of each token are known, `bits_per_byte`, which is comparable across
-    tokenizers:
+    e to the power of the mean over tokens, and, where the bytes of each token are known, `bits_per_byte`, which is
+    comparable across tokenizers:
 
     $$\frac{\sum_t -\log p_t[y_{t+1}]}{\ln 2 \cdot \sum_t \mathrm{bytes}(y_{t+1})}$$
 
-    All are made of sums over the positions that count, so that they are exact over any number of batches.
+    All are computed from sums over the positions that count, so that they are exact over any number of batches.
 
     >>> task = LanguageModel().with_classes(10)
     >>> y = torch.tensor([[3, 7, -100]])  # one position counts: that of 3, whose next token is 7
@@ -291,7 +291,9 @@ class LanguageModel(Classification):
     token_bytes: tuple[int, ...] = ()
     """Bytes of text that each token stands for; empty where they are not known."""
     positions_at_once: PositiveInt | None = None
-    """Positions whose logits the loss of a linear readout makes at a time; as many as have 4 million if not given."""
+    """Positions whose logits the loss of a linear readout computes at a time; as many as have 4 million logits if not
+    given.
+    """
 
     kind: ClassVar[str] = "language_model"
     main: ClassVar[str] = "bits_per_byte"
@@ -331,7 +333,7 @@ class LanguageModel(Classification):
 
     @property
     def missing(self) -> int:
-        """Label of a token that counts in nothing: `ignore`."""
+        """Label of a token that does not count: `ignore`."""
         return self.ignore
 
     def aligned(self, y: Tensor) -> Tensor:

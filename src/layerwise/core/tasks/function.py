@@ -15,8 +15,8 @@ from layerwise.errors import LayerwiseError
 class Loss(Task):
     """Any function as the loss: contrastive, ranking, focal, and so on.
 
-    Every block's readout has `outputs` outputs, the network's head its own, and both are judged by `fn`. The metric is
-    the loss itself.
+    Every block's readout has `outputs` outputs, and the network's head has its own number; `fn` is the loss of both.
+    The metric is the loss itself.
 
     >>> import torch
     >>> def hinge(outputs, y):  # y is -1 or 1
@@ -56,7 +56,7 @@ class Loss(Task):
         return loss
 
     def at(self, y: Tensor, resolution: tuple[int, ...]) -> Tensor:
-        """Labels at a block's resolution: of each of its cells, the one in the middle."""
+        """Labels at a block's resolution: the one in the middle of each of its cells."""
         if self.positions != "pixel" or y.dim() <= len(resolution):
             return y
         return nearest(y, resolution)

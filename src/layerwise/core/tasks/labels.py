@@ -18,9 +18,9 @@ class MultiLabel(Task):
     r"""K labels per sample that each hold or not: zeros and ones `(B, K)`, floats or integers.
 
     The loss is the binary cross-entropy, averaged over samples and labels. Metrics: `f1` (the main one), the micro-F1
-    $2\,TP / (2\,TP + FP + FN)$ over all labels of all samples, where a label is predicted from a probability of one
-    half on, 0 where none holds and none is predicted; and `exact_match`, the share of samples with all K labels right.
-    Both are made of sums over samples, so that they are exact over any number of batches.
+    $2\,TP / (2\,TP + FP + FN)$ over all labels of all samples, where a label is predicted if its probability is one
+    half or more (0 if no label holds and none is predicted); and `exact_match`, the share of samples with all K labels
+    right. Both are computed from sums over samples, so that they are exact over any number of batches.
 
     >>> task, y = MultiLabel(), torch.tensor([[1.0, 0.0], [1.0, 1.0]])
     >>> found = task.metrics(torch.tensor([[1.0, -1.0], [1.0, -1.0]]), y)
@@ -61,7 +61,7 @@ class MultiLabel(Task):
         return self.surprise(outputs, y).mean()
 
     def posterior(self, z: Tensor) -> Bernoullis:
-        """One Bernoulli distribution per label, out of logits `(B, K)`."""
+        """One Bernoulli distribution per label, from logits `(B, K)`."""
         return Bernoullis(wide(z))
 
     def distribution(self, y: Tensor) -> Tensor:

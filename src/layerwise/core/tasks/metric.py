@@ -30,7 +30,7 @@ class Metric(NamedTuple):
 
     @property
     def factor(self) -> float:
-        """From a value to what is written."""
+        """What a value is multiplied by before it is written."""
         return 100.0 if self.share else 1.0
 
     @property

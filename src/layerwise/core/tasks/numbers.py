@@ -17,7 +17,7 @@ from layerwise.errors import LayerwiseError, suggestion
 
 Criterion = Literal["mse", "l1", "huber", "gaussian"]
 LOG_VARIANCES = {"mse": -math.log(2), "l1": 0.0, "huber": 0.0}
-"""Log variance of the Gaussian whose negative log-likelihood is the loss, up to a constant; 0 is ours for `l1`."""
+"""Log variance of the Gaussian whose negative log-likelihood is the loss, up to a constant; our choice for `l1`."""
 
 
 @dataclass(frozen=True, init=False)
@@ -33,7 +33,7 @@ class Regression(Task):
       o, then the D log variances s.
 
     Metrics are in the units of y: `rmse` (the main one), `mae`, and `r2`, the share of the targets' variance that is
-    explained, averaged over the targets; 0 where they do not differ.
+    explained, averaged over the targets; it is 0 for a target that is constant.
 
     With `positions="token"` targets are `(B, T)` or `(B, T, D)`, with `"pixel"` `(B, H, W)` or `(B, D, H, W)`; the
     readout of a block of a lower resolution is compared with the mean over each of its cells.
@@ -42,7 +42,7 @@ class Regression(Task):
         loss: `"mse"`, `"l1"`, `"huber"` or `"gaussian"`.
         delta: where the Huber loss turns from squares to absolute values.
         mean: what is subtracted from targets, one number or one per target.
-        std: what they are divided by then, likewise.
+        std: what they are then divided by, likewise.
         positions: where there are targets: `"sample"`, `"token"` or `"pixel"`.
         outputs: width of the network's output; the learner reads it off the network.
 
@@ -96,7 +96,7 @@ class Regression(Task):
         return self.outputs // 2 if self.criterion == "gaussian" else self.outputs
 
     def with_outputs(self, outputs: int) -> Self:
-        """The same task for so many outputs."""
+        """The same task with this number of outputs."""
         if self.criterion == "gaussian" and outputs % 2:
             raise LayerwiseError(
                 f"the network has {outputs} output{'s' * (outputs != 1)}, and the gaussian loss needs two per target, "
@@ -132,7 +132,7 @@ class Regression(Task):
 
     def standardised(self, y: Tensor, z: Tensor) -> Tensor:
         """Standardised targets `(..., D)`, in float32 or wider as the outputs, for outputs `(..., D or 2 D)`."""
-        y = wide(y)  # of large numbers with a small spread, float32 would leave little
+        y = wide(y)  # float32 would lose most of a small spread around a large mean
         if y.dim() < z.dim():
             y = y.unsqueeze(1 if self.positions == "pixel" else -1)
         y = self.outputs_last(y)
@@ -143,7 +143,7 @@ class Regression(Task):
         return y.to(wide(z[:0]).dtype)
 
     def posterior(self, z: Tensor) -> Gaussian:
-        """A Gaussian for every target, out of outputs `(..., D or 2 D)`."""
+        """A Gaussian for every target, from outputs `(..., D or 2 D)`."""
         z = wide(z)
         if self.criterion != "gaussian":
             return Gaussian(z, torch.full_like(z, LOG_VARIANCES[self.criterion]), fixed=True)
@@ -176,7 +176,7 @@ class Regression(Task):
         return self.as_outputs(mean * mean.new_tensor(self.std) + mean.new_tensor(self.mean))
 
     def statistics(self, outputs: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """Sums over the batch, per target: errors, and targets about `mean`, in their units."""
+        """Sums over the batch, per target: of errors, and of targets relative to `mean`, in the targets' units."""
         z = self.outputs_last(outputs)
         exact = torch.float32 if z.device.type == "mps" else torch.float64
         t = self.standardised(y, z).flatten(0, -2).to(exact)

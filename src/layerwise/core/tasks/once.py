@@ -1,4 +1,4 @@
-"""What every block would compute anew out of the labels of a batch."""
+"""Keeps what every block would otherwise compute again from the labels of a batch."""
 
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from torch import Tensor
 
 LARGEST = 65_536
-"""Numbers in a result that is kept, so that it is small beside a batch's activations."""
+"""Most numbers in a result that is kept, so that it is small compared with a batch's activations."""
 
 
 def of_one_batch(y: Tensor) -> Tensor:
-    """The labels of one batch, which keep what `once` makes of them.
+    """The labels of one batch, which keep what `once` computes from them.
 
     They are an alias that lives as long as the batch does: a loader may write the next labels into the same memory.
 
@@ -25,12 +25,12 @@ def of_one_batch(y: Tensor) -> Tensor:
 
 
 def once(y: Tensor, what: Hashable, make: Callable[[Tensor], Any]) -> Any:
-    """`make(y)`, and the same again for the labels of `of_one_batch`; other labels keep nothing.
+    """`make(y)`, kept for the next call if the labels are those of `of_one_batch`; other labels keep nothing.
 
     Args:
         y: labels.
         what: name of the result.
-        make: a pure function of the labels, to a tensor or several.
+        make: a pure function from the labels to one tensor or several.
     """
     kept: dict[Hashable, Any] | None = getattr(y, "made_once", None)
     if kept is None:

@@ -22,9 +22,9 @@ class Segmentation(Task):
     the mean over classes of $|\text{predicted} \cap \text{true}| / |\text{predicted} \cup \text{true}|$, where classes
     without a pixel in either are left out; and `pixel_accuracy`.
 
-    A block of a lower resolution is compared with the most frequent class in each of its cells (the smaller number of
-    two; ignored pixels do not vote, and a cell of nothing else is ignored): its readout costs K numbers per pixel of
-    its own, not per pixel of the labels, as it would if its logits were scaled up.
+    A block of a lower resolution is compared with the most frequent class in each of its cells (in a tie, the class of
+    the smaller number). Ignored pixels do not vote, and a cell of only ignored pixels is ignored. So the readout costs
+    K numbers per pixel of the block, not per pixel of the labels, as it would if its logits were scaled up.
 
     >>> task, y = Segmentation().with_outputs(2), torch.tensor([[[0, 1], [1, 1]]])
     >>> task.at(y, (1, 1))
@@ -35,7 +35,7 @@ class Segmentation(Task):
     """
 
     ignore: int = UNLABELLED
-    """Label of a pixel that counts in nothing."""
+    """Label of a pixel that does not count."""
     outputs: int = 0
     """Number of classes K; the learner reads it off the network."""
 
