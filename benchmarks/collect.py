@@ -64,8 +64,8 @@ def rules_table() -> str:
     folders = ", ".join(f"[{folder}](benchmarks/{folder}/README.md)" for folder, _ in FIRST)
     note = (
         f"Accuracies are mean ± standard deviation over three seeds or more, from {folders}. On the digits the rules "
-        "have their default options and one learning rate for all; elsewhere the folder names the options. *Edge* marks "
-        "a learning rate at the end of its grid."
+        "have their default options and one learning rate for all; elsewhere the folder names the options. *Edge* "
+        "marks a learning rate at the end of its grid."
     )
     return "\n".join([*table(head, body), "", *wrapped(note)])
 

@@ -25,7 +25,7 @@ def test_the_page_shows_blocks_and_text(tmp_path, monkeypatch):
     assert summary["rules"]["local_ce"]["test_bits_per_byte"]["mean"] == result["test_bits_per_byte"]
     page = (tmp_path / "out" / "report.html").read_text()
     for figure in ("accuracy_seconds", "blocks_local_ce", "layers_bits_per_byte", "layers_perplexity"):
-        assert f'<figure id="{figure}">' in page
+        assert f'<figure id="{figure}"' in page
     sample = result["sample"]
     assert html.escape(sample["prompt"], quote=False) in page and "<h2>Text that they write</h2>" in page
     assert len(sample["text"]) == 100 and sample["prompt"] == (tmp_path / "a.txt").read_text()[: len(sample["prompt"])]
