@@ -1,6 +1,7 @@
 """Every failure of the command line is one sentence, and answers that do not need torch do not import it."""
 
 import errno
+import importlib
 import io
 import os
 import signal
@@ -13,7 +14,7 @@ import pytest
 from support.runs import split, start
 
 from layerwise import LayerwiseError, data, models, rules
-from layerwise.cli import catalogue, early
+from layerwise.cli import catalogue, early, signals
 from layerwise.cli import main as cli
 from layerwise.cli.commands import Command
 from layerwise.errors import say
@@ -272,6 +273,20 @@ def test_a_signal_inside_an_import_waits_for_its_end(number, tmp_path, monkeypat
     assert time.monotonic() - began < 4
     assert capsys.readouterr().err == "layerwise: stopped.\n"
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_import_that_never_ends_is_left_in_the_end(number, tmp_path, monkeypatch, capsys):
+    (tmp_path / "endless_module.py").write_text(
+        f"import os, signal, time\nos.kill(os.getpid(), {int(number)})\nfor _ in range(500):\n    time.sleep(0.01)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(signals, "PATIENCE", 0.2)
+    monkeypatch.setattr(cli, "_run", lambda words: importlib.import_module("endless_module"))
+    began = time.monotonic()
+    assert cli.main([]) == 128 + number
+    assert 0.2 < time.monotonic() - began < 3
+    assert capsys.readouterr().err == "layerwise: stopped.\n"
 
 
 @pytest.mark.slow

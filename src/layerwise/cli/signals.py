@@ -4,11 +4,14 @@ import os
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 AGAIN = 0.02
 """Seconds after which a signal that has arrived inside an import is sent again."""
+PATIENCE = 10.0
+"""Seconds that a signal waits for the end of an import, which may never come."""
 
 
 class Terminated(BaseException):
@@ -19,8 +22,8 @@ class SignalsRaise:
     """A context in which SIGTERM raises `Terminated`, and Ctrl-C `KeyboardInterrupt`, but never inside an import.
 
     A module that is imported by half fails in ways of its own, or aborts where C++ imports it, so a signal waits for
-    the end of an import. A rank of torchrun keeps the default of SIGTERM: it may be waiting for another rank inside a
-    library, where no Python code handles the signal.
+    the end of an import, but no longer than `PATIENCE`. A rank of torchrun keeps the default of SIGTERM: it may be
+    waiting for another rank inside a library, where no Python code handles the signal.
     """
 
     def __init__(self) -> None:
@@ -28,6 +31,8 @@ class SignalsRaise:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             del self._usual[signal.SIGTERM]
         self._ours: list[int] = []
+        self._arrived: dict[int, float] = {}
+        """When a signal that waits has arrived first."""
         self._command: FrameType | None = None
         """Who has entered the context: what that was imported by does not count."""
 
@@ -46,7 +51,8 @@ class SignalsRaise:
         self._command = None
 
     def _stop(self, signum: int, frame: FrameType | None) -> None:
-        while frame is not None and frame is not self._command:
+        waited = time.monotonic() - self._arrived.setdefault(signum, time.monotonic())
+        while waited < PATIENCE and frame is not None and frame is not self._command:
             if frame.f_code.co_filename.startswith("<frozen importlib"):
                 again = threading.Timer(AGAIN, os.kill, (os.getpid(), signum))
                 again.daemon = True

@@ -39,12 +39,12 @@ def layers_of(block: Block) -> list[nn.Module]:
 
 
 def _layers_of(block: Block) -> list[nn.Module]:
-    chain = isinstance(block.run, Chain)
-    roots = block.run.modules if isinstance(block.run, Chain) else [block._model]
+    chain = block.run if isinstance(block.run, Chain) else None
+    roots = [block._model] if chain is None else chain.modules
     found = [m for m in {m: None for root in roots for m in root.modules()} if not any(m.children())]
     own = {id(parameter) for parameter in block.parameters()}
     held = {m: [id(p) for p in m.parameters(recurse=False)] for m in found}
-    return [m for m in found if chain or not held[m] or own & {*held[m]}]
+    return [m for m in found if chain is not None or not held[m] or own & {*held[m]}]
 
 
 @contextmanager
