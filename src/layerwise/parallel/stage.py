@@ -158,7 +158,7 @@ class Stage:
 
     def next_block(self, rule: Rule, network: Partition, sites: range) -> NextBlock:
         """Where modules that follow the next block get its tensors: here, or from the next rank."""
-        return NextBlockOnRank(self, rule, network, sites)
+        return NextBlockOnRank(self.receive_back, self.send_back, rule, network, sites)
 
     def own(self, tensors: Mapping[str, Tensor], auxiliary: nn.ModuleDict) -> dict[str, Tensor]:
         """Those of all tensors that belong to the auxiliary modules of this stage."""
@@ -176,6 +176,14 @@ class Stage:
     def send_matrix(self, matrix: Tensor) -> None:
         """Send the output matrix to all other ranks."""
         self.link.send_matrix(matrix)
+
+    def receive_back(self) -> Any:
+        """The next list of tensors from the next rank."""
+        return self.link.receive_back()
+
+    def send_back(self, tensors: list[Tensor]) -> None:
+        """Send a list of tensors to the previous rank."""
+        self.link.send_back(tensors)
 
     def pass_on(self, h: Tensor, message: Any, skipped: bool) -> bool:
         """Send output and message of the last group here to the next rank.
