@@ -144,6 +144,15 @@ def test_the_tests_and_modules_that_the_architecture_names_are_there():
             assert re.search(rf"\b{room.name}/?\b", text), f"{room.name} has no line in the tree"
 
 
+def test_the_page_on_rules_names_every_optional_piece_after_the_ordinary_contract():
+    ordinary, optional = (ROOT / "docs" / "writing-a-rule.md").read_text().split("\n## Optional pieces\n")
+    tree = ast.parse((ROOT / "src" / "layerwise" / "core" / "pieces.py").read_text())
+    names = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+    assert len(names) > 10
+    assert not {name for name in names if f"`{name}`" not in optional}
+    assert not {name for name in names if name in ordinary}
+
+
 def test_only_the_engine_knows_the_update_order():
     order = re.compile(r"\.backward\(|\.zero_grad\(|\w*(optimizer|scaler)\w*\.step\(|(?<!def )\btake_step\(")
     for file in (ROOT / "src").rglob("*.py"):

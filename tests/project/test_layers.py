@@ -19,7 +19,7 @@ def place(file):
 
 def taken_from_the_root(code):
     """Imports of the root itself or of its lazy names: they hide from which room something comes."""
-    if not re.search(r"import layerwise|from (layerwise|\.+)\s+import", code):
+    if not re.search(r"import layerwise|from (layerwise +import|\.)", code):
         return
     rooms = {path.stem for path in (ROOT / "src" / "layerwise").iterdir()} | {"__version__"}
     for node in ast.walk(ast.parse(code)):

@@ -13,7 +13,14 @@ from layerwise.core.cost import balanced_ends, operations
 from layerwise.core.devices import synchronize
 from layerwise.core.following import NextBlock
 from layerwise.core.modes import evaluation_mode
-from layerwise.core.pieces import FollowsNextBlock, PredictsBySite, ReadsOutputMatrix, StartsFromData, has_trunk
+from layerwise.core.pieces import (
+    FollowsNextBlock,
+    PredictsBySite,
+    ReadsOutputMatrix,
+    StartsFromData,
+    has_trunk,
+    predicts_plainly,
+)
 from layerwise.core.rule import Rule, Site
 from layerwise.core.trees import detach
 from layerwise.errors import LayerwiseError
@@ -238,7 +245,7 @@ def check_rule(rule: Rule, groups: Sequence[range]) -> None:
             why = "its first input may depend on the whole network"
         elif isinstance(rule, StartsFromData):
             why = "it sets the network up from training data"
-        elif not (rule.predicts_plainly() or isinstance(rule, PredictsBySite) or rule.predicts_at_head):
+        elif not (predicts_plainly(rule) or isinstance(rule, PredictsBySite) or rule.predicts_at_head):
             why = "it predicts from the whole network at once"
         else:
             return
