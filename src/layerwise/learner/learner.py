@@ -40,7 +40,7 @@ from layerwise.learner.setup import DONE_ONCE, make_setup
 from layerwise.learner.weights import Weights, save_blocks
 from layerwise.memory.meter import MemoryUse
 from layerwise.memory.offload import NotOffloaded, Offload
-from layerwise.parallel.alone import OneProcess
+from layerwise.parallel.alone import OneProcess, WholeNetwork
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
 
@@ -151,7 +151,7 @@ class Learner:
         task: Task | str | None = None,
         example: Any = None,
         layout: Mapping[str, str] | str | None = None,
-        stage: Stage | None = None,
+        stage: Stage | WholeNetwork | None = None,
         replicas: Replicas | OneProcess | None = None,
         device: torch.device | str | None = None,
         offload: Where = "none",

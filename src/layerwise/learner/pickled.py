@@ -41,8 +41,7 @@ def check_can_be_pickled(
     stage: Stage | WholeNetwork, replicas: Replicas | OneProcess, offload: Offload | NotOffloaded
 ) -> None:
     """Raise LayerwiseError if blocks are offloaded, or on several ranks."""
-    alone = isinstance(stage, WholeNetwork) and type(replicas) is OneProcess
-    if offload.active or not alone:
+    if offload.active or not stage.whole or type(replicas) is not OneProcess:
         raise LayerwiseError(
             "a learner whose blocks are offloaded or on several ranks can be neither pickled nor copied; use "
             "state_dict(), or call onload() first."

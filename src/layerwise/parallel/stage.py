@@ -93,6 +93,8 @@ class Stage:
         self.stop = 0
         self._skipped = False
 
+    whole = False
+    """Whether all groups are surely here; see `WholeNetwork`."""
     link: StageLink
 
     @property
