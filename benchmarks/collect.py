@@ -109,7 +109,10 @@ def index() -> str:
     body = [
         [claim.toml["question"], claim.answer, f"[{claim.name}]({claim.name}/README.md)"] for claim in CLAIMS.values()
     ]
-    return "\n".join([*table(["question", "answer", "folder"], body), "", *wrapped(evidence.MARKED)])
+    lines = [*table(["question", "answer", "folder"], body), "", *wrapped(evidence.MARKED)]
+    if waiting := [f"{claim.toml['question']} ({link(claim, '')})" for claim in evidence.planned()]:
+        lines += ["", *wrapped(f"Not run yet, so without an answer: {' '.join(waiting)}.")]
+    return "\n".join(lines)
 
 
 def options_of(row: Row) -> str:
@@ -194,7 +197,7 @@ def pages() -> dict[Path, str]:
             filled(HERE / "README.md", claims=index()),
             *(filled(page, figures=rule_page(page.stem)) for page in rule_pages),
             *(recipe(name, folder, row) for name, (folder, row) in RECIPES.items()),
-            *((claim.folder / "README.md", claim.readme()) for claim in CLAIMS.values()),
+            *((claim.folder / "README.md", claim.readme()) for claim in (*CLAIMS.values(), *evidence.planned())),
         ]
     )
 

@@ -41,6 +41,8 @@ LEGEND = (
 DESCENT = (
     "Descent is the share of test samples whose local objective is no larger than before the module, mean over modules."
 )
+NOT_RUN = "This folder has the settings of a comparison and no results, so it answers nothing, and no page draws on it."
+WRITTEN = "<!-- written by benchmarks/run.py; do not edit -->"
 
 
 # Results, one line each
@@ -286,16 +288,21 @@ class Grid:
         rows = {name: Row(self, name) for name in self.options["rules"]}
         return {name: row for name, row in rows.items() if row.finals}
 
-    def text(self) -> list[str]:
-        """The section of the grid in its folder's README."""
+    def setting(self) -> list[str]:
+        """Title, question and options of the grid, as in its folder's README."""
         options = self.options
         rates = ", ".join(f"{lr:g}" for lr in options["rates"])
         how = f"Common options: `{' '.join(options['common'] + options['final'])}`."
         if len(options["rates"]) == 1:
             how += f" One learning rate for all rows, {rates}."
         else:
-            words = " ".join(options["tune"])
-            how += f" Learning rates {rates}, chosen with seed {options['tune_seed']} and `{words}`."
+            words = f" and `{' '.join(options['tune'])}`" if options["tune"] else ""
+            how += f" Learning rates {rates}, chosen with seed {options['tune_seed']}{words}."
+        return [f"## {options['title']}", "", *wrapped(options["about"]), "", *wrapped(how), ""]
+
+    def text(self) -> list[str]:
+        """The section of the grid in its folder's README."""
+        options = self.options
         rows = [row.cells() for row in self.rows.values()]
         notes = [note for row in self.rows.values() if (note := row.changed)]
         processors = {machine_of(line).partition(",")[0] for row in self.rows.values() for line in row.finals}
@@ -305,7 +312,7 @@ class Grid:
                 "another processor rounds otherwise, so that accuracies may differ a little."
             )
         columns = [name for name in (rows[0] if rows else ()) if name != "descent, %" or options.get("descent")]
-        lines = [f"## {options['title']}", "", *wrapped(options["about"]), "", *wrapped(how), ""]
+        lines = self.setting()
         if missing := [name for name in options["rules"] if name not in self.rows]:
             lines += [f"Rows without a finished run: {', '.join(missing)}.", ""]
         lines += table(columns, [[row[name] for name in columns] for row in rows])
@@ -394,6 +401,8 @@ class Claim:
 
     def readme(self) -> str:
         """The folder's README: question, answer, tables, environment, command."""
+        if not self.lines:
+            return self.plan()
         lines = [f"# {self.toml['question']}", "", *wrapped(self.answer), ""]
         if MARK in self.answer:
             lines += [*wrapped(MARKED), ""]
@@ -427,7 +436,15 @@ class Claim:
             "Each line of `results.jsonl` is a run" if self.grids else "Each line of `results.jsonl` is a measurement"
         )
         lines += [f"{what}: figures, options or command, machine. `claim.toml` has the settings.", ""]
-        return "\n".join([*lines, "<!-- written by benchmarks/run.py; do not edit -->", ""])
+        return "\n".join([*lines, WRITTEN, ""])
+
+    def plan(self) -> str:
+        """The README of a folder without results: the question, what is to be run, and the command."""
+        lines = [f"# {self.toml['question']}", "", *wrapped(f"**Not run yet.** {NOT_RUN}"), ""]
+        for grid in self.grids.values():
+            rules = ", ".join(f"`{name}`" for name in grid.options["rules"])
+            lines += [*grid.setting(), *wrapped(f"Rows: {rules}."), ""]
+        return "\n".join([*lines, "## Command", "", "```sh", self.command, "```", "", WRITTEN, ""])
 
 
 def title_of(rows: Iterable[Row]) -> str:
@@ -437,7 +454,16 @@ def title_of(rows: Iterable[Row]) -> str:
 
 def claims(here: Path = HERE) -> list[Claim]:
     """All folders with results, in the order in which they are listed."""
-    found = [claim for file in sorted(here.glob("*/claim.toml")) if (claim := Claim(file.parent)).lines]
+    return [claim for claim in _folders(here) if claim.lines]
+
+
+def planned(here: Path = HERE) -> list[Claim]:
+    """All folders without results: their grids have not been run."""
+    return [claim for claim in _folders(here) if not claim.lines]
+
+
+def _folders(here: Path) -> list[Claim]:
+    found = [Claim(file.parent) for file in here.glob("*/claim.toml")]
     return sorted(found, key=lambda claim: (claim.toml.get("place", 99), claim.name))
 
 
