@@ -14,14 +14,16 @@ import importlib.util
 import json
 import re
 import statistics
-import textwrap
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from machines import environments, machine_of, recorded_by  # noqa: F401
+from writing import options_text, spread, table, wrapped
 
 from layerwise.core.tasks import ACCURACY, Metric, metric_of
 
@@ -85,60 +87,6 @@ def keep(folder: Path, name: str, found: Any, command: str, packages: Sequence[s
     line = {"name": name, **found, "command": command or found.get("command", "")}
     lines = [old for old in load(folder) if old["name"] != name]
     save(folder, sorted([*lines, line], key=lambda line: line["name"]))
-
-
-def machine_of(line: dict[str, Any]) -> str:
-    """The machines and versions that made a line, as far as they were recorded."""
-    from layerwise.runs.environment import machine_in_words
-
-    def words(found: dict[str, Any]) -> str:
-        return ", ".join(
-            [machine_in_words(found), *(f"{name} {number}" for name, number in found.get("packages", {}).items())]
-        )
-
-    if line.get("machines"):
-        return "; resumed on ".join(map(words, line["machines"]))
-    said = (line.get("stored") or {}).get("environment")
-    return re.sub(r"^cpu: |\n$", "", said).replace("\n", "; ") if said else "not recorded"
-
-
-def recorded_by(line: dict[str, Any]) -> str:
-    """Who recorded the machine, and the commit."""
-    if line.get("machines"):
-        commits = {(found["commit"] or "of no checkout") if "commit" in found else None for found in line["machines"]}
-        known = sorted(commit[:12] if " " not in commit else commit for commit in commits if commit)
-        return f"the run itself{', commit ' if known else ''}{', '.join(known)}"
-    stored = line.get("stored") or {}
-    if stored.get("source"):
-        return f"{stored['source']}, not by the run"
-    return "no file"
-
-
-def environments(lines: Sequence[dict[str, Any]], name: Callable[[dict[str, Any]], str]) -> list[str]:
-    """A table of machines, and which runs each one made."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for line in lines:
-        groups.setdefault((machine_of(line), recorded_by(line)), []).append(line)
-    body = []
-    for (machine, source), members in groups.items():
-        what = shortened([name(line) for line in members], [name(line) for line in lines])
-        body.append([what if len(groups) > 1 else "all", str(len(members)), machine, source])
-    return table(["what", "runs", "machine and versions", "recorded by"], body)
-
-
-def shortened(names: Sequence[str], known: Sequence[str]) -> str:
-    """Names of runs in words; for a grid of which all runs are present, only the name of the grid.
-
-    >>> shortened(["a/x", "a/x", "a/y", "b/x"], ["a/x", "a/x", "a/y", "b/x", "b/x"])
-    '`a`; `b`: x'
-    """
-    words = []
-    for grid in dict.fromkeys(name.partition("/")[0] for name in known):
-        here, there = ([name for name in given if name.partition("/")[0] == grid] for given in (names, known))
-        rows = sorted({name.partition("/")[2] for name in here} - {""})
-        if here:
-            words.append(f"`{grid}`" + ("" if len(here) == len(there) or not rows else f": {', '.join(rows)}"))
-    return "; ".join(words)
 
 
 def metric_in(line: dict[str, Any]) -> Metric:
@@ -465,42 +413,6 @@ def planned(here: Path = HERE) -> list[Claim]:
 def _folders(here: Path) -> list[Claim]:
     found = [Claim(file.parent) for file in here.glob("*/claim.toml")]
     return sorted(found, key=lambda claim: (claim.toml.get("place", 99), claim.name))
-
-
-# Text
-
-
-def options_text(words: Sequence[str]) -> str:
-    """Options as `name=value` words, without the rule's name.
-
-    >>> options_text(["--rule", "sll", "--rule.group", "2", "--augment", "flip", "crop", "--channels-last"])
-    'group=2 augment=flip,crop channels-last'
-    """
-    found: list[tuple[str, list[str]]] = []
-    for word in words:
-        if word.startswith("--"):
-            found.append((word.removeprefix("--").removeprefix("rule."), []))
-        else:
-            found[-1][1].append(word)
-    return " ".join(f"{name}={','.join(values)}" if values else name for name, values in found if name != "rule")
-
-
-def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
-    """A Markdown table."""
-    return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(row) + " |" for row in body)]
-
-
-def wrapped(text: str) -> list[str]:
-    """Lines of at most 100 columns."""
-    return textwrap.wrap(" ".join(text.split()), 100, break_long_words=False, break_on_hyphens=False)
-
-
-def spread(values: Sequence[float], factor: float = 1, digits: int = 2) -> str:
-    """Mean and standard deviation; empty if there are no values."""
-    if not values:
-        return ""
-    deviation = f" ± {factor * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{factor * statistics.mean(values):.{digits}f}{deviation}"
 
 
 def main() -> None:
