@@ -29,7 +29,7 @@ from evidence import Claim, Grid
 
 from layerwise.compare import grid_runs
 from layerwise.compare.grid_runs import GridRun
-from layerwise.compare.pool import Pool
+from layerwise.compare.pool import WorkerPool
 from layerwise.runs import arguments as command_line
 from layerwise.runs.building import load_data
 
@@ -120,7 +120,7 @@ def finals(grid: Grid, names: Iterable[str]) -> list[Wanted]:
 def train(wanted: list[Wanted], jobs: int, ended: Callable[[Wanted, dict], None], device: str) -> None:
     """Train in the worker processes of `layerwise compare`."""
     runs: dict[str, tuple[Wanted, str, GridRun]] = {}
-    with tempfile.TemporaryDirectory() as scratch, Pool(jobs, Path(scratch) / "workers.log") as pool:
+    with tempfile.TemporaryDirectory() as scratch, WorkerPool(jobs, Path(scratch) / "workers.log") as pool:
         for one in wanted:
             grid, row, lr, seed, kind = one
             name = f"{grid.name}-{row}-{kind}-lr{lr:g}-seed{seed}"

@@ -320,7 +320,7 @@ from pathlib import Path
 from layerwise.compare import pool
 lock = open({str(tmp_path / "lock")!r}, "w")
 fcntl.flock(lock, fcntl.LOCK_EX)
-with pool.Pool(1, Path({str(tmp_path / "log")!r}), lock.fileno()) as workers:
+with pool.WorkerPool(1, Path({str(tmp_path / "log")!r}), lock.fileno()) as workers:
     worker = workers._worker()
     print(worker.pid, flush=True)
     time.sleep(60)

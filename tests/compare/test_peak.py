@@ -67,7 +67,7 @@ def test_every_rule_trains_within_the_peak_or_says_how_far_it_came(folder):
 @pytest.mark.slow
 def test_repeated_it_searches_and_trains_nothing(folder, monkeypatch, capsys):
     before = (folder / "results.csv").read_bytes(), json.loads((folder / "summary.json").read_text())["rules"]
-    monkeypatch.setattr("layerwise.compare.pool.Pool._ask", None)
+    monkeypatch.setattr("layerwise.compare.pool.WorkerPool._ask", None)
     assert main([*COMMAND, "--peak", "200KiB", "--out", str(folder)]) == 0
     assert ((folder / "results.csv").read_bytes(), json.loads((folder / "summary.json").read_text())["rules"]) == before
     assert main([*COMMAND, "--peak", "100KiB", "--out", str(folder)]) == 2

@@ -6,7 +6,7 @@ from support.nets import batches, made, net, problem
 from torch import nn
 
 from layerwise import LayerwiseError, Learner, rule_names
-from layerwise.core.parts import Whole, parts_of
+from layerwise.core.parts import JoinedParts, parts_of
 from layerwise.core.tasks import LanguageModel
 from layerwise.measure.bench_memory import memory_of
 from layerwise.rules import get
@@ -137,6 +137,6 @@ def test_a_batch_that_does_not_come_first_is_refused():
 
 
 def test_a_message_without_an_entry_per_sample_is_refused():
-    whole, (first, _) = Whole("b"), parts_of(4, 2)
+    whole, (first, _) = JoinedParts("b"), parts_of(4, 2)
     with pytest.raises(LayerwiseError, match=r"block 'b' passes on a tensor of shape \(\) for 2 samples"):
         whole.add(first, (torch.zeros(2, 3), {"temperature": torch.tensor(1.0)}))

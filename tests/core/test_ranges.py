@@ -16,7 +16,7 @@ from layerwise.errors import short
 from layerwise.rules import get
 from layerwise.runs.launch import ParallelOptions
 from layerwise.runs.options import TrainOptions
-from layerwise.scaling.options import ScalingOptions, check_options
+from layerwise.scaling.options import ScalingOptions, check_measurable
 
 NEVER = [math.nan, math.inf, -math.inf, -1, -0.5, True, "1", 10**400, 10**5000, [1.0]]
 """What no number of this library may be: nothing here is negative."""
@@ -157,7 +157,7 @@ def test_no_wait_is_without_an_end(seconds):
     """Clocks of torch and of Python overflow beyond their range, and a wait of infinity has no end."""
     for make in (
         lambda: ParallelOptions(timeout=seconds),
-        lambda: check_options(ScalingOptions(timeout=seconds), blocks=4),
+        lambda: check_measurable(ScalingOptions(timeout=seconds), blocks=4),
     ):
         with pytest.raises(LayerwiseError, match=r"timeout is .*; it must be a finite number in"):
             make()

@@ -10,7 +10,7 @@ from support.runs import result, train, weights
 from layerwise import LayerwiseError, data
 from layerwise.cli.main import main
 from layerwise.data import noisy_labels
-from layerwise.runs.folders import check_options
+from layerwise.runs.folders import check_unchanged
 from layerwise.runs.options import TrainOptions, to_mapping
 
 CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -127,6 +127,6 @@ def test_a_checkpoint_from_before_an_option_had_its_default():
     older = json.loads(json.dumps(to_mapping(TrainOptions())))
     for name in ("label_noise", "label_noise_kind", "clean_validation"):
         del older[name]
-    check_options(TrainOptions(), older, Path("run"))
+    check_unchanged(TrainOptions(), older, Path("run"))
     with pytest.raises(LayerwiseError, match=r"label_noise = 0\.2"):
-        check_options(TrainOptions(label_noise=0.2), older, Path("run"))
+        check_unchanged(TrainOptions(label_noise=0.2), older, Path("run"))

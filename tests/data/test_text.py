@@ -128,7 +128,7 @@ def test_bom_and_line_ends_are_no_text(ends, tmp_path):
 def test_small_blocks_give_the_same_text(tmp_path, monkeypatch):
     whole = prose() + "0123456789" * 40  # at the end a line that is longer than what is kept
     (tmp_path / "a.txt").write_text(whole)
-    part = text.Part(str(tmp_path / "a.txt"), 0, len(whole.encode()))
+    part = text.ByteRange(str(tmp_path / "a.txt"), 0, len(whole.encode()))
     plain, documents = list(text._blocks(part)), list(text._documents(text._blocks(part)))
     monkeypatch.setattr(text, "BLOCK", 37)
     assert "".join(text._blocks(part)) == "".join(plain) == whole

@@ -9,7 +9,7 @@ from torch import nn
 
 from layerwise import LanguageModel, LayerwiseError, Learner, Partition, create_rule
 from layerwise.core.pullback import output_error
-from layerwise.parallel.stage import check_rule
+from layerwise.parallel.stage import check_can_pipeline
 from layerwise.rules.feedback import fed_layers
 
 DATA = [(x.double(), y) for x, y in batches(3)]
@@ -240,11 +240,11 @@ def test_every_mode_learns_and_goes_on_from_its_state_to_the_same_bits(mode):
 
 def test_target_projection_runs_in_a_pipeline_and_what_needs_the_error_is_refused():
     groups = [range(i, i + 1) for i in range(4)]
-    check_rule(fa("drtp"), groups)
+    check_can_pipeline(fa("drtp"), groups)
     for mode in MODES:
         if mode != "drtp":
             with pytest.raises(LayerwiseError, match="cannot be trained by a pipeline, because its locality is"):
-                check_rule(fa(mode), fa(mode).groups(3))
+                check_can_pipeline(fa(mode), fa(mode).groups(3))
 
 
 def test_activations_of_target_projection_do_not_grow_with_depth_and_those_of_chains_do():

@@ -11,7 +11,7 @@ from layerwise import LayerwiseError, Learner, Partition, create_rule
 from layerwise.core.perturbed_layers import error_without_graph, losses_of_samples
 from layerwise.core.pullback import output_error
 from layerwise.core.tasks import Classification
-from layerwise.parallel.stage import check_rule
+from layerwise.parallel.stage import check_can_pipeline
 
 X, Y = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), torch.arange(6) % 3
 UNIT = PLAIN_SGD | {"lr": 1.0}
@@ -207,14 +207,14 @@ def test_other_modes_build_no_graph_and_do_not_grow_with_depth(mode):
 
 def test_local_forward_gradients_run_in_a_pipeline_and_the_rest_is_refused_in_a_sentence():
     groups = [range(i, i + 1) for i in range(4)]
-    check_rule(create_rule("forward_gradient"), groups)
+    check_can_pipeline(create_rule("forward_gradient"), groups)
     for rule in (
         create_rule("forward_gradient", mode="weights"),
         create_rule("pepita"),
         create_rule("likelihood_ratio"),
     ):
         with pytest.raises(LayerwiseError, match="cannot be trained by a pipeline, because its locality is"):
-            check_rule(rule, groups)
+            check_can_pipeline(rule, groups)
 
 
 def test_what_is_not_defined_is_refused_in_a_sentence():

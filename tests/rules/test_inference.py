@@ -10,7 +10,7 @@ from torch import nn
 
 from layerwise import LayerwiseError, Learner, create_rule
 from layerwise.core.runner import Runner
-from layerwise.parallel.stage import check_rule
+from layerwise.parallel.stage import check_can_pipeline
 from layerwise.rules.hebbian_global import hebbian_updates
 from layerwise.rules.synthetic_gradient import Synthesizer, SyntheticGradient
 
@@ -348,7 +348,7 @@ def test_a_rule_that_settles_the_whole_batch_is_refused_in_parts_and_in_a_pipeli
         Learner(net(), rule, micro=2).step(X, Y)
     one = create_rule(rule)
     with pytest.raises(LayerwiseError, match="cannot be trained by a pipeline"):
-        check_rule(one, one.groups(3))
+        check_can_pipeline(one, one.groups(3))
 
 
 def test_what_is_reported_at_the_head_is_the_forward_pass():

@@ -14,7 +14,7 @@ from support.runs import SMALL, contents, lines, result, split, train, weights
 from layerwise import LayerwiseError, rules
 from layerwise.cli.main import main
 from layerwise.runs import checkpoint, folders, writing
-from layerwise.runs.folders import Claim, check_options, read_options
+from layerwise.runs.folders import Claim, check_unchanged, read_options
 from layerwise.runs.options import TrainOptions, to_mapping
 
 WORDS = split("--steps 4 --save-every 2")
@@ -318,7 +318,7 @@ def test_an_option_of_a_rule_that_is_newer_than_the_checkpoint_had_its_default()
     options = TrainOptions(rule=rules.create("sll"))
     trained = json.loads(json.dumps(to_mapping(options)))
     del trained["rule"]["weight"], trained["model"]["width"], trained["clip"]
-    check_options(options, trained, Path("run"))
+    check_unchanged(options, trained, Path("run"))
     for changed in (rules.create("sll", weight=0.5), rules.create("sll", overlap=1)):
         with pytest.raises(LayerwiseError, match="is of another run"):
-            check_options(TrainOptions(rule=changed), trained, Path("run"))
+            check_unchanged(TrainOptions(rule=changed), trained, Path("run"))

@@ -51,7 +51,7 @@ COMMANDS: dict[str, Command] = {
         text="The options of the rule and the model follow. Those of others are listed by "
         "layerwise train --rule NAME --model NAME --help.",
         groups={
-            "what is trained": f"{CHOSEN}:Trained",
+            "what is trained": f"{CHOSEN}:WhatToTrain",
             **RUN,
             "several processes": "layerwise.runs.launch:ParallelOptions",
             **OUTPUT,
@@ -95,7 +95,7 @@ COMMANDS: dict[str, Command] = {
         "INPUT is an image, a folder of images, a .npy array (N, C, H, W), or a CSV file with the columns of the run's "
         "table. The CSV has the columns input, class and probability, or one per target or label for other tasks. "
         "A class per pixel is written as an array: --out FILE.npy.",
-        groups={"options": "layerwise.cli.words:PredictOptions", "text": "layerwise.cli.words:TextOptions"},
+        groups={"options": "layerwise.cli.words:PredictOptions", "text": "layerwise.cli.words:PromptOptions"},
     ),
     "export": Command(
         "layerwise.cli.trained:export_command",

@@ -119,7 +119,7 @@ def with_json_last(words: Sequence[str]) -> list[str]:
     >>> with_json_last(["eval", "run", "--json", "figures.json"])
     ['eval', 'run', '--json=figures.json']
     """
-    kept: list[str] = []
+    others: list[str] = []
     given: list[str] = []
     rest = list(words)
     while rest:
@@ -127,20 +127,20 @@ def with_json_last(words: Sequence[str]) -> list[str]:
         if word == "--json=":
             raise LayerwiseError("--json= names no file; write --json=FILE, or --json alone to print the results.")
         if word != "--json":
-            (given if word.startswith("--json=") else kept).append(word)
+            (given if word.startswith("--json=") else others).append(word)
             continue
         after = rest[0] if rest else "--"
         if after == "-" or after.endswith(".json"):
             given.append(f"--json={rest.pop(0)}")
             continue
         given.append("--json=-")
-        waits = len(kept) == 1 and kept[0] in COMMANDS and COMMANDS[kept[0]].arguments
+        waits = len(others) == 1 and others[0] in COMMANDS and COMMANDS[others[0]].arguments
         if not after.startswith("-") and not waits:
             raise LayerwiseError(
                 f"--json is followed by {short(after)}, which does not end in .json; write --json={after} if that is "
                 "the file, or put --json at the end to print the results."
             )
-    return kept + given
+    return others + given
 
 
 def _run(words: list[str]) -> int:

@@ -15,7 +15,7 @@ class Results:
 
 
 @dataclass(frozen=True)
-class Trained:
+class WhatToTrain:
     """What to train."""
 
     recipe: str = "digits"
@@ -73,7 +73,7 @@ class BeliefsOptions:
 
 
 @dataclass(frozen=True)
-class TextOptions:
+class PromptOptions:
     """How a run on text continues a prompt."""
 
     prompt: str | None = None
@@ -92,7 +92,7 @@ class TextOptions:
 
 
 @dataclass(frozen=True)
-class PredictOptions(TextOptions):
+class PredictOptions(PromptOptions):
     """What to predict, and where to write it."""
 
     out: str | None = None

@@ -11,7 +11,7 @@ import numpy as np
 from layerwise.compare.depth import depths_asked, depths_of
 from layerwise.compare.grid_runs import GridRun, train_all
 from layerwise.compare.peak import changed
-from layerwise.compare.pool import Pool, default_jobs
+from layerwise.compare.pool import WorkerPool, default_jobs
 from layerwise.compare.record import kept_plan, write_record, write_results
 from layerwise.compare.rules_asked import plain_fields, read_rules, settled_by
 from layerwise.compare.settings import RIVALS, ComparisonSettings
@@ -110,7 +110,11 @@ class Grid:
                 holds something else.
         """
         log = self.folder / "workers.log"
-        with claimed(self.folder, PATIENCE, "comparison") as held, _gone_if_empty(log), Pool(1, log, held) as pool:
+        with (
+            claimed(self.folder, PATIENCE, "comparison") as lock,
+            _gone_if_empty(log),
+            WorkerPool(1, log, lock) as pool,
+        ):
             self.plan = kept_plan(self.folder, self._fixed())
             self._measure(pool)
             self._bring_under(pool)
@@ -173,7 +177,7 @@ class Grid:
             | {name: getattr(self.options, name) for name in ("seconds", "flops")}
         )
 
-    def _measure(self, pool: Pool) -> None:
+    def _measure(self, pool: WorkerPool) -> None:
         """Measure the cost of a step of every rule once, one rule at a time: for budgets, jobs and the time left."""
         missing = [label for label in self.rules if label not in self.plan]
         refused: dict[str, str] = {}
@@ -192,7 +196,7 @@ class Grid:
             note(f"{label} is left out: {reason}")
             del self.rules[label]
 
-    def _bring_under(self, pool: Pool) -> None:
+    def _bring_under(self, pool: WorkerPool) -> None:
         """Bring every rule under the peak, if there is one, and record how; earlier findings are kept."""
         if self.options.peak is None:
             return
@@ -233,7 +237,7 @@ class Grid:
             self.rules[label] = changed(self.rules[label], fit["changes"])
             self.plan[label] |= {name: fit[name] for name in ("seconds_per_step", "flops_per_step")}
 
-    def _measure_deeper(self, pool: Pool) -> None:
+    def _measure_deeper(self, pool: WorkerPool) -> None:
         """Measure the memory of a step of every trained rule at other numbers of blocks, unless it is known."""
         tasks, missing = [], []
         for label, options in self.chosen.items():
@@ -273,7 +277,7 @@ class Grid:
         peak = max(plan.get("peak_bytes", 0) for plan in self.plan.values())
         return default_jobs(tasks, peak, threads=self.options.threads or 1, accelerator=self.accelerator)
 
-    def _train(self, pool: Pool, grid_runs: list[GridRun], progress: GridProgress) -> None:
+    def _train(self, pool: WorkerPool, grid_runs: list[GridRun], progress: GridProgress) -> None:
         for run in grid_runs:
             if run.settled:
                 progress.skipped(self._cost(run))
@@ -292,7 +296,7 @@ class Grid:
         plan = self.plan[run.label]
         return run.options.steps or run.options.epochs * plan.get("steps_per_epoch", 1)
 
-    def _diagnose(self, pool: Pool, grid_runs: list[GridRun]) -> None:
+    def _diagnose(self, pool: WorkerPool, grid_runs: list[GridRun]) -> None:
         """Diagnose every finished run, with the backprop run of the same seed for comparison."""
         twins = {run.options.seed: run for run in grid_runs if run.label == BASELINE and run.result}
         tasks = []

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerwise.compare.pool import Pool
+from layerwise.compare.pool import WorkerPool
 from layerwise.errors import LayerwiseError
 from layerwise.files import MissingFile
 from layerwise.report.reading import Failure, read_record, read_result
@@ -85,7 +85,7 @@ class GridRun:
 
 def train_all(
     grid_runs: Sequence[GridRun],
-    pool: Pool,
+    pool: WorkerPool,
     jobs: int,
     begun: Callable[[GridRun], None] = lambda run: None,
     ended: Callable[[GridRun], None] = lambda run: None,

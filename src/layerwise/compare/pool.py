@@ -17,7 +17,7 @@ OUTSIDE = 600 * 2**20
 """Bytes that a worker needs besides its tensors: Python, torch's code, scikit-learn."""
 
 
-class Pool:
+class WorkerPool:
     """Runs tasks of `layerwise.compare.worker` in `jobs` processes with one thread each.
 
     Args:
@@ -33,7 +33,7 @@ class Pool:
         self._all: list[subprocess.Popen[str]] = []
         self._closed = False
 
-    def __enter__(self) -> "Pool":
+    def __enter__(self) -> "WorkerPool":
         return self
 
     def __exit__(self, *_: object) -> None:

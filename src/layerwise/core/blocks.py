@@ -21,7 +21,7 @@ from layerwise.core.chains import (
 )
 from layerwise.core.drawing import draw
 from layerwise.core.layout import Layouts, declared_layouts
-from layerwise.core.parts import Part
+from layerwise.core.parts import MicroBatch
 from layerwise.core.tracing import TracedPart, both_modes, cut_graph, legal_cuts
 from layerwise.errors import LayerwiseError
 
@@ -292,7 +292,7 @@ class Partition(nn.Module):
         """
         return nullcontext()
 
-    def turn_to(self, part: Part) -> None:
+    def turn_to(self, part: MicroBatch) -> None:
         """Switch the blocks to a part of the batch; nothing to do for a model that is cut into functions."""
 
     def arrange(self, x: Any) -> None:

@@ -20,7 +20,7 @@ from layerwise.core.cut_names import check_cuts
 from layerwise.core.keeping import exchanged, tensors_kept
 from layerwise.core.layout import Layouts, declared_layouts
 from layerwise.core.ownership import Tied, owner_of, ownership
-from layerwise.core.parts import Part
+from layerwise.core.parts import MicroBatch
 from layerwise.core.reading import Output, Read, arguments, logits_in, places, readers
 from layerwise.core.regular import BlockByBlock
 from layerwise.core.remote import Elsewhere, form_of, needed, shown_as_nan, without_memory
@@ -119,7 +119,7 @@ class CallPartition(Partition):
     """All open passes, by the number of their part of the batch."""
     _make: Callable[[], Pass | BlockByBlock] | None
     """Opens another pass."""
-    _part: Part | None
+    _part: MicroBatch | None
     """The part of the batch that runs now."""
     _unordered: bool
     """Whether the order of the calls is still unknown."""
@@ -163,7 +163,7 @@ class CallPartition(Partition):
         if self._severs is None and severed:
             self.__dict__["_severs"] = any(s.found for s in severed) or any(c.kept for c in self.crossings)
 
-    def turn_to(self, part: Part) -> None:
+    def turn_to(self, part: MicroBatch) -> None:
         """Let the blocks run a part of the batch: each part has its own forward pass, which waits while others run."""
         if part.index not in self._passes:
             assert self._make is not None

@@ -92,8 +92,8 @@ def groups_of(rule: Rule, names: Sequence[str]) -> list[range]:
         LayerwiseError: they are not ranges with rising starts that cover all sites.
     """
     with asking(rule, "`groups`"):
-        found = rule.groups(len(names) - 1)
-    return _checked_groups(rule, "groups", found, names)
+        groups = rule.groups(len(names) - 1)
+    return _checked_groups(rule, "groups", groups, names)
 
 
 def groups_of_update(rule: Rule, update: int, names: Sequence[str]) -> list[range]:
@@ -101,8 +101,8 @@ def groups_of_update(rule: Rule, update: int, names: Sequence[str]) -> list[rang
     if not isinstance(rule, JoinsGroups):
         return groups_of(rule, names)
     with asking(rule, f"`groups_at` for update {update}"):
-        found = rule.groups_at(update, len(names) - 1)
-    return _checked_groups(rule, "groups_at", found, names)
+        groups = rule.groups_at(update, len(names) - 1)
+    return _checked_groups(rule, "groups_at", groups, names)
 
 
 def learns_in_update(rule: Rule, update: int, site: Site) -> bool:
@@ -114,13 +114,13 @@ def learns_in_update(rule: Rule, update: int, site: Site) -> bool:
     if not isinstance(rule, TakesTurns):
         return True
     with asking(rule, f"`learns_at` for update {update} at block {site.name!r}"):
-        found = rule.learns_at(update, site)
-    if not isinstance(found, bool):
+        answer = rule.learns_at(update, site)
+    if not isinstance(answer, bool):
         raise LayerwiseError(
             f"rule {rule.name!r} answers whether block {site.name!r} learns in update {update} with "
-            f"{_in_words(found)}; return True or False from `learns_at`."
+            f"{_in_words(answer)}; return True or False from `learns_at`."
         )
-    return found
+    return answer
 
 
 def sites_in_update(rule: LearnsInPart, update: int, names: Sequence[str]) -> frozenset[int]:
@@ -131,22 +131,22 @@ def sites_in_update(rule: LearnsInPart, update: int, names: Sequence[str]) -> fr
     """
     assert isinstance(rule, Rule)
     with asking(rule, f"`sites_at` for update {update}"):
-        found = frozenset(rule.sites_at(update, len(names) - 1))
-    if not found or not found <= set(range(len(names))):
+        sites = frozenset(rule.sites_at(update, len(names) - 1))
+    if not sites or not sites <= set(range(len(names))):
         raise LayerwiseError(
-            f"rule {rule.name!r} lets the sites {sorted(found)} learn in update {update}; return one or more of 0 to "
+            f"rule {rule.name!r} lets the sites {sorted(sites)} learn in update {update}; return one or more of 0 to "
             f"{len(names) - 1} from `sites_at`."
         )
-    return found
+    return sites
 
 
-def _checked_groups(rule: Rule, method: str, found: Any, names: Sequence[str]) -> list[range]:
+def _checked_groups(rule: Rule, method: str, groups: Any, names: Sequence[str]) -> list[range]:
     last = len(names) - 1
     advice = f"return from `{method}` ranges with rising starts that cover the sites 0 to {last}, the head included"
-    if not isinstance(found, (list, tuple)):
-        raise LayerwiseError(f"rule {rule.name!r} gives {_in_words(found)} for its groups of blocks; {advice}.")
+    if not isinstance(groups, (list, tuple)):
+        raise LayerwiseError(f"rule {rule.name!r} gives {_in_words(groups)} for its groups of blocks; {advice}.")
     covered, start = 0, -1
-    for sites in found:
+    for sites in groups:
         if not isinstance(sites, range):
             raise LayerwiseError(f"rule {rule.name!r} gives {_in_words(sites)} for a group of blocks; {advice}.")
         if sites.step != 1 or len(sites) == 0 or sites.start <= start or sites.stop > last + 1:
@@ -156,22 +156,22 @@ def _checked_groups(rule: Rule, method: str, found: Any, names: Sequence[str]) -
         covered, start = max(covered, sites.stop), sites.start
     if covered <= last:
         raise LayerwiseError(f"rule {rule.name!r} puts block {names[covered]!r} into no group; {advice}.")
-    return list(found)
+    return list(groups)
 
 
-def check_begin(rule: Rule, found: Any) -> None:
+def check_begin(rule: Rule, start: Any) -> None:
     """Raise LayerwiseError unless `begin` has returned an input, which is a tensor, and a message."""
     if type(rule).begin is Rule.begin:
         return
     advice = "return two things from `begin`, the first block's input, a tensor, and the first message"
-    if not isinstance(found, tuple) or len(found) != 2:
-        what = f"{len(found)} things" if isinstance(found, tuple) else _in_words(found)
+    if not isinstance(start, tuple) or len(start) != 2:
+        what = f"{len(start)} things" if isinstance(start, tuple) else _in_words(start)
         raise LayerwiseError(f"rule {rule.name!r} begins with {what}; {advice}.")
-    if not isinstance(found[0], Tensor):
-        raise LayerwiseError(f"rule {rule.name!r} begins with an input that is {_in_words(found[0])}; {advice}.")
+    if not isinstance(start[0], Tensor):
+        raise LayerwiseError(f"rule {rule.name!r} begins with an input that is {_in_words(start[0])}; {advice}.")
 
 
-def check_run(rule: Rule, site: Site, out: Any) -> None:
+def check_output(rule: Rule, site: Site, out: Any) -> None:
     """Raise LayerwiseError unless a block's output is a tensor."""
     if not isinstance(out, Tensor):
         raise LayerwiseError(
@@ -239,22 +239,22 @@ def check_sent_back(rule: Rule, site: Site, sent: Any, out: Tensor) -> None:
         )
 
 
-def check_prediction(rule: Rule, found: Any, task: Task, samples: int | None) -> None:
+def check_prediction(rule: Rule, prediction: Any, task: Task, samples: int | None) -> None:
     """Raise LayerwiseError unless `predict` has returned outputs of the task: `(B, ..., K)`, `(B, K, H, W)` per pixel.
 
     Args:
         rule: the rule.
-        found: what it predicts.
+        prediction: what it predicts.
         task: knows the number of outputs K.
         samples: the number of samples B, where it is known.
     """
-    fits = isinstance(found, Tensor) and found.is_floating_point() and found.dim() > 1
+    fits = isinstance(prediction, Tensor) and prediction.is_floating_point() and prediction.dim() > 1
     per_pixel = task.positions == "pixel"
-    right = fits and (task.kind == "loss" or found.shape[1 if per_pixel else -1] == task.outputs)
-    if not (right and samples in (None, len(found))):
+    right = fits and (task.kind == "loss" or prediction.shape[1 if per_pixel else -1] == task.outputs)
+    if not (right and samples in (None, len(prediction))):
         places = f"{task.outputs}, ..." if per_pixel else f"..., {task.outputs}"
         raise LayerwiseError(
-            f"rule {rule.name!r} predicts {_in_words(found)}; return from `predict` logits of shape "
+            f"rule {rule.name!r} predicts {_in_words(prediction)}; return from `predict` logits of shape "
             f"({'B' if samples is None else samples}, {places})."
         )
 

@@ -17,7 +17,7 @@ from layerwise.core.functional import wide
 from layerwise.core.given import add_given
 from layerwise.core.groups import Group, Unit, parameters_of
 from layerwise.core.param_groups import set_learning_rate
-from layerwise.core.parts import Labelled, Whole, labelled_parts
+from layerwise.core.parts import JoinedParts, Labelled, labelled_parts
 from layerwise.core.perturbation import Estimate
 from layerwise.core.pieces import FollowsNextBlock, HasTrunk, PerturbsWeights, StepsByParameter, has_trunk
 from layerwise.core.progress import Accumulation, Trace, WaitingTrunk
@@ -220,9 +220,9 @@ class Engine(Runner):
             return self._perturbed(group, h, message, y, step, trace, *self.rule.perturbations())
         if trunk is not None and group.learns:
             h = h.detach().requires_grad_()
-        whole = Whole(group.name)
-        losses = [self._run_part(group, labelled, h, message, step, trace, whole) for labelled in self._parts]
-        h_out, message_out = whole.tree
+        outputs = JoinedParts(group.name)
+        losses = [self._run_part(group, labelled, h, message, step, trace, outputs) for labelled in self._parts]
+        h_out, message_out = outputs.tree
         for name in [unit.site.name for unit in group.units]:
             sums = trace.statistics.pop(name, None)  # of every block they would grow with depth
             if sums is not None and self.execution.micro > 1:  # metrics that are no means over the parts
@@ -247,9 +247,9 @@ class Engine(Runner):
         return h_out, message_out
 
     def _run_part(
-        self, group: Group, labelled: Labelled, h: Tensor, message: Any, step: int, trace: Trace, whole: Whole
+        self, group: Group, labelled: Labelled, h: Tensor, message: Any, step: int, trace: Trace, outputs: JoinedParts
     ) -> Tensor:
-        """Forward, signal and backward of a part of the batch; `whole` gets its output and message.
+        """Forward, signal and backward of a part of the batch; `outputs` gets its output and message.
 
         Returns:
             The loss, as the part's share of the batch's.
@@ -260,7 +260,7 @@ class Engine(Runner):
             network.turn_to(part)
         h, message = part.of(h), part.of(message)
         signals, out, message = self._with_graph(group, h, message, labelled.y, step, trace, part.index, share)
-        whole.add(part, detach((out, message)))
+        outputs.add(part, detach((out, message)))
         device = out.device
         del out, message  # of a part they have been copied, and would wait beside its backward pass
         return self._add(group, h, signals, step, share) if group.learns and share else torch.zeros((), device=device)

@@ -115,7 +115,7 @@ class Layouts(TorchFunctionMode):
         """The layout of a tensor; None if it is unknown."""
         axes = self._axes.get(h)
         axes = axes if axes is not None else [(Axis(None, size),) for size in h.shape]
-        kinds: list[str | None] = [kind_of(dimension) for dimension in axes]
+        kinds: list[str | None] = [axis_kind(dimension) for dimension in axes]
         if kinds and kinds[0] in (None, "1") and "B" not in kinds and h.shape[0] == batch:
             kinds[0] = "B"
         first = kinds[:1] == ["B"] or (kinds[:1] == ["?"] and len(h) == batch)
@@ -207,11 +207,11 @@ class Layouts(TorchFunctionMode):
 
     def _convolved(self, axes: Axes, spatial: int, args: Any, kwargs: Any, out: Tensor) -> Axes:
         weight = args[1] if len(args) > 1 else kwargs["weight"]
-        if len(axes) == spatial + 1 and kind_of(axes[0]) == "B":
+        if len(axes) == spatial + 1 and axis_kind(axes[0]) == "B":
             self.mixing = f"Conv{spatial}d"
             raise Unknown
         pointwise = math.prod(weight.shape[2:]) == 1
-        if pointwise and kind_of(axes[1]) == "P" and any(kind_of(d) == "C" for d in axes[2:]):
+        if pointwise and axis_kind(axes[1]) == "P" and any(axis_kind(d) == "C" for d in axes[2:]):
             return _resized(axes, out)  # it mixes positions
         _tell(axes[1], "C")
         for dimension in axes[2:]:
@@ -222,7 +222,7 @@ class Layouts(TorchFunctionMode):
         if len(args) != 9 or len(axes) != 3:  # a packed sequence
             raise Unknown
         time = 1 if args[8] else 0
-        if kind_of(axes[time]) == "B":
+        if axis_kind(axes[time]) == "B":
             self.mixing = name.partition("_")[0].upper()
         _tell(axes[time], "P")
         _tell(axes[2], "C")
@@ -230,7 +230,7 @@ class Layouts(TorchFunctionMode):
         return [[axes[0], axes[1], (Axis("C", results[0].shape[2]),)], *states]
 
     def _attended(self, axes: Axes, results: list[Tensor]) -> list[Axes]:
-        if kind_of(axes[0]) == "B":
+        if axis_kind(axes[0]) == "B":
             self.mixing = "attention"
         _tell(axes[0], "P")
         _tell(axes[-1], "C")
@@ -261,7 +261,7 @@ class Layouts(TorchFunctionMode):
         for letters, operand in zip(inputs.split(","), operands, strict=True):
             for letter, dimension in zip(letters, self._axes.get(operand) or [], strict=False):
                 known.setdefault(letter, dimension)
-        channels = any(kind_of(known[letter]) == "C" for letter in result if letter in known)
+        channels = any(axis_kind(known[letter]) == "C" for letter in result if letter in known)
         new = None if channels else "C"
         return [known.get(letter, (Axis(new, size),)) for letter, size in zip(result, out.shape, strict=True)]
 
@@ -369,7 +369,7 @@ _KEEPING = {
 """Functions whose results have the dimensions of their arguments, in the same places."""
 
 
-def kind_of(dimension: Sequence[Axis]) -> str | None:
+def axis_kind(dimension: Sequence[Axis]) -> str | None:
     """Kind of a dimension that consists of several axes: M for the batch together with others, 1 for no axes."""
     kinds = {axis.kind for axis in dimension}
     if not kinds:
@@ -409,22 +409,22 @@ def _tell(dimension: Sequence[Axis], kind: str) -> None:
 
 def _features_last(axes: Axes) -> None:
     """Note that the last dimension holds the features, as a layer acts on it, unless they are known to be elsewhere."""
-    if any(kind_of(dimension) == "C" for dimension in axes[:-1]):
+    if any(axis_kind(dimension) == "C" for dimension in axes[:-1]):
         _tell(axes[-1], "P")
         return
     for i, dimension in enumerate(axes):
         kind = "C" if i == len(axes) - 1 else "P"
         _tell(dimension, kind)
-        if kind_of(dimension) in (None, "?"):  # made of several axes, or of what is unknown so far
+        if axis_kind(dimension) in (None, "?"):  # made of several axes, or of what is unknown so far
             size = math.prod(axis.size for axis in dimension)
-            axes[i] = (Axis("B" if i == 0 and len(axes) > 1 and kind_of(dimension) == "?" else kind, size),)
+            axes[i] = (Axis("B" if i == 0 and len(axes) > 1 and axis_kind(dimension) == "?" else kind, size),)
 
 
 def _resized(axes: Axes, out: Tensor) -> Axes:
     if len(axes) != out.dim():
         raise Unknown
     return [
-        dimension if math.prod(a.size for a in dimension) == size else (Axis(_single(kind_of(dimension)), size),)
+        dimension if math.prod(a.size for a in dimension) == size else (Axis(_single(axis_kind(dimension)), size),)
         for dimension, size in zip(axes, out.shape, strict=True)
     ]
 
@@ -434,7 +434,7 @@ def _single(kind: str | None) -> str | None:
 
 
 def _merged(a: tuple[Axis, ...], b: tuple[Axis, ...]) -> tuple[Axis, ...]:
-    first, second = kind_of(a), kind_of(b)
+    first, second = axis_kind(a), axis_kind(b)
     if first == "1" or second == "1":
         return b if first == "1" else a
     if first is None and second is not None:

@@ -13,7 +13,7 @@ from layerwise.errors import LayerwiseError
 
 
 @dataclass(frozen=True)
-class Part:
+class MicroBatch:
     """Some neighbouring samples of a batch."""
 
     samples: slice
@@ -26,7 +26,7 @@ class Part:
     def of(self, tree: Any) -> Any:
         """The part's share of every tensor whose first dimension is the batch; what else there is as it is.
 
-        >>> Part(slice(2, 4), batch=4, index=1).of({"x": torch.arange(4), "scale": torch.tensor(3)})
+        >>> MicroBatch(slice(2, 4), batch=4, index=1).of({"x": torch.arange(4), "scale": torch.tensor(3)})
         {'x': tensor([2, 3]), 'scale': tensor(3)}
         """
         if self.index is None:
@@ -38,7 +38,7 @@ class Part:
 class Labelled:
     """A part with its labels, which are the same for every group."""
 
-    part: Part
+    part: MicroBatch
     y: Tensor
     share: float
     """Of the batch's labels that count, how many are here."""
@@ -72,7 +72,7 @@ def labelled_parts(y: Tensor, count: int, task: Task, some: bool) -> list[Labell
     return [Labelled(part, own, n / total) for part, own, n in zip(parts, labels, counts, strict=True)]
 
 
-def parts_of(batch: int, count: int) -> Iterator[Part]:
+def parts_of(batch: int, count: int) -> Iterator[MicroBatch]:
     """A batch of `batch` samples in `count` parts whose sizes differ by one at most, and no empty one.
 
     >>> [(part.samples.start, part.samples.stop) for part in parts_of(5, 2)]
@@ -80,25 +80,25 @@ def parts_of(batch: int, count: int) -> Iterator[Part]:
     """
     count = min(count, batch)
     if count <= 1:
-        yield Part(slice(0, batch), batch)
+        yield MicroBatch(slice(0, batch), batch)
         return
     start = 0
     for index in range(count):
         stop = start + batch // count + (index < batch % count)
-        yield Part(slice(start, stop), batch, index)
+        yield MicroBatch(slice(start, stop), batch, index)
         start = stop
 
 
 @dataclass
-class Whole:
+class JoinedParts:
     """Output and message of a group, put together out of those of its parts, in memory that is taken once."""
 
     name: str
     """Of the group, for messages."""
-    found: list[Tensor] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)
     tree: Any = None
 
-    def add(self, part: Part, tree: Any) -> None:
+    def add(self, part: MicroBatch, tree: Any) -> None:
         """Take over the output and message of a part, which come after those of the parts before.
 
         Raises:
@@ -112,7 +112,7 @@ class Whole:
         if part.index == 0:
             self.tree = form
 
-    def _place(self, part: Part, tensor: Tensor, arrived: list[Tensor]) -> Tensor:
+    def _place(self, part: MicroBatch, tensor: Tensor, arrived: list[Tensor]) -> Tensor:
         samples = part.samples.stop - part.samples.start
         if tensor.dim() == 0 or len(tensor) != samples:
             raise LayerwiseError(
@@ -122,7 +122,7 @@ class Whole:
             )
         place = len(arrived)
         if part.index == 0:
-            self.found.append(torch.empty((part.batch, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device))
-        self.found[place][part.samples] = tensor
-        arrived.append(self.found[place])
-        return self.found[place]
+            self.tensors.append(torch.empty((part.batch, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device))
+        self.tensors[place][part.samples] = tensor
+        arrived.append(self.tensors[place])
+        return self.tensors[place]

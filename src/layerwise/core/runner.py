@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerwise.core.contract import asking, check_run, check_signal
+from layerwise.core.contract import asking, check_output, check_signal
 from layerwise.core.execution import Execution
 from layerwise.core.failures import in_a_sentence
 from layerwise.core.groups import Group, Unit
@@ -138,7 +138,7 @@ class Runner:
             seed_generators(seed, self.execution.device)
         with self.autocast(), in_a_sentence(f"block {unit.site.name!r}", "cannot run its input", h):
             out = self.rule.run(unit.block, h, message)
-        check_run(self.rule, unit.site, out)
+        check_output(self.rule, unit.site, out)
         return out
 
     def autocast(self) -> Any:

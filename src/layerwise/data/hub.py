@@ -10,7 +10,7 @@ from layerwise.core.ranges import DataTask
 from layerwise.data.columns import find_columns, read_labels
 from layerwise.data.machine import need
 from layerwise.data.naming import split_of
-from layerwise.data.rows import Part, Rows, TableRows
+from layerwise.data.rows import Rows, TablePart, TableRows
 from layerwise.errors import LayerwiseError, short
 from layerwise.files import kind_of
 
@@ -29,7 +29,7 @@ def open_hub(
         title = f"{repository} ({split})"
         columns = find_columns(rows.features.arrow_schema, title, None, task, targets)
         labels = read_labels(rows.data.column, columns, title) if columns.labels else [None] * len(rows)
-        part = Part(title, labels, columns.names, None)
+        part = TablePart(title, labels, columns.names, None)
         files = [Path(cached["filename"]) for cached in rows.cache_files]
         splits[split] = TableRows(columns.image, [rows.data.column(columns.image)], [part], files, caches)
     known = [split_of(split) for split in splits]

@@ -10,7 +10,7 @@ from layerwise.data.columns import Columns, find_columns, read_labels
 from layerwise.data.hub import quiet
 from layerwise.data.machine import cache_folder, need
 from layerwise.data.naming import few, split_of
-from layerwise.data.rows import Part, Rows, TableRows
+from layerwise.data.rows import Rows, TablePart, TableRows
 from layerwise.errors import LayerwiseError
 from layerwise.files import check_regular, kind_of, list_files, shown
 
@@ -100,7 +100,7 @@ def _read_parquet(
             Exception
         ) as error:  # arrow raises many kinds of errors for damaged bytes, and numbers in them may be huge
             raise LayerwiseError(f"{title} is not a readable parquet file; fetch it again") from error
-        parts.append(Part(title, labels, columns.names, file.parent))
+        parts.append(TablePart(title, labels, columns.names, file.parent))
     if first is None or not any(part.labels for part in parts):
         raise LayerwiseError(f"{shown(files[0])} holds no rows; give a parquet file with samples")
     if mapped:

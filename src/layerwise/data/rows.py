@@ -50,7 +50,7 @@ class Rows(ABC):
         return bool(self.values) and all(value is None or value == WITHHELD for value in self.values)
 
 
-class Part(NamedTuple):
+class TablePart(NamedTuple):
     """The rows of one file, or of one split of the hub."""
 
     title: str
@@ -80,7 +80,7 @@ class TableRows(Rows):
         self,
         image_column: str,
         images: Sequence[Any],
-        parts: Sequence[Part],
+        parts: Sequence[TablePart],
         files: Sequence[Path],
         folders: Sequence[Path],
     ):
@@ -159,7 +159,7 @@ class FileRows(Rows):
         return shown(self.files[row])
 
 
-def _same_classes(parts: Sequence[Part]) -> tuple[str, ...] | None:
+def _same_classes(parts: Sequence[TablePart]) -> tuple[str, ...] | None:
     """The class list that all parts share; numbers in one part and words in another share nothing."""
     first = parts[0]
     for part in parts[1:]:

@@ -120,7 +120,7 @@ def load_text(
 # Where text is.
 
 
-class Part(NamedTuple):
+class ByteRange(NamedTuple):
     """A range of bytes of a file."""
 
     path: str
@@ -137,7 +137,7 @@ class Text:
         chosen: which documents belong to the split; all if not given.
     """
 
-    def __init__(self, parts: Sequence[Part], documents: bool, chosen: tuple[Any, set[int]] | None = None):
+    def __init__(self, parts: Sequence[ByteRange], documents: bool, chosen: tuple[Any, set[int]] | None = None):
         self.parts, self.documents, self.chosen = parts, documents, chosen
 
     def pieces(self) -> Iterator[str]:
@@ -254,7 +254,7 @@ def _files(name: str, root: str | Path | None, documents: bool) -> dict[str, Any
         found = {"train": [path]} if kind != "folder" else _by_split(path)
     texts: dict[str, AnyText] = {}
     for split, files in found.items():
-        parts = [Part(os.path.abspath(file), 0, check_regular(file, ADVICE).st_size) for file in files]
+        parts = [ByteRange(os.path.abspath(file), 0, check_regular(file, ADVICE).st_size) for file in files]
         if not any(part.stop for part in parts):
             raise LayerwiseError(f"the {split} split of {shown(name)} is empty; {ADVICE}.")
         texts[split] = Text(parts, documents)
@@ -319,7 +319,7 @@ def _drawn(text: Any, fraction: float, title: str, documents: bool) -> tuple[Any
 # Reading.
 
 
-def _blocks(part: Part) -> Iterator[str]:
+def _blocks(part: ByteRange) -> Iterator[str]:
     """The text of a range of a file in blocks that end with a line, line ends as one character."""
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
     waiting, at = "", part.start

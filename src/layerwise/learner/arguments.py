@@ -87,7 +87,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     )
     check_ranges(**{n: given[n] for n in ("clip", "accumulate", "micro", "label_smoothing", "seed", "blocks")})
     check_ranges(lr=given["lr"], weight_decay=given["weight_decay"], lr_multipliers=given["lr_multipliers"] or {})
-    check_options(given["precision"], given["nonfinite"])
+    check_words(given["precision"], given["nonfinite"])
     check_offload(given["offload"], isinstance(given["replicas"], Replicas), given["compile"])
     schedule = given["schedule"]
     if schedule is not None and not callable(schedule):
@@ -163,7 +163,7 @@ def check_micro(
         )
 
 
-def check_options(precision: str, nonfinite: str) -> None:
+def check_words(precision: str, nonfinite: str) -> None:
     """Raise LayerwiseError for an unknown value of an option."""
     if precision not in ("fp32", "bf16", "fp16"):
         raise LayerwiseError(f"unknown precision {precision!r}; choose fp32, bf16 or fp16.")

@@ -301,10 +301,10 @@ def _check_rates(given: Mapping[str, Any], expected: Expected) -> None:
         if rates is None:
             continue
         right = isinstance(rates, (list, tuple)) and len(rates) == len(counts)
-        for found, count in zip(rates, counts, strict=False) if right else ():
-            if found is not None:
-                right &= isinstance(found, (list, tuple)) and len(found) == count
-                right &= right and all(isinstance(rate, (int, float)) and 0 <= rate <= LARGEST for rate in found)
+        for own, count in zip(rates, counts, strict=False) if right else ():
+            if own is not None:
+                right &= isinstance(own, (list, tuple)) and len(own) == count
+                right &= right and all(isinstance(rate, (int, float)) and 0 <= rate <= LARGEST for rate in own)
         if not right:
             raise unfit(f"'rates' has {short(rates)} for {name!r}")
 
@@ -312,11 +312,11 @@ def _check_rates(given: Mapping[str, Any], expected: Expected) -> None:
 def _check_settings(given: Mapping[str, Any], expected: Expected) -> None:
     """Check settings of parameter groups that were changed after the start: by name, for every group, or None."""
     for name, optimizers in expected.optimizers.items():
-        found = given.get(name)
-        if found is None:
+        of_optimizers = given.get(name)
+        if of_optimizers is None:
             continue
-        right = isinstance(found, (list, tuple)) and len(found) == len(optimizers)
-        for optimizer, settings in zip(optimizers, found, strict=False) if right else ():
+        right = isinstance(of_optimizers, (list, tuple)) and len(of_optimizers) == len(optimizers)
+        for optimizer, settings in zip(optimizers, of_optimizers, strict=False) if right else ():
             if settings is None:
                 continue
             right &= isinstance(settings, (list, tuple)) and len(settings) == len(optimizer.param_groups)
@@ -327,7 +327,7 @@ def _check_settings(given: Mapping[str, Any], expected: Expected) -> None:
                 except LayerwiseError as reason:
                     raise unfit(str(reason).removesuffix(".")) from reason
         if not right:
-            raise unfit(f"'settings' has {short(found)} for {name!r}")
+            raise unfit(f"'settings' has {short(of_optimizers)} for {name!r}")
 
 
 def _check_scaler(name: str, given: Any) -> None:

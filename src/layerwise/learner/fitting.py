@@ -82,7 +82,7 @@ def fit_micro(make: Callable[[int], Learner], x: Any, y: Tensor | None, peak: in
     return fewest_parts(lambda micro: use_of(make(micro), x, y), len(labelled(x, y)[1]), size, least)
 
 
-def check_reached(fit: Fit, peak: int, way: str) -> None:
+def check_peak_reached(fit: Fit, peak: int, way: str) -> None:
     """Raise LayerwiseError if no number of parts was enough."""
     if not fit.reached:
         least = f"the smallest step of {way} holds {size_in_words(fit.held)} of activations and gradients"

@@ -34,7 +34,7 @@ from layerwise.learner.metering import meter_of
 from layerwise.learner.metrics import Metrics
 from layerwise.learner.network import check_reads
 from layerwise.learner.optimizer import EveryOptimizer
-from layerwise.learner.pickled import check_can_be_pickled, options_of, restored
+from layerwise.learner.pickled import check_can_be_pickled, group_options, restored
 from layerwise.learner.rounds import train_on
 from layerwise.learner.setup import DONE_ONCE, make_setup
 from layerwise.learner.weights import Weights, save_blocks
@@ -498,4 +498,4 @@ class Learner:
         check_can_be_pickled(self.stage, self.replicas, self.offload)
         state = self._pending if isinstance(self._built, NotBuilt) else self.state_dict()
         made_of = type(self), self.network, self.rule, self._arguments, self._example
-        return restored, (*made_of, state, self._prepared, options_of(self.groups))
+        return restored, (*made_of, state, self._prepared, group_options(self.groups))

@@ -126,5 +126,5 @@ def output_copy(setup: Setup, layer: nn.Linear | None) -> OutputCopy | NoCopy:
     if refresh is None or layer is None:
         return NoCopy()
     elsewhere = not setup.stage.last or setup.replicas.shares_parameters
-    found = refresh > 1 or elsewhere or not setup.stage.first
-    return OutputCopy(setup, layer) if found else NoCopy()
+    needed = refresh > 1 or elsewhere or not setup.stage.first
+    return OutputCopy(setup, layer) if needed else NoCopy()

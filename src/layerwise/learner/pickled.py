@@ -48,7 +48,7 @@ def check_can_be_pickled(
         )
 
 
-def options_of(groups: Sequence[Group]) -> list[dict[str, Any]]:
+def group_options(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """The options of all parameter groups, as their owner may have set them."""
     return [{name: value for name, value in of.items() if name != "params"} for of in _parameter_groups(groups)]
 

@@ -57,9 +57,9 @@ def begun(built: Built, x: Any, y: Tensor, step: int | None, predict: Callable[[
         return built.setup.stage.receive()
     rule = built.setup.rule
     with asking(rule, "`begin`"):
-        found = rule.begin(batch_context(built, x, y, step, predict))
-    check_begin(rule, found)
-    return detach(found)
+        start = rule.begin(batch_context(built, x, y, step, predict))
+    check_begin(rule, start)
+    return detach(start)
 
 
 def batch_context(built: Built, x: Any, y: Tensor, step: int | None, predict: Callable[[Any], Tensor]) -> BatchContext:
@@ -118,9 +118,9 @@ def predicted(built: Built, x: Any) -> Tensor:
         with who:
             return network(x)
     with asking(rule, "`predict`"), who, network.passing():
-        found = rule.predict(network, modules_by_site(built), x)
-    check_prediction(rule, found, built.task, len(x) if isinstance(x, Tensor) else None)
-    return found
+        prediction = rule.predict(network, modules_by_site(built), x)
+    check_prediction(rule, prediction, built.task, len(x) if isinstance(x, Tensor) else None)
+    return prediction
 
 
 def predicted_again(built: Built, x: Any) -> Tensor | None:
@@ -149,17 +149,17 @@ def beliefs(x: Any, built: Built, threshold: float | None) -> list[Tensor]:
     """The beliefs of the sites about inputs on the device; see `Learner.beliefs`."""
     setup, rule = built.setup, built.setup.rule
     assert isinstance(rule, pieces.PassesBeliefs)
-    found: list[Tensor] = []
+    per_site: list[Tensor] = []
     passed = torch.zeros((), dtype=torch.bool, device=setup.device)
     who = in_a_sentence("the network", "cannot predict for an input", x)
     with asking(rule, "`beliefs`"), who, built.engine.autocast(), setup.network.passing():
         for belief in rule.beliefs(setup.network, modules_by_site(built), x):
-            found.append(belief)
+            per_site.append(belief)
             if threshold is not None:
                 passed = passed | (belief.amax(-1).exp() >= threshold)
                 if bool(passed.all()):
                     break
-    return found
+    return per_site
 
 
 def modules_by_site(built: Built) -> dict[int, nn.Module]:

@@ -38,8 +38,8 @@ def train_on(
         assert isinstance(rule, RepeatsBatch)
         built.engine.accumulation.updates -= 1
         with asking(rule, "`again`"):
-            found = rule.again(batch_context(built, x, y, step, predict), message)
-        check_begin(rule, found)
-        h, message = detach(found)
+            start = rule.again(batch_context(built, x, y, step, predict), message)
+        check_begin(rule, start)
+        h, message = detach(start)
         out = built.engine.step(groups, h, message, y, step, trace)
     return out

@@ -18,9 +18,9 @@ def under_way(built: Built) -> dict[str, Any]:
     if not (engine.finite.skips and engine.accumulation.batches):
         return {}
     groups = built.groups_at(engine.accumulation.updates)
-    before = {id(buffer): kept for group in groups for buffer, kept in group.buffers}
-    found = {name: before[id(buffer)] for name, buffer in _buffers(built).items() if id(buffer) in before}
-    return {BEFORE: found, BROKEN: [group.name for group in groups if group.broken]}
+    before = {id(buffer): old for group in groups for buffer, old in group.buffers}
+    buffers = {name: before[id(buffer)] for name, buffer in _buffers(built).items() if id(buffer) in before}
+    return {BEFORE: buffers, BROKEN: [group.name for group in groups if group.broken]}
 
 
 def joined_under_way(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -41,12 +41,12 @@ def check_under_way(state: Mapping[str, Any], expected: Expected) -> None:
     if not isinstance(before, Mapping):
         raise unfit(f"{BEFORE!r} is not a mapping")
     own = {**expected.model, **{f"auxiliary.{name}": tensor for name, tensor in expected.auxiliary.items()}}
-    for name, kept in before.items():
+    for name, tensor in before.items():
         if name not in own:
             if expected.whole:
                 raise unfit(f"{BEFORE!r} names {name!r}, which is not a buffer")
             continue
-        if not isinstance(kept, Tensor) or kept.shape != own[name].shape or kept.dtype != own[name].dtype:
+        if not isinstance(tensor, Tensor) or tensor.shape != own[name].shape or tensor.dtype != own[name].dtype:
             raise unfit(f"{name!r} in {BEFORE!r} is not a tensor of the shape and type that it has here")
 
 
@@ -54,11 +54,11 @@ def continue_under_way(built: Built, state: Mapping[str, Any]) -> None:
     """Restore the unfinished update from a state that has been checked; the rest is loaded already."""
     if not (built.engine.finite.skips and built.engine.accumulation.batches):
         return
-    kept = {id(buffer): state.get(BEFORE, {}).get(name) for name, buffer in _buffers(built).items()}
+    old = {id(buffer): state.get(BEFORE, {}).get(name) for name, buffer in _buffers(built).items()}
     for group in built.groups_at(built.engine.accumulation.updates):
         buffers = [buffer for unit in group.units for buffer in unit.buffers()]
         # A buffer that the state does not hold keeps its value.
-        before = [buffer if kept.get(id(buffer)) is None else kept[id(buffer)].to(buffer.device) for buffer in buffers]
+        before = [buffer if old.get(id(buffer)) is None else old[id(buffer)].to(buffer.device) for buffer in buffers]
         group.buffers = [(buffer, own.clone()) for buffer, own in zip(buffers, before, strict=True)]
         group.broken = group.name in state.get(BROKEN, [])
 

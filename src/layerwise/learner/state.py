@@ -21,12 +21,12 @@ def without_meta(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def joined(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Join the states of all stages, in the order of the ranks, to that of a whole learner."""
-    whole = dict(states[-1])
+    merged = dict(states[-1])
     for part in ("model", "auxiliary", "optimizer", "gradients", "scaler", "rates", "settings"):
-        whole[part] = {name: value for state in states for name, value in state.get(part, {}).items()}
-    whole |= joined_under_way(states)
-    whole["stateless"] = [name for state in states for name in state["stateless"]]
-    return whole
+        merged[part] = {name: value for state in states for name, value in state.get(part, {}).items()}
+    merged |= joined_under_way(states)
+    merged["stateless"] = [name for state in states for name in state["stateless"]]
+    return merged
 
 
 def state_of(built: Built, skipped: int, steps: int) -> dict[str, Any]:
@@ -72,8 +72,8 @@ def load_state(built: Built, state: Mapping[str, Any]) -> None:
             if rates is not None:
                 set_base_rates(optimizer, rates)
         if "settings" in state:  # missing in the checkpoints of older versions
-            found = state["settings"].get(group.name) or [None] * len(group.optimizers)
-            for optimizer, settings in zip(group.optimizers, found, strict=True):
+            of_optimizers = state["settings"].get(group.name) or [None] * len(group.optimizers)
+            for optimizer, settings in zip(group.optimizers, of_optimizers, strict=True):
                 set_own_settings(optimizer, settings)
     built.grouping.load_scalers(state["scaler"])
     built.engine.accumulation.load(state["accumulation"])
@@ -128,10 +128,10 @@ def _load(built: Built, groups: Sequence[Group], state: Mapping[str, Any], auxil
     for group in groups:
         for optimizer in group.optimizers:
             packed = optimizer.state_dict()
-            found = [(p, state["optimizer"].get(names[p])) for p in parameters_of([optimizer])]
+            states = [(p, state["optimizer"].get(names[p])) for p in parameters_of([optimizer])]
             packed["state"] = {
                 i: {name: to_shard(built, p, value) for name, value in s.items()}
-                for i, (p, s) in enumerate(found)
+                for i, (p, s) in enumerate(states)
                 if s is not None
             }
             optimizer.load_state_dict(copy.deepcopy(packed))  # torch would use the given tensors themselves

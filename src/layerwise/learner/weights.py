@@ -78,11 +78,11 @@ class FromFiles:
         prefix = name + "." if name else ""
         known = dict(_every_name(self.model))
         own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
-        found = {key: self._named(f"{prefix}{key}", tensor, known) for key, tensor in own.items()}
-        if not all(found.values()):
+        sources = {key: self._named(f"{prefix}{key}", tensor, known) for key, tensor in own.items()}
+        if not all(sources.values()):
             draw_own(module, self.model)
         for key, tensor in own.items():
-            if (source := found[key]) is not None:
+            if (source := sources[key]) is not None:
                 _read(self.files[source], source, tensor)
 
     def _named(self, name: str, tensor: Tensor, known: Mapping[str, Tensor]) -> str | None:
@@ -112,16 +112,16 @@ def _files_by_tensor(path: Path) -> dict[str, Path]:
     else:
         check_regular(path, ADVICE)
         files = [path]
-    found: dict[str, Path] = {}
+    files_of: dict[str, Path] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:  # pyright: ignore[reportPrivateImportUsage]
-                found |= dict.fromkeys(opened.keys(), file)
+                files_of |= dict.fromkeys(opened.keys(), file)
         except (SafetensorError, OSError) as reason:
             raise LayerwiseError(f"{shown(file)} cannot be read ({reason}); {ADVICE}.") from reason
-    if not found:
+    if not files_of:
         raise LayerwiseError(f"{shown(path)} holds no safetensors file; {ADVICE}.")
-    return found
+    return files_of
 
 
 def _read(file: Path, name: str, into: Tensor) -> None:
@@ -129,13 +129,13 @@ def _read(file: Path, name: str, into: Tensor) -> None:
 
     try:
         with safe_open(file, framework="pt") as opened:  # pyright: ignore[reportPrivateImportUsage]
-            found = opened.get_tensor(name)
-            if found.shape != into.shape:
+            tensor = opened.get_tensor(name)
+            if tensor.shape != into.shape:
                 raise LayerwiseError(
-                    f"{name!r} has shape {tuple(found.shape)} in {shown(file)} and {tuple(into.shape)} in the model; "
+                    f"{name!r} has shape {tuple(tensor.shape)} in {shown(file)} and {tuple(into.shape)} in the model; "
                     "give the weights of this model."
                 )
-            into.data.copy_(found)
+            into.data.copy_(tensor)
     except (SafetensorError, OSError) as reason:
         raise LayerwiseError(f"{name!r} cannot be read from {shown(file)} ({reason}); {ADVICE}.") from reason
 

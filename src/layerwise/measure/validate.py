@@ -19,7 +19,7 @@ from layerwise.measure.bench_memory import memory_of
 from layerwise.report.reading import read_correct, read_metrics, read_result
 from layerwise.runs import checkpoint
 from layerwise.runs.building import check_run_state
-from layerwise.runs.folders import check_options, read_options
+from layerwise.runs.folders import check_unchanged, read_options
 from layerwise.runs.layout import check_run
 from layerwise.runs.log import FILE
 from layerwise.runs.options import TrainOptions
@@ -181,7 +181,7 @@ def _of_run(path: Path, options: TrainOptions | None, folder: Path) -> dict[str,
     state = checkpoint.load(path)
     check_run_state(state, folder)
     if options is not None:
-        check_options(options, state["options"], folder)
+        check_unchanged(options, state["options"], folder)
     return state
 
 

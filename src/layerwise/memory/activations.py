@@ -48,7 +48,7 @@ class Moved:
         """Whether the bytes changed while they were written."""
 
 
-class Part:
+class SavedTensor:
     """A saved tensor: its place in its storage."""
 
     def __init__(self, moved: Moved, tensor: Tensor):
@@ -98,16 +98,16 @@ class ActivationOffload:
             return
         stays = {t.untyped_storage()._cdata for unit in units for t in (*unit.parameters(), *unit.buffers())}
 
-        def pack(tensor: Tensor) -> Tensor | Part:
+        def pack(tensor: Tensor) -> Tensor | SavedTensor:
             if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
                 return tensor
             storage = tensor.untyped_storage()
             if storage.nbytes() < SMALLEST or storage._cdata in stays:
                 return tensor
-            return Part(self._send(tensor.detach(), storage), tensor)
+            return SavedTensor(self._send(tensor.detach(), storage), tensor)
 
-        def unpack(packed: Tensor | Part) -> Tensor:
-            return packed.of(self._fetch(packed.moved)) if isinstance(packed, Part) else packed
+        def unpack(packed: Tensor | SavedTensor) -> Tensor:
+            return packed.of(self._fetch(packed.moved)) if isinstance(packed, SavedTensor) else packed
 
         try:
             with torch.autograd.graph.saved_tensors_hooks(pack, unpack):

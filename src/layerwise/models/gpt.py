@@ -82,7 +82,7 @@ class GPT(ModelOptions):
             f"a window of {shape[2]} tokens is longer than the context of the model, {self.context}; give a shorter "
             "window, or a longer context.",
         )
-        children: dict[str, nn.Module] = {"stem": Tokens(classes, self.width, self.context, self.dropout)}
+        children: dict[str, nn.Module] = {"stem": TokenEmbedding(classes, self.width, self.context, self.dropout)}
         children |= {f"block{number}": self._block() for number in range(1, self.depth + 1)}
         linear = nn.Linear(self.width, classes, bias=False)
         children["head"] = named(norm=nn.RMSNorm(self.width, eps=EPS), linear=linear)
@@ -121,7 +121,7 @@ class TokenSequential(BlockSequential):
         return self.stem.embedding.weight is self.head.linear.weight  # pyright: ignore[reportAttributeAccessIssue]
 
 
-class Tokens(nn.Module):
+class TokenEmbedding(nn.Module):
     """Token embedding: (B, T) to (B, T, width)."""
 
     def __init__(self, vocabulary: int, width: int, context: int, dropout: float):

@@ -119,7 +119,7 @@ class Stage:
         Raises:
             LayerwiseError: the rule needs more than what is sent forward, or there are fewer groups than ranks.
         """
-        check_rule(rule, groups)
+        check_can_pipeline(rule, groups)
         self.shares_matrix = self.ranks > 1 and shares_matrix(rule)
         if len(groups) < self.ranks:
             raise LayerwiseError(
@@ -233,7 +233,7 @@ def shares_matrix(rule: Rule) -> bool:
     return isinstance(rule, ReadsOutputMatrix) and rule.matrix_refresh() is not None
 
 
-def check_rule(rule: Rule, groups: Sequence[range]) -> None:
+def check_can_pipeline(rule: Rule, groups: Sequence[range]) -> None:
     """Raise LayerwiseError if a rule needs more than the output matrix and one forward pass of messages."""
     for i, group in enumerate(groups[1:], 1):
         if groups[i - 1].stop > group.start:

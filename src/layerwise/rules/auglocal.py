@@ -14,7 +14,7 @@ from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, loss
 from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
 from layerwise.rules.ahead import LooksAhead
-from layerwise.rules.readout import Pool, pool_vectors
+from layerwise.rules.readout import Pooling, pool_vectors
 
 
 class Adapter(nn.Module):
@@ -103,9 +103,9 @@ class AuxiliaryNetwork(Copies):
         pool: how the last copy's output becomes a vector.
     """
 
-    def __init__(self, site: Site, indices: list[int], h: Tensor, classes: int, pool: Pool):
+    def __init__(self, site: Site, indices: list[int], h: Tensor, classes: int, pool: Pooling):
         super().__init__(site, indices, h)
-        self.pool: Pool = pool
+        self.pool: Pooling = pool
         shape = self.shape
         width = pool_vectors(h.new_empty(1, *shape), pool, per_position=False).shape[-1]
         self.classifier = nn.Linear(width, classes)
@@ -147,7 +147,7 @@ class AugLocal(LooksAhead, ReadsOut, Rule):
     """Blocks d in the first block's auxiliary network, and at the end of the network, where they learn together."""
     taper: Fraction = 0.5
     """How much the depth falls towards the end: tau in [0, 1], 0 for the same depth everywhere, 1 down to one block."""
-    pool: Pool = "auto"
+    pool: Pooling = "auto"
     """How the last copy's output becomes a vector: auto | mean | moments (and standard deviation) | grid | cls."""
 
     name: ClassVar[str] = "auglocal"

@@ -12,7 +12,7 @@ from layerwise.core.ranges import PositiveFraction, PositiveInt
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site, metrics_of
 from layerwise.core.tasks import MultiLabel, Regression, Task
 from layerwise.errors import LayerwiseError
-from layerwise.rules.readout import Pool, grouped, pool_vectors
+from layerwise.rules.readout import Pooling, grouped, pool_vectors
 
 MOMENTUM = 0.9
 
@@ -102,7 +102,7 @@ class Boosted(TakesTurns, PredictsBySite, Rule):
     """Updates of every stage but the last, which learns until training ends."""
     shrinkage: PositiveFraction = 1.0
     """Factor eta of every stage's step, in (0, 1]."""
-    pool: Pool = "auto"
+    pool: Pooling = "auto"
     """How a block's output becomes a vector: auto | mean | moments (and standard deviation) | grid | cls | flatten."""
     group: PositiveInt = 1
     """Neighbouring blocks that make one stage."""

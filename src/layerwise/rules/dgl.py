@@ -12,7 +12,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.rules.ahead import LooksAhead
 from layerwise.rules.local_ce import Greedy
 from layerwise.rules.patches import ReadsPatches
-from layerwise.rules.readout import Pool, convolution, labels_at, pool_vectors
+from layerwise.rules.readout import Pooling, convolution, labels_at, pool_vectors
 from layerwise.rules.windows import Windows, head_at
 
 Kind = Literal["mlp_sr", "cnn", "mlp"]
@@ -37,7 +37,7 @@ def _convolutions(h: Tensor, kernel: int, count: int) -> list[nn.Module]:
     return modules
 
 
-def auxiliary_network(h: Tensor, outputs: int, kind: Kind, pool: Pool, per_pixel: bool = False) -> nn.Module:
+def auxiliary_network(h: Tensor, outputs: int, kind: Kind, pool: Pooling, per_pixel: bool = False) -> nn.Module:
     """The auxiliary network that reads a block's output.
 
     Args:

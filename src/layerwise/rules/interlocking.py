@@ -9,7 +9,7 @@ from layerwise.core.pieces import ReadsOut
 from layerwise.core.ranges import PositiveInt
 from layerwise.core.rule import ANY_TASK, BlockContext, Locality, Rule, Signal, Site, loss_at_head, loss_of
 from layerwise.core.tasks import Task
-from layerwise.rules.readout import Pool, grouped, linear_outputs, read_out, readout_width
+from layerwise.rules.readout import Pooling, grouped, linear_outputs, read_out, readout_width
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Interlocking(ReadsOut, Rule):
 
     n: PositiveInt = 2
     """Blocks whose graph a loss passes through: 1 is local, 2 pairwise, the number of blocks backprop."""
-    pool: Pool = "auto"
+    pool: Pooling = "auto"
     """How a block's output becomes a vector: auto | mean | moments (and standard deviation) | grid | cls | flatten."""
 
     name: ClassVar[str] = "interlocking"

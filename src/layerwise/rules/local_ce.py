@@ -22,7 +22,7 @@ from layerwise.core.rule import (
 from layerwise.core.tasks import Task
 from layerwise.rules.ahead import LooksAhead
 from layerwise.rules.patches import ReadsPatches
-from layerwise.rules.readout import HasReadout, Pool, grouped, linear_outputs, read_out, readout_width
+from layerwise.rules.readout import HasReadout, Pooling, grouped, linear_outputs, read_out, readout_width
 from layerwise.rules.windows import Windows, head_at
 
 
@@ -30,7 +30,7 @@ from layerwise.rules.windows import Windows, head_at
 class Greedy(ReadsOut, Rule):
     """Base of rules whose blocks minimise the loss of their own readout; the last one learns through the head."""
 
-    pool: Pool = "auto"
+    pool: Pooling = "auto"
     """How a block's output becomes a vector: auto | mean | moments (and standard deviation) | grid | cls | flatten
     | none."""
     group: PositiveInt = 1

@@ -10,7 +10,7 @@ from layerwise.core.rule import BlockContext, Signal, Site
 from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
 from layerwise.rules.local_ce import GreedyLinear
-from layerwise.rules.readout import Pool, outputs_of, pool_vectors, readout_width
+from layerwise.rules.readout import Pooling, outputs_of, pool_vectors, readout_width
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class MonoForward(PredictsBySite, GreedyLinear):
     [range(0, 1), range(1, 3)]
     """
 
-    pool: Pool = "grid"
+    pool: Pooling = "grid"
     """How a block's output becomes a vector: grid (at most 4096 numbers) | flatten (the paper) | mean | moments."""
     predictor: Literal["last", "sum"] = "last"
     """Whose goodness decides: the last block's, or the sum over all blocks."""

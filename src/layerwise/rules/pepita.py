@@ -15,7 +15,7 @@ from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
 
 
-class Projection(nn.Module):
+class ErrorProjection(nn.Module):
     """The matrix F that projects an error `(B, K)` onto the input `(B, ...)`."""
 
     def __init__(self, matrix: Tensor, learns: bool):
@@ -100,7 +100,9 @@ class Pepita(Rule):
             return None
         inputs = torch.Size(site.inputs)
         bound = self.scale * (6 / inputs.numel()) ** 0.5
-        return Projection(bound * (2 * torch.rand(task.outputs, *inputs, dtype=h.dtype) - 1), learns=self.mirror > 0)
+        return ErrorProjection(
+            bound * (2 * torch.rand(task.outputs, *inputs, dtype=h.dtype) - 1), learns=self.mirror > 0
+        )
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
         """The batch with the projected error; the message is the batch itself, and the target of F."""
@@ -108,7 +110,7 @@ class Pepita(Rule):
             raise LayerwiseError("pepita adds a sample's error to its input: one label per sample, not per position.")
         error = ctx.task.counted(ctx.y, False) * error_without_graph(ctx.task, ctx.forward(ctx.x), ctx.y)
         projection, first = ctx.auxiliary[0], ctx.network.blocks[0]
-        assert isinstance(projection, Projection)
+        assert isinstance(projection, ErrorProjection)
         if first.before is not None:
             first.before()  # an offloaded block has to be fetched, and F with it
         matrix = projection.current()
@@ -136,7 +138,7 @@ class Pepita(Rule):
         if not ctx.learns:
             return signal
         if towards is not None:  # here and not in `begin`: a skipped update restores the block's buffers
-            assert isinstance(ctx.auxiliary, Projection)
+            assert isinstance(ctx.auxiliary, ErrorProjection)
             ctx.auxiliary.current().lerp_(towards, self.mirror)
         modulated, _ = self._passed(block, ctx, ctx.h_in)
         for before, after in zip(clean, modulated, strict=True):

@@ -20,7 +20,7 @@ from layerwise.core.rule import BlockContext, Rule, Site
 from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
 
-Pool = Literal["auto", "mean", "moments", "grid", "cls", "flatten", "none"]
+Pooling = Literal["auto", "mean", "moments", "grid", "cls", "flatten", "none"]
 
 
 def grouped(blocks: int, size: int, join_head: bool, overlap: int = 0) -> list[range]:
@@ -55,14 +55,14 @@ def convolution(h: Tensor) -> type[nn.Conv2d] | type[nn.Conv3d]:
     return nn.Conv3d if h.dim() == 5 else nn.Conv2d
 
 
-def pool_vectors(h: Tensor, pool: Pool, per_position: bool, site: Site | None = None) -> Tensor:
+def pool_vectors(h: Tensor, pool: Pooling, per_position: bool, site: Site | None = None) -> Tensor:
     """One vector per prediction from a block's output.
 
     `"auto"` averages over space or tokens. If labels are given per position, `"auto"` and `"grid"` keep them all.
 
     Args:
         h: the output of `site`; without one, in the standard order of `layerwise.core.layout`.
-        pool: one of `Pool`.
+        pool: one of `Pooling`.
         per_position: whether there is a label for every position.
         site: where the output comes from.
 
@@ -79,17 +79,17 @@ def pool_vectors(h: Tensor, pool: Pool, per_position: bool, site: Site | None = 
     return pool_features(h, pool)
 
 
-def readout_width(h: Tensor, pool: Pool, site: Site, task: Task) -> int:
+def readout_width(h: Tensor, pool: Pooling, site: Site, task: Task) -> int:
     """Number of features that a block's readout reads."""
     return pool_vectors(h, pool, task.positions != "sample", site).shape[-1]
 
 
-def features_of(ctx: BlockContext, pool: Pool, h: Tensor | None = None) -> Tensor:
+def features_of(ctx: BlockContext, pool: Pooling, h: Tensor | None = None) -> Tensor:
     """One vector per prediction, `(B, D)` or `(B, ..., D)`, from the block's output, or from `h` instead."""
     return pool_vectors(ctx.h if h is None else h, pool, ctx.task.per_position(ctx.y), ctx.site)
 
 
-def linear_outputs(readout: nn.Module, pool: Pool, site: Site, h: Tensor, task: Task) -> Tensor:
+def linear_outputs(readout: nn.Module, pool: Pooling, site: Site, h: Tensor, task: Task) -> Tensor:
     """Outputs of a readout on the pooled features of a block's output `h`, in the task's order of dimensions."""
     features = pool_vectors(h, pool, task.positions != "sample", site)
     return task.as_outputs(_whole(readout, features, site))
@@ -244,7 +244,7 @@ def _whole(readout: nn.Module, features: Tensor, site: Site) -> Tensor:
 
 
 def read_out(
-    ctx: BlockContext, readout: nn.Module, pool: Pool, h: Tensor | None = None
+    ctx: BlockContext, readout: nn.Module, pool: Pooling, h: Tensor | None = None
 ) -> tuple[Tensor | LinearOutputs, Tensor]:
     """Outputs of a block's own readout, as the task has them, and the labels at their resolution.
 

@@ -17,7 +17,7 @@ from layerwise.core.ranges import NonNegativeInt, PositiveFraction, PositiveInt
 from layerwise.core.rule import ANY_TASK, BlockContext, Locality, Rule, Signal, Site, by_depth, loss_of, metrics_of
 from layerwise.core.tasks import Classification, Task
 from layerwise.errors import LayerwiseError
-from layerwise.rules.readout import HasReadout, Pool, Readout, grouped, labels_at, pool_vectors, resized
+from layerwise.rules.readout import HasReadout, Pooling, Readout, grouped, labels_at, pool_vectors, resized
 
 Direction = Literal["forward", "reverse"]
 OF_CLASSES = ("classification", "language_model", "segmentation")
@@ -225,7 +225,7 @@ class SID(HasReadout, Distillation):
 
     hidden: NonNegativeInt = 0
     """Units of the belief heads' hidden layer; 0 for a linear belief head."""
-    pool: Pool = "auto"
+    pool: Pooling = "auto"
     """How a block's output becomes a vector: auto | mean | moments (and standard deviation) | grid | cls | flatten
     | none."""
     group: PositiveInt = 1

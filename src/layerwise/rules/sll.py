@@ -27,7 +27,7 @@ from layerwise.core.tasks import LanguageModel, Task
 from layerwise.errors import LayerwiseError
 from layerwise.rules.patches import ReadsPatches
 from layerwise.rules.readout import (
-    Pool,
+    Pooling,
     Readout,
     features_of,
     fixed_matrix,
@@ -171,7 +171,7 @@ class SLL(ReadsPatches, ReadsOut, ReadsOutputMatrix, Rule):
     """Normalisation before the projection, without parameters."""
     dropout: ProperFraction = 0.0
     """Probability p of the multiplicative dropout on the projection's input."""
-    pool: Pool = "auto"
+    pool: Pooling = "auto"
     """How a block's output becomes a vector: auto | mean | moments (and standard deviation) | grid | cls | flatten
     | none."""
     group: PositiveInt = 1

@@ -12,7 +12,7 @@ from layerwise.core.rule import BlockContext, Locality, Signal, Site, loss_at_he
 from layerwise.core.tasks import Task
 from layerwise.rules.auglocal import Copies
 from layerwise.rules.local_ce import GreedyLinear
-from layerwise.rules.readout import Pool, Readout, ReadoutKind, grouped, outputs_of, pool_vectors
+from layerwise.rules.readout import Pooling, Readout, ReadoutKind, grouped, outputs_of, pool_vectors
 
 
 class SoloHead(nn.Module):
@@ -30,7 +30,7 @@ class SoloHead(nn.Module):
         copied = [min(site.index + 1 + i, site.blocks - 1) for i in range(rule.depth)]
         self.copies = Copies(site, copied, h) if copied else None
         out = site.standard(h) if self.copies is None else h.new_empty(2, *self.copies.shape)
-        self.pool: Pool = rule.pool
+        self.pool: Pooling = rule.pool
         width = pool_vectors(out, rule.pool, task.positions != "sample").shape[-1]
         self.readout = rule.own_readout(width, site, task, h, bias=False)
         # The other readouts have a norm of their own.

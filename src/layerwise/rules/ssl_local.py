@@ -14,7 +14,7 @@ from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Sign
 from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
 from layerwise.rules.label_input import known_layout
-from layerwise.rules.readout import Pool, grouped, pool_vectors
+from layerwise.rules.readout import Pooling, grouped, pool_vectors
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class SSLLocal(Rule):
     """Hidden units of the projection head."""
     dim: PositiveInt = 128
     """Outputs of the projection head."""
-    pool: Pool = "auto"
+    pool: Pooling = "auto"
     """How a block's output becomes a vector: auto | mean | moments (and standard deviation) | grid | cls | flatten."""
     group: PositiveInt = 1
     """Neighbouring blocks that share one loss, one graph and one backward pass."""

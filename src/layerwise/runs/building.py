@@ -32,7 +32,7 @@ from layerwise.parallel.stage import Stage
 from layerwise.records import Amount, Count, convert
 from layerwise.replacements import replace
 from layerwise.runs import checkpoint
-from layerwise.runs.folders import check_options, read_options
+from layerwise.runs.folders import check_unchanged, read_options
 from layerwise.runs.options import TrainOptions, model_name
 
 
@@ -429,7 +429,7 @@ def read_state(folder: Path) -> tuple[TrainOptions, dict[str, Any], list[str]]:
     if state is None:
         raise LayerwiseError(f"the run in {shown(folder)} has no checkpoint yet; train it first.")
     check_run_state(state, folder)
-    check_options(options, state["options"], folder)
+    check_unchanged(options, state["options"], folder)
     if kind_of(folder / "result.json") is None:
         notes.append(f"the run is not finished: these are its weights after step {state['learner']['steps']}")
     return options, state, notes

@@ -125,7 +125,7 @@ def load(path: Path, mapped: bool = False) -> dict[str, Any]:
 ADVICE = "take an older checkpoint"
 
 
-class Shards(TypedDict):
+class ShardLayout(TypedDict):
     """A tensor in several files: its shape, and where each shard begins."""
 
     shape: list[Count]
@@ -138,7 +138,7 @@ class About(TypedDict):
     digest: str
     tree: dict[str, Any]
     parts: NotRequired[dict[str, str]]
-    shards: NotRequired[dict[str, Shards]]
+    shards: NotRequired[dict[str, ShardLayout]]
 
 
 def _damaged(path: Path, reason: str) -> CorruptCheckpoint:

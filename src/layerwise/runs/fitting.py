@@ -10,7 +10,7 @@ import torch
 from layerwise import data
 from layerwise.core.graphs import Graph
 from layerwise.errors import LayerwiseError
-from layerwise.learner.fitting import check_reached, fit_micro
+from layerwise.learner.fitting import check_peak_reached, fit_micro
 from layerwise.memory.fitting import Fit, read_size
 from layerwise.runs.building import DataSignature, build_learner
 from layerwise.runs.options import TrainOptions
@@ -66,7 +66,7 @@ def within_peak(
         raise LayerwiseError("peak is auto, which is the lowest of several rules; give a size such as 200MiB.")
     peak = read_size(options.peak)
     fit, _ = fit_run(options, facts, device, batches, graph, peak)
-    check_reached(fit, peak, options.rule.name)
+    check_peak_reached(fit, peak, options.rule.name)
     return replace(options, micro=fit.micro)
 
 

@@ -128,7 +128,7 @@ FREE = (
 )
 
 
-def check_options(options: TrainOptions, trained: dict[str, Any], folder: Path) -> None:
+def check_unchanged(options: TrainOptions, trained: dict[str, Any], folder: Path) -> None:
     """Raise LayerwiseError if config.json and the checkpoint differ in an option that affects the result."""
     now = json.loads(json.dumps(to_mapping(options)))
     # Options that are newer than the checkpoint behaved like their present default.

@@ -17,7 +17,7 @@ class Interrupted(Exception):
         self.signum = signum
 
 
-class Signals:
+class StopSignals:
     """A context in which Ctrl-C and SIGTERM are recorded and handled at the end of a step; a second one acts at once.
 
     Attributes:
@@ -28,7 +28,7 @@ class Signals:
         self.received = 0
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> "Signals":
+    def __enter__(self) -> "StopSignals":
         with contextlib.suppress(ValueError):  # signals can only be handled in the main thread
             for signum in (signal.SIGINT, signal.SIGTERM):
                 self._before[signum] = signal.signal(signum, self._remember)

@@ -41,14 +41,14 @@ from layerwise.runs.fitting import check_alone_for_peak, note_of_peak, within_pe
 from layerwise.runs.folders import (
     Claim,
     check_not_lost,
-    check_options,
+    check_unchanged,
     drop_replaced,
     new_folder,
     read_options,
     undo_replacement,
 )
 from layerwise.runs.generating import sample_of
-from layerwise.runs.interrupt import Interrupted, Signals
+from layerwise.runs.interrupt import Interrupted, StopSignals
 from layerwise.runs.log import FILE, Log, by_epoch, open_log, summary_writer
 from layerwise.runs.options import TrainOptions, model_name, to_mapping
 from layerwise.runs.progress import Progress
@@ -122,7 +122,7 @@ class Run:
             )
         if options.tensorboard:
             summary_writer()
-        self._signals = Signals()
+        self._signals = StopSignals()
         self._claim: Claim | None = None
         self._resumed = resume is not None
         try:
@@ -379,7 +379,7 @@ class Run:
                     f"the checkpoint in {shown(self.folder)} is of step {state['learner']['steps']}, and the run has "
                     f"{self.total}; take an older one, or start the run again."
                 )
-            check_options(self.options, state["options"], self.folder)
+            check_unchanged(self.options, state["options"], self.folder)
             facts = DataSignature.in_state(state)
             if self.dataset.tokenizer is not None:
                 check_tokenizer(self.folder, self.dataset.tokenizer, facts)

@@ -18,7 +18,7 @@ from layerwise.measure.bench_problem import batch_of, network_of, parse_problem,
 from layerwise.processes import cores
 from layerwise.runs.progress import GridProgress
 from layerwise.scaling.jobs import RankProcesses
-from layerwise.scaling.options import ALONE, ScalingOptions, check_options
+from layerwise.scaling.options import ALONE, ScalingOptions, check_measurable
 from layerwise.scaling.series import Series, quantiles
 from layerwise.scaling.simulate import PARTS, Costs, grown, predicted
 from layerwise.scaling.tables import against_rivals, measured_table, simulated_table
@@ -134,7 +134,7 @@ def scaling_command(argv: list[str]) -> int:
         )
     network = network_of(options.model, options.depth, options.shape, options.model_options)
     blocks = len(list(network.children())) - 1
-    check_options(options, blocks)
+    check_measurable(options, blocks)
     x, _ = batch_of(options.shape, options.batch_size)
     flops = operations(partition(network), x[:1])
     with GridProgress(

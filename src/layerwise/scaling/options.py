@@ -79,7 +79,7 @@ class ScalingOptions(Problem):
         return Interconnect(self.latency / 1e3, self.bandwidth * 1e9 / 8)
 
 
-def check_options(options: ScalingOptions, blocks: int) -> None:
+def check_measurable(options: ScalingOptions, blocks: int) -> None:
     """Raise LayerwiseError unless all ways can be measured."""
     for name, least in {"rounds": 1, "steps": 1, "warmup": 1, "micro_batches": 1}.items():
         if getattr(options, name) < least:
