@@ -26,6 +26,7 @@ FIGURES = [
     *("layers_accuracy", "layers_probe_accuracy", "layers_bhattacharyya", "layers_cka", "layers_cka_to_backprop"),
     *("layers_gradient_cosine", "layers_hoyer", "layers_dead", "layers_divergence"),
     *("confusion_sll", figures.file_name("confusion_sll:overlap=1"), "confusion_backprop"),
+    *("filters_sll", figures.file_name("filters_sll:overlap=1"), "filters_backprop"),
 ]
 RULES = ("sll", "sll:overlap=1", "backprop")
 
@@ -56,8 +57,8 @@ def test_every_figure_is_there_with_its_files_and_a_description(folder, page):
     assert len(labels) == len(shown)
     for name, label in zip(shown, labels, strict=True):
         assert len(label) > 40
-        assert ("sll" in label or name == "confusion_backprop") and (
-            "divergence" in name or "confusion_sll" in name or "backprop" in label
+        assert ("sll" in label or name in ("confusion_backprop", "filters_backprop")) and (
+            "divergence" in name or name.startswith(("confusion_sll", "filters_sll")) or "backprop" in label
         )
         ElementTree.parse(folder / "figures" / f"{name}.svg")
         assert (folder / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")

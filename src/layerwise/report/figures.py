@@ -265,6 +265,27 @@ def _cells(
     return {"rows": rows, "columns": columns, "cells": words}
 
 
+def mosaic(axes: Any, pictures: Any, columns: int) -> None:
+    """Draw small pictures, bytes (N, C, h, w), in a grid: of three channels in colour, of one from blue to red."""
+    import numpy as np
+
+    count, channels, height, width = pictures.shape
+    rows = -(-count // columns)
+    grid = np.zeros((rows * (height + 1) - 1, columns * (width + 1) - 1, 4))  # transparent between the pictures
+    for i, picture in enumerate(pictures):
+        top, left = i // columns * (height + 1), i % columns * (width + 1)
+        place = grid[top : top + height, left : left + width]
+        place[..., 3] = 1
+        if channels == 3:
+            place[..., :3] = picture.transpose(1, 2, 0) / 255
+        else:
+            from matplotlib import colormaps
+
+            place[...] = colormaps["RdBu_r"](picture[0] / 255)
+    axes.imshow(grid, interpolation="nearest")
+    axes.set_axis_off()
+
+
 def readable_on(colour: Sequence[float]) -> str:
     """Black or white, whichever contrasts more with a colour (sRGB, 0 to 1): 4.5 to 1 at least (WCAG 2.2).
 
