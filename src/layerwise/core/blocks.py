@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,9 @@ from layerwise.core.chains import (
 )
 from layerwise.core.drawing import draw
 from layerwise.core.layout import Layouts, declared_layouts
+from layerwise.core.parts import Part
 from layerwise.core.tracing import TracedPart, both_modes, cut_graph, legal_cuts
 from layerwise.errors import LayerwiseError
-
-if TYPE_CHECKING:
-    from layerwise.core.parts import Part
 
 
 class Unchanged:
@@ -294,7 +292,7 @@ class Partition(nn.Module):
         """
         return nullcontext()
 
-    def turn_to(self, part: "Part") -> None:
+    def turn_to(self, part: Part) -> None:
         """Switch the blocks to a part of the batch; nothing to do for a model that is cut into functions."""
 
     def arrange(self, x: Any) -> None:

@@ -15,7 +15,7 @@ from layerwise.core.rule import Rule
 from layerwise.core.tasks import KINDS, Classification, Task
 from layerwise.errors import LayerwiseError, suggestion, unknown
 from layerwise.memory.offload import check_offload
-from layerwise.parallel.alone import OneProcess
+from layerwise.parallel.alone import OneProcess, WholeNetwork
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
 
@@ -115,7 +115,7 @@ def check_types(
     for name, value, kinds, wanted in (
         ("lr_multipliers", lr_multipliers, (Mapping, type(None)), "a mapping from block names to factors"),
         ("channels_last", channels_last, (bool,), "True or False"),
-        ("stage", stage, (Stage, type(None)), "a Stage"),
+        ("stage", stage, (Stage, WholeNetwork, type(None)), "a Stage"),
         ("replicas", replicas, (OneProcess, type(None)), "Replicas, Shards or OneProcess()"),
         ("cuts", cuts, (str, Sequence, type(None)), "a name, a pattern, or a list of names"),
         ("layout", layout, (str, Mapping, type(None)), "a layout such as 'BCL', or a mapping from block names"),

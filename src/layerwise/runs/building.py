@@ -23,9 +23,11 @@ from layerwise.data.tokenizer import from_json
 from layerwise.errors import LayerwiseError, short, why
 from layerwise.files import kind_of, read_text, shown
 from layerwise.learner import Learner, checks
+from layerwise.learner.setup import ONE_PROCESS, WHOLE_NETWORK
 from layerwise.memory.mmap import OnFile, into_memory
 from layerwise.memory.stores import nearest_folder
 from layerwise.models import GraphModelOptions, ModelOptions
+from layerwise.parallel.alone import OneProcess, WholeNetwork
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
 from layerwise.records import Amount, Count, convert
@@ -349,9 +351,9 @@ def build_learner(
     facts: DataSignature,
     device: torch.device,
     total: int,
-    stage: Stage | None = None,
+    stage: Stage | WholeNetwork = WHOLE_NETWORK,
     graph: Graph | None = None,
-    replicas: Replicas | None = None,
+    replicas: Replicas | OneProcess = ONE_PROCESS,
 ) -> Learner:
     """The learner of a run with `total` steps, before its first step.
 
@@ -360,7 +362,7 @@ def build_learner(
     """
     check_takes(options)
     folder = Path(options.offload_folder or nearest_folder(Path(options.out or "runs")))
-    a_part = stage is not None and options.offload == "none"  # the whole network may be larger than this rank's memory
+    a_part = not stage.whole and options.offload == "none"  # the whole network may be larger than this rank's memory
     with OnFile(folder) if a_part or options.offload == "disk" else contextlib.nullcontext():
         model = build_model(options.model, facts, options.seed, graph, outputs_of(options, facts))
         model = _replaced(model, options, facts)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from layerwise.core.pieces import predicts_plainly
 from layerwise.memory.tensorfile import save_file
 from layerwise.runs.building import DataSignature, load_run, read_state
 from layerwise.runs.output import check_output, data_paths, output_file
@@ -34,7 +35,7 @@ def export(folder: Path, file: Path) -> tuple[str, list[str]]:
         weights = learner.network.model.state_dict()
     with output_file(file, data_paths(options.data)) as partial:
         save_file(weights, partial, DataSignature.in_state(state).about_inputs)
-    if not options.rule.predicts_plainly():
+    if not predicts_plainly(options.rule):
         notes.append(
             f"rule {options.rule.name!r} predicts with more than the network's own weights, which is all that {file} "
             "holds; its accuracy is that of layerwise predict and eval"
