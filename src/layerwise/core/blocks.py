@@ -365,12 +365,7 @@ class Partition(nn.Module):
                         f"type {str(h.dtype).removeprefix('torch.')}: {str(reason).splitlines()[0]}; "
                         "check the model against the data."
                     ) from reason
-                if layouts.mixing is not None:
-                    raise LayerwiseError(
-                        f"block {block.name!r} holds a layer ({layouts.mixing}) that takes its first dimension for a "
-                        "sequence, but gets the batch there, so that it would mix samples; build it with "
-                        "batch_first=True, or give it (length, batch, features)."
-                    )
+                layouts.check_mixing(block.name)
                 if h.is_complex():
                     raise LayerwiseError(
                         f"block {block.name!r} passes on complex numbers, which no rule can read; take their absolute "
