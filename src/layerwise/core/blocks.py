@@ -20,6 +20,7 @@ from layerwise.core.chains import (
     opened,
 )
 from layerwise.core.drawing import draw
+from layerwise.core.failures import KNOWN, told_by
 from layerwise.core.layout import Layouts, declared_layouts
 from layerwise.core.parts import Part
 from layerwise.core.tracing import TracedPart, both_modes, cut_graph, legal_cuts
@@ -359,10 +360,10 @@ class Partition(nn.Module):
             for block in [*self.blocks, self.head]:
                 try:
                     h = block(h)
-                except (RuntimeError, ValueError, IndexError, TypeError) as reason:
+                except KNOWN as reason:
                     raise LayerwiseError(
                         f"block {block.name!r} cannot take an input of shape {tuple(h.shape)} and "
-                        f"type {str(h.dtype).removeprefix('torch.')}: {str(reason).splitlines()[0]}; "
+                        f"type {str(h.dtype).removeprefix('torch.')}: {told_by(reason)}; "
                         "check the model against the data."
                     ) from reason
                 layouts.check_mixing(block.name)
