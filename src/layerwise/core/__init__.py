@@ -48,6 +48,7 @@ Files:
         chains.py              chains of modules, cut without a trace
         tracing.py             cuts of a traced graph
         layout.py              where batch, channels and positions are in an activation
+        torch_functions.py     what torch's functions do to the dimensions of their arguments
         cost.py                the cost of blocks, and their even division
         output_layer.py        the linear layer that gives the network's outputs
         first_layer.py         the first layer of a block

@@ -20,6 +20,7 @@ from layerwise.core.chains import (
     opened,
 )
 from layerwise.core.drawing import draw
+from layerwise.core.failures import KNOWN, told_by
 from layerwise.core.layout import Layouts, declared_layouts
 from layerwise.core.parts import MicroBatch
 from layerwise.core.tracing import TracedPart, both_modes, cut_graph, legal_cuts
@@ -359,18 +360,13 @@ class Partition(nn.Module):
             for block in [*self.blocks, self.head]:
                 try:
                     h = block(h)
-                except (RuntimeError, ValueError, IndexError, TypeError) as reason:
+                except KNOWN as reason:
                     raise LayerwiseError(
                         f"block {block.name!r} cannot take an input of shape {tuple(h.shape)} and "
-                        f"type {str(h.dtype).removeprefix('torch.')}: {str(reason).splitlines()[0]}; "
+                        f"type {str(h.dtype).removeprefix('torch.')}: {told_by(reason)}; "
                         "check the model against the data."
                     ) from reason
-                if layouts.mixing is not None:
-                    raise LayerwiseError(
-                        f"block {block.name!r} holds a layer ({layouts.mixing}) that takes its first dimension for a "
-                        "sequence, but gets the batch there, so that it would mix samples; build it with "
-                        "batch_first=True, or give it (length, batch, features)."
-                    )
+                layouts.check_mixing(block.name)
                 if h.is_complex():
                     raise LayerwiseError(
                         f"block {block.name!r} passes on complex numbers, which no rule can read; take their absolute "

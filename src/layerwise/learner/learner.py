@@ -27,7 +27,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.learner import prediction
 from layerwise.learner import state as states
 from layerwise.learner.arguments import check_arguments, check_labels_of
-from layerwise.learner.batches import check_input, labelled, ordinary, placed, with_labels
+from layerwise.learner.batches import check_input, check_label_tensor, labelled, ordinary, placed, with_labels
 from layerwise.learner.build import Built, NotBuilt, named_parameters
 from layerwise.learner.checks import check_parts
 from layerwise.learner.metering import meter_of
@@ -433,7 +433,7 @@ class Learner:
 
         The values are checked only on the host: on an accelerator the check would wait for the device.
         """
-        check_labels_of(self.rule, self.task, y)
+        check_labels_of(self.rule, self.task, check_label_tensor(y, self.task.wanted))
 
     # State.
 
@@ -486,7 +486,7 @@ class Learner:
         Raises:
             LayerwiseError: nothing is built yet, or the folder cannot be written to.
         """
-        save_blocks(self.network, self.built.offload, Path(folder), index=self.stage.first)
+        save_blocks(self.network, self.built.offload, folder, index=self.stage.first)
 
     def onload(self) -> None:
         """Bring all offloaded blocks to the device permanently: the model is an ordinary module again."""

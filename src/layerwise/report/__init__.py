@@ -13,5 +13,6 @@ Files:
     benches.py      benchmarks of memory, speed and scaling
     frontier.py     accuracy and seconds against memory
     confusion.py    classes that a layer confuses
+    filters.py      the first layer's weights as pictures
     language.py     bits per byte, and text
 """

@@ -1,6 +1,7 @@
 """Builds the device, data, model and learner of a run from its options, and loads a run."""
 
 import contextlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -123,6 +124,25 @@ class DataSignature:
         if not right:
             raise LayerwiseError(f"{name} is damaged ({short(state['data'])}); {advice}.")
         return found
+
+    @property
+    def about_inputs(self) -> dict[str, str]:
+        """What someone needs besides the weights to use the network: how inputs are made, what outputs mean; in JSON.
+
+        Inputs are `(value - mean) / std`, per channel of an image, whose 8-bit pixels are divided by 255 first, or per
+        column of a table. An output of the network is a class, or a number `target_mean + target_std * output`.
+        """
+        found: dict[str, Any] = {"shape": self.shape}
+        if not self.token_bytes:  # the tokens of a text are those of the run's tokenizer
+            found |= {"classes": self.classes, "mean": self.mean, "std": self.std}
+        for name in ("columns", "target_mean", "target_std"):
+            if value := getattr(self, name):
+                found[name] = value
+        if self.encoding:
+            found["encoding"] = [json.loads(row) for row in self.encoding]
+        if self.form:
+            found |= {"image_mode": self.image_mode, "ground": self.ground}
+        return {name: json.dumps(value, ensure_ascii=False) for name, value in found.items()}
 
     def check(self, dataset: data.Dataset) -> None:
         """Raise LayerwiseError unless these are the facts of `dataset`."""

@@ -343,7 +343,7 @@ class Run:
         if self.alone and self.dataset.tokenizer is not None:
             window = self.dataset.test.batch(torch.zeros(1, dtype=torch.int64, device="cpu"))[0][0]
             result["sample"] = sample_of(self.learner, self.dataset.tokenizer, window)
-        checkpoint.write_tensors(self.folder / "model.safetensors", self._weights())
+        checkpoint.write_tensors(self.folder / "model.safetensors", self._weights(), self.facts.about_inputs)
         if self.alone and self.options.task == "classification":
             write_atomically(self.folder / "test_correct.npy", correct(self.learner, self.test_batches))
         write_atomically(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
