@@ -27,42 +27,42 @@ class Interconnect:
 
 @dataclass(frozen=True)
 class ScalingOptions(Problem):
-    """Throughput on several processes, interleaved: every round runs each way once, in turn.
+    """Measure the throughput of several processes; in every round each way takes its turn once.
 
     Ways: rule and backprop in one process; apart (processes that share nothing: what the machine gives); pipeline
     and data (ours); ddp (torch's DistributedDataParallel); torch's gpipe, 1f1b, zb1p and zbv (zero bubble). On the CPU.
     """
 
     rule: str = "sll"
-    """Rule of one process, the pipeline and data parallel."""
+    """Rule that one process, our pipeline and our data parallelism train."""
     model: str = "vit"
     """mlp | vgg | resnet | vit."""
     depth: int | None = None
     """Number of blocks (default: that of the model)."""
     ranks: str = "1,2,4"
-    """Numbers of processes, separated by commas."""
+    """Numbers of processes to measure, separated by commas."""
     ways: tuple[str, ...] = WAYS
-    """Ways to measure: rule backprop apart pipeline data ddp gpipe 1f1b zb1p zbv."""
+    """What to measure: rule backprop apart pipeline data ddp gpipe 1f1b zb1p zbv."""
     micro_batches: int = 4
-    """Parts of a batch in torch's pipelines; ours needs none."""
+    """Micro-batches of torch's pipelines; ours needs none."""
     rounds: int = 5
-    """Rounds that are measured."""
+    """Number of measured rounds."""
     steps: int = 5
-    """Measured steps per round."""
+    """Measured steps of each way in a round."""
     warmup: int = 2
-    """Warm-up steps before them; the very first round has as many again."""
+    """Warm-up steps before them, twice as many in the first round."""
     timeout: float = 300.0
     """Seconds after which a process that does not answer counts as lost."""
     hosts: tuple[str, ...] = ()
-    """Commands that start the processes, one per host, in turn, such as "ip netns exec one"."""
+    """Commands that start a process on each host, such as "ssh one" "ssh two"; the ranks take them in turn."""
     address: str = "127.0.0.1"
-    """Address at which the first process is found by the others."""
+    """Address of the first process, where the others find it."""
     simulate: int | None = None
-    """Simulate machines of up to this many ranks, for a network that grows with them."""
+    """Also simulate up to this many ranks, one per host, with a network that grows with them."""
     latency: float = 0.0
-    """Milliseconds, one way, between the ranks that are simulated (and the measured ones, where hosts are given)."""
+    """Simulated delay between two ranks in milliseconds, one way; with --hosts also for the ranks that are measured."""
     bandwidth: float = math.inf
-    """Gbit/s between neighbouring ranks there."""
+    """Simulated bandwidth between two ranks in Gbit/s; with --hosts also for the ranks that are measured."""
 
     def counts(self) -> list[int]:
         """Numbers of processes, from the smallest."""
