@@ -163,7 +163,7 @@ BENCHES: dict[str, Command] = {
         },
     ),
     "bench scaling": Command(
-        "", "measure throughput on several processes, interleaved",
+        "", "measure throughput on several processes, which take turns",
         text="Ways: rule and backprop in one process; apart (independent processes: the limit of the machine); "
         "pipeline and data (ours); ddp (torch's DistributedDataParallel); torch's gpipe, 1f1b, zb1p and zbv (zero "
         "bubble). On the CPU.",
