@@ -225,6 +225,17 @@ def test_a_rival_that_does_not_train_the_model_is_left_out_unless_it_is_named(he
 # transformers and timm
 
 
+def test_a_folder_with_code_of_its_own_is_refused_without_a_question(here, capsys, monkeypatch):
+    pytest.importorskip("transformers", reason="the hf extra (transformers) is not installed")
+    folder = here / "stranger"
+    folder.mkdir()
+    places = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Net"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "unheard-of", "auto_map": places}))
+    (folder / "code.py").write_text("raise SystemExit('it runs')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question"))
+    assert "stranger is not a configuration" in refused(capsys, "train", "--model", "hf:stranger", *SHORT)
+
+
 @pytest.fixture
 def configuration(here):
     transformers = pytest.importorskip("transformers", reason="the hf extra (transformers) is not installed")

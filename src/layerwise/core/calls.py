@@ -17,6 +17,7 @@ from layerwise.core.call_blocks import CallBlock
 from layerwise.core.coroutine import Pass, called_instead, devices_of, without_severing
 from layerwise.core.crossing import Crossing, Uses
 from layerwise.core.cut_names import check_cuts
+from layerwise.core.failures import KNOWN, told_by
 from layerwise.core.keeping import exchanged, tensors_kept
 from layerwise.core.layout import Layouts, declared_layouts
 from layerwise.core.ownership import Tied, owner_of, ownership
@@ -279,13 +280,13 @@ class CallPartition(Partition):
                 try:
                     with uses:
                         out = block(h)
-                except (RuntimeError, ValueError, IndexError, TypeError) as reason:
+                except KNOWN as reason:
                     raise LayerwiseError(
                         f"{type(self.model).__name__} cannot take this batch ({type(reason).__name__} after cut "
-                        f"{self.cuts[block.index - 1]!r}: {str(reason).splitlines()[0]}); check the model against the "  # pyright: ignore[reportAttributeAccessIssue]
+                        f"{self.cuts[block.index - 1]!r}: {told_by(reason)}); check the model against the "  # pyright: ignore[reportAttributeAccessIssue]
                         "data."
                         if block is not self.blocks[0]
-                        else f"{type(self.model).__name__} cannot take this batch: {str(reason).splitlines()[0]}; "
+                        else f"{type(self.model).__name__} cannot take this batch: {told_by(reason)}; "
                         "check the model against the data."
                     ) from reason
                 if not block.ran:  # pyright: ignore[reportAttributeAccessIssue]

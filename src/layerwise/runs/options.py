@@ -110,14 +110,18 @@ def _recorded(part: Rule | ModelOptions) -> dict[str, str]:
 
 
 def own_code_of(values: Any) -> list[str]:
-    """The files with the user's code in options in the form of `to_mapping`.
+    """The files and modules with code from elsewhere in options in the form of `to_mapping`.
 
-    >>> own_code_of({"rule": {"name": "mine.py:Rule"}, "model": {"name": "mlp"}})
-    ['mine.py']
+    >>> own_code_of({"rule": {"name": "mine.py:Rule"}, "model": {"name": "mlp"}, "optimizer": "schedulefree.AdamW"})
+    ['mine.py', 'schedulefree']
     """
-    parts = [values.get(part) for part in ("rule", "model")] if isinstance(values, Mapping) else []
+    if not isinstance(values, Mapping):
+        return []
+    parts = [values.get(part) for part in ("rule", "model")]
     names = [str(part.get("name")) for part in parts if isinstance(part, Mapping)]
-    return sorted({name.rpartition(":")[0] for name in names if own_code.is_own(name)})
+    found = {name.rpartition(":")[0] for name in names if own_code.is_own(name)}
+    module = str(values.get("optimizer", "")).rpartition(".")[0]
+    return sorted(found | ({module} if module and module.partition(".")[0] != "torch" else set()))
 
 
 def from_mapping(values: Mapping[str, Any], where: str = "the options") -> TrainOptions:
