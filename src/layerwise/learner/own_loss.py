@@ -55,8 +55,8 @@ def compare_own_loss(built: Built, x: Any, y: Tensor, apart: bool) -> None:
             losses = float(own), float(task.loss(logits, labels))
         except Exception:  # the model's own code, which may take no such labels or give no single number
             return
-    apart, size = abs(losses[0] - losses[1]), max(map(abs, losses))
-    if apart > TOLERANCE.get(logits.dtype, 0.05) * size:
+    difference, size = abs(losses[0] - losses[1]), max(map(abs, losses))
+    if difference > TOLERANCE.get(logits.dtype, 0.05) * size:
         warnings.warn(
             f"the loss that {type(model).__name__} computes itself is {losses[0]:.5g} for two samples, and that of the "
             f"task {losses[1]:.5g}, which alone trains: look whether the task means the labels as the model does "
