@@ -9,12 +9,13 @@ from typing import Any
 
 from layerwise import models, rules
 from layerwise.core import own_code
-from layerwise.core.ranges import TRAINING, check_largest, check_ranges
+from layerwise.core.ranges import TRAINING, check_ranges
 from layerwise.core.rule import Rule
 from layerwise.data.catalogue import is_table, is_text
 from layerwise.errors import LayerwiseError, short
 from layerwise.memory.fitting import read_size
 from layerwise.models import ModelOptions
+from layerwise.parsing import check_largest
 from layerwise.replacements import check_name
 from layerwise.runs.settings import FLAGS, OF_TEXTS, RunSettings, build_options, load_recipe
 
