@@ -8,6 +8,7 @@ import torch
 
 from layerwise import LayerwiseError
 from layerwise.data import Batches, Words, load
+from layerwise.data.sentences import read_sentences
 
 tokenizers = pytest.importorskip("tokenizers")
 WORDS = ["[PAD]", "[UNK]", "good", "bad", "film", "very"]
@@ -38,6 +39,10 @@ def test_sentences_are_cut_and_filled_up_and_keep_their_labels(words, tmp_path):
     # The comma is no word of the tokenizer, and the fifth word is cut off.
     wanted = {(2, 4, 0, 0): 1, (3, 1, 5, 3): 0, (4, 1, 1, 0): 1, (5, 3, 0, 0): 0}
     assert {(*tokens,): label for tokens, label in zip(x.tolist(), y.tolist(), strict=True)} == wanted
+    (told,) = [note for note in data.notes if "window" in note]
+    assert told.startswith("5 of 20 texts of ") and "longer than a window of 4 tokens" in told
+    predicted, notes = read_sentences(tmp_path / "reviews.csv", words, data.contents)
+    assert len(predicted) == 20 and notes == [told]
     batch, labels = next(Batches(data.train, 8, seed=0, mean=data.mean, std=data.std).epoch(0))
     assert all(wanted[tuple(tokens)] == label for tokens, label in zip(batch.tolist(), labels.tolist(), strict=True))
     again = load(str(tmp_path / "reviews.csv"), words=words, val_fraction=0)

@@ -414,3 +414,13 @@ def test_what_is_told_of_numbers_is_told_beside_words_and_gaps_too(tmp_path):
 def test_images_have_no_words_and_no_gaps(words, capsys):
     assert main(["train", *words.split()]) == 2
     assert "is not a table of numbers and words; leave --data.categories and --data.gaps out" in capsys.readouterr().err
+
+
+def test_another_column_with_a_usual_name_of_labels_is_told_of(tmp_path):
+    rows = [(i * 1.5, i % 3, "xy"[i % 2]) for i in range(40)]
+    write(tmp_path / "t.csv", rows, ("a", "target", "label"))
+    path = str(tmp_path / "t.csv")
+    (told,) = [note for note in data.load(path, val_fraction=0).notes if "label-column" in note]
+    assert "are those of column 'label', and column 'target' is one of the numbers" in told
+    write(tmp_path / "t.csv", rows, ("a", "b", "label"))
+    assert not [note for note in data.load(path, val_fraction=0).notes if "label-column" in note]

@@ -76,6 +76,11 @@ def test_a_task_that_differs_on_purpose_is_silent():
     assert said(Network(), LanguageModel(weights=(1.0,) * 8 + (2.0,))) == []
 
 
+def test_labels_that_are_given_apart_may_mean_something_else():
+    learner = Learner(Network(), "local_ce", cuts="layers.*", task=LanguageModel(shift=False))
+    learner.step({"tokens": TOKENS}, TOKENS.roll(-1, 1))  # warnings are errors here
+
+
 def test_the_comparison_changes_no_bit():
     def trained(model):
         learner = Learner(model, "local_ce", cuts="layers.*", task=LanguageModel())

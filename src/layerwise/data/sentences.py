@@ -96,15 +96,16 @@ def load_sentences(path: Path, words: Words, target: str | None, val_fraction: f
             )
         else:
             labels = torch.tensor([classes.index(name) for name in own], device="cpu")[labels]
-        tokens = _encoded(tokenizer, lines, column, words)
+        tokens, told = _encoded(tokenizer, lines, column, words)
+        notes += told
         splits[split] = SentenceSource(tokens, labels)
         digest = hashlib.sha256(tokens.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
         contents.append(f"{split}: {len(labels)} sentences, SHA-256 {digest}")
     return SentenceData(splits, classes, tuple(contents), notes)
 
 
-def read_sentences(path: Path, words: Words, contents: Sequence[str]) -> SentenceSource:
-    """The column of text of a CSV file as windows of tokens, with 0 as every label.
+def read_sentences(path: Path, words: Words, contents: Sequence[str]) -> tuple[SentenceSource, list[str]]:
+    """The column of text of a CSV file as windows of tokens, with 0 as every label, and notes.
 
     Args:
         path: of the file.
@@ -121,8 +122,8 @@ def read_sentences(path: Path, words: Words, contents: Sequence[str]) -> Sentenc
         )
     lines = read_lines(path)
     lines.check()
-    tokens = _encoded(tokenizer, lines, _column(lines), words)
-    return SentenceSource(tokens, torch.zeros(len(tokens), dtype=torch.int64))
+    tokens, notes = _encoded(tokenizer, lines, _column(lines), words)
+    return SentenceSource(tokens, torch.zeros(len(tokens), dtype=torch.int64)), notes
 
 
 def _column(lines: Lines) -> str:
@@ -165,8 +166,13 @@ def _tokenizer(words: Words) -> Any:
     return found
 
 
-def _encoded(tokenizer: Any, lines: Lines, column: str, words: Words) -> Tensor:
-    """The tokens of a column, int64 (N, T)."""
+def _encoded(tokenizer: Any, lines: Lines, column: str, words: Words) -> tuple[Tensor, list[str]]:
+    """The tokens of a column, int64 (N, T), and what to tell about them."""
     place = lines.names.index(column)
     found = tokenizer.encode_batch([row[place] for row in lines.rows])
-    return torch.tensor([row.ids for row in found], device="cpu")
+    cut = sum(bool(row.overflowing) for row in found)
+    notes = [
+        f"{cut} of {len(found)} texts of {lines.title} are longer than a window of {words.window} tokens and were cut "
+        "off there; --data.window sets it"
+    ] * bool(cut)
+    return torch.tensor([row.ids for row in found], device="cpu"), notes

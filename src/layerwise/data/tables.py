@@ -14,7 +14,7 @@ from torch import Tensor
 from layerwise.core.ranges import DataTask
 from layerwise.data.encoding import Encoding, Handling, is_number
 from layerwise.data.lines import Lines, read_lines
-from layerwise.data.naming import check_words, few, is_missing
+from layerwise.data.naming import LABEL_NAMES, check_words, few, is_missing
 from layerwise.data.numbers import checked_numbers, chosen_targets
 from layerwise.data.sources import InMemorySource
 from layerwise.errors import LayerwiseError
@@ -107,6 +107,12 @@ def read_table(
         f"the class {name!r} of {lines.title} looks like a missing label; take its lines out if it is none"
         for name in classes
         if task == "classification" and name.lower() in ("na", "none")
+    ]
+    notes += [
+        f"the labels of {lines.title} are those of column {wanted[0]!r}, and column {name!r} is one of the numbers to "
+        "learn from; --data.label-column chooses another"
+        for _, name in columns
+        if not targets and name in LABEL_NAMES
     ]
     notes += _row_numbers(lines, columns)
     names = tuple(name for _, name in columns)

@@ -34,6 +34,7 @@ from layerwise.learner.metering import meter_of
 from layerwise.learner.metrics import Metrics
 from layerwise.learner.network import check_reads
 from layerwise.learner.optimizer import EveryOptimizer
+from layerwise.learner.own_loss import compare_own_loss
 from layerwise.learner.pickled import check_can_be_pickled, group_options, restored
 from layerwise.learner.rounds import train_on
 from layerwise.learner.setup import DONE_ONCE, make_setup
@@ -327,11 +328,7 @@ class Learner:
         return Metrics(step, len(y), trace.metrics, tuple(trace.skipped), trace.finite, trace.statistics)
 
     def flush(self) -> bool:
-        """Make the current update with the batches so far; with `accumulate`, at the end of the training.
-
-        Returns:
-            Whether there were any.
-        """
+        """Make the current update with the batches so far, at the end of the training; returns whether it had any."""
         if isinstance(self._built, NotBuilt):
             return False
         with preserved_generators(self.device):
@@ -426,7 +423,9 @@ class Learner:
         if isinstance(self._built, NotBuilt):
             self.build(x)
         self.check_labels(labels)
-        return self._placed(x), of_one_batch(placed(labels, self.device))
+        x, labels = self._placed(x), of_one_batch(placed(labels, self.device))
+        compare_own_loss(self.built, x, labels, apart=y is not None)
+        return x, labels
 
     def check_labels(self, y: Tensor) -> None:
         """Raise LayerwiseError unless all labels `y` fit the task, or are -100 for a rule that allows it.

@@ -50,9 +50,10 @@ def predictions(folder: Path, given: Path, device: str = "auto") -> tuple[str | 
         raise LayerwiseError(f"the run in {folder} is on text and continues a text: give --prompt instead of INPUT.")
     if facts.graph:
         raise LayerwiseError(f"the run in {folder} knows only the nodes of its own graph; use layerwise eval.")
+    source: Source
     if (words := words_of(options)) is not None:
-        source: Source = read_sentences(given, words, facts.contents)
-        names, left_out = [str(row) for row in range(len(source))], []
+        source, left_out = read_sentences(given, words, facts.contents)
+        names = [str(row) for row in range(len(source))]
     else:
         names, source, left_out = _table(given, facts) if facts.columns else _images(given, facts)
     batches = in_order(source, BATCH, options, facts, learner.device)
