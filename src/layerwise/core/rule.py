@@ -133,7 +133,7 @@ class BatchContext:
     run: Callable[[int, Tensor, Any], Tensor]
     """Runs the block at a site once more: `run(index, h, message)` is its output, without gradient.
 
-    Use this (or `forward`, or `predict`) for every pass that is not the step's own. Mode, precision and random draws
+    Use this (or `forward`) for every pass that is not the step's own. Mode, precision and random draws
     are those that the block will have in this step, so with the same input the output has the same bits. Buffers, such
     as batch norm's running statistics, and the generators stay as they are.
     """
@@ -142,8 +142,6 @@ class BatchContext:
 
     This is how a global error is broadcast without keeping any activation: a second forward pass.
     """
-    predict: Callable[[Tensor], Tensor]
-    """What the rule predicts, `(B, ..., K)` for `(B, ...)`, in evaluation mode and without gradient."""
     linearize: Callable[[int, Tensor, Any], tuple[Tensor, Pullback]]
     """Runs the block at a site as `run` does: `linearize(index, h, message)` is its output, and the map from cotangents
     on it to those on `h`.
@@ -321,10 +319,6 @@ class Rule(Abstract):
         pipeline refuses a rule that overrides it, unless `predicts_at_head`.
         """
         return network(x)
-
-    def predicts_plainly(self) -> bool:
-        """Whether the prediction is the network's plain output."""
-        return type(self).predict is Rule.predict
 
 
 def leaves_logits(rule: Rule) -> bool:

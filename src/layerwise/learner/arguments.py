@@ -16,7 +16,7 @@ from layerwise.core.rule import Rule
 from layerwise.core.tasks import KINDS, Classification, Task
 from layerwise.errors import LayerwiseError, suggestion, unknown
 from layerwise.memory.offload import check_offload
-from layerwise.parallel.alone import OneProcess
+from layerwise.parallel.alone import OneProcess, WholeNetwork
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
 
@@ -110,7 +110,7 @@ def check_multipliers(lr_multipliers: Mapping[str, float], names: Sequence[str])
 TYPES: Mapping[str, tuple[Any, str]] = {
     "lr_multipliers": (Mapping | None, "a mapping from block names to factors"),
     "channels_last": (bool, "True or False"),
-    "stage": (Stage | None, "a Stage"),
+    "stage": (Stage | WholeNetwork | None, "a Stage"),
     "replicas": (OneProcess | None, "Replicas, Shards or OneProcess()"),
     "cuts": (str | Sequence | None, "a name, a pattern, or a list of names"),
     "tied": (str | None, "'last', 'first' or 'frozen'"),

@@ -24,7 +24,7 @@ from layerwise.core.rule import Rule
 from layerwise.core.tasks import Task, of_one_batch
 from layerwise.core.trees import mapped
 from layerwise.errors import LayerwiseError
-from layerwise.learner import pickled, prediction
+from layerwise.learner import prediction
 from layerwise.learner import state as states
 from layerwise.learner.arguments import check_arguments, check_labels_of
 from layerwise.learner.batches import check_input, check_label_tensor, labelled, ordinary, placed, with_labels
@@ -34,16 +34,15 @@ from layerwise.learner.metering import meter_of
 from layerwise.learner.metrics import Metrics
 from layerwise.learner.network import check_reads
 from layerwise.learner.optimizer import EveryOptimizer
+from layerwise.learner.pickled import check_can_be_pickled, options_of, restored
 from layerwise.learner.rounds import train_on
 from layerwise.learner.setup import DONE_ONCE, make_setup
 from layerwise.learner.weights import Weights, save_blocks
 from layerwise.memory.meter import MemoryUse
 from layerwise.memory.offload import NotOffloaded, Offload
-from layerwise.parallel.alone import OneProcess
+from layerwise.parallel.alone import OneProcess, WholeNetwork
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
-
-Precision = Literal["fp32", "bf16", "fp16"]
 
 
 class Learner:
@@ -138,7 +137,7 @@ class Learner:
         clip: float | None = None,
         accumulate: int = 1,
         micro: int = 1,
-        precision: Precision = "fp32",
+        precision: Literal["fp32", "bf16", "fp16"] = "fp32",
         compile: bool | str = False,
         channels_last: bool = False,
         nonfinite: Literal["raise", "skip"] = "raise",
@@ -152,7 +151,7 @@ class Learner:
         task: Task | str | None = None,
         example: Any = None,
         layout: Mapping[str, str] | str | None = None,
-        stage: Stage | None = None,
+        stage: Stage | WholeNetwork | None = None,
         replicas: Replicas | OneProcess | None = None,
         device: torch.device | str | None = None,
         offload: Where = "none",
@@ -358,7 +357,7 @@ class Learner:
         Optimizers create their state in the first update, so measure a later step.
         """
         groups = self.groups_at(self.updates)
-        with meter_of(self) as meter:
+        with meter_of(self.network, self.auxiliary, self.groups, self.replicas, self.device) as meter:
             metrics = self.step(x, y)
         return metrics, self.replicas.counted(self.offload.counted(meter.peak), groups)
 
@@ -496,4 +495,7 @@ class Learner:
         self._built.offload = self.offload
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return pickled.restored, pickled.parts_of(self)
+        check_can_be_pickled(self.stage, self.replicas, self.offload)
+        state = self._pending if isinstance(self._built, NotBuilt) else self.state_dict()
+        made_of = type(self), self.network, self.rule, self._arguments, self._example
+        return restored, (*made_of, state, self._prepared, options_of(self.groups))

@@ -24,7 +24,7 @@ def train_on(
         x: inputs on the device.
         y: labels.
         step: number of the training step.
-        predict: the network's prediction, for rules that need it.
+        predict: the rule's prediction, for rules that use it (`UsesPrediction`).
         groups: of this update.
         trace: collects the metrics of the last round.
 

@@ -28,6 +28,8 @@ from layerwise.parallel.stage import Stage
 
 ONE_PROCESS = OneProcess()
 """For learners without replicas."""
+WHOLE_NETWORK = WholeNetwork()
+"""For learners without stages."""
 DONE_ONCE = ("example", "weights", "cuts", "blocks", "output", "read", "tied")
 """Arguments that a copy of the learner does not need: example, weights and cuts are used only once."""
 
@@ -119,7 +121,7 @@ def make_setup(
             seed=derive_seed(given["seed"], "replica", replicas.rank) if replicas.rank else given["seed"],
             replicas=replicas,
         ),
-        given["stage"] or WholeNetwork(),
+        given["stage"] or WHOLE_NETWORK,
         replicas,
         make_offload,
         Path(given["offload_folder"] or tempfile.gettempdir()),
