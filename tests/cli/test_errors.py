@@ -8,9 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
+import types
 from pathlib import Path
 
 import pytest
+from support.pages import ROOT
 from support.runs import split, start
 
 from layerwise import LayerwiseError, data, models, rules
@@ -313,3 +316,19 @@ def test_a_full_disk_behind_standard_output_is_told_as_such(unbuffered):
             env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
         )
     assert (done.returncode, done.stderr) == (2, "layerwise: cannot print (No space left on device).\n")
+
+
+def test_ctrl_c_while_the_command_line_is_imported_ends_it_without_a_traceback(monkeypatch, capsys):
+    """The script imports it in the same way as `python -m layerwise`."""
+
+    class Stopping(types.ModuleType):
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "layerwise.cli.main", Stopping("layerwise.cli.main"))
+    monkeypatch.delitem(sys.modules, "layerwise.__main__", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module("layerwise.__main__")
+    assert stop.value.code == 130 and capsys.readouterr().err == "layerwise: stopped.\n"
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"layerwise": "layerwise.__main__:main"}

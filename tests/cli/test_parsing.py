@@ -74,3 +74,9 @@ def test_lists_and_the_environment_have_the_same_numbers(word, monkeypatch):
 def test_whole_numbers_of_more_than_64_bits_are_refused_by_every_command(options, words):
     with pytest.raises(LayerwiseError, match=r"it must be 2\^63 - 1 at most"):
         parse(options, [*words, f"{10**30}"], "command")
+
+
+@pytest.mark.parametrize("parallel", ["none", "data", "sharded"])
+def test_stages_without_a_pipeline_are_refused(parallel):
+    with pytest.raises(LayerwiseError, match=f"stages is 2,2 with --parallel {parallel}"):
+        ParallelOptions(parallel=parallel, stages="2,2")

@@ -266,3 +266,40 @@ def test_what_no_token_stands_for_is_refused():
     for known in (tokenizer.Characters("abc"), tokenizer.Bytes()):
         with pytest.raises(LayerwiseError, match="not UTF-8"):
             known.encode("a\udcff")
+
+
+def _edited_bpe(edit):
+    pytest.importorskip("tokenizers", reason="the text extra (tokenizers) is not installed")
+    values = json.loads(tokenizer.BPE.trained(270, [prose(lines=20)]).to_json())
+    edit(values)
+    return tokenizer.from_json(json.dumps(values), "tokenizer.json")
+
+
+def test_a_tokenizer_with_a_gap_in_its_numbers_is_refused():
+    with pytest.raises(LayerwiseError, match="not numbered from 0 without a gap"):
+        _edited_bpe(lambda values: values["model"]["vocab"].update({next(iter(values["model"]["vocab"])): 5000}))
+
+
+def test_a_tokenizer_that_would_cut_the_text_encodes_all_of_it():
+    """Its library panics where the stride is larger than what is left; a cut text would go unnoticed."""
+    cut = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 9}
+    found = _edited_bpe(lambda values: values.update(truncation=cut))
+    assert found.decode(found.encode("la casa y el sol").tolist()) == "la casa y el sol"
+
+
+def test_what_the_library_raises_while_it_encodes_is_one_sentence():
+    words = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}
+    found = _edited_bpe(lambda values: values.update(model=words))
+    for encode in (found.encode, lambda text: list(found.encode_all([text]))):
+        with pytest.raises(LayerwiseError, match=r"the tokenizer cannot read the text \(WordLevel"):
+            encode("la casa")
+
+
+def test_a_panic_of_the_library_is_one_sentence_and_ctrl_c_is_not():
+    class PanicException(BaseException):
+        """As pyo3 makes it."""
+
+    with pytest.raises(LayerwiseError, match="cannot read the text"), tokenizer.in_the_library():
+        raise PanicException("no entry found")
+    with pytest.raises(KeyboardInterrupt), tokenizer.in_the_library():
+        raise KeyboardInterrupt

@@ -29,7 +29,7 @@ from layerwise.cli.main import main
 from layerwise.data.rows import FileRows
 from layerwise.data.sources import ImageFormat, StreamedSource
 from layerwise.parallel.ranks import Ranks, difference
-from layerwise.parallel.rendezvous import Job, NoAnswer, StoreClient, listen, within
+from layerwise.parallel.rendezvous import Job, NoAnswer, StoreClient, listen, open_store, within
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.serialization import TensorSpec, decode, encode
 from layerwise.runs import checkpoint
@@ -145,7 +145,9 @@ def test_two_processes_with_one_number_are_told(tmp_path):
     [
         ("RANK", "2", "RANK is 2 and WORLD_SIZE is 2"),
         ("RANK", "first", "RANK is 'first'"),
+        ("WORLD_SIZE", "9" * 30, "the most is 65536"),
         ("MASTER_PORT", "70000", "MASTER_PORT is 70000"),
+        ("MASTER_PORT", "0", "MASTER_PORT is 0"),
         ("MASTER_ADDR", "192.0.2.1", "rank 0 cannot listen at port"),  # an address that no machine has
     ],
 )
@@ -157,6 +159,13 @@ def test_a_variable_without_a_sense_is_told(name, value, sentence, monkeypatch, 
     assert main([*DATA, *TINY, "--timeout", "1"]) == 2
     told = capsys.readouterr().err
     assert told.startswith("layerwise: ") and told.count("\n") == 1 and sentence in told
+
+
+def test_an_address_that_nobody_has_is_not_said_to_be_in_use():
+    job = Job(rank=1, count=2, address="no-such-host.invalid", port=1024, agent=True, attempt=0)
+    with pytest.raises(LayerwiseError, match=r"did not find one another within 0\.2 s .*no-such-host") as told:
+        open_store(job, 0.2)
+    assert "a program listens" not in str(told.value)
 
 
 # All agree before anything is sent.

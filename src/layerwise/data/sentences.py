@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from layerwise import extras
 from layerwise.data.lines import ADVICE, Lines, read_lines
 from layerwise.data.naming import TEST_NAMES, few, split_of
 from layerwise.data.tables import read_classes
+from layerwise.data.tokenizer import in_the_library, library_tokenizer
 from layerwise.data.tokens import TokenSource
-from layerwise.errors import LayerwiseError, why
+from layerwise.errors import LayerwiseError
+from layerwise.extras import MissingPackage
 from layerwise.files import kind_of, read_text, shown
 
 COLUMNS = ("text", "sentence", "review", "content")
@@ -153,14 +154,13 @@ def _beside(path: Path, val_fraction: float, notes: list[str]) -> dict[str, Path
 
 
 def _tokenizer(words: Words) -> Any:
-    library = extras.need("tokenizers", "text")
+    text = read_text(words.file, "put the tokenizer beside the model's weights")
     try:
-        found = library.Tokenizer.from_str(read_text(words.file, "put the tokenizer beside the model's weights"))
-    except LayerwiseError:
+        found = library_tokenizer(text)
+    except MissingPackage:
         raise
-    except Exception as reason:  # the library raises only this general type
-        title = shown(words.file)
-        raise LayerwiseError(f"{title} is not a tokenizer of the library tokenizers ({why(reason)}).") from reason
+    except LayerwiseError as reason:
+        raise LayerwiseError(f"{shown(words.file)}: {reason}") from reason
     found.enable_truncation(words.window)
     found.enable_padding(pad_id=words.padding, length=words.window)
     return found
@@ -169,7 +169,8 @@ def _tokenizer(words: Words) -> Any:
 def _encoded(tokenizer: Any, lines: Lines, column: str, words: Words) -> tuple[Tensor, list[str]]:
     """The tokens of a column, int64 (N, T), and what to tell about them."""
     place = lines.names.index(column)
-    found = tokenizer.encode_batch([row[place] for row in lines.rows])
+    with in_the_library(f"{shown(words.file)} cannot read the text"):
+        found = tokenizer.encode_batch([row[place] for row in lines.rows])
     cut = sum(bool(row.overflowing) for row in found)
     notes = [
         f"{cut} of {len(found)} texts of {lines.title} are longer than a window of {words.window} tokens and were cut "

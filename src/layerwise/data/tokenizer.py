@@ -1,5 +1,6 @@
 """From text to tokens and back: characters, bytes, or a byte-level BPE that is trained on the text."""
 
+import contextlib
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -119,14 +120,11 @@ class BPE(Tokenizer):
     kind = "bpe"
 
     def __init__(self, text: str):
-        try:
-            self._found: Any = _library().Tokenizer.from_str(text)
-        except LayerwiseError:
-            raise
-        except Exception as reason:  # the library raises only this general type
-            raise LayerwiseError(f"it is not a tokenizer of the library tokenizers ({why(reason)}).") from reason
-        self._text = text
-        self.names = tuple(self._found.id_to_token(i) for i in range(self._found.get_vocab_size()))
+        self._found, self._text = library_tokenizer(text), text
+        names = [self._found.id_to_token(i) for i in range(self._found.get_vocab_size())]
+        if None in names:
+            raise LayerwiseError("its tokens are not numbered from 0 without a gap; put the right file back.")
+        self.names = tuple(map(str, names))
         self.sizes = tuple(map(len, self.names))  # a character stands for a byte
 
     @classmethod
@@ -145,16 +143,20 @@ class BPE(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         _utf(text, "utf-8")
-        return np.array(self._found.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        with in_the_library():
+            return np.array(self._found.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     def encode_all(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
         waiting = iter(pieces)
         while batch := list(islice(waiting, BATCH)):
-            for found in self._found.encode_batch(batch, add_special_tokens=False):
+            with in_the_library():
+                encoded = self._found.encode_batch(batch, add_special_tokens=False)
+            for found in encoded:
                 yield np.array(found.ids, dtype=np.int32)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return self._found.decode(list(tokens), skip_special_tokens=False)
+        with in_the_library():
+            return self._found.decode(list(tokens), skip_special_tokens=False)
 
     def to_json(self) -> str:
         return self._text
@@ -191,6 +193,32 @@ def from_json(text: str, where: str) -> Tokenizer:
         raise
     except LayerwiseError as reason:
         raise LayerwiseError(f"{where}: {reason}") from reason
+
+
+def library_tokenizer(text: str) -> Any:
+    """The tokenizer of the library `tokenizers` in a text, which cuts and fills up nothing.
+
+    Raises:
+        LayerwiseError: the text is not one, or the library is missing.
+    """
+    library = _library()
+    with in_the_library("it is not a tokenizer of the library tokenizers"):
+        found = library.Tokenizer.from_str(text)
+        found.no_truncation()
+        found.no_padding()
+    return found
+
+
+@contextlib.contextmanager
+def in_the_library(failure: str = "the tokenizer cannot read the text") -> Iterator[None]:
+    """A context in which whatever the library `tokenizers` raises, a panic of its Rust code too, is one sentence."""
+    try:
+        yield
+    except BaseException as reason:
+        panic = type(reason).__name__ == "PanicException"  # no subclass of Exception, and in no module
+        if isinstance(reason, LayerwiseError) or not (panic or isinstance(reason, Exception)):
+            raise
+        raise LayerwiseError(f"{failure} ({why(reason).rstrip('.')}).") from reason
 
 
 def _library() -> Any:

@@ -15,9 +15,11 @@ from typing import Any, TypeVar
 
 from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, short, why
 from layerwise.parsing import environment_number
 
+MOST_RANKS = 2**16
+"""Largest number of ranks: each asks the store for all others."""
 Result = TypeVar("Result")
 
 
@@ -153,7 +155,9 @@ class Job:
             raise LayerwiseError(
                 f"RANK is {rank} and WORLD_SIZE is {count}; number the processes from 0 to WORLD_SIZE - 1."
             )
-        if port >= 2**16:
+        if count > MOST_RANKS:
+            raise LayerwiseError(f"WORLD_SIZE is {short(count)}; the most is {MOST_RANKS}.")
+        if not 1 <= port < 2**16:
             raise LayerwiseError(f"MASTER_PORT is {port}; give a port from 1 to 65535.")
         return cls(
             rank,
@@ -238,12 +242,23 @@ def open_store(job: Job, seconds: float, server: socket.socket | None = None) ->
     try:
         return within(seconds + min(1.0, seconds), connect)  # torch's own message says more, if its limit works
     except NoAnswer as reason:
+        if (failure := _no_connection(job)) is not None:
+            raise not_met(job, failure, seconds) from reason
         raise LayerwiseError(
             f"a program listens at {job.place}, but it has not answered rank {job.rank} within {seconds:g} s, as the "
             "store of the ranks would; choose another port (torchrun --master-port)."
         ) from reason
     except (RuntimeError, ValueError) as reason:
         raise not_met(job, str(reason), seconds) from reason
+
+
+def _no_connection(job: Job) -> str | None:
+    """Why nothing can be reached at the address of the store; None if something listens there."""
+    try:
+        within(2.0, lambda: socket.create_connection((job.address, job.port), timeout=1.0).close())
+    except (OSError, ValueError, NoAnswer) as reason:  # ValueError: a name that no host can have
+        return why(reason)
+    return None
 
 
 def not_met(job: Job, reason: str, seconds: float) -> LayerwiseError:

@@ -29,6 +29,11 @@ class ParallelOptions:
                 f"replicas is {self.replicas} with --parallel {self.parallel}; it is a number of pipelines, 1 or more, "
                 "and goes with --parallel pipeline (with data and sharded every rank is one)."
             )
+        if self.stages is not None and self.parallel != "pipeline":
+            raise LayerwiseError(
+                f"stages is {self.stages} with --parallel {self.parallel}; it divides the blocks among the ranks of "
+                "--parallel pipeline, so leave it out."
+            )
         self.counts()
 
     def counts(self) -> list[int] | None:
