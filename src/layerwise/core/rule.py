@@ -204,9 +204,9 @@ class Signal:
     output: Tensor | None = None
     """Input of the next block, if it is not the block's output (normalised, label attached, ...)."""
     metrics: dict[str, Any] = field(default_factory=dict)
-    """Each a `Metric`: scalars on the device, read later; each is a mean over the batch. `"loss"` is the loss above unless given.
+    """Scalars on the device, read later; each is a mean over the batch. `"loss"` is the loss above unless given.
 
-    A function without arguments is called when somebody reads the metric. What it holds is kept until then, for every
+    Each is a `Metric`. A function without arguments is called when somebody reads the metric. What it holds is kept until then, for every
     block: let that be small, such as a byte per sample.
     """
     statistics: dict[str, Tensor] = field(default_factory=dict)
