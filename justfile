@@ -43,6 +43,10 @@ mutants *words:
 docs folder="site":
     NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict --site-dir {{folder}}
 
+# The notebooks are those of their guides, and run
+notebooks:
+    python tools/notebooks.py --check
+
 # A benchmark: just bench memory --depths 4,16
 bench name *words:
     layerwise bench {{name}} {{words}}

@@ -24,7 +24,9 @@ FIRST = {  # grids of the README's table of rules, and their data; a rule is sho
     ("conv-noprop-vs-backprop", "mnist"): "MNIST",
     ("gnn-forward-vs-backprop", "cora"): "Cora",
 }
+WAYS = "which-way-to-fit"
 PROOF = ("memory-flat-in-depth", "mlp-local-losses-vs-backprop", "conv-sll-overlap")
+SCALING = ("pipeline-throughput", "pipeline-slow-wire", "sharded-memory-per-rank")
 RECIPES = {  # recipe: folder and row that measured it
     "digits": ("mlp-every-rule-by-default", "digits/sll"),
     "mnist": ("mlp-local-losses-vs-backprop", "mnist/sll"),
@@ -109,7 +111,10 @@ def index() -> str:
     body = [
         [claim.toml["question"], claim.answer, f"[{claim.name}]({claim.name}/README.md)"] for claim in CLAIMS.values()
     ]
-    return "\n".join([*table(["question", "answer", "folder"], body), "", *wrapped(evidence.MARKED)])
+    lines = [*table(["question", "answer", "folder"], body), "", *wrapped(evidence.MARKED)]
+    if waiting := [f"{claim.toml['question']} ({link(claim, '')})" for claim in evidence.planned()]:
+        lines += ["", *wrapped(f"Not run yet, so without an answer: {' '.join(waiting)}.")]
+    return "\n".join(lines)
 
 
 def options_of(row: Row) -> str:
@@ -149,15 +154,76 @@ def rule_page(rule: str) -> str:
     return "\n".join([*(table(head, body) if body else ()), *([""] if body else ()), *wrapped(more)])
 
 
+def price() -> str:
+    """What local learning gives and costs, in four rows."""
+    memory, ways = (CLAIMS[name].script.figures(CLAIMS[name].lines) for name in ("memory-flat-in-depth", WAYS))
+
+    def way(name: str) -> str:
+        return f"{ways[f'vit_{name}_mib']} MiB at {ways[f'vit_{name}_time']}"
+
+    def accuracy(folder: str, row: str) -> str:
+        found = CLAIMS[folder].row(row)
+        return f"{found.accuracy}{evidence.MARK if evidence.EDGE in found.lr_text else ''} %"
+
+    mlp, conv = PROOF[1:]
+    body = [
+        [
+            "ViT, 256 blocks: activations + gradients",
+            *(f"{memory[f'{rule}_256']} MiB" for rule in ("backprop", "backprop_checkpoint")),
+            f"{memory['sll_256']} MiB ([memory](benchmarks/memory-flat-in-depth/README.md))",
+        ],
+        [
+            "ViT, 12 blocks: activations + gradients, at time per sample relative to backprop",
+            way("backprop"),
+            f"{way('checkpoint')}; {way('checkpoint_accumulate_4')} with accumulation",
+            f"{way('sll')}; {way('sll_blocks_in_2_parts')} and {way('sll_blocks_in_4_parts')} with its blocks in parts "
+            f"([ways](benchmarks/{WAYS}/README.md))",
+        ],
+        [
+            "MNIST, MLP of three hidden layers: test accuracy",
+            accuracy(mlp, "mnist/backprop"),
+            "the same",
+            f"{accuracy(mlp, 'mnist/sll')} ([MLP](benchmarks/{mlp}/README.md))",
+        ],
+        [
+            "CIFAR-10, conv net in two blocks: test accuracy",
+            accuracy(conv, "cifar10/backprop"),
+            "the same",
+            f"{accuracy(conv, 'cifar10/sll_2')}, {accuracy(conv, 'cifar10/sll_2_overlap')} with an overlap "
+            f"([conv net](benchmarks/{conv}/README.md))",
+        ],
+    ]
+    lines = table(["", "backprop", "backprop, checkpointed", "`sll`"], body)
+    return "\n".join([*lines, "", *wrapped(evidence.MARKED)])
+
+
+def shown(*folders: str, path: str = "../benchmarks/") -> str:
+    """The answers of folders, each with its few rows and a link."""
+    lines = []
+    for claim in map(CLAIMS.__getitem__, folders):
+        lines += [
+            *wrapped(f"**{claim.toml['question']}** {claim.answer} ({link(claim, path)})"),
+            "",
+            *claim.small(),
+            "",
+        ]
+    return "\n".join(lines[:-1])
+
+
 def fit() -> str:
     """The ways to fit a network into less memory, side by side."""
-    return "\n".join(CLAIMS["which-way-to-fit"].small())
+    return "\n".join(CLAIMS[WAYS].small())
 
 
 def screening() -> str:
     """The single runs that led to the options of `sll`."""
     claim = CLAIMS["conv-sll-screening"]
     return "\n".join(table(claim.script.HEAD, claim.script.rows(claim.lines)))
+
+
+def blocks_of(rule: str) -> dict[str, str]:
+    """Further blocks of a rule's page."""
+    return {"theory": shown("sid-theory-beliefs", path="../../benchmarks/")} if rule == "sid_cascade" else {}
 
 
 def recipe(name: str, folder: str, row: str) -> tuple[Path, str]:
@@ -187,14 +253,16 @@ def pages() -> dict[Path, str]:
     rule_pages = [page for page in sorted((docs / "rules").glob("*.md")) if page.stem != "index"]
     return dict(
         [
-            filled(ROOT / "README.md", rules=rules_table(), figures=proof()),
+            filled(ROOT / "README.md", price=price(), rules=rules_table(), figures=proof()),
             filled(docs / "results.md", answers=answers(), papers=papers()),
             filled(docs / "log.md", screening=screening()),
             filled(docs / "which-way-to-fit.md", fit=fit()),
+            filled(docs / "scaling.md", speed=shown(*SCALING)),
+            filled(docs / "federated.md", federated=shown("federated-local-losses")),
             filled(HERE / "README.md", claims=index()),
-            *(filled(page, figures=rule_page(page.stem)) for page in rule_pages),
+            *(filled(page, figures=rule_page(page.stem), **blocks_of(page.stem)) for page in rule_pages),
             *(recipe(name, folder, row) for name, (folder, row) in RECIPES.items()),
-            *((claim.folder / "README.md", claim.readme()) for claim in CLAIMS.values()),
+            *((claim.folder / "README.md", claim.readme()) for claim in (*CLAIMS.values(), *evidence.planned())),
         ]
     )
 

@@ -14,14 +14,16 @@ import importlib.util
 import json
 import re
 import statistics
-import textwrap
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from machines import environments, machine_of, recorded_by  # noqa: F401
+from writing import options_text, spread, table, wrapped
 
 from layerwise.core.tasks import ACCURACY, Metric, metric_of
 
@@ -41,6 +43,8 @@ LEGEND = (
 DESCENT = (
     "Descent is the share of test samples whose local objective is no larger than before the module, mean over modules."
 )
+NOT_RUN = "This folder has the settings of a comparison and no results, so it answers nothing, and no page draws on it."
+WRITTEN = "<!-- written by benchmarks/run.py; do not edit -->"
 
 
 # Results, one line each
@@ -83,60 +87,6 @@ def keep(folder: Path, name: str, found: Any, command: str, packages: Sequence[s
     line = {"name": name, **found, "command": command or found.get("command", "")}
     lines = [old for old in load(folder) if old["name"] != name]
     save(folder, sorted([*lines, line], key=lambda line: line["name"]))
-
-
-def machine_of(line: dict[str, Any]) -> str:
-    """The machines and versions that made a line, as far as they were recorded."""
-    from layerwise.runs.environment import machine_in_words
-
-    def words(found: dict[str, Any]) -> str:
-        return ", ".join(
-            [machine_in_words(found), *(f"{name} {number}" for name, number in found.get("packages", {}).items())]
-        )
-
-    if line.get("machines"):
-        return "; resumed on ".join(map(words, line["machines"]))
-    said = (line.get("stored") or {}).get("environment")
-    return re.sub(r"^cpu: |\n$", "", said).replace("\n", "; ") if said else "not recorded"
-
-
-def recorded_by(line: dict[str, Any]) -> str:
-    """Who recorded the machine, and the commit."""
-    if line.get("machines"):
-        commits = {(found["commit"] or "of no checkout") if "commit" in found else None for found in line["machines"]}
-        known = sorted(commit[:12] if " " not in commit else commit for commit in commits if commit)
-        return f"the run itself{', commit ' if known else ''}{', '.join(known)}"
-    stored = line.get("stored") or {}
-    if stored.get("source"):
-        return f"{stored['source']}, not by the run"
-    return "no file"
-
-
-def environments(lines: Sequence[dict[str, Any]], name: Callable[[dict[str, Any]], str]) -> list[str]:
-    """A table of machines, and which runs each one made."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for line in lines:
-        groups.setdefault((machine_of(line), recorded_by(line)), []).append(line)
-    body = []
-    for (machine, source), members in groups.items():
-        what = shortened([name(line) for line in members], [name(line) for line in lines])
-        body.append([what if len(groups) > 1 else "all", str(len(members)), machine, source])
-    return table(["what", "runs", "machine and versions", "recorded by"], body)
-
-
-def shortened(names: Sequence[str], known: Sequence[str]) -> str:
-    """Names of runs in words; for a grid of which all runs are present, only the name of the grid.
-
-    >>> shortened(["a/x", "a/x", "a/y", "b/x"], ["a/x", "a/x", "a/y", "b/x", "b/x"])
-    '`a`; `b`: x'
-    """
-    words = []
-    for grid in dict.fromkeys(name.partition("/")[0] for name in known):
-        here, there = ([name for name in given if name.partition("/")[0] == grid] for given in (names, known))
-        rows = sorted({name.partition("/")[2] for name in here} - {""})
-        if here:
-            words.append(f"`{grid}`" + ("" if len(here) == len(there) or not rows else f": {', '.join(rows)}"))
-    return "; ".join(words)
 
 
 def metric_in(line: dict[str, Any]) -> Metric:
@@ -286,16 +236,21 @@ class Grid:
         rows = {name: Row(self, name) for name in self.options["rules"]}
         return {name: row for name, row in rows.items() if row.finals}
 
-    def text(self) -> list[str]:
-        """The section of the grid in its folder's README."""
+    def setting(self) -> list[str]:
+        """Title, question and options of the grid, as in its folder's README."""
         options = self.options
         rates = ", ".join(f"{lr:g}" for lr in options["rates"])
         how = f"Common options: `{' '.join(options['common'] + options['final'])}`."
         if len(options["rates"]) == 1:
             how += f" One learning rate for all rows, {rates}."
         else:
-            words = " ".join(options["tune"])
-            how += f" Learning rates {rates}, chosen with seed {options['tune_seed']} and `{words}`."
+            words = f" and `{' '.join(options['tune'])}`" if options["tune"] else ""
+            how += f" Learning rates {rates}, chosen with seed {options['tune_seed']}{words}."
+        return [f"## {options['title']}", "", *wrapped(options["about"]), "", *wrapped(how), ""]
+
+    def text(self) -> list[str]:
+        """The section of the grid in its folder's README."""
+        options = self.options
         rows = [row.cells() for row in self.rows.values()]
         notes = [note for row in self.rows.values() if (note := row.changed)]
         processors = {machine_of(line).partition(",")[0] for row in self.rows.values() for line in row.finals}
@@ -305,7 +260,7 @@ class Grid:
                 "another processor rounds otherwise, so that accuracies may differ a little."
             )
         columns = [name for name in (rows[0] if rows else ()) if name != "descent, %" or options.get("descent")]
-        lines = [f"## {options['title']}", "", *wrapped(options["about"]), "", *wrapped(how), ""]
+        lines = self.setting()
         if missing := [name for name in options["rules"] if name not in self.rows]:
             lines += [f"Rows without a finished run: {', '.join(missing)}.", ""]
         lines += table(columns, [[row[name] for name in columns] for row in rows])
@@ -394,6 +349,8 @@ class Claim:
 
     def readme(self) -> str:
         """The folder's README: question, answer, tables, environment, command."""
+        if not self.lines:
+            return self.plan()
         lines = [f"# {self.toml['question']}", "", *wrapped(self.answer), ""]
         if MARK in self.answer:
             lines += [*wrapped(MARKED), ""]
@@ -427,7 +384,15 @@ class Claim:
             "Each line of `results.jsonl` is a run" if self.grids else "Each line of `results.jsonl` is a measurement"
         )
         lines += [f"{what}: figures, options or command, machine. `claim.toml` has the settings.", ""]
-        return "\n".join([*lines, "<!-- written by benchmarks/run.py; do not edit -->", ""])
+        return "\n".join([*lines, WRITTEN, ""])
+
+    def plan(self) -> str:
+        """The README of a folder without results: the question, what is to be run, and the command."""
+        lines = [f"# {self.toml['question']}", "", *wrapped(f"**Not run yet.** {NOT_RUN}"), ""]
+        for grid in self.grids.values():
+            rules = ", ".join(f"`{name}`" for name in grid.options["rules"])
+            lines += [*grid.setting(), *wrapped(f"Rows: {rules}."), ""]
+        return "\n".join([*lines, "## Command", "", "```sh", self.command, "```", "", WRITTEN, ""])
 
 
 def title_of(rows: Iterable[Row]) -> str:
@@ -437,44 +402,17 @@ def title_of(rows: Iterable[Row]) -> str:
 
 def claims(here: Path = HERE) -> list[Claim]:
     """All folders with results, in the order in which they are listed."""
-    found = [claim for file in sorted(here.glob("*/claim.toml")) if (claim := Claim(file.parent)).lines]
+    return [claim for claim in _folders(here) if claim.lines]
+
+
+def planned(here: Path = HERE) -> list[Claim]:
+    """All folders without results: their grids have not been run."""
+    return [claim for claim in _folders(here) if not claim.lines]
+
+
+def _folders(here: Path) -> list[Claim]:
+    found = [Claim(file.parent) for file in here.glob("*/claim.toml")]
     return sorted(found, key=lambda claim: (claim.toml.get("place", 99), claim.name))
-
-
-# Text
-
-
-def options_text(words: Sequence[str]) -> str:
-    """Options as `name=value` words, without the rule's name.
-
-    >>> options_text(["--rule", "sll", "--rule.group", "2", "--augment", "flip", "crop", "--channels-last"])
-    'group=2 augment=flip,crop channels-last'
-    """
-    found: list[tuple[str, list[str]]] = []
-    for word in words:
-        if word.startswith("--"):
-            found.append((word.removeprefix("--").removeprefix("rule."), []))
-        else:
-            found[-1][1].append(word)
-    return " ".join(f"{name}={','.join(values)}" if values else name for name, values in found if name != "rule")
-
-
-def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
-    """A Markdown table."""
-    return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(row) + " |" for row in body)]
-
-
-def wrapped(text: str) -> list[str]:
-    """Lines of at most 100 columns."""
-    return textwrap.wrap(" ".join(text.split()), 100, break_long_words=False, break_on_hyphens=False)
-
-
-def spread(values: Sequence[float], factor: float = 1, digits: int = 2) -> str:
-    """Mean and standard deviation; empty if there are no values."""
-    if not values:
-        return ""
-    deviation = f" ± {factor * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{factor * statistics.mean(values):.{digits}f}{deviation}"
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """MkDocs hooks: equations become MathML when the site is built, so that no page needs a script or a network; the page
-of a rule shows the rule's options, and nothing else of its class; the README of each benchmark is a page too.
+of a rule shows the rule's options, and nothing else of its class; the README of each benchmark is a page too, and a
+notebook a file to load.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from mkdocs.structure.pages import Page
 from layerwise import rules
 
 ROOT = Path(__file__).parents[1]
-TO_BENCHMARKS = re.compile(r"\]\(\.\./((?:\.\./)*benchmarks/)")
+OUTSIDE = re.compile(r"\]\(\.\./((?:\.\./)*(?:benchmarks|notebooks)/)")
 
 INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
 BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.DOTALL)
@@ -38,7 +39,9 @@ OPTIONS = """{found}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the READMEs of the benchmarks, which lie outside of the folder of the pages."""
+    """Add the READMEs of the benchmarks, and the notebooks, which lie outside of the folder of the pages."""
+    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        files.append(File.generated(config, notebook.relative_to(ROOT).as_posix(), content=notebook.read_text()))
     for readme in sorted((ROOT / "benchmarks").rglob("README.md")):
         place = readme.relative_to(ROOT).as_posix()
         page = File.generated(config, place, content=readme.read_text(), inclusion=InclusionLevel.NOT_IN_NAV)
@@ -47,7 +50,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Tell mkdocstrings which members of a rule are its options, and lead links to the benchmarks to their pages.
+    """Tell mkdocstrings which members of a rule are its options, and lead links out of the folder to what lies there.
 
     The overview of the rules gets columns of what each class declares, by which `site.js` filters.
     """
@@ -59,7 +62,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         fields = [field.name for field in dataclasses.fields(getattr(import_module(found[1]), found[2]))]
         return OPTIONS.format(found=found[0], fields=json.dumps(fields)) if fields else "None.\n"
 
-    return RULE.sub(with_options, TO_BENCHMARKS.sub(r"](\1", markdown))
+    return RULE.sub(with_options, OUTSIDE.sub(r"](\1", markdown))
 
 
 def _with_facts(row: re.Match[str]) -> str:

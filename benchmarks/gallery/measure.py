@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise import LayerwiseError, Learner
+from layerwise.core.pieces import predicts_plainly
 from layerwise.core.randomness import derive_seed
 from layerwise.core.reading import arguments
 
@@ -95,7 +96,7 @@ def predicts_as_the_model(learner: Learner, entry: Entry) -> bool:
     inputs = {name: value for name, value in x.items() if name != "labels"} if isinstance(x, dict) else x
     model = copy.deepcopy(entry.model).eval()
     args, kwargs = arguments(inputs)
-    if learner.rule.predicts_plainly():
+    if predicts_plainly(learner.rule):
         return torch.equal(learner(x), logits(entry, model(*args, **kwargs)))
     # Beliefs refine one another, given what the model's own blocks return.
     seen: dict[str, Tensor] = {}

@@ -1,6 +1,7 @@
 """Reads the words of the command line into a dataclass; errors become one sentence."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
@@ -9,6 +10,8 @@ from typing import Any
 
 from layerwise.errors import LayerwiseError, short
 
+LARGEST = 2**63 - 1
+"""The largest whole number that torch and the file formats hold."""
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(?i:inf|infinity|nan)")
 WHOLE = re.compile(r"[+-]?[0-9]+")
 
@@ -28,6 +31,21 @@ def read_whole(word: str) -> int:
     if not WHOLE.fullmatch(word.strip(" ")):
         raise ValueError(f"invalid literal for int() with base 10: {word!r}")
     return int(word)
+
+
+def check_largest(name: str, value: Any) -> None:
+    """Raise LayerwiseError for a whole number of more than 64 bits, also inside tuples and mappings.
+
+    >>> check_largest("seed", 2**63 - 1)
+    >>> check_largest("top_k", 2**63)
+    Traceback (most recent call last):
+    layerwise.errors.LayerwiseError: top_k is 9223372036854775808; it must be 2^63 - 1 at most.
+    """
+    if isinstance(value, (tuple, list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            check_largest(name, item)
+    elif isinstance(value, int) and abs(value) > LARGEST:
+        raise LayerwiseError(f"{name} is {short(value)}; it must be 2^63 - 1 at most.")
 
 
 def read_number(word: str) -> float:
@@ -74,7 +92,10 @@ def parse(cls: type, argv: Sequence[str], command: str, default: Any = None) -> 
             if wants_help:
                 _restore("COLUMNS", width)
             kwargs = {} if default is None else {"default": default}
-            return tyro.cli(cls, args=argv, prog=f"layerwise {command}", **kwargs)
+            found = tyro.cli(cls, args=argv, prog=f"layerwise {command}", **kwargs)
+        for field in dataclasses.fields(found):
+            check_largest(field.name, getattr(found, field.name))
+        return found
     except SystemExit as stop:
         if not stop.code:
             raise

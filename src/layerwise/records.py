@@ -11,12 +11,10 @@ import msgspec
 
 from layerwise.errors import LayerwiseError, why
 from layerwise.files import UnreadableFile, read_text, shown
+from layerwise.parsing import LARGEST
 
 LIMIT = 2**28
 """Bytes of the largest record that is read."""
-LARGEST = 2**63 - 1
-"""The largest whole number that torch and the file formats hold."""
-
 Count = Annotated[int, msgspec.Meta(ge=0, le=LARGEST)]
 """A whole number, 0 or larger."""
 Amount = Annotated[float, msgspec.Meta(ge=0, le=1e300)]

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -124,6 +125,9 @@ def test_a_run_of_ones_own_network_and_rule(here, capsys):
     assert main(["train", "--resume", "run"]) == 0
     assert main(["eval", "run"]) == 0
     assert capsys.readouterr().err.count("note: runs net.py, which the run in run names") == 2
+    np.save("images.npy", np.zeros((2, 1, 8, 8), np.uint8))
+    assert main(["predict", "run", "images.npy"]) == 0
+    assert capsys.readouterr().err.count("note: runs net.py") == 1  # though it reads the options several times
     assert main(["export", "run", "weights.safetensors"]) == 0
     run = building.load_run(here / "run")
     assert [block.name for block in run.learner.network.blocks] == ["layers.0", "layers.1"]
@@ -223,6 +227,17 @@ def test_a_rival_that_does_not_train_the_model_is_left_out_unless_it_is_named(he
 
 
 # transformers and timm
+
+
+def test_a_folder_with_code_of_its_own_is_refused_without_a_question(here, capsys, monkeypatch):
+    pytest.importorskip("transformers", reason="the hf extra (transformers) is not installed")
+    folder = here / "stranger"
+    folder.mkdir()
+    places = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Net"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "unheard-of", "auto_map": places}))
+    (folder / "code.py").write_text("raise SystemExit('it runs')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question"))
+    assert "stranger is not a configuration" in refused(capsys, "train", "--model", "hf:stranger", *SHORT)
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from layerwise import LayerwiseError
+from layerwise.cli.words import BeliefsOptions, EvalOptions, TextOptions
+from layerwise.measure.bench_options import MemoryOptions
 from layerwise.parsing import environment_number, parse, read_number, read_whole
 from layerwise.rules.words import value_of
 from layerwise.runs.launch import ParallelOptions
@@ -57,3 +59,18 @@ def test_lists_and_the_environment_have_the_same_numbers(word, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", word)
     with pytest.raises(LayerwiseError, match="WORLD_SIZE is"):
         environment_number("WORLD_SIZE")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (EvalOptions, ["--batch-size"]),
+        (BeliefsOptions, ["--batch-size"]),
+        (TextOptions, ["--top-k"]),
+        (MemoryOptions, ["--shape", "1", "8"]),
+        (ScalingOptions, ["--steps"]),
+    ],
+)
+def test_whole_numbers_of_more_than_64_bits_are_refused_by_every_command(options, words):
+    with pytest.raises(LayerwiseError, match=r"it must be 2\^63 - 1 at most"):
+        parse(options, [*words, f"{10**30}"], "command")

@@ -161,6 +161,50 @@ def test_a_layer_that_takes_the_batch_for_a_sequence_is_refused(layer):
     model = nn.Sequential(layer, nn.Flatten(), nn.Linear(30, 30), nn.Linear(30, 4))
     with pytest.raises(LayerwiseError, match="would mix samples; build it with batch_first=True"):
         Learner(model, "backprop", cuts=["0", "2"], example=TOKENS)
+    with pytest.raises(LayerwiseError, match="would mix samples; build it with batch_first=True"):
+        Learner(model, "backprop", cuts="*", example=TOKENS)  # at its calls
+
+
+class Addmm(nn.Module):
+    """A linear layer over the last dimension, written as GPT-2's."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(6, 7)), nn.Parameter(torch.randn(7))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], 7)
+
+
+class Convolutions(nn.Module):
+    """Series whose length is the size of a bias of the head; `odd` is a function that nobody follows."""
+
+    def __init__(self, odd):
+        super().__init__()
+        self.odd = odd
+        self.layers = nn.ModuleList(nn.Conv1d(3, 3, 3, padding=1, bias=False) for _ in range(2))
+        self.hidden, self.head = nn.Linear(3, 10), nn.Linear(10, 4)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = self.odd(layer(x), x)
+        return self.head(self.hidden(x.mean(2)).relu())
+
+
+def test_a_layout_that_no_function_shows_is_not_guessed_from_sizes():
+    model = Convolutions(lambda h, x: h)
+    conv = nn.Conv1d(3, 3, 3, padding=1, bias=False)
+    model.layers = nn.ModuleList(nn.Sequential(copy.deepcopy(conv), Call(torch.special.ndtr)) for _ in range(2))
+    with pytest.raises(LayerwiseError, match="do not tell which dimension of its output"):
+        Learner(model, "local_ce", cuts="layers.*", example=SERIES)
+
+
+def test_addmm_and_residuals_of_functions_that_nobody_follows_are_known():
+    tokens = torch.randn(12, 5, 6, generator=G)
+    assert layouts(Addmm(), nn.ReLU(), x=tokens)[0] == "BLC"
+    residual = Convolutions(lambda h, x: x + torch.special.ndtr(h))
+    learner = Learner(residual, "local_ce", cuts="layers.*", example=SERIES)
+    assert learner.network.layouts == ("BCL", "BCL", "BC")
 
 
 def test_a_batch_that_is_not_first_at_a_cut_is_refused():

@@ -8,9 +8,11 @@ import time
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from support.runs import split
 
-from layerwise import LayerwiseError, data
+from layerwise import LayerwiseError, data, models
 from layerwise.cli.main import main
 from layerwise.data.encoding import Encoding
 
@@ -340,6 +342,24 @@ def test_a_word_that_only_the_test_rows_have_is_all_zeros():
     assert learned.numbers(np.array([["green"]], dtype=object)).flatten().tolist() == [0.0, 0.0]
 
 
+def from_weights_alone(file, rows):
+    """Predictions from nothing but a file of weights and what its metadata says; rows of (size, colour)."""
+    with safe_open(file, "pt") as opened:
+        about = {name: json.loads(text) for name, text in opened.metadata().items()}
+    inputs = []
+    for size, colour in rows:
+        cells = {"size": size, "colour": colour}
+        numbers = {}
+        for name, words, fill in about["encoding"]:
+            cell = cells[name] or fill
+            numbers |= {f"{name}={word}": float(cell == word) for word in words} if words else {name: float(cell)}
+        inputs.append([numbers[name] for name in about["columns"]])
+    x = (torch.tensor(inputs) - torch.tensor(about["mean"])) / torch.tensor(about["std"])
+    model = models.create("mlp", about["shape"], len(about["classes"]), width=16)
+    model.load_state_dict(load_file(file))
+    return [about["classes"][i] for i in model.eval()(x[:, :, None, None].float()).argmax(1)]
+
+
 def test_a_run_predicts_rows_with_words_and_gaps(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     sizes = ["" if i % 5 == 0 else f"{i},5" for i in range(80)]
@@ -353,7 +373,10 @@ def test_a_run_predicts_rows_with_words_and_gaps(tmp_path, monkeypatch, capsys):
     (tmp_path / "new.csv").write_text("size,colour\n,red\n3,blue\n7.5,red\n")
     capsys.readouterr()
     assert main(["predict", "run", "new.csv"]) == 0
-    assert [line.split(",")[1] for line in capsys.readouterr().out.splitlines()[1:]] == ["1", "0", "1"]
+    told = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split(",")[1] for line in told] == ["1", "0", "1"]
+    by_hand = from_weights_alone(tmp_path / "run" / "model.safetensors", [("", "red"), ("3", "blue"), ("7.5", "red")])
+    assert [line.split(",")[1] for line in told] == by_hand
     (tmp_path / "new.csv").write_text("size,colour\nbig,red\n")
     assert main(["predict", "run", "new.csv"]) == 2
     assert "line 2 of new.csv has 'big' in column 'size', which holds numbers" in capsys.readouterr().err

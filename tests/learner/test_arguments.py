@@ -53,11 +53,63 @@ def test_the_one_optimizer_saves_loads_and_refuses():
         (X, Y[0], "8 inputs and one number labels|one number labels"),
         (X, Y[:2], "and 2 labels"),
         (torch.tensor(1.0), Y, "a single number"),
+        (X.to("meta"), Y, "the inputs are on the meta device"),
+        (X.to_sparse(), Y, "the inputs are sparse"),
+        (torch.nested.nested_tensor([X[0], X[1]], layout=torch.jagged), Y, "the inputs are a nested tensor"),
+        (X, Y.to("meta"), "the labels are on the meta device"),
+        (X, Y.to_sparse(), "the labels are sparse"),
     ],
 )
 def test_a_batch_that_is_none_is_refused(x, y, sentence):
     with pytest.raises(LayerwiseError, match=sentence):
         Learner(dense(), "local_ce").step(x, y)
+
+
+def test_methods_refuse_what_is_no_tensor_and_no_path():
+    learner = Learner(dense(), "local_ce", example=X)
+    with pytest.raises(LayerwiseError, match="the labels are of type ndarray"):
+        learner.check_labels(Y.numpy())
+    with pytest.raises(LayerwiseError, match="the folder is of type int; give the path of a folder"):
+        learner.save_weights(3)
+
+
+def test_a_model_that_was_made_in_inference_mode_is_refused():
+    with torch.inference_mode():
+        model = dense()
+    for rule in ("sll", "zeroth_order"):
+        with pytest.raises(LayerwiseError, match=r"made in torch\.inference_mode"):
+            Learner(model, rule)
+
+
+class Broken(nn.Module):
+    """Fails as it is told, at once or only in later passes."""
+
+    def __init__(self, fail, passes=0):
+        super().__init__()
+        self.fail, self.passes = fail, passes
+
+    def forward(self, x):
+        self.passes -= 1
+        return x if self.passes >= 0 else self.fail(x)
+
+
+FAILURES = {
+    "has no attribute 'linear'": lambda x: x.linear,
+    "KeyError: 'mask'": lambda x: {}["mask"],
+    "AssertionError": lambda x: (_ for _ in ()).throw(AssertionError()),
+    "division by zero": lambda x: 1 / 0,
+    "RuntimeError": lambda x: (_ for _ in ()).throw(RuntimeError()),
+}
+
+
+@pytest.mark.parametrize("sentence", FAILURES)
+@pytest.mark.parametrize("passes", [0, 3])
+@pytest.mark.parametrize("cuts", [None, "[13]"])
+def test_whatever_a_module_raises_is_a_sentence_that_says_where(sentence, passes, cuts):
+    parts = nn.Linear(64, 8), Broken(FAILURES[sentence], passes), nn.Linear(8, 4)
+    learner = Learner(nn.Sequential(nn.Flatten(), *parts), "local_ce", cuts=cuts)
+    with pytest.raises(LayerwiseError, match=sentence):
+        [learner.step(X, Y) for _ in range(3)]
 
 
 def test_an_input_that_cannot_be_predicted_is_a_sentence():
@@ -90,6 +142,10 @@ def test_a_schedule_that_gives_no_rate_is_refused(schedule):
         ({"compile": "inductr"}, "unknown backend of torch.compile 'inductr'; did you mean 'inductor'"),
         ({"cuts": 3}, "cuts is of type int"),
         ({"channels_last": "yes"}, "channels_last is of type str"),
+        ({"offload_folder": 3}, "offload_folder is of type int; give the path of a folder"),
+        ({"tied": X}, "tied is of type Tensor"),
+        ({"tied": "", "cuts": "[13]"}, "tied is ''"),
+        ({"device": 10**40}, "device 1000.* cannot be used"),
     ],
 )
 def test_arguments_of_another_kind_are_refused(options, sentence):

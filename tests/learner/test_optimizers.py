@@ -152,6 +152,8 @@ def test_frozen_and_thawed_parameters_of_one_of_several_optimizers():
         ("schedulfree.AdamW", "there is no module 'schedulfree'"),
         ("torch.optim.Nadam", "unknown optimizer 'torch.optim.Nadam'"),
         ("os.system", "unknown optimizer 'os.system'"),
+        ("..", "unknown optimizer '..'"),
+        (".torch.optim.Adam", "unknown optimizer '.torch.optim.Adam'"),
         ({"lora": {"lr": 0.1}}, "pattern 'lora' matches no parameter"),
         ({"*": 0.1}, "maps '*' to 0.1"),
         ({"*": {"optimizer": {"*": {}}}}, "is a mapping"),
@@ -163,6 +165,36 @@ def test_frozen_and_thawed_parameters_of_one_of_several_optimizers():
 def test_what_cannot_serve_is_refused(optimizer, sentence):
     with pytest.raises(LayerwiseError, match=re.escape(sentence)):
         Learner(dense(), "local_ce", optimizer=optimizer).step(X, Y)
+
+
+@pytest.mark.parametrize("options", [{"foreach": 1}, {"foreach": True}])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "Adagrad"])
+def test_a_loop_over_tensors_that_somebody_asked_for_takes_the_place_of_the_fused_kernel(optimizer, options):
+    a, b = (Learner(dense(), "backprop", optimizer=optimizer, optimizer_options=o) for o in (options, {}))
+    for x, y in batches(2):
+        a.step(x, y)
+        b.step(x, y)
+    assert a.optimizer.param_groups[0]["foreach"]
+    assert all(
+        torch.allclose(p, q, atol=1e-6) for p, q in zip(a.network.parameters(), b.network.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("option", ["capturable", "differentiable"])
+def test_a_step_that_an_optimizer_cannot_take_is_one_sentence(option):
+    if option == "capturable" and X.is_cuda:
+        pytest.skip("this device can capture")
+    learner = Learner(dense(), "local_ce", optimizer="RAdam", optimizer_options={option: True})
+    with pytest.raises(LayerwiseError, match=r"RAdam fails at the update of '2' .*; correct its options"):
+        learner.step(X, Y)
+
+
+@pytest.mark.parametrize("line", ["1 / 0", "raise SystemExit(0)", "def"])
+def test_a_module_that_cannot_be_imported_is_one_sentence(line, tmp_path, monkeypatch):
+    (tmp_path / "broken_optimizer.py").write_text(line)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(LayerwiseError, match=r"'broken_optimizer\.Adam' cannot be imported"):
+        Learner(dense(), optimizer="broken_optimizer.Adam")
 
 
 class Growing(torch.optim.SGD):

@@ -1,5 +1,6 @@
 """Diagnostics against closed forms."""
 
+import base64
 import json
 import math
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from support.nets import batches, net, problem, same_bits, tensors
 
 from layerwise import LayerwiseError, Learner, rules
@@ -239,6 +241,13 @@ def test_a_run_is_diagnosed(comparison):
         assert 0.2 < row["probe_accuracy"] <= 1
         assert 0 < row["cka_to_backprop"] <= 1
         assert -1 <= row["gradient_cosine"] <= 1
+    filters = json.loads((comparison / "runs/sll/seed0/diagnostics.json").read_text())["filters"]
+    weight = load_file(comparison / "runs/sll/seed0/model.safetensors")["block1.linear.weight"]
+    rows = weight[weight.norm(dim=1).argsort(descending=True)[:24]]
+    assert filters["shape"] == [1, 8, 8]
+    for text, row in zip(filters["pixels"], rows, strict=True):
+        pixels = torch.tensor(list(base64.b64decode(text)))
+        assert torch.allclose((pixels - 128) / 127, row / row.abs().max(), atol=0.5 / 127)
     twin = json.loads((comparison / "runs/backprop/seed0/diagnostics.json").read_text())["blocks"]
     for row in twin.values():
         assert row["gradient_cosine"] == pytest.approx(1)

@@ -159,6 +159,18 @@ def test_a_machine_that_no_run_recorded_is_not_made_up(evidence):
     assert evidence.recorded_by(new) == "the run itself, commit abc"
 
 
+def test_a_folder_without_results_says_so_and_is_no_answer(evidence, tmp_path):
+    (tmp_path / "later").mkdir()
+    (tmp_path / "later" / "claim.toml").write_text(
+        'question = "Does it?"\nanswer = "It has {g/a} %."\nshown = ["g/a"]\n[grid.g]\ntitle = "T"\nabout = "A."\n'
+        'common = []\nrates = [1]\nfinal = []\nrules.a = ["--rule", "sll"]\n'
+    )
+    (later,) = evidence.planned(tmp_path)
+    assert evidence.claims(tmp_path) == []
+    assert later.readme().startswith("# Does it?\n\n**Not run yet.**") and "|" not in later.readme()
+    assert "It has" not in later.readme() and "Rows: `a`." in later.readme()
+
+
 @pytest.fixture
 def pages(evidence):
     return importlib.import_module("collect").pages()

@@ -106,6 +106,10 @@ def test_every_rule_has_a_page_with_its_facts(name):
         assert re.search(rf"^\| \[`{name}`\]\(.*{name}\.md\) \|", overview.read_text(), re.MULTILINE), title(overview)
 
 
+NAMED_AFTER_WHAT_THEY_HOLD = {"rules", "models", "replacements"}
+"""Rooms whose files are listed by name: `layerwise ls rules`."""
+
+
 @pytest.mark.parametrize("page", [*PAGES, *READMES], ids=title)
 def test_links_lead_somewhere(page):
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
@@ -144,6 +148,25 @@ def test_the_tests_and_modules_that_the_architecture_names_are_there():
             assert re.search(rf"\b{room.name}/?\b", text), f"{room.name} has no line in the tree"
 
 
+@pytest.mark.parametrize(
+    "room", sorted(p.parent for p in (ROOT / "src/layerwise").glob("*/__init__.py")), ids=lambda p: p.name
+)
+def test_a_large_room_has_a_map_of_its_files(room):
+    doc = ast.get_docstring(ast.parse((room / "__init__.py").read_text()))
+    files = {file.name for file in room.glob("*.py")} - {"__init__.py"}
+    listed = set(re.findall(r"^ {4,8}(\w+\.py)  +\S", doc, re.MULTILINE))
+    assert listed <= files and (listed == files or room.name in NAMED_AFTER_WHAT_THEY_HOLD)
+
+
+def test_the_page_on_rules_names_every_optional_piece_after_the_ordinary_contract():
+    ordinary, optional = (ROOT / "docs" / "writing-a-rule.md").read_text().split("\n## Optional pieces\n")
+    tree = ast.parse((ROOT / "src" / "layerwise" / "core" / "pieces.py").read_text())
+    names = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+    assert len(names) > 10
+    assert not {name for name in names if f"`{name}`" not in optional}
+    assert not {name for name in names if name in ordinary}
+
+
 def test_only_the_engine_knows_the_update_order():
     order = re.compile(r"\.backward\(|\.zero_grad\(|\w*(optimizer|scaler)\w*\.step\(|(?<!def )\btake_step\(")
     for file in (ROOT / "src").rglob("*.py"):
@@ -163,7 +186,7 @@ def test_only_the_engine_knows_the_update_order():
 def test_a_rule_imports_nothing_that_is_not_its_business():
     allowed = re.compile(
         r"__future__|abc|collections\.abc|contextlib|dataclasses|itertools|typing|weakref|math|torch(\.nn(\.functional|\.attention)?|\.utils\.checkpoint)?"
-        r"|layerwise(\.errors|\.core|\.core\.(augment|blocks|chunked|first_layer|functional|graphs|layers|layout|output_layer|perturbed_layers|phases|pieces|posteriors|pullback|ranges|rule|tasks)|\.rules(\.\w+)?)?"
+        r"|layerwise(\.errors|\.core|\.core\.(augment|blocks|chunked|first_layer|functional|graphs|layers|layout|output_layer|perturbed_layers|phases|pieces|posteriors|pullback|randomness|ranges|rule|tasks)|\.rules(\.\w+)?)?"
     )
     for file in (ROOT / "src/layerwise/rules").glob("*.py"):
         if file.name in ("__init__.py", "words.py"):  # what finds rules, and reads their options

@@ -78,18 +78,24 @@ def layers(place):
 
 
 def test_the_layers_notice_an_import_that_points_up(tmp_path):
-    """Also inside a function, where it breaks nothing when it runs."""
+    """Also inside a function, for types, and through a lazy name of the root, where it breaks nothing when it runs."""
     if shutil.which("lint-imports") is None:
         pytest.skip("import-linter is not installed")
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     kept = layers(tmp_path)
     assert kept.returncode == 0, kept.stdout + kept.stderr
-    file = tmp_path / "src" / "layerwise" / "core" / "trees.py"
-    file.write_text(file.read_text() + "\n\ndef _up():\n    from layerwise.runs import training\n    return training\n")
+    for name, line in {
+        "core/trees.py": "def _up():\n    from layerwise.runs import training\n    return training\n",
+        "models/fcn.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from layerwise.report import page\n",
+        "memory/malloc.py": "def _root():\n    import layerwise\n    return layerwise.Learner\n",
+    }.items():
+        file = tmp_path / "src" / "layerwise" / name
+        file.write_text(f"{file.read_text()}\n\n{line}")
     broken = layers(tmp_path)
     assert broken.returncode != 0
-    assert "layerwise.core is not allowed to import layerwise.runs" in broken.stdout
+    for lower, upper in (("core", "runs"), ("models", "report"), ("memory", "learner")):
+        assert f"layerwise.{lower} is not allowed to import layerwise.{upper}" in broken.stdout
 
 
 def test_just_and_ci_share_one_list_of_commands():

@@ -14,7 +14,7 @@ from support.runs import contents, split
 
 from layerwise import LayerwiseError
 from layerwise.cli.main import main
-from layerwise.report import figures
+from layerwise.report import confusion, figures
 from layerwise.report import page as report
 
 pytest.importorskip("matplotlib", reason="the report extra is not installed")
@@ -26,6 +26,7 @@ FIGURES = [
     *("layers_accuracy", "layers_probe_accuracy", "layers_bhattacharyya", "layers_cka", "layers_cka_to_backprop"),
     *("layers_gradient_cosine", "layers_hoyer", "layers_dead", "layers_divergence"),
     *("confusion_sll", figures.file_name("confusion_sll:overlap=1"), "confusion_backprop"),
+    *("filters_sll", figures.file_name("filters_sll:overlap=1"), "filters_backprop"),
 ]
 RULES = ("sll", "sll:overlap=1", "backprop")
 
@@ -56,8 +57,8 @@ def test_every_figure_is_there_with_its_files_and_a_description(folder, page):
     assert len(labels) == len(shown)
     for name, label in zip(shown, labels, strict=True):
         assert len(label) > 40
-        assert ("sll" in label or name == "confusion_backprop") and (
-            "divergence" in name or "confusion_sll" in name or "backprop" in label
+        assert ("sll" in label or name in ("confusion_backprop", "filters_backprop")) and (
+            "divergence" in name or name.startswith(("confusion_sll", "filters_sll")) or "backprop" in label
         )
         ElementTree.parse(folder / "figures" / f"{name}.svg")
         assert (folder / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -264,6 +265,23 @@ addEventListener("load", () => {
   svg.dispatchEvent(new PointerEvent("pointerleave"));
   found.left = tip.hidden;
 
+  document.querySelectorAll("details.fold").forEach(part => part.open = true);
+  const words = (figure, clientX, clientY) => {
+    figure.querySelector(".drawing > svg").dispatchEvent(new PointerEvent("pointermove", {clientX, clientY}));
+    const tip = figure.querySelector(".tip");
+    return tip.hidden ? null : tip.innerText;
+  };
+  const heat = document.getElementById("layers_accuracy");
+  found.cells = [...heat.querySelectorAll("svg text")].map(text => {
+    const box = text.getBoundingClientRect();
+    return [text.textContent, words(heat, box.x + box.width / 2, box.y + box.height / 2)];
+  }).filter(([, tip]) => tip);
+  const table = document.getElementById("confusion_backprop"), seen = new Set();
+  const box = table.querySelector(".drawing > svg").getBoundingClientRect();
+  for (let x = 0; x < box.width; x += 3) for (let y = 0; y < box.height; y += 3)
+    seen.add(words(table, box.x + x, box.y + y));
+  found.taken = [...seen].filter(tip => tip);
+
   found.saved = [];
   HTMLAnchorElement.prototype.click = function () {
     found.saved.push([this.download, this.href.slice(0, 200000)]);
@@ -293,6 +311,20 @@ def test_the_table_sorts_and_the_figures_answer(folder, page, tmp_path):
     assert "backprop" not in found["other"].splitlines()
     assert found["again"] == ["true", found["hover"]]
     assert found["left"] is True
+    drawn = {rule for _, tip in found["cells"] for rule in [tip.splitlines()[0]]}
+    assert drawn == set(RULES)
+    assert all(tip.endswith(f": {label}") for label, tip in found["cells"])  # the number that is drawn in the cell
+    seeds = [
+        json.loads(file.read_text())["confusion"] for file in sorted(folder.glob("runs/backprop/*/diagnostics.json"))
+    ]
+    shares = {block: confusion.mistakes(counts) for block, counts in confusion.summed(seeds).items()}
+    assert set(found["taken"]) == {
+        f"class {i}\n{block}, taken for {j}: {share:.1%}"
+        for block, table in shares.items()
+        for i, row in enumerate(table)
+        for j, share in enumerate(row)
+        if share is not None
+    }
     (svg, drawing), (png, picture) = sorted(found["saved"], key=lambda saved: saved[0], reverse=True)
     assert (svg, png) == ("memory_depth.svg", "memory_depth.png")
     root = ElementTree.fromstring(unquote(drawing.partition(",")[2]))

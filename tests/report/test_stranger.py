@@ -46,7 +46,7 @@ def test_names_in_the_folder_never_become_paths(place):
     assert main(["report", str(place)]) == 0
     assert outside(place) == set()
     figures = [file for file in (place / "figures").iterdir() if file.suffix == ".svg"]
-    assert len(figures) == 19 + 2
+    assert len(figures) == 22 + 2
     for file in figures:
         assert "<b>" not in file.read_text()
         ElementTree.parse(file)
@@ -116,6 +116,14 @@ def test_tables_of_classes_are_square(place, capsys):
     found["confusion"]["block2"][3].pop()
     file.write_text(json.dumps(found))
     assert "blocks are of different classes" in refused(place, capsys)
+
+
+def test_filters_are_pictures(place, capsys):
+    file = place / "runs/sll/seed0/diagnostics.json"
+    found = json.loads(file.read_text())
+    found["filters"]["pixels"][1] = found["filters"]["pixels"][1][4:]
+    file.write_text(json.dumps(found))
+    assert "the filters are no pictures" in refused(place, capsys)
 
 
 KINDS = {

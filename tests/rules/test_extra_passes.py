@@ -12,6 +12,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from layerwise import Learner, create_rule, rule_names
 from layerwise.core.functional import goodness
+from layerwise.core.pieces import UsesPrediction
 from layerwise.rules import forward_forward, get
 
 X, Y = batches(1)[0]
@@ -124,7 +125,7 @@ def test_hard_negatives_are_drawn_from_what_the_learner_predicts(predictor, monk
 
 
 @dataclass(frozen=True)
-class LooksAhead(get("backprop")):
+class LooksAhead(UsesPrediction, get("backprop")):
     """Looks at the network's logits, then draws."""
 
     looks: bool = True

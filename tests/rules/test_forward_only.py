@@ -229,3 +229,24 @@ def test_what_is_not_defined_is_refused_in_a_sentence():
         Learner(net("mlp"), "likelihood_ratio", task="regression", example=x)
     with pytest.raises(LayerwiseError, match="micro"):
         Learner(net("mlp"), "likelihood_ratio", micro=2, example=x)
+
+
+@pytest.mark.parametrize("rule", ["likelihood_ratio", "forward_gradient", "pepita"])
+def test_a_frozen_block_changes_nothing_for_those_after_it(rule):
+    """The passes go through it all the same: the other blocks take the step that they take when it learns."""
+    steps = []
+    for frozen in (False, True):
+        model = net("mlp")
+        model.block1.requires_grad_(not frozen)
+        learner = Learner(model, rule, **UNIT)
+        learner.step(*problem(16))
+        steps.append({name: p.detach() for name, p in model.named_parameters()})
+    moving, resting = steps
+    assert [name for name in moving if not torch.equal(moving[name], resting[name])] == [
+        name for name in moving if name.startswith("block1.")
+    ]
+
+
+def test_labels_of_another_shape_are_refused_and_not_broadcast():
+    with pytest.raises(LayerwiseError, match=r"labels have shape \(6, 3\)"):
+        Learner(small(), "likelihood_ratio").step(X, nn.functional.one_hot(Y))

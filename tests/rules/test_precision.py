@@ -79,3 +79,17 @@ def test_noprop_trains_prototypes_of_its_models_own_type_and_refuses_nan(rule, k
     x[3, 0] = torch.nan
     with pytest.raises(LayerwiseError, match="one of class 3 holds NaN or infinity"):
         learner().step(x, Y)
+
+
+@pytest.mark.parametrize("rule", rule_names())
+def test_a_model_in_bfloat16_is_trained_by_every_rule(rule):
+    kind = kinds(rule)[0]
+    x, y = problem(64) if kind in ("gcn", "gat") else (X, Y)
+    learner = Learner(net(kind, 3).to(torch.bfloat16), made(rule))
+    assert learner.step(x.to(torch.bfloat16), y).loss.isfinite()
+    assert {p.dtype for p in learner.network.parameters()} == {torch.bfloat16}
+
+
+def test_a_network_whose_last_group_is_frozen_is_still_run():
+    model = net("mlp", 3).requires_grad_(False)
+    assert Learner(model, "gradient_reconciliation").step(X, Y).loss.isfinite()

@@ -13,10 +13,10 @@ from layerwise.parallel.stage import Stage
 from layerwise.runs import building
 from layerwise.runs.options import from_mapping
 
-def built(folder, stage):
+def built(folder, *stage):
     options = from_mapping({"model": {"name": "mlp", "width": 2048, "depth": 16}, "out": folder})
     facts = building.DataSignature((1, 8, 8), tuple("0123456789"), (0.5,), (0.5,), (8, 8, 8))
-    learner = building.build_learner(options, facts, torch.device("cpu"), 1, stage)
+    learner = building.build_learner(options, facts, torch.device("cpu"), 1, *stage)
     return {name: p.sum().item() for name, p in learner.network.named_parameters() if not p.is_meta}
 """
 RANK = f"""{BUILT}
@@ -35,6 +35,6 @@ def test_a_rank_builds_a_network_that_is_larger_than_what_it_may_use(tmp_path):
     part = json.loads(process.stdout)
     names = {}
     exec(BUILT, names)
-    whole = names["built"](str(tmp_path), None)
+    whole = names["built"](str(tmp_path))
     assert len(part) * 7 < len(whole)
     assert part.items() <= whole.items()

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,11 @@ from layerwise.core.chains import (
     opened,
 )
 from layerwise.core.drawing import draw
+from layerwise.core.failures import KNOWN, told_by
 from layerwise.core.layout import Layouts, declared_layouts
+from layerwise.core.parts import Part
 from layerwise.core.tracing import TracedPart, both_modes, cut_graph, legal_cuts
 from layerwise.errors import LayerwiseError
-
-if TYPE_CHECKING:
-    from layerwise.core.parts import Part
 
 
 class Unchanged:
@@ -294,7 +293,7 @@ class Partition(nn.Module):
         """
         return nullcontext()
 
-    def turn_to(self, part: "Part") -> None:
+    def turn_to(self, part: Part) -> None:
         """Switch the blocks to a part of the batch; nothing to do for a model that is cut into functions."""
 
     def arrange(self, x: Any) -> None:
@@ -361,18 +360,13 @@ class Partition(nn.Module):
             for block in [*self.blocks, self.head]:
                 try:
                     h = block(h)
-                except (RuntimeError, ValueError, IndexError, TypeError) as reason:
+                except KNOWN as reason:
                     raise LayerwiseError(
                         f"block {block.name!r} cannot take an input of shape {tuple(h.shape)} and "
-                        f"type {str(h.dtype).removeprefix('torch.')}: {str(reason).splitlines()[0]}; "
+                        f"type {str(h.dtype).removeprefix('torch.')}: {told_by(reason)}; "
                         "check the model against the data."
                     ) from reason
-                if layouts.mixing is not None:
-                    raise LayerwiseError(
-                        f"block {block.name!r} holds a layer ({layouts.mixing}) that takes its first dimension for a "
-                        "sequence, but gets the batch there, so that it would mix samples; build it with "
-                        "batch_first=True, or give it (length, batch, features)."
-                    )
+                layouts.check_mixing(block.name)
                 if h.is_complex():
                     raise LayerwiseError(
                         f"block {block.name!r} passes on complex numbers, which no rule can read; take their absolute "

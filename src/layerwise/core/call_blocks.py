@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,29 @@ from layerwise.core.blocks import Block
 from layerwise.core.drawing import draw
 from layerwise.errors import LayerwiseError
 
-if TYPE_CHECKING:
-    from layerwise.core.calls import CallPartition
+
+class Calls(Protocol):
+    """What a block needs of its network: its forward pass, which pauses after every block."""
+
+    model: nn.Module
+    cuts: tuple[str, ...]
+    asked_by: str
+
+    def pull(self, index: int, h: Any) -> Tensor:
+        """Run block `index` of the open pass."""
+        ...
+
+    def call(self, index: int, h: Tensor, module: nn.Module) -> Tensor:
+        """Call another module instead of that of block `index`, with the arguments of the open pass."""
+        ...
+
+    def skipped(self, index: int) -> bool:
+        """Whether the open pass has skipped the block."""
+        ...
+
+    def compile(self, index: int, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Wrap the module of block `index`."""
+        ...
 
 
 class CallBlock(Block):
@@ -21,7 +42,7 @@ class CallBlock(Block):
     It can be called only while its partition has an open pass: once and in order, unless blocks are run one by one.
     """
 
-    def __init__(self, name: str, index: int, network: "CallPartition"):
+    def __init__(self, name: str, index: int, network: Calls):
         super().__init__(name, network.model, self._pull, set())
         self.index, self._network = index, network
 
@@ -69,7 +90,7 @@ class CallBlock(Block):
 class _Copy(nn.Module):
     """A copy of a block's module, in any pass of the network that the block is part of."""
 
-    def __init__(self, module: nn.Module, network: "CallPartition", index: int):
+    def __init__(self, module: nn.Module, network: Calls, index: int):
         super().__init__()
         self.module, self.index, self._network = module, index, (network,)
 

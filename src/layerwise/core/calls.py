@@ -17,6 +17,7 @@ from layerwise.core.call_blocks import CallBlock
 from layerwise.core.coroutine import Pass, called_instead, devices_of, without_severing
 from layerwise.core.crossing import Crossing, Uses
 from layerwise.core.cut_names import check_cuts
+from layerwise.core.failures import KNOWN, told_by
 from layerwise.core.keeping import exchanged, tensors_kept
 from layerwise.core.layout import Layouts, declared_layouts
 from layerwise.core.ownership import Tied, owner_of, ownership
@@ -279,13 +280,13 @@ class CallPartition(Partition):
                 try:
                     with uses:
                         out = block(h)
-                except (RuntimeError, ValueError, IndexError, TypeError) as reason:
+                except KNOWN as reason:
                     raise LayerwiseError(
                         f"{type(self.model).__name__} cannot take this batch ({type(reason).__name__} after cut "
-                        f"{self.cuts[block.index - 1]!r}: {str(reason).splitlines()[0]}); check the model against the "  # pyright: ignore[reportAttributeAccessIssue]
+                        f"{self.cuts[block.index - 1]!r}: {told_by(reason)}); check the model against the "  # pyright: ignore[reportAttributeAccessIssue]
                         "data."
                         if block is not self.blocks[0]
-                        else f"{type(self.model).__name__} cannot take this batch: {str(reason).splitlines()[0]}; "
+                        else f"{type(self.model).__name__} cannot take this batch: {told_by(reason)}; "
                         "check the model against the data."
                     ) from reason
                 if not block.ran:  # pyright: ignore[reportAttributeAccessIssue]
@@ -293,12 +294,12 @@ class CallPartition(Partition):
                         f"cut {block.name!r} is not called in the forward pass, or after a later cut; name modules "
                         "that are called, in their order."
                     )
-                if layouts.mixing is not None:
-                    layouts.mixing = None  # the model may do this: its forward pass may transpose tensors
+                if isinstance(x, Tensor):  # of other batches, the first size may be a length
+                    layouts.check_mixing(block.name)
                 given = declared.get(block.name, common if common is not None and len(common) == out.dim() else None)
                 if given is not None:
                     layouts.begin(out, given)
-                block.layout = layouts.of(out, samples) or self._likely_layout(out)
+                block.layout = layouts.of(out, samples)
                 if block is not self.head:
                     forms.append(form_of(opened.whole, out))
                 h = out.detach()
@@ -409,13 +410,6 @@ class CallPartition(Partition):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CallPartition, (self.model, self.cuts, self.output, self.read, self.tied, self.layout)
-
-    def _likely_layout(self, out: Tensor) -> str | None:
-        """Guess a layout that the functions did not show: if a norm has the last size, features are last."""
-        if out.dim() != 3:
-            return None
-        sizes = {p.numel() for p in self.model.parameters() if p.dim() == 1}
-        return "BLC" if out.shape[2] in sizes and out.shape[1] not in sizes else None
 
     def _one_name_each(self) -> dict[str, Tensor]:
         return dict([*self.model.named_parameters(), *self.model.named_buffers()])

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from layerwise.errors import LayerwiseError
 
@@ -45,6 +46,10 @@ def check_model(model: Any) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise LayerwiseError(
             "the model is a ScriptModule, which cannot be cut; give the Python module that it was made from."
+        )
+    if any(not is_lazy(t) and t.is_inference() for t in (*model.parameters(), *model.buffers())):
+        raise LayerwiseError(
+            "the model has tensors that were made in torch.inference_mode(), which cannot be trained; build it outside."
         )
 
 

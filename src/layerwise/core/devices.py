@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, short
 
 LEAST_CHANNELS = 8
 """Of a strided 1x1 convolution in channels-last order on the CPU."""
@@ -53,10 +53,10 @@ def usable_device(device: torch.device | str) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
-    except (RuntimeError, TypeError, AssertionError, ImportError, AttributeError) as reason:
+    except (RuntimeError, TypeError, ValueError, AssertionError, ImportError, AttributeError) as reason:
         said = str(reason).splitlines()[0].rstrip(".")
         raise LayerwiseError(
-            f"device {device!r} cannot be used ({said}); choose one that this machine has."
+            f"device {short(device)} cannot be used ({said}); choose one that this machine has."
         ) from reason
     if found.type == "meta":
         raise LayerwiseError("nothing can be trained on the device 'meta'; choose one that holds numbers.")

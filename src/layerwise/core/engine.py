@@ -23,10 +23,10 @@ from layerwise.core.pieces import FollowsNextBlock, HasTrunk, PerturbsWeights, S
 from layerwise.core.progress import Accumulation, Trace, WaitingTrunk
 from layerwise.core.pullback import without_gradient
 from layerwise.core.randomness import derive_seed
-from layerwise.core.reached import check_reached
+from layerwise.core.reached import check_reached, check_still_reached
 from layerwise.core.rule import Rule, Signal
 from layerwise.core.runner import NOTHING, Runner, Signals
-from layerwise.core.stepping import take_step
+from layerwise.core.stepping import explained_step, take_step
 from layerwise.core.tasks import Task
 from layerwise.core.trees import all_finite, detach
 from layerwise.errors import LayerwiseError
@@ -384,11 +384,13 @@ class Engine(Runner):
         given = [pair for signal, _ in signals for pair in signal.gradients.items()]
         if given:
             add_given(self.rule, group, given, own, self._weight * share)
+        taught = any(s.loss is not None or s.cotangent is not None or s.gradients for s, _ in signals)
         if not group.checked and all(unit.block.ran for unit in group.units):
             group.checked = True
-            taught = any(s.loss is not None or s.cotangent is not None or s.gradients for s, _ in signals)
             reached = self._stepped | {id(p) for p in wanted if p.grad is not None}
             check_reached(self.rule, group, own, reached, taught)
+        elif taught and not self.execution.replicas.shares_parameters:
+            check_still_reached(group, lambda p: p.grad is not None or id(p) in self._stepped)
         loss = _sum([wide(loss.detach()) for loss in losses] or [torch.zeros((), device=self.execution.device)])
         return loss if share == 1 else loss * share
 
@@ -422,23 +424,11 @@ class Engine(Runner):
 
     def _step_optimizer(self, group: Group, optimizer: torch.optim.Optimizer) -> None:
         set_learning_rate(optimizer, self._factor())
-        try:
+        with explained_step(optimizer, group.name):
             if group.scaler.is_enabled():
                 group.scaler.step(optimizer)
             else:
                 take_step(optimizer)
-        except KeyError as reason:
-            raise LayerwiseError(
-                f"{type(optimizer).__name__} finds no {reason} in its state; an option that needs it (amsgrad, "
-                "centered) is set when the optimizer is made, not in its parameter groups later."
-            ) from reason
-        except RuntimeError as reason:
-            if "sparse" not in str(reason).lower():
-                raise
-            raise LayerwiseError(
-                f"{type(optimizer).__name__} cannot use the gradients of {group.name!r} ({reason}); sparse gradients "
-                "need sgd with momentum 0 or adagrad, both with weight_decay=0, or sparse=False in the embedding."
-            ) from reason
 
     def _step_parameter(
         self, group: Group, optimizer: torch.optim.Optimizer, parameter: Any, h: Any, step: int

@@ -7,6 +7,21 @@ import torch
 from layerwise.core.trees import tensors
 from layerwise.errors import LayerwiseError
 
+KNOWN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, NameError, ArithmeticError, AssertionError)
+"""What a module's `forward` raises where it, or its input, is wrong."""
+
+
+def told_by(reason: BaseException) -> str:
+    """The first line of what a module has raised, without its full stop.
+
+    >>> told_by(KeyError("mask")), told_by(AssertionError()), told_by(ValueError("too long."))
+    ("KeyError: 'mask'", 'AssertionError', 'too long')
+    """
+    lines, kind = str(reason).strip().splitlines(), type(reason).__name__
+    if not lines:
+        return kind
+    return f"{kind}: {lines[0]}" if isinstance(reason, (KeyError, AssertionError)) else lines[0].rstrip(".")
+
 
 class NonFinite(LayerwiseError):
     """A signal or a gradient is NaN or infinite."""
@@ -50,10 +65,9 @@ class in_a_sentence:
         """Nothing to prepare."""
 
     def __exit__(self, kind: Any, reason: BaseException | None, traceback: Any) -> None:
-        known = isinstance(reason, (RuntimeError, ValueError, IndexError, TypeError))
-        if not known or isinstance(reason, torch.OutOfMemoryError):
+        if not isinstance(reason, KNOWN) or isinstance(reason, torch.OutOfMemoryError):
             return
-        said = (str(reason).strip() or type(reason).__name__).splitlines()[0].rstrip(".")
+        said = told_by(reason)
         hint = "call torch's checkpoint with use_reentrant=False" if "use_reentrant" in said else "look at its modules"
         shapes = ", ".join(str(tuple(t.shape)) for t in tensors(self.h))
         raise LayerwiseError(

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from layerwise.core.torch_functions import KEEPING, REARRANGING
 from layerwise.errors import LayerwiseError, suggestion
 
 POSITIONS = {0: "", 1: "L", 2: "HW", 3: "DHW"}
@@ -113,6 +114,15 @@ class Layouts(TorchFunctionMode):
         kinds = ["B" if i == 0 else None for i in range(x.dim())] if layout is None else _kinds(layout, x)
         self._axes[x] = [(Axis(kind, size),) for kind, size in zip(kinds, x.shape, strict=True)]
 
+    def check_mixing(self, block: str) -> None:
+        """Raise LayerwiseError if a layer of this block took the batch for a sequence."""
+        if self.mixing is not None:
+            raise LayerwiseError(
+                f"block {block!r} holds a layer ({self.mixing}) that takes its first dimension for a sequence, but "
+                "gets the batch there, so that it would mix samples; build it with batch_first=True, or give it "
+                "(length, batch, features)."
+            )
+
     def of(self, h: Tensor, batch: int) -> str | None:
         """The layout of a tensor; None if it is unknown."""
         axes = self._axes.get(h)
@@ -184,11 +194,13 @@ class Layouts(TorchFunctionMode):
             return [[*axes[:-1], self._axes[args[2]][-1] if args[2] in self._axes else axes[-1]]]
         if name in ("matmul", "bmm", "__matmul__", "__rmatmul__", "mm"):
             return [self._product(args[::-1] if name == "__rmatmul__" else args, out)]
+        if name in ("addmm", "baddbmm"):
+            return [self._product(args[1:], out)]
         if name == "einsum":
             return [self._summed(args, out)]
         if name in ("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "ravel", "_unsafe_view"):
             return [_reshaped(axes, out.shape)]
-        if name in _REARRANGING:
+        if name in REARRANGING:
             return [self._rearranged(name, axes, args, kwargs, result) for result in results]
         if name == "unbind":
             return [_without(axes, args[1] if len(args) > 1 else kwargs.get("dim", 0)) for _ in results]
@@ -203,7 +215,7 @@ class Layouts(TorchFunctionMode):
                 _tell(axes[1], "C")
                 return [[axes[0], (Axis("C", out.shape[1]),), (Axis("P", out.shape[2]),)]]
             return [[*_resized(axes, out[..., 0]), (Axis(None, out.shape[-1]),)]]
-        if name not in _KEEPING and not name.startswith("fft_"):
+        if name not in KEEPING and not name.startswith("fft_"):
             raise Unknown  # it may move dimensions
         return [self._elementwise(given, result) for result in results]
 
@@ -299,78 +311,6 @@ class Layouts(TorchFunctionMode):
         return _resized(found, out)
 
 
-_REARRANGING = {
-    *("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "T", "mT", "adjoint"),
-    *("unsqueeze", "squeeze", "select"),
-    *("mean", "sum", "amax", "amin", "max", "min", "std", "var", "norm", "logsumexp", "prod", "median", "argmax"),
-    *("argmin", "nanmean", "all", "any"),
-}
-
-
-_OPERATORS = (
-    *("add", "sub", "mul", "div", "truediv", "floordiv", "pow", "mod", "and", "or", "xor", "lshift", "rshift"),
-    *("eq", "ne", "lt", "le", "gt", "ge", "neg", "pos", "abs", "invert", "not"),
-)
-_KEEPING = {
-    *(f"__{prefix}{name}__" for name in _OPERATORS for prefix in ("", "r", "i")),
-    *_OPERATORS,
-    # elementwise functions
-    *(
-        "subtract",
-        "multiply",
-        "divide",
-        "true_divide",
-        "floor_divide",
-        "remainder",
-        "fmod",
-        "rsub",
-        "negative",
-        "positive",
-    ),
-    *("absolute", "sign", "sgn", "signbit", "reciprocal", "square", "sqrt", "rsqrt", "exp", "exp2", "expm1", "log"),
-    *("log2", "log10", "log1p", "logaddexp", "logaddexp2", "xlogy", "sin", "cos", "tan", "sinh", "cosh", "tanh"),
-    *("asin", "acos", "atan", "asinh", "acosh", "atanh", "arcsin", "arccos", "arctan", "arcsinh", "arccosh", "arctanh"),
-    *("atan2", "arctan2", "sinc", "erf", "erfc", "erfinv", "lgamma", "digamma", "i0", "logit", "expit", "float_power"),
-    *(
-        "floor",
-        "ceil",
-        "round",
-        "trunc",
-        "fix",
-        "frac",
-        "clamp",
-        "clip",
-        "clamp_min",
-        "clamp_max",
-        "maximum",
-        "minimum",
-    ),
-    *("fmax", "fmin", "lerp", "addcmul", "addcdiv", "hypot", "copysign", "heaviside", "ldexp", "nan_to_num", "where"),
-    *("isnan", "isinf", "isfinite", "isclose", "logical_and", "logical_or", "logical_not", "logical_xor"),
-    *("bitwise_and", "bitwise_or", "bitwise_not", "bitwise_xor", "greater", "greater_equal", "less", "less_equal"),
-    *("not_equal", "deg2rad", "rad2deg", "masked_fill", "masked_scatter", "fill", "zero", "copy", "bernoulli"),
-    *("fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine", "real", "imag", "conj", "angle", "polar"),
-    *("threshold", "relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "elu", "selu", "celu", "leaky_relu"),
-    *("prelu", "rrelu", "gelu", "silu", "mish", "softplus", "softsign", "softshrink", "hardshrink", "tanhshrink"),
-    *("logsigmoid", "sigmoid", "special_expit", "glu", "swiglu"),
-    *("dropout", "alpha_dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "feature_alpha_dropout"),
-    # along dimensions that stay where they are
-    *("softmax", "log_softmax", "softmin", "gumbel_softmax", "normalize", "local_response_norm", "renorm", "cumsum"),
-    *("cumprod", "logcumsumexp", "cummax", "cummin", "diff", "sort", "argsort", "topk", "roll", "flip", "fliplr"),
-    *("flipud", "tril", "triu", "pad", "cat", "concat", "concatenate", "chunk", "split", "split_with_sizes"),
-    *("tensor_split", "narrow", "index_select", "gather", "take_along_dim", "index_add", "index_copy", "index_fill"),
-    *("scatter", "scatter_add", "scatter_reduce", "repeat", "tile", "repeat_interleave", "expand", "expand_as"),
-    *("broadcast_to", "broadcast_tensors", "interpolate", "upsample", "grid_sample", "pixel_shuffle"),
-    *("pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "lp_normalize"),
-    # copies, types and places
-    *("clone", "detach", "contiguous", "to", "type", "type_as", "cpu", "cuda", "float", "double", "half", "bfloat16"),
-    *("int", "long", "short", "bool", "cfloat", "cdouble", "data", "grad", "alias", "requires_grad", "__deepcopy__"),
-    *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like", "resolve_conj"),
-    *("resolve_neg", "pin_memory", "__setitem__", "retain_grad", "_make_subclass", "as_subclass"),
-}
-"""Functions whose results have the dimensions of their arguments, in the same places."""
-
-
 def kind_of(dimension: Sequence[Axis]) -> str | None:
     """Kind of a dimension that consists of several axes: M for the batch together with others, 1 for no axes."""
     kinds = {axis.kind for axis in dimension}
@@ -439,6 +379,8 @@ def _merged(a: tuple[Axis, ...], b: tuple[Axis, ...]) -> tuple[Axis, ...]:
     first, second = kind_of(a), kind_of(b)
     if first == "1" or second == "1":
         return b if first == "1" else a
+    if "?" in (first, second) and None not in (first, second):
+        return b if first == "?" else a  # what is added to a known tensor has its dimensions
     if first is None and second is not None:
         if second != "?" and math.prod(x.size for x in a) == math.prod(x.size for x in b):
             _tell(a, second if second in "BCP" else "?")

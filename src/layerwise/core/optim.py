@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from layerwise.core.ranges import check_ranges
-from layerwise.errors import LayerwiseError, suggestion, unknown
+from layerwise.errors import LayerwiseError, suggestion, unknown, why
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer | Sequence[torch.optim.Optimizer]]
 """From parameter groups to an optimizer, or to several that share the parameters."""
@@ -147,6 +147,8 @@ def optimizer_factory(
 def _imported(path: str) -> Any:
     """What a dotted path names, None where its module holds nothing of that name."""
     module, _, name = path.rpartition(".")
+    if not all(part.isidentifier() for part in path.split(".")):
+        return None
     try:
         return getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError as reason:
@@ -155,8 +157,11 @@ def _imported(path: str) -> Any:
         raise LayerwiseError(
             f"there is no module {reason.name!r} for the optimizer {path!r}; install its package, or correct the name."
         ) from reason
-    except (ImportError, ValueError) as reason:
-        raise LayerwiseError(f"the optimizer {path!r} cannot be imported ({reason}).") from reason
+    except (Exception, SystemExit) as reason:  # a user's module may raise anything
+        raise LayerwiseError(
+            f"the optimizer {path!r} cannot be imported ({type(reason).__name__}: {why(reason).rstrip('.')}); correct "
+            "its module."
+        ) from reason
 
 
 class Factory(ABC):
@@ -186,12 +191,14 @@ class FromClass(Factory):
     can_fuse: bool
 
     def __call__(self, groups: list[dict[str, Any]]) -> list[torch.optim.Optimizer]:
-        fused = {"fused": True} if self.can_fuse and _can_fuse(groups) else {}
+        # A loop over tensors or a differentiable step, which somebody asked for, excludes one kernel for all.
+        asked = self.arguments.get("foreach") or self.arguments.get("differentiable")
+        fused = {"fused": True} if self.can_fuse and not asked and _can_fuse(groups) else {}
         groups = [{name: value for name, value in group.items() if name != "names"} for group in groups]
         try:
             return [self.cls(groups, **self.arguments, **fused)]  # pyright: ignore[reportArgumentType]
-        except (TypeError, ValueError, IndexError) as reason:
-            raise LayerwiseError(f"{self.cls.__name__} refuses its options: {reason}.") from reason
+        except Exception as reason:  # a user's class may raise anything
+            raise LayerwiseError(f"{self.cls.__name__} refuses its options: {why(reason).rstrip('.')}.") from reason
 
 
 @dataclass(frozen=True)
@@ -216,7 +223,7 @@ class FromFunction(Factory):
         try:
             made = self.function(groups)
         except Exception as reason:  # a user's function may raise anything
-            raise LayerwiseError(f"the function that makes optimizers fails: {reason}.") from reason
+            raise LayerwiseError(f"the function that makes optimizers fails: {why(reason).rstrip('.')}.") from reason
         made = list(made) if isinstance(made, (list, tuple)) else [made]
         for optimizer in made:
             if not isinstance(optimizer, torch.optim.Optimizer):

@@ -18,6 +18,7 @@ from layerwise.core.functional import wide
 from layerwise.core.layers import has_gradients, holding_parameters, layer_gradients, seeing_layers
 from layerwise.core.randomness import derive_seed
 from layerwise.core.tasks import Classification, Task
+from layerwise.core.tasks.classes import check_shapes
 
 Add = Callable[[Tensor, Tensor], Tensor]
 """Adds a random direction to a tensor."""
@@ -199,5 +200,6 @@ def losses_of_samples(task: Task, outputs: Tensor, y: Tensor) -> Tensor:
 def _wide_with_shares(task: Task, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Logits in float32 or wider, and `Classification.target_shares` of their type."""
     assert isinstance(task, Classification)
+    check_shapes(outputs, y)
     z = wide(outputs)
     return z, task.target_shares(y).to(z.dtype)

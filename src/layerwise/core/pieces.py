@@ -7,7 +7,8 @@ Most rules inherit only from `Rule`. A rule that needs more also inherits one of
 """
 
 from abc import abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -193,8 +194,27 @@ class StartsFromData(Abstract):
         """
 
 
+@dataclass(frozen=True)
+class PredictionContext(BatchContext):
+    """What a rule that `UsesPrediction` can read before the first block runs."""
+
+    predict: Callable[[Tensor], Tensor] = field(kw_only=True)
+    """What the rule predicts, `(B, ..., K)` for `(B, ...)`, in evaluation mode and without gradient."""
+
+
+class UsesPrediction:
+    """A rule whose `begin` may use what it predicts for the batch, such as to choose probable wrong labels.
+
+    Its `begin` and `again` get a `PredictionContext`.
+    """
+
+
 class PredictsBySite:
     """A rule whose prediction adds something at every site, such as a vote; a pipeline predicts in the same way."""
+
+    def predicts_by_site(self) -> bool:
+        """Whether anything is added under the rule's options; otherwise the network's own output is the prediction."""
+        return True
 
     def ask(self, x: Tensor, auxiliary: nn.Module | None) -> tuple[Tensor, Any]:
         """Input of the first block and first message of a forward pass of prediction: `Rule.begin` without labels.
@@ -247,6 +267,13 @@ class PassesBeliefs(Abstract):
 def has_trunk(rule: Rule) -> bool:
     """Whether the rule trains the first group as a trunk."""
     return isinstance(rule, HasTrunk) and rule.has_trunk()
+
+
+def predicts_plainly(rule: Rule) -> bool:
+    """Whether the prediction is the network's own output."""
+    if isinstance(rule, PredictsBySite):
+        return not rule.predicts_by_site()
+    return type(rule).predict is Rule.predict
 
 
 def ask(rule: Rule, x: Tensor, auxiliary: nn.Module | None) -> tuple[Tensor, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from layerwise.core.groups import Group
-from layerwise.core.rule import Metric, Signal
+from layerwise.core.rule import Scalar, Signal
 from layerwise.errors import LayerwiseError, short
 
 
@@ -72,12 +72,12 @@ class Accumulation:
 class Trace:
     """What one pass records: scalars on the device, read when somebody asks."""
 
-    metrics: dict[str, dict[str, Metric]] = field(default_factory=dict)
+    metrics: dict[str, dict[str, Scalar]] = field(default_factory=dict)
     statistics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     finite: dict[str, Tensor] = field(default_factory=dict)
     skipped: set[str] = field(default_factory=set)
 
-    def add(self, name: str, metrics: dict[str, Metric], statistics: dict[str, Tensor], share: float = 1.0) -> None:
+    def add(self, name: str, metrics: dict[str, Scalar], statistics: dict[str, Tensor], share: float = 1.0) -> None:
         """Record a block's scalars and sums; the scalars of a part of the batch weigh by its share of the labels."""
         if share == 1:
             self.metrics[name] = {
@@ -92,7 +92,7 @@ class Trace:
                 self.statistics[name] = _sum(self.statistics.get(name, {}), statistics, 1)
 
 
-def read(name: str, metric: Metric) -> Tensor:
+def read(name: str, metric: Scalar) -> Tensor:
     """The value of a metric, without history.
 
     Raises:

@@ -12,7 +12,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints
 
 from layerwise.errors import LayerwiseError, short
-from layerwise.records import LARGEST
+from layerwise.parsing import LARGEST, check_largest
 
 
 @dataclass(frozen=True)
@@ -136,12 +136,6 @@ def check_fields(options: Any) -> None:
         kinds = get_type_hints(type(options), include_extras=True)
     for field in found:
         check(field.name, getattr(options, field.name), kinds[field.name])
-
-
-def check_largest(name: str, value: Any) -> None:
-    """Raise LayerwiseError where a whole number has more than 64 bits."""
-    if isinstance(value, int) and abs(value) > LARGEST:
-        raise LayerwiseError(f"{name} is {short(value)}; it must be 2^63 - 1 at most.")
 
 
 def check(name: str, value: Any, kind: Any) -> None:

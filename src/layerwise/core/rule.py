@@ -133,7 +133,7 @@ class BatchContext:
     run: Callable[[int, Tensor, Any], Tensor]
     """Runs the block at a site once more: `run(index, h, message)` is its output, without gradient.
 
-    Use this (or `forward`, or `predict`) for every pass that is not the step's own. Mode, precision and random draws
+    Use this (or `forward`) for every pass that is not the step's own. Mode, precision and random draws
     are those that the block will have in this step, so with the same input the output has the same bits. Buffers, such
     as batch norm's running statistics, and the generators stay as they are.
     """
@@ -142,8 +142,6 @@ class BatchContext:
 
     This is how a global error is broadcast without keeping any activation: a second forward pass.
     """
-    predict: Callable[[Tensor], Tensor]
-    """What the rule predicts, `(B, ..., K)` for `(B, ...)`, in evaluation mode and without gradient."""
     linearize: Callable[[int, Tensor, Any], tuple[Tensor, Pullback]]
     """Runs the block at a site as `run` does: `linearize(index, h, message)` is its output, and the map from cotangents
     on it to those on `h`.
@@ -184,7 +182,7 @@ class BlockContext:
     """
 
 
-Metric = Tensor | Callable[[], Tensor]
+Scalar = Tensor | Callable[[], Tensor]
 """A scalar, or a function that computes it when it is read."""
 
 
@@ -206,8 +204,8 @@ class Signal:
     metrics: dict[str, Any] = field(default_factory=dict)
     """Scalars on the device, read later; each is a mean over the batch. `"loss"` is the loss above unless given.
 
-    Each is a `Metric`. A function without arguments is called when somebody reads the metric. What it holds is kept until then, for every
-    block: let that be small, such as a byte per sample.
+    Each is a `Scalar`. A function without arguments is called when somebody reads the metric. What it holds is kept
+    until then, for every block: let that be small, such as a byte per sample.
     """
     statistics: dict[str, Tensor] = field(default_factory=dict)
     """Sums for metrics that are not means over the batch, see `Task.statistics`."""
@@ -330,10 +328,6 @@ class Rule(Abstract):
         """
         return network(x)
 
-    def predicts_plainly(self) -> bool:
-        """Whether the prediction is the network's plain output."""
-        return type(self).predict is Rule.predict
-
 
 def leaves_logits(rule: Rule) -> bool:
     """Whether the rule leaves the network's logits to the loss; a subclass with its own `signal` declares it again.
@@ -372,7 +366,7 @@ def loss_of(task: Task, outputs: Tensor | LinearOutputs, y: Tensor) -> Signal:
 
 def metrics_of(
     task: Task, outputs: Tensor, y: Tensor, loss: Tensor | None = None
-) -> tuple[dict[str, Metric], dict[str, Tensor]]:
+) -> tuple[dict[str, Scalar], dict[str, Tensor]]:
     """The task's metrics of outputs, and the sums that they are computed from, if any; as in `loss_of`.
 
     Args:

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from layerwise.errors import LayerwiseError, is_out_of_memory, why
+
 _KERNELS = {
     torch.optim.Adam: torch._fused_adam_,  # pyright: ignore[reportPrivateImportUsage]
     torch.optim.AdamW: torch._fused_adamw_,  # pyright: ignore[reportPrivateImportUsage]
@@ -90,3 +92,39 @@ def _fused_step(optimizer: torch.optim.Optimizer) -> bool:
                 found_inf=None,
             )
     return True
+
+
+class explained_step:
+    """A context in which a step that fails becomes one sentence about the optimizer; the cause stays attached.
+
+    Args:
+        optimizer: what steps.
+        name: of the blocks whose parameters it has.
+    """
+
+    __slots__ = ("name", "optimizer")
+
+    def __init__(self, optimizer: torch.optim.Optimizer, name: str):
+        self.optimizer, self.name = optimizer, name
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(self, kind: Any, reason: BaseException | None, traceback: Any) -> None:
+        if not isinstance(reason, Exception) or isinstance(reason, LayerwiseError) or is_out_of_memory(reason):
+            return
+        who = type(self.optimizer).__name__
+        if isinstance(reason, KeyError):
+            raise LayerwiseError(
+                f"{who} finds no {reason} in its state; an option that needs it (amsgrad, centered) is set when the "
+                "optimizer is made, not in its parameter groups later."
+            ) from reason
+        if "sparse" in str(reason).lower():
+            raise LayerwiseError(
+                f"{who} cannot use the gradients of {self.name!r} ({reason}); sparse gradients need sgd with momentum "
+                "0 or adagrad, both with weight_decay=0, or sparse=False in the embedding."
+            ) from reason
+        raise LayerwiseError(
+            f"{who} fails at the update of {self.name!r} ({why(reason).rstrip('.')}); correct its options, or choose "
+            "another optimizer."
+        ) from reason

@@ -16,6 +16,7 @@ from torch.fx.node import map_arg
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from layerwise.core.chains import INSTEAD, expanded, is_overridden, is_sequential, listed, opened
+from layerwise.core.failures import told_by
 from layerwise.core.observed import (
     PLAIN,
     attribute_of,
@@ -189,7 +190,7 @@ def _trace(
         ) from reason
     except Exception as reason:  # tracing runs the user's own forward, which may raise anything
         raise LayerwiseError(
-            f"{type(model).__name__}.forward cannot be traced ({str(reason).splitlines()[0]}); wrap the "
+            f"{type(model).__name__}.forward cannot be traced ({told_by(reason)}); wrap the "
             "model as nn.Sequential of its parts."
         ) from reason
     ends = {path: nodes for path, nodes in tracer.ends.items() if None not in nodes}

@@ -2,6 +2,42 @@
 
 What is in a batch depends on its number only.
 
+Files:
+
+    by name
+        catalogue.py     the names
+        loading.py       a data set, split three ways
+        splitting.py     splits with each class in the same proportion
+        statistics.py    mean and standard deviation
+        noise.py         wrong labels on purpose
+        naming.py        usual names of columns, splits and classes
+        machine.py       packages, cache and folders of this machine
+    batches
+        batches.py       order and augmentation
+        sources.py       samples in memory, or decoded on demand
+    images
+        images.py        splits, labels and pixels of images by name
+        folders.py       folders of images
+        masks.py         folders with a mask per image
+        hub.py           the Hugging Face hub
+        parquet.py       Parquet files
+        columns.py       which column holds what
+        rows.py          undecoded images with labels
+        labels.py        classes of a training split
+        pictures.py      decodes one picture
+        scenes.py        scenes of several digits
+    tables and graphs
+        tables.py        tables of numbers, from CSV
+        lines.py         a CSV file as it is
+        encoding.py      columns of words, and missing values
+        numbers.py       numbers as labels
+        nodes.py         nodes of a graph
+    text
+        text.py          splits, documents and windows of a text
+        tokenizer.py     from text to tokens
+        tokens.py        tokens mapped from a file
+        sentences.py     a label per sentence
+
 >>> data = load("digits")
 >>> data.shape, len(data.classes), len(data.train), len(data.val), len(data.test)
 ((1, 8, 8), 10, 1294, 144, 359)

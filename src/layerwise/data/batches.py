@@ -10,6 +10,7 @@ from layerwise.core.augment import AUGMENTATIONS, WHOLE, Share, check_augmentati
 from layerwise.core.randomness import derive_seed
 from layerwise.data.sources import Source
 from layerwise.errors import LayerwiseError
+from layerwise.parsing import check_largest
 
 
 class Batches:
@@ -57,6 +58,7 @@ class Batches:
         drop_last: bool = True,
         channels_last: bool = False,
     ):
+        check_largest("batch_size", batch_size)
         if batch_size < 1:
             raise LayerwiseError(f"batch size {batch_size} is not positive; use --batch-size 1 or more")
         if drop_last and batch_size > len(source) and not source.whole:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -15,7 +16,7 @@ from layerwise.core.rule import Rule
 from layerwise.core.tasks import KINDS, Classification, Task
 from layerwise.errors import LayerwiseError, suggestion, unknown
 from layerwise.memory.offload import check_offload
-from layerwise.parallel.alone import OneProcess
+from layerwise.parallel.alone import OneProcess, WholeNetwork
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
 
@@ -82,9 +83,7 @@ def _refuse(rule: Rule, what: str, kinds: Sequence[str]) -> NoReturn:
 
 def check_arguments(given: Mapping[str, Any]) -> None:
     """Raise LayerwiseError for arguments of `Learner`, by name, that are wrong whatever the model is."""
-    check_types(
-        *(given[n] for n in ("lr_multipliers", "channels_last", "stage", "replicas", "cuts", "layout", "compile"))
-    )
+    check_types(given)
     check_ranges(**{n: given[n] for n in ("clip", "accumulate", "micro", "label_smoothing", "seed", "blocks")})
     check_ranges(lr=given["lr"], weight_decay=given["weight_decay"], lr_multipliers=given["lr_multipliers"] or {})
     check_options(given["precision"], given["nonfinite"])
@@ -108,21 +107,26 @@ def check_multipliers(lr_multipliers: Mapping[str, float], names: Sequence[str])
             raise LayerwiseError(f"lr_multipliers names no block {name!r}; {suggestion(name, [*names, READOUTS])}.")
 
 
-def check_types(
-    lr_multipliers: Any, channels_last: Any, stage: Any, replicas: Any, cuts: Any, layout: Any, compile: Any
-) -> None:
+TYPES: Mapping[str, tuple[Any, str]] = {
+    "lr_multipliers": (Mapping | None, "a mapping from block names to factors"),
+    "channels_last": (bool, "True or False"),
+    "stage": (Stage | WholeNetwork | None, "a Stage"),
+    "replicas": (OneProcess | None, "Replicas, Shards or OneProcess()"),
+    "cuts": (str | Sequence | None, "a name, a pattern, or a list of names"),
+    "tied": (str | None, "'last', 'first' or 'frozen'"),
+    "layout": (str | Mapping | None, "a layout such as 'BCL', or a mapping from block names"),
+    "compile": (bool | str, "True, False, or the name of a backend"),
+    "offload_folder": (str | Path | None, "the path of a folder"),
+}
+"""Types of arguments, and what to give."""
+
+
+def check_types(given: Mapping[str, Any]) -> None:
     """Raise LayerwiseError for an argument of the wrong type."""
-    for name, value, kinds, wanted in (
-        ("lr_multipliers", lr_multipliers, (Mapping, type(None)), "a mapping from block names to factors"),
-        ("channels_last", channels_last, (bool,), "True or False"),
-        ("stage", stage, (Stage, type(None)), "a Stage"),
-        ("replicas", replicas, (OneProcess, type(None)), "Replicas, Shards or OneProcess()"),
-        ("cuts", cuts, (str, Sequence, type(None)), "a name, a pattern, or a list of names"),
-        ("layout", layout, (str, Mapping, type(None)), "a layout such as 'BCL', or a mapping from block names"),
-        ("compile", compile, (bool, str), "True, False, or the name of a backend"),
-    ):
-        if not isinstance(value, kinds):
-            raise LayerwiseError(f"{name} is of type {type(value).__name__}; give {wanted}.")
+    for name, (kinds, wanted) in TYPES.items():
+        if not isinstance(given[name], kinds):
+            raise LayerwiseError(f"{name} is of type {type(given[name]).__name__}; give {wanted}.")
+    compile, cuts, layout = given["compile"], given["cuts"], given["layout"]
     if isinstance(compile, str) and compile not in (known := torch.compiler.list_backends(exclude_tags=())):
         raise unknown("backend of torch.compile", compile, sorted(known))
     if isinstance(layout, Mapping) and not all(isinstance(part, str) for item in layout.items() for part in item):

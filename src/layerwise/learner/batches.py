@@ -15,8 +15,10 @@ from layerwise.errors import LayerwiseError
 def check_input(network: Partition, x: Any) -> None:
     """Raise LayerwiseError unless the network can take such an input."""
     if isinstance(network, CallPartition) and isinstance(x, (tuple, Mapping)):
-        if not tensors(x):
+        if not (held := tensors(x)):
             raise LayerwiseError("the batch holds no tensor; give what the model's forward takes.")
+        if any(t.is_meta for t in held):
+            raise LayerwiseError("the batch holds a tensor on the meta device, without numbers; give one with numbers.")
         return
     if isinstance(x, (tuple, Mapping)):
         raise LayerwiseError(
@@ -26,8 +28,42 @@ def check_input(network: Partition, x: Any) -> None:
     if not isinstance(x, Tensor):
         hint = {"ndarray": "torch.from_numpy(x)", "list": "torch.tensor(x)"}.get(type(x).__name__, "one tensor")
         raise LayerwiseError(f"the inputs are of type {type(x).__name__}; give {hint}, of shape (B, ...).")
+    check_dense(x, "inputs")
     if x.dim() == 0:
         raise LayerwiseError("the input is a single number; give a batch of shape (B, ...).")
+
+
+def check_dense(given: Tensor, what: str) -> None:
+    """Raise LayerwiseError unless a tensor holds its numbers one after the other."""
+    kind = (
+        "on the meta device, without numbers"
+        if given.is_meta
+        else "a nested tensor"
+        if given.is_nested
+        else "quantized"
+        if given.is_quantized
+        else "sparse"
+        if given.layout is not torch.strided
+        else ""
+    )
+    if kind:
+        raise LayerwiseError(f"the {what} are {kind}; give an ordinary tensor of shape (B, ...).")
+
+
+def check_label_tensor(y: Any, wanted: str) -> Tensor:
+    """Return the labels if they are an ordinary tensor.
+
+    Args:
+        y: labels from the user.
+        wanted: the task's description of labels, for the error.
+
+    Raises:
+        LayerwiseError: they are not.
+    """
+    if not isinstance(y, Tensor):
+        raise LayerwiseError(f"the labels are of type {type(y).__name__}; give a tensor{wanted}.")
+    check_dense(y, "labels")
+    return y
 
 
 def labelled(x: Any, y: Tensor | None) -> tuple[Any, Any]:
@@ -50,8 +86,7 @@ def with_labels(x: Any, y: Tensor | None, wanted: str) -> tuple[Any, Tensor]:
         LayerwiseError: the labels are not a tensor, or not one per input.
     """
     x, y = labelled(x, y)
-    if not isinstance(y, Tensor):
-        raise LayerwiseError(f"the labels are of type {type(y).__name__}; give a tensor{wanted}.")
+    y = check_label_tensor(y, wanted)
     samples = len(x) if isinstance(x, Tensor) else max(1, y.dim() and len(y))
     if y.dim() == 0 or samples == 0 or samples != len(y):
         labels = "one number" if y.dim() == 0 else f"{len(y)}"

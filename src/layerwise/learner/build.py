@@ -56,6 +56,7 @@ class Built:
     """
 
     def __init__(self, setup: Setup, x: Any, evaluating: Callable[[], AbstractContextManager[None]]):
+        self.compared = False
         check_alone(setup)
         check_by_parameter(setup)
         check_looks(setup)
@@ -70,7 +71,7 @@ class Built:
         ends = [later.start for later in ranges[1:]] + [len(blocks)]
         parts = [blocks[s.start : end] for s, end in zip(ranges, ends, strict=True)]
         # Which blocks are here, and what belongs to them, may be known only after the network has run.
-        known = isinstance(setup.stage, WholeNetwork) and not setup.network.owns_by_use
+        known = setup.stage.whole and not setup.network.owns_by_use
         self.offload: Offload | NotOffloaded = NotOffloaded()
         if known:
             self._settle(parts, 0)

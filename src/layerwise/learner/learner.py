@@ -24,26 +24,25 @@ from layerwise.core.rule import Rule
 from layerwise.core.tasks import Task, of_one_batch
 from layerwise.core.trees import mapped
 from layerwise.errors import LayerwiseError
-from layerwise.learner import pickled, prediction
+from layerwise.learner import prediction
 from layerwise.learner import state as states
 from layerwise.learner.arguments import check_arguments, check_labels_of
-from layerwise.learner.batches import check_input, labelled, ordinary, placed, with_labels
+from layerwise.learner.batches import check_input, check_label_tensor, labelled, ordinary, placed, with_labels
 from layerwise.learner.build import Built, NotBuilt, named_parameters
 from layerwise.learner.checks import check_parts
 from layerwise.learner.metering import meter_of
 from layerwise.learner.metrics import Metrics
 from layerwise.learner.network import check_reads
 from layerwise.learner.optimizer import EveryOptimizer
+from layerwise.learner.pickled import check_can_be_pickled, options_of, restored
 from layerwise.learner.rounds import train_on
 from layerwise.learner.setup import DONE_ONCE, make_setup
 from layerwise.learner.weights import Weights, save_blocks
 from layerwise.memory.meter import MemoryUse
 from layerwise.memory.offload import NotOffloaded, Offload
-from layerwise.parallel.alone import OneProcess
+from layerwise.parallel.alone import OneProcess, WholeNetwork
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
-
-Precision = Literal["fp32", "bf16", "fp16"]
 
 
 class Learner:
@@ -59,10 +58,10 @@ class Learner:
     Args:
         model: a module, or a `Partition` of one. It is trained in place and stays an ordinary module.
         rule: name of a rule, or a rule.
-        optimizer: `"adamw"`, `"adam"`, `"sgd"`, `"rmsprop"`, any class of `torch.optim` or its name, the dotted path
-            of another package's class, a callable from parameter groups to an optimizer or several, or a mapping from
-            patterns of parameter names to options (`{"*.lora_*": {"lr": 1e-3}}`, including `optimizer` if it
-            is not AdamW). Every group of blocks gets its own; `learner.optimizer` presents them as one.
+        optimizer: `"adamw"`, `"adam"`, `"sgd"` (Nesterov momentum 0.9), `"rmsprop"`, any class of `torch.optim` or its
+            name, the dotted path of another package's class, a callable from parameter groups to an optimizer or
+            several, or a mapping from patterns of parameter names to options (`{"*.lora_*": {"lr": 1e-3}}`, including
+            `optimizer` if it is not AdamW). Every group gets its own; `learner.optimizer` presents them as one.
         lr: learning rate.
         weight_decay: of weights; norms and biases have none.
         optimizer_options: further arguments of the optimizer's class.
@@ -81,8 +80,8 @@ class Learner:
         nonfinite: `"raise"` stops at a non-finite loss or gradient; `"skip"` skips that block's update
             and counts the step in `skipped`.
         label_smoothing: share of the target spread over all classes, in every loss that uses the label.
-        seed: of all random draws. A draw depends on (seed, step, block) only; torch's global generators are
-            left as they were.
+        seed: of all random draws. A draw depends on (seed, step, block) only; the global generators of torch, Python
+            and NumPy are left as they were.
         cuts: where to cut the model, see `partition`. A pattern (`"model.layers.*"`) or `"auto"` cuts it at the calls
             of its own modules, see `cut_at_calls`; so do `output`, `read`, `tied` and an example that is not a tensor.
         blocks: number of blocks, see `partition`.
@@ -138,7 +137,7 @@ class Learner:
         clip: float | None = None,
         accumulate: int = 1,
         micro: int = 1,
-        precision: Precision = "fp32",
+        precision: Literal["fp32", "bf16", "fp16"] = "fp32",
         compile: bool | str = False,
         channels_last: bool = False,
         nonfinite: Literal["raise", "skip"] = "raise",
@@ -152,7 +151,7 @@ class Learner:
         task: Task | str | None = None,
         example: Any = None,
         layout: Mapping[str, str] | str | None = None,
-        stage: Stage | None = None,
+        stage: Stage | WholeNetwork | None = None,
         replicas: Replicas | OneProcess | None = None,
         device: torch.device | str | None = None,
         offload: Where = "none",
@@ -309,7 +308,7 @@ class Learner:
         """
         if torch.is_inference_mode_enabled():
             raise LayerwiseError("a training step cannot run inside torch.inference_mode(); call it outside.")
-        with preserved_generators(self.device):
+        with preserved_generators(self.device, self._setup.others[self.network.model.training]):
             x, y = self._ready(x, y)
             if not self._prepared:
                 self.prepare(x, y)
@@ -358,7 +357,7 @@ class Learner:
         Optimizers create their state in the first update, so measure a later step.
         """
         groups = self.groups_at(self.updates)
-        with meter_of(self) as meter:
+        with meter_of(self.network, self.auxiliary, self.groups, self.replicas, self.device) as meter:
             metrics = self.step(x, y)
         return metrics, self.replicas.counted(self.offload.counted(meter.peak), groups)
 
@@ -434,7 +433,7 @@ class Learner:
 
         The values are checked only on the host: on an accelerator the check would wait for the device.
         """
-        check_labels_of(self.rule, self.task, y)
+        check_labels_of(self.rule, self.task, check_label_tensor(y, self.task.wanted))
 
     # State.
 
@@ -487,7 +486,7 @@ class Learner:
         Raises:
             LayerwiseError: nothing is built yet, or the folder cannot be written to.
         """
-        save_blocks(self.network, self.built.offload, Path(folder), index=self.stage.first)
+        save_blocks(self.network, self.built.offload, folder, index=self.stage.first)
 
     def onload(self) -> None:
         """Bring all offloaded blocks to the device permanently: the model is an ordinary module again."""
@@ -496,4 +495,7 @@ class Learner:
         self._built.offload = self.offload
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return pickled.restored, pickled.parts_of(self)
+        check_can_be_pickled(self.stage, self.replicas, self.offload)
+        state = self._pending if isinstance(self._built, NotBuilt) else self.state_dict()
+        made_of = type(self), self.network, self.rule, self._arguments, self._example
+        return restored, (*made_of, state, self._prepared, options_of(self.groups))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from layerwise.core.failures import NonFinite
 from layerwise.core.progress import read
-from layerwise.core.rule import Metric
+from layerwise.core.rule import Scalar
 from layerwise.errors import LayerwiseError
 
 
@@ -27,7 +27,7 @@ class Metrics:
 
     step: int
     samples: int
-    recorded: dict[str, dict[str, Metric]] = field(repr=False)
+    recorded: dict[str, dict[str, Scalar]] = field(repr=False)
     skipped: tuple[str, ...]
     finite: dict[str, Tensor]
     statistics: dict[str, dict[str, Tensor]] = field(default_factory=dict)

@@ -43,7 +43,9 @@ def cut(
         return partition(model, layout=layout)
     if asked:
         names = getattr(model, "block_names", "auto") if cuts in (None, "block") else cuts
-        return cut_at_calls(model, names, output=output, read=read, tied=tied or "last", blocks=blocks, layout=layout)
+        return cut_at_calls(
+            model, names, output=output, read=read, tied="last" if tied is None else tied, blocks=blocks, layout=layout
+        )
     try:
         return partition(model, cuts, blocks=blocks, example=example, layout=layout)
     except LayerwiseError as reason:

@@ -63,7 +63,7 @@ def begun(built: Built, x: Any, y: Tensor, step: int | None, predict: Callable[[
 
 
 def batch_context(built: Built, x: Any, y: Tensor, step: int | None, predict: Callable[[Any], Tensor]) -> BatchContext:
-    """The context that a rule gets before the first block runs."""
+    """The context that a rule gets before the first block runs; `predict` is for one that uses its prediction."""
     network = built.setup.network
     units = {unit.site.index: unit for group in built.groups for unit in group.units}
 
@@ -79,7 +79,10 @@ def batch_context(built: Built, x: Any, y: Tensor, step: int | None, predict: Ca
         return built.engine.linearize_aside(units[index], h, message, step)
 
     modules = modules_by_site(built)
-    return BatchContext(x, y, built.task, network, modules, run, forward, predict, linearize, step is not None)
+    context = BatchContext(x, y, built.task, network, modules, run, forward, linearize, step is not None)
+    if isinstance(built.setup.rule, pieces.UsesPrediction):
+        return pieces.PredictionContext(**vars(context), predict=predict)
+    return context
 
 
 def evaluated(built: Built, x: Any, y: Tensor, predict: Callable[[Any], Tensor]) -> Trace:
@@ -99,7 +102,7 @@ def evaluated(built: Built, x: Any, y: Tensor, predict: Callable[[Any], Tensor])
             with built.resident(group.units):
                 _, h, message = built.engine.forward(group, h, message, y, None, trace)
     stage.pass_on(h, message, skipped=False)
-    apart = not rule.predicts_plainly() and not rule.predicts_at_head
+    apart = not pieces.predicts_plainly(rule) and not rule.predicts_at_head
     if apart and (logits := predicted_again(built, x)) is not None:
         metrics, trace.statistics["head"] = metrics_of(built.task, logits, y)
         head = {"loss": built.task.loss(logits, y), **metrics}
@@ -111,7 +114,7 @@ def predicted(built: Built, x: Any) -> Tensor:
     """The rule's prediction for inputs on the device, if the whole network is here."""
     network, rule = built.setup.network, built.setup.rule
     who = in_a_sentence("the network", "cannot predict for an input", x)
-    if rule.predicts_plainly():
+    if pieces.predicts_plainly(rule):
         with who:
             return network(x)
     with asking(rule, "`predict`"), who, network.passing():

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from layerwise.core.devices import check_channels_last, check_precision, usable_
 from layerwise.core.execution import Execution
 from layerwise.core.late import LateWeights, NotLate
 from layerwise.core.optim import Factory, Schedule, optimizer_factory
-from layerwise.core.randomness import derive_seed
+from layerwise.core.randomness import OtherGenerators, derive_seed
 from layerwise.core.rule import Rule
 from layerwise.core.tasks import Task
 from layerwise.learner.arguments import check_can, check_multipliers, usable_task
@@ -28,6 +28,8 @@ from layerwise.parallel.stage import Stage
 
 ONE_PROCESS = OneProcess()
 """For learners without replicas."""
+WHOLE_NETWORK = WholeNetwork()
+"""For learners without stages."""
 DONE_ONCE = ("example", "weights", "cuts", "blocks", "output", "read", "tied")
 """Arguments that a copy of the learner does not need: example, weights and cuts are used only once."""
 
@@ -55,6 +57,10 @@ class Setup:
     compile: bool | str
     facts: Mapping[str, Any]
     """Facts that must agree on all replicas, by name."""
+    others: Mapping[bool, OtherGenerators] = field(
+        default_factory=lambda: {m: OtherGenerators() for m in (True, False)}
+    )
+    """Whether steps in training mode, and in evaluation mode, draw from generators that are not torch's."""
 
     @property
     def blocks(self) -> list[Block]:
@@ -119,7 +125,7 @@ def make_setup(
             seed=derive_seed(given["seed"], "replica", replicas.rank) if replicas.rank else given["seed"],
             replicas=replicas,
         ),
-        given["stage"] or WholeNetwork(),
+        given["stage"] or WHOLE_NETWORK,
         replicas,
         make_offload,
         Path(given["offload_folder"] or tempfile.gettempdir()),

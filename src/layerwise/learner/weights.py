@@ -140,7 +140,7 @@ def _read(file: Path, name: str, into: Tensor) -> None:
         raise LayerwiseError(f"{name!r} cannot be read from {shown(file)} ({reason}); {ADVICE}.") from reason
 
 
-def save_blocks(network: Partition, offload: Offload | NotOffloaded, folder: Path, index: bool) -> None:
+def save_blocks(network: Partition, offload: Offload | NotOffloaded, folder: str | Path, index: bool) -> None:
     """Write the weights of the blocks here, a file each; see `Learner.save_weights`.
 
     Args:
@@ -150,9 +150,11 @@ def save_blocks(network: Partition, offload: Offload | NotOffloaded, folder: Pat
         index: whether to write the index, too.
 
     Raises:
-        LayerwiseError: the folder cannot be written to.
+        LayerwiseError: no path, or the folder cannot be written to.
     """
-    blocks = network.sites
+    if not isinstance(folder, (str, os.PathLike)):
+        raise LayerwiseError(f"the folder is of type {type(folder).__name__}; give the path of a folder.")
+    folder, blocks = Path(folder), network.sites
     stored = network.model.state_dict(keep_vars=True)
     first_names = {id(t): name for name, t in reversed([*_every_name(network.model)])}
     owner = {name: i for i, block in enumerate(blocks) for name in block.names()}

@@ -23,6 +23,7 @@ from layerwise.core.rule import Rule
 from layerwise.core.tasks import UNLABELLED
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
+from layerwise.measure.filters import first_filters
 from layerwise.report.reading import MOST_CLASSES
 from layerwise.runs.building import load_data, load_run
 from layerwise.runs.writing import write_atomically
@@ -363,7 +364,8 @@ def diagnose(folder: Path, twin: Path | None = None, device: str = "auto") -> di
 
     Returns:
         `samples`, per block under `blocks` what `layer_table` gives, `cka_to_backprop` and `gradient_cosine`, and, up
-        to 20 classes, under `confusion` the counts of `LinearProbe.confusion` of each block.
+        to 20 classes, under `confusion` the counts of `LinearProbe.confusion` of each block; of pictures, under
+        `filters`, what `first_filters` gives.
 
     Raises:
         LayerwiseError: there is no run, its data set is missing, or its labels are not classes.
@@ -394,6 +396,9 @@ def diagnose(folder: Path, twin: Path | None = None, device: str = "auto") -> di
     }
     if all(len(counts) <= MOST_CLASSES for counts in confusion.values()):
         found["confusion"] = confusion
+    filters = first_filters(learner.network.model, dataset.shape)
+    if filters is not None:
+        found["filters"] = filters
     write_atomically(folder / "diagnostics.json", json.dumps(found, indent=2) + "\n")
     return found
 

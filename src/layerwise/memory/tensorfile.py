@@ -18,22 +18,27 @@ TYPES = {  # names in the format
 }  # fmt: skip
 
 
-def save_file(tensors: Mapping[str, Tensor], path: Path) -> None:
+def save_file(tensors: Mapping[str, Tensor], path: Path, about: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, one tensor after the other, so that at most one of them is in memory twice.
 
     The writer of safetensors needs copies of all tensors at once. Its order is kept: wide types first, so that all
-    tensors are aligned.
+    tensors are aligned. `about` is the file's metadata.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     names, header, end = {dtype: name for name, dtype in TYPES.items()}, {}, 0
+    if about:
+        header["__metadata__"] = dict(about)
     for name in order:
         if tensors[name].dtype not in names:
             raise LayerwiseError(
                 f"the tensor {name!r} is of type {tensors[name].dtype}, for which safetensors has no name; convert it."
             )
         start, end = end, end + tensors[name].nbytes
-        about = {"dtype": names[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
-        header[name] = about
+        header[name] = {
+            "dtype": names[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:

@@ -310,13 +310,14 @@ class HFModel(OutsideModel):
             if self._weights():
                 made = auto.from_pretrained(
                     self._path,
+                    trust_remote_code=False,  # by default it asks the user whether to run code of the folder
                     config=config,
                     use_safetensors=True,
                     local_files_only=True,
                     ignore_mismatched_sizes=True,  # a classifier with another number of classes is replaced
                 ).float()
             else:
-                made = auto.from_config(config)
+                made = auto.from_config(config, trust_remote_code=False)
             if kind == "sequence" and shape[:2] == (1, 1):
                 made.register_forward_pre_hook(WithoutPadding(config.pad_token_id), with_kwargs=True)
             return with_adapters(made, self.lora) if self.lora else made
@@ -350,7 +351,7 @@ class HFModel(OutsideModel):
         transformers = need("transformers", "hf")
         changed = _words(self.config) | ({} if self.depth is None else {"num_hidden_layers": self.depth})
         try:
-            config = transformers.AutoConfig.from_pretrained(self._path, local_files_only=True)
+            config = transformers.AutoConfig.from_pretrained(self._path, local_files_only=True, trust_remote_code=False)
         except Exception as reason:  # errors of many kinds
             said = " ".join(str(reason).split())[:200].rstrip(".")
             raise LayerwiseError(f"{shown(self._path)} is not a configuration of transformers ({said}).") from reason

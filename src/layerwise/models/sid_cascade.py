@@ -30,7 +30,7 @@ class Refine(nn.Module):
     """A module of the cascade: state `[log p | z]` `(B, K + D)` to the state with its own belief instead of p.
 
     The belief is a softmax of Linear, ReLU, dropout, Linear on `concat(p, z)`. The state holds its logarithm, so that
-    no logarithm of a probability is ever taken.
+    no logarithm of a probability is ever taken. The layers get their own type, which may be narrower than the state's.
     """
 
     def __init__(self, classes: int, features: int, hidden: int, dropout: float):
@@ -50,7 +50,8 @@ class Refine(nn.Module):
         return self._logits(*self.parts(state))
 
     def _logits(self, belief: Tensor, z: Tensor) -> Tensor:
-        return self.out(self.dropout(F.relu(self.hidden(torch.cat([belief.exp(), z], dim=-1)))))
+        inputs = torch.cat([belief.exp(), z], dim=-1).to(self.out.weight.dtype)
+        return self.out(self.dropout(F.relu(self.hidden(inputs))))
 
     def forward(self, state: Tensor) -> Tensor:
         """The next state."""
@@ -75,7 +76,7 @@ class LinearReadout(nn.Module):
 
     def forward(self, state: Tensor) -> Tensor:
         """Logits `(B, K)`."""
-        return self.linear(state[:, self.linear.out_features :])
+        return self.linear(state[:, self.linear.out_features :].to(self.linear.weight.dtype))
 
 
 @dataclass(frozen=True)

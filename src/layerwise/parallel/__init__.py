@@ -24,4 +24,17 @@ Decisions:
   first pipeline, because all rows hold the same bits.
 - Not in this version: sharded stages, and a rule with a trunk in a pipeline (the ranks would have to send gradients
   back to the first).
+
+Files:
+
+    rendezvous.py      how the processes of a job find one another
+    ranks.py           their agreement, and which of them has failed
+    heartbeat.py       which replica has ended or hangs
+    serialization.py   values as JSON
+    transport.py       tensors from rank to rank
+    stage.py           a rank of a pipeline
+    following.py       tensors of the next block, from the next rank
+    replicas.py        the same blocks on several ranks
+    shards.py          a part of every parameter on each rank
+    alone.py           null objects for one process
 """

@@ -1,6 +1,6 @@
 """Null objects for a learner without replicas or stages."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,8 +21,6 @@ class OneProcess(Alone):
     """
 
     rank, count = 0, 1
-    shares_parameters = False
-    """Whether a parameter of the model is replaced by a share of it."""
 
     def check(self, **options: Any) -> None:
         """Accept every option."""
@@ -55,11 +53,19 @@ class OneProcess(Alone):
         """A measured step as it is."""
         return use
 
+    def largest(self, value: int) -> Callable[[], int]:
+        """A function that returns the number: there is no other."""
+        return lambda: value
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value, in a list."""
+        return [value]
+
 
 class WholeNetwork:
     """Replaces a `Stage` if all groups are here, from the images to the head."""
 
-    first = last = True
+    whole = first = last = True
     borrowed: tuple[str, ...] = ()
     """Names of tensors of other ranks that are needed until the modules of the rule are made: none."""
 

@@ -1,6 +1,7 @@
 """Tensors that modules follow (`FollowsNextBlock`), if the next block is on another rank."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,9 +11,6 @@ from layerwise.core.following import NextBlock
 from layerwise.core.pieces import FollowsNextBlock
 from layerwise.core.rule import Rule, Site
 
-if TYPE_CHECKING:
-    from layerwise.parallel.stage import Stage
-
 
 class NextBlockOnRank(NextBlock):
     """Tensors of the next block, which the next rank sends back once per update, just before it begins.
@@ -21,14 +19,22 @@ class NextBlockOnRank(NextBlock):
     host: a message against the direction of the batches must not wait for the batches in a device's queue.
 
     Args:
-        stage: of this rank.
+        receive: returns the next list of tensors from the next rank.
+        send: sends a list of tensors to the previous rank.
         rule: whose modules follow.
         network: all blocks.
         own: the sites of this rank.
     """
 
-    def __init__(self, stage: "Stage", rule: Rule, network: Partition, own: range):
-        self.stage, self.last = stage, own.stop - 1
+    def __init__(
+        self,
+        receive: Callable[[], Any],
+        send: Callable[[list[Tensor]], None],
+        rule: Rule,
+        network: Partition,
+        own: range,
+    ):
+        self.receive, self.send, self.last = receive, send, own.stop - 1
         self.names = followed(rule, network, own.start - 1)
         self.first = network.blocks[own.start] if self.names else None
 
@@ -36,13 +42,13 @@ class NextBlockOnRank(NextBlock):
         """The next block's tensors: those of this rank, or what the next rank has sent."""
         if site.index < self.last:
             return super().tensors(site, names)
-        return self.stage.link.receive_back()
+        return self.receive()
 
     @torch.no_grad()
     def tell(self) -> None:
         """Send the previous rank the tensors that its last module follows."""
         if self.first is not None:
-            self.stage.link.send_back(self.told())
+            self.send(self.told())
 
     def told(self) -> list[Tensor]:
         """The tensors of the first block here that the previous rank follows."""

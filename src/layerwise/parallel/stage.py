@@ -13,7 +13,14 @@ from layerwise.core.cost import balanced_ends, operations
 from layerwise.core.devices import synchronize
 from layerwise.core.following import NextBlock
 from layerwise.core.modes import evaluation_mode
-from layerwise.core.pieces import FollowsNextBlock, PredictsBySite, ReadsOutputMatrix, StartsFromData, has_trunk
+from layerwise.core.pieces import (
+    FollowsNextBlock,
+    PredictsBySite,
+    ReadsOutputMatrix,
+    StartsFromData,
+    has_trunk,
+    predicts_plainly,
+)
 from layerwise.core.rule import Rule, Site
 from layerwise.core.trees import detach
 from layerwise.errors import LayerwiseError
@@ -86,6 +93,8 @@ class Stage:
         self.stop = 0
         self._skipped = False
 
+    whole = False
+    """Whether all groups are surely here; see `WholeNetwork`."""
     link: StageLink
 
     @property
@@ -158,7 +167,7 @@ class Stage:
 
     def next_block(self, rule: Rule, network: Partition, sites: range) -> NextBlock:
         """Where modules that follow the next block get its tensors: here, or from the next rank."""
-        return NextBlockOnRank(self, rule, network, sites)
+        return NextBlockOnRank(self.receive_back, self.send_back, rule, network, sites)
 
     def own(self, tensors: Mapping[str, Tensor], auxiliary: nn.ModuleDict) -> dict[str, Tensor]:
         """Those of all tensors that belong to the auxiliary modules of this stage."""
@@ -176,6 +185,14 @@ class Stage:
     def send_matrix(self, matrix: Tensor) -> None:
         """Send the output matrix to all other ranks."""
         self.link.send_matrix(matrix)
+
+    def receive_back(self) -> Any:
+        """The next list of tensors from the next rank."""
+        return self.link.receive_back()
+
+    def send_back(self, tensors: list[Tensor]) -> None:
+        """Send a list of tensors to the previous rank."""
+        self.link.send_back(tensors)
 
     def pass_on(self, h: Tensor, message: Any, skipped: bool) -> bool:
         """Send output and message of the last group here to the next rank.
@@ -230,7 +247,7 @@ def check_rule(rule: Rule, groups: Sequence[range]) -> None:
             why = "its first input may depend on the whole network"
         elif isinstance(rule, StartsFromData):
             why = "it sets the network up from training data"
-        elif not (rule.predicts_plainly() or isinstance(rule, PredictsBySite) or rule.predicts_at_head):
+        elif not (predicts_plainly(rule) or isinstance(rule, PredictsBySite) or rule.predicts_at_head):
             why = "it predicts from the whole network at once"
         else:
             return

@@ -283,9 +283,9 @@ class PipelineLink(BackLink):
                 learner.step(batch)
 
     Args:
-        ranks: the processes of the job, one per stage.
+        ranks: the processes of the job: one per stage, or several pipelines side by side, one after the other.
         stage: of this rank; the link is given to it.
-        blocks: what each rank runs, for error sentences.
+        blocks: what each rank of the job runs, for error sentences.
     """
 
     def __init__(self, ranks: Ranks, stage: Any, blocks: Sequence[str] = ()):
@@ -294,7 +294,7 @@ class PipelineLink(BackLink):
         rank, about = ranks.rank, (FORWARD, ranks.transfer_device, ranks.lanes)
         self.to_next = None if stage.last else SendChannel(ranks, rank + 1, *about)
         self.from_previous = None if stage.first else PrefetchingChannel(ranks, rank - 1, *about)
-        self.matrix = MatrixChannel(ranks, stage)
+        self.matrix = MatrixChannel(ranks, stage, first=rank - stage.rank)
         self.receive_matrix, self.send_matrix = self.matrix.receive, self.matrix.send
         stage.link = self
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
+from layerwise.core.failures import KNOWN, told_by
 from layerwise.errors import LayerwiseError
 
 HARMLESS = {"__get__", "size", "dim", "numel", "__len__", "stride", "is_contiguous", "is_floating_point"}
@@ -90,9 +91,9 @@ def readers_of(model: nn.Module, example: Any) -> dict[nn.Module, list[nn.Linear
     try:
         with _evaluating(model), noted:
             out = model(*args, **kwargs)
-    except (RuntimeError, TypeError, ValueError, IndexError) as reason:
+    except KNOWN as reason:
         raise LayerwiseError(
-            f"{type(model).__name__} cannot take the example ({str(reason).splitlines()[0]}); give a batch of its data."
+            f"{type(model).__name__} cannot take the example ({told_by(reason)}); give a batch of its data."
         ) from reason
     finally:
         for handle in handles:

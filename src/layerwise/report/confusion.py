@@ -34,7 +34,7 @@ def confusions(found: Mapping[str, Sequence[Mapping[str, Counts]]], origin: Orig
             f"confusion_{rule}",
             rule,
             f"Mistakes of the probes on the blocks of {rule}, the most frequent one of each. {worst}.",
-            lambda axes, shown=shown: figures.side_by_side(axes, shown, (0.0, 0.2)),
+            lambda axes, shown=shown: figures.side_by_side(axes, shown, (0.0, 0.2), ".1%"),
             2.6,
             f"The most frequent mistake of each block. {worst}.",
             origin,

@@ -33,8 +33,10 @@ class Figure:
     svg: str
     """For the page: text and lines have the colour of the text around it."""
     png: bytes
-    series: dict[str, Any] | None = None
-    """If it has a legend: names of x and y; per series its name and points; `cut`, where the legend begins."""
+    pointer: dict[str, Any] | None = None
+    """What the page says of the place under the pointer. Curves: names of `x` and `y`; per `series` its name and
+    points; `cut`, where the legend begins. Heat maps: `rows`, `columns` and the words of their `cells`; `box`, the
+    place of the cells (left, top, width, height)."""
 
 
 def render(
@@ -46,7 +48,7 @@ def render(
         name: stem of its files, and prefix of the identifiers in the SVG, so that several fit on one page.
         title: heading.
         alt: what it shows, in words.
-        draw: draws on matplotlib axes; it may return what `Figure.series` holds, without `cut`.
+        draw: draws on matplotlib axes; it may return what `Figure.pointer` holds, without `cut` and `box`.
         height: in inches.
 
     The bytes depend only on what is drawn: they contain no date, and the identifiers come from a fixed salt.
@@ -65,17 +67,27 @@ def render(
         canvas = Canvas(figsize=(WIDTH, height), layout="constrained", facecolor="none")
         FigureCanvasAgg(canvas)
         axes = canvas.add_subplot(facecolor="none")
-        series = draw(axes)
+        pointer = draw(axes)
         text, png = io.StringIO(), io.BytesIO()
         # Not `savefig`, which draws everything twice.
         FigureCanvasSVG(canvas).print_svg(text, metadata={"Date": None, "Creator": None})
         canvas.set_layout_engine("none")  # keep the layout instead of computing it again
         canvas.set(dpi=200, facecolor="white")
         FigureCanvasAgg(canvas).print_png(png, metadata={"Software": None})
-        if series is not None:
-            top = canvas.legends[0].get_window_extent().y1 / canvas.dpi  # in inches from below
-            series = series | {"cut": round(72 * (height - top), 1)}
-    return Figure(name, title, alt, _inline(text.getvalue(), name), png.getvalue(), series)
+        place = (canvas.legends[0] if canvas.legends else axes).get_window_extent()
+        left, top, right, bottom = (
+            round(72 * inches, 1)
+            for inches in (
+                place.x0 / canvas.dpi,
+                height - place.y1 / canvas.dpi,  # matplotlib measures from below
+                place.x1 / canvas.dpi,
+                height - place.y0 / canvas.dpi,
+            )
+        )
+        if pointer is not None:
+            where = {"cut": top} if "series" in pointer else {"box": [left, top, right - left, bottom - top]}
+            pointer = pointer | where
+    return Figure(name, title, alt, _inline(text.getvalue(), name), png.getvalue(), pointer)
 
 
 def file_name(name: str) -> str:
@@ -189,7 +201,7 @@ def pareto(points: Mapping[str, tuple[float, float]]) -> list[tuple[float, float
 
 def heat(
     axes: Any, rows: Mapping[str, Mapping[str, float | None]], limits: tuple[float, float] | None, form: str
-) -> None:
+) -> dict[str, Any]:
     """Draw rules against layers, with a colour bar, and the numbers (in the format `form`) where there is room.
 
     The colours span `limits`, which are the same in every report. If the quantity has no bounds, they begin at 0.
@@ -216,17 +228,22 @@ def heat(
     bar = axes.figure.colorbar(image, ax=axes, location="bottom", aspect=40, pad=0.02)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=2)
+    return _cells(list(rows), layers, values, form)
 
 
-def side_by_side(axes: Any, parts: Mapping[str, Sequence[Sequence[float | None]]], limits: tuple[float, float]) -> None:
+def side_by_side(
+    axes: Any, parts: Mapping[str, Sequence[Sequence[float | None]]], limits: tuple[float, float], form: str
+) -> dict[str, Any]:
     """Draw square tables side by side on one scale of colours; None stays empty."""
-    nan = float("nan")
-    numbers: list[list[float]] = [[] for _ in next(iter(parts.values()))]
+    values: list[list[float | None]] = [[] for _ in next(iter(parts.values()))]
+    columns: list[str] = []
     places = []
-    for table in parts.values():
-        for line, row in zip(numbers, table, strict=True):
-            line += [nan] * bool(line) + [nan if value is None else value for value in row]
-        places.append(len(numbers[0]) - len(numbers) / 2 - 0.5)
+    for part, table in parts.items():
+        columns += [""] * bool(columns) + [f"{part}, taken for {i}" for i in range(len(table))]
+        for line, row in zip(values, table, strict=True):
+            line += [None] * bool(line) + list(row)
+        places.append(len(columns) - len(table) / 2 - 0.5)
+    numbers = [[float("nan") if value is None else value for value in line] for line in values]
     image = axes.imshow(numbers, cmap="viridis", vmin=limits[0], vmax=limits[1], aspect="auto", interpolation="nearest")
     axes.set_xticks(places, list(parts))
     step = -(-len(numbers) // 10)
@@ -237,6 +254,36 @@ def side_by_side(axes: Any, parts: Mapping[str, Sequence[Sequence[float | None]]
     bar = axes.figure.colorbar(image, ax=axes, location="bottom", aspect=40, pad=0.02, extend="max")
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=2)
+    return _cells([f"class {i}" for i in range(len(values))], columns, values, form)
+
+
+def _cells(
+    rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]], form: str
+) -> dict[str, Any]:
+    """What the page's script needs to name the cell under the pointer."""
+    words = [["" if value is None else format(value, form) for value in row] for row in values]
+    return {"rows": rows, "columns": columns, "cells": words}
+
+
+def mosaic(axes: Any, pictures: Any, columns: int) -> None:
+    """Draw small pictures, bytes (N, C, h, w), in a grid: of three channels in colour, of one from blue to red."""
+    import numpy as np
+
+    count, channels, height, width = pictures.shape
+    rows = -(-count // columns)
+    grid = np.zeros((rows * (height + 1) - 1, columns * (width + 1) - 1, 4))  # transparent between the pictures
+    for i, picture in enumerate(pictures):
+        top, left = i // columns * (height + 1), i % columns * (width + 1)
+        place = grid[top : top + height, left : left + width]
+        place[..., 3] = 1
+        if channels == 3:
+            place[..., :3] = picture.transpose(1, 2, 0) / 255
+        else:
+            from matplotlib import colormaps
+
+            place[...] = colormaps["RdBu_r"](picture[0] / 255)
+    axes.imshow(grid, interpolation="nearest")
+    axes.set_axis_off()
 
 
 def readable_on(colour: Sequence[float]) -> str:

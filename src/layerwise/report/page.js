@@ -70,18 +70,54 @@ for (const figure of document.querySelectorAll("figure")) {
       else save(name, standalone(whole));
     }),
   );
-  if (figure.dataset.series) answer(figure, svg, JSON.parse(figure.dataset.series));
+  const pointer = figure.dataset.pointer ? JSON.parse(figure.dataset.pointer) : {};
+  if (pointer.series) answerCurves(figure, svg, pointer);
+  if (pointer.cells) answerCells(svg, pointer);
+}
+
+// What is under the pointer, in words beside it. `find` gives those and their place in the drawing, or nothing.
+function follow(svg, find, left = () => {}) {
+  const holder = svg.parentElement;
+  const tip = make("div", { className: "tip", hidden: true });
+  holder.append(tip);
+  const hide = () => {
+    tip.hidden = true;
+    left();
+  };
+  const show = (event) => {
+    const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
+    const found = find(at);
+    if (!found) return hide();
+    const [name, ...lines] = found.words;
+    tip.replaceChildren(make("strong", {}, name), ...lines.flatMap((line) => [make("br"), line]));
+    tip.hidden = false;
+    const corner = new DOMPoint(found.x, found.y).matrixTransform(svg.getScreenCTM());
+    const box = holder.getBoundingClientRect();
+    tip.style.left = `${Math.max(0, Math.min(corner.x - box.left + 10, box.width - tip.offsetWidth))}px`;
+    tip.style.top = `${Math.max(0, corner.y - box.top - tip.offsetHeight - 10)}px`;
+  };
+  svg.addEventListener("pointermove", show);
+  svg.addEventListener("pointerdown", show);
+  svg.addEventListener("pointerleave", hide);
+  return hide;
+}
+
+// Heat maps: the cell under the pointer.
+function answerCells(svg, { rows, columns, cells, box: [left, top, width, height] }) {
+  follow(svg, (at) => {
+    const column = Math.floor(((at.x - left) / width) * columns.length);
+    const row = Math.floor(((at.y - top) / height) * rows.length);
+    const words = cells[row]?.[column];
+    return words ? { words: [rows[row], `${columns[column]}: ${words}`], x: at.x, y: at.y } : null;
+  });
 }
 
 // Curves: buttons in place of the drawn legend, and the point nearest to the pointer in words.
-function answer(figure, svg, { x, y, series, cut }) {
+function answerCurves(figure, svg, { x, y, series, cut }) {
   const part = (name) => document.getElementById(`${figure.id}-${name}`);
   const [left, top, width] = svg.getAttribute("viewBox").split(" ");
   svg.setAttribute("viewBox", `${left} ${top} ${width} ${cut}`);
   part("legend").style.display = "none";
-  const holder = svg.parentElement;
-  const tip = make("div", { className: "tip", hidden: true });
-  holder.append(tip);
   const ring = document.createElementNS("http://www.w3.org/2000/svg", "circle");
   Object.entries({ r: 5, fill: "none", stroke: "currentColor", visibility: "hidden" }).forEach(([name, word]) =>
     ring.setAttribute(name, word),
@@ -112,14 +148,9 @@ function answer(figure, svg, { x, y, series, cut }) {
     legend.append(button);
     return { name, points, button, places: marks.map((use) => [use.x.baseVal.value, use.y.baseVal.value]) };
   });
-  holder.after(legend);
+  svg.parentElement.after(legend);
 
-  function hide() {
-    tip.hidden = true;
-    ring.setAttribute("visibility", "hidden");
-  }
-  function show(event) {
-    const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
+  const find = (at) => {
     let best = null;
     for (const { name, points, button, places } of drawn) {
       if (button.ariaPressed !== "true") continue;
@@ -128,28 +159,16 @@ function answer(figure, svg, { x, y, series, cut }) {
         if (!best || away < best.away) best = { away, px, py, name, point: points[k] };
       });
     }
-    if (!best) return hide();
+    if (!best) return null;
     const [place, mean, deviation] = best.point;
     const spread = deviation ? ` ± ${digits.format(deviation)}` : "";
-    tip.replaceChildren(
-      make("strong", {}, best.name),
-      make("br"),
-      `${y}: ${digits.format(mean)}${spread}`,
-      make("br"),
-      `${x}: ${digits.format(place)}`,
-    );
     ring.setAttribute("cx", best.px);
     ring.setAttribute("cy", best.py);
     ring.setAttribute("visibility", "visible");
-    tip.hidden = false;
-    const corner = new DOMPoint(best.px, best.py).matrixTransform(svg.getScreenCTM());
-    const box = holder.getBoundingClientRect();
-    tip.style.left = `${Math.max(0, Math.min(corner.x - box.left + 10, box.width - tip.offsetWidth))}px`;
-    tip.style.top = `${Math.max(0, corner.y - box.top - tip.offsetHeight - 10)}px`;
-  }
-  svg.addEventListener("pointermove", show);
-  svg.addEventListener("pointerdown", show);
-  svg.addEventListener("pointerleave", hide);
+    const words = [best.name, `${y}: ${digits.format(mean)}${spread}`, `${x}: ${digits.format(place)}`];
+    return { words, x: best.px, y: best.py };
+  };
+  const hide = follow(svg, find, () => ring.setAttribute("visibility", "hidden"));
 }
 
 addEventListener("beforeprint", () => document.querySelectorAll("details.fold").forEach((part) => (part.open = true)));

@@ -17,6 +17,7 @@ from layerwise.report import figures
 from layerwise.report.benches import put_bench, read_bench
 from layerwise.report.confusion import Counts, classes_agree, confusions
 from layerwise.report.explained import base, explained
+from layerwise.report.filters import decoded, filters
 from layerwise.report.frontier import frontier
 from layerwise.report.language import loss_per_block, texts
 from layerwise.report.reading import (
@@ -155,11 +156,13 @@ class Runs:
     lines: dict[str, dict[int, list[dict[str, Any]]]]
     layers: dict[str, dict[int, dict[str, dict[str, float | None]]]]
     confusion: dict[str, list[Mapping[str, Counts]]]
+    filters: dict[str, Mapping[str, Any]]
+    """Of the first seed that has any."""
 
     @classmethod
     def read(cls, folder: Path, rows: list[dict[str, str]]) -> "Runs":
         """Read the finished runs that the rows of results.csv name."""
-        found = cls({}, {}, {}, {})
+        found = cls({}, {}, {}, {}, {})
         for row in rows:
             if row["status"] != "ok":
                 continue
@@ -175,6 +178,10 @@ class Runs:
                     reason = "blocks are of different classes"
                     raise damaged(shown(folder / f"{run}/diagnostics.json"), reason, ADVICE)
                 found.confusion.setdefault(rule, []).extend([] if confusion is None else [confusion])
+                if own := diagnosed.get("filters"):
+                    if decoded(own) is None:
+                        raise damaged(shown(folder / f"{run}/diagnostics.json"), "the filters are no pictures", ADVICE)
+                    found.filters.setdefault(rule, own)
             found.layers.setdefault(rule, {})[seed] = blocks
         return found
 
@@ -276,6 +283,7 @@ def put_comparison(folder: Path, page: dict[str, Any]) -> None:
         loss_per_block(runs.lines, metric, origin),
         _layers(runs, origin),
         confusions(runs.confusion, origin),
+        filters(runs.filters, origin),
     ]
     page["texts"] = texts(runs.results)
 

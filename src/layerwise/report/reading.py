@@ -32,6 +32,8 @@ Positive = Annotated[float, msgspec.Meta(gt=0, le=1e300)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 MOST_CLASSES = 20
 """The largest number of classes for which `diagnostics.json` holds a confusion matrix."""
+MOST_FILTERS = 24
+"""The largest number of units of the first layer of which `diagnostics.json` holds the weights."""
 Few = msgspec.Meta(min_length=2, max_length=MOST_CLASSES)
 Confusion = Annotated[list[Annotated[list[Count], Few]], Few]
 """Counts, by true class and by the class that it is taken for."""
@@ -213,9 +215,17 @@ class Machine(TypedDict):
     packages: dict[Name, Text]
 
 
+class Filters(TypedDict):
+    """Pictures of the first layer's weights: the shape of each, and its bytes in base64."""
+
+    shape: list[Count]
+    pixels: Annotated[list[Text], msgspec.Meta(min_length=1, max_length=MOST_FILTERS)]
+
+
 class Diagnostics(TypedDict):
     """The fields of `diagnostics.json`."""
 
+    filters: NotRequired[Filters]
     blocks: dict[Name, dict[Name, Finite | None]]
     confusion: NotRequired[dict[Name, Confusion]]
 

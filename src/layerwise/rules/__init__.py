@@ -4,6 +4,17 @@ A rule from another package is found through the entry point group `layerwise.ru
 
     [project.entry-points."layerwise.rules"]
     my_rule = "my_package:MyRule"
+
+Files that several rules share:
+
+    readout.py       a loss per block: groups, readouts, labels
+    ahead.py         heads that read through copies of the next block's first layer
+    windows.py       losses of heads some blocks ahead
+    patches.py       readouts of patches, averaged
+    feedback.py      feedback matrices, and the error at the outputs
+    settling.py      states of all blocks that settle before the update
+    label_input.py   labels written into images
+    words.py         a rule with its options in one word, `sll:overlap=1`
 """
 
 import dataclasses

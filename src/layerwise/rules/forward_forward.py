@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from layerwise.core.blocks import Block
 from layerwise.core.functional import goodness, unit_length, wide
-from layerwise.core.pieces import PredictsBySite
+from layerwise.core.pieces import PredictionContext, PredictsBySite, UsesPrediction
 from layerwise.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Signal, Site
 from layerwise.core.tasks import Task
@@ -50,7 +50,7 @@ class Layer(nn.Module):
 
 
 @dataclass(frozen=True)
-class ForwardForward(PredictsBySite, Rule):
+class ForwardForward(UsesPrediction, PredictsBySite, Rule):
     r"""Forward-Forward: a local contrast between samples with the true and with a false label.
 
     The label is written into the input. With $g_i = \sum_j h_{ij}^2$ (or the mean), taken before normalisation:
@@ -149,6 +149,7 @@ class ForwardForward(PredictsBySite, Rule):
         if self.negatives == "hybrid":
             parts = [ctx.x, hybrid_images(ctx.x, layout=first.input_layout)]
         else:
+            assert isinstance(ctx, PredictionContext)
             opinion = ctx.predict(ctx.x) if self.negatives == "hard" else None
             wrong = wrong_labels(ctx.y, first.classes, opinion)
             parts = [self.labelled(ctx.x, F.one_hot(y, first.classes), first) for y in (ctx.y, wrong)]

@@ -64,7 +64,7 @@ class GradientReconciliation(GreedyLinear):
         if ctx.site.index == ctx.view.start:
             x = ctx.h_in
         signal = super().signal(ctx)
-        if not ctx.training or signal.loss is None:
+        if not ctx.learns or signal.loss is None:  # a frozen group has no graph
             return replace(signal, message=(wanted, x))
         loss, samples = signal.loss, len(ctx.h)
         signal.metrics["loss"] = loss

@@ -87,7 +87,7 @@ class LikelihoodRatio(Rule):
     def signal(self, ctx: BlockContext) -> Signal:
         """Each noisy pass goes through the block, and its noise is weighted by the loss."""
         signal = loss_at_head(ctx) if ctx.site.is_head else Signal(message=ctx.message)
-        if ctx.learns:
+        if ctx.training:  # the passes go through a frozen block, too
             sent = ctx.message
             run_again = ctx.run
             assert run_again is not None
@@ -95,5 +95,6 @@ class LikelihoodRatio(Rule):
             for place, (noise, slopes) in enumerate(zip(sent.noises, sent.slopes, strict=True)):
                 seen = Seen()
                 sent.inputs[place] = noise.run(block, sent.inputs[place], lambda h: run_again(h, None), seen)
-                estimated(seen, slopes, signal.gradients)
+                if ctx.learns:
+                    estimated(seen, slopes, signal.gradients)
         return signal

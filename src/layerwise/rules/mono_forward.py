@@ -59,9 +59,9 @@ class MonoForward(PredictsBySite, GreedyLinear):
             raise LayerwiseError('predictor="sum" with a label per position needs pool="none"; give it, or use "last".')
         return super().signal(ctx)
 
-    def predicts_plainly(self) -> bool:
-        """Whether the last block's goodness decides."""
-        return self.predictor == "last"
+    def predicts_by_site(self) -> bool:
+        """Whether the sum over all blocks decides."""
+        return self.predictor == "sum"
 
     def answer(self, site: Site, h: Tensor, message: Any, auxiliary: nn.Module | None) -> tuple[Tensor, Any]:
         """Add the block's goodness to the sum, which is the answer at the head."""

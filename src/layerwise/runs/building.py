@@ -1,6 +1,7 @@
 """Builds the device, data, model and learner of a run from its options, and loads a run."""
 
 import contextlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -22,9 +23,11 @@ from layerwise.data.tokenizer import from_json
 from layerwise.errors import LayerwiseError, short, why
 from layerwise.files import kind_of, read_text, shown
 from layerwise.learner import Learner, checks
+from layerwise.learner.setup import ONE_PROCESS, WHOLE_NETWORK
 from layerwise.memory.mmap import OnFile, into_memory
 from layerwise.memory.stores import nearest_folder
 from layerwise.models import GraphModelOptions, ModelOptions
+from layerwise.parallel.alone import OneProcess, WholeNetwork
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
 from layerwise.records import Amount, Count, convert
@@ -121,6 +124,25 @@ class DataSignature:
         if not right:
             raise LayerwiseError(f"{name} is damaged ({short(state['data'])}); {advice}.")
         return found
+
+    @property
+    def about_inputs(self) -> dict[str, str]:
+        """What someone needs besides the weights to use the network: how inputs are made, what outputs mean; in JSON.
+
+        Inputs are `(value - mean) / std`, per channel of an image, whose 8-bit pixels are divided by 255 first, or per
+        column of a table. An output of the network is a class, or a number `target_mean + target_std * output`.
+        """
+        found: dict[str, Any] = {"shape": self.shape}
+        if not self.token_bytes:  # the tokens of a text are those of the run's tokenizer
+            found |= {"classes": self.classes, "mean": self.mean, "std": self.std}
+        for name in ("columns", "target_mean", "target_std"):
+            if value := getattr(self, name):
+                found[name] = value
+        if self.encoding:
+            found["encoding"] = [json.loads(row) for row in self.encoding]
+        if self.form:
+            found |= {"image_mode": self.image_mode, "ground": self.ground}
+        return {name: json.dumps(value, ensure_ascii=False) for name, value in found.items()}
 
     def check(self, dataset: data.Dataset) -> None:
         """Raise LayerwiseError unless these are the facts of `dataset`."""
@@ -329,9 +351,9 @@ def build_learner(
     facts: DataSignature,
     device: torch.device,
     total: int,
-    stage: Stage | None = None,
+    stage: Stage | WholeNetwork = WHOLE_NETWORK,
     graph: Graph | None = None,
-    replicas: Replicas | None = None,
+    replicas: Replicas | OneProcess = ONE_PROCESS,
 ) -> Learner:
     """The learner of a run with `total` steps, before its first step.
 
@@ -340,7 +362,7 @@ def build_learner(
     """
     check_takes(options)
     folder = Path(options.offload_folder or nearest_folder(Path(options.out or "runs")))
-    a_part = stage is not None and options.offload == "none"  # the whole network may be larger than this rank's memory
+    a_part = not stage.whole and options.offload == "none"  # the whole network may be larger than this rank's memory
     with OnFile(folder) if a_part or options.offload == "disk" else contextlib.nullcontext():
         model = build_model(options.model, facts, options.seed, graph, outputs_of(options, facts))
         model = _replaced(model, options, facts)

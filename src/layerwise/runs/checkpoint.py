@@ -259,14 +259,14 @@ def load_latest(folder: Path, mapped: bool = False) -> tuple[dict[str, Any] | No
     return None, []
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Replace a safetensors file in one step.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> None:
+    """Replace a safetensors file in one step; `about` is its metadata.
 
     Raises:
         LayerwiseError: the disk is full, the folder is not writable, or no file can have this name.
     """
     with replaced(path) as partial:
-        save_file(tensors, partial)
+        save_file(tensors, partial, about)
 
 
 def split(state: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:

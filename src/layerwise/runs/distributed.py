@@ -47,6 +47,7 @@ class RankRun(Run, ABC):
         launch: how they share the work.
     """
 
+    alone = False
     ranks: Ranks
     launch: ParallelOptions
 

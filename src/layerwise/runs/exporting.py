@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from layerwise.core.pieces import predicts_plainly
 from layerwise.memory.tensorfile import save_file
-from layerwise.runs.building import load_run, read_state
+from layerwise.runs.building import DataSignature, load_run, read_state
 from layerwise.runs.output import check_output, data_paths, output_file
 
 
@@ -11,7 +12,8 @@ def export(folder: Path, file: Path) -> tuple[str, list[str]]:
     """Write the weights of a run's newest checkpoint, of one or several ranks, under the model's own parameter names.
 
     Loading them does not need this library: `model.load_state_dict(load_file(file))`, with
-    safetensors' `load_file`, fills a model of the class that was trained.
+    safetensors' `load_file`, fills a model of the class that was trained. The file's metadata says how inputs are made
+    and what outputs mean (`safe_open(file, "pt").metadata()`), see `DataSignature.about_inputs`.
 
     Args:
         folder: folder of a run, finished or not.
@@ -32,8 +34,8 @@ def export(folder: Path, file: Path) -> tuple[str, list[str]]:
         learner.optimizer.eval()
         weights = learner.network.model.state_dict()
     with output_file(file, data_paths(options.data)) as partial:
-        save_file(weights, partial)
-    if not options.rule.predicts_plainly():
+        save_file(weights, partial, DataSignature.in_state(state).about_inputs)
+    if not predicts_plainly(options.rule):
         notes.append(
             f"rule {options.rule.name!r} predicts with more than the network's own weights, which is all that {file} "
             "holds; its accuracy is that of layerwise predict and eval"

@@ -9,12 +9,13 @@ from typing import Any
 
 from layerwise import models, rules
 from layerwise.core import own_code
-from layerwise.core.ranges import TRAINING, check_largest, check_ranges
+from layerwise.core.ranges import TRAINING, check_ranges
 from layerwise.core.rule import Rule
 from layerwise.data.catalogue import is_table, is_text
 from layerwise.errors import LayerwiseError, short
 from layerwise.memory.fitting import read_size
 from layerwise.models import ModelOptions
+from layerwise.parsing import check_largest
 from layerwise.replacements import check_name
 from layerwise.runs.settings import FLAGS, OF_TEXTS, RunSettings, build_options, load_recipe
 
@@ -110,14 +111,18 @@ def _recorded(part: Rule | ModelOptions) -> dict[str, str]:
 
 
 def own_code_of(values: Any) -> list[str]:
-    """The files with the user's code in options in the form of `to_mapping`.
+    """The files and modules with code from elsewhere in options in the form of `to_mapping`.
 
-    >>> own_code_of({"rule": {"name": "mine.py:Rule"}, "model": {"name": "mlp"}})
-    ['mine.py']
+    >>> own_code_of({"rule": {"name": "mine.py:Rule"}, "model": {"name": "mlp"}, "optimizer": "schedulefree.AdamW"})
+    ['mine.py', 'schedulefree']
     """
-    parts = [values.get(part) for part in ("rule", "model")] if isinstance(values, Mapping) else []
+    if not isinstance(values, Mapping):
+        return []
+    parts = [values.get(part) for part in ("rule", "model")]
     names = [str(part.get("name")) for part in parts if isinstance(part, Mapping)]
-    return sorted({name.rpartition(":")[0] for name in names if own_code.is_own(name)})
+    found = {name.rpartition(":")[0] for name in names if own_code.is_own(name)}
+    module = str(values.get("optimizer", "")).rpartition(".")[0]
+    return sorted(found | ({module} if module and module.partition(".")[0] != "torch" else set()))
 
 
 def from_mapping(values: Mapping[str, Any], where: str = "the options") -> TrainOptions:

@@ -1,6 +1,6 @@
 """`layerwise train --parallel pipeline`: a run whose blocks are on several ranks; messages go forward only."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -8,33 +8,28 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_map_only
 
 from layerwise.core.pieces import ReadsOutputMatrix
 from layerwise.data import Batches
 from layerwise.errors import LayerwiseError
+from layerwise.learner.setup import ONE_PROCESS
 from layerwise.learner.state import joined
 from layerwise.memory.meter import MemoryUse
+from layerwise.parallel.alone import OneProcess
 from layerwise.parallel.ranks import Ranks, Refused
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
-from layerwise.parallel.transport import (
-    DONE,
-    FORWARD,
-    BackLink,
-    MatrixChannel,
-    PrefetchingChannel,
-    ReceiveChannel,
-    SendChannel,
-)
+from layerwise.parallel.transport import DONE, PipelineLink, ReceiveChannel, SendChannel
 from layerwise.runs.distributed import PartsRun, check_can_share
 from layerwise.runs.evaluation import mean_of, totals
 from layerwise.runs.launch import ParallelOptions
 from layerwise.runs.options import TrainOptions
 
 
-def replicas_of_stages(ranks: Ranks, count: int) -> Replicas:
+def replicas_of_stages(ranks: Ranks, count: int) -> Replicas | OneProcess:
     """The ranks that hold the same stage as this one, a column of the mesh of `count` pipelines."""
+    if count == 1:
+        return ONE_PROCESS
     mesh = torch.arange(ranks.count, device="cpu").view(count, -1)
     # We make the groups ourselves, because those that torch would make for the mesh have no time limit.
 
@@ -61,7 +56,7 @@ class PipelineRun(PartsRun):
     """
 
     def __init__(self, ranks: Ranks, launch: ParallelOptions, options: TrainOptions, command: str, resume: Path | None):
-        self.ranks, self.launch, self.replicas = ranks, launch, None
+        self.ranks, self.launch = ranks, launch
         self._signum_of_all = 0
         try:
             self.length, rest = divmod(ranks.count, launch.replicas)
@@ -76,7 +71,7 @@ class PipelineRun(PartsRun):
             )
             if launch.replicas > 1:
                 check_can_share(options, launch.replicas, launch)
-                self.replicas = replicas_of_stages(ranks, launch.replicas)
+            self.replicas = replicas_of_stages(ranks, launch.replicas)
             super().__init__(options, command, self._begun(options, resume), self.stage, self.replicas)
             words = ranks.agree(None, {"the step of the checkpoint": self.learner.steps}, str(self.folder.resolve()))
             if not self.writes:
@@ -85,12 +80,11 @@ class PipelineRun(PartsRun):
             raise
         except LayerwiseError as error:
             self.ranks.agree(str(error))  # which raises
-        self._connect()
-        if self.replicas is not None:
-            share = self.row, self.replicas.count
-            self.train_batches = self.train_batches.share(*share)
-            self.val_batches = self.val_batches and self.val_batches.share(*share)
-            self.test_batches = self.test_batches.share(*share)
+        self.link = PipelineLink(ranks, self.stage, self.stage.blocks * launch.replicas)
+        share = self.row, self.replicas.count
+        self.train_batches = self.train_batches.share(*share)
+        self.val_batches = self.val_batches and self.val_batches.share(*share)
+        self.test_batches = self.test_batches.share(*share)
         if not self.stage.first:
             self.train_batches = self.train_batches.without_images()
             self.val_batches = self.val_batches and self.val_batches.without_images()
@@ -105,41 +99,6 @@ class PipelineRun(PartsRun):
 
     def _of_the_first(self, numbers: list[float]) -> list[float]:
         return self.ranks.agree(None, word=numbers)[0]
-
-    def _connect(self) -> None:
-        rank, device, lanes = self.ranks.rank, self.ranks.transfer_device, self.ranks.lanes
-        self.ranks.blocks = self.stage.blocks * (self.ranks.count // self.length)
-        self.to_next = None if self.stage.last else SendChannel(self.ranks, rank + 1, FORWARD, device, lanes)
-        self.from_previous = (
-            None if self.stage.first else PrefetchingChannel(self.ranks, rank - 1, FORWARD, device, lanes)
-        )
-        self.matrix = MatrixChannel(self.ranks, self.stage, rank - self.stage.rank)
-        self.stage.link = self
-        self.back = BackLink(self.ranks)
-        self.receive_back, self.send_back = self.back.receive_back, self.back.send_back
-
-    # The stage's link.
-
-    def receive(self) -> Any:
-        """Receive the next tree from the rank before, on this rank's device."""
-        assert self.from_previous is not None
-        tree = self.from_previous.receive()
-        if self.ranks.transfer_device == self.device:
-            return tree
-        return tree_map_only(torch.Tensor, lambda t: t.to(self.device), tree)
-
-    def send(self, tree: Any) -> None:
-        """Send a tree to the next rank."""
-        assert self.to_next is not None
-        self.to_next.send(tree)
-
-    def receive_matrix(self) -> torch.Tensor:
-        """Receive the next output matrix from the last rank of this pipeline."""
-        return self.matrix.receive()
-
-    def send_matrix(self, matrix: torch.Tensor) -> None:
-        """Send the output matrix to the other ranks of this pipeline."""
-        self.matrix.send(matrix)
 
     # Methods that differ from a run in one process.
 
@@ -157,22 +116,22 @@ class PipelineRun(PartsRun):
         return f"{super()._title()} · {self._how_many()}: {', '.join(self.stage.blocks)}"
 
     def _how_many(self) -> str:
-        return f"{self.length} ranks" if self.replicas is None else f"{self.replicas.count} x {self.length} ranks"
+        return f"{self.length} ranks" if self.replicas.count == 1 else f"{self.replicas.count} x {self.length} ranks"
 
     def _step(self, x: torch.Tensor, y: torch.Tensor) -> Any:
-        agreed = None
-        if self.stage.first:
-            self.stage.stop = self._signals.received
-            if self.replicas is not None:
-                # All pipelines stop after the same batch, so this is the signal that they agreed on before it.
-                self.stage.stop = self._signum_of_all
-                agreed = self.replicas.largest(self._signals.received)
+        agreed = self._pass_signal() if self.stage.first else lambda: 0
         metrics = super()._step(x, y)
-        if self.replicas is not None and self.learner.steps == 1 and self.flops is not None:
+        if self.learner.steps == 1 and self.flops is not None:
             self.flops *= self.replicas.count
-        if agreed is not None:
-            self._signum_of_all = agreed()
+        self._signum_of_all = agreed()
         return metrics
+
+    def _pass_signal(self) -> Callable[[], int]:
+        """Send the signal to stop along with the batch; return a function that gives that of the next batch."""
+        agreed = self.replicas.largest(self._signals.received)
+        # Several pipelines stop after the same batch: by the signal that they agreed on during the batch before it.
+        self.stage.stop = agreed() if self.replicas.count == 1 else self._signum_of_all
+        return agreed
 
     def _stop(self) -> int:
         return self.stage.stop
@@ -186,27 +145,27 @@ class PipelineRun(PartsRun):
     def _mean(self, sums: dict[str, float], count: int) -> dict[str, float]:
         """Means of all blocks over all pipelines, on the last rank of each; elsewhere those of the blocks so far."""
         if not self.stage.first:
-            sums = {**self.receive(), **sums}
+            sums = {**self.link.receive(), **sums}
         if not self.stage.last:
-            self.send(sums)
+            self.link.send(sums)
         return mean_of(self._gathered((sums, count)), self.learner.task)
 
     def _gathered(self, value: Any) -> list[Any]:
         """Gather the values of the last rank of each pipeline; other ranks get only their own."""
-        return self.replicas.gather(value) if self.replicas is not None and self.stage.last else [value]
+        return self.replicas.gather(value) if self.stage.last else [value]
 
     def _save(self) -> None:
-        if self.replicas is not None and self.learner.accumulated:
+        if self.learner.accumulated:
             self.learner.average()
         # The costs are sent forward, too: the last rank writes them once.
         if not self.stage.first:
-            flops, memory = self.receive()
+            flops, memory = self.link.receive()
             self.flops = sum(found) if (found := [n for n in (flops, self.flops) if n is not None]) else None
             # Each rank is a device of its own: the largest counts.
             uses = [MemoryUse(**memory)] if memory else []
             self.memory = max(uses + ([self.memory] if self.memory else []), key=lambda use: use.peak, default=None)
         if not self.stage.last:
-            self.send((self.flops, self.memory and asdict(self.memory)))
+            self.link.send((self.flops, self.memory and asdict(self.memory)))
             self.flops = self.memory = None
         uses = [MemoryUse(**use) for use in self._gathered(self.memory and asdict(self.memory)) if use is not None]
         self.memory = max(uses, key=lambda use: use.peak, default=None)
@@ -219,7 +178,7 @@ class PipelineRun(PartsRun):
 
     def _finish(self, log: Any) -> dict[str, Any]:
         if self.writes:
-            pipelines = "a pipeline" if self.replicas is None else f"{self.replicas.count} pipelines"
+            pipelines = "a pipeline" if self.replicas.count == 1 else f"{self.replicas.count} pipelines"
             self.notes.append(
                 f"trained by {pipelines} of {self.length} ranks ({', '.join(self.stage.blocks)}); memory is that "
                 "of the rank with the largest peak"
@@ -250,17 +209,13 @@ class PipelineRun(PartsRun):
 
     def close(self) -> None:
         """End on all ranks together: none exits before the last rank has written everything."""
-        others = range(self.ranks.rank - self.stage.rank, self.ranks.rank)
-        self.matrix.end()
-        self.back.end_back()
-        if self.to_next is not None:
-            self.to_next.end()
-            ReceiveChannel(self.ranks, (self.row + 1) * self.length - 1, DONE, torch.device("cpu")).receive()
-        if self.from_previous is not None:
-            self.from_previous.end()
-        if self.stage.last:
+        self.link.end()
+        first, last, host = self.row * self.length, (self.row + 1) * self.length - 1, torch.device("cpu")
+        if not self.stage.last:
+            ReceiveChannel(self.ranks, last, DONE, host).receive()
+        else:
             self._gathered(None)
-            done = [SendChannel(self.ranks, rank, DONE, torch.device("cpu")) for rank in others]
+            done = [SendChannel(self.ranks, rank, DONE, host) for rank in range(first, last)]
             for channel in done:
                 channel.send(None)
             for channel in done:

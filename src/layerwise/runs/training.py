@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,8 +19,10 @@ from layerwise.core.devices import pick_device
 from layerwise.core.tasks import metric_of
 from layerwise.errors import LayerwiseError
 from layerwise.files import kind_of, shown
+from layerwise.learner.setup import ONE_PROCESS, WHOLE_NETWORK
 from layerwise.memory.flops import FlopMeter
 from layerwise.memory.meter import MemoryUse
+from layerwise.parallel.alone import OneProcess, WholeNetwork
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
 from layerwise.runs import checkpoint
@@ -73,17 +75,19 @@ class Run:
         LayerwiseError: any mistake in the options or the data; nothing is written then.
     """
 
+    alone: ClassVar[bool] = True
+    """Whether no other rank takes part."""
+
     def __init__(
         self,
         options: TrainOptions,
         command: str = "",
         resume: Path | None = None,
-        stage: Stage | None = None,
-        replicas: Replicas | None = None,
+        stage: Stage | WholeNetwork = WHOLE_NETWORK,
+        replicas: Replicas | OneProcess = ONE_PROCESS,
     ):
         self.options, self.command = options, command
         self.machines = [machine()]
-        self._alone = stage is None and replicas is None
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         self.device = self._device()
@@ -93,7 +97,7 @@ class Run:
         self.facts = DataSignature.of(self.dataset)
         self._agree(resume)
         if options.peak is not None and resume is None:  # a run that is continued has found its parts
-            check_alone_for_peak(self._alone)
+            check_alone_for_peak(self.alone)
             options = within_peak(options, self.facts, self.device, self.train_batches, self.dataset.graph)
             self.options = options
         self.learner = build_learner(options, self.facts, self.device, self.total, stage, self.dataset.graph, replicas)
@@ -336,11 +340,11 @@ class Run:
         }
         if self.options.task == "classification":
             result["chance"] = chance(self.test_batches)
-        if self._alone and self.dataset.tokenizer is not None:
+        if self.alone and self.dataset.tokenizer is not None:
             window = self.dataset.test.batch(torch.zeros(1, dtype=torch.int64, device="cpu"))[0][0]
             result["sample"] = sample_of(self.learner, self.dataset.tokenizer, window)
-        checkpoint.write_tensors(self.folder / "model.safetensors", self._weights())
-        if self._alone and self.options.task == "classification":
+        checkpoint.write_tensors(self.folder / "model.safetensors", self._weights(), self.facts.about_inputs)
+        if self.alone and self.options.task == "classification":
             write_atomically(self.folder / "test_correct.npy", correct(self.learner, self.test_batches))
         write_atomically(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
         return result

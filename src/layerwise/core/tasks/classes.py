@@ -114,7 +114,7 @@ class Classification(Task):
 
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy of logits `(..., K)` against labels `y` `(...)`: a scalar."""
-        _check_shapes(outputs, y)
+        check_shapes(outputs, y)
         given, outputs = outputs.shape[-1], wide(outputs)
         if y.is_floating_point():  # some readouts have further categories, which no label has
             y = F.pad(y.to(outputs.dtype), (0, given - y.shape[-1])).flatten(0, -2)
@@ -182,7 +182,7 @@ class Classification(Task):
 
     def _hits(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Which predictions are correct."""
-        _check_shapes(outputs, y)
+        check_shapes(outputs, y)
         return outputs.argmax(-1) == (y.argmax(-1) if y.is_floating_point() else self.aligned(y))
 
     def accuracy(self, outputs: Tensor, y: Tensor) -> Tensor:
@@ -270,7 +270,8 @@ def _whole_on(values: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device=device)
 
 
-def _check_shapes(logits: Tensor | LinearOutputs, y: Tensor) -> None:
+def check_shapes(logits: Tensor | LinearOutputs, y: Tensor) -> None:
+    """Raise LayerwiseError unless there is one label per prediction; others would be broadcast."""
     if logits.shape[:-1] == (y.shape[:-1] if y.is_floating_point() else y.shape):
         return
     if len(logits.shape) - 1 == y.dim() > 1:
@@ -349,7 +350,7 @@ class LanguageModel(Classification):
         neighbour: Aligned | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """`chunked.objective` of a linear readout: the objective, `loss`, the mean divergence and `statistics`."""
-        _check_shapes(outputs, y)
+        check_shapes(outputs, y)
         labels, classes = self.aligned(y), outputs.shape[-1]
         weights = None if self.weights is None else self._weights(classes, labels)
         how = (weights, self.label_smoothing, UNLABELLED, chunk, likelihood_weight, neighbour)
@@ -374,7 +375,7 @@ class LanguageModel(Classification):
         """Sums over the positions that count: nats, hits, tokens and, where they are known, bytes."""
         if y.is_floating_point():
             return {}
-        _check_shapes(outputs, y)
+        check_shapes(outputs, y)
         z, y = outputs.flatten(0, -2), self.aligned(y).flatten()
         nats = F.cross_entropy(wide(z), y, reduction="sum", ignore_index=UNLABELLED)
         return self._sums(nats, (z.argmax(-1) == y).sum(), y)
