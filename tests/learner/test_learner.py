@@ -218,6 +218,19 @@ def test_metrics_are_those_of_the_batch():
     assert values["head/accuracy"] == pytest.approx(share)
 
 
+def test_an_accuracy_that_nobody_has_read_is_that_of_its_step():
+    """It is computed when it is read: after other steps, and after the loader has written over the labels."""
+    model, y = net("mlp"), Y.clone()
+    share = (model(X).argmax(-1) == Y).float().mean().item()
+    learner = Learner(model, "backprop")
+    metrics = learner.step(X, y)
+    assert callable(metrics.recorded["head"]["accuracy"])
+    learner.step(X, y)
+    y.fill_(-100)
+    assert metrics.accuracy.item() == pytest.approx(share)
+    assert not callable(metrics.recorded["head"]["accuracy"])
+
+
 def test_accuracy_of_labels_that_are_all_right_is_one():
     learner = Learner(net("mlp"), "sll")
     assert learner.evaluate(X, learner(X).argmax(-1)).read()["head/accuracy"] == 1.0

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from layerwise.core.functional import without_autocast
 from layerwise.core.once import once_differentiable
 
 LOGITS = 2**22
@@ -61,7 +62,7 @@ class Aligned:
     def divergence(self, part: slice, z: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of a chunk: D of every prediction `(n,)`, and k `(n,)` and t `(n, K)` of its gradient on z, k (q - t)."""
         before = self.before
-        with torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z):
             u = F.linear(before.features[part], before.weight, before.bias).to(z.dtype)
         log_sum_u = u.logsumexp(-1)
         if self.surrogate == "kl":

@@ -182,7 +182,8 @@ def check_output(rule: Rule, site: Site, out: Any) -> None:
 def check_signal(rule: Rule, ctx: BlockContext, signal: object) -> None:
     """Raise LayerwiseError unless the engine can use the result of `signal`.
 
-    The loss is a scalar, the cotangent has the shape of the block's output, the metrics are scalar tensors.
+    The loss is a scalar, the cotangent has the shape of the block's output, the metrics are scalar tensors,
+    or functions.
     """
     where = f"rule {rule.name!r} gave block {ctx.site.name!r}"
     if not isinstance(signal, Signal):
@@ -212,7 +213,7 @@ def check_signal(rule: Rule, ctx: BlockContext, signal: object) -> None:
         )
     for name, value in signal.metrics.items():
         real = isinstance(value, Tensor) and value.dim() == 0 and not (value.is_complex() or value.is_meta)
-        if not real:
+        if not real and not callable(value):
             raise LayerwiseError(f"{where} the metric {name!r}, which is {_in_words(value)}; give a scalar tensor.")
 
 

@@ -62,6 +62,7 @@ class Engine(Runner):
         self.finite = FiniteCheck(execution)
         self.accumulation = Accumulation()
         self.next_block = NextBlock()
+        self._perturbs = rule if isinstance(rule, PerturbsWeights) else None
         self._weight: float | Tensor = 1.0
         """Of the current batch, or of this process's share of it."""
         self._parts: list[Labelled] = []
@@ -122,9 +123,9 @@ class Engine(Runner):
         Not where the group's step is skipped, which is known when the replicas' averages have come.
         """
         rule = self.rule
-        if not isinstance(rule, FollowsNextBlock):
-            return
         units = [unit for unit in group.units if unit.followed and unit.auxiliary is not None]
+        if not units or not isinstance(rule, FollowsNextBlock):
+            return
         tensors = [self.next_block.tensors(unit.site, unit.followed) for unit in units]  # sent by ranks in any case
         step, self._reduced = self._reduced, None
 
@@ -216,14 +217,14 @@ class Engine(Runner):
 
         Where there is a trunk, the gradient on the group's input goes back to it, as the rule says.
         """
-        if isinstance(self.rule, PerturbsWeights) and group.learns:
-            return self._perturbed(group, h, message, y, step, trace, *self.rule.perturbations())
+        if self._perturbs is not None and group.learns:
+            return self._perturbed(group, h, message, y, step, trace, *self._perturbs.perturbations())
         if trunk is not None and group.learns:
             h = h.detach().requires_grad_()
         outputs = JoinedParts(group.name)
         losses = [self._run_part(group, labelled, h, message, step, trace, outputs) for labelled in self._parts]
         h_out, message_out = outputs.tree
-        for name in [unit.site.name for unit in group.units]:
+        for name in [unit.site.name for unit in group.units] if trace.statistics else ():
             sums = trace.statistics.pop(name, None)  # of every block they would grow with depth
             if sums is not None and self.execution.micro > 1:  # metrics that are no means over the parts
                 trace.metrics[name] |= self.task.measures(sums)
@@ -285,7 +286,8 @@ class Engine(Runner):
         if self.accumulation.batches == 1 and first:
             self.finite.begin(group)
         learns = group.learns and self.rule.builds_graph
-        with torch.set_grad_enabled(learns), self._frozen(group) if group.resting else NOTHING:
+        graph = NOTHING if torch.is_grad_enabled() == learns else torch.set_grad_enabled(learns)
+        with graph, self._frozen(group) if group.resting else NOTHING:
             return self.forward(group, h, message, y, step, trace, part, share)
 
     def _frozen(self, group: Group) -> AbstractContextManager[None]:
@@ -298,13 +300,15 @@ class Engine(Runner):
         With replicas the group before steps now at the latest, so that only one group's gradients are in memory.
         """
         self._step_reduced()
+        if not isinstance(self.rule, StepsByParameter):
+            return self._backward(group, h, signals, share)
         norms: list[Tensor] = []
         self._stepped = set()
 
         def arrived(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
             norms.append(self._step_parameter(group, optimizer, parameter, h, step))
 
-        with as_gradients_arrive(group.optimizers if isinstance(self.rule, StepsByParameter) else [], arrived):
+        with as_gradients_arrive(group.optimizers, arrived):
             loss = self._backward(group, h, signals, share)
         return sum((0 * norm for norm in norms), loss)  # finite where loss and gradients are
 

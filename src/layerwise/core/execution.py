@@ -41,11 +41,10 @@ class Alone:
 
         A plain number on the host, where further operations on scalars would take longer than small gradients do.
         """
-        grads = gradients_of(parameters)
-        sums = [g.sum(dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
-        if all(g.device.type == "cpu" for g in grads):
-            return sum(number.item() for number in sums)
-        return torch.stack([number.to(grads[0].device) for number in sums]).sum()
+        sums = [_sum(g) for g in gradients_of(parameters)]
+        if all(number.is_cpu for number in sums):
+            return sum([number.item() for number in sums])
+        return torch.stack([number.to(sums[0].device) for number in sums]).sum()
 
     def reduce(
         self, parameters: Sequence[nn.Parameter], running: Sequence[Tensor], loss: Tensor
@@ -73,6 +72,11 @@ class Execution:
     nonfinite: Literal["raise", "skip"] = "raise"
     seed: int = 0
     replicas: Alone = field(default_factory=Alone)
+
+
+def _sum(x: Tensor) -> Tensor:
+    """Sum of all numbers, in float32 or wider."""
+    return x.sum() if x.dtype == torch.float32 else x.sum(dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def gradients_of(parameters: Sequence[nn.Parameter]) -> list[Tensor]:

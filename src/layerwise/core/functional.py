@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,13 @@ def wide(x: Tensor) -> Tensor:
     >>> [wide(torch.ones(1, dtype=kind)).dtype for kind in (torch.bfloat16, torch.float64, torch.int64)]
     [torch.float32, torch.float64, torch.float32]
     """
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype == torch.float32 else x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A context in which operations on tensors such as `x` have the precision of their operands."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def log_bhattacharyya(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -157,7 +165,7 @@ def similarity(x: Tensor) -> Tensor:
     """
     centred = wide(x) - wide(x).mean(1, keepdim=True)
     directions = F.normalize(centred, dim=1)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return directions @ directions.T
 
 
@@ -183,7 +191,7 @@ def supervised_contrastive(z: Tensor, y: Tensor, temperature: float) -> Tensor:
     0.5514
     """
     directions = F.normalize(wide(z), dim=1)
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z):
         scores = directions @ directions.T / temperature
     itself = torch.eye(len(y), dtype=torch.bool, device=y.device)
     log_p = scores - scores.masked_fill(itself, -math.inf).logsumexp(1, keepdim=True)
@@ -222,7 +230,7 @@ def matched(z: Tensor) -> Tensor:
     tensor(1.)
     """
     directions = F.normalize(wide(z), dim=1)
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z):
         nearest = (directions @ directions.T).fill_diagonal_(-math.inf).argmax(1)
     own = torch.arange(len(z), device=z.device).roll(len(z) // 2)
     return (nearest == own).float().mean()
@@ -286,7 +294,7 @@ def mixture(p: Tensor, rows: Tensor) -> Tensor:
     >>> mixture(torch.tensor([[0.5, 0.5]]), torch.eye(2))
     tensor([[0.5000, 0.5000]])
     """
-    with torch.autocast(p.device.type, enabled=False):
+    with without_autocast(p):
         kind = torch.promote_types(p.dtype, rows.dtype)
         return p.to(kind) @ rows.to(kind)
 
@@ -297,7 +305,7 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     >>> squared_distances(torch.zeros(1, 2), torch.tensor([[3.0, 4.0], [1.0, 0.0]]))
     tensor([[25.,  1.]])
     """
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a):
         kind = torch.promote_types(a.dtype, b.dtype)
         a, b = a.to(kind), b.to(kind)
         return a.square().sum(1, keepdim=True) - 2 * a @ b.T + b.square().sum(1)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ class Group:
     first: int = 0
     """The first site that learns, where others rest; those before it run without a graph."""
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Names of the units, joined."""
         first, last = self.units[0].site.name, self.units[-1].site.name
@@ -117,7 +118,10 @@ class Group:
     @property
     def learns(self) -> bool:
         """Whether anything learns here now."""
-        return bool(self.optimizers) and any(p.requires_grad for p in self.parameters)
+        return bool(self.optimizers) and any(map(_wants_gradient, self.parameters))
+
+
+_wants_gradient = attrgetter("requires_grad")
 
 
 class Grouping:

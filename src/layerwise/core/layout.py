@@ -58,7 +58,8 @@ def to_standard(h: Tensor, layout: str) -> Tensor:
     >>> to_standard(torch.zeros(2, 8, 5), "BCL").shape, to_standard(torch.zeros(2, 4, 6, 3), "BHWC").shape
     (torch.Size([2, 5, 8]), torch.Size([2, 3, 4, 6]))
     """
-    return h.movedim(layout.index("C"), -1 if len(layout) == 3 else 1)
+    place, wanted = layout.index("C"), 2 if len(layout) == 3 else 1
+    return h if place == wanted else h.movedim(place, wanted)
 
 
 def from_standard(h: Tensor, layout: str) -> Tensor:
@@ -67,7 +68,8 @@ def from_standard(h: Tensor, layout: str) -> Tensor:
     >>> from_standard(torch.zeros(2, 5, 8), "BCL").shape
     torch.Size([2, 8, 5])
     """
-    return h.movedim(-1 if len(layout) == 3 else 1, layout.index("C"))
+    place, wanted = layout.index("C"), 2 if len(layout) == 3 else 1
+    return h if place == wanted else h.movedim(wanted, place)
 
 
 class Axis:

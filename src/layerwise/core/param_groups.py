@@ -200,9 +200,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     for group in optimizer.param_groups:
         base, rate = group["scheduled"]
         now = _rate(group)
+        if now == rate == base * factor:  # so in almost every step of a constant schedule
+            continue
         if now == rate:
-            now = base * factor
-            _set_rate(group, now)
+            _set_rate(group, base * factor)
         else:
             base = now / factor if factor else now
             group["set_from_outside"] = True
@@ -236,6 +237,8 @@ def set_base_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> 
 def _rate(group: Mapping[str, Any]) -> float:
     """The learning rate of a parameter group, which torch allows to be a tensor that schedulers fill."""
     rate = group.get("lr")
+    if type(rate) is float and 0 <= rate < math.inf:
+        return rate
     one = isinstance(rate, torch.Tensor) and rate.numel() == 1 and bool(rate.isreal().all())
     if not one and (isinstance(rate, bool) or not isinstance(rate, Real)):
         raise LayerwiseError(f"a learning rate was set to {short(rate)}; give a number.")

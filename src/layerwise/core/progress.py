@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from layerwise.core.groups import Group
-from layerwise.core.rule import Signal
+from layerwise.core.rule import Scalar, Signal
+from layerwise.errors import LayerwiseError, short
 
 
 @dataclass
@@ -70,21 +72,36 @@ class Accumulation:
 class Trace:
     """What one pass records: scalars on the device, read when somebody asks."""
 
-    metrics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    metrics: dict[str, dict[str, Scalar]] = field(default_factory=dict)
     statistics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     finite: dict[str, Tensor] = field(default_factory=dict)
     skipped: set[str] = field(default_factory=set)
 
-    def add(self, name: str, metrics: dict[str, Tensor], statistics: dict[str, Tensor], share: float = 1.0) -> None:
+    def add(self, name: str, metrics: dict[str, Scalar], statistics: dict[str, Tensor], share: float = 1.0) -> None:
         """Record a block's scalars and sums; the scalars of a part of the batch weigh by its share of the labels."""
         if share == 1:
-            self.metrics[name] = metrics
+            self.metrics[name] = {
+                key: value.detach() if isinstance(value, Tensor) else value for key, value in metrics.items()
+            }
             if statistics:
                 self.statistics[name] = statistics
         elif share:
-            self.metrics[name] = _sum(self.metrics.get(name, {}), metrics, share)
+            before: dict[str, Any] = self.metrics.get(name, {})
+            self.metrics[name] = {**_sum(before, {key: read(key, value) for key, value in metrics.items()}, share)}
             if statistics:
                 self.statistics[name] = _sum(self.statistics.get(name, {}), statistics, 1)
+
+
+def read(name: str, metric: Scalar) -> Tensor:
+    """The value of a metric, without history.
+
+    Raises:
+        LayerwiseError: it is a function that returns no scalar.
+    """
+    value: Any = metric if isinstance(metric, Tensor) else metric()
+    if not (isinstance(value, Tensor) and value.dim() == 0):
+        raise LayerwiseError(f"the function of metric {name!r} returns {short(value)}; let it return a scalar tensor.")
+    return value.detach()
 
 
 def _sum(before: dict[str, Tensor], new: dict[str, Tensor], factor: float) -> dict[str, Tensor]:

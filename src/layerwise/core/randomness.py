@@ -25,7 +25,7 @@ def derive_seed(*parts: int | str) -> int:
     >>> derive_seed(0, "order", 3) == derive_seed(0, "order", 4)
     False
     """
-    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    text = "\x1f".join([f"{type(part).__name__}:{part}" for part in parts])
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

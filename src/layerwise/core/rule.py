@@ -182,6 +182,10 @@ class BlockContext:
     """
 
 
+Scalar = Tensor | Callable[[], Tensor]
+"""A scalar, or a function that computes it when it is read."""
+
+
 @dataclass
 class Signal:
     """A rule's result: the teaching signal of the block and the message to the next one.
@@ -197,8 +201,12 @@ class Signal:
     """Message to the next site; the engine detaches it at the end of a group."""
     output: Tensor | None = None
     """Input of the next block, if it is not the block's output (normalised, label attached, ...)."""
-    metrics: dict[str, Tensor] = field(default_factory=dict)
-    """Scalars on the device, read later; each is a mean over the batch. `"loss"` is the loss above unless given."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """Scalars on the device, read later; each is a mean over the batch. `"loss"` is the loss above unless given.
+
+    Each is a `Scalar`. A function without arguments is called when somebody reads the metric. What it holds is kept
+    until then, for every block: let that be small, such as a byte per sample.
+    """
     statistics: dict[str, Tensor] = field(default_factory=dict)
     """Sums for metrics that are not means over the batch, see `Task.statistics`."""
     gradients: dict[Tensor, Tensor] = field(default_factory=dict)
@@ -358,7 +366,7 @@ def loss_of(task: Task, outputs: Tensor | LinearOutputs, y: Tensor) -> Signal:
 
 def metrics_of(
     task: Task, outputs: Tensor, y: Tensor, loss: Tensor | None = None
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+) -> tuple[dict[str, Scalar], dict[str, Tensor]]:
     """The task's metrics of outputs, and the sums that they are computed from, if any; as in `loss_of`.
 
     Args:
@@ -369,7 +377,7 @@ def metrics_of(
     """
     outputs = outputs.detach()
     statistics = task.statistics(outputs, y) if loss is None else task.statistics_beside(outputs, y, loss)
-    return task.measures(statistics) if statistics else task.metrics(outputs, y), statistics
+    return {**(task.measures(statistics) if statistics else task.metrics_later(outputs, y))}, statistics
 
 
 def loss_at_head(ctx: BlockContext) -> Signal:

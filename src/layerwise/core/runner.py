@@ -18,7 +18,6 @@ from layerwise.core.pullback import Pullback, linearized, without_gradient
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.rule import BlockContext, Rule, Signal, leaves_logits
 from layerwise.core.tasks import Task
-from layerwise.core.trees import detach
 
 NOTHING = nullcontext()
 """Used instead of a context that is not needed."""
@@ -98,7 +97,7 @@ class Runner:
             if own:
                 passed_on = h, message
                 if signal.metrics:
-                    trace.add(unit.site.name, detach(signal.metrics), signal.statistics, share)
+                    trace.add(unit.site.name, signal.metrics, signal.statistics, share)
         return signals, *passed_on
 
     def _without_outputs(self, unit: Unit, y: Tensor) -> HeadWithoutOutputs | None:

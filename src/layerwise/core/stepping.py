@@ -12,6 +12,9 @@ _KERNELS = {
     torch.optim.AdamW: torch._fused_adamw_,  # pyright: ignore[reportPrivateImportUsage]
 }
 
+_ONE = torch.ones((), device="cpu")
+"""Wrapped once: `count.add_(1)` would wrap the number for every tensor, and so does `_foreach_add_` on the host."""
+
 
 def take_step(optimizer: torch.optim.Optimizer) -> None:
     """Do what `optimizer.step()` does, to the bit.
@@ -73,8 +76,8 @@ def _fused_step(optimizer: torch.optim.Optimizer) -> bool:
         calls.append((kernel, (parameters, gradients, means, squares, [], steps), group, rate, beta1, beta2))
         counts += steps
     with torch.no_grad():
-        if counts:
-            torch._foreach_add_(counts, 1)  # pyright: ignore[reportPrivateImportUsage]
+        for count in counts:
+            count.add_(_ONE)
         for kernel, tensors, group, rate, beta1, beta2 in calls:
             kernel(
                 *tensors,

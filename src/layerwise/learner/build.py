@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -179,11 +179,11 @@ class Built:
         self.matrix.end(steps)
         return skipped
 
-    @contextmanager
-    def resident(self, units: Sequence[Unit]) -> Iterator[None]:
+    def resident(self, units: Sequence[Unit]) -> AbstractContextManager[Any]:
         """A context in which the tensors of these units are on the device, and whole."""
-        with self.setup.replicas.resident(units), self.offload.resident(units), self.activations.kept(units):
-            yield
+        contexts = (self.setup.replicas.resident(units), self.offload.resident(units), self.activations.kept(units))
+        needed = [context for context in contexts if not isinstance(context, nullcontext)]
+        return _nested(needed) if needed else nullcontext()
 
     def _auxiliary(self, site: Site, h: Tensor) -> nn.Module | None:
         """The rule's module at a site, if there is one."""
@@ -364,6 +364,15 @@ def check_by_parameter(setup: Setup) -> None:
                 f"rule {setup.rule.name!r} updates one parameter at a time, and {option} needs all gradients at once; "
                 "leave it out, or choose a rule such as backprop."
             )
+
+
+@contextmanager
+def _nested(contexts: Sequence[AbstractContextManager[Any]]) -> Iterator[None]:
+    """A context in which all of these are open, the first one outermost."""
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
 
 
 def compile_blocks(blocks: Sequence[Block], backend: bool | str) -> None:

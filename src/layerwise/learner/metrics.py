@@ -1,11 +1,14 @@
 """The metrics of one step."""
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from layerwise.core.failures import NonFinite
+from layerwise.core.progress import read
+from layerwise.core.rule import Scalar
 from layerwise.errors import LayerwiseError
 
 
@@ -16,17 +19,26 @@ class Metrics:
     Attributes:
         step: number of the step, from 0.
         samples: size of the batch in this process (of its share, if replicas share a batch).
-        blocks: per block name (and `"head"`), the rule's scalars, such as `loss` and `accuracy`.
+        recorded: per block name (and `"head"`), the rule's scalars, such as `loss` and `accuracy`, or functions that
+            compute them; `blocks` has all of them as scalars.
         statistics: per block name, sums from which the task computes its metrics, for tasks that need them.
         skipped: names of the groups whose update was skipped (`nonfinite="skip"`).
     """
 
     step: int
     samples: int
-    blocks: dict[str, dict[str, Tensor]]
+    recorded: dict[str, dict[str, Scalar]] = field(repr=False)
     skipped: tuple[str, ...]
     finite: dict[str, Tensor]
     statistics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def blocks(self) -> dict[str, dict[str, Tensor]]:
+        """Per block name (and `"head"`), the rule's scalars; those that nobody has read yet are computed now."""
+        for found in self.recorded.values():
+            for name, value in found.items():
+                found[name] = value if isinstance(value, Tensor) else read(name, value)
+        return cast(dict[str, dict[str, Tensor]], self.recorded)
 
     @property
     def loss(self) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise.core.blocks import Block
 from layerwise.core.functional import goodness, unit_length, wide
 from layerwise.core.pieces import PredictionContext, PredictsBySite, UsesPrediction
 from layerwise.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat
@@ -165,6 +166,19 @@ class ForwardForward(UsesPrediction, PredictsBySite, Rule):
 
     def _neutral(self, x: Tensor, first: Layer) -> Tensor:
         return self.labelled(x, x.new_full((len(x), first.classes), 1 / first.classes), first)
+
+    def run(self, block: Block, h: Tensor, message: Any) -> Tensor:
+        """Run neutral samples without a graph: nothing learns from them. Blocks with buffers see all samples at once.
+
+        Buffers are, for example, batch norm's running statistics.
+        """
+        taught = len(h) if message is None else len(message["votes"])
+        if len(h) <= taught or not torch.is_grad_enabled() or any(True for _ in block.named_buffers()):
+            return block(h)
+        out = block(h[:taught])
+        with torch.no_grad():
+            neutral = block(h[taught:])
+        return torch.cat([out, neutral])
 
     def signal(self, ctx: BlockContext) -> Signal:
         """The contrast of the block's goodness; its vote; its direction as the next block's input."""

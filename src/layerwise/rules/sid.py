@@ -4,6 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -16,6 +17,7 @@ from layerwise.core.posteriors import Categorical, Posterior
 from layerwise.core.ranges import NonNegativeInt, PositiveFraction, PositiveInt
 from layerwise.core.rule import ANY_TASK, BlockContext, Locality, Rule, Signal, Site, by_depth, loss_of, metrics_of
 from layerwise.core.tasks import Classification, Task
+from layerwise.core.tasks.once import once
 from layerwise.errors import LayerwiseError
 from layerwise.rules.readout import HasReadout, Pooling, Readout, grouped, labels_at, pool_vectors, resized
 
@@ -23,7 +25,9 @@ Direction = Literal["forward", "reverse"]
 OF_CLASSES = ("classification", "language_model", "segmentation")
 
 
-def divergences(log_p: Tensor, log_before: Tensor, target: Tensor, direction: Direction) -> tuple[Tensor, Tensor]:
+def divergences(
+    log_p: Tensor, log_before: Tensor, target: Tensor, direction: Direction, known: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     r"""The two divergences of SID's objective: of a belief and the target, of a belief and the one before.
 
     `forward`: $KL(y \| p)$ and $KL(p_{before} \| p)$. `reverse`: $KL(p \| y)$ and $KL(p \| p_{before})$; infinite
@@ -34,6 +38,7 @@ def divergences(log_p: Tensor, log_before: Tensor, target: Tensor, direction: Di
         log_before: of the belief before, `(..., K)`.
         target: probabilities, `(..., K)`.
         direction: of the divergences.
+        known: y log y where the direction is forward, log y where it is reverse (default: computed here).
 
     Returns:
         Two tensors `(...)`, in nats.
@@ -43,8 +48,9 @@ def divergences(log_p: Tensor, log_before: Tensor, target: Tensor, direction: Di
     [0.6931, 0.0]
     """
     if direction == "forward":
-        return (torch.xlogy(target, target) - target * log_p).sum(-1), kl_divergence(log_before, log_p)
-    return kl_divergence(log_p, target.log()), kl_divergence(log_p, log_before)
+        known = torch.xlogy(target, target) if known is None else known
+        return (known - target * log_p).sum(-1), kl_divergence(log_before, log_p)
+    return kl_divergence(log_p, target.log() if known is None else known), kl_divergence(log_p, log_before)
 
 
 def uniform_belief(like: Tensor, classes: int) -> Tensor:
@@ -107,12 +113,16 @@ class Distillation(PassesBeliefs, Rule):
             )
         return None
 
+    def _belief(self, ctx: BlockContext, outputs: Tensor) -> Posterior:
+        """The belief of outputs `(..., K)`."""
+        return ctx.task.posterior(outputs)
+
     def distil(self, ctx: BlockContext, outputs: Tensor, before: Tensor) -> Signal:
         """The objective of the belief of outputs `(..., K)`, given the message with the belief before."""
         place = self.place(ctx.site)
         assert place is not None
         task, alpha, y = ctx.task, by_depth(self.alpha, place), labels_at(ctx, outputs)
-        belief, before = task.posterior(outputs), before.detach()
+        belief, before = self._belief(ctx, outputs), before.detach()
         label, consistency = self._divergences(task, belief, before, y)
         each = alpha * label + (1 - alpha) * consistency
         passed = task.as_outputs(belief.passed)
@@ -134,9 +144,17 @@ class Distillation(PassesBeliefs, Rule):
     def _divergences(self, task: Task, belief: Any, before: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Of a belief and the labels, and of the belief before and it; per prediction, or per target or label of it."""
         if isinstance(task, Classification):
-            target = task.distribution(y).to(belief.log_p.dtype)
-            return divergences(belief.log_p, before, target, self.direction)
+            how = task, belief.log_p.dtype, self.direction
+            target, known = once(y, how, partial(_target, how))
+            return divergences(belief.log_p, before, target, self.direction, known)
         return task.surprise(belief.passed, y), believed(task, before).kl(belief)
+
+
+def _target(how: tuple[Classification, torch.dtype, Direction], y: Tensor) -> tuple[Tensor, Tensor]:
+    """The target probabilities of labels `(..., K)`, and what `divergences` needs of them alone."""
+    task, dtype, direction = how
+    target = task.distribution(y).to(dtype)
+    return target, torch.xlogy(target, target) if direction == "forward" else target.log()
 
 
 class BeliefHead(nn.Module):
@@ -434,6 +452,10 @@ class SIDCascade(HasTrunk, Distillation):
             return Signal()
         logits = ctx.auxiliary(self._features(ctx.site, ctx.h, ctx.task))
         return loss_of(ctx.task, logits, ctx.y)
+
+    def _belief(self, ctx: BlockContext, outputs: Tensor) -> Posterior:
+        """The belief of the head's logits; a module's state holds log-probabilities already."""
+        return super()._belief(ctx, outputs) if ctx.site.is_head else believed(ctx.task, outputs)
 
     def beliefs(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Iterator[Tensor]:
         """The uniform belief, then one per module: log-probabilities `(B, K)`."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from layerwise.core import functional
 from layerwise.core.chunked import Aligned, LinearOutputs
-from layerwise.core.functional import wide
+from layerwise.core.functional import wide, without_autocast
 from layerwise.core.pieces import ReadsOut, ReadsOutputMatrix
 from layerwise.core.posteriors import divergence
 from layerwise.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ProperFraction
@@ -84,23 +84,23 @@ class Projection(nn.Module):
         """Logits of the auxiliary posterior, in float32 or wider, at the site `site`."""
         if self.readout is not None and site is not None:
             outputs = self.outputs(features, site)
-            with torch.autocast(features.device.type, enabled=False):
+            with without_autocast(features):
                 return outputs.whole()
         features = self.normalised(features)
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features):
             return F.linear(features, self.matrix)
 
     def outputs(self, features: Tensor, site: Site) -> LinearOutputs:
         """The logits, not computed yet, for a matrix that is not the block's own."""
         assert self.readout is not None
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features):
             found = self.readout.outputs(self.normalised(features), site)
         return LinearOutputs(self.scale * found.features, found.weight.to(found.features.dtype))
 
     def normalised(self, features: Tensor) -> Tensor:
         """The projection's input: normalised features, with dropout in training."""
         features = functional.normalise(features.to(self.matrix.dtype), self.norm)
-        return F.dropout(features, self.dropout, self.training)
+        return F.dropout(features, self.dropout, self.training) if self.dropout else features
 
     def class_logits(self, v: Tensor) -> Tensor:
         """Outputs of the task: the first K entries, or the products with the codebook."""
@@ -271,9 +271,9 @@ class SLL(ReadsPatches, ReadsOut, ReadsOutputMatrix, Rule):
         features = features_of(cut, self.pool)
         if self._leaves_outputs(ctx):
             outputs = ctx.auxiliary.outputs(features, ctx.site)
-            with torch.autocast(features.device.type, enabled=False):
+            with without_autocast(features):
                 signal = self._in_chunks(ctx, outputs, by_depth(self.likelihood_weight, ctx.site))
-            return replace(signal, message=(*(ctx.message or ()), outputs.features)[-2:])
+            return replace(signal, message=self._passed(ctx, outputs.features))
         v = ctx.auxiliary(features, ctx.site)
         y, read = labels_at(cut, v), ctx.auxiliary.class_logits(v)
         signal = self.told(ctx, ctx.task.as_outputs(read), y)
@@ -283,7 +283,7 @@ class SLL(ReadsPatches, ReadsOut, ReadsOutputMatrix, Rule):
         assert likelihood is not None
         signal.loss = _times(by_depth(self.likelihood_weight, ctx.site), likelihood)
         v = self.averaged(v, len(ctx.h))
-        signal.message = (*(ctx.message or ()), v)[-2:]
+        signal.message = self._passed(ctx, v)
         self._align(signal, ctx, v, y if self.patches == 1 else ctx.y)
         return signal
 
@@ -291,11 +291,19 @@ class SLL(ReadsPatches, ReadsOut, ReadsOutputMatrix, Rule):
         """Whether the loss computes the outputs of a vocabulary in chunks: all sites read with one matrix."""
         return not self.reads_logits and isinstance(ctx.task, LanguageModel) and not ctx.y.is_floating_point()
 
+    @property
+    def _back(self) -> int:
+        """How many readouts before this one the neighbour's is."""
+        return {"previous": 1, "before_previous": 2}[self.neighbour]
+
+    def _passed(self, ctx: BlockContext, v: Tensor) -> tuple[Tensor, ...]:
+        """The message to the next site: as many readouts as later ones compare with, the latest last."""
+        return (*(ctx.message or ()), v)[-self._back :]
+
     def _sent(self, ctx: BlockContext) -> Tensor | None:
         """The message of the neighbour."""
-        back = {"previous": 1, "before_previous": 2}[self.neighbour]
         sent = ctx.message or ()
-        return None if self.surrogate == "none" or len(sent) < back else sent[-back].detach()
+        return None if self.surrogate == "none" or len(sent) < self._back else sent[-self._back].detach()
 
     def _in_chunks(self, ctx: BlockContext, outputs: LinearOutputs, likelihood_weight: float) -> Signal:
         """The signal of outputs that are not computed yet; the neighbour has sent the features of its own."""

@@ -1,6 +1,7 @@
 """The interface of a task: the width of the outputs, the loss, the metrics, and the labels at a block."""
 
 from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import ClassVar, Literal, Self
 
@@ -113,6 +114,13 @@ class Task(Abstract):
             y: labels `(B, ...)`; values are read only on the host.
             unlabelled: whether the rule can ignore predictions that do not count.
         """
+
+    def metrics_later(self, outputs: Tensor, y: Tensor) -> Mapping[str, Tensor | Callable[[], Tensor]]:
+        """The same, in a training step, where most metrics are never read: scalars, or functions that compute them.
+
+        A function keeps what it holds until it is read, so it holds little, and nothing that a loader may overwrite.
+        """
+        return self.metrics(outputs, y)
 
     def at(self, y: Tensor, resolution: tuple[int, ...]) -> Tensor:
         """Labels at a block's resolution, `(B, h, w)` of maps `(B, H, W)`; other labels unchanged."""

@@ -1,6 +1,7 @@
 """One class per prediction: per sample, or per position for a language model."""
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar, Self
@@ -108,8 +109,8 @@ class Classification(Task):
             return float(counted) if y.device.type == "cpu" else counted
         if not some_unlabelled:
             return float(y.numel())
-        counted = (self.aligned(y) != UNLABELLED).sum().float()
-        return float(counted) if y.device.type == "cpu" else counted  # elsewhere it would wait for the device
+        labelled = self._labelled(y)
+        return labelled.float() if isinstance(labelled, Tensor) and not labelled.is_cpu else float(labelled)
 
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy of logits `(..., K)` against labels `y` `(...)`: a scalar."""
@@ -131,11 +132,16 @@ class Classification(Task):
         """Mean over the predictions that count, with the weights of the classes."""
         if y.is_floating_point():
             return each.mean()
-        weights, total = once(y, ("weights of", self), self._counting)
+        counting = once(y, ("weights of", self), self._counting)
+        if not counting:
+            return each.mean()
+        weights, total = counting
         return (weights * each).sum() / total
 
-    def _counting(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The weight of every prediction in a mean, and their sum."""
+    def _counting(self, y: Tensor) -> tuple[Tensor, ...]:
+        """The weight of every prediction in a mean, and their sum; nothing where all are known to count the same."""
+        if self.weights is None and y.device.type == "cpu" and int(self._labelled(y)) == y.numel():
+            return ()  # not on an accelerator, where it would wait for the number
         y = self.aligned(y)
         counts = y != UNLABELLED
         weights = counts if self.weights is None else self._weights(self.classes, y)[y.clamp_min(0)] * counts
@@ -172,8 +178,12 @@ class Classification(Task):
 
     def correct(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Number of predictions whose largest logit is the label: an int64 scalar on the device."""
+        return self._hits(outputs, y).sum()
+
+    def _hits(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Which predictions are correct."""
         check_shapes(outputs, y)
-        return (outputs.argmax(-1) == (y.argmax(-1) if y.is_floating_point() else self.aligned(y))).sum()
+        return outputs.argmax(-1) == (y.argmax(-1) if y.is_floating_point() else self.aligned(y))
 
     def accuracy(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Share of the labelled predictions that are correct: a scalar on the device.
@@ -184,13 +194,24 @@ class Classification(Task):
         return self._share(self.correct(outputs, y), y)
 
     def _share(self, correct: Tensor, y: Tensor) -> Tensor:
+        return correct / self._labelled(y)
+
+    def _labelled(self, y: Tensor) -> Tensor | int:
+        """Number of predictions with a label."""
         if y.is_floating_point():
-            return correct / (y.numel() // y.shape[-1])
-        return correct / once(y, ("number of", self), lambda y: (self.aligned(y) != UNLABELLED).sum())
+            return y.numel() // y.shape[-1]
+        return once(y, ("number of", self), lambda y: (self.aligned(y) != UNLABELLED).sum())
 
     def metrics(self, outputs: Tensor, y: Tensor) -> dict[str, Tensor]:
         """The accuracy."""
         return {"accuracy": self.accuracy(outputs, y)}
+
+    def metrics_later(self, outputs: Tensor, y: Tensor) -> Mapping[str, Tensor | Callable[[], Tensor]]:
+        """The accuracy, which keeps a byte per prediction until it is read."""
+        if type(self).metrics is not Classification.metrics:
+            return self.metrics(outputs, y)
+        hits, labelled = self._hits(outputs, y), self._labelled(y)
+        return {"accuracy": lambda: hits.sum() / labelled}
 
     def decode(self, outputs: Tensor) -> Tensor:
         """The class of the largest logit."""
@@ -206,18 +227,22 @@ class Classification(Task):
             return
         if y.dtype != torch.int64:
             raise LayerwiseError(f"the labels are {str(y.dtype).removeprefix('torch.')}; give class numbers as int64.")
-        if unlabelled and y.device.type == "cpu":
+        if y.device.type != "cpu" or (y.numel() and self._in_range(y) and not 0 <= self.missing < self.classes):
+            return
+        if unlabelled:
             y = y[(y != UNLABELLED) & (y != self.missing)]
             if not y.numel():
                 raise LayerwiseError(f"none of the labels counts: all are {self.missing}; give at least one.")
-        if y.device.type == "cpu" and y.numel() > 0:
-            low, high = int(y.min()), int(y.max())
-            if low < 0 or high >= self.classes:
-                wrong = low if low < 0 else high
-                raise LayerwiseError(
-                    f"label {wrong} is out of range: the network has {self.classes} outputs, so labels "
-                    f"go from 0 to {self.classes - 1}."
-                )
+        if y.numel() and not self._in_range(y):
+            low = int(y.min())
+            raise LayerwiseError(
+                f"label {low if low < 0 else int(y.max())} is out of range: the network has {self.classes} outputs, "
+                f"so labels go from 0 to {self.classes - 1}."
+            )
+
+    def _in_range(self, y: Tensor) -> bool:
+        low, high = y.aminmax()
+        return int(low) >= 0 and int(high) < self.classes
 
     def _check_soft(self, y: Tensor) -> None:
         if y.shape[-1] != self.classes:
