@@ -39,24 +39,21 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }
 WAYS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "backprop": ("backprop", {}, {}),
-    "accumulate 4": ("backprop", {}, {"micro": 4}),
-    "accumulate 16": ("backprop", {}, {"micro": 16}),
+    **{f"accumulate {n}": ("backprop", {}, {"micro": n}) for n in (2, 4, 8, 16)},
     "checkpoint": ("backprop_checkpoint", {}, {}),
     "checkpoint matmul": ("backprop_checkpoint", {"policy": "matmul"}, {}),
     "checkpoint attention": ("backprop_checkpoint", {"policy": "attention"}, {}),
-    "checkpoint + accumulate 4": ("backprop_checkpoint", {}, {"micro": 4}),
-    "checkpoint + accumulate 16": ("backprop_checkpoint", {}, {"micro": 16}),
+    **{f"checkpoint + accumulate {n}": ("backprop_checkpoint", {}, {"micro": n}) for n in (2, 4, 8, 16)},
     "fused": ("backprop_fused", {}, {}),
     "offload host": ("backprop_offload", {}, {}),
     "offload disk": ("backprop_offload", {"where": "disk"}, {}),
+    **{f"offload disk + accumulate {n}": ("backprop_offload", {"where": "disk"}, {"micro": n}) for n in (2, 4)},
     "block_rota": ("block_rota", {"period": 1}, {}),
     "zeroth_order": ("zeroth_order", {}, {}),
     "local_ce": ("local_ce", {}, {}),
-    "local_ce, blocks in 4 parts": ("local_ce", {}, {"micro": 4}),
+    **{f"local_ce, blocks in {n} parts": ("local_ce", {}, {"micro": n}) for n in (2, 4, 8)},
     "sll": ("sll", {}, {}),
-    "sll, blocks in 2 parts": ("sll", {}, {"micro": 2}),
-    "sll, blocks in 4 parts": ("sll", {}, {"micro": 4}),
-    "sll, blocks in 8 parts": ("sll", {}, {"micro": 8}),
+    **{f"sll, blocks in {n} parts": ("sll", {}, {"micro": n}) for n in (2, 4, 8)},
 }
 
 

@@ -18,6 +18,8 @@ traceback_wanted = contextvars.ContextVar("traceback_wanted", default=False)
 """Whether `--debug` was given."""
 quiet = contextvars.ContextVar("quiet", default=False)
 """Whether `--quiet` was given: no progress and no notes."""
+noted: contextvars.ContextVar[set[str] | None] = contextvars.ContextVar("noted", default=None)
+"""The notes that the running command has printed, each of which it prints once."""
 
 
 class LayerwiseError(Exception):
@@ -115,9 +117,13 @@ def say(sentence: str) -> None:
 
 
 def note(sentence: str) -> None:
-    """Print a note to standard error that needs no action, unless `--quiet` was given."""
-    if not quiet.get():
-        say(f"note: {sentence}")
+    """Print a note to standard error that needs no action, once per command, unless `--quiet` was given."""
+    known = noted.get()
+    if quiet.get() or (known is not None and sentence in known):
+        return
+    if known is not None:
+        known.add(sentence)
+    say(f"note: {sentence}")
 
 
 def on_one_line(text: str) -> str:

@@ -1,12 +1,10 @@
 """`layerwise.hf.Trainer`: a `transformers.Trainer` with another training step."""
 
 import itertools
-import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -131,17 +129,13 @@ class Trainer(transformers.Trainer):
         """Two samples, as the data loader would give them, without changing any generator."""
         if self.train_dataset is None:
             raise LayerwiseError("there is no train_dataset; give one.")
-        dataset, collator, state = self.train_dataset, self.data_collator, (random.getstate(), np.random.get_state())
-        try:
-            with preserved_generators(self.args.device):
-                if hasattr(dataset, "column_names") and hasattr(dataset, "features"):  # of the library datasets
-                    dataset = self._remove_unused_columns(dataset, description="training")
-                else:
-                    collator = self._get_collator_with_removed_columns(collator, description="training")
-                batch = collator(list(itertools.islice(iter(dataset), 2)))
-        finally:
-            random.setstate(state[0])
-            np.random.set_state(state[1])
+        dataset, collator = self.train_dataset, self.data_collator
+        with preserved_generators(self.args.device):
+            if hasattr(dataset, "column_names") and hasattr(dataset, "features"):  # of the library datasets
+                dataset = self._remove_unused_columns(dataset, description="training")
+            else:
+                collator = self._get_collator_with_removed_columns(collator, description="training")
+            batch = collator(list(itertools.islice(iter(dataset), 2)))
         return self._with_labels(batch)
 
     # The gradients of a block are gone when the next one runs.

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -161,6 +162,54 @@ def test_bash_completes(tmp_path):
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=os.environ | {"PATH": path})
     assert done.stdout == "sll\noverlap=\n\n", done.stderr
     assert done.stderr == ""
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """Runs a script in a shell of the system in which `layerwise` is a command; gives what it printed."""
+    (tmp_path / "layerwise").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m layerwise "$@"\n')
+    (tmp_path / "layerwise").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+
+    def run(*words):
+        if shutil.which(words[0]) is None:
+            pytest.skip(f"{words[0]} is not installed")
+        home = {"PATH": path, "HOME": str(tmp_path), "TERM": "dumb"}
+        done = subprocess.run(words, capture_output=True, text=True, env=os.environ | home, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.mark.slow
+def test_fish_completes(shell):
+    lines = ["train --rule sl", "compare --rule sll sll:over", "ls mod"]
+    asked = "; ".join(f'complete -C "layerwise {line}"' for line in lines)
+    assert shell("fish", "-c", f"{SCRIPTS['fish']}\n{asked}").split() == ["sll", "sll:overlap=", "models"]
+
+
+ZSH = """\
+zmodload zsh/zpty
+zpty inner zsh -f -i
+zpty -w inner 'PS1=; autoload -U compinit; compinit -u -D; eval "$(layerwise completion zsh)"; echo rea""dy'
+zpty -r -m inner seen '*ready*'
+for line in "layerwise train --rule sl" "layerwise compare --rule sll sll:over"; do
+    zpty -w -n inner "$line"$'\\t'; sleep 5; zpty -w -n inner "@"
+    zpty -r -m inner seen '*@*'; print -r -- "$seen"
+    zpty -w -n inner $'\\C-u'
+done
+zpty -d inner
+"""  # `@` after what Tab has put: a space, or nothing where a value follows
+
+
+@pytest.mark.slow
+def test_zsh_completes(shell):
+    seen = shell("zsh", "-f", "-c", ZSH).replace("\a", "")
+    while "\b" in seen:  # a space that was put, taken back and put again
+        seen = re.sub("[^\b]\b", "", seen, count=1)
+    assert "layerwise train --rule sll @" in seen
+    assert "layerwise compare --rule sll sll:overlap=@" in seen
 
 
 @pytest.mark.parametrize("shell", SCRIPTS)

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -124,6 +125,9 @@ def test_a_run_of_ones_own_network_and_rule(here, capsys):
     assert main(["train", "--resume", "run"]) == 0
     assert main(["eval", "run"]) == 0
     assert capsys.readouterr().err.count("note: runs net.py, which the run in run names") == 2
+    np.save("images.npy", np.zeros((2, 1, 8, 8), np.uint8))
+    assert main(["predict", "run", "images.npy"]) == 0
+    assert capsys.readouterr().err.count("note: runs net.py") == 1  # though it reads the options several times
     assert main(["export", "run", "weights.safetensors"]) == 0
     run = building.load_run(here / "run")
     assert [block.name for block in run.learner.network.blocks] == ["layers.0", "layers.1"]

@@ -60,6 +60,49 @@ def test_single_parameters_that_get_no_gradient_are_named():
         Learner(model, "local_ce").step(X, Y)
 
 
+class Adapted(nn.Linear):
+    """A frozen layer with a bottleneck that can be switched off, as adapters are."""
+
+    def __init__(self):
+        super().__init__(8, 8)
+        self.requires_grad_(False)
+        self.down, self.up, self.on = nn.Linear(8, 2), nn.Linear(2, 8), True
+
+    def forward(self, h):
+        out = super().forward(h)
+        return out + self.up(self.down(h)) if self.on else out
+
+
+def adapted():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), Adapted(), nn.Linear(8, CLASSES))
+    return model, Learner(model, "local_ce", cuts="*", clip=1.0)
+
+
+def test_a_block_that_a_later_signal_does_not_reach_is_named_once():
+    model, learner = adapted()
+    learner.step(X, Y)
+    model[2].on = False
+    before = snapshot(learner)
+    with pytest.warns(UserWarning, match="no parameter of block '2' gets a gradient any more .2.down.weight"):
+        learner.step(X, Y)
+    assert not any(name.startswith("2.") for name in moved(learner, before))
+    learner.step(X, Y)  # warnings are errors here
+
+
+def test_a_block_with_other_parameters_reached_than_in_the_first_step_learns_silently():
+    model, learner = adapted()
+    model[2].weight.requires_grad_(True)  # unfrozen: the first parameter of the block
+    learner.step(X, Y)
+    model[2].weight.requires_grad_(False)
+    learner.step(X, Y)
+    model[2].weight.requires_grad_(True)
+    model[2].on = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learner.step(X, Y)
+
+
 @dataclass(frozen=True)
 class Fine(Rule):
     name, locality, boundary, flat_memory, source = "fine", "local", "activation", True, "this test"

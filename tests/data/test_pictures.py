@@ -197,6 +197,26 @@ def test_grey_with_16_bits_of_opacity_is_laid_on_the_ground_level_by_level(tmp_p
     assert read_header(content).size == (SIDE, SIDE)
 
 
+def colours_16(kind):
+    """A picture of red, green, blue (and opacity) with 16 bits each: a PNG of this kind, or a PPM."""
+    stored = np.stack([RAMP * 1000, RAMP[::-1] * 1000, RAMP * 500] + [RAMP * 0 + 65535] * (kind == 6), -1)
+    rows = stored.astype(">u2")
+    if kind == "PPM":
+        return b"P6 8 8 65535\n" + rows.tobytes()
+    return png(SIDE, SIDE, 16, kind, b"".join(b"\0" + row.tobytes() for row in rows))
+
+
+@pytest.mark.parametrize("kind", [2, 6, "PPM"])
+def test_colours_with_more_bits_than_are_read_are_told(tmp_path, kind):
+    deep, plain = colours_16(kind), encoded(fromarray(np.zeros((SIDE, SIDE, 3), np.uint8)))
+    found = data.load(folder(tmp_path / "d", {"a": deep, "b": [deep, *[plain] * 5]}), val_fraction=0)
+    words = "7 of 12 train images have more than 8 bits per colour, of which the upper 8 are read"
+    assert words in found.notes
+    assert not read_header(plain).deep_colours
+    for grey in (encoded(fromarray((RAMP * 1000).astype(np.uint16))), grey_alpha_16(RAMP * 1000, 65535)):
+        assert not read_header(grey).deep_colours  # all bits of grey are read
+
+
 def sign(colour, where, mode="RGBA"):
     """A sign of one colour on transparent ground, whose colour is that of the sign."""
     image = np.zeros((SIDE, SIDE, 4), np.uint8)

@@ -194,3 +194,10 @@ def test_checkpoints_from_before_the_form_was_kept_can_be_read(run):
     assert (read.image_mode, read.ground) == ("L", 255)
     read.check(data.load("digits"))
     assert torch.tensor(read.mean).shape == (1,)
+
+
+def test_prediction_tells_of_colours_with_more_bits_than_are_read(trained, tmp_path):
+    run = trained["colour"][1]
+    (tmp_path / "deep.ppm").write_bytes(b"P6 8 8 65535\n" + bytes(8 * 8 * 6))
+    _, notes = predictions(run, tmp_path / "deep.ppm")
+    assert "1 of 1 images have more than 8 bits per colour, of which the upper 8 are read" in notes

@@ -31,12 +31,23 @@ complete -o bashdefault -o default -F _layerwise layerwise
 _layerwise() {
     local -a found
     found=("${(@f)$(${words[1]} completion --words "${(@)words[2,CURRENT]}" 2>/dev/null)}")
-    if [[ -n "${found[*]}" ]]; then compadd -a found; else _files; fi
+    if [[ -z "${found[*]}" ]]; then _files; return; fi
+    local -a begun=("${(@M)found:#*[=:.]}") whole=("${(@)found:#*[=:.]}")
+    compadd -S '' -a begun
+    compadd -a whole
 }
 compdef _layerwise layerwise
 """,
     "fish": """\
-complete -c layerwise -a '(layerwise completion --words (commandline -opc)[2..-1] (commandline -ct) 2>/dev/null)'
+function __layerwise_complete
+    set -l found (layerwise completion --words (commandline -opc)[2..-1] (commandline -ct) 2>/dev/null)
+    if set -q found[1]
+        printf '%s\\n' $found
+    else
+        __fish_complete_path (commandline -ct)
+    end
+end
+complete -c layerwise -f -a '(__layerwise_complete)'
 """,
 }
 """What `layerwise completion SHELL` prints."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from layerwise.cli.commands import BENCHES, COMMANDS
 from layerwise.cli.signals import SignalsRaise, Terminated
-from layerwise.errors import LayerwiseError, quiet, report_error, say, short, traceback_wanted, unknown
+from layerwise.errors import LayerwiseError, noted, quiet, report_error, say, short, traceback_wanted, unknown
 
 
 class CannotPrint(Exception):
@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = argv[:2] == ["completion", "--words"]  # its words belong to another command
     traceback_wanted.set("--debug" in argv and not asked)
     quiet.set("--quiet" in argv and not asked)
+    noted.set(set())
     words = argv if asked else [word for word in argv if word not in ("--debug", "--quiet")]
     stdout = sys.stdout
     try:

@@ -23,7 +23,7 @@ from layerwise.core.pieces import FollowsNextBlock, HasTrunk, PerturbsWeights, S
 from layerwise.core.progress import Accumulation, Trace, WaitingTrunk
 from layerwise.core.pullback import without_gradient
 from layerwise.core.randomness import derive_seed
-from layerwise.core.reached import check_reached
+from layerwise.core.reached import check_reached, check_still_reached
 from layerwise.core.rule import Rule, Signal
 from layerwise.core.runner import NOTHING, Runner, Signals
 from layerwise.core.stepping import explained_step, take_step
@@ -380,11 +380,13 @@ class Engine(Runner):
         given = [pair for signal, _ in signals for pair in signal.gradients.items()]
         if given:
             add_given(self.rule, group, given, own, self._weight * share)
+        taught = any(s.loss is not None or s.cotangent is not None or s.gradients for s, _ in signals)
         if not group.checked and all(unit.block.ran for unit in group.units):
             group.checked = True
-            taught = any(s.loss is not None or s.cotangent is not None or s.gradients for s, _ in signals)
             reached = self._stepped | {id(p) for p in wanted if p.grad is not None}
             check_reached(self.rule, group, own, reached, taught)
+        elif taught and not self.execution.replicas.shares_parameters:
+            check_still_reached(group, lambda p: p.grad is not None or id(p) in self._stepped)
         loss = _sum([wide(loss.detach()) for loss in losses] or [torch.zeros((), device=self.execution.device)])
         return loss if share == 1 else loss * share
 

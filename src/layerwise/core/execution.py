@@ -15,6 +15,8 @@ class Alone:
     """Processes that train these blocks, each on its share of the batch."""
     every_batch = False
     """Whether gradients are averaged after every batch, not only where an update is due."""
+    shares_parameters = False
+    """Whether a parameter of the model is replaced by a share of it."""
     deferred = False
     """Whether a group steps while the next one runs forward, as its averages are on their way until then."""
 

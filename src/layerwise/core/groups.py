@@ -90,6 +90,8 @@ class Group:
     """Running statistics and what they were before the update, to be put back when it is skipped."""
     checked: bool = False
     """Whether a first update has shown that the signal reaches the blocks."""
+    reached: dict[int, nn.Parameter | None] = field(default_factory=dict)
+    """By the number of a site, a parameter of its block that gradients reach; none if it was not looked for."""
     broken: bool = False
     """Whether a batch of the current update was not finite; the update is skipped then."""
     resting: list[torch.optim.Optimizer] = field(default_factory=list)

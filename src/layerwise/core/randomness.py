@@ -2,10 +2,13 @@
 
 import hashlib
 import os
+import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 
 from layerwise.core.devices import preserved_generator, seed_device
@@ -28,21 +31,114 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def seed_generators(seed: int, device: torch.device) -> None:
-    """Start torch's global generators of the host and of `device` at `seed`."""
+    """Start torch's global generators of the host and of `device` at `seed`, and Python's and NumPy's if borrowed."""
     torch.default_generator.manual_seed(seed)
     seed_device(seed, device)
+    if _BORROWERS:
+        _BORROWERS[-1].seed(seed)
+
+
+class OtherGenerators:
+    """Python's and NumPy's global generators, from which few networks and rules draw.
+
+    To save and restore their states takes longer than a small step. So they are watched in a first context, and later
+    ones borrow them only if it drew from them.
+
+    Attributes:
+        drawn: whether the first context drew from them; None if there was none yet.
+    """
+
+    def __init__(self, drawn: bool | None = None):
+        self.drawn = drawn
+        self._moved = False
+        self._last: Any = None
+
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """A context that leaves their states as they were."""
+        if self.drawn is False:
+            yield
+            return
+        states = _states()
+        self._last, self._moved = states, False
+        try:
+            yield
+            self._look()
+            self.drawn = self.drawn or self._moved
+        finally:
+            _set(states)
+
+    def seed(self, seed: int) -> None:
+        """Start them at `seed`, if they are borrowed."""
+        if self.drawn is False:
+            return
+        self._look()
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        if self.drawn is None:
+            self._last = _states()
+
+    def _look(self) -> None:
+        if self.drawn is None and not self._moved:
+            python, numpy = _states()
+            self._moved = python != self._last[0] or any(
+                not np.array_equal(now, then) for now, then in zip(numpy, self._last[1], strict=True)
+            )
+
+
+def _states() -> tuple[Any, Any]:
+    return random.getstate(), np.random.get_state()
+
+
+def _set(states: tuple[Any, Any]) -> None:
+    random.setstate(states[0])
+    np.random.set_state(states[1])
 
 
 _IN_USE = threading.RLock()
-"""Held while torch's global generators are borrowed: they are one per process, and so is whoever uses them."""
+"""Held while the global generators are borrowed: they are one per process, and so is whoever uses them."""
 os.register_at_fork(after_in_child=lambda: globals().update(_IN_USE=threading.RLock()))
+_BORROWERS: list[OtherGenerators] = []
+"""Of the contexts that are open, the innermost last."""
 
 
 @contextmanager
-def preserved_generators(device: torch.device) -> Iterator[None]:
-    """Give torch's global generators back as they were, so that a step leaves no trace in them.
+def preserved_generators(device: torch.device, others: OtherGenerators | None = None) -> Iterator[None]:
+    """Give the global generators of torch, Python and NumPy back as they were, so that a step leaves no trace in them.
 
     Other threads that ask for the same wait: two learners in two threads take turns, and each has its own draws.
+
+    Args:
+        device: whose generator is given back, besides that of the host.
+        others: decides whether Python's and NumPy's are borrowed (default: they are, or as in the context around).
     """
     with _IN_USE, torch.random.fork_rng([]), preserved_generator(device):
+        around = _BORROWERS[-1] if _BORROWERS else None
+        own = others or OtherGenerators(drawn=True if around is None else around.drawn)
+        _BORROWERS.append(own)
+        try:
+            with own.borrowed():
+                yield
+        finally:
+            _BORROWERS.pop()
+            if around is not None and own.drawn:
+                around._moved = True
+
+
+def states_of_others() -> Any:
+    """The states of Python's and NumPy's generators, for `others_at`; None if they are not borrowed."""
+    return _states() if _BORROWERS and _BORROWERS[-1].drawn is not False else None
+
+
+@contextmanager
+def others_at(states: Any) -> Iterator[None]:
+    """A context in which these generators begin at `states`; afterwards they are where they were."""
+    if states is None:
         yield
+        return
+    now = _states()
+    _set(states)
+    try:
+        yield
+    finally:
+        _set(now)

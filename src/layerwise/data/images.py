@@ -21,7 +21,7 @@ from layerwise.data.numbers import checked_numbers
 from layerwise.data.parquet import open_parquet
 from layerwise.data.pictures import GROUNDS, MAX_PIXELS, ImageFormat
 from layerwise.data.rows import Rows
-from layerwise.data.sources import InMemorySource, Source, StreamedSource, decoded, sample_form
+from layerwise.data.sources import InMemorySource, Source, StreamedSource, decoded, notes_on_colours, sample_form
 from layerwise.errors import LayerwiseError, unknown
 from layerwise.files import shown
 
@@ -109,6 +109,7 @@ def load_images(
         splits = {split: (rows, labels) for (split, (rows, _)), labels in zip(splits.items(), found, strict=True)}
     sources: dict[str, Source] = {}
     for split, (rows, labels) in splits.items():
+        notes += notes_on_colours(rows, f"{split} images")
         if streamed:
             sources[split] = StreamedSource(rows, labels, form)
             continue

@@ -56,6 +56,8 @@ class Header(NamedTuple):
     """Width and height in pixels, the right way up."""
     transparent: bool
     """Whether it may have transparent pixels."""
+    deep_colours: bool
+    """Whether its colours have more than 8 bits, of which the upper 8 are read."""
 
 
 class Unfit(ValueError):
@@ -65,9 +67,11 @@ class Unfit(ValueError):
 def read_header(content: bytes) -> Header:
     """Read the facts about a picture, without its pixels."""
     image = open_picture(content)
+    deep = _has_deep_colours(image)  # before the EXIF data, for which PIL decodes a PNG
     turned = _orientation(image) in TURNED and image.format != "TIFF"  # PIL turns a TIFF's own size
     size = image.size[::-1] if turned else image.size
-    return Header("I;16" if _is_deep_with_alpha(content) else image.mode, size, _has_transparency(image))
+    mode = "I;16" if _is_deep_with_alpha(content) else image.mode
+    return Header(mode, size, _has_transparency(image), mode not in GREY_MODES and deep)
 
 
 def decode(content: bytes, form: ImageFormat) -> tuple[bytes, frozenset[str]]:
@@ -190,6 +194,16 @@ def _orientation(image: Any) -> int:
 
 def _has_transparency(image: Any) -> bool:
     return image.mode in ALPHA_MODES or "transparency" in image.info
+
+
+def _has_deep_colours(image: Any) -> bool:
+    """Whether PIL scales the numbers of a colour picture that is not decoded yet down to 8 bits; PNG, TIFF and PPM.
+
+    It names their form (`RGB;16B`), or in a PPM their largest number.
+    """
+    forms = [tile[3] if isinstance(tile[3], tuple) else (tile[3],) for tile in image.tile]
+    most = [form[1] for form in forms if image.format == "PPM" and len(form) > 1]
+    return any(";16" in str(form[0]) for form in forms if form) or any(number > 255 for number in most)
 
 
 def _is_deep_with_alpha(content: bytes) -> bool:

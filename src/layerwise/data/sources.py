@@ -198,8 +198,7 @@ def sample_form(rows: Rows, size: int | None) -> tuple[ImageFormat, int]:
     It follows from the headers of up to 1,024 evenly spaced images, and from the pixels of those that may be
     transparent. A `size` in pixels replaces the common size.
     """
-    step = max(1, len(rows) // SAMPLED)
-    seen = {row: _header(rows, row) for row in range(0, len(rows), step)}
+    seen = _sampled_headers(rows)
     grey = sum(header.mode in GREY_MODES for header in seen.values())
     mode = "RGB"
     if 2 * grey > len(seen):
@@ -210,6 +209,24 @@ def sample_form(rows: Rows, size: int | None) -> tuple[ImageFormat, int]:
     clear = [row for row, header in seen.items() if header.transparent]
     form = ImageFormat(mode, height, width, _ground(rows, clear[:: max(1, len(clear) // GROUND_SAMPLE)]))
     return form, round(len(rows) * pixels * form.shape[0] * form.dtype.itemsize)
+
+
+def notes_on_colours(rows: Rows, what: str) -> list[str]:
+    """What to tell about images whose colours have more bits than are read.
+
+    Args:
+        rows: the images; the headers of up to 1,024 are looked at.
+        what: their name in the note, such as "train images".
+    """
+    seen = _sampled_headers(rows)
+    deep = sum(header.deep_colours for header in seen.values())
+    return [f"{deep} of {len(seen)} {what} have more than 8 bits per colour, of which the upper 8 are read"] * bool(
+        deep
+    )
+
+
+def _sampled_headers(rows: Rows) -> dict[int, Header]:
+    return {row: _header(rows, row) for row in range(0, len(rows), max(1, len(rows) // SAMPLED))}
 
 
 def decoded(rows: Rows, form: ImageFormat) -> tuple[Tensor, dict[str, int]]:

@@ -56,6 +56,7 @@ class Built:
     """
 
     def __init__(self, setup: Setup, x: Any, evaluating: Callable[[], AbstractContextManager[None]]):
+        self.compared = False
         check_alone(setup)
         check_by_parameter(setup)
         check_looks(setup)

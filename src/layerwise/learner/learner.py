@@ -58,10 +58,10 @@ class Learner:
     Args:
         model: a module, or a `Partition` of one. It is trained in place and stays an ordinary module.
         rule: name of a rule, or a rule.
-        optimizer: `"adamw"`, `"adam"`, `"sgd"`, `"rmsprop"`, any class of `torch.optim` or its name, the dotted path
-            of another package's class, a callable from parameter groups to an optimizer or several, or a mapping from
-            patterns of parameter names to options (`{"*.lora_*": {"lr": 1e-3}}`, including `optimizer` if it
-            is not AdamW). Every group of blocks gets its own; `learner.optimizer` presents them as one.
+        optimizer: `"adamw"`, `"adam"`, `"sgd"` (Nesterov momentum 0.9), `"rmsprop"`, any class of `torch.optim` or its
+            name, the dotted path of another package's class, a callable from parameter groups to an optimizer or
+            several, or a mapping from patterns of parameter names to options (`{"*.lora_*": {"lr": 1e-3}}`, including
+            `optimizer` if it is not AdamW). Every group gets its own; `learner.optimizer` presents them as one.
         lr: learning rate.
         weight_decay: of weights; norms and biases have none.
         optimizer_options: further arguments of the optimizer's class.
@@ -80,8 +80,8 @@ class Learner:
         nonfinite: `"raise"` stops at a non-finite loss or gradient; `"skip"` skips that block's update
             and counts the step in `skipped`.
         label_smoothing: share of the target spread over all classes, in every loss that uses the label.
-        seed: of all random draws. A draw depends on (seed, step, block) only; torch's global generators are
-            left as they were.
+        seed: of all random draws. A draw depends on (seed, step, block) only; the global generators of torch, Python
+            and NumPy are left as they were.
         cuts: where to cut the model, see `partition`. A pattern (`"model.layers.*"`) or `"auto"` cuts it at the calls
             of its own modules, see `cut_at_calls`; so do `output`, `read`, `tied` and an example that is not a tensor.
         blocks: number of blocks, see `partition`.
@@ -308,7 +308,7 @@ class Learner:
         """
         if torch.is_inference_mode_enabled():
             raise LayerwiseError("a training step cannot run inside torch.inference_mode(); call it outside.")
-        with preserved_generators(self.device):
+        with preserved_generators(self.device, self._setup.others[self.network.model.training]):
             x, y = self._ready(x, y)
             if not self._prepared:
                 self.prepare(x, y)

@@ -11,6 +11,7 @@ from layerwise.core.pieces import RepeatsBatch
 from layerwise.core.progress import Trace
 from layerwise.core.trees import detach
 from layerwise.learner.build import Built
+from layerwise.learner.own_loss import compare_own_loss
 from layerwise.learner.prediction import batch_context, begun
 
 
@@ -32,6 +33,9 @@ def train_on(
         Output and message of the last group.
     """
     rule = built.setup.rule
+    if not built.compared:
+        built.compared = True
+        compare_own_loss(built.setup, built.task, built.offload, x, y)
     h, message = begun(built, x, y, step, predict)
     out = built.engine.step(groups, h, message, y, step, trace)
     for _ in range(rule.rounds() - 1 if isinstance(rule, RepeatsBatch) else 0):

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from layerwise.core.devices import check_channels_last, check_precision, usable_
 from layerwise.core.execution import Execution
 from layerwise.core.late import LateWeights, NotLate
 from layerwise.core.optim import Factory, Schedule, optimizer_factory
-from layerwise.core.randomness import derive_seed
+from layerwise.core.randomness import OtherGenerators, derive_seed
 from layerwise.core.rule import Rule
 from layerwise.core.tasks import Task
 from layerwise.learner.arguments import check_can, check_multipliers, usable_task
@@ -57,6 +57,10 @@ class Setup:
     compile: bool | str
     facts: Mapping[str, Any]
     """Facts that must agree on all replicas, by name."""
+    others: Mapping[bool, OtherGenerators] = field(
+        default_factory=lambda: {m: OtherGenerators() for m in (True, False)}
+    )
+    """Whether steps in training mode, and in evaluation mode, draw from generators that are not torch's."""
 
     @property
     def blocks(self) -> list[Block]:

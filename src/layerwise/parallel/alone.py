@@ -21,8 +21,6 @@ class OneProcess(Alone):
     """
 
     rank, count = 0, 1
-    shares_parameters = False
-    """Whether a parameter of the model is replaced by a share of it."""
 
     def check(self, **options: Any) -> None:
         """Accept every option."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from layerwise.core.blocks import Block
+from layerwise.core.randomness import others_at, states_of_others
 from layerwise.core.rule import Locality
 from layerwise.rules.backprop import Backprop
 
@@ -51,7 +52,7 @@ class BackpropCheckpoint(Backprop):
     )
     restrictions: ClassVar[str] = (
         "Memory still grows with the number of blocks (one input and a copy of the buffers each). Other state that a "
-        "forward pass changes, outside buffers and torch's random generators, changes twice per step."
+        "forward pass changes, outside buffers and random generators, changes twice per step."
     )
 
     def run(self, block: Block, h: Tensor, message: Any) -> Tensor:
@@ -73,7 +74,7 @@ class BackpropCheckpoint(Backprop):
                 return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
             first, again = create_selective_checkpoint_contexts(decide)
-        return first, _as_before(buffers, [buffer.clone() for buffer in buffers], again)
+        return first, _as_before(buffers, [buffer.clone() for buffer in buffers], states_of_others(), again)
 
 
 def _kept(policy: Policy) -> frozenset[Any]:
@@ -83,12 +84,14 @@ def _kept(policy: Policy) -> frozenset[Any]:
 
 
 @contextmanager
-def _as_before(buffers: list[Tensor], before: list[Tensor], inside: AbstractContextManager[Any]) -> Iterator[None]:
-    """A context in which buffers are as they were before the first run."""
+def _as_before(
+    buffers: list[Tensor], before: list[Tensor], generators: Any, inside: AbstractContextManager[Any]
+) -> Iterator[None]:
+    """A context in which buffers, and generators that are not torch's, are as they were before the first run."""
     after = [buffer.clone() for buffer in buffers]
     _set(buffers, before)
     try:
-        with inside:
+        with others_at(generators), inside:
             yield
     finally:
         _set(buffers, after)

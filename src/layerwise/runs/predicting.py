@@ -17,6 +17,7 @@ from layerwise.data.machine import need
 from layerwise.data.pictures import ImageFormat
 from layerwise.data.rows import FileRows
 from layerwise.data.sentences import read_sentences
+from layerwise.data.sources import notes_on_colours
 from layerwise.data.tables import read_columns
 from layerwise.errors import LayerwiseError
 from layerwise.files import kind_of, list_files, open_regular, shown
@@ -136,6 +137,7 @@ def _images(given: Path, facts: DataSignature) -> tuple[list[str], Source, list[
     if not files:
         raise LayerwiseError(f"{shown(given)} holds no images.")
     rows = FileRows(given if kind == "folder" else None, files)
+    notes += notes_on_colours(rows, "images")
     _, height, width = facts.shape
     source = StreamedSource(rows, _unknown(len(files)), ImageFormat(facts.image_mode, height, width, facts.ground))
     return [str(file) for file in files], source, notes
