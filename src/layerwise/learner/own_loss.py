@@ -10,7 +10,7 @@ from torch import Tensor
 
 from layerwise.core.calls import CallPartition
 from layerwise.core.modes import evaluation_mode
-from layerwise.core.parts import Part
+from layerwise.core.parts import MicroBatch
 from layerwise.core.randomness import preserved_generators
 from layerwise.core.reading import arguments, logits_in
 from layerwise.core.tasks import Classification, Task
@@ -41,7 +41,7 @@ def compare_own_loss(setup: Setup, task: Task, offload: Any, x: Any, y: Tensor) 
         return
     if "labels" not in inspect.signature(model.forward).parameters or any(p.is_meta for p in model.parameters()):
         return
-    part = Part(slice(0, 2), len(y), index=0)
+    part = MicroBatch(slice(0, 2), len(y), index=0)
     args, kwargs = arguments(part.of(x))
     labels = part.of(y)
     with torch.no_grad(), preserved_generators(setup.device), evaluation_mode(model):
