@@ -102,11 +102,8 @@ def test_just_and_ci_share_one_list_of_commands():
     recipes = set(re.findall(r"^([a-z]\w*)(?: [^:\n]*)?:(?!=)", (ROOT / "justfile").read_text(), re.MULTILINE))
     assert {"check", "test", "mutants", "docs", "bench", "campaigns"} <= recipes
     used = set(re.findall(r"\bjust (\w+)", (ROOT / ".ci" / "run").read_text()))
-    assert (
-        used
-        == {"lint", "format", "types", "layers", "doctests", "test", "slow", "mutants", "docs", "campaigns"}
-        <= recipes
-    )
+    assert used <= recipes
+    assert used >= {"lint", "format", "types", "layers", "doctests", "test", "slow", "mutants", "docs", "campaigns"}
     assert ".ci/run" in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     for page in ("CONTRIBUTING.md", ".github/pull_request_template.md"):
         assert set(re.findall(r"`just (\w+)`", (ROOT / page).read_text())) <= recipes
