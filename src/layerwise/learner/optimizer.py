@@ -9,7 +9,6 @@ import torch
 
 from layerwise.core.optim import lay_out_state
 from layerwise.core.param_groups import check_group, check_schedule
-from layerwise.core.stepping import take_step
 from layerwise.errors import LayerwiseError
 from layerwise.learner.checks import check_made_state, made_by
 
@@ -128,7 +127,7 @@ class EveryOptimizer(torch.optim.Optimizer):
 
     def count_update(self) -> None:
         """Notify the schedulers of this optimizer of an update: they watch `step`."""
-        take_step(self)
+        self.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Free the gradients of all groups, such as those of the current update."""
