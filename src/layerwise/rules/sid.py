@@ -4,7 +4,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -17,7 +16,6 @@ from layerwise.core.posteriors import Categorical, Posterior
 from layerwise.core.ranges import NonNegativeInt, PositiveFraction, PositiveInt
 from layerwise.core.rule import ANY_TASK, BlockContext, Locality, Rule, Signal, Site, by_depth, loss_of, metrics_of
 from layerwise.core.tasks import Classification, Task
-from layerwise.core.tasks.once import once
 from layerwise.errors import LayerwiseError
 from layerwise.rules.readout import HasReadout, Pooling, Readout, grouped, labels_at, pool_vectors, resized
 
@@ -26,7 +24,7 @@ OF_CLASSES = ("classification", "language_model", "segmentation")
 
 
 def divergences(
-    log_p: Tensor, log_before: Tensor, target: Tensor, direction: Direction, known: Tensor | None = None
+    log_p: Tensor, log_before: Tensor, target: Tensor, direction: Direction, negentropy: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     r"""The two divergences of SID's objective: of a belief and the target, of a belief and the one before.
 
@@ -38,7 +36,7 @@ def divergences(
         log_before: of the belief before, `(..., K)`.
         target: probabilities, `(..., K)`.
         direction: of the divergences.
-        known: y log y where the direction is forward, log y where it is reverse (default: computed here).
+        negentropy: y log y of the target, `(..., K)`, if it is known.
 
     Returns:
         Two tensors `(...)`, in nats.
@@ -48,9 +46,9 @@ def divergences(
     [0.6931, 0.0]
     """
     if direction == "forward":
-        known = torch.xlogy(target, target) if known is None else known
-        return (known - target * log_p).sum(-1), kl_divergence(log_before, log_p)
-    return kl_divergence(log_p, target.log() if known is None else known), kl_divergence(log_p, log_before)
+        negentropy = torch.xlogy(target, target) if negentropy is None else negentropy
+        return (negentropy - target * log_p).sum(-1), kl_divergence(log_before, log_p)
+    return kl_divergence(log_p, target.log()), kl_divergence(log_p, log_before)
 
 
 def uniform_belief(like: Tensor, classes: int) -> Tensor:
@@ -144,17 +142,9 @@ class Distillation(PassesBeliefs, Rule):
     def _divergences(self, task: Task, belief: Any, before: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Of a belief and the labels, and of the belief before and it; per prediction, or per target or label of it."""
         if isinstance(task, Classification):
-            how = task, belief.log_p.dtype, self.direction
-            target, known = once(y, how, partial(_target, how))
-            return divergences(belief.log_p, before, target, self.direction, known)
+            target, negentropy = task.target(y, belief.log_p.dtype)
+            return divergences(belief.log_p, before, target, self.direction, negentropy)
         return task.surprise(belief.passed, y), believed(task, before).kl(belief)
-
-
-def _target(how: tuple[Classification, torch.dtype, Direction], y: Tensor) -> tuple[Tensor, Tensor]:
-    """The target probabilities of labels `(..., K)`, and what `divergences` needs of them alone."""
-    task, dtype, direction = how
-    target = task.distribution(y).to(dtype)
-    return target, torch.xlogy(target, target) if direction == "forward" else target.log()
 
 
 class BeliefHead(nn.Module):

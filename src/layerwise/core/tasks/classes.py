@@ -155,6 +155,15 @@ class Classification(Task):
         """Target probabilities `(..., K)` of labels `y` `(...)`, with label smoothing; arbitrary where none counts."""
         return once(y, ("distribution of", self), self._targets)
 
+    def target(self, y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The target probabilities t of labels as `distribution` has them, and t log t, in a precision."""
+
+        def made(y: Tensor) -> tuple[Tensor, Tensor]:
+            target = self.distribution(y).to(dtype)
+            return target, torch.xlogy(target, target)
+
+        return once(y, ("target of", self, dtype), made)
+
     def _targets(self, y: Tensor) -> Tensor:
         hot = wide(y) if y.is_floating_point() else F.one_hot(self.aligned(y).clamp_min(0), self.classes).float()
         return hot * (1 - self.label_smoothing) + self.label_smoothing / self.classes
