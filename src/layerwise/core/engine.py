@@ -389,7 +389,7 @@ class Engine(Runner):
             group.checked = True
             reached = self._stepped | {id(p) for p in wanted if p.grad is not None}
             check_reached(self.rule, group, own, reached, taught)
-        elif taught and not self.execution.replicas.shares_parameters:
+        elif taught and not group.resting and not self.execution.replicas.shares_parameters:
             check_still_reached(group, lambda p: p.grad is not None or id(p) in self._stepped)
         loss = _sum([wide(loss.detach()) for loss in losses] or [torch.zeros((), device=self.execution.device)])
         return loss if share == 1 else loss * share
