@@ -218,4 +218,5 @@ def _in_part(group: Group, sites: frozenset[int]) -> Group:
         optimizers=learning,
         resting=[o for o in group.optimizers if o not in learning],
         first=min(sites),
+        reached={},  # its own: other sites learn in other turns
     )
