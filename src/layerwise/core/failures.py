@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 
 from layerwise.core.trees import tensors
 from layerwise.errors import LayerwiseError
@@ -54,12 +55,13 @@ class in_a_sentence:
         who: what is run, such as "block '2'".
         what: what it fails to do with its input.
         h: the input.
+        by_rule: whether a rule runs the modules: its own errors stay as they are.
     """
 
-    __slots__ = ("h", "what", "who")
+    __slots__ = ("by_rule", "h", "what", "who")
 
-    def __init__(self, who: str, what: str, h: Any):
-        self.who, self.what, self.h = who, what, h
+    def __init__(self, who: str, what: str, h: Any, by_rule: bool = False):
+        self.who, self.what, self.h, self.by_rule = who, what, h, by_rule
 
     def __enter__(self) -> None:
         """Nothing to prepare."""
@@ -67,9 +69,20 @@ class in_a_sentence:
     def __exit__(self, kind: Any, reason: BaseException | None, traceback: Any) -> None:
         if not isinstance(reason, KNOWN) or isinstance(reason, torch.OutOfMemoryError):
             return
+        if self.by_rule and not _in_a_module(traceback):
+            return
         said = told_by(reason)
         hint = "call torch's checkpoint with use_reentrant=False" if "use_reentrant" in said else "look at its modules"
         shapes = ", ".join(str(tuple(t.shape)) for t in tensors(self.h))
         raise LayerwiseError(
             f"{self.who} {self.what} of shape {shapes} ({said}); {hint}, and at the batch."
         ) from reason
+
+
+def _in_a_module(traceback: Any) -> bool:
+    """Whether an error comes from the forward pass of a module."""
+    while traceback is not None:
+        if traceback.tb_frame.f_code is nn.Module._call_impl.__code__:
+            return True
+        traceback = traceback.tb_next
+    return False

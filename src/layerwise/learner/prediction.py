@@ -113,8 +113,9 @@ def evaluated(built: Built, x: Any, y: Tensor, predict: Callable[[Any], Tensor])
 def predicted(built: Built, x: Any) -> Tensor:
     """The rule's prediction for inputs on the device, if the whole network is here."""
     network, rule = built.setup.network, built.setup.rule
-    who = in_a_sentence("the network", "cannot predict for an input", x)
-    if pieces.predicts_plainly(rule):
+    by_rule = not pieces.predicts_plainly(rule)
+    who = in_a_sentence("the network", "cannot predict for an input", x, by_rule)
+    if not by_rule:
         with who:
             return network(x)
     with asking(rule, "`predict`"), who, network.passing():
