@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from layerwise import LayerwiseError
-from layerwise.cli.words import BeliefsOptions, EvalOptions, TextOptions
+from layerwise.cli.words import BeliefsOptions, EvalOptions, PromptOptions
 from layerwise.measure.bench_options import MemoryOptions
 from layerwise.parsing import environment_number, parse, read_number, read_whole
 from layerwise.rules.words import value_of
@@ -66,7 +66,7 @@ def test_lists_and_the_environment_have_the_same_numbers(word, monkeypatch):
     [
         (EvalOptions, ["--batch-size"]),
         (BeliefsOptions, ["--batch-size"]),
-        (TextOptions, ["--top-k"]),
+        (PromptOptions, ["--top-k"]),
         (MemoryOptions, ["--shape", "1", "8"]),
         (ScalingOptions, ["--steps"]),
     ],

@@ -205,7 +205,7 @@ class Signal:
     """Scalars on the device, read later; each is a mean over the batch. `"loss"` is the loss above unless given.
 
     Each is a `Scalar`. A function without arguments is called when somebody reads the metric. What it holds is kept
-    until then, for every block: let that be small, such as a byte per sample.
+    until then, for every block: let that be a few numbers, or memory grows with depth.
     """
     statistics: dict[str, Tensor] = field(default_factory=dict)
     """Sums for metrics that are not means over the batch, see `Task.statistics`."""

@@ -187,12 +187,8 @@ class Classification(Task):
 
     def correct(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Number of predictions whose largest logit is the label: an int64 scalar on the device."""
-        return self._hits(outputs, y).sum()
-
-    def _hits(self, outputs: Tensor, y: Tensor) -> Tensor:
-        """Which predictions are correct."""
         check_shapes(outputs, y)
-        return outputs.argmax(-1) == (y.argmax(-1) if y.is_floating_point() else self.aligned(y))
+        return (outputs.argmax(-1) == (y.argmax(-1) if y.is_floating_point() else self.aligned(y))).sum()
 
     def accuracy(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Share of the labelled predictions that are correct: a scalar on the device.
@@ -216,11 +212,11 @@ class Classification(Task):
         return {"accuracy": self.accuracy(outputs, y)}
 
     def metrics_later(self, outputs: Tensor, y: Tensor) -> Mapping[str, Tensor | Callable[[], Tensor]]:
-        """The accuracy, which keeps a byte per prediction until it is read."""
+        """The accuracy, as a number of hits until it is read; the hits themselves would grow with depth."""
         if type(self).metrics is not Classification.metrics:
             return self.metrics(outputs, y)
-        hits, labelled = self._hits(outputs, y), self._labelled(y)
-        return {"accuracy": lambda: hits.sum() / labelled}
+        correct, labelled = self.correct(outputs, y), self._labelled(y)
+        return {"accuracy": lambda: correct / labelled}
 
     def decode(self, outputs: Tensor) -> Tensor:
         """The class of the largest logit."""
