@@ -98,6 +98,20 @@ def test_the_layers_notice_an_import_that_points_up(tmp_path):
         assert f"layerwise.{lower} is not allowed to import layerwise.{upper}" in broken.stdout
 
 
+def test_a_new_package_needs_a_layer(tmp_path):
+    """Without one, it could import anything and be imported from anywhere."""
+    if shutil.which("lint-imports") is None:
+        pytest.skip("import-linter is not installed")
+    for room in ["", "cli", "attic"]:
+        (tmp_path / "src" / "layerwise" / room).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "src" / "layerwise" / room / "__init__.py").touch()
+    text = (ROOT / "pyproject.toml").read_text()
+    (tmp_path / "pyproject.toml").write_text(re.sub(r"\nlayers = \[.*?\]", '\nlayers = ["cli"]', text, flags=re.DOTALL))
+    found = layers(tmp_path)
+    assert found.returncode != 0
+    assert "- layerwise.attic" in found.stdout and "- layerwise.cli" not in found.stdout, found.stdout
+
+
 def test_just_and_ci_share_one_list_of_commands():
     recipes = set(re.findall(r"^([a-z]\w*)(?: [^:\n]*)?:(?!=)", (ROOT / "justfile").read_text(), re.MULTILINE))
     assert {"check", "test", "mutants", "docs", "bench", "campaigns"} <= recipes
