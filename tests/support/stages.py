@@ -32,7 +32,7 @@ class Pipe:
         """Nothing is sent: the previous rank reads this rank's tensors at the time when they would have arrived."""
 
     def receive_back(self):
-        return self.later().engine.next_block.told()
+        return self.later().engine.next_block.followed_here()
 
 
 def stages(model, rule, ranks, example, counts=None, **options):

@@ -68,7 +68,7 @@ def examine() -> dict[str, Any]:
         "processor": f"{found['cpu']}, {cores} cores, {found['instructions']}",
         "threads": str(threads),
         "devices": names or ["the CPU alone"],
-        "memory": "not told by this system" if free is None else f"{free / 2**30:.1f} GiB free",
+        "memory": "unknown on this system" if free is None else f"{free / 2**30:.1f} GiB free",
         "disk": f"{shutil.disk_usage('.').free / 2**30:.0f} GiB free here",
         "data folder": data_in(folder),
         "parts": parts(),

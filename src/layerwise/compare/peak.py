@@ -19,7 +19,7 @@ from layerwise.memory.fitting import Fit
 from layerwise.rules.backprop import Backprop
 from layerwise.rules.backprop_checkpoint import BackpropCheckpoint, Policy
 from layerwise.runs import building
-from layerwise.runs.fitting import fit_run, told
+from layerwise.runs.fitting import fit_run, warnings_collected
 from layerwise.runs.options import TrainOptions
 
 OF_RULE = ("policy", "group")
@@ -131,12 +131,12 @@ def bring_under(
     for ways in ways_of(options, settled):
         for way in ways:
             try:
-                fit, told = problem.fit(way, peak)
+                fit, notes = problem.fit(way, peak)
             except LayerwiseError:
                 if not tried:
                     raise
                 continue  # this network does not allow it, for example more blocks than there are
-            tried.append((replace(way, micro=fit.micro), fit, told))
+            tried.append((replace(way, micro=fit.micro), fit, notes))
         reached = [found for found in tried if found[1].reached]
         if reached:
             break
@@ -147,8 +147,8 @@ def bring_under(
         return row | {"held": fit.held, "changes": changes(options, least), "notes": [], "why": why}
     figures = timed(problem, options, [way for way, _, _ in reached], baseline, rounds)
     best = min(range(len(reached)), key=lambda i: figures["ways"][i]["seconds_per_step"])
-    way, fit, told = reached[best]
-    row |= {"held": fit.held, "changes": changes(options, way), "notes": list(told), "why": ""}
+    way, fit, notes = reached[best]
+    row |= {"held": fit.held, "changes": changes(options, way), "notes": list(notes), "why": ""}
     return row | figures["ways"][best] | {"ratio_as_asked": figures["as_asked"]}
 
 
@@ -162,7 +162,7 @@ def timed(
         `seconds_per_step`, `flops_per_step`, and `joules_per_sample` if the system reports energy. A ratio is None if
         plain backpropagation cannot train the network.
     """
-    with told():
+    with warnings_collected():
         return _timed(problem, asked, ways, baseline, rounds)
 
 

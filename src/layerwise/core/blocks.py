@@ -353,10 +353,13 @@ class Partition(nn.Module):
         if isinstance(self.head.run, TracedPart):
             for _ in both_modes(self.model):
                 self.head.run.traces.compare(x)
-        layouts, told, outputs, h = Layouts(), Layouts(), [], x
-        with nullcontext() if declared is None else told, layouts:  # a declared layout is compared with the found one
+        layouts, seen, outputs, h = Layouts(), Layouts(), [], x
+        with (
+            nullcontext() if declared is None else seen,
+            layouts,
+        ):  # a declared layout is compared with the found one
             layouts.begin(x, first)
-            told.begin(x, None)
+            seen.begin(x, None)
             for block in [*self.blocks, self.head]:
                 try:
                     h = block(h)
@@ -374,12 +377,12 @@ class Partition(nn.Module):
                     )
                 given = whole.get(block.name, common if common is not None and len(common) == h.dim() else None)
                 if given is not None:
-                    _check_declared(block.name, given, told.of(h, len(x)))
+                    _check_declared(block.name, given, seen.of(h, len(x)))
                     layouts.begin(h, given)
                 block.layout = layouts.of(h, len(x))
                 outputs.append(h)
             if "input" in whole:
-                _check_declared("input", whole["input"], told.of(x, len(x)))
+                _check_declared("input", whole["input"], seen.of(x, len(x)))
             self.__dict__["input_layout"] = layouts.of(x, len(x))
         check_fits(declared, outputs)
         return outputs
@@ -418,14 +421,14 @@ def check_fits(declared: Mapping[str, str] | str | None, outputs: Sequence[Tenso
         )
 
 
-def _check_declared(name: str, declared: str, told: str | None) -> None:
+def _check_declared(name: str, declared: str, seen: str | None) -> None:
     """Raise LayerwiseError if the layers tell that batch or channels are elsewhere than was declared."""
-    if told is None or len(told) != len(declared):
+    if seen is None or len(seen) != len(declared):
         return
-    if (told.index("B"), told.index("C")) != (declared.index("B"), declared.index("C")):
+    if (seen.index("B"), seen.index("C")) != (declared.index("B"), declared.index("C")):
         where = "the input is" if name == "input" else f"the output of block {name!r} is"
         raise LayerwiseError(
-            f"layout {declared!r} is declared, but the layers tell that {where} {told}; leave the declaration out, or "
+            f"layout {declared!r} is declared, but the layers tell that {where} {seen}; leave the declaration out, or "
             "give that."
         )
 

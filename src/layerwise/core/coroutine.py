@@ -158,7 +158,7 @@ class Pass:
         self.cuts, self.run, self.devices = cuts, run, devices
         self.stand_in, self.away = stand_in, away
         self.whole: Any = None
-        """All that the module returned behind which the pass waits."""
+        """Everything that the module returned after which the pass waits."""
         self.severed = Severed() if sever else None
         self._coroutine: greenlet.greenlet | None = None
         self._undo: list[Callable[[], None]] = []

@@ -383,12 +383,12 @@ def decay_groups(
     return groups
 
 
-def laid_out_as(own: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+def in_memory_order_of(own: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
     """A tensor in the memory order of a parameter of the same shape; others as they are.
 
     torch's fused optimizers pair the elements of parameter, gradient and state by their place in memory.
 
-    >>> laid_out_as(torch.zeros(2, 3).t(), torch.arange(6.0).view(3, 2)).stride()
+    >>> in_memory_order_of(torch.zeros(2, 3).t(), torch.arange(6.0).view(3, 2)).stride()
     (1, 3)
     """
     plain = given.layout == own.layout == torch.strided and type(given) is torch.Tensor
@@ -402,4 +402,4 @@ def lay_out_state(optimizer: torch.optim.Optimizer) -> None:
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, torch.Tensor):
-                state[name] = laid_out_as(parameter, value)
+                state[name] = in_memory_order_of(parameter, value)

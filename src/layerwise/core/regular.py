@@ -44,7 +44,7 @@ class BlockByBlock:
         self.cuts, self.forward, self.devices, self.device = cuts, run, devices, device
         self.first = first
         self.calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        """Arguments of the calls behind the first one, with `standin` in place of the output of the call before."""
+        """Arguments of the calls after the first one, with `standin` in place of the output of the call before."""
         self.standin = torch.empty(0, device="cpu")
         self._batch: Any = None
         self._form: Any = None

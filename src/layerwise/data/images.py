@@ -104,8 +104,8 @@ def load_images(
         notes.append(f"images are streamed: decoded on demand, scaled and centre-cropped to {form.height} pixels")
     if task == "segmentation":
         found = [decoded_masks(masks[split], form) for split in splits]
-        classes, found, told = classes_of(found, title)
-        notes += told
+        classes, found, more = classes_of(found, title)
+        notes += more
         splits = {split: (rows, labels) for (split, (rows, _)), labels in zip(splits.items(), found, strict=True)}
     sources: dict[str, Source] = {}
     for split, (rows, labels) in splits.items():

@@ -97,8 +97,8 @@ def load_sentences(path: Path, words: Words, target: str | None, val_fraction: f
             )
         else:
             labels = torch.tensor([classes.index(name) for name in own], device="cpu")[labels]
-        tokens, told = _encoded(tokenizer, lines, column, words)
-        notes += told
+        tokens, more = _encoded(tokenizer, lines, column, words)
+        notes += more
         splits[split] = SentenceSource(tokens, labels)
         digest = hashlib.sha256(tokens.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
         contents.append(f"{split}: {len(labels)} sentences, SHA-256 {digest}")

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from layerwise.core.groups import Group, parameters_of
-from layerwise.core.optim import laid_out_as, lay_out_state
+from layerwise.core.optim import in_memory_order_of, lay_out_state
 from layerwise.core.param_groups import base_rates, own_settings, set_base_rates, set_own_settings
 from layerwise.learner.build import Built
 from layerwise.learner.checks import Expected, Place, check_state
@@ -140,7 +140,7 @@ def _load(built: Built, groups: Sequence[Group], state: Mapping[str, Any], auxil
         gradient = state["gradients"].get(name)
         if gradient is not None:
             own = to_shard(built, parameter, gradient)
-            gradient = laid_out_as(parameter, own.to(parameter.device, parameter.dtype, copy=True))
+            gradient = in_memory_order_of(parameter, own.to(parameter.device, parameter.dtype, copy=True))
         parameter.grad = gradient
 
 

@@ -83,7 +83,7 @@ def speed_of(
     rounds: int,
     warmup: int,
     clock: Callable[[], float] = time.perf_counter,
-    told: Callable[[int], None] = lambda turn: None,
+    on_round: Callable[[int], None] = lambda turn: None,
 ) -> dict[str, list[float]]:
     """Measure the seconds of every step. Rules are interleaved, so a slow moment of the machine affects all of them.
 
@@ -92,12 +92,12 @@ def speed_of(
         rounds: rounds that are measured.
         warmup: rounds before the measured ones.
         clock: seconds so far; `time.process_time` if other work shares the cores, which then counts less.
-        told: called before every round with its number.
+        on_round: called before every round with its number.
     """
     seconds: dict[str, list[float]] = {name: [] for name in learners}
     names = list(learners)
     for turn in range(warmup + rounds):
-        told(turn)
+        on_round(turn)
         # The order rotates, so that no rule always runs after the same one.
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             learner, x, y = learners[name]
@@ -132,7 +132,7 @@ def speed_command(argv: list[str]) -> int:
     }
     rounds = options.rounds + options.warmup
     with GridProgress(rounds, rounds, f"bench speed: {rounds} rounds of {len(learners)} rules", live=False) as progress:
-        seconds = speed_of(learners, options.rounds, options.warmup, told=progress.reached)
+        seconds = speed_of(learners, options.rounds, options.warmup, on_round=progress.reached)
     base = "backprop" if "backprop" in seconds else options.rule[0]
     names = ("rule", "ms/step", "samples/s", f"ratio to {base}", "10 % .. 90 %", "GFLOP", f"{' / '.join(PARTS)}, %")
     lines: list[tuple[str, ...]] = [names]

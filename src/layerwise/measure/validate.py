@@ -39,8 +39,8 @@ def rule_findings(rule: str, model: str) -> list[tuple[bool, str]]:
     findings = [_computes_the_same(make, x), _repeats(make, rule, x, y)]
     learner = Learner(make(), rule, example=x)
     layouts = learner.network.layouts
-    told = ", ".join(f"{b.name} {layout or 'unknown'}" for b, layout in zip(blocks_of(learner), layouts, strict=True))
-    findings.append((None not in layouts, f"the layers tell where channels are (B batch, C channels): {told}"))
+    found = ", ".join(f"{b.name} {layout or 'unknown'}" for b, layout in zip(blocks_of(learner), layouts, strict=True))
+    findings.append((None not in layouts, f"the layers tell where channels are (B batch, C channels): {found}"))
     if len(learner.groups) > 1:
         findings.append(_isolated(learner, x, y))
     elif declared.locality == "global":

@@ -48,9 +48,9 @@ class NextBlockOnRank(NextBlock):
     def tell(self) -> None:
         """Send the previous rank the tensors that its last module follows."""
         if self.first is not None:
-            self.send(self.told())
+            self.send(self.followed_here())
 
-    def told(self) -> list[Tensor]:
+    def followed_here(self) -> list[Tensor]:
         """The tensors of the first block here that the previous rank follows."""
         assert self.first is not None
         return self.read(self.first, self.names)

@@ -38,14 +38,14 @@ def frontier(rules: Mapping[str, Any], looks: Any, origin: Origin, metric: Metri
         )
     paths = {rule: path for rule, fit in fits.items() if (path := path_of(fit))}
     if paths:
-        told = "; ".join(
+        text = "; ".join(
             f"{rule} ({how_in_words(fits[rule])}): " + ", ".join(f"{x:.3g} MiB at {y:.2f}" for x, y, _ in path)
             for rule, path in paths.items()
         )
         section.draw(
             "frontier_seconds",
             "Time against the peak",
-            told,
+            text,
             lambda axes: figures.curves(axes, paths, mib, "time per sample / backprop", looks),
             figures.height(len(paths)),
             "Time per sample as a multiple of plain backpropagation's, in steps taken in turns in one process; a line "

@@ -343,11 +343,11 @@ def notes_of_fits(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
     >>> notes_of_fits({"sll": {"fit": fit}, "backprop": {"fit": fit}})
     ['sll, backprop: batch norm sees parts']
     """
-    told: dict[str, list[str]] = {}
+    labels_of: dict[str, list[str]] = {}
     for label, found in summary.items():
         for note in found["fit"]["notes"] if "fit" in found else ():
-            told.setdefault(note, []).append(label)
-    return [f"{', '.join(labels)}: {note}" for note, labels in told.items()]
+            labels_of.setdefault(note, []).append(label)
+    return [f"{', '.join(labels)}: {note}" for note, labels in labels_of.items()]
 
 
 def _fit_cells(fit: Mapping[str, Any] | None) -> tuple[str, str]:

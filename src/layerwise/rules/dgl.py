@@ -139,4 +139,4 @@ class DGL(Windows, LooksAhead, ReadsPatches, Greedy):
             return super().signal(ctx)
         cut = self.in_patches(ctx)
         outputs = self._outputs(cut.site, cut.h, ctx.auxiliary, ctx.task)
-        return self.told(ctx, outputs, labels_at(cut, ctx.task.outputs_last(outputs)))
+        return self.loss_of_head(ctx, outputs, labels_at(cut, ctx.task.outputs_last(outputs)))

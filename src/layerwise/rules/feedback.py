@@ -38,7 +38,7 @@ def projected(error: Tensor, matrix: Tensor, h: Tensor, site: Site, task: Task) 
         matrix: `(K, *shape)` of one sample's output; `(K, C)` for tokens and pixels.
         h: the block's output.
         site: of the block.
-        task: tells whether there is an error per sample, token or pixel.
+        task: says whether there is an error per sample, token or pixel.
 
     Raises:
         LayerwiseError: the output has other positions than the error.

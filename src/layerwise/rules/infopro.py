@@ -221,8 +221,8 @@ class InfoPro(LooksAhead):
                 metrics["contrast"] = supervised_contrastive(found, ctx.y, self.temperature)
                 loss = loss + tell * metrics["contrast"]
             else:
-                told = loss_of(ctx.task, found, ctx.y)
-                assert told.loss is not None
-                metrics |= told.metrics
-                statistics, loss = told.statistics, loss + tell * told.loss
+                classified = loss_of(ctx.task, found, ctx.y)
+                assert classified.loss is not None
+                metrics |= classified.metrics
+                statistics, loss = classified.statistics, loss + tell * classified.loss
         return Signal(loss=loss, message=x, metrics=metrics, statistics=statistics)

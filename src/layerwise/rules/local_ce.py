@@ -119,4 +119,4 @@ class LocalCE(Windows, LooksAhead, ReadsPatches, GreedyLinear):
     def _read(self, ctx: BlockContext) -> Signal:
         if self.patches == 1 or ctx.site.is_head or ctx.auxiliary is None:
             return super().signal(ctx)
-        return self.told(ctx, *read_out(self.in_patches(ctx), ctx.auxiliary, self.pool))
+        return self.loss_of_head(ctx, *read_out(self.in_patches(ctx), ctx.auxiliary, self.pool))

@@ -53,7 +53,7 @@ class ReadsPatches(Rule):
         h = self.patched(ctx.site, ctx.h)
         return replace(ctx, h=h, y=torch.cat([ctx.y] * (len(h) // len(ctx.h))))
 
-    def told(self, ctx: BlockContext, outputs: Tensor | LinearOutputs, y: Tensor) -> Signal:
+    def loss_of_head(self, ctx: BlockContext, outputs: Tensor | LinearOutputs, y: Tensor) -> Signal:
         """The signal of a head on patches: the loss over all of them, the metrics of their mean.
 
         Args:

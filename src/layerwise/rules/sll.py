@@ -276,7 +276,7 @@ class SLL(ReadsPatches, ReadsOut, ReadsOutputMatrix, Rule):
             return replace(signal, message=self._passed(ctx, outputs.features))
         v = ctx.auxiliary(features, ctx.site)
         y, read = labels_at(cut, v), ctx.auxiliary.class_logits(v)
-        signal = self.told(ctx, ctx.task.as_outputs(read), y)
+        signal = self.loss_of_head(ctx, ctx.task.as_outputs(read), y)
         # With the index targets the softmax runs over all d0 coordinates; the label is one of the first K.
         wider = self.targets == "index" and read is not v
         likelihood = ctx.task.loss(ctx.task.as_outputs(v), y) if wider else signal.loss

@@ -31,7 +31,7 @@ def fit_run(
     """
     x, y = next(iter(batches.epoch(0)))
     total = 10**6  # long enough that no schedule ends while steps are measured
-    with told() as words:
+    with warnings_collected() as words:
         fit = fit_micro(
             lambda micro: build_learner(replace(options, micro=micro), facts, device, total, graph=graph),
             x,
@@ -43,7 +43,7 @@ def fit_run(
 
 
 @contextmanager
-def told() -> Iterator[list[str]]:
+def warnings_collected() -> Iterator[list[str]]:
     """A context that collects warnings instead of showing them."""
     words: list[str] = []
     with warnings.catch_warnings(record=True) as found:

@@ -25,13 +25,13 @@ from layerwise.scaling.tables import against_rivals, measured_table, simulated_t
 
 
 def measured(
-    options: ScalingOptions, told: Callable[[int], None]
+    options: ScalingOptions, on_round: Callable[[int], None]
 ) -> tuple[dict[tuple[str, int], Series], dict[str, list[float]]]:
     """Run all rounds.
 
     Args:
         options: checked.
-        told: called with the number of rounds that are done.
+        on_round: called with the number of rounds that are done.
 
     Returns:
         A series per way and number of ranks; seconds of the blocks, see `simulate.Costs`.
@@ -59,7 +59,7 @@ def measured(
                 samples = options.batch_size * options.steps * (ranks if way == "apart" else 1)
                 series[way, ranks].add(answers, samples)
             costs += processes_by_count[1].ask([{"do": "costs"}])
-            told(turn + 1)
+            on_round(turn + 1)
     # The costs of the first round are those of code that runs for the first time.
     costs = costs[1:] or costs
     medians = {

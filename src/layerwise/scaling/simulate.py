@@ -35,7 +35,7 @@ class Op:
     """Ranks that its result is sent to when it is done."""
     bytes: float = 0.0
     """Size of the result."""
-    tells: tuple[int, ...] = ()
+    notifies: tuple[int, ...] = ()
     """Ranks that get a notice when it begins; the notice costs latency and no bandwidth."""
     asked: bool = False
     """Whether the result is sent only when it has been requested, as in gloo: the rank that needs it requests it when
@@ -106,8 +106,8 @@ def simulate(
             if arrived[rank].issuperset(op.needs):
                 idle.discard(rank)
                 left[rank], begun[op.name] = op.seconds, now
-                for told in op.tells:
-                    later(now + interconnect.latency, told, ("begun", op.name))
+                for notified in op.notifies:
+                    later(now + interconnect.latency, notified, ("begun", op.name))
         if not left and not events:
             break
         rate = speed(len(left)) if left else 1.0
@@ -163,7 +163,7 @@ def forward_only(
                 ),
                 to=(rank + 1,) if rank < last else (),
                 bytes=size,
-                tells=(rank - 1,) if rank > 0 else (),
+                notifies=(rank - 1,) if rank > 0 else (),
                 lane=step % lanes,
                 trips=trips,
             )
