@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import os
 import re
@@ -142,6 +143,23 @@ def _one_sentence(box: str, command: str) -> str:
     if not hint and "Perhaps you meant:" in lines:
         hint = f", did you mean {lines[lines.index('Perhaps you meant:') + 1].split()[0]}"
     return f"{message.rstrip('.')}{hint}; see layerwise {command} --help."
+
+
+def unknown_options(flags: Sequence[str], legal: Sequence[str], command: str) -> LayerwiseError:
+    """The error about options that a command does not have, with the one that was meant.
+
+    >>> str(unknown_options(["--lrr"], ["--lr", "--epochs"], "train"))
+    'unknown options: --lrr, did you mean --lr; see layerwise train --help.'
+    """
+    hint = ""
+    for flag in flags[::-1]:
+        near = difflib.get_close_matches(flag.replace("_", "-"), legal, n=1)
+        if flag in ELSEWHERE:
+            hint = f", here it is {ELSEWHERE[flag]}"
+        elif near:
+            hint = f", did you mean {near[0]}"
+    shown = ", ".join(word if len(word) < 60 else f"{word[:57]}..." for word in flags)
+    return LayerwiseError(f"unknown options: {shown}{hint}; see layerwise {command} --help.")
 
 
 ELSEWHERE = {

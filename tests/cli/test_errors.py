@@ -17,7 +17,7 @@ from support.pages import ROOT
 from support.runs import split, start
 
 from layerwise import LayerwiseError, data, models, rules
-from layerwise.cli import catalogue, early, signals
+from layerwise.cli import catalogue, early, flags, signals
 from layerwise.cli import main as cli
 from layerwise.cli.commands import Command
 from layerwise.errors import say
@@ -46,6 +46,8 @@ REFUSED = [
     *("train --rule slll", "train --model=mpl", "train --data mnits", "train --recipe digit", "train --rule"),
     *("compare --rule sll:overlap=1 backpro --model mlp", "compare --rule sll,svpp", "compare --data mnits"),
     *("bench memory --rule sll slll", "bench speed --rule slll", "bench scaling --model mpl", "validate --rule slll"),
+    *("train --lrr 3", "train --rule.wieght=3", "train --model.widht 3", "compare --sed 3", "compare --seed 3"),
+    *("bench memory --depht 4", "bench speed --round 3", "bench scaling --rank 2"),
     *("eval nowhere", "beliefs nowhere", "predict nowhere x.png", "export nowhere x", "validate nowhere"),
     *(
         "report nowhere",
@@ -101,6 +103,21 @@ def test_what_is_opened_later_is_not_refused_early(tmp_path):
     early.check_names("recipe", ["mine.toml", "a/b.toml"])
     for name in names[2:]:
         assert "unknown" not in sentence(data.load, name)
+
+
+@pytest.mark.parametrize("words", [
+    *("--rule.weight=0.5 --batch_size 64 --no-channels-last --data.no-documents", "--rule=sll --rule.dropout 0.1"),
+    *("--model vit --model.heads 2 --data.label-column x --json=- --replicas 2", "--rule my.py:R --rule.mine 3 --lr 1"),
+    *("--model hf:folder --model.blocks 2", "--recipe mine.toml --rule.mine 1", "--rule svp --rule.weight 2 --out a"),
+])  # fmt: skip
+def test_an_option_that_there_is_or_that_foreign_code_may_have_is_not_refused_early(words):
+    flags.check_flags("train", words.split())
+
+
+def test_an_option_of_another_rule_is_refused_early():
+    assert "--rule.surrogate" in sentence(flags.check_flags, "train", ["--rule", "backprop", "--rule.surrogate", "kl"])
+    assert "did you mean --rule.weight" in sentence(flags.check_flags, "train", ["--rule.wieght", "kl", "--lr", "1"])
+    assert "here it is --lr" in sentence(flags.check_flags, "train", ["--learning_rate", "1"])
 
 
 def test_the_version_is_there_at_once():

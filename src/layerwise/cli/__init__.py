@@ -13,6 +13,7 @@ Files:
         source.py       classes, read from source files
         catalogue.py    rules, models and data, read from source files
         early.py        misspelt names, before torch is imported
+        flags.py        misspelt options, before torch is imported
         help.py         `--help`
         completion.py   `layerwise completion`
         signals.py      SIGTERM and Ctrl-C

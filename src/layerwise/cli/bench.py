@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from layerwise.cli.early import check_names, check_options, values
+from layerwise.cli.flags import check_flags
 from layerwise.errors import LayerwiseError, suggestion
 
 KINDS = ("memory", "speed", "scaling")
@@ -17,6 +18,7 @@ def bench_command(argv: list[str]) -> int:
         raise LayerwiseError(f"say what to measure: {near}; layerwise bench KIND --help lists the options.")
     kind, *rest = argv
     rest = model_options(rest)
+    check_flags(f"bench {kind}", rest)
     if kind == "memory":
         check_names("rule", (word.partition(":")[0] for word in values(rest, "rule")))
         check_names("model", values(rest, "model"))

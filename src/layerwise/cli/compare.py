@@ -5,6 +5,7 @@ from pathlib import Path
 
 from layerwise.cli.commands import COMMANDS
 from layerwise.cli.early import check_names, check_options, values
+from layerwise.cli.flags import check_flags
 from layerwise.errors import LayerwiseError, note
 from layerwise.files import kind_of, shown
 from layerwise.parsing import take_option
@@ -26,6 +27,7 @@ def compare_command(argv: list[str]) -> int:
     labels = [part for word in values(argv, "rule") for part in word.split(",")]
     asked = [name for label in labels if (name := label.partition(":")[0]) not in ("", "all")]
     check_names("rule", (name if name.endswith(".py") else name.partition("+")[0] for name in asked))
+    check_flags("compare", argv)
     from layerwise.compare.grid import CompareOptions, Grid
     from layerwise.core.tasks import metric_of
     from layerwise.report.page import write_report

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.cli.early import check_options
+from layerwise.cli.flags import check_flags
 from layerwise.errors import LayerwiseError, say
 from layerwise.parsing import environment_number, parse, take_option
 from layerwise.runs.launch import ParallelOptions
@@ -33,6 +34,7 @@ def train_command(argv: list[str]) -> int:
         check_run(folder)
     elif take_option(list(argv), "parallel") in (None, "none"):  # one rank reports it for all
         check_options(argv, "recipe", "rule", "model", "data")
+        check_flags("train", argv)
     from layerwise.runs import distributed, pipelined, replicated
     from layerwise.runs.arguments import train_options
     from layerwise.runs.folders import read_options
