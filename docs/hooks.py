@@ -1,6 +1,6 @@
 """MkDocs hooks: equations become MathML when the site is built, so that no page needs a script or a network; the page
-of a rule shows the rule's options, and nothing else of its class; the README of each benchmark is a page too, and a
-notebook a file to load.
+of a rule shows the rule's options, and nothing else of its class; the READMEs of the benchmarks and of the tests are pages too,
+and a notebook is a file to load.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from mkdocs.structure.pages import Page
 from layerwise import rules
 
 ROOT = Path(__file__).parents[1]
-OUTSIDE = re.compile(r"\]\(\.\./((?:\.\./)*(?:benchmarks|notebooks)/)")
+OUTSIDE = re.compile(r"\]\(\.\./((?:\.\./)*(?:benchmarks|notebooks|tests)/)")
 
 INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
 BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.DOTALL)
@@ -39,10 +39,10 @@ OPTIONS = """{found}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the READMEs of the benchmarks, and the notebooks, which lie outside of the folder of the pages."""
+    """Add the READMEs of benchmarks and tests, and the notebooks, which lie outside of the folder of the pages."""
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
         files.append(File.generated(config, notebook.relative_to(ROOT).as_posix(), content=notebook.read_text()))
-    for readme in sorted((ROOT / "benchmarks").rglob("README.md")):
+    for readme in [*sorted((ROOT / "benchmarks").rglob("README.md")), ROOT / "tests" / "README.md"]:
         place = readme.relative_to(ROOT).as_posix()
         page = File.generated(config, place, content=readme.read_text(), inclusion=InclusionLevel.NOT_IN_NAV)
         files.append(page)

@@ -138,8 +138,11 @@ def test_the_navigation_holds_every_page():
 
 def test_the_tests_and_modules_that_the_architecture_names_are_there():
     text = (DOCS / "architecture.md").read_text()
+    assert text.rpartition("\n## ")[2].startswith("Where is what")  # the page ends with the answers
+    assert len(text.split()) < 1250  # five minutes
+    assert len(set(re.findall(r"`(test_\w+)`", (ROOT / "tests" / "README.md").read_text()))) > 50
     sources = "\n".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
-    for name in re.findall(r"`(test_\w+)`", text):
+    for name in re.findall(r"`(test_\w+)`", text + (ROOT / "tests" / "README.md").read_text()):
         assert f"def {name}(" in sources, name
     for name in re.findall(r"`(\w+\.py)`", text):
         assert list(ROOT.glob(f"src/layerwise/**/{name}")) + list(ROOT.glob(f"tests/**/{name}")), name
