@@ -1,5 +1,5 @@
 """MkDocs hooks: equations become MathML when the site is built, so that no page needs a script or a network; the page
-of a rule shows the rule's options, and nothing else of its class; the READMEs of the benchmarks and of the tests are pages too,
+of a rule shows the rule's options, and nothing else of its class; the READMEs of benchmarks and tests are pages too,
 and a notebook is a file to load.
 """
 

@@ -46,7 +46,7 @@ def check_names(option: str, names: Iterable[str]) -> None:
 def values(words: Sequence[str], option: str) -> list[str]:
     """Words after `--option` in a command, up to the next option.
 
-    >>> values(["--rules", "sll", "backprop", "--seeds", "2"], "rules")
+    >>> values(["--rule", "sll", "backprop", "--seeds", "2"], "rule")
     ['sll', 'backprop']
     """
     flag = f"--{option}"
