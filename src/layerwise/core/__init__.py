@@ -65,7 +65,7 @@ Files:
         crossing.py            what each block uses of earlier ones
         ownership.py           which block trains a shared parameter
         keeping.py             tensors that a pass leaves in the modules
-        observed.py            what a pass may read beside its tensors
+        observed.py            what a pass may read besides its tensors
         regular.py             blocks run on their own, in any order
         remote.py              blocks on other ranks
     mathematics

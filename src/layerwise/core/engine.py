@@ -89,11 +89,11 @@ class Engine(Runner):
             Output and message of the last, detached: what a pipeline's next rank gets.
 
         Raises:
-            LayerwiseError: a block cannot run, a signal that cannot be acted on, a loss that is not finite. The update
-                under way is given up then, with all batches that it had; groups before the one that failed may have
-                made theirs.
+            LayerwiseError: a block that cannot run, a signal that cannot be used, a loss that is not finite. The
+                current update is then abandoned with all its batches; groups before the one that failed may have
+                been updated.
         """
-        with self._whole_or_given_up(groups):
+        with self._abandoned_on_error(groups):
             self.take(y)
             waiting, trunk = list(groups), None
             if has_trunk(self.rule) and groups[0].learns:
@@ -160,8 +160,8 @@ class Engine(Runner):
         return self.accumulation.batches == self.execution.accumulate
 
     @contextmanager
-    def _whole_or_given_up(self, groups: Sequence[Group]) -> Iterator[None]:
-        """A context in which an error gives up the current update: its gradients are freed, its batches forgotten."""
+    def _abandoned_on_error(self, groups: Sequence[Group]) -> Iterator[None]:
+        """A context in which an error abandons the current update: its gradients are freed, its batches forgotten."""
         try:
             yield
         except BaseException:  # also for an interrupt: the next update must not see anything of this one
@@ -176,12 +176,12 @@ class Engine(Runner):
         """Do the current update with the batches that it has; returns whether there were any.
 
         Raises:
-            LayerwiseError: as `step` does, and the current update is given up then too.
+            LayerwiseError: as `step` does, and the current update is then abandoned too.
         """
         if self.accumulation.batches == 0:
             return False
         self.next_block.tell()
-        with self._whole_or_given_up(groups):
+        with self._abandoned_on_error(groups):
             for group in groups:
                 with self.resident(group.units):
                     self._flush(group, step, trace)
@@ -263,7 +263,7 @@ class Engine(Runner):
         signals, out, message = self._with_graph(group, h, message, labelled.y, step, trace, part.index, share)
         outputs.add(part, detach((out, message)))
         device = out.device
-        del out, message  # of a part they have been copied, and would wait beside its backward pass
+        del out, message  # those of a part have been copied, and would stay in memory during its backward pass
         return self._add(group, h, signals, step, share) if group.learns and share else torch.zeros((), device=device)
 
     def _with_graph(

@@ -33,7 +33,7 @@ class LateWeights:
         self._waiting: dict[str, Tensor] = {}
         """What is not made, by its first name."""
         self._made: list[str] = []
-        """What was made for a block that may be given up."""
+        """Names of what was made for a block, which may be released again."""
         self._holder: Block | None = None
         self._followed: list[Block] = []
         instead: dict[int, Tensor] = {}

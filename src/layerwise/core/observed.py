@@ -1,4 +1,4 @@
-"""What a forward pass may read beside its tensors, as values that can be compared: attributes, globals, generators."""
+"""What a forward pass may read besides its tensors, as values that can be compared: attributes, globals, generators."""
 
 import random
 import sys

@@ -205,8 +205,8 @@ class FromClass(Factory):
 class FromFunction(Factory):
     """Asks a user's function for an optimizer or several, and checks what it gives.
 
-    The function is called with the parameter groups of one group of blocks. It may divide them anew: a rate of its own
-    for some, Muon for matrices and AdamW for the rest.
+    The function is called with the parameter groups of one group of blocks. It may divide them further: a rate of its
+    own for some, Muon for matrices and AdamW for the rest.
 
     >>> layer = nn.Linear(3, 2)
     >>> def function(groups):

@@ -1,7 +1,7 @@
-"""What stands in the parameter groups of an optimizer: rates under a schedule, and settings that others may change.
+"""The parameter groups of an optimizer: rates under a schedule, and settings that others may change.
 
-A group is a dictionary that the user, a scheduler of torch or a checkpoint may write into, and torch looks at it
-never again: a momentum of NaN would be a network of NaN.
+A group is a dictionary that the user, a scheduler of torch or a checkpoint may write into. Torch checks it only once,
+when the optimizer is made: a later momentum of NaN would make the network NaN.
 """
 
 import inspect

@@ -93,7 +93,7 @@ class LearnsInPart(Abstract):
 
     Each site has its own optimizer. Sites before the first one that learns run without a graph. The graph of the later
     sites keeps what their inputs' gradients need, and nothing for parameters at rest. When a site rests, its
-    optimizer's state is dropped; it starts anew in the site's next turn.
+    optimizer's state is dropped; it is created again in the site's next turn.
     """
 
     @abstractmethod

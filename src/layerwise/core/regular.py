@@ -1,8 +1,8 @@
 """Blocks of a regular model run on their own, in any order and more than once.
 
 A model is regular where every call of a cut module gets the output of the call before, and other arguments that depend
-on no block (masks, positions). Its forward pass then runs to the first cut, says with which arguments it calls the
-others while something stands in for them, and waits after the last one for its output.
+on no block (masks, positions). Its forward pass then runs to the first cut, calls stand-ins for the other modules (they
+note their arguments), and waits after the last one for its output.
 """
 
 from collections.abc import Callable, Sequence

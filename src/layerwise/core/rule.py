@@ -221,8 +221,8 @@ class Rule(Abstract):
     """Base class of the learning rules: a frozen dataclass whose fields are the rule's options.
 
     A subclass declares the class attributes below and overrides the methods that it needs; `signal` is the
-    only one without a default. Draw random numbers with torch's ordinary functions: the engine seeds the
-    generators anew for every (seed, step, block).
+    only one without a default. Draw random numbers with torch's ordinary functions: the engine
+    reseeds the generators for every (seed, step, block).
     """
 
     name: ClassVar[str]

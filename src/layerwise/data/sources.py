@@ -305,7 +305,7 @@ def _read_cache(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> tuple
         whole = images.shape == shape and images.dtype == dtype and _checksum(images) == about["crc32"]
         return (images, {str(name): int(count) for name, count in counts.items()}) if whole else None
     except (LayerwiseError, OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError):
-        return None  # missing, damaged or of another version: built anew
+        return None  # missing, damaged or of another version: built again
 
 
 def _checksum(images: Tensor) -> str:

@@ -74,7 +74,7 @@ class SSLLocal(Rule):
     )
     restrictions: ClassVar[str] = (
         "One label per sample, used by the head alone; inputs of real numbers, batches of two or more (their other "
-        "samples are the negatives). A step runs two views beside every sample."
+        "samples are the negatives). A step also runs two views of every sample."
     )
 
     def __post_init__(self) -> None:

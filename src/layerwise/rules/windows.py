@@ -97,7 +97,7 @@ def says_interlocking(rule: Rule, overlap: int, own: bool) -> None:
     """
     if own and not overlap:
         raise LayerwiseError(
-            f"{rule.name}'s own=true reads a group's own output beside the end of its window, and with overlap=0 "
+            f"{rule.name}'s own=true reads a group's own output besides the end of its window, and with overlap=0 "
             "both are one; give overlap=1 or more, or leave own out."
         )
     if overlap > 0:

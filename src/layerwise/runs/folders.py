@@ -324,7 +324,7 @@ def _job() -> str:
 
 
 def check_not_lost(folder: Path, save_every: int) -> None:
-    """Raise LayerwiseError if all checkpoints of the run in `folder` are lost, because it would start anew.
+    """Raise LayerwiseError if all checkpoints of the run in `folder` are lost, because it would begin again.
 
     Args:
         folder: of a run without a checkpoint.

@@ -102,7 +102,7 @@ def drop_lines_after(file: Path, step: int) -> None:
     """
     if kind_of(file) is None:
         return
-    # The end is evaluated and logged anew.
+    # The end is evaluated and logged again.
     kept = [line for line in read_log(file) if line["step"] <= step and line["split"] != "test"]
     write_atomically(file, "".join(f"{json.dumps(line)}\n" for line in kept))
 
