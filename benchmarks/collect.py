@@ -18,6 +18,8 @@ from layerwise import rules
 HERE = evidence.HERE
 ROOT = HERE.parent
 CLAIMS = {claim.name: claim for claim in evidence.claims()}
+ANSWERS = [claim for claim in CLAIMS.values() if claim.toml.get("reproducible", True)]
+"""Those whose commands give their figures again. The others are history, which only `docs/log.md` shows."""
 FIRST = {  # grids of the README's table of rules, and their data; a rule is shown with the first that has it
     ("mlp-every-rule-by-default", "digits"): "digits",
     ("sid-cascade-vs-baselines", "mnist"): "MNIST",
@@ -78,7 +80,7 @@ def proof() -> str:
         [claim.toml["question"], claim.answer, link(claim, "benchmarks/")] for claim in map(CLAIMS.get, PROOF) if claim
     ]
     note = (
-        f"Each folder has its table, its machine and its command. [All {len(CLAIMS)} questions](docs/results.md) have "
+        f"Each folder has its table, its machine and its command. [All {len(ANSWERS)} questions](docs/results.md) have "
         f"an answer, including those that went against us. {evidence.MARKED}"
     )
     return "\n".join([*table(["question", "answer", "evidence"], body), "", *wrapped(note)])
@@ -93,9 +95,9 @@ def answers() -> str:
     """The list of answers; then, claim by claim, the question, the answer, a few rows and the folder."""
     lines = table(
         ["question", "answer"],
-        [[f"[{claim.toml['question']}](#{anchor(claim.toml['question'])})", claim.answer] for claim in CLAIMS.values()],
+        [[f"[{claim.toml['question']}](#{anchor(claim.toml['question'])})", claim.answer] for claim in ANSWERS],
     )
-    for claim in CLAIMS.values():
+    for claim in ANSWERS:
         lines += ["", f"## {claim.toml['question']}", "", *wrapped(claim.answer), "", *claim.small(), ""]
         lines += wrapped(f"All rows, environment and command: {link(claim, '../benchmarks/')}.")
     return "\n".join(lines)
@@ -108,12 +110,13 @@ def anchor(heading: str) -> str:
 
 def index() -> str:
     """The contents of benchmarks/README.md."""
-    body = [
-        [claim.toml["question"], claim.answer, f"[{claim.name}]({claim.name}/README.md)"] for claim in CLAIMS.values()
-    ]
+    body = [[claim.toml["question"], claim.answer, f"[{claim.name}]({claim.name}/README.md)"] for claim in ANSWERS]
     lines = [*table(["question", "answer", "folder"], body), "", *wrapped(evidence.MARKED)]
     if waiting := [f"{claim.toml['question']} ({link(claim, '')})" for claim in evidence.planned()]:
         lines += ["", *wrapped(f"Not run yet, so without an answer: {' '.join(waiting)}.")]
+    history = [claim for claim in CLAIMS.values() if claim not in ANSWERS]
+    if older := [f"{claim.toml['question']} ({link(claim, '')})" for claim in history]:
+        lines += ["", *wrapped(f"Kept as history, by code that has changed since: {' '.join(older)}")]
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -179,6 +180,15 @@ def pages(evidence):
 def test_every_figure_that_is_shown_is_that_of_its_folder(pages):
     stale = [str(file.relative_to(ROOT)) for file, text in pages.items() if file.read_text() != text]
     assert not stale, f"run python benchmarks/collect.py for {stale}"
+
+
+def test_every_answer_has_a_command_that_gives_its_figures_again(evidence, pages):
+    shown = (ROOT / "docs" / "results.md").read_text() + (ROOT / "README.md").read_text()
+    folders = set(re.findall(r"benchmarks/([\w-]+)/README\.md", shown))
+    claims = {claim.name: claim for claim in evidence.claims()}
+    assert len(folders) > 25
+    for name in folders:
+        assert not claims[name].toml.get("command", "").startswith("#"), name
 
 
 def test_the_evidence_is_small():
