@@ -87,7 +87,7 @@ def test_the_fastest_way_within_the_peak_is_taken(monkeypatch):
     asked = read_rules(["backprop_checkpoint"], TrainOptions())["backprop_checkpoint"]
     held = {"all": 50, "matmul": 90, "attention": 200}
 
-    class Problem:
+    class PeakProblem:
         @classmethod
         def of(cls, options):
             return cls()
@@ -101,7 +101,7 @@ def test_the_fastest_way_within_the_peak_is_taken(monkeypatch):
         found = [{"ratio": seconds[way.rule.policy], "seconds_per_step": seconds[way.rule.policy]} for way in ways]
         return {"as_asked": 1.5, "ways": found}
 
-    monkeypatch.setattr(peaks, "Problem", Problem)
+    monkeypatch.setattr(peaks, "PeakProblem", PeakProblem)
     monkeypatch.setattr(peaks, "timed", timed)
     found = peaks.bring_under(asked, asked, 100, ())
     assert found["changes"] == {"micro": 2, "policy": "matmul"}

@@ -29,7 +29,7 @@ ENERGY_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class Problem:
+class PeakProblem:
     """Data and device, the same for all settings of a row."""
 
     facts: building.DataSignature
@@ -38,7 +38,7 @@ class Problem:
     device: torch.device
 
     @classmethod
-    def of(cls, options: TrainOptions) -> "Problem":
+    def of(cls, options: TrainOptions) -> "PeakProblem":
         """The problem of a run."""
         device = pick_device(options.device)
         dataset = building.load_data(options)
@@ -125,7 +125,7 @@ def bring_under(
     Returns:
         A `PeakFit`, as the record of the comparison stores it.
     """
-    problem = Problem.of(options)
+    problem = PeakProblem.of(options)
     tried: list[tuple[TrainOptions, Fit, tuple[str, ...]]] = []
     reached: list[tuple[TrainOptions, Fit, tuple[str, ...]]] = []
     for ways in ways_of(options, settled):
@@ -153,7 +153,7 @@ def bring_under(
 
 
 def timed(
-    problem: Problem, asked: TrainOptions, ways: Sequence[TrainOptions], baseline: TrainOptions, rounds: int
+    problem: PeakProblem, asked: TrainOptions, ways: Sequence[TrainOptions], baseline: TrainOptions, rounds: int
 ) -> dict[str, Any]:
     """Time steps of a row as given, of its settings, and of plain backpropagation, in turns.
 
@@ -167,7 +167,7 @@ def timed(
 
 
 def _timed(
-    problem: Problem, asked: TrainOptions, ways: Sequence[TrainOptions], baseline: TrainOptions, rounds: int
+    problem: PeakProblem, asked: TrainOptions, ways: Sequence[TrainOptions], baseline: TrainOptions, rounds: int
 ) -> dict[str, Any]:
     x, y = next(iter(problem.batches.epoch(0)))
     learners = {f"way {i}": problem.learner(way) for i, way in enumerate(ways)}
