@@ -23,6 +23,15 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float32 else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def side_by_side(*parts: Tensor) -> Tensor:
+    """One row per sample with all of its parts, `(B, ...)` each, in float32 or wider.
+
+    >>> side_by_side(torch.zeros(2, 1), torch.ones(2, 2, 2)).shape
+    torch.Size([2, 5])
+    """
+    return torch.cat([wide(part.flatten(1)) for part in parts], dim=1)
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """A context in which operations on tensors such as `x` have the precision of their operands."""
     device = x.device.type

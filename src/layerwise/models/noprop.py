@@ -8,16 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layerwise.core.functional import denoising_step, mixture, squared_distances, wide
+from layerwise.core.functional import denoising_step, mixture, side_by_side, squared_distances
 from layerwise.models.base import BlockSequential, ModelOptions, assemble, check_sizes, require
 
 WAVES = 8  # pairs of sine and cosine that encode the time
 TOP = 3.0  # log SNR at t = 1 in continuous time; at t = 0 it is minus this
-
-
-def state(*parts: Tensor) -> Tensor:
-    """The tensor that crosses the cuts: its parts side by side, `(B, ...)`, in float32 or wider."""
-    return torch.cat([wide(part.flatten(1)) for part in parts], dim=1)
 
 
 class Denoiser(nn.Module):
@@ -55,7 +50,7 @@ class Denoiser(nn.Module):
     def parts(self, h: Tensor) -> tuple[Tensor, ...]:
         """The parts of a state; of images `(B, C, H, W)`, those of a state of zeros with these images."""
         if h.dim() > 2:
-            h = state(h.new_zeros(len(h), sum(self.columns[:-1])), h)
+            h = side_by_side(h.new_zeros(len(h), sum(self.columns[:-1])), h)
         return h.split(self.columns, dim=1)
 
     def logits(self, z: Tensor, x: Tensor, *t: Tensor) -> Tensor:
@@ -110,7 +105,7 @@ class Denoise(Denoiser):
         """The next state."""
         p, r, x = self.parts(h)
         z = mixture(p, self.embedding) + r
-        return state(self.a * self.logits(z, x).softmax(1), self.b * z, x)
+        return side_by_side(self.a * self.logits(z, x).softmax(1), self.b * z, x)
 
 
 class Blend(Denoiser):
@@ -127,7 +122,7 @@ class Blend(Denoiser):
         p, r, x = self.parts(h)
         a = self.weight.tanh()
         q = self.logits(mixture(p, self.embedding) + r, x).softmax(1)
-        return state((1 - a) * p + a * q, (1 - a) * r, x)
+        return side_by_side((1 - a) * p + a * q, (1 - a) * r, x)
 
 
 class DenoiseAt(Denoiser):
@@ -148,7 +143,7 @@ class DenoiseAt(Denoiser):
         t, p, r, x = self.parts(h)
         share = self.schedule(t)[0].sigmoid()
         z = share.sqrt() * mixture(p, self.embedding) + (1 - share).sqrt() * r
-        return state(self.logits(z, x, t).softmax(1), torch.zeros_like(r), x)
+        return side_by_side(self.logits(z, x, t).softmax(1), torch.zeros_like(r), x)
 
 
 class Flow(Denoiser):
@@ -163,7 +158,7 @@ class Flow(Denoiser):
     def forward(self, h: Tensor) -> Tensor:
         """The velocity, in units of the embeddings."""
         t, p, r, x = self.parts(h)
-        return state(self.logits(mixture(p, self.embedding) + r, x, t), torch.zeros_like(r), x)
+        return side_by_side(self.logits(mixture(p, self.embedding) + r, x, t), torch.zeros_like(r), x)
 
 
 class CosineSchedule(nn.Module):

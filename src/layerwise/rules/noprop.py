@@ -15,6 +15,7 @@ from layerwise.core.functional import (
     medoid,
     mixture,
     prior_divergence,
+    side_by_side,
     signal_share,
     squared_distances,
     wide,
@@ -34,11 +35,6 @@ def embedding(block: Block) -> Tensor:
 def embedding_at(site: Site) -> Tensor:
     """Embeddings of the classes at a site: the head's own, or a block's copy of them."""
     return embedding(site.block)
-
-
-def state(*parts: Tensor) -> Tensor:
-    """What is passed on: coefficients p `(B, K)`, a rest r `(B, D)` of a label p U + r, the image; t before them."""
-    return torch.cat([wide(part.flatten(1)) for part in parts], dim=1)
 
 
 def drawn(p: Tensor, share: Tensor | float, size: int) -> tuple[Tensor, Tensor]:
@@ -174,10 +170,10 @@ class NoPropDT(Denoising):
         (classes, size), network = embedding(ctx.network.head).shape, ctx.network
         hot = F.one_hot(ctx.y, classes).float()
         if network.training:
-            return state(*drawn(hot, signal_share(0, len(network.blocks)), size), ctx.x), {
+            return side_by_side(*drawn(hot, signal_share(0, len(network.blocks)), size), ctx.x), {
                 "embedding": self.shared(network)
             }
-        return state(*drawn(0 * hot, 0.0, size), ctx.x), None
+        return side_by_side(*drawn(0 * hot, 0.0, size), ctx.x), None
 
     def loss_weight(self, site: Site) -> float:
         """Factor of the squared distance at the block of step t = site.index + 1."""
@@ -200,17 +196,17 @@ class NoPropDT(Denoising):
         return Signal(
             loss=self.loss_weight(ctx.site) * distance.mean(),
             message=ctx.message,
-            output=state(p_next, r_next, x),
+            output=side_by_side(p_next, r_next, x),
             metrics={"accuracy": ctx.task.accuracy(p, ctx.y)},
         )
 
     def predict(self, network: Partition, auxiliary: Mapping[int, nn.Module], x: Tensor) -> Tensor:
         """Logits `(B, K)` after a run of the sampler."""
         steps, u = len(network.blocks), embedding(network.head)
-        h = state(*drawn(x.new_zeros(len(x), len(u)).float(), 0.0, u.shape[1]), x)
+        h = side_by_side(*drawn(x.new_zeros(len(x), len(u)).float(), 0.0, u.shape[1]), x)
         for t, block in enumerate(network.blocks, 1):
             p, r, image = divided(block(h), u)
-            h = state(p, r + denoising_step(t, steps)[2] ** 0.5 * torch.randn_like(r), image)
+            h = side_by_side(p, r + denoising_step(t, steps)[2] ** 0.5 * torch.randn_like(r), image)
         return network.head(h)
 
 
@@ -284,7 +280,7 @@ class NoPropCT(_AnyTime):
         p = F.one_hot(ctx.y, classes).float() * training
         t = times(p) * training
         message = {"embedding": self.shared(ctx.network)} if training else None
-        return state(t, p, torch.randn(len(p), size, device=p.device), ctx.x), message
+        return side_by_side(t, p, torch.randn(len(p), size, device=p.device), ctx.x), message
 
     def signal(self, ctx: BlockContext) -> Signal:
         """Squared distance of the block's label from the true one; passes on a draw of z_1."""
@@ -299,7 +295,7 @@ class NoPropCT(_AnyTime):
         first, last = self.schedule(ctx.site.network, torch.tensor([[0.0], [1.0]], device=t.device))[0].sigmoid()[:, 0]
         if first.requires_grad:
             loss = loss + prior_divergence(u[ctx.y], first).mean()
-        draw = state(*drawn(F.one_hot(ctx.y, len(u)).to(p), last.detach(), u.shape[1]), x)
+        draw = side_by_side(*drawn(F.one_hot(ctx.y, len(u)).to(p), last.detach(), u.shape[1]), x)
         return Signal(
             loss=loss,
             message={"share": first},
@@ -316,10 +312,10 @@ class NoPropCT(_AnyTime):
             t = torch.full_like(z[:, :1], time)
             log_snr, slope = self.schedule(network, t)
             share = log_snr.sigmoid()
-            p, _, _ = divided(network.blocks[0](state(t, none, z / (1 - share).sqrt(), x)), u)
+            p, _, _ = divided(network.blocks[0](side_by_side(t, none, z / (1 - share).sqrt(), x)), u)
             return slope / 2 * (share.sqrt() * mixture(p, u) - share * z)
 
-        return network.head(state(none, self.sampled(network, velocity, u, x), x))
+        return network.head(side_by_side(none, self.sampled(network, velocity, u, x), x))
 
 
 @dataclass(frozen=True)
@@ -367,7 +363,7 @@ class NoPropFM(_AnyTime):
         t, origin = times(hot) * training, torch.randn(len(hot), size, device=hot.device)
         r = (1 - t) * origin + self.sigma * training * torch.randn_like(origin)
         message = {"origin": origin, "embedding": self.shared(ctx.network) if training else None}
-        return state(t, t * hot, r, ctx.x), message
+        return side_by_side(t, t * hot, r, ctx.x), message
 
     def signal(self, ctx: BlockContext) -> Signal:
         """Squared distance of the velocity from the direction to the label; passes on its end point at t = 1."""
@@ -380,7 +376,7 @@ class NoPropFM(_AnyTime):
         wanted = mixture(ctx.task.distribution(ctx.y), u) - ctx.message["origin"]
         loss = (mixture(v, u) - wanted).square().sum(1).mean()
         accuracy = ctx.task.accuracy(self.nearest(mixture(p, u) + r, u), ctx.y)
-        return Signal(loss=loss, output=state(p, r, x), metrics={"accuracy": accuracy})
+        return Signal(loss=loss, output=side_by_side(p, r, x), metrics={"accuracy": accuracy})
 
     @staticmethod
     def nearest(z: Tensor, u: Tensor) -> Tensor:
@@ -393,8 +389,8 @@ class NoPropFM(_AnyTime):
         none = torch.zeros(len(x), len(u), device=x.device)
 
         def velocity(z: Tensor, time: float) -> Tensor:
-            v, _, _ = divided(network.blocks[0](state(torch.full_like(z[:, :1], time), none, z, x)), u)
+            v, _, _ = divided(network.blocks[0](side_by_side(torch.full_like(z[:, :1], time), none, z, x)), u)
             return mixture(v, u)
 
         z = self.sampled(network, velocity, u, x)
-        return self.nearest(z, u) if self.predictor == "nearest" else network.head(state(none, z, x))
+        return self.nearest(z, u) if self.predictor == "nearest" else network.head(side_by_side(none, z, x))
