@@ -340,8 +340,10 @@ def test_svp_adds_the_cosine_distance_of_neighbouring_readouts():
     assert torch.allclose(rule.signal(at).loss, expected, atol=1e-6)
 
 
-def test_svp_compares_with_the_block_right_before_it():
-    rule = create_rule("svp", weight=0.0, likelihood_weight=0.0, feature_weight=1.0)
+@pytest.mark.parametrize("neighbour", ["previous", "before_previous"])
+def test_svp_compares_with_the_block_right_before_it(neighbour):
+    """Also where the message holds the readouts of two blocks, because the posteriors compare with the earlier one."""
+    rule = create_rule("svp", weight=0.0, likelihood_weight=0.0, feature_weight=1.0, neighbour=neighbour)
     message, readouts = None, []
     for index in range(3):
         at = moment(rule, hidden(seed=index), LABELS, index=index, message=message, blocks=4)
