@@ -6,6 +6,7 @@ from support.images import write_parquet, write_split_parquet
 from support.pixels import numbered
 
 from layerwise.data import load, stratified_split
+from layerwise.data.splitting import stratified_sample
 from layerwise.errors import LayerwiseError
 
 
@@ -21,6 +22,19 @@ def test_stratified_split_keeps_the_proportions():
     assert len(stratified_split(labels, 0.25, seed=0)[1]) == round(0.25 * 162)
     assert torch.equal(stratified_split(labels, 0.25, 5)[1], stratified_split(labels, 0.25, 5)[1])
     assert not torch.equal(stratified_split(labels, 0.25, 5)[1], stratified_split(labels, 0.25, 6)[1])
+
+
+@pytest.mark.parametrize(
+    ("counts", "size"), [((3, 2, 10, 1), 12), ((1, 50, 10), 36), ((5, 1), 5), ((1, 1, 1), 3), ((200, 0, 1, 1), 3)]
+)
+def test_a_sample_has_the_size_that_was_asked_and_every_class(counts, size):
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    chosen = stratified_sample(labels, size, seed=0)
+    taken = torch.bincount(labels[chosen], minlength=len(counts)).tolist()
+    assert sum(taken) == size == len(set(chosen.tolist()))
+    for own, count in zip(taken, counts, strict=True):
+        assert min(1, count) <= own <= count
+        assert abs(own - size * count / sum(counts)) < 1 or 1 in counts
 
 
 def test_splits_are_disjoint_and_test_depends_on_no_option(tmp_path):

@@ -24,7 +24,7 @@ from layerwise.data.pictures import ImageFormat
 from layerwise.data.scenes import digit_scenes
 from layerwise.data.sentences import Words, load_sentences
 from layerwise.data.sources import InMemorySource, Source
-from layerwise.data.splitting import stratified_split
+from layerwise.data.splitting import stratified_sample, stratified_split
 from layerwise.data.statistics import mean_and_std
 from layerwise.data.tables import TableSource, read_table
 from layerwise.data.text import TextOptions, load_text
@@ -227,7 +227,7 @@ imagefolder:PATH, parquet:PATH, PATH.csv.
             )
         if train_samples < len(kept):
             strata = _strata(train.labels[kept], task)
-            kept = kept[stratified_split(strata, train_samples / len(kept), seed)[1]]
+            kept = kept[stratified_sample(strata, train_samples, seed)]
     if not plain:
         notes += absent_classes(classes, {"training": train.labels[kept], "validation": val, "test": test})
     if len(kept) < len(train):
