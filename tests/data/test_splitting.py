@@ -75,7 +75,7 @@ def test_a_constant_channel_has_std_one(tmp_path):
     assert data.mean == pytest.approx((0.2,)) and data.std == (1.0,)
 
 
-@pytest.mark.parametrize("fraction", [-0.1, 1, 1.5, float("nan")])
+@pytest.mark.parametrize("fraction", [-0.1, 1, 1.5, float("nan"), "0.1"])
 def test_validation_fraction_out_of_range(fraction):
     with pytest.raises(LayerwiseError, match="not in \\[0, 1\\)"):
         load("digits", val_fraction=fraction)
@@ -99,7 +99,7 @@ def test_fewer_training_samples_leave_the_other_splits_and_the_shares_of_the_cla
     assert torch.equal(load("digits", train_samples=1294).train.images, whole.train.images)
 
 
-@pytest.mark.parametrize("count", [0, 9, 1295])
+@pytest.mark.parametrize("count", [0, 9, 1295, 20.5])
 def test_a_number_of_training_samples_that_is_not_there_is_refused(count):
     with pytest.raises(LayerwiseError, match=f"train_samples is {count}; give a number from 10"):
         load("digits", train_samples=count)
