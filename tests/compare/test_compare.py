@@ -27,6 +27,7 @@ from layerwise.cli.main import main
 from layerwise.compare import grid as compare
 from layerwise.compare import pool, rules_asked, tuning, worker
 from layerwise.compare.grid_runs import GridRun
+from layerwise.errors import LayerwiseError
 from layerwise.runs import arguments, building, progress
 from layerwise.runs.options import TrainOptions, from_mapping, to_mapping, to_words
 from layerwise.runs.settings import load_recipe
@@ -44,6 +45,13 @@ def cell(folder, rule, seed):
 
 
 # What is asked for
+
+
+def test_two_rules_never_share_a_folder():
+    """Their runs would be taken for each other: `/` and `:` become `-` in names of folders."""
+    compare.check_folders(["a/b.py:Rule", "a/c.py:Rule", "sll", "sll:overlap=1"])
+    with pytest.raises(LayerwiseError, match="the runs of a/b.py:Rule and a-b.py:Rule would lie in one folder"):
+        compare.check_folders(["sll", "a/b.py:Rule", "a-b.py:Rule"])
 
 
 def test_rules_have_their_options_behind_colons():
@@ -104,6 +112,7 @@ def test_the_command_of_a_run_gives_its_options(data):
 WRONG = [
     ("--rule sll backprup", "unknown rule 'backprup'; did you mean 'backprop'"),
     ("--rule sll sll", "--rule names sll twice"),
+    ("--rule sll:weight=1:overlap=1:weight=2", "gives weight twice"),
     ("--rule sll:overlap", "write overlap=VALUE after the colon"),
     ("--rule sll:overlab=1", "no option 'overlab'; did you mean 'overlap'"),
     ("--rule sll:epochs=3", "no option 'epochs'"),

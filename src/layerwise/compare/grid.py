@@ -1,7 +1,7 @@
 """`layerwise compare`: a grid of runs, rules by seeds, that differ only in the rule."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,7 @@ class Grid:
         threads = options.threads or 1
         common = replace(options, threads=threads, out=None, save_every=NEVER, peak=None)
         self.rules = read_rules(options.rules, common)
+        check_folders(list(self.rules))
         self.baseline = read_rules((BASELINE,), replace(common, micro=1))[BASELINE]
         """Plain backpropagation, against which settings under a peak are timed."""
         self.unreached: set[str] = set()
@@ -337,6 +338,20 @@ class Grid:
             label: plan["held_at"] for label, plan in self.plan.items() if label in self.rules and plan.get("held_at")
         }
         return write_results(self.folder, self.command, self.budget, rows, correct, self.metric, fits, deeper, chance)
+
+
+def check_folders(labels: Sequence[str]) -> None:
+    """Raise LayerwiseError if two rules would write to one folder, which replaces other characters by `-`.
+
+    >>> check_folders(["sll:weight=0/1", "sll:weight=0/2"])
+    """
+    known: dict[str, str] = {}
+    for label in labels:
+        other = known.setdefault(grid_run_folder(label, "", "runs").casefold(), label)
+        if other != label:
+            raise LayerwiseError(
+                f"the runs of {other} and {label} would lie in one folder; rename a file, or write them in other words."
+            )
 
 
 @contextlib.contextmanager
