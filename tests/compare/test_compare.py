@@ -50,7 +50,7 @@ def cell(folder, rule, seed):
 def test_two_rules_never_share_a_folder():
     """Their runs would be taken for each other: `/` and `:` become `-` in names of folders."""
     compare.check_folders(["a/b.py:Rule", "a/c.py:Rule", "sll", "sll:overlap=1"])
-    with pytest.raises(LayerwiseError, match="the runs of a/b.py:Rule and a-b.py:Rule would lie in one folder"):
+    with pytest.raises(LayerwiseError, match=r"the runs of a/b\.py:Rule and a-b\.py:Rule would lie in one folder"):
         compare.check_folders(["sll", "a/b.py:Rule", "a-b.py:Rule"])
 
 
