@@ -25,7 +25,7 @@ from support.runs import COMPARE, TIMING, contents, result, split, start, weight
 from layerwise import data, models, rules
 from layerwise.cli.main import main
 from layerwise.compare import grid as compare
-from layerwise.compare import pool, rules_asked, tuning, worker
+from layerwise.compare import pool, record, rules_asked, tuning, worker
 from layerwise.compare.grid_runs import GridRun
 from layerwise.errors import LayerwiseError
 from layerwise.runs import arguments, building, progress
@@ -42,6 +42,15 @@ def read_csv(folder, timing=False):
 
 def cell(folder, rule, seed):
     return folder / "runs" / rule.replace(":", "-") / f"seed{seed}"
+
+
+def test_a_rule_with_half_of_its_figures_is_measured_again(tmp_path):
+    """Time left and budgets divide by these figures."""
+    whole = {"flops_per_step": 9.0, "seconds_per_step": 0.1, "steps_per_epoch": 3}
+    for missing in whole:
+        half = {name: value for name, value in whole.items() if name != missing}
+        record.write_record(tmp_path, "layerwise compare", ["sll", "backprop"], 1, {}, {"sll": half, "backprop": whole})
+        assert record.kept_plan(tmp_path, {}) == {"backprop": whole}
 
 
 # What is asked for

@@ -272,7 +272,7 @@ def test_contention_is_that_of_processes_that_share_nothing():
     [
         ("--bandwidth 1e-320", "bandwidth is 1e-320 Gbit/s; use more than 0"),
         ("--latency 1e308", "latency is 1e+308 ms; use 1e+09 at most"),
-        ("--simulate 1000000000", "simulate is 1000000000; give a number of ranks from 2 to 4096"),
+        ("--simulate 1000000000", "simulate is 1000000000; give a number of ranks from 2 to 1024"),
         ("--hosts='a", "which is not a command (No closing quotation)"),
         ("--hosts=a\0b", "embedded null byte); correct --hosts"),
         ("--hosts=no_such_program", "cannot start no_such_program"),

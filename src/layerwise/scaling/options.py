@@ -15,8 +15,9 @@ WAYS = ("rule", "backprop", "apart", "pipeline", "data", "ddp", *PARTS)
 ALONE = ("rule", "backprop")
 SLOWEST = 1e9
 """Largest simulated delay in milliseconds, and seconds per Gbit: beyond it the figures are no longer numbers."""
-MOST_SIMULATED = 2**12
-"""Largest number of ranks that are simulated: every message is, so that time and memory grow with their square."""
+MOST_SIMULATED = 2**10
+"""Largest number of ranks that are simulated: 256 take a quarter of a minute per way, and 4 times as many 30 times as
+long."""
 
 
 @dataclass(frozen=True)
