@@ -53,6 +53,21 @@ def test_a_rule_with_half_of_its_figures_is_measured_again(tmp_path):
         assert record.kept_plan(tmp_path, {}) == {"backprop": whole}
 
 
+@pytest.mark.parametrize("damage", [{"changes": {"policy": "all"}}, {"flops_per_step": None}])
+def test_a_recorded_setting_that_is_not_the_rules_own_is_a_sentence(damage, tmp_path):
+    grid = compare.Grid(compare.CompareOptions(rules=("sll",), peak="1MiB", out=str(tmp_path)))
+    fit = {"peak": 2**20, "held": 1, "reached": True, "changes": {}, "seconds_per_step": 0.1, "flops_per_step": 9.0}
+    fit = {name: value for name, value in (fit | damage).items() if value is not None}
+    grid.plan = {"sll": {"held_bytes": 1, "fit": fit}}
+
+    class Pool:
+        def run(self, tasks, *_, **__):
+            assert not tasks
+
+    with pytest.raises(LayerwiseError, match="the setting of sll under the peak is not its own"):
+        grid._bring_under(Pool())
+
+
 # What is asked for
 
 

@@ -19,7 +19,9 @@ from layerwise.compare.tuning import choose, trial_options
 from layerwise.core.devices import pick_device
 from layerwise.core.tasks import metric_of
 from layerwise.errors import LayerwiseError, note
+from layerwise.files import shown
 from layerwise.memory.fitting import read_size
+from layerwise.records import damaged
 from layerwise.report.reading import read_correct
 from layerwise.report.summary import BASELINE, result_row, unreached_row
 from layerwise.runs.folders import FREE, claimed
@@ -235,8 +237,15 @@ class Grid:
             if not fit["reached"]:
                 self.unreached.add(label)
                 continue
-            self.rules[label] = changed(self.rules[label], fit["changes"])
-            self.plan[label] |= {name: fit[name] for name in ("seconds_per_step", "flops_per_step")}
+            try:
+                self.rules[label] = changed(self.rules[label], fit["changes"])
+                self.plan[label] |= {name: fit[name] for name in ("seconds_per_step", "flops_per_step")}
+            except (KeyError, TypeError) as reason:  # an option or a figure that the rule does not have
+                file, what = (
+                    shown(self.folder / "compare.json"),
+                    f"the setting of {label} under the peak is not its own",
+                )
+                raise damaged(file, what, "choose another --out") from reason
 
     def _measure_deeper(self, pool: WorkerPool) -> None:
         """Measure the memory of a step of every trained rule at other numbers of blocks, unless it is known."""
