@@ -100,6 +100,9 @@ def parse(cls: type, argv: Sequence[str], command: str, default: Any = None) -> 
     except SystemExit as stop:
         if not stop.code:
             raise
+        if not all(word.isprintable() for word in argv):  # tyro's message is read line by line
+            printable = ["".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in w) for w in argv]
+            parse(cls, printable, command, default)
         raise LayerwiseError(_one_sentence(printed.getvalue(), command)) from None
     finally:
         _restore("COLUMNS", width)

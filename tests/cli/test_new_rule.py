@@ -2,6 +2,7 @@
 
 import runpy
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -73,3 +74,35 @@ def test_nothing_is_overwritten(name, tmp_path, capsys):
     assert main(["new-rule", "my_rule", str(tmp_path)]) == 2
     assert "exists already and is not overwritten" in capsys.readouterr().err
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(name, "mine")]
+
+
+def test_a_killed_command_is_repeated(tmp_path, monkeypatch, capsys):
+    """SIGKILL may come before, between and after the two files: no half of a file, and the next attempt writes all."""
+
+    class Killed(BaseException):
+        pass
+
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    assert main(["new-rule", "my_rule", str(whole)]) == 0
+    wanted = {file.name: file.read_text() for file in whole.iterdir()}
+    replace = Path.replace
+    for survived in range(2):
+        folder, done = tmp_path / str(survived), []
+
+        def killed(path, target, done=done, survived=survived):
+            if len(done) == survived:
+                raise Killed
+            done.append(target)
+            return replace(path, target)
+
+        folder.mkdir()
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", killed)
+            with pytest.raises(Killed):
+                main(["new-rule", "my_rule", str(folder)])
+        left = {file.name: file.read_text() for file in folder.iterdir() if file.suffix == ".py"}
+        assert left.items() <= wanted.items() and len(left) == survived
+        assert main(["new-rule", "my_rule", str(folder)]) == 0, capsys.readouterr().err
+        assert {file.name: file.read_text() for file in folder.iterdir()} == wanted
+    assert main(["new-rule", "my_rule", str(whole)]) == 2  # a finished rule stays as it is

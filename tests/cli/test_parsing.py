@@ -80,3 +80,18 @@ def test_whole_numbers_of_more_than_64_bits_are_refused_by_every_command(options
 def test_stages_without_a_pipeline_are_refused(parallel):
     with pytest.raises(LayerwiseError, match=f"stages is 2,2 with --parallel {parallel}"):
         ParallelOptions(parallel=parallel, stages="2,2")
+
+
+@pytest.mark.parametrize(
+    ("word", "part"),
+    [
+        ("--a\nb", "unknown options: --a\N{REPLACEMENT CHARACTER}b;"),
+        ("a\x1b[31m\nb", "unknown options: a\N{REPLACEMENT CHARACTER}[31m\N{REPLACEMENT CHARACTER}b;"),
+        ("--split=te\nst", "--split is 'te\N{REPLACEMENT CHARACTER}st'; choose one of"),
+        ("--batch-size=1\n", "--batch-size is '1\N{REPLACEMENT CHARACTER}', which is not a whole number;"),
+    ],
+)
+def test_a_line_break_in_a_word_leaves_its_sentence_whole(word, part):
+    with pytest.raises(LayerwiseError) as caught:
+        parse(EvalOptions, [word], "eval")
+    assert str(caught.value).startswith(part) and str(caught.value).endswith("see layerwise eval --help.")

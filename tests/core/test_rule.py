@@ -287,3 +287,15 @@ def test_a_declared_fact_has_its_type(fact, value):
     kind = type("Other", (Answers,), {fact: value})
     with pytest.raises(LayerwiseError, match=f"declares {fact} = .*; it is of type"):
         Learner(dense(), kind())
+
+
+@pytest.mark.parametrize("rule", ["dgl", "periodic_guidance", "local_ce"])
+def test_a_batch_of_one_sample_under_batch_norm_is_no_fault_of_the_rule(rule):
+    """The first two have batch norm in their own readouts, the last one meets it in the network."""
+    norm = [] if rule != "local_ce" else [nn.BatchNorm1d(4)]
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), *norm, nn.Linear(4, 3))
+    convs = [nn.Sequential(nn.Conv2d(channels, 4, 3, padding=1), nn.ReLU()) for channels in (1, 4)]
+    learner = Learner(nn.Sequential(*convs, head), rule)
+    with pytest.raises(LayerwiseError, match="batch norm cannot train on one value, so give batches of more") as caught:
+        learner.step(torch.randn(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64))
+    assert "correct the rule" not in str(caught.value) and isinstance(caught.value.__cause__, ValueError)

@@ -68,6 +68,7 @@ def test_as_many_classes_as_different_labels(case, tmp_path):
 
 BAD_LABELS = {
     "fractions": (pa.array([0.5, 1.0] * 4), "row 0 of .* has the label 0.5 in column 'label', which is not a class"),
+    "floats that ids have merged in": (pa.array([2.0**53, 1.0] * 4), "give whole numbers, stored as such, or words"),
     "infinity": (pa.array([float("inf"), 1.0] * 4), "has the label inf"),
     "gaps": (pa.array([0.0, float("nan")] * 4), "row 1 of .* has no label"),
     "empty words": (pa.array(["a", ""] * 4), "row 1 of .* has no label"),
@@ -82,6 +83,22 @@ BAD_LABELS = {
 def test_labels_that_are_no_classes(case, tmp_path):
     labels, words = BAD_LABELS[case]
     refused(words, write(tmp_path / "d", train=table(labels)))
+
+
+def test_numbers_of_rows_that_pandas_stores_are_no_labels(tmp_path):
+    found = table([0, 1] * 10).rename_columns(["image", "species"])
+    rows = pa.array(range(20))
+    name = write(tmp_path / "d", train=found.append_column("__index_level_0__", rows))
+    assert data.load(name).classes == ("0", "1")
+    refused(
+        "no label column",
+        write(tmp_path / "d", train=found.drop_columns("species").append_column("__index_level_0__", rows)),
+    )
+
+
+def test_two_columns_of_one_name_are_told_of(tmp_path):
+    twice = table([0, 1] * 4).append_column("label", pa.array([1, 0] * 4))
+    refused("has several columns of the name 'label'", write(tmp_path / "d", train=twice))
 
 
 @pytest.mark.parametrize("notes", ["[", "[]", '{"info": null}', '{"info": {"features": [1]}}'])

@@ -6,6 +6,7 @@ from support.images import write_parquet, write_split_parquet
 from support.pixels import numbered
 
 from layerwise.data import load, stratified_split
+from layerwise.data.splitting import stratified_sample
 from layerwise.errors import LayerwiseError
 
 
@@ -21,6 +22,19 @@ def test_stratified_split_keeps_the_proportions():
     assert len(stratified_split(labels, 0.25, seed=0)[1]) == round(0.25 * 162)
     assert torch.equal(stratified_split(labels, 0.25, 5)[1], stratified_split(labels, 0.25, 5)[1])
     assert not torch.equal(stratified_split(labels, 0.25, 5)[1], stratified_split(labels, 0.25, 6)[1])
+
+
+@pytest.mark.parametrize(
+    ("counts", "size"), [((3, 2, 10, 1), 12), ((1, 50, 10), 36), ((5, 1), 5), ((1, 1, 1), 3), ((200, 0, 1, 1), 3)]
+)
+def test_a_sample_has_the_size_that_was_asked_and_every_class(counts, size):
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    chosen = stratified_sample(labels, size, seed=0)
+    taken = torch.bincount(labels[chosen], minlength=len(counts)).tolist()
+    assert sum(taken) == size == len(set(chosen.tolist()))
+    for own, count in zip(taken, counts, strict=True):
+        assert min(1, count) <= own <= count
+        assert abs(own - size * count / sum(counts)) < 1 or 1 in counts
 
 
 def test_splits_are_disjoint_and_test_depends_on_no_option(tmp_path):
@@ -61,7 +75,7 @@ def test_a_constant_channel_has_std_one(tmp_path):
     assert data.mean == pytest.approx((0.2,)) and data.std == (1.0,)
 
 
-@pytest.mark.parametrize("fraction", [-0.1, 1, 1.5, float("nan")])
+@pytest.mark.parametrize("fraction", [-0.1, 1, 1.5, float("nan"), "0.1"])
 def test_validation_fraction_out_of_range(fraction):
     with pytest.raises(LayerwiseError, match="not in \\[0, 1\\)"):
         load("digits", val_fraction=fraction)
@@ -85,7 +99,7 @@ def test_fewer_training_samples_leave_the_other_splits_and_the_shares_of_the_cla
     assert torch.equal(load("digits", train_samples=1294).train.images, whole.train.images)
 
 
-@pytest.mark.parametrize("count", [0, 9, 1295])
+@pytest.mark.parametrize("count", [0, 9, 1295, 20.5])
 def test_a_number_of_training_samples_that_is_not_there_is_refused(count):
     with pytest.raises(LayerwiseError, match=f"train_samples is {count}; give a number from 10"):
         load("digits", train_samples=count)

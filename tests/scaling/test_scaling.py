@@ -265,3 +265,22 @@ def test_contention_is_that_of_processes_that_share_nothing():
 
     speed = contention({("rule", 1): Found(10.0), ("apart", 2): Found(19.0), ("apart", 4): Found(21.0)})
     assert [speed(k) for k in (1, 2, 3, 4, 8)] == pytest.approx([1.0, 0.95, 20 / 30, 21 / 40, 21 / 80])
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--bandwidth 1e-320", "bandwidth is 1e-320 Gbit/s; use more than 0"),
+        ("--latency 1e308", "latency is 1e+308 ms; use 1e+09 at most"),
+        ("--simulate 1000000000", "simulate is 1000000000; give a number of ranks from 2 to 1024"),
+        ("--hosts='a", "which is not a command (No closing quotation)"),
+        ("--hosts=a\0b", "embedded null byte); correct --hosts"),
+        ("--hosts=no_such_program", "cannot start no_such_program"),
+        ("--hosts=echo", "a command in --hosts must print nothing itself"),
+    ],
+)
+def test_nonsense_is_one_sentence_before_anything_is_measured(words, sentence, capsys):
+    small = "--model mlp --depth 3 --model.width 8 --shape 1 8 8 --batch-size 8 --ranks 1 --ways rule pipeline"
+    assert main(["bench", "scaling", *small.split(), *words.split()]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("layerwise: ") and sentence in last and "unexpected" not in last

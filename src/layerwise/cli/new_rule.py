@@ -1,5 +1,6 @@
 """`layerwise new-rule`: writes a new learning rule in one file, and its tests, for the user to change."""
 
+import contextlib
 import keyword
 import os
 import re
@@ -9,7 +10,8 @@ from pathlib import Path
 
 from layerwise.cli import catalogue
 from layerwise.errors import LayerwiseError
-from layerwise.files import kind_of, shown
+from layerwise.files import kind_of, read_bytes, shown
+from layerwise.runs.writing import write_atomically
 
 RULE = '''\
 """{class_name}: a learning rule of my own."""
@@ -105,6 +107,12 @@ def hides(name: str) -> bool:
     return installed is not None or name in ("layerwise", *sys.stdlib_module_names)
 
 
+def _holds(path: Path, text: str) -> bool:
+    """Whether a file has this content."""
+    content = text.encode()
+    return kind_of(path) == "file" and path.stat().st_size == len(content) and read_bytes(path) == content
+
+
 def new_rule_command(argv: list[str]) -> int:
     """`layerwise new-rule NAME [FOLDER]`: write a rule and its tests."""
     if not 1 <= len(argv) <= 2 or any(word.startswith("-") for word in argv):
@@ -120,23 +128,23 @@ def new_rule_command(argv: list[str]) -> int:
     if kind_of(folder) != "folder":
         raise LayerwiseError(f"there is no folder {shown(folder)}; make it first.")
     class_name = "".join(part.capitalize() for part in name.split("_"))
-    texts = {folder / f"{name}.py": RULE, folder / f"test_{name}.py": TESTS}
-    for path in texts:
-        if kind_of(path) is not None:
+    words = {"name": name, "class_name": class_name}
+    texts = {folder / f"{name}.py": RULE.format(**words), folder / f"test_{name}.py": TESTS.format(**words)}
+    there = [path for path in texts if kind_of(path) is not None]
+    for path in there:
+        # A command that was killed between the two files leaves one, which is as good as new.
+        if len(there) == len(texts) or not _holds(path, texts[path]):
             raise LayerwiseError(f"{shown(path)} exists already and is not overwritten; choose another name.")
     if hides(name):
         raise LayerwiseError(f"a file {name}.py would hide the Python package {name!r}; choose another name.")
-    begun: list[Path] = []
     try:
-        for place, text in texts.items():
-            with place.open("x") as file:
-                begun.append(place)
-                file.write(text.format(name=name, class_name=class_name))
-    except OSError as reason:
-        for place in begun:  # half of a rule would be in the way of the next attempt
-            place.unlink(missing_ok=True)
-        file = shown(begun[-1] if begun else next(iter(texts)))
-        raise LayerwiseError(f"cannot write {file} ({reason.strerror}); choose another folder.") from reason
+        for path, text in texts.items():
+            write_atomically(path, text)
+    except LayerwiseError:
+        for path in texts:  # half of a rule is of no use
+            with contextlib.suppress(OSError):
+                path.unlink()
+        raise
     rule, tests = texts
     print(f"wrote {rule} and {tests}; change them, and")
     print(f"  test it:    pytest {tests}")

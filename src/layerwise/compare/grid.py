@@ -1,7 +1,7 @@
 """`layerwise compare`: a grid of runs, rules by seeds, that differ only in the rule."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from layerwise.compare.tuning import choose, trial_options
 from layerwise.core.devices import pick_device
 from layerwise.core.tasks import metric_of
 from layerwise.errors import LayerwiseError, note
+from layerwise.files import shown
 from layerwise.memory.fitting import read_size
+from layerwise.records import damaged
 from layerwise.report.reading import read_correct
 from layerwise.report.summary import BASELINE, result_row, unreached_row
 from layerwise.runs.folders import FREE, claimed
@@ -85,6 +87,7 @@ class Grid:
         threads = options.threads or 1
         common = replace(options, threads=threads, out=None, save_every=NEVER, peak=None)
         self.rules = read_rules(options.rules, common)
+        check_folders(list(self.rules))
         self.baseline = read_rules((BASELINE,), replace(common, micro=1))[BASELINE]
         """Plain backpropagation, against which settings under a peak are timed."""
         self.unreached: set[str] = set()
@@ -234,8 +237,15 @@ class Grid:
             if not fit["reached"]:
                 self.unreached.add(label)
                 continue
-            self.rules[label] = changed(self.rules[label], fit["changes"])
-            self.plan[label] |= {name: fit[name] for name in ("seconds_per_step", "flops_per_step")}
+            try:
+                self.rules[label] = changed(self.rules[label], fit["changes"])
+                self.plan[label] |= {name: fit[name] for name in ("seconds_per_step", "flops_per_step")}
+            except (KeyError, TypeError) as reason:  # an option or a figure that the rule does not have
+                file, what = (
+                    shown(self.folder / "compare.json"),
+                    f"the setting of {label} under the peak is not its own",
+                )
+                raise damaged(file, what, "choose another --out") from reason
 
     def _measure_deeper(self, pool: WorkerPool) -> None:
         """Measure the memory of a step of every trained rule at other numbers of blocks, unless it is known."""
@@ -337,6 +347,20 @@ class Grid:
             label: plan["held_at"] for label, plan in self.plan.items() if label in self.rules and plan.get("held_at")
         }
         return write_results(self.folder, self.command, self.budget, rows, correct, self.metric, fits, deeper, chance)
+
+
+def check_folders(labels: Sequence[str]) -> None:
+    """Raise LayerwiseError if two rules would write to one folder, which replaces other characters by `-`.
+
+    >>> check_folders(["sll:weight=0/1", "sll:weight=0/2"])
+    """
+    known: dict[str, str] = {}
+    for label in labels:
+        other = known.setdefault(grid_run_folder(label, "", "runs").casefold(), label)
+        if other != label:
+            raise LayerwiseError(
+                f"the runs of {other} and {label} would lie in one folder; rename a file, or write them in other words."
+            )
 
 
 @contextlib.contextmanager

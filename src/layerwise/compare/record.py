@@ -17,6 +17,9 @@ from layerwise.runs.environment import environment
 from layerwise.runs.options import TrainOptions, to_mapping
 from layerwise.runs.writing import write_atomically
 
+MEASURED = {"flops_per_step", "seconds_per_step", "steps_per_epoch"}
+"""Costs of a step that every measured rule has."""
+
 
 def kept_plan(folder: Path, fixed: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Measurements per rule from an earlier start of the comparison; none if the folder is new.
@@ -42,7 +45,8 @@ def kept_plan(folder: Path, fixed: Mapping[str, Any]) -> dict[str, dict[str, Any
                 f"{folder} holds a comparison with {name} = {json.dumps(before['fixed'].get(name))}, not "
                 f"{json.dumps(value)}; put it back, or choose another --out."
             )
-    return {label: dict(plan) for label, plan in before["plan"].items()}
+    # A rule of which a figure is missing is measured again.
+    return {label: dict(plan) for label, plan in before["plan"].items() if plan.keys() >= MEASURED}
 
 
 def write_record(

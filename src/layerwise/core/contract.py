@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from torch import Tensor, nn
 
+from layerwise.core.failures import advice_on
 from layerwise.core.pieces import JoinsGroups, LearnsInPart, TakesTurns
 from layerwise.core.rule import BlockContext, Locality, Rule, Signal, Site
 from layerwise.core.tasks import Task
@@ -75,9 +76,9 @@ class asking:
         if not isinstance(reason, Exception) or isinstance(reason, LayerwiseError) or is_out_of_memory(reason):
             return
         said = (str(reason).strip() or "no message").splitlines()[0].rstrip(".")
+        advice = advice_on(said, "correct the rule, or check whether it can serve this network")
         raise LayerwiseError(
-            f"rule {self.rule.name!r} fails in {self.what} ({type(reason).__name__}: {said}); correct the rule, or "
-            "check whether it can serve this network."
+            f"rule {self.rule.name!r} fails in {self.what} ({type(reason).__name__}: {said}); {advice}."
         ) from reason
 
 

@@ -24,6 +24,27 @@ def told_by(reason: BaseException) -> str:
     return f"{kind}: {lines[0]}" if isinstance(reason, (KeyError, AssertionError)) else lines[0].rstrip(".")
 
 
+ADVICE = {
+    "Expected more than 1 value per channel": "batch norm cannot train on one value, so give batches of more samples",
+    "Expected more than 1 spatial element": "instance norm cannot train on one pixel, so give larger inputs",
+    "use_reentrant": "call torch's checkpoint with use_reentrant=False",
+}
+"""What to do about errors of torch whose cause is neither the rule nor the shape of the input, by a part of them."""
+
+
+def advice_on(said: str, otherwise: str) -> str:
+    """What to do about an error of torch.
+
+    Args:
+        said: its first line.
+        otherwise: what to do where it is none of the known ones.
+
+    >>> advice_on("Expected more than 1 value per channel when training", "correct the rule")
+    'batch norm cannot train on one value, so give batches of more samples'
+    """
+    return next((advice for part, advice in ADVICE.items() if part in said), otherwise)
+
+
 class NonFinite(LayerwiseError):
     """A signal or a gradient is NaN or infinite."""
 
@@ -72,11 +93,9 @@ class in_a_sentence:
         if self.by_rule and not _in_a_module(traceback):
             return
         said = told_by(reason)
-        hint = "call torch's checkpoint with use_reentrant=False" if "use_reentrant" in said else "look at its modules"
         shapes = ", ".join(str(tuple(t.shape)) for t in tensors(self.h))
-        raise LayerwiseError(
-            f"{self.who} {self.what} of shape {shapes} ({said}); {hint}, and at the batch."
-        ) from reason
+        advice = advice_on(said, "look at its modules, and at the batch")
+        raise LayerwiseError(f"{self.who} {self.what} of shape {shapes} ({said}); {advice}.") from reason
 
 
 def _in_a_module(traceback: Any) -> bool:

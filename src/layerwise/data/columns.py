@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple
@@ -12,6 +13,10 @@ from layerwise.data.naming import IMAGE_NAMES, LABEL_NAMES, check_words, few, is
 from layerwise.data.numbers import chosen_targets
 from layerwise.errors import LayerwiseError
 
+PANDAS_INDEX = re.compile(r"__index_level_[0-9]+__")
+"""Names under which pandas stores the numbers of the rows."""
+EXACT = 2**53
+"""From here on, a float no longer tells one whole number from the next."""
 TEXT_TYPES = ("string", "large_string", "string_view")  # arrow's names for words
 
 
@@ -49,6 +54,9 @@ def find_columns(
         targets: names of the columns of labels.
     """
     types = need("pyarrow").types
+    for name in schema.names:
+        if schema.names.count(name) > 1:
+            raise LayerwiseError(f"{title} has several columns of the name {name!r}; rename all but one of them.")
     features = _features(schema, title)
 
     def kind(name: str) -> str | None:
@@ -78,7 +86,11 @@ def find_columns(
             return Columns(image, None, None, wanted)
         _check_labels(is_label(schema.field(wanted[0])), schema, wanted[0], title)
         known = Columns(image, wanted[0], None)
-    labels = [field.name for field in schema if is_label(field) and field.name != image]
+    labels = [
+        field.name
+        for field in schema
+        if is_label(field) and field.name != image and not PANDAS_INDEX.fullmatch(field.name)
+    ]
     if known is not None and known.label in labels:
         label = str(known.label)
     else:
@@ -127,10 +139,10 @@ def labels_of(column: Any, columns: Columns, title: str) -> list:
         elif isinstance(value, (float, Decimal)):
             if math.isnan(value):
                 value = None
-            elif not math.isfinite(value) or value != int(value):
+            elif not math.isfinite(value) or value != int(value) or (isinstance(value, float) and abs(value) >= EXACT):
                 raise LayerwiseError(
                     f"row {row} of {title} has the label {value} in column {columns.label!r}, which is not a class; "
-                    "give whole numbers or words."
+                    "give whole numbers, stored as such, or words."
                 )
             else:
                 value = int(value)

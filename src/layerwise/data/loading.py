@@ -1,5 +1,6 @@
 """A data set by name, split three ways."""
 
+import numbers
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from layerwise.data.pictures import ImageFormat
 from layerwise.data.scenes import digit_scenes
 from layerwise.data.sentences import Words, load_sentences
 from layerwise.data.sources import InMemorySource, Source
-from layerwise.data.splitting import stratified_split
+from layerwise.data.splitting import stratified_sample, stratified_split
 from layerwise.data.statistics import mean_and_std
 from layerwise.data.tables import TableSource, read_table
 from layerwise.data.text import TextOptions, load_text
@@ -141,7 +142,7 @@ imagefolder:PATH, parquet:PATH, PATH.csv.
     """
     name, size = plain_name(name), check_size(size)
     title = shown(name)  # for messages
-    if not 0 <= val_fraction < 1:
+    if not isinstance(val_fraction, numbers.Real) or not 0 <= val_fraction < 1:
         raise LayerwiseError(f"validation fraction {val_fraction} is not in [0, 1); use 0 for no validation split")
     check_task(name, task)
     if targets and (task == "language_model" or not (is_table(name) or name.partition(":")[0] in ("parquet", "hf"))):
@@ -220,14 +221,14 @@ imagefolder:PATH, parquet:PATH, PATH.csv.
             val = val.relabelled(noisy[part])
     if train_samples is not None:
         least = 1 if plain else len(classes)
-        if not least <= train_samples <= len(kept):
+        if not isinstance(train_samples, numbers.Integral) or not least <= train_samples <= len(kept):
             per_class = "" if plain else ", one per class,"
             raise LayerwiseError(
                 f"train_samples is {train_samples}; give a number from {least}{per_class} to {len(kept)}"
             )
         if train_samples < len(kept):
             strata = _strata(train.labels[kept], task)
-            kept = kept[stratified_split(strata, train_samples / len(kept), seed)[1]]
+            kept = kept[stratified_sample(strata, train_samples, seed)]
     if not plain:
         notes += absent_classes(classes, {"training": train.labels[kept], "validation": val, "test": test})
     if len(kept) < len(train):
@@ -276,7 +277,7 @@ def _text(
     found = load_text(name, text or TextOptions(), val_fraction, root, tokenizer)
     train, known = found.train, found.tokenizer
     if train_samples is not None:
-        if not 1 <= train_samples <= len(train):
+        if not isinstance(train_samples, numbers.Integral) or not 1 <= train_samples <= len(train):
             raise LayerwiseError(f"train_samples is {train_samples}; give a number of windows from 1 to {len(train)}")
         order = torch.randperm(
             len(train), generator=torch.Generator().manual_seed(derive_seed(seed, "windows")), device="cpu"

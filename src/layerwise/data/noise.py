@@ -1,5 +1,6 @@
 """Wrong labels on purpose: label noise as a property of a data set."""
 
+import numbers
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -38,7 +39,7 @@ def noisy_labels(labels: Tensor, classes: Sequence[str], rate: float, kind: Nois
     40
     """
     labels = torch.as_tensor(labels, device="cpu")
-    if not 0 <= rate < 1:
+    if not isinstance(rate, numbers.Real) or not 0 <= rate < 1:
         raise LayerwiseError(f"label noise {rate} is not in [0, 1); it is the share of wrong labels, 0 for none")
     if kind not in get_args(NoiseKind):
         raise LayerwiseError(f"unknown label noise {kind!r}; choose symmetric or pairs.")

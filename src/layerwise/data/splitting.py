@@ -26,17 +26,50 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
     """
     labels = torch.as_tensor(labels, device="cpu")
     counts = torch.bincount(labels).tolist()
-    wanted = [fraction * count for count in counts]
-    quota = [math.floor(want) for want in wanted]
-    missing = round(fraction * len(labels)) - sum(quota)
-    # Largest remainders first, so that no class is more than one sample off its share.
-    for label in sorted(range(len(counts)), key=lambda label: quota[label] - wanted[label])[: max(0, missing)]:
-        quota[label] = min(quota[label] + 1, max(0, counts[label] - 1))
-    generator = Generator().manual_seed(derive_seed(seed, "split"))
-    part = [torch.empty(0, dtype=torch.int64, device="cpu")]
-    for label, take in enumerate(quota):
-        members = (labels == label).nonzero().flatten()
-        part.append(members[torch.randperm(len(members), generator=generator, device="cpu")[:take]])
-    chosen = torch.zeros(len(labels), dtype=torch.bool, device="cpu")
-    chosen[torch.cat(part)] = True
+    chosen = _drawn(labels, _quotas(counts, fraction, [max(0, count - 1) for count in counts]), seed)
     return (~chosen).nonzero().flatten(), chosen.nonzero().flatten()
+
+
+def stratified_sample(labels: Tensor, count: int, seed: int) -> Tensor:
+    """Choose samples, each class in the same proportion, and at least one of each class.
+
+    Args:
+        labels: int64 (N,), at least 0.
+        count: how many, from the number of different labels to N.
+        seed: of the choice within each class.
+
+    Returns:
+        int64 (count,), indices in ascending order.
+
+    >>> labels = torch.tensor([0, 0, 0, 0, 0, 0, 1])
+    >>> labels[stratified_sample(labels, 3, seed=0)]
+    tensor([0, 0, 1])
+    """
+    labels = torch.as_tensor(labels, device="cpu")
+    counts = torch.bincount(labels).tolist()
+    quotas = _quotas(counts, count / len(labels), counts)
+    for label in (label for label, of_class in enumerate(counts) if of_class and not quotas[label]):
+        quotas[quotas.index(max(quotas))] -= 1
+        quotas[label] = 1
+    return _drawn(labels, quotas, seed).nonzero().flatten()
+
+
+def _quotas(counts: list[int], fraction: float, most: list[int]) -> list[int]:
+    """How many samples of each class make up a fraction of all, of class k `most[k]` at most."""
+    wanted = [fraction * count for count in counts]
+    quotas = [math.floor(want) for want in wanted]
+    missing = round(fraction * sum(counts)) - sum(quotas)
+    # Largest remainders first, so that no class is more than one sample off its share.
+    for label in sorted(range(len(counts)), key=lambda label: quotas[label] - wanted[label])[: max(0, missing)]:
+        quotas[label] = min(quotas[label] + 1, most[label])
+    return quotas
+
+
+def _drawn(labels: Tensor, quotas: list[int], seed: int) -> Tensor:
+    """Which samples are drawn, so many of each class: bool (N,)."""
+    generator = Generator().manual_seed(derive_seed(seed, "split"))
+    chosen = torch.zeros(len(labels), dtype=torch.bool, device="cpu")
+    for label, take in enumerate(quotas):
+        members = (labels == label).nonzero().flatten()
+        chosen[members[torch.randperm(len(members), generator=generator, device="cpu")[:take]]] = True
+    return chosen

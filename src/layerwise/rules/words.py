@@ -15,7 +15,7 @@ def split_word(word: str) -> tuple[str, list[tuple[str, str]]]:
     """The name of a rule, and its options with their values.
 
     Raises:
-        LayerwiseError: an option without a value.
+        LayerwiseError: an option without a value, or one that is given twice.
 
     >>> split_word("sll:overlap=1:weight=0/1")
     ('sll', [('overlap', '1'), ('weight', '0/1')])
@@ -29,6 +29,8 @@ def split_word(word: str) -> tuple[str, list[tuple[str, str]]]:
         if not equals:
             raise LayerwiseError(f"{word}: write {option}=VALUE after the colon.")
         found.append((option.replace("-", "_"), text))
+        if [name for name, _ in found].count(found[-1][0]) > 1:
+            raise LayerwiseError(f"{word} gives {option} twice; leave one out.")
     return name, found
 
 

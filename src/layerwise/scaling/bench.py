@@ -37,7 +37,7 @@ def measured(
         A series per way and number of ranks; seconds of the blocks, see `simulate.Costs`.
     """
     counts = options.counts()
-    jobs = [(way, ranks) for way in options.ways for ranks in ([1] if way in ALONE else counts)]
+    jobs = [(way, ranks) for way in dict.fromkeys(options.ways) for ranks in ([1] if way in ALONE else counts)]
     jobs = [(way, ranks) for way, ranks in jobs if ranks > 1 or way in (*ALONE, "pipeline")]
     series = {job: Series(*job) for job in jobs}
     costs: list[dict[str, list[float]]] = []

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, short, why
 from layerwise.scaling.options import ScalingOptions
 
 
@@ -49,7 +49,10 @@ class RankProcesses:
         self.ask([setup | found for setup in self.setup])
 
     def _start(self, rank: int, host: str, threads: int) -> None:
-        command = [*shlex.split(host), sys.executable, "-m", "layerwise.scaling.rank"]
+        try:
+            command = [*shlex.split(host), sys.executable, "-m", "layerwise.scaling.rank"]
+        except ValueError as reason:
+            raise LayerwiseError(f"--hosts holds {short(host)}, which is not a command ({reason}).") from reason
         with self.log.open("a") as log:
             try:
                 process = subprocess.Popen(
@@ -61,8 +64,10 @@ class RankProcesses:
                     env=os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)},
                     start_new_session=True,  # Ctrl-C is for the parent; the processes exit when it does
                 )
-            except OSError as reason:
-                raise LayerwiseError(f"cannot start {shlex.join(command)}: {reason.strerror}.") from reason
+            except (OSError, ValueError) as reason:
+                raise LayerwiseError(
+                    f"cannot start {shlex.join(command)} ({why(reason)}); correct --hosts."
+                ) from reason
         self.processes.append(process)
 
         def listen() -> None:
@@ -96,7 +101,7 @@ class RankProcesses:
                     f"process {silent} of {self.ranks} has not answered for {2 * self.limit:g} s; raise --timeout, or "
                     "measure less."
                 ) from None
-            answer = json.loads(line) if line else {"failure": f"the process has ended; {self._last_words()}"}
+            answer = _read(line) if line else {"failure": f"the process has ended; {self._last_words()}"}
             if "failure" in answer:
                 raise LayerwiseError(f"process {rank} of {self.ranks} failed: {answer['failure']}")
             found[rank] = answer
@@ -116,3 +121,13 @@ class RankProcesses:
                 assert pipe is not None
                 with contextlib.suppress(OSError):
                     pipe.close()
+
+
+def _read(line: str) -> dict[str, Any]:
+    """The answer in a line of a process, or the failure to give one."""
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(answer := json.loads(line), dict):
+            return answer
+    return {
+        "failure": f"it printed {short(line.strip())}, not an answer; a command in --hosts must print nothing itself."
+    }

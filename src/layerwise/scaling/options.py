@@ -13,6 +13,11 @@ PARTS = {"gpipe": 1, "1f1b": 1, "zb1p": 1, "zbv": 2}
 
 WAYS = ("rule", "backprop", "apart", "pipeline", "data", "ddp", *PARTS)
 ALONE = ("rule", "backprop")
+SLOWEST = 1e9
+"""Largest simulated delay in milliseconds, and seconds per Gbit: beyond it the figures are no longer numbers."""
+MOST_SIMULATED = 2**10
+"""Largest number of ranks that are simulated: 256 take a quarter of a minute per way, and 4 times as many 30 times as
+long."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,10 @@ def check_measurable(options: ScalingOptions, blocks: int) -> None:
             raise LayerwiseError(f"{name.replace('_', '-')} is {getattr(options, name)}; use at least {least}.")
     check_ranges(timeout=options.timeout)
     check("latency", options.latency, NonNegativeFloat)
-    if not options.bandwidth > 0:  # infinity is a link without cost
-        raise LayerwiseError(f"bandwidth is {options.bandwidth} Gbit/s; use more than 0.")
+    if options.latency > SLOWEST:
+        raise LayerwiseError(f"latency is {options.latency} ms; use {SLOWEST:g} at most.")
+    if not options.bandwidth >= 1 / SLOWEST:  # infinity is a link without cost
+        raise LayerwiseError(f"bandwidth is {options.bandwidth} Gbit/s; use more than 0, at least {1 / SLOWEST:g}.")
     for way in options.ways:
         if way not in WAYS:
             raise unknown("way", way, WAYS)
@@ -114,7 +121,7 @@ def check_measurable(options: ScalingOptions, blocks: int) -> None:
     for ranks in options.counts() if {"data", "ddp"} & {*options.ways} else ():
         check_shares(options.batch_size, ranks)
     if options.simulate is not None:
-        if options.simulate < 2:
-            raise LayerwiseError(f"simulate is {options.simulate}; it is a number of ranks, 2 or more.")
+        if not 2 <= options.simulate <= MOST_SIMULATED:
+            raise LayerwiseError(f"simulate is {options.simulate}; give a number of ranks from 2 to {MOST_SIMULATED}.")
         if "pipeline" not in options.ways:
             raise LayerwiseError("to simulate, the pipeline must be among the ways: its messages are measured there.")
