@@ -84,7 +84,7 @@ def test_a_killed_command_is_repeated(tmp_path, monkeypatch, capsys):
 
     whole = tmp_path / "whole"
     whole.mkdir()
-    assert main(["new-rule", "my_rule", str(whole)]) == 0
+    assert main(["new-rule", "killed_rule", str(whole)]) == 0
     wanted = {file.name: file.read_text() for file in whole.iterdir()}
     replace = Path.replace
     for survived in range(2):
@@ -100,9 +100,9 @@ def test_a_killed_command_is_repeated(tmp_path, monkeypatch, capsys):
         with monkeypatch.context() as patch:
             patch.setattr(Path, "replace", killed)
             with pytest.raises(Killed):
-                main(["new-rule", "my_rule", str(folder)])
+                main(["new-rule", "killed_rule", str(folder)])
         left = {file.name: file.read_text() for file in folder.iterdir() if file.suffix == ".py"}
         assert left.items() <= wanted.items() and len(left) == survived
-        assert main(["new-rule", "my_rule", str(folder)]) == 0, capsys.readouterr().err
+        assert main(["new-rule", "killed_rule", str(folder)]) == 0, capsys.readouterr().err
         assert {file.name: file.read_text() for file in folder.iterdir()} == wanted
-    assert main(["new-rule", "my_rule", str(whole)]) == 2  # a finished rule stays as it is
+    assert main(["new-rule", "killed_rule", str(whole)]) == 2  # a finished rule stays as it is

@@ -25,9 +25,8 @@ from support.runs import COMPARE, TIMING, contents, result, split, start, weight
 from layerwise import data, models, rules
 from layerwise.cli.main import main
 from layerwise.compare import grid as compare
-from layerwise.compare import pool, record, rules_asked, tuning, worker
+from layerwise.compare import pool, rules_asked, tuning, worker
 from layerwise.compare.grid_runs import GridRun
-from layerwise.errors import LayerwiseError
 from layerwise.runs import arguments, building, progress
 from layerwise.runs.options import TrainOptions, from_mapping, to_mapping, to_words
 from layerwise.runs.settings import load_recipe
@@ -44,38 +43,7 @@ def cell(folder, rule, seed):
     return folder / "runs" / rule.replace(":", "-") / f"seed{seed}"
 
 
-def test_a_rule_with_half_of_its_figures_is_measured_again(tmp_path):
-    """Time left and budgets divide by these figures."""
-    whole = {"flops_per_step": 9.0, "seconds_per_step": 0.1, "steps_per_epoch": 3}
-    for missing in whole:
-        half = {name: value for name, value in whole.items() if name != missing}
-        record.write_record(tmp_path, "layerwise compare", ["sll", "backprop"], 1, {}, {"sll": half, "backprop": whole})
-        assert record.kept_plan(tmp_path, {}) == {"backprop": whole}
-
-
-@pytest.mark.parametrize("damage", [{"changes": {"policy": "all"}}, {"flops_per_step": None}])
-def test_a_recorded_setting_that_is_not_the_rules_own_is_a_sentence(damage, tmp_path):
-    grid = compare.Grid(compare.CompareOptions(rules=("sll",), peak="1MiB", out=str(tmp_path)))
-    fit = {"peak": 2**20, "held": 1, "reached": True, "changes": {}, "seconds_per_step": 0.1, "flops_per_step": 9.0}
-    fit = {name: value for name, value in (fit | damage).items() if value is not None}
-    grid.plan = {"sll": {"held_bytes": 1, "fit": fit}}
-
-    class Pool:
-        def run(self, tasks, *_, **__):
-            assert not tasks
-
-    with pytest.raises(LayerwiseError, match="the setting of sll under the peak is not its own"):
-        grid._bring_under(Pool())
-
-
 # What is asked for
-
-
-def test_two_rules_never_share_a_folder():
-    """Their runs would be taken for each other: `/` and `:` become `-` in names of folders."""
-    compare.check_folders(["a/b.py:Rule", "a/c.py:Rule", "sll", "sll:overlap=1"])
-    with pytest.raises(LayerwiseError, match=r"the runs of a/b\.py:Rule and a-b\.py:Rule would lie in one folder"):
-        compare.check_folders(["sll", "a/b.py:Rule", "a-b.py:Rule"])
 
 
 def test_rules_have_their_options_behind_colons():
