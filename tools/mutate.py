@@ -211,7 +211,7 @@ MUTANTS = [
            [("value.detach() if isinstance(value, Tensor) else value", "value")],
            "test_learner.py metrics_are"),
     Mutant("forward without a graph", "core/engine.py",
-           [("torch.set_grad_enabled(learns)", "torch.no_grad()")],
+           [("NOTHING if torch.is_grad_enabled() == learns else torch.set_grad_enabled(learns)", "torch.no_grad()")],
            f"{CONTRACT} learns and mlp and sll"),
     Mutant("draws do not depend on the block", "core/runner.py",
            [("(step, unit.site.index) if", "(step,) if")], f"{ENGINE} own_draws"),

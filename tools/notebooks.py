@@ -69,7 +69,8 @@ def main() -> None:
             if cell.source.startswith("!"):  # a shell's failure is no error of the cell
                 cell.source = "\n".join(f"{line}\nassert _exit_code == 0" for line in cell.source.splitlines())
         with tempfile.TemporaryDirectory() as folder:  # for the runs that it writes
-            kernel = AsyncKernelManager(kernel_name="python3", transport="ipc")  # no port for others to find
+            # Files in place of ports, which others could find; their path is whole, as the kernel works in the folder.
+            kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{folder}/kernel")
             NotebookClient(made, kernel, timeout=120, resources={"metadata": {"path": folder}}).execute()
         print(f"{file.name}: {len(made.cells)} cells, runs")
 

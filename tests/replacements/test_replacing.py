@@ -11,7 +11,7 @@ from support.own import decoder, text
 from torch import nn
 
 from layerwise import LanguageModel, LayerwiseError, Learner, models, replace, replacements
-from layerwise.compare.peak import Problem
+from layerwise.compare.peak import PeakProblem
 from layerwise.compare.rules_asked import read_rules
 from layerwise.replacements import ApproxGELU, ApproxSiLU, MaskReLU, MSLayerNorm, MSRMSNorm, VeLoRALinear
 from layerwise.runs.options import TrainOptions
@@ -300,7 +300,7 @@ def test_a_row_of_a_comparison_names_what_is_replaced():
     found = read_rules(["sll+approx_gelu+ms_norm:lr=0.01,sll"], common)
     options = found["sll+approx_gelu+ms_norm:lr=0.01"]
     assert (options.rule, options.lr) == (found["sll"].rule, 0.01)
-    problem = Problem.of(options)
+    problem = PeakProblem.of(options)
     model = problem.learner(options).network.model
     assert sum(isinstance(m, ApproxGELU) for m in model.modules()) == 2
     assert sum(isinstance(m, MSLayerNorm) for m in model.modules()) == 4
