@@ -354,10 +354,8 @@ class Partition(nn.Module):
             for _ in both_modes(self.model):
                 self.head.run.traces.compare(x)
         layouts, seen, outputs, h = Layouts(), Layouts(), [], x
-        with (
-            nullcontext() if declared is None else seen,
-            layouts,
-        ):  # a declared layout is compared with the found one
+        # A declared layout is compared with the one that the layers show.
+        with nullcontext() if declared is None else seen, layouts:
             layouts.begin(x, first)
             seen.begin(x, None)
             for block in [*self.blocks, self.head]:
