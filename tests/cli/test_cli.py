@@ -69,6 +69,7 @@ def test_describe_tells_what_a_rule_is(capsys, name):
     assert rule.boundary in out
 
 
+@pytest.mark.slow
 def test_a_rule_that_is_not_backprop_says_so(capsys):
     for name in rules.names():
         whole = "through the whole network" in printed(capsys, "describe", name)

@@ -253,7 +253,7 @@ DRAWS_BY_LAYER = ("forward_gradient", "likelihood_ratio", "pepita")
 """They look into blocks: what they draw has the shape of each layer's output, or the layers must be torch's own."""
 
 
-@pytest.mark.parametrize("kind", ["series", "images"])
+@pytest.mark.parametrize("kind", ["series", pytest.param("images", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rule", [name for name in ANY_MODEL if name not in DRAWS_BY_LAYER])
 def test_a_rule_trains_the_same_whatever_the_layout(rule, kind):
     x, first, second = twins(kind)

@@ -102,6 +102,7 @@ def test_noise_is_a_property_of_the_sample_not_of_the_split():
     assert sorted(whole.train.labels.tolist()) == sorted([*noisy.train.labels.tolist(), *noisy.val.labels.tolist()])
 
 
+@pytest.mark.slow
 def test_a_run_records_its_noise_and_repeats_it_when_resumed(tmp_path):
     words = ["--label-noise", "0.4", "--clean-validation", "--save-every", "2"]
     straight = train(tmp_path / "a", "--steps", "4", *words)

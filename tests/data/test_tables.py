@@ -210,6 +210,7 @@ def test_a_row_is_no_image(words, tmp_path, monkeypatch, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
 
 
+@pytest.mark.slow
 def test_boosting_trains_on_a_table_and_predicts(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     _, values, labels = blobs(tmp_path / "t.csv")
@@ -233,6 +234,7 @@ def test_boosting_trains_on_a_table_and_predicts(tmp_path, monkeypatch, capsys):
     assert "t.csv has changed since the run began" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_views_of_rows_teach_without_labels(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blobs(tmp_path / "t.csv")

@@ -15,7 +15,7 @@ X, Y = problem()
 
 @pytest.mark.parametrize("rule", ["sll", "backprop", "noprop_dt"])
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda learner: pickle.loads(pickle.dumps(learner))])
-@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("steps", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_a_copy_continues_to_the_same_bits(rule, twin, steps):
     kind = "noprop" if rule.startswith("noprop") else "mlp"
     model = net(kind) if kind == "noprop" else net(kind, dropout=0.3)

@@ -22,7 +22,7 @@ NAN = torch.full_like(X, float("nan"))
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("built", [True, False])
+@pytest.mark.parametrize("built", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_run_goes_on_from_its_state_to_the_same_bits(kind, precision, built):
     """Stopped after 2 of 5 batches with 3 to an update: in the middle of an accumulation too."""
     model = net(kind, dropout=0.2)

@@ -316,6 +316,7 @@ def test_a_graph_outside_of_the_learner_is_right():
 # Runs
 
 
+@pytest.mark.slow
 def test_a_run_has_the_same_bits_and_goes_on(tmp_path, monkeypatch):
     whole = train(tmp_path / "whole", *TINY)
     offloaded = train(tmp_path / "offloaded", *TINY, "--offload", "disk")

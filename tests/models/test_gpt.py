@@ -121,7 +121,7 @@ def test_who_trains_a_tied_matrix_can_be_said(tied):
 
 
 @pytest.mark.parametrize("rule", ["backprop", "local_ce", "mono_forward", "sll", "sid"])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_it_learns_a_cycle_under_the_rules(rule, tied):
     """Tokens that count upwards: the next one is certain, and the loss falls far below that of a guess, ln 5."""
     start = tokens(16, 1, vocabulary=5)

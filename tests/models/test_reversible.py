@@ -35,6 +35,7 @@ def test_gradients_are_those_of_plain_autograd(monkeypatch):
     assert far(found, gradients(model)) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_learner_steps_as_with_plain_autograd(monkeypatch):
     def learned(rule):
         learner = Learner(net("reversible", 4), rule, optimizer=torch.optim.SGD, lr=0.1)

@@ -29,7 +29,7 @@ from layerwise.parallel.transport import TreeBuffers
 from layerwise.runs.pipelined import PipelineRun
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rule", ["sll", "sid", "local_ce"])
 def test_stages_have_the_bits_of_one_process(rule, kind, ranks):

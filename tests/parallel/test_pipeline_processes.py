@@ -123,7 +123,7 @@ def test_a_rank_that_fails_is_named_with_its_reason(tmp_path):
     assert not (tmp_path / "out" / "result.json").exists()
 
 
-@pytest.mark.parametrize("words", [PIPELINE, DATA])
+@pytest.mark.parametrize("words", [PIPELINE, pytest.param(DATA, marks=pytest.mark.slow)])
 def test_an_unexpected_error_of_a_rank_is_one_sentence(words, tmp_path, monkeypatch):
     def broken(run, x, y):
         if run.ranks.rank == 1:

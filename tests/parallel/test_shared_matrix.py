@@ -63,7 +63,7 @@ def test_stages_have_the_bits_of_one_process(name, options, ranks):
 
 
 @pytest.mark.parametrize("refresh", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
-@pytest.mark.parametrize("stop", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stop", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_stages_go_on_from_a_state(refresh, stop):
     rule, about = rules.create("solo", group=1, depth=0, refresh=refresh), {"task": TASK, "lr": 0.02}
     one = Learner(decoder(), rule, example=tokens()[0], **about)

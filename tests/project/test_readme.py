@@ -145,6 +145,7 @@ def test_the_rule_of_ones_own_trains_every_block():
     assert not [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
 
 
+@pytest.mark.slow
 def test_the_picture_is_drawn_from_the_measured_files(tmp_path):
     pytest.importorskip("matplotlib")
     plot = runpy.run_path(str(ROOT / "benchmarks" / "memory-flat-in-depth" / "plot.py"))

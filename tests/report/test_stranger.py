@@ -34,6 +34,7 @@ def refused(place, capsys):
     return err
 
 
+@pytest.mark.slow
 def test_names_in_the_folder_never_become_paths(place):
     for file in place.glob("runs/*/*/metrics.jsonl"):
         lines = [json.loads(line) for line in file.read_text().splitlines()]

@@ -106,7 +106,7 @@ def test_a_copy_of_its_own_never_hears_of_the_next_block_and_an_average_does_onc
     assert not torch.equal(first_block("momentum", 2), untouched("momentum", 2))
 
 
-@pytest.mark.parametrize("rule", ["local_ce", "infopro"])
+@pytest.mark.parametrize("rule", ["local_ce", pytest.param("infopro", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:the readouts of rule")
 def test_working_memory_stays_flat_in_depth(rule):
     def held(depth):

@@ -92,7 +92,7 @@ def test_the_step_is_the_quotient_of_means_over_the_batches_of_its_turn_and_neve
     assert float(stage.step()) == 0
 
 
-@pytest.mark.parametrize("shrinkage", [1.0, 0.3])
+@pytest.mark.parametrize("shrinkage", [pytest.param(1.0, marks=pytest.mark.slow), 0.3])
 def test_the_loss_of_the_sum_falls_from_stage_to_stage(shrinkage):
     """Linear stages on inputs that one linear map does not part perfectly; all samples are one batch."""
     x, y = vectors(samples=48)

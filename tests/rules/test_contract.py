@@ -249,7 +249,7 @@ def working_memory(kind, rule, depth):
 def test_working_memory_is_flat_in_depth_for_the_rules_that_say_so(rule, kind):
     # Seven blocks, so that the shallow net too has wide blocks that are not the last one (which the head may read), and
     # as wide a block half way (which an auxiliary network may be built after).
-    shallow, deep = (working_memory(kind, rule, depth) for depth in (7, 15))
+    shallow, deep = (working_memory(kind, rule, depth) for depth in (7, 11))
     if get(rule).flat_memory:
         assert deep <= 1.01 * shallow
     else:
@@ -267,11 +267,17 @@ def test_it_learns_a_separable_problem(rule, kind):
     steps, lr = (200, 0.002) if slowly else (40, 0.01)
     learner = Learner(model, made(rule), lr=lr)
     x, y = problem(64)
-    losses = [learner.step(x, y).read()["head/loss"] for _ in range(steps)]
-    assert losses[-1] < 0.95 * losses[0]
     test_x, test_y = problem(64, seed=5)
     least = 1 if rule in ("lopt", "pepita") else 2  # where lower blocks learn little, or nothing, of the classes
-    assert (learner(test_x).argmax(-1) == test_y).float().mean() > least / CLASSES
+
+    first = learner.step(x, y).read()["head/loss"]
+    for _ in range(steps // 10):  # most need few of them
+        losses = [learner.step(x, y).read()["head/loss"] for _ in range(10)]
+        accuracy = (learner(test_x).argmax(-1) == test_y).float().mean()
+        if losses[-1] < 0.95 * first and accuracy > least / CLASSES:
+            break
+    assert losses[-1] < 0.95 * first
+    assert accuracy > least / CLASSES
 
 
 def fixed_buffers(learner):

@@ -299,6 +299,7 @@ def test_cora_is_one_batch_whose_splits_are_masks(cora):
             data.load("cora", **wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "model"),
     [

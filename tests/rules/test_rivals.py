@@ -270,6 +270,7 @@ def test_the_estimate_is_the_slope_along_the_drawn_direction():
     assert torch.allclose(before - after, (z * gradient).sum() * z, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_the_estimate_is_unbiased():
     directions = 400
     after, before, gradient = quadratic(directions)

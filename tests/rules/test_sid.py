@@ -148,7 +148,9 @@ def test_wrong_options_are_refused(rule, options, words):
         create_rule(rule, **options)
 
 
-@pytest.mark.parametrize(("rule", "kind"), [("sid", "mlp"), ("sid_cascade", "sid_cascade")])
+@pytest.mark.parametrize(
+    ("rule", "kind"), [("sid", "mlp"), pytest.param("sid_cascade", "sid_cascade", marks=pytest.mark.slow)]
+)
 def test_the_reverse_direction_wants_a_target_without_zeros(rule, kind):
     with pytest.raises(LayerwiseError, match="label_smoothing"):
         Learner(net(kind), create_rule(rule, direction="reverse"), example=X)
@@ -378,7 +380,10 @@ def held(rule, depth):
     return use.activations + use.gradients
 
 
-@pytest.mark.parametrize("extractor", ["sum", "mean", "last", "local"])
+@pytest.mark.parametrize(
+    "extractor",
+    ["sum", pytest.param("mean", marks=pytest.mark.slow), pytest.param("last", marks=pytest.mark.slow), "local"],
+)
 def test_memory_does_not_grow_with_the_number_of_modules(extractor):
     rule = create_rule("sid_cascade", extractor=extractor)
     assert held(rule, 32) <= 1.01 * held(rule, 4)

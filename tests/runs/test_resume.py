@@ -71,7 +71,7 @@ def assert_same_run(a, b, notes=True):
     assert of_a == of_b
 
 
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("net", ["mlp", pytest.param("vgg", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rule", ["sll", "local_ce", "backprop"])
 def test_stopped_at_any_step(tmp_path, at_step, rule, net):
     words = [*HARD, "--rule", rule, *NETS[net]]
@@ -84,7 +84,7 @@ def test_stopped_at_any_step(tmp_path, at_step, rule, net):
     assert_same_run(whole, tmp_path / "run")
 
 
-@pytest.mark.parametrize("step", [0, 1, 3])
+@pytest.mark.parametrize("step", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(3, marks=pytest.mark.slow)])
 def test_stopped_before_the_first_checkpoint(tmp_path, at_step, step):
     whole = train(tmp_path / "whole", *HARD)
     stop_at(at_step, step, lambda: train(tmp_path / "run", *HARD))
@@ -154,7 +154,7 @@ def test_other_threads_are_noted(tmp_path, at_step, monkeypatch):
     assert any("2 threads instead of 1" in note for note in result(tmp_path / "run")["notes"])
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_is_answered_at_the_end_of_the_step(tmp_path, at_step, capsys, signum):
     whole = train(tmp_path / "whole", *HARD)
     before = signal.getsignal(signum)

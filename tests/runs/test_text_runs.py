@@ -81,6 +81,7 @@ def test_a_stopped_run_ends_in_the_same_bits(text, tmp_path, monkeypatch, tied):
     assert state(whole)["steps"] == 12
 
 
+@pytest.mark.slow
 def test_the_tokenizer_of_the_folder_is_used_and_checked(text, tmp_path, capsys, monkeypatch):
     folder = train(tmp_path / "run", text, *BPE, "--rule", "backprop")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))  # trained on the spot, it might be another
@@ -137,19 +138,19 @@ def test_figures_are_those_of_the_probabilities(runs):
 def test_tokens_that_are_drawn_do_not_depend_on_what_is_kept(runs, rule, block):
     learner = load_run(runs[rule], "cpu").learner
     for sampling in (Sampling(0), Sampling(0.7, top_k=5, seed=3)):
-        kept, fresh = (list(generate(learner, [3, 1, 2], 30, sampling, block, keep)) for keep in (True, False))
-        assert kept == fresh and len(kept) == 30
-    assert kept != list(generate(learner, [3, 1, 2], 30, Sampling(0.7, top_k=5, seed=4), block))
+        kept, fresh = (list(generate(learner, [3, 1, 2], 14, sampling, block, keep)) for keep in (True, False))
+        assert kept == fresh and len(kept) == 14
+    assert kept != list(generate(learner, [3, 1, 2], 14, Sampling(0.7, top_k=5, seed=4), block))
 
 
 def test_what_is_drawn_has_the_probabilities_of_the_logits(runs):
     learner = load_run(runs["backprop"], "cpu").learner
     logits = learner(torch.tensor([[3, 1]]))[0, -1]
-    first = [next(generate(learner, [3, 1], 1, Sampling(2.0, top_k=3, seed=seed))) for seed in range(300)]
+    first = [next(generate(learner, [3, 1], 1, Sampling(2.0, top_k=3, seed=seed))) for seed in range(150)]
     top = logits.topk(3)
     wanted = dict(zip(top.indices.tolist(), (top.values / 2).softmax(-1).tolist(), strict=True))
     assert set(first) <= set(wanted)
-    assert all(first.count(token) / 300 == pytest.approx(p, abs=0.1) for token, p in wanted.items())
+    assert all(first.count(token) / 150 == pytest.approx(p, abs=0.14) for token, p in wanted.items())
     assert next(generate(learner, [3, 1], 1, Sampling(0))) == int(logits.argmax())
 
 
@@ -239,6 +240,7 @@ def test_what_does_not_go_together_is_refused(text, words, sentence, tmp_path, c
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_a_text_alone_and_the_recipe_train_out_of_the_box(text, tmp_path, monkeypatch):
     (tmp_path / "data" / "tinyshakespeare").mkdir(parents=True)
     (tmp_path / "data" / "tinyshakespeare" / "input.txt").write_text(text.read_text() * 40)

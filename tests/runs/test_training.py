@@ -286,7 +286,7 @@ def test_label_smoothing_bounds_the_loss(tmp_path):
     assert losses[-1] < entropy + 0.3
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.slow), "fp16"])
 def test_half_precision_keeps_fp32_weights_and_learns(tmp_path, precision):
     words = ["--steps", "40", "--lr", "0.02", "--rule", "backprop", "--log-every", "1"]
     half = train(tmp_path / "half", *words, "--precision", precision)
