@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from support.nets import by_family
 from torch import nn
 
 from layerwise import LayerwiseError, Learner, create_rule, partition, rule_names
@@ -254,7 +255,7 @@ DRAWS_BY_LAYER = ("forward_gradient", "likelihood_ratio", "pepita")
 
 
 @pytest.mark.parametrize("kind", ["series", pytest.param("images", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("rule", [name for name in ANY_MODEL if name not in DRAWS_BY_LAYER])
+@pytest.mark.parametrize("rule", by_family(name for name in ANY_MODEL if name not in DRAWS_BY_LAYER))
 def test_a_rule_trains_the_same_whatever_the_layout(rule, kind):
     x, first, second = twins(kind)
     options = {"reconstruction": 0, "classification": 1} if rule == "infopro" and kind == "series" else {}
@@ -270,7 +271,9 @@ def test_a_rule_trains_the_same_whatever_the_layout(rule, kind):
         assert other == pytest.approx(own, rel=2e-3, abs=2e-4)
 
 
-@pytest.mark.parametrize("rule", [name for name in ANY_MODEL if name not in ("forward_forward", "layer_collaboration")])
+@pytest.mark.parametrize(
+    "rule", by_family(name for name in ANY_MODEL if name not in ("forward_forward", "layer_collaboration"))
+)
 def test_volumes_are_trained(rule):
     model = nn.Sequential(
         nn.Conv3d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv3d(4, 4, 3, padding=1), nn.ReLU(),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from support.nets import by_family
 from support.traced import Base, X, Y, net, same
 from torch import nn
 
@@ -148,7 +149,7 @@ def starts_with(add, relu, drop):
     )
 
 
-@pytest.mark.parametrize("rule", [name for name in rule_names() if not get_rule(name).models])
+@pytest.mark.parametrize("rule", by_family(name for name in rule_names() if not get_rule(name).models))
 def test_a_block_that_begins_in_place_trains_as_one_that_does_not(rule):
     results = []
     for first in (
@@ -225,7 +226,7 @@ def test_complex_numbers_are_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("rule", [name for name in rule_names() if not get_rule(name).models])
+@pytest.mark.parametrize("rule", by_family(name for name in rule_names() if not get_rule(name).models))
 def test_every_rule_trains_in_every_precision(rule, dtype):
     torch.manual_seed(0)
     x = torch.randn(8, 1, 6, 6).to(dtype)

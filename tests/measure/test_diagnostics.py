@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from support.nets import batches, net, problem, same_bits, tensors
+from support.nets import batches, by_family, net, problem, same_bits, tensors
 
 from layerwise import LayerwiseError, Learner, rules
 from layerwise.core import functional
@@ -194,7 +194,7 @@ def test_looking_changes_nothing(rule):
     assert all(p.grad is None for _, p in learner.named_parameters())
 
 
-@pytest.mark.parametrize("rule", [name for name in rules.names() if not rules.get(name).models])
+@pytest.mark.parametrize("rule", by_family(name for name in rules.names() if not rules.get(name).models))
 def test_every_rule_has_its_angles(rule):
     """After a step: the cosines are finite or None, and the table of layers is whole."""
     learner = Learner(net(), rule)

@@ -1,7 +1,7 @@
 """Operations are those that torch counts, for every model and every rule."""
 
 import pytest
-from support.nets import KINDS, net, problem
+from support.nets import KINDS, by_family, net, problem
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerwise import Learner, rules
@@ -20,7 +20,7 @@ def test_the_count_is_torchs(kind, rule):
     assert ours == counter.get_total_flops() - building.get_total_flops() > 0
 
 
-@pytest.mark.parametrize("rule", [name for name in rules.names() if not rules.get(name).models])
+@pytest.mark.parametrize("rule", by_family(name for name in rules.names() if not rules.get(name).models))
 def test_every_rule_can_be_counted(rule):
     x, y = problem(8)
     assert flops_of(Learner(net(), rule, example=x), x, y) > 0

@@ -14,7 +14,7 @@ from shlex import split
 
 import pytest
 import torch
-from support.nets import batches, net, problem, same_bits, trained
+from support.nets import batches, by_family, net, problem, same_bits, trained
 from support.own import Decoder, decoder, text
 from support.runs import SMALL, lines, result, start, state, train, weights
 from torch import nn
@@ -55,7 +55,7 @@ def test_streamed_blocks_have_the_same_bits(rule, kind, where):
     assert_same(*pair(model, rule, batches(3), where))
 
 
-@pytest.mark.parametrize("name", [name for name in rules.names() if not rules.get(name).models])
+@pytest.mark.parametrize("name", by_family(name for name in rules.names() if not rules.get(name).models))
 def test_a_rule_is_streamed_to_the_same_bits_or_refused(name):
     model, data = net("mlp", 5), batches(2)
     if name in REFUSED:

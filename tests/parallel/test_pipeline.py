@@ -13,7 +13,7 @@ from support.jobs import (
     TINY,
     run,
 )
-from support.nets import KINDS, batches, net, problem, same_bits, trained
+from support.nets import KINDS, batches, by_family, net, problem, same_bits, trained
 from support.ranks import same_state
 from support.stages import stages, through
 from torch import nn
@@ -48,7 +48,7 @@ def test_stages_have_the_bits_of_one_process(rule, kind, ranks):
     assert sum(map(len, held)) == len(set.union(*held)) == len(dict(one.named_parameters()))
 
 
-@pytest.mark.parametrize("name", [name for name in rules.names() if name != "sid_cascade"])
+@pytest.mark.parametrize("name", by_family(name for name in rules.names() if name != "sid_cascade"))
 def test_a_rule_is_served_to_the_same_bits_or_refused(name):
     model, data = net("mlp", 4), batches(2)
     # graph_forward begins with the network's graph, NoProp with its embeddings.

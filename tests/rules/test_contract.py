@@ -7,7 +7,7 @@ import typing
 
 import pytest
 import torch
-from support.nets import CLASSES, batches, kinds, made, net, problem, same_bits, tensors, trained
+from support.nets import CLASSES, FAMILIES, batches, kinds, made, net, problem, same_bits, tensors, trained
 
 from layerwise import Learner, Rule, create_rule, rule_names
 from layerwise.core import pieces
@@ -26,14 +26,20 @@ ON_ALL_MODELS = (
     "local_ce",
     "backprop",
 )  # the others have one in the fast suite, the rest in the slow one
-every_rule_and_model = pytest.mark.parametrize(
-    ("rule", "kind"),
-    [
-        pytest.param(rule, kind, marks=() if kind == kinds(rule)[0] or rule in ON_ALL_MODELS else pytest.mark.slow)
-        for rule in RULES
-        for kind in kinds(rule)
-    ],
-)
+
+
+def on_models(fast):
+    return pytest.mark.parametrize(
+        ("rule", "kind"),
+        [
+            pytest.param(rule, kind, marks=() if fast(rule, kind) else pytest.mark.slow)
+            for rule in RULES
+            for kind in kinds(rule)
+        ],
+    )
+
+
+every_rule_and_model = on_models(lambda rule, kind: kind == kinds(rule)[0] or rule in ON_ALL_MODELS)
 
 
 # --- What a rule declares
@@ -245,7 +251,7 @@ def working_memory(kind, rule, depth):
 
 
 @pytest.mark.filterwarnings("ignore:the readouts of rule")
-@every_rule_and_model
+@on_models(lambda rule, kind: kind == kinds(rule)[0] and rule in FAMILIES)
 def test_working_memory_is_flat_in_depth_for_the_rules_that_say_so(rule, kind):
     # Seven blocks, so that the shallow net too has wide blocks that are not the last one (which the head may read), and
     # as wide a block half way (which an auxiliary network may be built after).

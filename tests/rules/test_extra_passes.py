@@ -6,7 +6,19 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from support.nets import CLASSES, batches, by_parameter, kinds, made, net, problem, same_bits, tensors, trained
+from support.nets import (
+    CLASSES,
+    FAMILIES,
+    batches,
+    by_parameter,
+    kinds,
+    made,
+    net,
+    problem,
+    same_bits,
+    tensors,
+    trained,
+)
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -177,7 +189,7 @@ def everything(learner):
 @pytest.mark.parametrize(
     ("rule", "kind"),
     [
-        pytest.param(rule, kind, marks=pytest.mark.slow if kind == "vgg" else ())
+        pytest.param(rule, kind, marks=() if kind != "vgg" and rule in FAMILIES else pytest.mark.slow)
         for rule in rule_names()
         if not by_parameter(rule)
         for kind in (("mlp", "vgg") if not get(rule).models else kinds(rule))

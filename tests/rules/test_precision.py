@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support.nets import CLASSES, PLAIN_SGD, kinds, made, net, problem
+from support.nets import CLASSES, PLAIN_SGD, by_family, kinds, made, net, problem
 from torch import nn
 
 from layerwise import LayerwiseError, Learner, MultiLabel, Regression, rule_names
@@ -13,7 +13,7 @@ X, Y = problem(16)
 LOSSES = ("loss", "own_loss", "reconstruction", "divergence")
 
 
-@pytest.mark.parametrize("rule", rule_names())
+@pytest.mark.parametrize("rule", by_family(rule_names()))
 def test_every_loss_of_a_model_in_float64_is_float64(rule):
     kind = kinds(rule)[0]
     x, y = problem(64) if kind in ("gcn", "gat") else (X, Y)
@@ -81,7 +81,7 @@ def test_noprop_trains_prototypes_of_its_models_own_type_and_refuses_nan(rule, k
         learner().step(x, Y)
 
 
-@pytest.mark.parametrize("rule", rule_names())
+@pytest.mark.parametrize("rule", by_family(rule_names()))
 def test_a_model_in_bfloat16_is_trained_by_every_rule(rule):
     kind = kinds(rule)[0]
     x, y = problem(64) if kind in ("gcn", "gat") else (X, Y)

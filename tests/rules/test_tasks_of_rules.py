@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from support.nets import PLAIN_SGD, made, same_bits
+from support.nets import PLAIN_SGD, by_family, made, same_bits
 from support.pages import ROOT
 from torch import nn
 
@@ -84,7 +84,7 @@ def test_the_problems_are_all_kinds_of_tasks():
 
 
 @pytest.mark.parametrize("kind", ANY_TASK)
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", by_family(RULES))
 def test_a_rule_learns_the_tasks_that_it_declares_and_refuses_the_others(name, kind):
     model, task, x, y = PROBLEMS[kind]()
     rule = made(name) if kind != "language_model" else rule_of(name)

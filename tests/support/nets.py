@@ -27,6 +27,13 @@ QUICK = {
     "forward_gradient": {"tangents": 2},
     "likelihood_ratio": {"pairs": 2},
 }
+FAMILIES = (
+    *("sll", "sid", "local_ce", "predsim", "infopro", "interlocking", "forward_forward", "ssl_local", "boosted"),
+    *("feedback_alignment", "pepita", "forward_gradient", "likelihood_ratio", "synthetic_gradient"),
+    *("predictive_coding", "equilibrium_propagation", "highway_backprop", "hebbian_global"),
+    *("backprop", "backprop_checkpoint", "block_rota", "zeroth_order", "last_layer"),
+)
+"""A rule of each way to run blocks; see `by_family`."""
 UNDEFINED = {"pepita": ("vit",)}
 """Models for which a rule is not defined, and which it refuses."""
 SIZES = {
@@ -65,6 +72,11 @@ def graph(nodes=64, known=32):
     edges = torch.stack([here, here + CLASSES])
     labels = torch.where(torch.arange(nodes) < known, torch.arange(nodes) % CLASSES, -100)
     return Graph(torch.cat([edges, edges.flip(0)], dim=1), labels, CLASSES)
+
+
+def by_family(names):
+    """The names of rules for a test of the engine: one of each family in the fast suite, the others in the slow one."""
+    return [name if name in FAMILIES else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def kinds(rule):
