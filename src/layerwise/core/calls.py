@@ -25,6 +25,7 @@ from layerwise.core.parts import MicroBatch
 from layerwise.core.reading import Output, Read, arguments, logits_in, places, readers
 from layerwise.core.regular import BlockByBlock
 from layerwise.core.remote import Elsewhere, form_of, needed, shown_as_nan, without_memory
+from layerwise.core.trees import tensors
 from layerwise.errors import LayerwiseError
 
 
@@ -38,6 +39,7 @@ class CallPartition(Partition):
         irregular: why the blocks cannot be run one by one, outside the forward pass; empty if they can, None before
             a probe.
         keeps: places in its modules where the forward pass stores tensors; known after a probe.
+        beside: single numbers with a history that the open pass has returned beside the logits.
         asked_by: name of the rule, for errors.
         again: the reason why blocks must be run one by one, such as "rule 'interlocking' runs ..."; or empty.
         first: number of the first block here; those before it are on other ranks.
@@ -70,6 +72,7 @@ class CallPartition(Partition):
             crossings=[],
             irregular=None,
             keeps=[],
+            beside=(),
             asked_by="",
             again="",
             first=0,
@@ -99,6 +102,7 @@ class CallPartition(Partition):
     crossings: list[Crossing]
     irregular: str | None
     keeps: Sequence[str]
+    beside: Sequence[Tensor]
     asked_by: str
     again: str
     first: int
@@ -140,7 +144,12 @@ class CallPartition(Partition):
 
     def _whole(self, x: Any) -> Tensor:
         args, kwargs = arguments(x)
-        return logits_in(self.model(*args, **kwargs), self.output, type(self.model).__name__)
+        out = self.model(*args, **kwargs)
+        logits = logits_in(out, self.output, type(self.model).__name__)
+        if logits is not out and self._pass is not None:
+            beside = [t for t in tensors(out) if t.dim() == 0 and t.grad_fn is not None and t is not logits]
+            self.__dict__["beside"] = beside
+        return logits
 
     @contextmanager
     def passing(self, batch: Any = None, sever: bool = True) -> Iterator[None]:
@@ -173,7 +182,7 @@ class CallPartition(Partition):
 
     @contextmanager
     def _holding(self, make: Callable[[], Pass | BlockByBlock]) -> Iterator[Pass | BlockByBlock]:
-        outer = {name: self.__dict__[name] for name in ("_pass", "_passes", "_make", "_part")}
+        outer = {name: self.__dict__[name] for name in ("_pass", "_passes", "_make", "_part", "beside")}
         opened = make()
         # The outer one is of a step in which a rule asks what the network predicts.
         self.__dict__.update(_pass=opened, _passes={None: opened}, _make=make, _part=None)
