@@ -1,4 +1,4 @@
-"""Further terms of a loss are said, wherever a forward pass leaves them; a block that adds their gradient trains them."""
+"""Further terms of a loss are said, wherever a pass leaves them; a block that adds their gradient trains them."""
 
 import warnings
 
