@@ -40,6 +40,7 @@ class CallPartition(Partition):
             a probe.
         keeps: places in its modules where the forward pass stores tensors; known after a probe.
         beside: single numbers with a history that the open pass has returned beside the logits.
+        writes: numbers of the blocks that write into their input; known after a probe.
         asked_by: name of the rule, for errors.
         again: the reason why blocks must be run one by one, such as "rule 'interlocking' runs ..."; or empty.
         first: number of the first block here; those before it are on other ranks.
@@ -73,6 +74,7 @@ class CallPartition(Partition):
             irregular=None,
             keeps=[],
             beside=(),
+            writes=frozenset(),
             asked_by="",
             again="",
             first=0,
@@ -103,6 +105,7 @@ class CallPartition(Partition):
     irregular: str | None
     keeps: Sequence[str]
     beside: Sequence[Tensor]
+    writes: frozenset[int]
     asked_by: str
     again: str
     first: int
@@ -242,6 +245,8 @@ class CallPartition(Partition):
         if index == self.first > 0:
             self.__dict__["_received"] = Elsewhere(self._forms, index - 1, h)
             h = self._batch if self._part is None else self._part.of(self._batch)
+        elif index in self.writes and not h.requires_grad:  # the rule may read it once more
+            h = h.clone()
         return self._pass.pull(index, h)
 
     def call(self, index: int, h: Tensor, module: nn.Module) -> Tensor:
@@ -273,6 +278,7 @@ class CallPartition(Partition):
         samples = next((len(t) for _, t in batch if t.dim()), 0)
         outputs, h, kept = [], x, tensors_kept(self.model)
         forms: list[tuple[Any, Tensor]] = []
+        writes: set[int] = set()
         with ExitStack() as hooks, torch.enable_grad(), layouts:
             opened = hooks.enter_context(self._holding(lambda: self._opened(sever=False, one_by_one=False)))
             assert isinstance(opened, Pass)
@@ -286,6 +292,7 @@ class CallPartition(Partition):
             for block in [*self.blocks, self.head]:
                 uses.block = block.index  # pyright: ignore[reportAttributeAccessIssue]
                 uses.inside = False
+                version = h._version if outputs else 0
                 try:
                     with uses:
                         out = block(h)
@@ -298,6 +305,8 @@ class CallPartition(Partition):
                         else f"{type(self.model).__name__} cannot take this batch: {told_by(reason)}; "
                         "check the model against the data."
                     ) from reason
+                if outputs and h._version != version:
+                    writes.add(block.index)  # pyright: ignore[reportAttributeAccessIssue]
                 if not block.ran:  # pyright: ignore[reportAttributeAccessIssue]
                     raise LayerwiseError(
                         f"cut {block.name!r} is not called in the forward pass, or after a later cut; name modules "
@@ -317,7 +326,7 @@ class CallPartition(Partition):
             self.__dict__["input_layout"] = layouts.of(x, len(x)) if isinstance(x, Tensor) else None
         check_fits(self.layout, outputs)
         self._own(uses.used)
-        self.__dict__.update(crossings=uses.crossings, _forms=forms, _used=uses.used)
+        self.__dict__.update(crossings=uses.crossings, writes=frozenset(writes), _forms=forms, _used=uses.used)
         self.__dict__["keeps"] = exchanged(kept, self.model)
         if self.again or all(block.before is None for block in self.blocks):
             self.__dict__["irregular"] = self._why_irregular(x, outputs)
