@@ -6,6 +6,7 @@ import socket
 import pytest
 
 from layerwise import LayerwiseError, files
+from layerwise.files import UnreadableFile, open_to_append
 
 OPENERS = [files.check_regular, files.open_regular, files.read_bytes, files.read_text]
 
@@ -105,3 +106,22 @@ def test_a_folder_that_may_not_be_read_is_told_of(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", denied)
     with pytest.raises(LayerwiseError, match="secret cannot be read \\(Permission denied\\)"):
         files.list_files(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_nothing_but_a_file_is_written_at_its_end(tmp_path, kind):
+    place, elsewhere = tmp_path / "log", tmp_path / "elsewhere"
+    elsewhere.write_text("mine")
+    {"link": lambda: place.symlink_to(elsewhere), "pipe": lambda: os.mkfifo(place), "folder": place.mkdir}[kind]()
+    with pytest.raises(UnreadableFile, match=r"log is a .*; remove it"):
+        open_to_append(place, "remove it")
+    assert elsewhere.read_text() == "mine"
+
+
+def test_a_file_is_written_at_its_end(tmp_path):
+    for line in ("one\n", "two\n"):
+        with open_to_append(tmp_path / "log") as log:
+            log.write(line)
+    assert (tmp_path / "log").read_text() == "one\ntwo\n"
+    with pytest.raises(FileNotFoundError):
+        open_to_append(tmp_path / "absent" / "log")

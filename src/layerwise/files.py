@@ -5,7 +5,7 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from layerwise.errors import LayerwiseError
 
@@ -99,6 +99,32 @@ def open_regular(path: str | os.PathLike[str], advice: str = ADVICE, inside: Pat
         os.close(handle)
         raise UnreadableFile(f"{shown(path)} is not a file; {advice}.")
     return os.fdopen(handle, "rb")
+
+
+def open_to_append(path: str | os.PathLike[str], advice: str = ADVICE) -> TextIO:
+    """Open a regular file for writing text at its end; it is made if there is none.
+
+    Args:
+        path: in a folder of the user; links are not followed, and pipes and devices are not opened.
+        advice: what to do about a refused file; the end of the sentence.
+
+    Raises:
+        UnreadableFile: it is a link, a folder, a pipe or a device.
+        OSError: it cannot be written, for example because the disk is full.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
+    try:
+        handle = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
+    except OSError as reason:
+        if os.path.islink(path):
+            raise UnreadableFile(f"{shown(path)} is a link, and is not written through; {advice}.") from reason
+        if kind_of(path, advice) in (None, "file"):
+            raise
+        raise UnreadableFile(f"{shown(path)} is a {kind_of(path)}, not a file; {advice}.") from reason
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise UnreadableFile(f"{shown(path)} is a {kind_of(path)}, not a file; {advice}.")
+    return os.fdopen(handle, "a", encoding="utf-8")
 
 
 def read_bytes(

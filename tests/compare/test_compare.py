@@ -315,7 +315,10 @@ def test_two_comparisons_do_not_share_a_folder(tmp_path, monkeypatch, capsys):
 def test_a_damaged_record_is_refused(tmp_path, capsys, text):
     (tmp_path / "compare.json").write_bytes(text.encode(errors="surrogateescape"))
     assert main([*COMPARE, "--out", str(tmp_path)]) == 2
-    assert re.fullmatch(r"layerwise: .*compare.json is damaged .*\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        r"layerwise: .*compare.json is damaged .*; remove the folder, or choose another --out\.\n",
+        capsys.readouterr().err,
+    )
 
 
 @pytest.mark.slow

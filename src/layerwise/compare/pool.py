@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from layerwise.files import open_to_append
 from layerwise.processes import cores
 
 OUTSIDE = 600 * 2**20
@@ -116,7 +117,7 @@ class WorkerPool:
         with self._lock:
             if self._idle:
                 return self._idle.pop()
-            with self.log.open("a") as log:
+            with open_to_append(self.log, "remove it") as log:
                 worker = subprocess.Popen(
                     [sys.executable, "-m", "layerwise.compare.worker"],
                     stdin=subprocess.PIPE,

@@ -11,6 +11,7 @@ import numpy as np
 from layerwise.core.tasks import ACCURACY, Metric
 from layerwise.errors import LayerwiseError
 from layerwise.files import MissingFile
+from layerwise.records import DamagedRecord
 from layerwise.report.reading import CompareRecord, read_record
 from layerwise.report.summary import as_csv, summarise
 from layerwise.runs.environment import environment
@@ -37,6 +38,9 @@ def kept_plan(folder: Path, fixed: Mapping[str, Any]) -> dict[str, dict[str, Any
         if {path.name for path in folder.iterdir()} - {"workers.log", "compare.json.partial"}:
             raise LayerwiseError(f"{folder} is not empty and holds no comparison; choose another --out.") from None
         return {}
+    except DamagedRecord as reason:
+        found = reason.args[0].partition("; ")[0]
+        raise LayerwiseError(f"{found}; remove the folder, or choose another --out.") from None
     # Options that are newer than the comparison had the effect of their present default.
     known = json.loads(json.dumps(to_mapping(TrainOptions()))) | before["fixed"]
     for name, value in json.loads(json.dumps(fixed)).items():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from layerwise.errors import LayerwiseError, why
-from layerwise.files import MissingFile, kind_of, shown
+from layerwise.files import MissingFile, kind_of, open_to_append, shown
 from layerwise.records import Count, DamagedRecord, convert, read_lines
 from layerwise.runs.writing import write_atomically
 
@@ -41,7 +41,7 @@ def open_log(folder: Path, step: int, tensorboard: bool = False) -> Iterator[Log
         writer = summary_writer()(str(events)) if tensorboard else None
 
     def log(values: dict[str, Any]) -> None:
-        with _explained(file), file.open("a") as lines:
+        with _explained(file), open_to_append(file, ADVICE) as lines:
             lines.write(json.dumps(values) + "\n")
         if writer is not None:
             with _explained(events):

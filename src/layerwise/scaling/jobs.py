@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.errors import LayerwiseError, short, why
+from layerwise.files import open_to_append
 from layerwise.scaling.options import ScalingOptions
 
 
@@ -53,7 +54,7 @@ class RankProcesses:
             command = [*shlex.split(host), sys.executable, "-m", "layerwise.scaling.rank"]
         except ValueError as reason:
             raise LayerwiseError(f"--hosts holds {short(host)}, which is not a command ({reason}).") from reason
-        with self.log.open("a") as log:
+        with open_to_append(self.log, "remove it") as log:
             try:
                 process = subprocess.Popen(
                     command,
