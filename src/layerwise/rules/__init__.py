@@ -40,6 +40,7 @@ from layerwise.rules.forward_gradient import ForwardGradient
 from layerwise.rules.gradient_reconciliation import GradientReconciliation
 from layerwise.rules.graph_forward import GraphForward
 from layerwise.rules.hebbian_global import HebbianGlobal, HebbianLocal
+from layerwise.rules.hedge_backprop import HedgeBackprop
 from layerwise.rules.highway_backprop import HighwayBackprop
 from layerwise.rules.inference_learning import InferenceLearning
 from layerwise.rules.infopro import InfoPro
@@ -108,6 +109,7 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     BackpropOffload,
     BlockRota,
     ZerothOrder,
+    HedgeBackprop,
     DeepSupervision,
     LastLayer,
     FreezeLower,
@@ -224,6 +226,7 @@ __all__ = [
     "GraphForward",
     "HebbianGlobal",
     "HebbianLocal",
+    "HedgeBackprop",
     "HighwayBackprop",
     "InferenceLearning",
     "InfoPro",
