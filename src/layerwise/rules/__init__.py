@@ -30,6 +30,7 @@ from layerwise.rules.backprop_fused import BackpropFused
 from layerwise.rules.backprop_offload import BackpropOffload
 from layerwise.rules.block_rota import BlockRota
 from layerwise.rules.boosted import Boosted
+from layerwise.rules.continual_backprop import ContinualBackprop
 from layerwise.rules.controls import DeepSupervision, LastLayer
 from layerwise.rules.counter_current import CounterCurrent
 from layerwise.rules.dgl import DGL
@@ -110,6 +111,7 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     BlockRota,
     ZerothOrder,
     HedgeBackprop,
+    ContinualBackprop,
     DeepSupervision,
     LastLayer,
     FreezeLower,
@@ -215,6 +217,7 @@ __all__ = [
     "BlockContext",
     "BlockRota",
     "Boosted",
+    "ContinualBackprop",
     "CounterCurrent",
     "DeepSupervision",
     "EquilibriumPropagation",
