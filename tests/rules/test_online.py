@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.nets import KINDS, PLAIN_SGD, batches, gone_on, linear_blocks, net, problem, same_bits, trained, vectors
+from support.own import decoder, text
 from torch import nn
 
-from layerwise import LayerwiseError, Learner, Partition, create_rule
+from layerwise import LanguageModel, LayerwiseError, Learner, Partition, create_rule
 from layerwise.core.hidden_units import hidden_units
 from layerwise.core.renewal import forget
 from layerwise.core.tasks import Classification
@@ -355,3 +356,12 @@ def test_units_of_a_traced_model_are_seen_at_the_block_that_reads_them():
         expected = torch.tanh(model.one(x)).abs().mean(0) * model.two.weight.abs().mean(0)
     learner.step(x, y)
     torch.testing.assert_close(histories(learner)[0].running_utility, expected)
+
+
+def test_units_of_a_model_that_is_cut_at_its_calls_are_those_of_its_perceptrons():
+    batch, task = text(), LanguageModel()
+    rule = create_rule("continual_backprop", replacement_rate=1.0, maturity=0)
+    learner = Learner(decoder(), rule, cuts="layers.*", output="logits", task=task, example=batch["tokens"])
+    assert [(units.site, units.count) for units in hidden_units(learner.network)] == [(0, 32), (1, 32), (2, 32)]
+    learner.step(batch["tokens"], batch["labels"])
+    assert not any(layer.down.weight.any() for layer in learner.network.model.layers)

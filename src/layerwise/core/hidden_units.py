@@ -106,8 +106,9 @@ def hidden_units(network: Partition) -> list[HiddenUnits]:
     """All hidden units of a network, in its order.
 
     They are found along its chain of modules, from block to block, and inside modules that `torch.fx` can trace, such
-    as the perceptron of a transformer block or a residual unit; a model that is no chain is traced itself. A layer
-    whose output is also read elsewhere (by a residual connection), that has shared weights or runs twice, has none.
+    as the perceptron of a transformer block or a residual unit; a model that is no chain is traced, or its parts are. A
+    layer whose output is also read elsewhere (by a residual connection), that has shared weights or runs twice, has
+    none.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> [(units.site, units.count) for units in hidden_units(Partition(net, ["1", "3"]))]
@@ -169,11 +170,11 @@ def _acts_on_each(module: nn.Module) -> bool:
 
 
 def _inside(module: nn.Module, site: int) -> list[HiddenUnits]:
-    """Hidden units inside a module that is no chain; none where it cannot be traced."""
+    """Hidden units inside a module that is no chain; those inside its parts where it cannot be traced."""
     try:
         graph = _Leaves().trace(module)
     except Exception:  # a user's forward may do anything, such as look at a size
-        return []
+        return [units for child in module.children() for units in _inside(child, site)]
     modules = dict(module.named_modules())
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     found = []
