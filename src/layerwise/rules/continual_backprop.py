@@ -171,7 +171,7 @@ class ContinualBackprop(RenewsUnits, Backprop):
         if self.replacement_rate == 0:
             return renewed
         # From the last layer to the first: new incoming weights do not undo outgoing ones that have become zero.
-        for site, histories in reversed(auxiliary.items()):
+        for site, histories in reversed([*auxiliary.items()]):
             for place, (history, units) in reversed([*enumerate(self._histories(network, site, histories))]):
                 chosen = history.choose(self.replacement_rate, self.maturity, self.decay)
                 if chosen.device.type == "cpu" and not bool(chosen.any()):
