@@ -271,6 +271,15 @@ def test_debug_is_taken_off_anywhere_on_the_line(capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.fixture
+def _listening():
+    """SIGINT is answered, also in a job that a shell has started in the background, where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_listening")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_inside_an_import_waits_for_its_end(number, tmp_path, monkeypatch, capsys):
     """Half of a module would fail in other ways: the import ends first, and then the command, with its code."""
@@ -295,6 +304,7 @@ def test_a_signal_inside_an_import_waits_for_its_end(number, tmp_path, monkeypat
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+@pytest.mark.usefixtures("_listening")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_import_that_never_ends_is_left_in_the_end(number, tmp_path, monkeypatch, capsys):
     (tmp_path / "endless_module.py").write_text(

@@ -83,7 +83,7 @@ FAMILIES = [
         pytest.param("mlp", 2, marks=pytest.mark.slow),
         ("mlp", 4),
         pytest.param("vgg", 4, marks=pytest.mark.slow),
-        ("vit", 2),
+        pytest.param("vit", 2, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize(("rule", "options"), FAMILIES)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support.nets import batches, by_family, kinds, made, net, problem, same_bits
+from support.nets import batches, kinds, made, net, problem, same_bits
 
 from layerwise import Learner, create_rule, rule_names
 from layerwise.data import Batches, InMemorySource
@@ -20,7 +20,14 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("rule", [*by_family(rule_names()), *OTHERS], ids=str)
+FAST = ("sll", "sid", "local_ce", "forward_gradient", "backprop")
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [*(name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in rule_names()), *OTHERS],
+    ids=str,
+)
 def test_a_rule_has_its_bits_whatever_the_default_device(rule):
     """The meta device stands for any: what lies there meets no other tensor."""
     name = rule if isinstance(rule, str) else rule.name

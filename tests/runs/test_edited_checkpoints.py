@@ -120,7 +120,7 @@ Without `stateless` a checkpoint is one of an older version.
 EDITS = [edit_tree] * 6 + [reshape, retype, swap, rename, add, refer_twice]
 
 
-@pytest.mark.parametrize("seed", range(48))
+@pytest.mark.parametrize("seed", [*range(24), *(pytest.param(i, marks=pytest.mark.slow) for i in range(24, 48))])
 def test_an_edited_state_is_refused_before_anything_is_loaded(run, tmp_path, seed, resumable):
     pick = random.Random(seed)
     folder = shutil.copytree(run, tmp_path / "run")

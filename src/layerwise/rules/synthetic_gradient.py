@@ -115,8 +115,9 @@ class SyntheticGradient(Rule):
     only: ClassVar[str] = "its modules look at classes"
     source: ClassVar[str] = "Jaderberg et al., arXiv 1608.05343 (2017); sizes of the modules, tokens: our reading"
     restrictions: ClassVar[str] = (
-        "Gradients on large activations are hard to predict: expect a loss of accuracy with convolutions. Compiled "
-        "blocks run backward twice."
+        "Modules have to learn faster than the network: give them ten times its rate (`--lr-multipliers readouts "
+        "10`), and the network batch norm. Gradients on large activations are hard to predict: expect a loss of "
+        "accuracy with convolutions. Compiled blocks run backward twice."
     )
 
     def auxiliary(self, site: Site, h: Tensor, task: Task) -> nn.Module | None:
