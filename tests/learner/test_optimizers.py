@@ -402,3 +402,27 @@ def test_the_optimizers_own_way_keeps_the_order_too():
     for x, y in data[2:]:
         first.step(x, y)
     assert same_bits(whole, first)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.bfloat16) for name in ("sgd", "SGD", "adam", "adamw", "Adagrad")),
+        *((name, torch.float64) for name in ("sgd", "adamw")),
+        ("sgd", torch.float16),
+    ],
+)
+def test_in_every_type_of_weights_an_optimizer_moves_them_as_without_its_kernel(name, dtype):
+    """torch's fused SGD on the host leaves all numbers of 16 bits as they are, but for a few at the end."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4)).to(dtype)
+    x, y = torch.randn(12, 8, generator=torch.Generator().manual_seed(0)).to(dtype), torch.arange(12) % 4
+    moved = []
+    for options in ({}, {"foreach": True}):  # asking for a loop over tensors excludes the kernel
+        own = copy.deepcopy(model)
+        learner = Learner(own, "backprop", optimizer=name, lr=0.05, optimizer_options=options)
+        for _ in range(3):
+            learner.step(x, y)
+        moved.append([(p - q).detach().float() for p, q in zip(own.parameters(), model.parameters(), strict=True)])
+    for fused, single in zip(*moved, strict=True):
+        assert single.norm() > 0
+        assert (fused - single).norm() < 0.1 * single.norm()

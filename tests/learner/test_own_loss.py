@@ -81,6 +81,16 @@ def test_labels_that_are_given_apart_may_mean_something_else():
     learner.step({"tokens": TOKENS}, TOKENS.roll(-1, 1))  # warnings are errors here
 
 
+def test_labels_that_are_given_apart_show_further_terms_still():
+    """What a model adds to its loss is the same for other labels; a shift of the labels is not."""
+    learner = Learner(Network(further=0.25), "local_ce", cuts="layers.*", task=LanguageModel())
+    with pytest.warns(UserWarning, match=r"0\.25 more than that of the task, .* adds further terms"):
+        learner.step({"tokens": TOKENS}, TOKENS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learner.step({"tokens": TOKENS}, TOKENS)
+
+
 def test_the_comparison_changes_no_bit():
     def trained(model):
         learner = Learner(model, "local_ce", cuts="layers.*", task=LanguageModel())

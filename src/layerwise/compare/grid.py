@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from layerwise.compare.depth import depths_asked, depths_of
-from layerwise.compare.grid_runs import GridRun, train_all
+from layerwise.compare.grid_runs import GridRun, discard_damaged, train_all
 from layerwise.compare.peak import changed
 from layerwise.compare.pool import WorkerPool, default_jobs
 from layerwise.compare.record import kept_plan, write_record, write_results
@@ -19,9 +19,10 @@ from layerwise.compare.tuning import choose, trial_options
 from layerwise.core.devices import pick_device
 from layerwise.core.tasks import metric_of
 from layerwise.errors import LayerwiseError, note
-from layerwise.files import shown
+from layerwise.files import MissingFile, shown
 from layerwise.memory.fitting import read_size
 from layerwise.records import damaged
+from layerwise.report.diagnosed import read_diagnosed
 from layerwise.report.reading import read_correct
 from layerwise.report.summary import BASELINE, result_row, unreached_row
 from layerwise.runs.folders import FREE, claimed
@@ -288,6 +289,7 @@ class Grid:
         return default_jobs(tasks, peak, threads=self.options.threads or 1, accelerator=self.accelerator)
 
     def _train(self, pool: WorkerPool, grid_runs: list[GridRun], progress: GridProgress) -> None:
+        discard_damaged(grid_runs, self.folder)
         for run in grid_runs:
             if run.settled:
                 progress.skipped(self._cost(run))
@@ -312,7 +314,7 @@ class Grid:
         tasks = []
         for run in grid_runs:
             twin = twins.get(run.options.seed)
-            if run.result and not (run.folder / "diagnostics.json").is_file():
+            if (result := run.result) and not _is_diagnosed(run.folder, result["command"]):
                 paths = {"folder": str(run.folder), "twin": str(twin.folder) if twin else None}
                 tasks.append({"do": "diagnose", "device": self.options.device, **paths})
         failed: list[str] = []
@@ -361,6 +363,18 @@ def check_folders(labels: Sequence[str]) -> None:
             raise LayerwiseError(
                 f"the runs of {other} and {label} would lie in one folder; rename a file, or write them in other words."
             )
+
+
+def _is_diagnosed(folder: Path, command: str) -> bool:
+    """Whether a run has diagnostics of its own; damaged ones are made again."""
+    try:
+        read_diagnosed(folder, "diagnostics.json", command)
+    except MissingFile:
+        return False
+    except LayerwiseError as reason:
+        note(f"{reason.args[0].partition('; ')[0]}; the run is diagnosed again")
+        return False
+    return True
 
 
 @contextlib.contextmanager

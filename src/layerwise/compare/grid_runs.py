@@ -1,6 +1,7 @@
 """The runs of a grid: each in its own folder, finished, failed or not run yet."""
 
 import json
+import os
 import shlex
 import shutil
 from collections.abc import Callable, Sequence
@@ -9,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.compare.pool import WorkerPool
-from layerwise.errors import LayerwiseError
-from layerwise.files import MissingFile
+from layerwise.errors import LayerwiseError, note
+from layerwise.files import MissingFile, kind_of, shown
+from layerwise.report.finished import check_finished, check_has_samples
 from layerwise.report.reading import Failure, read_record, read_result
 from layerwise.runs.folders import FREE, claimed
 from layerwise.runs.log import read_log
@@ -60,6 +62,19 @@ class GridRun:
         """Whether the run is finished, or would fail again."""
         return self.result is not None or (self.failure or {}).get("kind") in FINAL
 
+    def damage(self) -> str | None:
+        """Why the files of a finished or failed run cannot be used; None if they can, or if there are none yet."""
+        try:
+            if kind_of(self.folder / "result.json") is None:
+                self._read("failed.json", Failure)
+                return None
+            check_finished(self.folder)
+            if self.options.task == "classification":
+                check_has_samples(self.folder)
+        except LayerwiseError as reason:
+            return str(reason)
+        return None
+
     def _read(self, file: str, kind: Any) -> dict[str, Any] | None:
         """A JSON file of the folder; None if it is missing."""
         try:
@@ -81,6 +96,39 @@ class GridRun:
                     f"{self.folder} holds a run with {name} = {json.dumps(before[name])}, not "
                     f"{json.dumps(now[name])}; choose another --out."
                 )
+
+
+def discard_damaged(grid_runs: Sequence[GridRun], root: Path) -> None:
+    """Remove the finished runs whose files are damaged or do not belong together, so that they are trained again.
+
+    Args:
+        grid_runs: of a comparison.
+        root: its folder.
+
+    Raises:
+        LayerwiseError: a link leads out of the folder.
+    """
+    for run in grid_runs:
+        if not Path(os.path.realpath(run.folder)).is_relative_to(os.path.realpath(root)):
+            raise LayerwiseError(
+                f"{shown(run.folder)} is a link out of {shown(root)}; put the folder itself there, or remove the link."
+            )
+        reason = run.damage()
+        if reason is None:
+            continue
+        note(f"{run.name} is trained again, because {reason.rstrip('.').partition('; ')[0]}")
+        with claimed(run.folder):
+            _remove(run.folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove the folder of a run; of a link to one, the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    if kind_of(folder) is not None:
+        raise LayerwiseError(f"{shown(folder)} cannot be removed, and its run is to be trained again; remove it.")
 
 
 def train_all(
@@ -105,7 +153,7 @@ def train_all(
     def begin(task: dict[str, Any]) -> None:
         run = by_folder[task["folder"]]
         with claimed(run.folder):  # no other process is training it
-            shutil.rmtree(run.folder, ignore_errors=True)
+            _remove(run.folder)
         begun(run)
 
     def end(task: dict[str, Any], answer: dict[str, Any]) -> None:

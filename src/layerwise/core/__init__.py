@@ -33,6 +33,7 @@ Files:
         parts.py               a batch in parts
         phases.py              a batch that passes a block in two phases
         finite.py              non-finite losses and gradients
+        further.py             terms of a loss that nothing trains
         reached.py             a signal that reaches nothing that learns
         failures.py            errors of a user's modules, with the block's name
         renewal.py             units with new weights, and the optimizer's state of these

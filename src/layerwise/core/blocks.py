@@ -110,6 +110,11 @@ class Block:
         return out
 
     @property
+    def beside(self) -> Sequence[Tensor]:
+        """Single numbers with a history that the model has just returned beside its logits; the head's alone."""
+        return ()
+
+    @property
     def ran(self) -> bool:
         """Whether the block has run in the current pass; a model that is cut at its calls may skip one."""
         return True

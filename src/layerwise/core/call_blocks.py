@@ -1,7 +1,7 @@
 """The blocks of a model that is cut at its calls, and copies of their modules with new weights."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +18,7 @@ class Calls(Protocol):
     model: nn.Module
     cuts: tuple[str, ...]
     asked_by: str
+    beside: Sequence[Tensor]
 
     def pull(self, index: int, h: Any) -> Tensor:
         """Run block `index` of the open pass."""
@@ -59,6 +60,11 @@ class CallBlock(Block):
         """Wrap the block's own module; code between the cuts does not change."""
         if self.index < len(self._network.cuts):
             self._network.compile(self.index, wrap)
+
+    @property
+    def beside(self) -> Sequence[Tensor]:
+        """Single numbers with a history that the model has just returned beside its logits."""
+        return self._network.beside if self.index == len(self._network.cuts) else ()
 
     @property
     def ran(self) -> bool:

@@ -25,6 +25,7 @@ from layerwise.core.parts import MicroBatch
 from layerwise.core.reading import Output, Read, arguments, logits_in, places, readers
 from layerwise.core.regular import BlockByBlock
 from layerwise.core.remote import Elsewhere, form_of, needed, shown_as_nan, without_memory
+from layerwise.core.trees import tensors
 from layerwise.errors import LayerwiseError
 
 
@@ -38,6 +39,8 @@ class CallPartition(Partition):
         irregular: why the blocks cannot be run one by one, outside the forward pass; empty if they can, None before
             a probe.
         keeps: places in its modules where the forward pass stores tensors; known after a probe.
+        beside: single numbers with a history that the open pass has returned beside the logits.
+        writes: numbers of the blocks that write into their input; known after a probe.
         asked_by: name of the rule, for errors.
         again: the reason why blocks must be run one by one, such as "rule 'interlocking' runs ..."; or empty.
         first: number of the first block here; those before it are on other ranks.
@@ -70,6 +73,8 @@ class CallPartition(Partition):
             crossings=[],
             irregular=None,
             keeps=[],
+            beside=(),
+            writes=frozenset(),
             asked_by="",
             again="",
             first=0,
@@ -99,6 +104,8 @@ class CallPartition(Partition):
     crossings: list[Crossing]
     irregular: str | None
     keeps: Sequence[str]
+    beside: Sequence[Tensor]
+    writes: frozenset[int]
     asked_by: str
     again: str
     first: int
@@ -140,7 +147,12 @@ class CallPartition(Partition):
 
     def _whole(self, x: Any) -> Tensor:
         args, kwargs = arguments(x)
-        return logits_in(self.model(*args, **kwargs), self.output, type(self.model).__name__)
+        out = self.model(*args, **kwargs)
+        logits = logits_in(out, self.output, type(self.model).__name__)
+        if logits is not out and self._pass is not None:
+            beside = [t for t in tensors(out) if t.dim() == 0 and t.grad_fn is not None and t is not logits]
+            self.__dict__["beside"] = beside
+        return logits
 
     @contextmanager
     def passing(self, batch: Any = None, sever: bool = True) -> Iterator[None]:
@@ -173,7 +185,7 @@ class CallPartition(Partition):
 
     @contextmanager
     def _holding(self, make: Callable[[], Pass | BlockByBlock]) -> Iterator[Pass | BlockByBlock]:
-        outer = {name: self.__dict__[name] for name in ("_pass", "_passes", "_make", "_part")}
+        outer = {name: self.__dict__[name] for name in ("_pass", "_passes", "_make", "_part", "beside")}
         opened = make()
         # The outer one is of a step in which a rule asks what the network predicts.
         self.__dict__.update(_pass=opened, _passes={None: opened}, _make=make, _part=None)
@@ -233,6 +245,8 @@ class CallPartition(Partition):
         if index == self.first > 0:
             self.__dict__["_received"] = Elsewhere(self._forms, index - 1, h)
             h = self._batch if self._part is None else self._part.of(self._batch)
+        elif index in self.writes and not h.requires_grad:  # the rule may read it once more
+            h = h.clone()
         return self._pass.pull(index, h)
 
     def call(self, index: int, h: Tensor, module: nn.Module) -> Tensor:
@@ -264,6 +278,7 @@ class CallPartition(Partition):
         samples = next((len(t) for _, t in batch if t.dim()), 0)
         outputs, h, kept = [], x, tensors_kept(self.model)
         forms: list[tuple[Any, Tensor]] = []
+        writes: set[int] = set()
         with ExitStack() as hooks, torch.enable_grad(), layouts:
             opened = hooks.enter_context(self._holding(lambda: self._opened(sever=False, one_by_one=False)))
             assert isinstance(opened, Pass)
@@ -277,6 +292,7 @@ class CallPartition(Partition):
             for block in [*self.blocks, self.head]:
                 uses.block = block.index  # pyright: ignore[reportAttributeAccessIssue]
                 uses.inside = False
+                version = h._version if outputs else 0
                 try:
                     with uses:
                         out = block(h)
@@ -289,6 +305,8 @@ class CallPartition(Partition):
                         else f"{type(self.model).__name__} cannot take this batch: {told_by(reason)}; "
                         "check the model against the data."
                     ) from reason
+                if outputs and h._version != version:
+                    writes.add(block.index)  # pyright: ignore[reportAttributeAccessIssue]
                 if not block.ran:  # pyright: ignore[reportAttributeAccessIssue]
                     raise LayerwiseError(
                         f"cut {block.name!r} is not called in the forward pass, or after a later cut; name modules "
@@ -308,7 +326,7 @@ class CallPartition(Partition):
             self.__dict__["input_layout"] = layouts.of(x, len(x)) if isinstance(x, Tensor) else None
         check_fits(self.layout, outputs)
         self._own(uses.used)
-        self.__dict__.update(crossings=uses.crossings, _forms=forms, _used=uses.used)
+        self.__dict__.update(crossings=uses.crossings, writes=frozenset(writes), _forms=forms, _used=uses.used)
         self.__dict__["keeps"] = exchanged(kept, self.model)
         if self.again or all(block.before is None for block in self.blocks):
             self.__dict__["irregular"] = self._why_irregular(x, outputs)

@@ -23,6 +23,11 @@ def listed(names: Sequence[str], most: int = 24) -> str:
     return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module runs through `torch.compile`."""
+    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+
+
 def check_model(model: Any) -> None:
     """Raise LayerwiseError if `model` is not a module, or wraps the module to be trained."""
     name = type(model).__name__

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from layerwise.core.chains import check_model
+from layerwise.core.chains import check_model, is_compiled
 from layerwise.errors import LayerwiseError, suggestion
 
 
@@ -113,7 +113,7 @@ def check_cuts(model: nn.Module, cuts: Sequence[str], known: Mapping[str, nn.Mod
             )
     for name, module in known.items():
         stops = any(cut == name or cut.startswith(name + ".") or name == "" for cut in cuts)
-        compiled = getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+        compiled = is_compiled(module)
         if stops and (compiled or isinstance(module, torch.jit.ScriptModule)):
             what = "compiled" if compiled else "a ScriptModule"
             raise LayerwiseError(

@@ -91,6 +91,8 @@ class Group:
     """Running statistics and what they were before the update, to be put back when it is skipped."""
     checked: bool = False
     """Whether a first update has shown that the signal reaches the blocks."""
+    looked: bool = False
+    """Whether a first pass has been searched for further terms of a loss."""
     reached: dict[int, nn.Parameter | None] = field(default_factory=dict)
     """By the number of a site, a parameter of its block that gradients reach; none if it was not looked for."""
     broken: bool = False

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerwise.core.chains import is_compiled
 from layerwise.core.contract import asking, check_output, check_signal
 from layerwise.core.execution import Execution
 from layerwise.core.failures import in_a_sentence
+from layerwise.core.further import SingleNumbers, warn_of_further_terms
 from layerwise.core.groups import Group, Unit
 from layerwise.core.output_layer import HeadWithoutOutputs, without_outputs
 from layerwise.core.progress import Trace
@@ -36,6 +38,8 @@ class Runner:
 
     def __init__(self, rule: Rule, task: Task, execution: Execution):
         self.rule, self.task, self.execution = rule, task, execution
+        self.told = False
+        """Whether a further term of the loss has been found."""
 
     def forward(
         self,
@@ -73,6 +77,7 @@ class Runner:
         units = [*group.units, *(group.ahead if step is not None else [])]
         view = range(units[0].site.index, units[-1].site.index + 1)
         training, learns = step is not None, step is not None and group.learns
+        looks, beside, ends = step is not None and self._looks(group), {}, []
         for unit in units:
             own = unit.site.index <= group.units[-1].site.index
             graph = torch.no_grad() if unit.site.index < group.first else NOTHING
@@ -80,7 +85,9 @@ class Runner:
             buffers = NOTHING if own and not aside else unit.on_copies()
             with graph, buffers:
                 head = self._without_outputs(unit, y)
-                out = self.run(unit if head is None else replace(unit, block=head), h, message, step, part)
+                ran = unit if head is None else replace(unit, block=head)
+                with SingleNumbers() if looks else NOTHING as numbers:
+                    out = self.run(ran, h, message, step, part)
                 left = None if head is None else head.left(out)
                 with self.autocast(), asking(self.rule, f"`signal` at block {unit.site.name!r}"):
                     of_group = (unit.auxiliary, training, learns, view)
@@ -88,6 +95,9 @@ class Runner:
                     ctx = BlockContext(unit.site, out, h, message, y, self.task, *of_group, left, again)
                     signal = self.rule.signal(ctx)
             check_signal(self.rule, ctx, signal)
+            if numbers is not None:
+                beside[unit.site.name] = numbers.alive() + list(unit.block.beside)
+                ends += [out, *([] if signal.loss is None else [signal.loss])]
             h = out if signal.output is None else signal.output
             message = signal.message
             if signal.loss is not None:
@@ -98,7 +108,19 @@ class Runner:
                 passed_on = h, message
                 if signal.metrics:
                     trace.add(unit.site.name, signal.metrics, signal.statistics, share)
+        if looks:
+            group.looked = True
+            self.told = warn_of_further_terms(beside, ends)
         return signals, *passed_on
+
+    def _looks(self, group: Group) -> bool:
+        """Whether to look for further terms of the loss: once per group, until one is found."""
+        if group.looked or self.told or not torch.is_grad_enabled():
+            return False
+        network = group.units[0].site.network
+        # A compiler would compile everything once more outside the mode that looks.
+        compiled = any(unit.block.compiled for unit in group.units)
+        return not compiled and (network is None or not any(is_compiled(module) for module in network.model.modules()))
 
     def _without_outputs(self, unit: Unit, y: Tensor) -> HeadWithoutOutputs | None:
         """The head without its output layer, where the loss makes the outputs of a large vocabulary in chunks."""

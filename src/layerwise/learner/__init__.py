@@ -10,6 +10,7 @@ Files:
     batches.py       a user's batch: checked, split from its labels, moved
     rounds.py        the updates of one training step
     prediction.py    begins a pass, predicts, evaluates
+    adapters.py      adapters whose own training is more than a loss
     own_loss.py      the model's own loss against the task's
     metrics.py       the metrics of one step
     metering.py      the memory of one step

@@ -29,6 +29,7 @@ from layerwise.core.pieces import (
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
 from layerwise.core.rule import Site
 from layerwise.errors import LayerwiseError
+from layerwise.learner.adapters import warn_of_adapters
 from layerwise.learner.arguments import READOUTS, check_micro
 from layerwise.learner.output_copy import output_copy
 from layerwise.learner.setup import ONE_PROCESS, Setup
@@ -134,6 +135,7 @@ class Built:
         if setup.compile:
             compile_blocks(blocks, setup.compile)
         self._warn_of_readouts(units)
+        warn_of_adapters(setup.network.model)
         self.watch = Watch(setup.network.model, parameters=not setup.replicas.shares_parameters)
 
     def check(self) -> None:

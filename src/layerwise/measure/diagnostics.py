@@ -5,6 +5,7 @@ tokens to one vector per sample if a function takes vectors `(N, D)`. Everything
 except the gradients, which the engine computes as in training.
 """
 
+import contextlib
 import copy
 import json
 import warnings
@@ -22,9 +23,10 @@ from layerwise.core.layout import to_standard
 from layerwise.core.rule import Rule
 from layerwise.core.tasks import UNLABELLED
 from layerwise.errors import LayerwiseError
+from layerwise.files import MissingFile
 from layerwise.learner import Learner
 from layerwise.measure.filters import first_filters
-from layerwise.report.reading import MOST_CLASSES
+from layerwise.report.reading import MOST_CLASSES, read_result
 from layerwise.runs.building import load_data, load_run
 from layerwise.runs.writing import write_atomically
 
@@ -399,6 +401,8 @@ def diagnose(folder: Path, twin: Path | None = None, device: str = "auto") -> di
     filters = first_filters(learner.network.model, dataset.shape)
     if filters is not None:
         found["filters"] = filters
+    with contextlib.suppress(MissingFile):  # an unfinished run has none
+        found["command"] = read_result(folder, "result.json")["command"]
     write_atomically(folder / "diagnostics.json", json.dumps(found, indent=2) + "\n")
     return found
 

@@ -1,6 +1,5 @@
 """Checks of a rule's declared properties on this machine, and of the files of a run."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from layerwise.errors import LayerwiseError, short, why
 from layerwise.files import check_regular, kind_of, shown
 from layerwise.learner import Learner
 from layerwise.measure.bench_memory import memory_of
-from layerwise.report.reading import read_correct, read_metrics, read_result
+from layerwise.report.finished import check_finished
+from layerwise.report.reading import read_metrics, read_result
 from layerwise.runs import checkpoint
 from layerwise.runs.building import check_run_state
 from layerwise.runs.folders import check_unchanged, read_options
@@ -167,7 +167,8 @@ def run_findings(folder: Path) -> list[tuple[bool, str]]:
         return findings
     result = check("result.json can be read: the run is finished", lambda: read_result(folder, "result.json"))
     if result is not None:
-        check("test_correct.npy has the accuracy of result.json", lambda: _check_correct(folder, result))
+        words = "config.json, metrics.jsonl and test_correct.npy are of the run of result.json"
+        check(words, lambda: check_finished(folder))
     if newest is not None and options is not None:
         check(
             "model.safetensors has the weights of the newest checkpoint",
@@ -183,15 +184,6 @@ def _of_run(path: Path, options: TrainOptions | None, folder: Path) -> dict[str,
     if options is not None:
         check_unchanged(options, state["options"], folder)
     return state
-
-
-def _check_correct(folder: Path, result: dict[str, Any]) -> None:
-    correct = read_correct(folder)
-    if correct is not None and abs(correct.mean() - result.get("test_accuracy", math.nan)) > 1e-6:
-        raise LayerwiseError(
-            f"{shown(folder / 'test_correct.npy')} has the accuracy {correct.mean():.4f} and result.json "
-            f"{result.get('test_accuracy')}: one of them is of another run; resume the run, which writes both again."
-        )
 
 
 def _check_weights(folder: Path, state: dict[str, Any], options: TrainOptions) -> None:

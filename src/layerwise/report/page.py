@@ -12,18 +12,19 @@ from typing import Any
 from layerwise.core.tasks import ACCURACY, Metric
 from layerwise.errors import LayerwiseError
 from layerwise.files import MissingFile, kind_of, shown
-from layerwise.records import convert, damaged
+from layerwise.records import convert
 from layerwise.report import figures
 from layerwise.report.benches import put_bench, read_bench
-from layerwise.report.confusion import Counts, classes_agree, confusions
+from layerwise.report.confusion import Counts, confusions
+from layerwise.report.diagnosed import read_diagnosed
 from layerwise.report.explained import base, explained
-from layerwise.report.filters import decoded, filters
+from layerwise.report.filters import filters
+from layerwise.report.finished import check_finished, check_summary
 from layerwise.report.frontier import frontier
 from layerwise.report.language import loss_per_block, texts
 from layerwise.report.reading import (
     ADVICE,
     CompareRecord,
-    Diagnostics,
     FixedOptions,
     Machine,
     Summary,
@@ -168,21 +169,18 @@ class Runs:
                 continue
             rule, seed = row["rule"], int(row["seed"])
             run = grid_run_folder(rule, f"seed {seed}", "runs")
-            found.results.setdefault(rule, {})[seed] = read_result(folder, f"{run}/result.json")
+            result = read_result(folder, f"{run}/result.json")
+            found.results.setdefault(rule, {})[seed] = result
             found.lines.setdefault(rule, {})[seed] = read_metrics(folder, f"{run}/metrics.jsonl")
             blocks: dict[str, dict[str, float | None]] = {}
             with contextlib.suppress(MissingFile):
-                diagnosed = read_record(folder, f"{run}/diagnostics.json", Diagnostics)
+                diagnosed = read_diagnosed(folder, f"{run}/diagnostics.json", result["command"])
                 blocks, confusion = diagnosed["blocks"], diagnosed.get("confusion")
-                if confusion is not None and not classes_agree(confusion):
-                    reason = "blocks are of different classes"
-                    raise damaged(shown(folder / f"{run}/diagnostics.json"), reason, ADVICE)
                 found.confusion.setdefault(rule, []).extend([] if confusion is None else [confusion])
                 if own := diagnosed.get("filters"):
-                    if decoded(own) is None:
-                        raise damaged(shown(folder / f"{run}/diagnostics.json"), "the filters are no pictures", ADVICE)
                     found.filters.setdefault(rule, own)
             found.layers.setdefault(rule, {})[seed] = blocks
+            check_finished(folder / run)
         return found
 
     def curves(self, x: str, metric: Metric = ACCURACY) -> dict[str, list[tuple[float, float, float | None]]]:
@@ -251,6 +249,7 @@ def put_comparison(folder: Path, page: dict[str, Any]) -> None:
             f"({unknown[0] if unknown else 'no rule'!r}); {ADVICE}."
         )
     runs = Runs.read(folder, rows)
+    check_summary(folder / "summary.json", rules, runs.results, metric)
     looks = figures.look(list(rules))
     fixed: Any = convert(record["fixed"], FixedOptions, f"'fixed' of {shown(folder / 'compare.json')}", ADVICE)
     commands = [found["command"] for seeds in runs.results.values() for found in seeds.values()]

@@ -225,6 +225,8 @@ class Filters(TypedDict):
 class Diagnostics(TypedDict):
     """The fields of `diagnostics.json`."""
 
+    command: NotRequired[Text]
+    """Of the run."""
     filters: NotRequired[Filters]
     blocks: dict[Name, dict[Name, Finite | None]]
     confusion: NotRequired[dict[Name, Confusion]]

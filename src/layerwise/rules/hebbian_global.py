@@ -11,6 +11,7 @@ from layerwise.core.blocks import Block
 from layerwise.core.layers import CONVOLUTIONS, layer_gradients, seeing_layers
 from layerwise.core.ranges import PositiveFloat
 from layerwise.core.rule import ANY_TASK, BatchContext, BlockContext, Locality, Rule, Signal, loss_at_head
+from layerwise.errors import LayerwiseError
 from layerwise.rules.local_ce import GreedyLinear
 
 WHOLE_BATCH = "takes the largest Hebbian update of the whole batch for its unit"
@@ -120,7 +121,7 @@ def run_and_note(block: Block, h: Tensor, message: Any) -> Tensor:
 
     def see(layer: nn.Module, x: Tensor, out: Tensor) -> None:
         if isinstance(layer, (nn.Linear, *CONVOLUTIONS)):
-            message.append((layer, x.detach(), out.detach()))
+            message.append((layer, x.detach(), out.detach(), x._version, out._version))
 
     with seeing_layers(block, see):
         return block(h)
@@ -136,12 +137,33 @@ def with_hebbian_sizes(ctx: BlockContext, signal: Signal, temperature: float) ->
     found = torch.autograd.grad(signal.loss, own, allow_unused=True)
     gradients: dict[Tensor, Tensor] = {p: g for p, g in zip(own, found, strict=True) if g is not None}
     head = {id(p) for p in ctx.site.network.head.parameters()}
-    sizes = hebbian_updates(ctx.message, temperature)
+    sizes = hebbian_updates(as_they_were(ctx.message), temperature)
     for weight, size in sizes.items():
         if weight in gradients and id(weight) not in head:
             gradients[weight] = size.abs() / size.abs().amax().clamp_min(1e-30) * gradients[weight].sign()
     loss = signal.metrics.get("loss", signal.loss)
     return replace(signal, loss=None, gradients=gradients, metrics={**signal.metrics, "loss": loss})
+
+
+@torch.no_grad()
+def as_they_were(noted: Sequence[tuple[nn.Module, Tensor, Tensor, int, int]]) -> list[tuple[nn.Module, Tensor, Tensor]]:
+    """Layers with their inputs and outputs; an output that a later layer has overwritten is computed again.
+
+    Args:
+        noted: the same, with the version of both tensors at that time.
+
+    Raises:
+        LayerwiseError: an input was overwritten too.
+    """
+    found = []
+    for layer, x, out, version_in, version_out in noted:
+        if x._version != version_in:
+            raise LayerwiseError(
+                f"the input of a {type(layer).__name__} is overwritten by an operation after it, and the rule needs "
+                "it; give the network an operation that is not in-place."
+            )
+        found.append((layer, x, out if out._version == version_out else type(layer).forward(layer, x)))
+    return found
 
 
 @torch.no_grad()
