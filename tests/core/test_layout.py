@@ -250,7 +250,7 @@ class Last(nn.Module):
 ANY_MODEL = [name for name in rule_names() if not get_rule(name).models]
 
 
-DRAWS_BY_LAYER = ("forward_gradient", "likelihood_ratio", "pepita")
+DRAWS_BY_LAYER = ("forward_gradient", "likelihood_ratio", "pepita", "continual_backprop")
 """They look into blocks: what they draw has the shape of each layer's output, or the layers must be torch's own."""
 
 

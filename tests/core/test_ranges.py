@@ -91,7 +91,7 @@ def test_a_share_is_at_most_the_whole(rule, name, value):
     refused(lambda: create_rule(rule, **{name: value}), name, value)
 
 
-BELOW_ONE = ("dropout", "drop", "ahead_momentum", "memory")
+BELOW_ONE = ("dropout", "drop", "ahead_momentum", "memory", "decay")
 """Options that 1 is too much for."""
 
 

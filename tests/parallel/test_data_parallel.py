@@ -114,6 +114,13 @@ def test_running_statistics_of_blocks_at_rest_come_from_all_replicas(flush):
     assert len(means) == 4 and all(torch.equal(b, torch.full_like(b, 7.0)) for b in means)
 
 
+def test_units_are_not_renewed_in_shares_of_weights():
+    events = Events()
+    events.shares_parameters = True
+    with pytest.raises(LayerwiseError, match="choose --parallel data"):
+        Learner(net("mlp"), "continual_backprop", replicas=events, example=problem(4)[0])
+
+
 @pytest.mark.slow
 def test_every_rule_has_the_gradient_of_the_whole_batch(tmp_path):
     names = [name for name in rules.names() if "mlp" in kinds(name) and not by_parameter(name)]
@@ -133,6 +140,17 @@ def test_every_rule_has_the_gradient_of_the_whole_batch(tmp_path):
             assert close(first[name, kind], one.state_dict()), name
             untrained = Learner(net(kind, 3), name, example=data[0][0]).state_dict()
             assert not close(untrained, one.state_dict()), name
+
+
+@pytest.mark.slow
+def test_replicas_renew_the_same_units_with_the_same_weights(tmp_path):
+    model, data = net("mlp", 3), batches(4, size=24)
+    rule = rules.create("continual_backprop", replacement_rate=0.1, maturity=1)
+    first, second = spread(2, tmp_path, lambda replicas: learned(replicas, model, rule, data, **PLAIN_SGD))
+    one = trained(model, rule, data, **PLAIN_SGD).state_dict()
+    ages = [age for name, age in one["auxiliary"].items() if name.endswith("running_age")]
+    assert any(bool((age < 4).any()) for age in ages)
+    assert same_state(first, second) and close(first, one)
 
 
 def test_a_trunk_has_the_gradient_of_the_whole_batch(tmp_path):

@@ -189,7 +189,7 @@ def test_only_the_engine_knows_the_update_order():
 def test_a_rule_imports_nothing_that_is_not_its_business():
     allowed = re.compile(
         r"__future__|abc|collections\.abc|contextlib|dataclasses|itertools|typing|weakref|math|torch(\.nn(\.functional|\.attention)?|\.utils\.checkpoint)?"
-        r"|layerwise(\.errors|\.core|\.core\.(augment|blocks|chunked|first_layer|functional|graphs|layers|layout|output_layer|perturbed_layers|phases|pieces|posteriors|pullback|randomness|ranges|rule|tasks)|\.rules(\.\w+)?)?"
+        r"|layerwise(\.errors|\.core|\.core\.(augment|blocks|chunked|first_layer|functional|graphs|hidden_units|layers|layout|output_layer|perturbed_layers|phases|pieces|posteriors|pullback|randomness|ranges|rule|tasks)|\.rules(\.\w+)?)?"
     )
     for file in (ROOT / "src/layerwise/rules").glob("*.py"):
         if file.name in ("__init__.py", "words.py"):  # what finds rules, and reads their options

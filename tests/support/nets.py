@@ -20,6 +20,7 @@ KINDS = ("mlp", "vgg", "vit")
 QUICK = {
     "boosted": {"updates": 1},
     "block_rota": {"period": 1, "order": "up"},
+    "continual_backprop": {"replacement_rate": 0.03, "maturity": 1},
     "zeroth_order": {"directions": 16},
     "predictive_coding": {"steps": 3},
     "inference_learning": {"steps": 3},

@@ -36,6 +36,7 @@ Files:
         further.py             terms of a loss that nothing trains
         reached.py             a signal that reaches nothing that learns
         failures.py            errors of a user's modules, with the block's name
+        renewal.py             units with new weights, and the optimizer's state of these
         following.py           modules that follow the next block
         trees.py               tensors in nested containers
     optimizers
@@ -54,6 +55,7 @@ Files:
         output_layer.py        the linear layer that gives the network's outputs
         first_layer.py         the first layer of a block
         layers.py              inputs, outputs and gradients of the layers inside a block
+        hidden_units.py        outputs of a layer that one other layer reads
         drawing.py             new weights for modules
         late.py                weights of a model on the meta device, made block by block
         modes.py               passes that leave no trace in a model

@@ -19,11 +19,19 @@ from layerwise.core.groups import Group, Unit, parameters_of
 from layerwise.core.param_groups import set_learning_rate
 from layerwise.core.parts import JoinedParts, Labelled, labelled_parts
 from layerwise.core.perturbation import Estimate
-from layerwise.core.pieces import FollowsNextBlock, HasTrunk, PerturbsWeights, StepsByParameter, has_trunk
+from layerwise.core.pieces import (
+    FollowsNextBlock,
+    HasTrunk,
+    PerturbsWeights,
+    RenewsUnits,
+    StepsByParameter,
+    has_trunk,
+)
 from layerwise.core.progress import Accumulation, Trace, WaitingTrunk
 from layerwise.core.pullback import without_gradient
 from layerwise.core.randomness import derive_seed
 from layerwise.core.reached import check_reached, check_still_reached
+from layerwise.core.renewal import renew
 from layerwise.core.rule import Rule, Signal
 from layerwise.core.runner import NOTHING, Runner, Signals
 from layerwise.core.stepping import explained_step, take_step
@@ -418,6 +426,8 @@ class Engine(Runner):
                 nn.utils.clip_grads_with_norm_(group.parameters, self.execution.clip, norm)
             for optimizer in learning:
                 self._step_optimizer(group, optimizer)
+            if isinstance(self.rule, RenewsUnits):
+                renew(self.rule, group, step)
         group.scaler.update()
         group.broken = False
         group.free()

@@ -7,7 +7,7 @@ Most rules inherit only from `Rule`. A rule that needs more also inherits one of
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -103,6 +103,25 @@ class LearnsInPart(Abstract):
         Args:
             update: number of the update, from 0; each takes `accumulate` batches.
             blocks: number of blocks L.
+        """
+
+
+class RenewsUnits(Abstract):
+    """A rule that gives units new weights after a step; the optimizer's state of these weights is set to zero."""
+
+    @abstractmethod
+    def renew(
+        self, network: Partition, auxiliary: Mapping[int, nn.Module], step: int
+    ) -> Sequence[tuple[Tensor, Tensor]]:
+        """Write new weights; runs without gradient after every step of a group's optimizer.
+
+        Args:
+            network: the blocks and the head.
+            auxiliary: the rule's modules at the sites of the group.
+            step: number of the training step, for draws; they must be the same on all replicas.
+
+        Returns:
+            Pairs of a parameter and the mask of its entries that are new, of its shape.
         """
 
 

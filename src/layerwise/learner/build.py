@@ -22,6 +22,7 @@ from layerwise.core.pieces import (
     LearnsInPart,
     MovesActivations,
     ReadsOutputMatrix,
+    RenewsUnits,
     RepeatsBatch,
     StepsByParameter,
 )
@@ -240,6 +241,11 @@ class Built:
             begin_schedule(optimizer)
             if callable(mode := getattr(optimizer, "train", None)):
                 mode()  # schedule-free ones refuse to step otherwise
+                if isinstance(setup.rule, RenewsUnits):
+                    raise LayerwiseError(
+                        f"rule {setup.rule.name!r} sets the optimizer's state of some weights to zero, and that of "
+                        f"{type(optimizer).__name__} holds weights; choose another, such as adamw."
+                    )
             setup.replicas.check_optimizer(optimizer)
         if isinstance(setup.rule, LearnsInPart):
             with_parameters = [unit for unit, own in zip(learning, of_units, strict=True) if own]
@@ -335,8 +341,13 @@ def check_alone(setup: Setup) -> None:
 
 
 def check_looks(setup: Setup) -> None:
-    """Raise LayerwiseError if heads read another block's parameters, which are sharded at that time."""
+    """Raise LayerwiseError if a rule needs whole parameters at a time when they are sharded."""
     rule = setup.rule
+    if isinstance(rule, RenewsUnits) and setup.replicas.shares_parameters:
+        raise LayerwiseError(
+            f"rule {rule.name!r} writes into whole weights, and with --parallel sharded a rank has a share of them; "
+            "choose --parallel data."
+        )
     follows = any(followed(rule, setup.network, index) for index in range(len(setup.network.blocks)))
     if follows and setup.replicas.shares_parameters:
         raise LayerwiseError(

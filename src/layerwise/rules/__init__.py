@@ -30,6 +30,7 @@ from layerwise.rules.backprop_fused import BackpropFused
 from layerwise.rules.backprop_offload import BackpropOffload
 from layerwise.rules.block_rota import BlockRota
 from layerwise.rules.boosted import Boosted
+from layerwise.rules.continual_backprop import ContinualBackprop
 from layerwise.rules.controls import DeepSupervision, LastLayer
 from layerwise.rules.counter_current import CounterCurrent
 from layerwise.rules.dgl import DGL
@@ -40,6 +41,7 @@ from layerwise.rules.forward_gradient import ForwardGradient
 from layerwise.rules.gradient_reconciliation import GradientReconciliation
 from layerwise.rules.graph_forward import GraphForward
 from layerwise.rules.hebbian_global import HebbianGlobal, HebbianLocal
+from layerwise.rules.hedge_backprop import HedgeBackprop
 from layerwise.rules.highway_backprop import HighwayBackprop
 from layerwise.rules.inference_learning import InferenceLearning
 from layerwise.rules.infopro import InfoPro
@@ -108,6 +110,8 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     BackpropOffload,
     BlockRota,
     ZerothOrder,
+    HedgeBackprop,
+    ContinualBackprop,
     DeepSupervision,
     LastLayer,
     FreezeLower,
@@ -213,6 +217,7 @@ __all__ = [
     "BlockContext",
     "BlockRota",
     "Boosted",
+    "ContinualBackprop",
     "CounterCurrent",
     "DeepSupervision",
     "EquilibriumPropagation",
@@ -224,6 +229,7 @@ __all__ = [
     "GraphForward",
     "HebbianGlobal",
     "HebbianLocal",
+    "HedgeBackprop",
     "HighwayBackprop",
     "InferenceLearning",
     "InfoPro",
