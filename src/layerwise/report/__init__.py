@@ -3,6 +3,8 @@
 Files:
 
     reading.py      the files of a comparison, run or benchmark
+    finished.py     whether the files of a run agree
+    diagnosed.py    the diagnostics of a run
     summary.py      means, spreads, paired differences
     verdict.py      what was found, in sentences
     explained.py    each rule in a sentence
