@@ -279,12 +279,7 @@ def test_a_full_disk_is_told_of_the_log(run, monkeypatch, capsys):
         def __exit__(self, *_):
             return None
 
-    real = type(run).open
-    monkeypatch.setattr(
-        type(run),
-        "open",
-        lambda self, mode="r", *rest, **more: Full() if mode == "a" else real(self, mode, *rest, **more),
-    )
+    monkeypatch.setattr("layerwise.runs.log.open_to_append", lambda *_: Full())
     assert main(["train", "--resume", str(run)]) == 2
     assert "metrics.jsonl (No space left on device); free space" in capsys.readouterr().err
 
