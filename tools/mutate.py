@@ -391,6 +391,19 @@ MUTANTS = [
     Mutant("state goes to another optimizer's parameters", "learner/state.py",
            [("for p in parameters_of([optimizer])]\n", "for p in group.parameters]\n")],
            "test_optimizers.py same_bits"),
+    Mutant("weights of classifiers do not follow their own losses", "rules/hedge_backprop.py",
+           [("discount**losses)", "discount**losses.mean())")], "test_online.py weights_of_a_learner"),
+    Mutant("the most useful unit is born again", "rules/continual_backprop.py",
+           [("masked_fill(~mature, torch.inf).argsort(stable=True)",
+             "masked_fill(~mature, -torch.inf).argsort(stable=True, descending=True)")],
+           "test_online.py least_utility"),
+    Mutant("a unit that is born again keeps its moments", "core/renewal.py",
+           [("value.masked_fill_(mask, 0)", "value.masked_fill_(mask & ~mask, 0)")], "test_online.py least_utility or same_bits or moments"),
+    Mutant("further terms of a loss are passed over", "core/further.py",
+           [("number.grad_fn not in behind", "number.grad_fn in behind")], "test_further.py said_once"),
+    Mutant("SGD on the host is fused for 16 bits too", "core/optim.py",
+           [("p.element_size() < 4 for p in tensors", "p.element_size() < 1 for p in tensors")],
+           "test_optimizers.py every_type"),
 ]  # fmt: skip
 
 
