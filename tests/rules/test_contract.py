@@ -259,7 +259,7 @@ def test_working_memory_is_flat_in_depth_for_the_rules_that_say_so(rule, kind):
     if get(rule).flat_memory:
         assert deep <= 1.01 * shallow
     else:
-        assert deep > 1.2 * shallow
+        assert deep > 1.1 * shallow
 
 
 # --- Training
