@@ -36,6 +36,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "mlp": {"model": "mlp", "depth": 24, "shape": (1, 28, 28), "batch": 512, "options": {"width": 512}},
     "conv": {"model": "vgg", "depth": 8, "shape": (3, 32, 32), "batch": 64, "options": {"width": 32}},
     "vit": {"model": "vit", "depth": 12, "shape": (3, 32, 32), "batch": 32, "options": {"width": 96}},
+    "short": {"model": "vit", "depth": 12, "shape": (1, 28, 28), "batch": 64, "options": {"width": 96, "patch": 7}},
 }
 WAYS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "backprop": ("backprop", {}, {}),

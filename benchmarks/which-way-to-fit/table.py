@@ -6,6 +6,7 @@ NETWORKS = {
     "mlp": "MLP of 24 blocks of width 512, batch 512",
     "conv": "conv net of 8 blocks of width 32, batch 64",
     "vit": "ViT of 12 blocks of width 96, batch 32",
+    "short": "ViT of 12 blocks of width 96 on 16 patches, batch 64",
 }
 
 
@@ -28,7 +29,7 @@ def figures(lines):
 
 def small(lines):
     """Per network the memory and the time of the ways, side by side."""
-    ways = list(dict.fromkeys(way for name in ("mlp", "vit") for way in rows_of(lines, name)))
+    ways = list(dict.fromkeys(way for name in NETWORKS for way in rows_of(lines, name)))
     body = []
     for way in ways:
         cells = [rows_of(lines, name).get(way) for name in NETWORKS]
