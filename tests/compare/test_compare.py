@@ -128,12 +128,10 @@ WRONG = [
 ]
 
 
+# The last is found by a worker, which has to start first.
 @pytest.mark.parametrize(
     ("words", "sentence"),
-    [  # the last is found by a worker, which has to start first
-        pytest.param(words, sentence, id=words, marks=pytest.mark.slow if (words, sentence) == WRONG[-1] else ())
-        for words, sentence in WRONG
-    ],
+    [pytest.param(*row, id=row[0], marks=pytest.mark.slow if row == WRONG[-1] else ()) for row in WRONG],
 )
 def test_wrong_use_is_one_sentence_and_leaves_nothing(words, sentence, tmp_path, capsys):
     assert main(["compare", "--seeds", "1", *split(words), "--out", str(tmp_path / "out")]) == 2

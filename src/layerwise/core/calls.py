@@ -245,7 +245,7 @@ class CallPartition(Partition):
         if index == self.first > 0:
             self.__dict__["_received"] = Elsewhere(self._forms, index - 1, h)
             h = self._batch if self._part is None else self._part.of(self._batch)
-        elif index in self.writes and not h.requires_grad:  # the rule may read it once more
+        elif index in self.writes:  # the rule may read it once more
             h = h.clone()
         return self._pass.pull(index, h)
 

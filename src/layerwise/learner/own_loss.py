@@ -57,17 +57,18 @@ def compare_own_loss(built: Built, x: Any, y: Tensor, apart: bool) -> None:
             again = _losses(network, task, part.of(x), others)
             if again is None or abs(losses.difference - again.difference) > losses.tolerance:
                 return
-    name, by = type(model).__name__, f"the loss that {type(model).__name__} computes itself is {losses.own:.5g} for "
+    name = type(model).__name__
+    begin = f"the loss that {name} computes itself is {losses.own:.5g} for two samples,"
     if apart:
         warnings.warn(
-            f"{by}two samples, {abs(losses.difference):.5g} {'more' if losses.difference > 0 else 'less'} than that "
+            f"{begin} {abs(losses.difference):.5g} {'more' if losses.difference > 0 else 'less'} than that "
             f"of the task, and so it is for other labels: {name} adds further terms, which do not train, because the "
             "task's loss alone does.",
             stacklevel=2,
         )
         return
     warnings.warn(
-        f"{by}two samples, and that of the task {losses.task:.5g}, which alone trains: look whether the task means the "
+        f"{begin} and that of the task {losses.task:.5g}, which alone trains: look whether the task means the "
         "labels as the model does (LanguageModel(shift=False) where they are not shifted), or whether the model adds "
         "further terms.",
         stacklevel=2,

@@ -153,8 +153,6 @@ class LoPT(Halves):
         target: Any = ctx.message
         if site.index == module.start and module.stop <= site.blocks and self.weight > 0:
             target = ctx.h.detach() if site.index == 0 else ctx.h_in
-            if site.index == 0 and 1 in getattr(site.network, "writes", ()):
-                target = target.clone()  # the next block of the module overwrites it
         if not isinstance(ctx.auxiliary, Reconstruction):
             return Signal(message=target if site.index + 1 < module.stop else None)
         layout = site.layout(self._source(module))
