@@ -10,7 +10,7 @@ import pytest
 import torch
 from filelock import FileLock
 from support.nets import seed
-from support.runs import COMPARE, start
+from support.runs import COMPARE, start, stop_all
 
 
 def pytest_collection_finish():
@@ -36,6 +36,12 @@ def _no_terminal(monkeypatch):
 @pytest.fixture(autouse=True)
 def _one_seed():
     seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_left():
+    yield
+    stop_all()
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ import pytest
 import torch
 from support.nets import batches, by_family, net, problem, same_bits, trained
 from support.own import Decoder, decoder, text
-from support.runs import SMALL, lines, result, start, state, train, weights
+from support.runs import SMALL, lines, open_files, result, start, state, train, weights
 from torch import nn
 
 from layerwise import LanguageModel, LayerwiseError, Learner, Partition, rules
@@ -423,8 +423,7 @@ def test_nothing_stays_behind_a_killed_run(tmp_path):
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None and not (folder / "metrics.jsonl").exists():
         time.sleep(0.01)
-    files = os.listdir(f"/proc/{process.pid}/fd")
-    held = [os.readlink(f"/proc/{process.pid}/fd/{name}") for name in files if name not in "012"]
+    held = open_files(process.pid)
     process.kill()
     process.communicate(timeout=30)
     assert any(str(scratch) in name for name in held)

@@ -1,7 +1,6 @@
 """How ranks meet: every wait ends, all agree before anything is sent, and no received data runs as code."""
 
 import ast
-import contextlib
 import datetime
 import json
 import os
@@ -20,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.jobs import DATA, LONG, PIPELINE, TINY, check_hangs, job, own_store, run, under_way
-from support.runs import contents
+from support.runs import contents, open_files
 from torch import nn
 
 import layerwise
@@ -406,11 +405,7 @@ def test_the_store_of_a_local_job_listens_at_the_loopback_address_alone(tmp_path
 
 
 def inodes(pid):
-    links = []
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):
-            links.append(os.readlink(link))
-    return {match[1] for link in links if (match := re.match(r"socket:\[(\d+)\]", link))}
+    return {match[1] for link in open_files(pid) if (match := re.match(r"socket:\[(\d+)\]", link))}
 
 
 def listening():

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from support.jobs import PIPELINE, TINY, job, new_store, run
 from support.nets import same_bits
-from support.runs import contents, lines, result, split, weights
+from support.runs import STARTED, contents, lines, result, split, weights
 
 from layerwise import models
 from layerwise.cli.main import main
@@ -302,6 +302,7 @@ def test_torchrun_restarts_a_killed_run_to_the_same_bits(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with (tmp_path / "told").open("w") as told:
         torchrun = subprocess.Popen(command, stdout=told, stderr=told, env=environment)
+    STARTED.append(torchrun)
     seed = random.randrange(1000)
     draw = random.Random(seed)
     wanted, victim = draw.randrange(1, 50), draw.randrange(2)

@@ -1,9 +1,11 @@
 """Training runs through the command line, small enough for a test; shared by the tests."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from shlex import split
 
 from safetensors.torch import load_file
@@ -11,13 +13,29 @@ from safetensors.torch import load_file
 from layerwise.cli.main import main
 from layerwise.runs import checkpoint
 
-__all__ = ["COMPARE", "SMALL", "TIMING", "contents", "lines", "result", "split", "start", "state", "train", "weights"]
+__all__ = [
+    "COMPARE",
+    "SMALL",
+    "STARTED",
+    "TIMING",
+    "contents",
+    "lines",
+    "open_files",
+    "result",
+    "split",
+    "start",
+    "state",
+    "stop_all",
+    "train",
+    "weights",
+]
 
 COMPARE = split(
     "compare --rule sll,sll:overlap=1 backprop --seeds 2 --epochs 2 --model.width 16 --model.depth 2 --batch-size 256"
 )
 SMALL = split("--model.width 16 --model.depth 2 --batch-size 256 --threads 1")
 TIMING = ("train_seconds", "samples_per_second", "seconds")
+STARTED: list[subprocess.Popen] = []
 
 
 def train(folder, *words):
@@ -32,7 +50,29 @@ def start(*words, **options):
     environment.pop("COLUMNS", None)  # pytest's own, in the workers
     command = [sys.executable, "-m", "layerwise", *map(str, words)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    return subprocess.Popen(command, env=environment, text=True, **options)
+    STARTED.append(subprocess.Popen(command, env=environment, text=True, **options))
+    return STARTED[-1]
+
+
+def stop_all():
+    """End what a test has started: one that failed would leave a run behind, and later tests would pay for it."""
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        for stream in (process.stdout, process.stderr, process.stdin):
+            if stream is not None:
+                stream.close()
+
+
+def open_files(pid):
+    """Where the descriptors of a process point; some close while we look."""
+    found = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.readlink(link))
+    return found
 
 
 def result(folder):
