@@ -15,7 +15,7 @@ from layerwise.cli.main import main
 HARD = split("--steps 23 --batch-size 128 --save-every 4 --log-every 3 --accumulate 3 --epochs 3")
 NETS = {
     "mlp": split("--model mlp --model.dropout 0.2 --model.norm batch"),
-    "vgg": split("--model vgg --model.width 4 --model.dropout 0.2 --augment flip crop cutout"),
+    "vgg": split("--model vgg --model.width 4 --model.dropout 0.2 --augment flip crop cutout --mixup 0.4 --cutmix 1"),
 }
 
 

@@ -45,7 +45,8 @@ def read_rules(words: Sequence[str], common: TrainOptions) -> dict[str, TrainOpt
     found: dict[str, TrainOptions] = {}
     kinds = {name: rules.get(name) for name in rules.names()}
     model = model_name(common.model)
-    every = [n for n, kind in kinds.items() if (not kind.models or model in kind.models) and common.task in kind.tasks]
+    tasks = {common.task, *(["soft_labels"] if common.mixup or common.cutmix else [])}
+    every = [n for n, kind in kinds.items() if (not kind.models or model in kind.models) and tasks <= {*kind.tasks}]
     labels = [part for word in words for part in word.split(",") if part]
     for label in (name for part in labels for name in (every if part == "all" else [part])):
         name, settings = split_word(label)

@@ -18,9 +18,12 @@ class Share:
 
     index: int = 0
     count: int = 1
+    mirrored: bool = False
+    """Of the batch in reverse."""
 
     def of(self, tensor: Tensor) -> Tensor:
         """The part in the last dimension; where the parts cannot be equal, the first ones are larger by one."""
+        tensor = tensor.flip(-1) if self.mirrored else tensor
         return tensor.tensor_split(self.count, dim=-1)[self.index]
 
 

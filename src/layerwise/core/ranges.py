@@ -92,6 +92,8 @@ class Training(TypedDict, total=False):
     train_samples: PositiveInt | None
     val_fraction: ProperFraction
     label_noise: ProperFraction
+    mixup: Annotated[float, Range(least=0, most=100)]
+    cutmix: Annotated[float, Range(least=0, most=100)]
     lr: PositiveFloat
     lr_multipliers: dict[str, NonNegativeFloat]
     weight_decay: NonNegativeFloat

@@ -14,6 +14,7 @@ Files:
         machine.py       packages, cache and folders of this machine
     batches
         batches.py       order and augmentation
+        mixing.py        mixup and CutMix
         sources.py       samples in memory, or decoded on demand
     images
         images.py        splits, labels and pixels of images by name
@@ -52,6 +53,7 @@ from layerwise.data.batches import Batches
 from layerwise.data.catalogue import describe, names
 from layerwise.data.encoding import Handling
 from layerwise.data.loading import Dataset, load
+from layerwise.data.mixing import Mix, Mixing
 from layerwise.data.nodes import NodeSource
 from layerwise.data.noise import noisy_labels
 from layerwise.data.sentences import Words
@@ -68,6 +70,8 @@ __all__ = [
     "Dataset",
     "Handling",
     "InMemorySource",
+    "Mix",
+    "Mixing",
     "NodeSource",
     "Source",
     "StreamedSource",

@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Generator, Tensor
 
 from layerwise.core.augment import AUGMENTATIONS, WHOLE, Share, check_augmentations
 from layerwise.core.randomness import derive_seed
+from layerwise.data.mixing import Mix, Mixing
 from layerwise.data.sources import Source
 from layerwise.errors import LayerwiseError
 from layerwise.parsing import check_largest
@@ -21,6 +23,7 @@ class Batches:
         batch_size: samples per batch, at least 1.
         seed: seed of order and augmentation; both depend only on (seed, epoch, batch index).
         augment: names from `flip`, `crop`, `cutout`, applied in this order to the uint8 pixels; for pictures only.
+        mixing: mixup or CutMix of each batch, whose labels are then probabilities (B, K); default none.
         mean, std: per channel, on the pixel scale [0, 1] (of a table, the columns' own), C values each.
         device: where the batches live; default "cpu".
         shuffle: a new order each epoch; default True. False keeps the order of the source.
@@ -33,7 +36,8 @@ class Batches:
 
     Raises:
         LayerwiseError: a batch size below 1 or, with `drop_last`, larger than the source; an unknown augmentation;
-            `mean` or `std` without one value per channel; augmentation of samples that are not images.
+            `mean` or `std` without one value per channel; augmentation of samples that are not images; mixing of
+            samples that are not images or rows, of which some have no class, or, with CutMix, that are not images.
 
     >>> from layerwise.data import InMemorySource
     >>> source = InMemorySource(torch.zeros(10, 1, 4, 4, dtype=torch.uint8), torch.arange(10))
@@ -51,6 +55,7 @@ class Batches:
         *,
         seed: int,
         augment: Sequence[str] = (),
+        mixing: Mixing | None = None,
         mean: Sequence[float],
         std: Sequence[float],
         device: torch.device | str = "cpu",
@@ -68,9 +73,9 @@ class Batches:
             )
         check_augmentations(augment)
         if augment and not source.pictures:
-            kinds = {torch.int64: "windows of a text", torch.float64: "rows of a table"}
-            what = "nodes of a graph" if source.whole else kinds[source.dtype]
-            raise LayerwiseError(f"the {what} are not images to augment; leave --augment out")
+            raise LayerwiseError(f"the {_kind(source)} are not images to augment; leave --augment out")
+        if mixing is not None:
+            _check_can_mix(mixing, source)
         if source.whole:
             batch_size, shuffle = len(source), False
         channels = source.shape[0]
@@ -84,6 +89,7 @@ class Batches:
         self.batch_size = batch_size
         self.seed = seed
         self.augment = tuple(augment)
+        self.mixing = mixing
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.channels_last = channels_last
@@ -126,7 +132,7 @@ class Batches:
 
         Yields:
             x: float32 (B, C, H, W), normalised, or tokens int64 (B, T); y: labels as the source has
-                them, class numbers as int64; both on `device`.
+                them, class numbers as int64, or probabilities float32 (B, K) of mixed samples; both on `device`.
 
         Raises:
             LayerwiseError: `start` is outside 0 to `len(self)`.
@@ -137,25 +143,45 @@ class Batches:
         if self.shuffle:
             order = torch.randperm(len(self.source), generator=self._generator("order", epoch), device="cpu")
         order = order.to(self.source.labels.device)
-        wanted = [self.part.of(batch) for batch in order.split(self.batch_size)[start : len(self)]]
+        # With the partner of every sample behind them, if they are mixed.
+        parts = [self.part] if self.mixing is None else [self.part, replace(self.part, mirrored=True)]
+        batches = order.split(self.batch_size)[start : len(self)]
+        wanted = [torch.cat([part.of(batch) for part in parts]) for batch in batches]
         wanted = [batch for batch in wanted if len(batch)]
         if self.labels_only:
-            for indices in wanted:
-                labels = moved(_usable(self.source.labels[indices]), self.device)
+            for index, indices in enumerate(wanted, start):
+                labels = moved(self._labels(self.source.labels[indices], self._mix(epoch, index)), self.device)
                 yield torch.empty(len(labels), 0, device=self.device), labels
             return
         for index, (images, labels) in enumerate(self.source.batches(wanted), start):
-            images = moved(images, self.device)
-            if self.augment:
-                generator = self._generator("augment", epoch, index)
-                for name in self.augment:
-                    images = AUGMENTATIONS[name](images, generator, self.part)
+            mix = self._mix(epoch, index)
+            halves = moved(images, self.device).chunk(len(parts))
+            augmented = [self._augmented(half, epoch, index, part) for half, part in zip(halves, parts, strict=True)]
+            images = augmented[0] if mix is None else mix.images(*(half.to(self._type) for half in augmented))
             if self.source.dtype == torch.int64:  # tokens
                 yield images, moved(labels, self.device)
                 continue
             layout = torch.channels_last if self.channels_last else torch.contiguous_format
             x = images.to(self._type, copy=True, memory_format=layout).mul_(self._scale).add_(self._shift)
-            yield x.to(torch.float32), moved(_usable(labels), self.device)
+            yield x.to(torch.float32), moved(self._labels(labels, mix), self.device)
+
+    def _augmented(self, images: Tensor, epoch: int, index: int, part: Share) -> Tensor:
+        if self.augment:
+            generator = self._generator("augment", epoch, index)
+            for name in self.augment:
+                images = AUGMENTATIONS[name](images, generator, part)
+        return images
+
+    def _mix(self, epoch: int, index: int) -> Mix | None:
+        if self.mixing is None:
+            return None
+        return self.mixing.draw(derive_seed(self.seed, "mixing", epoch, index), *self.source.shape[1:])
+
+    def _labels(self, labels: Tensor, mix: Mix | None) -> Tensor:
+        if mix is None or self.mixing is None:
+            return _usable(labels)
+        own, partner = labels.chunk(2)
+        return mix.labels(own, partner, self.mixing.classes)
 
     def _generator(self, *use: int | str) -> Generator:
         return Generator().manual_seed(derive_seed(self.seed, *use))
@@ -166,6 +192,25 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def _kind(source: Source) -> str:
+    """What the samples are, if they are no pictures."""
+    return "nodes of a graph" if source.whole else KINDS[source.dtype]
+
+
+KINDS = {torch.int64: "windows of a text", torch.float64: "rows of a table"}
+
+
+def _check_can_mix(mixing: Mixing, source: Source) -> None:
+    if not source.pictures and (mixing.cutmix or source.whole or source.dtype == torch.int64):
+        name = "cutmix" if mixing.cutmix else "mixup"
+        raise LayerwiseError(f"the {_kind(source)} cannot be mixed; leave --{name} out")
+    if bool((source.labels < 0).any()):
+        raise LayerwiseError(
+            "some training samples have no label, and a mixed label needs the classes of both; leave --mixup and "
+            "--cutmix out, or such samples"
+        )
 
 
 def _usable(labels: Tensor) -> Tensor:

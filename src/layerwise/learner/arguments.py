@@ -50,11 +50,17 @@ def check_can(rule: Rule, task: Task) -> None:
             _refuse(rule, WORDS.get(need, need), [need, task.kind])
 
 
+def check_soft_labels(rule: Rule, whose: str = "") -> None:
+    """Raise LayerwiseError if the rule needs one class per sample; `whose` says what makes soft labels."""
+    if "soft_labels" not in rule.tasks:
+        _refuse(rule, WORDS["soft_labels"] + whose, ["soft_labels"])
+
+
 def check_labels_of(rule: Rule, task: Task, y: Tensor) -> None:
     """Raise LayerwiseError unless labels `y` fit the task, and the rule can use them."""
     if task.kind == "classification" and y.is_floating_point() and y.dim() > 1 and "soft_labels" not in rule.tasks:
         task.check(y)
-        _refuse(rule, WORDS["soft_labels"], ["soft_labels"])
+        check_soft_labels(rule)
     missing = task.missing
     if missing is not None and not rule.unlabelled and y.device.type == "cpu" and bool((y == missing).any()):
         able = [name for name in rules.names() if rules.get(name).unlabelled and not rules.get(name).models]

@@ -260,11 +260,15 @@ def split_batches(
     options: TrainOptions, dataset: data.Dataset, device: torch.device
 ) -> tuple[data.Batches, data.Batches | None, data.Batches]:
     """Batches of the training, validation and test split; validation may be empty."""
+    mixing = None
+    if options.mixup or options.cutmix:
+        mixing = data.Mixing(len(dataset.classes), options.mixup, options.cutmix)
     train = data.Batches(
         dataset.train,
         options.batch_size,
         seed=derive_seed(options.seed, "data"),
         augment=options.augment,
+        mixing=mixing,
         mean=dataset.mean,
         std=dataset.std,
         device=device,

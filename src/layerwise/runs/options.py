@@ -13,6 +13,7 @@ from layerwise.core.ranges import TRAINING, check_ranges
 from layerwise.core.rule import Rule
 from layerwise.data.catalogue import is_table, is_text
 from layerwise.errors import LayerwiseError, short
+from layerwise.learner.arguments import check_soft_labels
 from layerwise.memory.fitting import read_size
 from layerwise.models import ModelOptions
 from layerwise.parsing import check_largest
@@ -22,6 +23,8 @@ from layerwise.runs.settings import FLAGS, OF_TEXTS, RunSettings, build_options,
 OF_TASKS = {
     "loss": ("regression",),
     "label_smoothing": ("classification", "language_model"),
+    "mixup": ("classification",),
+    "cutmix": ("classification",),
     **dict.fromkeys(OF_TEXTS, ("language_model",)),
 }
 """Maps options to the tasks to which they apply."""
@@ -55,6 +58,8 @@ class TrainOptions(RunSettings):
             check_name(name)
         if self.augment and self.task == "segmentation":
             raise LayerwiseError("augment changes images and not their masks; leave it out of a segmentation.")
+        if self.mixup or self.cutmix:
+            check_soft_labels(self.rule, ", which mixup and CutMix make")
         for part in (self, self.rule, self.model):
             for f in dataclasses.fields(part):
                 _check_number(f.name, getattr(part, f.name))

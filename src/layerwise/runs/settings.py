@@ -59,6 +59,10 @@ class DataSettings:
     """Of a text: empty lines separate documents, which are shuffled, and which splits do not cut."""
     augment: tuple[str, ...] = ()
     """Random changes of training images: flip, crop, cutout."""
+    mixup: float = 0.0
+    """Alpha of mixup, which adds up pairs of samples and their labels (0: none; usual are 0.2 to 1)."""
+    cutmix: float = 0.0
+    """Alpha of CutMix, which puts a box of one image into another (0: none; usual is 1)."""
     image_size: int | None = None
     """Side in pixels to which images are resized (default: their own size)."""
     val_fraction: float = 0.1
