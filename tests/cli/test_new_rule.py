@@ -19,7 +19,6 @@ def written(tmp_path, capsys):
 def outcomes(folder, monkeypatch):
     """Which of the written tests pass."""
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.delitem(sys.modules, "my_rule", raising=False)
     found = {}
     for name, test in runpy.run_path(str(folder / "test_my_rule.py")).items():
         if name.startswith("test_"):
@@ -28,6 +27,7 @@ def outcomes(folder, monkeypatch):
                 found[name] = True
             except AssertionError:
                 found[name] = False
+    del sys.modules["my_rule"]  # another test would find a package of that name
     return found
 
 
