@@ -7,6 +7,7 @@ import statistics
 import numpy as np
 import pytest
 
+from layerwise.compare import tuning
 from layerwise.report import summary
 
 
@@ -108,3 +109,17 @@ def test_common_seeds_only():
     assert all(
         summary.paired_difference(own, base)[name] is None for name in itertools.chain(("low", "high", "samples"))
     )
+
+
+def test_a_figure_that_overflows_has_a_mean_and_no_deviation():
+    """The loss of a diverging run may be infinite at its last step."""
+    assert summary.spread([math.inf, 1.0]) == {"mean": math.inf, "sd": None, "n": 2}
+    found = summary.spread([math.inf, -math.inf, 1.0])
+    assert math.isnan(found["mean"])
+    assert summary.paired_difference({s: math.inf for s in range(3)}, {s: 1.0 for s in range(3)})["low"] is None
+
+
+def test_a_trial_whose_figure_is_no_number_is_the_last_choice():
+    good, bad = ({"val_accuracy": a, "val_loss": b} for a, b in ((0.5, 9.0), (math.nan, math.nan)))
+    assert tuning.choose([bad, good]) == 1
+    assert tuning.choose([{**good, "val_loss": math.nan}, good]) == 1

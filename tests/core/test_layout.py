@@ -100,6 +100,30 @@ class Mixer(nn.Module):
         return h + self.conv(h)
 
 
+class MixesFirst(nn.Module):
+    """Its first layer reads the transposed batch: it mixes positions of (B, L, C), or channels of (B, C, L)."""
+
+    def __init__(self, hidden, then):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(3, hidden), nn.GELU(), nn.Linear(hidden, 3))
+        self.then = then
+
+    def forward(self, x):
+        return self.then(x + self.first(x.mT).mT)
+
+
+@pytest.mark.parametrize("hidden", [3, 7])
+@pytest.mark.parametrize("then", [nn.Linear(10, 5), nn.LayerNorm(10)])
+def test_layers_over_both_dimensions_of_a_series_tell_nothing(hidden, then):
+    """Whether the first mixes positions and the second channels, or the other way round, only the user knows."""
+    assert layouts(MixesFirst(hidden, then), x=SERIES) == (None, None)
+    assert layouts(MixesFirst(hidden, nn.Identity()), x=SERIES) == ("BCL", "BCL")
+    named = partition(nn.Sequential(MixesFirst(hidden, then), nn.Flatten(), nn.LazyLinear(3)), ["0"], example=SERIES)
+    declared = named.with_layout({"input": "BLC"})
+    declared.probe(SERIES[:2])
+    assert declared.blocks[0].layout == "BLC"
+
+
 TOKENS = torch.randn(4, 5, 6, generator=G)
 VOLUMES = torch.randn(4, 1, 4, 4, 4, generator=G)
 

@@ -67,3 +67,30 @@ def test_a_missing_depth_is_a_dash():
     table = depth_table({"a": rule(held={4: 1}), "b": rule(held={16: 2})}).splitlines()
     assert [line.split()[-2:] for line in table[1:]] == [["1.00", "-"], ["-", "2.00"]]
     assert depth_table({"a": rule()}) == ""
+
+
+def test_a_rule_without_an_interval_is_not_said_to_be_as_good_as_the_baseline():
+    untold = {"sid": rule((-0.5, None, None), n=2), "svp": rule(n=0), "backprop": rule()}
+    equal = verdict({"sll": rule((-0.02, -0.05, 0.01))} | untold)[0]
+    assert equal == (
+        "sll: no difference from backprop beyond chance; of sid, svp it is not known, with too few finished seeds."
+    )
+    worse = verdict({"sll": rule((-0.1, -0.2, -0.05))} | untold)[0]
+    assert "no other rule" not in worse
+    assert "of sid, svp it is not known" in worse
+
+
+def test_without_another_finished_rule_there_is_nothing_to_compare():
+    for rivals in ({}, {"sll": rule(n=0)}):
+        assert "no rule besides backprop has finished" in verdict(rivals | {"backprop": rule()})[0]
+
+
+def test_updates_are_counted_and_only_those_of_finished_runs():
+    assert "Every run made 50 updates" in verdict({"backprop": rule(steps=197.0)}, accumulate=4)[1]
+    failed = rule((0, -1, 1), n=2) | {"failed": [{"seed": 2, "reason": "diverged"}]}
+    assert "Every finished run made 500" in verdict({"sll": failed, "backprop": rule()})[1]
+
+
+def test_memory_is_called_constant_only_from_the_depth_at_which_it_was_measured():
+    found = verdict({"a": rule((0, -1, 1), {16: 1, 64: 1}), "backprop": rule(held={4: 2, 16: 4, 64: 12})})[1]
+    assert "constant" not in found

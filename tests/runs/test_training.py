@@ -14,6 +14,7 @@ from support.runs import SMALL, lines, result, split, state, train, weights
 
 from layerwise import LayerwiseError, Learner, data, models, rules
 from layerwise.cli.main import main
+from layerwise.cli.train import result_table
 from layerwise.runs import building, environment, training
 from layerwise.runs.options import TrainOptions, from_mapping, to_mapping
 from layerwise.runs.settings import load_recipe, recipe_names
@@ -249,6 +250,8 @@ def test_schedule_reaches_its_end(tmp_path, accumulate):
         return 1e-5 + (1 - 1e-5) * (1 + math.cos(math.pi * (update - rise) / (updates - rise))) / 2
 
     assert rates == pytest.approx([share(step // accumulate) for step in range(12)])
+    table = result_table(result(tmp_path / "run"), "run")
+    assert re.search(r"^updates +(\d+)", table, re.MULTILINE)[1] == str(updates)
 
 
 def test_learning_rates_follow_the_multipliers(tmp_path, monkeypatch):

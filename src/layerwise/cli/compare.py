@@ -47,7 +47,8 @@ def compare_command(argv: list[str]) -> int:
     lines += [wrapped(remark, width) for remark in remarks if remark is not None]
     if held := depth_table(found, width):
         lines += ["", held, ""]
-    lines += [wrapped(said, width) for said in verdict(found, metric, options.tune, summary["chance"])]
+    said = verdict(found, metric, options.tune, summary["chance"], options.accumulate)
+    lines += [wrapped(sentence, width) for sentence in said]
     lines.append(f"files: {grid.folder}")
     if not as_json:
         print("\n".join(lines))

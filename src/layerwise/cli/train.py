@@ -1,5 +1,6 @@
 """`layerwise train`: train a network in one process, or as one rank of several."""
 
+import math
 import os
 import shlex
 from dataclasses import fields
@@ -82,13 +83,14 @@ def result_table(result: dict[str, Any], folder: Any) -> str:
 
     memory, metric = result["memory_mib"], metric_of(result["task"])
     val = result[f"val_{metric.name}"]
+    updates = math.ceil(result["steps"] / result.get("options", {}).get("accumulate", 1))  # older results have none
     held = ", ".join(f"{name} {memory[name]:.1f}" for name in ("parameters", "optimizer", "gradients", "activations"))
     rows = {
         "rule": f"{result['rule']} on {result['model']}, {result['data']}, seed {result['seed']}",
         f"test {metric.words}": metric.written(result[f"test_{metric.name}"]),
         f"val {metric.words}": "none" if val is None else metric.written(val),
         "by block": " ".join(f"{name} {metric.factor * value:.1f}" for name, value in result["blocks"].items()),
-        "updates": f"{result['steps']:,}",
+        "updates": f"{updates:,}",
         "training time": f"{result['train_seconds']:.1f} s, {result['samples_per_second']:,.0f} samples/s",
         "peak memory": f"{memory['peak']:.1f} MiB ({held})",
         "files": str(folder),
@@ -97,7 +99,7 @@ def result_table(result: dict[str, Any], folder: Any) -> str:
         rows["skipped steps"] = str(result["skipped_steps"])
     if result.get("chance") is not None:
         rows["updates"] += f"; always answering the most frequent class gives {100 * result['chance']:.1f} %"
-    if result["steps"] < FEW:
+    if updates < FEW:
         rows["updates"] += f"; under {FEW} updates results say little about longer training"
     rows |= {f"note {i}": note for i, note in enumerate(result["notes"], 1)}
     margin, width = max(map(len, rows)) + 2, terminal_width()

@@ -1,5 +1,6 @@
 """Trials of learning rate and weight decay: a fixed list around a rule's own values, the same for every rule."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -62,5 +63,6 @@ def choose(results: Sequence[dict[str, Any] | None], metric: Metric = ACCURACY) 
     """
     key = f"val_{metric.name}"
     found = [(i, result) for i, result in enumerate(results) if result is not None]
-    done = [(metric.better_first(result[key]), result["val_loss"], i) for i, result in found]
-    return min(done)[2] if done else None
+    done = [(metric.better_first(result[key]), result["val_loss"]) for _, result in found]
+    last = [tuple(math.inf if math.isnan(value) else value for value in values) for values in done]
+    return min(zip(last, (i for i, _ in found), strict=True))[1] if found else None

@@ -24,6 +24,7 @@ from layerwise.core.failures import KNOWN, told_by
 from layerwise.core.layout import Layouts, declared_layouts
 from layerwise.core.parts import MicroBatch
 from layerwise.core.tracing import TracedPart, both_modes, cut_graph, legal_cuts
+from layerwise.core.trees import copied, tensors
 from layerwise.errors import LayerwiseError
 
 
@@ -41,19 +42,20 @@ class Unchanged:
         self.name = name
         self._writes: dict[bool, bool] = {}
 
-    def __call__(self, run: Callable[[Tensor], Any], h: Tensor, training: bool) -> Any:
-        """What `run(h)` gives.
+    def __call__(self, run: Callable[[Any], Any], h: Any, training: bool) -> Any:
+        """What `run(h)` gives, for a tensor or a batch of several.
 
         Raises:
             LayerwiseError: it writes into its input now, but did not before.
         """
         writes = self._writes.get(training)
-        given = h if writes is False else h.clone()
-        if given.is_inference():  # changes of these tensors are not counted
+        given = h if writes is False else copied(h)
+        found = tensors(given)
+        if any(t.is_inference() for t in found):  # changes of these tensors are not counted
             return run(given)
-        version = given._version
+        versions = [t._version for t in found]
         out = run(given)
-        written = given._version != version
+        written = [t._version for t in found] != versions
         if written and writes is False:
             raise LayerwiseError(
                 f"block {self.name!r} writes into its input in some passes and not in others; give it an operation "

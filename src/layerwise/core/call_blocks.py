@@ -48,7 +48,16 @@ class CallBlock(Block):
         self.index, self._network = index, network
 
     def __call__(self, h: Any) -> Tensor:
-        """Run the model's own forward pass on to the next cut; `h` is the whole batch for the first block."""
+        """Run the model's own forward pass on to the next cut; `h` is the whole batch for the first block.
+
+        Neither is changed, even if the block begins with an in-place operation.
+        """
+        if self.before is not None:
+            self.before()
+        return self._unchanged(self.run, h, self._model.training)
+
+    def probed(self, h: Any) -> Tensor:
+        """Run the block on an input that it may change."""
         if self.before is not None:
             self.before()
         return self.run(h)

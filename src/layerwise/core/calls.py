@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.core.blocks import Partition, check_fits, sort_names
+from layerwise.core.blocks import Partition, Unchanged, check_fits, sort_names
 from layerwise.core.call_blocks import CallBlock
 from layerwise.core.coroutine import Pass, called_instead, devices_of, without_severing
 from layerwise.core.crossing import Crossing, Uses
@@ -25,7 +25,7 @@ from layerwise.core.parts import MicroBatch
 from layerwise.core.reading import Output, Read, arguments, logits_in, places, readers
 from layerwise.core.regular import BlockByBlock
 from layerwise.core.remote import Elsewhere, form_of, needed, shown_as_nan, without_memory
-from layerwise.core.trees import tensors
+from layerwise.core.trees import copied, tensors
 from layerwise.errors import LayerwiseError
 
 
@@ -40,7 +40,6 @@ class CallPartition(Partition):
             a probe.
         keeps: places in its modules where the forward pass stores tensors; known after a probe.
         beside: single numbers with a history that the open pass has returned beside the logits.
-        writes: numbers of the blocks that write into their input; known after a probe.
         asked_by: name of the rule, for errors.
         again: the reason why blocks must be run one by one, such as "rule 'interlocking' runs ..."; or empty.
         first: number of the first block here; those before it are on other ranks.
@@ -74,7 +73,6 @@ class CallPartition(Partition):
             irregular=None,
             keeps=[],
             beside=(),
-            writes=frozenset(),
             asked_by="",
             again="",
             first=0,
@@ -92,6 +90,7 @@ class CallPartition(Partition):
             _unordered=False,
             _severs=None,
             _devices=devices_of(self.model.parameters()),
+            _unchanged=Unchanged(type(model).__name__),
         )
         self.training = model.training
         self._own({})
@@ -105,7 +104,6 @@ class CallPartition(Partition):
     irregular: str | None
     keeps: Sequence[str]
     beside: Sequence[Tensor]
-    writes: frozenset[int]
     asked_by: str
     again: str
     first: int
@@ -131,6 +129,7 @@ class CallPartition(Partition):
     """The part of the batch that runs now."""
     _unordered: bool
     """Whether the order of the calls is still unknown."""
+    _unchanged: Unchanged
     _devices: tuple[str, ...]
     """Device types whose autocast a pass manages."""
     _severs: bool | None
@@ -139,7 +138,7 @@ class CallPartition(Partition):
     def forward(self, x: Any) -> Tensor:
         """The logits that `output` finds in the model's own output for a batch."""
         if all(block.before is None for block in [*self.blocks, self.head]):
-            return self._whole(x)
+            return self._unchanged(self._whole, x, self.model.training)
         with self.passing(sever=False):  # offloaded parameters are fetched block by block
             for block in [*self.blocks, self.head]:
                 x = block(x)
@@ -245,8 +244,6 @@ class CallPartition(Partition):
         if index == self.first > 0:
             self.__dict__["_received"] = Elsewhere(self._forms, index - 1, h)
             h = self._batch if self._part is None else self._part.of(self._batch)
-        elif index in self.writes:  # the rule may read it once more
-            h = h.clone()
         return self._pass.pull(index, h)
 
     def call(self, index: int, h: Tensor, module: nn.Module) -> Tensor:
@@ -270,6 +267,7 @@ class CallPartition(Partition):
         Raises:
             LayerwiseError: the model does not take the batch, or a cut is not called, or not once, or out of order.
         """
+        own_batch, x = x, copied(x)  # the model may write into it
         batch = [(place, t) for place, t in places(x) if isinstance(t, Tensor)]
         self.__dict__["_devices"] = devices_of([*self.model.parameters(), *(t for _, t in batch)])
         uses, layouts = Uses(self._one_name_each(), batch), Layouts()
@@ -278,7 +276,6 @@ class CallPartition(Partition):
         samples = next((len(t) for _, t in batch if t.dim()), 0)
         outputs, h, kept = [], x, tensors_kept(self.model)
         forms: list[tuple[Any, Tensor]] = []
-        writes: set[int] = set()
         with ExitStack() as hooks, torch.enable_grad(), layouts:
             opened = hooks.enter_context(self._holding(lambda: self._opened(sever=False, one_by_one=False)))
             assert isinstance(opened, Pass)
@@ -292,10 +289,9 @@ class CallPartition(Partition):
             for block in [*self.blocks, self.head]:
                 uses.block = block.index  # pyright: ignore[reportAttributeAccessIssue]
                 uses.inside = False
-                version = h._version if outputs else 0
                 try:
                     with uses:
-                        out = block(h)
+                        out = block.probed(h)  # pyright: ignore[reportAttributeAccessIssue]
                 except KNOWN as reason:
                     raise LayerwiseError(
                         f"{type(self.model).__name__} cannot take this batch ({type(reason).__name__} after cut "
@@ -305,8 +301,6 @@ class CallPartition(Partition):
                         else f"{type(self.model).__name__} cannot take this batch: {told_by(reason)}; "
                         "check the model against the data."
                     ) from reason
-                if outputs and h._version != version:
-                    writes.add(block.index)  # pyright: ignore[reportAttributeAccessIssue]
                 if not block.ran:  # pyright: ignore[reportAttributeAccessIssue]
                     raise LayerwiseError(
                         f"cut {block.name!r} is not called in the forward pass, or after a later cut; name modules "
@@ -322,14 +316,14 @@ class CallPartition(Partition):
                     forms.append(form_of(opened.whole, out))
                 h = out.detach()
                 uses.hand_over(out, h)
-                outputs.append(h)
+                outputs.append(h.clone())  # the next block may write into it
             self.__dict__["input_layout"] = layouts.of(x, len(x)) if isinstance(x, Tensor) else None
         check_fits(self.layout, outputs)
         self._own(uses.used)
-        self.__dict__.update(crossings=uses.crossings, writes=frozenset(writes), _forms=forms, _used=uses.used)
+        self.__dict__.update(crossings=uses.crossings, _forms=forms, _used=uses.used)
         self.__dict__["keeps"] = exchanged(kept, self.model)
         if self.again or all(block.before is None for block in self.blocks):
-            self.__dict__["irregular"] = self._why_irregular(x, outputs)
+            self.__dict__["irregular"] = self._why_irregular(own_batch, outputs)
         if self.again and self.irregular:
             raise LayerwiseError(
                 f"{self.again}, and the blocks of {type(self.model).__name__} run once per step, inside one forward "

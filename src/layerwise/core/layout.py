@@ -77,12 +77,23 @@ class Axis:
 
     The kind is B, C, P (a position), None while it is unknown, or ? where it cannot be known. Tensors that are views
     of one another hold the same objects, so what a layer shows about its input is known of the model's input as well.
+
+    A linear layer that reads a dimension of the batch other than its last shows less: it may mix channels of a batch
+    that is transposed, or positions of one that is not. Such an axis has a `guess`.
     """
 
-    __slots__ = ("kind", "size")
+    __slots__ = ("guess", "inner", "kind", "size")
 
-    def __init__(self, kind: str | None, size: int):
-        self.kind, self.size = kind, size
+    def __init__(self, kind: str | None, size: int, guess: "Guess | None" = None, inner: bool = False):
+        self.kind, self.size, self.guess = kind, size, guess
+        self.inner = inner
+        """Whether it is of the batch, and not its last."""
+
+
+class Guess:
+    """The assumption that an axis holds channels; refuted when a layer takes another one for them."""
+
+    refuted = False
 
 
 Axes = list[tuple[Axis, ...]]
@@ -112,7 +123,10 @@ class Layouts(TorchFunctionMode):
     def begin(self, x: Tensor, layout: str | None) -> None:
         """Follow a tensor. What is known of it is its batch dimension, or what `layout` declares."""
         kinds = ["B" if i == 0 else None for i in range(x.dim())] if layout is None else _kinds(layout, x)
-        self._axes[x] = [(Axis(kind, size),) for kind, size in zip(kinds, x.shape, strict=True)]
+        last = x.dim() - 1
+        self._axes[x] = [
+            (Axis(kind, size, inner=i < last),) for i, (kind, size) in enumerate(zip(kinds, x.shape, strict=True))
+        ]
 
     def check_mixing(self, block: str) -> None:
         """Raise LayerwiseError if a layer of this block took the batch for a sequence."""
@@ -313,7 +327,7 @@ class Layouts(TorchFunctionMode):
 
 def axis_kind(dimension: Sequence[Axis]) -> str | None:
     """Kind of a dimension that consists of several axes: M for the batch together with others, 1 for no axes."""
-    kinds = {axis.kind for axis in dimension}
+    kinds = {"?" if axis.guess is not None and axis.guess.refuted else axis.kind for axis in dimension}
     if not kinds:
         return "1"
     if "B" in kinds:
@@ -351,9 +365,15 @@ def _tell(dimension: Sequence[Axis], kind: str) -> None:
 
 def _features_last(axes: Axes) -> None:
     """Note that the last dimension holds the features, as a layer acts on it, unless they are known to be elsewhere."""
-    if any(axis_kind(dimension) == "C" for dimension in axes[:-1]):
+    elsewhere = [axis for dimension in axes[:-1] if axis_kind(dimension) == "C" for axis in dimension]
+    if elsewhere:
         _tell(axes[-1], "P")
+        for axis in elsewhere:
+            if axis.guess is not None:
+                axis.guess.refuted = True
         return
+    if len(axes[-1]) == 1 and axes[-1][0].kind is None and axes[-1][0].inner:
+        axes[-1][0].guess = Guess()
     for i, dimension in enumerate(axes):
         kind = "C" if i == len(axes) - 1 else "P"
         _tell(dimension, kind)
@@ -366,7 +386,9 @@ def _resized(axes: Axes, out: Tensor) -> Axes:
     if len(axes) != out.dim():
         raise Unknown
     return [
-        dimension if math.prod(a.size for a in dimension) == size else (Axis(_single(axis_kind(dimension)), size),)
+        dimension
+        if math.prod(a.size for a in dimension) == size
+        else (Axis(_single(axis_kind(dimension)), size, next((a.guess for a in dimension if a.guess), None)),)
         for dimension, size in zip(axes, out.shape, strict=True)
     ]
 

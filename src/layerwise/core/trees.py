@@ -58,6 +58,24 @@ def tensors(tree: Any) -> list[Tensor]:
     return found
 
 
+def copied(tree: Any) -> Any:
+    """The same containers with a copy of every tensor; one that stands in several places has one copy.
+
+    >>> x = torch.ones(2)
+    >>> a, b = copied((x, x))
+    >>> a is b, a is x
+    (True, False)
+    """
+    made: dict[int, Tensor] = {}
+
+    def copy_of(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            made[id(tensor)] = tensor.clone()
+        return made[id(tensor)]
+
+    return mapped(tree, copy_of)
+
+
 def replaced(tree: Any, old: Tensor, new: Tensor, detach: bool) -> Any:
     """The tree with `new` wherever `old` was; the other tensors without their history, if `detach`."""
     return mapped(tree, lambda t: new if t is old else (t.detach() if detach else t))

@@ -267,7 +267,7 @@ def put_comparison(folder: Path, page: dict[str, Any]) -> None:
     page["subtitle"] = f"{seeds}, {_budget(fixed)}; {machine_in_words(machine)}"
     page["columns"], page["table"] = columns(metric, is_fitted(rules)), table_rows(rules, metric)
     page["rules"] = explained(rules)
-    page["verdict"] = verdict(rules, metric, fixed["tune"], summary.get("chance"))
+    page["verdict"] = verdict(rules, metric, fixed["tune"], summary.get("chance"), fixed.get("accumulate", 1))
     page["notes"] = [*notes(rules, fixed, metric), *notes_of_fits(rules)]
     page["failures"] = [
         (f"{rule} seed {failed['seed']}", failed["reason"])

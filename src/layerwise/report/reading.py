@@ -146,10 +146,11 @@ class FixedOptions(TypedDict):
     seconds: Finite | None
     flops: Finite | None
     tune: Count
+    accumulate: NotRequired[Annotated[int, msgspec.Meta(ge=1, le=2**62)]]
 
 
 class Spread(TypedDict):
-    """Mean and standard deviation of n values."""
+    """Mean and standard deviation of n values; no deviation of one value, or where one is not finite."""
 
     mean: float
     sd: float | None

@@ -23,6 +23,7 @@ There is no interval for fewer than three seeds, or if the runs did not keep whi
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -123,7 +124,9 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def spread(values: Sequence[float | None]) -> dict[str, Any] | None:
-    """Mean, standard deviation (n - 1 in the denominator; None for one value) and n of the values that are not None.
+    """Mean, standard deviation (n - 1 in the denominator) and n of the values that are not None.
+
+    The deviation is None for one value, and where a value is not finite (a loss may overflow).
 
     >>> spread([1.0, 3.0])
     {'mean': 2.0, 'sd': 1.4142135623730951, 'n': 2}
@@ -131,6 +134,8 @@ def spread(values: Sequence[float | None]) -> dict[str, Any] | None:
     found = [value for value in values if value is not None]
     if not found:
         return None
+    if not all(map(math.isfinite, found)):
+        return {"mean": sum(found) / len(found), "sd": None, "n": len(found)}
     sd = statistics.stdev(found) if len(found) > 1 else None
     return {"mean": statistics.fmean(found), "sd": sd, "n": len(found)}
 
@@ -164,7 +169,7 @@ def paired_difference(
         return None
     outcomes = _outcomes(seeds, own_correct or {}, base_correct or {})
     low = high = None
-    if found["n"] >= LEAST_SEEDS and outcomes is not None:
+    if found["n"] >= LEAST_SEEDS and found["sd"] is not None and outcomes is not None:
         seed_half = float(stdtrit(found["n"] - 1, (1 + CONFIDENCE) / 2)) * found["sd"] / found["n"] ** 0.5
         below, above = resampled_distances(outcomes)
         low = found["mean"] - (seed_half**2 + below**2) ** 0.5

@@ -1,5 +1,6 @@
 """What a comparison found, in plain sentences: accuracy beyond chance, memory at depth, and what limits both."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,11 @@ FLAT = 1.02
 
 
 def verdict(
-    rules: Mapping[str, Mapping[str, Any]], metric: Metric = ACCURACY, tuned: int = 0, chance: float | None = None
+    rules: Mapping[str, Mapping[str, Any]],
+    metric: Metric = ACCURACY,
+    tuned: int = 0,
+    chance: float | None = None,
+    accumulate: int = 1,
 ) -> list[str]:
     """Sentences on what a comparison found.
 
@@ -24,6 +29,7 @@ def verdict(
         metric: by which rules are compared.
         tuned: trials of learning rate and weight decay per rule.
         chance: accuracy of always answering the most frequent class of the test split, 0 to 1, if it is known.
+        accumulate: batches per update.
 
     >>> difference = {"mean": -0.02, "low": -0.03, "high": -0.01, "n": 3, "samples": 100}
     >>> held = {"4": 2**20, "64": 2**20}, {"4": 2**21, "64": 2**25}
@@ -40,11 +46,13 @@ def verdict(
     done = {label: found for label, found in rules.items() if found["n"]}
     if not done:
         return []
-    found = [_accuracies(done, metric), *_memory(done)]
-    counts = {round(own["steps"]["mean"]) for own in done.values() if own.get("steps")}
+    found = [_accuracies(rules, metric), *_memory(done)]
+    counts = {math.ceil(round(own["steps"]["mean"]) / accumulate) for own in done.values() if own.get("steps")}
     if counts:
         least, most = min(counts), max(counts)
-        words = f"Every run made {least:,} updates" if least == most else f"Runs made {least:,} to {most:,} updates"
+        every = "Every finished run" if any(own.get("failed") for own in rules.values()) else "Every run"
+        words = f"{every} made {least:,} update{'s' * (least != 1)}"
+        words = words if least == most else f"Runs made {least:,} to {most:,} updates"
         words += "" if chance is None else f"; always answering the most frequent class gives {100 * chance:.1f} %"
         few = f". Under {FEW} updates the order of rules says little about longer training" if least < FEW else ""
         found.append(words + few + ".")
@@ -54,22 +62,27 @@ def verdict(
 
 
 def _accuracies(rules: Mapping[str, Mapping[str, Any]], metric: Metric) -> str:
-    others = {label: own["difference_to_backprop"] for label, own in rules.items() if label != BASELINE}
-    if BASELINE not in rules:
+    if BASELINE not in rules or not rules[BASELINE]["n"]:
         return f"Nothing is said about differences, as {BASELINE} is not among the finished rules."
+    if not any(own["n"] for label, own in rules.items() if label != BASELINE):
+        return f"Nothing is said about differences, as no rule besides {BASELINE} has finished."
+    others = {label: own[f"difference_to_{BASELINE}"] for label, own in rules.items() if label != BASELINE}
     known = {label: own for label, own in others.items() if own is not None and own["low"] is not None}
     if not known:
         return f"Differences are not told from chance: that takes {LEAST_SEEDS} seeds and a task with classes."
     unit = " points" if metric.share else ""
-    beyond = [
-        f"{label} differs from {BASELINE} by {difference_in_words(own, metric)}{unit}"
-        for label, own in known.items()
-        if not own["low"] <= 0 <= own["high"]
-    ]
+    beyond = {label: own for label, own in known.items() if not own["low"] <= 0 <= own["high"]}
+    within = [label for label in known if label not in beyond]
+    unknown = [label for label in others if label not in known]
+    untold = f"; of {', '.join(unknown)} it is not known, with too few finished seeds" if unknown else ""
     if not beyond:
-        return f"No rule differs from {BASELINE} beyond chance."
-    rest = "; no other rule differs" if len(beyond) < len(known) else ""
-    return f"Beyond chance, {', '.join(beyond)}{rest}."
+        who = f"{', '.join(within)}: no difference" if unknown else "No rule differs"
+        return f"{who} from {BASELINE} beyond chance{untold}."
+    differing = ", ".join(
+        f"{label} differs from {BASELINE} by {difference_in_words(own, metric)}{unit}" for label, own in beyond.items()
+    )
+    rest = "" if not within else f"; {', '.join(within)}: no difference" if unknown else "; no other rule differs"
+    return f"Beyond chance, {differing}{rest}{untold}."
 
 
 def _memory(rules: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -93,7 +106,9 @@ def _memory(rules: Mapping[str, Mapping[str, Any]]) -> list[str]:
         f"{share:.0f} % {'less' if own <= other else 'more'} than {BASELINE}'s {size_in_words(other)}"
     )
     flat = [
-        label for label, sizes in rivals.items() if len(sizes) > 1 and max(sizes.values()) <= FLAT * min(sizes.values())
+        label
+        for label, sizes in rivals.items()
+        if len(sizes) > 1 and min(sizes) <= min(base) and max(sizes.values()) <= FLAT * min(sizes.values())
     ]
     if flat:
         words += f"; from {min(base)} to {depth} blocks it is constant for {', '.join(flat)}"
