@@ -11,6 +11,7 @@ from torch import nn
 
 from layerwise import LayerwiseError
 from layerwise.replacements import LowPrecisionConv2d, LowPrecisionLinear
+from layerwise.replacements.division import Packing
 from layerwise.replacements.low_precision import rounded
 
 BITS = {"fp4_e2m1": (2, 1, 6.0), "fp8_e4m3": (4, 3, 448.0), "fp8_e5m2": (5, 2, 57344.0), "fp16": (5, 10, 65504.0)}
@@ -101,3 +102,13 @@ def test_products_are_of_rounded_numbers_and_rounding_passes_gradients_on(kind, 
     for one, other in zip(found, true, strict=True):
         assert F.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.99
     assert kept_bytes(own, x.detach()) == x.numel() + plain.weight.numel() + 2 * 4  # a byte each, and two factors
+
+
+def test_the_layout_of_a_tensor_changes_no_draw():
+    x = torch.randn(3, 4, 6, 6)
+    for draw in (lambda x: rounded(x, "fp8_e4m3", stochastic=True)[0].float(), lambda x: Packing().pack(x)[1]):
+        found = []
+        for given in (x, x.contiguous(memory_format=torch.channels_last)):
+            torch.manual_seed(0)
+            found.append(draw(given))
+        assert torch.equal(*found)

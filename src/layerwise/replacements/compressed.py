@@ -21,8 +21,9 @@ class _Compressed(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, columns: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, rows, columns)
         ctx.biased = bias is not None
-        matrix = _matrix(weight, rows, columns, x.shape[-1])
-        y = torch.sparse.mm(matrix, x.reshape(-1, x.shape[-1]).to(weight.dtype).T).T.contiguous()
+        with torch.autocast(x.device.type, enabled=False):  # its kernels have no half precision
+            matrix = _matrix(weight, rows, columns, x.shape[-1])
+            y = torch.sparse.mm(matrix, x.reshape(-1, x.shape[-1]).to(matrix.dtype).T).T.contiguous()
         y = y if bias is None else y.add_(bias)
         return y.view(*x.shape[:-1], len(rows) - 1).to(x.dtype)
 
@@ -30,21 +31,23 @@ class _Compressed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, weight, rows, columns = ctx.saved_tensors
-        dy = gradients[0].reshape(-1, gradients[0].shape[-1]).to(weight.dtype)
         matrix = _matrix(weight, rows, columns, x.shape[-1])
+        dy = gradients[0].reshape(-1, gradients[0].shape[-1]).to(matrix.dtype)
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
             dx = torch.sparse.mm(matrix.t(), dy.T).T.reshape(x.shape).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            flat = x.reshape(-1, x.shape[-1]).to(weight.dtype)
-            dw = torch.sparse.sampled_addmm(matrix, dy.T, flat, beta=0.0).values().view(weight.shape)
+            flat = x.reshape(-1, x.shape[-1]).to(matrix.dtype)
+            dw = torch.sparse.sampled_addmm(matrix, dy.T, flat, beta=0.0).values().view(weight.shape).to(weight.dtype)
         if ctx.biased and ctx.needs_input_grad[2]:
             db = dy.sum(0)
         return dx, dw, db, None, None
 
 
 def _matrix(weight: Tensor, rows: Tensor, columns: Tensor, inputs: int) -> Tensor:
-    return torch.sparse_csr_tensor(rows, columns, weight.detach().view(-1), (len(rows) - 1, inputs))
+    values = weight.detach().view(-1)
+    values = values.float() if values.element_size() < 4 else values
+    return torch.sparse_csr_tensor(rows, columns, values, (len(rows) - 1, inputs))
 
 
 class SparseLinear(nn.Module):
@@ -56,7 +59,7 @@ class SparseLinear(nn.Module):
     The input is kept for the backward pass as before.
 
     `weight` is a column of the kept weights, row by row, so that weight decay takes it for a matrix. The places are in
-    the state, and do not change. Under autocast products have the weight's precision.
+    the state, and do not change. Products have at least the precision of float32, under autocast too.
 
     Args:
         rows: `(out_features + 1,)`, where each row begins within the columns, and their number.

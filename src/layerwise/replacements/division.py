@@ -44,7 +44,7 @@ class Packing:
             yield place, self._restored(tuple(t[place] for t in packed), shape[1:]).to(dtype)
 
     def _pack(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x = x.float() if x.element_size() < 4 else x
+        x = (x.float() if x.element_size() < 4 else x).contiguous()  # draws do not depend on the layout
         low = F.avg_pool2d(x, self._window(x.shape), ceil_mode=True).bfloat16()
         high = x - self._spread(low, x.shape).to(x.dtype)
         least, most = high.amin((2, 3)).bfloat16(), high.amax((2, 3)).bfloat16()

@@ -52,7 +52,7 @@ def rounded(x: Tensor, format: str, stochastic: bool = False) -> tuple[Tensor, T
     Formats of 8 and fewer bits are scaled by the largest power of two that keeps the largest magnitude in range.
 
     Args:
-        x: any shape.
+        x: of one dimension or more.
         format: a name of `FORMATS`.
         stochastic: whether rounding is at random.
 
@@ -72,14 +72,16 @@ def rounded(x: Tensor, format: str, stochastic: bool = False) -> tuple[Tensor, T
         exponent = torch.frexp(kind.largest / torch.where(usable, largest, 1.0))[1] - 1  # rounded down
         factor = torch.where(usable, torch.ldexp(factor, exponent.clamp(-100, 100)), factor)
     found = torch.empty_like(x, dtype=kind.dtype)
-    length = max(-(-x.numel() // PARTS), 1)
-    for piece, into in zip(x.reshape(-1).split(length), found.view(-1).split(length), strict=True):
+    length = max(-(-len(x) // PARTS), 1)
+    for piece, into in zip(x.split(length), found.split(length), strict=True):
         piece = piece * factor
         if stochastic or kind.emulated:
             exponent = (torch.frexp(piece)[1] - 1).clamp_(min=kind.lowest)  # frexp has mantissas below 1
             step = torch.ldexp(torch.ones_like(piece), exponent - kind.mantissa)
             piece = piece.div_(step)
-            piece = (piece.add_(torch.rand_like(piece)).floor_() if stochastic else piece.round_()).mul_(step)
+            piece = (
+                piece.add_(torch.rand(piece.shape, device=x.device)).floor_() if stochastic else piece.round_()
+            ).mul_(step)
         into.copy_(piece.clamp_(-kind.largest, kind.largest))  # to the nearest
     return found, factor
 
