@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from support.kept import kept_bytes
 from support.nets import batches
 from support.own import decoder, text
 from torch import nn
@@ -34,22 +35,6 @@ def gradient_of(function, x, dy):
     x = x.detach().requires_grad_()
     out = function(x)
     return out.detach(), torch.autograd.grad(out, x, dy)[0]
-
-
-def kept_bytes(function, x):
-    """Bytes that the backward pass needs beside parameters, each storage once."""
-    kept, own = {}, function.parameters() if isinstance(function, nn.Module) else ()
-    parameters = {parameter.data_ptr() for parameter in own}
-
-    def note(tensor):
-        if tensor.untyped_storage().data_ptr() not in parameters:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        out = function(x.clone().requires_grad_())
-    del out
-    return sum(kept.values())
 
 
 @pytest.mark.parametrize("kind", CONSTANTS)
@@ -245,7 +230,8 @@ def test_a_model_with_all_of_them_is_trained_under_every_rule(rule, options):
 
 
 TWICE = {"approx_gelu": nn.GELU(), "approx_silu": nn.SiLU(), "mask_relu": nn.ReLU(), "ms_norm": nn.LayerNorm(32)}
-TWICE |= {name: nn.Identity() for name in ("velora", "bi_mask", "binary")}
+TWICE |= {name: nn.Identity() for name in ("velora", "bi_mask", "binary", "biper", "sparse", "low_precision")}
+TWICE["shared_bits"] = nn.Identity()
 
 
 @pytest.mark.parametrize("name", TWICE)
@@ -258,9 +244,10 @@ def test_a_gradient_of_the_gradient_is_right_or_refused(name):
     model = replace(model, {"1.0": name} if name == "velora" else name, example=x) or model
 
     def gradient(x):
+        torch.manual_seed(0)
         return torch.autograd.grad(model(x).square().sum(), x, create_graph=True)[0]
 
-    if name != "binary":
+    if name not in ("binary", "biper", "shared_bits"):  # their weights are made by a graph
         with pytest.raises(LayerwiseError, match="has no gradient of its gradient"):
             gradient(x.requires_grad_())
         return

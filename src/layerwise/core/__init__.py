@@ -42,6 +42,7 @@ Files:
     optimizers
         optim.py               an optimizer per group, schedules, weight decay
         param_groups.py        the parameter groups of an optimizer
+        xgrad.py               optimizers that look one step ahead
         stepping.py            an optimizer's step without its overhead on the host
         arrival.py             steps in the backward pass, one parameter at a time
     cutting a model

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise.replacements.alike import alike
+
 
 class _Sign(torch.autograd.Function):
     """The sign, 1 at zero; the gradient passes unchanged to the real weight."""
@@ -51,9 +53,7 @@ class BinaryLinear(nn.Linear):
     @classmethod
     def of(cls, linear: nn.Linear) -> Self:
         """The same layer with the same parameters."""
-        made = cls(linear.in_features, linear.out_features, linear.bias is not None, "meta")
-        made.weight, made.bias = linear.weight, linear.bias
-        return made.train(linear.training)
+        return alike(cls, linear)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `(..., in_features)` to `(..., out_features)`."""
@@ -66,20 +66,7 @@ class BinaryConv2d(nn.Conv2d):
     @classmethod
     def of(cls, conv: nn.Conv2d) -> Self:
         """The same layer with the same parameters."""
-        made = cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,  # pyright: ignore[reportArgumentType]
-            conv.stride,  # pyright: ignore[reportArgumentType]
-            conv.padding,  # pyright: ignore[reportArgumentType]
-            conv.dilation,  # pyright: ignore[reportArgumentType]
-            conv.groups,
-            conv.bias is not None,
-            conv.padding_mode,  # pyright: ignore[reportArgumentType]
-            "meta",
-        )
-        made.weight, made.bias = conv.weight, conv.bias
-        return made.train(conv.training)
+        return alike(cls, conv)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `(B, C, H, W)`."""

@@ -11,7 +11,12 @@ from layerwise.errors import LayerwiseError, unknown
 from layerwise.replacements import norms
 from layerwise.replacements.activations import ApproxGELU, ApproxSiLU, MaskReLU
 from layerwise.replacements.binary import BinaryConv2d, BinaryLinear
+from layerwise.replacements.biper import BiPerConv2d, BiPerLinear
+from layerwise.replacements.compressed import SparseLinear
+from layerwise.replacements.division import DivisionBatchNorm2d, DivisionConv2d
+from layerwise.replacements.low_precision import LowPrecisionConv2d, LowPrecisionLinear
 from layerwise.replacements.readers import readers_of
+from layerwise.replacements.shared_bits import SharedBitsConv2d, SharedBitsLinear
 from layerwise.replacements.sparse import BiMaskLinear
 from layerwise.replacements.velora import VeLoRALinear
 
@@ -34,8 +39,11 @@ class Replacement:
     """Whether the module's parameters are merged into its readers, which needs an example batch."""
 
 
-def _binary(layer: nn.Linear | nn.Conv2d) -> nn.Module:
-    return BinaryLinear.of(layer) if isinstance(layer, nn.Linear) else BinaryConv2d.of(layer)
+def _weights(linear: Any, conv: Any) -> Replacement:
+    """A replacement of linear layers and convolutions, by a class for each."""
+    return Replacement(
+        (nn.Linear, nn.Conv2d), lambda m: (linear if isinstance(m, nn.Linear) else conv).of(m), hidden=True
+    )
 
 
 REPLACEMENTS: dict[str, Replacement] = {
@@ -45,10 +53,16 @@ REPLACEMENTS: dict[str, Replacement] = {
     "ms_norm": Replacement(
         (nn.LayerNorm, nn.RMSNorm), norms.replacement, lambda m: len(m.normalized_shape) == 1, merges=True
     ),
-    "binary": Replacement((nn.Linear, nn.Conv2d), _binary, hidden=True),
+    "division_conv": Replacement((nn.Conv2d,), DivisionConv2d.of),
+    "division_norm": Replacement((nn.BatchNorm2d,), DivisionBatchNorm2d.of),
+    "binary": _weights(BinaryLinear, BinaryConv2d),
+    "biper": _weights(BiPerLinear, BiPerConv2d),
+    "shared_bits": _weights(SharedBitsLinear, SharedBitsConv2d),
+    "low_precision": _weights(LowPrecisionLinear, LowPrecisionConv2d),
     "bi_mask": Replacement(
         (nn.Linear,), BiMaskLinear.of, lambda m: m.in_features % 4 == 0 and m.out_features % 4 == 0, hidden=True
     ),
+    "sparse": Replacement((nn.Linear,), SparseLinear.of, hidden=True),
     "velora": Replacement((nn.Linear,), VeLoRALinear.of, lambda m: m.in_features % 32 == 0, hidden=True),
 }
 
@@ -71,7 +85,7 @@ def check_name(name: str) -> None:
 def replace(
     model: nn.Module, what: str | Sequence[str] | Mapping[str | type[nn.Module], str | Make], example: Any = None
 ) -> nn.Module:
-    """Replace modules of a model in place; parameters and their names do not change.
+    """Replace modules of a model in place; parameters keep their names and values, except where a layer is made sparse.
 
     The model is then trained like any other, with every rule. A module that is used in several places stays one module.
 

@@ -127,7 +127,7 @@ def own_code_of(values: Any) -> list[str]:
     names = [str(part.get("name")) for part in parts if isinstance(part, Mapping)]
     found = {name.rpartition(":")[0] for name in names if own_code.is_own(name)}
     module = str(values.get("optimizer", "")).rpartition(".")[0]
-    return sorted(found | ({module} if module and module.partition(".")[0] != "torch" else set()))
+    return sorted(found | ({module} if module and module.partition(".")[0] not in ("torch", "layerwise") else set()))
 
 
 def from_mapping(values: Mapping[str, Any], where: str = "the options") -> TrainOptions:

@@ -91,7 +91,7 @@ class ModelSettings:
     """Which block trains a parameter that several blocks use, if the model is cut at its calls (default: the last)."""
     replace: tuple[str, ...] = ()
     """Modules that replace the network's own: approx_gelu | approx_silu | mask_relu | ms_norm |
-    binary | bi_mask | velora."""
+    division_conv | division_norm | binary | biper | shared_bits | low_precision | bi_mask | sparse | velora."""
     compile: bool = False
     """Run every block through torch.compile."""
     channels_last: bool = False
