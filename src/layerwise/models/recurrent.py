@@ -5,7 +5,6 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from layerwise.models.base import BlockSequential, ModelOptions, check_sizes, named, require
@@ -78,6 +77,7 @@ class RNN(Recurrent):
     https://arxiv.org/abs/1504.00941.
 
     Example:
+        >>> import torch
         >>> model = RNN(depth=2, width=16).build((1, 28, 28), 10)
         >>> model.block1(torch.zeros(4, 1, 28, 28)).shape, model(torch.zeros(4, 1, 28, 28)).shape
         (torch.Size([4, 28, 16]), torch.Size([4, 10]))
@@ -105,6 +105,7 @@ class GRU(Recurrent):
     Source: Cho et al. 2014, https://arxiv.org/abs/1406.1078, in the form of `nn.GRU`.
 
     Example:
+        >>> import torch
         >>> model = GRU(depth=1, width=16, sequence="tokens").build((1, 1, 32), 65)
         >>> model(torch.zeros(4, 32, dtype=torch.int64)).shape, model.block_names
         (torch.Size([4, 32, 65]), ('block1',))
@@ -130,6 +131,7 @@ class LSTM(Recurrent):
     Source: Hochreiter & Schmidhuber, Neural Computation 9 (1997), with the forget gate of Gers et al. (2000).
 
     Example:
+        >>> import torch
         >>> model = LSTM(depth=2, width=16, sequence="pixels").build((3, 4, 4), 10)
         >>> model.block1(torch.zeros(2, 3, 4, 4)).shape
         torch.Size([2, 16, 16])
