@@ -42,8 +42,8 @@ class StationaryFeedback(Backprop):
     With `decay=0` this is backpropagation through time, truncated to one step. It is full backpropagation through time
     where the recurrence is linear with the matrix A.
 
-    A fixed diagonal matrix, the scan, ordinary gradients between layers: the paper. Ours: the entries of A, and the
-    cell of the LSTM.
+    A fixed diagonal matrix in place of the Jacobians, and a parallel scan: the paper. Our reading: the entries of A,
+    ordinary gradients between layers, and the cell of the LSTM.
 
     >>> StationaryFeedback().groups(blocks=3)
     [range(0, 4)]
@@ -58,7 +58,8 @@ class StationaryFeedback(Backprop):
     boundary: ClassVar[str] = "activations forward; gradients backward through every block, in time through a fixed one"
     models: ClassVar[tuple[str, ...]] = ("rnn", "gru", "lstm")
     source: ClassVar[str] = (
-        "Caillon, Fagnou & Allauzen, arXiv 2503.23104 (2025); the entries of A, the cell of an LSTM: our reading"
+        "Caillon, Fagnou & Allauzen, arXiv 2503.23104 (2025); the entries of A, gradients between layers, the cell of "
+        "an LSTM: our reading"
     )
     restrictions: ClassVar[str] = (
         "Recurrent networks only: layers nn.RNN, nn.GRU and nn.LSTM of one layer and one direction, in a chain of "
@@ -220,9 +221,9 @@ def reverse_scan(g: Tensor, a: Tensor) -> Tensor:
     >>> reverse_scan(torch.ones(1, 3, 1), torch.tensor([0.5])).flatten()
     tensor([1.7500, 1.5000, 1.0000])
     """
-    delta, reach = g, 1
+    delta, reach = g.clone(), 1
     while reach < g.shape[1]:
-        delta = torch.cat([delta[:, :-reach] + a * delta[:, reach:], delta[:, -reach:]], 1)
+        delta[:, :-reach] += a * delta[:, reach:]
         a, reach = a * a, 2 * reach
     return delta
 
@@ -238,9 +239,10 @@ def scan(u: Tensor, f: Tensor, first: Tensor) -> Tensor:
     >>> scan(torch.ones(1, 3, 1), torch.full((1, 3, 1), 0.5), torch.zeros(1, 1, 1)).flatten()
     tensor([1.0000, 1.5000, 1.7500])
     """
-    s, reach = torch.cat([u[:, :1] + f[:, :1] * first, u[:, 1:]], 1), 1
+    s, f, reach = u.clone(), f.clone(), 1
+    s[:, :1] += f[:, :1] * first
     while reach < u.shape[1]:
-        s = torch.cat([s[:, :reach], s[:, reach:] + f[:, reach:] * s[:, :-reach]], 1)
-        f = torch.cat([f[:, :reach], f[:, reach:] * f[:, :-reach]], 1)
+        s[:, reach:] += f[:, reach:] * s[:, :-reach]
+        f[:, reach:] = f[:, reach:] * f[:, :-reach]
         reach *= 2
     return s
