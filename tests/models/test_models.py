@@ -20,6 +20,7 @@ SMALL = {
     "noprop_fm": {"width": 2},
     "sid_cascade": {"width": 12},
     "vit": {"width": 12},
+    **{kind: {"width": 12} for kind in ("rnn", "gru", "lstm")},
 }
 ONE_BLOCK = ("noprop_ct", "noprop_fm")  # told the time, their depth is the steps of the sampler
 IMAGES = [name for name in models.names() if name not in ("gcn", "gat", "gpt", "fcn")]  # these have tests of their own
@@ -237,7 +238,9 @@ def test_vit_sees_where_a_patch_is():
     assert not torch.allclose(model(x), model(x.flip(-1).roll(4, -1)))
 
 
-@pytest.mark.parametrize("name", ["mlp", "noprop", "noprop_ct", "noprop_fm", "sid_cascade", "vgg", "vit"])
+@pytest.mark.parametrize(
+    "name", ["gru", "lstm", "mlp", "noprop", "noprop_ct", "noprop_fm", "rnn", "sid_cascade", "vgg", "vit"]
+)
 def test_dropout_acts_in_training_only(name):
     torch.manual_seed(0)
     model = models.create(name, (1, 8, 8), 10, depth=2, dropout=0.5, **SMALL[name])
@@ -269,7 +272,8 @@ WRONG = [
     (lambda: models.create("vggg", (1, 8, 8), 10), "did you mean 'vgg'?"),
     (
         lambda: models.create("x", (1, 8, 8), 10),
-        "legal names: fcn, gat, gcn, gpt, mlp, noprop, noprop_ct, noprop_fm, resnet, reversible, sid_cascade, vgg, vit",
+        "legal names: fcn, gat, gcn, gpt, gru, lstm, mlp, noprop, noprop_ct, noprop_fm, resnet, reversible, rnn, "
+        "sid_cascade, vgg, vit",
     ),
     (lambda: models.options("resnt"), "did you mean 'resnet'?"),
     (lambda: models.describe("resnt"), "did you mean 'resnet'?"),

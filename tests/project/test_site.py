@@ -93,5 +93,6 @@ METHODS = {
     **{"DNI": "synthetic_gradient", "InfoPro": "infopro", "AugLocal": "auglocal", "SGR": "gradient_reconciliation"},
     **{"GHL": "hebbian_global", "LOMO": "backprop_fused", "DFA": "feedback_alignment", "LoPT": "lopt"},
     **{"Kolen-Pollack": "feedback_alignment", "Highway-BP": "highway_backprop", "ForwardGNN": "graph_forward"},
+    **{"DSF": "stationary_feedback"},
 }
 """Names that papers give their methods, and the rules here."""

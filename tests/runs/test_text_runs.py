@@ -219,6 +219,8 @@ def test_a_prompt_that_cannot_be_continued_is_refused(runs, words, sentence, cap
 MISMATCHES = [
     (["--model", "mlp"], "the model 'mlp' takes no tokens"),
     (["--data", "digits", "--model", "gpt"], "the model 'gpt' takes tokens, and digits is not text"),
+    (["--model", "gru"], "choose --model.sequence tokens"),
+    (["--data", "digits", "--model", "lstm", "--model.sequence", "tokens"], "choose --model.sequence rows"),
     (["--data", "digits", "--model", "mlp", "--data.window", "8"], "window is about language_model"),
     (["--data.vocabulary", "300"], "vocabulary is that of a bpe"),
     (["--data.tokenizer", "bpe", "--data.vocabulary", "10"], "has no room beside the 256 bytes"),
@@ -238,6 +240,24 @@ def test_what_does_not_go_together_is_refused(text, words, sentence, tmp_path, c
     assert main(["train", *base, *words, "--steps", "2", "--batch-size", "8", "--out", str(tmp_path / "x")]) == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_a_recurrent_network_learns_a_text_and_continues_it(text, tmp_path, capsys):
+    """Without keys and values to keep, every token is predicted from the whole text."""
+    small = split("--model.depth 2 --model.width 16 --data.window 8 --batch-size 8 --steps 12 --threads 1")
+    words = ["--model", "gru", "--model.sequence", "tokens", "--rule", "local_ce", *small]
+    assert main(["train", "--data", f"text:{text}", *words, "--out", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    assert main(["predict", str(tmp_path / "run"), "--prompt", "the sea ", "--tokens", "12"]) == 0
+    assert "the sea " in capsys.readouterr().out
+    learner = load_run(tmp_path / "run", "cpu").learner
+    sampling, prompt = Sampling(temperature=0.0), [1, 2, 3]
+    found = list(generate(learner, prompt, 4, sampling))
+    for token in found:
+        with torch.no_grad():
+            assert token == int(learner.network.model(torch.tensor([prompt]))[0, -1].argmax())
+        prompt.append(token)
 
 
 @pytest.mark.slow

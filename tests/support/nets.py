@@ -47,6 +47,7 @@ SIZES = {
     "noprop_fm": {"width": 2},
     "sid_cascade": {"width": 16},
     "vit": {"width": 8, "heads": 2},
+    **{kind: {"width": 12} for kind in ("rnn", "gru", "lstm")},
     "gcn": {"width": 16, "dropout": 0.0},
     "gat": {"width": 16, "dropout": 0.0, "heads": 2},
 }

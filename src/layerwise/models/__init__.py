@@ -2,9 +2,10 @@
 
 Every model is an `nn.Sequential` of blocks (`block1` .. `blockN`; `sid_cascade` names its parts)
 and `head`, for images (B, channels, height, width) to logits (B, classes), or to a map of them
-(`fcn`), or for tokens (B, T) to logits of the next one (B, T, V) (`gpt`). Its attribute
-`block_names` lists the children after which it may be cut. Networks from elsewhere (`hf:`, `timm:`,
-`FILE.py:function`) are built by name too; they are cut at the calls of their own modules.
+(`fcn`), or for tokens (B, T) to logits of the next one (B, T, V) (`gpt`, and `rnn`, `gru`, `lstm`
+with `sequence="tokens"`). Its attribute `block_names` lists the children after which it may be cut.
+Networks from elsewhere (`hf:`, `timm:`, `FILE.py:function`) are built by name too; they are cut at
+the calls of their own modules.
 
 Example:
     >>> from layerwise import models
@@ -27,6 +28,7 @@ from layerwise.models.gpt import GPT
 from layerwise.models.mlp import MLP
 from layerwise.models.noprop import NoProp, NoPropCT, NoPropFM
 from layerwise.models.outside import OutsideModel
+from layerwise.models.recurrent import GRU, LSTM, RNN, Recurrent
 from layerwise.models.resnet import ResNet
 from layerwise.models.reversible import Reversible
 from layerwise.models.sid_cascade import SIDCascade
@@ -38,7 +40,10 @@ __all__ = [
     "GAT",
     "GCN",
     "GPT",
+    "GRU",
+    "LSTM",
     "MLP",
+    "RNN",
     "VGG",
     "BlockSequential",
     "GraphModelOptions",
@@ -47,6 +52,7 @@ __all__ = [
     "NoPropCT",
     "NoPropFM",
     "OutsideModel",
+    "Recurrent",
     "ResNet",
     "Reversible",
     "SIDCascade",
@@ -63,12 +69,15 @@ _MODELS: dict[str, type[ModelOptions]] = {
     "gat": GAT,
     "gcn": GCN,
     "gpt": GPT,
+    "gru": GRU,
+    "lstm": LSTM,
     "mlp": MLP,
     "noprop": NoProp,
     "noprop_ct": NoPropCT,
     "noprop_fm": NoPropFM,
     "resnet": ResNet,
     "reversible": Reversible,
+    "rnn": RNN,
     "sid_cascade": SIDCascade,
     "vgg": VGG,
     "vit": ViT,

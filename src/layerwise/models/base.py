@@ -33,8 +33,6 @@ class ModelOptions(Abstract):
 
     least: ClassVar[Mapping[str, int]] = {}
     """Lower bounds of whole numbers that are not 1, by name of the option."""
-    tokens: ClassVar[bool] = False
-    """Whether the model takes tokens (B, T) and has logits of the next one at every position."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -50,6 +48,11 @@ class ModelOptions(Abstract):
             elif name == "dropout":
                 fraction = isinstance(value, int | float) and 0 <= value < 1
                 require(fraction, f"dropout must be at least 0 and less than 1, not {value!r}.")
+
+    @property
+    def tokens(self) -> bool:
+        """Whether the model takes tokens (B, T) and has logits of the next one at every position."""
+        return False
 
     @classmethod
     def from_numbers(cls, numbers: Mapping[str, float], depth: int | None = None) -> Self:
@@ -78,7 +81,10 @@ class ModelOptions(Abstract):
         """
 
     def batch(self, shape: tuple[int, int, int], classes: int, samples: int) -> tuple[Any, Tensor]:
-        """A random batch that the model takes, with labels; drawn from torch's generator."""
+        """A random batch that the model takes, with labels; of a text, the token after each; from torch's generator."""
+        if self.tokens:
+            window = torch.randint(classes, (samples, shape[2] + 1))
+            return window[:, :-1].contiguous(), window[:, 1:].contiguous()
         return torch.randn(samples, *shape), torch.randint(classes, (samples,))
 
 

@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +40,6 @@ class GPT(ModelOptions):
         ('block1', 'block2')
     """
 
-    tokens: ClassVar[bool] = True
-
     depth: int = 6
     """Number of transformer blocks; each is a block."""
     width: int = 192
@@ -65,6 +63,11 @@ class GPT(ModelOptions):
             f"width must be a multiple of twice the heads ({2 * self.heads}), not {self.width}.",
         )
 
+    @property
+    def tokens(self) -> bool:
+        """Whether the model takes tokens: it does."""
+        return True
+
     def build(self, shape: tuple[int, int, int], classes: int) -> BlockSequential:
         """Build the model for windows of tokens, `shape` (1, 1, T), and a vocabulary of `classes`.
 
@@ -72,11 +75,7 @@ class GPT(ModelOptions):
             LayerwiseError: a size is less than 1, the samples are not windows, or they are longer than `context`.
         """
         check_sizes(shape, classes)
-        require(
-            shape[:2] == (1, 1),
-            f"the model gpt takes tokens, in windows of shape (1, 1, T), not {tuple(shape)}; give text, or another "
-            "model.",
-        )
+        check_windows("the model gpt takes", shape)
         require(
             shape[2] <= self.context,
             f"a window of {shape[2]} tokens is longer than the context of the model, {self.context}; give a shorter "
@@ -95,16 +94,19 @@ class GPT(ModelOptions):
             linear.weight = model.stem.embedding.weight  # pyright: ignore[reportAttributeAccessIssue]
         return model
 
-    def batch(self, shape: tuple[int, int, int], classes: int, samples: int) -> tuple[Tensor, Tensor]:
-        """Random tokens `(samples, T)` and, as labels, the token after each; drawn from torch's generator."""
-        window = torch.randint(classes, (samples, shape[2] + 1))
-        return window[:, :-1].contiguous(), window[:, 1:].contiguous()
-
     def _block(self) -> nn.Sequential:
         return named(
             attn=CausalAttention(self.width, self.heads, self.dropout),
             mlp=(GELU if self.mlp == "gelu" else SwiGLU)(self.width, self.dropout),
         )
+
+
+def check_windows(who: str, shape: tuple[int, int, int]) -> None:
+    """Raise LayerwiseError unless samples are windows of tokens; `who` takes them is the beginning of the sentence."""
+    require(
+        shape[:2] == (1, 1),
+        f"{who} tokens, in windows of shape (1, 1, T), not {tuple(shape)}; give text, or another model.",
+    )
 
 
 class TokenSequential(BlockSequential):
@@ -122,9 +124,9 @@ class TokenSequential(BlockSequential):
 
 
 class TokenEmbedding(nn.Module):
-    """Token embedding: (B, T) to (B, T, width)."""
+    """Token embedding: (B, T) to (B, T, width), of at most `context` tokens, if that is given."""
 
-    def __init__(self, vocabulary: int, width: int, context: int, dropout: float):
+    def __init__(self, vocabulary: int, width: int, context: int | None, dropout: float):
         super().__init__()
         self.context = context
         self.embedding = nn.Embedding(vocabulary, width)
@@ -137,7 +139,7 @@ class TokenEmbedding(nn.Module):
             f"the model takes tokens, int64 (B, T), not {str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}.",
         )
         require(
-            x.shape[1] <= self.context,
+            self.context is None or x.shape[1] <= self.context,
             f"{x.shape[1]} tokens are more than the context of the model, {self.context}; give fewer.",
         )
         return self.dropout(self.embedding(x))

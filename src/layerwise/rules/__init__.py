@@ -62,6 +62,7 @@ from layerwise.rules.sid import SID, SIDCascade
 from layerwise.rules.sll import SLL
 from layerwise.rules.solo import SOLO
 from layerwise.rules.ssl_local import SSLLocal
+from layerwise.rules.stationary_feedback import StationaryFeedback
 from layerwise.rules.svp import SVP
 from layerwise.rules.synthetic_gradient import SyntheticGradient
 from layerwise.rules.zeroth_order import ZerothOrder
@@ -104,6 +105,7 @@ _BUILT_IN: tuple[type[Rule], ...] = (
     HighwayBackprop,
     HebbianGlobal,
     HebbianLocal,
+    StationaryFeedback,
     Backprop,
     BackpropCheckpoint,
     BackpropFused,
@@ -254,6 +256,7 @@ __all__ = [
     "ScalableFF",
     "Signal",
     "Site",
+    "StationaryFeedback",
     "SyntheticGradient",
     "ZerothOrder",
     "create",

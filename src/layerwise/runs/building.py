@@ -343,10 +343,12 @@ def check_takes(options: TrainOptions) -> None:
     """Raise LayerwiseError if a model of the zoo takes tokens and the data are not text, or the reverse."""
     text = options.task == "language_model"
     if not isinstance(options.model, models.OutsideModel) and options.model.tokens != text:
+        advice = "--model gpt" if text else "another model, or --data text:FILE"
+        if isinstance(options.model, models.Recurrent):
+            advice = f"--model.sequence {'tokens' if text else 'rows'}"
         raise LayerwiseError(
             f"the model {model_name(options.model)!r} takes {'tokens' if options.model.tokens else 'no tokens'}, and "
-            f"{options.data} {'is' if text else 'is not'} text; choose "
-            f"{'--model gpt' if text else 'another model, or --data text:FILE'}."
+            f"{options.data} {'is' if text else 'is not'} text; choose {advice}."
         )
 
 

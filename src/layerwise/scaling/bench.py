@@ -14,7 +14,7 @@ from layerwise import models
 from layerwise.core.cost import operations
 from layerwise.core.cutting import partition
 from layerwise.errors import LayerwiseError
-from layerwise.measure.bench_problem import batch_of, network_of, parse_problem, write_figures
+from layerwise.measure.bench_problem import batch_of, network_of, options_of, parse_problem, write_figures
 from layerwise.processes import cores
 from layerwise.runs.progress import GridProgress
 from layerwise.scaling.jobs import RankProcesses
@@ -128,7 +128,7 @@ def scaling_command(argv: list[str]) -> int:
             f"bench scaling divides the models of the zoo ({', '.join(models.names())}), not {options.model!r}; choose "
             "one of them."
         )
-    if models.options(options.model).tokens:
+    if options_of(options.model, options.depth, options.model_options).tokens:
         raise LayerwiseError(
             f"bench scaling runs on random images, and {options.model} takes tokens; choose another model, such as vit."
         )
