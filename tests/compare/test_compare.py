@@ -49,7 +49,7 @@ def cell(folder, rule, seed):
 def test_rules_have_their_options_behind_colons():
     common = TrainOptions(epochs=7)
     everything = set(rules.names())
-    own_model = {"sid_cascade", "graph_forward", "noprop_dt", "noprop_ct", "noprop_fm"}
+    own_model = {"sid_cascade", "graph_forward", "noprop_dt", "noprop_ct", "noprop_fm", "stationary_feedback"}
     assert set(rules_asked.read_rules(["all"], common)) == everything - own_model
     found = rules_asked.read_rules(["sll,sll:overlap=1:weight=0/0.5", "backprop:lr=2e-3:clip=1"], common)
     assert list(found) == ["sll", "sll:overlap=1:weight=0/0.5", "backprop:lr=2e-3:clip=1"]

@@ -38,9 +38,8 @@ def ls_command(argv: list[str]) -> int:
 
 def describe_command(argv: list[str]) -> int:
     """`layerwise describe RULE`: print a rule's equations, facts and options."""
-    names = list(catalogue.rules())
     if len(argv) != 1:
-        raise LayerwiseError(f"name one rule: layerwise describe {'|'.join(names)}.")
+        raise LayerwiseError("name one rule, such as layerwise describe sll; layerwise ls rules shows them all.")
     check_names("rule", argv)
     from layerwise.cli.describing import describe_rule
 
