@@ -20,6 +20,11 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_collection_modifyitems(items):
+    """What needs the comparison comes first, so that one worker makes it and no other one waits for it."""
+    items.sort(key=lambda item: "comparison" not in item.fixturenames)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     before = torch.get_num_threads()

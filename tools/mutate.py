@@ -412,8 +412,11 @@ MUTANTS = [
     Mutant("SGD on the host is fused for 16 bits too", "core/optim.py",
            [("p.element_size() < 4 for p in tensors", "p.element_size() < 1 for p in tensors")],
            "test_optimizers.py every_type"),
-    Mutant("a partner keeps the draws of its own place", "data/batches.py",
+    Mutant("a sample is mixed with itself", "data/batches.py",
            [("replace(self.part, mirrored=True)", "self.part")], "test_mixing.py convex_pair"),
+    Mutant("a partner is augmented by another sample's draws", "data/batches.py",
+           [("self._augmented(half, epoch, index, part)", "self._augmented(half, epoch, index, self.part)")],
+           "test_mixing.py convex_pair"),
 ]  # fmt: skip
 
 

@@ -318,6 +318,7 @@ def test_bench_speed_gives_every_rule(capsys, tmp_path):
 HEAVY = ("datasets", "sklearn", "matplotlib", "tensorboard", "tyro", "rich", "pandas", "pyarrow", "PIL", "torchvision")
 
 
+@pytest.mark.slow
 def test_importing_and_helping_is_light():
     code = f"""
 import sys, time, torch

@@ -114,14 +114,15 @@ def test_a_misspelt_name_is_refused_in_the_help_too(capsys):
 
 @pytest.mark.parametrize("words", ["train --help", "train --rule sll --model vit --help", "bench scaling --help"])
 def test_help_takes_less_than_half_a_second(words):
-    """The best of three processes, in their own processor time."""
-    seconds = []
+    """One process in three at least, in its own processor time."""
     for _ in range(3):
         before = os.times()
         subprocess.run([sys.executable, "-m", "layerwise", *words.split()], check=True, capture_output=True)
         after = os.times()
-        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
-    assert min(seconds) < 0.5
+        seconds = after.children_user + after.children_system - before.children_user - before.children_system
+        if seconds < 0.5:
+            return
+    pytest.fail(f"the help takes {seconds:.2f} s")
 
 
 @pytest.mark.parametrize(
@@ -150,6 +151,7 @@ def test_what_may_come_next(words, found):
     assert set(candidates(words.split(" "))) == found
 
 
+@pytest.mark.slow
 def test_bash_completes(tmp_path):
     """In a real bash, which takes words apart at : and =."""
     lines = ["layerwise train --rule sl", "layerwise compare --rule sll:over", "layerwise train --data text:b"]

@@ -116,6 +116,7 @@ def test_links_between_runs_and_out_of_the_folder(folder, tmp_path):
     assert (outside / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_the_repeated_command_gives_the_table_of_the_first(folder, capsys, monkeypatch):
     monkeypatch.setattr(page, "write_report", lambda folder: folder)  # drawing takes long
     before = rows(folder)

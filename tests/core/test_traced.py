@@ -171,7 +171,7 @@ def test_a_block_that_begins_in_place_trains_as_one_that_does_not(rule):
 @pytest.mark.parametrize(
     ("wrap", "words"),
     [
-        (torch.compile, "compiled as a whole.*compile=True"),
+        pytest.param(torch.compile, "compiled as a whole.*compile=True", marks=pytest.mark.slow),
         (nn.DataParallel, "wrapped in DataParallel.*replicas="),
         (lambda m: torch.jit.trace(m, X), "ScriptModule"),
         (lambda m: m.forward, "give a torch.nn.Module"),

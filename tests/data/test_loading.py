@@ -104,9 +104,11 @@ def test_bad_imagefolders(tmp_path):
 
 def test_missing_extra(tmp_path, monkeypatch):
     write_parquet(tmp_path / "a.parquet", noise(4), [0, 1] * 2)
-    for module, name in (("datasets", "mnist"), ("sklearn.datasets", "digits"), ("pyarrow", f"parquet:{tmp_path}")):
+    missing = {"mnist": ["datasets"], "digits": ["sklearn", "sklearn.datasets"], f"parquet:{tmp_path}": ["pyarrow"]}
+    for name, modules in missing.items():
         with monkeypatch.context() as patch:
-            patch.setitem(sys.modules, module, None)
+            for module in modules:
+                patch.setitem(sys.modules, module, None)
             refused("not installed; run pip install 'layerwise\\[data\\]'", name)
 
 
@@ -156,13 +158,20 @@ def test_a_folder_here_is_not_taken_for_the_hub(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_import_is_light():
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import layerwise.data",
+        "import layerwise.cli.main as m; m.main('train --steps 1 --out run'.split())",
+    ],
+)
+def test_what_is_not_needed_is_not_imported(code, tmp_path):
     import subprocess
 
-    code = (
-        "import sys, layerwise.data; "
-        "print([m for m in ('datasets', 'PIL', 'sklearn', 'pyarrow', 'safetensors') if m in sys.modules])"
-    )
+    heavy = ("datasets", "PIL", "sklearn", "pandas", "pyarrow")
+    code = f"import sys; {code}; print([m for m in {heavy} if m in sys.modules])"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"

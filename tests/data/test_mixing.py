@@ -27,7 +27,7 @@ def test_mixup_is_a_convex_pair_of_samples_and_labels():
         # A sample whose partner has another class tells lambda.
         other = (y != y.flip(0)).nonzero()[0, 0]
         share = soft[other, y[other]].double()
-        assert 0 <= share <= 1
+        assert 0 < share < 1
         torch.testing.assert_close(soft.double(), share * hot + (1 - share) * hot.flip(0), rtol=0, atol=1e-6)
         torch.testing.assert_close(
             mixed.double(), share * x.double() + (1 - share) * x.flip(0).double(), rtol=0, atol=1e-5

@@ -4,12 +4,14 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.images import pa, png, pq, write_folder, write_parquet, write_split_parquet
 from support.pixels import noise
 
 from layerwise.data import Batches, InMemorySource, StreamedSource, load
+from layerwise.data.machine import sklearn_digits
 from layerwise.data.parquet import open_parquet
 from layerwise.errors import LayerwiseError
 
@@ -24,6 +26,8 @@ def test_digits():
     images = torch.cat([source.images for source in (data.train, data.val, data.test)])
     counts = torch.bincount(torch.cat([source.labels for source in (data.train, data.val, data.test)]))
     original = load_digits()
+    for found, expected in zip(sklearn_digits(), (original.images, original.target), strict=True):
+        assert np.array_equal(found, expected)
     assert counts.tolist() == torch.bincount(torch.from_numpy(original.target)).tolist()
     # Half a grey level of rounding per pixel, at the very most.
     assert (images / 255).double().mean().item() == pytest.approx(original.images.mean() / 16, abs=0.5 / 255)
@@ -214,6 +218,7 @@ KNOWN = {  # published statistics of the training images; a limit between the by
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KNOWN)
 def test_real_data(name):
     """Streamed, since decoding all of it takes longer than a fast test may."""

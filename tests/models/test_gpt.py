@@ -120,7 +120,10 @@ def test_who_trains_a_tied_matrix_can_be_said(tied):
     assert model.head.linear.weight is model.stem.embedding.weight
 
 
-@pytest.mark.parametrize("rule", ["backprop", "local_ce", "mono_forward", "sll", "sid"])
+@pytest.mark.parametrize(
+    "rule",
+    ["backprop", "sll", *(pytest.param(name, marks=pytest.mark.slow) for name in ("local_ce", "mono_forward", "sid"))],
+)
 @pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_it_learns_a_cycle_under_the_rules(rule, tied):
     """Tokens that count upwards: the next one is certain, and the loss falls far below that of a guess, ln 5."""

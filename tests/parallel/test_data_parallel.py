@@ -314,8 +314,11 @@ def test_a_rank_that_hangs_is_noticed_within_the_limit(tmp_path):
     [
         ("--batch-size 127", {}, "2 replicas cannot share a batch of 127 samples equally"),
         ("", {1: ["--data", "nothing"]}, "nothing"),
-        ("", {1: ["--label-noise", "0.5"]}, "the ranks differ in --label-noise (0.0 on rank 0, 0.5 on rank 1)"),
-        ("", {1: ["--lr", "0.5"]}, "the ranks differ in --lr ("),
+        pytest.param(
+            *("", {1: ["--label-noise", "0.5"]}, "the ranks differ in --label-noise (0.0 on rank 0, 0.5 on rank 1)"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("", {1: ["--lr", "0.5"]}, "the ranks differ in --lr (", marks=pytest.mark.slow),
         ("--out FULL", {}, "is not empty"),
     ],
 )

@@ -145,10 +145,10 @@ def test_an_unexpected_error_of_a_rank_is_one_sentence(words, tmp_path, monkeypa
     ("words", "of_rank", "sentence"),
     [
         ("--rule backprop", {}, "'backprop' cannot be trained by a pipeline, because its locality is 'global'"),
-        ("--model.depth 1", {}, "2 ranks cannot share 1 groups of blocks"),
-        ("--stages 1,1", {}, "--stages 1,1 does not share 4 groups among 2 ranks"),
+        pytest.param("--model.depth 1", {}, "2 ranks cannot share 1 groups of blocks", marks=pytest.mark.slow),
+        pytest.param("--stages 1,1", {}, "--stages 1,1 does not share 4 groups among 2 ranks", marks=pytest.mark.slow),
         ("", {1: ["--label-noise", "0.5"]}, "the ranks differ in --label-noise (0.0 on rank 0, 0.5 on rank 1)"),
-        ("", {1: ["--lr", "0.5"]}, "the ranks differ in --lr ("),
+        pytest.param("", {1: ["--lr", "0.5"]}, "the ranks differ in --lr (", marks=pytest.mark.slow),
         ("", {1: ["--augment", "spin"]}, "spin"),
         ("--out FULL", {}, "is not empty"),
     ],

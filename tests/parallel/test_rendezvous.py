@@ -188,8 +188,8 @@ LINES = ["a,b,label\n"] + [f"{i},{i % 5},{'xy'[i % 2]}\n" for i in range(40)]
         ("samples", ["the samples of "]),
         ("options", ['--rule ("sll" on rank 0', "--model.width (8 on rank 0", "--train-samples (null on rank 0"]),
         ("mode", ["--parallel ("]),
-        ("versions", ["the version of torch (", "the version of layerwise ("]),
-        ("resume", ["--resume (false on rank 0, true on rank 1)"]),
+        pytest.param("versions", ["the version of torch (", "the version of layerwise ("], marks=pytest.mark.slow),
+        pytest.param("resume", ["--resume (false on rank 0, true on rank 1)"], marks=pytest.mark.slow),
     ],
 )
 def test_all_ranks_tell_in_what_they_differ(change, sentences, tmp_path):

@@ -20,13 +20,14 @@ from layerwise.parallel.transport import PipelineLink
 
 V, T, WIDTH, DEPTH = 40, 6, 12, 4
 TASK = LanguageModel(shift=False)
+FEW = [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
 RULES = [
     ("solo", {"group": 1, "depth": 1}),
-    ("solo", {"group": 1, "depth": 1, "refresh": 2}),
+    pytest.param("solo", {"group": 1, "depth": 1, "refresh": 2}, marks=pytest.mark.slow),
     ("local_ce", {"readout": "shared"}),
-    ("mono_forward", {"readout": "shared"}),
+    pytest.param("mono_forward", {"readout": "shared"}, marks=pytest.mark.slow),
     ("sll", {"readout": "shared"}),
-    ("sid", {"readout": "shared"}),
+    pytest.param("sid", {"readout": "shared"}, marks=pytest.mark.slow),
 ]
 
 
@@ -62,7 +63,9 @@ def test_stages_have_the_bits_of_one_process(name, options, ranks):
     assert learners[0].network.output_layer.weight.is_meta
 
 
-@pytest.mark.parametrize("refresh", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
+@pytest.mark.parametrize(
+    "refresh", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("stop", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_stages_go_on_from_a_state(refresh, stop):
     rule, about = rules.create("solo", group=1, depth=0, refresh=refresh), {"task": TASK, "lr": 0.02}

@@ -48,8 +48,12 @@ def public(module):
 
 
 NAMES = [pair for module in PUBLIC for pair in public(module)]
-# Runs of several kinds, or on several ranks.
-LONG = {DOCS / "compare.md", DOCS / "first-hour.md", DOCS / "two-machines.md", DOCS / "rules" / "sid_cascade.md"}
+# Runs of several kinds, or on several ranks; guides that are also run as notebooks.
+LONG = {
+    *(DOCS / f"{name}.md" for name in ("compare", "first-hour", "two-machines", "quickstart", "your-own-network")),
+    *(DOCS / f"{name}.md" for name in ("training", "restrictions", "writing-a-rule")),
+    *(DOCS / "rules" / f"{name}.md" for name in ("sid_cascade", "noprop_ct", "noprop_fm")),
+}
 RUNNABLE = [page for page in PAGES if {"python", "pycon", "console"} & {language for language, _, _ in blocks(page)}]
 
 

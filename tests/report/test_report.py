@@ -32,17 +32,8 @@ RULES = ("sll", "sll:overlap=1", "backprop")
 
 
 @pytest.fixture(scope="module")
-def folder(request, tmp_path_factory):
-    """A comparison with benchmarks beside it, which are measured first: each draws what is there."""
-    folder = tmp_path_factory.mktemp("report") / "out"
-    common = split("--shape 1 8 8 --batch-size 4 --threads 1 --model.width 16")
-    common += ["--out", str(folder)]
-    assert main(["bench", "memory", *common, "--depths", "2,5", "--rule", "sll", "backprop"]) == 0
-    assert main(["bench", "speed", *common, *split("--model mlp --depth 2 --rounds 2 --rule sll backprop")]) == 0
-    # Asked for last: another worker of pytest may be making it.
-    shutil.copytree(request.getfixturevalue("comparison"), folder, dirs_exist_ok=True)
-    assert main(["report", str(folder)]) == 0
-    return folder
+def folder(comparison, tmp_path_factory):
+    return shutil.copytree(comparison, tmp_path_factory.mktemp("report") / "out")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +43,7 @@ def page(folder):
 
 def test_every_figure_is_there_with_its_files_and_a_description(folder, page):
     shown = re.findall(r'<figure id="([\w-]+)"', page)
-    assert shown == [*FIGURES, "memory_mlp", "speed_time"]
+    assert shown == FIGURES
     labels = [html.unescape(label) for label in re.findall(r'role="img" aria-label="([^"]*)">', page)]
     assert len(labels) == len(shown)
     for name, label in zip(shown, labels, strict=True):
@@ -85,8 +76,7 @@ def test_the_page_stands_alone_and_says_how_it_was_made(folder, page):
         assert target.startswith(("#rule-", "https://arxiv.org/abs/")) or (folder / target).is_file()
     assert not re.search(r"https?://(?!www\.w3\.org/|arxiv\.org/abs/)", page)
     text = html.unescape(page)
-    for file in ("compare.json", "memory.json", "speed.json"):
-        assert json.loads((folder / file).read_text())["command"] in text
+    assert json.loads((folder / "compare.json").read_text())["command"] in text
     assert "prefers-color-scheme: dark" in page
     assert "@media print" in page
     identifiers = re.findall(r'\bid="([^"]+)"', page)
@@ -122,8 +112,20 @@ def test_a_failed_rule_is_shown_with_its_reason(folder, tmp_path):
     assert "<strong>backprop seed 1</strong>: it broke &lt;down&gt;" in page
 
 
-def test_benchmarks_in_their_plain_form_are_drawn(folder, tmp_path):
-    rows = json.loads((folder / "memory.json").read_text())["rows"]
+@pytest.mark.slow
+def test_benchmarks_are_drawn_beside_a_comparison_and_alone(folder, tmp_path):
+    place = shutil.copytree(folder, tmp_path / "out")
+    common = split(f"--shape 1 8 8 --batch-size 4 --threads 1 --model.width 16 --out {place}")
+    assert main(["bench", "memory", *common, "--depths", "2,5", "--rule", "sll", "backprop"]) == 0
+    assert main(["bench", "speed", *common, *split("--model mlp --depth 2 --rounds 2 --rule sll backprop")]) == 0
+    assert main(["report", str(place)]) == 0
+    page = html.unescape((place / "report.html").read_text())
+    shown = re.findall(r'<figure id="([\w-]+)"', page)
+    for file in ("memory.json", "speed.json"):
+        assert json.loads((place / file).read_text())["command"] in page
+    assert shown == [*FIGURES, "memory_mlp", "speed_time"]
+    assert all((place / "figures" / f"{name}.svg").exists() for name in shown)
+    rows = json.loads((place / "memory.json").read_text())["rows"]
     (tmp_path / "mlp.json").write_text(json.dumps(rows))
     (tmp_path / "notes.json").write_text('{"some": "thing"}')
     assert report.write_report(tmp_path) == tmp_path / "report.html"
@@ -227,7 +229,7 @@ addEventListener("load", () => {
 def test_a_browser_shows_it(page, tmp_path, width, dark):
     """Headless Chromium: no error, every figure drawn, nothing wider than the window, the right colours."""
     found = browse(page, PROBE, tmp_path / "report.html", tmp_path / "profile", width, dark)
-    assert (found["rows"], found["figures"], found["empty"]) == (3, len(FIGURES) + 2, 0)
+    assert (found["rows"], found["figures"], found["empty"]) == (3, len(FIGURES), 0)
     assert found["wide"] <= found["window"] == width
     colours = ["rgb(31, 35, 40)", "rgb(255, 255, 255)"] if not dark else ["rgb(230, 237, 243)", "rgb(13, 17, 23)"]
     assert [found["ink"], found["back"]] == colours

@@ -7,7 +7,7 @@ import typing
 
 import pytest
 import torch
-from support.nets import CLASSES, FAMILIES, batches, kinds, made, net, problem, same_bits, tensors, trained
+from support.nets import CLASSES, FAMILIES, MANY_PASSES, batches, kinds, made, net, problem, same_bits, tensors, trained
 
 from layerwise import Learner, Rule, create_rule, rule_names
 from layerwise.core import pieces
@@ -20,26 +20,24 @@ RULES = rule_names()
 DATA = batches(3)
 X, Y = DATA[0]
 every_rule = pytest.mark.parametrize("rule", RULES)
-ON_ALL_MODELS = (
-    "sll",
-    "sid",
-    "local_ce",
-    "backprop",
-)  # the others have one in the fast suite, the rest in the slow one
+ON_ALL_MODELS = ("sll", "sid", "local_ce", "backprop")
+# In the fast suite. Of the others it has a rule of each way to run blocks, on one model; the slow suite has the rest.
 
 
 def on_models(fast):
     return pytest.mark.parametrize(
         ("rule", "kind"),
         [
-            pytest.param(rule, kind, marks=() if fast(rule, kind) else pytest.mark.slow)
+            pytest.param(rule, kind, marks=() if fast(rule, kind) and rule not in MANY_PASSES else pytest.mark.slow)
             for rule in RULES
             for kind in kinds(rule)
         ],
     )
 
 
-every_rule_and_model = on_models(lambda rule, kind: kind == kinds(rule)[0] or rule in ON_ALL_MODELS)
+every_rule_and_model = on_models(
+    lambda rule, kind: (kind == kinds(rule)[0] and rule in FAMILIES) or rule in ON_ALL_MODELS
+)
 
 
 # --- What a rule declares

@@ -137,7 +137,7 @@ class Outer(DFA):
         return Signal(message=at.message, gradients=layer_gradients(layer, x, pushed))
 
 
-FAMILIES = [DRTP(), DFA(), ForwardForward(), Relaxation(), Outer()]
+FAMILIES = [DRTP(), DFA(), ForwardForward(), pytest.param(Relaxation(), marks=pytest.mark.slow), Outer()]
 each = pytest.mark.parametrize("rule", FAMILIES, ids=lambda rule: rule.name)
 DATA = batches(3)
 

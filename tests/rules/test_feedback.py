@@ -229,7 +229,10 @@ def test_blocks_are_whole_or_cut_at_every_unit():
 # --- What every mode keeps
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode",
+    [m if m in ("fa", "sdfa", "kolen_pollack") else pytest.param(m, marks=pytest.mark.slow) for m in MODES],
+)
 def test_every_mode_learns_and_goes_on_from_its_state_to_the_same_bits(mode):
     model, data = net("mlp", dropout=0.2), batches(3)
     assert same_bits(gone_on(model, fa(mode), data, 2), trained(model, fa(mode), data))

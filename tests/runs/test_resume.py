@@ -72,7 +72,7 @@ def assert_same_run(a, b, notes=True):
 
 
 @pytest.mark.parametrize("net", ["mlp", pytest.param("vgg", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("rule", ["sll", "local_ce", "backprop"])
+@pytest.mark.parametrize("rule", ["sll", pytest.param("local_ce", marks=pytest.mark.slow), "backprop"])
 def test_stopped_at_any_step(tmp_path, at_step, rule, net):
     words = [*HARD, "--rule", rule, *NETS[net]]
     whole = train(tmp_path / "whole", *words)

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from functools import cache
 
 import pytest
 import torch
@@ -44,9 +45,9 @@ def train(folder, text, *words):
 
 @pytest.fixture(scope="module")
 def runs(text, tmp_path_factory):
-    """A finished run per rule."""
+    """The finished run of a rule, trained when it is first asked for."""
     folder = tmp_path_factory.mktemp("runs")
-    return {rule: train(folder / rule, text, "--rule", rule) for rule in ("local_ce", "sll", "sid", "backprop")}
+    return cache(lambda rule: train(folder / rule, text, "--rule", rule))
 
 
 class Killed(BaseException):
@@ -112,7 +113,7 @@ def test_another_text_is_noticed(text, tmp_path, capsys):
 @pytest.mark.slow
 def test_figures_are_those_of_the_probabilities(runs):
     """Bits per byte, perplexity and accuracy, from the logits of every window, written out."""
-    folder = runs["local_ce"]
+    folder = runs("local_ce")
     run = load_run(folder, "cpu")
     dataset = load_data(read_options(folder), folder)
     bits = nats = hits = tokens = size = 0.0
@@ -136,7 +137,7 @@ def test_figures_are_those_of_the_probabilities(runs):
     ("rule", "block"), [("local_ce", None), ("local_ce", 2), ("sll", 1), ("sid", None), ("sid", 2)]
 )
 def test_tokens_that_are_drawn_do_not_depend_on_what_is_kept(runs, rule, block):
-    learner = load_run(runs[rule], "cpu").learner
+    learner = load_run(runs(rule), "cpu").learner
     for sampling in (Sampling(0), Sampling(0.7, top_k=5, seed=3)):
         kept, fresh = (list(generate(learner, [3, 1, 2], 14, sampling, block, keep)) for keep in (True, False))
         assert kept == fresh and len(kept) == 14
@@ -144,7 +145,7 @@ def test_tokens_that_are_drawn_do_not_depend_on_what_is_kept(runs, rule, block):
 
 
 def test_what_is_drawn_has_the_probabilities_of_the_logits(runs):
-    learner = load_run(runs["backprop"], "cpu").learner
+    learner = load_run(runs("backprop"), "cpu").learner
     logits = learner(torch.tensor([[3, 1]]))[0, -1]
     first = [next(generate(learner, [3, 1], 1, Sampling(2.0, top_k=3, seed=seed))) for seed in range(150)]
     top = logits.topk(3)
@@ -156,20 +157,20 @@ def test_what_is_drawn_has_the_probabilities_of_the_logits(runs):
 
 def test_a_block_predicts_without_those_after_it(runs):
     """Its outputs are those of its readout, and do not move when later blocks do."""
-    learner, x = load_run(runs["local_ce"], "cpu").learner, torch.randint(12, (2, 6))
+    learner, x = load_run(runs("local_ce"), "cpu").learner, torch.randint(12, (2, 6))
     model, readout = learner.network.model, learner.auxiliary["1"]
     expected = readout(model.block2(model.block1(model.stem(x))))
     with torch.no_grad():
         for parameter in (*model.block3.parameters(), *model.head.parameters()):
             parameter.fill_(torch.nan)
     torch.testing.assert_close(outputs_at(learner, x, 2), expected)
-    beliefs = load_run(runs["sid"], "cpu").learner
+    beliefs = load_run(runs("sid"), "cpu").learner
     torch.testing.assert_close(outputs_at(beliefs, x, 2), beliefs.beliefs(x)[2])
 
 
 def test_near_temperature_zero_the_most_likely_token_is_drawn(runs):
     """As at zero itself; a network that answers NaN has none."""
-    learner = load_run(runs["backprop"], "cpu").learner
+    learner = load_run(runs("backprop"), "cpu").learner
     best = list(generate(learner, [3, 1, 2], 8, Sampling(0)))
     for temperature in (1e-6, 1e-300, 5e-324):
         assert list(generate(learner, [3, 1, 2], 8, Sampling(temperature, seed=1))) == best
@@ -182,14 +183,14 @@ def test_near_temperature_zero_the_most_likely_token_is_drawn(runs):
 
 
 def test_predict_writes_on_from_the_prompt(runs, tmp_path, capsys):
-    words = ["predict", str(runs["sll"]), "--prompt", "the sea", "--tokens", "12", "--seed", "5"]
+    words = ["predict", str(runs("sll")), "--prompt", "the sea", "--tokens", "12", "--seed", "5"]
     capsys.readouterr()
     assert main(words) == 0
     out = capsys.readouterr().out
     assert out.startswith("the sea") and len(out) == len("the sea") + 12 + 1
     assert main([*words, "--out", str(tmp_path / "out.txt")]) == 0
     assert (tmp_path / "out.txt").read_text() == out
-    assert written(runs["sll"], "the sea", 12, Sampling(seed=5))[0] + "\n" == out
+    assert written(runs("sll"), "the sea", 12, Sampling(seed=5))[0] + "\n" == out
 
 
 WRONG = [
@@ -211,7 +212,7 @@ WRONG = [
 @pytest.mark.parametrize(("words", "sentence"), WRONG, ids=[sentence for _, sentence in WRONG])
 def test_a_prompt_that_cannot_be_continued_is_refused(runs, words, sentence, capsys):
     capsys.readouterr()
-    assert main(["predict", str(runs["local_ce"]), *words]) == 2
+    assert main(["predict", str(runs("local_ce")), *words]) == 2
     err = capsys.readouterr().err
     assert sentence in err and err.count("\n") == 1
 

@@ -254,6 +254,7 @@ def test_schedule_reaches_its_end(tmp_path, accumulate):
     assert re.search(r"^updates +(\d+)", table, re.MULTILINE)[1] == str(updates)
 
 
+@pytest.mark.slow
 def test_learning_rates_follow_the_multipliers(tmp_path, monkeypatch):
     """SGD without decay: one step moves a block by its multiplier times what it moves at 1."""
     words = split("--steps 1 --schedule constant --optimizer SGD --lr 0.5 --weight-decay 0")

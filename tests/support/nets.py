@@ -35,6 +35,8 @@ FAMILIES = (
     *("backprop", "backprop_checkpoint", "block_rota", "zeroth_order", "last_layer"),
 )
 """A rule of each way to run blocks; see `by_family`."""
+MANY_PASSES = ("zeroth_order", "equilibrium_propagation", "likelihood_ratio", "forward_gradient", "noprop_dt")
+"""Rules whose step runs the network so often that what all rules share is tested with them in the slow suite."""
 UNDEFINED = {"pepita": ("vit",)}
 """Models for which a rule is not defined, and which it refuses."""
 SIZES = {
@@ -78,7 +80,10 @@ def graph(nodes=64, known=32):
 
 def by_family(names):
     """The names of rules for a test of the engine: one of each family in the fast suite, the others in the slow one."""
-    return [name if name in FAMILIES else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    return [
+        name if name in FAMILIES and name not in MANY_PASSES else pytest.param(name, marks=pytest.mark.slow)
+        for name in names
+    ]
 
 
 def kinds(rule):

@@ -17,7 +17,7 @@ from layerwise.data.catalogue import check_task, is_table, plain_name
 from layerwise.data.encoding import Encoding, Handling
 from layerwise.data.images import check_size, load_images
 from layerwise.data.labels import absent_classes
-from layerwise.data.machine import need
+from layerwise.data.machine import need, sklearn_digits
 from layerwise.data.nodes import CORA_CLASSES, cora
 from layerwise.data.noise import NoiseKind, noisy_labels
 from layerwise.data.numbers import target_statistics
@@ -299,10 +299,10 @@ def _diabetes() -> tuple[Source, tuple[str, ...]]:
 
 
 def _digits() -> tuple[tuple[str, ...], Source, list[str]]:
-    found = need("sklearn.datasets").load_digits()
-    pixels = torch.from_numpy(found.images).mul(255 / 16).round().to(torch.uint8)  # stored as 0 to 16
-    labels = torch.from_numpy(found.target).to(torch.int64)
-    return tuple(str(name) for name in found.target_names), InMemorySource(pixels[:, None], labels), []
+    images, numbers = sklearn_digits()
+    pixels = torch.from_numpy(images).mul(255 / 16).round().to(torch.uint8)  # stored as 0 to 16
+    labels = torch.from_numpy(numbers).to(torch.int64)
+    return tuple("0123456789"), InMemorySource(pixels[:, None], labels), []
 
 
 def _cora(root: str | Path | None, size: int | None, label_noise: float) -> Dataset:

@@ -1,8 +1,11 @@
-"""Finds optional packages, a cache, and folders of data sets on this machine."""
+"""Finds optional packages, their data, a cache, and folders of data sets on this machine."""
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from layerwise import extras
 from layerwise.errors import LayerwiseError
@@ -12,6 +15,20 @@ from layerwise.files import kind_of, shown
 def need(module: str) -> Any:
     """Import a module of the `data` extra, or say how to install it."""
     return extras.need(module, "data")
+
+
+def sklearn_digits() -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn's digits: pixels float64 (1797, 8, 8) from 0 to 16, labels (1797,) from 0 to 9.
+
+    They are read from the file that comes with the package; importing the package would take seconds of every run.
+    """
+    package = importlib.util.find_spec("sklearn")
+    file = Path(package.origin).parent / "datasets/data/digits.csv.gz" if package and package.origin else None
+    if file is None or not file.is_file():  # not installed, or its files lie elsewhere
+        found = need("sklearn.datasets").load_digits()
+        return found.images, found.target
+    values = np.loadtxt(file, delimiter=",")
+    return values[:, :-1].reshape(-1, 8, 8), values[:, -1].astype(np.int64)
 
 
 def cache_folder() -> Path:

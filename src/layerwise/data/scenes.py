@@ -5,7 +5,7 @@ from torch import Generator, Tensor
 
 from layerwise.core.randomness import derive_seed
 from layerwise.core.ranges import DataTask
-from layerwise.data.machine import need
+from layerwise.data.machine import sklearn_digits
 from layerwise.data.sources import InMemorySource
 from layerwise.data.splitting import stratified_split
 
@@ -24,9 +24,9 @@ def digit_scenes(task: DataTask, test_fraction: float, test_seed: int) -> tuple[
     No image of a digit occurs in both splits. Labels are float32 (N, 10), 1 for a digit that occurs, or uint8
     (N, 20, 20): 0 for the ground, 1 to 10 for the digits 0 to 9.
     """
-    found = need("sklearn.datasets").load_digits()
-    pixels = torch.from_numpy(found.images).mul(255 / 16).round().to(torch.uint8)
-    labels = torch.from_numpy(found.target).to(torch.int64)
+    images, numbers = sklearn_digits()
+    pixels = torch.from_numpy(images).mul(255 / 16).round().to(torch.uint8)
+    labels = torch.from_numpy(numbers).to(torch.int64)
     parts = stratified_split(labels, test_fraction, test_seed)
     train, test = (
         _scenes(pixels[part], labels[part], count, task, name)
