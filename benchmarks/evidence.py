@@ -57,11 +57,10 @@ def load(folder: Path) -> list[dict[str, Any]]:
 
 
 def save(folder: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Write `results.jsonl`, whole or not at all."""
+    """Write `results.jsonl`, whole or not at all; curves have fewer digits than figures that are run again."""
     partial = folder / "results.jsonl.partial"
-    partial.write_text(
-        "".join(json.dumps(short(line), separators=(",", ":"), ensure_ascii=False) + "\n" for line in lines)
-    )
+    kept = [short(line) | {name: short(line[name], 6) for name in ("by_epoch",) if name in line} for line in lines]
+    partial.write_text("".join(json.dumps(line, separators=(",", ":"), ensure_ascii=False) + "\n" for line in kept))
     partial.rename(folder / "results.jsonl")
 
 
