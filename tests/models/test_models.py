@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from layerwise import models
+from layerwise import Learner, models
 from layerwise.errors import LayerwiseError
 
 SMALL = {
@@ -192,6 +192,21 @@ def test_resnet_spreads_its_blocks_over_three_stages(depth, channels):
         hidden = block(hidden)
         shapes.append(tuple(hidden.shape[1:]))
     assert shapes == [(c, 128 // c, 128 // c) for c in channels]
+
+
+def test_a_stem_of_its_own_changes_the_cuts_and_not_the_function():
+    joined, own = (models.ResNet(depth=3, width=8, stem=stem).build((3, 16, 16), 10) for stem in ("joined", "own"))
+    assert (joined.block_names, len(own.block_names)) == (("block1", "block2", "block3"), 4)
+    own.load_state_dict(dict(zip(own.state_dict(), joined.state_dict().values(), strict=True)))
+    x, y = torch.randn(16, 3, 16, 16), torch.arange(16) % 10
+    assert torch.equal(own.eval()(x), joined.eval()(x))
+    peaks = []
+    for model in (joined.train(), own.train()):
+        learner = Learner(model, "local_ce")
+        learner.step(x, y)
+        use = learner.measured_step(x, y)[1]
+        peaks.append(use.activations + use.gradients)
+    assert peaks[0] - peaks[1] == pytest.approx(4 * 16 * 8 * 16 * 16, rel=0.05)  # the stem's map, float32
 
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])

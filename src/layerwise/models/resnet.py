@@ -1,6 +1,7 @@
 """Residual convolutional network for small images."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,9 +15,9 @@ class ResNet(ModelOptions):
 
     Block i (from 0) is in stage `3 * i // depth`; stage s has `width * 2 ** s` channels, and the
     first block of stages 1 and 2 halves the image. The stem, a 3x3 convolution with batch norm and
-    ReLU, is part of the first block. A network of n blocks has 2 n + 2 layers: depth 9 and width 16
-    is ResNet-20. Weights start as torch draws them; the last norm of a block starts at one, not at
-    zero.
+    ReLU, is part of the first block, or a block of its own before it. A network of depth n has
+    2 n + 2 layers: depth 9 and width 16 is ResNet-20. Weights start as torch draws them; the last
+    norm of a block starts at one, not at zero.
 
     Source: He, Zhang, Ren and Sun 2016, https://arxiv.org/abs/1512.03385, section 4.2, with
     projection shortcuts where the size changes (option B).
@@ -31,6 +32,11 @@ class ResNet(ModelOptions):
     """Number of residual blocks of two convolutions each; each is a block."""
     width: int = 16
     """Channels of the first of the three stages; they double from stage to stage."""
+    stem: Literal["joined", "own"] = "joined"
+    """Whether the stem is part of the first block, or a block of its own, before the `depth` residual ones.
+
+    The first block is the largest where it holds the stem, and sets the peak of local rules.
+    """
 
     def build(self, shape: tuple[int, int, int], classes: int) -> BlockSequential:
         """Build the model for images of `shape` (channels, height, width) and `classes` logits.
@@ -50,7 +56,10 @@ class ResNet(ModelOptions):
             norm=nn.BatchNorm2d(self.width),
             activation=nn.ReLU(),
         )
-        blocks[0] = named(stem=stem, unit=blocks[0])
+        if self.stem == "own":
+            blocks.insert(0, stem)
+        else:
+            blocks[0] = named(stem=stem, unit=blocks[0])
         head = named(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), linear=nn.Linear(sizes[-1], classes))
         return assemble(blocks, head)
 
