@@ -31,6 +31,12 @@ def test_a_column_of_numbers_stays_what_it_is(tmp_path):
     assert found.target_mean == pytest.approx(own.mean(0)) and found.target_std == pytest.approx(own.std(0))
 
 
+def test_targets_that_are_all_equal_are_not_taken_for_close_ones(tmp_path):
+    """The mean of 47 times 0.1 is not 0.1 in floating point, and their computed deviation not quite zero."""
+    name = table(tmp_path / "t.csv", [[i, i % 7, 0.1, i % 2] for i in range(47)])
+    assert load(name, task="regression", val_fraction=0).target_std == (1.0,)
+
+
 def test_several_targets_are_columns_and_no_inputs(tmp_path):
     found = load(table(tmp_path / "t.csv", rows()), task="regression", targets=("z", "y"))
     assert found.classes == ("z", "y") and found.columns == ("a", "b") and found.train.labels.shape == (36, 2)

@@ -1,5 +1,6 @@
 """Checks the arguments of a learner; each error is one sentence."""
 
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from layerwise.core.pieces import has_trunk
 from layerwise.core.ranges import check_ranges
 from layerwise.core.rule import Rule
 from layerwise.core.tasks import KINDS, Classification, Task
-from layerwise.errors import LayerwiseError, suggestion, unknown
+from layerwise.errors import LayerwiseError, short, suggestion, unknown
 from layerwise.memory.offload import check_offload
 from layerwise.parallel.alone import OneProcess, WholeNetwork
 from layerwise.parallel.replicas import Replicas
@@ -40,6 +41,26 @@ def usable_task(task: Task | str | None, label_smoothing: float = 0.0) -> Task:
     if label_smoothing and getattr(task, "label_smoothing", 0.0) != label_smoothing:
         raise LayerwiseError("label_smoothing is given together with task; give it only to the task.")
     return task
+
+
+def check_further(given: Any, learner: type, own: Mapping[str, str]) -> None:
+    """Raise LayerwiseError unless `given` is None or maps arguments of a learner, which its owner leaves to the user.
+
+    Args:
+        given: further arguments of the learner.
+        learner: its class.
+        own: arguments that the owner gives, and the rest of a sentence that says what the user does instead.
+    """
+    if given is None:
+        return
+    if not isinstance(given, Mapping):
+        raise LayerwiseError(f"learner is {short(given)}; give a mapping from arguments of Learner to their values.")
+    legal = [name for name in inspect.signature(learner).parameters if name not in own]
+    for name in given:
+        if name in own:
+            raise LayerwiseError(f"{name!r} is {own[name]}.")
+        if name not in legal:
+            raise LayerwiseError(f"a learner has no argument {name!r}; {suggestion(name, legal)}.")
 
 
 def check_can(rule: Rule, task: Task) -> None:
