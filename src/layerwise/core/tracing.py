@@ -1,6 +1,7 @@
 """Where a model may be cut, and what runs between two cuts of a traced graph."""
 
 import functools
+import os
 import random
 import re
 import sys
@@ -166,6 +167,7 @@ def _watched(reads: dict[tuple[int, str], nn.Module] | None) -> Iterator[None]:
 
 _TRACING = threading.Lock()
 """Held while a trace changes classes of torch, which the whole process shares."""
+os.register_at_fork(after_in_child=lambda: globals().update(_TRACING=threading.Lock()))
 
 
 def _trace(
