@@ -82,6 +82,10 @@ def test_images_in_parquet_have_numbers_as_labels(tmp_path):
     assert both.classes == ("left", "age")
     pq.write_table(pa.table(columns | {"age": pa.array([None] * 20, pa.float64())}), path)
     refused("row 0 of .* has None in column 'age'", f"parquet:{path}", task="regression", targets=("age",))
+    long = pa.array([2**60 + i % 2 for i in range(20)])
+    pq.write_table(pa.table(columns | {"age": long, "left": pa.array([2**60] * 20)}), path)
+    refused("in column 'age' .* are the same as floating-point", f"parquet:{path}", task="regression", targets=("age",))
+    assert load(f"parquet:{path}", task="regression", targets=("left",)).target_mean == (2**60,)
     refused("leave --data.label-column out", "digits", targets=("age",))
 
 
