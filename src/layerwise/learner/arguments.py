@@ -141,6 +141,7 @@ TYPES: Mapping[str, tuple[Any, str]] = {
     "replicas": (OneProcess | None, "Replicas, Shards or OneProcess()"),
     "cuts": (str | Sequence | None, "a name, a pattern, or a list of names"),
     "tied": (str | None, "'last', 'first' or 'frozen'"),
+    "example": (Tensor | tuple | Mapping | None, "a batch of inputs: a tensor, or a tuple or a mapping of tensors"),
     "layout": (str | Mapping | None, "a layout such as 'BCL', or a mapping from block names"),
     "compile": (bool | str, "True, False, or the name of a backend"),
     "offload_folder": (str | Path | None, "the path of a folder"),
