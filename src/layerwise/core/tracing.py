@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from layerwise.core.chains import INSTEAD, expanded, is_overridden, is_sequential, listed, opened
+from layerwise.core.chains import INSTEAD, check_model, expanded, is_overridden, is_sequential, listed, opened
 from layerwise.core.failures import told_by
 from layerwise.core.observed import (
     PLAIN,
@@ -40,6 +40,7 @@ def legal_cuts(model: nn.Module) -> list[str]:
     >>> legal_cuts(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
     ['0', '1']
     """
+    check_model(model)
     if is_sequential(model):
         children = expanded(model, deep=True)
         last = max((i for i, (_, child) in enumerate(children) if _weighted(child)), default=0)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from layerwise import rules
+from layerwise.core.cutting import check_cutting
 from layerwise.core.groups import Unit
 from layerwise.core.pieces import has_trunk
 from layerwise.core.ranges import check_ranges
@@ -139,10 +140,8 @@ TYPES: Mapping[str, tuple[Any, str]] = {
     "channels_last": (bool, "True or False"),
     "stage": (Stage | WholeNetwork | None, "a Stage"),
     "replicas": (OneProcess | None, "Replicas, Shards or OneProcess()"),
-    "cuts": (str | Sequence | None, "a name, a pattern, or a list of names"),
     "tied": (str | None, "'last', 'first' or 'frozen'"),
     "example": (Tensor | tuple | Mapping | None, "a batch of inputs: a tensor, or a tuple or a mapping of tensors"),
-    "layout": (str | Mapping | None, "a layout such as 'BCL', or a mapping from block names"),
     "compile": (bool | str, "True, False, or the name of a backend"),
     "offload_folder": (str | Path | None, "the path of a folder"),
 }
@@ -154,13 +153,10 @@ def check_types(given: Mapping[str, Any]) -> None:
     for name, (kinds, wanted) in TYPES.items():
         if not isinstance(given[name], kinds):
             raise LayerwiseError(f"{name} is of type {type(given[name]).__name__}; give {wanted}.")
-    compile, cuts, layout = given["compile"], given["cuts"], given["layout"]
+    compile = given["compile"]
     if isinstance(compile, str) and compile not in (known := torch.compiler.list_backends(exclude_tags=())):
         raise unknown("backend of torch.compile", compile, sorted(known))
-    if isinstance(layout, Mapping) and not all(isinstance(part, str) for item in layout.items() for part in item):
-        raise LayerwiseError("layout maps block names to layouts such as 'BCL'; give words for both.")
-    if isinstance(cuts, Sequence) and not all(isinstance(cut, str) for cut in cuts):
-        raise LayerwiseError("cuts are names of modules; give words.")
+    check_cutting(given["cuts"], given["blocks"], given["layout"])
 
 
 def check_micro(
