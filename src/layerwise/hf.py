@@ -14,6 +14,7 @@ from layerwise.core.tasks import LanguageModel
 from layerwise.errors import LayerwiseError
 from layerwise.extras import need
 from layerwise.learner import Learner
+from layerwise.learner.arguments import check_further
 from layerwise.runs.checkpoint import load_latest, save
 
 transformers: Any = need("transformers", "hf")
@@ -31,6 +32,12 @@ FROM_ARGS = {
     "device": "use_cpu",
 }
 """Options of a learner that `TrainingArguments` give, and their names there."""
+OWN = {
+    **{name: f"{there} of the TrainingArguments; set it there" for name, there in FROM_ARGS.items()},
+    **dict.fromkeys(("model", "rule"), "an argument of its own; give it there"),
+    "example": "taken from the train_dataset; leave it out",
+}
+"""Arguments of a learner that a trainer gives, and what the user does instead."""
 
 
 class Trainer(transformers.Trainer):
@@ -60,10 +67,8 @@ class Trainer(transformers.Trainer):
         learner: Mapping[str, Any] | None = None,
         **options: Any,
     ):
+        check_further(learner, Learner, OWN)
         self.rule, self.learner_options = rule, {"cuts": "auto", **(learner or {})}
-        for name in self.learner_options:
-            if name in FROM_ARGS:
-                raise LayerwiseError(f"{name!r} is {FROM_ARGS[name]} of the TrainingArguments; set it there.")
         if any(part is not None for part in options.get("optimizers", ())):
             raise LayerwiseError(
                 "every block needs its own optimizer, so optimizers=(...) cannot be used; give "

@@ -13,12 +13,22 @@ from torch import Tensor, nn
 
 from layerwise import models
 from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
+from layerwise.core.ranges import check_ranges
 from layerwise.core.rule import Rule
 from layerwise.core.tasks import Regression
-from layerwise.errors import LayerwiseError
+from layerwise.data.statistics import column_statistics
+from layerwise.errors import LayerwiseError, short
 from layerwise.learner import Learner
+from layerwise.learner.arguments import check_further
 
 CPU = torch.device("cpu")
+OWN = {
+    **dict.fromkeys(("rule", "optimizer", "lr", "weight_decay", "device"), "an argument of its own; give it there"),
+    "seed": "random_state here; give it there",
+    "model": "network here; give it there",
+    "example": "taken from the rows; leave it out",
+}
+"""Arguments of a learner that an estimator gives, and what the user does instead."""
 
 
 class _Estimator(BaseEstimator):
@@ -67,8 +77,9 @@ class _Estimator(BaseEstimator):
         self.optimizer, self.learner, self.device, self.random_state = optimizer, learner, device, random_state
 
     def _fit(self, X: np.ndarray, y: Tensor, outputs: int, task: Any = None) -> None:
-        self.mean_, deviation = X.mean(0), X.std(0)
-        self.scale_ = np.where(deviation > 0, deviation, 1.0)
+        check_ranges(epochs=self.epochs, batch_size=self.batch_size)
+        check_further(self.learner, Learner, OWN if task is None else OWN | {"task": "regression; leave it out"})
+        self.mean_, self.scale_ = _statistics(X)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         with preserved_generators(CPU):
             seed_generators(derive_seed(seed, "model"), CPU)
@@ -88,6 +99,7 @@ class _Estimator(BaseEstimator):
         )
         if self.learner_.prepares:
             self.learner_.prepare(x, y)
+        self._check_outputs(x[:2], outputs)
         generator = torch.Generator().manual_seed(derive_seed(seed, "order"))
         self.loss_curve_: list[float] = []
         for _ in range(self.epochs):
@@ -102,19 +114,44 @@ class _Estimator(BaseEstimator):
     def _network(self, columns: int, outputs: int) -> nn.Module:
         if self.network is None:
             return models.create("mlp", (columns, 1, 1), outputs, depth=self.depth, width=self.width)
+        if not callable(self.network):
+            raise LayerwiseError(
+                f"network is {short(self.network)}; give a function of the numbers of columns and outputs."
+            )
         made = self.network(columns, outputs)
         if not isinstance(made, nn.Module):
             raise LayerwiseError(f"network returns {type(made).__name__}; let it return a torch.nn.Module.")
         return made
 
+    def _check_outputs(self, x: Tensor, outputs: int) -> None:
+        found = tuple(self.learner_(x).shape[1:])
+        if found != (outputs,):
+            raise LayerwiseError(
+                f"the network's output for a row has the shape {found} instead of {(outputs,)}; let "
+                "network(columns, outputs) return a network with so many outputs."
+            )
+
     def _inputs(self, X: np.ndarray) -> Tensor:
-        return torch.from_numpy(((X - self.mean_) / self.scale_).astype(np.float32))
+        return torch.from_numpy((X - self.mean_) / self.scale_).to(torch.float32)  # out of its range: infinity
 
     def _outputs(self, X: Any) -> np.ndarray:
         """The network's outputs for each row, as float64."""
         check_is_fitted(self)
         X = validate_data(self, X, dtype=np.float64, reset=False)
-        return torch.cat([self.learner_(part).cpu() for part in self._inputs(X).split(1024)]).double().numpy()
+        found = torch.cat([self.learner_(part).cpu() for part in self._inputs(X).split(1024)]).double().numpy()
+        wrong = ~np.isfinite(found).all(1)
+        if wrong.any():
+            raise LayerwiseError(
+                f"the network's output for row {wrong.argmax()} is not finite; check whether its values are out of "
+                "range, and train with a smaller lr if all rows are so."
+            )
+        return found
+
+
+def _statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation per column (samples, columns), as a run on a table takes them."""
+    mean, deviation = column_statistics(torch.from_numpy(np.ascontiguousarray(values)))
+    return np.array(mean), np.array(deviation)
 
 
 class LayerwiseClassifier(ClassifierMixin, _Estimator):
@@ -167,8 +204,9 @@ class LayerwiseRegressor(RegressorMixin, _Estimator):
         X, y = validate_data(self, X, y, dtype=np.float64, multi_output=True, y_numeric=True, ensure_min_samples=2)
         self._one = y.ndim == 1
         targets = y.reshape(len(y), -1).astype(np.float64)
-        self.target_mean_, deviation = targets.mean(0), targets.std(0)
-        self.target_scale_ = np.where(deviation > 0, deviation, 1.0)
+        if not np.isfinite(targets).all():
+            raise ValueError("some targets are not finite (NaN or infinity); leave these samples out.")
+        self.target_mean_, self.target_scale_ = _statistics(targets)
         scaled = torch.from_numpy(((targets - self.target_mean_) / self.target_scale_).astype(np.float32))
         self._fit(X, scaled, targets.shape[1], Regression())
         return self

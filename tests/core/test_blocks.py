@@ -13,7 +13,7 @@ from support.nets import net, same_bits
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from layerwise import LayerwiseError, Learner, Partition, legal_cuts, partition
+from layerwise import LayerwiseError, Learner, Partition, create_rule, cut_at_calls, legal_cuts, partition, replace
 
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
 
@@ -422,3 +422,24 @@ def test_a_parameter_that_is_laid_out_anew_is_refused(change):
     change(model)
     with pytest.raises(LayerwiseError, match="which its optimizer does not know"):
         learner.step(x, y)
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda cut: cut(chain(), 3), "cuts is of type int"),
+        (lambda cut: cut(chain(), [0]), "cuts are names of modules; give words"),
+        (lambda cut: cut(chain(), ["0", "2"], blocks="1"), "blocks is '1'; it must be a whole number"),
+        (lambda cut: cut(chain(), ["0", "2"], blocks=1.5), "blocks is 1.5"),
+        (lambda cut: cut(chain(), ["0"], layout=3), "layout is of type int"),
+        (lambda cut: cut(chain(), ["0"], layout={"0": 3}), "layout maps block names"),
+        (lambda cut: legal_cuts(3), "the model is a int"),
+        (lambda cut: replace(3, "mask_relu"), "the model is a int"),
+        (lambda cut: replace(chain(), 3), "what to replace is of type int"),
+        (lambda cut: create_rule(3), "the rule is 3; give its name"),
+    ],
+)
+@pytest.mark.parametrize("cut", [partition, cut_at_calls])
+def test_arguments_of_another_type_are_refused(cut, call, sentence):
+    with pytest.raises(LayerwiseError, match=sentence):
+        call(cut)

@@ -279,6 +279,10 @@ def test_other_kinds_of_pictures_keep_their_pixels():
     ink = PIL.new("CMYK", (SIDE, SIDE), (0, 255, 255, 0))  # red
     red = pixels(encoded(ink, "TIFF"), "RGB")
     assert red[0].min() > 200 and red[1:].max() < 50
+    grey = PIL.new("LAB", (SIDE, SIDE), (round(53.585 * 2.55), 128, 128))  # 128 of sRGB has the lightness 53.585
+    for mode, kind in (("RGB", np.uint8), ("L", np.uint8), ("F", np.float32)):
+        levels = np.frombuffer(decode(encoded(grey, "TIFF"), ImageFormat(mode, SIDE, SIDE))[0], kind)
+        assert np.abs(levels - 128.0).max() <= 2
     frames = [PIL.new("L", (SIDE, SIDE), level) for level in (10, 90)]
     for form in ("GIF", "TIFF"):
         content, done = decode(

@@ -31,6 +31,12 @@ def test_a_column_of_numbers_stays_what_it_is(tmp_path):
     assert found.target_mean == pytest.approx(own.mean(0)) and found.target_std == pytest.approx(own.std(0))
 
 
+def test_targets_that_are_all_equal_are_not_taken_for_close_ones(tmp_path):
+    """The mean of 47 times 0.1 is not 0.1 in floating point, and their computed deviation not quite zero."""
+    name = table(tmp_path / "t.csv", [[i, i % 7, 0.1, i % 2] for i in range(47)])
+    assert load(name, task="regression", val_fraction=0).target_std == (1.0,)
+
+
 def test_several_targets_are_columns_and_no_inputs(tmp_path):
     found = load(table(tmp_path / "t.csv", rows()), task="regression", targets=("z", "y"))
     assert found.classes == ("z", "y") and found.columns == ("a", "b") and found.train.labels.shape == (36, 2)
@@ -76,6 +82,10 @@ def test_images_in_parquet_have_numbers_as_labels(tmp_path):
     assert both.classes == ("left", "age")
     pq.write_table(pa.table(columns | {"age": pa.array([None] * 20, pa.float64())}), path)
     refused("row 0 of .* has None in column 'age'", f"parquet:{path}", task="regression", targets=("age",))
+    long = pa.array([2**60 + i % 2 for i in range(20)])
+    pq.write_table(pa.table(columns | {"age": long, "left": pa.array([2**60] * 20)}), path)
+    refused("in column 'age' .* are the same as floating-point", f"parquet:{path}", task="regression", targets=("age",))
+    assert load(f"parquet:{path}", task="regression", targets=("left",)).target_mean == (2**60,)
     refused("leave --data.label-column out", "digits", targets=("age",))
 
 

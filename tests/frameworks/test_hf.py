@@ -89,6 +89,8 @@ def test_a_local_rule_continues_from_a_checkpoint_to_the_same_bits(tmp_path):
     ("options", "arguments_", "sentence"),
     [
         ({"learner": {"lr": 0.1}}, {}, "'lr' is learning_rate of the TrainingArguments"),
+        ({"learner": {"example": None}}, {}, "'example' is taken from the train_dataset"),
+        ({"learner": {"cut": "auto"}}, {}, "no argument 'cut'; did you mean 'cuts'"),
         ({"optimizers": (torch.optim.SGD([torch.zeros(1)], lr=0.1), None)}, {}, "its own optimizer"),
         ({"compute_loss_func": lambda *_: 0}, {}, "compute_loss_func cannot be used"),
         ({}, {"torch_compile": True}, "torch_compile wraps the whole model"),

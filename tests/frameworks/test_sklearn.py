@@ -68,3 +68,40 @@ def test_what_cannot_be_is_refused():
         LayerwiseClassifier().fit(np.ones((4, 2)), np.zeros(4))
     with pytest.raises(LayerwiseError, match="network returns NoneType"):
         LayerwiseClassifier(network=lambda columns, outputs: None).fit(np.eye(4), [0, 1, 0, 1])
+
+
+def test_columns_are_standardised_as_in_a_run_on_a_table():
+    """Of 33 equal numbers the mean is a rounding error off, and no deviation: the column stays on its own scale."""
+    X = np.c_[np.random.default_rng(0).normal(3, 2, (33, 2)), np.full(33, 0.1)]
+    y = (X[:, 0] > 3).astype(int)
+    model = LayerwiseClassifier("local_ce", **SMALL).fit(X, y)
+    np.testing.assert_allclose(model.scale_, [*X[:, :2].std(0), 1.0])
+    np.testing.assert_allclose(model.predict_proba(X + np.array([0, 0, 1e-6])), model.predict_proba(X), atol=1e-4)
+    regressor = LayerwiseRegressor("local_ce", **SMALL).fit(X, np.c_[X[:, 0], np.full(33, 0.1)])
+    np.testing.assert_allclose(regressor.target_scale_, [X[:, 0].std(), 1.0])
+    for large in (
+        LayerwiseClassifier("local_ce", **SMALL).fit,
+        lambda X, y: LayerwiseRegressor(**SMALL).fit(X, X[:, 0]),
+    ):
+        with pytest.raises(LayerwiseError, match="too large"):
+            large(X * 1e300, y)
+    with pytest.raises(LayerwiseError, match="row 32 is not finite"):
+        model.predict(np.r_[X[:32], X[:1] * 1e300])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"epochs": 0}, "epochs is 0"),
+        ({"batch_size": 2.5}, "batch_size is 2.5"),
+        ({"learner": {"lr": 0.1}}, "'lr' is an argument of its own"),
+        ({"learner": {"seed": 1}}, "random_state"),
+        ({"learner": {"clip_norm": 1.0}}, "no argument 'clip_norm'; did you mean"),
+        ({"learner": ["clip"]}, "give a mapping"),
+        ({"network": 3}, "give a function"),
+        ({"network": lambda columns, outputs: nn.Sequential(nn.Linear(columns, 4), nn.Linear(4, 5))}, "instead of"),
+    ],
+)
+def test_options_are_checked_before_the_training(options, sentence):
+    with pytest.raises(LayerwiseError, match=sentence):
+        LayerwiseClassifier("local_ce", **SMALL | options).fit(np.eye(4), [0, 1, 0, 1])

@@ -141,6 +141,8 @@ def test_a_schedule_that_gives_no_rate_is_refused(schedule):
         ({"compile": 5}, "compile is of type int; give True, False, or the name of a backend"),
         ({"compile": "inductr"}, "unknown backend of torch.compile 'inductr'; did you mean 'inductor'"),
         ({"cuts": 3}, "cuts is of type int"),
+        ({"example": X.numpy()}, "example is of type ndarray; give a batch of inputs: a tensor"),
+        ({"example": [X]}, "example is of type list"),
         ({"channels_last": "yes"}, "channels_last is of type str"),
         ({"offload_folder": 3}, "offload_folder is of type int; give the path of a folder"),
         ({"tied": X}, "tied is of type Tensor"),

@@ -1,6 +1,7 @@
 """Copies of a learner, learners in threads, learners that are built elsewhere: the same bits."""
 
 import copy
+import os
 import pickle
 import threading
 
@@ -59,3 +60,78 @@ def test_a_learner_that_is_built_in_inference_mode_trains():
     with torch.inference_mode():
         learner(X)
     learner.step(X, Y)
+
+
+def test_what_reads_or_writes_the_state_waits_for_the_end_of_a_step(tmp_path):
+    """A step that has begun in another thread is not over: its gradients come and go, its counters are those before."""
+    entered, gate = threading.Event(), threading.Event()
+
+    class Gate(torch.nn.Module):
+        def forward(self, h):
+            if armed:
+                entered.set()
+                gate.wait(20)
+            return h
+
+    armed = []
+    learner = Learner(torch.nn.Sequential(Gate(), *dense()), "sll", example=X)
+    state = learner.state_dict()
+    waiting = {
+        "state_dict": learner.state_dict,
+        "optimizer_states": learner.optimizer_states,
+        "load_state_dict": lambda: learner.load_state_dict(state),
+        "save_weights": lambda: learner.save_weights(tmp_path),
+        "build": lambda: learner.build(X),
+        "measured_step": lambda: learner.measured_step(X, Y),
+        "average": learner.average,
+        "onload": learner.onload,
+        "copy": lambda: copy.deepcopy(learner),
+    }
+    done = []
+
+    def then_note(name, call):
+        call()
+        done.append(name)
+
+    armed.append(True)
+    step = threading.Thread(target=learner.step, args=(X, Y))
+    step.start()
+    assert entered.wait(20)
+    threads = [threading.Thread(target=then_note, args=item) for item in waiting.items()]
+    for thread in threads:
+        thread.start()
+    threads[0].join(0.1)
+    assert done == []
+    gate.set()
+    for thread in (step, *threads):
+        thread.join()
+    assert sorted(done) == sorted(waiting)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_does_not_wait_for_threads_that_it_does_not_have():
+    """Neither for a step nor for a trace, which another thread of the parent was in the middle of."""
+    entered, gate = [threading.Event(), threading.Event()], threading.Event()
+
+    def hold(lock, event):
+        with lock():
+            event.set()
+            gate.wait(20)
+
+    from layerwise.core import randomness, tracing
+
+    holders = [lambda: randomness.preserved_generators(torch.device("cpu")), lambda: tracing._TRACING]
+    threads = [threading.Thread(target=hold, args=pair) for pair in zip(holders, entered, strict=True)]
+    for thread, event in zip(threads, entered, strict=True):
+        thread.start()
+        assert event.wait(20)
+    child = os.fork()
+    if child == 0:
+        free = tracing._TRACING.acquire(timeout=2) and randomness._IN_USE.acquire(timeout=2)
+        os._exit(0 if free else 1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    gate.set()
+    for thread in threads:
+        thread.join()
+    assert code == 0

@@ -230,9 +230,13 @@ def test_steps_override_epochs(tmp_path):
     assert (result(tmp_path / "run")["steps"], result(tmp_path / "run")["epochs"]) == (7, 7 / 5)
 
 
-def test_one_step_is_a_run(tmp_path):
-    train(tmp_path / "run", "--steps", "1")
-    assert result(tmp_path / "run")["memory_mib"]["parameters"] > 0
+@pytest.mark.parametrize("warmup", ["0.3", "0.5"])
+def test_one_step_is_a_run_and_a_warm_up_that_it_cannot_have_is_noted(tmp_path, warmup):
+    """0.3 is the default: nobody has asked for it."""
+    train(tmp_path / "run", "--steps", "1", "--schedule", "constant", "--warmup", warmup)
+    found = result(tmp_path / "run")
+    assert found["memory_mib"]["parameters"] > 0
+    assert any("--warmup" in note for note in found["notes"]) == (warmup == "0.5")
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])

@@ -1,6 +1,7 @@
 """Cuts a model into gradient-isolated blocks and a head, as functions or at its calls."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from layerwise.core.cut_names import automatic_cuts, matching
 from layerwise.core.modes import evaluation_mode
 from layerwise.core.optim import is_norm
 from layerwise.core.ownership import Tied
+from layerwise.core.ranges import check_ranges
 from layerwise.core.reading import Output, Read
 from layerwise.core.tracing import legal_cuts
 from layerwise.errors import LayerwiseError
@@ -54,6 +56,7 @@ def partition(
     >>> [block.name for block in partition(net).blocks], partition(net).head.name
     (['1', '3'], 'head')
     """
+    check_cutting(cuts, blocks, layout)
     if isinstance(model, Partition):
         return model if layout is None else model.with_layout(layout)
     check_model(model)
@@ -102,6 +105,7 @@ def cut_at_calls(
     >>> [block.name for block in cut_at_calls(net, ["1", "3"]).blocks]
     ['1', '3']
     """
+    check_cutting(cuts, blocks, layout)
     check_model(model)
     if isinstance(model, Partition):
         raise LayerwiseError("the model is cut already; give the model itself, or leave the cuts out.")
@@ -116,6 +120,21 @@ def cut_at_calls(
     several = len({name.rpartition(".")[0] for name in names}) > 1
     found.__dict__["_unordered"] = several and (cuts == "auto" or any(c in p for p in patterns for c in "*?["))
     return found
+
+
+def check_cutting(cuts: Any, blocks: Any, layout: Any) -> None:
+    """Raise LayerwiseError if what says where to cut is of the wrong type."""
+    if not isinstance(cuts, str | Sequence | None):
+        raise LayerwiseError(f"cuts is of type {type(cuts).__name__}; give a name, a pattern, or a list of names.")
+    if isinstance(cuts, Sequence) and not all(isinstance(cut, str) for cut in cuts):
+        raise LayerwiseError("cuts are names of modules; give words.")
+    if type(blocks) is not int:  # how many there can be is told below
+        check_ranges(blocks=blocks)
+    if not isinstance(layout, str | Mapping | None):
+        kind = type(layout).__name__
+        raise LayerwiseError(f"layout is of type {kind}; give a layout such as 'BCL', or a mapping from block names.")
+    if isinstance(layout, Mapping) and not all(isinstance(part, str) for item in layout.items() for part in item):
+        raise LayerwiseError("layout maps block names to layouts such as 'BCL'; give words for both.")
 
 
 def _materialise(model: nn.Module, example: Tensor | None) -> None:

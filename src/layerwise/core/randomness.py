@@ -1,12 +1,13 @@
 """Random numbers that depend on what they are for, never on where or when they are drawn."""
 
+import functools
 import hashlib
 import os
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -100,6 +101,33 @@ _IN_USE = threading.RLock()
 os.register_at_fork(after_in_child=lambda: globals().update(_IN_USE=threading.RLock()))
 _BORROWERS: list[OtherGenerators] = []
 """Of the contexts that are open, the innermost last."""
+Class = TypeVar("Class", bound=type)
+
+
+def takes_turns(methods: str) -> Callable[[Class], Class]:
+    """A decorator of a class whose methods wait while another thread is in `preserved_generators`, such as in a step.
+
+    They need no draws, but read or write what a step changes: a gradient that one thread reads while another frees it
+    ends the process.
+
+    Args:
+        methods: their names, separated by spaces.
+    """
+
+    def in_turn(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def waiting(*args: Any, **options: Any) -> Any:
+            with _IN_USE:
+                return method(*args, **options)
+
+        return waiting
+
+    def decorated(cls: Class) -> Class:
+        for name in methods.split():
+            setattr(cls, name, in_turn(getattr(cls, name)))
+        return cls
+
+    return decorated
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Where a model may be cut, and what runs between two cuts of a traced graph."""
 
 import functools
+import os
 import random
 import re
 import sys
@@ -15,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from layerwise.core.chains import INSTEAD, expanded, is_overridden, is_sequential, listed, opened
+from layerwise.core.chains import INSTEAD, check_model, expanded, is_overridden, is_sequential, listed, opened
 from layerwise.core.failures import told_by
 from layerwise.core.observed import (
     PLAIN,
@@ -39,6 +40,7 @@ def legal_cuts(model: nn.Module) -> list[str]:
     >>> legal_cuts(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
     ['0', '1']
     """
+    check_model(model)
     if is_sequential(model):
         children = expanded(model, deep=True)
         last = max((i for i, (_, child) in enumerate(children) if _weighted(child)), default=0)
@@ -166,6 +168,7 @@ def _watched(reads: dict[tuple[int, str], nn.Module] | None) -> Iterator[None]:
 
 _TRACING = threading.Lock()
 """Held while a trace changes classes of torch, which the whole process shares."""
+os.register_at_fork(after_in_child=lambda: globals().update(_TRACING=threading.Lock()))
 
 
 def _trace(

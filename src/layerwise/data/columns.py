@@ -178,8 +178,24 @@ def read_labels(column: Callable[[str], Any], columns: Columns, title: str) -> l
                     f"row {row} of {title} has {value!r} in column {name!r}, which is not a number; fill it or "
                     "take it out."
                 )
+        _check_long(values, name, title)
         found.append([float(value) for value in values])
     return list(zip(*found, strict=True))
+
+
+def _check_long(values: Sequence[Any], name: str, title: str) -> None:
+    """Refuse numbers of which two that differ are the same float64, such as long whole numbers."""
+    first: dict[float, Any] = {}
+    for value in values:
+        if (
+            not isinstance(value, float)
+            and abs(value) >= EXACT
+            and (other := first.setdefault(float(value), value)) != value
+        ):
+            raise LayerwiseError(
+                f"{other} and {value} in column {name!r} of {title} are the same as floating-point numbers; take the "
+                "column out, or subtract what they share."
+            )
 
 
 def is_binary(kind: Any) -> bool:

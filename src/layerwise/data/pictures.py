@@ -109,6 +109,8 @@ def decode(content: bytes, form: ImageFormat) -> tuple[bytes, frozenset[str]]:
         ground = pil.new("RGBA", image.size, (form.ground,) * 3 + (255,))
         ground.alpha_composite(image)
         image = ground.convert("RGB")
+    elif image.mode == "LAB":
+        image = image.convert("RGB")  # PIL converts CIELAB to nothing else
     if grey != (form.mode != "RGB"):
         done.add("converted")
     if image.mode != form.mode:

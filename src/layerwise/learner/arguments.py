@@ -1,5 +1,6 @@
 """Checks the arguments of a learner; each error is one sentence."""
 
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,12 +10,13 @@ import torch
 from torch import Tensor
 
 from layerwise import rules
+from layerwise.core.cutting import check_cutting
 from layerwise.core.groups import Unit
 from layerwise.core.pieces import has_trunk
 from layerwise.core.ranges import check_ranges
 from layerwise.core.rule import Rule
 from layerwise.core.tasks import KINDS, Classification, Task
-from layerwise.errors import LayerwiseError, suggestion, unknown
+from layerwise.errors import LayerwiseError, short, suggestion, unknown
 from layerwise.memory.offload import check_offload
 from layerwise.parallel.alone import OneProcess, WholeNetwork
 from layerwise.parallel.replicas import Replicas
@@ -40,6 +42,26 @@ def usable_task(task: Task | str | None, label_smoothing: float = 0.0) -> Task:
     if label_smoothing and getattr(task, "label_smoothing", 0.0) != label_smoothing:
         raise LayerwiseError("label_smoothing is given together with task; give it only to the task.")
     return task
+
+
+def check_further(given: Any, learner: type, own: Mapping[str, str]) -> None:
+    """Raise LayerwiseError unless `given` is None or maps arguments of a learner, which its owner leaves to the user.
+
+    Args:
+        given: further arguments of the learner.
+        learner: its class.
+        own: arguments that the owner gives, and the rest of a sentence that says what the user does instead.
+    """
+    if given is None:
+        return
+    if not isinstance(given, Mapping):
+        raise LayerwiseError(f"learner is {short(given)}; give a mapping from arguments of Learner to their values.")
+    legal = [name for name in inspect.signature(learner).parameters if name not in own]
+    for name in given:
+        if name in own:
+            raise LayerwiseError(f"{name!r} is {own[name]}.")
+        if name not in legal:
+            raise LayerwiseError(f"a learner has no argument {name!r}; {suggestion(name, legal)}.")
 
 
 def check_can(rule: Rule, task: Task) -> None:
@@ -118,9 +140,8 @@ TYPES: Mapping[str, tuple[Any, str]] = {
     "channels_last": (bool, "True or False"),
     "stage": (Stage | WholeNetwork | None, "a Stage"),
     "replicas": (OneProcess | None, "Replicas, Shards or OneProcess()"),
-    "cuts": (str | Sequence | None, "a name, a pattern, or a list of names"),
     "tied": (str | None, "'last', 'first' or 'frozen'"),
-    "layout": (str | Mapping | None, "a layout such as 'BCL', or a mapping from block names"),
+    "example": (Tensor | tuple | Mapping | None, "a batch of inputs: a tensor, or a tuple or a mapping of tensors"),
     "compile": (bool | str, "True, False, or the name of a backend"),
     "offload_folder": (str | Path | None, "the path of a folder"),
 }
@@ -132,13 +153,10 @@ def check_types(given: Mapping[str, Any]) -> None:
     for name, (kinds, wanted) in TYPES.items():
         if not isinstance(given[name], kinds):
             raise LayerwiseError(f"{name} is of type {type(given[name]).__name__}; give {wanted}.")
-    compile, cuts, layout = given["compile"], given["cuts"], given["layout"]
+    compile = given["compile"]
     if isinstance(compile, str) and compile not in (known := torch.compiler.list_backends(exclude_tags=())):
         raise unknown("backend of torch.compile", compile, sorted(known))
-    if isinstance(layout, Mapping) and not all(isinstance(part, str) for item in layout.items() for part in item):
-        raise LayerwiseError("layout maps block names to layouts such as 'BCL'; give words for both.")
-    if isinstance(cuts, Sequence) and not all(isinstance(cut, str) for cut in cuts):
-        raise LayerwiseError("cuts are names of modules; give words.")
+    check_cutting(given["cuts"], given["blocks"], given["layout"])
 
 
 def check_micro(

@@ -17,7 +17,7 @@ from layerwise.core.groups import Group
 from layerwise.core.optim import OptimizerChoice
 from layerwise.core.ownership import Tied
 from layerwise.core.progress import Trace
-from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators
+from layerwise.core.randomness import derive_seed, preserved_generators, seed_generators, takes_turns
 from layerwise.core.ranges import Where
 from layerwise.core.reading import Output, Read
 from layerwise.core.rule import Rule
@@ -46,6 +46,7 @@ from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
 
 
+@takes_turns("build average measured_step state_dict load_state_dict optimizer_states save_weights onload")
 class Learner:
     r"""Train a model with a learning rule, without global backpropagation.
 
@@ -168,9 +169,8 @@ class Learner:
         self._offload_to: tuple[Where, Path] = offload, self._setup.offload_folder
         self.offload: Offload | NotOffloaded = NotOffloaded()
         self.network, self.device, self.channels_last = self._setup.network, self._setup.device, channels_last
-        self.schedule = self._setup.execution.schedule
         self.stage, self.replicas = self._setup.stage, self._setup.replicas
-        self.steps = self.skipped = 0
+        self.schedule, self.steps, self.skipped = self._setup.execution.schedule, 0, 0
         self.optimizer = EveryOptimizer(lambda: self._built.optimizers())
         self._prepared = not isinstance(self.rule, pieces.StartsFromData)
         self._built: Built | NotBuilt = NotBuilt()

@@ -114,6 +114,10 @@ def replace(
     >>> replace(model, {"2": partial(VeLoRALinear.of, groups=16, scale=0.1)})[2]
     VeLoRALinear(in_features=64, out_features=3, bias=True, groups=16, scale=0.1)
     """
+    if not isinstance(model, nn.Module):
+        raise LayerwiseError(f"the model is a {type(model).__name__}; give a torch.nn.Module.")
+    if not isinstance(what, str | Sequence | Mapping):
+        raise LayerwiseError(f"what to replace is of type {type(what).__name__}; give names, or a mapping.")
     if isinstance(what, Mapping):
         asked = [(key, value) for key, value in what.items()]
     else:

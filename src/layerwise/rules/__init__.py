@@ -22,7 +22,7 @@ from importlib.metadata import entry_points
 
 from layerwise.core import own_code
 from layerwise.core.rule import BatchContext, BlockContext, Rule, Signal, Site
-from layerwise.errors import LayerwiseError, suggestion, unknown, why
+from layerwise.errors import LayerwiseError, short, suggestion, unknown, why
 from layerwise.rules.auglocal import AugLocal
 from layerwise.rules.backprop import Backprop
 from layerwise.rules.backprop_checkpoint import BackpropCheckpoint
@@ -188,6 +188,8 @@ def create(name: str, **options: object) -> Rule:
     >>> create("sll", weight=0.5).weight
     0.5
     """
+    if not isinstance(name, str):
+        raise LayerwiseError(f"the rule is {short(name)}; give its name.")
     rule = get(name)
     legal = [f.name for f in dataclasses.fields(rule)]
     for option in options:

@@ -120,6 +120,8 @@ class Run:
                 f"the last update is of {rest} batches, because --accumulate {options.accumulate} does not divide the "
                 f"{self.total} steps"
             )
+        if options.schedule == "constant" and options.warmup not in (0, TrainOptions.warmup):
+            self.notes.append(f"--warmup {options.warmup:g} changes nothing, because the schedule is constant")
         if options.tensorboard:
             summary_writer()
         self._signals = StopSignals()
