@@ -248,3 +248,37 @@ def test_models_of_transformers(family):
 def test_the_decoder_of_the_tests_is_no_model_of_ours():
     with pytest.raises(LayerwiseError):
         Learner(Decoder(), "local_ce").step(text()["tokens"], torch.zeros(4, 10, dtype=torch.long))
+
+
+def test_keys_and_values_for_generation_are_not_kept_while_a_step_runs():
+    class Config:
+        __module__ = "transformers.models.own"
+        use_cache = True
+
+    class Caching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config, self.head = Config(), nn.Linear(8, CLASSES)
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+            self.seen, self.fails = [], False
+
+        def forward(self, x):
+            if self.fails:
+                raise ValueError("no")
+            self.seen.append(self.config.use_cache)
+            for layer in self.layers:
+                x = layer(x).relu()
+            return self.head(x)
+
+    model, (x, y) = Caching(), vectors()
+    learner = Learner(model, "local_ce", cuts="layers.*", example=x)
+    model.seen.clear()
+    learner.step(x, y)
+    assert set(model.seen) == {False} and model.config.use_cache
+    model.fails = True
+    with pytest.raises(LayerwiseError, match="cannot run its input"):
+        learner.step(x, y)
+    assert model.config.use_cache
+    model.fails = False
+    model(x)
+    assert model.seen[-1]  # the user's own call

@@ -117,6 +117,9 @@ def test_several_labels_have_the_binary_cross_entropy_and_metrics_that_are_sums(
     logits, y = draw(10, 5), (draw(10, 5, seed=2) > 0.3).float()
     task = MultiLabel().fitted(logits)
     assert float(task.loss(logits, y)) == pytest.approx(float(F.binary_cross_entropy_with_logits(logits, y)))
+    losses = (task.loss, F.binary_cross_entropy_with_logits)
+    ours, plain = (torch.func.grad(loss)(logits, y) for loss in losses)
+    assert torch.equal(ours, plain)
     predicted = (logits >= 0).int()
     wanted = {
         "f1": pytest.approx(judged.f1_score(y.int(), predicted, average="micro")),

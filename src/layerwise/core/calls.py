@@ -91,6 +91,7 @@ class CallPartition(Partition):
             _severs=None,
             _devices=devices_of(self.model.parameters()),
             _unchanged=Unchanged(type(model).__name__),
+            _configs=_with_caches(model),
         )
         self.training = model.training
         self._own({})
@@ -130,6 +131,8 @@ class CallPartition(Partition):
     _unordered: bool
     """Whether the order of the calls is still unknown."""
     _unchanged: Unchanged
+    _configs: list[Any]
+    """Configurations that say whether every layer keeps its keys and values for generation."""
     _devices: tuple[str, ...]
     """Device types whose autocast a pass manages."""
     _severs: bool | None
@@ -190,6 +193,7 @@ class CallPartition(Partition):
         self.__dict__.update(_pass=opened, _passes={None: opened}, _make=make, _part=None)
         try:
             with ExitStack() as ended:
+                ended.enter_context(_without_caches(self._configs))
                 for module, forward in self._compiled if outer["_pass"] is None else ():
                     ended.enter_context(called_instead(module, forward))
                 ended.callback(self._close_all)
@@ -439,3 +443,26 @@ class CallPartition(Partition):
                 f"no block uses these parameters in the forward pass, so they do not learn: {', '.join(found.unused)}",
                 stacklevel=2,
             )
+
+
+def _with_caches(model: nn.Module) -> list[Any]:
+    """The configurations of `transformers` in a model that say whether layers cache keys and values."""
+    found = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
+    return [
+        config
+        for config in found.values()
+        if hasattr(config, "use_cache") and any(c.__module__.startswith("transformers.") for c in type(config).__mro__)
+    ]
+
+
+@contextmanager
+def _without_caches(configs: Sequence[Any]) -> Iterator[None]:
+    """A context in which layers keep no keys and values: nothing reads them here, and they would grow with depth."""
+    on = [config for config in configs if config.use_cache]
+    for config in on:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in on:
+            config.use_cache = True

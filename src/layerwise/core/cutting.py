@@ -158,8 +158,8 @@ def _default_cuts(model: nn.Module) -> list[str]:
     if is_sequential(model):
         return _weighted_cuts(model, deep=False)
     raise LayerwiseError(
-        f"{type(model).__name__} is not a nn.Sequential and names no blocks of its own, so say where to "
-        f"cut it: cuts=[...] out of {listed(legal_cuts(model))}."
+        f"{type(model).__name__} is not a nn.Sequential and names no blocks of its own, so say where to cut it: "
+        f'cuts="auto" with example=... cuts at its calls, or cuts=[...] out of {listed(legal_cuts(model))}.'
     )
 
 

@@ -50,15 +50,19 @@ class MultiLabel(Task):
 
     def surprise(self, z: Tensor, y: Tensor) -> Tensor:
         """Binary cross-entropy of every label, `(B, K)`."""
+        return self._surprise(z, y, "none")
+
+    def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Mean over samples and labels: a scalar."""
+        return self._surprise(outputs, y, "mean")
+
+    @staticmethod
+    def _surprise(z: Tensor, y: Tensor, reduction: str) -> Tensor:
         if z.shape != y.shape:
             raise LayerwiseError(
                 f"the labels have shape {tuple(y.shape)} and the outputs {tuple(z.shape)}; give one number per output."
             )
-        return F.binary_cross_entropy_with_logits(wide(z), y.to(wide(z[:0]).dtype), reduction="none")
-
-    def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
-        """Mean over samples and labels: a scalar."""
-        return self.surprise(outputs, y).mean()
+        return F.binary_cross_entropy_with_logits(wide(z), y.to(wide(z[:0]).dtype), reduction=reduction)
 
     def posterior(self, z: Tensor) -> Bernoullis:
         """One Bernoulli distribution per label, from logits `(B, K)`."""
