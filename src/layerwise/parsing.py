@@ -96,6 +96,9 @@ def parse(cls: type, argv: Sequence[str], command: str, default: Any = None) -> 
             found = tyro.cli(cls, args=argv, prog=f"layerwise {command}", **kwargs)
         for field in dataclasses.fields(found):
             check_largest(field.name, getattr(found, field.name))
+            if field.name in PLACES and getattr(found, field.name) == "":
+                flag = f"--{field.name.replace('_', '-')}"
+                raise LayerwiseError(f"{flag} is empty; give a path, or leave the option out.")
         return found
     except SystemExit as stop:
         if not stop.code:
@@ -191,6 +194,10 @@ ELSEWHERE = {
 """Maps names of options in other programs to the names here."""
 
 
+PLACES = ("out", "plot", "offload_folder")
+"""Options that name a file or folder of results; an empty one is a variable of a script that was not set."""
+
+
 PLAIN = (
     (r"^Error parsing (--\S+): invalid literal for int\(\) .*: (.*)", r"\1 is \2, which is not a whole number"),
     (r"^Error parsing (--\S+): could not convert string to float: (.*)", r"\1 is \2, which is not a number"),
@@ -200,7 +207,10 @@ PLAIN = (
         r"^Error parsing (--\S+): Could not parse arguments \[(.*)\] into tuple type (?:typing\.)?(.*)",
         r"\1 is \2; it takes \3",
     ),
-    (r"^Missing value for argument '(.*)'\. Expected 1 values", r"\1 needs a value"),
+    (
+        r"^Missing value for argument '(.*)'\. Expected 1 values",
+        r"\1 needs a value; one that begins with - is given as \1=VALUE",
+    ),
     (r"^invalid choice (.*) for argument '(.*)'\. Expected one of \((.*)\)", r"\2 is \1; choose one of \3"),
     (r"^Unrecognized options: ", "unknown options: "),
 )

@@ -359,3 +359,13 @@ def test_ctrl_c_while_the_command_line_is_imported_ends_it_without_a_traceback(m
     assert stop.value.code == 130 and capsys.readouterr().err == "layerwise: stopped.\n"
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == {"layerwise": "layerwise.__main__:main"}
+
+
+def test_a_character_that_standard_output_cannot_encode_is_told_as_such(monkeypatch, capsys):
+    module = type("module", (), {"command": lambda argv: print("a\xe9")})
+    monkeypatch.setattr(cli, "COMMANDS", {"tell": Command("support.telling:command", "tells")})
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: module)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert cli.main(["tell"]) == 2
+    sentence = r"cannot print the character '\xe9' in ascii, the encoding of standard output; set PYTHONIOENCODING="
+    assert capsys.readouterr().err == f"layerwise: {sentence}utf-8.\n"

@@ -60,6 +60,7 @@ DAMAGES = {
     "accuracy": lambda own, other: edited(own / "result.json", "test_accuracy", value=0.99),
     "validation": lambda own, other: edited(own / "result.json", "val_accuracy", value=0.99),
     "loss": lambda own, other: edited(own / "result.json", "test_loss", value=0.5),
+    "validation loss": lambda own, other: edited(own / "result.json", "val_loss", value=0.5),
     "no number": lambda own, other: edited(own / "result.json", "test_accuracy", value="high"),
     "half a result": lambda own, other: (own / "result.json").write_text('{"steps": 1'),
     "no outcomes": lambda own, other: (own / "test_correct.npy").unlink(),

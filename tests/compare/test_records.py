@@ -36,3 +36,28 @@ def test_a_recorded_setting_that_is_not_the_rules_own_is_a_sentence(damage, tmp_
 
     with pytest.raises(LayerwiseError, match="the setting of sll under the peak is not its own"):
         grid._bring_under(Pool())
+
+
+def bring_under(tmp_path, **edits):
+    """Read the recorded setting of `sll` under a peak of 1 MiB, with some of its fields edited."""
+    grid = compare.Grid(compare.CompareOptions(rules=("sll",), peak="1MiB", out=str(tmp_path)))
+    fit = {"peak": 2**20, "held": 1, "reached": True, "changes": {}, "seconds_per_step": 0.1, "flops_per_step": 9.0}
+    grid.plan = {"sll": {"held_bytes": 1, "fit": fit | edits}}
+    grid._bring_under(type("Pool", (), {"run": lambda *_, **__: None})())
+    return grid
+
+
+@pytest.mark.parametrize("edits", [{"peak": 2**10}, {"held": 2**21}, {"reached": False}])
+def test_a_recorded_setting_of_another_peak_is_refused(edits, tmp_path):
+    """A row must not be shown as within the peak if it is not, nor left out if it is."""
+    assert not bring_under(tmp_path).unreached
+    with pytest.raises(LayerwiseError, match="what sll holds does not belong to the peak 1048576"):
+        bring_under(tmp_path, **edits)
+
+
+def test_memory_at_something_that_is_no_number_of_blocks_is_refused(tmp_path):
+    plan = {"flops_per_step": 9.0, "seconds_per_step": 0.1, "steps_per_epoch": 3}
+    for depth in ("x", "0", "-4", "4.5", ""):
+        record.write_record(tmp_path, "layerwise compare", ["sll"], 1, {}, {"sll": plan | {"held_at": {depth: 9}}})
+        with pytest.raises(LayerwiseError, match=r"compare\.json is damaged"):
+            record.kept_plan(tmp_path, {})

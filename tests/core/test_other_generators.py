@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from layerwise import Learner
+from layerwise.core.observed import value_of
 from layerwise.core.randomness import OtherGenerators, preserved_generators, seed_generators
 from layerwise.rules.local_ce import LocalCE
 
@@ -71,6 +72,13 @@ def trained(draw, rule="local_ce", there=0, seed=0, steps=4, **options):
 def test_draws_of_python_and_numpy_are_a_function_of_the_seed(draw):
     assert torch.equal(trained(draw), trained(draw, there=1))
     assert not torch.equal(trained(draw), trained(draw, seed=1))
+
+
+def test_a_generator_of_the_system_that_a_network_names_is_compared_by_identity():
+    """It has no state; libraries such as peft hold one."""
+    system = random.SystemRandom()
+    assert value_of(system) == value_of(system) != value_of(random.SystemRandom())
+    assert value_of({"draws": [system]}) == value_of({"draws": [system]})
 
 
 def test_a_step_leaves_their_generators_as_they_were():

@@ -10,6 +10,7 @@ from support.kept import kept_bytes
 from support.nets import batches
 from support.own import decoder, text
 from torch import nn
+from torch.nn.utils import prune
 
 from layerwise import LanguageModel, LayerwiseError, Learner, models, replace, replacements
 from layerwise.compare.peak import PeakProblem
@@ -296,3 +297,64 @@ def test_a_row_of_a_comparison_names_what_is_replaced():
     for word in ("sll+approx_gelo", "sll+"):
         with pytest.raises(LayerwiseError, match="unknown replacement"):
             read_rules([word], common)
+
+
+def dense():
+    return nn.Sequential(*(nn.Linear(32, 32) for _ in range(3)), nn.ReLU(), nn.Linear(32, 5))
+
+
+LINEAR = [name for name, kind in replacements.replacing.REPLACEMENTS.items() if nn.Linear in kind.kinds]
+
+
+@pytest.mark.parametrize("name", ["ms_norm", *LINEAR])
+@pytest.mark.parametrize("first", [True, False])
+def test_torchs_transformer_layers_run_their_replaced_parts_in_evaluation_too(name, first):
+    """Without a graph torch takes another path there, which reads the parts' weights and does not run the parts."""
+    layer = nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True, norm_first=first)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(32, 5))
+    x = torch.randn(2, 6, 32)
+    model = replace(model, name, example=x).eval()
+    torch.manual_seed(0)
+    expected = model(x).detach()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_layer_with_hooks_is_not_replaced_by_one_without_them(name):
+    """Those of weight norm, spectral norm and pruning compute the weight."""
+    for add in (
+        lambda layer: nn.utils.spectral_norm(layer),
+        lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+        lambda layer: layer.register_forward_hook(lambda *_: None),
+    ):
+        model = dense()
+        add(model[1])
+        with pytest.raises(LayerwiseError, match="'1' has hooks"):
+            replace(model, name)
+        assert all(type(layer) is nn.Linear for layer in (*model[:3], model[4]))
+
+
+def test_a_weight_that_is_shared_stays_shared():
+    model = dense()
+    model[2].weight = model[0].weight
+    for name in LINEAR:
+        found = replace(copy.deepcopy(model), name)
+        assert found[2].weight is found[0].weight and type(found[1]) is not nn.Linear
+    with pytest.raises(LayerwiseError, match="'0' shares its weight"):
+        replace(model, {"0": "sparse"})
+
+
+def test_what_cannot_be_done_is_refused_before_anything_is_replaced():
+    wrong = (["mask_relu", "mask_rely"], {nn.ReLU: "mask_relu", "9": "binary"}, {nn.ReLU: lambda _: None}, 3, None)
+    for what in wrong:
+        model = dense()
+        with pytest.raises(LayerwiseError):
+            replace(model, what)
+        assert type(model[3]) is nn.ReLU
+    with pytest.raises(LayerwiseError, match="the model is a int"):
+        replace(3, "mask_relu")
+    attention = nn.Sequential(nn.MultiheadAttention(32, 4))
+    with pytest.raises(LayerwiseError, match="never runs it"):
+        replace(attention, {"0.out_proj": VeLoRALinear.of})

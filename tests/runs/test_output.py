@@ -1,15 +1,20 @@
 """The output file that a user names is replaced, and no other file."""
 
+import io
 import os
 import stat
 import threading
 
 import pytest
+import torch
+from safetensors.torch import load
 from support.runs import train
 
-from layerwise import LayerwiseError
-from layerwise.cli.main import main
+from layerwise import LayerwiseError, replace
+from layerwise.cli.main import Output, main
+from layerwise.runs.building import load_run
 from layerwise.runs.output import check_output, write_output
+from layerwise.runs.writing import write_atomically
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +54,14 @@ REFUSED = {
     "eval RUN --json=FIFO": "could not write",
     "bench speed --json=SOCKET": "it is a socket|could not write",
     "export RUN RUN": "it is a folder",
+    "export RUN ONNX": "would be a safetensors file, in spite of its name",
 }
 
 
 @pytest.mark.parametrize("line", REFUSED)
 def test_what_is_not_to_be_replaced_is_refused(line, made, capsys):
     names = {"RUN": "run", "T": "t.csv", "LINK": "link.csv", "HARD": "hard.csv", "INTO": "into", "FIFO": "fifo"}
-    names |= {"SOCKET": "socket", "OTHER": "other.csv"}
+    names |= {"SOCKET": "socket", "OTHER": "other.csv", "ONNX": "new.onnx"}
     nodes = {"link.csv": ("symlink", "t.csv"), "hard.csv": ("link", "t.csv"), "into": ("symlink", "run/config.json")}
     for name, (how, target) in nodes.items():
         if not os.path.lexists(made / name):
@@ -139,3 +145,34 @@ def test_an_image_of_the_input_is_not_replaced_and_a_table_beside_it_is(tmp_path
         write_output(tmp_path / "a.png", "new", [tmp_path])
     write_output(tmp_path / "predicted.csv", "new", [tmp_path])
     assert contents(tmp_path) == {"a.png": b"image", "predicted.csv": b"new"}
+
+
+def test_an_export_says_which_replacements_its_weights_need(made, capsys):
+    """Under `binary` the network without it predicts something else with the same weights."""
+    words = ["--data", str(made / "t.csv"), "--model.width", "8", "--steps", "1", "--batch-size", "8"]
+    train(made / "binary", *words, "--replace", "mask_relu", "binary")
+    capsys.readouterr()
+    assert main(["export", str(made / "binary"), str(made / "w.safetensors")]) == 0
+    assert "layerwise.replace(model, ['binary']) before" in capsys.readouterr().err
+    run = load_run(made / "binary")
+    model = replace(run.options.model.build(run.facts.shape, 2), ["binary"])
+    model.load_state_dict(load((made / "w.safetensors").read_bytes()))
+    x = torch.randn(4, *run.facts.shape)
+    torch.testing.assert_close(model.eval()(x), run.learner(x))
+
+
+def test_nothing_follows_weights_that_are_exported_to_standard_output(made, capfdbinary):
+    capfdbinary.readouterr()
+    assert main(["export", str(made / "run"), "/dev/stdout"]) == 0
+    assert load(capfdbinary.readouterr().out).keys() == load_run(made / "run").learner.state_dict()["model"].keys()
+
+
+def test_names_that_are_not_utf8_are_written_as_they_are(tmp_path):
+    name = os.fsdecode(b"\xff.png")
+    write_output(tmp_path / "out.csv", name)
+    write_atomically(tmp_path / "file", name)
+    assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "file").read_bytes() == b"\xff.png"
+    printed = io.BytesIO()
+    stream = io.TextIOWrapper(printed, encoding="utf-8", write_through=True)
+    Output(stream).write(name)
+    assert printed.getvalue() == b"\xff.png"

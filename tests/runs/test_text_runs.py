@@ -182,6 +182,86 @@ def test_near_temperature_zero_the_most_likely_token_is_drawn(runs):
             next(generate(learner, [3, 1, 2], 1, Sampling(temperature)))
 
 
+def test_draws_are_among_as_many_tokens_as_asked_even_if_logits_are_equal(runs):
+    learner = load_run(runs("backprop"), "cpu").learner
+    with torch.no_grad():
+        for parameter in learner.network.model.head.parameters():
+            parameter.zero_()
+    for k in (1, 3):
+        drawn = {next(generate(learner, [3, 1], 1, Sampling(top_k=k, seed=seed))) for seed in range(60)}
+        assert len(drawn) == k
+
+
+OWN = """
+import torch
+from torch import nn
+
+class Positions(nn.Module):
+    "Learned positions, as many as a window of training has."
+    def __init__(self, outputs):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(outputs, 8), nn.Embedding(20, 8)
+    def forward(self, x):
+        return self.tokens(x) + self.positions(torch.arange(x.shape[1]))
+
+class OneLength(nn.Module):
+    "Reads windows of 20 tokens only."
+    def __init__(self, outputs):
+        super().__init__()
+        self.tokens, self.scale = nn.Embedding(outputs, 8), nn.Parameter(torch.ones(20, 8))
+    def forward(self, x):
+        return self.tokens(x) * self.scale
+
+class Later(nn.Module):
+    "Sees the token after each one."
+    def __init__(self, outputs):
+        super().__init__()
+        self.tokens, self.conv = nn.Embedding(outputs, 8), nn.Conv1d(8, 8, 3, padding=1)
+    def forward(self, x):
+        return self.conv(self.tokens(x).transpose(1, 2)).transpose(1, 2)
+
+def positions(outputs):
+    return nn.Sequential(Positions(outputs), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, outputs))
+
+def one_length(outputs):
+    return nn.Sequential(OneLength(outputs), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, outputs))
+
+def later(outputs):
+    return nn.Sequential(Later(outputs), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, outputs))
+"""
+
+
+def train_own(tmp_path, text, name):
+    (tmp_path / "own.py").write_text(OWN)
+    words = ["--data", f"text:{text}", "--data.window", "20", "--batch-size", "8", "--steps", "2", "--rule", "backprop"]
+    return main(["train", *words, "--model", f"{tmp_path / 'own.py'}:{name}", "--out", str(tmp_path / name)])
+
+
+@pytest.mark.slow
+def test_a_network_with_as_many_positions_as_a_window_writes_a_longer_text(text, tmp_path, capsys):
+    """It reads the last window for each next token; a run of one that cannot write at all still has its result."""
+    assert train_own(tmp_path, text, "positions") == 0
+    folder = tmp_path / "positions"
+    tokens = [3, 1, 2]
+    learner = load_run(folder, "cpu").learner
+    with torch.no_grad():
+        for _ in range(30):
+            tokens.append(int(learner.network.model(torch.tensor([tokens[-20:]]))[0, -1].argmax()))
+    prompt = "".join(sorted(set(text.read_text()))[token] for token in tokens[:3])
+    found, notes = written(folder, prompt, 30, Sampling(0))
+    assert found == "".join(sorted(set(text.read_text()))[token] for token in tokens)
+    assert any("reads the last 20 tokens" in note for note in notes)
+    assert len(result(folder)["sample"]["text"]) == 100
+    assert train_own(tmp_path, text, "one_length") == 0
+    assert any("there is no sample of text" in note for note in result(tmp_path / "one_length")["notes"])
+
+
+def test_a_network_that_sees_later_tokens_is_refused(text, tmp_path, capsys):
+    assert train_own(tmp_path, text, "later") == 2
+    assert "the network sees later tokens" in capsys.readouterr().err
+    assert not (tmp_path / "later").exists()
+
+
 def test_predict_writes_on_from_the_prompt(runs, tmp_path, capsys):
     words = ["predict", str(runs("sll")), "--prompt", "the sea", "--tokens", "12", "--seed", "5"]
     capsys.readouterr()
@@ -196,6 +276,9 @@ def test_predict_writes_on_from_the_prompt(runs, tmp_path, capsys):
 WRONG = [
     (["--prompt", ""], "the prompt is empty"),
     (["--prompt", "zzz"], "the character 'z' is none of the"),
+    (["--prompt", "None"], "the character 'N' is none of the"),
+    (["--prompt", "-the"], "one that begins with - is given as --prompt=VALUE"),
+    (["--prompt", "the", "--out", ""], "--out is empty; give a path"),
     (["--prompt", "the", "--tokens", "1023"], "beyond the context of the model, 1024"),
     (["--prompt", "the", "--tokens", "0"], "tokens is 0"),
     (["--prompt", "the", "--temperature", "-1"], "temperature is -1.0; it must be"),
@@ -211,8 +294,9 @@ WRONG = [
 
 @pytest.mark.parametrize(("words", "sentence"), WRONG, ids=[sentence for _, sentence in WRONG])
 def test_a_prompt_that_cannot_be_continued_is_refused(runs, words, sentence, capsys):
-    capsys.readouterr()
-    assert main(["predict", str(runs("local_ce")), *words]) == 2
+    folder = runs("local_ce")
+    capsys.readouterr()  # what its training prints
+    assert main(["predict", str(folder), *words]) == 2
     err = capsys.readouterr().err
     assert sentence in err and err.count("\n") == 1
 

@@ -34,6 +34,8 @@ class Output:
     def __init__(self, stream: Any):
         self._stream = stream
         self._terminal = stream.isatty()
+        if getattr(stream, "errors", None) == "strict":
+            stream.reconfigure(errors="surrogateescape")  # names of files are bytes, and need not be UTF-8
 
     def write(self, text: str) -> int:
         """Write text to the stream."""
@@ -41,7 +43,7 @@ class Output:
             text = UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text)
         try:
             return self._stream.write(text)
-        except OSError as reason:
+        except (OSError, UnicodeEncodeError) as reason:
             raise CannotPrint from reason
 
     def flush(self) -> None:
@@ -88,11 +90,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         )
     except CannotPrint as error:
+        reason = error.__cause__
+        if isinstance(reason, UnicodeEncodeError):
+            character = ascii(reason.object[reason.start])
+            return report_error(
+                LayerwiseError(
+                    f"cannot print the character {character} in {reason.encoding}, the encoding of standard output; "
+                    "set PYTHONIOENCODING=utf-8."
+                )
+            )
         # The rest of the stream's buffer would fail again when the interpreter exits.
         with contextlib.suppress(OSError, ValueError):
             assert stdout is not None
             os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
-        reason = error.__cause__
         if isinstance(reason, BrokenPipeError):  # the reader has gone, for example `| head`
             return 0
         return report_error(LayerwiseError(f"cannot print ({getattr(reason, 'strerror', reason)})."))

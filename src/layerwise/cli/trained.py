@@ -95,7 +95,7 @@ def _continue(folder: Path, options: PredictOptions) -> int:
     if options.out:
         check_output(Path(options.out), inputs)  # before the work
     sampling = Sampling(options.temperature, options.top_k, options.seed)
-    text, notes = written(folder, options.prompt or "", options.tokens, sampling, options.block, options.device)
+    text, notes = written(folder, options.prompt, options.tokens, sampling, options.block, options.device)
     _tell(notes)
     if options.out:
         write_output(Path(options.out), text + "\n", inputs)
@@ -110,10 +110,12 @@ def export_command(argv: list[str]) -> int:
     file, rest = _positional(rest, "export", "FILE")
     parse(ExportOptions, rest, "export")
     from layerwise.runs.exporting import export
+    from layerwise.runs.output import is_printed
 
     written, notes = export(folder, Path(file))
     _tell(notes)
-    print(written)
+    if not is_printed(file):  # it would become a part of the file
+        print(written)
     return 0
 
 

@@ -76,7 +76,7 @@ class BeliefsOptions:
 class PromptOptions:
     """How a run on text continues a prompt."""
 
-    prompt: str | None = None
+    prompt: str = ""
     """Text to continue."""
     tokens: int = 200
     """Number of tokens to generate."""

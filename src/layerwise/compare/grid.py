@@ -206,14 +206,18 @@ class Grid:
             return
         found = {label: plan["fit"] for label, plan in self.plan.items() if "fit" in plan}
         measured = {label: plan["held_bytes"] for label in self.rules if "held_bytes" in (plan := self.plan[label])}
-        if found:
-            peak = next(iter(found.values()))["peak"]
-        elif self.options.peak != "auto":
+        if self.options.peak != "auto":
             peak = read_size(self.options.peak)
+        elif found:
+            peak = next(iter(found.values()))["peak"]
         elif measured:
             peak = min(measured.values())
         else:
             raise LayerwiseError("peak is auto, and no rule could be measured; see why with layerwise train.")
+        for label, fit in found.items():
+            if fit["peak"] != peak or fit["reached"] != (fit["held"] <= peak):
+                file = shown(self.folder / "compare.json")
+                raise damaged(file, f"what {label} holds does not belong to the peak {peak}", "choose another --out")
         baseline = to_mapping(self.baseline)
 
         def done(task: dict[str, Any], answer: dict[str, Any]) -> None:

@@ -104,7 +104,10 @@ def value_of(value: Any, depth: int = 3, seen: frozenset[int] = frozenset()) -> 
     if isinstance(value, Tensor):
         return id(value), None if value.is_inference() else value._version
     if isinstance(value, random.Random):
-        return hash(value.getstate())
+        try:
+            return hash(value.getstate())
+        except (NotImplementedError, TypeError):  # random.SystemRandom has no state
+            return id(value)
     if isinstance(value, torch.Generator):
         return bytes(value.get_state().tolist())
     if isinstance(value, (nn.Module, type, ModuleType, FunctionType, MethodType)) or id(value) in seen:

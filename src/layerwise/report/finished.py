@@ -27,8 +27,8 @@ class Told(TypedDict):
 def check_finished(folder: Path) -> dict[str, Any]:
     """The contents of a finished run's `result.json`, if the other files of the run say the same.
 
-    Compared are the options (`config.json`), the figures of the test split (`metrics.jsonl`), and the samples of it
-    that were classified correctly (`test_correct.npy`).
+    Compared are the options (`config.json`), the figures of the validation and the test split (`metrics.jsonl`), and
+    the test samples that were classified correctly (`test_correct.npy`).
 
     Raises:
         MissingFile: the run is not finished.
@@ -38,11 +38,11 @@ def check_finished(folder: Path) -> dict[str, Any]:
     told = read_record(folder, "result.json", Told)
     metric = result["metric"]
     _check_options(folder, told.get("options", {}))
-    lines = [line for line in read_metrics(folder, FILE) if line["split"] == "test"]
-    copies = {"metrics.jsonl": lines[-1] if lines else {}, "its field 'test'": told.get("test", {})}
-    for where, values in copies.items():
-        for name, own in (("loss", result["test_loss"]), (metric, result[f"test_{metric}"])):
-            _check_same(folder, f"test_{name}", own, values.get(f"head/{name}"), where)
+    last = {line["split"]: line for line in read_metrics(folder, FILE)}
+    copies = [(split, "metrics.jsonl", last.get(split, {})) for split in ("val", "test")]
+    for split, where, values in [*copies, ("test", "its field 'test'", told.get("test", {}))]:
+        for name in ("loss", metric):
+            _check_same(folder, f"{split}_{name}", result[f"{split}_{name}"], values.get(f"head/{name}"), where)
     epochs = told.get("by_epoch", {}).get("val")
     if epochs and metric == "accuracy":  # figures of a whole text or table are no means over batches
         _check_same(folder, f"val_{metric}", result[f"val_{metric}"], epochs[-1], "its field 'by_epoch'")

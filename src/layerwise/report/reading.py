@@ -26,6 +26,8 @@ UNPRINTABLE = re.compile("[^\t\n\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U00
 T = TypeVar("T")
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+Depth = Annotated[str, msgspec.Meta(pattern="^[1-9][0-9]{0,8}$")]
+"""A number of blocks, as a name in JSON."""
 Text = Annotated[str, msgspec.Meta(max_length=100_000)]
 Finite = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1e300)]
@@ -116,7 +118,7 @@ class Plan(TypedDict, total=False):
     peak_bytes: Count
     held_bytes: Count
     fit: PeakFit
-    held_at: dict[Name, Count]
+    held_at: dict[Depth, Count]
     steps_per_epoch: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
 
 
@@ -193,7 +195,7 @@ class RuleSummary(TypedDict):
     flops: Spread | None
     difference_to_backprop: Difference | None
     fit: NotRequired[PeakFit]
-    held_at: NotRequired[dict[Name, Count]]
+    held_at: NotRequired[dict[Depth, Count]]
 
 
 class Summary(TypedDict):

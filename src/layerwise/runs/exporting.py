@@ -3,9 +3,15 @@
 from pathlib import Path
 
 from layerwise.core.pieces import predicts_plainly
+from layerwise.errors import LayerwiseError
+from layerwise.files import shown
 from layerwise.memory.tensorfile import save_file
+from layerwise.replacements.replacing import predicts_plainly as predicts_plainly_with
 from layerwise.runs.building import DataSignature, load_run, read_state
 from layerwise.runs.output import check_output, data_paths, output_file
+
+OTHER_FORMATS = (".bin", ".ckpt", ".gguf", ".h5", ".npy", ".npz", ".onnx", ".pickle", ".pkl", ".pt", ".pt2", ".pth")
+"""Suffixes of files of weights in formats that are not written."""
 
 
 def export(folder: Path, file: Path) -> tuple[str, list[str]]:
@@ -24,9 +30,14 @@ def export(folder: Path, file: Path) -> tuple[str, list[str]]:
         damaged checkpoint was skipped, the rule predicts with more than these weights.
 
     Raises:
-        LayerwiseError: no run, no checkpoint that can be read, a file that cannot be written.
+        LayerwiseError: no run, no checkpoint that can be read, a file that cannot be written, or one whose name is
+            that of another format.
     """
     check_output(file)  # before the work
+    if file.suffix.lower() in OTHER_FORMATS:
+        raise LayerwiseError(
+            f"{shown(file)} would be a safetensors file, in spite of its name; give a name that ends in .safetensors."
+        )
     options, state, notes = read_state(folder)
     weights = state["learner"]["model"]
     if "." in options.optimizer:  # some optimizers of other packages keep the weights for prediction themselves
@@ -40,5 +51,10 @@ def export(folder: Path, file: Path) -> tuple[str, list[str]]:
             f"rule {options.rule.name!r} predicts with more than the network's own weights, which is all that {file} "
             "holds; its accuracy is that of layerwise predict and eval"
         )
+    if changed := [name for name in options.replace if not predicts_plainly_with(name)]:
+        notes.append(
+            f"the run has --replace {' '.join(changed)}, so the weights predict the same only in a network with it: "
+            f"layerwise.replace(model, {changed}) before they are loaded"
+        )
     numbers = sum(tensor.numel() for tensor in weights.values())
-    return f"{file}: {len(weights)} tensors, {numbers:,} numbers, of step {state['learner']['steps']}", notes
+    return f"{shown(file)}: {len(weights)} tensors, {numbers:,} numbers, of step {state['learner']['steps']}", notes

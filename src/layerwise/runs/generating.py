@@ -15,6 +15,7 @@ from layerwise.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt,
 from layerwise.data import Tokenizer
 from layerwise.errors import LayerwiseError
 from layerwise.learner import Learner
+from layerwise.models import ModelOptions, OutsideModel
 from layerwise.models.gpt import CausalAttention, remembering
 from layerwise.runs.building import check_tokenizer, load_run, read_tokenizer
 
@@ -71,11 +72,46 @@ def written(
             f"the prompt has {len(given)} tokens, and with {tokens} more that is beyond the context of the model, "
             f"{context}; give a shorter prompt, or fewer tokens."
         )
-    window = facts.shape[2]
-    if len(given) + tokens - 1 > window:
+    window, reach = facts.shape[2], tokens_read(options.model, facts.shape[2])
+    if reach is not None and len(given) + tokens - 1 > reach:
+        notes.append(f"the network reads the last {reach} tokens of the text for each next one, a window of training")
+    elif len(given) + tokens - 1 > window:
         notes.append(f"the run was trained on windows of {window} tokens; longer texts may be worse")
-    found = list(generate(learner, given.tolist(), tokens, sampling, block))
+    found = list(generate(learner, given.tolist(), tokens, sampling, block, reach=reach))
     return tokenizer.decode([*given.tolist(), *found]), notes
+
+
+def tokens_read(model: ModelOptions | OutsideModel, window: int) -> int | None:
+    """How many tokens a network can read at once; None if any number.
+
+    Of a network from elsewhere only the window of its training is known: its positions may end there.
+
+    Args:
+        model: options of the model.
+        window: tokens of a window of training.
+    """
+    return window if isinstance(model, OutsideModel) else getattr(model, "context", None)
+
+
+def check_causal(learner: Learner, window: int) -> None:
+    """Raise LayerwiseError if what a network predicts after a token depends on later tokens, which are its labels.
+
+    Compared are the predictions for two windows that differ in their last token.
+
+    Args:
+        learner: of the network, built.
+        window: tokens of a window of training.
+    """
+    first = torch.zeros(1, window, dtype=torch.int64, device=learner.device)
+    second = first.clone()
+    second[:, -1] = 1
+    a, b = (learner(x)[:, :-1].double() for x in (first, second))
+    if not torch.allclose(a, b, rtol=1e-5, atol=1e-5 * float(a.abs().amax() if a.numel() else 0)):
+        raise LayerwiseError(
+            "the network sees later tokens, which are the ones that it has to predict, so its figures would mean "
+            "nothing; let the output at each token depend on that token and earlier ones only (causal attention, "
+            "padding on the left)."
+        )
 
 
 @torch.no_grad()
@@ -86,6 +122,7 @@ def generate(
     sampling: Sampling,
     block: int | None = None,
     keep: bool = True,
+    reach: int | None = None,
 ) -> Iterator[int]:
     """Generate the tokens after a prompt, one by one.
 
@@ -95,18 +132,21 @@ def generate(
         count: how many to generate.
         sampling: how to draw them.
         block: number of the block, from 1, whose readout predicts (default: the head).
-        keep: cache keys and values if the model can, so that every token is processed once.
+        keep: cache keys and values if the model can and reads the whole text, so that every token is processed once.
+        reach: read only so many tokens, the last ones of the text (default: all).
 
     Raises:
         LayerwiseError: the block has no readout.
     """
     model = learner.network.model
     keep = keep and any(isinstance(module, CausalAttention) for module in model.modules())
+    keep = keep and (reach is None or len(prompt) + count - 1 <= reach)
     generator = Generator().manual_seed(sampling.seed)
     tokens, seen = list(prompt), 0
     with remembering(model, learner.auxiliary) if keep else nullcontext():
         for _ in range(count):
-            x = torch.tensor([tokens[seen:]], device=learner.device)
+            first = seen if reach is None else max(seen, len(tokens) - reach)
+            x = torch.tensor([tokens[first:]], device=learner.device)
             seen = len(tokens) if keep else 0
             logits = learner(x) if block is None else outputs_at(learner, x, block)
             tokens.append(_drawn(logits[0, -1].float().cpu(), sampling, generator))
@@ -121,8 +161,8 @@ def _drawn(logits: Tensor, sampling: Sampling, generator: Generator) -> int:
     if sampling.temperature == 0:
         return int(logits.argmax())
     if sampling.top_k is not None and sampling.top_k < len(logits):
-        least = logits.topk(sampling.top_k).values[-1]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+        likely = logits.topk(sampling.top_k).indices  # by place: tokens may have the same logit
+        logits = torch.full_like(logits, -torch.inf).scatter(0, likely, logits[likely])
     below = (logits - logits.max()).double()  # so that a temperature near zero divides nothing that is not
     return int(torch.multinomial((below / sampling.temperature).softmax(-1).float(), 1, generator=generator))
 
@@ -164,14 +204,18 @@ def _belief(rule: PassesBeliefs, network: Partition, auxiliary: dict[int, Any], 
     return next(belief for i, belief in enumerate(rule.beliefs(network, auxiliary, x)) if i == place)
 
 
-def sample_of(learner: Learner, tokenizer: Tokenizer, window: Tensor) -> dict[str, str]:
+def sample_of(learner: Learner, tokenizer: Tokenizer, window: Tensor, reach: int | None) -> dict[str, str]:
     """Generate a text with a finished run; the same weights give the same text.
 
     Args:
         learner: of the run.
         tokenizer: of the run.
         window: tokens of the test split; the first ones are the prompt.
+        reach: number of tokens that the network reads at once, see `tokens_read`.
+
+    Raises:
+        LayerwiseError: the network cannot read a text of another length than its windows.
     """
     prompt = window[:SAMPLE_PROMPT].tolist()
-    found = list(generate(learner, prompt, SAMPLE, Sampling(SAMPLE_TEMPERATURE)))
+    found = list(generate(learner, prompt, SAMPLE, Sampling(SAMPLE_TEMPERATURE), reach=reach))
     return {"prompt": tokenizer.decode(prompt), "text": tokenizer.decode(found)}

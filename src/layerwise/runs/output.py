@@ -17,7 +17,7 @@ from layerwise.data.catalogue import is_table
 from layerwise.data.folders import SUFFIXES
 from layerwise.errors import LayerwiseError, why
 from layerwise.files import KINDS, shown
-from layerwise.runs.writing import FAILURES, flush
+from layerwise.runs.writing import FAILURES, as_bytes, flush
 
 GRID_FILES = ("compare.json", "environment.json", "results.csv", "summary.json")  # what `compare` records
 
@@ -111,7 +111,7 @@ def output_file(path: Path, inputs: Sequence[Path] = ()) -> Iterator[Path]:
 def write_output(path: Path, content: str | bytes, inputs: Sequence[Path] = ()) -> None:
     """Write to the file that the user named; errors as of `output_file`."""
     with output_file(path, inputs) as file:
-        file.write_bytes(content.encode() if isinstance(content, str) else content)
+        file.write_bytes(as_bytes(content))
 
 
 def check_json(path: str | None, inputs: Sequence[Path] = ()) -> bool:
@@ -128,6 +128,14 @@ def write_json(path: str | None, found: Any, inputs: Sequence[Path] = ()) -> Non
         print(text, end="")
     elif path is not None:
         write_output(Path(path), text, inputs)
+
+
+def is_printed(path: str | os.PathLike[str]) -> bool:
+    """Whether what is written to a path of the user appears among what the command prints, as for `/dev/stdout`."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(1))
+    except (OSError, ValueError):
+        return False
 
 
 def _opened(path: Path) -> int | None:

@@ -22,6 +22,7 @@ from layerwise.files import kind_of, shown
 from layerwise.learner.setup import ONE_PROCESS, WHOLE_NETWORK
 from layerwise.memory.flops import FlopMeter
 from layerwise.memory.meter import MemoryUse
+from layerwise.models import OutsideModel
 from layerwise.parallel.alone import OneProcess, WholeNetwork
 from layerwise.parallel.replicas import Replicas
 from layerwise.parallel.stage import Stage
@@ -47,7 +48,7 @@ from layerwise.runs.folders import (
     read_options,
     undo_replacement,
 )
-from layerwise.runs.generating import sample_of
+from layerwise.runs.generating import check_causal, sample_of, tokens_read
 from layerwise.runs.interrupt import Interrupted, StopSignals
 from layerwise.runs.log import FILE, Log, by_epoch, open_log, summary_writer
 from layerwise.runs.options import TrainOptions, model_name, to_mapping
@@ -124,6 +125,9 @@ class Run:
             self.notes.append(f"--warmup {options.warmup:g} changes nothing, because the schedule is constant")
         if options.tensorboard:
             summary_writer()
+        own = isinstance(options.model, OutsideModel)
+        if own and self.alone and self.dataset.tokenizer is not None and len(self.dataset.classes) > 1:
+            check_causal(self.learner, self.dataset.shape[2])
         self._signals = StopSignals()
         self._claim: Claim | None = None
         self._resumed = resume is not None
@@ -344,7 +348,11 @@ class Run:
             result["chance"] = chance(self.test_batches)
         if self.alone and self.dataset.tokenizer is not None:
             window = self.dataset.test.batch(torch.zeros(1, dtype=torch.int64, device="cpu"))[0][0]
-            result["sample"] = sample_of(self.learner, self.dataset.tokenizer, window)
+            try:  # the run is trained: a network that reads windows of one length only has no sample, and its result
+                reach = tokens_read(self.options.model, len(window))
+                result["sample"] = sample_of(self.learner, self.dataset.tokenizer, window, reach)
+            except LayerwiseError as reason:
+                self.notes.append(f"there is no sample of text: {reason}")
         checkpoint.write_tensors(self.folder / "model.safetensors", self._weights(), self.facts.about_inputs)
         if self.alone and self.options.task == "classification":
             write_atomically(self.folder / "test_correct.npy", correct(self.learner, self.test_batches))

@@ -44,7 +44,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         LayerwiseError: the disk is full, the folder is not writable, or no file can have this name.
     """
     with replaced(path) as partial:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.write_bytes(as_bytes(content))
+
+
+def as_bytes(content: str | bytes) -> bytes:
+    """Text as UTF-8; bytes of a file's name that are not UTF-8 stay as they are."""
+    return content.encode(errors="surrogateescape") if isinstance(content, str) else content
 
 
 def flush(path: Path) -> None:
