@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from layerwise.core.randomness import preserved_generators
 from layerwise.core.rule import Rule
-from layerwise.core.tasks import LanguageModel
+from layerwise.core.tasks import LanguageModel, MultiLabel, Regression, Task
 from layerwise.errors import LayerwiseError
 from layerwise.extras import need
 from layerwise.learner import Learner
@@ -52,7 +52,8 @@ class Trainer(transformers.Trainer):
         rule: name of a rule, or a rule.
         learner: further arguments of `Learner`: `cuts` (default `"auto"`), `output`, `read`, `tied`, `task`,
             `optimizer`. By default the model's class decides the task: next tokens for a causal language model,
-            labels per token for masked ones, encoder-decoders and token classifiers, else a class per sample.
+            labels per token for masked ones, encoder-decoders and token classifiers; for sequence classifiers what
+            their `problem_type` says, regression with one label; else a class per sample.
         options: everything else that `transformers.Trainer` takes.
 
     Raises:
@@ -76,6 +77,11 @@ class Trainer(transformers.Trainer):
             )
         if options.get("compute_loss_func") is not None:
             raise LayerwiseError("the rule computes the loss, so compute_loss_func cannot be used; give a task.")
+        if type(self).compute_loss is not transformers.Trainer.compute_loss:
+            raise LayerwiseError(
+                f"the rule computes the loss in training, so compute_loss of {type(self).__name__} would not be "
+                'called; take it out, and give learner={"task": Loss(...)} or another task.'
+            )
         super().__init__(model, args, **options)
         _check_arguments(self.args)
         self.learner: Learner | None = None
@@ -101,7 +107,8 @@ class Trainer(transformers.Trainer):
     def _make_learner(self) -> Learner:
         args = self.args
         cls, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(args, self.model)
-        optimizer = {"optimizer": cls, "optimizer_options": {k: v for k, v in options.items() if k != "lr"}}
+        own = {name: value for name, value in options.items() if name not in ("lr", "weight_decay")}  # given below
+        optimizer = {"optimizer": cls, "optimizer_options": own}
         chosen = {"task": task_of(self.model, args.label_smoothing_factor), **optimizer, **self.learner_options}
         if "optimizer" in self.learner_options:
             chosen["optimizer_options"] = self.learner_options.get("optimizer_options")
@@ -184,13 +191,18 @@ def _check_arguments(args: Any) -> None:
             )
 
 
-def task_of(model: Any, label_smoothing: float = 0.0) -> LanguageModel | None:
-    """What the labels of a model of transformers mean, by its class; None for a class per sample."""
+def task_of(model: Any, label_smoothing: float = 0.0) -> Task | None:
+    """What the labels of a model of transformers mean, by its class and `problem_type`; None for a class per sample."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # adapters of peft
     auto = need("transformers.models.auto.modeling_auto", "hf")
     name = type(inner).__name__
     if name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and not name.endswith("MaskedLM"):
         return LanguageModel(label_smoothing=label_smoothing)
+    if name in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
+        problem = getattr(inner.config, "problem_type", None)
+        if problem == "regression" or (problem is None and inner.config.num_labels == 1):
+            return Regression()
+        return MultiLabel() if problem == "multi_label_classification" else None
     by_position = (
         *auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values(),
         *auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values(),

@@ -9,7 +9,7 @@ transformers = pytest.importorskip("transformers", reason="the hf extra (transfo
 pytest.importorskip("accelerate", reason="the hf extra (accelerate) is not installed")
 
 from layerwise import LayerwiseError  # noqa: E402
-from layerwise.hf import Trainer  # noqa: E402
+from layerwise.hf import Trainer, task_of  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -105,3 +105,34 @@ def test_batches_without_labels_are_refused(tmp_path):
     data = [{"input_ids": torch.arange(8)}] * 4
     with pytest.raises(LayerwiseError, match="hold input_ids and no labels"):
         Trainer(model(), arguments(tmp_path), train_dataset=data).train()
+
+
+def test_an_overridden_loss_is_refused(tmp_path):
+    class Own(Trainer):
+        def compute_loss(self, *words, **options):
+            return super().compute_loss(*words, **options) * 2
+
+    with pytest.raises(LayerwiseError, match="compute_loss of Own would not be called"):
+        Own(model(), arguments(tmp_path), train_dataset=Tokens())
+
+
+def test_weight_decay_is_given_once_to_optimizers_that_bring_their_own(tmp_path):
+    pytest.importorskip("schedulefree", reason="schedulefree is not installed")
+    options = {"optim": "schedule_free_adamw", "weight_decay": 0.1, "lr_scheduler_type": "constant"}
+    trainer = Trainer(model(), arguments(tmp_path, **options), train_dataset=Tokens())
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train()
+    assert {group["weight_decay"] for group in trainer.learner.optimizer.param_groups} <= {0.0, 0.1}
+    assert not all(torch.equal(p, old) for p, old in zip(trainer.model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem", "kind"),
+    [(1, None, "regression"), (3, "regression", "regression"), (3, "multi_label_classification", "multilabel")],
+)
+def test_the_task_of_a_sequence_classifier_is_its_problem_type(labels, problem, kind):
+    config = transformers.BertConfig(
+        vocab_size=16, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8
+    )
+    config.num_labels, config.problem_type = labels, problem
+    assert task_of(transformers.BertForSequenceClassification(config)).kind == kind
