@@ -282,3 +282,11 @@ def test_keys_and_values_for_generation_are_not_kept_while_a_step_runs():
     model.fails = False
     model(x)
     assert model.seen[-1]  # the user's own call
+
+
+def test_a_layer_that_is_compiled_alone_is_refused_as_such():
+    model, (x, _) = Skips(), vectors()
+    name = next(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    model.set_submodule(name, torch.compile(model.get_submodule(name), backend="eager"))
+    with pytest.raises(LayerwiseError, match=r"is compiled by torch.compile.*compile=True"):
+        Learner(model, "local_ce", cuts=[name], example={"x": x})

@@ -288,3 +288,10 @@ def test_the_page_of_tasks_says_which_rule_can_do_which():
     for name in rule_names():
         able = " | ".join("yes" if kind in get(name).tasks else "" for kind in kinds)
         assert f"| [`{name}`](rules/{name}.md) | {able} |" in page
+
+
+@pytest.mark.parametrize("name", by_family(name for name in RULES if "segmentation" in get(name).tasks))
+def test_labels_of_another_resolution_than_the_outputs_are_refused(name):
+    learner = Learner(pyramid(), made(name), task=Segmentation(), example=MAPS)
+    with pytest.raises(LayerwiseError, match="label"):
+        learner.step(MAPS, PIXELS[:, ::2, ::2])

@@ -106,6 +106,11 @@ def check_cuts(model: nn.Module, cuts: Sequence[str], known: Mapping[str, nn.Mod
         other = seen.setdefault(id(known[cut]), cut)
         if other != cut or list(cuts).count(cut) > 1:
             raise LayerwiseError(f"the cuts {other!r} and {cut!r} are one module; name each module once.")
+        if hasattr(known[cut], "_orig_mod"):
+            raise LayerwiseError(
+                f"cut {cut!r} is compiled by torch.compile, which hides its calls; put the module itself back (its "
+                "_orig_mod), and give compile=True, which compiles each block."
+            )
         if isinstance(known[cut], nn.ModuleList) or type(known[cut]).forward is nn.Module.forward:
             raise LayerwiseError(
                 f"cut {cut!r} is a {type(known[cut]).__name__}, which is never called itself; name what it holds, such "

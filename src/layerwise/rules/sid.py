@@ -132,7 +132,7 @@ class Distillation(PassesBeliefs, Rule):
             "consistency": task.average(consistency.detach(), y),
         }
         if ctx.site.is_head:
-            signal.metrics["loss"] = task.loss(passed, y)
+            signal.metrics["loss"] = task.loss(passed, ctx.y)  # which must have the resolution of the outputs
         if not ctx.training:  # too slow for training
             unmoved, _ = self._divergences(task, believed(task, before), before, y)
             signal.metrics["entropy"] = task.average(belief.entropy(), y)
