@@ -150,7 +150,7 @@ class _Estimator(BaseEstimator):
 
 def _statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation per column (samples, columns), as a run on a table takes them."""
-    mean, deviation = column_statistics(torch.from_numpy(np.ascontiguousarray(values)))
+    mean, deviation = column_statistics(torch.from_numpy(np.require(values, requirements=("C", "W"))))
     return np.array(mean), np.array(deviation)
 
 
