@@ -1,6 +1,6 @@
 """Time per step of a model that is cut at its calls, against a loop of the same mathematics written by hand.
 
-    python benchmarks/calls-cost/measure.py [--widths 96,128,192] [--rounds 40] [--out FOLDER]
+    python benchmarks/calls-cost/measure.py [--widths 96,128,192,384] [--rounds 40] [--out FOLDER]
 
 A transformer of 12 blocks learns under `local_ce`. Three contenders take steps in turn, in an order that changes from
 round to round, on one thread: the loop by hand, the learner that cuts at calls, and the learner that cuts the same
@@ -121,7 +121,7 @@ def measure(width: int, rounds: int, warmup: int = 3) -> dict:
 def main() -> None:
     """Measure, write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", default="96,128,192")
+    parser.add_argument("--widths", default="96,128,192,384")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--out", type=Path, default=HERE)
     options = parser.parse_args()
