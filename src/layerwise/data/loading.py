@@ -299,9 +299,7 @@ def _diabetes() -> tuple[Source, tuple[str, ...]]:
 
 
 def _digits() -> tuple[tuple[str, ...], Source, list[str]]:
-    images, numbers = sklearn_digits()
-    pixels = torch.from_numpy(images).mul(255 / 16).round().to(torch.uint8)  # stored as 0 to 16
-    labels = torch.from_numpy(numbers).to(torch.int64)
+    pixels, labels = sklearn_digits()
     return tuple("0123456789"), InMemorySource(pixels[:, None], labels), []
 
 

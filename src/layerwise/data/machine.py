@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from layerwise import extras
 from layerwise.errors import LayerwiseError
@@ -17,8 +19,8 @@ def need(module: str) -> Any:
     return extras.need(module, "data")
 
 
-def sklearn_digits() -> tuple[np.ndarray, np.ndarray]:
-    """scikit-learn's digits: pixels float64 (1797, 8, 8) from 0 to 16, labels (1797,) from 0 to 9.
+def sklearn_digits() -> tuple[Tensor, Tensor]:
+    """scikit-learn's digits: pixels uint8 (1797, 8, 8), labels int64 (1797,) from 0 to 9.
 
     They are read from the file that comes with the package; importing the package would take seconds of every run.
     """
@@ -26,9 +28,13 @@ def sklearn_digits() -> tuple[np.ndarray, np.ndarray]:
     file = Path(package.origin).parent / "datasets/data/digits.csv.gz" if package and package.origin else None
     if file is None or not file.is_file():  # not installed, or its files lie elsewhere
         found = need("sklearn.datasets").load_digits()
-        return found.images, found.target
-    values = np.loadtxt(file, delimiter=",")
-    return values[:, :-1].reshape(-1, 8, 8), values[:, -1].astype(np.int64)
+        pixels, labels = found.data, found.target
+    else:
+        values = np.loadtxt(file, delimiter=",")
+        pixels, labels = values[:, :-1], values[:, -1]
+    # Stored as 0 to 16.
+    grey = torch.from_numpy(pixels).mul(255 / 16).round().to(torch.uint8)
+    return grey.view(-1, 8, 8), torch.from_numpy(labels).to(torch.int64)
 
 
 def cache_folder() -> Path:

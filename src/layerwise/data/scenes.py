@@ -24,9 +24,7 @@ def digit_scenes(task: DataTask, test_fraction: float, test_seed: int) -> tuple[
     No image of a digit occurs in both splits. Labels are float32 (N, 10), 1 for a digit that occurs, or uint8
     (N, 20, 20): 0 for the ground, 1 to 10 for the digits 0 to 9.
     """
-    images, numbers = sklearn_digits()
-    pixels = torch.from_numpy(images).mul(255 / 16).round().to(torch.uint8)
-    labels = torch.from_numpy(numbers).to(torch.int64)
+    pixels, labels = sklearn_digits()
     parts = stratified_split(labels, test_fraction, test_seed)
     train, test = (
         _scenes(pixels[part], labels[part], count, task, name)

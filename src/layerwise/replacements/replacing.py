@@ -84,7 +84,7 @@ def names() -> tuple[str, ...]:
     return tuple(REPLACEMENTS)
 
 
-def predicts_plainly(name: str) -> bool:
+def loads_plainly(name: str) -> bool:
     """Whether the weights of a network with this replacement predict the same in a network without it."""
     return REPLACEMENTS[name].plain
 

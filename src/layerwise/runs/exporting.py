@@ -6,7 +6,7 @@ from layerwise.core.pieces import predicts_plainly
 from layerwise.errors import LayerwiseError
 from layerwise.files import shown
 from layerwise.memory.tensorfile import save_file
-from layerwise.replacements.replacing import predicts_plainly as predicts_plainly_with
+from layerwise.replacements.replacing import loads_plainly
 from layerwise.runs.building import DataSignature, load_run, read_state
 from layerwise.runs.output import check_output, data_paths, output_file
 
@@ -51,7 +51,7 @@ def export(folder: Path, file: Path) -> tuple[str, list[str]]:
             f"rule {options.rule.name!r} predicts with more than the network's own weights, which is all that {file} "
             "holds; its accuracy is that of layerwise predict and eval"
         )
-    if changed := [name for name in options.replace if not predicts_plainly_with(name)]:
+    if changed := [name for name in options.replace if not loads_plainly(name)]:
         notes.append(
             f"the run has --replace {' '.join(changed)}, so the weights predict the same only in a network with it: "
             f"layerwise.replace(model, {changed}) before they are loaded"
