@@ -1,12 +1,13 @@
 """XGrad: optimizers whose gradients are computed at the weights that they expect next."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class _Ahead(torch.optim.Optimizer):
+class _Ahead(torch.optim.Optimizer, ABC):
     """Adds the expected update to the parameters after a step, and takes it away before the next one.
 
     What is added is kept, not the weights: writing other values into a parameter between steps has its usual effect.
@@ -18,9 +19,9 @@ class _Ahead(torch.optim.Optimizer):
         for group in (self.defaults, *self.param_groups):
             group.update(ahead=ahead, train_mode=True)
 
+    @abstractmethod
     def _direction(self, group: dict[str, Any], state: dict[str, Any]) -> Tensor | None:
         """The expected update of a parameter, for a learning rate of -1; None before the first step."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
