@@ -58,7 +58,7 @@ class Built:
     """
 
     def __init__(self, setup: Setup, x: Any, evaluating: Callable[[], AbstractContextManager[None]]):
-        self.compared = False
+        self.compared = self.looked = False
         check_alone(setup)
         check_by_parameter(setup)
         check_looks(setup)
