@@ -175,6 +175,15 @@ def test_a_parameter_that_nothing_uses_is_named():
 # --- Names
 
 
+def test_names_of_before_wrapping_are_told_with_those_of_the_wrapper():
+    model = nn.ModuleDict({"base": nn.ModuleDict({"model": decoder()})})
+    for cuts in ("layers.*", ["layers.0", "layers.*"]):
+        with pytest.raises(
+            LayerwiseError, match=r"mean 'base\.model\.layers\.[0*]'\? The model is inside a wrapper\.$"
+        ):
+            Learner(model, "local_ce", cuts=cuts)
+
+
 def test_names_that_no_trace_can_follow_point_to_the_models_own_pass():
     with pytest.raises(LayerwiseError, match=r"cut_at_calls\(model, \['down.0', 'up.0'\]\)"):
         Learner(Skips(), "local_ce", cuts=["down.0", "up.0"])

@@ -34,9 +34,24 @@ def matching(model: nn.Module, cuts: Sequence[str] | str) -> list[str]:
             if len(split := name.split(".")) == len(parts) and all(map(fnmatch.fnmatchcase, split, parts))
         ]
         if not hits:
-            raise LayerwiseError(f"no module is called {pattern!r}; {suggestion(pattern, names)}.")
+            raise LayerwiseError(f"no module is called {pattern!r}; {inside_a_wrapper(pattern, names)}.")
         found += [name for name in hits if name not in found]
     return found
+
+
+def inside_a_wrapper(pattern: str, names: Sequence[str]) -> str:
+    """What to write instead of a name that no module has: the longer one that a wrapper such as peft's has made of it.
+
+    >>> inside_a_wrapper("layers.*", ["base.layers", "base.layers.0"])
+    "did you mean 'base.layers.*'? The model is inside a wrapper"
+    """
+    parts = pattern.split(".")
+    for name in names:
+        split = name.split(".")
+        if len(split) > len(parts) and all(map(fnmatch.fnmatchcase, split[-len(parts) :], parts)):
+            whole = ".".join([*split[: -len(parts)], pattern])
+            return f"did you mean {whole!r}? The model is inside a wrapper"
+    return suggestion(pattern, list(names))
 
 
 def automatic_cuts(model: nn.Module) -> list[str]:
@@ -48,7 +63,8 @@ def automatic_cuts(model: nn.Module) -> list[str]:
     one of no more than half of its single layers, gives its parts that hold weight matrices or kernels, including
     those of its head.
 
-    >>> automatic_cuts(nn.ModuleDict({"layers": nn.ModuleList([nn.ReLU(), nn.ReLU()]), "head": nn.Linear(1, 1)}))
+    >>> layers = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])
+    >>> automatic_cuts(nn.ModuleDict({"layers": layers, "head": nn.Linear(1, 1)}))
     ['layers.0', 'layers.1']
     >>> automatic_cuts(nn.ModuleDict({"one": nn.Linear(1, 1), "norm": nn.LayerNorm(1), "two": nn.Linear(1, 1)}))
     ['one', 'two']
