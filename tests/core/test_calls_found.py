@@ -82,6 +82,10 @@ def test_stages_are_looked_into_and_layers_are_not():
     assert automatic_cuts(Layers(Experts(count=2), Experts(), Experts())) == ["layers.0", "layers.1", "layers.2"]
     separate = nn.ModuleDict({f"layer{i}": nn.Sequential(Conv(3, 3)) for i in range(3)})
     assert automatic_cuts(separate) == ["layer0.0", "layer1.0", "layer2.0"]
+    apart = nn.ModuleList(nn.ModuleList(Conv(3, 3) for _ in range(count)) for count in (1, 2, 2))
+    tables = nn.ModuleList(nn.Embedding(3, 3) for _ in range(9))
+    nested = nn.ModuleDict({"tables": tables, "patches": nn.ModuleList(Experts() for _ in range(4)), "blocks": apart})
+    assert automatic_cuts(nested) == [f"blocks.{i}.{j}" for i, count in enumerate((1, 2, 2)) for j in range(count)]
     with pytest.raises(LayerwiseError, match="no list of blocks"):
         automatic_cuts(nn.ModuleDict({"one": nn.Sequential(nn.ReLU()), "two": nn.Linear(1, 1)}))
 

@@ -178,9 +178,7 @@ def test_a_parameter_that_nothing_uses_is_named():
 def test_names_of_before_wrapping_are_told_with_those_of_the_wrapper():
     model = nn.ModuleDict({"base": nn.ModuleDict({"model": decoder()})})
     for cuts in ("layers.*", ["layers.0", "layers.*"]):
-        with pytest.raises(
-            LayerwiseError, match=r"mean 'base\.model\.layers\.[0*]'\? The model is inside a wrapper\.$"
-        ):
+        with pytest.raises(LayerwiseError, match=r"mean 'base\.model\.layers\.[0*]'\? The model is inside a wrapper\."):
             Learner(model, "local_ce", cuts=cuts)
 
 

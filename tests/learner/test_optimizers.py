@@ -162,8 +162,8 @@ def test_frozen_and_thawed_parameters_of_one_of_several_optimizers():
         ({"*.bias": {"optimizer": "Adan"}, "*": {}}, "in the optimizer's pattern '*.bias', unknown optimizer 'Adan'"),
         ({"*.bias": {"betas": (0.9, 2.0)}, "*": {}}, "in the optimizer's pattern '*.bias', AdamW refuses its options"),
         (
-            {"*.bias": {"eps": math.nan}, "*": {}},
-            "in the optimizer's pattern '*.bias', an optimizer was given eps = nan",
+            {"*.bias": {"optimizer": "SGD", "momentum": math.nan}, "*": {}},
+            "in the optimizer's pattern '*.bias', an optimizer was given momentum = nan",
         ),
         ({"*": {"lr": -1.0}}, "lr is -1.0"),
         (lambda groups: [torch.optim.SGD(groups, lr=0.1), torch.optim.SGD(groups, lr=0.1)], "into two optimizers"),

@@ -93,6 +93,8 @@ def _is_layer(module: nn.Module) -> bool:
     return next(module.children(), None) is None
 
 
+_TABLES = frozenset((nn.Embedding, nn.EmbeddingBag))
+"""Modules that take indices, and so never what a block before them gives."""
 _List = tuple[str, dict[str, nn.Module], frozenset[type]]
 """Its path, its modules by their paths, and their classes."""
 
@@ -118,13 +120,20 @@ def _children(path: str, module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _blocks(lists: list[_List]) -> list[_List]:
-    """The lists, those of stages replaced by the lists of blocks in them."""
+    """The lists, those of stages replaced by the lists of blocks in them, which count as one."""
     found = []
     for path, members, kinds in lists:
         inner = [within for name, child in members.items() for within in _lists(name, child)]
-        staged = not _alike(lists, kinds) and any(_alike(inner, within) for _, _, within in inner)
-        found += _blocks(inner) if staged else [(path, members, kinds)]
-    return found
+        called = all(kind.forward is not nn.Module.forward for kind in kinds)
+        staged = not called or (not _alike(lists, kinds) and any(_alike(inner, within) for _, _, within in inner))
+        if not staged:
+            found.append((path, members, kinds))
+            continue
+        joined: dict[frozenset[type], dict[str, nn.Module]] = {}
+        for _, within, of in _blocks(inner):
+            joined.setdefault(of, {}).update(within)
+        found += [(path, within, of) for of, within in joined.items()]
+    return [blocks for blocks in found if not blocks[2] <= _TABLES]
 
 
 def _alike(lists: list[_List], kinds: frozenset[type]) -> bool:
