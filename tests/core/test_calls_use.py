@@ -185,6 +185,8 @@ def test_names_of_before_wrapping_are_told_with_those_of_the_wrapper():
 def test_names_that_no_trace_can_follow_point_to_the_models_own_pass():
     with pytest.raises(LayerwiseError, match=r"cut_at_calls\(model, \['down.0', 'up.0'\]\)"):
         Learner(Skips(), "local_ce", cuts=["down.0", "up.0"])
+    with pytest.raises(LayerwiseError, match=r"cut_at_calls\(model, \['down\.\*', 'up\.0'\]\)"):
+        Learner(Skips(), "local_ce", cuts=["down", "up.0"])
 
 
 def test_patterns_and_automatic_cuts():

@@ -124,8 +124,8 @@ def _blocks(lists: list[_List]) -> list[_List]:
     found = []
     for path, members, kinds in lists:
         inner = [within for name, child in members.items() for within in _lists(name, child)]
-        called = all(kind.forward is not nn.Module.forward for kind in kinds)
-        staged = not called or (not _alike(lists, kinds) and any(_alike(inner, within) for _, _, within in inner))
+        lists_of_lists = all(issubclass(kind, nn.ModuleList) for kind in kinds)  # never called themselves
+        staged = lists_of_lists or (not _alike(lists, kinds) and any(_alike(inner, within) for _, _, within in inner))
         if not staged:
             found.append((path, members, kinds))
             continue

@@ -57,8 +57,10 @@ def cut(
         modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
         if not named or not all(name in modules for name in named) or is_sequential(model):
             raise
+        # A list is never called itself, but what it holds is.
+        called = [n if type(modules[n]).forward is not nn.Module.forward else f"{n}.*" for n in named]
         raise LayerwiseError(
-            f"{str(reason).removesuffix('.')}; or let it run its own forward pass: cut_at_calls(model, {named})."
+            f"{str(reason).removesuffix('.')}; or let it run its own forward pass: cut_at_calls(model, {called})."
         ) from reason
 
 
