@@ -85,7 +85,7 @@ class Learner:
         seed: of all random draws. A draw depends on (seed, step, block) only; the global generators of torch, Python
             and NumPy are left as they were.
         cuts: where to cut the model, see `partition`. A pattern (`"model.layers.*"`) or `"auto"`, the default but
-            for chains, cuts it at its calls, see `cut_at_calls`; so do `output`, `read`, `tied`, or inputs in a container.
+            for chains, cuts it at its calls, see `cut_at_calls`; so do `output`, `read`, `tied` and a batch of several.
         blocks: number of blocks, see `partition`.
         output: where the logits are in the model's output, see `cut_at_calls`.
         read: which tensor of a cut module's output the rule uses, see `cut_at_calls`.
