@@ -161,9 +161,10 @@ def _parts(model: nn.Module) -> list[str]:
             if alone
             else ""
         )
+        holder = alone[0].rpartition(".")[0] if alone else ""
         raise LayerwiseError(
             f"{type(model).__name__} holds no list of blocks{why}, so it cannot be cut automatically; name the modules "
-            "to cut after, such as cuts=[...] or a pattern."
+            f"to cut after, such as cuts={[holder] if holder else '[...]'} or a pattern."
         )
     return list(parts)
 
