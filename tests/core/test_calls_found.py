@@ -1,6 +1,7 @@
 """Where models of other people are cut automatically, and which block trains the modules between the cuts."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -81,8 +82,129 @@ def test_stages_are_looked_into_and_layers_are_not():
     assert automatic_cuts(Layers(Experts(count=2), Experts(), Experts())) == ["layers.0", "layers.1", "layers.2"]
     separate = nn.ModuleDict({f"layer{i}": nn.Sequential(Conv(3, 3)) for i in range(3)})
     assert automatic_cuts(separate) == ["layer0.0", "layer1.0", "layer2.0"]
-    with pytest.raises(LayerwiseError, match="no list of modules of one class"):
+    apart = nn.ModuleList(nn.ModuleList(Conv(3, 3) for _ in range(count)) for count in (1, 2, 2))
+    tables = nn.ModuleList(nn.Embedding(3, 3) for _ in range(9))
+    nested = nn.ModuleDict({"tables": tables, "patches": nn.ModuleList(Experts() for _ in range(4)), "blocks": apart})
+    assert automatic_cuts(nested) == [f"blocks.{i}.{j}" for i, count in enumerate((1, 2, 2)) for j in range(count)]
+    with pytest.raises(LayerwiseError, match="no list of blocks"):
         automatic_cuts(nn.ModuleDict({"one": nn.Sequential(nn.ReLU()), "two": nn.Linear(1, 1)}))
+
+
+class Named(nn.Module):
+    """Layers that are attributes, called in the order given; others are not called, or several times."""
+
+    def __init__(self, order="abc", held="abc"):
+        super().__init__()
+        for name in held:
+            setattr(self, name, nn.Linear(8, 8))
+        self.order = order
+
+    def forward(self, x):
+        for name in self.order:
+            x = getattr(self, name)(x).relu()
+        return x
+
+
+class Parts(nn.Module):
+    """Two chains, one after the other."""
+
+    def __init__(self, *chains):
+        super().__init__()
+        self.features, self.classifier = chains
+
+    def forward(self, x):
+        return self.classifier(self.features(x).flatten(1))
+
+
+class Mixed(nn.Module):
+    """A list of layers of two classes, with activations between them; the last one gives the outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [nn.Linear(8, 8), nn.ReLU(), Experts(), nn.LayerNorm(8), Experts(), nn.Linear(8, 4)]
+        )
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Within(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x)
+
+
+WITHOUT_CUTS = {
+    "attributes": (Named(), ["a", "b"]),
+    "another order": (Named("bca"), ["b", "c"]),
+    "not called": (Named("abc", held="dabc"), ["a", "b"]),
+    "two layers": (Named("ab", held="ab"), ["a"]),
+    "called twice": (Named("adbdc", held="dabc"), ["a", "b"]),
+    "inside another": (Within(Named()), ["net.a", "net.b"]),
+    "two chains": (
+        Parts(
+            nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU()),
+            nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)),
+        ),
+        ["features.0", "features.2", "classifier.0"],
+    ),
+    "a list": (Layers(nn.Linear(8, 8), nn.Linear(8, 8)), ["layers.0", "layers.1"]),
+    "several classes": (Mixed(), ["layers.0", "layers.2", "layers.4"]),
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_CUTS)
+def test_cuts_that_are_left_out_are_found(kind):
+    """In the order of the calls, and up to the last one that has parameters behind it, which are the head's."""
+    torch.manual_seed(0)
+    model, cuts = WITHOUT_CUTS[kind]
+    model, named = copy.deepcopy(model), copy.deepcopy(model)
+    x, y = torch.randn(8, 8), torch.arange(8) % 4
+    found, asked = Learner(model, "local_ce", **PLAIN), Learner(cut_at_calls(named, cuts), "local_ce", **PLAIN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if kind == "not called" else "error")
+        for learner in (found, asked):
+            learner.step(x, y)
+    assert list(found.network.cuts) == cuts
+    assert [line.split(":")[0] for line in found.network.describe().splitlines()[: len(cuts)]] == cuts
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), named.parameters(), strict=True))
+    assert found.network.head.parameters()
+
+
+def test_a_layer_that_is_called_again_and_again_is_refused_with_what_to_write():
+    class Shared(nn.Module):
+        def __init__(self, count):
+            super().__init__()
+            self.layers, self.head = nn.ModuleList(nn.Linear(8, 8) for _ in range(count)), nn.Linear(8, 4)
+
+        def forward(self, x):
+            for _ in range(3):
+                for layer in self.layers:
+                    x = layer(x).relu()
+            return self.head(x)
+
+    x = torch.randn(8, 8)
+    with pytest.raises(LayerwiseError, match="called again and again is no block, but a module that holds all"):
+        Learner(Shared(2), "local_ce", example=x)
+    with pytest.raises(LayerwiseError, match=r"'net.layers' holds a single module; .* such as cuts=\['net'\]"):
+        Learner(nn.ModuleDict({"net": Shared(1), "head": nn.Linear(8, 4)}), "local_ce")
+
+
+def test_what_gives_the_outputs_is_the_head():
+    x, y = torch.randn(8, 8), torch.arange(8) % 4
+    learner = Learner(Mixed(), "local_ce", cuts="layers.[245]", lr_multipliers={"layers.2": 0.5, "head": 2.0})
+    learner.step(x, y)
+    assert list(learner.network.cuts) == ["layers.2", "layers.4"]
+    with pytest.raises(LayerwiseError, match="no head; leave it out"):
+        Learner(cut_at_calls(Mixed(), ["layers.2", "layers.5"]), "local_ce").step(x, y)
+    with pytest.raises(LayerwiseError, match=r"layers\.5"):
+        Learner(Mixed(), "local_ce", cuts="layers.[245]", lr_multipliers={"layers.5": 0.5}).step(x, y)
 
 
 class Turned(nn.Module):

@@ -12,7 +12,7 @@ from support.nets import CLASSES, batches, net, same_bits, tensors
 from support.own import VOCABULARY, WIDTH, Decoder, Skips, Twists, decoder, text, vectors
 from torch import nn
 
-from layerwise import LanguageModel, LayerwiseError, Learner, cut_at_calls
+from layerwise import LanguageModel, LayerwiseError, Learner, cut_at_calls, partition
 from layerwise.core.cut_names import automatic_cuts, matching
 
 DATA = batches(3)
@@ -175,9 +175,18 @@ def test_a_parameter_that_nothing_uses_is_named():
 # --- Names
 
 
+def test_names_of_before_wrapping_are_told_with_those_of_the_wrapper():
+    model = nn.ModuleDict({"base": nn.ModuleDict({"model": decoder()})})
+    for cuts in ("layers.*", ["layers.0", "layers.*"]):
+        with pytest.raises(LayerwiseError, match=r"mean 'base\.model\.layers\.[0*]'\? The model is inside a wrapper\."):
+            Learner(model, "local_ce", cuts=cuts)
+
+
 def test_names_that_no_trace_can_follow_point_to_the_models_own_pass():
     with pytest.raises(LayerwiseError, match=r"cut_at_calls\(model, \['down.0', 'up.0'\]\)"):
         Learner(Skips(), "local_ce", cuts=["down.0", "up.0"])
+    with pytest.raises(LayerwiseError, match=r"cut_at_calls\(model, \['down\.\*', 'up\.0'\]\)"):
+        Learner(Skips(), "local_ce", cuts=["down", "up.0"])
 
 
 def test_patterns_and_automatic_cuts():
@@ -247,7 +256,7 @@ def test_models_of_transformers(family):
 
 def test_the_decoder_of_the_tests_is_no_model_of_ours():
     with pytest.raises(LayerwiseError):
-        Learner(Decoder(), "local_ce").step(text()["tokens"], torch.zeros(4, 10, dtype=torch.long))
+        partition(Decoder())
 
 
 def test_keys_and_values_for_generation_are_not_kept_while_a_step_runs():

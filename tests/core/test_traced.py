@@ -52,6 +52,17 @@ class Counter(Base):
         return h * self.calls
 
 
+class Once(Base):
+    """The first pass makes something that later ones find, such as a cache."""
+
+    table = None
+
+    def between(self, h):
+        if self.table is None:
+            self.table = 2.0
+        return h * self.table
+
+
 class Values(Base):
     def between(self, h):
         return h * 2 if h.sum() > 0 else h
@@ -73,6 +84,12 @@ def test_a_traced_model_follows_its_mode_its_attributes_and_its_buffers(kind):
     learner.step(X, Y)
     assert torch.equal(learner(X), learner(X))
     assert torch.equal(learner(X), learner.network.model.eval()(X))
+
+
+def test_what_the_first_pass_makes_once_does_not_refuse_the_first_attempt():
+    model = Once()
+    assert same(partition(model, ["a", "b"]), model)
+    assert same(partition(model, ["a", "b"]), model)
 
 
 @pytest.mark.parametrize("kind", [PythonRandom, NumpyRandom, OwnGenerator, TorchRandom, Counter, Values])

@@ -7,7 +7,7 @@ own business; only the teaching tensor of each cut, which the rule reads, goes t
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from layerwise.core.blocks import Partition, Unchanged, check_fits, sort_names
 from layerwise.core.call_blocks import CallBlock
 from layerwise.core.coroutine import Pass, called_instead, devices_of, without_severing
 from layerwise.core.crossing import Crossing, Uses
-from layerwise.core.cut_names import check_cuts
+from layerwise.core.cut_names import check_cuts, in_order_of_calls
 from layerwise.core.failures import KNOWN, told_by
 from layerwise.core.keeping import exchanged, tensors_kept
 from layerwise.core.layout import Layouts, declared_layouts
@@ -87,7 +87,7 @@ class CallPartition(Partition):
             _passes={},
             _make=None,
             _part=None,
-            _unordered=False,
+            _unordered="",
             _severs=None,
             _devices=devices_of(self.model.parameters()),
             _unchanged=Unchanged(type(model).__name__),
@@ -128,8 +128,8 @@ class CallPartition(Partition):
     """Opens another pass."""
     _part: MicroBatch | None
     """The part of the batch that runs now."""
-    _unordered: bool
-    """Whether the order of the calls is still unknown."""
+    _unordered: Literal["", "matched", "found"]
+    """How the cuts were chosen, by patterns or automatically, while the order of their calls is still unknown."""
     _unchanged: Unchanged
     _configs: list[Any]
     """Configurations that say whether every layer keeps its keys and values for generation."""
@@ -324,6 +324,7 @@ class CallPartition(Partition):
             self.__dict__["input_layout"] = layouts.of(x, len(x)) if isinstance(x, Tensor) else None
         check_fits(self.layout, outputs)
         self._own(uses.used)
+        self._check_head(uses.used)
         self.__dict__.update(crossings=uses.crossings, _forms=forms, _used=uses.used)
         self.__dict__["keeps"] = exchanged(kept, self.model)
         if self.again or all(block.before is None for block in self.blocks):
@@ -337,28 +338,27 @@ class CallPartition(Partition):
 
     @torch.no_grad()
     def arrange(self, x: Any) -> None:
-        """Put the blocks in the order in which the model calls their modules for a batch.
+        """Put the blocks in the order in which the model calls their modules for a batch, if nobody has said it.
+
+        Modules that a pattern matches, or that were found automatically, may belong to the head: then they are no cuts.
 
         Args:
             x: the batch.
+
+        Raises:
+            LayerwiseError: no module that was found can be a block.
         """
         if not self._unordered or any(p.is_meta for p in self.parameters()):
             return
-        called: list[nn.Module] = []
-        handles = [
-            module.register_forward_hook(lambda module, *_: called.append(module)) for _, module, _ in self._stops
-        ]
         try:
-            self.forward(x)
-        finally:
-            for handle in handles:
-                handle.remove()
-        ended = {id(module): place for place, module in reversed([*enumerate(called)])}
-        order = sorted(range(len(self._stops)), key=lambda i: ended.get(id(self._stops[i][1]), len(called)))
-        stops, blocks = [self._stops[i] for i in order], [self.blocks[i] for i in order]
-        for index, block in enumerate(blocks):
+            names = in_order_of_calls(self.model, self.cuts, lambda: self.forward(x), self._unordered == "found")
+        except KNOWN:  # the probe says what is wrong with the batch
+            return
+        known = {block.name: (stop, block) for stop, block in zip(self._stops, self.blocks, strict=True)}
+        stops, blocks = [known[name][0] for name in names], [known[name][1] for name in names]
+        for index, block in enumerate([*blocks, self.head]):
             block.index = index  # pyright: ignore[reportAttributeAccessIssue]
-        self.__dict__.update(cuts=tuple(name for name, _, _ in stops), blocks=blocks, _stops=stops, _unordered=False)
+        self.__dict__.update(cuts=tuple(names), blocks=blocks, _stops=stops, _unordered="")
 
     def outside(self) -> set[str]:
         """Names of the tensors in no module of a cut, or in several; before a probe."""
@@ -422,13 +422,21 @@ class CallPartition(Partition):
 
     def with_layout(self, layout: Mapping[str, str] | str) -> "CallPartition":
         """The same cuts, with the layout declared."""
-        return CallPartition(self.model, self.cuts, self.output, self.read, self.tied, layout)
+        found = CallPartition(self.model, self.cuts, self.output, self.read, self.tied, layout)
+        found.__dict__["_unordered"] = self._unordered
+        return found
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CallPartition, (self.model, self.cuts, self.output, self.read, self.tied, self.layout)
 
     def _one_name_each(self) -> dict[str, Tensor]:
         return dict([*self.model.named_parameters(), *self.model.named_buffers()])
+
+    def _check_head(self, used: Mapping[str, set[int]]) -> None:
+        if not any(len(self.cuts) in used.get(name, ()) for name, _ in self.model.named_parameters()):
+            raise LayerwiseError(
+                f"nothing after the last cut {self.cuts[-1]!r} uses parameters, so there is no head; leave it out."
+            )
 
     def _own(self, used: Mapping[str, set[int]]) -> None:
         """Give every parameter and buffer to a block, and warn of parameters that none uses."""

@@ -2,12 +2,16 @@
 
 import fnmatch
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_iter
 
-from layerwise.core.chains import check_model, is_compiled
+from layerwise.core.chains import check_model, is_compiled, listed
+from layerwise.core.optim import is_norm
 from layerwise.errors import LayerwiseError, suggestion
 
 
@@ -30,62 +34,214 @@ def matching(model: nn.Module, cuts: Sequence[str] | str) -> list[str]:
             if len(split := name.split(".")) == len(parts) and all(map(fnmatch.fnmatchcase, split, parts))
         ]
         if not hits:
-            raise LayerwiseError(f"no module is called {pattern!r}; {suggestion(pattern, names)}.")
+            raise LayerwiseError(f"no module is called {pattern!r}; {inside_a_wrapper(pattern, names)}.")
         found += [name for name in hits if name not in found]
     return found
 
 
+def inside_a_wrapper(pattern: str, names: Sequence[str]) -> str:
+    """What to write instead of a name that no module has: the longer one that a wrapper such as peft's has made of it.
+
+    >>> inside_a_wrapper("layers.*", ["base.layers", "base.layers.0"])
+    "did you mean 'base.layers.*'? The model is inside a wrapper"
+    """
+    parts = pattern.split(".")
+    for name in names:
+        split = name.split(".")
+        if len(split) > len(parts) and all(map(fnmatch.fnmatchcase, split[-len(parts) :], parts)):
+            whole = ".".join([*split[: -len(parts)], pattern])
+            return f"did you mean {whole!r}? The model is inside a wrapper"
+    return suggestion(pattern, list(names))
+
+
 def automatic_cuts(model: nn.Module) -> list[str]:
-    """The modules of the longest list of one class, and those of its other lists of that class or of the hinted ones.
+    """The modules after which a model is cut if nobody says where, in the order in which it holds them.
 
-    Lists inside such a list do not count: a layer's experts are part of it. The exception is stages that all differ,
-    if the lists inside them hold modules that are alike.
+    They are those of the longest list of blocks, of its other lists with a class in common, and of the lists of classes
+    that the model hints at. Lists inside such a list do not count: a layer's experts are part of it. The exception is
+    stages that all differ, if the lists inside them hold modules that are alike. A model without such a list, or with
+    one of no more than half of its single layers, gives its parts that hold weight matrices or kernels, including
+    those of its head.
 
-    >>> automatic_cuts(nn.ModuleDict({"layers": nn.ModuleList([nn.ReLU(), nn.ReLU()]), "head": nn.Linear(1, 1)}))
+    >>> layers = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])
+    >>> automatic_cuts(nn.ModuleDict({"layers": layers, "head": nn.Linear(1, 1)}))
     ['layers.0', 'layers.1']
+    >>> automatic_cuts(nn.ModuleDict({"one": nn.Linear(1, 1), "norm": nn.LayerNorm(1), "two": nn.Linear(1, 1)}))
+    ['one', 'two']
     """
     lists = _blocks(_lists("", model))
-    count = Counter(kind for _, members, kind in lists for _ in members)
+    count = Counter(kinds for _, members, kinds in lists for _ in members)
     if max(count.values(), default=0) < 2:
-        raise LayerwiseError(
-            f'{type(model).__name__} holds no list of modules of one class, so cuts="auto" finds nothing; name the '
-            "modules to cut after, such as cuts=[...] or a pattern."
-        )
+        return _parts(model)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):  # labels are those of decoder positions
         lists = [found for found in lists if "decoder" in found[0].split(".")] or lists
     hinted = set(getattr(model, "_no_split_modules", None) or ())  # the family's names of its blocks
     longest = max(lists, key=lambda found: (len(found[1]), count[found[2]]))
-    kinds = {longest[2]} | ({kind for _, _, kind in lists if kind.__name__ in hinted} if hinted else set())
-    return [name for _, members, kind in lists if kind in kinds for name in members]
+    wanted = longest[2] | {kind for _, _, kinds in lists for kind in kinds if kind.__name__ in hinted}
+    chosen = {name: module for _, members, kinds in lists if kinds & wanted for name, module in members.items()}
+    return _parts(model) if _is_a_small_part(model, chosen) else list(chosen)
 
 
-_List = tuple[str, dict[str, nn.Module], type]
-"""Its path, its modules by their paths, and their class."""
+def _is_a_small_part(model: nn.Module, chosen: Mapping[str, nn.Module]) -> bool:
+    """Whether modules are single layers, and no more than half of the model's, as those of a head are."""
+    layers = {id(m) for m in model.modules() if has_matrix(m) and _is_layer(m)}
+    within = layers & {id(m) for m in chosen.values()}
+    return all(map(_is_layer, chosen.values())) and 2 * len(within) <= len(layers)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return next(module.children(), None) is None
+
+
+_TABLES = frozenset((nn.Embedding, nn.EmbeddingBag))
+"""Modules that take indices, and so never what a block before them gives."""
+_List = tuple[str, dict[str, nn.Module], frozenset[type]]
+"""Its path, its modules by their paths, and their classes."""
 
 
 def _lists(path: str, module: nn.Module) -> list[_List]:
-    """The outermost lists of modules of one class."""
-    members = {f"{path}.{name}" if path else name: child for name, child in module.named_children()}
-    kinds = {type(child) for child in members.values()}
+    """The outermost lists of blocks: modules of one class, or of several in a `nn.ModuleList`.
+
+    Of the latter only those with weights count, the others (activations, norms) belong to the block after them.
+    """
+    members = _children(path, module)
+    kinds = frozenset(type(child) for child in members.values())
     if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(kinds) == 1:
-        return [(path, members, kinds.pop())]
-    return [found for name, child in members.items() for found in _lists(name, child)]
+        return [(path, members, kinds)]
+    if isinstance(module, nn.ModuleList):
+        members = {name: child for name, child in members.items() if has_matrix(child)}
+        if len(members) > 1:
+            return [(path, members, frozenset(type(child) for child in members.values()))]
+    return [found for name, child in _children(path, module).items() for found in _lists(name, child)]
+
+
+def _children(path: str, module: nn.Module) -> dict[str, nn.Module]:
+    return {f"{path}.{name}" if path else name: child for name, child in module.named_children()}
 
 
 def _blocks(lists: list[_List]) -> list[_List]:
-    """The lists, those of stages replaced by the lists of blocks in them."""
+    """The lists, those of stages replaced by the lists of blocks in them, which count as one."""
     found = []
-    for path, members, kind in lists:
+    for path, members, kinds in lists:
         inner = [within for name, child in members.items() for within in _lists(name, child)]
-        staged = not _alike(lists, kind) and any(_alike(inner, within) for _, _, within in inner)
-        found += _blocks(inner) if staged else [(path, members, kind)]
+        lists_of_lists = all(issubclass(kind, nn.ModuleList) for kind in kinds)  # never called themselves
+        staged = lists_of_lists or (not _alike(lists, kinds) and any(_alike(inner, within) for _, _, within in inner))
+        if not staged:
+            found.append((path, members, kinds))
+            continue
+        joined: dict[frozenset[type], dict[str, nn.Module]] = {}
+        for _, within, of in _blocks(inner):
+            joined.setdefault(of, {}).update(within)
+        found += [(path, within, of) for of, within in joined.items()]
+    return [blocks for blocks in found if not blocks[2] <= _TABLES]
+
+
+def _alike(lists: list[_List], kinds: frozenset[type]) -> bool:
+    """Whether two modules of one of these classes have parameters of the same shapes."""
+    modules = [child for _, members, held in lists if held == kinds for child in members.values()]
+    return len({(type(child), *(p.shape for p in child.parameters())) for child in modules}) < len(modules)
+
+
+def _parts(model: nn.Module) -> list[str]:
+    """The parts of a model that hold weight matrices or kernels: at least three, or two layers.
+
+    A model with a single such part is looked into, and so are containers where there are fewer than three.
+    """
+    parts = _weighted("", model)
+    while len(parts) == 1 and (inner := _weighted(*next(iter(parts.items())))):
+        parts = inner
+    if len(parts) < 3:
+        opened = [_weighted(n, m) if type(m) is nn.Sequential else {n: m} for n, m in parts.items()]
+        parts = {name: part for found in opened for name, part in found.items()}
+    if len(parts) < 2 or (len(parts) < 3 and not all(map(_is_layer, parts.values()))):
+        alone = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == 1]
+        why = (
+            f" ({alone[0]!r} holds a single module; a layer that is called again and again has one set of weights and "
+            "is no block, but a module that holds all of its calls can be one)"
+            if alone
+            else ""
+        )
+        holder = alone[0].rpartition(".")[0] if alone else ""
+        raise LayerwiseError(
+            f"{type(model).__name__} holds no list of blocks{why}, so it cannot be cut automatically; name the modules "
+            f"to cut after, such as cuts={[holder] if holder else '[...]'} or a pattern."
+        )
+    return list(parts)
+
+
+def _weighted(path: str, module: nn.Module) -> dict[str, nn.Module]:
+    """The children of a module that hold weights; those of a list, which is never called itself, in its place."""
+    found: dict[str, nn.Module] = {}
+    for name, child in _children(path, module).items():
+        if type(child).forward is nn.Module.forward:
+            found |= _weighted(name, child)
+        elif has_matrix(child):
+            found[name] = child
     return found
 
 
-def _alike(lists: list[_List], kind: type) -> bool:
-    """Whether two modules of this class have parameters of the same shapes."""
-    modules = [child for _, members, held in lists if held is kind for child in members.values()]
-    return len({tuple(p.shape for p in child.parameters()) for child in modules}) < len(modules)
+def has_matrix(module: nn.Module) -> bool:
+    """Whether a weight matrix or kernel lies in the module; what a norm learns is none, whatever its shape."""
+    return any(p.dim() >= 2 for m in module.modules() if not is_norm(m) for p in m.parameters(recurse=False))
+
+
+class _Calls(TorchFunctionMode):
+    """Notes which modules end a call, and where in this order functions of torch use a parameter."""
+
+    def __init__(self, parameters: Iterable[Tensor]):
+        super().__init__()
+        self.ended: list[int] = []
+        """Numbers of the modules."""
+        self.uses: set[int] = set()
+        """How many calls had ended when a parameter was used."""
+        self._own = {id(p) for p in parameters}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if len(self.ended) not in self.uses and any(id(t) in self._own for t in tree_iter((args, kwargs))):
+            self.uses.add(len(self.ended))
+        return func(*args, **(kwargs or {}))
+
+
+def in_order_of_calls(model: nn.Module, names: Sequence[str], run: Callable[[], Any], found: bool) -> list[str]:
+    """The names in the order in which a pass of the model calls their modules; what comes last may be left to the head.
+
+    Args:
+        model: the model.
+        names: of modules in it.
+        run: runs the pass.
+        found: whether the names were found automatically; then those are left out that are not called exactly once.
+
+    Returns:
+        The names, without the last ones if no parameter is used after them: those are the head, or a part of it.
+
+    Raises:
+        LayerwiseError: none is left.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    calls = _Calls(model.parameters())
+    handles = [
+        modules[name].register_forward_hook(lambda *_, number=number: calls.ended.append(number))
+        for number, name in enumerate(names)
+    ]
+    try:
+        with calls:
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    count = Counter(calls.ended)
+    kept = [i for i in range(len(names)) if count[i] == 1 or not found]
+    order = sorted(kept, key=lambda i: calls.ended.index(i) if i in count else len(calls.ended))
+    last = max(calls.uses, default=0)
+    while len(order) > (0 if found else 1) and order[-1] in count and calls.ended.index(order[-1]) >= last:
+        order.pop()
+    if not order:
+        raise LayerwiseError(
+            f"a pass of {type(model).__name__} calls none of {listed(names, 4)} exactly once and then uses further "
+            "parameters, so that it cannot be cut automatically; a layer that is called again and again is no block, "
+            "but a module that holds all of its calls can be one: name it, cuts=[...]."
+        )
+    return [names[i] for i in order]
 
 
 def check_cuts(model: nn.Module, cuts: Sequence[str], known: Mapping[str, nn.Module]) -> None:

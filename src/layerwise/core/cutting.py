@@ -11,12 +11,11 @@ from layerwise.core.blocks import Partition
 from layerwise.core.calls import CallPartition
 from layerwise.core.chains import check_model, expanded, is_sequential, listed
 from layerwise.core.cost import balanced_ends, operations
-from layerwise.core.cut_names import automatic_cuts, matching
+from layerwise.core.cut_names import automatic_cuts, has_matrix, matching
 from layerwise.core.modes import evaluation_mode
-from layerwise.core.optim import is_norm
 from layerwise.core.ownership import Tied
 from layerwise.core.ranges import check_ranges
-from layerwise.core.reading import Output, Read
+from layerwise.core.reading import Output, Read, arguments
 from layerwise.core.tracing import legal_cuts
 from layerwise.errors import LayerwiseError
 
@@ -60,7 +59,7 @@ def partition(
     if isinstance(model, Partition):
         return model if layout is None else model.with_layout(layout)
     check_model(model)
-    _materialise(model, example)
+    materialise(model, example)
     if cuts is None or cuts == "block":
         cuts = _default_cuts(model)
     elif cuts == "layer":
@@ -88,7 +87,8 @@ def cut_at_calls(
         model: any module. It may take several arguments, keywords, masks, and return anything.
         cuts: names of modules, in the order in which they are called, or patterns (`"model.layers.*"`), whose order
             the first batch shows: a module that is called ends a block with its call. Everything after the last one is
-            the head. `"auto"` takes the longest list of modules of one class.
+            the head. `"auto"` takes the longest list of blocks, or the parts with weights where there is none. Of names
+            that are not given one by one, the last may be the head: then they are no cuts.
         output: where the logits are in the model's output: a function, or the name of an entry. Not needed for a
             tensor, or where the entry is called `logits`.
         read: where the teaching tensor is in a cut module's output, its first tensor of real numbers if not given: a
@@ -115,10 +115,9 @@ def cut_at_calls(
             raise LayerwiseError(f"blocks={blocks} is not possible: there are {len(names)} cuts; give 1 to that many.")
         names = [names[(i + 1) * len(names) // blocks - 1] for i in range(blocks)]
     found = CallPartition(model, names, output, read, tied, layout)
-    # Two lists may be called in another order than the model holds them; names one by one are in the user's order.
     patterns = [cuts] if isinstance(cuts, str) else cuts
-    several = len({name.rpartition(".")[0] for name in names}) > 1
-    found.__dict__["_unordered"] = several and (cuts == "auto" or any(c in p for p in patterns for c in "*?["))
+    if cuts == "auto" or any(letter in pattern for pattern in patterns for letter in "*?["):
+        found.__dict__["_unordered"] = "found" if cuts == "auto" else "matched"
     return found
 
 
@@ -137,7 +136,7 @@ def check_cutting(cuts: Any, blocks: Any, layout: Any) -> None:
         raise LayerwiseError("layout maps block names to layouts such as 'BCL'; give words for both.")
 
 
-def _materialise(model: nn.Module, example: Tensor | None) -> None:
+def materialise(model: nn.Module, example: Any) -> None:
     """Let lazy layers learn their sizes from the example."""
     lazy = [name for name, p in [*model.named_parameters(), *model.named_buffers()] if is_lazy(p)]
     if not lazy:
@@ -148,7 +147,8 @@ def _materialise(model: nn.Module, example: Tensor | None) -> None:
             "inputs, or call the model once."
         )
     with evaluation_mode(model), torch.no_grad():
-        model(example[:2])
+        args, kwargs = arguments(example[:2] if isinstance(example, Tensor) else example)
+        model(*args, **{name: value for name, value in kwargs.items() if name != "labels"})
 
 
 def _default_cuts(model: nn.Module) -> list[str]:
@@ -159,7 +159,7 @@ def _default_cuts(model: nn.Module) -> list[str]:
         return _weighted_cuts(model, deep=False)
     raise LayerwiseError(
         f"{type(model).__name__} is not a nn.Sequential and names no blocks of its own, so say where to cut it: "
-        f'cuts="auto" with example=... cuts at its calls, or cuts=[...] out of {listed(legal_cuts(model))}.'
+        f"cuts=[...] out of {listed(legal_cuts(model))}; or let cut_at_calls(model) find where, as a Learner does."
     )
 
 
@@ -183,7 +183,7 @@ def _finest_cuts(model: nn.Module) -> list[str]:
 def _weighted_cuts(model: nn.Module, deep: bool) -> list[str]:
     """Cut before every child with a weight of two or more dimensions; the others join the child before."""
     children = expanded(model, deep=deep)
-    starts = [i for i, (_, child) in enumerate(children) if _has_matrix(child)]
+    starts = [i for i, (_, child) in enumerate(children) if has_matrix(child)]
     if len(starts) < 2:
         raise LayerwiseError(
             f"{type(model).__name__} has {len(starts)} children with weights, and a partition needs at "
@@ -206,8 +206,3 @@ def _balanced(model: nn.Module, cuts: Sequence[str], blocks: int, example: Tenso
         raise LayerwiseError(f"blocks={blocks} is balanced by measured cost; give example=..., a batch of inputs.")
     *cost, _ = operations(Partition(model, cuts), example)
     return [cuts[end - 1] for end in balanced_ends(cost, blocks)]
-
-
-def _has_matrix(module: nn.Module) -> bool:
-    """Whether a weight matrix or kernel lies in the module; what a norm learns is none, whatever its shape."""
-    return any(p.dim() >= 2 for m in module.modules() if not is_norm(m) for p in m.parameters(recurse=False))

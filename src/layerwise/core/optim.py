@@ -5,13 +5,15 @@ import importlib
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from layerwise.core.param_groups import check_new
 from layerwise.core.ranges import check_ranges
 from layerwise.errors import LayerwiseError, suggestion, unknown, why
 
@@ -274,7 +276,11 @@ class ByName(Factory):
                 ]
                 if pairs:
                     chosen.append(group | {"params": [p for p, _ in pairs], "names": [name for _, name in pairs]})
-            made += factory(chosen) if chosen else []
+            with _naming(pattern):
+                found = factory(chosen) if chosen else []
+                for optimizer in found:
+                    check_new(optimizer)
+            made += found
         return made
 
     def _pattern(self, name: str) -> str:
@@ -307,8 +313,19 @@ def _by_name(patterns: Mapping[Any, Any], common: Mapping[str, Any]) -> ByName:
         shared = common if "optimizer" not in options else {name: common[name] for name in ("lr", "weight_decay")}
         whole = {**shared, **own}
         lr, weight_decay = whole.pop("lr"), whole.pop("weight_decay")
-        factories.append((pattern, optimizer_factory(optimizer, lr=lr, weight_decay=weight_decay, options=whole)))
+        with _naming(pattern):
+            made = optimizer_factory(optimizer, lr=lr, weight_decay=weight_decay, options=whole)
+        factories.append((pattern, made))
     return ByName(tuple(factories))
+
+
+@contextmanager
+def _naming(pattern: str) -> Iterator[None]:
+    """A context in which an error names the pattern that it comes from."""
+    try:
+        yield
+    except LayerwiseError as reason:
+        raise LayerwiseError(f"in the optimizer's pattern {pattern!r}, {reason}") from reason
 
 
 def _refuse_closures(cls: type[torch.optim.Optimizer]) -> None:

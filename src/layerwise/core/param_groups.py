@@ -52,6 +52,20 @@ def begin_schedule(optimizer: torch.optim.Optimizer) -> None:
     _settings(optimizer)
 
 
+def check_new(optimizer: torch.optim.Optimizer) -> None:
+    """Raise LayerwiseError if an optimizer was made with a rate or a setting that is no number, which torch lets pass.
+
+    >>> check_new(torch.optim.SGD([torch.zeros(1)], lr=0.1, momentum=float("nan")))
+    Traceback (most recent call last):
+    layerwise.errors.LayerwiseError: an optimizer was given momentum = nan; give a finite number, 0 or larger.
+    """
+    for group in optimizer.param_groups:
+        _rate(group)
+        for name, value in group.items():
+            if name not in (*OWN, "names"):
+                _check(optimizer, name, value, None)
+
+
 def check_settings(optimizer: torch.optim.Optimizer) -> None:
     """Raise LayerwiseError if a setting in a parameter group is not what the optimizer can use.
 

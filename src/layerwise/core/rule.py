@@ -86,9 +86,10 @@ class Site:
         if found is None:
             name = self.name if index == self.index or self.network is None else self.network.blocks[index].name
             shape = f" of shape (B, {', '.join(map(str, self.shapes[index]))})" if self.shapes else ""
+            letters = {1: "BC", 3: "BCHW", 4: "BCDHW"}.get(len(self.shapes[index]) if self.shapes else 2, "BCL")
             raise LayerwiseError(
                 f"the layers of block {name!r} do not tell which dimension of its output{shape} holds the channels; "
-                f"declare it, such as layout={{{name!r}: 'BCL'}} (B batch, C channels, other letters positions)."
+                f"declare it, such as layout={{{name!r}: {letters!r}}} (B batch, C channels, other letters positions)."
             )
         if found[0] != "B":
             raise LayerwiseError(

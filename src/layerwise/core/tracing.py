@@ -303,7 +303,10 @@ class Traces:
         graph, ends = _trace(self.model, leaf, reads=reads)
         first = _text(graph, self.model)
         again = _text(_trace(self.model, leaf, grad=False)[0], self.model)
-        if self._state() != state:
+        settled = self._state()
+        if settled != state:  # what only the first pass makes (an import, a cache) is there now
+            _trace(self.model, leaf, grad=False)
+        if self._state() != settled:
             raise LayerwiseError(
                 f"{name}.forward changes attributes of its module, or values outside it, while it runs, which a "
                 f"trace cannot follow; {INSTEAD}"

@@ -11,6 +11,7 @@ Files:
     rounds.py        the updates of one training step
     prediction.py    begins a pass, predicts, evaluates
     adapters.py      adapters whose own training is more than a loss
+    frozen.py        what of the model learns
     own_loss.py      the model's own loss against the task's
     metrics.py       the metrics of one step
     metering.py      the memory of one step

@@ -30,7 +30,7 @@ from layerwise.core.randomness import derive_seed, preserved_generators, seed_ge
 from layerwise.core.rule import Site
 from layerwise.errors import LayerwiseError
 from layerwise.learner.adapters import warn_of_adapters
-from layerwise.learner.arguments import READOUTS, check_micro
+from layerwise.learner.arguments import READOUTS, check_micro, check_multipliers
 from layerwise.learner.output_copy import output_copy
 from layerwise.learner.setup import ONE_PROCESS, Setup
 from layerwise.learner.watch import Watch
@@ -58,7 +58,7 @@ class Built:
     """
 
     def __init__(self, setup: Setup, x: Any, evaluating: Callable[[], AbstractContextManager[None]]):
-        self.compared = False
+        self.compared = self.looked = False
         check_alone(setup)
         check_by_parameter(setup)
         check_looks(setup)
@@ -69,6 +69,7 @@ class Built:
             setup.network.arrange(x[:2] if isinstance(x, Tensor) else x)
         blocks = setup.blocks
         names = [block.name for block in blocks]
+        check_multipliers(setup.lr_multipliers, names)  # a cut that turned out to be the head is no block
         ranges = groups_of(setup.rule, names)
         ends = [later.start for later in ranges[1:]] + [len(blocks)]
         parts = [blocks[s.start : end] for s, end in zip(ranges, ends, strict=True)]

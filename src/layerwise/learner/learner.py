@@ -84,8 +84,8 @@ class Learner:
         label_smoothing: share of the target spread over all classes, in every loss that uses the label.
         seed: of all random draws. A draw depends on (seed, step, block) only; the global generators of torch, Python
             and NumPy are left as they were.
-        cuts: where to cut the model, see `partition`. A pattern (`"model.layers.*"`) or `"auto"` cuts it at the calls
-            of its own modules, see `cut_at_calls`; so do `output`, `read`, `tied` and an example that is not a tensor.
+        cuts: where to cut the model, see `partition`. A pattern (`"model.layers.*"`) or `"auto"`, the default but
+            for chains, cuts it at its calls, see `cut_at_calls`; so do `output`, `read`, `tied` and a batch of several.
         blocks: number of blocks, see `partition`.
         output: where the logits are in the model's output, see `cut_at_calls`.
         read: which tensor of a cut module's output the rule uses, see `cut_at_calls`.

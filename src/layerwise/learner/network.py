@@ -10,7 +10,7 @@ from layerwise.core.blocks import Partition
 from layerwise.core.calls import CallPartition
 from layerwise.core.chains import is_sequential
 from layerwise.core.contract import groups_of
-from layerwise.core.cutting import cut_at_calls, partition
+from layerwise.core.cutting import cut_at_calls, materialise, partition
 from layerwise.core.ownership import Tied
 from layerwise.core.pieces import has_trunk
 from layerwise.core.reading import Output, Read
@@ -28,11 +28,13 @@ def cut(
     example: Any,
     layout: Mapping[str, str] | str | None,
 ) -> Partition:
-    """Cut the model at its calls if an argument requires that, otherwise into functions."""
+    """Cut the model at its calls if an argument requires that, or nothing says where; otherwise into functions."""
     named = [cuts] if isinstance(cuts, str) else list(cuts or [])
     asked = cuts == "auto" or any(letter in name for name in named for letter in "*?[")
     asked = asked or output is not None or read is not None or tied is not None
     asked = asked or not (example is None or isinstance(example, Tensor))
+    if cuts in (None, "block") and isinstance(model, nn.Module) and not isinstance(model, Partition):
+        asked = asked or not (is_sequential(model) or getattr(model, "block_names", None) is not None)
     # The zoo's models whose blocks share a parameter cannot be cut into functions.
     asked = asked or (cuts in (None, "block") and getattr(model, "tied", False) is True)
     if isinstance(model, Partition):
@@ -42,7 +44,10 @@ def cut(
             )
         return partition(model, layout=layout)
     if asked:
-        names = getattr(model, "block_names", "auto") if cuts in (None, "block") else cuts
+        own = getattr(model, "block_names", None)
+        names = ("auto" if own is None else own) if cuts in (None, "block") else cuts
+        if isinstance(model, nn.Module):
+            materialise(model, example)
         return cut_at_calls(
             model, names, output=output, read=read, tied="last" if tied is None else tied, blocks=blocks, layout=layout
         )
@@ -52,8 +57,10 @@ def cut(
         modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
         if not named or not all(name in modules for name in named) or is_sequential(model):
             raise
+        # A list is never called itself, but what it holds is.
+        called = [n if type(modules[n]).forward is not nn.Module.forward else f"{n}.*" for n in named]
         raise LayerwiseError(
-            f"{str(reason).removesuffix('.')}; or let it run its own forward pass: cut_at_calls(model, {named})."
+            f"{str(reason).removesuffix('.')}; or let it run its own forward pass: cut_at_calls(model, {called})."
         ) from reason
 
 

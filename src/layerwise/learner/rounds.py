@@ -11,6 +11,7 @@ from layerwise.core.pieces import RepeatsBatch
 from layerwise.core.progress import Trace
 from layerwise.core.trees import detach
 from layerwise.learner.build import Built
+from layerwise.learner.frozen import check_what_learns
 from layerwise.learner.prediction import batch_context, begun
 
 
@@ -31,6 +32,7 @@ def train_on(
     Returns:
         Output and message of the last group.
     """
+    check_what_learns(built)
     rule = built.setup.rule
     h, message = begun(built, x, y, step, predict)
     out = built.engine.step(groups, h, message, y, step, trace)

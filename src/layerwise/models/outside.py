@@ -119,7 +119,7 @@ def cut(
 
     Args:
         model: the network.
-        cuts: names or patterns separated by commas; `block` for the longest list of modules of one class.
+        cuts: names or patterns separated by commas; `block` for those that are found automatically.
         blocks: keep this many of the cuts.
         output: name of the entry of its output that holds the logits.
         tied: which block trains a parameter that several blocks use.
