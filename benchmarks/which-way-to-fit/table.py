@@ -7,6 +7,7 @@ NETWORKS = {
     "conv": "conv net of 8 blocks of width 32, batch 64",
     "vit": "ViT of 12 blocks of width 96, batch 32",
     "short": "ViT of 12 blocks of width 96 on 16 patches, batch 64",
+    "gpt": "GPT of 12 blocks of width 96, 8 windows of 128 of 1,024 tokens",
 }
 
 
