@@ -34,6 +34,7 @@ import recording  # noqa: E402
 NETWORKS: dict[str, dict[str, Any]] = {
     "vit": {"model": "vit", "depth": 6, "shape": (3, 32, 32), "batch": 32, "options": {"width": 96}},
     "mlp": {"model": "mlp", "depth": 12, "shape": (1, 28, 28), "batch": 512, "options": {"width": 512}},
+    "conv": {"model": "vgg", "depth": 8, "shape": (3, 32, 32), "batch": 64, "options": {"width": 32}},
 }
 REPLACED: dict[str, dict[str, Any]] = {
     "vit": {
@@ -43,8 +44,23 @@ REPLACED: dict[str, dict[str, Any]] = {
         "approx_gelu + ms_norm": ("approx_gelu", "ms_norm"),
         "velora": ("velora",),
         "approx_gelu + ms_norm + velora": ("approx_gelu", "ms_norm", "velora"),
+        "low_precision": ("low_precision",),
     },
-    "mlp": {"as it is": (), "mask_relu": ("mask_relu",)},
+    "mlp": {
+        "as it is": (),
+        "mask_relu": ("mask_relu",),
+        "velora": ("velora",),
+        "sparse": ("sparse",),
+        "bi_mask": ("bi_mask",),
+    },
+    "conv": {
+        "as it is": (),
+        "division_conv": ("division_conv",),
+        "division_conv + division_norm": ("division_conv", "division_norm"),
+        "division_conv + division_norm + mask_relu": ("division_conv", "division_norm", "mask_relu"),
+        "low_precision": ("low_precision",),
+        "biper": ("biper",),
+    },
 }
 RULES = ("backprop", "sll")
 
@@ -58,9 +74,11 @@ def gradients(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
 
 
-def cosine(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
-    """Of two sets of gradients, over the parameters that both have."""
+def cosine(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float | None:
+    """Of two sets of gradients, over the parameters that both have; None where some have another shape (`sparse`)."""
     names = [name for name in exact if name in found]
+    if any(found[name].shape != exact[name].shape for name in names):
+        return None
     a, b = (torch.cat([grads[name].flatten() for name in names]).double() for grads in (found, exact))
     return F.cosine_similarity(a, b, dim=0).item()
 
@@ -95,7 +113,7 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
             }
             rows.append(row)
             mib = (row["activations"] + row["gradients"]) / 2**20
-            print(f"{name:<5}{rule:<10}{way:<32}{mib:9.2f} MiB x{ratio:.2f} cosine {row['cosine']:.4f}", flush=True)
+            print(f"{name:<5}{rule:<10}{way:<32}{mib:9.2f} MiB x{ratio:.2f} cosine {row['cosine']}", flush=True)
     return rows
 
 

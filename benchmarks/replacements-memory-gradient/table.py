@@ -2,7 +2,11 @@
 
 from evidence import table, wrapped
 
-NETWORKS = {"vit": "ViT of 6 blocks of width 96, batch 32", "mlp": "MLP of 12 blocks of width 512, ReLU, batch 512"}
+NETWORKS = {
+    "vit": "ViT of 6 blocks of width 96, batch 32",
+    "mlp": "MLP of 12 blocks of width 512, ReLU, batch 512",
+    "conv": "Conv net of 8 blocks of width 32, batch norm, ReLU, batch 64",
+}
 
 
 def rows_of(lines, name):
@@ -13,6 +17,11 @@ def held(row):
     return (row["activations"] + row["gradients"]) / 2**20
 
 
+def alike(row, digits):
+    """The cosine, in so many digits."""
+    return "-" if row["cosine"] is None else f"{row['cosine']:.{digits}f}"
+
+
 def figures(lines):
     found = {}
     for name in NETWORKS:
@@ -21,7 +30,7 @@ def figures(lines):
             found |= {
                 f"{key}_mib": f"{held(row):.1f}",
                 f"{key}_time": f"{row['ratio']:.2f}",
-                f"{key}_cosine": f"{row['cosine']:.2f}",
+                f"{key}_cosine": alike(row, 2),
             }
     return found
 
@@ -34,7 +43,7 @@ def small(lines):
         for way in dict.fromkeys(row["replaced"] for row in rows):
             own = {row["rule"]: row for row in rows if row["replaced"] == way}
             cells = [f"{held(own[rule]):.1f} at {own[rule]['ratio']:.2f}" for rule in ("backprop", "sll")]
-            body.append([words, way, *cells, f"{own['backprop']['cosine']:.2f}"])
+            body.append([words, way, *cells, alike(own["backprop"], 2)])
     return table(["network", "replaced", "backprop, MiB at time", "sll, MiB at time", "cosine"], body)
 
 
@@ -48,7 +57,7 @@ def tables(lines):
     )
     for name, words in NETWORKS.items():
         body = [
-            [row["rule"], row["replaced"], f"{held(row):.2f}", f"{row['ratio']:.2f}", f"{row['cosine']:.3f}"]
+            [row["rule"], row["replaced"], f"{held(row):.2f}", f"{row['ratio']:.2f}", alike(row, 3)]
             for row in rows_of(lines, name)
         ]
         text += ["", f"## {words}", "", *table(["rule", "replaced", "MiB", "time", "cosine"], body)]

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from layerwise import Learner, create_rule
-from layerwise.measure.bench_problem import batch_of, network_of
+from layerwise import LanguageModel, Learner, create_rule
+from layerwise.measure.bench_problem import batch_of, network_of, options_of
 from layerwise.measure.bench_speed import speed_of
 from layerwise.memory.malloc import keep_freed_memory
 
@@ -37,6 +37,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "conv": {"model": "vgg", "depth": 8, "shape": (3, 32, 32), "batch": 64, "options": {"width": 32}},
     "vit": {"model": "vit", "depth": 12, "shape": (3, 32, 32), "batch": 32, "options": {"width": 96}},
     "short": {"model": "vit", "depth": 12, "shape": (1, 28, 28), "batch": 64, "options": {"width": 96, "patch": 7}},
+    "gpt": {"model": "gpt", "depth": 12, "shape": (1, 1, 128), "batch": 8, "options": {"width": 96}, "tokens": 1024},
 }
 WAYS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "backprop": ("backprop", {}, {}),
@@ -55,20 +56,25 @@ WAYS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     **{f"local_ce, blocks in {n} parts": ("local_ce", {}, {"micro": n}) for n in (2, 4, 8)},
     "sll": ("sll", {}, {}),
     **{f"sll, blocks in {n} parts": ("sll", {}, {"micro": n}) for n in (2, 4, 8)},
+    **{f"solo, {k} modules": ("solo", {"group": 12 // k}, {}) for k in (2, 3)},
 }
+SHARED = {"local_ce": {"readout": "shared"}, "sll": {"readout": "shared"}}
+"""Options of rules on a network with an output per token of a vocabulary."""
 
 
 def measure(name: str, rounds: int, folder: str) -> list[dict[str, Any]]:
     """A row per way to train one network."""
     net = NETWORKS[name]
-    x, y = batch_of(net["shape"], net["batch"])
+    x, y, more = batch(net)
     learners = {}
     for way, (rule, options, how) in WAYS.items():
-        if way == "checkpoint attention" and net["model"] != "vit":
+        if (way == "checkpoint attention" and net["model"] not in ("vit", "gpt")) or (
+            rule == "solo" and "tokens" not in net
+        ):
             continue
-        network = network_of(net["model"], net["depth"], net["shape"], net["options"])
-        made = create_rule(rule, **options)
-        learners[way] = Learner(network, made, lr=1e-4, offload_folder=folder, example=x, **how), x, y
+        network = network_of(net["model"], net["depth"], net["shape"], net["options"], net.get("tokens", 10))
+        made = create_rule(rule, **options, **(SHARED.get(rule, {}) if more["task"] else {}))
+        learners[way] = Learner(network, made, lr=1e-4, offload_folder=folder, example=x, **how, **more), x, y
     uses = {way: memory(way, *found) for way, found in learners.items()}
     seconds = speed_of(learners, rounds, warmup=1, clock=time.process_time)
     rows = []
@@ -96,6 +102,15 @@ def measure(name: str, rounds: int, folder: str) -> list[dict[str, Any]]:
             flush=True,
         )
     return rows
+
+
+def batch(net: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Random samples and labels of a network, and what a learner has to know about them."""
+    if "tokens" not in net:
+        return *batch_of(net["shape"], net["batch"]), {"task": None}
+    torch.manual_seed(0)
+    made = options_of(net["model"], net["depth"], net["options"])
+    return *made.batch(net["shape"], net["tokens"], net["batch"]), {"task": LanguageModel(shift=False)}
 
 
 def memory(way: str, learner: Learner, x: torch.Tensor, y: torch.Tensor) -> list[Any]:

@@ -7,6 +7,7 @@ NETWORKS = {
     "conv": "conv net of 8 blocks of width 32, batch 64",
     "vit": "ViT of 12 blocks of width 96, batch 32",
     "short": "ViT of 12 blocks of width 96 on 16 patches, batch 64",
+    "gpt": "GPT of 12 blocks of width 96, 8 windows of 128 of 1,024 tokens",
 }
 
 
@@ -45,7 +46,8 @@ def tables(lines):
         "over as many turns, drawn at random, and its memory the largest of a round. `accumulate n` is gradient "
         "accumulation: the whole network runs n parts of the batch, one after the other. `blocks in n parts`: each "
         "block of a local rule runs the batch in n parts and steps, before the next block does. With batch norm (the "
-        "conv net) parts have statistics of their own."
+        "conv net) parts have statistics of their own. On the GPT `local_ce` and `sll` read out through the network's "
+        "own output matrix (`readout=shared`), and the modules of `solo` have heads of two blocks."
     )
     text += ["", *small(lines)]
     for name, words in NETWORKS.items():

@@ -71,6 +71,8 @@ def fork(
 ) -> int:
     """Run `work` in a child with a session of its own; its output goes to `out<name>`, `err<name>` in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    for file in ("out", "err"):
+        (folder / f"{file}{name}").touch()  # a child that is killed before it comes to that has said nothing
     sys.stdout.flush()
     pid = os.fork()
     if pid:
