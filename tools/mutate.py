@@ -44,12 +44,13 @@ AGAIN = '    seed_generators(derive_seed(setup.execution.seed, "evaluation"), se
 FOUND = "test_calls_found.py"
 MUTANTS = [
     Mutant("blocks are not looked for in stages", "core/cut_names.py",
-           [("found += _blocks(inner) if staged else", "found += _blocks(inner) if False else")], f"{FOUND} stages"),
+           [("        if not staged:\n", "        if True:\n")], f"{FOUND} stages"),
     Mutant("layers are looked into", "core/cut_names.py",
-           [("staged = not _alike(lists, kind) and any(", "staged = any(")], f"{FOUND} stages"),
-    Mutant("the model's order in place of the calls'", "core/calls.py",
-           [("order = sorted(range(len(self._stops)), key=lambda i: ended.get(id(self._stops[i][1]), len(called)))",
-             "order = list(range(len(self._stops)))")], f"{FOUND} order_of_their_calls"),
+           [("(not _alike(lists, kinds) and any(", "(any(")], f"{FOUND} stages"),
+    Mutant("the model's order in place of the calls'", "core/cut_names.py",
+           [("lambda i: calls.ended.index(i) if", "lambda i: 0 if")], f"{FOUND} order_of_their_calls"),
+    Mutant("the layer that gives the logits is a block", "core/cut_names.py",
+           [("        order.pop()\n", "        break\n")], f"{FOUND} gives_the_outputs"),
     Mutant("what has no label counts in a mean", "core/tasks/classes.py",
            [("counts = y != UNLABELLED\n        weights", "counts = y == y\n        weights")],
            f"{FOUND} mean_over"),
