@@ -307,6 +307,13 @@ def test_constant_is_one():
     assert [Schedule()(update) for update in (0, 5, 10**6)] == [1.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("update", [-1, -0.5, math.nan, None, "3"])
+@pytest.mark.parametrize("kind", ["constant", "cosine", "onecycle"])
+def test_a_schedule_refuses_what_is_no_number_of_an_update(kind, update):
+    with pytest.raises(LayerwiseError, match="give its number, 0 for the first"):
+        Schedule(kind, total=10)(update)
+
+
 @hypothesis.given(
     st.sampled_from(["cosine", "onecycle"]), st.integers(1, 300), st.floats(0, 0.99), st.floats(0, 0.5)
 )  # fmt: skip

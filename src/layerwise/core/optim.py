@@ -7,13 +7,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from layerwise.core.ranges import check_ranges
-from layerwise.errors import LayerwiseError, suggestion, unknown, why
+from layerwise.errors import LayerwiseError, short, suggestion, unknown, why
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer | Sequence[torch.optim.Optimizer]]
 """From parameter groups to an optimizer, or to several that share the parameters."""
@@ -62,7 +63,13 @@ class Schedule:
             )
 
     def __call__(self, update: int) -> float:
-        """Multiplier for update number `update` (0 is the first)."""
+        """Multiplier for update number `update` (0 is the first).
+
+        Raises:
+            LayerwiseError: a negative number, or none.
+        """
+        if not (isinstance(update, Real) and update >= 0):
+            raise LayerwiseError(f"the update is {short(update)}; give its number, 0 for the first.")
         if self.kind == "constant":
             return 1.0
         rise = self.warmup * self.total
