@@ -103,7 +103,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("sentence", FAILURES)
-@pytest.mark.parametrize("passes", [0, 3])
+@pytest.mark.parametrize("passes", [0, 1])
 @pytest.mark.parametrize("cuts", [None, "[13]"])
 def test_whatever_a_module_raises_is_a_sentence_that_says_where(sentence, passes, cuts):
     parts = nn.Linear(64, 8), Broken(FAILURES[sentence], passes), nn.Linear(8, 4)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.nets import CLASSES, PLAIN_SGD, batches, net, problem, trained
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from layerwise import LayerwiseError, Learner, Partition, create_rule
 from layerwise.core.perturbation import Estimate
@@ -278,3 +279,16 @@ def test_an_interrupt_between_two_parameters_leaves_none_of_them_moved():
     with pytest.raises(RuntimeError):
         Estimate([weight, broken], seeds=[0]).measure(1e-3, weight.sum)
     assert weight.abs().max() < 1e-9  # up to rounding
+
+
+@pytest.mark.parametrize("mode", ["local", "activities", "weights"])
+def test_a_layer_whose_tangent_would_be_lost_is_refused(mode):
+    """Its slope would be zero: it would stay what it is, and nothing would say so."""
+
+    class Recomputed(nn.Linear):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=True)
+
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), Recomputed(4, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+    with pytest.raises(LayerwiseError, match=r"use_reentrant=False|jvp"):
+        Learner(model, create_rule("forward_gradient", mode=mode)).step(X, Y)
