@@ -281,6 +281,7 @@ def test_an_interrupt_between_two_parameters_leaves_none_of_them_moved():
     assert weight.abs().max() < 1e-9  # up to rounding
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs")
 @pytest.mark.parametrize("mode", ["local", "activities", "weights"])
 def test_a_layer_whose_tangent_would_be_lost_is_refused(mode):
     """Its slope would be zero: it would stay what it is, and nothing would say so."""
