@@ -176,8 +176,7 @@ class Engine(Runner):
             self._reduced = None
             self.accumulation.restart()
             for group in groups:
-                group.broken = False
-                group.free()
+                group.abandon()
             raise
 
     def flush(self, groups: Sequence[Group], step: int, trace: Trace) -> bool:
