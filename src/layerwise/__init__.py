@@ -23,11 +23,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from layerwise.core.blocks import Block, Partition
     from layerwise.core.calls import CallPartition
-    from layerwise.core.cutting import cut_at_calls, partition
+    from layerwise.core.cutting import cut_at_calls, legal_cuts, partition
     from layerwise.core.optim import Schedule
     from layerwise.core.rule import BatchContext, BlockContext, Rule, Signal, Site
     from layerwise.core.tasks import Classification, LanguageModel, Loss, MultiLabel, Regression, Segmentation, Task
-    from layerwise.core.tracing import legal_cuts
     from layerwise.errors import LayerwiseError
     from layerwise.learner import Learner, Metrics
     from layerwise.learner.fitting import fit_micro
@@ -74,13 +73,12 @@ __all__ = [
 _HOMES = {
     "layerwise.core.blocks": ("Block", "Partition"),
     "layerwise.core.calls": ("CallPartition",),
-    "layerwise.core.cutting": ("cut_at_calls", "partition"),
+    "layerwise.core.cutting": ("cut_at_calls", "legal_cuts", "partition"),
     "layerwise.core.optim": ("Schedule",),
     "layerwise.core.rule": ("BatchContext", "BlockContext", "Rule", "Signal", "Site"),
     "layerwise.core.tasks": (
         *("Classification", "LanguageModel", "Loss", "MultiLabel", "Regression", "Segmentation", "Task"),
     ),
-    "layerwise.core.tracing": ("legal_cuts",),
     "layerwise.errors": ("LayerwiseError",),
     "layerwise.learner": ("Learner", "Metrics"),
     "layerwise.learner.fitting": ("fit_micro",),

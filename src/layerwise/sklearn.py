@@ -1,6 +1,7 @@
 """scikit-learn's estimators: `fit` and `predict` on a table, trained block by block."""
 
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from layerwise.learner import Learner
 from layerwise.learner.arguments import check_further
 
 CPU = torch.device("cpu")
+EXACT = 2**53  # whole numbers beyond it do not all have a float64 of their own
 OWN = {
     **dict.fromkeys(("rule", "optimizer", "lr", "weight_decay", "device"), "an argument of its own; give it there"),
     "seed": "random_state here; give it there",
@@ -104,7 +106,7 @@ class _Estimator(BaseEstimator):
         self.loss_curve_: list[float] = []
         for _ in range(self.epochs):
             losses = []
-            for batch in torch.randperm(len(x), generator=generator, device="cpu").split(self.batch_size):
+            for batch in _batches(torch.randperm(len(x), generator=generator, device="cpu"), self.batch_size):
                 metrics = self.learner_.step(x[batch], y[batch])
                 losses.append(metrics.loss * len(batch))
             self.learner_.flush()
@@ -137,7 +139,8 @@ class _Estimator(BaseEstimator):
     def _outputs(self, X: Any) -> np.ndarray:
         """The network's outputs for each row, as float64."""
         check_is_fitted(self)
-        X = validate_data(self, X, dtype=np.float64, reset=False)
+        given, X = X, validate_data(self, X, dtype=np.float64, reset=False)
+        _check_exact("features", given)
         found = torch.cat([self.learner_(part).cpu() for part in self._inputs(X).split(1024)]).double().numpy()
         wrong = ~np.isfinite(found).all(1)
         if wrong.any():
@@ -154,6 +157,42 @@ def _statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.array(mean), np.array(deviation)
 
 
+def _batches(order: Tensor, size: int) -> list[Tensor]:
+    """Batches of samples; a single one that is left joins the batch before, as batch norm and some rules need two."""
+    batches = list(order.split(size))
+    if size > 1 and len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
+
+
+def _check_exact(what: str, values: Any) -> None:
+    """Raise LayerwiseError if there are whole numbers of which float64, in which all is computed, would merge some."""
+    if hasattr(values, "columns"):
+        columns = [values.iloc[:, i] if hasattr(values, "iloc") else values[c] for i, c in enumerate(values.columns)]
+    else:
+        columns = [np.asarray(values, dtype=object if isinstance(values, (list, tuple)) else None)]
+    for column in map(np.asarray, columns):
+        if column.dtype.kind in "iu":
+            beyond: Any = column[(column > EXACT) | (column < -EXACT)]
+        else:
+            beyond = [cell for cell in column.flat if _beyond(cell)] if column.dtype.kind in "OUS" else ()
+        if len(beyond):
+            raise LayerwiseError(
+                f"the {what} have the whole number {beyond[0]}, and float64 merges those beyond 2**53 with others; "
+                "leave out what is an id, or subtract a constant."
+            )
+
+
+def _beyond(cell: Any) -> bool:
+    """Whether a number, or the word of one, is beyond the whole numbers that float64 holds exactly."""
+    word = cell.decode(errors="replace") if isinstance(cell, bytes) else cell
+    if isinstance(word, str):
+        word = word.strip()
+        digits = word.lstrip("+-")
+        return len(digits) > 15 and digits.isdecimal() and abs(int(word)) > EXACT
+    return isinstance(word, Integral) and abs(int(word)) > EXACT
+
+
 class LayerwiseClassifier(ClassifierMixin, _Estimator):
     """A network that is trained block by block, as a classifier of scikit-learn.
 
@@ -165,8 +204,11 @@ class LayerwiseClassifier(ClassifierMixin, _Estimator):
 
     def fit(self, X: Any, y: Any) -> "LayerwiseClassifier":
         """Train a new network on rows `X` (samples, columns) with labels `y` (samples,), of any kind."""
-        X, y = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=2)
+        given, (X, y) = (X, y), validate_data(self, X, y, dtype=np.float64, ensure_min_samples=2)
         check_classification_targets(y)
+        _check_exact("features", given[0])
+        if y.dtype.kind == "f":  # others are kept as they are
+            _check_exact("labels", given[1])
         self.classes_, numbers = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             raise ValueError(f"the labels are of one class, {self.classes_[0]!r}; a classifier needs two or more.")
@@ -201,7 +243,10 @@ class LayerwiseRegressor(RegressorMixin, _Estimator):
 
     def fit(self, X: Any, y: Any) -> "LayerwiseRegressor":
         """Train a new network on rows `X` (samples, columns) with targets `y` (samples,) or (samples, targets)."""
+        given = X, y
         X, y = validate_data(self, X, y, dtype=np.float64, multi_output=True, y_numeric=True, ensure_min_samples=2)
+        _check_exact("features", given[0])
+        _check_exact("targets", given[1])
         self._one = y.ndim == 1
         targets = y.reshape(len(y), -1).astype(np.float64)
         if not np.isfinite(targets).all():

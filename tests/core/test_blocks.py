@@ -294,6 +294,8 @@ def test_legal_cuts_are_exactly_the_places_where_a_cut_works():
                 works.append(name)
         listed = legal_cuts(model)
         assert set(listed) <= set(works)
+        cuttable = partition if isinstance(model, nn.Sequential) else cut_at_calls
+        assert legal_cuts(cuttable(model, listed[:1])) == listed
         # A Sequential lists the innermost names; a container's own name is a cut as well.
         assert set(works) - set(listed) <= {name for name, m in model.named_modules() if isinstance(m, nn.Sequential)}
 

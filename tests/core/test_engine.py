@@ -307,6 +307,13 @@ def test_constant_is_one():
     assert [Schedule()(update) for update in (0, 5, 10**6)] == [1.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("update", [-1, -0.5, math.nan, None, "3"])
+@pytest.mark.parametrize("kind", ["constant", "cosine", "onecycle"])
+def test_a_schedule_refuses_what_is_no_number_of_an_update(kind, update):
+    with pytest.raises(LayerwiseError, match="give its number, 0 for the first"):
+        Schedule(kind, total=10)(update)
+
+
 @hypothesis.given(
     st.sampled_from(["cosine", "onecycle"]), st.integers(1, 300), st.floats(0, 0.99), st.floats(0, 0.5)
 )  # fmt: skip
@@ -463,3 +470,26 @@ def test_channels_last_computes_the_same():
 def test_a_partition_given_to_the_learner_is_used_as_it_is():
     parts = partition(net("mlp", depth=4), blocks=2, example=DATA[0][0])
     assert Learner(parts, "sll").network is parts
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("fails", ["batch", "optimizer"])
+def test_a_learner_goes_on_after_a_step_that_failed_as_if_it_had_not_been(precision, fails):
+    """In fp16 the failure comes when the scaler has seen the gradients already."""
+    interrupt = []
+
+    class Interrupted(torch.optim.SGD):
+        def step(self, closure=None):
+            if interrupt:
+                raise KeyboardInterrupt(interrupt.pop())
+            return super().step(closure)
+
+    options = {"precision": precision, "optimizer": lambda groups: Interrupted(groups, lr=0.1)}
+    *data, (x, y) = batches(4)
+    learner = trained(net("mlp"), "backprop", data[:2], **options)
+    interrupt += [fails] * (fails == "optimizer")
+    with pytest.raises((LayerwiseError, KeyboardInterrupt)):
+        learner.step(x if interrupt else x * math.nan, y)
+    learner.step(*data[2])
+    learner.step(x, y)
+    assert same_bits(learner, trained(net("mlp"), "backprop", [*data, (x, y)], **options))

@@ -192,6 +192,9 @@ def test_a_loss_of_ones_own_is_called_in_single_precision_and_gives_a_scalar():
         Loss(lambda outputs, y: outputs).loss(outputs, outputs)
     with pytest.raises(LayerwiseError, match="give a function"):
         Loss("focal")
+    for broken in (lambda outputs, y: 1 / 0, lambda outputs: outputs.sum(), lambda outputs, y: outputs[9]):
+        with pytest.raises(LayerwiseError, match=r"the loss function fails for outputs of shape \(.*correct it"):
+            Loss(broken).loss(outputs, outputs)
 
 
 # --- Posteriors

@@ -105,3 +105,48 @@ def test_columns_are_standardised_as_in_a_run_on_a_table():
 def test_options_are_checked_before_the_training(options, sentence):
     with pytest.raises(LayerwiseError, match=sentence):
         LayerwiseClassifier("local_ce", **SMALL | options).fit(np.eye(4), [0, 1, 0, 1])
+
+
+LONG = 2**53 + 1
+
+
+@pytest.mark.filterwarnings("ignore:X has feature names")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: np.array([[LONG], [1], [2], [3]]),
+        lambda: np.array([[-LONG], [1], [2], [3]], dtype=object),
+        lambda: np.array([[2**63], [1], [2], [3]], dtype=np.uint64),
+        lambda: np.array([[f" {LONG}"], ["1"], ["2"], ["3"]]),
+        lambda: [[LONG, 0.5], [1, 0.5], [2, 0.5], [3, 0.5]],
+        lambda: torch.tensor([[LONG], [1], [2], [3]]),
+        lambda: pytest.importorskip("pandas").DataFrame({"id": [LONG, 1, 2, 3], "width": [0.5, 1, 2, 3]}),
+    ],
+)
+def test_whole_numbers_that_float64_would_merge_are_refused(make):
+    """Two different ids would be one number: as features, as targets, and in what is to be predicted."""
+    X, y, kind = make(), [0, 1, 0, 1], LayerwiseClassifier("local_ce", **SMALL | {"epochs": 1})
+    with pytest.raises(LayerwiseError, match=r"features have the whole number .* float64 merges"):
+        kind.fit(X, y)
+    columns = np.asarray(X).shape[1]
+    with pytest.raises(LayerwiseError, match="features have the whole number"):
+        kind.fit(np.random.default_rng(0).normal(size=(4, columns)), y).predict(X)
+    if not isinstance(X, list) and not isinstance(np.asarray(X).flat[0], str):
+        with pytest.raises(LayerwiseError, match="targets have the whole number"):
+            LayerwiseRegressor("local_ce", **SMALL | {"epochs": 1}).fit(np.eye(4), X)
+
+
+def test_long_labels_stay_different():
+    for labels in (np.array([LONG, LONG - 1] * 2), [LONG, LONG - 1] * 2):
+        model = LayerwiseClassifier("local_ce", **SMALL | {"epochs": 1}).fit(np.eye(4), labels)
+        assert [int(label) for label in model.classes_] == [LONG - 1, LONG]
+    with pytest.raises(LayerwiseError, match="labels have the whole number"):  # numpy makes floats of such a list
+        LayerwiseClassifier("local_ce", **SMALL).fit(np.eye(4), [LONG, LONG - 1, 1.0, 2.0])
+
+
+@pytest.mark.parametrize("rule", ["dgl", "ssl_local"])
+def test_a_sample_that_is_left_over_joins_the_batch_before(rule):
+    """Both need two samples in a batch."""
+    X = np.random.default_rng(0).normal(size=(9, 4))
+    model = LayerwiseClassifier(rule, **SMALL | {"epochs": 1}, batch_size=4).fit(X, [0, 1] * 4 + [0])
+    assert model.learner_.steps == 2

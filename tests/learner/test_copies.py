@@ -135,3 +135,20 @@ def test_a_forked_process_does_not_wait_for_threads_that_it_does_not_have():
     for thread in threads:
         thread.join()
     assert code == 0
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_a_state_is_that_of_its_moment_when_it_is_loaded(built):
+    """As in torch, `state_dict()` has the learner's own tensors: what is loaded has to be a copy, at once."""
+    data = batches(4)
+    learner = trained(net(), "sll", data[:2])
+    twin = Learner(net(), "sll", **({"example": X} if built else {}))
+    twin.load_state_dict(learner.state_dict())
+    learner.step(*data[3])
+    twin.step(*data[2])
+    assert same_bits(twin, trained(net(), "sll", data[:3]))
+    moved = Learner(model := net(), "sll")  # weights that come from the network itself follow it until then
+    moved.load_state_dict({**trained(net(), "sll", data[:2]).state_dict(), "model": model.state_dict()})
+    model.load_state_dict(learner.network.state_dict())
+    moved.build(X)
+    assert same_bits(moved.network, learner.network)

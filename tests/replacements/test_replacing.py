@@ -346,6 +346,15 @@ def test_a_weight_that_is_shared_stays_shared():
         replace(model, {"0": "sparse"})
 
 
+@pytest.mark.parametrize("what", ["sparse", {"0": "sparse"}, "ms_norm"])
+def test_weights_that_are_not_there_yet_are_neither_chosen_nor_merged(what):
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(LayerwiseError, match="meta device"):
+        replace(model, what, example=torch.randn(2, 8, device="meta"))
+    assert [type(layer) for layer in model] == [nn.Linear, nn.LayerNorm, nn.Linear, nn.ReLU, nn.Linear]
+
+
 def test_what_cannot_be_done_is_refused_before_anything_is_replaced():
     wrong = (["mask_relu", "mask_rely"], {nn.ReLU: "mask_relu", "9": "binary"}, {nn.ReLU: lambda _: None}, 3, None)
     for what in wrong:

@@ -7,7 +7,19 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from support.nets import CLASSES, PLAIN_SGD, batches, gone_on, linear_blocks, net, same_bits, trained, vectors
+from support.nets import (
+    CLASSES,
+    PLAIN_SGD,
+    batches,
+    gone_on,
+    linear_blocks,
+    net,
+    same_bits,
+    snapshot,
+    tensors,
+    trained,
+    vectors,
+)
 from torch import nn
 
 from layerwise import LayerwiseError, Learner, create_rule
@@ -383,3 +395,30 @@ def test_an_illegal_value_is_refused_before_training(rule, option):
     (value,) = option.values()
     with pytest.raises(LayerwiseError, match=re.escape(str(value))):
         Learner(net("mlp"), create_rule(rule, **option), example=X)
+
+
+COMPARE = [("ssl_local", {}), ("predsim", {}), ("predsim", {"loss": "sim"}), ("infopro", {"task": "contrast"})]
+
+
+@pytest.mark.parametrize(("rule", "options"), COMPARE, ids=str)
+def test_a_rule_that_compares_samples_refuses_one_and_parts_of_a_batch(rule, options):
+    """One sample has nothing to differ from: all gradients would be zero. In evaluation it may be the rest of a set."""
+    learner = Learner(net("mlp"), create_rule(rule, **options), example=X)
+    before = snapshot(learner)
+    with pytest.raises(LayerwiseError, match="compares the samples of a batch, and this one has 1"):
+        learner.step(X[:1], Y[:1])
+    assert same_bits(before, snapshot(learner))
+    assert torch.isfinite(learner.evaluate(X[:1], Y[:1]).loss)
+    with pytest.raises(LayerwiseError, match="compares the samples of a batch"):
+        Learner(net("mlp"), create_rule(rule, **options), micro=2, example=X)
+
+
+@pytest.mark.parametrize("rule", ["ssl_local", "noprop_dt", "noprop_ct", "noprop_fm"])
+def test_a_rule_that_adds_to_the_batch_does_so_in_every_step_whatever_the_mode(rule):
+    """All layers are in evaluation mode, so nothing but the mode of the network itself can differ."""
+    kind = {"ssl_local": "mlp", "noprop_dt": "noprop"}.get(rule, rule)
+    training, evaluation = (Learner(net(kind).eval(), rule) for _ in range(2))
+    training.network.model.training = training.network.training = True
+    for x, y in batches(2):
+        assert training.step(x, y).read() == evaluation.step(x, y).read()
+    assert same_bits(tensors(training.network), tensors(evaluation.network))

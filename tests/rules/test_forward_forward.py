@@ -341,3 +341,9 @@ def test_tokens_have_no_room_for_a_label(rule):
     model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
     with pytest.raises(LayerwiseError, match=r"inputs of real numbers, not of torch.int64"):
         Learner(model, rule).step(torch.randint(9, (6, 4)), torch.arange(6) % 3)
+
+
+def test_a_single_image_at_the_end_of_a_test_set_is_evaluated_without_another_to_mix_it_with():
+    learner = Learner(net("mlp"), create_rule("forward_forward", negatives="hybrid", predictor="softmax"), example=X)
+    found = learner.evaluate(X[:1], Y[:1])
+    assert found.accuracy == (learner(X[:1]).argmax(1) == Y[:1]).float().mean()

@@ -6,8 +6,10 @@ import pytest
 import torch
 from support.nets import CLASSES, PLAIN_SGD, batches, net, problem, trained
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from layerwise import LayerwiseError, Learner, Partition, create_rule
+from layerwise.core.perturbation import Estimate
 from layerwise.core.perturbed_layers import error_without_graph, losses_of_samples
 from layerwise.core.pullback import output_error
 from layerwise.core.tasks import Classification
@@ -250,3 +252,45 @@ def test_a_frozen_block_changes_nothing_for_those_after_it(rule):
 def test_labels_of_another_shape_are_refused_and_not_broadcast():
     with pytest.raises(LayerwiseError, match=r"labels have shape \(6, 3\)"):
         Learner(small(), "likelihood_ratio").step(X, nn.functional.one_hot(Y))
+
+
+@pytest.mark.parametrize(
+    "rule", ["pepita", "forward_gradient", "likelihood_ratio", "hebbian_global", "hebbian_local", "zeroth_order", "sll"]
+)
+def test_hooks_of_parameters_see_gradients_that_no_backward_pass_makes(rule):
+    """A gradient that the user sets to zero, or masks, moves nothing; who watches gradients sees each once a step."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    masked, cleared, others = model[0].weight, model[2].weight, model[4].weight
+    seen = []
+    masked.register_hook(lambda gradient: gradient * (torch.arange(gradient.shape[1]) > 0))
+    cleared.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", torch.zeros_like(p)))
+    others.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    before = [p.detach().clone() for p in (masked, cleared, others)]
+    learner = Learner(model, rule, optimizer="sgd", lr=0.5, weight_decay=0.0)
+    for _ in range(2):
+        learner.step(X, Y)
+    moved = [(p - old).abs() > 1e-6 for p, old in zip((masked, cleared, others), before, strict=True)]
+    assert not moved[0][:, 0].any() and moved[0][:, 1:].any()
+    assert not moved[1].any() and moved[2].any() and len(seen) == 2
+
+
+def test_an_interrupt_between_two_parameters_leaves_none_of_them_moved():
+    weight, broken = torch.zeros(2), torch.zeros(1).expand(2)  # torch refuses to write into the second
+    with pytest.raises(RuntimeError):
+        Estimate([weight, broken], seeds=[0]).measure(1e-3, weight.sum)
+    assert weight.abs().max() < 1e-9  # up to rounding
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs")
+@pytest.mark.parametrize("mode", ["local", "activities", "weights"])
+def test_a_layer_whose_tangent_would_be_lost_is_refused(mode):
+    """Its slope would be zero: it would stay what it is, and nothing would say so."""
+
+    class Recomputed(nn.Sequential):
+        def forward(self, x):
+            return checkpoint(self[0], x, use_reentrant=True)
+
+    inner = Recomputed(nn.Linear(4, 4))
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), inner, nn.ReLU(), nn.Linear(4, 3)).double()
+    with pytest.raises(LayerwiseError, match=r"use_reentrant=False|jvp"):
+        Learner(model, create_rule("forward_gradient", mode=mode)).step(X, Y)

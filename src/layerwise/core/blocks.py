@@ -21,9 +21,10 @@ from layerwise.core.chains import (
 )
 from layerwise.core.drawing import draw
 from layerwise.core.failures import KNOWN, told_by
+from layerwise.core.keeping import buffers_put_back
 from layerwise.core.layout import Layouts, declared_layouts
 from layerwise.core.parts import MicroBatch
-from layerwise.core.tracing import TracedPart, both_modes, cut_graph, legal_cuts
+from layerwise.core.tracing import TracedPart, both_modes, cut_graph, possible_cuts
 from layerwise.core.trees import copied, tensors
 from layerwise.errors import LayerwiseError
 
@@ -107,7 +108,7 @@ class Block:
         if not isinstance(out, Tensor):
             raise LayerwiseError(
                 f"block {self.name!r} returns {type(out).__name__}, not one tensor, so nothing can be "
-                f"passed on; cut elsewhere: {listed(legal_cuts(self._model))}."
+                f"passed on; cut elsewhere: {listed(possible_cuts(self._model))}."
             )
         return out
 
@@ -366,8 +367,11 @@ class Partition(nn.Module):
             layouts.begin(x, first)
             seen.begin(x, None)
             for block in [*self.blocks, self.head]:
+                if block.before is not None:  # an offloaded block has no buffers until it is fetched
+                    block.before()
                 try:
-                    h = block(h)
+                    with buffers_put_back([] if block.before is None else block.places()):
+                        h = block(h)
                 except KNOWN as reason:
                     raise LayerwiseError(
                         f"block {block.name!r} cannot take an input of shape {tuple(h.shape)} and "
@@ -441,13 +445,13 @@ def _check_declared(name: str, declared: str, seen: str | None) -> None:
 def _cut(model: nn.Module, cuts: tuple[str, ...]) -> list[Block]:
     """The blocks and the head between `cuts`, checked."""
     if not cuts:
-        raise LayerwiseError(f"name at least one cut, out of {listed(legal_cuts(model))}.")
+        raise LayerwiseError(f"name at least one cut, out of {listed(possible_cuts(model))}.")
     if len(set(cuts)) < len(cuts):
         raise LayerwiseError(f"a cut is named twice in {list(cuts)}; name each once.")
     known = dict(model.named_modules(remove_duplicate=False))
     for cut in cuts:
         if cut not in known or cut == "":
-            raise LayerwiseError(f"unknown cut {cut!r}; legal cuts are {listed(legal_cuts(model))}.")
+            raise LayerwiseError(f"unknown cut {cut!r}; legal cuts are {listed(possible_cuts(model))}.")
     paths = {id(module): path for path, module in reversed([*known.items()])}
     held = [(paths[id(module)], module, type(module).forward) for module in opened(model, cuts)]
     check_hooks(held)
@@ -482,11 +486,11 @@ def _check_ownership(model: nn.Module, blocks: list[Block]) -> None:
                 raise LayerwiseError(
                     f"the parameter {first_name!r} of block {first!r} is shared with block "
                     f"{block.name!r}, so they cannot be trained apart; cut so that one block holds "
-                    f"both, out of {listed(legal_cuts(model))}."
+                    f"both, out of {listed(possible_cuts(model))}."
                 )
     *_, head = blocks
     if not head.parameters():
         raise LayerwiseError(
             f"nothing after the last cut {blocks[-2].name!r} has parameters, so there is no head; leave "
-            f"that cut out, legal cuts are {listed(legal_cuts(model))}."
+            f"that cut out, legal cuts are {listed(possible_cuts(model))}."
         )

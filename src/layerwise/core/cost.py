@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerwise.core.blocks import Partition
+from layerwise.core.keeping import put_back
 from layerwise.core.modes import evaluation_mode
 
 
@@ -34,7 +35,7 @@ def balanced_ends(cost: Sequence[float], parts: int) -> list[int]:
 def operations(parts: Partition, example: Any) -> list[int]:
     """Floating-point operations of the forward pass of each block and the head; exact, the same on every machine."""
     costs, h = [], example
-    with evaluation_mode(parts), torch.no_grad(), parts.passing(example):
+    with evaluation_mode(parts), put_back(parts.model), torch.no_grad(), parts.passing(example):
         for block in [*parts.blocks, parts.head]:
             with FlopCounterMode(display=False) as counter:
                 h = block(h)

@@ -12,11 +12,12 @@ from layerwise.core.calls import CallPartition
 from layerwise.core.chains import check_model, expanded, is_sequential, listed
 from layerwise.core.cost import balanced_ends, operations
 from layerwise.core.cut_names import automatic_cuts, has_matrix, matching
+from layerwise.core.keeping import put_back
 from layerwise.core.modes import evaluation_mode
 from layerwise.core.ownership import Tied
 from layerwise.core.ranges import check_ranges
 from layerwise.core.reading import Output, Read, arguments
-from layerwise.core.tracing import legal_cuts
+from layerwise.core.tracing import possible_cuts
 from layerwise.errors import LayerwiseError
 
 
@@ -69,6 +70,24 @@ def partition(
     if blocks is not None:
         cuts = _balanced(model, cuts, blocks, example)
     return Partition(model, cuts, layout)
+
+
+def legal_cuts(model: nn.Module) -> list[str]:
+    """Names of the modules after which `model` may be cut: one tensor crosses there and no other.
+
+    Found by tracing; where the model cannot be traced, the children of its `nn.Sequential` parts. For a partition they
+    are those of its model.
+
+    Raises:
+        LayerwiseError: no module, or one that is wrapped or compiled.
+
+    >>> legal_cuts(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
+    ['0', '1']
+    """
+    model = model.model if isinstance(model, Partition) else model
+    check_model(model)
+    with put_back(model):
+        return possible_cuts(model)
 
 
 def cut_at_calls(
@@ -159,7 +178,7 @@ def _default_cuts(model: nn.Module) -> list[str]:
         return _weighted_cuts(model, deep=False)
     raise LayerwiseError(
         f"{type(model).__name__} is not a nn.Sequential and names no blocks of its own, so say where to cut it: "
-        f"cuts=[...] out of {listed(legal_cuts(model))}; or let cut_at_calls(model) find where, as a Learner does."
+        f"cuts=[...] out of {listed(possible_cuts(model))}; or let cut_at_calls(model) find where, as a Learner does."
     )
 
 
@@ -167,7 +186,7 @@ def _finest_cuts(model: nn.Module) -> list[str]:
     if not is_sequential(model):
         raise LayerwiseError(
             f'cuts="layer" needs a nn.Sequential, not {type(model).__name__}; name the cuts: '
-            f"cuts=[...] out of {listed(legal_cuts(model))}."
+            f"cuts=[...] out of {listed(possible_cuts(model))}."
         )
     cuts = _weighted_cuts(model, deep=True)
     # A model's own names say where its head begins; a head of several modules is not taken apart.

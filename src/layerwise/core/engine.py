@@ -14,7 +14,7 @@ from layerwise.core.failures import NonFinite, in_a_sentence
 from layerwise.core.finite import FiniteCheck
 from layerwise.core.following import NextBlock
 from layerwise.core.functional import wide
-from layerwise.core.given import add_given
+from layerwise.core.given import add_given, give
 from layerwise.core.groups import Group, Unit, parameters_of
 from layerwise.core.param_groups import set_learning_rate
 from layerwise.core.parts import JoinedParts, Labelled, labelled_parts
@@ -176,8 +176,7 @@ class Engine(Runner):
             self._reduced = None
             self.accumulation.restart()
             for group in groups:
-                group.broken = False
-                group.free()
+                group.abandon()
             raise
 
     def flush(self, groups: Sequence[Group], step: int, trace: Trace) -> bool:
@@ -473,7 +472,7 @@ class Engine(Runner):
         total = estimate.measure(eps, loss)
         if self.finite.may_step(group, h, total, 0 * total, step, trace):
             for place, (optimizer, parameter) in enumerate(of):
-                parameter.grad = estimate.gradient(place)
+                give(parameter, estimate.gradient(place))
                 self._step_optimizer(group, optimizer)
                 parameter.grad = None
         return passed_on[0], passed_on[1]

@@ -1,6 +1,7 @@
 """Gradients of parameters that a rule has computed itself."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -40,4 +41,26 @@ def add_given(
             )
         if parameter.requires_grad and id(parameter) in learning:
             found = group.scaler.scale((gradient * factor).to(parameter.dtype))
-            parameter.grad = found if parameter.grad is None else parameter.grad + found
+            give(parameter, found, hooked=rule.builds_graph)
+
+
+def give(parameter: Any, gradient: Tensor, hooked: bool = False) -> None:
+    """Add a gradient to that of a parameter as a backward pass does: with the hooks that the user has registered there.
+
+    Args:
+        parameter: gets it.
+        gradient: of its shape.
+        hooked: whether autograd has computed it, and called the tensor's own hooks.
+
+    >>> weight = torch.ones(2, requires_grad=True)
+    >>> _ = weight.register_hook(lambda gradient: gradient * torch.tensor([1.0, 0.0]))
+    >>> give(weight, torch.ones(2))
+    >>> weight.grad
+    tensor([1., 0.])
+    """
+    for hook in () if hooked else (parameter._backward_hooks or {}).values():
+        changed = hook(gradient)
+        gradient = gradient if changed is None else changed
+    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+    for hook in (parameter._post_accumulate_grad_hooks or {}).values():
+        hook(parameter)

@@ -117,6 +117,13 @@ class Group:
         for parameter in self.parameters:
             parameter.grad = None
 
+    def abandon(self) -> None:
+        """Forget an update that has failed: its gradients, and that the scaler has seen them."""
+        self.broken = False
+        self.free()
+        if self.scaler.is_enabled():
+            self.scaler._per_optimizer_states.clear()  # otherwise it refuses the next update
+
     @property
     def learns(self) -> bool:
         """Whether anything learns here now."""

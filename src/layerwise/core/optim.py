@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 from layerwise.core.param_groups import check_new
 from layerwise.core.ranges import check_ranges
-from layerwise.errors import LayerwiseError, suggestion, unknown, why
+from layerwise.errors import LayerwiseError, short, suggestion, unknown, why
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer | Sequence[torch.optim.Optimizer]]
 """From parameter groups to an optimizer, or to several that share the parameters."""
@@ -64,7 +65,13 @@ class Schedule:
             )
 
     def __call__(self, update: int) -> float:
-        """Multiplier for update number `update` (0 is the first)."""
+        """Multiplier for update number `update` (0 is the first).
+
+        Raises:
+            LayerwiseError: a negative number, or none.
+        """
+        if not (isinstance(update, Real) and update >= 0):
+            raise LayerwiseError(f"the update is {short(update)}; give its number, 0 for the first.")
         if self.kind == "constant":
             return 1.0
         rise = self.warmup * self.total

@@ -24,8 +24,8 @@ class Perturbation:
 
     def __init__(self, parameters: Sequence[Tensor], seed: int):
         self.parameters, self.seed = parameters, seed
-        self.offset = 0.0
-        """Where the parameters are: this many times z away from their own values."""
+        self.offsets = [0.0] * len(parameters)
+        """Where each parameter is: this many times z away from its own values."""
 
     def of(self, place: int) -> Tensor:
         """The part of z that belongs to a parameter."""
@@ -37,10 +37,10 @@ class Perturbation:
     @torch.no_grad()
     def to(self, offset: float) -> None:
         """Move the parameters to their own values plus `offset` times z, up to rounding."""
-        if offset != self.offset:
-            for place, parameter in enumerate(self.parameters):
-                parameter.add_(self.of(place), alpha=offset - self.offset)
-            self.offset = offset
+        for place, parameter in enumerate(self.parameters):
+            if offset != self.offsets[place]:  # an interrupt may come between two of them
+                parameter.add_(self.of(place), alpha=offset - self.offsets[place])
+                self.offsets[place] = offset
 
 
 class Estimate:

@@ -19,13 +19,23 @@ from layerwise.core.layers import has_gradients, holding_parameters, layer_gradi
 from layerwise.core.randomness import derive_seed
 from layerwise.core.tasks import Classification, Task
 from layerwise.core.tasks.classes import check_shapes
+from layerwise.errors import LayerwiseError
 
 Add = Callable[[Tensor, Tensor], Tensor]
 """Adds a random direction to a tensor."""
 
 
 def as_tangent(value: Tensor, direction: Tensor) -> Tensor:
-    """The value with a direction added to its tangent, in a level of forward-mode differentiation."""
+    """The value with a direction added to its tangent, in a level of forward-mode differentiation.
+
+    Raises:
+        LayerwiseError: this runs inside a function of autograd, which would drop the tangent.
+    """
+    if not torch._C._is_fwd_grad_enabled():  # pyright: ignore[reportAttributeAccessIssue]
+        raise LayerwiseError(
+            "a layer runs inside a function of autograd that lets no tangent out, such as torch's checkpoint with "
+            "use_reentrant=True, so that it would not learn; call checkpoint with use_reentrant=False, or leave it out."
+        )
     return value + forward_mode.make_dual(torch.zeros_like(value), direction)
 
 

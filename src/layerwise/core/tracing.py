@@ -32,14 +32,8 @@ from layerwise.core.randomness import preserved_generators, seed_generators
 from layerwise.errors import LayerwiseError
 
 
-def legal_cuts(model: nn.Module) -> list[str]:
-    """Names of the modules after which `model` may be cut: one tensor crosses there and no other.
-
-    Found by tracing; where the model cannot be traced, the children of its `nn.Sequential` parts.
-
-    >>> legal_cuts(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
-    ['0', '1']
-    """
+def possible_cuts(model: nn.Module) -> list[str]:
+    """Names of the modules after which an uncut `model` may be cut, see `legal_cuts`."""
     check_model(model)
     if is_sequential(model):
         children = expanded(model, deep=True)
@@ -419,7 +413,7 @@ def _cut_traced(
             how = "is not called" if cut not in ends else "is called more than once"
             raise LayerwiseError(
                 f"the model cannot be cut after {cut!r}, which {how} in its forward pass; legal cuts "
-                f"are {listed(legal_cuts(model))}."
+                f"are {listed(possible_cuts(model))}."
             )
     stops = [position[ends[cut][0]] for cut in cuts]
     if stops != sorted(stops):
@@ -451,7 +445,7 @@ def _subgraph(
             if needed.op != "get_attr":
                 raise LayerwiseError(
                     f"block {name!r} needs the value {needed.name!r} from before its own input (a skip "
-                    f"connection crosses the cut); legal cuts are {listed(legal_cuts(model))}."
+                    f"connection crosses the cut); legal cuts are {listed(possible_cuts(model))}."
                 )
             copies[needed] = part.node_copy(needed)  # a parameter of the model itself
             owned.add(str(needed.target))

@@ -14,6 +14,11 @@ from layerwise.errors import LayerwiseError
 
 def check_input(network: Partition, x: Any) -> None:
     """Raise LayerwiseError unless the network can take such an input."""
+    if any(map(_is_differentiated, tensors(x))):
+        raise LayerwiseError(
+            "torch.func (grad, vjp, jacrev, ...) differentiates these inputs, and through a learner it would find "
+            "zeros; apply it to learner.network, in evaluation mode."
+        )
     if isinstance(network, CallPartition) and isinstance(x, (tuple, Mapping)):
         if not (held := tensors(x)):
             raise LayerwiseError("the batch holds no tensor; give what the model's forward takes.")
@@ -31,6 +36,13 @@ def check_input(network: Partition, x: Any) -> None:
     check_dense(x, "inputs")
     if x.dim() == 0:
         raise LayerwiseError("the input is a single number; give a batch of shape (B, ...).")
+
+
+def _is_differentiated(x: Tensor) -> bool:
+    """Whether a transform of `torch.func` wants the gradient with respect to a tensor."""
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    own = functorch.is_gradtrackingtensor(x)
+    return own and functorch.peek_interpreter_stack().key() == functorch.TransformType.Grad
 
 
 def check_dense(given: Tensor, what: str) -> None:
@@ -87,6 +99,8 @@ def with_labels(x: Any, y: Tensor | None, wanted: str) -> tuple[Any, Tensor]:
     """
     x, y = labelled(x, y)
     y = check_label_tensor(y, wanted)
+    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, [y, *tensors(x)])):  # pyright: ignore[reportAttributeAccessIssue]
+        raise LayerwiseError("a training step cannot run inside a transform of torch.func; call it outside.")
     samples = len(x) if isinstance(x, Tensor) else max(1, y.dim() and len(y))
     if y.dim() == 0 or samples == 0 or samples != len(y):
         labels = "one number" if y.dim() == 0 else f"{len(y)}"

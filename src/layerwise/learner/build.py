@@ -14,6 +14,7 @@ from layerwise.core.blocks import Block, Partition
 from layerwise.core.contract import asking, groups_of
 from layerwise.core.engine import Engine
 from layerwise.core.groups import Group, Grouping, Unit
+from layerwise.core.keeping import put_back
 from layerwise.core.optim import decay_groups, sparse_gradients, without_decay
 from layerwise.core.output_layer import watching_linear_layers
 from layerwise.core.param_groups import begin_schedule
@@ -65,7 +66,7 @@ class Built:
         setup.network.check_modules()
         self.setup = setup
         self.auxiliary = nn.ModuleDict()
-        with evaluating():
+        with evaluating(), put_back(setup.network.model):
             setup.network.arrange(x[:2] if isinstance(x, Tensor) else x)
         blocks = setup.blocks
         names = [block.name for block in blocks]
@@ -86,7 +87,8 @@ class Built:
                 "the inputs are complex numbers, which no rule can read; give torch.view_as_real(x) or their absolute "
                 "values."
             )
-        with evaluating(), watching_linear_layers(setup.network.model) as watched:
+        model = setup.network.model
+        with evaluating(), put_back(model), watching_linear_layers(model) as watched:
             outputs = setup.network.probe(x[:2] if isinstance(x, Tensor) else x)
         self.activations = NotMoved()
         if isinstance(setup.rule, MovesActivations):

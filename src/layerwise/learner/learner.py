@@ -451,8 +451,8 @@ class Learner:
             `model`: the model's own `state_dict`; `auxiliary`: the rule's modules; `optimizer`: state per parameter;
             `stateless`: parameters without state; `gradients`: those accumulated since the last update;
             `accumulation`: how much; `scaler`: one state per group; `rates`, `settings`: values set in parameter
-            groups; `rule`, `steps`, `skipped`. Tensors are not copied. A stage returns only its own part.
-            Offloaded tensors are views of the host's memory or of the file, valid until the next step.
+            groups; `rule`, `steps`, `skipped`. As in `nn.Module.state_dict`, tensors are the learner's own, or views of
+            offloaded ones until the next step: copy.deepcopy keeps their values. A stage returns only its own part.
 
         Raises:
             LayerwiseError: nothing is built yet.
@@ -461,14 +461,14 @@ class Learner:
         return states.state_of(self.built, self.skipped, self.steps)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`; before the first step it is stored until the shapes are known.
+        """Continue from `state_dict()`; before the first step a copy is kept until the shapes are known.
 
         Raises:
             LayerwiseError: the state is damaged, or of another rule or model; then nothing is changed.
         """
         check_parts(state)
         if isinstance(self._built, NotBuilt):
-            self._pending = state
+            self._pending = states.set_aside(state, self.network)
             return
         states.load_state(self._built, state)
         self.steps, self.skipped = state["steps"], state["skipped"]

@@ -4,11 +4,14 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from layerwise.core.blocks import Partition
 from layerwise.core.groups import Group, parameters_of
 from layerwise.core.optim import in_memory_order_of, lay_out_state
 from layerwise.core.param_groups import base_rates, own_settings, set_base_rates, set_own_settings
+from layerwise.core.trees import mapped
 from layerwise.learner.build import Built
 from layerwise.learner.checks import Expected, Place, check_state
 from layerwise.learner.skipping import check_under_way, continue_under_way, joined_under_way, under_way
@@ -17,6 +20,20 @@ from layerwise.learner.skipping import check_under_way, continue_under_way, join
 def without_meta(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors on this rank."""
     return {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
+
+
+def set_aside(state: Mapping[str, Any], network: Partition) -> dict[str, Any]:
+    """A copy of a state for later, so that nothing changes it until then; those of the network itself stay its own."""
+    own = {t.data_ptr() for t in (*network.parameters(), *network.buffers()) if _is_plain(t)}
+    return {
+        part: mapped(held, lambda t: t if _is_plain(t) and t.data_ptr() in own else t.clone())
+        for part, held in state.items()
+    }
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor has a place in memory."""
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and tensor.layout == torch.strided
 
 
 def joined(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

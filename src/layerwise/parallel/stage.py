@@ -12,6 +12,7 @@ from layerwise.core.blocks import Partition
 from layerwise.core.cost import balanced_ends, operations
 from layerwise.core.devices import synchronize
 from layerwise.core.following import NextBlock
+from layerwise.core.keeping import put_back
 from layerwise.core.modes import evaluation_mode
 from layerwise.core.pieces import (
     FollowsNextBlock,
@@ -212,7 +213,7 @@ def seconds(network: Partition, example: Tensor, repeats: int = 3) -> list[float
     In evaluation mode, running statistics and random generators stay as they are; no gradient is kept.
     """
     found, h = [], example
-    with evaluation_mode(network):
+    with evaluation_mode(network), put_back(network.model):
         for block in network.sites:
             parameters = [p for p in block.parameters() if p.requires_grad]
             times, out = [], h

@@ -104,11 +104,16 @@ class SparseLinear(nn.Module):
             sparsity: share of the weights that are zero, in [0, 1).
 
         Raises:
-            LayerwiseError: a share out of range, or one that keeps no weight.
+            LayerwiseError: a share out of range, or one that keeps no weight; a layer on the meta device.
         """
         if not 0 <= sparsity < 1:
             raise LayerwiseError(f"sparsity is {sparsity}; the share of weights that are zero is at least 0, below 1.")
         weight = linear.weight.detach()
+        if weight.is_meta:
+            raise LayerwiseError(
+                "a layer on the meta device has no weights yet, so that the largest of them are not known; make the "
+                "model on a device, or leave this layer out."
+            )
         kept = weight.flatten().abs().topk(round((1 - sparsity) * weight.numel())).indices.sort().values
         kept = kept[weight.flatten()[kept] != 0]
         if not len(kept):

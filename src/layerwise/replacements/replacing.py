@@ -264,6 +264,11 @@ def _name(model: nn.Module, module: nn.Module) -> str:
 def _merged(model: nn.Module, able: list[Any], name: str, example: Any) -> list[Any]:
     """Merge parameters where possible, and return the modules that then have no parameters."""
     bare = [m for m in able if m.weight is None]
+    if any(p.is_meta for module in able for p in module.parameters()):
+        raise LayerwiseError(
+            f"{name} merges the scales of norms into other weights, and on the meta device there are none yet; make "
+            "the model on a device, or leave the norms out."
+        )
     if example is None and len(bare) < len(able):
         raise LayerwiseError(f"{name} has to find the readers of each norm; give replace(..., example=a batch).")
     readers = readers_of(model, example) if len(bare) < len(able) else {}

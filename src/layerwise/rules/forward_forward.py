@@ -147,7 +147,8 @@ class ForwardForward(UsesPrediction, PredictsBySite, Rule):
         first = ctx.auxiliary[0]
         assert isinstance(first, Layer)
         if self.negatives == "hybrid":
-            parts = [ctx.x, hybrid_images(ctx.x, layout=first.input_layout)]
+            alone = not ctx.training and len(ctx.x) < 2  # the rest of a test set, whose prediction needs no negatives
+            parts = [ctx.x, ctx.x if alone else hybrid_images(ctx.x, layout=first.input_layout)]
         else:
             assert isinstance(ctx, PredictionContext)
             opinion = ctx.predict(ctx.x) if self.negatives == "hard" else None

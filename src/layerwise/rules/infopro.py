@@ -16,7 +16,7 @@ from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
 from layerwise.rules.ahead import LooksAhead
 from layerwise.rules.label_input import known_layout
-from layerwise.rules.readout import convolution, grouped, pool_vectors
+from layerwise.rules.readout import check_several, convolution, grouped, pool_vectors
 
 FEATURES = 128
 
@@ -149,9 +149,14 @@ class InfoPro(LooksAhead):
         "tokens: our reading"
     )
     restrictions: ClassVar[str] = (
-        "One label per sample, batches of two or more. Good weights depend on the network and the number of groups. "
-        "Reconstruction is for images and vectors of numbers."
+        'One label per sample; batches of two or more with task="contrast". Good weights depend on the network and the '
+        "number of groups. Reconstruction is for images and vectors of numbers."
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task == "contrast":
+            object.__setattr__(self, "whole_batch", "compares the samples of a batch")
 
     def groups(self, blocks: int) -> list[range]:
         """`group` blocks each; the head belongs to the last group."""
@@ -198,6 +203,8 @@ class InfoPro(LooksAhead):
         """Reconstruction and task of the group, or the cross-entropy of the network's head."""
         if ctx.task.per_position(ctx.y):
             raise LayerwiseError("infopro's auxiliary networks read one label per sample, not one per position.")
+        if self.task == "contrast":
+            check_several(self.name, ctx)
         if ctx.site.is_head:
             return loss_at_head(ctx)
         x = ctx.h_in if ctx.site.index == 0 else ctx.message

@@ -169,7 +169,7 @@ class NoPropDT(Denoising):
         """The state of the first block: a draw of z_0 and the image."""
         (classes, size), network = embedding(ctx.network.head).shape, ctx.network
         hot = F.one_hot(ctx.y, classes).float()
-        if network.training:
+        if ctx.training:
             return side_by_side(*drawn(hot, signal_share(0, len(network.blocks)), size), ctx.x), {
                 "embedding": self.shared(network)
             }
@@ -276,7 +276,7 @@ class NoPropCT(_AnyTime):
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
         """A time, the label and noise, which the block mixes; in evaluation only noise, at t = 0."""
-        (classes, size), training = embedding(ctx.network.head).shape, ctx.network.training
+        (classes, size), training = embedding(ctx.network.head).shape, ctx.training
         p = F.one_hot(ctx.y, classes).float() * training
         t = times(p) * training
         message = {"embedding": self.shared(ctx.network)} if training else None
@@ -358,7 +358,7 @@ class NoPropFM(_AnyTime):
 
     def begin(self, ctx: BatchContext) -> tuple[Tensor, Any]:
         """A time, the label's share of z_t and the rest of it; in evaluation only z_0, at t = 0."""
-        (classes, size), training = embedding(ctx.network.head).shape, ctx.network.training
+        (classes, size), training = embedding(ctx.network.head).shape, ctx.training
         hot = F.one_hot(ctx.y, classes).float()
         t, origin = times(hot) * training, torch.randn(len(hot), size, device=hot.device)
         r = (1 - t) * origin + self.sigma * training * torch.randn_like(origin)

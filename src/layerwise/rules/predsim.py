@@ -13,7 +13,7 @@ from layerwise.core.rule import BlockContext, Locality, Signal, Site, loss_at_he
 from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
 from layerwise.rules.ahead import LooksAhead
-from layerwise.rules.readout import HasReadout, convolution, grouped, outputs_of, pool_vectors
+from layerwise.rules.readout import HasReadout, check_several, convolution, grouped, outputs_of, pool_vectors
 
 
 class PredSimHeads(nn.Module):
@@ -86,7 +86,8 @@ class PredSim(LooksAhead, HasReadout):
     only: ClassVar[str] = "similarities are those of labels with several entries, such as classes"
     source: ClassVar[str] = "Nøkland & Eidnes, arXiv 1901.06656 (2019); tokens: our reading"
     restrictions: ClassVar[str] = (
-        "One label per sample. The similarities depend on the other samples of the batch: use 64 or more."
+        "One label per sample. The similarities depend on the other samples of the batch: use 64 or more; one "
+        "is refused."
     )
 
     def groups(self, blocks: int) -> list[range]:
@@ -123,6 +124,7 @@ class PredSim(LooksAhead, HasReadout):
             metrics |= predicted.metrics
             statistics, loss = predicted.statistics, loss + (1 - share) * predicted.loss
         if heads.map is not None:
+            check_several(self.name, ctx)
             rows = ctx.y if ctx.y.dim() > 1 else F.one_hot(ctx.y, ctx.task.classes)
             wanted = similarity(rows)
             # Not F.mse_loss, whose scalar keeps a storage of B x B numbers alive with the metrics.

@@ -50,6 +50,15 @@ def in_modules(blocks: int, modules: int) -> list[range]:
     return [range(a, b + (b == blocks)) for a, b in pairwise(ends)]
 
 
+def check_several(name: str, ctx: BlockContext) -> None:
+    """Raise LayerwiseError if a rule that compares samples would learn from a batch of one, which tells it nothing."""
+    if ctx.training and len(ctx.y) < 2:
+        raise LayerwiseError(
+            f"rule {name!r} compares the samples of a batch, and this one has {len(ctx.y)}; give batches of two or "
+            "more, such as by DataLoader(..., drop_last=True)."
+        )
+
+
 def convolution(h: Tensor) -> type[nn.Conv2d] | type[nn.Conv3d]:
     """The convolution that reads maps `(B, C, H, W)`, or volumes `(B, C, D, H, W)`."""
     return nn.Conv3d if h.dim() == 5 else nn.Conv2d

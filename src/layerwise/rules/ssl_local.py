@@ -14,7 +14,7 @@ from layerwise.core.rule import BatchContext, BlockContext, Locality, Rule, Sign
 from layerwise.core.tasks import Task
 from layerwise.errors import LayerwiseError
 from layerwise.rules.label_input import known_layout
-from layerwise.rules.readout import Pooling, grouped, pool_vectors
+from layerwise.rules.readout import Pooling, check_several, grouped, pool_vectors
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class SSLLocal(Rule):
                 f"{tuple(ctx.x.shape)} and type {str(ctx.x.dtype).removeprefix('torch.')} with labels of shape "
                 f"{tuple(ctx.y.shape)}; choose a rule such as local_ce."
             )
-        if not ctx.network.training:
+        if not ctx.training:
             return ctx.x, None
         layout = ctx.network.input_layout
         return torch.cat([self.view(ctx.x, layout), self.view(ctx.x, layout), ctx.x]), None
@@ -124,6 +124,7 @@ class SSLLocal(Rule):
             return loss_at_head(ctx)
         if not ctx.training:
             return Signal()
+        check_several(self.name, ctx)
         views, itself = ctx.h[: 2 * len(ctx.y)], ctx.h[2 * len(ctx.y) :]
         signal = Signal(output=itself if ctx.site.index == ctx.site.blocks - 1 else None)
         if ctx.auxiliary is not None:

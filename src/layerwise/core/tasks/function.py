@@ -6,6 +6,7 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
+from layerwise.core.failures import KNOWN, told_by
 from layerwise.core.functional import wide
 from layerwise.core.tasks.base import Positions, Task, nearest
 from layerwise.errors import LayerwiseError
@@ -48,8 +49,16 @@ class Loss(Task):
         return self if self.outputs else super().fitted(outputs)
 
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
-        """What the function gives for outputs in float32 or wider."""
-        loss = self.fn(wide(outputs) if outputs.is_floating_point() else outputs, y)
+        """What the function gives for outputs in float32 or wider.
+
+        Raises:
+            LayerwiseError: it fails, or gives no scalar.
+        """
+        try:
+            loss = self.fn(wide(outputs) if outputs.is_floating_point() else outputs, y)
+        except KNOWN as reason:
+            given = f"outputs of shape {tuple(outputs.shape)} and labels of shape {tuple(y.shape)}"
+            raise LayerwiseError(f"the loss function fails for {given} ({told_by(reason)}); correct it.") from reason
         if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise LayerwiseError(f"the loss function gives {what}; let it return a scalar tensor, such as loss.mean().")

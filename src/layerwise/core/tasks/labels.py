@@ -45,6 +45,8 @@ class MultiLabel(Task):
             )
         if y.is_complex():
             raise LayerwiseError("the labels are complex numbers; give zeros and ones.")
+        if y.dtype in (torch.uint16, torch.uint32, torch.uint64):  # torch can compare none of them
+            raise LayerwiseError(f"the labels are {str(y.dtype).removeprefix('torch.')}; give floats, bool or int64.")
         if y.device.type == "cpu" and not bool(((y >= 0) & (y <= 1)).all()):
             raise LayerwiseError("some labels are neither 0 nor 1; give 1 where a label holds and 0 where it does not.")
 
