@@ -1,8 +1,9 @@
 """Progress of a run: a live bar on a terminal, plain lines elsewhere."""
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from rich.console import Console
@@ -94,6 +95,16 @@ def clock(seconds: float) -> str:
     return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
+@contextlib.contextmanager
+def working(what: str) -> Iterator[None]:
+    """A context in which a terminal shows that something is being done; elsewhere a line says so."""
+    console = Console(stderr=True, highlight=False, quiet=quiet.get())
+    if not console.is_terminal:
+        console.print(what, markup=False, soft_wrap=True)
+    with console.status(what) if console.is_terminal else contextlib.nullcontext():
+        yield
+
+
 class GridProgress:
     """Shows the progress of a grid of runs, and the time left: a bar on a terminal, elsewhere a line per finished run.
 
@@ -148,13 +159,14 @@ class GridProgress:
         """A run has started; `share()` gives how much of it is done, from 0 to 1."""
         self.running[name] = (work, share)
 
-    def ended(self, name: str, line: str) -> None:
-        """A run has ended or failed; prints `line`."""
+    def ended(self, name: str, line: str = "") -> None:
+        """A run has ended or failed; prints `line`, or its name where there is no bar."""
         self.done += self.running.pop(name)[0]
         self.over += 1
         if not self.console.is_terminal:
-            line += f" · {self.over} of {self.runs} · {self.left()} left"
-        self.console.print(on_one_line(line), markup=False, soft_wrap=True)
+            line = f"{line or name} · {self.over} of {self.runs} · {self.left()} left"
+        if line:
+            self.console.print(on_one_line(line), markup=False, soft_wrap=True)
 
     def reached(self, turn: int) -> None:
         """Show how many parts of the work are done; without a terminal, print a line for every tenth of them."""
