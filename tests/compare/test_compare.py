@@ -504,6 +504,19 @@ def test_no_part_of_a_comparison_waits_without_a_word(comparison):
     assert lines[-1] == "drawing the report"
 
 
+def test_a_long_epoch_is_not_silent_where_there_is_no_bar(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    with progress.Progress(100, 100, "run") as shown:
+        for step in range(1, 6):
+            now[0] += 9.0
+            shown.show(step, {"head/loss": 2.0}, 8.0)
+        shown.epoch(5, {"head/accuracy": 0.5}, 8.0, None)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3  # the title, a line after 27 s, and the end of the epoch; 18 s later it is too early
+    assert lines[1] == "epoch 0.0 · loss 2.000 · 8 samples/s · 14:33 left"  # 97 steps of 9 s
+
+
 def test_quiet_leaves_out_what_is_being_done(capsys):
     with progress.working("drawing"):
         pass

@@ -15,6 +15,9 @@ from layerwise.core.tasks import ACCURACY, Metric
 from layerwise.errors import on_one_line, quiet
 from layerwise.memory.meter import MemoryUse
 
+SILENCE = 20.0
+"""Seconds after which a run that prints plain lines says how far it is."""
+
 
 class Progress:
     """Shows loss, accuracy (or the task's metric), samples per second, memory and the time left.
@@ -41,7 +44,7 @@ class Progress:
             disable=silent or not self.console.is_terminal,
         )
         self.task = self.bar.add_task("starting", total=total)
-        self.started = time.perf_counter()
+        self.started = self.told = time.perf_counter()
         self.train: dict[str, float] = {}
 
     def __enter__(self) -> "Progress":
@@ -54,17 +57,23 @@ class Progress:
         self.bar.stop()
 
     def show(self, step: int, values: dict[str, float], speed: float) -> None:
-        """Update the bar with the newest training scalars."""
+        """Update the bar with the newest training scalars; without a bar, print a line if the last one is old."""
         self.train = values
+        if not self.console.is_terminal and time.perf_counter() - self.told > SILENCE:
+            self._tell(step, {}, speed, None)
         self.bar.update(self.task, completed=step, description=self._line(step, {}, speed, None))
 
     def epoch(self, step: int, val: dict[str, float], speed: float, memory: MemoryUse | None) -> None:
         """Print one line at the end of an epoch."""
+        self._tell(step, val, speed, memory)
+        self.bar.update(self.task, completed=step)
+
+    def _tell(self, step: int, val: dict[str, float], speed: float, memory: MemoryUse | None) -> None:
         line = self._line(step, val, speed, memory)
         if not self.console.is_terminal:
             line += f" · {self._left(step)} left"
         self.console.print(on_one_line(line), markup=False, soft_wrap=True)
-        self.bar.update(self.task, completed=step)
+        self.told = time.perf_counter()
 
     def _line(self, step: int, val: dict[str, float], speed: float, memory: MemoryUse | None) -> str:
         parts = [f"epoch {step / self.per_epoch:.1f}"]
