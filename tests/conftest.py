@@ -7,11 +7,16 @@ import gc
 import os
 import sys
 
+import hypothesis
 import pytest
 import torch
 from filelock import FileLock
 from support.nets import seed
 from support.runs import COMPARE, start, stop_all
+
+# On a slow or busy machine generated input takes longer, which says nothing about the code.
+hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("patient")
 
 
 def pytest_collection_finish():

@@ -16,14 +16,21 @@ def terminal_width() -> int:
 
 
 def indented(name: str, text: str, margin: int, width: int) -> str:
-    """Format a name and a text beside it, wrapped at the width of the terminal.
+    """Format a name and a text beside it, or below it on a narrow terminal, wrapped at the width of the terminal.
 
     >>> print(indented("sll", "local: a block learns from its own loss", 6, 32))
     sll   local: a block learns from
           its own loss
+    >>> print(indented("sll", "local: a block learns from its own loss", 16, 32))
+    sll
+        local: a block learns from
+        its own loss
     """
-    fits = len(text) + margin <= width
-    lines = [text] if fits else textwrap.wrap(text, max(20, width - margin), break_on_hyphens=False)
+    room = max(20, width - margin)
+    if len(text) > room and margin > 0.4 * width:
+        lines = textwrap.wrap(" ".join(text.split()), width - 4, break_on_hyphens=False)
+        return "\n    ".join([name.rstrip(), *lines])
+    lines = [text] if len(text) <= room else textwrap.wrap(text, room, break_on_hyphens=False)
     return f"\n{'':<{margin}}".join([f"{name:<{margin}}{lines[0]}".rstrip(), *lines[1:]])
 
 

@@ -1,8 +1,10 @@
 """The command line: every command, what it prints and which files it writes."""
 
 import csv
+import dataclasses
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -64,9 +66,22 @@ def test_describe_tells_what_a_rule_is(capsys, name):
     assert out.startswith(f"{name}\n")
     for fact in ("locality", "backpropagation", "boundary", "memory", "source", "restrictions"):
         assert f"\n{fact} " in out
-    assert rule.locality in out
-    assert rule.source in out
-    assert rule.boundary in out
+    whole = " ".join(out.split())
+    assert rule.locality in whole
+    assert rule.source in whole
+    assert rule.boundary in whole
+    for field in dataclasses.fields(rule):
+        assert f"--rule.{field.name.replace('_', '-')}" in out or f"--rule.[no-]{field.name.replace('_', '-')}" in out
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_describe_fits_the_terminal_and_its_formulas_are_plain_text(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for name in rules.names():
+        out = printed(capsys, "describe", name)
+        assert max(map(len, out.splitlines())) <= columns, name
+        assert not re.search(r"[\\${}]", out), name
+        assert not re.search(r"\b(mathrm|frac|qquad|leftarrow|lVert|rVert)\b", out), name
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError
 import pytest
 import torch
 
-from layerwise import __version__
+from layerwise import __version__, rules
 from layerwise.cli import doctor
 from layerwise.cli.main import main
 from layerwise.parsing import ELSEWHERE
@@ -85,6 +85,10 @@ def test_lists_are_there_for_programs(what, capsys):
     assert main(["ls", what, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [*found] == [line.split("  ")[0].strip() for line in plain.splitlines()]
+    if what == "rules":
+        own = {name: {"locality": rules.get(name).locality, "about": found[name]["about"]} for name in rules.names()}
+        assert own == {name: found[name] for name in rules.names()}
+        assert not [name for name in own if own[name]["about"].startswith(own[name]["locality"])]
 
 
 @pytest.mark.parametrize(

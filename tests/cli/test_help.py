@@ -34,6 +34,8 @@ def listed(name, *words):
 @pytest.mark.parametrize("columns", [60, 80])
 def test_every_help_fits_its_terminal_and_holds_no_formula(columns, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(["--help"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= columns
     words = [[*split(name), "--help"] for name in ALL] + [["train", "--rule", rule, "-h"] for rule in rules.names()]
     for line in words:
         assert main(line) == 0
@@ -101,7 +103,7 @@ def test_a_class_and_a_function_of_the_users_are_read_and_not_run(tmp_path):
         "def net(shape, width: int = 8, *, outputs, deep=True): ...\n"
     )
     found = listed("train", "--rule", f"{file}:Mine", "--model", f"{file}:net")
-    assert found["--rule.gain"][1:] == ("X", (), False, "2.0", "Factor gamma.")
+    assert found["--rule.gain"][1:] == ("X", (), False, "2.0", "Factor γ.")
     assert found["--model.width"].default == "8"
     assert found["--model.deep"].value == ""
     assert {flag for flag in found if flag.startswith("--model.")} == {"--model.width", "--model.deep"}
@@ -277,6 +279,16 @@ def test_a_benchmark_prints_figures_for_programs(capsys):
     assert "1 of 1" in err
     assert main([*words, "--quiet"]) == 0
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("what", ["rules", "models", "data", "recipes"])
+def test_lists_fit_a_narrow_terminal_with_room_for_their_words(what, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["ls", what]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 60
+    indents = [len(line) - len(line.lstrip()) for line in lines if line.startswith(" ")]
+    assert max(indents) <= 24  # at least 36 of 60 columns are left for a sentence
 
 
 def test_tables_become_blocks_where_they_do_not_fit(monkeypatch, capsys):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from layerwise.cli import new_rule
 from layerwise.cli.main import main
 
 
@@ -37,6 +38,14 @@ def test_its_own_tests_pass_and_fail_where_the_rule_is_broken(written, monkeypat
     rule = written / "my_rule.py"
     rule.write_text(rule.read_text().replace("self.weight * F.cross_entropy", "0.0 * F.cross_entropy"))
     assert outcomes(written, monkeypatch) != whole
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_command_that_tests_it_works_without_the_test_extra(there, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(new_rule, "find_spec", lambda name: object() if there else None)
+    assert main(["new-rule", "my_rule", str(tmp_path)]) == 0
+    told = next(line for line in capsys.readouterr().out.splitlines() if "test it" in line)
+    assert ("pip install pytest && pytest " in told) is not there
 
 
 def test_it_is_trained_by_name(written, capsys):

@@ -209,8 +209,9 @@ def test_memory_of_ones_own_network(here, capsys):
 class Refusing:
     """In place of the workers: one rule is refused, the others are measured."""
 
-    def run(self, tasks, done, jobs=1):
+    def run(self, tasks, done, jobs, begun):
         for task in tasks:
+            begun(task)
             no = task["label"] == "backprop_checkpoint"
             done(task, {"kind": "mistake", "reason": "it runs twice."} if no else {"done": {"steps_per_epoch": 1}})
 

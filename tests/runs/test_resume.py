@@ -138,10 +138,12 @@ def test_stopped_after_the_last_checkpoint(tmp_path, monkeypatch):
     assert_same_run(whole, tmp_path / "run")
 
 
-def test_resuming_a_finished_run_changes_nothing(tmp_path):
+def test_resuming_a_finished_run_changes_nothing_and_says_so(tmp_path, capsys):
     folder = train(tmp_path / "run", *HARD)
     before = (weights(folder), state(folder), lines(folder), result(folder))
+    capsys.readouterr()
     resume(folder)
+    assert capsys.readouterr().err.splitlines()[0].endswith(" · finished already")
     after = (weights(folder), state(folder), lines(folder), {**result(folder), "command": before[3]["command"]})
     assert all(map(tree_equal, before[:2], after[:2]))
     assert before[2:] == after[2:]

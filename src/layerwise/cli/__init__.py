@@ -25,6 +25,7 @@ Files:
         validate.py     `validate`
         listing.py      `ls`, `describe`
         describing.py   a rule in words
+        formulas.py     LaTeX as plain text
         doctor.py       `doctor`
         new_rule.py     `new-rule`
 """

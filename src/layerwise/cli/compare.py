@@ -35,6 +35,7 @@ def compare_command(argv: list[str]) -> int:
     from layerwise.report.verdict import depth_table, verdict
     from layerwise.runs.arguments import train_options
     from layerwise.runs.output import check_json, write_json
+    from layerwise.runs.progress import working
 
     hidden = COMMANDS["compare"].hidden
     options = train_options(argv, "compare", base=CompareOptions, hidden=("rule", *hidden))
@@ -51,10 +52,11 @@ def compare_command(argv: list[str]) -> int:
     lines += [wrapped(sentence, width) for sentence in said]
     lines.append(f"files: {grid.folder}")
     if not as_json:
-        print("\n".join(lines))
+        print("\n".join(lines), flush=True)
     if options.report:
         try:
-            page = write_report(grid.folder)
+            with working("drawing the report"):
+                page = write_report(grid.folder)
             if not as_json:
                 print(f"report: {page}")
         except LayerwiseError as reason:  # runs and tables are complete without it
@@ -70,6 +72,9 @@ def report_command(argv: list[str]) -> int:
     if kind_of(argv[0]) != "folder":
         raise LayerwiseError(f"there is no folder {shown(argv[0])}; give the folder of a comparison or a benchmark.")
     from layerwise.report.page import write_report
+    from layerwise.runs.progress import working
 
-    print(write_report(Path(argv[0])))
+    with working("drawing the report"):
+        page = write_report(Path(argv[0]))
+    print(page)
     return 0

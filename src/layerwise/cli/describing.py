@@ -1,11 +1,17 @@
 """`layerwise describe RULE`: describes a rule in words for a terminal."""
 
 import inspect
-from dataclasses import fields
+import re
+import textwrap
 
 from layerwise import rules
+from layerwise.cli.catalogue import class_of_rule
+from layerwise.cli.formulas import formula, readable
+from layerwise.cli.help import columns, described, entry, written
+from layerwise.cli.options import options_of
 from layerwise.core.rule import LOCALITIES
 from layerwise.rules.ahead import LooksAhead
+from layerwise.terminal import indented
 
 
 def describe_rule(name: str) -> str:
@@ -35,7 +41,31 @@ def describe_rule(name: str) -> str:
             "backward pass; both adds two. A moving average has no gradient and no optimizer state; it gets the "
             "layer's parameters once per update, over a boundary between ranks too"
         )
-    width = max(map(len, facts)) + 2
-    lines = [name, "", text, "", *(f"{key:<{width}}{value}" for key, value in facts.items())]
-    options = [f"  --rule.{f.name.replace('_', '-')} (default: {f.default})" for f in fields(rule)]
-    return "\n".join([*lines, "", "options:" if options else "no options", *options])
+    width, margin = columns(), max(map(len, facts)) + 2
+    lines = [name, "", *said(text, width), *(indented(key, value, margin, width) for key, value in facts.items())]
+    place = class_of_rule(name)
+    options = [] if place is None else options_of(*place, prefix="rule.")
+    lines += ["", "options:" if options else "no options"]
+    for option in options:
+        lines += entry(written(option), described(option), width)
+    return "\n".join(lines)
+
+
+def said(text: str, width: int) -> list[str]:
+    r"""The lines of a docstring with its formulas as plain text, wrapped at a width.
+
+    >>> said("With a loss\n$\\lambda_i$:\n\n$$L_i = 1, \\qquad\n  L_j = 2$$", 72)
+    ['With a loss λᵢ:', '', '    Lᵢ = 1,', '    Lⱼ = 2', '']
+    """
+    lines = []
+    for paragraph in text.split("\n\n"):
+        for part in re.split(r"(\$\$.+?\$\$|\n(?=- ))", paragraph, flags=re.DOTALL):
+            if part.startswith("$$"):
+                for row in re.split(r"\\qquad|\n", part.strip("$")):
+                    lines += textwrap.wrap(formula(row), width, initial_indent="    ", subsequent_indent="      ")
+            else:
+                hanging = "  " if part.startswith("- ") else ""
+                words = " ".join(readable(part).split())
+                lines += textwrap.wrap(words, width, subsequent_indent=hanging, break_on_hyphens=False)
+        lines.append("")
+    return lines

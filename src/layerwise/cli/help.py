@@ -21,8 +21,8 @@ LONG = 30
 def usage() -> str:
     """Text of `layerwise --help`."""
     width = columns()
-    lines = ["layerwise: train deep networks without global backpropagation", ""]
-    lines += ["usage: layerwise COMMAND [OPTIONS]", ""]
+    lines = textwrap.wrap("layerwise: train deep networks without global backpropagation", width)
+    lines += ["", "usage: layerwise COMMAND [OPTIONS]", ""]
     for name, command in COMMANDS.items():
         lines += entry(f"{name} {command.arguments.partition(' | ')[0]}".strip(), command.about, width)
     after = "layerwise COMMAND --help lists the options of a command. Anywhere on the line:"

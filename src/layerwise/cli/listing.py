@@ -2,6 +2,7 @@
 
 from layerwise.cli import catalogue
 from layerwise.cli.early import check_names
+from layerwise.cli.formulas import readable
 from layerwise.cli.words import put_json
 from layerwise.errors import LayerwiseError, suggestion
 from layerwise.parsing import take_option
@@ -28,12 +29,18 @@ def ls_command(argv: list[str]) -> int:
         raise LayerwiseError(f"say what to list: {near}; layerwise ls {'|'.join(LISTS)}.")
     rows = LISTS[argv[0]]()
     if where is not None:
-        put_json(where, {name: " ".join(about.split()) for name, about in rows.items()})
+        put_json(where, {name: _parts(about) if argv[0] == "rules" else about for name, about in rows.items()})
         return 0
     width, wide = max(map(len, rows)) + 2, terminal_width()
     for name, about in rows.items():
-        print(indented(name, about, width, wide))
+        print(indented(name, readable(about), width, wide))
     return 0
+
+
+def _parts(about: str) -> dict[str, str | None]:
+    """Locality and description of a rule; a form of name has no locality of its own."""
+    locality, _, text = about.partition(" ")
+    return {"locality": locality or None, "about": text.strip()}
 
 
 def describe_command(argv: list[str]) -> int:

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 
 from layerwise.cli import catalogue
@@ -147,7 +148,8 @@ def new_rule_command(argv: list[str]) -> int:
         raise
     rule, tests = texts
     print(f"wrote {rule} and {tests}; change them, and")
-    print(f"  test it:    pytest {tests}")
+    install = "" if find_spec("pytest") else "pip install pytest && "  # the set-up to use layerwise brings none
+    print(f"  test it:    {install}pytest {tests}")
     print(f"  train it:   layerwise train --rule {rule}:{class_name}")
     print(f"  compare it: layerwise compare --rule {rule}:{class_name} local_ce backprop")
     return 0

@@ -5,11 +5,11 @@ They are not imported, so help and completion answer at once, also for a class i
 
 import ast
 import inspect
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from layerwise.cli.formulas import readable
 from layerwise.cli.source import bases, class_of, meaning, place_of, tree
 
 GIVEN = ("classes", "outputs", "shape", "self")
@@ -181,30 +181,10 @@ def in_words(value: Any) -> str | None:
     return " ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
-MATHS = (
-    (r"\\(?:mathrm|mathbf|mathcal|text|operatorname)\{([^}]*)\}", r"\1"),
-    (r"\\(?:frac)\{([^}]*)\}\{([^}]*)\}", r"\1/\2"),
-    (r"\\(?:,|;|!|left|right|big)", ""),
-    (r"\\cdot|\\times|\\odot", "*"),
-    (r"\\leq?\b", "<="),
-    (r"\\geq?\b", ">="),
-    (r"\\([a-zA-Z]+)", r"\1"),
-    (r"[{}$]", ""),
-)
-"""Maps LaTeX commands to how a terminal shows them."""
-
-
 def plain(text: str) -> str:
     r"""Put a description on one line, with its formulas as plain text.
 
-    >>> plain(r"Factor $\lambda_i$ of $\mathrm{KL}$;\n    at most `d0`.")
-    'Factor lambda_i of KL;\\n at most d0.'
+    >>> plain("Factor $\\lambda_i$ of $\\mathrm{KL}$;\n    at most `d0`.")
+    'Factor λᵢ of KL; at most d0.'
     """
-
-    def words(found: re.Match[str]) -> str:
-        formula = found[0]
-        for pattern, said in MATHS:
-            formula = re.sub(pattern, said, formula)
-        return formula
-
-    return " ".join(re.sub(r"\$[^$]+\$", words, inspect.cleandoc(text)).replace("`", "").split())
+    return " ".join(readable(inspect.cleandoc(text)).replace("`", "").split())

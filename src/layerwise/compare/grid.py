@@ -1,7 +1,7 @@
 """`layerwise compare`: a grid of runs, rules by seeds, that differ only in the rule."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -193,7 +193,7 @@ class Grid:
             self.plan[task["label"]] = answer.get("done", answer)
 
         tasks = [{"do": "measure", "label": label, "options": to_mapping(self.rules[label])} for label in missing]
-        pool.run(tasks, done, jobs=1)
+        run_shown(pool, tasks, done, "a step of each rule, for its cost")
         for label, reason in refused.items():
             if label in self.asked or len(refused) == len(self.rules):
                 raise LayerwiseError(reason)
@@ -234,7 +234,7 @@ class Grid:
             for label in measured
             if label not in found
         ]
-        pool.run(tasks, done, jobs=1)
+        run_shown(pool, tasks, done, "each rule under the peak")
         for label in measured:
             fit = self.plan[label].get("fit")
             if fit is None:
@@ -272,7 +272,7 @@ class Grid:
             else:
                 missing.append(f"the memory of {task['label']} at other depths: {answer['reason']}")
 
-        pool.run(tasks, done, jobs=1)
+        run_shown(pool, tasks, done, "memory of a step at other numbers of blocks")
         for reason in dict.fromkeys(missing[:1]):
             note(str(reason))
 
@@ -320,9 +320,13 @@ class Grid:
             twin = twins.get(run.options.seed)
             if (result := run.result) and not _is_diagnosed(run.folder, result["command"]):
                 paths = {"folder": str(run.folder), "twin": str(twin.folder) if twin else None}
-                tasks.append({"do": "diagnose", "device": self.options.device, **paths})
+                tasks.append({"do": "diagnose", "label": run.name, "device": self.options.device, **paths})
         failed: list[str] = []
-        pool.run(tasks, lambda task, answer: failed.extend([answer["reason"]] if "kind" in answer else []))
+
+        def done(_: dict[str, Any], answer: dict[str, Any]) -> None:
+            failed.extend([answer["reason"]] if "kind" in answer else [])
+
+        run_shown(pool, tasks, done, "diagnostics of the runs")
         for reason in failed:
             note(f"a run could not be diagnosed: {reason}")
 
@@ -353,6 +357,24 @@ class Grid:
             label: plan["held_at"] for label, plan in self.plan.items() if label in self.rules and plan.get("held_at")
         }
         return write_results(self.folder, self.command, self.budget, rows, correct, self.metric, fits, deeper, chance)
+
+
+def run_shown(
+    pool: WorkerPool,
+    tasks: Sequence[dict[str, Any]],
+    done: Callable[[dict[str, Any], dict[str, Any]], None],
+    title: str,
+) -> None:
+    """Do tasks one after the other, each of them under its label in a progress of their own; none: say nothing."""
+    if not tasks:
+        return
+
+    def over(task: dict[str, Any], answer: dict[str, Any]) -> None:
+        done(task, answer)
+        progress.ended(task["label"])
+
+    with GridProgress(len(tasks), len(tasks), title) as progress:
+        pool.run(tasks, over, jobs=1, begun=lambda task: progress.begun(task["label"], 1.0, lambda: 0.0))
 
 
 def check_folders(labels: Sequence[str]) -> None:

@@ -1,8 +1,9 @@
 """Progress of a run: a live bar on a terminal, plain lines elsewhere."""
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from rich.console import Console
@@ -13,6 +14,9 @@ from rich.table import Column
 from layerwise.core.tasks import ACCURACY, Metric
 from layerwise.errors import on_one_line, quiet
 from layerwise.memory.meter import MemoryUse
+
+SILENCE = 20.0
+"""Seconds after which a run that prints plain lines says how far it is."""
 
 
 class Progress:
@@ -40,7 +44,7 @@ class Progress:
             disable=silent or not self.console.is_terminal,
         )
         self.task = self.bar.add_task("starting", total=total)
-        self.started = time.perf_counter()
+        self.started = self.told = time.perf_counter()
         self.train: dict[str, float] = {}
 
     def __enter__(self) -> "Progress":
@@ -53,17 +57,23 @@ class Progress:
         self.bar.stop()
 
     def show(self, step: int, values: dict[str, float], speed: float) -> None:
-        """Update the bar with the newest training scalars."""
+        """Update the bar with the newest training scalars; without a bar, print a line if the last one is old."""
         self.train = values
+        if not self.console.is_terminal and time.perf_counter() - self.told > SILENCE:
+            self._tell(step, {}, speed, None)
         self.bar.update(self.task, completed=step, description=self._line(step, {}, speed, None))
 
     def epoch(self, step: int, val: dict[str, float], speed: float, memory: MemoryUse | None) -> None:
         """Print one line at the end of an epoch."""
+        self._tell(step, val, speed, memory)
+        self.bar.update(self.task, completed=step)
+
+    def _tell(self, step: int, val: dict[str, float], speed: float, memory: MemoryUse | None) -> None:
         line = self._line(step, val, speed, memory)
         if not self.console.is_terminal:
             line += f" · {self._left(step)} left"
         self.console.print(on_one_line(line), markup=False, soft_wrap=True)
-        self.bar.update(self.task, completed=step)
+        self.told = time.perf_counter()
 
     def _line(self, step: int, val: dict[str, float], speed: float, memory: MemoryUse | None) -> str:
         parts = [f"epoch {step / self.per_epoch:.1f}"]
@@ -92,6 +102,16 @@ def clock(seconds: float) -> str:
     """
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+@contextlib.contextmanager
+def working(what: str) -> Iterator[None]:
+    """A context in which a terminal shows that something is being done; elsewhere a line says so."""
+    console = Console(stderr=True, highlight=False, quiet=quiet.get())
+    if not console.is_terminal:
+        console.print(what, markup=False, soft_wrap=True)
+    with console.status(what) if console.is_terminal else contextlib.nullcontext():
+        yield
 
 
 class GridProgress:
@@ -148,13 +168,14 @@ class GridProgress:
         """A run has started; `share()` gives how much of it is done, from 0 to 1."""
         self.running[name] = (work, share)
 
-    def ended(self, name: str, line: str) -> None:
-        """A run has ended or failed; prints `line`."""
+    def ended(self, name: str, line: str = "") -> None:
+        """A run has ended or failed; prints `line`, or its name where there is no bar."""
         self.done += self.running.pop(name)[0]
         self.over += 1
         if not self.console.is_terminal:
-            line += f" · {self.over} of {self.runs} · {self.left()} left"
-        self.console.print(on_one_line(line), markup=False, soft_wrap=True)
+            line = f"{line or name} · {self.over} of {self.runs} · {self.left()} left"
+        if line:
+            self.console.print(on_one_line(line), markup=False, soft_wrap=True)
 
     def reached(self, turn: int) -> None:
         """Show how many parts of the work are done; without a terminal, print a line for every tenth of them."""

@@ -412,4 +412,7 @@ class Run:
     def _title(self) -> str:
         o = self.options
         title = f"{o.rule.name} · {model_name(o.model)} · {o.data} · seed {o.seed} · {self.folder}"
-        return title + (f" · continues after step {self.learner.steps}" if self._resumed else "")
+        if not self._resumed:
+            return title
+        over = self.learner.steps == self.total
+        return title + (" · finished already" if over else f" · continues after step {self.learner.steps}")
