@@ -101,7 +101,7 @@ MUTANTS = [
            [("for part in parts for optimizer in part.opt", "for part in parts[:1] for optimizer in part.opt")],
            "test_auxiliary_rules.py always_guided and mlp"),
     Mutant("the sampler's step is passed on in training", "rules/noprop.py",
-           [("        if ctx.training:", "        if False:")], "test_noprop.py any_order"),
+           [("if ctx.training:\n            p", "if False:\n            p")], "test_noprop.py any_order"),
     Mutant("embeddings learn without the prior", "rules/noprop.py",
            [("signal.loss + prior_divergence(u[ctx.y], share).mean()", "signal.loss")],
            "test_noprop_embeddings.py head_moves"),
