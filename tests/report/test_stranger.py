@@ -29,7 +29,7 @@ def outside(place):
 def refused(place, capsys):
     capsys.readouterr()
     assert main(["report", str(place)]) == 2
-    err = capsys.readouterr().err
+    err = capsys.readouterr().err.removeprefix("drawing the report\n")
     assert err.startswith("layerwise: ") and err.count("\n") == 1 and "unexpected" not in err
     return err
 

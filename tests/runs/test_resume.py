@@ -149,19 +149,6 @@ def test_resuming_a_finished_run_changes_nothing_and_says_so(tmp_path, capsys):
     assert before[2:] == after[2:]
 
 
-def test_the_state_of_a_run_is_not_copied(tmp_path, at_step, monkeypatch):
-    stop_at(at_step, 9, lambda: train(tmp_path / "run", *HARD))
-    real, kept = Learner.load_state_dict, []
-
-    def loading(self, state, **how):
-        real(self, state, **how)
-        kept.append(self._pending is state)
-
-    monkeypatch.setattr(Learner, "load_state_dict", loading)
-    stop_at(at_step, 8, lambda: resume(tmp_path / "run"))
-    assert kept == [True]  # the files of the checkpoint, mapped: they may be larger than the memory
-
-
 def test_other_threads_are_noted(tmp_path, at_step, monkeypatch):
     stop_at(at_step, 14, lambda: train(tmp_path / "run", *HARD))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)

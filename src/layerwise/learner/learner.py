@@ -460,15 +460,15 @@ class Learner:
         self.built.check()
         return states.state_of(self.built, self.skipped, self.steps)
 
-    def load_state_dict(self, state: Mapping[str, Any], copy: bool = True) -> None:
-        """Continue from `state_dict()`; before the first step a copy of it is kept, or without `copy` the state itself.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`; before the first step a copy is kept until the shapes are known.
 
         Raises:
             LayerwiseError: the state is damaged, or of another rule or model; then nothing is changed.
         """
         check_parts(state)
         if isinstance(self._built, NotBuilt):
-            self._pending = states.set_aside(state, self.network) if copy else state
+            self._pending = states.set_aside(state, self.network)
             return
         states.load_state(self._built, state)
         self.steps, self.skipped = state["steps"], state["skipped"]

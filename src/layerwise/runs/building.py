@@ -440,7 +440,7 @@ def load_run(folder: Path, device: str = "auto") -> Trained:
     options, state, notes = read_state(folder)
     facts = DataSignature.in_state(state)
     learner = build_learner(options, facts, pick_device(device), total=1)
-    learner.load_state_dict(state["learner"], copy=False)
+    learner.load_state_dict(state["learner"])
     return Trained(options, facts, learner, notes)
 
 

@@ -394,7 +394,7 @@ class Run:
             if self.dataset.tokenizer is not None:
                 check_tokenizer(self.folder, self.dataset.tokenizer, facts)
             facts.check(self.dataset)
-            self.learner.load_state_dict(state["learner"], copy=False)
+            self.learner.load_state_dict(state["learner"])
             self.samples, self.seconds, self.last_val = state["samples"], state["seconds"], state["val"]
             self.memory = MemoryUse(**state["memory"]) if state.get("memory") else None
             self._measured = set(state.get("measured") or [])
