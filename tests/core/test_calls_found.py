@@ -83,6 +83,8 @@ def test_stages_are_looked_into_and_layers_are_not():
     assert automatic_cuts(Layers(Experts(count=2), Experts(), Experts())) == ["layers.0", "layers.1", "layers.2"]
     separate = nn.ModuleDict({f"layer{i}": nn.Sequential(Conv(3, 3)) for i in range(3)})
     assert automatic_cuts(separate) == ["layer0.0", "layer1.0", "layer2.0"]
+    stages = (nn.Sequential(Conv(3, 3), between, Experts(count=1)) for between in (nn.ReLU(), Conv(3, 3)))
+    assert automatic_cuts(nn.Sequential(*stages)) == ["0.0", "0.2", "1.0", "1.1", "1.2"]  # not layers inside
     apart = nn.ModuleList(nn.ModuleList(Conv(3, 3) for _ in range(count)) for count in (1, 2, 2))
     tables = nn.ModuleList(nn.Embedding(3, 3) for _ in range(9))
     nested = nn.ModuleDict({"tables": tables, "patches": nn.ModuleList(Experts() for _ in range(4)), "blocks": apart})

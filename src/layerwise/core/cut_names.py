@@ -119,15 +119,17 @@ _List = tuple[str, dict[str, nn.Module], frozenset[type]]
 def _lists(path: str, module: nn.Module) -> list[_List]:
     """The outermost lists of blocks: modules of one class, or of several in a `nn.ModuleList`.
 
-    Of the latter only those with weights count, the others (activations, norms) belong to the block after them.
+    Of the latter only those with weights count, the others (activations, norms) belong to the block after them. So
+    do several classes in a `nn.Sequential` if none of them is a single layer.
     """
     members = _children(path, module)
     kinds = frozenset(type(child) for child in members.values())
     if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(kinds) == 1:
         return [(path, members, kinds)]
-    if isinstance(module, nn.ModuleList):
+    if isinstance(module, (nn.ModuleList, nn.Sequential)):
         members = {name: child for name, child in members.items() if has_matrix(child)}
-        if len(members) > 1:
+        chain = isinstance(module, nn.Sequential)
+        if len(members) > 1 and not (chain and any(map(_is_layer, members.values()))):
             return [(path, members, frozenset(type(child) for child in members.values()))]
     return [found for name, child in _children(path, module).items() for found in _lists(name, child)]
 
@@ -141,6 +143,7 @@ def _blocks(lists: list[_List]) -> list[_List]:
     found = []
     for path, members, kinds in lists:
         inner = [within for name, child in members.items() for within in _lists(name, child)]
+        inner = [within for within in inner if not all(map(_is_layer, within[1].values()))]  # layers of a block
         lists_of_lists = all(issubclass(kind, nn.ModuleList) for kind in kinds)  # never called themselves
         staged = lists_of_lists or (not _alike(lists, kinds) and any(_alike(inner, within) for _, _, within in inner))
         if not staged:
