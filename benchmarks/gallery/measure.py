@@ -105,7 +105,7 @@ def predicts_as_the_model(learner: Learner, entry: Entry) -> bool:
         modules[name].register_forward_hook(lambda m, a, out, name=name: seen.update({name: first(out)}))
     outputs = [logits(entry, model(*args, **kwargs)), *(seen[name] for name in learner.network.cuts)]
     head, *blocks = (_Said(name, out) for name, out in zip(["head", *learner.network.cuts], outputs, strict=True))
-    network: Any = SimpleNamespace(blocks=blocks, head=head, layouts=learner.network.layouts)
+    network: Any = SimpleNamespace(blocks=blocks, head=head, sites=[*blocks, head], layouts=learner.network.layouts)
     auxiliary = copy.deepcopy(learner.auxiliary).eval()
     wanted = learner.rule.predict(network, {int(i): module for i, module in auxiliary.items()}, inputs)
     return torch.equal(learner(x), wanted)

@@ -1,6 +1,7 @@
 """Where models of other people are cut automatically, and which block trains the modules between the cuts."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -82,6 +83,8 @@ def test_stages_are_looked_into_and_layers_are_not():
     assert automatic_cuts(Layers(Experts(count=2), Experts(), Experts())) == ["layers.0", "layers.1", "layers.2"]
     separate = nn.ModuleDict({f"layer{i}": nn.Sequential(Conv(3, 3)) for i in range(3)})
     assert automatic_cuts(separate) == ["layer0.0", "layer1.0", "layer2.0"]
+    stages = (nn.Sequential(Conv(3, 3), between, Experts(count=1)) for between in (nn.ReLU(), Conv(3, 3)))
+    assert automatic_cuts(nn.Sequential(*stages)) == ["0.0", "0.2", "1.0", "1.1", "1.2"]  # not layers inside
     apart = nn.ModuleList(nn.ModuleList(Conv(3, 3) for _ in range(count)) for count in (1, 2, 2))
     tables = nn.ModuleList(nn.Embedding(3, 3) for _ in range(9))
     nested = nn.ModuleDict({"tables": tables, "patches": nn.ModuleList(Experts() for _ in range(4)), "blocks": apart})
@@ -207,6 +210,22 @@ def test_what_gives_the_outputs_is_the_head():
         Learner(Mixed(), "local_ce", cuts="layers.[245]", lr_multipliers={"layers.5": 0.5}).step(x, y)
 
 
+@pytest.mark.parametrize(("blocks", "cuts"), [(1, [4]), (2, [0, 4]), (3, [0, 2, 4])])
+@pytest.mark.parametrize("asked", ["auto", "layers.[0245]"])
+def test_as_many_blocks_are_kept_as_are_asked_for_where_the_last_layer_is_the_head(asked, blocks, cuts):
+    learner = Learner(Mixed(), "local_ce", cuts=asked, blocks=blocks, example=torch.randn(8, 8))
+    assert list(learner.network.cuts) == [f"layers.{i}" for i in cuts]
+    with pytest.raises(LayerwiseError, match="blocks=4 is not possible: there are 3 cuts"):
+        Learner(Mixed(), "local_ce", cuts=asked, blocks=4, example=torch.randn(8, 8))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda learner: pickle.loads(pickle.dumps(learner))])
+def test_a_copy_made_before_the_first_batch_finds_the_same_cuts(copied):
+    learner = copied(Learner(Mixed(), "local_ce", **PLAIN))
+    learner.step(torch.randn(8, 8), torch.arange(8) % 4)
+    assert list(learner.network.cuts) == ["layers.0", "layers.2", "layers.4"]
+
+
 class Turned(nn.Module):
     """The list that is called first is held last."""
 
@@ -239,6 +258,15 @@ def test_lists_are_put_in_the_order_of_their_calls(cuts):
     same.step(x, y)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
     assert "between.weight" in {name for name, _ in learner.network.blocks[2].named_parameters()}
+
+
+def test_describe_names_a_list_that_nothing_cuts():
+    def lines_of(cuts):
+        return Learner(Turned(), "local_ce", cuts=cuts, example=torch.randn(8, 8)).network.describe().splitlines()
+
+    said, lines = "holds the list 'later' of 2 modules, after which nothing is cut", lines_of("earlier.*")
+    assert lines.index(f"  {said}") == lines.index("head: BC, 252 parameters") + 1  # 3 * 72 + 36
+    assert not any("holds the list" in line for line in lines_of("auto"))
 
 
 def test_names_one_by_one_are_an_order_of_the_owners():

@@ -191,6 +191,7 @@ def test_a_block_that_begins_in_place_trains_as_one_that_does_not(rule):
         pytest.param(torch.compile, "compiled as a whole.*compile=True", marks=pytest.mark.slow),
         (nn.DataParallel, "wrapped in DataParallel.*replicas="),
         (lambda m: torch.jit.trace(m, X), "ScriptModule"),
+        (lambda m: nn.Sequential(torch.jit.trace(m, X), nn.Linear(3, 3)), "'0' is a ScriptModule"),
         (lambda m: m.forward, "give a torch.nn.Module"),
     ],
 )

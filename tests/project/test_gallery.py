@@ -26,6 +26,13 @@ def test_a_network_of_the_gallery_holds_what_the_gallery_says(name):
     assert measure.is_the_plain_loop(about)
 
 
+def test_predictions_that_are_made_of_beliefs_are_compared_too():
+    entry = measure.fresh(ENTRIES["autoencoder"], 4)
+    learner = measure.learner_of(entry, "sid", entry.model)
+    learner.step(*measure.given(entry.batch))
+    assert measure.predicts_as_the_model(learner, entry)
+
+
 def test_the_walk_finds_a_path_between_blocks(monkeypatch):
     """The gallery's own oracle fails where a block is not detached."""
     about = ENTRIES["autoencoder"]

@@ -7,7 +7,7 @@ own business; only the teaching tensor of each cut, which the rule reads, goes t
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from layerwise.core.blocks import Partition, Unchanged, check_fits, sort_names
 from layerwise.core.call_blocks import CallBlock
 from layerwise.core.coroutine import Pass, called_instead, devices_of, without_severing
 from layerwise.core.crossing import Crossing, Uses
-from layerwise.core.cut_names import check_cuts, in_order_of_calls
+from layerwise.core.cut_names import Unordered, check_cuts, lists_beside
 from layerwise.core.failures import KNOWN, told_by
 from layerwise.core.keeping import exchanged, tensors_kept
 from layerwise.core.layout import Layouts, declared_layouts
@@ -87,7 +87,7 @@ class CallPartition(Partition):
             _passes={},
             _make=None,
             _part=None,
-            _unordered="",
+            _unordered=None,
             _severs=None,
             _devices=devices_of(self.model.parameters()),
             _unchanged=Unchanged(type(model).__name__),
@@ -128,8 +128,8 @@ class CallPartition(Partition):
     """Opens another pass."""
     _part: MicroBatch | None
     """The part of the batch that runs now."""
-    _unordered: Literal["", "matched", "found"]
-    """How the cuts were chosen, by patterns or automatically, while the order of their calls is still unknown."""
+    _unordered: Unordered | None
+    """What the cuts are chosen from, while the order of the calls is still unknown."""
     _unchanged: Unchanged
     _configs: list[Any]
     """Configurations that say whether every layer keeps its keys and values for generation."""
@@ -346,19 +346,22 @@ class CallPartition(Partition):
             x: the batch.
 
         Raises:
-            LayerwiseError: no module that was found can be a block.
+            LayerwiseError: no module that was found can be a block, or there are fewer than the blocks asked for.
         """
-        if not self._unordered or any(p.is_meta for p in self.parameters()):
+        if self._unordered is None or any(p.is_meta for p in self.parameters()):
             return
         try:
-            names = in_order_of_calls(self.model, self.cuts, lambda: self.forward(x), self._unordered == "found")
+            names = self._unordered.cuts(self.model, lambda: self.forward(x))
         except KNOWN:  # the probe says what is wrong with the batch
             return
-        known = {block.name: (stop, block) for stop, block in zip(self._stops, self.blocks, strict=True)}
-        stops, blocks = [known[name][0] for name in names], [known[name][1] for name in names]
+        reader_of = readers(names, self.read)
+        declared_layouts(self.layout, [*names, "head"])
+        known = {block.name: block for block in self.blocks}
+        blocks = [known.get(name) or CallBlock(name, i, self) for i, name in enumerate(names)]
         for index, block in enumerate([*blocks, self.head]):
             block.index = index  # pyright: ignore[reportAttributeAccessIssue]
-        self.__dict__.update(cuts=tuple(names), blocks=blocks, _stops=stops, _unordered="")
+        stops = [(name, self._known[name], reader_of[name]) for name in names]
+        self.__dict__.update(cuts=tuple(names), blocks=blocks, _stops=stops, _unordered=None)
 
     def outside(self) -> set[str]:
         """Names of the tensors in no module of a cut, or in several; before a probe."""
@@ -397,14 +400,19 @@ class CallPartition(Partition):
         return ""
 
     def describe(self) -> str:
-        """One line per block with its parameters, and below it the other tensors that cross the cut before it.
+        """One line per block with its parameters, below it the lists of modules in it and what else crosses to it.
 
         Known after a probe: after the first step, or if an example was given.
         """
         lines, names = [], [*self.cuts, "head"]
+        beside = lists_beside(self.model, self.cuts)
         for index, block in enumerate([*self.blocks, self.head]):
             layout = block.layout or "unknown layout"
             lines.append(f"{block.name}: {layout}, {sum(p.numel() for p in block.parameters())} parameters")
+            own = {id(p) for p in block.parameters()}
+            for path, modules in beside.items():
+                if all(id(p) in own for module in modules for p in module.parameters()):
+                    lines.append(f"  holds the list {path!r} of {len(modules)} modules, after which nothing is cut")
             for crossing in self.crossings:
                 if crossing.made < index and index in crossing.used:
                     source = "the batch" if crossing.made < 0 else f"block {names[crossing.made]!r}"
@@ -427,7 +435,8 @@ class CallPartition(Partition):
         return found
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CallPartition, (self.model, self.cuts, self.output, self.read, self.tied, self.layout)
+        given = (self.model, self.cuts, self.output, self.read, self.tied, self.layout)
+        return CallPartition, given, {"_unordered": self._unordered}
 
     def _one_name_each(self) -> dict[str, Tensor]:
         return dict([*self.model.named_parameters(), *self.model.named_buffers()])

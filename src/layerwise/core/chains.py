@@ -52,6 +52,14 @@ def check_model(model: Any) -> None:
         raise LayerwiseError(
             "the model is a ScriptModule, which cannot be cut; give the Python module that it was made from."
         )
+    scripted = (
+        name for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule) and [*m.parameters()]
+    )
+    if (inner := next(scripted, None)) is not None:
+        raise LayerwiseError(
+            f"{inner!r} is a ScriptModule, which hides where its parameters are used; give the Python module that it "
+            "was made from."
+        )
     if any(not is_lazy(t) and t.is_inference() for t in (*model.parameters(), *model.buffers())):
         raise LayerwiseError(
             "the model has tensors that were made in torch.inference_mode(), which cannot be trained; build it outside."

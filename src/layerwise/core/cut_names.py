@@ -3,6 +3,7 @@
 import fnmatch
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -82,6 +83,22 @@ def automatic_cuts(model: nn.Module) -> list[str]:
     return _parts(model) if _is_a_small_part(model, chosen) else list(chosen)
 
 
+def lists_beside(model: nn.Module, cuts: Sequence[str]) -> dict[str, list[nn.Module]]:
+    """The lists of at least two modules with weights that neither lie in a cut module nor hold one, by their paths.
+
+    >>> layers = {name: nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)]) for name in ("down", "up")}
+    >>> list(lists_beside(nn.ModuleDict(layers), ["down.0", "down.1"]))
+    ['up']
+    """
+    found = {}
+    for path, members, kinds in _lists("", model):
+        apart = not any(f"{cut}.".startswith(f"{path}.") or f"{path}.".startswith(f"{cut}.") for cut in cuts)
+        weighted = [child for child in members.values() if has_matrix(child)]
+        if apart and len(weighted) > 1 and not kinds <= _TABLES:
+            found[path] = weighted
+    return found
+
+
 def _is_a_small_part(model: nn.Module, chosen: Mapping[str, nn.Module]) -> bool:
     """Whether modules are single layers, and no more than half of the model's, as those of a head are."""
     layers = {id(m) for m in model.modules() if has_matrix(m) and _is_layer(m)}
@@ -102,15 +119,17 @@ _List = tuple[str, dict[str, nn.Module], frozenset[type]]
 def _lists(path: str, module: nn.Module) -> list[_List]:
     """The outermost lists of blocks: modules of one class, or of several in a `nn.ModuleList`.
 
-    Of the latter only those with weights count, the others (activations, norms) belong to the block after them.
+    Of the latter only those with weights count, the others (activations, norms) belong to the block after them. So
+    do several classes in a `nn.Sequential` if none of them is a single layer.
     """
     members = _children(path, module)
     kinds = frozenset(type(child) for child in members.values())
     if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(kinds) == 1:
         return [(path, members, kinds)]
-    if isinstance(module, nn.ModuleList):
+    if isinstance(module, (nn.ModuleList, nn.Sequential)):
         members = {name: child for name, child in members.items() if has_matrix(child)}
-        if len(members) > 1:
+        chain = isinstance(module, nn.Sequential)
+        if len(members) > 1 and not (chain and any(map(_is_layer, members.values()))):
             return [(path, members, frozenset(type(child) for child in members.values()))]
     return [found for name, child in _children(path, module).items() for found in _lists(name, child)]
 
@@ -124,6 +143,7 @@ def _blocks(lists: list[_List]) -> list[_List]:
     found = []
     for path, members, kinds in lists:
         inner = [within for name, child in members.items() for within in _lists(name, child)]
+        inner = [within for within in inner if not all(map(_is_layer, within[1].values()))]  # layers of a block
         lists_of_lists = all(issubclass(kind, nn.ModuleList) for kind in kinds)  # never called themselves
         staged = lists_of_lists or (not _alike(lists, kinds) and any(_alike(inner, within) for _, _, within in inner))
         if not staged:
@@ -242,6 +262,34 @@ def in_order_of_calls(model: nn.Module, names: Sequence[str], run: Callable[[], 
             "but a module that holds all of its calls can be one: name it, cuts=[...]."
         )
     return [names[i] for i in order]
+
+
+def spaced(names: Sequence[str], blocks: int | None) -> list[str]:
+    """So many of the names, evenly spaced and with the last one; all of them for None.
+
+    >>> spaced(["a", "b", "c", "d"], 2)
+    ['b', 'd']
+    """
+    if blocks is None:
+        return list(names)
+    if not 1 <= blocks <= len(names):
+        raise LayerwiseError(f"blocks={blocks} is not possible: there are {len(names)} cuts; give 1 to that many.")
+    return [names[(i + 1) * len(names) // blocks - 1] for i in range(blocks)]
+
+
+@dataclass(frozen=True)
+class Unordered:
+    """Names of modules whose order of calls is still unknown, and of which the last may be the head."""
+
+    names: tuple[str, ...]
+    found: bool
+    """Whether they were found automatically, rather than matched by patterns."""
+    blocks: int | None
+    """How many of them to cut after."""
+
+    def cuts(self, model: nn.Module, run: Callable[[], Any]) -> list[str]:
+        """The cuts as a pass shows them."""
+        return spaced(in_order_of_calls(model, self.names, run, self.found), self.blocks)
 
 
 def check_cuts(model: nn.Module, cuts: Sequence[str], known: Mapping[str, nn.Module]) -> None:

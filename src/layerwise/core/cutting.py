@@ -11,7 +11,7 @@ from layerwise.core.blocks import Partition
 from layerwise.core.calls import CallPartition
 from layerwise.core.chains import check_model, expanded, is_sequential, listed
 from layerwise.core.cost import balanced_ends, operations
-from layerwise.core.cut_names import automatic_cuts, has_matrix, matching
+from layerwise.core.cut_names import Unordered, automatic_cuts, has_matrix, matching, spaced
 from layerwise.core.keeping import put_back
 from layerwise.core.modes import evaluation_mode
 from layerwise.core.ownership import Tied
@@ -129,14 +129,10 @@ def cut_at_calls(
     if isinstance(model, Partition):
         raise LayerwiseError("the model is cut already; give the model itself, or leave the cuts out.")
     names = automatic_cuts(model) if cuts == "auto" else matching(model, cuts)
-    if blocks is not None:
-        if not 1 <= blocks <= len(names):
-            raise LayerwiseError(f"blocks={blocks} is not possible: there are {len(names)} cuts; give 1 to that many.")
-        names = [names[(i + 1) * len(names) // blocks - 1] for i in range(blocks)]
-    found = CallPartition(model, names, output, read, tied, layout)
+    found = CallPartition(model, spaced(names, blocks), output, read, tied, layout)
     patterns = [cuts] if isinstance(cuts, str) else cuts
     if cuts == "auto" or any(letter in pattern for pattern in patterns for letter in "*?["):
-        found.__dict__["_unordered"] = "found" if cuts == "auto" else "matched"
+        found.__dict__["_unordered"] = Unordered(tuple(names), cuts == "auto", blocks)
     return found
 
 
