@@ -89,17 +89,17 @@ def test_what_a_pass_registers_or_completes_stays():
     class Late(nn.Module):
         def __init__(self):
             super().__init__()
-            self.part = None
+            self.ready = False
             self.register_buffer("weights", torch.zeros(LARGE + 1, dtype=torch.uint8))
 
         def forward(self, x):
-            if self.part is None:
-                self.part = nn.Linear(x.shape[1], 2)
+            if not self.ready:
+                self.part, self.ready = nn.Linear(x.shape[1], 2), True
             return self.part(x)
 
     model, lazy = Late(), nn.LazyLinear(4)
     with put_back(nn.ModuleList([model, lazy])):
         lazy(model(X))
         model.weights.add_(1)
-    assert isinstance(model.part, nn.Linear) and lazy.in_features == 2
+    assert isinstance(model.part, nn.Linear) and model.ready and lazy.in_features == 2
     assert model.weights.sum() == LARGE + 1

@@ -24,7 +24,8 @@ def put_back(model: nn.Module) -> Iterator[None]:
     """A context of forward passes that are not the user's: what they count and note in the modules is put back.
 
     These are the plain values and the lists, dictionaries and sets in attributes of modules, and buffers of up to a
-    MiB. Tensors in attributes, larger buffers, and objects of the user's own classes stay as the passes leave them.
+    MiB. Tensors in attributes, larger buffers, and objects of the user's own classes stay as the passes leave them, and
+    so does a module that makes parameters or modules of its own in its first pass.
 
     >>> model = nn.Sequential(nn.Dropout())
     >>> model[0].calls = 0
@@ -33,25 +34,27 @@ def put_back(model: nn.Module) -> Iterator[None]:
     >>> model[0].calls
     0
     """
-    undo: list[Callable[[], None]] = []
+    undo: list[tuple[nn.Module, list[int], Callable[[], None]]] = []
     places: list[tuple[dict[str, Any], str]] = []
     torchs = vars(nn.Module()).keys()
     for module in model.modules():
         tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
         if any(is_lazy(t) or t.is_meta for t in tensors):
             continue  # such a layer is completed by its first pass
+        registered = _registered(module)
         for name, value in vars(module).items():
             if name not in torchs and isinstance(value, PLAIN):
-                undo.append(partial(_set, module, name, value))
+                undo.append((module, registered, partial(_set, module, name, value)))
             elif name not in torchs and isinstance(value, (list, dict, set, deque)):
-                undo.append(partial(_fill, value, _held(value)))
+                undo.append((module, registered, partial(_fill, value, _held(value))))
         places += [(module._buffers, name) for name in module._buffers]
     try:
         with buffers_put_back(places):
             yield
     finally:
-        for put in undo:
-            put()
+        for module, before, put in undo:
+            if _registered(module) == before:
+                put()
 
 
 @contextmanager
@@ -75,6 +78,10 @@ def buffers_put_back(places: Iterable[tuple[dict[str, Any], str]]) -> Iterator[N
                 with torch.no_grad():
                     buffer.copy_(old)
             registry[name] = buffer
+
+
+def _registered(module: nn.Module) -> list[int]:
+    return [id(value) for value in (*module._parameters.values(), *module._modules.values())]
 
 
 def _set(module: nn.Module, name: str, value: Any) -> None:
