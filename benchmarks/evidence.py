@@ -12,6 +12,7 @@ A shell script stores a measurement with:
 import argparse
 import importlib.util
 import json
+import math
 import re
 import statistics
 import tomllib
@@ -57,9 +58,10 @@ def load(folder: Path) -> list[dict[str, Any]]:
 
 
 def save(folder: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Write `results.jsonl`, whole or not at all; curves have fewer digits than figures that are run again."""
+    """Write `results.jsonl`, whole or not at all; bytes have more digits than figures that are run again, and curves."""
     partial = folder / "results.jsonl.partial"
-    kept = [short(line) | {name: short(line[name], 6) for name in ("by_epoch",) if name in line} for line in lines]
+    fewer = {"test": 9, "by_epoch": 5}
+    kept = [short(line) | {name: short(line[name], n) for name, n in fewer.items() if name in line} for line in lines]
     partial.write_text("".join(json.dumps(line, separators=(",", ":"), ensure_ascii=False) + "\n" for line in kept))
     partial.rename(folder / "results.jsonl")
 
@@ -71,6 +73,15 @@ def short(value: Any, digits: int = 12) -> Any:
     if isinstance(value, dict):
         return {name: short(part, digits) for name, part in value.items()}
     return [short(part, digits) for part in value] if isinstance(value, list | tuple) else value
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two values, or dictionaries of values, are the same to eight digits."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(equal(a[name], b[name]) for name in a)
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-8) or (math.isnan(a) and math.isnan(b))
+    return a == b
 
 
 def keep(folder: Path, name: str, found: Any, command: str, packages: Sequence[str] = ()) -> None:

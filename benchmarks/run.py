@@ -165,7 +165,7 @@ def check(claim: Claim, names: list[str], jobs: int, device: str) -> int:
         grid, name, _, seed, _ = one
         old = next(line for line in grid.rows[name].finals if line["seed"] == seed)
         new = result["test"]
-        same = evidence.short(old["test"], 8) == evidence.short(new, 8)
+        same = evidence.equal(old["test"], new)
         differ.extend([] if same else [name])
         metric = evidence.metric_in(old)
         before, now = (f"{metric.factor * test[f'head/{metric.name}']:.4f}" for test in (old["test"], new))

@@ -52,6 +52,7 @@ def give(parameter: Any, gradient: Tensor, hooked: bool = False) -> None:
         gradient: of its shape.
         hooked: whether autograd has computed it, and called the tensor's own hooks.
 
+    >>> import torch
     >>> weight = torch.ones(2, requires_grad=True)
     >>> _ = weight.register_hook(lambda gradient: gradient * torch.tensor([1.0, 0.0]))
     >>> give(weight, torch.ones(2))
