@@ -58,7 +58,7 @@ def load(folder: Path) -> list[dict[str, Any]]:
 
 
 def save(folder: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Write `results.jsonl`, whole or not at all; bytes have more digits than figures that are run again, and curves."""
+    """Write `results.jsonl`, whole or not at all; bytes have most digits, curves fewest."""
     partial = folder / "results.jsonl.partial"
     fewer = {"test": 9, "by_epoch": 5}
     kept = [short(line) | {name: short(line[name], n) for name, n in fewer.items() if name in line} for line in lines]
