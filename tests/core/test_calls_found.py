@@ -81,6 +81,10 @@ def test_stages_are_looked_into_and_layers_are_not():
     assert automatic_cuts(Pyramid(1, 1, 1)) == ["stages.0", "stages.1", "stages.2"]  # no two blocks are alike
     assert automatic_cuts(Layers(Experts(), Experts())) == ["layers.0", "layers.1"]
     assert automatic_cuts(Layers(Experts(count=2), Experts(), Experts())) == ["layers.0", "layers.1", "layers.2"]
+    deep = [Experts(), Experts()]
+    for layer in deep:
+        layer.experts = nn.ModuleList(Conv(3, 3) for _ in range(5))
+    assert automatic_cuts(Layers(*deep)) == ["layers.0", "layers.1"]
     separate = nn.ModuleDict({f"layer{i}": nn.Sequential(Conv(3, 3)) for i in range(3)})
     assert automatic_cuts(separate) == ["layer0.0", "layer1.0", "layer2.0"]
     stages = (nn.Sequential(Conv(3, 3), between, Experts(count=1)) for between in (nn.ReLU(), Conv(3, 3)))
