@@ -114,15 +114,20 @@ def test_a_misspelt_name_is_refused_in_the_help_too(capsys):
     assert "did you mean 'sll'" in capsys.readouterr().err
 
 
+def processor_time(*words):
+    """Seconds of a Python process with these arguments."""
+    before = os.times()
+    subprocess.run([sys.executable, *words], check=True, capture_output=True)
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
+
+
 @pytest.mark.parametrize("words", ["train --help", "train --rule sll --model vit --help", "bench scaling --help"])
 def test_help_takes_less_than_half_a_second(words):
-    """One process in three at least, in its own processor time."""
+    """One process in three at least, in its own processor time; on a slower machine, what seven bare starts take."""
     for _ in range(3):
-        before = os.times()
-        subprocess.run([sys.executable, "-m", "layerwise", *words.split()], check=True, capture_output=True)
-        after = os.times()
-        seconds = after.children_user + after.children_system - before.children_user - before.children_system
-        if seconds < 0.5:
+        seconds = processor_time("-m", "layerwise", *words.split())
+        if seconds < max(0.5, 7 * processor_time("-c", "import argparse, dataclasses, json")):
             return
     pytest.fail(f"the help takes {seconds:.2f} s")
 
