@@ -17,13 +17,13 @@ from layerwise.core.randomness import derive_seed, preserved_generators, seed_ge
 from layerwise.core.ranges import check_ranges
 from layerwise.core.rule import Rule
 from layerwise.core.tasks import Regression
+from layerwise.data.numbers import EXACT
 from layerwise.data.statistics import column_statistics
 from layerwise.errors import LayerwiseError, short
 from layerwise.learner import Learner
 from layerwise.learner.arguments import check_further
 
 CPU = torch.device("cpu")
-EXACT = 2**53  # whole numbers beyond it do not all have a float64 of their own
 OWN = {
     **dict.fromkeys(("rule", "optimizer", "lr", "weight_decay", "device"), "an argument of its own; give it there"),
     "seed": "random_state here; give it there",
@@ -173,7 +173,7 @@ def _check_exact(what: str, values: Any) -> None:
         columns = [np.asarray(values, dtype=object if isinstance(values, (list, tuple)) else None)]
     for column in map(np.asarray, columns):
         if column.dtype.kind in "iu":
-            beyond: Any = column[(column > EXACT) | (column < -EXACT)]
+            beyond: Any = column[(column >= EXACT) | (column <= -EXACT)]
         else:
             beyond = [cell for cell in column.flat if _beyond(cell)] if column.dtype.kind in "OUS" else ()
         if len(beyond):
@@ -189,8 +189,8 @@ def _beyond(cell: Any) -> bool:
     if isinstance(word, str):
         word = word.strip()
         digits = word.lstrip("+-")
-        return len(digits) > 15 and digits.isdecimal() and abs(int(word)) > EXACT
-    return isinstance(word, Integral) and abs(int(word)) > EXACT
+        return len(digits) > 15 and digits.isdecimal() and abs(int(word)) >= EXACT
+    return isinstance(word, Integral) and abs(int(word)) >= EXACT
 
 
 class LayerwiseClassifier(ClassifierMixin, _Estimator):

@@ -40,6 +40,15 @@ def matching(model: nn.Module, cuts: Sequence[str] | str) -> list[str]:
     return found
 
 
+def has_patterns(cuts: Sequence[str] | str) -> bool:
+    """Whether names of modules are given as patterns.
+
+    >>> has_patterns("layers.*"), has_patterns(["layers.0", "layers.1"])
+    (True, False)
+    """
+    return any(letter in name for name in ([cuts] if isinstance(cuts, str) else cuts) for letter in "*?[")
+
+
 def inside_a_wrapper(pattern: str, names: Sequence[str]) -> str:
     """What to write instead of a name that no module has: the longer one that a wrapper such as peft's has made of it.
 

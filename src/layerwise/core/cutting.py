@@ -11,7 +11,7 @@ from layerwise.core.blocks import Partition
 from layerwise.core.calls import CallPartition
 from layerwise.core.chains import check_model, expanded, is_sequential, listed
 from layerwise.core.cost import balanced_ends, operations
-from layerwise.core.cut_names import Unordered, automatic_cuts, has_matrix, matching, spaced
+from layerwise.core.cut_names import Unordered, automatic_cuts, has_matrix, has_patterns, matching, spaced
 from layerwise.core.keeping import put_back
 from layerwise.core.modes import evaluation_mode
 from layerwise.core.ownership import Tied
@@ -130,8 +130,7 @@ def cut_at_calls(
         raise LayerwiseError("the model is cut already; give the model itself, or leave the cuts out.")
     names = automatic_cuts(model) if cuts == "auto" else matching(model, cuts)
     found = CallPartition(model, spaced(names, blocks), output, read, tied, layout)
-    patterns = [cuts] if isinstance(cuts, str) else cuts
-    if cuts == "auto" or any(letter in pattern for pattern in patterns for letter in "*?["):
+    if cuts == "auto" or has_patterns(cuts):
         found.__dict__["_unordered"] = Unordered(tuple(names), cuts == "auto", blocks)
     return found
 

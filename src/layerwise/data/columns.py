@@ -10,13 +10,11 @@ from typing import Any, NamedTuple
 from layerwise.core.ranges import DataTask
 from layerwise.data.machine import need
 from layerwise.data.naming import IMAGE_NAMES, LABEL_NAMES, check_words, few, is_missing, pick
-from layerwise.data.numbers import chosen_targets
+from layerwise.data.numbers import EXACT, chosen_targets
 from layerwise.errors import LayerwiseError
 
 PANDAS_INDEX = re.compile(r"__index_level_[0-9]+__")
 """Names under which pandas stores the numbers of the rows."""
-EXACT = 2**53
-"""From here on, a float no longer tells one whole number from the next."""
 TEXT_TYPES = ("string", "large_string", "string_view")  # arrow's names for words
 
 

@@ -9,6 +9,8 @@ from layerwise.core.ranges import DataTask
 from layerwise.data.naming import LABEL_NAMES, few, pick
 from layerwise.errors import LayerwiseError
 
+EXACT = 2**53
+"""From here on, a float64 no longer tells one whole number from the next."""
 MOST_LOST = 1e-3
 """Largest allowed error of rounding to float32, as a share of a target's standard deviation."""
 

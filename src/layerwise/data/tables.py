@@ -15,7 +15,7 @@ from layerwise.core.ranges import DataTask
 from layerwise.data.encoding import Encoding, Handling, is_number
 from layerwise.data.lines import Lines, read_lines
 from layerwise.data.naming import LABEL_NAMES, check_words, few, is_missing
-from layerwise.data.numbers import checked_numbers, chosen_targets
+from layerwise.data.numbers import EXACT, checked_numbers, chosen_targets
 from layerwise.data.sources import InMemorySource
 from layerwise.errors import LayerwiseError
 
@@ -25,7 +25,6 @@ NUMBER = re.compile(
 PLAIN = re.compile(r"[0-9+\-.eE \t,]*")  # rows of such cells, joined by commas, may go through float()
 WHOLE = re.compile(r"[+-]?[0-9]+")
 UNNAMED = re.compile(r"(Unnamed: [0-9]+(\.[0-9]+)*)?")  # pandas' name for a column without a name
-EXACT = 2**53  # whole numbers beyond it do not all have a float64 of their own
 
 
 class TableSource(InMemorySource):

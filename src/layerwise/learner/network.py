@@ -10,6 +10,7 @@ from layerwise.core.blocks import Partition
 from layerwise.core.calls import CallPartition
 from layerwise.core.chains import is_sequential
 from layerwise.core.contract import groups_of
+from layerwise.core.cut_names import has_patterns
 from layerwise.core.cutting import cut_at_calls, materialise, partition
 from layerwise.core.ownership import Tied
 from layerwise.core.pieces import has_trunk
@@ -30,7 +31,7 @@ def cut(
 ) -> Partition:
     """Cut the model at its calls if an argument requires that, or nothing says where; otherwise into functions."""
     named = [cuts] if isinstance(cuts, str) else list(cuts or [])
-    asked = cuts == "auto" or any(letter in name for name in named for letter in "*?[")
+    asked = cuts == "auto" or has_patterns(named)
     asked = asked or output is not None or read is not None or tied is not None
     asked = asked or not (example is None or isinstance(example, Tensor))
     if cuts in (None, "block") and isinstance(model, nn.Module) and not isinstance(model, Partition):
