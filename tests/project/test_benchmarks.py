@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -190,6 +191,13 @@ def test_every_answer_has_a_command_that_gives_its_figures_again(evidence, pages
     for name in folders:
         command = claims[name].toml.get("command", "python")
         assert any(line and not line.startswith("#") for line in command.splitlines()), name
+
+
+def test_figures_that_are_run_again_are_compared_to_eight_digits(evidence):
+    stored = {"head/accuracy": 0.75, "head/loss": 1.23456789, "lost": math.nan}
+    assert evidence.equal(stored, stored | {"head/loss": 1.234567894, "lost": math.nan})
+    assert not evidence.equal(stored, stored | {"head/loss": 1.2345680})
+    assert not evidence.equal(stored, {"head/accuracy": 0.75})
 
 
 def test_the_evidence_is_small():
